@@ -1,0 +1,1 @@
+"""Persistent memory (vNVDIMM) for Xen HVM guests that are managed by libvirt."""

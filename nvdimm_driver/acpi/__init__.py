@@ -1,0 +1,1 @@
+"""ACPI tables for a guest's NVDIMMs: their formats, and two ways to make them."""

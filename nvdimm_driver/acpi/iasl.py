@@ -1,0 +1,43 @@
+"""Byte code of a table as ASL, by ACPICA's ``iasl`` if it is there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from nvdimm_driver.acpi import tables
+from nvdimm_driver.errors import AcpiError
+
+_WITH_CODE = (b"DSDT", b"SSDT")
+_TIMEOUT = 60
+
+
+def decode(table: bytes, iasl: str = "iasl") -> str:
+    """Return a table for people: :func:`.tables.decode`, and the ASL of a DSDT or SSDT when ``iasl`` is installed.
+
+    :param iasl: name or path of the disassembler.
+    :raises AcpiError: when the table is malformed or the disassembler fails.
+    """
+    head = tables.decode(table)
+    program = shutil.which(iasl)
+    if table[:4] not in _WITH_CODE or program is None:
+        return head
+    return f"{head}\n{_disassemble(table, program)}"
+
+
+def _disassemble(table: bytes, program: str) -> str:
+    with tempfile.TemporaryDirectory(prefix="nvdimm-iasl-") as folder:
+        path = Path(folder) / "table.aml"
+        path.write_bytes(table)
+        try:
+            run = subprocess.run(
+                [program, "-d", path.name], cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AcpiError(f"{program} -d took longer than {_TIMEOUT} s") from error
+        source = path.with_suffix(".dsl")
+        if run.returncode or not source.exists():
+            raise AcpiError(f"{program} -d failed with status {run.returncode}: {run.stdout}{run.stderr}")
+        return source.read_text(encoding="utf-8", errors="replace")

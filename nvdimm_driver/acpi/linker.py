@@ -1,0 +1,194 @@
+"""Does a guest firmware's part with the ACPI tables of QEMU: puts them together and finds each one. Pure.
+
+QEMU hands its firmware the tables in a few files and a script (``etc/table-loader``) that says where in memory the
+files go, and which bytes depend on that. Source: QEMU, hw/acpi/bios-linker-loader.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nvdimm_driver.acpi.tables import Header, checksum, text, verify_table
+from nvdimm_driver.errors import AcpiError
+
+RSDP_FILE = "etc/acpi/rsdp"
+
+ENTRY_SIZE = 128
+
+_ZONES = {1: (0xFC000000, 1 << 32), 2: (0xF0000, 0x100000)}
+"""Where files are put: (first address, limit) of high memory, and of the segment where the RSDP is looked for."""
+
+
+@dataclass(frozen=True)
+class Linked:
+    """The files after the script has run, and the guest-physical address of each that was allocated."""
+
+    files: Mapping[str, bytes]
+    addresses: Mapping[str, int]
+
+
+def link(script: bytes, files: Mapping[str, bytes]) -> Linked:
+    """Run a table-loader script over the files it names.
+
+    :raises AcpiError: when the script asks for anything outside of the files.
+    """
+    if len(script) % ENTRY_SIZE:
+        raise AcpiError(f"table-loader script of {len(script)} bytes: not a multiple of {ENTRY_SIZE}")
+    run = _Run(files)
+    for offset in range(0, len(script), ENTRY_SIZE):
+        run.command(script[offset : offset + ENTRY_SIZE])
+    return Linked({name: bytes(content) for name, content in run.files.items()}, run.addresses)
+
+
+def split(linked: Linked) -> tuple[bytes, ...]:
+    """Walk RSDP → RSDT or XSDT and return every table it names, and the DSDT behind the FADT.
+
+    The root table itself (nothing but addresses) and the FACS (no checksum) are left out.
+
+    :raises AcpiError: when an address or a table is wrong.
+    """
+    root = _root(linked)
+    entry = "<I" if root[:4] == b"RSDT" else "<Q"
+    found: list[bytes] = []
+    try:
+        entries = list(struct.iter_unpack(entry, root[Header.SIZE :]))
+    except struct.error as error:
+        raise AcpiError(f"{text(root[:4])} of {len(root)} bytes: not a whole number of addresses") from error
+    for (address,) in entries:
+        table = _table(linked, address)
+        found.append(table)
+        if table[:4] == b"FACP":
+            found.append(_dsdt(linked, table))
+    return tuple(found)
+
+
+class _Run:
+    """One run of a script: each command checked, then carried out on copies of the files."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self.files = {name: bytearray(content) for name, content in files.items()}
+        self.addresses: dict[str, int] = {}
+        self._next = {zone: first for zone, (first, _) in _ZONES.items()}
+
+    def command(self, entry: bytes) -> None:
+        (code,) = struct.unpack_from("<I", entry)
+        match code:
+            case 0:  # the script's padding
+                return
+            case 1:  # ALLOCATE
+                name, align, zone = struct.unpack_from("<56sIB", entry, 4)
+                self._allocate(_name(name), align, zone)
+            case 2:  # ADD_POINTER
+                target, source, offset, size = struct.unpack_from("<56s56sIB", entry, 4)
+                self._add_pointer(_name(target), _name(source), offset, size)
+            case 3:  # ADD_CHECKSUM
+                name, offset, start, length = struct.unpack_from("<56sIII", entry, 4)
+                self._add_checksum(_name(name), offset, start, length)
+            case 4:  # WRITE_POINTER
+                target, source, offset, value, size = struct.unpack_from("<56s56sIIB", entry, 4)
+                self._write_pointer(_name(target), _name(source), offset, value, size)
+            case _:
+                raise AcpiError(f"table-loader: unknown command {code}")
+
+    def _allocate(self, name: str, align: int, zone: int) -> None:
+        content = self._file(name)
+        if zone not in _ZONES:
+            raise AcpiError(f"table-loader: {name!r} is to go to the unknown zone {zone}")
+        if name in self.addresses:
+            raise AcpiError(f"table-loader: {name!r} is allocated twice")
+        if align == 0 or align & (align - 1):
+            raise AcpiError(f"table-loader: {name!r} is to be aligned to {align}, not a power of two")
+        address = (self._next[zone] + align - 1) & -align
+        end = address + len(content)
+        if end > _ZONES[zone][1]:
+            raise AcpiError(f"table-loader: {name!r} would end at {end:#x}, beyond {_ZONES[zone][1]:#x}")
+        self.addresses[name] = address
+        self._next[zone] = end
+
+    def _add_pointer(self, target: str, source: str, offset: int, size: int) -> None:
+        field = self._field(target, offset, size)
+        value = int.from_bytes(field, "little")
+        self._set(target, offset, size, self._address(source, value))
+
+    def _add_checksum(self, name: str, offset: int, start: int, length: int) -> None:
+        content = self._file(name)
+        if offset >= len(content) or start + length > len(content):
+            raise AcpiError(
+                f"table-loader: checksum at {offset:#x} over {length} bytes at {start:#x} of {name!r}, "
+                f"which has {len(content)} bytes"
+            )
+        content[offset] = (content[offset] + checksum(content[start : start + length])) & 0xFF
+
+    def _write_pointer(self, target: str, source: str, offset: int, value: int, size: int) -> None:
+        self._field(target, offset, size)
+        self._set(target, offset, size, self._address(source, value))
+
+    def _file(self, name: str) -> bytearray:
+        if name not in self.files:
+            raise AcpiError(f"table-loader: there is no file {name!r}")
+        return self.files[name]
+
+    def _address(self, name: str, offset: int) -> int:
+        if name not in self.addresses:
+            raise AcpiError(f"table-loader: pointer to {name!r}, which is not allocated")
+        if offset >= len(self.files[name]):
+            raise AcpiError(f"table-loader: pointer to byte {offset:#x} of {name!r}, {len(self.files[name])} bytes")
+        return self.addresses[name] + offset
+
+    def _field(self, name: str, offset: int, size: int) -> bytes:
+        content = self._file(name)
+        if size not in (1, 2, 4, 8):
+            raise AcpiError(f"table-loader: pointer of {size} bytes in {name!r}")
+        if offset + size > len(content):
+            raise AcpiError(f"table-loader: pointer at {offset:#x} of {name!r}, which has {len(content)} bytes")
+        return bytes(content[offset : offset + size])
+
+    def _set(self, name: str, offset: int, size: int, value: int) -> None:
+        if value >> (8 * size):
+            raise AcpiError(f"table-loader: address {value:#x} does not fit {size} bytes at {offset:#x} of {name!r}")
+        self.files[name][offset : offset + size] = value.to_bytes(size, "little")
+
+
+def _name(field: bytes) -> str:
+    try:
+        return field.split(b"\0", 1)[0].decode("ascii")
+    except UnicodeDecodeError as error:
+        raise AcpiError(f"table-loader: file name {field!r} is not ASCII") from error
+
+
+def _root(linked: Linked) -> bytes:
+    """Return the RSDT or XSDT that the RSDP points to (ACPI 6.5 §5.2.5.3)."""
+    rsdp = linked.files.get(RSDP_FILE, b"")
+    if len(rsdp) < 20 or rsdp[:8] != b"RSD PTR " or sum(rsdp[:20]) & 0xFF:
+        raise AcpiError(f"{RSDP_FILE} is not an RSDP with a right checksum: {rsdp[:36].hex()}")
+    if rsdp[15] < 2:
+        return _named(linked, int.from_bytes(rsdp[16:20], "little"), b"RSDT")
+    if len(rsdp) < 36 or sum(rsdp[:36]) & 0xFF:
+        raise AcpiError(f"{RSDP_FILE} has a wrong extended checksum: {rsdp[:36].hex()}")
+    return _named(linked, int.from_bytes(rsdp[24:32], "little"), b"XSDT")
+
+
+def _dsdt(linked: Linked, fadt: bytes) -> bytes:
+    """Return the table that a FADT names in DSDT or, if that is 0, X_DSDT (ACPI 6.5 §5.2.9)."""
+    address = int.from_bytes(fadt[40:44], "little") or int.from_bytes(fadt[140:148], "little")
+    return _named(linked, address, b"DSDT")
+
+
+def _named(linked: Linked, address: int, signature: bytes) -> bytes:
+    table = _table(linked, address)
+    if table[:4] != signature:
+        raise AcpiError(f"table at {address:#x} is '{text(table[:4])}', not {text(signature)}")
+    return table
+
+
+def _table(linked: Linked, address: int) -> bytes:
+    for name, base in linked.addresses.items():
+        content = linked.files[name]
+        if base <= address < base + len(content):
+            rest = content[address - base :]
+            table = rest[: Header.parse(rest).length]
+            verify_table(table)
+            return table
+    raise AcpiError(f"there is no table at {address:#x}: no file was put there")

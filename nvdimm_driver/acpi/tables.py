@@ -1,0 +1,362 @@
+"""ACPI tables as bytes and as values: the common header, and the NFIT whole. Pure.
+
+Source: ACPI 6.5, §5.2.6 (header) and §5.2.25 (NFIT). All numbers are little endian; sizes and addresses are bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from dataclasses import astuple, dataclass, replace
+from typing import ClassVar, Self, TypeVar
+
+from nvdimm_driver.errors import AcpiError
+
+PERSISTENT_MEMORY = uuid.UUID("66f0d379-b4f3-4074-ac43-0d3318b78cdb")
+"""Address range type of byte-addressable persistent memory (ACPI 6.5, table 5.125)."""
+
+_CHECKSUM_OFFSET = 9
+_T = TypeVar("_T", bound="Structure")
+
+
+def checksum(data: bytes | bytearray) -> int:
+    """Return the byte that, added to the sum of ``data``, makes it 0 modulo 256."""
+    return -sum(data) & 0xFF
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first 36 bytes of a table (ACPI 6.5 §5.2.6).
+
+    :ivar length: bytes of the whole table, header included.
+    """
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<4sIBB6s8sI4sI")
+    SIZE: ClassVar[int] = FORMAT.size
+
+    signature: bytes
+    length: int
+    revision: int
+    checksum: int
+    oem_id: bytes
+    oem_table_id: bytes
+    oem_revision: int
+    creator_id: bytes
+    creator_revision: int
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Read the header at the start of ``data``.
+
+        :raises AcpiError: when there are fewer than 36 bytes.
+        """
+        if len(data) < cls.SIZE:
+            raise AcpiError(f"ACPI table of {len(data)} bytes: shorter than its header of {cls.SIZE} bytes")
+        return cls(*cls.FORMAT.unpack_from(data))
+
+    def to_bytes(self) -> bytes:
+        return _pack(self.FORMAT, self)
+
+    def __str__(self) -> str:
+        return (
+            f"{text(self.signature)}: {self.length} bytes, revision {self.revision}, "
+            f"OEM '{text(self.oem_id)}' '{text(self.oem_table_id)}' {self.oem_revision}, "
+            f"creator '{text(self.creator_id)}' {self.creator_revision:#x}"
+        )
+
+
+def text(data: bytes) -> str:
+    """Return an identifier of a header for people: padding dropped, what is not printable ASCII as ``\\xNN``."""
+    return data.rstrip(b" \0").decode("latin-1").encode("unicode_escape").decode("ascii")
+
+
+def seal(header: Header, body: bytes) -> bytes:
+    """Return the table with this header and body, with the right length and checksum whatever the header says.
+
+    :raises AcpiError: when a value of the header does not fit its field.
+    """
+    header = replace(header, length=Header.SIZE + len(body), checksum=0)
+    table = bytearray(header.to_bytes() + body)
+    table[_CHECKSUM_OFFSET] = checksum(table)
+    return bytes(table)
+
+
+def verify_table(table: bytes) -> Header:
+    """Return the header of a table after checking its signature, length and checksum.
+
+    A guest's firmware checks none of these (tools/libacpi/build.c:construct_passthrough_tables), so this must.
+
+    :raises AcpiError: when one is wrong.
+    """
+    header = Header.parse(table)
+    if not all(byte in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_" for byte in header.signature):
+        raise AcpiError(f"ACPI table has signature '{text(header.signature)}', not four capital letters or digits")
+    name = text(header.signature)
+    if header.length != len(table):
+        raise AcpiError(f"ACPI table {name} says it has {header.length} bytes, and has {len(table)}")
+    if sum(table) & 0xFF:
+        raise AcpiError(f"ACPI table {name} has a wrong checksum: its bytes add up to {sum(table) & 0xFF:#x}, not 0")
+    return header
+
+
+def split(blob: bytes) -> list[bytes]:
+    """Return the tables that lie one behind the other in ``blob``, each checked.
+
+    :raises AcpiError: when one is malformed.
+    """
+    found = []
+    while blob:
+        length = Header.parse(blob).length
+        verify_table(blob[:length])
+        found.append(blob[:length])
+        blob = blob[length:]
+    return found
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the structures of an NFIT have in common: a 16-bit type and a 16-bit length come first.
+
+    Subclasses list the fields behind these two in the order of the format. Reserved fields are kept, so that
+    what was parsed is written back byte for byte.
+    """
+
+    TYPE: ClassVar[int]
+    FORMAT: ClassVar[struct.Struct]
+
+    def to_bytes(self) -> bytes:
+        """Return the structure with its type and length.
+
+        :raises AcpiError: when a value does not fit its field.
+        """
+        body = _pack(self.FORMAT, self)
+        return struct.pack("<HH", self.TYPE, 4 + len(body)) + body
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        return cls(*cls.FORMAT.unpack(body))
+
+
+@dataclass(frozen=True)
+class SpaRange(Structure):
+    """System Physical Address Range (§5.2.25.2).
+
+    :ivar index: what a :class:`RegionMapping` refers to; not 0.
+    :ivar flags: 1: control region is for hot-add management only, 2: ``proximity_domain`` is valid.
+    :ivar guid: what kind of range, in the mixed byte order of EFI.
+    :ivar attributes: EFI memory attributes.
+    """
+
+    TYPE = 0
+    FORMAT = struct.Struct("<HHII16sQQQ")
+
+    index: int
+    flags: int
+    reserved: int
+    proximity_domain: int
+    guid: bytes
+    base: int
+    length: int
+    attributes: int
+
+    @property
+    def kind(self) -> uuid.UUID:
+        return uuid.UUID(bytes_le=self.guid)
+
+    def __str__(self) -> str:
+        kind = "persistent memory" if self.kind == PERSISTENT_MEMORY else f"type {self.kind}"
+        return (
+            f"SPA range {self.index}: {kind}, base {self.base:#x}, length {self.length:#x}, "
+            f"proximity domain {self.proximity_domain}, flags {self.flags:#x}, attributes {self.attributes:#x}"
+        )
+
+
+@dataclass(frozen=True)
+class RegionMapping(Structure):
+    """NVDIMM Region Mapping (§5.2.25.3): which NVDIMM is behind which SPA range.
+
+    :ivar handle: the NVDIMM's device handle, ``_ADR`` of its device.
+    :ivar size: bytes of the region.
+    :ivar offset: bytes from the start of the SPA range.
+    :ivar dpa: address of the region within the NVDIMM.
+    """
+
+    TYPE = 1
+    FORMAT = struct.Struct("<IHHHHQQQHHHH")
+
+    handle: int
+    physical_id: int
+    region_id: int
+    spa_index: int
+    control_index: int
+    size: int
+    offset: int
+    dpa: int
+    interleave_index: int
+    interleave_ways: int
+    flags: int
+    reserved: int
+
+    def __str__(self) -> str:
+        return (
+            f"Region mapping: handle {self.handle:#x}, SPA range {self.spa_index}, control region "
+            f"{self.control_index}, size {self.size:#x}, offset {self.offset:#x}, DPA {self.dpa:#x}, "
+            f"interleave ways {self.interleave_ways}, state flags {self.flags:#x}"
+        )
+
+
+@dataclass(frozen=True)
+class ControlRegion(Structure):
+    """NVDIMM Control Region (§5.2.25.6) of 80 bytes.
+
+    :ivar interface_code: format interface code (JEDEC): how the NVDIMM is driven.
+    :ivar block_windows: number of block control windows.
+    :ivar window: the block control window's fields, which nothing here uses.
+    """
+
+    TYPE = 4
+    FORMAT = struct.Struct("<HHHHHHHBBHHIHH48s")
+
+    index: int
+    vendor: int
+    device: int
+    revision: int
+    subsystem_vendor: int
+    subsystem_device: int
+    subsystem_revision: int
+    valid_fields: int
+    manufacturing_location: int
+    manufacturing_date: int
+    reserved: int
+    serial: int
+    interface_code: int
+    block_windows: int
+    window: bytes
+
+    def __str__(self) -> str:
+        return (
+            f"Control region {self.index}: vendor {self.vendor:#06x}, device {self.device:#06x}, revision "
+            f"{self.revision}, serial number {self.serial:#010x}, interface code {self.interface_code:#06x}, "
+            f"block windows {self.block_windows}"
+        )
+
+
+@dataclass(frozen=True)
+class PlatformCapabilities(Structure):
+    """Platform Capabilities (§5.2.25.9).
+
+    :ivar highest_bit: the highest bit of ``capabilities`` that means something.
+    :ivar capabilities: 1: CPU caches are flushed on power loss, 2: the memory controller's buffers are.
+    """
+
+    TYPE = 7
+    FORMAT = struct.Struct("<B3sII")
+
+    highest_bit: int
+    reserved: bytes
+    capabilities: int
+    reserved2: int
+
+    def __str__(self) -> str:
+        return f"Platform capabilities: {self.capabilities:#x}, valid bits 0 to {self.highest_bit}"
+
+
+@dataclass(frozen=True)
+class RawStructure(Structure):
+    """Any other structure (interleave, SMBIOS, block data window, flush hints), or one of another length."""
+
+    type: int
+    body: bytes
+
+    def to_bytes(self) -> bytes:
+        try:
+            return struct.pack("<HH", self.type, 4 + len(self.body)) + self.body
+        except struct.error as error:
+            raise AcpiError(f"NFIT structure of type {self.type} and {len(self.body)} bytes: {error}") from error
+
+    def __str__(self) -> str:
+        return f"Structure of type {self.type}: {self.body.hex(' ', 4)}"
+
+
+_KNOWN: dict[int, type[Structure]] = {
+    known.TYPE: known for known in (SpaRange, RegionMapping, ControlRegion, PlatformCapabilities)
+}
+
+
+@dataclass(frozen=True)
+class Nfit:
+    """An NVDIMM Firmware Interface Table.
+
+    :ivar header: its length and checksum do not count: :meth:`to_bytes` works them out.
+    """
+
+    header: Header
+    structures: tuple[Structure, ...]
+    reserved: bytes = bytes(4)
+
+    @classmethod
+    def parse(cls, table: bytes) -> Self:
+        """Take a whole NFIT apart; ``Nfit.parse(table).to_bytes() == table``.
+
+        :raises AcpiError: when the table or a structure's length is wrong.
+        """
+        header = verify_table(table)
+        if header.signature != b"NFIT":
+            raise AcpiError(f"ACPI table {text(header.signature)} is not an NFIT")
+        start = Header.SIZE + 4
+        if len(table) < start:
+            raise AcpiError(f"NFIT of {len(table)} bytes: less than {start}")
+        return cls(header, tuple(_structures(table, start)), table[Header.SIZE : start])
+
+    def to_bytes(self) -> bytes:
+        """Return the table.
+
+        :raises AcpiError: when a value does not fit its field.
+        """
+        return seal(self.header, self.reserved + b"".join(structure.to_bytes() for structure in self.structures))
+
+    def of(self, kind: type[_T]) -> tuple[_T, ...]:
+        """Return the structures of one kind, in order."""
+        return tuple(structure for structure in self.structures if isinstance(structure, kind))
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.header), *(f"  {structure}" for structure in self.structures)])
+
+
+def decode(table: bytes) -> str:
+    """Return a table for people: one line for its header; of an NFIT one more for each structure.
+
+    :raises AcpiError: when the table is malformed.
+    """
+    header = verify_table(table)
+    return str(Nfit.parse(table)) if header.signature == b"NFIT" else str(header)
+
+
+def _structures(table: bytes, offset: int) -> list[Structure]:
+    found: list[Structure] = []
+    while offset < len(table):
+        if len(table) - offset < 4:
+            raise AcpiError(f"NFIT: {len(table) - offset} bytes at {offset:#x} are too few for a structure")
+        kind, length = struct.unpack_from("<HH", table, offset)
+        if not 4 <= length <= len(table) - offset:
+            raise AcpiError(
+                f"NFIT: structure of type {kind} at {offset:#x} says {length} bytes; "
+                f"4 to {len(table) - offset} are possible"
+            )
+        body = table[offset + 4 : offset + length]
+        known = _KNOWN.get(kind)
+        exact = known is not None and known.FORMAT.size == len(body)
+        found.append(known.parse(body) if known and exact else RawStructure(kind, body))
+        offset += length
+    return found
+
+
+def _pack(layout: struct.Struct, value: Header | Structure) -> bytes:
+    """Pack the fields of a dataclass; bytes must have their field's exact length."""
+    try:
+        packed = layout.pack(*astuple(value))
+    except struct.error as error:
+        raise AcpiError(f"{value!r} cannot be encoded: {error}") from error
+    if type(value)(*layout.unpack(packed)) != value:  # struct pads and cuts bytes without a word
+        raise AcpiError(f"{value!r} cannot be encoded: bytes of a wrong length")
+    return packed

@@ -1,0 +1,60 @@
+"""Device-dax: character devices /dev/daxX.Y of namespaces in devdax mode."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nvdimm_driver.backing import extents, inventory
+from nvdimm_driver.backing.device import DeviceBacking
+from nvdimm_driver.backing.inventory import Volume
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import SUPERPAGE, Extent
+
+
+class DevdaxBacking(DeviceBacking):
+    """Keeps an NVDIMM in a device-dax device.
+
+    :param cross_check: compares the extent of an open device with what the page tables say, given the device's
+        alignment; raises BackingError. Not called for devices with an alignment of 1 GiB: pagemap does not see
+        mappings of that size (mm/pagewalk.c: walk_pud_range).
+    """
+
+    name = "devdax"
+
+    def __init__(
+        self,
+        *,
+        sysfs: Path = inventory.SYSFS,
+        cross_check: Callable[[int, Sequence[Extent], int], None] = extents.cross_check,
+    ) -> None:
+        super().__init__(sysfs=sysfs)
+        self.cross_check = cross_check
+
+    def describe(self) -> str:
+        return "a device-dax device, /dev/daxX.Y of a namespace in devdax mode"
+
+    def is_kind(self, mode: int) -> bool:
+        return stat.S_ISCHR(mode)
+
+    def volume(self, path: str, number: int) -> Volume:
+        name = (self.sysfs / f"dev/char/{os.major(number)}:{os.minor(number)}").resolve().name
+        for namespace in inventory.namespaces(self.sysfs):
+            if namespace.mode == "devdax" and namespace.device == name:
+                return Volume(namespace, 0, namespace.data_size)
+        raise BackingError(
+            f"{path}: is not the device-dax device of a pmem namespace",
+            hint="'ndctl list -N -m devdax' shows those; "
+            "one that is system RAM comes back with 'daxctl reconfigure-device --mode=devdax'",
+        )
+
+    def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
+        alignment = inventory.dax_alignment(volume.namespace, self.sysfs)
+        if alignment > SUPERPAGE:
+            return
+        try:
+            self.cross_check(fd, (extent,), alignment)
+        except BackingError as error:
+            raise BackingError(f"{path}: {error.message}", hint=error.hint) from error

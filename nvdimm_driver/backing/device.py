@@ -1,0 +1,102 @@
+"""What backings that are a device of their own, not a file, have in common."""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nvdimm_driver.backing import extents, inventory
+from nvdimm_driver.backing.inventory import Volume
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec
+from nvdimm_driver.plugins import Backing
+
+
+class DeviceBacking(Backing):
+    """A device is one extent, all of it there from the start: provisioning writes nothing, and bytes on it are kept."""
+
+    def __init__(self, *, sysfs: Path = inventory.SYSFS) -> None:
+        self.sysfs = sysfs
+
+    def handles(self, path: str) -> bool:
+        try:
+            return self.is_kind(os.stat(path).st_mode)
+        except OSError:  # as os.path.isfile has it: what cannot be looked at is of no kind
+            return False
+
+    @abstractmethod
+    def is_kind(self, mode: int) -> bool:
+        """True for the st_mode of a device of this kind."""
+
+    @abstractmethod
+    def volume(self, path: str, number: int) -> Volume:
+        """Return what a device number stands for.
+
+        :raises BackingError: when it cannot be a backing.
+        """
+
+    @abstractmethod
+    def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
+        """Check an open device, as well as it can be.
+
+        :raises BackingError: when it is not what sysfs says.
+        """
+
+    def examine(self, spec: NvdimmSpec) -> Intake:
+        volume, _ = self._find(spec)
+        return Intake(self.name, False, 0, volume.namespace)
+
+    def provision(self, spec: NvdimmSpec) -> BackingIdentity:
+        return self.locate(spec).identity
+
+    def discard(self, spec: NvdimmSpec) -> None:
+        """Nothing: provisioning has created nothing."""
+
+    def locate(self, spec: NvdimmSpec) -> Location:
+        volume, extent = self._find(spec)
+        identity = BackingIdentity(self.name, volume.namespace.uid, volume.start, 0, 0, volume.size)
+        return Location(identity, (extent,))
+
+    def freeze(self, path: str) -> None:
+        """Nothing: the kernel keeps a namespace where it is."""
+
+    def thaw(self, path: str) -> None:
+        """Nothing."""
+
+    def _find(self, spec: NvdimmSpec) -> tuple[Volume, Extent]:
+        path = os.path.realpath(spec.path)
+        with _opened(path) as fd:
+            status = os.fstat(fd)
+            if not self.is_kind(status.st_mode):
+                raise BackingError(f"{path}: is not {self.describe()}")
+            volume = self.volume(path, status.st_rdev)
+            if spec.size > volume.size:
+                raise BackingError(
+                    f"{path}: has {volume.size} bytes, the NVDIMM needs {spec.size}",
+                    hint="ask for less, or use a larger namespace",
+                )
+            whole = extents.FileExtent(0, 0, volume.size, extents.LAST)
+            (extent,) = extents.to_machine(path, (whole,), spec.size, spa=volume.spa, device_size=volume.size)
+            self.check(path, fd, volume, extent)
+        return volume, extent
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    try:
+        # O_EXCL: a block device that a file system or another driver has is EBUSY (open(2)).
+        fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        busy = error.errno == errno.EBUSY
+        raise BackingError(
+            f"{path}: {'is in use in the host' if busy else error.strerror}",
+            hint="unmount it, or see who has it: lsblk" if busy else "",
+        ) from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,268 @@
+"""Where a file's bytes are: FIEMAP, what the file system says, and pagemap, what the CPU's page tables say.
+
+Neither is trusted alone: a mapping of the wrong frames would give a guest another's data. FIEMAP knows nothing of the
+machine's addresses, and pagemap nothing of what the file system may do next with an extent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# The C half of cffi alone: it loads in 2 ms, cffi itself, which parses C, in 55.
+from _cffi_backend import FFI
+
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import GIB, PAGE, Extent
+
+# include/uapi/linux/fs.h, include/uapi/linux/fiemap.h
+FS_IOC_FIEMAP = 0xC020660B
+FIEMAP_FLAG_SYNC = 0x1
+LAST = 0x1
+UNWRITTEN = 0x800
+MERGED = 0x1000
+FLAG_NAMES = {
+    LAST: "LAST",
+    0x2: "UNKNOWN",
+    0x4: "DELALLOC",
+    0x8: "ENCODED",
+    0x80: "DATA_ENCRYPTED",
+    0x100: "NOT_ALIGNED",
+    0x200: "DATA_INLINE",
+    0x400: "DATA_TAIL",
+    UNWRITTEN: "UNWRITTEN",
+    MERGED: "MERGED",
+    0x2000: "SHARED",
+}
+_COPY = "make a plain copy of it: cp --reflink=never --sparse=never"
+_REASONS = {
+    "UNKNOWN": ("has no fixed place on the device", "it is not on a plain block device"),
+    "DELALLOC": ("is not allocated yet", "run 'sync' and try again"),
+    "ENCODED": ("is compressed or encoded on the device", _COPY + ", in a directory without compression"),
+    "DATA_ENCRYPTED": ("is encrypted by the file system", _COPY + ", into a directory without encryption"),
+    "NOT_ALIGNED": ("is not aligned to blocks", _COPY),
+    "DATA_INLINE": ("is inside the file system's metadata", _COPY),
+    "DATA_TAIL": ("shares a block with another file's tail", _COPY),
+    "UNWRITTEN": ("is allocated and not written", "it needs provisioning: define the domain again"),
+    "SHARED": ("shares its blocks with another file (reflink) or a snapshot", _COPY),
+}
+
+_HEADER = struct.Struct("=QQIIII")  # struct fiemap: start, length, flags, mapped extents, extent count, reserved
+_EXTENT = struct.Struct("=QQQ16xI12x")  # struct fiemap_extent: logical, physical, length, flags
+_BATCH = 1024
+
+_ONLY_ROOT = "only root may see physical addresses"
+_PRESENT = 1 << 63  # Documentation/admin-guide/mm/pagemap.rst
+_PFN = (1 << 55) - 1
+_FFI = FFI()
+
+
+@dataclass(frozen=True)
+class FileExtent:
+    """A run of a file as its file system has it: offset in the file, offset on the block device, length, in bytes.
+
+    :ivar flags: FIEMAP_EXTENT_*.
+    """
+
+    offset: int
+    physical: int
+    length: int
+    flags: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    @property
+    def flag_names(self) -> tuple[str, ...]:
+        """Its flags by name, in order of bits; one that this module does not know as a hexadecimal number."""
+        bits = (1 << bit for bit in range(self.flags.bit_length()) if self.flags >> bit & 1)
+        return tuple(FLAG_NAMES.get(bit, f"{bit:#x}") for bit in bits)
+
+
+def fiemap(fd: int, length: int, *, batch: int = _BATCH) -> tuple[FileExtent, ...]:
+    """Return the extents of a file's first ``length`` bytes, after the file system has written back what it held.
+
+    The last one may reach beyond ``length``. Holes are what no extent covers.
+
+    :param batch: extents to ask for in one call.
+    :raises BackingError: when the file system cannot tell (Documentation/filesystems/fiemap.rst).
+    """
+    found: list[FileExtent] = []
+    start = 0
+    while start < length:
+        buffer = bytearray(_HEADER.size + batch * _EXTENT.size)
+        _HEADER.pack_into(buffer, 0, start, length - start, FIEMAP_FLAG_SYNC, 0, batch, 0)
+        try:
+            fcntl.ioctl(fd, FS_IOC_FIEMAP, buffer)
+        except OSError as error:
+            raise BackingError(
+                f"the file system cannot say where the file's bytes are: FIEMAP: {error.strerror}",
+                hint="use ext4 or XFS",
+            ) from error
+        count = _HEADER.unpack_from(buffer)[3]
+        end = _HEADER.size + count * _EXTENT.size
+        found += (FileExtent(*fields) for fields in _EXTENT.iter_unpack(buffer[_HEADER.size : end]))
+        if not count or found[-1].flags & LAST:
+            break
+        if found[-1].end <= start:
+            raise BackingError("the file changed while its extents were read", hint="who else is writing to it?")
+        start = found[-1].end
+    return tuple(found)
+
+
+def holes(extents: Sequence[FileExtent], length: int) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of what no extent covers of the first ``length`` bytes."""
+    end = 0
+    for extent in extents:
+        if min(extent.offset, length) > end:
+            yield end, min(extent.offset, length) - end
+        end = max(end, extent.end)
+    if end < length:
+        yield end, length - end
+
+
+def check_holes(path: str, extents: Sequence[FileExtent], length: int) -> None:
+    """Refuse a file that is sparse in its first ``length`` bytes.
+
+    :raises BackingError: naming the first hole and the size of all.
+    """
+    found = list(holes(extents, length))
+    if found:
+        raise BackingError(
+            f"{path}: is sparse: nothing is allocated at {found[0][0]:#x}, {found[0][1]} bytes; "
+            f"{len(found)} holes, {sum(size for _, size in found)} bytes in all",
+            hint=f"allocate it all: fallocate -l {length} '{path}'",
+        )
+
+
+def check_flags(path: str, extents: Sequence[FileExtent], *, allowed: int = LAST | MERGED) -> None:
+    """Refuse extents whose bytes do not stay, as plain bytes, where FIEMAP says.
+
+    :raises BackingError: naming the first one with a flag that is not allowed, and why it matters.
+    """
+    for extent in extents:
+        if not extent.flags & ~allowed:
+            continue
+        refused = FileExtent(extent.offset, extent.physical, extent.length, extent.flags & ~allowed)
+        # Such as DATA_ENCRYPTED come with ENCODED, DELALLOC with UNKNOWN: the last says most.
+        reason, hint = _REASONS.get(refused.flag_names[-1], ("has a flag that this driver does not know", ""))
+        raise BackingError(
+            f"{path}: its extent at {extent.offset:#x}, {extent.length} bytes, {reason} "
+            f"(FIEMAP flags {', '.join(refused.flag_names)})",
+            hint=hint,
+        )
+
+
+def to_machine(
+    path: str, extents: Sequence[FileExtent], length: int, *, spa: int, device_size: int
+) -> tuple[Extent, ...]:
+    """Translate the extents of a file's first ``length`` bytes to machine addresses.
+
+    :param spa: SPA of the block device's first byte.
+    :param device_size: bytes of the block device.
+    :returns: extents in order of offset, from 0 to ``length`` without gaps, as few as possible.
+    :raises BackingError: when there is a hole, or an extent is not on whole pages of the device.
+    """
+    check_holes(path, extents, length)
+    result: list[Extent] = []
+    end = 0
+    for extent in extents:
+        if extent.offset >= length:
+            break
+        if extent.offset != end:
+            raise BackingError(f"{path}: two extents have {extent.offset:#x}", hint="the file is being changed")
+        size = min(extent.length, length - extent.offset)
+        end = extent.offset + size
+        if (extent.offset | extent.physical | size | spa) % PAGE:
+            raise BackingError(
+                f"{path}: its extent at {extent.offset:#x} is not on whole pages of the machine's memory "
+                f"(SPA {spa + extent.physical:#x}, {size} bytes)",
+                hint="partitions have to start at a multiple of 4 KiB, and file systems to have blocks of 4 KiB",
+            )
+        if extent.physical + size > device_size:
+            raise BackingError(
+                f"{path}: its extent at {extent.offset:#x} ends at byte {extent.physical + size} of the device, "
+                f"which has {device_size}",
+                hint="is the file system on more than one device, or the file on a realtime device?",
+            )
+        last = result[-1] if result else None
+        if last and last.spa + last.length == spa + extent.physical:
+            result[-1] = Extent(last.offset, last.spa, last.length + size)
+        else:
+            result.append(Extent(extent.offset, spa + extent.physical, size))
+    return tuple(result)
+
+
+def spa_of(fd: int, offset: int, window: int = PAGE) -> int:
+    """Return the SPA of a byte of a DAX file or device, as the page tables have it.
+
+    The page is populated by a read fault, which leaves the file as it is and is allowed on a frozen one. On DAX that
+    maps the page itself where the extent is written, and the shared zero page where it is not (fs/dax.c:
+    dax_fault_iter), so an unwritten page shows as a wrong address. Without DAX it is a page of the page cache.
+
+    :param window: bytes to map at once; for device-dax its alignment (drivers/dax/device.c:check_vma).
+    :raises BackingError: when the page cannot be mapped, or its address is not to be seen by this process.
+    """
+    with _opened_pagemap() as pagemap:
+        return _look_up(pagemap, fd, offset, window)
+
+
+def samples(extent: Extent) -> Iterator[int]:
+    """Yield the offsets, in the backing, of an extent's first and last page and of one in each GiB between."""
+    last = extent.offset + extent.length - PAGE
+    yield from range(extent.offset, last, GIB)
+    yield last
+
+
+def cross_check(fd: int, extents: Sequence[Extent], window: int = PAGE) -> None:
+    """Check that the page tables agree with the extents, on some pages of each.
+
+    :raises BackingError: naming the offset and both addresses.
+    """
+    with _opened_pagemap() as pagemap:
+        for extent in extents:
+            for offset in samples(extent):
+                told = extent.spa + offset - extent.offset
+                seen = _look_up(pagemap, fd, offset, window)
+                if seen != told:
+                    raise BackingError(
+                        f"byte {offset:#x} is at SPA {seen:#x} by the page tables, at {told:#x} by the file system "
+                        "or sysfs",
+                        hint="is the file system mounted with -o dax, and has 'lsattr' an x for the file otherwise?",
+                    )
+
+
+@contextmanager
+def _opened_pagemap() -> Iterator[int]:
+    path = "/proc/self/pagemap"
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise BackingError(f"{path}: {error.strerror}", hint=_ONLY_ROOT) from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _look_up(pagemap: int, fd: int, offset: int, window: int) -> int:
+    start = offset // window * window
+    try:
+        memory = mmap.mmap(fd, window, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ, offset=start)
+    except (OSError, ValueError) as error:
+        raise BackingError(f"byte {offset:#x} cannot be mapped: {error}") from error
+    with memory:
+        with _FFI.from_buffer(memory) as view:
+            address = int(_FFI.cast("uintptr_t", view)) + offset - start
+        entry = int.from_bytes(os.pread(pagemap, 8, address // PAGE * 8), "little")
+    if not entry & _PRESENT:
+        raise BackingError(f"byte {offset:#x} cannot be read into memory", hint="look for media errors: dmesg")
+    if not entry & _PFN:
+        raise BackingError(f"the address of byte {offset:#x} is hidden", hint=_ONLY_ROOT)
+    return (entry & _PFN) * PAGE + offset % PAGE

@@ -1,0 +1,367 @@
+"""The host's persistent memory: which namespaces there are, and which of them a block device is on.
+
+The owner of two foreign formats: sysfs of libnvdimm and device-dax (Linux 6.1: drivers/nvdimm/namespace_devs.c,
+pfn_devs.c, pmem.c, drivers/dax/bus.c) and ``/proc/self/mountinfo``; and of one of ours, the host file, which
+describes a host so that a plan can be made on another machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nvdimm_driver.errors import BackingError, ConfigError
+from nvdimm_driver.model import PAGE, Namespace
+
+SYSFS = Path("/sys")
+MODES = ("fsdax", "devdax", "raw", "sector")
+_SECTOR = 512  # of the block layer, whatever the device's own (Documentation/ABI/stable/sysfs-block)
+_NULL_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The block device of a namespace, or a partition of it.
+
+    :ivar start: bytes from the start of the namespace's data area; 0 for the whole.
+    :ivar size: bytes.
+    """
+
+    namespace: Namespace
+    start: int
+    size: int
+
+    @property
+    def spa(self) -> int:
+        """SPA of its first byte."""
+        return self.namespace.data_spa + self.start
+
+
+def namespaces(sysfs: Path = SYSFS) -> tuple[Namespace, ...]:
+    """Return the host's active pmem namespaces, by SPA.
+
+    Idle ones (without a driver) and device-dax that the kernel uses as RAM (driver kmem) are not among them.
+
+    :raises BackingError: when sysfs cannot be read, as by a user other than root.
+    """
+    found = [_of_disk(sysfs, disk) for disk in sorted(sysfs.glob("class/block/pmem*"))]
+    found += [_of_dax(sysfs, dax) for dax in sorted(sysfs.glob("bus/dax/devices/*"))]
+    return tuple(sorted((each for each in found if each), key=lambda each: each.data_spa))
+
+
+def areas(found: Iterable[Namespace]) -> list[tuple[int, int]]:
+    """Return the machine frames (mfn, count) that guests may get: whole frames of the data areas.
+
+    A namespace in sector mode has none: its blocks move about (btt).
+    """
+    result = []
+    for namespace in found:
+        first = -(-namespace.data_spa // PAGE)
+        count = (namespace.data_spa + namespace.data_size) // PAGE - first
+        if namespace.mode != "sector" and count > 0:
+            result.append((first, count))
+    return result
+
+
+def volume_of(device: int, path: str, sysfs: Path = SYSFS) -> Volume:
+    """Return the namespace, or the partition of one, that a block device number stands for.
+
+    :param device: st_dev of a file or st_rdev of a block device.
+    :param path: what is on that device, for the error.
+    :raises BackingError: when it is anything else, device-mapper and md on top of a namespace included.
+    """
+    volume = _volume(device, sysfs)
+    if volume is None:
+        number = f"{os.major(device)}:{os.minor(device)}"
+        node = sysfs / "dev/block" / number
+        name = node.resolve().name if node.exists() else "no block device"
+        raise BackingError(
+            f"{path}: is on {name} (device {number}), not on persistent memory",
+            hint="a backing has to be on a pmem namespace's own block device (/dev/pmemN) or a partition of it; "
+            "device-mapper, md, loop and other disks are not supported; 'nvdimmctl host' shows the namespaces",
+        )
+    return volume
+
+
+def _volume(device: int, sysfs: Path) -> Volume | None:
+    block = (sysfs / f"dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    partition = (block / "partition").exists()
+    disk = block.parent.name if partition else block.name
+    for namespace in namespaces(sysfs):
+        if namespace.device == disk:
+            break
+    else:
+        return None
+    if not partition:
+        return Volume(namespace, 0, namespace.data_size)
+    start, size = _number(block / "start"), _number(block / "size")
+    if start is None or size is None:
+        return None
+    return Volume(namespace, start * _SECTOR, size * _SECTOR)
+
+
+def dax_alignment(namespace: Namespace, sysfs: Path = SYSFS) -> int:
+    """Return the alignment, in bytes, of what can be mapped of a device-dax device.
+
+    :raises BackingError: when sysfs cannot be read.
+    """
+    attribute = sysfs / "bus/dax/devices" / namespace.device / "align"
+    alignment = _number(attribute)
+    if not alignment:
+        raise BackingError(f"{attribute}: has no alignment")
+    return alignment
+
+
+def _of_disk(sysfs: Path, link: Path) -> Namespace | None:
+    disk = link.resolve()
+    if (disk / "partition").exists():
+        return None
+    holder = (disk / "device").resolve()
+    if holder.name.startswith("namespace"):
+        # No info block. `memory` without a holder: a region for which the kernel keeps page structures by itself
+        # (memmap=size!start, pmem_should_map_pages), which ndctl lists as fsdax.
+        mode = "fsdax" if _text(holder / "mode") == "memory" else "raw"
+        return _namespace(sysfs, holder.name, mode, disk.name, holder, holder)
+    name = _text(holder / "namespace")
+    if not name:
+        return None
+    if holder.name.startswith("btt"):
+        return _namespace(sysfs, name, "sector", disk.name, holder, sysfs / "bus/nd/devices" / name)
+    return _namespace(sysfs, name, "fsdax", disk.name, holder, holder)
+
+
+def _of_dax(sysfs: Path, link: Path) -> Namespace | None:
+    dax = link.resolve()
+    # drivers/dax/pmem.c makes the device under the nd_dax device, whose name may differ from its own
+    # (it is called after the namespace). A device of other memory (hmem, cxl) has no such parent.
+    name = _text(dax.parent / "namespace")
+    if not name or (dax / "driver").resolve().name != "device_dax":
+        return None
+    return _namespace(sysfs, name, "devdax", dax.name, dax.parent, dax)
+
+
+def _namespace(sysfs: Path, name: str, mode: str, device: str, holder: Path, area: Path) -> Namespace | None:
+    spa, size = _number(area / "resource"), _number(area / "size")
+    if spa is None or not size:
+        return None
+    uuids = [_text(sysfs / "bus/nd/devices" / name / "uuid"), _text(holder / "uuid")]
+    node = _text(holder / "numa_node")
+    return Namespace(
+        name=name,
+        mode=mode,
+        device=device,
+        uid=next((uuid for uuid in uuids if uuid not in ("", _NULL_UUID)), f"spa-{spa:#x}"),
+        data_spa=spa,
+        data_size=size,
+        numa_node=int(node) if node.isdecimal() else None,  # -1: no node
+    )
+
+
+def _number(attribute: Path) -> int | None:
+    """Read a number, decimal or with 0x; None when the device is idle, which the kernel says with ENXIO."""
+    text = _read(attribute)
+    if text is None:
+        return None
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise BackingError(f"{attribute}: expected a number, found {text[:40]!r}") from None
+
+
+def _text(attribute: Path) -> str:
+    """Read an attribute that not every device has; empty without it."""
+    return (_read(attribute) or "") if attribute.exists() else ""
+
+
+def _read(attribute: Path) -> str | None:
+    try:
+        return attribute.read_text().strip()
+    except PermissionError as error:
+        raise BackingError(f"{attribute}: {error.strerror}", hint="only root may see physical addresses") from error
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise BackingError(f"{attribute}: cannot be read: {error.strerror}") from error
+
+
+# --- mounts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A mounted file system.
+
+    :ivar device: st_dev of its files.
+    :ivar options: of the file system (not of the mount point), where ``dax`` is.
+    """
+
+    device: int
+    directory: str
+    kind: str
+    options: tuple[str, ...]
+
+
+def mounts(mountinfo: Path) -> tuple[Mount, ...]:
+    """Read ``/proc/<pid>/mountinfo`` (proc(5)): ``id parent major:minor root point options [field…] - type source
+    options``.
+
+    :raises BackingError: when it cannot be read.
+    """
+    text = _read(mountinfo)
+    result = []
+    for line in (text or "").splitlines():
+        left, _, right = line.partition(" - ")
+        numbers, directory = left.split()[2], left.split()[4]
+        major, _, minor = numbers.partition(":")
+        kind, _, options = right.split()
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), directory)
+        result.append(Mount(os.makedev(int(major), int(minor)), point, kind, tuple(options.split(","))))
+    return tuple(result)
+
+
+def has_dax(options: Iterable[str]) -> bool:
+    """True when a file system with these options uses DAX for every file (Documentation/filesystems/dax.rst)."""
+    return not {"dax", "dax=always"}.isdisjoint(options)
+
+
+# --- the host file ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HostDescription:
+    """What a plan needs to know of a host.
+
+    :ivar physical_address_bits: of its CPUs.
+    :ivar mounts: (directory, namespace name) of each DAX file system; empty when they are not described.
+    """
+
+    namespaces: tuple[Namespace, ...]
+    physical_address_bits: int
+    mounts: tuple[tuple[str, str], ...] = ()
+
+    def namespace_of(self, path: str) -> Namespace:
+        """Return the namespace that a device node is for, or that a file would be on.
+
+        :raises BackingError: when the description does not say.
+        """
+        by_name = {each.name: each for each in self.namespaces}
+        for each in self.namespaces:
+            if path == f"/dev/{each.device}":
+                return each
+        over = [(directory, name) for directory, name in self.mounts if Path(path).is_relative_to(directory)]
+        if over:
+            return by_name[max(over, key=lambda mount: len(mount[0]))[1]]
+        fsdax = [each for each in self.namespaces if each.mode == "fsdax"]
+        if not self.mounts and len(fsdax) == 1:
+            return fsdax[0]
+        raise BackingError(
+            f"{path}: the described host has no such device and no DAX file system there",
+            hint="devices: "
+            + (", ".join(f"/dev/{each.device}" for each in self.namespaces) or "none")
+            + "; file systems: "
+            + (", ".join(directory for directory, _ in self.mounts) or "none"),
+        )
+
+    def to_json(self) -> str:
+        """Return a host file: what :meth:`from_json` reads."""
+        return json.dumps({**asdict(self), "mounts": dict(self.mounts)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "host file") -> HostDescription:
+        """Read a host file.
+
+        A JSON object: ``namespaces``, a list of objects with the fields of :class:`model.Namespace` (addresses and
+        sizes are numbers of bytes; ``numa_node`` may be left out); ``physical_address_bits``, 32 to 52; and ``mounts``,
+        which may be left out, an object from directories where DAX file systems are mounted to the names of the
+        namespaces they are on. Without ``mounts`` every file is taken to be on the one fsdax namespace.
+
+        :param source: name of the file, for errors.
+        :raises ConfigError: naming what is missing, unknown or wrong.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{source}: not JSON: {error}") from error
+        _keys(content, source, required={"namespaces", "physical_address_bits"}, optional={"mounts"})
+        bits = content["physical_address_bits"]
+        if type(bits) is not int or not 32 <= bits <= 52:
+            raise ConfigError(f"{source}: physical_address_bits: expected a number from 32 to 52, found {bits!r}")
+        if not isinstance(content["namespaces"], list):
+            raise ConfigError(f"{source}: namespaces: expected a list, found {content['namespaces']!r}")
+        found = tuple(_parse(each, f"{source}: namespaces[{i}]", bits) for i, each in enumerate(content["namespaces"]))
+        names = [each.name for each in found]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"{source}: two namespaces are called {twice[0]}")
+        places = content.get("mounts", {})
+        if not isinstance(places, dict):
+            raise ConfigError(f"{source}: mounts: expected an object, found {places!r}")
+        for directory, name in places.items():
+            if not directory.startswith("/"):
+                raise ConfigError(f"{source}: mounts: {directory!r} is not an absolute path")
+            if name not in names:
+                raise ConfigError(f"{source}: mounts: {directory} is on {name!r}, which is not among the namespaces")
+        return cls(found, bits, tuple(places.items()))
+
+
+def read_host(sysfs: Path = SYSFS, proc: Path = Path("/proc")) -> HostDescription:
+    """Describe the machine this runs on.
+
+    :raises BackingError: when sysfs or proc cannot be read.
+    """
+    found = namespaces(sysfs)
+    bits = physical_address_bits(proc)
+    places = []
+    for mount in mounts(proc / "self/mountinfo"):
+        volume = _volume(mount.device, sysfs) if has_dax(mount.options) else None
+        if volume is not None:
+            places.append((mount.directory, volume.namespace.name))
+    return HostDescription(found, bits, tuple(places))
+
+
+def physical_address_bits(proc: Path = Path("/proc")) -> int:
+    """Return the width of the machine's physical addresses.
+
+    :raises BackingError: when proc does not say.
+    """
+    cpuinfo = proc / "cpuinfo"
+    bits = re.search(r"^address sizes\s*: (\d+) bits physical", _read(cpuinfo) or "", re.MULTILINE)
+    if not bits:
+        raise BackingError(f"{cpuinfo}: no line 'address sizes'", hint="an x86 host is needed")
+    return int(bits[1])
+
+
+def _parse(entry: Any, where: str, bits: int) -> Namespace:
+    known = {field.name for field in fields(Namespace)}
+    _keys(entry, where, required=known - {"numa_node"}, optional={"numa_node"})
+    for key in ("name", "mode", "device", "uid"):
+        if not isinstance(entry[key], str) or not entry[key]:
+            raise ConfigError(f"{where}: {key}: expected a text, found {entry[key]!r}")
+    if entry["mode"] not in MODES:
+        raise ConfigError(f"{where}: mode: expected one of {', '.join(MODES)}, found {entry['mode']!r}")
+    limit = 1 << bits
+    for key, least in (("data_spa", 0), ("data_size", 1)):
+        if type(entry[key]) is not int or not least <= entry[key] <= limit:
+            raise ConfigError(f"{where}: {key}: expected a number from {least} to {limit}, found {entry[key]!r}")
+    if entry["data_spa"] + entry["data_size"] > limit:
+        raise ConfigError(f"{where}: ends beyond {limit:#x}, the limit of {bits} physical address bits")
+    node = entry.get("numa_node")
+    if node is not None and (type(node) is not int or node < 0):
+        raise ConfigError(f"{where}: numa_node: expected a number or null, found {node!r}")
+    return Namespace(**entry)
+
+
+def _keys(entry: Any, where: str, *, required: set[str], optional: set[str]) -> None:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: expected an object, found {entry!r}")
+    if missing := sorted(required - entry.keys()):
+        raise ConfigError(f"{where}: {missing[0]} is missing")
+    if unknown := sorted(entry.keys() - required - optional):
+        raise ConfigError(
+            f"{where}: {unknown[0]!r} is not known", hint=f"known: {', '.join(sorted(required | optional))}"
+        )

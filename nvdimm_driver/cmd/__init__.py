@@ -1,0 +1,1 @@
+"""The programs: what libvirt runs, what libxl runs, and what the operator runs."""

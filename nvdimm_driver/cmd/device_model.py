@@ -1,0 +1,122 @@
+"""``nvdimm-device-model``: maps a domain's NVDIMMs into it, then becomes QEMU.
+
+libxl runs it as the domain's emulator, when the guest's memory is built and before the guest runs; when it fails,
+the creation of the domain fails. libvirt also runs it with ``-help`` to learn what QEMU can do. It has to start
+fast: it reads what the libvirt hook has prepared, and imports no more than that takes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from nvdimm_driver import frames, guards
+from nvdimm_driver.errors import NvdimmError, XenError
+from nvdimm_driver.ledger import Ledger
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+    from nvdimm_driver.plugins import Mapper
+
+
+class Log:
+    """Lines to a file and, for libxl's log of the device model, to stderr."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, line: str) -> None:
+        print(f"nvdimm-device-model: {line}", file=sys.stderr, flush=True)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{stamp} device-model[{os.getpid()}] {line}\n")
+
+
+def main(argv: Sequence[str], *, state_dir: str, log_file: str, qemu: str) -> NoReturn:
+    """Entry point of the script that ``nvdimmctl register`` writes.
+
+    :param argv: as libxl gives it to a device model.
+    :param qemu: what to become when no domain is named.
+    """
+    domid = _domid(argv)
+    if domid is None:
+        os.execv(qemu, [qemu, *argv[1:]])
+    log = Log(log_file)
+    try:
+        from nvdimm_driver.xen.domctl import DomctlMapper
+
+        ledger = Ledger(os.path.join(state_dir, "ledger.sqlite"))
+        qemu = attach(domid, ledger, DomctlMapper(), state_dir, log, restored="-incoming" in argv)
+    except NvdimmError as error:
+        log(f"domid {domid}: {error}")
+        sys.exit(error.exit_code)
+    log(f"domid {domid}: {_age_ms()} ms from start to {qemu}")
+    os.execv(qemu, [qemu, *argv[1:]])
+
+
+def attach(domid: int, ledger: Ledger, mapper: Mapper, state_dir: str, log: Log, *, restored: bool = False) -> str:
+    """Map what was prepared for the domain, and hand it its tables.
+
+    :param restored: the guest comes out of a saved image: its tables are in the memory that came back, and no
+        firmware runs that would take new ones.
+    :returns: the QEMU to become.
+    :raises NvdimmError: nothing is mapped then, and the reason is in the ledger.
+    """
+    uuid = mapper.uuid(domid)
+    if uuid is None:
+        raise XenError(f"domid {domid} has no uuid in xenstore", hint="is it a domain that libvirt started?")
+    try:
+        start = ledger.start(uuid)
+        guards.check(
+            start.mappings,
+            areas=start.areas,
+            ram=mapper.ram(),
+            taken=ledger.taken(uuid),
+            guest_start_gfn=start.gfn_start,
+            guest_limit_gfn=start.gfn_limit,
+        )
+        tables = b"" if restored else _read(os.path.join(state_dir, "domains", uuid, "tables"))
+        ledger.mapping(uuid, domid)
+        began = time.monotonic()
+        hypercalls = mapper.map(domid, start.mappings)
+        seconds = time.monotonic() - began
+        try:
+            if tables:
+                mapper.deliver(domid, tables)
+            ledger.mapped(uuid)
+        except NvdimmError:
+            mapper.unmap(domid, start.mappings)
+            raise
+    except (NvdimmError, OSError) as error:
+        reason = str(error)
+        ledger.fault(uuid, reason)
+        if isinstance(error, OSError):
+            raise XenError(reason) from error
+        raise
+    larger, smaller, _ = frames.cost(start.mappings)
+    log(
+        f"domid {domid} ({start.name}): mapped {len(start.mappings)} extents, {larger} entries of 2 MiB, "
+        f"{smaller} of 4 KiB, {hypercalls} hypercalls in {seconds * 1000:.0f} ms; {len(tables)} bytes of ACPI tables"
+    )
+    return start.qemu
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _domid(argv: Sequence[str]) -> int | None:
+    """The domid libxl names, or None for a run that is only to print something."""
+    return int(argv[argv.index("-xen-domid") + 1]) if "-xen-domid" in argv else None
+
+
+def _age_ms() -> int:
+    """Milliseconds since this process began (proc(5): starttime, in clock ticks since boot)."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+        started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return round((time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1000)

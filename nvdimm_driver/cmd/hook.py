@@ -1,0 +1,58 @@
+"""The libxl hook: ``50-nvdimm NAME OPERATION SUBOPERATION EXTRA``, domain XML on stdin (libvirt.org/hooks.html).
+
+libvirt holds the domain's lock while it runs, and shows its stderr to whoever starts the domain when it fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+MARK = b"urn:nvdimm-driver:"
+"""In every rewritten XML: a domain without it is none of our business, and nothing is imported for it."""
+
+
+def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
+    """Run one hook operation; the exit status is the hook's."""
+    _, name, operation, *_ = [*(sys.argv if argv is None else argv), "", ""]
+    if name == "Domain-0" or operation not in ("prepare", "release"):
+        return 0
+    text = sys.stdin.buffer.read() if xml is None else xml
+    if MARK not in text:
+        return 0
+    return _run(operation, text.decode())
+
+
+def _run(operation: str, xml: str) -> int:
+    from oslo_config import cfg
+
+    from nvdimm_driver import conf, domxml
+    from nvdimm_driver.driver import from_conf
+    from nvdimm_driver.errors import NvdimmError
+
+    log = logging.getLogger(__name__)
+    try:
+        options = conf.load()
+        logging.basicConfig(
+            filename=options.log_file,
+            level=logging.INFO,
+            format="%(asctime)s hook[%(process)d] %(levelname)s %(message)s",
+        )
+        domain = domxml.extract(xml)
+        if domain is None:
+            return 0
+        driver = from_conf(options)
+        if operation == "prepare":
+            driver.prepare(domain)
+            return 0
+        fault = driver.release(domain.uuid or "")
+    except (NvdimmError, cfg.Error, OSError) as error:
+        log.error("%s: %s", operation, error)
+        print(f"nvdimm-driver: {error}", file=sys.stderr)
+        return 1
+    if fault:
+        # A start that failed in the device model reaches libvirt as libxl's error alone: tell its log why.
+        print(f"nvdimm-driver: domain {domain.name} did not start: {fault}", file=sys.stderr)
+        return 1
+    return 0

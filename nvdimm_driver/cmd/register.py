@@ -1,0 +1,102 @@
+"""Installing the driver into libvirt's libxl driver, and taking it out again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from oslo_config import cfg
+
+from nvdimm_driver.errors import ConfigError, InUseError
+from nvdimm_driver.ledger import Ledger
+
+HOOK_NAME = "50-nvdimm"
+MARK = "# installed by nvdimmctl register"
+HOOK = """#!{python} -I
+{mark}
+import sys
+from nvdimm_driver.cmd.hook import main
+sys.exit(main())
+"""
+DEVICE_MODEL = """#!{python} -I
+{mark}
+import sys
+from nvdimm_driver.cmd.device_model import main
+main(sys.argv, state_dir={state_dir!r}, log_file={log_file!r}, qemu={qemu!r})
+"""
+
+
+def register(conf: cfg.ConfigOpts) -> Iterator[str]:
+    """Install; every line yielded says what was done.
+
+    :raises ConfigError: when a file that is not ours is in the way, or QEMU is missing.
+    """
+    if not os.access(conf.xen.qemu, os.X_OK):
+        raise ConfigError(
+            f"there is no QEMU at {conf.xen.qemu}", hint="install qemu-system-xen, or set [xen] qemu in the options"
+        )
+    try:
+        state_dir = Path(conf.state_dir)
+        if not state_dir.is_dir():
+            state_dir.mkdir(parents=True, mode=0o700)
+            yield f"created {state_dir}"
+        Ledger(str(state_dir / "ledger.sqlite")).close()
+        names = {
+            "python": sys.executable,
+            "mark": MARK,
+            "state_dir": conf.state_dir,
+            "log_file": conf.log_file,
+            "qemu": conf.xen.qemu,
+        }
+        yield _install(Path(conf.xen.device_model), DEVICE_MODEL.format(**names))
+        hook = _install(_hook(conf), HOOK.format(**names))
+        yield hook
+        if not hook.startswith("unchanged"):
+            yield "restart libvirtd (or virtxend), which looks for hooks when it starts: systemctl restart libvirtd"
+    except OSError as error:
+        raise ConfigError(f"cannot install: {error}", hint="run as root") from error
+
+
+def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
+    """Remove what :func:`register` installed; every line yielded says what was done.
+
+    :param running: names of the domains with NVDIMMs that run.
+    :raises InUseError: while a domain with NVDIMMs runs: its reboot would fail.
+    """
+    if running:
+        raise InUseError(f"domains with NVDIMMs are running: {', '.join(running)}", hint="shut them down first")
+    try:
+        for path in (_hook(conf), Path(conf.xen.device_model)):
+            yield _remove(path)
+    except OSError as error:
+        raise ConfigError(f"cannot remove: {error}", hint="run as root") from error
+    yield f"kept {conf.state_dir}"
+
+
+def _hook(conf: cfg.ConfigOpts) -> Path:
+    return Path(conf.libvirt.hooks_dir) / "libxl.d" / HOOK_NAME
+
+
+def _install(path: Path, text: str) -> str:
+    if path.exists():
+        if MARK not in path.read_text(encoding="utf-8"):
+            raise ConfigError(f"{path} exists and is not ours", hint="move it away")
+        if path.read_text(encoding="utf-8") == text:
+            return f"unchanged {path}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.chmod(0o755)
+    temporary.replace(path)
+    return f"installed {path}"
+
+
+def _remove(path: Path) -> str:
+    if not path.exists():
+        return f"not there {path}"
+    if MARK not in path.read_text(encoding="utf-8"):
+        return f"left alone, not ours: {path}"
+    path.unlink()
+    return f"removed {path}"

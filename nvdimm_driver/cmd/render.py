@@ -1,0 +1,145 @@
+"""What nvdimmctl prints: text for people, JSON with raw numbers for scripts."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nvdimm_driver import frames
+from nvdimm_driver.acpi.iasl import decode
+from nvdimm_driver.model import GIB, KIB, MIB, PAGE, Allocation, Plan, Record
+
+LINUX_NAMESPACE_ALIGN = 16 * MIB
+"""Linux: arch/powerpc and x86 memremap_compat_align() and SUBSECTION_SIZE; what ndctl rounds namespaces to."""
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that divides them."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if count and count % unit == 0:
+            return f"{count // unit} {name}"
+    return f"{count} B"
+
+
+def xml_diff(before: str, after: str) -> str:
+    """What the rewriting changes, as a unified diff."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "domain XML", "for libxl", lineterm="", n=1)
+    return "\n".join(lines)
+
+
+def plan_text(plan: Plan, diff: str) -> str:
+    """A plan for people."""
+    return "\n".join([diff, "", *_backings(plan), "", *_layout(plan), "", *_mappings(plan), "", *_tables(plan), ""])
+
+
+def plan_json(plan: Plan) -> str:
+    """A plan for scripts; tables are hexadecimal."""
+    larger, smaller, hypercalls = frames.cost(plan.mappings)
+    out = asdict(plan)
+    out["mappings"] = [mapping._asdict() for mapping in plan.mappings]
+    out["cost"] = {"superpage_entries": larger, "page_entries": smaller, "hypercalls": hypercalls}
+    out["tables"] = [table.hex() for table in plan.tables.tables]
+    return json.dumps(out, indent=2)
+
+
+def acpidump(tables: Sequence[bytes]) -> str:
+    """Tables in the text form of acpidump(8), which acpixtract(8) takes."""
+    return "".join(_hexdump(table) for table in tables)
+
+
+def write_tables(tables: Sequence[bytes], folder: Path) -> Iterator[Path]:
+    """Write one file a table, ``nfit.dat``, ``ssdt1.dat``, …; yields their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: dict[str, int] = {}
+    for table in tables:
+        name = table[:4].decode("ascii", "replace").lower()
+        seen[name] = seen.get(name, 0) + 1
+        path = folder / f"{name}{seen[name] if seen[name] > 1 or name == 'ssdt' else ''}.dat"
+        path.write_bytes(table)
+        yield path
+
+
+def state(record: Record, item: Allocation) -> str:
+    """One word for an NVDIMM."""
+    if not item.ready:
+        return "provisioning"
+    return "free" if record.attachment is None else record.attachment.state
+
+
+def record(item: Record) -> tuple[Sequence[str], Sequence[Any]]:
+    """Names and values of all that is known of a domain; sizes and addresses are in bytes."""
+    attachment = item.attachment
+    nvdimms = [
+        {
+            "slot": allocation.spec.slot,
+            "path": allocation.spec.path,
+            "size": allocation.spec.size,
+            "label_size": allocation.spec.label_size,
+            "base": allocation.base,
+            "identity": None if allocation.identity is None else asdict(allocation.identity),
+        }
+        for allocation in item.allocations
+    ]
+    values = {
+        "name": item.name,
+        "uuid": item.uuid,
+        "ram": item.ram,
+        "state": attachment.state if attachment else "off",
+        "domid": attachment.domid if attachment else None,
+        "frozen": list(attachment.paths) if attachment else [],
+        "last_fault": item.fault,
+        "nvdimms": nvdimms,
+    }
+    return tuple(values), tuple(values.values())
+
+
+def _backings(plan: Plan) -> Iterator[str]:
+    yield "Backings:"
+    for spec, location, intake in zip(plan.domain.nvdimms, plan.locations, plan.intakes, strict=True):
+        todo = "create, " if intake.creates else ""
+        todo += f"write {size(intake.writes)} of zeros" if intake.writes else "as it is"
+        yield (
+            f"  slot {spec.slot}: {spec.path}: {size(spec.size)}, label {size(spec.label_size)}; "
+            f"{intake.kind} on {intake.namespace.name} ({intake.namespace.device}): {todo}"
+        )
+        assumed = " (assumed: not written yet)" if intake.assumed else ""
+        for extent in location.extents:
+            yield f"    offset {extent.offset:#x}: SPA {extent.spa:#x}, {size(extent.length)}{assumed}"
+
+
+def _layout(plan: Plan) -> Iterator[str]:
+    yield f"Guest-physical layout: RAM {size(plan.layout.ram)}, up to {plan.layout.highmem_end:#x}"
+    for item in plan.layout.nvdimms:
+        yield f"  {item.base:#x} - {item.end - 1:#x}: slot {item.slot}, handle {item.handle:#x}, {size(item.size)}"
+        if item.size % LINUX_NAMESPACE_ALIGN:
+            yield f"    advice: Linux makes namespaces of multiples of {size(LINUX_NAMESPACE_ALIGN)} only"
+
+
+def _mappings(plan: Plan) -> Iterator[str]:
+    larger, smaller, hypercalls = frames.cost(plan.mappings)
+    yield (
+        f"Mapping calls: {len(plan.mappings)} extents, {larger} entries of 2 MiB, {smaller} of 4 KiB, "
+        f"{hypercalls} memory_mapping hypercalls"
+    )
+    for mapping in plan.mappings:
+        length = size(mapping.frames * PAGE)
+        yield f"  gfn {mapping.gfn:#x} <- mfn {mapping.mfn:#x}, {mapping.frames:#x} frames ({length})"
+
+
+def _tables(plan: Plan) -> Iterator[str]:
+    yield "ACPI tables:"
+    for table in plan.tables.tables:
+        yield from (f"  {line}" for line in decode(table).splitlines())
+
+
+def _hexdump(table: bytes) -> str:
+    lines = [f"{table[:4].decode('ascii', 'replace')} @ 0x0000000000000000"]
+    for offset in range(0, len(table), 16):
+        row = table[offset : offset + 16]
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        lines.append(f"    {offset:04X}: {' '.join(f'{byte:02X}' for byte in row):<48} {text}")
+    return "\n".join(lines) + "\n\n"

@@ -1,0 +1,81 @@
+"""The options, in the files an operator edits: /etc/nvdimm-driver/nvdimm-driver.conf and *.conf.d."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from oslo_config import cfg
+
+from nvdimm_driver.acpi.qemu import DEFAULT_BINARIES
+
+DEFAULT_OPTS = [
+    cfg.StrOpt(
+        "state_dir",
+        default="/var/lib/nvdimm-driver",
+        help="Folder of the ledger and of what is built for each domain.",
+    ),
+    cfg.StrOpt(
+        "log_file",
+        default="/var/log/nvdimm-driver.log",
+        help="File to which the libvirt hook and the device model write what they did.",
+    ),
+]
+XEN_OPTS = [
+    cfg.StrOpt(
+        "device_model",
+        default="/usr/libexec/xen/bin/nvdimm-device-model",
+        help="Where 'nvdimmctl register' installs the device model that rewritten domains name as their emulator.",
+    ),
+    cfg.StrOpt(
+        "qemu",
+        default="/usr/libexec/xen-qemu-system-i386",
+        help="The QEMU that the device model becomes, when a domain names no emulator of its own.",
+    ),
+    cfg.StrOpt("mapper", default="domctl", help="Plug-in of namespace nvdimm_driver.mappers."),
+]
+LAYOUT_OPTS = [
+    cfg.IntOpt(
+        "gap_gib",
+        default=64,
+        min=0,
+        help="GiB of guest-physical space to keep free between RAM and the first NVDIMM, for 64-bit PCI BARs and "
+        "for what PV drivers look for. Shrinks by itself in guests with few physical address bits.",
+    ),
+]
+ACPI_OPTS = [
+    cfg.StrOpt("builder", default="qemu", help="Plug-in of namespace nvdimm_driver.acpi_builders."),
+    cfg.ListOpt(
+        "qemu",
+        default=list(DEFAULT_BINARIES),
+        help="QEMUs (7.2 or later) from which the builder 'qemu' takes the tables; each is tried until one gives them.",
+    ),
+]
+LIBVIRT_OPTS = [
+    cfg.StrOpt("uri", default="xen:///system", help="libvirt connection of nvdimmctl."),
+    cfg.StrOpt("hooks_dir", default="/etc/libvirt/hooks", help="Folder in which libvirt looks for hook scripts."),
+]
+GROUPS: list[tuple[str | None, Sequence[cfg.Opt]]] = [
+    (None, DEFAULT_OPTS),
+    ("xen", XEN_OPTS),
+    ("layout", LAYOUT_OPTS),
+    ("acpi", ACPI_OPTS),
+    ("libvirt", LIBVIRT_OPTS),
+]
+
+
+def list_opts() -> list[tuple[str | None, Sequence[cfg.Opt]]]:
+    """All options by group, for oslo-config-generator."""
+    return GROUPS
+
+
+def load(files: list[str] | None = None) -> cfg.ConfigOpts:
+    """Read the configuration.
+
+    :param files: configuration files; None means the standard places.
+    :raises oslo_config.cfg.Error: when a file cannot be read or has a wrong value.
+    """
+    conf = cfg.ConfigOpts()
+    for group, opts in GROUPS:
+        conf.register_opts(opts, group=group)
+    conf(args=[], project="nvdimm-driver", default_config_files=files)
+    return conf

@@ -1,0 +1,441 @@
+"""The driver: one method for each event in the life of a domain with NVDIMMs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from oslo_config import cfg
+
+from nvdimm_driver import frames, guards, layout, plugins
+from nvdimm_driver.backing.inventory import areas, namespaces, physical_address_bits
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
+from nvdimm_driver.ledger import Ledger, host_boot_id
+from nvdimm_driver.model import (
+    GIB,
+    PAGE,
+    SUPERPAGE,
+    AcpiTables,
+    Allocation,
+    Attachment,
+    BackingIdentity,
+    DomainSpec,
+    Extent,
+    GuestLayout,
+    Intake,
+    Location,
+    Mapping,
+    Namespace,
+    NvdimmSpec,
+    Placement,
+    Plan,
+    Record,
+)
+from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
+
+LOG = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 600
+"""A start that has been prepared for so long without a device model will not come: libxl gives up after 60 s."""
+RELEASE_SECONDS = 2.0
+"""How long a release waits for the hypervisor to let go of a domain; libvirt holds the domain's lock meanwhile."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the driver has to know of the host.
+
+    :ivar namespaces: reads the pmem namespaces.
+    :ivar address_bits: physical address bits of the CPU.
+    """
+
+    namespaces: Callable[[], tuple[Namespace, ...]]
+    address_bits: int
+
+
+class XenNvdimmDriver:
+    """NVDIMMs of Xen domains, from definition to release.
+
+    :param qemu: what a domain's device model becomes, unless the domain names its own emulator.
+    :param gap: bytes of guest-physical space to keep free behind the RAM.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        state_dir: Path,
+        backings: Sequence[Backing],
+        acpi: AcpiBuilder,
+        mapper: Mapper,
+        host: Host,
+        qemu: str,
+        gap: int,
+    ) -> None:
+        self.ledger = ledger
+        self.state_dir = state_dir
+        self.backings = backings
+        self.acpi = acpi
+        self.mapper = mapper
+        self.host = host
+        self.qemu = qemu
+        self.gap = gap
+
+    def plan(self, domain: DomainSpec) -> Plan:
+        """All that defining and starting the domain would do; nothing is done.
+
+        :raises NvdimmError: what define or a start would raise.
+        """
+        domain = self._known(domain)
+        self._check_owners(domain)
+        intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
+        locations = self._locate_or_assume(domain, intakes)
+        return self._plan(domain, locations, self._bases(domain, locations), intakes)
+
+    def define(self, domain: DomainSpec) -> None:
+        """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
+
+        :param domain: with its uuid.
+        :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
+        """
+        uuid = _uuid(domain)
+        self.plan(domain)
+        before = self.ledger.domain(uuid)
+        self.ledger.replace(uuid, domain.name, domain.ram, [Allocation(uuid, spec) for spec in domain.nvdimms])
+        created: list[NvdimmSpec] = []
+        try:
+            for spec in domain.nvdimms:
+                backing = self._backing(spec)
+                creates = backing.examine(spec).creates
+                backing.provision(spec)
+                if creates:
+                    created.append(spec)
+            self._settle(uuid, domain, before)
+        except BaseException:
+            for spec in created:
+                self._backing(spec).discard(spec)
+            self._roll_back(uuid, before)
+            raise
+
+    def prepare(self, domain: DomainSpec) -> None:
+        """Make everything ready for a start: freeze, check, build the tables, write the plan for the device model.
+
+        :raises NvdimmError: the reason is in the ledger too; nothing stays frozen.
+        """
+        uuid = _uuid(domain)
+        self.reconcile()
+        try:
+            record = self._adopt(uuid, domain)
+            self.ledger.attach(uuid, [spec.path for spec in domain.nvdimms])
+            for spec in domain.nvdimms:
+                self._backing(spec).freeze(spec.path)
+            locations = tuple(self._locate_same(item) for item in record.allocations)
+            bases = {item.spec.slot: item.base for item in record.allocations}
+            plan = self._plan(domain, locations, bases)
+            self._write_tables(uuid, plan.tables.tables)
+            guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
+            self.ledger.prepared(uuid, domain.emulator or self.qemu, guest_frames, plan.mappings, plan.areas)
+        except NvdimmError as error:
+            self._put_away(uuid, [spec.path for spec in domain.nvdimms])
+            self.ledger.fault(uuid, str(error))
+            raise
+        larger, smaller, hypercalls = frames.cost(plan.mappings)
+        LOG.info(
+            "domain %s: prepared %d NVDIMMs: %d extents, %d entries of 2 MiB, %d of 4 KiB, %d hypercalls",
+            domain.name,
+            len(domain.nvdimms),
+            len(plan.mappings),
+            larger,
+            smaller,
+            hypercalls,
+        )
+
+    def release(self, uuid: str) -> str:
+        """Put away what a start has left. Can be repeated.
+
+        :returns: why the start failed, or an empty string when it did not.
+        """
+        record = self.ledger.domain(uuid)
+        if record is None or record.attachment is None:
+            return record.fault if record else ""
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while self._is_running(record.attachment):
+            if time.monotonic() > deadline:
+                LOG.warning("domain %s: domid %s is still dying, stays frozen", record.name, record.attachment.domid)
+                return record.fault
+            time.sleep(0.05)
+        self._put_away(uuid, record.attachment.paths)
+        LOG.info("domain %s: released", record.name)
+        return record.fault
+
+    def reconcile(self) -> None:
+        """Put away what starts have left whose domains are gone."""
+        for record in self.ledger.domains():
+            attachment = record.attachment
+            if attachment is not None and not self._is_pending(attachment) and not self._is_running(attachment):
+                self._put_away(record.uuid, attachment.paths)
+                LOG.info("domain %s: put away after domid %s", record.name, attachment.domid)
+
+    def forget(self, uuid: str) -> Record:
+        """Give up the domain's claim to its backings; their bytes stay.
+
+        :raises InUseError: while the domain runs.
+        :raises LedgerError: when there is no such domain.
+        """
+        self.reconcile()
+        record = self.ledger.domain(uuid)
+        if record is None:
+            raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
+        if record.attachment is not None:
+            raise InUseError(f"domain {record.name} is running or starting", hint="shut it down first")
+        self.ledger.forget(uuid)
+        return record
+
+    def tables_file(self, uuid: str) -> Path:
+        """Where the tables of the domain's last start are, NFIT first."""
+        return self.state_dir / "domains" / uuid / "tables"
+
+    def tables(self, record: Record) -> AcpiTables:
+        """The tables that a start of a defined domain would make."""
+        placements = tuple(
+            Placement(item.spec.slot, item.base or 0, item.spec.visible_size, item.spec.label_size, item.spec.node)
+            for item in record.allocations
+        )
+        return self.acpi.build(layout.around(record.ram, placements, address_bits=self.host.address_bits))
+
+    def _plan(
+        self,
+        domain: DomainSpec,
+        locations: tuple[Location, ...],
+        bases: dict[int, int | None],
+        intakes: tuple[Intake, ...] = (),
+    ) -> Plan:
+        requests = [
+            _request(spec, location, bases.get(spec.slot))
+            for spec, location in zip(domain.nvdimms, locations, strict=True)
+        ]
+        guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
+        mappings = [
+            layout.mappings(placement, location.extents)
+            for placement, location in zip(guest.nvdimms, locations, strict=True)
+        ]
+        pmem = tuple(areas(self.host.namespaces()))
+        known = [part for index, part in enumerate(mappings) if not (intakes and intakes[index].assumed)]
+        self._guard(domain, guest, _flat(known), pmem)
+        tables = self.acpi.build(guest)
+        return Plan(domain, intakes, locations, guest, _flat(mappings), pmem, tables)
+
+    def _guard(
+        self,
+        domain: DomainSpec,
+        guest: GuestLayout,
+        mappings: Sequence[Mapping],
+        pmem: Sequence[tuple[int, int]],
+    ) -> None:
+        guards.check(
+            mappings,
+            areas=pmem,
+            ram=self.mapper.ram(),
+            taken=self.ledger.taken(domain.uuid or ""),
+            guest_start_gfn=guest.highmem_end // PAGE,
+            guest_limit_gfn=guest.limit // PAGE,
+        )
+
+    def _settle(self, uuid: str, domain: DomainSpec, before: Record | None) -> None:
+        """Write identities and bases, after everything is provisioned."""
+        locations = tuple(self._backing(spec).locate(spec) for spec in domain.nvdimms)
+        self._check_identities(uuid, domain, locations)
+        guest = self._plan(domain, locations, self._bases(domain, locations, before)).layout
+        self.ledger.replace(
+            uuid,
+            domain.name,
+            domain.ram,
+            [
+                Allocation(uuid, spec, location.identity, placement.base)
+                for spec, location, placement in zip(domain.nvdimms, locations, guest.nvdimms, strict=True)
+            ],
+        )
+
+    def _adopt(self, uuid: str, domain: DomainSpec) -> Record:
+        """The domain's record, after taking over NVDIMMs that were added or changed behind our back.
+
+        A domain XML that was rewritten by hand and defined, or edited, never went through :meth:`define`. What is
+        already provisioned is taken as it is; nothing is created here, where libvirt waits with a lock held.
+        """
+        record = self.ledger.domain(uuid)
+        if record is not None and record.ram == domain.ram and record.name == domain.name:
+            known = {item.spec: item for item in record.allocations if item.ready}
+            if all(spec in known for spec in domain.nvdimms) and len(known) == len(domain.nvdimms):
+                return record
+        for spec in domain.nvdimms:
+            intake = self._backing(spec).examine(spec)
+            if intake.creates or intake.writes:
+                raise BackingError(
+                    f"domain {domain.name}: {spec.path} is not provisioned ({intake.writes} bytes are to be written)",
+                    hint="define the domain with 'nvdimmctl define'",
+                )
+        self.define(domain)
+        adopted = self.ledger.domain(uuid)
+        if adopted is None:
+            raise LedgerError(f"domain {uuid} vanished from the ledger")
+        return adopted
+
+    def _bases(
+        self, domain: DomainSpec, locations: Sequence[Location], before: Record | None = None
+    ) -> dict[int, int | None]:
+        """The bases chosen earlier for the NVDIMMs that are still the same."""
+        if before is None and domain.uuid is not None:
+            before = self.ledger.domain(domain.uuid)
+        known = {} if before is None else {item.spec.slot: item for item in before.allocations}
+        return {
+            spec.slot: known[spec.slot].base
+            for spec, location in zip(domain.nvdimms, locations, strict=True)
+            if spec.slot in known
+            and known[spec.slot].identity == location.identity
+            and known[spec.slot].spec.visible_size == spec.visible_size
+        }
+
+    def _locate_or_assume(self, domain: DomainSpec, intakes: Sequence[Intake]) -> tuple[Location, ...]:
+        """Where each backing is; for one that is still to be written, where it would be on an empty namespace."""
+        free = {intake.namespace.name: _align(intake.namespace.data_spa) for intake in intakes}
+        locations = []
+        for spec, intake in zip(domain.nvdimms, intakes, strict=True):
+            if not intake.assumed:
+                locations.append(self._backing(spec).locate(spec))
+                continue
+            start = free[intake.namespace.name]
+            free[intake.namespace.name] = _align(start + spec.size)
+            identity = BackingIdentity(intake.kind, intake.namespace.uid, 0, 0, 0, spec.size)
+            locations.append(Location(identity, (Extent(0, start, spec.size),)))
+        return tuple(locations)
+
+    def _locate_same(self, item: Allocation) -> Location:
+        location = self._backing(item.spec).locate(item.spec)
+        if location.identity != item.identity:
+            raise BackingError(
+                f"{item.spec.path} is not what was provisioned: was {item.identity}, is {location.identity}",
+                hint="put the old file back, or take the new one with 'nvdimmctl define'",
+            )
+        return location
+
+    def _known(self, domain: DomainSpec) -> DomainSpec:
+        """With the uuid of the domain of that name, when the XML leaves it out."""
+        known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
+        return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
+
+    def _check_owners(self, domain: DomainSpec) -> None:
+        for record in self.ledger.domains():
+            if record.uuid == domain.uuid:
+                continue
+            owned = {item.spec.path for item in record.allocations}
+            for spec in domain.nvdimms:
+                if spec.path in owned:
+                    raise _owned(spec.path, record)
+
+    def _check_identities(self, uuid: str, domain: DomainSpec, locations: Sequence[Location]) -> None:
+        """No other domain has the same bytes under another path (a bind mount, a second device node)."""
+        for record in self.ledger.domains():
+            for item in record.allocations if record.uuid != uuid else ():
+                for spec, location in zip(domain.nvdimms, locations, strict=True):
+                    if item.identity is not None and item.identity.shares_bytes(location.identity):
+                        raise _owned(spec.path, record)
+
+    def _backing(self, spec: NvdimmSpec) -> Backing:
+        for backing in self.backings:
+            if backing.handles(spec.path):
+                return backing
+        raise BackingError(
+            f"{spec.path}: cannot be the backing of an NVDIMM",
+            hint="; ".join(backing.describe() for backing in self.backings),
+        )
+
+    def _is_pending(self, attachment: Attachment) -> bool:
+        """True for a start of this boot whose device model may still come."""
+        return (
+            attachment.domid is None
+            and attachment.boot_id == host_boot_id()
+            and time.time() - attachment.since < ABANDONED_SECONDS
+        )
+
+    def _is_running(self, attachment: Attachment) -> bool:
+        return (
+            attachment.domid is not None
+            and attachment.boot_id == host_boot_id()
+            and self.mapper.is_alive(attachment.domid, attachment.uuid)
+        )
+
+    def _put_away(self, uuid: str, paths: Sequence[str]) -> None:
+        for path in paths:
+            for backing in self.backings:
+                if backing.handles(path):
+                    backing.thaw(path)
+        self.ledger.detach(uuid)
+
+    def _roll_back(self, uuid: str, before: Record | None) -> None:
+        if before is None:
+            self.ledger.forget(uuid)
+        else:
+            self.ledger.replace(uuid, before.name, before.ram, before.allocations)
+
+    def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
+        path = self.tables_file(uuid)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = path.with_suffix(".new")
+        temporary.write_bytes(b"".join(tables))
+        os.replace(temporary, path)
+
+
+def _uuid(domain: DomainSpec) -> str:
+    if domain.uuid is None:
+        raise LedgerError(f"domain {domain.name} has no uuid", hint="libvirt gives it one when it is defined")
+    return domain.uuid
+
+
+def _align(address: int) -> int:
+    return -(-address // SUPERPAGE) * SUPERPAGE
+
+
+def _flat(parts: Sequence[Sequence[Mapping]]) -> tuple[Mapping, ...]:
+    return tuple(mapping for part in parts for mapping in part)
+
+
+def _owned(path: str, record: Record) -> InUseError:
+    return InUseError(
+        f"{path} belongs to domain {record.name} ({record.uuid})",
+        hint=f"if that domain is gone for good, 'nvdimmctl release {record.name}' gives it up and keeps its data",
+    )
+
+
+def _request(spec: NvdimmSpec, location: Location, base: int | None) -> layout.PlacementRequest:
+    return layout.PlacementRequest(
+        slot=spec.slot,
+        size=spec.visible_size,
+        label_size=spec.label_size,
+        alignsize=spec.alignsize,
+        first_spa=location.extents[0].spa,
+        base=base if base is not None else spec.base,
+        node=spec.node,
+    )
+
+
+def from_conf(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
+    """Make the driver as the operator's configuration says.
+
+    :raises ConfigError: when a plug-in is missing.
+    :raises LedgerError: when there is no ledger and none can be made.
+    """
+    state_dir = Path(conf.state_dir)
+    return XenNvdimmDriver(
+        ledger=Ledger(str(state_dir / "ledger.sqlite")),
+        state_dir=state_dir,
+        backings=plugins.load_all("nvdimm_driver.backings", conf),
+        acpi=plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
+        mapper=plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
+        host=Host(namespaces, physical_address_bits()),
+        qemu=conf.xen.qemu,
+        gap=conf.layout.gap_gib * GIB,
+    )

@@ -1,0 +1,117 @@
+"""Which mappings are allowed. Pure, and imports little: the device model uses it before its first hypercall.
+
+Xen does not look at what XEN_DOMCTL_memory_mapping maps: dom0 may put any frame into any guest, RAM, Xen's own
+and another guest's too. What keeps guests apart is this module alone.
+
+A mapping is a tuple (gfn, mfn, count) and a range of the machine (mfn, count), in 4 KiB frames.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
+
+from nvdimm_driver.errors import GuardError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+FRAME_LIMIT = 1 << 40
+"""x86 physical addresses have at most 52 bits (Intel SDM 3A §4.1.4), frame numbers 40."""
+
+_REPORT = "this is a bug or a forged plan: nothing was mapped; report it with the plan file"
+
+
+def check(
+    mappings: Sequence[tuple[int, int, int]],
+    *,
+    areas: Iterable[tuple[int, int]],
+    ram: Iterable[tuple[int, int]],
+    taken: Iterable[tuple[str, int, int]],
+    guest_start_gfn: int,
+    guest_limit_gfn: int,
+) -> None:
+    """Refuse a plan unless every frame of it may be given to the guest.
+
+    :param mappings: (gfn, mfn, count): all that the guest is to get, of all its NVDIMMs.
+    :param areas: data areas of the host's pmem namespaces; a mapping has to be wholly inside one of them.
+    :param ram: RAM in the machine's memory map.
+    :param taken: (owner, mfn, count): what other running domains have.
+    :param guest_start_gfn: first guest frame behind the guest's RAM.
+    :param guest_limit_gfn: first guest frame the guest cannot use.
+    :raises GuardError: naming the frames and the reason.
+    """
+    pmem = _Ranges("a pmem namespace's data area", (("", mfn, count) for mfn, count in areas))
+    memory = _Ranges("RAM", (("RAM", mfn, count) for mfn, count in ram))
+    others = _Ranges("another domain", taken)
+    for mapping in mappings:
+        gfn, mfn, count = mapping
+        if not (count > 0 and 0 <= mfn <= FRAME_LIMIT - count):
+            raise GuardError(f"{_show(mapping)}: not a range of machine frames below {FRAME_LIMIT:#x}", hint=_REPORT)
+        if not 0 <= guest_start_gfn <= gfn <= guest_limit_gfn - count:
+            raise GuardError(
+                f"{_show(mapping)}: outside the guest's frames for NVDIMMs, "
+                f"{guest_start_gfn:#x} to {guest_limit_gfn - 1:#x}",
+                hint=_REPORT,
+            )
+        if (hit := memory.touched_by(mfn, count)) is not None:
+            raise GuardError(f"{_show(mapping)}: overlaps RAM of the machine, {_span(*hit[1:])}", hint=_REPORT)
+        if (hit := others.touched_by(mfn, count)) is not None:
+            raise GuardError(
+                f"{_show(mapping)}: overlaps {_span(*hit[1:])}, which the running domain {hit[0]} has",
+                hint="two domains cannot use the same persistent memory; shut the other one down first",
+            )
+        if not pmem.cover(mfn, count):
+            raise GuardError(f"{_show(mapping)}: not inside the data area of one pmem namespace", hint=_REPORT)
+    _refuse_overlap("guest", sorted(mappings), 0)
+    _refuse_overlap("machine", sorted(mappings, key=lambda mapping: mapping[1]), 1)
+
+
+class _Ranges:
+    """Ranges of machine frames, sorted; they may overlap one another."""
+
+    def __init__(self, what: str, ranges: Iterable[tuple[str, int, int]]) -> None:
+        self.starts: list[int] = []
+        self.reach: list[tuple[str, int, int]] = []  # of the ranges up to here, the one that ends last
+        for owner, mfn, count in sorted(ranges, key=lambda entry: entry[1]):
+            if mfn < 0 or count < 0:
+                raise GuardError(f"{what}: ({mfn}, {count}) is not a range of machine frames", hint=_REPORT)
+            if not count:
+                continue
+            entry = (owner, mfn, count)
+            if self.reach and _end(self.reach[-1]) > mfn + count:
+                entry = self.reach[-1]
+            self.starts.append(mfn)
+            self.reach.append(entry)
+
+    def touched_by(self, mfn: int, count: int) -> tuple[str, int, int] | None:
+        """Return a range that has a frame in common with ``mfn … mfn+count-1``."""
+        before = bisect_left(self.starts, mfn + count)  # ranges that start in front of the end
+        if before and _end(self.reach[before - 1]) > mfn:
+            return self.reach[before - 1]
+        return None
+
+    def cover(self, mfn: int, count: int) -> bool:
+        """True when one range has all the frames ``mfn … mfn+count-1``."""
+        before = bisect_right(self.starts, mfn)
+        return before > 0 and _end(self.reach[before - 1]) >= mfn + count
+
+
+def _end(entry: tuple[str, int, int]) -> int:
+    return entry[1] + entry[2]
+
+
+def _refuse_overlap(side: str, ordered: Sequence[tuple[int, int, int]], key: int) -> None:
+    for one, two in pairwise(ordered):
+        if one[key] + one[2] > two[key]:
+            raise GuardError(f"{_show(one)} and {_show(two)}: overlap on the {side} side", hint=_REPORT)
+
+
+def _show(mapping: tuple[int, int, int]) -> str:
+    gfn, mfn, count = mapping
+    return f"mapping of machine frames {_span(mfn, count)} at guest frame {gfn:#x}"
+
+
+def _span(mfn: int, count: int) -> str:
+    return f"{mfn:#x} to {mfn + count - 1:#x}"

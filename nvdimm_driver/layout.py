@@ -1,0 +1,230 @@
+"""Where each NVDIMM goes in a guest's physical address space, and which machine frames go there. Pure.
+
+Xen's HVM guests have RAM from 0 to 0xF0000000 and the rest of it from 4 GiB on (xen/include/public/hvm/e820.h:
+HVM_BELOW_4G_RAM_END). hvmloader puts 64-bit PCI BARs right above the RAM and knows nothing of pmem, and Linux PV
+drivers look for free address space there too, so NVDIMMs start after a gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from nvdimm_driver.errors import LayoutError
+from nvdimm_driver.model import GIB, PAGE, SUPERPAGE, Extent, Gfn, GuestLayout, Mapping, Mfn, Placement
+
+RAM_BELOW_4G_END = 0xF0000000
+"""xen/include/public/hvm/e820.h:HVM_BELOW_4G_RAM_END; from here to 4 GiB is the PCI hole."""
+MAX_ADDRESS_BITS = 48
+"""What four levels of EPT or NPT translate; Xen builds no fifth."""
+MIN_GAP = GIB
+"""The smallest gap that one is shrunk to: hvmloader's 64-bit BARs always need some room."""
+
+
+@dataclass(frozen=True)
+class PlacementRequest:
+    """One NVDIMM that wants a place.
+
+    :ivar size: visible bytes.
+    :ivar label_size: bytes of the label area, which is not part of the place.
+    :ivar alignsize: the base is a multiple of it; None for no wish.
+    :ivar first_spa: SPA of the backing's first byte.
+    :ivar base: guest-physical base that the user fixed or that an earlier define chose, or None.
+    :ivar node: guest NUMA node, or None.
+    """
+
+    slot: int
+    size: int
+    label_size: int
+    alignsize: int | None
+    first_spa: int
+    base: int | None
+    node: int | None
+
+
+def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int) -> GuestLayout:
+    """The address space of a guest with so much RAM around NVDIMMs whose places are known. Nothing is checked.
+
+    :param ram: guest RAM, bytes.
+    :param address_bits: the guest's physical address width.
+    """
+    return GuestLayout(
+        ram=ram,
+        highmem_end=4 * GIB + max(0, ram - RAM_BELOW_4G_END),
+        limit=1 << min(address_bits, MAX_ADDRESS_BITS),
+        nvdimms=tuple(sorted(nvdimms, key=lambda placement: placement.slot)),
+    )
+
+
+def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, gap: int = 64 * GIB) -> GuestLayout:
+    """Choose a base for every NVDIMM that has none, and check those that have one.
+
+    The same input gives the same layout. A base is a multiple of ``alignsize`` and, unless that contradicts it,
+    congruent modulo 2 MiB to the backing's first SPA, so that Xen can use 2 MiB entries.
+
+    :param ram: guest RAM, bytes.
+    :param address_bits: the guest's physical address width.
+    :param gap: bytes to leave free behind the RAM; halved, down to 1 GiB, while the NVDIMMs do not fit.
+    :raises LayoutError: when they do not fit, or a base that one has is not possible.
+    """
+    ordered = sorted(requests, key=lambda request: request.slot)
+    given = [request for request in ordered if request.base is not None]
+    fixed = around(ram, [_at(request, request.base or 0) for request in given], address_bits=address_bits)
+    check(fixed, given, address_bits=address_bits)
+    wanted = [request for request in ordered if request.base is None]
+    for tried in _gaps(gap):
+        chosen = _first_fit(wanted, fixed.nvdimms, start=_up(fixed.highmem_end + tried, GIB), limit=fixed.limit)
+        if chosen is not None:
+            layout = around(ram, (*fixed.nvdimms, *chosen), address_bits=address_bits)
+            check(layout, ordered, address_bits=address_bits)
+            return layout
+    raise LayoutError(
+        f"{len(wanted)} NVDIMMs with {sum(request.size for request in wanted)} bytes together do not fit between the "
+        f"end of the guest's RAM at {fixed.highmem_end:#x} and that of its physical address space at {fixed.limit:#x}, "
+        f"even with a gap of only {tried} bytes behind the RAM",
+        hint="give the guest less RAM or smaller NVDIMMs, or run it where the CPU has more physical address bits",
+    )
+
+
+def check(layout: GuestLayout, requests: Sequence[PlacementRequest], *, address_bits: int) -> None:
+    """Check that a layout, such as one remembered from an earlier define, is right for the guest as it is now.
+
+    :param layout: of it, ``ram`` (the guest's RAM now) and ``nvdimms`` count; the rest is worked out anew.
+    :raises LayoutError: when it does not hold exactly these NVDIMMs, or one of them overlaps RAM, the PCI hole or
+        another one, is misaligned, or ends behind the guest's physical address space.
+    """
+    slots = sorted(request.slot for request in requests)
+    if len(set(slots)) != len(slots) or slots != sorted(placement.slot for placement in layout.nvdimms):
+        raise LayoutError(
+            f"the guest has NVDIMMs in slots {slots}, its layout has them in slots "
+            f"{sorted(placement.slot for placement in layout.nvdimms)}",
+            hint="give each NVDIMM a slot of its own and define the domain again",
+        )
+    space = around(layout.ram, layout.nvdimms, address_bits=address_bits)
+    for placement, request in zip(space.nvdimms, sorted(requests, key=lambda request: request.slot), strict=True):
+        _check_request(placement, request)
+        _check_range(placement, space)
+    for left, right in pairwise(sorted(space.nvdimms, key=lambda placement: placement.base)):
+        if right.base < left.end:
+            raise LayoutError(
+                f"{_name(left)} and {_name(right)} overlap from {right.base:#x} on",
+                hint="change or leave out the base of one of them",
+            )
+
+
+def mappings(placement: Placement, extents: Sequence[Extent]) -> tuple[Mapping, ...]:
+    """Say which machine frames go where, for exactly the visible bytes of an NVDIMM.
+
+    :param extents: of the backing, in order of offset, from 0 without gaps; what is behind the visible bytes is left
+        out. Neighbours that are contiguous in the machine as well become one mapping.
+    :raises LayoutError: when they are not whole pages, have a gap, or do not reach the end.
+    """
+    result: list[Mapping] = []
+    done = 0
+    for extent in extents:
+        if done == placement.size:
+            break
+        if extent.offset != done or extent.length <= 0 or extent.spa % PAGE or extent.length % PAGE:
+            raise LayoutError(
+                f"the backing of {_name(placement)} has an extent of {extent.length} bytes at offset {extent.offset}, "
+                f"SPA {extent.spa:#x}, where one of whole pages of {PAGE} bytes has to begin at offset {done}",
+                hint="the backing has a hole or is not aligned to pages of the persistent memory: make it anew",
+            )
+        count = min(extent.length, placement.size - done) // PAGE
+        mapping = Mapping(Gfn((placement.base + done) // PAGE), Mfn(extent.spa // PAGE), count)
+        if result and result[-1].mfn + result[-1].frames == mapping.mfn:
+            mapping = result[-1]._replace(frames=result[-1].frames + count)
+            result.pop()
+        result.append(mapping)
+        done += count * PAGE
+    if done != placement.size:
+        raise LayoutError(
+            f"the extents of the backing of {_name(placement)} end at offset {done}, "
+            f"and the guest is to see {placement.size} bytes",
+            hint="the backing is too short: make it anew, or give the NVDIMM a smaller <target><size>",
+        )
+    return tuple(result)
+
+
+def _gaps(gap: int) -> Iterator[int]:
+    yield gap
+    while gap // 2 >= MIN_GAP:
+        gap //= 2
+        yield gap
+
+
+def _first_fit(
+    requests: Sequence[PlacementRequest], taken: Sequence[Placement], *, start: int, limit: int
+) -> list[Placement] | None:
+    """Put each behind the one before it, around those that are fixed; None when the address space ends first."""
+    chosen: list[Placement] = []
+    for request in requests:
+        modulus, remainder = _congruence(request)
+        placement = _at(request, _up(start - remainder, modulus) + remainder)
+        while (obstacle := _overlapped(placement, taken)) is not None:
+            placement = _at(request, _up(obstacle.end - remainder, modulus) + remainder)
+        if placement.end > limit:
+            return None
+        chosen.append(placement)
+        start = placement.end
+    return chosen
+
+
+def _overlapped(placement: Placement, others: Sequence[Placement]) -> Placement | None:
+    return next((other for other in others if other.base < placement.end and placement.base < other.end), None)
+
+
+def _congruence(request: PlacementRequest) -> tuple[int, int]:
+    """(modulus, remainder) that a chosen base has."""
+    align = request.alignsize or PAGE
+    remainder = request.first_spa % SUPERPAGE
+    return max(align, SUPERPAGE), 0 if remainder % align else remainder
+
+
+def _at(request: PlacementRequest, base: int) -> Placement:
+    return Placement(request.slot, base, request.size, request.label_size, request.node)
+
+
+def _check_request(placement: Placement, request: PlacementRequest) -> None:
+    if placement != _at(request, placement.base if request.base is None else request.base):
+        raise LayoutError(
+            f"{_name(placement)} is not what is asked for now: {request.size} bytes, a label area of "
+            f"{request.label_size} bytes, node {request.node}, "
+            f"base {'any' if request.base is None else hex(request.base)}",
+            hint="define the domain again",
+        )
+    if request.size <= 0:
+        raise LayoutError(
+            f"the NVDIMM in slot {request.slot} has no byte for the guest to see",
+            hint="its <target><size>, without the label area, must be at least one <alignsize>",
+        )
+    align = request.alignsize or PAGE
+    for what, value in (("starts", placement.base), ("ends", placement.end)):
+        if value % align:
+            raise LayoutError(
+                f"{_name(placement)} {what} at {value:#x}, which is not a multiple of {align} bytes",
+                hint="change or leave out its base, or give it another <alignsize>",
+            )
+
+
+def _check_range(placement: Placement, space: GuestLayout) -> None:
+    if placement.base < space.highmem_end:
+        raise LayoutError(
+            f"{_name(placement)} overlaps the guest's RAM of {space.ram} bytes or its PCI hole: "
+            f"the first address behind both is {space.highmem_end:#x}",
+            hint="change or leave out its base, or give the guest less RAM",
+        )
+    if placement.end > space.limit:
+        raise LayoutError(
+            f"{_name(placement)} ends behind the guest's physical address space, which ends at {space.limit:#x}",
+            hint="change or leave out its base, or run the guest where the CPU has more physical address bits",
+        )
+
+
+def _name(placement: Placement) -> str:
+    return f"the NVDIMM in slot {placement.slot} ({placement.size} bytes at {placement.base:#x})"
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

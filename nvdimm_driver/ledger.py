@@ -1,0 +1,324 @@
+"""What belongs to whom: the one module that knows SQL.
+
+The device model, which has to start fast, uses it: model types are imported where they are made.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+
+from nvdimm_driver.errors import LedgerError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from nvdimm_driver.model import Allocation, Attachment, Record
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE domain (
+    uuid TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    ram INTEGER NOT NULL,
+    fault TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE TABLE allocation (
+    uuid TEXT NOT NULL REFERENCES domain(uuid) ON DELETE CASCADE,
+    slot INTEGER NOT NULL,
+    path TEXT NOT NULL UNIQUE,
+    size INTEGER NOT NULL,
+    label_size INTEGER NOT NULL,
+    alignsize INTEGER,
+    fixed_base INTEGER,
+    node INTEGER,
+    pmem INTEGER NOT NULL,
+    kind TEXT, device TEXT, start INTEGER, inode INTEGER, generation INTEGER, file_size INTEGER,
+    base INTEGER,
+    PRIMARY KEY (uuid, slot)
+) STRICT;
+CREATE TABLE attachment (
+    uuid TEXT PRIMARY KEY REFERENCES domain(uuid) ON DELETE CASCADE,
+    state TEXT NOT NULL CHECK (state IN ('preparing', 'prepared', 'mapping', 'mapped')),
+    domid INTEGER,
+    boot_id TEXT NOT NULL,
+    since INTEGER NOT NULL,
+    qemu TEXT NOT NULL DEFAULT '',
+    gfn_start INTEGER NOT NULL DEFAULT 0,
+    gfn_limit INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE frozen (
+    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
+    path TEXT NOT NULL,
+    PRIMARY KEY (uuid, path)
+) STRICT;
+CREATE TABLE mapping (
+    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
+    gfn INTEGER NOT NULL, mfn INTEGER NOT NULL, count INTEGER NOT NULL,
+    PRIMARY KEY (uuid, gfn)
+) STRICT;
+CREATE TABLE area (
+    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
+    mfn INTEGER NOT NULL, count INTEGER NOT NULL
+) STRICT;
+"""
+ALLOCATION_COLUMNS = (
+    "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
+    "kind, device, start, inode, generation, file_size, base"
+)
+
+
+def host_boot_id(path: str = "/proc/sys/kernel/random/boot_id") -> str:
+    """The kernel's name for this boot of the host."""
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()
+
+
+class Start:
+    """What the device model needs to know of a prepared start.
+
+    :ivar mappings: (gfn, mfn, count), in 4 KiB frames.
+    :ivar areas: pmem data areas of the host as (mfn, count).
+    :ivar qemu: the program to become.
+    """
+
+    __slots__ = ("areas", "gfn_limit", "gfn_start", "mappings", "name", "qemu")
+
+    def __init__(
+        self,
+        name: str,
+        qemu: str,
+        gfn_start: int,
+        gfn_limit: int,
+        mappings: list[tuple[int, int, int]],
+        areas: list[tuple[int, int]],
+    ) -> None:
+        self.name = name
+        self.qemu = qemu
+        self.gfn_start = gfn_start
+        self.gfn_limit = gfn_limit
+        self.mappings = mappings
+        self.areas = areas
+
+
+class Ledger:
+    """The state in a file that is made when it does not exist. Every method is one transaction.
+
+    :param path: of the file, in a folder that exists; ``:memory:`` for a ledger that is not kept.
+    :raises LedgerError: from every method, when the file cannot be read or written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"cannot open {self.path}: {error}", hint="run 'nvdimmctl register' as root first"
+            ) from error
+        self._write([("PRAGMA foreign_keys = ON", ())], begin="")
+        if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
+            self._create()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def domains(self) -> tuple[Record, ...]:
+        """Every domain the ledger knows, by name."""
+        return tuple(self._record(row) for row in self._rows("SELECT uuid, name, ram, fault FROM domain ORDER BY name"))
+
+    def domain(self, uuid: str) -> Record | None:
+        """The domain, or None when the ledger does not know it."""
+        rows = self._rows("SELECT uuid, name, ram, fault FROM domain WHERE uuid = ?", uuid)
+        return self._record(rows[0]) if rows else None
+
+    def replace(self, uuid: str, name: str, ram: int, allocations: Sequence[Allocation]) -> None:
+        """Make these the domain's allocations, instead of those it had."""
+        statements: list[tuple[str, Sequence[Any]]] = [
+            (
+                "INSERT INTO domain (uuid, name, ram) VALUES (?, ?, ?) "
+                "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram",
+                (uuid, name, ram),
+            ),
+            ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
+        ]
+        statements += [
+            (
+                f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) VALUES (?{', ?' * 15})",
+                (uuid, *_allocation_values(item)),
+            )
+            for item in allocations
+        ]
+        self._write(statements)
+
+    def forget(self, uuid: str) -> None:
+        """Drop all that is known of a domain."""
+        self._write([("DELETE FROM domain WHERE uuid = ?", (uuid,))])
+
+    def attach(self, uuid: str, paths: Sequence[str]) -> None:
+        """A start begins: these paths will be frozen for it."""
+        self._write(
+            [
+                ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
+                (
+                    "INSERT INTO attachment (uuid, state, boot_id, since) VALUES (?, 'preparing', ?, ?)",
+                    (uuid, host_boot_id(), int(time.time())),
+                ),
+                *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
+            ]
+        )
+
+    def prepared(
+        self,
+        uuid: str,
+        qemu: str,
+        guest_frames: tuple[int, int],
+        mappings: Sequence[tuple[int, int, int]],
+        areas: Sequence[tuple[int, int]],
+    ) -> None:
+        """The start is prepared: what the device model will do."""
+        self._write(
+            [
+                (
+                    "UPDATE attachment SET state = 'prepared', since = ?, qemu = ?, gfn_start = ?, gfn_limit = ? "
+                    "WHERE uuid = ?",
+                    (int(time.time()), qemu, *guest_frames, uuid),
+                ),
+                *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
+                *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
+            ]
+        )
+
+    def start(self, uuid: str) -> Start:
+        """What was prepared for a domain in this boot of the host.
+
+        :raises LedgerError: when nothing was.
+        """
+        rows = self._rows(
+            "SELECT name, qemu, gfn_start, gfn_limit FROM attachment JOIN domain USING (uuid) "
+            "WHERE uuid = ? AND state = 'prepared' AND boot_id = ?",
+            uuid,
+            host_boot_id(),
+        )
+        if not rows:
+            raise LedgerError(
+                f"no start was prepared for domain {uuid}",
+                hint="libvirt's hook has not run: 'nvdimmctl register' installs it; libvirtd has to be restarted then",
+            )
+        mappings = self._rows("SELECT gfn, mfn, count FROM mapping WHERE uuid = ? ORDER BY gfn", uuid)
+        areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
+        name, qemu, gfn_start, gfn_limit = rows[0]
+        return Start(name, qemu, gfn_start, gfn_limit, mappings, areas)
+
+    def taken(self, uuid: str) -> list[tuple[str, int, int]]:
+        """Machine frames of every other domain's start, as (name of the domain, mfn, count)."""
+        return self._rows(
+            "SELECT name, mfn, count FROM mapping JOIN attachment USING (uuid) JOIN domain USING (uuid) "
+            "WHERE uuid != ? AND boot_id = ?",
+            uuid,
+            host_boot_id(),
+        )
+
+    def mapping(self, uuid: str, domid: int) -> None:
+        """The device model is about to map."""
+        self._write(
+            [
+                (
+                    "UPDATE attachment SET state = 'mapping', domid = ?, since = ? WHERE uuid = ?",
+                    (domid, int(time.time()), uuid),
+                )
+            ]
+        )
+
+    def mapped(self, uuid: str) -> None:
+        """The device model has mapped."""
+        self._write(
+            [
+                ("UPDATE attachment SET state = 'mapped', since = ? WHERE uuid = ?", (int(time.time()), uuid)),
+                ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
+            ]
+        )
+
+    def detach(self, uuid: str) -> None:
+        """The start is over, and nothing is frozen or mapped for it any more."""
+        self._write([("DELETE FROM attachment WHERE uuid = ?", (uuid,))])
+
+    def fault(self, uuid: str, reason: str) -> None:
+        """A start failed."""
+        self._write([("UPDATE domain SET fault = ? WHERE uuid = ?", (reason, uuid))])
+
+    def _record(self, row: tuple[Any, ...]) -> Record:
+        from nvdimm_driver.model import Record
+
+        uuid, name, ram, fault = row
+        return Record(uuid, name, ram, fault, self._allocations(uuid), self._attachment(uuid))
+
+    def _allocations(self, uuid: str) -> tuple[Allocation, ...]:
+        rows = self._rows(f"SELECT {ALLOCATION_COLUMNS} FROM allocation WHERE uuid = ? ORDER BY slot", uuid)
+        return tuple(_allocation(uuid, row) for row in rows)
+
+    def _attachment(self, uuid: str) -> Attachment | None:
+        from nvdimm_driver.model import Attachment
+
+        rows = self._rows("SELECT uuid, state, domid, boot_id, since FROM attachment WHERE uuid = ?", uuid)
+        if not rows:
+            return None
+        paths = self._rows("SELECT path FROM frozen WHERE uuid = ? ORDER BY path", uuid)
+        _, state, domid, boot_id, since = rows[0]
+        return Attachment(uuid, state, domid, boot_id, since, tuple(path for (path,) in paths))
+
+    def _create(self) -> None:
+        found = self._rows("PRAGMA user_version")[0][0]
+        if found > SCHEMA_VERSION:
+            raise LedgerError(
+                f"{self.path} has schema version {found}, this nvdimm_driver knows {SCHEMA_VERSION}",
+                hint="a newer nvdimm_driver has written it: install that again",
+            )
+        self._write([("PRAGMA journal_mode = WAL", ())], begin="")
+        statements = [part for part in SCHEMA.split(";\n") if part.strip()]
+        try:
+            self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
+        except LedgerError:
+            # Another process may have been first.
+            if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
+                raise
+
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(f"cannot read {self.path}: {error}") from error
+
+    def _write(self, statements: Sequence[tuple[str, Sequence[Any]]], begin: str = "BEGIN IMMEDIATE") -> None:
+        try:
+            if begin:
+                self._db.execute(begin)
+            for sql, values in statements:
+                self._db.execute(sql, values)
+            if begin:
+                self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise LedgerError(f"cannot write {self.path}: {error}") from error
+
+
+def _allocation_values(item: Allocation) -> tuple[Any, ...]:
+    spec, identity = item.spec, item.identity
+    wanted = (spec.slot, spec.path, spec.size, spec.label_size, spec.alignsize, spec.base, spec.node, int(spec.pmem))
+    if identity is None:
+        return (*wanted, *[None] * 6, item.base)
+    found = (identity.kind, identity.device, identity.start, identity.inode, identity.generation, identity.size)
+    return (*wanted, *found, item.base)
+
+
+def _allocation(uuid: str, row: tuple[Any, ...]) -> Allocation:
+    from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
+
+    slot, path, size, label_size, alignsize, fixed_base, node, pmem = row[:8]
+    identity = None if row[8] is None else BackingIdentity(*row[8:14])
+    spec = NvdimmSpec(slot, path, size, label_size, alignsize, fixed_base, node, bool(pmem))
+    return Allocation(uuid, spec, identity, row[14])

@@ -1,0 +1,284 @@
+"""The values that pass between modules. No I/O, no imports of ours.
+
+Sizes, offsets and addresses are ``int`` bytes; frame numbers (4 KiB each) have types of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, NewType
+
+Gfn = NewType("Gfn", int)
+"""Guest frame number."""
+Mfn = NewType("Mfn", int)
+"""Machine frame number: SPA / 4 KiB."""
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+PAGE = 4 * KIB
+SUPERPAGE = 2 * MIB
+
+
+@dataclass(frozen=True)
+class NvdimmSpec:
+    """One ``<memory model='nvdimm'>``, as the user asked for it.
+
+    :ivar slot: DIMM slot; the user's, or the lowest free one in document order.
+    :ivar path: absolute path of the backing file or device.
+    :ivar size: bytes, with the label area, a multiple of 2 MiB (libvirt rounds it up so for QEMU).
+    :ivar label_size: bytes of the label storage area, the last ones of ``size``; 0 without labels.
+    :ivar alignsize: ``<source><alignsize>`` in bytes, None when not given.
+    :ivar base: guest-physical base address that the user fixed, or None.
+    :ivar node: guest NUMA node, or None.
+    :ivar pmem: ``<pmem/>`` was given.
+    """
+
+    slot: int
+    path: str
+    size: int
+    label_size: int = 0
+    alignsize: int | None = None
+    base: int | None = None
+    node: int | None = None
+    pmem: bool = False
+
+    @property
+    def visible_size(self) -> int:
+        """Bytes the guest sees as persistent memory: to the byte what QEMU shows for the same XML."""
+        align = self.alignsize or PAGE
+        return (self.size - self.label_size) // align * align
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """A domain with NVDIMMs.
+
+    :ivar uuid: lower-case text form, or None when the XML has none yet.
+    :ivar ram: guest RAM in bytes.
+    :ivar emulator: the user's own ``<emulator>``, or None.
+    :ivar nvdimms: in slot order, at least one.
+    """
+
+    name: str
+    uuid: str | None
+    ram: int
+    emulator: str | None
+    nvdimms: tuple[NvdimmSpec, ...]
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A pmem namespace of the host.
+
+    :ivar name: as the kernel has it, ``namespace0.0``.
+    :ivar mode: ``fsdax``, ``devdax``, ``raw`` or ``sector``, as ``ndctl list`` says it.
+    :ivar device: name of its block or character device (``pmem0``, ``dax0.0``).
+    :ivar uid: what stays the same over a host's reboots: the namespace's uuid, or ``spa-…`` when it has none.
+    :ivar data_spa: SPA of the first byte of its data area, behind any info block and page structures.
+    :ivar data_size: bytes of the data area.
+    """
+
+    name: str
+    mode: str
+    device: str
+    uid: str
+    data_spa: int
+    data_size: int
+    numa_node: int | None = None
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of a backing that is contiguous in the machine's memory (offset in the backing, SPA, length: bytes)."""
+
+    offset: int
+    spa: int
+    length: int
+
+
+@dataclass(frozen=True)
+class BackingIdentity:
+    """Which object a path named: equal means the same bytes of the same namespace.
+
+    :ivar kind: name of the backing plug-in.
+    :ivar device: uid of the namespace.
+    :ivar start: bytes into its data area where the device, or the partition it is on, starts.
+    :ivar inode: inode number; 0 for a device.
+    :ivar generation: inode generation (FS_IOC_GETVERSION); 0 for a device.
+    :ivar size: bytes of the file or device.
+    """
+
+    kind: str
+    device: str
+    start: int
+    inode: int
+    generation: int
+    size: int
+
+    def shares_bytes(self, other: BackingIdentity) -> bool:
+        """True when some byte belongs to both."""
+        if self.device != other.device:
+            return False
+        if self.inode or other.inode:
+            return (self.start, self.inode, self.generation) == (other.start, other.inode, other.generation)
+        return self.start < other.start + other.size and other.start < self.start + self.size
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a backing is: its identity and its extents, in order of offset, without gaps from 0."""
+
+    identity: BackingIdentity
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What provisioning a backing will do; nothing has been done yet.
+
+    :ivar creates: the file does not exist (or is empty) and will be created.
+    :ivar writes: bytes of zeros that will be written.
+    :ivar namespace: the namespace the backing is on.
+    """
+
+    kind: str
+    creates: bool
+    writes: int
+    namespace: Namespace
+
+    @property
+    def assumed(self) -> bool:
+        """True when the backing's extents will be known only after provisioning."""
+        return self.creates or self.writes > 0
+
+
+class Mapping(NamedTuple):
+    """Frames ``mfn … mfn+frames-1`` of the machine appear at ``gfn …`` in the guest."""
+
+    gfn: Gfn
+    mfn: Mfn
+    frames: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one NVDIMM is in the guest's physical address space.
+
+    :ivar handle: NFIT device handle, as QEMU gives it: slot + 1.
+    :ivar base: guest-physical address of its first byte.
+    :ivar size: visible bytes.
+    """
+
+    slot: int
+    base: int
+    size: int
+    label_size: int = 0
+    node: int | None = None
+
+    @property
+    def handle(self) -> int:
+        return self.slot + 1
+
+    @property
+    def end(self) -> int:
+        return self.base + self.size
+
+
+@dataclass(frozen=True)
+class GuestLayout:
+    """A guest's physical address space, as far as it matters to its NVDIMMs.
+
+    :ivar ram: bytes of RAM.
+    :ivar highmem_end: address behind the RAM above 4 GiB (4 GiB when there is none).
+    :ivar limit: first address the guest cannot use.
+    :ivar nvdimms: in slot order.
+    """
+
+    ram: int
+    highmem_end: int
+    limit: int
+    nvdimms: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class AcpiTables:
+    """Tables to hand to a guest's firmware, each whole and with a right checksum.
+
+    :ivar tables: in the order in which the guest gets them.
+    :ivar reference: every other table that came with them, for show (``acpi dump --all``).
+    """
+
+    tables: tuple[bytes, ...]
+    reference: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a define and a start of a domain would do.
+
+    :ivar intakes: what provisioning has left to do, by slot order.
+    :ivar locations: by slot order; for a backing that does not exist yet, where it would be at best.
+    :ivar mappings: of all NVDIMMs.
+    :ivar areas: the host's pmem data areas as (first MFN, frames); every mapping lies in one.
+    """
+
+    domain: DomainSpec
+    intakes: tuple[Intake, ...]
+    locations: tuple[Location, ...]
+    layout: GuestLayout
+    mappings: tuple[Mapping, ...]
+    areas: tuple[tuple[int, int], ...]
+    tables: AcpiTables
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the ledger knows of one NVDIMM of one domain.
+
+    :ivar identity: None until it is provisioned.
+    :ivar base: guest-physical base, chosen once; None until it is provisioned.
+    """
+
+    uuid: str
+    spec: NvdimmSpec
+    identity: BackingIdentity | None = None
+    base: int | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.identity is not None
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A start of a domain, from the moment something is done for it until all of it is undone.
+
+    :ivar state: ``preparing``, ``prepared``, ``mapping`` or ``mapped``.
+    :ivar domid: None until the device model has run.
+    :ivar boot_id: the host's boot it belongs to.
+    :ivar since: seconds since the epoch, when the state was entered.
+    :ivar paths: what is frozen for it.
+    """
+
+    uuid: str
+    state: str
+    domid: int | None
+    boot_id: str
+    since: int
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A domain in the ledger.
+
+    :ivar fault: why its last start failed; empty when it did not.
+    """
+
+    uuid: str
+    name: str
+    ram: int
+    fault: str
+    allocations: tuple[Allocation, ...]
+    attachment: Attachment | None

@@ -1,0 +1,162 @@
+"""The plug-in surface: what an XML hook, a backing, an ACPI builder and a mapper do.
+
+Imports nothing heavy: the device model, which has to start fast, uses a mapper.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING without the 8 ms that importing typing takes
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, Self
+
+    from oslo_config import cfg
+
+    from nvdimm_driver.model import (
+        AcpiTables,
+        BackingIdentity,
+        GuestLayout,
+        Intake,
+        Location,
+        NvdimmSpec,
+    )
+
+
+class Plugin(ABC):
+    """What all plug-ins have in common."""
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
+        """Make one as the operator's configuration says."""
+        del conf
+        return cls()
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for people: what this plug-in does and what it needs."""
+
+
+class XmlHook(Plugin):
+    """Rewrites domain XML on its way into libvirt and restores it on its way out."""
+
+    @abstractmethod
+    def rewrite(self, xml: str, device_model: str) -> str:
+        """Return XML that libvirt's driver takes; byte for byte the same when it has no NVDIMM."""
+
+    @abstractmethod
+    def restore(self, xml: str) -> str:
+        """Return what the user wrote; byte for byte the same when nothing was rewritten."""
+
+
+class Backing(Plugin):
+    """One way to keep an NVDIMM's bytes in the host's persistent memory."""
+
+    name: str
+
+    @abstractmethod
+    def handles(self, path: str) -> bool:
+        """True when the path, existing or to be created, is for this backing (by its file type)."""
+
+    @abstractmethod
+    def examine(self, spec: NvdimmSpec) -> Intake:
+        """Check that the backing can be provisioned, touching nothing.
+
+        :raises BackingError: with the reason why it cannot.
+        """
+
+    @abstractmethod
+    def provision(self, spec: NvdimmSpec) -> BackingIdentity:
+        """Create or complete the backing: all of it allocated, written and synced. Can be repeated.
+
+        What it created is removed again when it fails.
+        """
+
+    @abstractmethod
+    def discard(self, spec: NvdimmSpec) -> None:
+        """Delete what :meth:`provision` has created, with all its bytes."""
+
+    @abstractmethod
+    def locate(self, spec: NvdimmSpec) -> Location:
+        """Find the extents of the first ``spec.size`` bytes, cross-checked, and the identity.
+
+        :raises BackingError: when the backing is sparse, shared, unwritten, or not on pmem.
+        """
+
+    @abstractmethod
+    def freeze(self, path: str) -> None:
+        """Keep others in the host from changing where the backing's bytes are. Can be repeated."""
+
+    @abstractmethod
+    def thaw(self, path: str) -> None:
+        """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone."""
+
+
+class AcpiBuilder(Plugin):
+    """Makes the ACPI tables that tell a guest about its NVDIMMs."""
+
+    @abstractmethod
+    def build(self, layout: GuestLayout) -> AcpiTables:
+        """Return verified tables for exactly this layout.
+
+        :raises AcpiError: when they cannot be built or do not say what the layout says.
+        """
+
+
+class Mapper(Plugin):
+    """Makes machine frames and tables appear in a guest. Frames are plain tuples of ints:
+    a mapping is (gfn, mfn, count), a range of the machine (mfn, count)."""
+
+    @abstractmethod
+    def ram(self) -> list[tuple[int, int]]:
+        """The machine's RAM, as ranges of frames."""
+
+    @abstractmethod
+    def is_alive(self, domid: int, uuid: str) -> bool:
+        """True while the hypervisor has that domain, dying ones included."""
+
+    @abstractmethod
+    def uuid(self, domid: int) -> str | None:
+        """The domain's uuid as the toolstack recorded it, or None."""
+
+    @abstractmethod
+    def map(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> int:
+        """Grant and map; on failure take back, in reverse order, what was done, and raise XenError.
+
+        :returns: the number of memory_mapping hypercalls made.
+        """
+
+    @abstractmethod
+    def unmap(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> None:
+        """Undo :meth:`map`."""
+
+    @abstractmethod
+    def deliver(self, domid: int, tables: bytes) -> None:
+        """Put ACPI tables (concatenated) where the guest's firmware takes them from."""
+
+
+def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
+    """Make the plug-in of that name.
+
+    :param namespace: ``nvdimm_driver.backings`` and so on.
+    :raises ConfigError: when no installed package has it.
+    """
+    from stevedore import DriverManager
+    from stevedore.exception import NoMatches
+
+    from nvdimm_driver.errors import ConfigError
+
+    try:
+        manager: Any = DriverManager(namespace, name)
+        return manager.driver.from_conf(conf)
+    except NoMatches as error:
+        raise ConfigError(f"no plug-in {name!r} in {namespace}", hint="look at the option that names it") from error
+
+
+def load_all(namespace: str, conf: cfg.ConfigOpts) -> list[Any]:
+    """Make every plug-in of a namespace, by name."""
+    from stevedore import ExtensionManager
+
+    manager: Any = ExtensionManager(namespace)
+    return [manager[name].plugin.from_conf(conf) for name in sorted(manager.names())]

@@ -1,0 +1,48 @@
+"""What is used of Xen's C libraries, declared once. setup.py makes nvdimm_driver/xen/_xen.py of it.
+
+cffi's out-of-line ABI mode: no compiler at installation, and at run time nothing but ``_cffi_backend``, which loads in
+2 ms where cffi itself, which parses C, takes 60. Needs cffi 1.15 or newer on both sides.
+"""
+
+from cffi import FFI
+
+DECLARATIONS = """
+typedef unsigned long xen_pfn_t;
+
+/* libxenctrl.so.MAJOR.MINOR (xenctrl.h, xenctrl_compat.h of Xen 4.17 to 4.22) */
+typedef struct xc_interface_core xc_interface;
+typedef struct xentoollog_logger xentoollog_logger;
+typedef struct xenforeignmemory_handle xenforeignmemory_handle;
+xc_interface *xc_interface_open(xentoollog_logger *, xentoollog_logger *, unsigned);
+int xc_interface_close(xc_interface *);
+xenforeignmemory_handle *xc_interface_fmem_handle(xc_interface *);
+int xc_domain_iomem_permission(xc_interface *, uint32_t domid, unsigned long mfn, unsigned long count, uint8_t allow);
+int xc_domain_memory_mapping(
+    xc_interface *, uint32_t domid, unsigned long gfn, unsigned long mfn, unsigned long count, uint32_t add);
+int xc_domain_maximum_gpfn(xc_interface *, uint32_t domid, xen_pfn_t *gfn);
+int xc_domain_populate_physmap_exact(
+    xc_interface *, uint32_t domid, unsigned long count, unsigned order, unsigned flags, xen_pfn_t *gfns);
+int xc_domain_pin_memory_cacheattr(xc_interface *, uint32_t domid, uint64_t first, uint64_t last, uint32_t type);
+int xc_get_paging_mempool_size(xc_interface *, uint32_t domid, uint64_t *bytes);
+int xc_set_paging_mempool_size(xc_interface *, uint32_t domid, uint64_t bytes);
+int xc_get_machine_memory_map(xc_interface *, struct e820entry *, uint32_t count);
+
+/* libxenforeignmemory.so.1 (xenforeignmemory.h) */
+void *xenforeignmemory_map(
+    xenforeignmemory_handle *, uint32_t domid, int protection, size_t pages, const xen_pfn_t *gfns, int *errors);
+int xenforeignmemory_unmap(xenforeignmemory_handle *, void *, size_t pages);
+
+/* libxenstore.so.4 (xenstore.h) */
+struct xs_handle *xs_open(unsigned long flags);
+void xs_close(struct xs_handle *);
+void *xs_read(struct xs_handle *, uint32_t transaction, const char *path, unsigned *length);
+_Bool xs_write(struct xs_handle *, uint32_t transaction, const char *path, const void *, unsigned length);
+
+/* the C library: what xs_read returns is the caller's */
+void free(void *);
+"""
+
+ffi = FFI()
+ffi.cdef("struct e820entry { uint64_t addr; uint64_t size; uint32_t type; };", packed=True)
+ffi.cdef(DECLARATIONS)
+ffi.set_source("nvdimm_driver.xen._xen", None)

@@ -1,0 +1,236 @@
+"""The mapper for a stock Xen: machine frames by domctl, ACPI tables by hvmloader's own two xenstore keys."""
+
+from __future__ import annotations
+
+from nvdimm_driver import frames
+from nvdimm_driver.errors import LayoutError, XenError
+from nvdimm_driver.plugins import Mapper
+from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, E820_RAM, PAGE, WRITE_BACK, Xen
+from nvdimm_driver.xen.xenstore import Xenstore
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Frames = tuple[int, int, int]
+
+MIB = 1 << 20
+
+TABLES_GFN = 0xFD001
+"""Where tables go: what hvmloader reports as RESERVED, clear of its ACPI arena, PCI BARs, IOAPIC, HPET, TPM and MSI.
+The page below, 0xFD000, is kept for the ``_DSM`` buffer (MEMA)."""
+TABLES_PAGES = 63
+"""With the ``_DSM`` page 64 pages, of the 256 that libxl leaves free below the domain's memory limit."""
+TABLES_COUNT = 4
+"""hvmloader takes 15 secondary tables, makes up to 11 itself, and drops the last ones without a word
+(tools/libacpi/build.c:construct_secondary_tables, construct_passthrough_tables)."""
+ACPI_HEADER = 36
+
+
+class DomctlMapper(Mapper):
+    """Maps by XEN_DOMCTL_memory_mapping. The guest has to be paused and not have run yet."""
+
+    def __init__(self, xen: Xen | None = None, xenstore: Xenstore | None = None) -> None:
+        """Use these connections; one that is not given is opened when first needed."""
+        self._xen = xen
+        self._xenstore = xenstore
+
+    @property
+    def xen(self) -> Xen:
+        """The hypervisor."""
+        if self._xen is None:
+            self._xen = Xen()
+        return self._xen
+
+    @property
+    def xenstore(self) -> Xenstore:
+        """The xenstore."""
+        if self._xenstore is None:
+            self._xenstore = Xenstore()
+        return self._xenstore
+
+    def describe(self) -> str:
+        return "maps host frames with Xen domctls; needs root in dom0 and libxenctrl of the running Xen (4.17 or newer)"
+
+    def ram(self) -> list[tuple[int, int]]:
+        ranges = []
+        for address, size, kind in self.xen.machine_memory_map():
+            if kind == E820_RAM and size:
+                first, last = address // PAGE, (address + size - 1) // PAGE  # a frame that is partly RAM is RAM
+                ranges.append((first, last - first + 1))
+        return ranges
+
+    def is_alive(self, domid: int, uuid: str) -> bool:
+        # The xenstore entries of a dying domain are gone before it is: no entry means that it may be the one.
+        return self.xen.domain_exists(domid) and self.uuid(domid) in (None, uuid.lower())
+
+    def uuid(self, domid: int) -> str | None:
+        vm = self.xenstore.read(f"/local/domain/{domid}/vm")
+        return None if vm is None else vm.removeprefix("/vm/").lower()
+
+    def map(self, domid: int, mappings: Sequence[Frames]) -> int:
+        self._raise_paging_pool(domid, mappings)
+        granted: list[Frames] = []
+        mapped: list[Frames] = []
+        pinned: list[tuple[int, int]] = []
+        try:
+            for gfn, mfn, count in mappings:
+                self.xen.iomem_permission(domid, mfn, count, True)
+                granted.append((gfn, mfn, count))
+                # libxc cuts it into hypercalls of 64 entries by itself, and removes what it did when one fails.
+                self.xen.memory_mapping(domid, gfn, mfn, count, True)
+                mapped.append((gfn, mfn, count))
+            for run in guest_runs(mappings):
+                # Stock Xen maps such frames uncacheable and looks at a pinned type too late (epte_get_entry_emt). A Xen
+                # that honours it makes the guest faster; one that refuses leaves it slow and right, which is no error.
+                if self.xen.pin_memory_cacheattr(domid, *run, WRITE_BACK):
+                    pinned.append(run)
+        except BaseException as error:
+            failures = self._take_back(domid, granted, mapped, pinned)
+            if failures:
+                raise XenError(
+                    f"{error}; and then, taking back what was done: {'; '.join(failures)}",
+                    hint=f"destroy domain {domid}: that drops its mappings and permissions",
+                ) from error
+            raise
+        return frames.cost(mappings)[2]
+
+    def unmap(self, domid: int, mappings: Sequence[Frames]) -> None:
+        failures = self._take_back(domid, mappings, mappings, guest_runs(mappings))
+        if failures:
+            raise XenError("; ".join(failures), hint=f"destroy domain {domid}: that drops its mappings and permissions")
+
+    def deliver(self, domid: int, tables: bytes) -> None:
+        folder = f"/local/domain/{domid}/hvmloader/acpi"
+        users = self._users_tables(domid, folder)
+        number = count_tables(users, "the user's ACPI tables") + count_tables(tables, "the NVDIMM tables")
+        if number > TABLES_COUNT:
+            raise LayoutError(
+                f"{number} ACPI tables for domain {domid}; hvmloader is sure to take {TABLES_COUNT}",
+                hint="put fewer tables into <os><acpi><table>",
+            )
+        together = users + tables
+        _check_size(domid, len(together))
+        self.xen.populate_physmap_exact(domid, TABLES_GFN, -(-len(together) // PAGE))
+        self.xen.write_memory(domid, TABLES_GFN * PAGE, together)
+        self.xenstore.write(f"{folder}/address", hex(TABLES_GFN * PAGE))
+        self.xenstore.write(f"{folder}/length", hex(len(together)))
+
+    def close(self) -> None:
+        """Close what was opened. Can be repeated; the mapper can be used again."""
+        xen, self._xen = self._xen, None
+        if xen is not None:
+            xen.close()
+        xenstore, self._xenstore = self._xenstore, None
+        if xenstore is not None:
+            xenstore.close()
+
+    def _raise_paging_pool(self, domid: int, mappings: Sequence[Frames]) -> None:
+        """Add the page tables of the mappings to the pool that libxl has reckoned for RAM alone.
+
+        Xen does not tell how much of the pool is free. It is not lowered again: its pages go with the domain.
+        """
+        size = page_tables(mappings) * PAGE
+        more = -(-size // MIB) * MIB + MIB
+        self.xen.set_paging_pool(domid, self.xen.paging_pool(domid) + more)
+
+    def _take_back(
+        self,
+        domid: int,
+        granted: Sequence[Frames],
+        mapped: Sequence[Frames],
+        pinned: Sequence[tuple[int, int]],
+    ) -> list[str]:
+        """Undo in reverse order, to the end whatever happens; return what failed."""
+        failures = []
+        for run in reversed(pinned):
+            try:
+                self.xen.pin_memory_cacheattr(domid, *run, DELETE_CACHEATTR)
+            except XenError as error:
+                failures.append(str(error))
+        for gfn, mfn, count in reversed(mapped):
+            try:
+                if count:
+                    self.xen.memory_mapping(domid, gfn, mfn, count, False)
+            except XenError as error:
+                failures.append(str(error))
+        for _, mfn, count in reversed(granted):
+            try:
+                self.xen.iomem_permission(domid, mfn, count, False)
+            except XenError as error:
+                failures.append(str(error))
+        return failures
+
+    def _users_tables(self, domid: int, folder: str) -> bytes:
+        """The tables that libxl put into the guest for ``<os><acpi><table>``, or nothing."""
+        address, length = self.xenstore.read(f"{folder}/address"), self.xenstore.read(f"{folder}/length")
+        if address is None and length is None:
+            return b""
+        try:
+            start, size = int(address or "", 0), int(length or "", 0)
+        except ValueError:
+            raise XenError(
+                f"{folder}: address {address!r}, length {length!r}: two numbers are expected",
+                hint="libxl writes them for <os><acpi><table>; try without it",
+            ) from None
+        if start == TABLES_GFN * PAGE:
+            raise XenError(f"domain {domid} has its tables already", hint="each domain gets its tables once")
+        _check_size(domid, size)
+        return self.xen.read_memory(domid, start, size) if size else b""
+
+
+def guest_runs(mappings: Sequence[Frames]) -> list[tuple[int, int]]:
+    """Return the guest frames of the mappings as (gfn, count), neighbours joined: Xen pins at most 64 ranges."""
+    runs: list[tuple[int, int]] = []
+    for gfn, _, count in sorted(mappings):
+        if runs and sum(runs[-1]) == gfn:
+            runs[-1] = (runs[-1][0], runs[-1][1] + count)
+        else:
+            runs.append((gfn, count))
+    return runs
+
+
+def page_tables(mappings: Sequence[Frames]) -> int:
+    """Return how many pages of page tables the mappings need at most: 1 for each 2 MiB of guest-physical space that is
+    not mapped in one entry, each GiB and each 512 GiB."""
+    pages = 0
+    for gfn, mfn, count in mappings:
+        front, superpages, behind = frames.entries(gfn, mfn, count)
+        pages += (front > 0) + (behind > 0) if superpages else _touched(gfn, count, 9)
+        pages += _touched(gfn, count, 18) + _touched(gfn, count, 27)
+    return pages
+
+
+def count_tables(tables: bytes, what: str) -> int:
+    """Return the number of concatenated ACPI tables.
+
+    hvmloader steps from one to the next by their lengths and checks nothing (construct_passthrough_tables): one wrong
+    length would have it copy whatever comes behind.
+
+    :raises LayoutError: when the lengths do not add up.
+    """
+    number = offset = 0
+    while offset < len(tables):
+        length = int.from_bytes(tables[offset + 4 : offset + 8], "little")
+        if not ACPI_HEADER <= length <= len(tables) - offset:
+            raise LayoutError(
+                f"{what}: table {number} at byte {offset} says it has {length} bytes; "
+                f"it can have {ACPI_HEADER} to {len(tables) - offset}",
+                hint="the file must be whole ACPI tables, one behind the other, and nothing else",
+            )
+        offset += length
+        number += 1
+    return number
+
+
+def _touched(gfn: int, count: int, shift: int) -> int:
+    return ((gfn + count - 1) >> shift) - (gfn >> shift) + 1
+
+
+def _check_size(domid: int, size: int) -> None:
+    limit = TABLES_PAGES * PAGE
+    if size > limit:
+        raise LayoutError(
+            f"{size} bytes of ACPI tables for domain {domid}; {limit} ({TABLES_PAGES} pages) fit",
+            hint="use fewer NVDIMMs, or a smaller table in <os><acpi><table>",
+        )

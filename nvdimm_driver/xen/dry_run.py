@@ -1,0 +1,77 @@
+"""The mapper that only says what it would do: the real one, over a hypervisor and a xenstore that take notes."""
+
+from __future__ import annotations
+
+from nvdimm_driver.xen.domctl import DomctlMapper
+from nvdimm_driver.xen.libxenctrl import E820_RAM, PAGE, Xen
+from nvdimm_driver.xen.xenstore import Xenstore
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    Call = tuple[Any, ...]
+
+
+class DryRunMapper(DomctlMapper):
+    """Records the calls and makes none. Needs no Xen and no library of it; no domain is alive.
+
+    :ivar calls: (function, argument, …) in order; set_paging_pool has what is added to the pool.
+    """
+
+    def __init__(self, ram: Sequence[tuple[int, int]] = ()) -> None:
+        """:param ram: the machine's RAM, as ranges of frames (mfn, count)."""
+        self.calls: list[Call] = []
+        super().__init__(_RecordingXen(ram, self.calls), _RecordingXenstore(self.calls))
+
+    def describe(self) -> str:
+        return "writes down the calls that domctl would make; needs nothing"
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _RecordingXen(Xen):
+    def __init__(self, ram: Sequence[tuple[int, int]], calls: list[Call]) -> None:
+        self._ram = ram
+        self._calls = calls
+
+    def iomem_permission(self, domid: int, mfn: int, count: int, allow: bool) -> None:
+        self._calls.append(("iomem_permission", domid, mfn, count, int(allow)))
+
+    def memory_mapping(self, domid: int, gfn: int, mfn: int, count: int, add: bool) -> None:
+        self._calls.append(("memory_mapping", domid, gfn, mfn, count, int(add)))
+
+    def paging_pool(self, domid: int) -> int:
+        return 0
+
+    def set_paging_pool(self, domid: int, size: int) -> None:
+        self._calls.append(("set_paging_pool", domid, size))
+
+    def pin_memory_cacheattr(self, domid: int, gfn: int, count: int, memory_type: int) -> bool:
+        self._calls.append(("pin_memory_cacheattr", domid, gfn, count, memory_type))
+        return True
+
+    def machine_memory_map(self) -> list[tuple[int, int, int]]:
+        return [(mfn * PAGE, count * PAGE, E820_RAM) for mfn, count in self._ram]
+
+    def domain_exists(self, domid: int) -> bool:
+        return False
+
+    def populate_physmap_exact(self, domid: int, gfn: int, count: int) -> None:
+        self._calls.append(("populate_physmap_exact", domid, gfn, count))
+
+    def write_memory(self, domid: int, address: int, data: bytes) -> None:
+        self._calls.append(("write_memory", domid, address, len(data)))
+
+
+class _RecordingXenstore(Xenstore):
+    def __init__(self, calls: list[Call]) -> None:
+        self._calls = calls
+
+    def read(self, path: str) -> str | None:
+        return None
+
+    def write(self, path: str, value: str) -> None:
+        self._calls.append(("xenstore_write", path, value))

@@ -1,0 +1,245 @@
+"""The running hypervisor, through its own libxenctrl: one thin method for each call that is used.
+
+libxenctrl's soname has the hypervisor's version in it, because domctls are not stable between releases: the library is
+chosen by the version that runs, not by the one that happens to be installed. The functions used here have had the same
+signatures since Xen 4.17 (xc_get_paging_mempool_size came with it).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from nvdimm_driver.errors import XenError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
+
+    ffi: Any
+else:
+    from nvdimm_driver.xen._xen import ffi
+
+PAGE = 4096
+OLDEST = (4, 17)
+E820_RAM = 1
+WRITE_BACK = 6
+"""xen/include/asm-x86/mtrr.h: MTRR_TYPE_WRBACK."""
+DELETE_CACHEATTR = 0xFFFFFFFF
+"""xen/include/public/domctl.h: XEN_DOMCTL_DELETE_MEM_CACHEATTR."""
+MAX_E820_ENTRIES = 1024
+"""Xen has no more (E820MAX), and answers EINVAL to a buffer that is too small."""
+PROT_READ, PROT_WRITE = 1, 2
+
+LIBRARY_FOLDERS = ("lib", "lib64", "lib/*-linux-gnu", "local/lib", "local/lib64")
+
+HINTS = {
+    errno.EPERM: "only root in dom0 may do this, and only with frames that dom0 itself may access",
+    errno.ESRCH: "the domain is gone",
+    errno.ENOMEM: "the hypervisor is out of memory; free_memory in `xl info` says what is left",
+    errno.EBUSY: "the domain is at its memory limit",
+}
+
+
+class Xen:
+    """An open connection to the hypervisor. Frames are ints, 4 KiB each; addresses, lengths and sizes are bytes.
+
+    Every method makes one call and raises XenError, with the errno's name and the arguments, when that fails.
+    """
+
+    def __init__(self, root: str = "/") -> None:
+        """Open the hypervisor that runs; ``root`` is where ``sys``, ``dev`` and ``usr`` are.
+
+        :raises XenError: without Xen, outside dom0, not as root, without that Xen version's libxenctrl.
+        """
+        self._version = running_version(root)
+        self._soname = f"libxenctrl.so.{self._version}"
+        if not os.path.exists(os.path.join(root, "dev/xen/privcmd")):
+            raise XenError(
+                "this is not dom0: /dev/xen/privcmd is missing",
+                hint="run it in dom0; there, `modprobe xen-privcmd` makes the device",
+            )
+        try:
+            self._lib: Any = ffi.dlopen(self._soname)
+        except OSError as error:
+            installed = ", ".join(installed_versions(root)) or "none"
+            raise XenError(
+                f"{self._soname} cannot be loaded: Xen {self._version} is running, "
+                f"libxenctrl is installed for: {installed}",
+                hint=f"install the libraries of Xen {self._version}, or reboot into the Xen that is installed",
+            ) from error
+        try:
+            self._memory: Any = ffi.dlopen("libxenforeignmemory.so.1")
+        except OSError as error:
+            raise XenError(f"{error}", hint="install the package that has libxenforeignmemory.so.1") from error
+        ffi.errno = 0
+        self._handle: Any = self._lib.xc_interface_open(ffi.NULL, ffi.NULL, 0)
+        if not self._handle:
+            raise self._error("xc_interface_open", ffi.errno, "/dev/xen/privcmd", hint="only root in dom0 may do this")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Can be repeated."""
+        handle, self._handle = self._handle, ffi.NULL
+        if handle:
+            self._lib.xc_interface_close(handle)
+
+    def iomem_permission(self, domid: int, mfn: int, count: int, allow: bool) -> None:
+        """Allow the domain to have these machine frames mapped, or take that back."""
+        what = f"domain {domid}, mfn {mfn:#x}, {count} frames, {'grant' if allow else 'revoke'}"
+        self._call("xc_domain_iomem_permission", what, domid, mfn, count, allow)
+
+    def memory_mapping(self, domid: int, gfn: int, mfn: int, count: int, add: bool) -> None:
+        """Map machine frames into the guest, or remove them.
+
+        When adding fails, libxc removes all of the range before it returns, and the errno left is that of the removal
+        (tools/libs/ctrl/xc_domain.c:xc_domain_memory_mapping). Removing goes on to the end of the range after an error.
+        """
+        what = f"domain {domid}, gfn {gfn:#x}, mfn {mfn:#x}, {count} frames, {'add' if add else 'remove'}"
+        hint = "the hypervisor's own reason is in `xl dmesg`, at memory_map:fail; libxc does not keep its errno"
+        self._call("xc_domain_memory_mapping", what, domid, gfn, mfn, count, add, hint=hint if add else "")
+
+    def paging_pool(self, domid: int) -> int:
+        """Return the bytes of the domain's pool of page-table pages, used ones included."""
+        size = ffi.new("uint64_t *")
+        self._call("xc_get_paging_mempool_size", f"domain {domid}", domid, size)
+        return int(size[0])
+
+    def set_paging_pool(self, domid: int, size: int) -> None:
+        """Set that pool's size, a multiple of 4 KiB."""
+        self._call("xc_set_paging_mempool_size", f"domain {domid}, {size} bytes", domid, size)
+
+    def pin_memory_cacheattr(self, domid: int, gfn: int, count: int, memory_type: int) -> bool:
+        """Ask for a memory type for guest frames; return False when the hypervisor will not have it.
+
+        Refusals (xen/arch/x86/hvm/mtrr.c:hvm_set_mem_pinned_cacheattr): a Xen without the call (ENOSYS, EOPNOTSUPP), a
+        range above the address width (EINVAL), more than 64 ranges (ENOSPC), nothing there to delete (ENOENT).
+        """
+        what = f"domain {domid}, gfn {gfn:#x}, {count} frames, memory type {memory_type}"
+        refusals = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC, errno.ENOENT)
+        arguments = (domid, gfn, gfn + count - 1, memory_type)
+        return self._call("xc_domain_pin_memory_cacheattr", what, *arguments, refusals=refusals) >= 0
+
+    def machine_memory_map(self) -> list[tuple[int, int, int]]:
+        """Return the host's e820 map: (address, size, type) of each entry, RAM being type 1."""
+        entries = ffi.new("struct e820entry[]", MAX_E820_ENTRIES)
+        count = self._call("xc_get_machine_memory_map", f"{MAX_E820_ENTRIES} entries", entries, MAX_E820_ENTRIES)
+        return [(entry.addr, entry.size, entry.type) for entry in entries[0:count]]
+
+    def domain_exists(self, domid: int) -> bool:
+        """True while the hypervisor knows the domain: also a dying one, and one that is kept as a zombie.
+
+        XENMEM_maximum_gpfn finds a domain by its id whether it is dying or not (xen/common/memory.c), and its interface
+        does not change with Xen's version as that of xc_domain_getinfolist does.
+        """
+        gfn = ffi.new("xen_pfn_t *")
+        return self._call("xc_domain_maximum_gpfn", f"domain {domid}", domid, gfn, refusals=(errno.ESRCH,)) >= 0
+
+    def populate_physmap_exact(self, domid: int, gfn: int, count: int) -> None:
+        """Give the guest new RAM at ``count`` guest frames from ``gfn`` on."""
+        gfns = ffi.new("xen_pfn_t[]", list(range(gfn, gfn + count)))
+        what = f"domain {domid}, gfn {gfn:#x}, {count} frames"
+        self._call("xc_domain_populate_physmap_exact", what, domid, count, 0, 0, gfns)
+
+    def read_memory(self, domid: int, address: int, length: int) -> bytes:
+        """Return ``length`` bytes of the guest's RAM."""
+        pages, where = self._map_foreign(domid, address, length, PROT_READ)
+        try:
+            return bytes(ffi.buffer(where + address % PAGE, length))
+        finally:
+            self._unmap_foreign(where, pages)
+
+    def write_memory(self, domid: int, address: int, data: bytes) -> None:
+        """Write bytes to the guest's RAM."""
+        pages, where = self._map_foreign(domid, address, len(data), PROT_READ | PROT_WRITE)
+        try:
+            ffi.memmove(where + address % PAGE, data, len(data))
+        finally:
+            self._unmap_foreign(where, pages)
+
+    def _map_foreign(self, domid: int, address: int, length: int, protection: int) -> tuple[int, Any]:
+        first, last = address // PAGE, (address + length - 1) // PAGE
+        pages = last - first + 1
+        gfns = ffi.new("xen_pfn_t[]", list(range(first, last + 1)))
+        errors = ffi.new("int[]", pages)
+        what = f"domain {domid}, gfn {first:#x}, {pages} pages"
+        foreign = self._lib.xc_interface_fmem_handle(self._handle)
+        ffi.errno = 0
+        where = self._memory.xenforeignmemory_map(foreign, domid, protection, pages, gfns, errors)
+        if not where:
+            raise self._error("xenforeignmemory_map", ffi.errno, what)
+        # Some pages can be missing in a mapping that succeeded: touching them would be a SIGBUS.
+        failed = [(first + index, -error) for index, error in enumerate(errors) if error]
+        if failed:
+            self._unmap_foreign(where, pages)
+            gfn, number = failed[0]
+            raise self._error("xenforeignmemory_map", number, f"{what}: {len(failed)} not mapped, first gfn {gfn:#x}")
+        return pages, ffi.cast("char *", where)
+
+    def _unmap_foreign(self, where: Any, pages: int) -> None:
+        ffi.errno = 0
+        if self._memory.xenforeignmemory_unmap(self._lib.xc_interface_fmem_handle(self._handle), where, pages):
+            raise self._error("xenforeignmemory_unmap", ffi.errno, f"{pages} pages")
+
+    def _call(self, name: str, what: str, *arguments: object, hint: str = "", refusals: tuple[int, ...] = ()) -> int:
+        """Call libxenctrl; the answer is negative only for an errno that is in ``refusals``."""
+        ffi.errno = 0
+        rc: int = getattr(self._lib, name)(self._handle, *arguments)
+        if rc >= 0:
+            return rc
+        number = ffi.errno or -rc  # libxc returns -EINVAL, and no errno, for a domain that it does not find
+        if number in refusals:
+            return rc
+        if number == errno.EACCES:
+            raise XenError(
+                f"{name}: EACCES: {what}: {self._soname} is not the library of the Xen {self._version} that is running",
+                hint="install both from the same build and reboot; where XSM is on, its policy can be the reason too",
+            )
+        raise self._error(name, number, what, hint=hint)
+
+    def _error(self, name: str, number: int, what: str, *, hint: str = "") -> XenError:
+        code = errno.errorcode.get(number, str(number))
+        return XenError(f"{name}: {code} ({os.strerror(number)}): {what}", hint=hint or HINTS.get(number, ""))
+
+
+def running_version(root: str = "/") -> str:
+    """Return MAJOR.MINOR of the running hypervisor.
+
+    :raises XenError: when there is none, or one older than 4.17.
+    """
+    folder = os.path.join(root, "sys/hypervisor")
+    try:
+        kind = _read(folder, "type")
+    except FileNotFoundError:
+        kind = "none"
+    if kind != "xen":
+        raise XenError(
+            f"not running on Xen: {folder}/type says {kind}", hint="boot this machine into Xen and run it in dom0"
+        )
+    major, minor = _read(folder, "version/major"), _read(folder, "version/minor")
+    if (int(major), int(minor)) < OLDEST:
+        raise XenError(f"Xen {major}.{minor} is too old", hint="Xen 4.17 or newer is needed")
+    return f"{major}.{minor}"
+
+
+def installed_versions(root: str = "/") -> list[str]:
+    """Return the versions, sorted, of which the host has a libxenctrl in one of the usual folders."""
+    import glob  # here, because only an error needs it and it is slow to load
+
+    prefix = "libxenctrl.so."
+    names = [
+        os.path.basename(path)
+        for folder in LIBRARY_FOLDERS
+        for path in glob.glob(os.path.join(glob.escape(root), "usr", folder, prefix + "*"))
+    ]
+    return sorted({".".join(name.removeprefix(prefix).split(".")[:2]) for name in names})
+
+
+def _read(folder: str, name: str) -> str:
+    with open(os.path.join(folder, name), encoding="ascii") as file:
+        return file.read().strip()

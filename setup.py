@@ -1,0 +1,60 @@
+import runpy
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPy(build_py):
+    """Makes the module of C declarations in its package: ``cffi_modules=`` would leave editable installs without it."""
+
+    def run(self) -> None:
+        ffi = runpy.run_path("nvdimm_driver/xen/abi.py")["ffi"]
+        ffi.emit_python_code("nvdimm_driver/xen/_xen.py")
+        super().run()
+
+
+setup(
+    name="nvdimm_driver",
+    version="0.1.0",
+    description="Persistent memory (vNVDIMM) for Xen HVM guests managed by libvirt",
+    packages=find_packages(include=["nvdimm_driver*"]),
+    python_requires=">=3.11",
+    cmdclass={"build_py": BuildPy},
+    install_requires=["cffi", "cliff", "libvirt-python", "oslo.config", "stevedore"],
+    extras_require={
+        "test": ["hypothesis", "import-linter", "lxml", "lxml-stubs", "mypy", "pytest", "rich", "ruff"],
+        "doc": ["furo", "sphinx"],
+    },
+    entry_points={
+        "console_scripts": ["nvdimmctl = nvdimm_driver.cmd.nvdimmctl:main"],
+        "oslo.config.opts": ["nvdimm_driver = nvdimm_driver.conf:list_opts"],
+        "nvdimm_driver.drivers": ["xen = nvdimm_driver.driver:XenNvdimmDriver"],
+        "nvdimm_driver.xml_hooks": ["libxl = nvdimm_driver.domxml:LibxlXmlHook"],
+        "nvdimm_driver.backings": [
+            "fsdax = nvdimm_driver.backing.fsdax:FsdaxBacking",
+            "devdax = nvdimm_driver.backing.devdax:DevdaxBacking",
+            "pmem = nvdimm_driver.backing.pmem:PmemBacking",
+        ],
+        "nvdimm_driver.acpi_builders": [
+            "qemu = nvdimm_driver.acpi.qemu:QemuAcpiBuilder",
+            "native = nvdimm_driver.acpi.native:NativeAcpiBuilder",
+        ],
+        "nvdimm_driver.mappers": [
+            "domctl = nvdimm_driver.xen.domctl:DomctlMapper",
+            "dry-run = nvdimm_driver.xen.dry_run:DryRunMapper",
+        ],
+        "nvdimm_driver.nvdimmctl": [
+            "rewrite = nvdimm_driver.cmd.nvdimmctl:Rewrite",
+            "restore = nvdimm_driver.cmd.nvdimmctl:Restore",
+            "plan = nvdimm_driver.cmd.nvdimmctl:Plan",
+            "define = nvdimm_driver.cmd.nvdimmctl:Define",
+            "acpi_dump = nvdimm_driver.cmd.nvdimmctl:AcpiDump",
+            "list = nvdimm_driver.cmd.nvdimmctl:List",
+            "show = nvdimm_driver.cmd.nvdimmctl:Show",
+            "release = nvdimm_driver.cmd.nvdimmctl:Release",
+            "host = nvdimm_driver.cmd.nvdimmctl:HostFile",
+            "register = nvdimm_driver.cmd.nvdimmctl:Register",
+            "unregister = nvdimm_driver.cmd.nvdimmctl:Unregister",
+        ],
+    },
+)

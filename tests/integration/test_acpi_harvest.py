@@ -1,0 +1,132 @@
+"""The harvest from real QEMUs: Debian's qemu-system-x86 (TCG) and qemu-system-xen (qtest). Both must be installed."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.acpi.native import NativeAcpiBuilder
+from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
+from nvdimm_driver.acpi.tables import (
+    ControlRegion,
+    Nfit,
+    PlatformCapabilities,
+    RegionMapping,
+    SpaRange,
+    Structure,
+    verify_table,
+)
+from nvdimm_driver.errors import AcpiError
+from nvdimm_driver.model import GIB, KIB, MIB, PAGE, SUPERPAGE, GuestLayout, NvdimmSpec, Placement
+
+XEN_QEMU = "/usr/libexec/xen-qemu-system-i386"
+PLAIN_QEMU = "/usr/bin/qemu-system-x86_64"
+TIB = 1024 * GIB
+
+
+def layout(*nvdimms: Placement) -> GuestLayout:
+    return GuestLayout(GIB, 4 * GIB, 1 << 48, nvdimms)
+
+
+def row(count: int) -> GuestLayout:
+    return layout(*(Placement(slot, (68 + slot) * GIB, (slot % 7 + 1) * 16 * MIB) for slot in range(count)))
+
+
+LAYOUTS = {
+    "1": row(1),
+    "2": row(2),
+    "8": row(8),
+    "256": row(256),
+    "right above 4 GiB": layout(Placement(0, 4 * GIB, GIB)),
+    "base and size of one page": layout(Placement(0, 5 * GIB + PAGE, PAGE)),
+    "1 TiB at 8 GiB": layout(Placement(0, 8 * GIB, TIB)),
+    "1 TiB at 1 TiB, where AMD has HyperTransport": layout(Placement(0, 1012 * GIB, TIB)),
+    "16 TiB at 64 TiB": layout(Placement(0, 64 * TIB, 16 * TIB)),
+    "up to the limit": layout(Placement(0, (1 << 48) - GIB, GIB)),
+    "slots with gaps": layout(Placement(2, 68 * GIB, GIB), Placement(9, 70 * GIB, GIB)),
+    "last slot": layout(Placement(255, 68 * GIB, GIB)),
+    "labels": layout(
+        Placement(0, 68 * GIB, 64 * MIB - 128 * KIB, 128 * KIB),
+        Placement(1, 70 * GIB, 64 * MIB, 256 * KIB),
+        Placement(2, 72 * GIB, 64 * MIB, 2 * MIB),
+        Placement(3, 74 * GIB, 64 * MIB, 129 * KIB),
+    ),
+    "nodes": layout(Placement(0, 68 * GIB, GIB, node=1), Placement(1, 70 * GIB, GIB, 128 * KIB, 0)),
+    "last node": layout(Placement(0, 68 * GIB, GIB, node=127)),
+}
+
+
+@pytest.fixture(params=list(LAYOUTS.values()), ids=list(LAYOUTS))
+def asked(request: pytest.FixtureRequest) -> GuestLayout:
+    found = request.param
+    assert isinstance(found, GuestLayout)
+    return found
+
+
+def by_handle(table: bytes) -> dict[int, Sequence[Structure]]:
+    """The NFIT's structures, put together for each NVDIMM; the platform's under 0."""
+    nfit = Nfit.parse(table)
+    ranges = {found.index: found for found in nfit.of(SpaRange)}
+    controls = {found.index: found for found in nfit.of(ControlRegion)}
+    joined: dict[int, Sequence[Structure]] = {
+        found.handle: (found, ranges[found.spa_index], controls[found.control_index])
+        for found in nfit.of(RegionMapping)
+    }
+    assert len(nfit.structures) == 3 * len(joined) + 1
+    joined[0] = nfit.of(PlatformCapabilities)
+    return joined
+
+
+def test_both_qemus_give_the_same_bytes_and_native_the_same_structures(asked: GuestLayout) -> None:
+    xen = QemuAcpiBuilder([XEN_QEMU]).build(asked)
+    plain = QemuAcpiBuilder([PLAIN_QEMU]).build(asked)
+    native = NativeAcpiBuilder().build(asked)
+    assert xen == plain
+    assert by_handle(native.tables[0]) == by_handle(xen.tables[0])
+    assert native.tables[1] == xen.tables[1]
+
+
+def test_everything_of_the_machine_is_there_for_reference() -> None:
+    tables = QemuAcpiBuilder([XEN_QEMU]).build(row(2))
+    headers = [verify_table(table) for table in tables.reference]
+    assert sorted(header.signature for header in headers) == [
+        *(b"APIC", b"DSDT", b"FACP", b"HPET", b"SRAT", b"SSDT", b"WAET")
+    ]
+    assert [header.oem_table_id for header in headers if header.signature == b"SSDT"] == [b"NVDIMM\0\0"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NvdimmSpec(0, "/p", 64 * MIB),
+        NvdimmSpec(0, "/p", 64 * MIB, 128 * KIB),
+        NvdimmSpec(0, "/p", 64 * MIB, 129 * KIB),
+        NvdimmSpec(0, "/p", 64 * MIB, 128 * KIB, alignsize=SUPERPAGE),
+    ],
+)
+def test_size_that_the_driver_computes_is_what_qemu_shows(spec: NvdimmSpec) -> None:
+    placement = Placement(0, 68 * GIB, spec.visible_size, spec.label_size)
+    nfit = Nfit.parse(QemuAcpiBuilder([XEN_QEMU]).build(layout(placement)).tables[0])
+    assert [found.length for found in nfit.of(SpaRange)] == [spec.visible_size]
+
+
+def test_label_too_small_for_qemu_is_its_error() -> None:
+    with pytest.raises(AcpiError, match=r"label-size.* required at least 0x20000"):
+        QemuAcpiBuilder([XEN_QEMU]).build(layout(Placement(0, 68 * GIB, GIB, 64 * KIB)))
+
+
+def test_second_qemu_is_taken_when_the_first_fails(tmp_path: Path) -> None:
+    broken = tmp_path / "qemu"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    assert QemuAcpiBuilder([str(broken), PLAIN_QEMU]).build(row(1)) == QemuAcpiBuilder([XEN_QEMU]).build(row(1))
+
+
+def test_nothing_is_left_behind() -> None:
+    descriptors = set(os.listdir("/proc/self/fd"))
+    QemuAcpiBuilder([XEN_QEMU]).build(row(1))
+    QemuAcpiBuilder([PLAIN_QEMU]).build(row(1))
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

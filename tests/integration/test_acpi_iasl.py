@@ -1,0 +1,112 @@
+"""ACPICA's own tools (Debian: acpica-tools) on the tables: iasl reads and compiles them, acpiexec runs the SSDT."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.acpi import aml
+from nvdimm_driver.acpi.iasl import decode
+from nvdimm_driver.acpi.native import NativeAcpiBuilder, ssdt
+from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
+from nvdimm_driver.acpi.tables import Header, Nfit, verify_table
+from nvdimm_driver.model import GIB, KIB, MIB, GuestLayout, Placement
+from nvdimm_driver.plugins import AcpiBuilder
+
+GAPS = (Placement(0, 68 * GIB, 64 * MIB), Placement(15, 70 * GIB, 64 * MIB, 128 * KIB), Placement(255, 72 * GIB, GIB))
+ALL = tuple(Placement(slot, (68 + slot) * GIB, GIB) for slot in range(256))
+
+
+def layout(nvdimms: tuple[Placement, ...]) -> GuestLayout:
+    return GuestLayout(GIB, 4 * GIB, 1 << 48, nvdimms)
+
+
+def iasl(folder: Path, *arguments: str) -> None:
+    run = subprocess.run(
+        ["iasl", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout
+    for bad in ("Error", "Warning", "Invalid", "Unknown"):
+        found = [line for line in run.stdout.splitlines() if bad in line and "0 Errors" not in line]
+        assert not found, run.stdout
+
+
+def recompiled(folder: Path, table: bytes) -> bytes:
+    (folder / "table.aml").write_bytes(table)
+    iasl(folder, "-d", "table.aml")
+    (folder / "table.aml").unlink()
+    iasl(folder, "-we", "table.dsl")
+    return (folder / "table.aml").read_bytes()
+
+
+@pytest.fixture(params=[GAPS[:1], GAPS, ALL], ids=["1", "3 with gaps", "256"])
+def asked(request: pytest.FixtureRequest) -> GuestLayout:
+    return layout(request.param)
+
+
+@pytest.mark.parametrize("builder", [QemuAcpiBuilder(), NativeAcpiBuilder()], ids=["qemu", "native"])
+def test_tables_survive_iasl(tmp_path: Path, builder: AcpiBuilder, asked: GuestLayout) -> None:
+    nfit, own_ssdt = builder.build(asked).tables
+    assert Nfit.parse(recompiled(tmp_path, nfit)).structures == Nfit.parse(nfit).structures
+    assert recompiled(tmp_path, own_ssdt)[Header.SIZE :] == own_ssdt[Header.SIZE :]
+
+
+def test_asl_of_the_ssdt_compiles_to_its_bytes(tmp_path: Path) -> None:
+    source = """
+        DefinitionBlock ("", "SSDT", 2, "NVDRV ", "NVDIMM", 1) {
+            Scope (\\_SB) {
+                Device (NVDR) {
+                    Name (_HID, "ACPI0012")
+                    Device (NV00) { Name (_ADR, 1) }
+                    Device (NV0F) { Name (_ADR, 16) }
+                    Device (NVFF) { Name (_ADR, 256) }
+                }
+            }
+        }
+    """
+    (tmp_path / "table.dsl").write_text(source)
+    iasl(tmp_path, "-we", "table.dsl")
+    compiled = (tmp_path / "table.aml").read_bytes()
+    own = ssdt([1, 16, 256])
+    assert own[Header.SIZE :] == compiled[Header.SIZE :]
+    ours, theirs = verify_table(own), verify_table(compiled)
+    assert (ours.revision, ours.oem_id, ours.oem_table_id) == (theirs.revision, theirs.oem_id, theirs.oem_table_id)
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 0xFF, 0x100, 0xFFFF, 0x10000, 0xFFFFFFFF, 1 << 32, (1 << 64) - 2])
+def test_integers_as_iasl_writes_them(tmp_path: Path, value: int) -> None:
+    (tmp_path / "table.dsl").write_text(f'DefinitionBlock ("", "SSDT", 2, "A", "B", 1) {{ Name (XYZ, {value:#x}) }}')
+    iasl(tmp_path, "-we", "table.dsl")
+    compiled = (tmp_path / "table.aml").read_bytes()
+    assert compiled[Header.SIZE :] == aml.name("XYZ", aml.integer(value))
+
+
+def test_acpiexec_loads_and_evaluates(tmp_path: Path) -> None:
+    nfit, own_ssdt = QemuAcpiBuilder().build(layout(ALL)).tables
+    (tmp_path / "nfit.aml").write_bytes(nfit)
+    (tmp_path / "ssdt.aml").write_bytes(own_ssdt)
+    evaluate = "; ".join(f"evaluate \\_SB.NVDR.{name}" for name in ("_HID", "NV00._ADR", "NV7F._ADR", "NVFF._ADR"))
+    run = subprocess.run(
+        ["acpiexec", "-b", evaluate, "nfit.aml", "ssdt.aml"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "ACPI Error" not in run.stdout, run.stdout
+    assert "ACPI Warning" not in run.stdout, run.stdout
+    assert re.findall(r"\[(?:String|Integer)\] (?:Length .. )?= *(\S+)", run.stdout) == [
+        *('"ACPI0012"', "0000000000000001", "0000000000000080", "0000000000000100")
+    ], run.stdout
+
+
+def test_decode_shows_asl_with_iasl_and_the_header_without() -> None:
+    table = ssdt([1])
+    shown = decode(table)
+    assert "Device (NV00)" in shown
+    assert shown.startswith(decode(table, iasl="no-such-iasl") + "\n")
+    assert decode(table, iasl="no-such-iasl").startswith("SSDT: ")

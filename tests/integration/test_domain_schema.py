@@ -1,0 +1,166 @@
+"""Libvirt itself on what we make of domain XML: its schema, its parser and its formatter.
+
+The test driver (``test:///default``) lives in virsh's own process and takes domain XML through the same parser and
+formatter as libxl's driver; only the domain's type is another.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lxml import etree
+
+from nvdimm_driver import domxml
+from nvdimm_driver.errors import UnsupportedError
+
+DATA = Path(__file__).parent.parent / "data" / "domxml"
+SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
+DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
+NAMES = ["guest", "nova", "numa"]
+
+
+def read(name: str) -> str:
+    return (DATA / f"{name}.xml").read_text()
+
+
+def of_type(xml: str, old: str, new: str) -> str:
+    for quote in "'\"":
+        xml = xml.replace(f"<domain type={quote}{old}{quote}", f"<domain type={quote}{new}{quote}", 1)
+    return xml
+
+
+def through_libvirt(xml: str, file: Path, *more: str) -> str:
+    """The XML of a Xen domain as libvirt gives it back after a define, and after more virsh commands."""
+    file.write_text(of_type(xml, "xen", "test"))
+    name = etree.fromstring(xml.encode()).findtext("name")
+    commands = "; ".join([f"define {file}", *more, f"dumpxml --inactive {name}"])
+    result = subprocess.run(
+        ["virsh", "-q", "-c", "test:///default", commands], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert not result.stderr
+    return of_type(result.stdout.strip() + "\n", "test", "xen")
+
+
+@pytest.fixture(scope="module")
+def schema() -> etree.RelaxNG:
+    return etree.RelaxNG(etree.parse(SCHEMA))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["", ".rewritten", ".libvirt", ".restored"])
+def test_every_form_is_valid(schema: etree.RelaxNG, name: str, form: str) -> None:
+    schema.assertValid(etree.fromstring(read(name + form).encode()))
+
+
+def test_virsh_takes_the_rewritten_form_with_validation(tmp_path: Path) -> None:
+    file = tmp_path / "domain.xml"
+    file.write_text(of_type(read("nova.rewritten"), "xen", "test"))
+    subprocess.run(["virsh", "-q", "-c", "test:///default", "define", "--validate", file], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_libvirt_stores_is_the_golden_file(tmp_path: Path, name: str) -> None:
+    assert through_libvirt(domxml.rewrite(read(name), DEVICE_MODEL), tmp_path / "domain.xml") == read(f"{name}.libvirt")
+
+
+def test_another_clients_metadata_goes_behind_ours(tmp_path: Path) -> None:
+    stored = through_libvirt(
+        domxml.rewrite(read("numa"), DEVICE_MODEL),
+        tmp_path / "domain.xml",
+        "metadata numa --config --uri urn:other --key other --set '<thing/>'",
+    )
+    assert "urn:other" in stored
+    restored = domxml.restore(stored)
+    assert "urn:other" in restored
+    assert domxml.rewrite(restored, DEVICE_MODEL) == stored
+
+
+def test_memory_that_is_set_later_is_seen(tmp_path: Path) -> None:
+    """A balloon below the RAM cannot start with NVDIMMs, whoever asked for it."""
+    stored = through_libvirt(
+        domxml.rewrite(read("nova"), DEVICE_MODEL), tmp_path / "domain.xml", "setmem instance-00000001 1G --config"
+    )
+    assert "<currentMemory unit='KiB'>1048576</currentMemory>" in domxml.restore(stored)
+    with pytest.raises(UnsupportedError, match="currentMemory"):
+        domxml.extract(stored)
+
+
+# --- properties ---
+
+PATHS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/￾￿"), min_size=1, max_size=8)
+PARTS = [
+    "<title>a title</title>",
+    "<description>two\n lines &amp; more</description>",
+    "<metadata><a:b xmlns:a='urn:a'><a:c>d</a:c></a:b></metadata>",
+    "<cpu><numa><cell id='0' cpus='0' memory='1' unit='GiB'/></numa></cpu>",
+    "<idmap><uid start='0' target='1000' count='10'/><gid start='0' target='1000' count='10'/></idmap>",
+    "<sysinfo type='smbios'><bios><entry name='vendor'>X</entry></bios></sysinfo>",
+    "<features/>",
+    "<features><pae/><apic/></features>",
+    "<features><acpi/></features>",
+    "<clock offset='utc'/>",
+]
+DEVICES = [
+    "<emulator>/usr/bin/qemu-system-i386</emulator>",
+    "<disk type='file'><source file='/a&quot;b'/><target dev='xvda' bus='xen'/></disk>",
+    "<console type='pty'><target type='xen'/></console>",
+    "<memballoon model='xen'/>",
+    "<shmem name='x'><model type='ivshmem-plain'/><size unit='M'>4</size></shmem>",
+    "<vsock model='virtio'><cid auto='no' address='3'/></vsock>",
+]
+
+
+@st.composite
+def domains(draw: st.DrawFn) -> str:
+    nvdimms = []
+    for number in range(draw(st.integers(1, 3))):
+        element = etree.Element("memory", model="nvdimm", access="shared")
+        source = etree.SubElement(element, "source")
+        etree.SubElement(source, "path").text = f"/mnt/{number}{draw(PATHS)}"
+        target = etree.SubElement(element, "target")
+        etree.SubElement(target, "size", unit="MiB").text = str(draw(st.integers(1, 1 << 20)))
+        if draw(st.booleans()):
+            etree.SubElement(etree.SubElement(target, "label"), "size").text = "128"
+        if draw(st.booleans()):
+            etree.SubElement(element, "alias", name=f"ua-{number}")
+            etree.SubElement(element, "address", type="dimm", slot=str(200 + number), base="0x10000000000")
+        nvdimms.append(etree.tostring(element, encoding="unicode"))
+    devices = draw(st.permutations(draw(st.lists(st.sampled_from(DEVICES), unique=True)) + nvdimms))
+    space = draw(st.sampled_from(["", "\n", "\n\n\t"]))
+    # libxml2's validator wants what the schema groups to stay together
+    name = ["<name>p</name>", "<uuid>11111111-2222-3333-4444-555555555555</uuid>"]
+    memory = ["<memory unit='GiB'>1</memory>", "<vcpu>1</vcpu>"]
+    memory += draw(st.sampled_from([[], ["<currentMemory unit='GiB'>2</currentMemory>"]]))
+    memory += draw(st.sampled_from([[], ["<maxMemory slots='4' unit='GiB'>9</maxMemory>"]]))
+    parts = [
+        space.join(draw(st.permutations(name))),
+        space.join(draw(st.permutations(memory))),
+        "<os><type machine='xenfv'>hvm</type><boot dev='hd'/></os>",
+        "<devices>" + "".join(space + device for device in devices) + "</devices>",
+        *draw(st.lists(st.sampled_from(PARTS), unique_by=lambda part: part[:6])),
+    ]
+    return "<domain type='xen'>" + "".join(space + part for part in draw(st.permutations(parts))) + "</domain>"
+
+
+@settings(max_examples=40, deadline=None)
+@given(domains())
+def test_libvirts_form_of_any_domain_comes_back_byte_for_byte(
+    tmp_path_factory: pytest.TempPathFactory, xml: str
+) -> None:
+    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
+    stored = through_libvirt(rewritten, tmp_path_factory.getbasetemp() / "domain.xml")
+    restored = domxml.restore(stored)
+    assert domxml.rewrite(restored, DEVICE_MODEL) == stored
+    assert domxml.extract(stored) == domxml.extract(restored) == domxml.extract(xml)
+
+
+@settings(max_examples=40, deadline=None)
+@given(xml=domains())
+def test_all_forms_of_any_domain_are_valid(schema: etree.RelaxNG, xml: str) -> None:
+    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
+    for form in (xml, rewritten, domxml.restore(rewritten)):
+        schema.assertValid(etree.fromstring(form.encode()))

@@ -1,0 +1,272 @@
+"""Extents, provisioning and freezing on real ext4 and XFS; the oracles are filefrag, xfs_io and the disk image itself.
+
+The image is a loop device, which a tree of files presents as a pmem namespace: a byte's "SPA" is then the namespace's
+address plus its place in the image, where the test looks for it.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.backing import extents
+from nvdimm_driver.backing.extents import LAST, MERGED, UNWRITTEN, FileExtent
+from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Location, NvdimmSpec
+from tests.unit.fake_sysfs import FakeSysfs
+
+SPA = 0x1_4020_0000
+SIZE = 8 * MIB
+IMAGE = 640 * MIB  # the least that mkfs.xfs makes a striped file system on
+MKFS = {
+    "ext4": ["mkfs.ext4", "-q", "-b", "4096", "-E", "stride=512,stripe_width=512"],
+    "xfs": ["mkfs.xfs", "-q", "-d", "su=2m,sw=1", "-l", "su=4k"],
+}
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+
+
+class FileSystem:
+    """A mounted file system in an image, and a backing that takes it for one on a pmem namespace."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.kind = kind
+        self.image = folder / "image"
+        self.image.touch()
+        os.truncate(self.image, IMAGE)
+        run(*MKFS[kind], self.image)
+        self.root = folder / "mnt"
+        self.root.mkdir()
+        run("mount", "-o", "loop", self.image, self.root)
+        self.device = os.stat(self.root).st_dev
+        sysfs = FakeSysfs(folder / "sys")
+        sysfs.fsdax(self.device, spa=SPA, size=IMAGE)
+        self.mountinfo = folder / "mountinfo"
+        self.mount("rw,dax=always")
+        self.backing = FsdaxBacking(sysfs=sysfs.root, mountinfo=self.mountinfo, cross_check=lambda fd, found: None)
+        # Free space that is not zero: what is not written is seen.
+        self.path.write_bytes(b"stale" * (64 * MIB // 5))
+        run("sync", "-f", self.path)
+        self.clear()
+
+    @property
+    def path(self) -> Path:
+        return self.root / "file"
+
+    @property
+    def spec(self) -> NvdimmSpec:
+        return NvdimmSpec(0, str(self.path), SIZE)
+
+    def mount(self, options: str) -> None:
+        number = f"{os.major(self.device)}:{os.minor(self.device)}"
+        self.mountinfo.write_text(f"1 0 {number} / {self.root} rw - {self.kind} /dev/pmem0 {options}\n")
+
+    def stored(self, location: Location) -> bytes:
+        """What the image has where a location says that the file's bytes are."""
+        run("sync", "-f", self.root)
+        with open(self.image, "rb", buffering=0) as image:
+            parts = [os.pread(image.fileno(), each.length, each.spa - SPA) for each in location.extents]
+        return b"".join(parts)
+
+    def files(self) -> list[Path]:
+        return [each for each in self.root.iterdir() if each.is_file()]
+
+    def clear(self) -> None:
+        for each in self.files():
+            self.backing.thaw(str(each))
+            each.unlink()
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture(params=list(MKFS))
+def fs(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
+    file_system = file_systems[request.param]
+    yield file_system
+    file_system.clear()
+
+
+@pytest.fixture
+def xfs(file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
+    yield file_systems["xfs"]
+    file_systems["xfs"].clear()
+
+
+def make(path: Path, case: str) -> None:
+    """Make a file of SIZE bytes."""
+    with open(path, "wb", buffering=0) as file, open(path.with_name("other"), "wb", buffering=0) as other:
+        if case == "fragmented":
+            # Preallocation in turns: neither file can be continued where it ends.
+            for offset in range(0, SIZE, SIZE // 64):
+                for each in (file, other):
+                    os.posix_fallocate(each.fileno(), offset, SIZE // 64)
+        if case == "unwritten":
+            os.posix_fallocate(file.fileno(), 0, SIZE)
+        if case == "sparse":
+            os.truncate(file.fileno(), SIZE)
+        if case in ("unwritten", "sparse"):
+            os.pwrite(file.fileno(), os.urandom(MIB), MIB)
+            os.pwrite(file.fileno(), os.urandom(MIB), 3 * MIB)
+        else:
+            file.write(os.urandom(SIZE))
+
+
+def ours(path: Path, batch: int = 1024) -> tuple[FileExtent, ...]:
+    with open(path, "rb") as file:
+        return extents.fiemap(file.fileno(), SIZE, batch=batch)
+
+
+def by_filefrag(path: Path) -> list[tuple[int, int, int]]:
+    """(offset, physical, length)."""
+    rows = re.findall(r"^ *\d+: +(\d+)\.\. +\d+: +(\d+)\.\. +\d+: +(\d+):", run("filefrag", "-v", "-b1024", path), re.M)
+    return [(int(offset) * KIB, int(physical) * KIB, int(length) * KIB) for offset, physical, length in rows]
+
+
+def by_xfs_io(path: Path) -> list[tuple[int, int, int, int]]:
+    """(offset, physical, length, flags); it counts in sectors, of any file system."""
+    rows = re.findall(
+        r"^ *\d+: \[(\d+)\.\.\d+\]: +(\d+)\.\.\d+ +(\d+) +0x(\w+)$", run("xfs_io", "-r", "-c", "fiemap -v", path), re.M
+    )
+    return [
+        (int(offset) * 512, int(physical) * 512, int(length) * 512, int(flags, 16))
+        for offset, physical, length, flags in rows
+    ]
+
+
+CASES = {"plain": 1, "fragmented": 64, "unwritten": 5, "sparse": 2}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_fiemap_says_what_others_say(fs: FileSystem, case: str) -> None:
+    make(fs.path, case)
+    found = ours(fs.path)
+    assert len(found) >= CASES[case]
+    assert [(each.offset, each.physical, each.length) for each in found] == by_filefrag(fs.path)
+    assert [(each.offset, each.physical, each.length, each.flags) for each in found] == by_xfs_io(fs.path)
+    assert any(each.flags & UNWRITTEN for each in found) == (case == "unwritten")
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_fiemap_in_many_calls(fs: FileSystem, batch: int) -> None:
+    make(fs.path, "fragmented")
+    assert ours(fs.path, batch) == ours(fs.path)
+
+
+@pytest.mark.parametrize("case", ["plain", "fragmented"])
+def test_the_bytes_are_where_the_location_says(fs: FileSystem, case: str) -> None:
+    make(fs.path, case)
+    location = fs.backing.locate(fs.spec)
+    assert len(location.extents) >= CASES[case]
+    assert fs.stored(location) == fs.path.read_bytes()
+
+
+def test_a_new_file_is_really_zeros(fs: FileSystem) -> None:
+    identity = fs.backing.provision(fs.spec)
+    assert all(not each.flags & ~(LAST | MERGED) for each in ours(fs.path))
+    location = fs.backing.locate(fs.spec)
+    assert location.identity == identity
+    assert fs.stored(location) == bytes(SIZE)
+
+
+def test_a_new_file_on_xfs_is_aligned_to_superpages(xfs: FileSystem) -> None:
+    xfs.backing.provision(xfs.spec)
+    assert run("xfs_io", "-r", "-c", "extsize", xfs.path).startswith(f"[{SUPERPAGE}]")
+    assert all(not (each.physical | each.length) % SUPERPAGE for each in ours(xfs.path))
+
+
+def test_what_was_unwritten_becomes_zeros_and_the_rest_stays(fs: FileSystem) -> None:
+    make(fs.path, "unwritten")
+    content = fs.path.read_bytes()
+    assert fs.backing.examine(fs.spec).writes >= SIZE - 2 * MIB - 64 * KIB
+    fs.backing.provision(fs.spec)
+    location = fs.backing.locate(fs.spec)
+    assert fs.path.read_bytes() == content
+    assert fs.stored(location) == content
+
+
+def test_sparse_files_are_refused(fs: FileSystem) -> None:
+    make(fs.path, "sparse")
+    for act in (fs.backing.examine, fs.backing.provision, fs.backing.locate):
+        with pytest.raises(BackingError, match=r"is sparse: nothing is allocated at 0x0, 1048576 bytes"):
+            act(fs.spec)
+
+
+def test_reflinked_files_are_refused(xfs: FileSystem) -> None:
+    make(xfs.path, "plain")
+    assert xfs.backing.locate(xfs.spec)
+    run("cp", "--reflink=always", xfs.path, xfs.root / "copy")
+    for act in (xfs.backing.examine, xfs.backing.provision, xfs.backing.locate):
+        with pytest.raises(BackingError, match=r"shares its blocks .*SHARED\) \(make a plain copy"):
+            act(xfs.spec)
+
+
+def test_the_identity_is_what_lsattr_and_stat_say(fs: FileSystem) -> None:
+    identity = fs.backing.provision(fs.spec)
+    generation, _, name = run("lsattr", "-v", fs.path).split()
+    assert (identity.generation, str(fs.path)) == (int(generation), name)
+    assert (identity.inode, identity.size) == (fs.path.stat().st_ino, SIZE)
+    fs.backing.discard(fs.spec)
+    assert fs.backing.provision(fs.spec) != identity
+
+
+def test_a_frozen_file_stays_where_it_is(fs: FileSystem) -> None:
+    make(fs.path, "fragmented")
+    location = fs.backing.locate(fs.spec)
+    fs.backing.freeze(str(fs.path))
+    for command in (
+        ["truncate", "-s", "1M", fs.path],
+        ["fallocate", "-p", "-o", "0", "-l", "1M", fs.path],
+        ["rm", "-f", fs.path],
+        ["mv", fs.path, fs.root / "new"],
+        ["ln", fs.path, fs.root / "new"],
+        ["dd", "if=/dev/zero", f"of={fs.path}", "count=1", "conv=notrunc"],
+        ["e4defrag", fs.path] if fs.kind == "ext4" else ["cp", "--reflink=always", fs.root / "other", fs.path],
+    ):
+        result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert result.returncode, command
+    assert fs.backing.locate(fs.spec) == location
+    fs.backing.thaw(str(fs.path))
+    os.truncate(fs.path, MIB)
+
+
+def test_a_crash_leaves_nothing_behind(fs: FileSystem) -> None:
+    run("sync", "-f", fs.root)
+    free = os.statvfs(fs.root).f_bfree
+    before = fs.files()
+    child = os.fork()
+    if not child:
+        fs.backing.progress = lambda done, total: os.kill(os.getpid(), signal.SIGKILL)
+        fs.backing.provision(fs.spec)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert fs.files() == before
+    deadline = time.monotonic() + 10  # XFS frees in the background
+    while (free - os.statvfs(fs.root).f_bfree) * 4 * KIB > SIZE // 2:
+        assert time.monotonic() < deadline, "the space of the unfinished file is not free again"
+        time.sleep(0.05)
+
+
+def test_dax_by_the_files_own_flag(xfs: FileSystem) -> None:
+    make(xfs.path, "plain")
+    xfs.mount("rw")
+    try:
+        with pytest.raises(BackingError, match="is not mounted with DAX"):
+            xfs.backing.locate(xfs.spec)
+        run("xfs_io", "-r", "-c", "chattr +x", xfs.path)
+        assert xfs.backing.locate(xfs.spec)
+    finally:
+        xfs.mount("rw,dax=always")

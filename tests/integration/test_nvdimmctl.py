@@ -1,0 +1,104 @@
+"""nvdimmctl as a user runs it on any Linux machine, with the ACPI tables of a real QEMU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+GUEST = PROJECT / "etc/examples/guest.xml"
+HOST = PROJECT / "etc/examples/host.json"
+
+
+def nvdimmctl(*arguments: object, text: str | None = None, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("nvdimmctl")), *map(str, arguments)]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_plan_says_all_that_would_happen() -> None:
+    out = nvdimmctl("plan", GUEST, "--host", HOST).stdout
+    for line in (
+        "-  <maxMemory slots='2' unit='GiB'>2</maxMemory>",
+        "+    <emulator>/usr/libexec/xen/bin/nvdimm-device-model</emulator>",
+        "  slot 0: /mnt/pmem0/pmem-guest.img: 64 MiB, label 0 B; fsdax on namespace0.0 (pmem0): create, write 64 MiB",
+        "  0x1100000000 - 0x1103ffffff: slot 0, handle 0x1, 64 MiB",
+        "Mapping calls: 2 extents, 48 entries of 2 MiB, 0 of 4 KiB, 2 memory_mapping hypercalls",
+        "SPA range 2: persistent memory, base 0x1100000000, length 0x4000000",
+        'Name (_HID, "ACPI0012"',
+    ):
+        assert line in out
+
+
+def test_plan_json_has_raw_numbers() -> None:
+    plan = json.loads(nvdimmctl("plan", "--json", GUEST, "--host", HOST).stdout)
+    assert plan["cost"] == {"superpage_entries": 48, "page_entries": 0, "hypercalls": 2}
+    assert [item["base"] for item in plan["layout"]["nvdimms"]] == [0x1100000000, 0x1104000000]
+    assert plan["mappings"][1] == {"gfn": 0x1104000, "mfn": 412316860416 >> 12, "frames": 8192}
+    assert bytes.fromhex(plan["tables"][0])[:4] == b"NFIT"
+
+
+def test_rewrite_and_restore_are_filters() -> None:
+    rewritten = nvdimmctl("rewrite", GUEST).stdout
+    assert "<emulator>/usr/libexec/xen/bin/nvdimm-device-model</emulator>" in rewritten
+    restored = nvdimmctl("restore", "-", text=rewritten).stdout
+    assert nvdimmctl("rewrite", "-", text=restored).stdout == rewritten
+    plain = "<domain type='xen'><name>a</name></domain>\n"
+    assert nvdimmctl("rewrite", "-", text=plain).stdout == plain
+
+
+def test_acpi_dump_in_three_forms(tmp_path: Path) -> None:
+    dump = nvdimmctl("acpi", "dump", GUEST, "--host", HOST).stdout
+    (tmp_path / "dump").write_text(dump)
+    subprocess.run(["acpixtract", "-a", "dump"], cwd=tmp_path, check=True, capture_output=True)
+    written = nvdimmctl("acpi", "dump", GUEST, "--host", HOST, "-o", tmp_path / "out").stdout.split()
+    assert written == [f"{tmp_path}/out/nfit.dat", f"{tmp_path}/out/ssdt1.dat"]
+    assert (tmp_path / "nfit.dat").read_bytes() == (tmp_path / "out/nfit.dat").read_bytes()
+    assert "Region mapping: handle 0x1" in nvdimmctl("acpi", "dump", GUEST, "--host", HOST, "--decode").stdout
+
+
+def test_acpi_dump_all_has_the_whole_harvested_set() -> None:
+    dump = nvdimmctl("acpi", "dump", GUEST, "--host", HOST, "--all").stdout
+    signatures = [line.split()[0] for line in dump.splitlines() if "@" in line[:8]]
+    assert {"NFIT", "SSDT", "DSDT", "FACP", "APIC"} <= set(signatures)
+    assert signatures.count("SSDT") == 2, "ours, and QEMU's own"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "says"),
+    [
+        (("access='shared'", "access='private'"), 65, "access='private'"),
+        (("hvm</type>", "xenpvh</type>"), 65, "xenpvh"),
+        (("<size unit='MiB'>64</size>", "<size unit='MiB'>0</size>"), 65, "size"),
+        (("/dev/pmem1", "/dev/pmem0"), 66, "/dev/pmem0: namespace0.0 is in mode fsdax"),
+        (("<size unit='MiB'>32</size>", "<size unit='TiB'>32</size>"), 66, "do not fit namespace1.0"),
+        (("</domain>", ""), 65, "XML"),
+    ],
+)
+def test_wrong_input_is_told_on_stderr_with_its_own_status(change: tuple[str, str], status: int, says: str) -> None:
+    xml = GUEST.read_text().replace(*change)
+    assert xml != GUEST.read_text()
+    done = nvdimmctl("plan", "-", "--host", HOST, text=xml, status=status)
+    assert done.stdout == ""
+    assert says in done.stderr
+    assert done.stderr.startswith("nvdimmctl: ")
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    assert "/nonexistent.json" in nvdimmctl("plan", GUEST, "--host", "/nonexistent.json", status=78).stderr
+    assert "/nonexistent.xml" in nvdimmctl("rewrite", "/nonexistent.xml", status=65).stderr
+    assert "/nonexistent.conf" in nvdimmctl("--config-file", "/nonexistent.conf", "list", status=78).stderr
+    conf = tmp_path / "c.conf"
+    conf.write_text(f"[DEFAULT]\nstate_dir={tmp_path}/none\n")
+    assert "nvdimmctl register" in nvdimmctl("--config-file", conf, "list", status=74).stderr
+
+
+def test_a_domain_without_nvdimms_has_no_plan() -> None:
+    done = nvdimmctl("plan", "-", "--host", HOST, text="<domain type='xen'><name>a</name></domain>", status=65)
+    assert "not a Xen domain with NVDIMMs" in done.stderr

@@ -1,0 +1,220 @@
+"""The declarations against Xen's own headers and libraries, and the calls against stand-ins built from those headers.
+
+Needs gcc and Debian's libxen-dev (which brings the libraries), and no hypervisor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.xen.abi import DECLARATIONS
+from nvdimm_driver.xen.abi import ffi as declared
+from nvdimm_driver.xen.libxenctrl import installed_versions
+
+FUNCTIONS = re.findall(r"^\w[\w ]*?\W\*?(\w+)\(", DECLARATIONS, re.MULTILINE)
+HEADERS = """
+#define XC_WANT_COMPAT_DEVICEMODEL_API 1
+#include <stddef.h>
+#include <stdlib.h>
+#include <xenctrl.h>
+#include <xenforeignmemory.h>
+#include <xenstore.h>
+"""
+STAND_IN = Path(__file__).parent / "xen_stand_in.c"
+
+
+def compile_c(source: str) -> subprocess.CompletedProcess[str]:
+    command = ["gcc", "-std=gnu11", "-fsyntax-only", "-Wall", "-Werror", "-x", "c", "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+
+
+def test_every_declaration_is_that_of_the_headers() -> None:
+    entry = declared.typeof("struct e820entry")
+    layout = [f"sizeof(struct e820entry) == {declared.sizeof('struct e820entry')}"]
+    layout += [f"offsetof(struct e820entry, {name}) == {field.offset}" for name, field in entry.fields or ()]
+    checks = "".join(f'_Static_assert({check}, "{check}");\n' for check in layout)
+    result = compile_c(HEADERS + DECLARATIONS + checks)
+    assert result.returncode == 0, result.stderr
+    assert len(layout) == 4
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_declaration_with_one_wrong_type_would_be_seen(function: str) -> None:
+    wrong = re.sub(rf"(?<=\W){function}\(", f"{function}(struct wrong *, ", DECLARATIONS)
+    result = compile_c("struct wrong;\n" + HEADERS + wrong)
+    assert re.search(rf"conflicting types for .{function}\W", result.stderr), result.stderr
+
+
+def test_the_generated_module_is_one_that_cffi_1_15_loads(tmp_path: Path) -> None:
+    """Debian 12's backend checks this number, whichever cffi has made the module."""
+    declared.emit_python_code(str(tmp_path / "_xen.py"))
+    assert "_version = 0x2601," in (tmp_path / "_xen.py").read_text()
+
+
+def test_every_function_is_in_its_library() -> None:
+    assert len(FUNCTIONS) == 18
+    version = installed_versions()[-1]
+    libraries = {
+        "xc_": f"libxenctrl.so.{version}",
+        "xenforeignmemory_": "libxenforeignmemory.so.1",
+        "xs_": "libxenstore.so.4",
+        "free": None,
+    }
+    for function in FUNCTIONS:
+        (soname,) = (soname for prefix, soname in libraries.items() if function.startswith(prefix))
+        assert getattr(declared.dlopen(soname), function)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root folder of a Xen 4.17 host; its ``lib`` has libraries that write down how they are called."""
+    root = tmp_path_factory.mktemp("root")
+    for path, text in (("type", "xen"), ("version/major", "4"), ("version/minor", "17")):
+        (root / "sys/hypervisor" / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / "sys/hypervisor" / path).write_text(text + "\n")
+    (root / "dev/xen").mkdir(parents=True)
+    (root / "dev/xen/privcmd").touch()
+    (root / "lib").mkdir()
+    for soname in ("libxenctrl.so.4.17", "libxenforeignmemory.so.1", "libxenstore.so.4"):
+        command = ["gcc", "-std=gnu11", "-shared", "-fPIC", "-Wall", "-Werror", str(STAND_IN)]
+        subprocess.run([*command, f"-Wl,-soname,{soname}", "-o", str(root / "lib" / soname)], check=True)
+    return root
+
+
+def run(root: Path, statement: str, **fail: str | int) -> list[str]:
+    """Run a statement with a Xen ``x`` and a Xenstore ``s``; return what the libraries and then the statement said."""
+    code = (
+        "import sys\n"
+        "from nvdimm_driver.errors import XenError\n"
+        "from nvdimm_driver.xen.libxenctrl import Xen\n"
+        "from nvdimm_driver.xen.xenstore import Xenstore\n"
+        "try:\n"
+        "    with Xen(sys.argv[1]) as x, Xenstore() as s:\n"
+        f"        print('=', {statement}, flush=True)\n"
+        "except XenError as error:\n"
+        "    print('!', error)\n"
+    )
+    env = {**os.environ, "LD_LIBRARY_PATH": str(root / "lib"), **{name: str(value) for name, value in fail.items()}}
+    done = subprocess.run([sys.executable, "-c", code, str(root)], env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+OPEN = ["xc_interface_open(0)", "xs_open(0)"]
+CLOSE = ["xs_close()", "xc_interface_close()"]
+
+CALLS = [
+    ("x.iomem_permission(7, 0x140000, 512, True)", "xc_domain_iomem_permission(7, 0x140000, 512, 1)", "None"),
+    ("x.iomem_permission(7, 0x140000, 512, False)", "xc_domain_iomem_permission(7, 0x140000, 512, 0)", "None"),
+    (
+        "x.memory_mapping(7, 0x100000, 0x123456789, 5, True)",
+        "xc_domain_memory_mapping(7, 0x100000, 0x123456789, 5, 1)",
+        "None",
+    ),
+    ("x.memory_mapping(7, 1, 2, 3, False)", "xc_domain_memory_mapping(7, 0x1, 0x2, 3, 0)", "None"),
+    ("x.paging_pool(7)", "xc_get_paging_mempool_size(7)", str(5 << 32)),
+    ("x.set_paging_pool(7, 6 << 32)", f"xc_set_paging_mempool_size(7, {6 << 32})", "None"),
+    ("x.pin_memory_cacheattr(7, 16, 4, 6)", "xc_domain_pin_memory_cacheattr(7, 0x10, 0x13, 6)", "True"),
+    ("x.machine_memory_map()", "xc_get_machine_memory_map(1024)", "[(0, 654336, 1), (5368709120, 1073741824, 12)]"),
+    ("x.domain_exists(7)", "xc_domain_maximum_gpfn(7)", "True"),
+    (
+        "x.populate_physmap_exact(7, 0xFD001, 3)",
+        "xc_domain_populate_physmap_exact(7, 3, 0, 0: 0xfd001 0xfd002 0xfd003)",
+        "None",
+    ),
+    ("s.write('/a/b', 'ä')", "xs_write(0, /a/b, ä, 2)", "None"),
+    ("s.read('/a/b')", "xs_read(0, /a/b)", "value of /a/b"),
+]
+
+
+@pytest.mark.parametrize(("statement", "call", "answer"), CALLS)
+def test_a_call_arrives_with_its_arguments_and_its_answer_comes_back(
+    stand_ins: Path, statement: str, call: str, answer: str
+) -> None:
+    assert run(stand_ins, statement) == [*OPEN, call, f"= {answer}", *CLOSE]
+
+
+def test_guest_memory_is_mapped_by_page_and_unmapped(stand_ins: Path) -> None:
+    said = run(stand_ins, "x.write_memory(7, 0xFD001FFE, b'abcd'), x.read_memory(7, 0xFD001FFF, 2)")
+    both = "xenforeignmemory_map(7, {}, 2: 0xfd001 0xfd002)"
+    unmapped = "xenforeignmemory_unmap(2)"
+    assert said == [*OPEN, both.format(3), unmapped, both.format(1), unmapped, "= None b'bc'", *CLOSE]
+
+
+@pytest.mark.parametrize(
+    ("statement", "function", "error", "says"),
+    [
+        (
+            "x.iomem_permission(7, 0x140000, 512, True)",
+            "xc_domain_iomem_permission",
+            "EPERM",
+            "mfn 0x140000, 512 frames",
+        ),
+        ("x.memory_mapping(7, 1, 2, 3, True)", "xc_domain_memory_mapping", "EINVAL", "gfn 0x1, mfn 0x2, 3 frames, add"),
+        ("x.memory_mapping(7, 1, 2, 3, True)", "xc_domain_memory_mapping", "EINVAL", "xl dmesg"),
+        ("x.set_paging_pool(7, 4096)", "xc_set_paging_mempool_size", "ENOMEM", "4096 bytes"),
+        ("x.populate_physmap_exact(7, 9, 2)", "xc_domain_populate_physmap_exact", "EBUSY", "gfn 0x9, 2 frames"),
+        ("x.domain_exists(7)", "xc_domain_maximum_gpfn", "EPERM", "domain 7"),
+        ("x.pin_memory_cacheattr(7, 1, 1, 6)", "xc_domain_pin_memory_cacheattr", "ENOMEM", "gfn 0x1"),
+        ("x.read_memory(7, 4096, 1)", "xenforeignmemory_map", "ENOENT", "domain 7, gfn 0x1, 1 pages"),
+        ("x.machine_memory_map()", "xc_get_machine_memory_map", "EINVAL", "1024 entries"),
+        ("None", "xc_interface_open", "EACCES", "only root"),
+        ("None", "xs_open", "ECONNREFUSED", "xenstored has to run"),
+        ("s.read('/a')", "xs_read", "EACCES", "/a"),
+        ("s.write('/a', 'b')", "xs_write", "EACCES", "/a"),
+    ],
+)
+def test_a_call_that_fails_says_which_why_and_with_what(
+    stand_ins: Path, statement: str, function: str, error: str, says: str
+) -> None:
+    (line,) = (
+        line for line in run(stand_ins, statement, FAIL=function, ERRNO=getattr(errno, error)) if line.startswith("!")
+    )
+    assert line.startswith(f"! {function}: {error} (")
+    assert says in line
+
+
+def test_a_domain_that_libxc_does_not_find_has_an_errno_all_the_same(stand_ins: Path) -> None:
+    """It returns -EINVAL then and leaves errno alone."""
+    statement = "x.memory_mapping(7, 1, 2, 3, False)"
+    said = run(stand_ins, statement, FAIL="xc_domain_memory_mapping", ERRNO=0)
+    assert said[-1].startswith("! xc_domain_memory_mapping: EINVAL ("), said
+
+
+@pytest.mark.parametrize("statement", ["x.iomem_permission(7, 1, 2, True)", "x.paging_pool(7)"])
+def test_eaccess_is_a_library_that_does_not_fit_the_hypervisor(stand_ins: Path, statement: str) -> None:
+    function = {"x.i": "xc_domain_iomem_permission", "x.p": "xc_get_paging_mempool_size"}[statement[:3]]
+    said = run(stand_ins, statement, FAIL=function, ERRNO=errno.EACCES)
+    assert any("libxenctrl.so.4.17 is not the library of the Xen 4.17 that is running" in line for line in said)
+
+
+@pytest.mark.parametrize("error", ["ENOSYS", "EOPNOTSUPP", "EINVAL", "ENOSPC", "ENOENT"])
+def test_a_refused_memory_type_is_an_answer(stand_ins: Path, error: str) -> None:
+    said = run(
+        stand_ins,
+        "x.pin_memory_cacheattr(7, 1, 1, 6)",
+        FAIL="xc_domain_pin_memory_cacheattr",
+        ERRNO=getattr(errno, error),
+    )
+    assert "= False" in said
+
+
+def test_a_domain_that_is_gone(stand_ins: Path) -> None:
+    assert "= False" in run(stand_ins, "x.domain_exists(7)", FAIL="xc_domain_maximum_gpfn", ERRNO=errno.ESRCH)
+
+
+def test_a_path_that_is_not_in_xenstore(stand_ins: Path) -> None:
+    assert "= None" in run(stand_ins, "s.read('/a')", FAIL="xs_read", ERRNO=errno.ENOENT)
+
+
+def test_a_mapping_with_a_page_missing_is_an_error_and_unmapped(stand_ins: Path) -> None:
+    said = run(stand_ins, "x.write_memory(7, 0xFD001000, bytes(9000))", MISSING=2)
+    assert said[3] == "xenforeignmemory_unmap(3)"
+    assert said[-1].startswith("! xenforeignmemory_map: ENOENT (")
+    assert "1 not mapped, first gfn 0xfd003" in said[-1]

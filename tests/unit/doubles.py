@@ -1,0 +1,130 @@
+"""Test doubles at the plug-in surface. The lab checks the real ones against what these do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nvdimm_driver.acpi.native import NativeAcpiBuilder
+from nvdimm_driver.driver import Host, XenNvdimmDriver
+from nvdimm_driver.errors import BackingError, XenError
+from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.model import (
+    GIB,
+    MIB,
+    BackingIdentity,
+    DomainSpec,
+    Extent,
+    Intake,
+    Location,
+    Namespace,
+    NvdimmSpec,
+)
+from nvdimm_driver.plugins import Backing, Mapper
+
+UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
+OTHER_UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000002"
+NAMESPACE = Namespace("namespace0.0", "fsdax", "pmem0", "ns-0", 5 * GIB, 1 * GIB)
+
+
+class MemoryBacking(Backing):
+    """Files that exist in a dict: path → (inode, size). Counts what is done to them."""
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, int]] = {}
+        self.frozen: set[str] = set()
+        self.fail_provision: set[str] = set()
+        self.next_inode = 100
+
+    def describe(self) -> str:
+        return "files in memory"
+
+    def handles(self, path: str) -> bool:
+        return path.startswith("/mnt/pmem0/")
+
+    def examine(self, spec: NvdimmSpec) -> Intake:
+        exists = spec.path in self.files
+        return Intake("memory", not exists, 0 if exists else spec.size, NAMESPACE)
+
+    def provision(self, spec: NvdimmSpec) -> BackingIdentity:
+        if spec.path in self.fail_provision:
+            raise BackingError(f"{spec.path}: no space", hint="free some")
+        if spec.path not in self.files:
+            self.files[spec.path] = (self.next_inode, spec.size)
+            self.next_inode += 1
+        return self.locate(spec).identity
+
+    def discard(self, spec: NvdimmSpec) -> None:
+        del self.files[spec.path]
+
+    def locate(self, spec: NvdimmSpec) -> Location:
+        if spec.path not in self.files:
+            raise BackingError(f"{spec.path} does not exist")
+        inode, size = self.files[spec.path]
+        start = NAMESPACE.data_spa + (inode - 100) * 128 * MIB
+        return Location(BackingIdentity("memory", "ns-0", 0, inode, 1, size), (Extent(0, start, spec.size),))
+
+    def freeze(self, path: str) -> None:
+        self.frozen.add(path)
+
+    def thaw(self, path: str) -> None:
+        self.frozen.discard(path)
+
+
+class RecordingMapper(Mapper):
+    """Knows which domids live; keeps what is mapped and delivered."""
+
+    def __init__(self, alive: dict[int, str] | None = None) -> None:
+        self.alive = {} if alive is None else alive
+        self.mapped: dict[int, list[tuple[int, int, int]]] = {}
+        self.delivered: dict[int, bytes] = {}
+        self.fail: str = ""
+        self.ram_ranges = [(0, 4 * GIB // 4096)]
+
+    def describe(self) -> str:
+        return "records"
+
+    def ram(self) -> list[tuple[int, int]]:
+        return self.ram_ranges
+
+    def is_alive(self, domid: int, uuid: str) -> bool:
+        return self.alive.get(domid) == uuid
+
+    def uuid(self, domid: int) -> str | None:
+        return self.alive.get(domid)
+
+    def map(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> int:
+        if self.fail == "map":
+            raise XenError("EPERM", hint="no")
+        self.mapped[domid] = list(mappings)
+        return len(mappings)
+
+    def unmap(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> None:
+        assert self.mapped.pop(domid) == list(mappings)
+
+    def deliver(self, domid: int, tables: bytes) -> None:
+        if self.fail == "deliver":
+            raise XenError("ENOMEM", hint="no")
+        self.delivered[domid] = tables
+
+
+def make_driver(folder: Path, backing: MemoryBacking, mapper: RecordingMapper) -> XenNvdimmDriver:
+    """A driver whose state is in a folder of the test's."""
+    return XenNvdimmDriver(
+        ledger=Ledger(str(folder / "ledger.sqlite")),
+        state_dir=folder,
+        backings=[backing],
+        acpi=NativeAcpiBuilder(),
+        mapper=mapper,
+        host=Host(lambda: (NAMESPACE,), 46),
+        qemu="/usr/bin/real-qemu",
+        gap=64 * GIB,
+    )
+
+
+def domain(*paths: str, uuid: str | None = UUID, name: str = "db1", ram: int = 512 * MIB) -> DomainSpec:
+    """A domain with one NVDIMM of 64 MiB for each path."""
+    nvdimms = tuple(NvdimmSpec(slot, path, 64 * MIB) for slot, path in enumerate(paths))
+    return DomainSpec(name, uuid, ram, None, nvdimms)

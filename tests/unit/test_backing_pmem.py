@@ -1,0 +1,110 @@
+"""PmemBacking on a loop device that a tree of files presents as a pmem block device."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.backing.pmem import PmemBacking
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import MIB, BackingIdentity, Extent, NvdimmSpec
+from tests.unit.fake_sysfs import FakeSysfs
+
+SPA = 0x1_4000_0000
+SIZE = 64 * MIB
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    image = tmp_path_factory.mktemp("loop") / "image"
+    image.touch()
+    os.truncate(image, SIZE)
+    found = subprocess.run(["losetup", "--show", "-f", str(image)], capture_output=True, text=True, check=True)
+    node = found.stdout.strip()
+    subprocess.run(["mkfs.ext4", "-q", node], check=True)
+    yield node
+    subprocess.run(["losetup", "-d", node], check=True)
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> FakeSysfs:
+    return FakeSysfs(tmp_path / "sys")
+
+
+def backing(sysfs: FakeSysfs) -> PmemBacking:
+    return PmemBacking(sysfs=sysfs.root)
+
+
+def number(node: str) -> int:
+    return os.stat(node).st_rdev
+
+
+def test_handles(sysfs: FakeSysfs, loop: str) -> None:
+    assert backing(sysfs).handles(loop)
+    assert not backing(sysfs).handles("/dev/null")
+    assert not backing(sysfs).handles("/dev/none")
+
+
+def test_a_whole_namespace(sysfs: FakeSysfs, loop: str) -> None:
+    sysfs.raw(number(loop), spa=SPA, size=SIZE)
+    before = Path(loop).read_bytes()
+    spec = NvdimmSpec(0, loop, 32 * MIB)
+    intake = backing(sysfs).examine(spec)
+    assert (intake.kind, intake.creates, intake.writes, intake.namespace.device) == ("pmem", False, 0, "pmem0")
+    identity = backing(sysfs).provision(spec)
+    assert identity == BackingIdentity("pmem", "spa-0x140000000", 0, 0, 0, SIZE)
+    location = backing(sysfs).locate(spec)
+    assert (location.identity, location.extents) == (identity, (Extent(0, SPA, 32 * MIB),))
+    backing(sysfs).freeze(loop)
+    backing(sysfs).thaw(loop)
+    backing(sysfs).discard(spec)
+    assert Path(loop).read_bytes() == before
+
+
+def test_a_partition(sysfs: FakeSysfs, loop: str) -> None:
+    disk = sysfs.raw(os.makedev(259, 0), spa=SPA)
+    sysfs.partition(disk, 1, number(loop), start=MIB, size=SIZE)
+    location = backing(sysfs).locate(NvdimmSpec(0, loop, SIZE))
+    assert location.extents == (Extent(0, SPA + MIB, SIZE),)
+    assert location.identity == BackingIdentity("pmem", "spa-0x140000000", MIB, 0, 0, SIZE)
+
+
+def test_a_partition_that_is_not_on_whole_pages(sysfs: FakeSysfs, loop: str) -> None:
+    disk = sysfs.raw(os.makedev(259, 0), spa=SPA)
+    sysfs.partition(disk, 1, number(loop), start=63 * 512, size=SIZE)
+    with pytest.raises(BackingError, match=r"not on whole pages .*partitions have to start at a multiple of 4 KiB"):
+        backing(sysfs).examine(NvdimmSpec(0, loop, SIZE))
+
+
+def test_more_than_the_device_has(sysfs: FakeSysfs, loop: str) -> None:
+    sysfs.raw(number(loop), spa=SPA, size=SIZE)
+    with pytest.raises(BackingError, match="has 67108864 bytes, the NVDIMM needs 69206016"):
+        backing(sysfs).examine(NvdimmSpec(0, loop, SIZE + 2 * MIB))
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("fsdax", "info block"), ("sector", "btt")])
+def test_other_modes(sysfs: FakeSysfs, loop: str, mode: str, reason: str) -> None:
+    getattr(sysfs, mode)(number(loop))
+    for act in (backing(sysfs).examine, backing(sysfs).provision, backing(sysfs).locate):
+        with pytest.raises(BackingError, match=rf"is in {mode} mode.*{reason}.*create-namespace -f .* -m raw"):
+            act(NvdimmSpec(0, loop, 2 * MIB))
+
+
+def test_a_disk_that_is_not_pmem(sysfs: FakeSysfs, loop: str) -> None:
+    sysfs.raw(os.makedev(259, 0))
+    with pytest.raises(BackingError, match=rf"{loop}: is on .*, not on persistent memory"):
+        backing(sysfs).examine(NvdimmSpec(0, loop, 2 * MIB))
+
+
+def test_a_device_that_is_in_use(sysfs: FakeSysfs, loop: str, tmp_path: Path) -> None:
+    sysfs.raw(number(loop), spa=SPA, size=SIZE)
+    subprocess.run(["mount", loop, str(tmp_path)], check=True)
+    try:
+        for act in (backing(sysfs).examine, backing(sysfs).locate):
+            with pytest.raises(BackingError, match=rf"{loop}: is in use in the host \(unmount it"):
+                act(NvdimmSpec(0, loop, 2 * MIB))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert backing(sysfs).locate(NvdimmSpec(0, loop, 2 * MIB))

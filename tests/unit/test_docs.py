@@ -1,0 +1,54 @@
+"""The documentation names every command, option, error and exit status, and its XML is what the code makes."""
+
+import argparse
+import re
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver import domxml, errors
+from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
+
+DOC = Path(__file__).parents[2] / "doc"
+COMMANDS = (DOC / "commands.rst").read_text(encoding="utf-8")
+CLIFF_HAS = {"--help", "--variable", "--quote", "--noindent", "--max-width", "--fit-width", "--print-empty", "--prefix"}
+CLIFF_HAS |= {"--sort-column", "--sort-ascending", "--sort-descending"}
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    found = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    return sorted(found - CLIFF_HAS)
+
+
+def _blocks(page: str) -> list[str]:
+    text = (DOC / page).read_text(encoding="utf-8")
+    found = re.findall(r"\.\. code-block:: xml\n\n((?:    .*\n|\n)+)", text)
+    return [re.sub(r"^    ", "", block, flags=re.MULTILINE).strip() + "\n" for block in found]
+
+
+@pytest.mark.parametrize("entry", entry_points(group="nvdimm_driver.nvdimmctl"), ids=lambda entry: entry.name)
+def test_every_command_and_its_options_are_in_the_man_page(entry: EntryPoint) -> None:
+    name = entry.name.replace("_", " ")
+    assert re.search(rf"^{name}( \*|$)", COMMANDS, re.MULTILINE)
+    parser = entry.load()(Nvdimmctl(), None).get_parser(f"nvdimmctl {name}")
+    for option in _options(parser):
+        assert re.search(rf"^\.\. option:: .*{option}\b", COMMANDS, re.MULTILINE), option
+
+
+def test_every_global_option_is_in_the_man_page() -> None:
+    for option in _options(Nvdimmctl().parser):
+        assert re.search(rf"^\.\. option:: .*{option}\b", COMMANDS, re.MULTILINE), option
+
+
+@pytest.mark.parametrize("kind", errors.NvdimmError.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_every_error_is_documented_with_its_status(kind: type[errors.NvdimmError]) -> None:
+    assert f"\n{kind.__name__} ({kind.exit_code})\n---" in (DOC / "errors.rst").read_text(encoding="utf-8")
+    assert f"\n{kind.exit_code}\n   " in COMMANDS
+
+
+def test_the_rewritten_example_is_what_rewriting_its_original_gives() -> None:
+    rewritten = next(block for block in _blocks("xml.rst") if "nvdimm:domain" in block)
+    original = domxml.restore(rewritten)
+    assert domxml.extract(original) is not None
+    assert domxml.rewrite(original, "/usr/libexec/xen/bin/nvdimm-device-model") == rewritten

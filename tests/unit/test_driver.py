@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import BackingError, GuardError, InUseError, LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.model import GIB, MIB
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
+
+A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
+
+
+@pytest.fixture
+def backing() -> MemoryBacking:
+    return MemoryBacking()
+
+
+@pytest.fixture
+def mapper() -> RecordingMapper:
+    return RecordingMapper()
+
+
+@pytest.fixture
+def driver(tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper) -> XenNvdimmDriver:
+    return make_driver(tmp_path, backing, mapper)
+
+
+def bases(driver: XenNvdimmDriver, uuid: str = UUID) -> list[int | None]:
+    record = driver.ledger.domain(uuid)
+    assert record is not None
+    return [item.base for item in record.allocations]
+
+
+def test_plan_touches_nothing(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    plan = driver.plan(domain(A, B, uuid=None))
+    assert [intake.creates for intake in plan.intakes] == [True, True]
+    assert [mapping.frames for mapping in plan.mappings] == [64 * MIB // 4096] * 2
+    assert plan.mappings[0].mfn + plan.mappings[0].frames <= plan.mappings[1].mfn
+    assert backing.files == {}
+    assert driver.ledger.domains() == ()
+
+
+def test_define_provisions_and_chooses_bases_once(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A, B))
+    assert set(backing.files) == {A, B}
+    first = bases(driver)
+    driver.define(domain(A, B))
+    assert bases(driver) == first
+    assert all(base is not None and base >= 4 * GIB for base in first)
+
+
+def test_a_failed_define_leaves_nothing(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    backing.fail_provision = {B}
+    with pytest.raises(BackingError, match="no space"):
+        driver.define(domain(A, B))
+    assert backing.files == {}
+    assert driver.ledger.domains() == ()
+
+
+def test_a_failed_redefine_leaves_what_was(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A))
+    before = driver.ledger.domains()
+    backing.fail_provision = {B}
+    with pytest.raises(BackingError, match="no space"):
+        driver.define(domain(A, B, ram=GIB))
+    assert driver.ledger.domains() == before
+    assert set(backing.files) == {A}
+
+
+def test_a_path_of_another_domain_is_refused_by_name(driver: XenNvdimmDriver) -> None:
+    driver.define(domain(A))
+    with pytest.raises(InUseError, match=rf"{A} belongs to domain db1 \({UUID}\)"):
+        driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
+    with pytest.raises(InUseError, match="db1"):
+        driver.plan(domain(A, uuid=None, name="db2"))
+    assert [record.name for record in driver.ledger.domains()] == ["db1"]
+
+
+def test_a_plan_without_uuid_is_for_the_domain_of_that_name(driver: XenNvdimmDriver) -> None:
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    assert [item.base for item in driver.plan(domain(A, uuid=None)).layout.nvdimms] == bases(driver)
+
+
+def test_the_same_file_under_another_path_is_refused(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A))
+    backing.files[B] = backing.files[A]
+    with pytest.raises(InUseError, match=rf"{B} belongs to domain db1"):
+        driver.define(domain(B, uuid=OTHER_UUID, name="db2"))
+    assert set(backing.files) == {A, B}
+
+
+def test_a_path_for_no_backing_is_refused(driver: XenNvdimmDriver) -> None:
+    with pytest.raises(BackingError, match="/root/a: cannot be the backing"):
+        driver.define(domain("/root/a"))
+
+
+def test_prepare_freezes_and_writes_the_plan(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A, B))
+    driver.prepare(domain(A, B))
+    assert backing.frozen == {A, B}
+    start = driver.ledger.start(UUID)
+    assert [count for _, _, count in start.mappings] == [64 * MIB // 4096] * 2
+    assert [gfn * 4096 for gfn, _, _ in start.mappings] == bases(driver)
+    assert start.qemu == "/usr/bin/real-qemu"
+    assert driver.tables_file(UUID).read_bytes()[:4] == b"NFIT"
+
+
+def test_prepare_takes_the_users_emulator(driver: XenNvdimmDriver) -> None:
+    driver.define(domain(A))
+    driver.prepare(dataclasses.replace(domain(A), emulator="/opt/qemu"))
+    assert driver.ledger.start(UUID).qemu == "/opt/qemu"
+
+
+def test_prepare_without_define_takes_what_is_there_and_creates_nothing(
+    driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    with pytest.raises(BackingError, match=f"{A} is not provisioned"):
+        driver.prepare(domain(A))
+    assert backing.files == {}
+    assert driver.ledger.domains() == ()
+    backing.files[A] = (100, 64 * MIB)
+    driver.prepare(domain(A))
+    assert backing.frozen == {A}
+
+
+def test_a_replaced_file_is_refused_and_nothing_stays_frozen(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A, B))
+    backing.files[B] = (102, 64 * MIB)
+    with pytest.raises(BackingError, match=f"{B} is not what was provisioned"):
+        driver.prepare(domain(A, B))
+    assert backing.frozen == set()
+    record = driver.ledger.domain(UUID)
+    assert record is not None
+    assert record.attachment is None
+    assert "is not what was provisioned" in record.fault
+
+
+def test_frames_in_ram_are_refused(driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper) -> None:
+    driver.define(domain(A))
+    mapper.ram_ranges.append((5 * GIB // 4096 + 1, 1))
+    with pytest.raises(GuardError):
+        driver.prepare(domain(A))
+    assert backing.frozen == set()
+
+
+def test_ram_that_grew_into_an_nvdimm_is_refused(driver: XenNvdimmDriver) -> None:
+    driver.define(domain(A))
+    with pytest.raises(LayoutError):
+        driver.prepare(domain(A, ram=200 * GIB))
+
+
+def test_release_thaws_when_the_domain_is_gone(
+    driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    driver.ledger.mapping(UUID, 5)
+    driver.ledger.mapped(UUID)
+    mapper.alive[5] = UUID
+    driver.reconcile()
+    assert backing.frozen == {A}
+    with pytest.raises(InUseError, match="db1 is running"):
+        driver.forget(UUID)
+    assert driver.release(UUID) == ""
+    assert backing.frozen == {A}, "domid 5 still lives"
+    del mapper.alive[5]
+    driver.reconcile()
+    assert backing.frozen == set()
+    assert driver.forget(UUID).name == "db1"
+    assert driver.ledger.domains() == ()
+    assert set(backing.files) == {A}
+
+
+def test_release_says_why_the_start_failed(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    driver.ledger.mapping(UUID, 5)
+    driver.ledger.fault(UUID, "EPERM")
+    assert driver.release(UUID) == "EPERM"
+    assert driver.release(UUID) == "EPERM"
+    assert backing.frozen == set()
+
+
+def test_a_start_of_an_earlier_boot_is_put_away(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    driver.ledger._write([("UPDATE attachment SET boot_id = 'yesterday'", ())])
+    driver.reconcile()
+    assert backing.frozen == set()
+    with pytest.raises(LedgerError):
+        driver.ledger.start(UUID)
+
+
+def test_a_pending_start_is_left_alone_until_it_is_abandoned(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    driver.reconcile()
+    assert backing.frozen == {A}
+    driver.ledger._write([("UPDATE attachment SET since = since - 601", ())])
+    driver.reconcile()
+    assert backing.frozen == set()
+
+
+def test_a_domain_without_uuid_cannot_be_defined(driver: XenNvdimmDriver) -> None:
+    with pytest.raises(NvdimmError, match="db1 has no uuid"):
+        driver.define(domain(A, uuid=None))

@@ -1,0 +1,272 @@
+"""Where NVDIMMs go in guest-physical space."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvdimm_driver import frames, layout
+from nvdimm_driver.errors import LayoutError
+from nvdimm_driver.layout import PlacementRequest
+from nvdimm_driver.model import GIB, KIB, MIB, PAGE, SUPERPAGE, Extent, GuestLayout, Placement
+
+
+def request(
+    slot: int = 0,
+    size: int = GIB,
+    *,
+    label_size: int = 0,
+    alignsize: int | None = None,
+    first_spa: int = 0,
+    base: int | None = None,
+    node: int | None = None,
+) -> PlacementRequest:
+    return PlacementRequest(slot, size, label_size, alignsize, first_spa, base, node)
+
+
+def bases(guest: GuestLayout) -> list[int]:
+    return [placement.base for placement in guest.nvdimms]
+
+
+@pytest.mark.parametrize(
+    ("ram", "highmem_end"),
+    [
+        (PAGE, 4 * GIB),
+        (0xF0000000, 4 * GIB),
+        (0xF0000000 + PAGE, 4 * GIB + PAGE),
+        (4 * GIB, 4 * GIB + 256 * MIB),
+        (1024 * GIB, 1028 * GIB - 0xF0000000),
+    ],
+)
+def test_ram_above_the_pci_hole_starts_at_4_gib(ram: int, highmem_end: int) -> None:
+    guest = layout.place(ram, [], address_bits=46)
+    assert guest == GuestLayout(ram, highmem_end, 1 << 46, ())
+    assert guest == layout.around(ram, [], address_bits=46)
+
+
+def test_nvdimms_start_at_the_next_gib_behind_the_gap_in_slot_order() -> None:
+    guest = layout.place(4 * GIB, [request(3), request(1, 2 * GIB)], address_bits=40)
+    assert [placement.slot for placement in guest.nvdimms] == [1, 3]
+    assert bases(guest) == [69 * GIB, 71 * GIB]  # RAM ends at 4.25 GiB
+
+
+def test_all_that_was_asked_for_is_kept() -> None:
+    guest = layout.place(GIB, [request(7, MIB, label_size=128 * KIB, node=1)], address_bits=40)
+    assert guest.nvdimms == (Placement(7, 68 * GIB, MIB, 128 * KIB, 1),)
+
+
+@pytest.mark.parametrize(
+    ("first_spa", "alignsize", "base"),
+    [
+        (0x140000000, None, 68 * GIB),
+        (0x140201000, None, 68 * GIB + PAGE),
+        (0x1401FF000, None, 68 * GIB + 0x1FF000),
+        (0x140010000, 64 * KIB, 68 * GIB + 64 * KIB),
+        (0x140011000, 64 * KIB, 68 * GIB),  # both at once cannot be had
+        (0x140001000, 2 * MIB, 68 * GIB),
+        (0x140001000, 16 * GIB, 80 * GIB),
+        (0x140200000, 16 * GIB, 80 * GIB),
+    ],
+)
+def test_base_is_aligned_and_congruent_to_the_first_spa(first_spa: int, alignsize: int | None, base: int) -> None:
+    size = alignsize or PAGE
+    assert bases(layout.place(GIB, [request(0, size, alignsize=alignsize, first_spa=first_spa)], address_bits=40)) == [
+        base
+    ]
+
+
+def test_the_gap_shrinks_while_the_nvdimms_do_not_fit() -> None:
+    assert bases(layout.place(GIB, [request()], address_bits=36)) == [36 * GIB]
+    assert bases(layout.place(GIB, [request(0, 50 * GIB)], address_bits=36)) == [12 * GIB]
+    assert bases(layout.place(GIB, [request(0, 59 * GIB)], address_bits=36)) == [5 * GIB]
+    assert bases(layout.place(GIB, [request(0, 59 * GIB)], address_bits=36, gap=PAGE)) == [5 * GIB]
+
+
+def test_what_does_not_fit_is_refused_with_numbers() -> None:
+    with pytest.raises(LayoutError) as caught:
+        layout.place(GIB, [request(0, 30 * GIB), request(1, 30 * GIB)], address_bits=36)
+    for number in (f"{60 * GIB} bytes", f"{4 * GIB:#x}", f"{64 * GIB:#x}", f"{GIB} bytes"):
+        assert number in caught.value.message
+    assert caught.value.hint
+
+
+def test_the_address_space_ends_at_48_bits() -> None:
+    assert layout.place(GIB, [], address_bits=52).limit == 1 << 48
+    with pytest.raises(LayoutError, match="do not fit"):
+        layout.place(GIB, [request(0, 1 << 48)], address_bits=52)
+
+
+def test_the_users_bases_are_honoured_and_the_others_go_around_them() -> None:
+    requests = [request(0), request(1, base=68 * GIB + MIB), request(2), request(3, base=5 * GIB)]
+    assert bases(layout.place(GIB, requests, address_bits=40)) == [
+        69 * GIB + 2 * MIB,
+        68 * GIB + MIB,
+        70 * GIB + 2 * MIB,
+        5 * GIB,
+    ]
+
+
+def test_an_nvdimm_may_begin_where_another_ends() -> None:
+    assert bases(layout.place(GIB, [request(0), request(1, base=68 * GIB), request(2)], address_bits=40)) == [
+        69 * GIB,
+        68 * GIB,
+        70 * GIB,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([request(base=4 * GIB)], "overlaps the guest's RAM"),  # 4 GiB of RAM end at 4.25 GiB
+        ([request(base=0)], "overlaps the guest's RAM"),
+        ([request(base=0xF0000000)], "or its PCI hole"),
+        ([request(base=5 * GIB + 1)], "not a multiple of 4096"),
+        ([request(base=5 * GIB + MIB, alignsize=2 * MIB)], "starts at 0x140100000, which is not a multiple of 2097152"),
+        ([request(size=3 * MIB, base=5 * GIB, alignsize=2 * MIB)], "ends at"),
+        ([request(size=3 * MIB, alignsize=2 * MIB)], "ends at"),
+        (
+            [request(base=(1 << 40) - MIB)],
+            "ends behind the guest's physical address space, which ends at 0x10000000000",
+        ),
+        ([request(0, base=5 * GIB), request(1, base=6 * GIB - PAGE)], "overlap from 0x17ffff000 on"),
+        ([request(0, base=5 * GIB), request(1, base=5 * GIB)], "overlap"),
+        ([request(0), request(0, base=5 * GIB)], r"slots \[0, 0\]"),
+        ([request(size=0)], "no byte for the guest"),
+        ([request(size=0, base=5 * GIB)], "no byte for the guest"),
+        ([request(size=PAGE + 1)], "ends at"),
+    ],
+)
+def test_impossible_requests_are_refused(requests: list[PlacementRequest], message: str) -> None:
+    with pytest.raises(LayoutError, match=message) as caught:
+        layout.place(4 * GIB, requests, address_bits=40)
+    assert caught.value.hint
+
+
+def test_a_remembered_layout_is_checked_against_the_guest_as_it_is_now() -> None:
+    requests = [request(0), request(1, label_size=128 * KIB)]
+    guest = layout.place(GIB, requests, address_bits=40)
+    layout.check(guest, requests, address_bits=40)
+    with pytest.raises(LayoutError, match=f"overlaps the guest's RAM of {100 * GIB} bytes"):
+        layout.check(replace(guest, ram=100 * GIB), requests, address_bits=40)
+    with pytest.raises(LayoutError, match="ends behind"):
+        layout.check(guest, requests, address_bits=36)
+    with pytest.raises(LayoutError, match=r"slots \[0\], its layout has them in slots \[0, 1\]"):
+        layout.check(guest, requests[:1], address_bits=40)
+    for other in (
+        replace(requests[0], size=2 * GIB),
+        replace(requests[0], label_size=128 * KIB),
+        replace(requests[0], node=0),
+        replace(requests[0], base=GIB),
+    ):
+        with pytest.raises(LayoutError, match="is not what is asked for now"):
+            layout.check(guest, [other, requests[1]], address_bits=40)
+
+
+NV = Placement(slot=0, base=0x1000000000, size=16 * PAGE)
+
+
+def test_mappings_cover_the_visible_bytes_and_merge_neighbours() -> None:
+    extents = [Extent(0, 0x140000000, 4 * PAGE), Extent(4 * PAGE, 0x140004000, PAGE), Extent(5 * PAGE, 0, 99 * PAGE)]
+    assert layout.mappings(NV, extents) == ((0x1000000, 0x140000, 5), (0x1000005, 0, 11))
+
+
+@pytest.mark.parametrize(
+    "extents",
+    [
+        [],
+        [Extent(PAGE, 0, 16 * PAGE)],
+        [Extent(0, 0, 4 * PAGE), Extent(5 * PAGE, 0, 11 * PAGE)],
+        [Extent(0, 0, 4 * PAGE), Extent(3 * PAGE, 0, 13 * PAGE)],
+        [Extent(0, 0, 8 * PAGE + 512), Extent(8 * PAGE + 512, 0, 8 * PAGE)],
+        [Extent(0, 512, 16 * PAGE)],
+        [Extent(0, 0, 0), Extent(0, 0, 16 * PAGE)],
+        [Extent(0, 0, 15 * PAGE)],
+    ],
+)
+def test_extents_that_do_not_cover_are_refused(extents: list[Extent]) -> None:
+    with pytest.raises(LayoutError, match="slot 0") as caught:
+        layout.mappings(NV, extents)
+    assert caught.value.hint
+
+
+# --- properties ---
+
+
+@st.composite
+def requests_of(draw: st.DrawFn, *, fixed: bool) -> list[PlacementRequest]:
+    requests = []
+    for slot in draw(st.lists(st.integers(0, 255), max_size=6, unique=True)):
+        alignsize = draw(st.sampled_from([None, PAGE, 64 * KIB, 2 * MIB, 16 * MIB, GIB]))
+        align = alignsize or PAGE
+        requests.append(
+            request(
+                slot,
+                draw(st.integers(1, 64 * GIB // align)) * align,
+                alignsize=alignsize,
+                first_spa=draw(st.integers(0, 1 << 36)) * PAGE,
+                base=draw(st.integers(0, (1 << 40) // align)) * align if fixed and draw(st.booleans()) else None,
+            )
+        )
+    return requests
+
+
+@given(
+    st.integers(1, 256 * GIB // PAGE), requests_of(fixed=True), st.integers(38, 52), st.sampled_from([0, GIB, 64 * GIB])
+)
+def test_a_layout_is_refused_or_right(ram: int, requests: list[PlacementRequest], bits: int, gap: int) -> None:
+    try:
+        guest = layout.place(ram * PAGE, requests, address_bits=bits, gap=gap)
+    except LayoutError:
+        return
+    wanted = {item.slot: item for item in requests}
+    assert [placement.slot for placement in guest.nvdimms] == sorted(wanted)
+    for placement in guest.nvdimms:
+        item = wanted[placement.slot]
+        assert max(4 * GIB, 4 * GIB + ram * PAGE - 0xF0000000) <= placement.base
+        assert placement.end <= 1 << min(bits, 48)
+        assert placement.size == item.size
+        assert placement.base % (item.alignsize or PAGE) == 0
+        if item.base is not None:
+            assert placement.base == item.base
+        elif item.first_spa % min(item.alignsize or PAGE, SUPERPAGE) == 0 and (item.alignsize or 0) <= SUPERPAGE:
+            assert (placement.base - item.first_spa) % SUPERPAGE == 0
+    for left, right in pairwise(sorted(guest.nvdimms, key=lambda placement: placement.base)):
+        assert left.end <= right.base
+
+
+@given(st.integers(1, 256 * GIB // PAGE), requests_of(fixed=False))
+def test_what_fits_is_placed_the_same_each_time_and_stays(ram: int, requests: list[PlacementRequest]) -> None:
+    guest = layout.place(ram * PAGE, requests, address_bits=46)
+    assert layout.place(ram * PAGE, requests[::-1], address_bits=46) == guest
+    remembered = [
+        replace(item, base=base)
+        for item, base in zip(sorted(requests, key=lambda r: r.slot), bases(guest), strict=True)
+    ]
+    assert layout.place(ram * PAGE, remembered, address_bits=46, gap=0) == guest
+    layout.check(guest, requests, address_bits=46)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 2000)), min_size=1, max_size=20), st.data())
+def test_mappings_are_exactly_the_visible_frames(runs: list[tuple[int, int]], data: st.DataObject) -> None:
+    extents: list[Extent] = []
+    frames_of_file: list[int] = []
+    for mfn, count in runs:
+        extents.append(Extent(len(frames_of_file) * PAGE, mfn * PAGE, count * PAGE))
+        frames_of_file += range(mfn, mfn + count)
+    visible = data.draw(st.integers(1, len(frames_of_file)))
+    mapped = layout.mappings(Placement(0, 0x1000000000, visible * PAGE), extents)
+    assert [gfn + i for gfn, _, count in mapped for i in range(count)] == list(range(0x1000000, 0x1000000 + visible))
+    assert [mfn + i for _, mfn, count in mapped for i in range(count)] == frames_of_file[:visible]
+
+
+@given(st.integers(1, 1 << 30), st.integers(SUPERPAGE // PAGE * 2, 1 << 20))
+def test_a_contiguous_backing_is_mapped_in_superpages(mfn: int, count: int) -> None:
+    guest = layout.place(GIB, [request(0, count * PAGE, first_spa=mfn * PAGE)], address_bits=46)
+    mapped = layout.mappings(guest.nvdimms[0], [Extent(0, mfn * PAGE, count * PAGE)])
+    superpages, pages, _ = frames.cost(mapped)
+    assert superpages >= count // 512 - 1
+    assert pages < 1024

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.errors import LedgerError
+from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
+from tests.unit.doubles import OTHER_UUID, UUID
+
+SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
+READY = Allocation(UUID, SPEC, BackingIdentity("fsdax", "u", 1 << 20, 12, 2**32 - 1, 1 << 21), 1 << 40)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(str(tmp_path / "ledger.sqlite"))
+
+
+def test_a_record_comes_back_as_it_was(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.replace(UUID, "db1", 5, [READY, Allocation(UUID, NvdimmSpec(4, "/b", 1 << 21))])
+    again = Ledger(str(tmp_path / "ledger.sqlite"))
+    record = again.domain(UUID)
+    assert record is not None
+    assert record.allocations == (READY, Allocation(UUID, NvdimmSpec(4, "/b", 1 << 21)))
+    assert (record.name, record.ram, record.fault, record.attachment) == ("db1", 5, "", None)
+    assert again.domains() == (record,)
+
+
+def test_replace_takes_the_place_of_what_was(ledger: Ledger) -> None:
+    ledger.replace(UUID, "db1", 5, [READY])
+    ledger.replace(UUID, "db2", 6, [])
+    record = ledger.domain(UUID)
+    assert record is not None
+    assert (record.name, record.ram, record.allocations) == ("db2", 6, ())
+
+
+def test_two_domains_never_have_the_same_path(ledger: Ledger) -> None:
+    ledger.replace(UUID, "db1", 5, [READY])
+    with pytest.raises(LedgerError, match=r"UNIQUE.*allocation\.path"):
+        ledger.replace(OTHER_UUID, "db2", 5, [READY])
+    assert ledger.domain(OTHER_UUID) is None
+
+
+def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
+    ledger.replace(UUID, "db1", 5, [READY])
+    ledger.attach(UUID, ["/mnt/pmem0/a"])
+    with pytest.raises(LedgerError, match="no start was prepared"):
+        ledger.start(UUID)
+    ledger.prepared(UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)])
+    start = ledger.start(UUID)
+    assert (start.name, start.qemu, start.gfn_start, start.gfn_limit) == ("db1", "/qemu", 256, 1 << 34)
+    assert start.mappings == [(512, 1024, 16), (4096, 8192, 1)]
+    assert start.areas == [(1024, 1 << 20)]
+    ledger.mapping(UUID, 7)
+    with pytest.raises(LedgerError, match="no start was prepared"):
+        ledger.start(UUID)
+    ledger.fault(UUID, "old")
+    ledger.mapped(UUID)
+    record = ledger.domain(UUID)
+    assert record is not None
+    assert record.attachment is not None
+    assert (record.attachment.state, record.attachment.domid, record.fault) == ("mapped", 7, "")
+    assert record.attachment.paths == ("/mnt/pmem0/a",)
+    assert ledger.taken(OTHER_UUID) == [("db1", 1024, 16), ("db1", 8192, 1)]
+    assert ledger.taken(UUID) == []
+    ledger.detach(UUID)
+    assert ledger.taken(OTHER_UUID) == []
+
+
+def test_forget_drops_everything(ledger: Ledger) -> None:
+    ledger.replace(UUID, "db1", 5, [READY])
+    ledger.attach(UUID, ["/a"])
+    ledger.prepared(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)])
+    ledger.forget(UUID)
+    assert ledger.domains() == ()
+    assert ledger.taken(OTHER_UUID) == []
+
+
+def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.sqlite")
+    ledger = Ledger(path)
+    ledger._write([("PRAGMA user_version = 99", ())])
+    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 1"):
+        Ledger(path)
+
+
+def test_a_file_that_is_no_ledger_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(LedgerError, match=str(path)):
+        Ledger(str(path))
+
+
+def test_many_processes_at_once(tmp_path: Path) -> None:
+    """Eight first users of one ledger: each creates or finds the schema, and none loses a write."""
+    script = (
+        "import sys; from nvdimm_driver.ledger import Ledger\n"
+        "ledger = Ledger(sys.argv[1])\n"
+        "for i in range(20): ledger.replace(f'{sys.argv[2]}-{i}', 'n', 1, [])\n"
+    )
+    path = str(tmp_path / "ledger.sqlite")
+    workers = [subprocess.Popen([sys.executable, "-c", script, path, str(n)]) for n in range(8)]
+    assert [worker.wait() for worker in workers] == [0] * 8
+    assert len(Ledger(path).domains()) == 160

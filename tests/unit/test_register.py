@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from oslo_config import cfg
+
+from nvdimm_driver import conf
+from nvdimm_driver.cmd.register import register, unregister
+from nvdimm_driver.errors import ConfigError, InUseError
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> cfg.ConfigOpts:
+    file = tmp_path / "nvdimm-driver.conf"
+    file.write_text(
+        f"[DEFAULT]\nstate_dir={tmp_path}/state\nlog_file={tmp_path}/log\n"
+        f"[xen]\ndevice_model={tmp_path}/libexec/dm\nqemu=/bin/echo\n[libvirt]\nhooks_dir={tmp_path}/hooks\n"
+    )
+    return conf.load([str(file)])
+
+
+def test_register_says_what_it_did_and_can_be_repeated(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    first = list(register(options))
+    assert first[:3] == [
+        f"created {tmp_path}/state",
+        f"installed {tmp_path}/libexec/dm",
+        f"installed {tmp_path}/hooks/libxl.d/50-nvdimm",
+    ]
+    assert "systemctl restart libvirtd" in first[3]
+    assert [line.split()[0] for line in register(options)] == ["unchanged", "unchanged"]
+    assert os.stat(tmp_path / "state").st_mode & 0o777 == 0o700
+
+
+def test_the_installed_scripts_run(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    list(register(options))
+    hook = tmp_path / "hooks/libxl.d/50-nvdimm"
+    subprocess.run([hook, "db1", "start", "begin", "-"], check=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([tmp_path / "libexec/dm", "-help"], check=True, capture_output=True, text=True)
+    assert done.stdout == "-help\n"
+
+
+def test_unregister_takes_it_out_and_keeps_the_ledger(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    list(register(options))
+    assert [line.split()[0] for line in unregister(options, [])] == ["removed", "removed", "kept"]
+    assert not (tmp_path / "libexec/dm").exists()
+    assert (tmp_path / "state/ledger.sqlite").exists()
+    assert next(unregister(options, [])).startswith("not there")
+
+
+def test_unregister_is_refused_while_a_domain_runs(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    list(register(options))
+    with pytest.raises(InUseError, match="db1"):
+        list(unregister(options, ["db1"]))
+    assert (tmp_path / "libexec/dm").exists()
+
+
+def test_somebody_elses_file_is_not_overwritten(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    other = tmp_path / "libexec/dm"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\n")
+    with pytest.raises(ConfigError, match=f"{other} exists and is not ours"):
+        list(register(options))
+    assert other.read_text() == "#!/bin/sh\n"
+
+
+def test_a_missing_qemu_is_an_error_with_its_path(options: cfg.ConfigOpts) -> None:
+    options.set_override("qemu", "/nonexistent/qemu", group="xen")
+    with pytest.raises(ConfigError, match="no QEMU at /nonexistent/qemu"):
+        list(register(options))
+
+
+def test_the_interpreter_is_this_one(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    list(register(options))
+    assert (tmp_path / "libexec/dm").read_text().startswith(f"#!{sys.executable} -I\n")
