@@ -1,0 +1,132 @@
+"""The first half of the build: Debian 12 packages become a dom0 root tree, kernels, Xen and busybox.
+
+This is the slow half and it changes rarely, so it is cached by itself, under a key made of this file and the
+download script.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab.cache import cached, digest
+from tests.lab.errors import LabError
+from tests.lab.tools import require, run_tool
+
+RELEASE = "bookworm"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+DOM0_PACKAGES = (
+    "daxctl",
+    "e2fsprogs",
+    "iproute2",
+    "kmod",
+    "libvirt-clients",
+    "libvirt-daemon-driver-xen",
+    "libvirt-daemon-system",
+    "ndctl",
+    "procps",
+    "python3-cffi",
+    "python3-cliff",
+    "python3-libvirt",
+    "python3-lxml",
+    "python3-oslo.config",
+    "python3-oslo.log",
+    "python3-pip",
+    "python3-prometheus-client",
+    "python3-rich",
+    "python3-stevedore",
+    "qemu-system-xen",
+    "strace",
+    "xen-utils-4.17",
+    "xfsprogs",
+)
+UNPACKED_PACKAGES = {
+    "dom0-kernel": "linux-image-amd64",
+    "guest-kernel": "linux-image-cloud-amd64",
+    "xen": "xen-hypervisor-4.17-amd64",
+    "busybox": "busybox-static",
+}
+LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/icons/*")
+DOWNLOAD = Path(__file__).parent / "recipe" / "download.sh"
+APT_OPTIONS = (
+    "Acquire::http",
+    "Acquire::ftp",
+    "Acquire::Check-",
+    "Acquire::Retries",
+    "Acquire::ForceIPv",
+    "APT::Sandbox",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Folders made of Debian packages; `root` is an installed system, the others are packages unpacked."""
+
+    root: Path
+    dom0_kernel: Path
+    guest_kernel: Path
+    xen: Path
+    busybox: Path
+
+
+def build_base(cache: Path) -> Base:
+    """Return the base from `cache`, made first if it is not there."""
+    folder = cached(cache, "base", digest([Path(__file__), DOWNLOAD]), _make)
+    return Base(*(folder / name for name in ("root", *UNPACKED_PACKAGES)))
+
+
+def _make(folder: Path) -> None:
+    require(("mmdebstrap", "dpkg-deb", "apt-get", "chroot"))
+    if os.geteuid() != 0:
+        raise LabError("building the lab's images needs root: mmdebstrap keeps the owners of files in a plain folder")
+    downloads = folder / "downloads"
+    downloads.mkdir()
+    options = folder / "apt.conf"
+    options.write_bytes(_apt_options())
+    run_tool(
+        [
+            "mmdebstrap",
+            "--mode=root",
+            "--variant=apt",
+            f"--aptopt={options}",
+            '--aptopt=Acquire::Languages "none"',
+            "--dpkgopt=force-unsafe-io",
+            *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
+            f"--include={','.join(DOM0_PACKAGES)}",
+            f"--customize-hook={DOWNLOAD} {downloads} " + " ".join(UNPACKED_PACKAGES.values()),
+            RELEASE,
+            folder / "root",
+            "-",
+        ],
+        stdin="".join(f"{line}\n" for line in _mirror_lines()).encode(),
+    )
+    for name, package in UNPACKED_PACKAGES.items():
+        (archive,) = (downloads / package).glob("*.deb")
+        _unpack(archive, folder / name, folder / "root")
+    shutil.rmtree(downloads)
+
+
+def _unpack(archive: Path, target: Path, root: Path) -> None:
+    """Unpack a package; no kernel package brings its modules.dep, so the depmod of the system in `root` makes it."""
+    inside = root / "unpacked"
+    run_tool(["dpkg-deb", "-x", archive, inside])
+    for modules in inside.glob("lib/modules/*"):
+        run_tool(["chroot", root, "depmod", "-b", "/unpacked", modules.name])
+    inside.rename(target)
+
+
+def _mirror_lines() -> list[str]:
+    """The Debian sources of this machine for the release, as one-line apt sources."""
+    targets = run_tool(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages"]
+    )
+    sources = sorted({line for line in targets.decode().splitlines() if line.split()[1].startswith(RELEASE)})
+    if not sources:
+        raise LabError(f"apt on this machine has no source for Debian {RELEASE}; the lab is built from its packages")
+    return [f"deb [signed-by={KEYRING}] {source}" for source in sources]
+
+
+def _apt_options() -> bytes:
+    """How this machine's apt reaches its mirror: proxies and the checks that a mirror needs off."""
+    dump = run_tool(["apt-config", "dump", "--no-empty"]).decode()
+    return "".join(f"{line}\n" for line in dump.splitlines() if line.startswith(APT_OPTIONS)).encode()

@@ -1,0 +1,68 @@
+"""Fixtures for tests that need a Xen host. A lab that does not start is an error, never a skip."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.host import XenHost
+from tests.lab.image import Images, build
+
+MakeHost = Callable[..., XenHost]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "lab: needs a Xen host under emulation; minutes, not seconds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a host of their own come last: the first of them ends the shared one, as only one can run."""
+    items.sort(key=lambda item: "fresh_host" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def images() -> Images:
+    """The lab's images, built when they are not."""
+    return build()
+
+
+@pytest.fixture(scope="session")
+def shared_hosts() -> list[XenHost]:
+    """The shared host, once there is one; `fresh_host` ends it without starting it."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def host(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
+    """A host that all tests share, with two NVDIMMs that were empty when the session began."""
+    with XenHost(images) as shared:
+        shared_hosts.append(shared)
+        yield shared
+
+
+@pytest.fixture(scope="session")
+def driver_host(host: XenHost) -> XenHost:
+    """The shared host with the driver installed, /mnt/pmem0 (DAX) and /dev/pmem1 (raw).
+
+    Namespaces are made once: taking one down crashes a PV dom0 of this kernel.
+    """
+    operator.install_driver(host)
+    operator.make_pmem(host)
+    return host
+
+
+@pytest.fixture
+def fresh_host(images: Images, shared_hosts: list[XenHost]) -> Iterator[MakeHost]:
+    """Make hosts of one's own, off yet, with the arguments of XenHost; one at a time runs, the shared one no more."""
+    made: list[XenHost] = []
+
+    def make(**options: Any) -> XenHost:
+        made.append(XenHost(images, **options))
+        return made[-1]
+
+    for shared in shared_hosts:
+        shared.stop()
+    yield make
+    for own in made:
+        own.close()

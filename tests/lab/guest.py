@@ -1,0 +1,327 @@
+"""The lab's Linux guest: what it reports of its NVDIMMs, and orders to it; `recipe/guest-init` is the other side.
+
+A guest boots from one read-only disk that all guests share, and speaks through its Xen console: its reports and
+answers are read from xenconsoled's log, orders are written to the console's terminal in dom0.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tests.lab.errors import LabError
+from tests.lab.host import XenHost
+
+MARKER = "@nvdimm-lab "
+GUEST_DISK = "/tmp/guest.img"
+CONSOLE_LOGS = "/var/log/xen/console"
+PATTERN_BLOCK = 4096
+READ_LIMIT = 4096
+POLL_SECONDS = 0.3
+TAIL = 4000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRange:
+    """A range of the guest's e820 map; `last` is its last byte."""
+
+    first: int
+    last: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A persistent memory region; `dimm` is the name of the one nmem it maps."""
+
+    name: str
+    size: int
+    resource: int | None
+    read_only: bool
+    dimm: str | None
+    persistence_domain: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dimm:
+    """An nmem; `handle` is its NFIT device handle; `available_slots`, the free label slots, is None without labels."""
+
+    name: str
+    handle: int
+    flags: str | None
+    nfit_flags: str | None
+    available_slots: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A namespace; a seed that nothing is made of yet has size 0."""
+
+    name: str
+    size: int
+    resource: int | None
+    mode: str | None
+    uuid: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A /dev/pmem* block device; `size` in bytes."""
+
+    name: str
+    size: int
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a guest saw; `problems` are the lines of its kernel log about ACPI, NFIT and libnvdimm gone wrong."""
+
+    boot_id: str
+    uptime: float
+    memory_kib: int
+    cmdline: str
+    e820: tuple[MemoryRange, ...]
+    regions: tuple[Region, ...]
+    dimms: tuple[Dimm, ...]
+    namespaces: tuple[Namespace, ...]
+    disks: tuple[Disk, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How an order ended: a shell's status, and what the order printed."""
+
+    returncode: int
+    result: str
+
+
+class Guest:
+    """A guest by its Xen name; make this before the guest starts, for boots are counted from then on."""
+
+    def __init__(self, host: XenHost, name: str) -> None:
+        self.name = name
+        self._host = host
+        self._log = f"{CONSOLE_LOGS}/guest-{name}.log"
+        made = host.check(f"touch '{self._log}' && stat -c %s '{self._log}'")
+        self._begin = self._end = int(made.stdout)
+        self._pending = b""
+        self._reports: list[Report] = []
+        self._answers: dict[str, Answer] = {}
+        self._orders = 0
+
+    def wait_report(self, timeout: float = 240, boot: int = 1) -> Report:
+        """The first report of the `boot`-th boot, counted from 1; LabError with the console's end if it never comes."""
+
+        def found() -> Report | None:
+            boots = self._boots()
+            return boots[boot - 1] if len(boots) >= boot else None
+
+        return self._wait(found, timeout, f"report of boot {boot}")
+
+    def report(self, timeout: float = 60) -> Report:
+        """Have the guest look again."""
+        known = len(self._reports)
+        self.check("report", timeout=timeout)
+        return self._wait(lambda: self._reports[-1] if len(self._reports) > known else None, timeout, "report")
+
+    def order(self, verb: str, *arguments: object, timeout: float = 120) -> Answer:
+        """Send an order, return its answer; LabError when none comes."""
+        self._orders += 1
+        name = f"{self._begin}-{self._orders}"
+        line = " ".join((name, verb, *map(str, arguments)))
+        # opened without noctty, the terminal would become that of the command's session and be hung up with it
+        self._host.check(
+            f"tty=$(xenstore-read /local/domain/$(xl domid '{self.name}')/console/tty) && "
+            f"echo '{line}' | dd of=$tty oflag=noctty conv=notrunc status=none"
+        )
+        return self._wait(lambda: self._answers.get(name), timeout, f"answer to {line!r}")
+
+    def check(self, verb: str, *arguments: object, timeout: float = 120) -> str:
+        """`order`, and LabError when the order fails; returns what it printed."""
+        answer = self.order(verb, *arguments, timeout=timeout)
+        if answer.returncode:
+            raise LabError(f"guest {self.name}: {verb} {arguments} has status {answer.returncode}: {answer.result}")
+        return answer.result
+
+    def sha256(self, device: str, offset: int, length: int, timeout: float = 300) -> str:
+        """The SHA-256 of bytes of a block device, read from the device and not from the page cache, in hex."""
+        return self.check("sha256", device, offset, length, timeout=timeout)
+
+    def read(self, device: str, offset: int, length: int) -> bytes:
+        """At most READ_LIMIT bytes of a block device."""
+        if length > READ_LIMIT:
+            raise LabError(f"{length} bytes do not go through a console; at most {READ_LIMIT}")
+        return bytes.fromhex(self.check("read", device, offset, length))
+
+    def write(self, device: str, offset: int, length: int, seed: int, timeout: float = 300) -> None:
+        """Write `pattern(seed, length)` to a block device and sync it."""
+        self.check("write", device, offset, length, seed, timeout=timeout)
+
+    def dmesg(self) -> str:
+        """The guest's kernel log."""
+        return self.check("dmesg")
+
+    def reboot(self, timeout: float = 240) -> Report:
+        """Have the guest reboot; return the report of the boot that follows."""
+        boots = len(self._boots())
+        self.check("reboot")
+        return self.wait_report(timeout, boots + 1)
+
+    def poweroff(self, timeout: float = 120) -> None:
+        """Have the guest turn itself off, and wait until its domain is gone."""
+        self.check("poweroff")
+        self._wait(lambda: True if not self.exists() else None, timeout, "end of the domain")
+
+    def exists(self) -> bool:
+        """Whether Xen has a domain of this name."""
+        return self._host.run(f"xl domid '{self.name}'").returncode == 0
+
+    def console(self) -> str:
+        """All that the guest has written to its console since this object was made."""
+        return self._host.get(self._log)[self._begin :].decode(errors="replace")
+
+    def _boots(self) -> list[Report]:
+        self._poll()
+        first: dict[str, Report] = {}
+        for report in self._reports:
+            first.setdefault(report.boot_id, report)
+        return list(first.values())
+
+    def _wait(self, look: Callable[[], T | None], timeout: float, what: str) -> T:
+        deadline = time.monotonic() + timeout
+        while True:
+            self._poll()
+            found = look()
+            if found is not None:
+                return found
+            if time.monotonic() > deadline:
+                raise LabError(f"guest {self.name}: no {what} after {timeout} s\n{self._evidence()}")
+            time.sleep(POLL_SECONDS)
+
+    def _evidence(self) -> str:
+        log = self._host.run(f"xl list; tail -n 20 '/var/log/xen/qemu-dm-{self.name}.log'")
+        return f"{log.stdout}{log.stderr}\nend of its console:\n{self.console()[-TAIL:]}"
+
+    def _poll(self) -> None:
+        data = self._host.read(self._log, self._end)
+        self._end += len(data)
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            text = line.decode(errors="replace").strip()
+            if text.startswith(MARKER):
+                self._take(json.loads(text.removeprefix(MARKER)))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "report":
+            self._reports.append(_report(message))
+        else:
+            self._answers[message["id"]] = Answer(message["rc"], message["result"])
+
+
+def pattern(seed: int, length: int) -> bytes:
+    """The bytes that a guest writes for `seed`: each block of 4096 tells its own number, so a misplaced one shows.
+
+    A block is its number within the pattern as %08x, then 1022 numbers as %04x: the upper halves of the states of
+    x → (69069·x + 1) mod 2³² that follow `seed`, 0 ≤ seed < 2³².
+    """
+    state, numbers = seed, []
+    for _ in range(1022):
+        state = (state * 69069 + 1) % (1 << 32)
+        numbers.append(f"{state >> 16:04x}")
+    tail = "".join(numbers)
+    blocks = -(-length // PATTERN_BLOCK)
+    return "".join(f"{block:08x}{tail}" for block in range(blocks)).encode()[:length]
+
+
+def install_guest(host: XenHost) -> str:
+    """Put the guest's disk into dom0's memory, where all guests boot from it; returns its path there."""
+    if not host.exists(GUEST_DISK):
+        host.put(host.images.guest_disk, GUEST_DISK)
+    return GUEST_DISK
+
+
+def disk_arguments(disk: str = GUEST_DISK) -> tuple[str, ...]:
+    """Device-model arguments for the guest's disk: virtio, for IDE and Xen's own disk cost GRUB far more time."""
+    return (
+        *("-drive", f"file={disk},if=none,id=boot,format=raw,readonly=on"),
+        *("-device", "virtio-blk-pci,drive=boot,bootindex=1"),
+    )
+
+
+def xl_config(name: str, *, memory_mib: int = 128, disk: str = GUEST_DISK, extra: str = "") -> str:
+    """A configuration for `xl create` with all that makes a guest boot fast here; `extra` has more lines of it."""
+    return f"""\
+type = "hvm"
+name = "{name}"
+memory = {memory_mib}
+vcpus = 1
+device_model_args_hvm = {json.dumps(disk_arguments(disk))}
+vga = "none"
+vnc = 0
+usb = 0
+hpet = 0
+tsc_mode = "native"
+on_poweroff = "destroy"
+on_reboot = "restart"
+on_crash = "destroy"
+{extra}
+"""
+
+
+def _report(message: dict[str, Any]) -> Report:
+    return Report(
+        boot_id=message["boot_id"],
+        uptime=float(message["uptime"]),
+        memory_kib=int(message["memory_kib"]),
+        cmdline=message["cmdline"],
+        e820=tuple(MemoryRange(_number(e["first"]), _number(e["last"]), e["type"]) for e in message["e820"]),
+        regions=tuple(map(_region, message["regions"])),
+        dimms=tuple(map(_dimm, message["dimms"])),
+        namespaces=tuple(map(_namespace, message["namespaces"])),
+        disks=tuple(Disk(d["name"], _number(d["size"]) * 512, d["ro"] == "1") for d in message["disks"]),
+        problems=tuple(message["problems"]),
+    )
+
+
+def _region(fields: dict[str, Any]) -> Region:
+    mapping = fields["mapping0"]
+    return Region(
+        name=fields["name"],
+        size=_number(fields["size"]),
+        resource=_optional_number(fields["resource"]),
+        read_only=fields["read_only"] == "1",
+        dimm=mapping.split(",")[0] if mapping else None,
+        persistence_domain=fields["persistence_domain"],
+    )
+
+
+def _dimm(fields: dict[str, Any]) -> Dimm:
+    return Dimm(
+        name=fields["name"],
+        handle=_number(fields["handle"]),
+        flags=fields["flags"],
+        nfit_flags=fields["nfit_flags"],
+        available_slots=_optional_number(fields["available_slots"]),
+    )
+
+
+def _namespace(fields: dict[str, Any]) -> Namespace:
+    return Namespace(
+        name=fields["name"],
+        size=_number(fields["size"]),
+        resource=_optional_number(fields["resource"]),
+        mode=fields["mode"],
+        uuid=fields["uuid"] or None,
+    )
+
+
+def _number(text: str) -> int:
+    return int(text, 0)
+
+
+def _optional_number(text: str | None) -> int | None:
+    return None if text is None else int(text, 0)

@@ -1,0 +1,368 @@
+"""One Xen host: QEMU (TCG) with Xen, a PV dom0, emulated NVDIMMs, and an agent in dom0 that runs commands."""
+
+import base64
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.lab.agent import AgentConnection
+from tests.lab.errors import LabError
+from tests.lab.image import Images
+from tests.lab.tools import require, run_tool
+
+GIB = 1 << 30
+LABEL_BYTES = 128 << 10
+# The visible part of an NVDIMM is its file less the label area, rounded down to this.
+NVDIMM_ALIGN = 2 << 20
+# SMAP crashes a PV dom0 under TCG, MWAIT panics Xen, and exits for RDTSCP are decoded wrongly.
+CPU = "EPYC,+svm,+npt,-smap,-smep,-monitor,-rdtscp"
+XEN_ARGS = (
+    "dom0_mem={memory},max:{memory} dom0_max_vcpus=1 dom0_vcpus_pin sched=credit mwait-idle=0 cpuidle=0 "
+    "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=debug noreboot"
+)
+LINUX_ARGS = "rdinit=/init console=hvc0 quiet loglevel=4 net.ifnames=0"
+SHARE = "/mnt/share"
+# Bytes above which a file travels by the shared folder and not through the agent's channel.
+CHANNEL_LIMIT = 256 << 10
+TAIL = 4000
+LOCK = Path("/tmp/nvdimm-driver-lab.lock")
+
+
+@dataclass(frozen=True, slots=True)
+class Nvdimm:
+    """An emulated NVDIMM: `size` bytes are visible in dom0, a multiple of 2 MiB; `path` has them and a label area."""
+
+    path: Path
+    size: int = GIB
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file behind it: what is visible, the label area, and what rounding takes."""
+        return self.size + NVDIMM_ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command in dom0 ended; a negative `returncode` is a signal, as in subprocess."""
+
+    command: str
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+class XenHost:
+    """A Xen host that starts, loses power and starts again; only one runs on a machine at a time.
+
+    As a context manager it starts on entry, and stops on exit. Its run folder, with the console's log, goes then, or
+    stays when the start or the body failed. `nvdimms` outlive it when they lie elsewhere; by default it has two in
+    its run folder, of 1 GiB and 512 MiB, so that dom0 sees /dev/pmem0 and /dev/pmem1. dom0's disk is as it was built at
+    each start, unless `keep_disk`: then what dom0 wrote outlives a power cut too.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        nvdimms: Sequence[Nvdimm] | None = None,
+        *,
+        dom0_memory: str = "1536M",
+        xen_args: str = "",
+        linux_args: str = "",
+        qemu_args: Sequence[str] = (),
+        keep_disk: bool = False,
+        boot_timeout: float = 180,
+        lock_timeout: float = 1800,
+    ) -> None:
+        self.images = images
+        self.run_folder = Path(tempfile.mkdtemp(prefix="nvdimm-lab-"))
+        self.share = self.run_folder / "share"
+        self.share.mkdir()
+        self.nvdimms = tuple(nvdimms) if nvdimms is not None else self._own_nvdimms()
+        self.boot_seconds = 0.0
+        self._dom0_memory = dom0_memory
+        self._xen_args = xen_args
+        self._linux_args = linux_args
+        self._qemu_args = tuple(qemu_args)
+        self._keep_disk = keep_disk
+        self._boot_timeout = boot_timeout
+        self._lock_timeout = lock_timeout
+        self._lock: int | None = None
+        self._qemu: subprocess.Popen[bytes] | None = None
+        self._agent: AgentConnection | None = None
+        self._files_put = 0
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(keep=kind is not None)
+
+    @property
+    def running(self) -> bool:
+        """Whether QEMU runs."""
+        return self._qemu is not None and self._qemu.poll() is None
+
+    def start(self) -> None:
+        """Boot the host and wait for dom0's agent; LabError, with the end of the console, when it does not come up."""
+        if self._qemu is not None:
+            raise LabError("this host runs already")
+        require(("qemu-system-x86_64", "setpriv"))
+        self._take_lock()
+        try:
+            self._start_qemu()
+            self._wait_for_agent()
+        except BaseException:
+            self._kill()
+            raise
+
+    def stop(self) -> None:
+        """Write out what dom0 has not written yet, and turn the host off; a host that is off stays off."""
+        if not self.running:
+            self._kill()
+            return
+        try:
+            self.check("sync", timeout=60)
+            self._monitor("quit")
+            self._process.wait(20)
+        finally:
+            self._kill()
+
+    def power_cut(self) -> None:
+        """The host loses power: QEMU is killed; what was stored in its NVDIMMs is still there."""
+        self._kill()
+
+    def close(self, *, keep: bool = False) -> None:
+        """Stop the host, and delete its run folder unless `keep`."""
+        try:
+            self.stop()
+        except LabError:
+            keep = True
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(self.run_folder)
+
+    def run(self, command: str, timeout: float = 300) -> Result:
+        """Run a bash command in dom0 as root; LabError when it takes more than `timeout` seconds, or dom0 is gone."""
+        answer = self._ask({"op": "run", "command": command, "timeout": timeout}, timeout + 30)
+        result = Result(
+            command,
+            int(answer["rc"]),
+            base64.b64decode(answer["stdout"]).decode(errors="replace"),
+            base64.b64decode(answer["stderr"]).decode(errors="replace"),
+            float(answer["seconds"]),
+        )
+        if answer["timed_out"]:
+            raise LabError(f"still running after {timeout} s, and killed\n{_describe(result)}")
+        return result
+
+    def check(self, command: str, timeout: float = 300) -> Result:
+        """`run`, and LabError when the command fails."""
+        result = self.run(command, timeout)
+        if result.returncode:
+            raise LabError(_describe(result))
+        return result
+
+    def write(self, remote: str, data: bytes, mode: int = 0o644) -> None:
+        """Write a small file in dom0, and the folders it is in."""
+        order = {"op": "write", "path": remote, "data": base64.b64encode(data).decode(), "mode": mode}
+        self._ask(order, 60)
+
+    def read(self, remote: str, offset: int = 0, limit: int = 1 << 20) -> bytes:
+        """Up to `limit` bytes of a file in dom0; LabError when there is no such file."""
+        answer = self._ask({"op": "read", "path": remote, "offset": offset, "limit": limit}, 60)
+        return base64.b64decode(answer["data"])
+
+    def exists(self, remote: str) -> bool:
+        """Whether there is such a file in dom0."""
+        return self.run(f"test -e '{remote}'").returncode == 0
+
+    def put(self, local: Path, remote: str) -> None:
+        """Copy a file, or a folder with all in it, into dom0, as `remote`."""
+        shared = self._shared_name()
+        if local.is_dir():
+            shutil.copytree(local, self.share / shared, symlinks=True)
+        else:
+            shutil.copy(local, self.share / shared)
+        self.check(f"mkdir -p \"$(dirname '{remote}')\" && cp -rT --preserve=mode {SHARE}/{shared} '{remote}'")
+        _remove(self.share / shared)
+
+    def get(self, remote: str) -> bytes:
+        """The content of a file in dom0."""
+        size = int(self.check(f"stat -L -c %s '{remote}'").stdout)
+        if 0 < size <= CHANNEL_LIMIT:
+            return self.read(remote, limit=size)
+        shared = self._shared_name()
+        self.check(f"cat '{remote}' >{SHARE}/{shared}")
+        data = (self.share / shared).read_bytes()
+        _remove(self.share / shared)
+        return data
+
+    @property
+    def console_socket(self) -> Path:
+        """A unix socket with the host's serial console, on which dom0 runs a shell."""
+        return self.run_folder / "console.sock"
+
+    def console(self) -> str:
+        """All that Xen and dom0 have written to the serial console."""
+        log = self.run_folder / "console.log"
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    def _own_nvdimms(self) -> tuple[Nvdimm, ...]:
+        return (Nvdimm(self.run_folder / "pmem0.img"), Nvdimm(self.run_folder / "pmem1.img", GIB // 2))
+
+    def _shared_name(self) -> str:
+        self._files_put += 1
+        return f"transfer-{self._files_put}"
+
+    @property
+    def _process(self) -> subprocess.Popen[bytes]:
+        if self._qemu is None:
+            raise LabError("this host is off")
+        return self._qemu
+
+    def _ask(self, order: dict[str, object], timeout: float) -> dict[str, str]:
+        if self._agent is None or self._process.poll() is not None:
+            raise LabError(f"this host is off\n{self._evidence()}")
+        try:
+            return self._agent.ask(order, timeout)
+        except TimeoutError as error:
+            raise LabError(f"{error}\n{self._evidence()}") from error
+
+    def _start_qemu(self) -> None:
+        for nvdimm in self.nvdimms:
+            with nvdimm.path.open("ab") as file:
+                file.truncate(nvdimm.file_size)
+        for name in ("console.log", "agent.sock", "console.sock", "monitor.sock"):
+            (self.run_folder / name).unlink(missing_ok=True)
+        with (self.run_folder / "qemu.log").open("wb") as log:
+            self._qemu = subprocess.Popen(
+                # the kernel kills QEMU if this process ends in a way that runs nothing of ours
+                ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *self._qemu_command()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "TMPDIR": str(self.run_folder)},
+            )
+
+    def _qemu_command(self) -> list[str]:
+        run = self.run_folder
+        xen_args = f"{XEN_ARGS.format(memory=self._dom0_memory)} {self._xen_args}"
+        linux = f"{self.images.dom0_kernel} {LINUX_ARGS} {self._linux_args}"
+        return [
+            *("-nodefaults", "-display", "none", "-no-reboot"),
+            *("-machine", "pc,nvdimm=on", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", "2"),
+            *("-m", "4G,slots=4,maxmem=16G"),
+            *(word for number, nvdimm in enumerate(self.nvdimms) for word in _nvdimm_args(number, nvdimm)),
+            *("-kernel", str(self.images.xen), "-append", xen_args),
+            *("-initrd", f"{linux},{self.images.dom0_initrd}"),
+            *("-drive", f"if=virtio,format=raw,cache=unsafe,{self._dom0_disk()}"),
+            *("-fsdev", f"local,id=share,path={self.share},security_model=none"),
+            *("-device", "virtio-9p-pci,fsdev=share,mount_tag=share", "-device", "virtio-serial-pci"),
+            *("-chardev", f"socket,id=agent,path={run}/agent.sock,server=on,wait=off"),
+            *("-device", "virtserialport,chardev=agent,name=nvdimm.lab.agent"),
+            *("-chardev", f"socket,id=console,path={self.console_socket},server=on,wait=off,logfile={run}/console.log"),
+            *("-serial", "chardev:console", "-monitor", f"unix:{run}/monitor.sock,server=on,wait=off"),
+            *self._qemu_args,
+        ]
+
+    def _dom0_disk(self) -> str:
+        if not self._keep_disk:
+            return f"file={self.images.dom0_disk},snapshot=on"
+        own = self.run_folder / "dom0.img"
+        if not own.exists():
+            run_tool(["cp", "--sparse=always", "--reflink=auto", self.images.dom0_disk, own])
+        return f"file={own}"
+
+    def _wait_for_agent(self) -> None:
+        started = time.monotonic()
+        while time.monotonic() - started < self._boot_timeout:
+            if self._process.poll() is not None:
+                raise LabError(f"QEMU ended with status {self._process.returncode}\n{self._evidence()}")
+            self._connect()
+            if self._agent is not None and self._agent.answers():
+                self.boot_seconds = time.monotonic() - started
+                return
+            time.sleep(0.1)
+        raise LabError(f"dom0 does not answer after {self._boot_timeout} s\n{self._evidence()}")
+
+    def _connect(self) -> None:
+        if self._agent is None:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):  # QEMU does not listen yet
+                self._agent = AgentConnection(self.run_folder / "agent.sock")
+
+    def _evidence(self) -> str:
+        log = self.run_folder / "qemu.log"
+        said = log.read_text(errors="replace")[-TAIL:] if log.exists() else ""
+        return f"run folder: {self.run_folder}\nQEMU: {said}\nend of the console:\n{self.console()[-TAIL:]}"
+
+    def _monitor(self, command: str) -> None:
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.connect(str(self.run_folder / "monitor.sock"))
+            monitor.sendall(command.encode() + b"\n")
+            while monitor.recv(1 << 12):
+                continue
+
+    def _kill(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+        if self._qemu is not None:
+            if self._qemu.poll() is None:
+                self._qemu.send_signal(signal.SIGKILL)
+            self._qemu.wait()
+            self._qemu = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(descriptor)
+                    raise LabError(f"another lab has run for {self._lock_timeout} s: it holds {LOCK}") from None
+                time.sleep(0.5)
+            else:
+                self._lock = descriptor
+                return
+
+
+def _nvdimm_args(number: int, nvdimm: Nvdimm) -> tuple[str, ...]:
+    memory = f"memory-backend-file,id=pmem{number},share=on,mem-path={nvdimm.path},size={nvdimm.file_size},align=2M"
+    device = f"nvdimm,id=nvdimm{number},memdev=pmem{number},label-size={LABEL_BYTES}"
+    return ("-object", memory, "-device", device)
+
+
+def _describe(result: Result) -> str:
+    return (
+        f"{result.command}\nstatus {result.returncode} after {result.seconds:.1f} s\n"
+        f"stderr:\n{result.stderr[-TAIL:]}\nstdout:\n{result.stdout[-TAIL:]}"
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,0 +1,224 @@
+"""The second half of the build: what QEMU boots as the Xen host, and the guest that dom0 boots."""
+
+import gzip
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab.base import Base, build_base
+from tests.lab.cache import cache_folder, cached, digest
+from tests.lab.errors import LabError
+from tests.lab.tools import require, run_tool
+
+SOURCES = Path(__file__).parent / "recipe"
+SECTOR = 512
+DOM0_DISK_BYTES = 3 << 30
+DOM0_MODULES = (
+    *("crc32c_generic", "crc32c_intel", "ext4", "xfs", "loop", "tun", "9p", "9pnet_virtio"),
+    *("nfit", "nd_pmem", "nd_btt", "nd_e820", "dax_pmem", "device_dax"),
+)
+DOM0_MODULE_PREFIXES = ("xen", "virtio_")
+DOM0_INITRD_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
+GUEST_MODULES = ("nd_pmem", "nd_btt", "nfit", "nd_e820")
+GUEST_KERNEL_SECTOR = 2048
+# Each trip from a guest to QEMU costs milliseconds, so there is no serial port, and no clock to calibrate.
+GUEST_LINUX_ARGS = "console=hvc0 quiet loglevel=3 tsc=reliable no_timer_check mitigations=off rdinit=/init"
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The files of one built lab; none of them is ever written to again."""
+
+    folder: Path
+
+    @property
+    def xen(self) -> Path:
+        """The hypervisor, a multiboot ELF file."""
+        return self.folder / "xen"
+
+    @property
+    def dom0_kernel(self) -> Path:
+        """Linux for dom0."""
+        return self.folder / "vmlinuz"
+
+    @property
+    def dom0_initrd(self) -> Path:
+        """The initramfs that mounts `dom0_disk`."""
+        return self.folder / "dom0-initrd.gz"
+
+    @property
+    def dom0_disk(self) -> Path:
+        """dom0's root file system, raw ext4 without a partition table."""
+        return self.folder / "dom0.img"
+
+    @property
+    def guest_kernel(self) -> Path:
+        """Linux for guests."""
+        return self.folder / "guest-vmlinuz"
+
+    @property
+    def guest_initrd(self) -> Path:
+        """The initramfs that is all of a guest's user space."""
+        return self.folder / "guest-initrd.gz"
+
+    @property
+    def guest_disk(self) -> Path:
+        """A raw disk whose GRUB boots the two above."""
+        return self.folder / "guest.img"
+
+
+def build(cache: Path | None = None) -> Images:
+    """Return the lab's images, built first when the recipe changed or nothing is there."""
+    cache = cache or cache_folder()
+    base = build_base(cache)
+
+    def make(folder: Path) -> None:
+        _make(base, Images(folder))
+
+    recipe = [Path(__file__), *SOURCES.iterdir()]
+    return Images(cached(cache, "lab", digest(recipe, base.root.parent.name), make))
+
+
+def make_guest_disk(images: Images, target: Path, linux_args: str = "") -> None:
+    """Write a raw disk to `target`: GRUB, the guest's kernel and its initramfs; `linux_args` go to the kernel.
+
+    GRUB reads kernel and initrd as block lists, in large contiguous reads: a file system would cost it seconds.
+    """
+    kernel, initrd = images.guest_kernel.read_bytes(), images.guest_initrd.read_bytes()
+    initrd_sector = GUEST_KERNEL_SECTOR + _sectors(len(kernel))
+    config = target.with_suffix(".cfg")
+    config.write_text(
+        f"linux (hd0){GUEST_KERNEL_SECTOR}+{_sectors(len(kernel))} {GUEST_LINUX_ARGS} {linux_args}\n"
+        f"initrd (hd0){initrd_sector}+{_sectors(len(initrd))}\n"
+        "boot\n"
+    )
+    core = target.with_suffix(".core")
+    run_tool(["grub-mkimage", "-O", "i386-pc", "-p", "/", "-c", config, "-o", core, "biosdisk", "linux"])
+    loader = Path("/usr/lib/grub/i386-pc/boot.img").read_bytes() + core.read_bytes()
+    if _sectors(len(loader)) > GUEST_KERNEL_SECTOR:
+        raise LabError(
+            f"GRUB's core has {len(loader)} bytes and reaches into the kernel at sector {GUEST_KERNEL_SECTOR}"
+        )
+    with target.open("wb") as disk:
+        disk.write(loader)
+        disk.seek(GUEST_KERNEL_SECTOR * SECTOR)
+        disk.write(kernel)
+        disk.seek(initrd_sector * SECTOR)
+        disk.write(initrd)
+        disk.truncate(-(-disk.tell() // (1 << 20)) << 20)
+    config.unlink()
+    core.unlink()
+
+
+def _sectors(length: int) -> int:
+    return -(-length // SECTOR)
+
+
+def _make(base: Base, images: Images) -> None:
+    require(("cp", "cpio", "mke2fs", "grub-mkimage", "chroot"))
+    images.xen.write_bytes(gzip.decompress(_only(base.xen, "boot/xen-*.gz").read_bytes()))
+    shutil.copy(_only(base.dom0_kernel, "boot/vmlinuz-*"), images.dom0_kernel)
+    shutil.copy(_only(base.guest_kernel, "boot/vmlinuz-*"), images.guest_kernel)
+    dom0_modules, guest_modules = ModuleTree.of(base.dom0_kernel), ModuleTree.of(base.guest_kernel)
+    busybox = base.busybox / "bin" / "busybox"
+    _make_initrd(
+        images.dom0_initrd, SOURCES / "dom0-initramfs-init", busybox, dom0_modules.closure(DOM0_INITRD_MODULES)
+    )
+    _make_initrd(images.guest_initrd, SOURCES / "guest-init", busybox, guest_modules.closure(GUEST_MODULES))
+    make_guest_disk(images, images.guest_disk)
+    root = images.folder / "root"
+    run_tool(["cp", "--archive", "--link", base.root, root])
+    _furnish(root, dom0_modules)
+    run_tool(["mke2fs", "-q", "-t", "ext4", "-d", root, images.dom0_disk, f"{DOM0_DISK_BYTES >> 10}k"])
+    shutil.rmtree(root)
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    (file,) = folder.glob(pattern)
+    return file
+
+
+def _furnish(root: Path, modules: "ModuleTree") -> None:
+    """Make an installed system the lab's dom0. Its files are links to the base: replace them, never write in place."""
+    for name, target in (("dom0-init", "sbin/dom0-init"), ("lab-agent", "usr/local/sbin/lab-agent")):
+        shutil.copy(SOURCES / name, root / target)
+        (root / target).chmod(0o755)
+    for folder in ("mnt/share", "mnt/dax", "var/lib/xenstored", "var/log/xen/console"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    _replace(root / "etc/hostname", "dom0\n")
+    _replace(root / "etc/hosts", "127.0.0.1 localhost dom0\n")
+    # QEMU's TCG has no vme, and libvirt takes no CPU model that needs a feature the host lacks: without this libvirtd
+    # ends with "Cannot find suitable CPU model for given data".
+    model = root / "usr/share/libvirt/cpu_map/x86_486.xml"
+    _replace(model, "".join(line for line in model.read_text().splitlines(keepends=True) if "'vme'" not in line))
+    names = (*DOM0_MODULES, *(name for name in modules.files if name.startswith(DOM0_MODULE_PREFIXES)))
+    modules.copy(modules.closure(names), root)
+
+
+def _replace(file: Path, text: str) -> None:
+    file.unlink(missing_ok=True)
+    file.write_text(text)
+
+
+def _make_initrd(target: Path, init: Path, busybox: Path, modules: Sequence[Path]) -> None:
+    tree = target.with_suffix(".tree")
+    for folder in ("bin", "dev", "proc", "sys", "root", "modules"):
+        (tree / folder).mkdir(parents=True)
+    shutil.copy(busybox, tree / "bin" / "busybox")
+    shutil.copy(init, tree / "init")
+    (tree / "init").chmod(0o755)
+    for number, module in enumerate(modules):
+        shutil.copy(module, tree / "modules" / f"{number:02}-{module.name}")
+    names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
+    archive = run_tool(["cpio", "--quiet", "-o", "-H", "newc"], stdin="\n".join(names).encode() + b"\n", cwd=tree)
+    target.write_bytes(gzip.compress(archive))
+    shutil.rmtree(tree)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTree:
+    """The modules of one kernel package: where each is, and which ones each needs, first needed first."""
+
+    folder: Path
+    files: dict[str, Path]
+    needs: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, package: Path) -> "ModuleTree":
+        """Read the module tree of an unpacked kernel package."""
+        folder = _only(package, "lib/modules/*")
+        files: dict[str, Path] = {}
+        needs: dict[str, tuple[str, ...]] = {}
+        for line in (folder / "modules.dep").read_text().splitlines():
+            path, needed = line.split(":", 1)
+            files[_module_name(path)] = folder / path
+            needs[_module_name(path)] = tuple(_module_name(other) for other in reversed(needed.split()))
+        return cls(folder, files, needs)
+
+    def closure(self, names: Iterable[str]) -> tuple[Path, ...]:
+        """The files of `names` and of all they need, in an order in which insmod takes them.
+
+        A name that is built into this kernel, or that it lacks altogether, is an error: the list is then wrong.
+        """
+        ordered: dict[str, None] = {}
+        for name in names:
+            if name not in self.files:
+                raise LabError(f"the kernel {self.folder.name} has no module {name}")
+            ordered.update(dict.fromkeys((*self.needs[name], name)))
+        return tuple(self.files[name] for name in ordered)
+
+    def copy(self, modules: Iterable[Path], root: Path) -> None:
+        """Install `modules` in the system at `root`, with an index for modprobe."""
+        target = root / "lib" / "modules" / self.folder.name
+        for module in modules:
+            file = target / module.relative_to(self.folder)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(module, file)
+        for index in ("modules.builtin", "modules.builtin.modinfo", "modules.order"):
+            shutil.copy(self.folder / index, target / index)
+        run_tool(["chroot", root, "depmod", self.folder.name])
+
+
+def _module_name(path: str) -> str:
+    return Path(path).name.split(".")[0].replace("-", "_")

@@ -1,0 +1,128 @@
+"""What an operator does on a Xen host, done in the lab: install the driver, set pmem up, define and start guests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.lab.guest import Guest, disk_arguments, install_guest
+from tests.lab.host import XenHost
+
+PROJECT = Path(__file__).resolve().parents[2]
+LOG = "/var/log/nvdimm-driver.log"
+NVDIMMCTL = "/opt/nvdimm-driver/bin/nvdimmctl"
+INSTALL = """\
+python3 -m venv --system-site-packages --without-pip /opt/nvdimm-driver
+pip --quiet --python /opt/nvdimm-driver/bin/python3 install --no-deps --no-index {wheel}
+{nvdimmctl} register
+"""
+# The advice of the guide: extents that are 2 MiB pieces of the namespace; and the second NVDIMM as one raw namespace.
+MAKE_PMEM = """\
+ndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem
+mkfs.ext4 -q -F -b 4096 -E stride=512,stripe_width=512 /dev/pmem0
+mkdir -p /mnt/pmem0
+mount -o dax /dev/pmem0 /mnt/pmem0
+ndctl create-namespace -f -e namespace1.0 -m raw
+"""
+
+
+def build_wheel(folder: Path) -> Path:
+    """The project as an operator gets it."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(PROJECT)]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("nvdimm_driver-*.whl")
+    return wheel
+
+
+def install_driver(host: XenHost) -> None:
+    """Install the wheel in dom0, register, and have libvirtd see the hook."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = build_wheel(Path(folder))
+        host.put(wheel, f"/root/{wheel.name}")
+        host.check(f"set -e\n{INSTALL.format(wheel=f'/root/{wheel.name}', nvdimmctl=NVDIMMCTL)}")
+    restart_libvirtd(host)
+
+
+def make_pmem(host: XenHost) -> None:
+    """Make /mnt/pmem0, a DAX file system, and /dev/pmem1, a raw namespace."""
+    host.check(f"set -e\n{MAKE_PMEM}")
+
+
+def nvdimm(path: str, size_mib: int, *, label_kib: int = 0, attributes: str = "access='shared'", more: str = "") -> str:
+    """One NVDIMM of a domain XML."""
+    label = f"<label><size unit='KiB'>{label_kib}</size></label>" if label_kib else ""
+    return (
+        f"<memory model='nvdimm' {attributes}><source><path>{path}</path></source>"
+        f"<target><size unit='MiB'>{size_mib}</size>{label}{more}</target></memory>"
+    )
+
+
+def domain_xml(name: str, nvdimms: Sequence[str], *, ram_mib: int = 128) -> str:
+    """A guest that boots from the lab's guest disk."""
+    arguments = "".join(f"<xen:arg value='{argument}'/>" for argument in disk_arguments())
+    return f"""\
+<domain type='xen' xmlns:xen='http://libvirt.org/schemas/domain/xen/1.0'>
+  <name>{name}</name>
+  <maxMemory slots='8' unit='GiB'>4</maxMemory>
+  <memory unit='MiB'>{ram_mib}</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='xenfv'>hvm</type><boot dev='hd'/></os>
+  <features><acpi/><apic/><pae/></features>
+  <clock offset='utc'><timer name='hpet' present='no'/><timer name='tsc' mode='native'/></clock>
+  <on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
+  <devices>
+    <console type='pty'><target type='xen'/></console>
+    {"".join(nvdimms)}
+  </devices>
+  <xen:commandline>{arguments}</xen:commandline>
+</domain>
+"""
+
+
+def define(host: XenHost, name: str, nvdimms: Sequence[str], *, ram_mib: int = 128) -> None:
+    """Define a guest through nvdimmctl."""
+    install_guest(host)
+    host.write(f"/root/{name}.xml", domain_xml(name, nvdimms, ram_mib=ram_mib).encode())
+    host.check(f"{NVDIMMCTL} define /root/{name}.xml")
+
+
+def start(host: XenHost, name: str) -> Guest:
+    """Start a defined guest."""
+    guest = Guest(host, name)
+    host.check(f"virsh -q -c xen:///system start {name}")
+    return guest
+
+
+def show(host: XenHost, name: str) -> dict[str, Any]:
+    """What ``nvdimmctl show`` knows of a domain."""
+    shown = json.loads(host.check(f"{NVDIMMCTL} show {name} -f json").stdout)
+    assert isinstance(shown, dict)
+    return shown
+
+
+def host_sha256(host: XenHost, path: str, offset: int, length: int) -> str:
+    """The SHA-256 of bytes of a file or device in dom0; offset and length are multiples of 1 MiB."""
+    skip, count = offset >> 20, length >> 20
+    command = f"dd if={path} bs=1M skip={skip} count={count} status=none iflag=direct | sha256sum"
+    return host.check(f"set -o pipefail; {command}").stdout.split()[0]
+
+
+def restart_libvirtd(host: XenHost) -> None:
+    """What 'systemctl restart libvirtd' does on a host with systemd."""
+    host.check(
+        "pid=$(cat /run/libvirtd.pid); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done; "
+        "libvirtd --daemon --pid-file /run/libvirtd.pid && virsh -q -c xen:///system list"
+    )
+
+
+def fragment(host: XenHost, folder: str, piece_mib: int) -> None:
+    """Fill a file system and free every second piece, so that what is allocated next is in several extents."""
+    host.check(
+        f"i=1000; while fallocate -l {piece_mib}M {folder}/filler-$i 2>/dev/null; do i=$((i+1)); done; "
+        f"rm -f {folder}/filler-*[02468]; sync {folder}"
+    )

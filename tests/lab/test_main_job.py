@@ -1,0 +1,176 @@
+"""From domain XML to a guest's /dev/pmem0, on a real Xen: what dom0 writes the guest reads, and the other way round."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.conftest import MakeHost
+from tests.lab.guest import Guest, Report, install_guest, pattern
+from tests.lab.host import Nvdimm, XenHost
+
+pytestmark = pytest.mark.lab
+MIB = 1 << 20
+FILE, DEVICE = "/mnt/pmem0/db1.img", "/dev/pmem1"
+FILE_MIB, DEVICE_MIB = 48, 32
+NVDIMMS = ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
+# xen/include/public/domctl.h
+DOMCTL_OP, MEMORY_MAPPING = 36, 39
+
+
+@pytest.fixture(scope="module")
+def xen(driver_host: XenHost) -> XenHost:
+    """The host with the driver, and on it a fragmented file system."""
+    operator.fragment(driver_host, "/mnt/pmem0", 16)
+    return driver_host
+
+
+@pytest.fixture(scope="module")
+def guest(xen: XenHost) -> Iterator[Guest]:
+    """A guest with an NVDIMM on a file in several extents and one on the raw namespace, both with bytes from dom0."""
+    operator.define(xen, "db1", [operator.nvdimm(*each) for each in NVDIMMS])
+    for seed, (path, size_mib) in enumerate(NVDIMMS):
+        write_from_dom0(xen, path, size_mib, seed)
+    count_hypercalls(xen)
+    started = operator.start(xen, "db1")
+    yield started
+    if started.exists():
+        xen.check("virsh -q -c xen:///system destroy db1")
+
+
+def write_from_dom0(xen: XenHost, path: str, size_mib: int, seed: int) -> None:
+    xen.write("/tmp/pattern", pattern(seed, MIB))
+    xen.check(
+        f"for i in $(seq 0 {size_mib - 1}); do dd if=/tmp/pattern of={path} bs=1M seek=$i conv=notrunc oflag=direct "
+        f"status=none || exit 1; done; sync {path}"
+    )
+
+
+def count_hypercalls(xen: XenHost) -> None:
+    """From now on, record every memory_mapping domctl that dom0's kernel hands to Xen."""
+    xen.check(
+        "cd /sys/kernel/tracing && echo 0 >tracing_on && echo >kprobe_events && echo >trace && "
+        "echo 'p:domctl privcmd_ioctl op=+u0(%dx):u64 sub=+u0(+u8(%dx)):u32' >kprobe_events && "
+        f"echo 'op == {DOMCTL_OP} && sub == {MEMORY_MAPPING}' >events/kprobes/domctl/filter && "
+        "echo 1 >events/kprobes/domctl/enable && echo 1 >tracing_on"
+    )
+
+
+def hypercalls_counted(xen: XenHost) -> int:
+    return int(
+        xen.check(
+            "cd /sys/kernel/tracing && grep -c domctl: trace; echo 0 >events/kprobes/domctl/enable"
+        ).stdout.splitlines()[0]
+    )
+
+
+def disks(xen: XenHost, report: Report) -> list[str]:
+    """The guest's block devices by slot. Linux numbers them by their place in the NFIT, which is in no order."""
+    by_base = {region.resource: region.name.replace("region", "/dev/pmem") for region in report.regions}
+    return [by_base[item["base"]] for item in operator.show(xen, "db1")["nvdimms"]]
+
+
+def same_bytes(xen: XenHost, guest: Guest) -> None:
+    for disk, (path, size_mib) in zip(disks(xen, guest.report()), NVDIMMS, strict=True):
+        seen = guest.sha256(disk, 0, size_mib * MIB)
+        assert seen == operator.host_sha256(xen, path, 0, size_mib * MIB), disk
+
+
+def test_the_guest_sees_what_was_asked_for(xen: XenHost, guest: Guest) -> None:
+    report = guest.wait_report()
+    sizes = {f"/dev/{disk.name}": disk.size for disk in report.disks}
+    assert [sizes[disk] for disk in disks(xen, report)] == [size_mib * MIB for _, size_mib in NVDIMMS]
+    assert sorted(dimm.handle for dimm in report.dimms) == [1, 2]
+    assert report.problems == ()
+    bases = [item["base"] for item in operator.show(xen, "db1")["nvdimms"]]
+    assert sorted(region.resource or 0 for region in report.regions) == bases
+
+
+def test_the_mapping_costs_what_was_planned(xen: XenHost, guest: Guest) -> None:
+    """In 2 MiB entries, over several extents, in as many hypercalls as the log says."""
+    guest.wait_report()
+    plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db1.xml").stdout)
+    counted = hypercalls_counted(xen)
+    line = re.findall(
+        r"mapped (\d+) extents, (\d+) entries of 2 MiB, (\d+) of 4 KiB, (\d+) hypercalls",
+        xen.get(operator.LOG).decode(),
+    )[-1]
+    extents, superpages, pages, hypercalls = map(int, line)
+    assert extents == len(plan["mappings"]) >= 4
+    assert {"superpage_entries": superpages, "page_entries": pages, "hypercalls": hypercalls} == plan["cost"]
+    assert superpages == (FILE_MIB + DEVICE_MIB) // 2
+    assert pages == 0
+    assert hypercalls == counted
+
+
+def test_both_sides_read_what_the_other_wrote(xen: XenHost, guest: Guest) -> None:
+    on_file, on_device = disks(xen, guest.wait_report())
+    same_bytes(xen, guest)
+    guest.write(on_file, 5 * MIB, 20 * MIB, 11)
+    guest.write(on_device, 3 * MIB, 4 * MIB, 12)
+    same_bytes(xen, guest)
+    assert xen.check(f"dd if={FILE} bs=1M skip=5 count=1 iflag=direct status=none | head -c 64").stdout.encode() == (
+        pattern(11, 64)
+    )
+
+
+def test_the_file_is_frozen_while_the_guest_has_it(xen: XenHost, guest: Guest) -> None:
+    guest.wait_report()
+    for command in (f"truncate -s 1M {FILE}", f"fallocate -p -o 0 -l 4096 {FILE}", f"rm -f {FILE}"):
+        refused = xen.run(command)
+        assert refused.returncode != 0
+        assert "not permitted" in refused.stderr
+
+
+def test_its_bytes_are_there_after_a_reboot(xen: XenHost, guest: Guest) -> None:
+    before = xen.check("xl domid db1").stdout
+    guest.reboot()
+    assert xen.check("xl domid db1").stdout != before
+    same_bytes(xen, guest)
+
+
+def test_its_bytes_are_there_after_destroy_and_start(xen: XenHost, guest: Guest) -> None:
+    guest.wait_report()
+    xen.check("virsh -q -c xen:///system destroy db1")
+    assert operator.show(xen, "db1")["state"] == "off"
+    assert "i" not in xen.check(f"lsattr {FILE}").stdout.split()[0]
+    again = operator.start(xen, "db1")
+    assert again.wait_report().problems == ()
+    same_bytes(xen, again)
+    again.poweroff()
+    deadline = time.monotonic() + 30
+    while operator.show(xen, "db1")["state"] != "off":
+        assert time.monotonic() < deadline
+    assert "i" not in xen.check(f"lsattr {FILE}").stdout.split()[0]
+
+
+def test_its_bytes_are_there_after_the_host_lost_power(fresh_host: MakeHost, tmp_path: Path) -> None:
+    """The same pmem and the same dom0 disk, booted again in the middle of a guest's life."""
+    nvdimms = [Nvdimm(tmp_path / "pmem0.img"), Nvdimm(tmp_path / "pmem1.img", 256 * MIB)]
+    host = fresh_host(nvdimms=nvdimms, keep_disk=True)
+    host.start()
+    operator.install_driver(host)
+    operator.make_pmem(host)
+    operator.define(host, "db1", [operator.nvdimm(*each) for each in NVDIMMS])
+    guest = operator.start(host, "db1")
+    before = disks(host, guest.wait_report())
+    for seed, disk in enumerate(before):
+        guest.write(disk, seed * MIB, 8 * MIB, seed)
+    seen = [guest.sha256(disk, 0, 16 * MIB) for disk in before]
+    host.check("sync")
+    host.power_cut()
+    host.start()
+    host.check("mount -o dax /dev/pmem0 /mnt/pmem0")
+    assert operator.show(host, "db1")["state"] == "off"
+    install_guest(host)
+    again = operator.start(host, "db1")
+    report = again.wait_report()
+    assert report.problems == ()
+    assert [again.sha256(disk, 0, 16 * MIB) for disk in disks(host, report)] == seen
+    assert operator.host_sha256(host, FILE, 0, 16 * MIB) == seen[0]

@@ -1,0 +1,127 @@
+"""Wrong input on a real host: a clear error at define or prepare, and nothing left behind."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.host import XenHost
+
+pytestmark = pytest.mark.lab
+BREAKING_HOOK = "/etc/libvirt/hooks/libxl.d/60-break"
+# Between prepare and the device model: a second mapping that our guards pass and Xen refuses.
+BREAK_MAPPING = """\
+#!/usr/bin/python3
+import sqlite3, sys
+if sys.argv[2] == "start":
+    db = sqlite3.connect("/var/lib/nvdimm-driver/ledger.sqlite")
+    beyond = 1 << 41
+    db.execute("INSERT INTO mapping SELECT uuid, gfn_limit - 1, ?, 1 FROM attachment", (beyond,))
+    db.execute("INSERT INTO area SELECT uuid, ?, 1 FROM attachment", (beyond,))
+    db.commit()
+"""
+
+
+@pytest.fixture(scope="module")
+def xen(driver_host: XenHost) -> XenHost:
+    """The host with the driver, a DAX file system, and a domain that owns a file on it."""
+    operator.define(driver_host, "owner", [operator.nvdimm("/mnt/pmem0/owned.img", 16)])
+    return driver_host
+
+
+def refused(xen: XenHost, nvdimm: str) -> str:
+    """Define a domain that cannot be; return the error. Nothing of it is left in libvirt or the ledger."""
+    files = xen.check("ls -A /mnt/pmem0").stdout
+    xen.write("/root/wrong.xml", operator.domain_xml("wrong", [nvdimm]).encode())
+    result = xen.run(f"{operator.NVDIMMCTL} define /root/wrong.xml")
+    assert result.returncode not in (0, 1), result
+    assert xen.run("virsh -q -c xen:///system dominfo wrong").returncode != 0
+    assert "wrong" not in xen.check(f"{operator.NVDIMMCTL} list -f value").stdout
+    assert xen.check("ls -A /mnt/pmem0").stdout == files
+    return result.stderr
+
+
+def test_a_file_on_the_root_disk(xen: XenHost) -> None:
+    assert re.search(
+        r"/root/a\.img.*not.*pmem|/root/a\.img.*namespace", refused(xen, operator.nvdimm("/root/a.img", 16))
+    )
+
+
+def test_a_file_of_another_domain(xen: XenHost) -> None:
+    assert "/mnt/pmem0/owned.img belongs to domain owner" in refused(xen, operator.nvdimm("/mnt/pmem0/owned.img", 16))
+
+
+def test_a_size_that_does_not_fit(xen: XenHost) -> None:
+    assert re.search(r"/mnt/pmem0/big\.img.*(free|fit)", refused(xen, operator.nvdimm("/mnt/pmem0/big.img", 8192)))
+
+
+def test_a_sparse_file(xen: XenHost) -> None:
+    xen.check("truncate -s 16M /mnt/pmem0/sparse.img")
+    assert re.search(r"sparse\.img.*(hole|sparse)", refused(xen, operator.nvdimm("/mnt/pmem0/sparse.img", 16)))
+    xen.check("rm /mnt/pmem0/sparse.img")
+
+
+def test_a_namespace_in_the_wrong_mode(xen: XenHost) -> None:
+    assert re.search(r"/dev/pmem0.*fsdax", refused(xen, operator.nvdimm("/dev/pmem0", 16)))
+
+
+def test_a_file_replaced_between_define_and_start(xen: XenHost) -> None:
+    operator.define(xen, "changed", [operator.nvdimm("/mnt/pmem0/changed.img", 16)])
+    xen.check("cp /mnt/pmem0/changed.img /mnt/pmem0/new && mv /mnt/pmem0/new /mnt/pmem0/changed.img && sync")
+    result = xen.run("virsh -q -c xen:///system start changed")
+    assert result.returncode != 0
+    assert "/mnt/pmem0/changed.img is not what was provisioned" in result.stderr
+    assert "is not what was provisioned" in operator.show(xen, "changed")["last_fault"]
+    assert "i" not in xen.check("lsattr /mnt/pmem0/changed.img").stdout.split()[0]
+
+
+def test_a_file_truncated_between_define_and_start(xen: XenHost) -> None:
+    operator.define(xen, "short", [operator.nvdimm("/mnt/pmem0/short.img", 16)])
+    xen.check("truncate -s 8M /mnt/pmem0/short.img")
+    result = xen.run("virsh -q -c xen:///system start short")
+    assert result.returncode != 0
+    assert "/mnt/pmem0/short.img" in result.stderr
+
+
+def test_a_missing_xen_library_names_both_versions(xen: XenHost) -> None:
+    library = xen.check("ls /usr/lib/*/libxenctrl.so.4.17").stdout.strip()
+    xen.check(f"mv {library} {library[:-2]}14 && ldconfig")
+    try:
+        result = xen.run("virsh -q -c xen:///system start owner")
+    finally:
+        xen.check(f"mv {library[:-2]}14 {library} && ldconfig")
+    assert result.returncode != 0
+    assert "4.17" in result.stderr
+    assert "4.14" in result.stderr
+
+
+def test_a_missing_qemu_for_the_tables(xen: XenHost) -> None:
+    xen.write("/etc/nvdimm-driver/nvdimm-driver.conf", b"[acpi]\nqemu=/nonexistent/qemu\n")
+    try:
+        stderr = refused(xen, operator.nvdimm("/mnt/pmem0/x.img", 16))
+    finally:
+        xen.check("rm /etc/nvdimm-driver/nvdimm-driver.conf")
+    assert "/nonexistent/qemu" in stderr
+
+
+def test_a_failing_device_model_leaves_nothing(xen: XenHost) -> None:
+    """Xen refuses the second mapping: the first is taken back, and everybody who is asked knows why."""
+    xen.write(BREAKING_HOOK, BREAK_MAPPING.encode(), 0o755)
+    try:
+        result = xen.run("virsh -q -c xen:///system start owner")
+    finally:
+        xen.check(f"rm {BREAKING_HOOK}")
+    assert result.returncode != 0
+    assert result.seconds < 40
+    reason = operator.show(xen, "owner")["last_fault"]
+    assert "0x20000000000" in reason
+    assert reason in xen.get(operator.LOG).decode()
+    assert reason in xen.get("/var/log/xen/qemu-dm-owner.log").decode()
+    assert "owner" not in xen.check("xl list").stdout
+    assert operator.show(xen, "owner")["state"] == "off"
+    assert "i" not in xen.check("lsattr /mnt/pmem0/owned.img").stdout.split()[0]
+    operator.start(xen, "owner").wait_report()
+    assert operator.show(xen, "owner")["last_fault"] == ""
+    xen.check("virsh -q -c xen:///system destroy owner")
