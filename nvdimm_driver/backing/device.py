@@ -69,11 +69,10 @@ class DeviceBacking(Backing):
 
     def _find(self, spec: NvdimmSpec) -> tuple[Volume, Extent]:
         path = os.path.realpath(spec.path)
+        volume, number = self._identify(path)
         with _opened(path) as fd:
-            status = os.fstat(fd)
-            if not self.is_kind(status.st_mode):
-                raise BackingError(f"{path}: is not {self.describe()}")
-            volume = self.volume(path, status.st_rdev)
+            if os.fstat(fd).st_rdev != number:
+                raise BackingError(f"{path}: became another device just now", hint="try again")
             if spec.size > volume.size:
                 raise BackingError(
                     f"{path}: has {volume.size} bytes, the NVDIMM needs {spec.size}",
@@ -83,6 +82,16 @@ class DeviceBacking(Backing):
             (extent,) = extents.to_machine(path, (whole,), spec.size, spa=volume.spa, device_size=volume.size)
             self.check(path, fd, volume, extent)
         return volume, extent
+
+    def _identify(self, path: str) -> tuple[Volume, int]:
+        """What the device is, and its number: of a mounted one, its mode says more than that it is in use."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise BackingError(f"{path}: {error.strerror}") from error
+        if not self.is_kind(status.st_mode):
+            raise BackingError(f"{path}: is not {self.describe()}")
+        return self.volume(path, status.st_rdev), status.st_rdev
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class FsdaxBacking(Backing):
         if _is_new(path):
             directory = os.path.dirname(path)
             with _opened(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
-                volume = self._volume(fd, directory)
+                volume = self._volume(fd, path)
                 free = os.fstatvfs(fd)
             if spec.size > free.f_bfree * free.f_frsize:
                 raise BackingError(

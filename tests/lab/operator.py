@@ -10,24 +10,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.lab.guest import Guest, disk_arguments, install_guest
+from tests.lab.guest import Guest, Report, disk_arguments, install_guest
 from tests.lab.host import XenHost
 
 PROJECT = Path(__file__).resolve().parents[2]
 LOG = "/var/log/nvdimm-driver.log"
 NVDIMMCTL = "/opt/nvdimm-driver/bin/nvdimmctl"
+# xen/include/public/xen.h and domctl.h
+DOMCTL_HYPERCALL, MEMORY_MAPPING = 36, 39
 INSTALL = """\
 python3 -m venv --system-site-packages --without-pip /opt/nvdimm-driver
 pip --quiet --python /opt/nvdimm-driver/bin/python3 install --no-deps --no-index {wheel}
 {nvdimmctl} register
 """
-# The advice of the guide: extents that are 2 MiB pieces of the namespace; and the second NVDIMM as one raw namespace.
-MAKE_PMEM = """\
-ndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem
-mkfs.ext4 -q -F -b 4096 -E stride=512,stripe_width=512 /dev/pmem0
-mkdir -p /mnt/pmem0
-mount -o dax /dev/pmem0 /mnt/pmem0
-ndctl create-namespace -f -e namespace1.0 -m raw
+# With this alignment the file systems allocate whole 2 MiB pieces of the namespace where they can.
+MAKE_FILE_SYSTEM = {
+    "ext4": "mkfs.ext4 -q -F -b 4096 -E stride=512,stripe_width=512 /dev/pmem0",
+    "xfs": "mkfs.xfs -q -f -m reflink=0 -d su=2m,sw=1 -l su=4k /dev/pmem0",
+}
+MAKE_NAMESPACE = {
+    "raw": "ndctl create-namespace -f -e namespace1.0 -m raw",
+    "devdax": "ndctl create-namespace -f -e namespace1.0 -m devdax --map=mem",
+}
+# A device-dax device can be mapped and not read; O_DIRECT passes the page cache of a block device by.
+SHA256_DEVDAX = """\
+import hashlib, mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+offset, length = int(sys.argv[2]), int(sys.argv[3])
+with mmap.mmap(fd, offset + length, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+    print(hashlib.sha256(memory[offset : offset + length]).hexdigest())
 """
 
 
@@ -48,9 +59,12 @@ def install_driver(host: XenHost) -> None:
     restart_libvirtd(host)
 
 
-def make_pmem(host: XenHost) -> None:
-    """Make /mnt/pmem0, a DAX file system, and /dev/pmem1, a raw namespace."""
-    host.check(f"set -e\n{MAKE_PMEM}")
+def make_pmem(host: XenHost, file_system: str = "ext4", mode: str = "raw") -> None:
+    """Make /mnt/pmem0, a DAX file system, and /dev/pmem1, a raw namespace, or /dev/dax1.0 in mode devdax."""
+    host.check(
+        f"set -e\nndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem\n{MAKE_FILE_SYSTEM[file_system]}\n"
+        f"mkdir -p /mnt/pmem0\nmount -o dax /dev/pmem0 /mnt/pmem0\n{MAKE_NAMESPACE[mode]}"
+    )
 
 
 def nvdimm(path: str, size_mib: int, *, label_kib: int = 0, attributes: str = "access='shared'", more: str = "") -> str:
@@ -107,6 +121,9 @@ def show(host: XenHost, name: str) -> dict[str, Any]:
 
 def host_sha256(host: XenHost, path: str, offset: int, length: int) -> str:
     """The SHA-256 of bytes of a file or device in dom0; offset and length are multiples of 1 MiB."""
+    if path.startswith("/dev/dax"):
+        host.write("/root/sha256.py", SHA256_DEVDAX.encode())
+        return host.check(f"python3 /root/sha256.py {path} {offset} {length}").stdout.strip()
     skip, count = offset >> 20, length >> 20
     command = f"dd if={path} bs=1M skip={skip} count={count} status=none iflag=direct | sha256sum"
     return host.check(f"set -o pipefail; {command}").stdout.split()[0]
@@ -126,3 +143,25 @@ def fragment(host: XenHost, folder: str, piece_mib: int) -> None:
         f"i=1000; while fallocate -l {piece_mib}M {folder}/filler-$i 2>/dev/null; do i=$((i+1)); done; "
         f"rm -f {folder}/filler-*[02468]; sync {folder}"
     )
+
+
+def disks(host: XenHost, name: str, report: Report) -> list[str]:
+    """A guest's block devices by slot. Linux numbers them by their place in the NFIT, which is in no order."""
+    by_base = {region.resource: region.name.replace("region", "/dev/pmem") for region in report.regions}
+    return [by_base[item["base"]] for item in show(host, name)["nvdimms"]]
+
+
+def count_memory_mappings(host: XenHost) -> None:
+    """From now on, record every memory_mapping domctl that dom0's kernel hands to Xen."""
+    host.check(
+        "cd /sys/kernel/tracing && echo 0 >events/enable && echo >kprobe_events && echo >trace && "
+        "echo 'p:domctl privcmd_ioctl op=+u0(%dx):u64 sub=+u0(+u8(%dx)):u32' >kprobe_events && "
+        f"echo 'op == {DOMCTL_HYPERCALL} && sub == {MEMORY_MAPPING}' >events/kprobes/domctl/filter && "
+        "echo 1 >events/kprobes/domctl/enable && echo 1 >tracing_on"
+    )
+
+
+def memory_mappings_counted(host: XenHost) -> int:
+    """How many there were."""
+    counted = host.check("cd /sys/kernel/tracing && echo 0 >events/kprobes/domctl/enable && cat trace").stdout
+    return counted.count("domctl:")

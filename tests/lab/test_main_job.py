@@ -6,22 +6,18 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.lab import operator
-from tests.lab.conftest import MakeHost
-from tests.lab.guest import Guest, Report, install_guest, pattern
-from tests.lab.host import Nvdimm, XenHost
+from tests.lab.guest import Guest, pattern
+from tests.lab.host import XenHost
 
 pytestmark = pytest.mark.lab
 MIB = 1 << 20
 FILE, DEVICE = "/mnt/pmem0/db1.img", "/dev/pmem1"
 FILE_MIB, DEVICE_MIB = 48, 32
 NVDIMMS = ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
-# xen/include/public/domctl.h
-DOMCTL_OP, MEMORY_MAPPING = 36, 39
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,7 @@ def guest(xen: XenHost) -> Iterator[Guest]:
     operator.define(xen, "db1", [operator.nvdimm(*each) for each in NVDIMMS])
     for seed, (path, size_mib) in enumerate(NVDIMMS):
         write_from_dom0(xen, path, size_mib, seed)
-    count_hypercalls(xen)
+    operator.count_memory_mappings(xen)
     started = operator.start(xen, "db1")
     yield started
     if started.exists():
@@ -52,32 +48,8 @@ def write_from_dom0(xen: XenHost, path: str, size_mib: int, seed: int) -> None:
     )
 
 
-def count_hypercalls(xen: XenHost) -> None:
-    """From now on, record every memory_mapping domctl that dom0's kernel hands to Xen."""
-    xen.check(
-        "cd /sys/kernel/tracing && echo 0 >tracing_on && echo >kprobe_events && echo >trace && "
-        "echo 'p:domctl privcmd_ioctl op=+u0(%dx):u64 sub=+u0(+u8(%dx)):u32' >kprobe_events && "
-        f"echo 'op == {DOMCTL_OP} && sub == {MEMORY_MAPPING}' >events/kprobes/domctl/filter && "
-        "echo 1 >events/kprobes/domctl/enable && echo 1 >tracing_on"
-    )
-
-
-def hypercalls_counted(xen: XenHost) -> int:
-    return int(
-        xen.check(
-            "cd /sys/kernel/tracing && grep -c domctl: trace; echo 0 >events/kprobes/domctl/enable"
-        ).stdout.splitlines()[0]
-    )
-
-
-def disks(xen: XenHost, report: Report) -> list[str]:
-    """The guest's block devices by slot. Linux numbers them by their place in the NFIT, which is in no order."""
-    by_base = {region.resource: region.name.replace("region", "/dev/pmem") for region in report.regions}
-    return [by_base[item["base"]] for item in operator.show(xen, "db1")["nvdimms"]]
-
-
 def same_bytes(xen: XenHost, guest: Guest) -> None:
-    for disk, (path, size_mib) in zip(disks(xen, guest.report()), NVDIMMS, strict=True):
+    for disk, (path, size_mib) in zip(operator.disks(xen, "db1", guest.report()), NVDIMMS, strict=True):
         seen = guest.sha256(disk, 0, size_mib * MIB)
         assert seen == operator.host_sha256(xen, path, 0, size_mib * MIB), disk
 
@@ -85,7 +57,7 @@ def same_bytes(xen: XenHost, guest: Guest) -> None:
 def test_the_guest_sees_what_was_asked_for(xen: XenHost, guest: Guest) -> None:
     report = guest.wait_report()
     sizes = {f"/dev/{disk.name}": disk.size for disk in report.disks}
-    assert [sizes[disk] for disk in disks(xen, report)] == [size_mib * MIB for _, size_mib in NVDIMMS]
+    assert [sizes[disk] for disk in operator.disks(xen, "db1", report)] == [size_mib * MIB for _, size_mib in NVDIMMS]
     assert sorted(dimm.handle for dimm in report.dimms) == [1, 2]
     assert report.problems == ()
     bases = [item["base"] for item in operator.show(xen, "db1")["nvdimms"]]
@@ -96,7 +68,7 @@ def test_the_mapping_costs_what_was_planned(xen: XenHost, guest: Guest) -> None:
     """In 2 MiB entries, over several extents, in as many hypercalls as the log says."""
     guest.wait_report()
     plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db1.xml").stdout)
-    counted = hypercalls_counted(xen)
+    counted = operator.memory_mappings_counted(xen)
     line = re.findall(
         r"mapped (\d+) extents, (\d+) entries of 2 MiB, (\d+) of 4 KiB, (\d+) hypercalls",
         xen.get(operator.LOG).decode(),
@@ -110,7 +82,7 @@ def test_the_mapping_costs_what_was_planned(xen: XenHost, guest: Guest) -> None:
 
 
 def test_both_sides_read_what_the_other_wrote(xen: XenHost, guest: Guest) -> None:
-    on_file, on_device = disks(xen, guest.wait_report())
+    on_file, on_device = operator.disks(xen, "db1", guest.wait_report())
     same_bytes(xen, guest)
     guest.write(on_file, 5 * MIB, 20 * MIB, 11)
     guest.write(on_device, 3 * MIB, 4 * MIB, 12)
@@ -148,29 +120,3 @@ def test_its_bytes_are_there_after_destroy_and_start(xen: XenHost, guest: Guest)
     while operator.show(xen, "db1")["state"] != "off":
         assert time.monotonic() < deadline
     assert "i" not in xen.check(f"lsattr {FILE}").stdout.split()[0]
-
-
-def test_its_bytes_are_there_after_the_host_lost_power(fresh_host: MakeHost, tmp_path: Path) -> None:
-    """The same pmem and the same dom0 disk, booted again in the middle of a guest's life."""
-    nvdimms = [Nvdimm(tmp_path / "pmem0.img"), Nvdimm(tmp_path / "pmem1.img", 256 * MIB)]
-    host = fresh_host(nvdimms=nvdimms, keep_disk=True)
-    host.start()
-    operator.install_driver(host)
-    operator.make_pmem(host)
-    operator.define(host, "db1", [operator.nvdimm(*each) for each in NVDIMMS])
-    guest = operator.start(host, "db1")
-    before = disks(host, guest.wait_report())
-    for seed, disk in enumerate(before):
-        guest.write(disk, seed * MIB, 8 * MIB, seed)
-    seen = [guest.sha256(disk, 0, 16 * MIB) for disk in before]
-    host.check("sync")
-    host.power_cut()
-    host.start()
-    host.check("mount -o dax /dev/pmem0 /mnt/pmem0")
-    assert operator.show(host, "db1")["state"] == "off"
-    install_guest(host)
-    again = operator.start(host, "db1")
-    report = again.wait_report()
-    assert report.problems == ()
-    assert [again.sha256(disk, 0, 16 * MIB) for disk in disks(host, report)] == seen
-    assert operator.host_sha256(host, FILE, 0, 16 * MIB) == seen[0]

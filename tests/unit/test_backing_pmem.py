@@ -100,11 +100,12 @@ def test_a_disk_that_is_not_pmem(sysfs: FakeSysfs, loop: str) -> None:
 
 def test_a_device_that_is_in_use(sysfs: FakeSysfs, loop: str, tmp_path: Path) -> None:
     sysfs.raw(number(loop), spa=SPA, size=SIZE)
-    subprocess.run(["mount", loop, str(tmp_path)], check=True)
+    (tmp_path / "mnt").mkdir()
+    subprocess.run(["mount", loop, str(tmp_path / "mnt")], check=True)
     try:
         for act in (backing(sysfs).examine, backing(sysfs).locate):
             with pytest.raises(BackingError, match=rf"{loop}: is in use in the host \(unmount it"):
                 act(NvdimmSpec(0, loop, 2 * MIB))
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
     assert backing(sysfs).locate(NvdimmSpec(0, loop, 2 * MIB))

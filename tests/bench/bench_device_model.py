@@ -1,0 +1,45 @@
+"""How long the device model takes before it becomes QEMU, in bare Python starts; in the lab.
+
+Run by hand: ``python -m tests.bench.bench_device_model``. The limit is 3: what takes long is done in ``prepare``.
+"""
+
+from __future__ import annotations
+
+import re
+from statistics import median
+
+from tests.lab import operator
+from tests.lab.host import XenHost
+from tests.lab.image import build
+
+NAME = "bench"
+STARTS = 5
+# As Python would time it: no shell, no fork of one.
+BARE = """\
+import subprocess, time
+for _ in range(15):
+    began = time.monotonic()
+    subprocess.run(["/usr/bin/python3", "-c", "pass"])
+    print((time.monotonic() - began) * 1000)
+"""
+
+
+def main() -> None:
+    with XenHost(build()) as host:
+        operator.install_driver(host)
+        operator.make_pmem(host)
+        nvdimms = [operator.nvdimm("/mnt/pmem0/bench.img", 256), operator.nvdimm("/dev/pmem1", 256)]
+        operator.define(host, NAME, nvdimms)
+        for _ in range(STARTS):
+            host.check(f"virsh -q -c xen:///system start --paused {NAME}")
+            host.check(f"virsh -q -c xen:///system destroy {NAME}")
+        host.write("/root/bare.py", BARE.encode())
+        bare = median(map(float, host.check("python3 /root/bare.py").stdout.split()))
+        log = host.get(operator.LOG).decode()
+    own = median(int(found) for found in re.findall(r"(\d+) ms from start to ", log))
+    print(f"device model {own:.0f} ms, python3 -c pass {bare:.0f} ms: ratio {own / bare:.2f} (limit 3)")
+    print(*re.findall(r"mapped .*", log), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
