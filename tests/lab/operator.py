@@ -105,6 +105,11 @@ def define(host: XenHost, name: str, nvdimms: Sequence[str], *, ram_mib: int = 1
     host.check(f"{NVDIMMCTL} define /root/{name}.xml")
 
 
+def remove(host: XenHost, name: str) -> None:
+    """Undefine a guest that is off, and give up its claim to its NVDIMMs."""
+    host.check(f"virsh -q -c xen:///system undefine {name} && {NVDIMMCTL} release --yes {name}")
+
+
 def start(host: XenHost, name: str) -> Guest:
     """Start a defined guest."""
     guest = Guest(host, name)

@@ -38,6 +38,7 @@ def guest(xen: XenHost) -> Iterator[Guest]:
     yield started
     if started.exists():
         xen.check("virsh -q -c xen:///system destroy db1")
+    operator.remove(xen, "db1")
 
 
 def write_from_dom0(xen: XenHost, path: str, size_mib: int, seed: int) -> None:
@@ -100,6 +101,37 @@ def test_the_file_is_frozen_while_the_guest_has_it(xen: XenHost, guest: Guest) -
         assert "not permitted" in refused.stderr
 
 
+def test_what_an_operator_can_look_at_meanwhile(xen: XenHost, guest: Guest) -> None:
+    guest.wait_report()
+    rows = json.loads(xen.check(f"{operator.NVDIMMCTL} list -f json").stdout)
+    assert [(row["Domain"], row["Slot"], row["Path"], row["Size"], row["State"]) for row in rows] == [
+        ("db1", slot, path, size_mib * MIB, "mapped") for slot, (path, size_mib) in enumerate(NVDIMMS)
+    ]
+    decoded = xen.check(f"{operator.NVDIMMCTL} acpi dump --decode db1").stdout
+    assert "NFIT" in decoded
+    for item in operator.show(xen, "db1")["nvdimms"]:
+        assert f"{item['base']:#x}" in decoded
+    unchanged = xen.check(f"{operator.NVDIMMCTL} register").stdout.splitlines()
+    assert [line.split()[0] for line in unchanged] == ["unchanged", "unchanged"]
+    refused = xen.run(f"{operator.NVDIMMCTL} unregister")
+    assert refused.returncode not in (0, 1)
+    assert "db1" in refused.stderr
+
+
+def test_what_libvirt_stores_is_restored_and_rewritten_byte_for_byte(xen: XenHost, guest: Guest) -> None:
+    """By hand, with plain virsh: dump, restore, rewrite, define."""
+    guest.wait_report()
+    xen.check(
+        f"set -e; cd /tmp; virsh -q -c xen:///system dumpxml --inactive --security-info db1 >libvirt.xml\n"
+        f"{operator.NVDIMMCTL} restore libvirt.xml >restored.xml\n"
+        f"{operator.NVDIMMCTL} rewrite restored.xml >rewritten.xml\n"
+        "cmp libvirt.xml rewritten.xml; virsh -q -c xen:///system define rewritten.xml"
+    )
+    restored = xen.get("/tmp/restored.xml").decode()
+    assert restored.count("<memory model='nvdimm'") == len(NVDIMMS)
+    assert "nvdimm-driver" not in restored
+
+
 def test_its_bytes_are_there_after_a_reboot(xen: XenHost, guest: Guest) -> None:
     before = xen.check("xl domid db1").stdout
     guest.reboot()
@@ -120,3 +152,13 @@ def test_its_bytes_are_there_after_destroy_and_start(xen: XenHost, guest: Guest)
     while operator.show(xen, "db1")["state"] != "off":
         assert time.monotonic() < deadline
     assert "i" not in xen.check(f"lsattr {FILE}").stdout.split()[0]
+
+
+def test_unregister_removes_what_register_installs(xen: XenHost, guest: Guest) -> None:
+    assert not guest.exists()
+    files = ("/etc/libvirt/hooks/libxl.d/50-nvdimm", "/usr/libexec/xen/bin/nvdimm-device-model")
+    xen.check(f"{operator.NVDIMMCTL} unregister")
+    assert not any(map(xen.exists, files))
+    assert operator.show(xen, "db1")["name"] == "db1"
+    xen.check(f"{operator.NVDIMMCTL} register")
+    assert all(map(xen.exists, files))

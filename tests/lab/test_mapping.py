@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,14 +32,14 @@ else:
 
 
 @pytest.fixture(scope="module")
-def mappings(driver_host: XenHost) -> list[dict[str, int]]:
+def mappings(driver_host: XenHost) -> Iterator[list[dict[str, int]]]:
     """A defined domain with an NVDIMM in several extents and one of 256 MiB; its mappings."""
     operator.fragment(driver_host, "/mnt/pmem0", 16)
     nvdimms = [operator.nvdimm("/mnt/pmem0/mapped.img", 48), operator.nvdimm("/dev/pmem1", 256)]
     operator.define(driver_host, NAME, nvdimms)
     plan = json.loads(driver_host.check(f"{operator.NVDIMMCTL} plan --json /root/{NAME}.xml").stdout)
-    found: list[dict[str, int]] = plan["mappings"]
-    return found
+    yield plan["mappings"]
+    operator.remove(driver_host, NAME)
 
 
 def create_paused(host: XenHost, name: str, extra: str = "") -> int:
