@@ -129,18 +129,8 @@ class XenNvdimmDriver:
         uuid = _uuid(domain)
         self.reconcile()
         try:
-            record = self._adopt(uuid, domain)
-            self.ledger.attach(uuid, [spec.path for spec in domain.nvdimms])
-            for spec in domain.nvdimms:
-                self._backing(spec).freeze(spec.path)
-            locations = tuple(self._locate_same(item) for item in record.allocations)
-            bases = {item.spec.slot: item.base for item in record.allocations}
-            plan = self._plan(domain, locations, bases)
-            self._write_tables(uuid, plan.tables.tables)
-            guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
-            self.ledger.prepared(uuid, domain.emulator or self.qemu, guest_frames, plan.mappings, plan.areas)
+            plan = self._prepare(self._adopt(uuid, domain), domain)
         except NvdimmError as error:
-            self._put_away(uuid, [spec.path for spec in domain.nvdimms])
             self.ledger.fault(uuid, str(error))
             raise
         larger, smaller, hypercalls = frames.cost(plan.mappings)
@@ -245,6 +235,23 @@ class XenNvdimmDriver:
             guest_limit_gfn=guest.limit // PAGE,
         )
 
+    def _prepare(self, record: Record, domain: DomainSpec) -> Plan:
+        """From here on the domain's backings are its own: what fails now thaws them; what failed before must not."""
+        paths = [spec.path for spec in domain.nvdimms]
+        self.ledger.attach(record.uuid, paths)
+        try:
+            for spec in domain.nvdimms:
+                self._backing(spec).freeze(spec.path)
+            locations = tuple(self._locate_same(item) for item in record.allocations)
+            plan = self._plan(domain, locations, {item.spec.slot: item.base for item in record.allocations})
+            self._write_tables(record.uuid, plan.tables.tables)
+            guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
+            self.ledger.prepared(record.uuid, domain.emulator or self.qemu, guest_frames, plan.mappings, plan.areas)
+        except BaseException:
+            self._put_away(record.uuid, paths)
+            raise
+        return plan
+
     def _settle(self, uuid: str, domain: DomainSpec, before: Record | None) -> None:
         """Write identities and bases, after everything is provisioned."""
         locations = tuple(self._backing(spec).locate(spec) for spec in domain.nvdimms)
@@ -332,6 +339,8 @@ class XenNvdimmDriver:
             if record.uuid == domain.uuid:
                 continue
             owned = {item.spec.path for item in record.allocations}
+            if record.attachment is not None:
+                owned.update(record.attachment.paths)  # it runs with these, whatever it was redefined to since
             for spec in domain.nvdimms:
                 if spec.path in owned:
                     raise _owned(spec.path, record)
@@ -383,10 +392,13 @@ class XenNvdimmDriver:
 
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         path = self.tables_file(uuid)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = path.with_suffix(".new")
-        temporary.write_bytes(b"".join(tables))
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary.write_bytes(b"".join(tables))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise LedgerError(f"cannot write {path}: {error.strerror}", hint="is the disk full?") from error
 
 
 def _uuid(domain: DomainSpec) -> str:

@@ -139,6 +139,37 @@ def test_a_replaced_file_is_refused_and_nothing_stays_frozen(driver: XenNvdimmDr
     assert "is not what was provisioned" in record.fault
 
 
+def test_a_refused_start_leaves_another_domains_files_frozen(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    with pytest.raises(InUseError, match=f"{A} belongs to domain db1"):
+        driver.prepare(domain(A, uuid=OTHER_UUID, name="thief"))
+    assert backing.frozen == {A}
+
+
+def test_what_a_running_domain_has_stays_its_own_when_it_is_redefined_without(
+    driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    driver.define(domain(B))
+    with pytest.raises(InUseError, match=f"{A} belongs to domain db1"):
+        driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
+    assert backing.frozen == {A}
+
+
+def test_tables_that_cannot_be_written_undo_the_prepare(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(domain(A))
+    driver.tables_file(UUID).parent.parent.write_text("a file where the folder should be")
+    with pytest.raises(LedgerError, match="cannot write"):
+        driver.prepare(domain(A))
+    assert backing.frozen == set()
+    record = driver.ledger.domain(UUID)
+    assert record is not None
+    assert record.attachment is None
+    assert "cannot write" in record.fault
+
+
 def test_frames_in_ram_are_refused(driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper) -> None:
     driver.define(domain(A))
     mapper.ram_ranges.append((5 * GIB // 4096 + 1, 1))
