@@ -5,6 +5,7 @@ The device model, which has to start fast, uses it: model types are imported whe
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 
@@ -277,14 +278,19 @@ class Ledger:
                 f"{self.path} has schema version {found}, this nvdimm_driver knows {SCHEMA_VERSION}",
                 hint="a newer nvdimm_driver has written it: install that again",
             )
-        self._write([("PRAGMA journal_mode = WAL", ())], begin="")
-        statements = [part for part in SCHEMA.split(";\n") if part.strip()]
+        # Of two processes that turn WAL on at a time, SQLite tells one that it is locked, whatever the timeout.
+        import fcntl
+
+        folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if self._rows("PRAGMA user_version")[0][0] == SCHEMA_VERSION:
+                return  # another process was first
+            self._write([("PRAGMA journal_mode = WAL", ())], begin="")
+            statements = [part for part in SCHEMA.split(";\n") if part.strip()]
             self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
-        except LedgerError:
-            # Another process may have been first.
-            if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
-                raise
+        finally:
+            os.close(folder)
 
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         try:
