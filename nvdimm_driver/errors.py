@@ -9,6 +9,7 @@ VIR_ERR_NO_SUPPORT = 3
 VIR_ERR_INVALID_ARG = 8
 VIR_ERR_OPERATION_FAILED = 9
 VIR_ERR_XML_ERROR = 27
+VIR_ERR_RPC = 39
 VIR_ERR_OPERATION_INVALID = 55
 VIR_ERR_CONFIG_UNSUPPORTED = 67
 
@@ -100,3 +101,10 @@ class ConfigError(NvdimmError):
 
     exit_code = 78  # EX_CONFIG
     libvirt_code = VIR_ERR_OPERATION_FAILED
+
+
+class ProtocolError(NvdimmError):
+    """A libvirt client or libvirtd sent what is not libvirt RPC, or a message would not fit into it."""
+
+    exit_code = 76  # EX_PROTOCOL
+    libvirt_code = VIR_ERR_RPC

@@ -1,0 +1,157 @@
+"""One end of a session: a socket, with what came from it and what is still to be written to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from nvdimm_driver.errors import ProtocolError
+from nvdimm_driver.rpc.wire import FDS_MAX, Reader
+
+CHUNK = 256 << 10
+"""Bytes taken at once; more than Linux keeps for a unix socket by default (net.core.wmem_default)."""
+
+_UNSENT = 512 << 10
+"""What the kernel may keep of what is written, so that a stream's message, 256 KiB, goes at once."""
+
+_ANCILLARY = socket.CMSG_SPACE(4 * FDS_MAX)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+class End:
+    """A non-blocking socket. What is written to it never waits; what waits in it is for its owner to look at.
+
+    :param connection: stays the caller's to close, too.
+    :param buffer: of :data:`CHUNK` bytes, shared by all ends of a thread.
+    :param readable: called when something has come, while it is wanted.
+    :param writable: called when something more can be written, while something waits.
+    :ivar reader: what came.
+    :ivar output: what waits: pieces of frames and, as ints, descriptors.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        buffer: memoryview,
+        readable: Callable[[], None],
+        writable: Callable[[], None],
+    ) -> None:
+        self.reader = Reader()
+        self.output: deque[memoryview | int] = deque()
+        self.open = True
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
+        self._socket = connection
+        self._buffers = (buffer,)
+        self._loop = asyncio.get_running_loop()
+        self._readable = readable
+        self._writable = writable
+        self._reading = self._writing = False
+
+    def listen(self, wanted: bool) -> None:
+        """Have ``readable`` called, or not."""
+        if wanted == self._reading or not self.open:
+            return
+        self._reading = wanted
+        if wanted:
+            self._loop.add_reader(self._socket, self._readable)
+        else:
+            self._loop.remove_reader(self._socket)
+
+    def receive(self) -> bool:
+        """Take what has come into the reader; when nothing will come any more, close and give False."""
+        try:
+            size, ancillary, flags, _ = self._socket.recvmsg_into(self._buffers, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return True
+        except OSError:
+            size = 0
+        if not size:
+            self.close()
+            return False
+        data = self._buffers[0][:size]
+        if not ancillary:
+            self.reader.receive(data)
+            return True
+        fds = [fd for _, _, packed in ancillary for fd in struct.unpack(f"{len(packed) // 4}i", packed)]
+        self.reader.receive(data, fds)
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError(f"RPC stream: more than {FDS_MAX} descriptors at once, or more than can be open")
+        return True
+
+    def write(self, frame: bytes | bytearray, fds: Iterable[int] = ()) -> None:
+        """Write a message and its descriptors, which are closed then; what cannot be written now waits."""
+        if not self.open:
+            close_all(fds)
+            return
+        if self.output or fds:
+            sent = 0
+        else:
+            try:
+                sent = self._socket.send(frame)
+            except OSError:
+                sent = 0
+            if sent == len(frame):
+                return
+        self.output.append(memoryview(frame)[sent:])
+        self.output.extend(fds)
+        if not self._writing:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what can be written now. When the peer takes nothing any more, reading will come to the end."""
+        try:
+            while self.output:
+                self._write(self.output[0])
+        except BlockingIOError:
+            self._await_writable(True)
+        except OSError:
+            self._discard()
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        else:
+            self._await_writable(False)
+
+    def close(self) -> None:
+        if not self.open:
+            return
+        self.listen(False)
+        self._discard()
+        close_all(self.reader.take_fds())
+        self._socket.close()
+        self.open = False
+
+    def _write(self, item: memoryview | int) -> None:
+        """Each descriptor has a NUL and a ``sendmsg`` of its own: util/virsocket.c:virSocketRecvFD takes one."""
+        if isinstance(item, int):
+            socket.send_fds(self._socket, [b"\0"], [item])
+            os.close(item)
+            self.output.popleft()
+            return
+        sent = self._socket.send(item)
+        if sent == len(item):
+            self.output.popleft()
+        else:
+            self.output[0] = item[sent:]
+
+    def _await_writable(self, wanted: bool) -> None:
+        if wanted == self._writing:
+            return
+        self._writing = wanted
+        if wanted:
+            self._loop.add_writer(self._socket, self._writable)
+        else:
+            self._loop.remove_writer(self._socket)
+
+    def _discard(self) -> None:
+        close_all(item for item in self.output if isinstance(item, int))
+        self.output.clear()
+        self._await_writable(False)

@@ -1,0 +1,152 @@
+"""nvdimmd's listening sockets: every client that connects gets a session with libvirtd."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from nvdimm_driver.rpc.end import CHUNK
+from nvdimm_driver.rpc.handler import Context, Peer, Table
+from nvdimm_driver.rpc.session import Session
+
+LOG = logging.getLogger(__name__)
+
+_SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A listening socket, and what is done with those who connect to it.
+
+    :ivar upstream: path of libvirtd's socket.
+    :ivar allowed: whether that peer may use it.
+    """
+
+    socket: socket.socket
+    upstream: str
+    read_only: bool
+    table: Table
+    allowed: Callable[[Peer], bool]
+
+
+async def serve(listeners: Sequence[Listener], stop: asyncio.Event) -> None:
+    """Serve until told to stop, and then until the handlers that are at work have finished.
+
+    The listening sockets stay open; they are the caller's to close.
+    """
+    server = _Server()
+    try:
+        for listener in listeners:
+            listener.socket.setblocking(False)
+            server.listen(listener)
+        await stop.wait()
+        server.deafen(listeners)
+        await server.finish()
+    finally:
+        server.deafen(listeners)
+        server.abort()
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """Who connected; one in more than 256 groups, which is all that Python's getsockopt can take, has none."""
+    pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+    except OSError:
+        groups = b""
+    return Peer(uid, gid, pid, struct.unpack(f"{len(groups) // 4}I", groups))
+
+
+async def _connect(path: str) -> socket.socket:
+    """:raises OSError: when libvirtd is not there, or its queue of connections has been full for five seconds."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        for _ in range(100):
+            with suppress(BlockingIOError):
+                connection.connect(path)
+                return connection
+            await asyncio.sleep(0.05)
+        raise TimeoutError(errno.ETIMEDOUT, "its queue of connections is full")
+    except BaseException:
+        connection.close()
+        raise
+
+
+class _Server:
+    """All sessions of the process."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._buffer = memoryview(bytearray(CHUNK))
+        self._sessions: set[Session] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
+
+    def listen(self, listener: Listener) -> None:
+        if not self._stopped:
+            self._loop.add_reader(listener.socket, self._accept, listener)
+
+    def deafen(self, listeners: Iterable[Listener]) -> None:
+        self._stopped = True
+        for listener in listeners:
+            self._loop.remove_reader(listener.socket)
+
+    async def finish(self) -> None:
+        """Disconnect the clients, and wait for the handlers that work for them."""
+        for session in self._sessions:
+            session.near.close()
+            session.settle()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def abort(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def _accept(self, listener: Listener) -> None:
+        try:
+            connection, _ = listener.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            LOG.error("no client can be accepted for a second: %s", error)
+            self._loop.remove_reader(listener.socket)
+            self._loop.call_later(1, self.listen, listener)
+            return
+        connection.setblocking(False)
+        task = self._loop.create_task(self._attend(listener, connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _attend(self, listener: Listener, connection: socket.socket) -> None:
+        """Do all there is to do for one client."""
+        with connection:
+            peer = peer_of(connection)
+            if not listener.allowed(peer):
+                LOG.warning("client with uid %d, pid %d: may not use this socket", peer.uid, peer.pid)
+                return
+            try:
+                upstream = await _connect(listener.upstream)
+            except OSError as error:
+                LOG.error("client with uid %d, pid %d: %s: %s", peer.uid, peer.pid, listener.upstream, error)
+                return
+            with upstream:
+                context = Context(peer, listener.read_only)
+                await self._converse(Session(context, listener.table, connection, upstream, self._buffer))
+
+    async def _converse(self, session: Session) -> None:
+        self._sessions.add(session)
+        try:
+            if self._stopped:
+                session.near.close()
+            session.settle()
+            await session.ended
+        finally:
+            self._sessions.discard(session)
+            session.abort()

@@ -1,0 +1,262 @@
+"""One client and the connection to libvirtd that belongs to it alone: what passes, and what is handled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Generator
+from itertools import count
+from typing import Any
+
+from nvdimm_driver.errors import VIR_ERR_INTERNAL_ERROR, VIR_ERR_RPC, NvdimmError, ProtocolError
+from nvdimm_driver.rpc import wire
+from nvdimm_driver.rpc.end import End, close_all
+from nvdimm_driver.rpc.handler import Call, Context, Entry, Table, Work
+from nvdimm_driver.rpc.wire import Header, Message
+from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
+
+LOG = logging.getLogger(__name__)
+
+OWN_SERIALS = 0xF0000000
+OWN_SERIALS_NUMBER = 1 << 28
+"""Serials from there on are those of handlers' calls; a client's count up from 0."""
+
+HANDLERS_MAX = 32
+"""Handlers at work for one client."""
+
+# include/libvirt/virterror.h
+_VIR_FROM_RPC = 7
+_VIR_FROM_LIBXL = 41
+
+_CLOSED = RemoteError(VIR_ERR_RPC, _VIR_FROM_RPC, "libvirtd closed the connection").pack()
+_FAILED = RemoteError(
+    VIR_ERR_INTERNAL_ERROR, _VIR_FROM_LIBXL, "internal error: nvdimmd failed, its log has the reason"
+).pack()
+
+
+class Session:
+    """Passes whole messages, never half of one, and runs handlers.
+
+    Reading from one side stops while anything is unwritten to the other: a session buffers, each way, one message
+    (32 MiB) and what is received at once (256 KiB), and one more message for each handler at work (at most 32).
+
+    :ivar near: the client. When it is gone, its handlers run to their end, and only then libvirtd sees it go.
+    :ivar far: libvirtd. When it is gone, the client gets what has come from it, and is disconnected.
+    :ivar ended: is done when nothing is left to do.
+    """
+
+    def __init__(
+        self, context: Context, table: Table, client: socket.socket, libvirtd: socket.socket, buffer: memoryview
+    ) -> None:
+        self.near = End(client, buffer, self._client_readable, self._client_writable)
+        self.far = End(libvirtd, buffer, self._libvirtd_readable, self._libvirtd_writable)
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.context = context
+        self._table = table
+        self._calls = count()
+        self._held: Message | None = None
+        self._handlings: set[_Handling] = set()
+        self._waiting: dict[int, _Handling] = {}
+
+    def settle(self) -> None:
+        """Do what there is to do: has to follow whatever happens to the session."""
+        self._guard(self.far, self._from_libvirtd)
+        self._guard(self.near, self._from_client)
+        if not self.far.open:
+            while self._waiting:
+                self._waiting.popitem()[1].fail(LibvirtError(_CLOSED))
+            if not self.near.output:
+                self.near.close()
+        elif not (self.near.open or self._handlings or self.far.output):
+            self.far.close()
+        self.near.listen(self.far.open and not self.far.output and not self._held)
+        self.far.listen(not self.near.output)
+        if not (self.near.open or self.far.open or self._handlings or self.ended.done()):
+            self.ended.set_result(None)
+
+    def abort(self) -> None:
+        """Close everything now."""
+        self.near.close()
+        self.far.close()
+        if self._held:
+            close_all(self._held.fds)
+            self._held = None
+
+    def call(self, handling: _Handling, wish: Call, fds: tuple[int, ...]) -> None:
+        """Make a handler's call; unless it raises, the descriptors are closed with it.
+
+        :raises LibvirtError: when libvirtd is gone.
+        :raises ProtocolError: when the call is too long.
+        """
+        if not self.far.open:
+            raise LibvirtError(_CLOSED)
+        serial = OWN_SERIALS + next(self._calls) % OWN_SERIALS_NUMBER
+        kind = wire.CALL_WITH_FDS if fds else wire.CALL
+        payload = len(fds).to_bytes(4, "big") + wish.payload if fds else wish.payload
+        header = Header(wire.PROGRAM, wire.VERSION, wish.procedure, kind, serial, wire.OK)
+        self.far.write(wire.pack(header, payload), fds)
+        self._waiting[serial] = handling
+
+    def finish(self, handling: _Handling, reply: bytes) -> None:
+        """Let the client have a handler's reply."""
+        self._handlings.remove(handling)
+        self.near.write(reply)
+
+    def _client_readable(self) -> None:
+        try:
+            if self.near.receive():
+                self._from_client()
+        except ProtocolError as error:
+            self._drop(self.near, error)
+        if not self._flowing():
+            self.settle()
+
+    def _libvirtd_readable(self) -> None:
+        try:
+            if self.far.receive():
+                self._from_libvirtd()
+        except ProtocolError as error:
+            self._drop(self.far, error)
+        if not self._flowing():
+            self.settle()
+
+    def _flowing(self) -> bool:
+        """Nothing waits and nothing ends, so that there is nothing to settle."""
+        return self.near.open and self.far.open and not (self.near.output or self.far.output or self._held)
+
+    def _client_writable(self) -> None:
+        self.near.flush()
+        self.settle()
+
+    def _libvirtd_writable(self) -> None:
+        self.far.flush()
+        self.settle()
+
+    def _guard(self, end: End, step: Callable[[], None]) -> None:
+        """Take a step in what an end has sent; close that end when it is not RPC."""
+        if not end.open:
+            return
+        try:
+            step()
+        except ProtocolError as error:
+            self._drop(end, error)
+
+    def _drop(self, end: End, error: ProtocolError) -> None:
+        peer, who = self.context.peer, "the client" if end is self.near else "libvirtd"
+        LOG.warning("client with uid %d, pid %d: disconnected, %s sent: %s", peer.uid, peer.pid, who, error)
+        end.close()
+
+    def _from_libvirtd(self) -> None:
+        while not self.near.output and (message := self.far.reader.next_message()):
+            header = message.header
+            if header.serial >= OWN_SERIALS and header.program == wire.PROGRAM and header.kind in wire.REPLIES:
+                close_all(message.fds)
+                if header.serial not in self._waiting:
+                    raise ProtocolError(f"RPC reply with serial {header.serial:#x}: no call had that")
+                self._waiting.pop(header.serial).answer(message)
+            elif self.near.open:
+                self.near.write(message.frame, message.fds)
+            else:
+                self._stand_in(message)
+
+    def _stand_in(self, message: Message) -> None:
+        """Answer for a client that is gone: otherwise libvirtd would end the connection under its handlers' hands."""
+        close_all(message.fds)
+        if message.header.program == wire.KEEPALIVE_PROGRAM and message.header.procedure == wire.KEEPALIVE_PING:
+            self.far.write(wire.pack(message.header._replace(procedure=wire.KEEPALIVE_PONG), b""))
+
+    def _from_client(self) -> None:
+        while not self.far.output and (message := self._held or self.near.reader.next_message()):
+            self._held = None
+            if message.header.serial >= OWN_SERIALS:
+                close_all(message.fds)
+                raise ProtocolError(f"RPC message with serial {message.header.serial:#x}: those are the proxy's")
+            entry = self._entry(message)
+            if not entry:
+                self.far.write(message.frame, message.fds)
+            elif len(self._handlings) < HANDLERS_MAX and not self.near.output:
+                handling = _Handling(self, message, entry.handler(self.context, message.arguments))
+                self._handlings.add(handling)
+                handling.start()
+            else:
+                self._held = message
+                return
+
+    def _entry(self, message: Message) -> Entry | None:
+        header = message.header
+        if header.program != wire.PROGRAM or header.version != wire.VERSION or header.kind not in wire.CALLS:
+            return None
+        entry = self._table.get(header.procedure)
+        return entry if entry and entry.wants(message.arguments) else None
+
+
+class _Handling:
+    """A handler at work on one call of the client."""
+
+    def __init__(self, session: Session, message: Message, generator: Generator[Call | Work, Any, bytes]) -> None:
+        self._session = session
+        self._header = message.header
+        self._fds = message.fds
+        self._generator = generator
+
+    def start(self) -> None:
+        self._resume(self._generator.send, None)
+
+    def fail(self, error: BaseException) -> None:
+        self._resume(self._generator.throw, error)
+
+    def answer(self, reply: Message) -> None:
+        if reply.header.status == wire.OK:
+            self._resume(self._generator.send, reply.arguments)
+        else:
+            self.fail(LibvirtError(reply.arguments))
+
+    def _resume(self, step: Callable[[Any], Call | Work], value: object) -> None:
+        """Let the handler go on until it has to wait, or to its end."""
+        try:
+            reply = self._run(step, value)
+        except LibvirtError as error:
+            reply = self._pack(wire.ERROR, error.payload)
+        except NvdimmError as error:
+            LOG.info("procedure %d, called by %s: %s", self._header.procedure, self._session.context.peer, error)
+            reply = self._pack(wire.ERROR, RemoteError(error.libvirt_code, _VIR_FROM_LIBXL, str(error)).pack())
+        except Exception:
+            LOG.exception("procedure %d, called by %s", self._header.procedure, self._session.context.peer)
+            reply = self._pack(wire.ERROR, _FAILED)
+        if reply is not None:
+            close_all(self._fds)
+            self._session.finish(self, reply)
+
+    def _run(self, step: Callable[[Any], Call | Work], value: object) -> bytes | None:
+        """:returns: the reply, or None when the handler waits."""
+        while True:
+            try:
+                wish = step(value)
+            except StopIteration as stop:
+                return self._pack(wire.OK, stop.value)
+            try:
+                self._begin(wish)
+            except (LibvirtError, ProtocolError) as error:
+                step, value = self._generator.throw, error
+            else:
+                return None
+
+    def _begin(self, wish: Call | Work) -> None:
+        if isinstance(wish, Work):
+            asyncio.get_running_loop().run_in_executor(None, wish.function).add_done_callback(self._worked)
+            return
+        self._session.call(self, wish, self._fds if wish.with_fds else ())
+        if wish.with_fds:
+            self._fds = ()
+
+    def _worked(self, future: asyncio.Future[Any]) -> None:
+        error = future.exception()
+        if error:
+            self.fail(error)
+        else:
+            self._resume(self._generator.send, future.result())
+        self._session.settle()
+
+    def _pack(self, status: int, payload: bytes) -> bytes:
+        return wire.pack(self._header._replace(kind=wire.REPLY, status=status), payload)

@@ -1,0 +1,184 @@
+"""libvirt's RPC on the wire: messages and the descriptors that come with them. Pure.
+
+The rules are those of libvirt's src/rpc/virnetprotocol.x and virnetmessage.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from nvdimm_driver.errors import ProtocolError
+
+PROGRAM = 0x20008086
+VERSION = 1
+
+KEEPALIVE_PROGRAM = 0x6B656570
+KEEPALIVE_PING = 1
+KEEPALIVE_PONG = 2
+
+CALL = 0
+REPLY = 1
+EVENT = 2
+STREAM = 3
+CALL_WITH_FDS = 4
+REPLY_WITH_FDS = 5
+STREAM_HOLE = 6
+
+CALLS = (CALL, CALL_WITH_FDS)
+REPLIES = (REPLY, REPLY_WITH_FDS)
+WITH_FDS = (CALL_WITH_FDS, REPLY_WITH_FDS)
+
+OK = 0
+ERROR = 1
+CONTINUE = 2
+
+HEADER_SIZE = 28
+"""Bytes of the length word and the header."""
+
+FRAME_MAX = 33554432 + 4
+"""VIR_NET_MESSAGE_MAX does not count the length word (virnetmessage.c:virNetMessageDecodeLength)."""
+
+FDS_MAX = 32
+
+_HEADER = struct.Struct(">IIIiIII")
+_UINT = struct.Struct(">I")
+
+
+class Header(NamedTuple):
+    """What a message begins with, behind the length word."""
+
+    program: int
+    version: int
+    procedure: int
+    kind: int
+    serial: int
+    status: int
+
+
+class Message(NamedTuple):
+    """One message as it was on the wire.
+
+    :ivar frame: all of it from the length word on, without the NUL bytes that carry descriptors.
+    :ivar fds: descriptors that came with it; whoever has the message has to close them.
+    """
+
+    header: Header
+    frame: bytes | bytearray
+    fds: tuple[int, ...] = ()
+
+    @property
+    def payload(self) -> bytes:
+        """What is behind the header; in kinds with descriptors it begins with their count."""
+        return bytes(self.frame[HEADER_SIZE:])
+
+    @property
+    def arguments(self) -> bytes:
+        """What is behind the header and, if there is one, the count of descriptors."""
+        return bytes(self.frame[HEADER_SIZE + 4 * (self.header.kind in WITH_FDS) :])
+
+
+def pack(header: Header, payload: bytes) -> bytes:
+    """Put a frame together.
+
+    :raises ProtocolError: when it is too long for libvirt.
+    """
+    length = HEADER_SIZE + len(payload)
+    if length > FRAME_MAX:
+        raise _wrong(header, f"{length} bytes, the limit is {FRAME_MAX}")
+    return _HEADER.pack(length, *header) + payload
+
+
+def _wrong(header: Header, what: str) -> ProtocolError:
+    return ProtocolError(f"RPC message of program {header.program:#x}, procedure {header.procedure}: {what}")
+
+
+def _check_length(length: int) -> None:
+    if not HEADER_SIZE <= length <= FRAME_MAX:
+        raise ProtocolError(f"RPC message: {length} bytes, the limits are {HEADER_SIZE} and {FRAME_MAX}")
+
+
+class Reader:
+    """Makes messages of what is received from one peer.
+
+    :meth:`next_message` has to be called until it gives None before more is received: then what is buffered is less
+    than one message and what was received last.
+    """
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._start = 0
+        self._fds: tuple[int, ...] = ()
+
+    def receive(self, data: bytes | memoryview, fds: Iterable[int] = ()) -> None:
+        """Take what one ``recvmsg`` gave: bytes and, belonging to the last of them, descriptors."""
+        self._fds += tuple(fds)
+        if self._start == len(self._data):
+            self._data = bytearray(data)
+        else:
+            del self._data[: self._start]
+            self._data += data
+        self._start = 0
+
+    def next_message(self) -> Message | None:
+        """Return the next message when all of it has come, with its descriptors.
+
+        :raises ProtocolError: when it is too short or too long, or its descriptors are not what it announces.
+        """
+        data, start = self._data, self._start
+        available = len(data) - start
+        if not available and not self._fds:
+            return None
+        if available < HEADER_SIZE:
+            if available >= 4:
+                _check_length(_UINT.unpack_from(data, start)[0])
+            self._check_fds(0)
+            return None
+        length, *fields = _HEADER.unpack_from(data, start)
+        if not HEADER_SIZE <= length <= available:
+            _check_length(length)
+            self._check_fds(0)
+            return None
+        header = Header._make(fields)
+        if header.kind in WITH_FDS:
+            return self._with_fds(header, length)
+        return Message(header, self._take(length))
+
+    def take_fds(self) -> tuple[int, ...]:
+        """Hand over the descriptors of the message that is not complete, to be closed."""
+        fds, self._fds = self._fds, ()
+        return fds
+
+    def _with_fds(self, header: Header, length: int) -> Message | None:
+        """One NUL byte for each descriptor follows the message, sent with it (util/virsocket.c:virSocketSendFD)."""
+        end = self._start + length
+        if length < HEADER_SIZE + _UINT.size:
+            raise _wrong(header, "no count of descriptors")
+        (count,) = _UINT.unpack_from(self._data, self._start + HEADER_SIZE)
+        if count > FDS_MAX:
+            raise _wrong(header, f"{count} descriptors, the limit is {FDS_MAX}")
+        carriers = self._data[end : end + count]
+        if any(carriers):
+            raise _wrong(header, "a byte that is not NUL where its descriptors are")
+        if len(carriers) < count:
+            self._check_fds(len(carriers))
+            return None
+        if len(self._fds) < count:
+            raise _wrong(header, f"{count} descriptors announced, {len(self._fds)} came")
+        fds, self._fds = self._fds[:count], self._fds[count:]
+        frame = self._take(length)
+        self._start += count
+        return Message(header, frame, fds)
+
+    def _take(self, length: int) -> bytearray:
+        if len(self._data) == length:
+            taken, self._data = self._data, bytearray()
+            return taken
+        self._start += length
+        return self._data[self._start - length : self._start]
+
+    def _check_fds(self, carriers: int) -> None:
+        """All bytes are used, so that what descriptors came with was the last: see net/unix/af_unix.c of Linux."""
+        if len(self._fds) != carriers:
+            raise ProtocolError(f"RPC stream: {len(self._fds)} descriptors where {carriers} belong")

@@ -1,0 +1,149 @@
+"""Both peers of a proxy in blocking sockets, and the proxy between them in a thread of its own."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import gc
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from nvdimm_driver.rpc import wire
+from nvdimm_driver.rpc.handler import Peer, Table
+from nvdimm_driver.rpc.proxy import Listener, serve
+from nvdimm_driver.rpc.wire import Header, Message, Reader, pack
+
+SECONDS = 10.0
+
+
+def call(procedure: int, serial: int, kind: int = wire.CALL) -> Header:
+    return Header(wire.PROGRAM, wire.VERSION, procedure, kind, serial, wire.OK)
+
+
+def reply_to(header: Header, status: int = wire.OK) -> Header:
+    return header._replace(kind=wire.REPLY, status=status)
+
+
+def open_fds() -> set[str]:
+    gc.collect()  # what other tests have left to it
+    return set(os.listdir("/proc/self/fd"))
+
+
+class Line:
+    """One peer's socket; everything waits ten seconds at most."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(SECONDS)
+        self.socket = connection
+        self._reader = Reader()
+
+    def send(self, header: Header, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
+        """Send a message as libvirt does; the count of descriptors is put in front of the payload."""
+        if header.kind in wire.WITH_FDS:
+            payload = struct.pack(">I", len(fds)) + payload
+        frame = pack(header, payload)
+        self.socket.sendall(frame)
+        for fd in fds:
+            socket.send_fds(self.socket, [b"\0"], [fd])
+        return frame
+
+    def receive(self) -> Message | None:
+        """The next message; None at the end."""
+        while not (message := self._reader.next_message()):
+            data, ancillary, _, _ = self.socket.recvmsg(1 << 20, socket.CMSG_SPACE(4 * wire.FDS_MAX))
+            if not data:
+                return None
+            fds = array.array("i")
+            for _, _, packed in ancillary:
+                fds.frombytes(packed)
+            self._reader.receive(data, fds)
+        return message
+
+    def expect(self) -> Message:
+        message = self.receive()
+        assert message
+        return message
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+class ProxyThread:
+    """A proxy in a thread.
+
+    :ivar path: of the socket that it listens on.
+    """
+
+    def __init__(
+        self, folder: Path, upstream: Path, table: Table, allowed: Callable[[Peer], bool] = lambda peer: True
+    ) -> None:
+        self.path = folder / "near"
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(self.path))
+        self._listening.listen(100)
+        self._listener = Listener(self._listening, str(upstream), False, table, allowed)
+        self._started = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    def stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def cancel(self) -> None:
+        self._stopped = True
+        self._loop.call_soon_threadsafe(self._task.cancel)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._task = asyncio.create_task(serve([self._listener], self._stop))
+        self._started.set()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._started.wait(SECONDS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join(SECONDS)
+        self._listening.close()
+        assert not self._thread.is_alive()
+
+
+class Proxy(ProxyThread):
+    """A proxy, and the socket that libvirtd would listen on."""
+
+    def __init__(self, folder: Path, table: Table, allowed: Callable[[Peer], bool] = lambda peer: True) -> None:
+        self.upstream = socket.socket(socket.AF_UNIX)
+        self.upstream.bind(str(folder / "far"))
+        self.upstream.listen(100)
+        self.upstream.settimeout(SECONDS)
+        super().__init__(folder, folder / "far", table, allowed)
+
+    def client(self) -> Line:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self.path))
+        return Line(connection)
+
+    def pair(self) -> tuple[Line, Line]:
+        """A client, and libvirtd's side of its session."""
+        near = self.client()
+        return near, Line(self.upstream.accept()[0])
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self.upstream.close()

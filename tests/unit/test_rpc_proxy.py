@@ -1,0 +1,657 @@
+import logging
+import os
+import random
+import resource
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED, UnsupportedError
+from nvdimm_driver.rpc import wire
+from nvdimm_driver.rpc.handler import Call, Context, Entry, Peer, Work
+from nvdimm_driver.rpc.session import HANDLERS_MAX, OWN_SERIALS
+from nvdimm_driver.rpc.wire import Header, Message, pack
+from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
+from tests.unit.rpc_peers import Line, Proxy, call, open_fds, reply_to
+
+Wishes = Generator[Call | Work, Any, bytes]
+
+PLAIN, UPPER, REFUSED, BROKEN, SLOW, TWICE, FORGETS, STUBBORN = 1, 11, 12, 13, 14, 15, 16, 17
+GATE = threading.Event()
+PING = Header(wire.KEEPALIVE_PROGRAM, 1, wire.KEEPALIVE_PING, wire.EVENT, 0, wire.OK)
+
+
+def upper(context: Context, arguments: bytes) -> Wishes:
+    """Rewrites both ways: what libvirtd gets is in capitals, what the client gets is reversed."""
+    answer: bytes = yield Call(UPPER, arguments.upper(), with_fds=True)
+    return answer[::-1]
+
+
+def refused(context: Context, arguments: bytes) -> Wishes:
+    if arguments == b"libvirt":
+        raise LibvirtError(b"as it was")
+    if arguments == b"long":
+        return bytes(wire.FRAME_MAX)
+    raise UnsupportedError(f"uid {context.peer.uid} cannot", hint="do not")
+    yield
+
+
+def broken(context: Context, arguments: bytes) -> Wishes:
+    yield Work(lambda: 1 // len(arguments))
+    raise ZeroDivisionError
+
+
+def slow(context: Context, arguments: bytes) -> Wishes:
+    """Has a thread wait for the test, between two calls."""
+    yield Call(SLOW, b"first")
+    result: bytes = yield Work(lambda: b"%d" % GATE.wait(10))
+    yield Call(SLOW, result)
+    return b"done"
+
+
+def twice(context: Context, arguments: bytes) -> Wishes:
+    """Goes on after an error."""
+    try:
+        answer: bytes = yield Call(TWICE, b"a")
+    except LibvirtError as error:
+        answer = b"error " + error.payload
+    yield Call(TWICE, answer)
+    return answer
+
+
+def forgets(context: Context, arguments: bytes) -> Wishes:
+    """Leaves the descriptors behind."""
+    yield Call(FORGETS, arguments)
+    return b""
+
+
+def stubborn(context: Context, arguments: bytes) -> Wishes:
+    """Wants a call that is too long."""
+    with suppress(UnsupportedError):
+        yield Call(STUBBORN, bytes(wire.FRAME_MAX))
+    return b"never"
+
+
+TABLE = {
+    UPPER: Entry(upper, lambda arguments: not arguments.startswith(b"-")),
+    REFUSED: Entry(refused),
+    BROKEN: Entry(broken),
+    SLOW: Entry(slow),
+    TWICE: Entry(twice),
+    FORGETS: Entry(forgets),
+    STUBBORN: Entry(stubborn),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    GATE.clear()
+    before = open_fds()
+    yield
+    assert open_fds() == before
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Proxy]:
+    with Proxy(tmp_path, TABLE) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def lines(proxy: Proxy) -> Iterator[tuple[Line, Line]]:
+    near, far = proxy.pair()
+    with near, far:
+        yield near, far
+
+
+Lines = tuple[Line, Line]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def contents(fd: int) -> bytes:
+    """What is in a pipe; closes it."""
+    with open(fd, "rb") as file:
+        return file.read()
+
+
+def pipes(*texts: bytes) -> list[int]:
+    """The reading ends of pipes with these texts in them."""
+    ends = []
+    for text in texts:
+        reading, writing = os.pipe()
+        os.write(writing, text)
+        os.close(writing)
+        ends.append(reading)
+    return ends
+
+
+# --- what passes ---
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        call(PLAIN, 1),
+        call(UPPER, 1)._replace(program=0x20008087),
+        call(UPPER, 1)._replace(version=2),
+        call(UPPER, 1, wire.STREAM)._replace(status=wire.CONTINUE),
+        call(UPPER, 1, wire.STREAM_HOLE),
+        call(UPPER, 1, wire.REPLY),
+        call(UPPER, 1, 99),
+        PING,
+    ],
+)
+def test_what_is_not_wanted_passes_both_ways(lines: Lines, header: Header) -> None:
+    near, far = lines
+    for size in (0, 1, 4, 1000, 300_000):
+        payload = os.urandom(size)
+        assert near.send(header, payload) == far.expect().frame
+        assert far.send(header, payload) == near.expect().frame
+
+
+def test_a_call_that_is_looked_at_and_not_wanted_passes(lines: Lines) -> None:
+    near, far = lines
+    assert near.send(call(UPPER, 1), b"-x") == far.expect().frame
+
+
+def test_a_stream_of_bytes_passes_as_it_is(lines: Lines) -> None:
+    """Messages of all sizes, cut where no message ends; what arrives is the same stream."""
+    near, far = lines
+    sizes = [*range(40), 5000, 262120, 1 << 20, 3, 0]
+    stream = b"".join(pack(call(PLAIN, serial), os.urandom(size)) for serial, size in enumerate(sizes))
+    for sender, receiver in ((near, far), (far, near)):
+
+        def send(line: Line = sender) -> None:
+            for start in range(0, len(stream), 9973):
+                line.socket.sendall(stream[start : start + 9973])
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert b"".join(receiver.expect().frame for _ in sizes) == stream
+        thread.join()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, wire.FDS_MAX])
+def test_descriptors_pass_both_ways(lines: Lines, number: int) -> None:
+    texts = [b"%d" % text for text in range(number)]
+    for (sender, receiver), kind in ((lines, wire.CALL_WITH_FDS), (lines[::-1], wire.REPLY_WITH_FDS)):
+        fds = pipes(*texts)
+        frames = [sender.send(call(PLAIN, 1)), sender.send(call(PLAIN, 2, kind), b"abcd", fds), sender.send(call(3, 3))]
+        for fd in fds:
+            os.close(fd)
+        received = [receiver.expect() for _ in frames]
+        assert [message.frame for message in received] == frames
+        assert [len(message.fds) for message in received] == [0, number, 0]
+        assert [contents(fd) for fd in received[1].fds] == texts
+
+
+def test_the_longest_message_passes(lines: Lines) -> None:
+    near, far = lines
+    frame = pack(call(PLAIN, 1), bytes(wire.FRAME_MAX - wire.HEADER_SIZE))
+    thread = threading.Thread(target=near.socket.sendall, args=(frame,))
+    thread.start()
+    assert far.expect().frame == frame
+    thread.join()
+
+
+# --- handlers ---
+
+
+def test_a_handler_rewrites_both_ways(lines: Lines) -> None:
+    near, far = lines
+    near.send(call(UPPER, 5), b"abcd")
+    asked = far.expect()
+    assert asked.header == call(UPPER, OWN_SERIALS)
+    assert asked.payload == b"ABCD"
+    far.send(reply_to(asked.header), b"1234")
+    assert near.expect() == Message(reply_to(call(UPPER, 5)), pack(reply_to(call(UPPER, 5)), b"4321"))
+
+
+def test_libvirtds_error_goes_to_the_client_as_it_was(lines: Lines) -> None:
+    near, far = lines
+    near.send(call(UPPER, 5), b"abcd")
+    far.send(reply_to(far.expect().header, wire.ERROR), b"an error")
+    assert near.expect().frame == pack(reply_to(call(UPPER, 5), wire.ERROR), b"an error")
+
+
+def test_a_handler_can_go_on_after_libvirtds_error(lines: Lines) -> None:
+    near, far = lines
+    near.send(call(TWICE, 5))
+    far.send(reply_to(far.expect().header, wire.ERROR), b"1234")
+    asked = far.expect()
+    assert asked.payload == b"error 1234"
+    far.send(reply_to(asked.header))
+    assert near.expect().payload == b"error 1234"
+
+
+def test_a_refusal_goes_to_the_client(lines: Lines) -> None:
+    near, _ = lines
+    near.send(call(REFUSED, 5))
+    answer = near.expect()
+    assert answer.header == reply_to(call(REFUSED, 5), wire.ERROR)
+    error = RemoteError.unpack(answer.payload)
+    assert (error.code, error.level) == (VIR_ERR_CONFIG_UNSUPPORTED, 2)
+    assert error.message == f"uid {os.getuid()} cannot (do not)"
+    near.send(call(REFUSED, 6), b"libvirt")
+    assert near.expect().frame == pack(reply_to(call(REFUSED, 6), wire.ERROR), b"as it was")
+
+
+@pytest.mark.parametrize("procedure", [REFUSED, STUBBORN])
+def test_what_is_too_long_for_libvirt_is_refused(lines: Lines, procedure: int) -> None:
+    near, far = lines
+    near.send(call(procedure, 5), b"long")
+    assert "the limit is 33554436" in str(RemoteError.unpack(near.expect().payload).message)
+    near.send(call(PLAIN, 6))
+    assert far.expect().header.serial == 6
+
+
+@pytest.mark.parametrize("arguments", [b"", b"abcd"])
+def test_a_handler_that_fails_is_logged(lines: Lines, arguments: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    near, _ = lines
+    near.send(call(BROKEN, 5), arguments)
+    answer = near.expect()
+    assert answer.header == reply_to(call(BROKEN, 5), wire.ERROR)
+    assert RemoteError.unpack(answer.payload).message == "internal error: nvdimmd failed, its log has the reason"
+    assert f"procedure {BROKEN}, called by Peer(uid={os.getuid()}" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_others_pass_while_a_handler_works(lines: Lines) -> None:
+    near, far = lines
+    near.send(call(SLOW, 1))
+    far.send(reply_to(far.expect().header))
+    near.send(call(UPPER, 2), b"abcd")
+    asked = far.expect()
+    near.send(call(PLAIN, 3))
+    far.send(reply_to(far.expect().header))
+    assert near.expect().header.serial == 3
+    far.send(reply_to(asked.header), b"1234")
+    assert near.expect().header.serial == 2
+    GATE.set()
+    asked = far.expect()
+    assert asked.payload == b"1"
+    far.send(reply_to(asked.header))
+    assert near.expect().frame == pack(reply_to(call(SLOW, 1)), b"done")
+
+
+def test_replies_find_their_handlers_in_any_order(lines: Lines) -> None:
+    near, far = lines
+    for serial in range(HANDLERS_MAX):
+        near.send(call(UPPER, serial), b"%04d" % serial)
+    asked = [far.expect() for _ in range(HANDLERS_MAX)]
+    assert len({message.header.serial for message in asked}) == HANDLERS_MAX
+    random.Random(1).shuffle(asked)
+    for message in asked:
+        far.send(reply_to(message.header), message.payload[::-1])
+    answers = [near.expect() for _ in asked]
+    assert all(answer.payload == b"%04d" % answer.header.serial for answer in answers)
+    assert {answer.header.serial for answer in answers} == set(range(HANDLERS_MAX))
+
+
+def test_one_handler_too_many_waits_and_lets_others_pass_before_it(lines: Lines) -> None:
+    near, far = lines
+    for serial in range(HANDLERS_MAX):
+        near.send(call(UPPER, serial), b"%04d" % serial)
+    near.send(call(PLAIN, 100))
+    near.send(call(UPPER, 101), b"last")
+    near.send(call(PLAIN, 102))
+    asked = [far.expect() for _ in range(HANDLERS_MAX + 1)]
+    assert asked[-1].header.serial == 100
+    far.socket.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        far.receive()
+    far.socket.settimeout(10)
+    far.send(reply_to(asked[0].header))
+    assert far.expect().payload == b"LAST"
+    assert far.expect().header.serial == 102
+
+
+def test_descriptors_go_with_the_handlers_call(lines: Lines) -> None:
+    near, far = lines
+    fds = pipes(b"x", b"y")
+    near.send(call(UPPER, 5, wire.CALL_WITH_FDS), b"abcd", fds)
+    asked = far.expect()
+    assert asked.header == call(UPPER, OWN_SERIALS, wire.CALL_WITH_FDS)
+    assert (asked.arguments, [contents(fd) for fd in asked.fds]) == (b"ABCD", [b"x", b"y"])
+    far.send(reply_to(asked.header)._replace(kind=wire.REPLY_WITH_FDS), b"1234", fds)
+    assert near.expect() == Message(reply_to(call(UPPER, 5)), pack(reply_to(call(UPPER, 5)), b"4321"))
+    near.send(call(FORGETS, 6, wire.CALL_WITH_FDS), b"abcd", fds)
+    asked = far.expect()
+    assert (asked.header.kind, asked.payload, asked.fds) == (wire.CALL, b"abcd", ())
+    far.send(reply_to(asked.header))
+    assert near.expect().header.serial == 6
+    for fd in fds:
+        os.close(fd)
+
+
+# --- who goes first ---
+
+
+def ping(far: Line) -> Header:
+    """What a ping is answered with; one that comes before the proxy knows that its client is gone is lost."""
+    far.socket.settimeout(1)
+    for _ in range(10):
+        far.send(PING)
+        with suppress(TimeoutError):
+            return far.expect().header
+    raise TimeoutError
+
+
+def test_a_handler_runs_to_its_end_when_its_client_goes(lines: Lines) -> None:
+    near, far = lines
+    near.send(call(SLOW, 1))
+    far.send(reply_to(far.expect().header))
+    near.socket.close()
+    far.send(call(PLAIN, 0, wire.EVENT), b"nobody is there")
+    assert ping(far) == PING._replace(procedure=wire.KEEPALIVE_PONG)
+    GATE.set()
+    asked = far.expect()
+    assert asked.payload == b"1"
+    far.send(reply_to(asked.header))
+    assert far.receive() is None
+
+
+def test_what_a_client_sent_before_it_went_arrives(lines: Lines) -> None:
+    near, far = lines
+    near.send(call(UPPER, 1), b"abcd")
+    sent = near.send(call(PLAIN, 2))
+    near.socket.close()
+    asked = far.expect()
+    assert asked.payload == b"ABCD"
+    assert far.expect().frame == sent
+    far.send(reply_to(asked.header))
+    assert far.receive() is None
+
+
+def test_what_libvirtd_sent_before_it_went_arrives(lines: Lines) -> None:
+    near, far = lines
+    sent = [far.send(call(PLAIN, serial, wire.EVENT), bytes(50_000)) for serial in range(4)]
+    far.socket.close()
+    assert [near.expect().frame for _ in sent] == sent
+    assert near.receive() is None
+
+
+def test_handlers_that_wait_for_libvirtd_are_told_when_it_goes(lines: Lines) -> None:
+    near, far = lines
+    near.send(call(UPPER, 1), b"abcd")
+    near.send(call(TWICE, 2))
+    for _ in range(2):
+        far.expect()
+    far.socket.close()
+    errors = [RemoteError.unpack(near.expect().payload).message for _ in range(2)]
+    assert errors == ["libvirtd closed the connection"] * 2
+    assert near.receive() is None
+
+
+def test_a_handler_at_work_goes_on_when_libvirtd_goes(proxy: Proxy) -> None:
+    near, far = proxy.pair()
+    with near, far:
+        near.send(call(SLOW, 1))
+        far.send(reply_to(far.expect().header))
+        far.socket.close()
+        assert near.receive() is None
+    GATE.set()
+
+
+def test_stopping_waits_for_handlers(proxy: Proxy) -> None:
+    near, far = proxy.pair()
+    idle_near, idle_far = proxy.pair()
+    with near, far, idle_near, idle_far:
+        near.send(call(UPPER, 1), b"abcd")
+        asked = far.expect()
+        proxy.stop()
+        assert near.receive() is None
+        assert idle_far.receive() is None
+        far.send(reply_to(asked.header))
+        assert far.receive() is None
+
+
+def test_libvirtd_is_not_there(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    proxy.upstream.close()
+    with proxy.client() as near:
+        assert near.receive() is None
+    assert f"client with uid {os.getuid()}, pid {os.getpid()}: " in caplog.text
+    assert "Connection refused" in caplog.text
+
+
+def test_libvirtds_queue_of_connections_is_full_for_a_while(proxy: Proxy) -> None:
+    proxy.upstream.listen(0)
+    clients = [proxy.client() for _ in range(3)]
+    for number, near in enumerate(clients):
+        near.send(call(PLAIN, number))
+    time.sleep(0.1)
+    for _ in clients:
+        with Line(proxy.upstream.accept()[0]) as far:
+            number = far.expect().header.serial
+            far.send(reply_to(call(PLAIN, number)))
+            assert clients[number].expect().header.serial == number
+    for near in clients:
+        near.socket.close()
+
+
+def test_a_cancelled_server_leaves_nothing_open(tmp_path: Path) -> None:
+    with Proxy(tmp_path, TABLE) as proxy:
+        near, far = proxy.pair()
+        with near, far:
+            near.send(call(UPPER, 1), b"abcd")
+            far.expect()
+            proxy.cancel()
+            assert near.receive() is None
+            assert far.receive() is None
+
+
+def test_who_may_not_is_disconnected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    peers: list[Peer] = []
+
+    def nobody(peer: Peer) -> bool:
+        peers.append(peer)
+        return False
+
+    with Proxy(tmp_path, TABLE, nobody) as proxy, proxy.client() as near:
+        assert near.receive() is None
+    assert peers == [Peer(os.getuid(), os.getgid(), os.getpid(), tuple(os.getgroups()))]
+    assert "may not use this socket" in caplog.text
+
+
+# --- what is not RPC ---
+
+
+@pytest.mark.parametrize(
+    ("stream", "reason"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "1195725856 bytes, the limits are"),
+        (b"\0\0\0\33", "27 bytes, the limits are"),
+        (pack(call(PLAIN, OWN_SERIALS), b""), "serial 0xf0000000: those are the proxy's"),
+        (pack(call(UPPER, 0xFFFFFFFF), b""), "serial 0xffffffff: those are the proxy's"),
+        (pack(call(UPPER, 1, wire.CALL_WITH_FDS), b"\0\0\0\41"), "33 descriptors"),
+    ],
+)
+def test_a_client_that_sends_no_rpc_is_disconnected(
+    proxy: Proxy, stream: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    near, far = proxy.pair()
+    other_near, other_far = proxy.pair()
+    with near, far, other_near, other_far:
+        sent = near.send(call(PLAIN, 1))
+        near.socket.sendall(stream)
+        assert near.receive() is None
+        assert far.expect().frame == sent
+        assert far.receive() is None
+        assert other_near.send(call(PLAIN, 1)) == other_far.expect().frame
+    assert f"client with uid {os.getuid()}, pid {os.getpid()}: disconnected, the client sent: RPC " in caplog.text
+    assert reason in caplog.text
+
+
+def test_libvirtd_that_sends_no_rpc_is_disconnected(lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
+    near, far = lines
+    far.send(reply_to(call(PLAIN, OWN_SERIALS)))
+    assert near.receive() is None
+    assert far.receive() is None
+    assert "libvirtd sent: RPC reply with serial 0xf0000000: no call had that" in caplog.text
+
+
+@pytest.mark.parametrize(("number", "passes"), [(1, True), (wire.FDS_MAX, True), (wire.FDS_MAX + 8, False)])
+def test_descriptors_that_nobody_announced(lines: Lines, number: int, passes: bool) -> None:
+    near, far = lines
+    fds = pipes(*[b""] * number)
+    socket.send_fds(near.socket, [pack(call(PLAIN, 1), b"")], fds)
+    assert near.receive() is None
+    assert [message.header.serial for message in iter(far.receive, None)] == [1] * passes
+    for fd in fds:
+        os.close(fd)
+
+
+def test_descriptors_of_one_who_goes_are_closed(lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
+    near, far = lines
+    fds = pipes(b"")
+    near.socket.sendall(pack(call(PLAIN, 1, wire.CALL_WITH_FDS), b"\0\0\0\2"))
+    socket.send_fds(near.socket, [b"\0"], fds)
+    near.socket.close()
+    assert far.receive() is None
+    assert not caplog.records
+    os.close(fds[0])
+
+
+# --- limits ---
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_slow_reader_stops_its_writer(lines: Lines, reverse: bool) -> None:
+    sender, receiver = lines[::-1] if reverse else lines
+    frame = pack(call(PLAIN, 1, wire.STREAM), bytes(1 << 18))
+    sender.socket.settimeout(0.1)
+    before = resident()
+    sent = 0
+    with suppress(TimeoutError):
+        while sent < 400 << 20:
+            sent += sender.socket.send(frame[sent % len(frame) :])
+    assert sent < 4 << 20
+    assert resident() - before < 8 << 20
+    whole, rest = divmod(sent, len(frame))
+    sender.socket.settimeout(10)
+    thread = threading.Thread(target=sender.socket.sendall, args=(frame[rest:] if rest else b"",))
+    thread.start()
+    assert all(receiver.expect().frame == frame for _ in range(whole + bool(rest)))
+    thread.join()
+
+
+def test_one_who_reads_no_replies_gets_no_more_handlers(lines: Lines) -> None:
+    near, _ = lines
+    near.socket.settimeout(0.2)
+    sent = 0
+    with suppress(TimeoutError):
+        while sent < 100_000:
+            near.send(call(REFUSED, sent))
+            sent += 1
+    assert sent < 10_000
+    near.socket.settimeout(10)
+    near.socket.shutdown(socket.SHUT_WR)
+    assert [near.expect().header.serial for _ in range(100)] == list(range(100))
+
+
+def test_many_clients(proxy: Proxy) -> None:
+    pairs = [proxy.pair() for _ in range(150)]
+    for number, (near, _) in enumerate(pairs):
+        near.send(call(UPPER, number), b"%04d" % number)
+    for _, far in pairs:
+        asked = far.expect()
+        far.send(reply_to(asked.header), asked.payload[::-1])
+    for number, (near, far) in enumerate(pairs):
+        assert near.expect().payload == b"%04d" % number
+        near.socket.close()
+        assert far.receive() is None
+        far.socket.close()
+
+
+def test_no_descriptors_left_is_not_a_busy_loop(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    waiting = socket.socket(socket.AF_UNIX)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, open_fds())) + 1, hard))
+    try:
+        filled = []
+        with suppress(OSError):
+            while True:
+                filled.append(os.dup(0))
+        waiting.connect(str(proxy.path))
+        wait_until(lambda: "no client can be accepted for a second" in caplog.text)
+        time.sleep(0.2)
+        for fd in filled:
+            os.close(fd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with Line(waiting) as near, Line(proxy.upstream.accept()[0]) as far:
+        assert near.send(call(PLAIN, 1)) == far.expect().frame
+    assert caplog.text.count("no client can be accepted") == 1
+
+
+# --- anything at all ---
+
+
+def mutated(random_: random.Random) -> bytes:
+    """Some messages, perhaps with bytes changed or left out; or no RPC at all."""
+    if random_.random() < 0.1:
+        return random_.randbytes(random_.randrange(1, 100))
+    stream = bytearray()
+    for _ in range(random_.randrange(1, 6)):
+        kind = random_.choice([0, 0, 0, 1, 2, 3, 4, 5, 6, 9])
+        header = call(
+            random_.choice([PLAIN, UPPER, REFUSED, TWICE, FORGETS]), random_.choice([1, 2, OWN_SERIALS]), kind
+        )
+        count = struct.pack(">I", random_.choice([0, 0, 1, 32, 33])) if kind in wire.WITH_FDS else b""
+        stream += pack(header, count + random_.randbytes(random_.choice([0, 4, 7, 60])))
+    for _ in range(random_.choice([0, 0, 1, 3])):
+        stream[random_.randrange(len(stream))] = random_.choice([0, 0, 1, 4, 255])
+    if random_.random() < 0.3:
+        del stream[random_.randrange(len(stream)) :]
+    return bytes(stream)
+
+
+def send_cut(random_: random.Random, line: Line, stream: bytes, fd: int) -> None:
+    """Send in up to four pieces, some with a descriptor; a peer that does not want more is no fault."""
+    cuts = sorted(random_.sample(range(len(stream) + 1), min(len(stream), random_.randrange(4))))
+    with suppress(BrokenPipeError, ConnectionResetError):
+        for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+            if random_.random() < 0.1:
+                socket.send_fds(line.socket, [stream[start:end] or b"\0"], [fd])
+            else:
+                line.socket.sendall(stream[start:end])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fuzz(proxy: Proxy, seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever either side sends, with descriptors or without, cut anywhere: the session ends, the proxy does not."""
+    random_ = random.Random(seed)
+    with open("/dev/null") as null:
+        for _ in range(750):
+            lines = list(proxy.pair())
+            for line in random_.choices(lines, k=random_.randrange(1, 4)):
+                send_cut(random_, line, mutated(random_), null.fileno())
+            random_.shuffle(lines)
+            lines[0].socket.shutdown(socket.SHUT_WR)
+            with lines[0], lines[1], suppress(ConnectionResetError):
+                while data := lines[0].socket.recvmsg(1 << 16):
+                    if not data[0]:
+                        break
+    near, far = proxy.pair()
+    with near, far:
+        assert near.send(call(PLAIN, 1)) == far.expect().frame
+    assert "disconnected, the client sent" in caplog.text
+    assert "disconnected, libvirtd sent" in caplog.text
+    assert not [record for record in caplog.records if record.levelno > logging.WARNING]
