@@ -17,4 +17,7 @@ html_show_sphinx = False
 html_copy_source = False
 
 # source, name, description, authors, section
-man_pages = [("commands", "nvdimmctl", "persistent memory for Xen domains managed by libvirt", [], 8)]
+man_pages = [
+    ("commands", "nvdimmctl", "persistent memory for Xen domains managed by libvirt", [], 8),
+    ("nvdimmd", "nvdimmd", "between libvirt's clients and libvirtd, for Xen domains with NVDIMMs", [], 8),
+]

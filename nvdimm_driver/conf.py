@@ -51,8 +51,44 @@ ACPI_OPTS = [
     ),
 ]
 LIBVIRT_OPTS = [
-    cfg.StrOpt("uri", default="xen:///system", help="libvirt connection of nvdimmctl."),
     cfg.StrOpt("hooks_dir", default="/etc/libvirt/hooks", help="Folder in which libvirt looks for hook scripts."),
+]
+RPC_OPTS = [
+    cfg.StrOpt(
+        "socket",
+        default="/run/libvirt/virtxend-sock",
+        help="Socket on which nvdimmd serves libvirt clients, when systemd does not hand it one. libvirt clients look "
+        "for this one first when they open xen:///system.",
+    ),
+    cfg.StrOpt(
+        "socket_ro", default="/run/libvirt/virtxend-sock-ro", help="The same for clients that only read ('virsh -r')."
+    ),
+    cfg.StrOpt(
+        "group",
+        default="libvirt",
+        help="Members of this group, and root, may connect to 'socket'. libvirtd takes nvdimmd for root and asks "
+        "polkit nothing: they can do what root can.",
+    ),
+    cfg.StrOpt(
+        "libvirt_socket", default="/run/libvirt/libvirt-sock", help="libvirtd's own socket, to which nvdimmd connects."
+    ),
+    cfg.StrOpt(
+        "libvirt_socket_ro", default="/run/libvirt/libvirt-sock-ro", help="The same for clients that only read."
+    ),
+    cfg.StrOpt(
+        "libvirt_direct_socket",
+        default="/run/libvirt/virtxend-direct-sock",
+        help="Where 'nvdimmctl register' moves the socket of virtxend, libvirt's modular daemon for Xen, which is "
+        "where nvdimmd's belongs. nvdimmd connects to it instead of 'libvirt_socket' when it is there.",
+    ),
+    cfg.StrOpt(
+        "libvirt_direct_socket_ro",
+        default="/run/libvirt/virtxend-direct-sock-ro",
+        help="The same for clients that only read.",
+    ),
+    cfg.StrOpt(
+        "unit_dir", default="/etc/systemd/system", help="Folder for the units that 'nvdimmctl register' installs."
+    ),
 ]
 GROUPS: list[tuple[str | None, Sequence[cfg.Opt]]] = [
     (None, DEFAULT_OPTS),
@@ -60,6 +96,7 @@ GROUPS: list[tuple[str | None, Sequence[cfg.Opt]]] = [
     ("layout", LAYOUT_OPTS),
     ("acpi", ACPI_OPTS),
     ("libvirt", LIBVIRT_OPTS),
+    ("rpc", RPC_OPTS),
 ]
 
 

@@ -207,7 +207,72 @@ def extract(xml: str) -> DomainSpec | None:
     return _spec(text.root)
 
 
+def with_uuid(xml: str, uuid: str) -> str:
+    """Return domain XML with that uuid behind its name; the same string when it has one."""
+    text = _parse(xml)
+    if text.root.child("uuid") is not None:
+        return xml
+    text.insert_after(text.root.need("name"), _Element("uuid", text=uuid))
+    return text.edited()
+
+
+def is_nvdimm(device: str) -> bool:
+    """True for the XML of one device that is an NVDIMM.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    if "nvdimm" not in device:
+        return False
+    root = _parse(device).root
+    return root.tag == "memory" and root.attributes.get("model") == "nvdimm"
+
+
+def attach(xml: str, device: str) -> str:
+    """Return domain XML, as the user wrote it, with one more NVDIMM behind those that it has.
+
+    :param device: for which :func:`is_nvdimm` holds.
+    """
+    text = _parse(xml)
+    devices = text.root.need("devices")
+    before = [element for element in devices.children if element.tag not in _BEHIND_MEMORY]
+    if before:
+        text.insert_after(before[-1], _parse(device).root)
+    else:
+        text.insert_first(devices, _parse(device).root)
+    return text.edited()
+
+
+def detach(xml: str, device: str) -> str:
+    """Return domain XML without the NVDIMM that has the backing of this one.
+
+    :raises DomainXmlError: when there is none.
+    """
+    text = _parse(xml)
+    text.cut(_same_backing(text.root, device))
+    return text.edited()
+
+
+def update(xml: str, device: str) -> str:
+    """Return domain XML with the NVDIMM that has the backing of this one replaced by this one.
+
+    :raises DomainXmlError: when there is none.
+    """
+    text = _parse(xml)
+    text.replace(_same_backing(text.root, device), _parse(device).root)
+    return text.edited()
+
+
 # --- what the XML says ---
+
+
+def _same_backing(root: _Element, device: str) -> _Element:
+    source = _parse(device).root.child("source")
+    path = "" if source is None else source.text_of("path")
+    for element in _nvdimms(root):
+        own = element.child("source")
+        if own is not None and own.text_of("path") == path:
+            return element
+    raise DomainXmlError(f"the domain has no NVDIMM with <source><path> {path!r}", hint="'virsh dumpxml' shows them")
 
 
 def _spec(root: _Element) -> DomainSpec:

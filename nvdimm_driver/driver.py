@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from oslo_config import cfg
 
 from nvdimm_driver import frames, guards, layout, plugins
 from nvdimm_driver.backing.inventory import areas, namespaces, physical_address_bits
-from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
+from nvdimm_driver.errors import BackingError, InUseError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.ledger import Ledger, host_boot_id
 from nvdimm_driver.model import (
     GIB,
@@ -33,6 +34,7 @@ from nvdimm_driver.model import (
     NvdimmSpec,
     Placement,
     Plan,
+    Progress,
     Record,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
@@ -96,10 +98,39 @@ class XenNvdimmDriver:
         locations = self._locate_or_assume(domain, intakes)
         return self._plan(domain, locations, self._bases(domain, locations), intakes)
 
-    def define(self, domain: DomainSpec) -> None:
+    def check(self, domain: DomainSpec) -> None:
+        """Raise what :meth:`define` would raise before it does anything."""
+        self.reconcile()
+        self.plan(domain)
+
+    def check_ram(self, uuid: str, ram: int) -> None:
+        """Check that a defined domain could have so much RAM.
+
+        :param ram: bytes.
+        :raises LayoutError: when it reaches the NVDIMMs, whose places are kept.
+        """
+        record = self.ledger.domain(uuid)
+        if record is None or not record.allocations:
+            return
+        guest = self._around(record, ram)
+        first = min(guest.nvdimms, key=lambda placement: placement.base)
+        if guest.highmem_end > first.base:
+            raise LayoutError(
+                f"domain {record.name}: RAM of {ram} bytes reaches up to {guest.highmem_end:#x}, and its NVDIMM in "
+                f"slot {first.slot} is at {first.base:#x}",
+                hint="NVDIMMs keep their places; define the domain anew with a new uuid to have them placed again",
+            )
+
+    def identified(self, domain: DomainSpec) -> DomainSpec:
+        """With a uuid: its own, that of the domain of that name that the ledger knows, or a new one."""
+        known = self._known(domain)
+        return known if known.uuid is not None else replace(domain, uuid=str(uuid4()))
+
+    def define(self, domain: DomainSpec) -> tuple[NvdimmSpec, ...]:
         """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
+        :returns: those whose backings were created.
         :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
         """
         uuid = _uuid(domain)
@@ -111,7 +142,7 @@ class XenNvdimmDriver:
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
                 creates = backing.examine(spec).creates
-                backing.provision(spec)
+                backing.provision(spec, self._progress(domain, spec))
                 if creates:
                     created.append(spec)
             self._settle(uuid, domain, before)
@@ -120,6 +151,33 @@ class XenNvdimmDriver:
                 self._backing(spec).discard(spec)
             self._roll_back(uuid, before)
             raise
+        return tuple(created)
+
+    def undo(self, uuid: str, created: Sequence[NvdimmSpec]) -> None:
+        """Undo :meth:`define` for a domain that libvirt then did not take: delete what it created.
+
+        A domain that had all its backings before keeps its claim to them.
+        """
+        if created:
+            self.forget(uuid)
+        for spec in created:
+            self._backing(spec).discard(spec)
+
+    def drop(self, uuid: str) -> None:
+        """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
+        record = self.ledger.domain(uuid)
+        if record is not None and record.attachment is None:
+            self.ledger.forget(uuid)
+        elif record is not None:
+            self.ledger.replace(uuid, record.name, record.ram, [])
+
+    def begin(self, uuid: str) -> Record | None:
+        """Somebody is about to start the domain: why an earlier start failed is of no interest any more.
+
+        :returns: None for a domain without NVDIMMs.
+        """
+        self.ledger.fault(uuid, "")
+        return self.ledger.domain(uuid)
 
     def prepare(self, domain: DomainSpec) -> None:
         """Make everything ready for a start: freeze, check, build the tables, write the plan for the device model.
@@ -129,6 +187,7 @@ class XenNvdimmDriver:
         uuid = _uuid(domain)
         self.reconcile()
         try:
+            self._check_ended(uuid)
             plan = self._prepare(self._adopt(uuid, domain), domain)
         except NvdimmError as error:
             self.ledger.fault(uuid, str(error))
@@ -152,12 +211,9 @@ class XenNvdimmDriver:
         record = self.ledger.domain(uuid)
         if record is None or record.attachment is None:
             return record.fault if record else ""
-        deadline = time.monotonic() + RELEASE_SECONDS
-        while self._is_running(record.attachment):
-            if time.monotonic() > deadline:
-                LOG.warning("domain %s: domid %s is still dying, stays frozen", record.name, record.attachment.domid)
-                return record.fault
-            time.sleep(0.05)
+        if not self._has_ended(record.attachment):
+            LOG.warning("domain %s: domid %s is still dying, stays frozen", record.name, record.attachment.domid)
+            return record.fault
         self._put_away(uuid, record.attachment.paths)
         LOG.info("domain %s: released", record.name)
         return record.fault
@@ -191,11 +247,14 @@ class XenNvdimmDriver:
 
     def tables(self, record: Record) -> AcpiTables:
         """The tables that a start of a defined domain would make."""
+        return self.acpi.build(self._around(record, record.ram))
+
+    def _around(self, record: Record, ram: int) -> GuestLayout:
         placements = tuple(
             Placement(item.spec.slot, item.base or 0, item.spec.visible_size, item.spec.label_size, item.spec.node)
             for item in record.allocations
         )
-        return self.acpi.build(layout.around(record.ram, placements, address_bits=self.host.address_bits))
+        return layout.around(ram, placements, address_bits=self.host.address_bits)
 
     def _plan(
         self,
@@ -234,6 +293,20 @@ class XenNvdimmDriver:
             guest_start_gfn=guest.highmem_end // PAGE,
             guest_limit_gfn=guest.limit // PAGE,
         )
+
+    def prepare_known(self, uuid: str) -> None:
+        """Prepare a start of which no hook has told: of a domain that ``xl`` has created.
+
+        :raises LedgerError: when the domain was never defined.
+        """
+        record = self.ledger.domain(uuid)
+        if record is None or not record.allocations:
+            raise LedgerError(
+                f"no NVDIMMs are known for domain {uuid}, whose device model is nvdimm-device-model",
+                hint="define the domain in libvirt first; for xl, keep the uuid that libvirt has given it",
+            )
+        nvdimms = tuple(item.spec for item in record.allocations)
+        self.prepare(DomainSpec(record.name, uuid, record.ram, None, nvdimms))
 
     def _prepare(self, record: Record, domain: DomainSpec) -> Plan:
         """From here on the domain's backings are its own: what fails now thaws them; what failed before must not."""
@@ -283,7 +356,7 @@ class XenNvdimmDriver:
             if intake.creates or intake.writes:
                 raise BackingError(
                     f"domain {domain.name}: {spec.path} is not provisioned ({intake.writes} bytes are to be written)",
-                    hint="define the domain with 'nvdimmctl define'",
+                    hint="define the domain with virsh, through nvdimmd",
                 )
         self.define(domain)
         adopted = self.ledger.domain(uuid)
@@ -325,7 +398,7 @@ class XenNvdimmDriver:
         if location.identity != item.identity:
             raise BackingError(
                 f"{item.spec.path} is not what was provisioned: was {item.identity}, is {location.identity}",
-                hint="put the old file back, or take the new one with 'nvdimmctl define'",
+                hint="put the old file back, or take the new one by defining the domain anew",
             )
         return location
 
@@ -353,6 +426,22 @@ class XenNvdimmDriver:
                     if item.identity is not None and item.identity.shares_bytes(location.identity):
                         raise _owned(spec.path, record)
 
+    def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
+        """What is told about writing the zeros of an NVDIMM: each percent to the ledger, each tenth to the log."""
+        told = -1
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            percent = 100 * done // total
+            if percent == told:
+                return
+            if percent // 10 > told // 10:
+                LOG.info("domain %s: %s: %d of %d bytes written", domain.name, spec.path, done, total)
+            told = percent
+            self.ledger.progress(_uuid(domain), spec.slot, percent)
+
+        return tell
+
     def _backing(self, spec: NvdimmSpec) -> Backing:
         for backing in self.backings:
             if backing.handles(spec.path):
@@ -370,6 +459,28 @@ class XenNvdimmDriver:
             and time.time() - attachment.since < ABANDONED_SECONDS
         )
 
+    def _check_ended(self, uuid: str) -> None:
+        """The last start of the domain must be over: a guest of which libvirt has lost sight has its memory still."""
+        record = self.ledger.domain(uuid)
+        attachment = None if record is None else record.attachment
+        if record is None or attachment is None or attachment.domid is None:
+            return
+        if not self._has_ended(attachment):
+            raise InUseError(
+                f"domain {record.name} has its NVDIMMs already, as domid {attachment.domid}, which Xen still has",
+                hint=f"shut that guest down: xl shutdown {attachment.domid}",
+            )
+        self._put_away(uuid, attachment.paths)
+
+    def _has_ended(self, attachment: Attachment) -> bool:
+        """Whether the hypervisor has let go of the domain, now or in a moment."""
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while self._is_running(attachment):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
     def _is_running(self, attachment: Attachment) -> bool:
         return (
             attachment.domid is not None
@@ -383,6 +494,9 @@ class XenNvdimmDriver:
                 if backing.handles(path):
                     backing.thaw(path)
         self.ledger.detach(uuid)
+        record = self.ledger.domain(uuid)
+        if record is not None and not record.allocations:
+            self.ledger.forget(uuid)
 
     def _roll_back(self, uuid: str, before: Record | None) -> None:
         if before is None:

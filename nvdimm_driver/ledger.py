@@ -38,6 +38,7 @@ CREATE TABLE allocation (
     pmem INTEGER NOT NULL,
     kind TEXT, device TEXT, start INTEGER, inode INTEGER, generation INTEGER, file_size INTEGER,
     base INTEGER,
+    written INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (uuid, slot)
 ) STRICT;
 CREATE TABLE attachment (
@@ -67,7 +68,7 @@ CREATE TABLE area (
 """
 ALLOCATION_COLUMNS = (
     "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
-    "kind, device, start, inode, generation, file_size, base"
+    "kind, device, start, inode, generation, file_size, base, written"
 )
 
 
@@ -148,22 +149,27 @@ class Ledger:
         ]
         statements += [
             (
-                f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) VALUES (?{', ?' * 15})",
+                f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) VALUES (?{', ?' * 16})",
                 (uuid, *_allocation_values(item)),
             )
             for item in allocations
         ]
         self._write(statements)
 
+    def progress(self, uuid: str, slot: int, percent: int) -> None:
+        """So much of an NVDIMM is written."""
+        self._write([("UPDATE allocation SET written = ? WHERE uuid = ? AND slot = ?", (percent, uuid, slot))])
+
     def forget(self, uuid: str) -> None:
         """Drop all that is known of a domain."""
         self._write([("DELETE FROM domain WHERE uuid = ?", (uuid,))])
 
     def attach(self, uuid: str, paths: Sequence[str]) -> None:
-        """A start begins: these paths will be frozen for it."""
+        """A start begins, with nothing held against it yet: these paths will be frozen for it."""
         self._write(
             [
                 ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
+                ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
                 (
                     "INSERT INTO attachment (uuid, state, boot_id, since) VALUES (?, 'preparing', ?, ?)",
                     (uuid, host_boot_id(), int(time.time())),
@@ -193,11 +199,8 @@ class Ledger:
             ]
         )
 
-    def start(self, uuid: str) -> Start:
-        """What was prepared for a domain in this boot of the host.
-
-        :raises LedgerError: when nothing was.
-        """
+    def start(self, uuid: str) -> Start | None:
+        """What was prepared for a domain in this boot of the host, and not mapped yet."""
         rows = self._rows(
             "SELECT name, qemu, gfn_start, gfn_limit FROM attachment JOIN domain USING (uuid) "
             "WHERE uuid = ? AND state = 'prepared' AND boot_id = ?",
@@ -205,14 +208,22 @@ class Ledger:
             host_boot_id(),
         )
         if not rows:
-            raise LedgerError(
-                f"no start was prepared for domain {uuid}",
-                hint="libvirt's hook has not run: 'nvdimmctl register' installs it; libvirtd has to be restarted then",
-            )
+            return None
         mappings = self._rows("SELECT gfn, mfn, count FROM mapping WHERE uuid = ? ORDER BY gfn", uuid)
         areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
         name, qemu, gfn_start, gfn_limit = rows[0]
         return Start(name, qemu, gfn_start, gfn_limit, mappings, areas)
+
+    def has_mapped(self, uuid: str, domid: int) -> bool:
+        """Whether the NVDIMMs were mapped into just this domain in this boot of the host."""
+        return bool(
+            self._rows(
+                "SELECT 1 FROM attachment WHERE uuid = ? AND state = 'mapped' AND domid = ? AND boot_id = ?",
+                uuid,
+                domid,
+                host_boot_id(),
+            )
+        )
 
     def taken(self, uuid: str) -> list[tuple[str, int, int]]:
         """Machine frames of every other domain's start, as (name of the domain, mfn, count)."""
@@ -316,9 +327,9 @@ def _allocation_values(item: Allocation) -> tuple[Any, ...]:
     spec, identity = item.spec, item.identity
     wanted = (spec.slot, spec.path, spec.size, spec.label_size, spec.alignsize, spec.base, spec.node, int(spec.pmem))
     if identity is None:
-        return (*wanted, *[None] * 6, item.base)
+        return (*wanted, *[None] * 6, item.base, item.written)
     found = (identity.kind, identity.device, identity.start, identity.inode, identity.generation, identity.size)
-    return (*wanted, *found, item.base)
+    return (*wanted, *found, item.base, item.written)
 
 
 def _allocation(uuid: str, row: tuple[Any, ...]) -> Allocation:
@@ -327,4 +338,4 @@ def _allocation(uuid: str, row: tuple[Any, ...]) -> Allocation:
     slot, path, size, label_size, alignsize, fixed_base, node, pmem = row[:8]
     identity = None if row[8] is None else BackingIdentity(*row[8:14])
     spec = NvdimmSpec(slot, path, size, label_size, alignsize, fixed_base, node, bool(pmem))
-    return Allocation(uuid, spec, identity, row[14])
+    return Allocation(uuid, spec, identity, *row[14:])

@@ -5,6 +5,7 @@ Sizes, offsets and addresses are ``int`` bytes; frame numbers (4 KiB each) have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, NewType
 
@@ -12,6 +13,9 @@ Gfn = NewType("Gfn", int)
 """Guest frame number."""
 Mfn = NewType("Mfn", int)
 """Machine frame number: SPA / 4 KiB."""
+
+Progress = Callable[[int, int], None]
+"""Called now and then with the bytes that are done, and those that are to be."""
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -238,12 +242,14 @@ class Allocation:
 
     :ivar identity: None until it is provisioned.
     :ivar base: guest-physical base, chosen once; None until it is provisioned.
+    :ivar written: while it is being provisioned, percent of what is to be written.
     """
 
     uuid: str
     spec: NvdimmSpec
     identity: BackingIdentity | None = None
     base: int | None = None
+    written: int = 0
 
     @property
     def ready(self) -> bool:

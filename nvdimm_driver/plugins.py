@@ -21,7 +21,12 @@ if TYPE_CHECKING:
         Intake,
         Location,
         NvdimmSpec,
+        Progress,
     )
+
+
+def unwatched(done: int, total: int) -> None:
+    """Nobody is watching."""
 
 
 class Plugin(ABC):
@@ -67,10 +72,12 @@ class Backing(Plugin):
         """
 
     @abstractmethod
-    def provision(self, spec: NvdimmSpec) -> BackingIdentity:
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         """Create or complete the backing: all of it allocated, written and synced. Can be repeated.
 
         What it created is removed again when it fails.
+
+        :param progress: called now and then with the bytes that are written, and those that are to be.
         """
 
     @abstractmethod
@@ -115,6 +122,10 @@ class Mapper(Plugin):
     @abstractmethod
     def is_alive(self, domid: int, uuid: str) -> bool:
         """True while the hypervisor has that domain, dying ones included."""
+
+    @abstractmethod
+    def guest_end(self, domid: int) -> int:
+        """The first guest frame behind all that the domain has; XenError when it is gone."""
 
     @abstractmethod
     def uuid(self, domid: int) -> str | None:

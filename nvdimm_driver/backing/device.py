@@ -12,8 +12,8 @@ from pathlib import Path
 from nvdimm_driver.backing import extents, inventory
 from nvdimm_driver.backing.inventory import Volume
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec
-from nvdimm_driver.plugins import Backing
+from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress
+from nvdimm_driver.plugins import Backing, unwatched
 
 
 class DeviceBacking(Backing):
@@ -50,7 +50,8 @@ class DeviceBacking(Backing):
         volume, _ = self._find(spec)
         return Intake(self.name, False, 0, volume.namespace)
 
-    def provision(self, spec: NvdimmSpec) -> BackingIdentity:
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        del progress
         return self.locate(spec).identity
 
     def discard(self, spec: NvdimmSpec) -> None:

@@ -14,8 +14,8 @@ from nvdimm_driver.backing import extents, inode, inventory
 from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.backing.inventory import Mount, Volume
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, Intake, Location, NvdimmSpec
-from nvdimm_driver.plugins import Backing
+from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress
+from nvdimm_driver.plugins import Backing, unwatched
 
 _FILE_SYSTEMS = ("ext4", "xfs")
 _CHUNK = 4 << 20
@@ -39,7 +39,6 @@ class FsdaxBacking(Backing):
 
     :param mountinfo: ``/proc/self/mountinfo`` or a file like it.
     :param cross_check: compares the extents of an open file with what the page tables say; raises BackingError.
-    :param progress: called with (bytes written, bytes to write) while zeros are written.
     """
 
     name = "fsdax"
@@ -50,12 +49,10 @@ class FsdaxBacking(Backing):
         sysfs: Path = inventory.SYSFS,
         mountinfo: Path = Path("/proc/self/mountinfo"),
         cross_check: Callable[[int, Sequence[Extent]], None] = extents.cross_check,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.sysfs = sysfs
         self.mountinfo = mountinfo
         self.cross_check = cross_check
-        self.progress = progress
 
     def describe(self) -> str:
         return "a file on ext4 or XFS, mounted with -o dax on a namespace in fsdax mode"
@@ -85,7 +82,7 @@ class FsdaxBacking(Backing):
             file = _look(fd, path, spec.size)
         return Intake(self.name, False, sum(length for _, length in file.unwritten), volume.namespace)
 
-    def provision(self, spec: NvdimmSpec) -> BackingIdentity:
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         """Create the file, or fill what a ``fallocate`` has left unwritten with the zeros it reads as.
 
         Bytes that were written are never written again. A new file has no name until it is complete, so that a crash
@@ -94,9 +91,9 @@ class FsdaxBacking(Backing):
         intake = self.examine(spec)
         path = os.path.realpath(spec.path)
         if intake.creates:
-            self._create(path, spec.size)
+            self._create(path, spec.size, progress)
         elif intake.writes:
-            self._complete(path, spec.size)
+            self._complete(path, spec.size, progress)
         with _opened(path, os.O_RDONLY) as fd:
             os.fsync(fd)  # also what the operator has written: a place on the device is final when it is in the journal
             if _look(fd, path, spec.size).unwritten:
@@ -178,13 +175,13 @@ class FsdaxBacking(Backing):
             self.name, volume.namespace.uid, volume.start, status.st_ino, inode.generation(fd), status.st_size
         )
 
-    def _create(self, path: str, size: int) -> None:
+    def _create(self, path: str, size: int, progress: Progress) -> None:
         directory, name = os.path.split(path)
         with _opened(directory, os.O_TMPFILE | os.O_RDWR) as fd, _opened(directory, os.O_DIRECTORY) as parent:
             if self._mount(fd, path).kind == "xfs":
                 inode.set_extent_size(fd, SUPERPAGE)  # aligns the extents; ext4 has mke2fs -E stride for that
             os.posix_fallocate(fd, 0, size)
-            self._write_zeros(fd, [(0, size)])
+            self._write_zeros(fd, [(0, size)], progress)
             if os.path.lexists(path):
                 if not _is_new(path):
                     raise BackingError(f"{path}: someone else has written it meanwhile")
@@ -192,11 +189,11 @@ class FsdaxBacking(Backing):
             os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)  # fails where one exists
             os.fsync(parent)
 
-    def _complete(self, path: str, size: int) -> None:
+    def _complete(self, path: str, size: int, progress: Progress) -> None:
         with _opened(path, os.O_RDWR) as fd:
-            self._write_zeros(fd, _look(fd, path, size).unwritten)
+            self._write_zeros(fd, _look(fd, path, size).unwritten, progress)
 
-    def _write_zeros(self, fd: int, runs: Sequence[tuple[int, int]]) -> None:
+    def _write_zeros(self, fd: int, runs: Sequence[tuple[int, int]], progress: Progress) -> None:
         zeros = memoryview(bytes(_CHUNK))
         total, done = sum(length for _, length in runs), 0
         for offset, length in runs:
@@ -205,8 +202,7 @@ class FsdaxBacking(Backing):
                 written = os.pwrite(fd, zeros[: end - offset], offset)
                 offset += written
                 done += written
-                if self.progress is not None:
-                    self.progress(done, total)
+                progress(done, total)
         os.fsync(fd)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from nvdimm_driver.backing.inventory import HostDescription
 from nvdimm_driver.errors import BackingError, UnsupportedError
-from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec
-from nvdimm_driver.plugins import Backing
+from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress
+from nvdimm_driver.plugins import Backing, unwatched
 
 
 class PaperBacking(Backing):
@@ -43,7 +43,8 @@ class PaperBacking(Backing):
         identity = BackingIdentity(namespace.mode, namespace.uid, 0, 0, 0, namespace.data_size)
         return Location(identity, (Extent(0, namespace.data_spa, spec.size),))
 
-    def provision(self, spec: NvdimmSpec) -> BackingIdentity:
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        del progress
         raise self._refuse(spec)
 
     def discard(self, spec: NvdimmSpec) -> None:

@@ -12,12 +12,12 @@ import sys
 import time
 
 from nvdimm_driver import frames, guards
-from nvdimm_driver.errors import NvdimmError, XenError
+from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
 from nvdimm_driver.ledger import Ledger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import NoReturn
 
     from nvdimm_driver.plugins import Mapper
@@ -49,18 +49,33 @@ def main(argv: Sequence[str], *, state_dir: str, log_file: str, qemu: str) -> No
     try:
         from nvdimm_driver.xen.domctl import DomctlMapper
 
-        ledger = Ledger(os.path.join(state_dir, "ledger.sqlite"))
-        qemu = attach(domid, ledger, DomctlMapper(), state_dir, log, restored="-incoming" in argv)
+        mapper, ledger = DomctlMapper(), Ledger(os.path.join(state_dir, "ledger.sqlite"))
+        qemu = attach(domid, ledger, mapper, state_dir, log, _prepare, restored="-incoming" in argv)
+        log(f"domid {domid}: {_age_ms()} ms from start to {qemu}")
+        try:
+            os.execv(qemu, [qemu, *argv[1:]])
+        except OSError as error:
+            missing = ConfigError(f"cannot run {qemu}: {error.strerror}", hint="correct the domain's <emulator>")
+            ledger.fault(mapper.uuid(domid) or "", str(missing))
+            raise missing from error
     except NvdimmError as error:
         log(f"domid {domid}: {error}")
         sys.exit(error.exit_code)
-    log(f"domid {domid}: {_age_ms()} ms from start to {qemu}")
-    os.execv(qemu, [qemu, *argv[1:]])
 
 
-def attach(domid: int, ledger: Ledger, mapper: Mapper, state_dir: str, log: Log, *, restored: bool = False) -> str:
+def attach(
+    domid: int,
+    ledger: Ledger,
+    mapper: Mapper,
+    state_dir: str,
+    log: Log,
+    prepare: Callable[[str], None],
+    *,
+    restored: bool = False,
+) -> str:
     """Map what was prepared for the domain, and hand it its tables.
 
+    :param prepare: prepares a start by the domain's uuid, when no hook has: xl runs none.
     :param restored: the guest comes out of a saved image: its tables are in the memory that came back, and no
         firmware runs that would take new ones.
     :returns: the QEMU to become.
@@ -71,12 +86,22 @@ def attach(domid: int, ledger: Ledger, mapper: Mapper, state_dir: str, log: Log,
         raise XenError(f"domid {domid} has no uuid in xenstore", hint="is it a domain that libvirt started?")
     try:
         start = ledger.start(uuid)
+        if start is None and ledger.has_mapped(uuid, domid):
+            raise LedgerError(
+                f"domid {domid} has its NVDIMMs already: a soft reset (kexec) of a guest with NVDIMMs is not supported",
+                hint="have the guest reboot instead",
+            )
+        if start is None:
+            prepare(uuid)
+            start = ledger.start(uuid)
+        if start is None:
+            raise LedgerError(f"the start of domain {uuid} was prepared, and is not in the ledger", hint="try again")
         guards.check(
             start.mappings,
             areas=start.areas,
             ram=mapper.ram(),
             taken=ledger.taken(uuid),
-            guest_start_gfn=start.gfn_start,
+            guest_start_gfn=max(start.gfn_start, mapper.guest_end(domid)),
             guest_limit_gfn=start.gfn_limit,
         )
         tables = b"" if restored else _read(os.path.join(state_dir, "domains", uuid, "tables"))
@@ -103,6 +128,13 @@ def attach(domid: int, ledger: Ledger, mapper: Mapper, state_dir: str, log: Log,
         f"{smaller} of 4 KiB, {hypercalls} hypercalls in {seconds * 1000:.0f} ms; {len(tables)} bytes of ACPI tables"
     )
     return start.qemu
+
+
+def _prepare(uuid: str) -> None:
+    from nvdimm_driver import conf
+    from nvdimm_driver.driver import from_conf
+
+    from_conf(conf.load()).prepare_known(uuid)
 
 
 def _read(path: str) -> bytes:

@@ -110,16 +110,6 @@ class Plan(_FileCommand):
         sys.stdout.write(render.plan_text(plan, diff))
 
 
-class Define(_FileCommand):
-    """Provision a domain's NVDIMMs and define it in libvirt."""
-
-    def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver.cmd.define import define
-
-        name = define(_read(parsed_args.file), self.app.conf, from_conf(self.app.conf))
-        print(f"Domain '{name}' defined from {parsed_args.file}")
-
-
 class AcpiDump(Command):
     """Print or write the ACPI tables of a domain's NVDIMMs, in the form of acpidump unless asked otherwise."""
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from oslo_config import cfg
 
+from nvdimm_driver.cmd import units
+from nvdimm_driver.cmd.files import MARK, install, remove
 from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.ledger import Ledger
 
 HOOK_NAME = "50-nvdimm"
-MARK = "# installed by nvdimmctl register"
 HOOK = """#!{python} -I
 {mark}
 import sys
@@ -50,11 +51,12 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
             "log_file": conf.log_file,
             "qemu": conf.xen.qemu,
         }
-        yield _install(Path(conf.xen.device_model), DEVICE_MODEL.format(**names))
-        hook = _install(_hook(conf), HOOK.format(**names))
+        yield install(Path(conf.xen.device_model), DEVICE_MODEL.format(**names), 0o755)
+        hook = install(_hook(conf), HOOK.format(**names), 0o755)
         yield hook
         if not hook.startswith("unchanged"):
             yield "restart libvirtd (or virtxend), which looks for hooks when it starts: systemctl restart libvirtd"
+        yield from units.enable(conf, sys.executable)
     except OSError as error:
         raise ConfigError(f"cannot install: {error}", hint="run as root") from error
 
@@ -68,8 +70,9 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
     if running:
         raise InUseError(f"domains with NVDIMMs are running: {', '.join(running)}", hint="shut them down first")
     try:
+        yield from units.disable(conf)
         for path in (_hook(conf), Path(conf.xen.device_model)):
-            yield _remove(path)
+            yield remove(path)
     except OSError as error:
         raise ConfigError(f"cannot remove: {error}", hint="run as root") from error
     yield f"kept {conf.state_dir}"
@@ -77,26 +80,3 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
 
 def _hook(conf: cfg.ConfigOpts) -> Path:
     return Path(conf.libvirt.hooks_dir) / "libxl.d" / HOOK_NAME
-
-
-def _install(path: Path, text: str) -> str:
-    if path.exists():
-        if MARK not in path.read_text(encoding="utf-8"):
-            raise ConfigError(f"{path} exists and is not ours", hint="move it away")
-        if path.read_text(encoding="utf-8") == text:
-            return f"unchanged {path}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(0o755)
-    temporary.replace(path)
-    return f"installed {path}"
-
-
-def _remove(path: Path) -> str:
-    if not path.exists():
-        return f"not there {path}"
-    if MARK not in path.read_text(encoding="utf-8"):
-        return f"left alone, not ours: {path}"
-    path.unlink()
-    return f"removed {path}"

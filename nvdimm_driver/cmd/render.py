@@ -66,7 +66,7 @@ def write_tables(tables: Sequence[bytes], folder: Path) -> Iterator[Path]:
 def state(record: Record, item: Allocation) -> str:
     """One word for an NVDIMM."""
     if not item.ready:
-        return "provisioning"
+        return f"provisioning {item.written}%"
     return "free" if record.attachment is None else record.attachment.state
 
 

@@ -62,7 +62,13 @@ class DomctlMapper(Mapper):
 
     def is_alive(self, domid: int, uuid: str) -> bool:
         # The xenstore entries of a dying domain are gone before it is: no entry means that it may be the one.
-        return self.xen.domain_exists(domid) and self.uuid(domid) in (None, uuid.lower())
+        return self.xen.maximum_gfn(domid) is not None and self.uuid(domid) in (None, uuid.lower())
+
+    def guest_end(self, domid: int) -> int:
+        last = self.xen.maximum_gfn(domid)
+        if last is None:
+            raise XenError(f"domain {domid} is gone", hint="its creation was given up, or took too long")
+        return last + 1
 
     def uuid(self, domid: int) -> str | None:
         vm = self.xenstore.read(f"/local/domain/{domid}/vm")

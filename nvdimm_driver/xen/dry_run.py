@@ -56,8 +56,8 @@ class _RecordingXen(Xen):
     def machine_memory_map(self) -> list[tuple[int, int, int]]:
         return [(mfn * PAGE, count * PAGE, E820_RAM) for mfn, count in self._ram]
 
-    def domain_exists(self, domid: int) -> bool:
-        return False
+    def maximum_gfn(self, domid: int) -> int | None:
+        return None
 
     def populate_physmap_exact(self, domid: int, gfn: int, count: int) -> None:
         self._calls.append(("populate_physmap_exact", domid, gfn, count))

@@ -131,14 +131,15 @@ class Xen:
         count = self._call("xc_get_machine_memory_map", f"{MAX_E820_ENTRIES} entries", entries, MAX_E820_ENTRIES)
         return [(entry.addr, entry.size, entry.type) for entry in entries[0:count]]
 
-    def domain_exists(self, domid: int) -> bool:
-        """True while the hypervisor knows the domain: also a dying one, and one that is kept as a zombie.
+    def maximum_gfn(self, domid: int) -> int | None:
+        """Return the highest guest frame that the domain has; None when the hypervisor does not know the domain.
 
-        XENMEM_maximum_gpfn finds a domain by its id whether it is dying or not (xen/common/memory.c), and its interface
-        does not change with Xen's version as that of xc_domain_getinfolist does.
+        XENMEM_maximum_gpfn finds a domain by its id whether it is dying or not (xen/common/memory.c), zombies included,
+        and its interface does not change with Xen's version as that of xc_domain_getinfolist does.
         """
         gfn = ffi.new("xen_pfn_t *")
-        return self._call("xc_domain_maximum_gpfn", f"domain {domid}", domid, gfn, refusals=(errno.ESRCH,)) >= 0
+        rc = self._call("xc_domain_maximum_gpfn", f"domain {domid}", domid, gfn, refusals=(errno.ESRCH,))
+        return int(gfn[0]) if rc >= 0 else None
 
     def populate_physmap_exact(self, domid: int, gfn: int, count: int) -> None:
         """Give the guest new RAM at ``count`` guest frames from ``gfn`` on."""

@@ -249,8 +249,7 @@ def test_a_crash_leaves_nothing_behind(fs: FileSystem) -> None:
     before = fs.files()
     child = os.fork()
     if not child:
-        fs.backing.progress = lambda done, total: os.kill(os.getpid(), signal.SIGKILL)
-        fs.backing.provision(fs.spec)
+        fs.backing.provision(fs.spec, lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert fs.files() == before

@@ -122,7 +122,7 @@ CALLS = [
     ("x.set_paging_pool(7, 6 << 32)", f"xc_set_paging_mempool_size(7, {6 << 32})", "None"),
     ("x.pin_memory_cacheattr(7, 16, 4, 6)", "xc_domain_pin_memory_cacheattr(7, 0x10, 0x13, 6)", "True"),
     ("x.machine_memory_map()", "xc_get_machine_memory_map(1024)", "[(0, 654336, 1), (5368709120, 1073741824, 12)]"),
-    ("x.domain_exists(7)", "xc_domain_maximum_gpfn(7)", "True"),
+    ("x.maximum_gfn(7)", "xc_domain_maximum_gpfn(7)", str(0xFEFFF)),
     (
         "x.populate_physmap_exact(7, 0xFD001, 3)",
         "xc_domain_populate_physmap_exact(7, 3, 0, 0: 0xfd001 0xfd002 0xfd003)",
@@ -160,7 +160,7 @@ def test_guest_memory_is_mapped_by_page_and_unmapped(stand_ins: Path) -> None:
         ("x.memory_mapping(7, 1, 2, 3, True)", "xc_domain_memory_mapping", "EINVAL", "xl dmesg"),
         ("x.set_paging_pool(7, 4096)", "xc_set_paging_mempool_size", "ENOMEM", "4096 bytes"),
         ("x.populate_physmap_exact(7, 9, 2)", "xc_domain_populate_physmap_exact", "EBUSY", "gfn 0x9, 2 frames"),
-        ("x.domain_exists(7)", "xc_domain_maximum_gpfn", "EPERM", "domain 7"),
+        ("x.maximum_gfn(7)", "xc_domain_maximum_gpfn", "EPERM", "domain 7"),
         ("x.pin_memory_cacheattr(7, 1, 1, 6)", "xc_domain_pin_memory_cacheattr", "ENOMEM", "gfn 0x1"),
         ("x.read_memory(7, 4096, 1)", "xenforeignmemory_map", "ENOENT", "domain 7, gfn 0x1, 1 pages"),
         ("x.machine_memory_map()", "xc_get_machine_memory_map", "EINVAL", "1024 entries"),
@@ -206,7 +206,7 @@ def test_a_refused_memory_type_is_an_answer(stand_ins: Path, error: str) -> None
 
 
 def test_a_domain_that_is_gone(stand_ins: Path) -> None:
-    assert "= False" in run(stand_ins, "x.domain_exists(7)", FAIL="xc_domain_maximum_gpfn", ERRNO=errno.ESRCH)
+    assert "= None" in run(stand_ins, "x.maximum_gfn(7)", FAIL="xc_domain_maximum_gpfn", ERRNO=errno.ESRCH)
 
 
 def test_a_path_that_is_not_in_xenstore(stand_ins: Path) -> None:

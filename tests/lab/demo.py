@@ -78,7 +78,7 @@ def tell(story: Story, host: XenHost) -> None:
     with story.part("Define a guest with two NVDIMMs from etc/examples/guest.xml"):
         host.put(host.images.guest_disk, "/var/lib/libvirt/images/pmem-guest.img")
         host.put(operator.PROJECT / "etc/examples/guest.xml", "/root/guest.xml")
-        host.check(f"{operator.NVDIMMCTL} define /root/guest.xml")
+        host.check(f"{operator.VIRSH} define /root/guest.xml")
     story.tell(host.check(f"{operator.NVDIMMCTL} list").stdout)
     with story.part("virsh start, until the guest's Linux is up"):
         guest = operator.start(host, NAME)

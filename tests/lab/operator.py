@@ -16,6 +16,8 @@ from tests.lab.host import XenHost
 PROJECT = Path(__file__).resolve().parents[2]
 LOG = "/var/log/nvdimm-driver.log"
 NVDIMMCTL = "/opt/nvdimm-driver/bin/nvdimmctl"
+VIRSH = "virsh -q -c xen:///system"
+NVDIMMD_PID = "/run/nvdimmd.pid"
 # xen/include/public/xen.h and domctl.h
 DOMCTL_HYPERCALL, MEMORY_MAPPING = 36, 39
 INSTALL = """\
@@ -57,6 +59,21 @@ def install_driver(host: XenHost) -> None:
         host.put(wheel, f"/root/{wheel.name}")
         host.check(f"set -e\n{INSTALL.format(wheel=f'/root/{wheel.name}', nvdimmctl=NVDIMMCTL)}")
     restart_libvirtd(host)
+    start_nvdimmd(host)
+
+
+def stop_nvdimmd(host: XenHost) -> None:
+    """What 'systemctl stop nvdimmd' does; its sockets go with it."""
+    host.check(f"pid=$(cat {NVDIMMD_PID}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done")
+
+
+def start_nvdimmd(host: XenHost) -> None:
+    """What 'systemctl start nvdimmd' does on a host with systemd."""
+    host.check(
+        f"setsid /opt/nvdimm-driver/bin/nvdimmd >>/var/log/nvdimmd.log 2>&1 </dev/null & echo $! >{NVDIMMD_PID}; "
+        "for try in $(seq 200); do [ -S /run/libvirt/virtxend-sock ] && exit; sleep 0.1; done; "
+        "cat /var/log/nvdimmd.log >&2; exit 1"
+    )
 
 
 def make_pmem(host: XenHost, file_system: str = "ext4", mode: str = "raw") -> None:
@@ -99,10 +116,10 @@ def domain_xml(name: str, nvdimms: Sequence[str], *, ram_mib: int = 128) -> str:
 
 
 def define(host: XenHost, name: str, nvdimms: Sequence[str], *, ram_mib: int = 128) -> None:
-    """Define a guest through nvdimmctl."""
+    """Define a guest with plain virsh."""
     install_guest(host)
     host.write(f"/root/{name}.xml", domain_xml(name, nvdimms, ram_mib=ram_mib).encode())
-    host.check(f"{NVDIMMCTL} define /root/{name}.xml")
+    host.check(f"{VIRSH} define /root/{name}.xml")
 
 
 def remove(host: XenHost, name: str) -> None:
@@ -134,11 +151,11 @@ def host_sha256(host: XenHost, path: str, offset: int, length: int) -> str:
     return host.check(f"set -o pipefail; {command}").stdout.split()[0]
 
 
-def restart_libvirtd(host: XenHost) -> None:
+def restart_libvirtd(host: XenHost, uri: str = "xen:///system") -> None:
     """What 'systemctl restart libvirtd' does on a host with systemd."""
     host.check(
         "pid=$(cat /run/libvirtd.pid); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done; "
-        "libvirtd --daemon --pid-file /run/libvirtd.pid && virsh -q -c xen:///system list"
+        f"libvirtd --daemon --pid-file /run/libvirtd.pid && virsh -q -c '{uri}' list"
     )
 
 

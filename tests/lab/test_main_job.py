@@ -112,20 +112,21 @@ def test_what_an_operator_can_look_at_meanwhile(xen: XenHost, guest: Guest) -> N
     for item in operator.show(xen, "db1")["nvdimms"]:
         assert f"{item['base']:#x}" in decoded
     unchanged = xen.check(f"{operator.NVDIMMCTL} register").stdout.splitlines()
-    assert [line.split()[0] for line in unchanged] == ["unchanged", "unchanged"]
+    assert [line.split()[0] for line in unchanged] == ["unchanged", "unchanged", "no"]
     refused = xen.run(f"{operator.NVDIMMCTL} unregister")
     assert refused.returncode not in (0, 1)
     assert "db1" in refused.stderr
 
 
 def test_what_libvirt_stores_is_restored_and_rewritten_byte_for_byte(xen: XenHost, guest: Guest) -> None:
-    """By hand, with plain virsh: dump, restore, rewrite, define."""
+    """By hand, without nvdimmd: dump, restore, rewrite, define."""
     guest.wait_report()
+    direct = "virsh -q -c xen+unix:///system?socket=/run/libvirt/libvirt-sock"
     xen.check(
-        f"set -e; cd /tmp; virsh -q -c xen:///system dumpxml --inactive --security-info db1 >libvirt.xml\n"
+        f"set -e; cd /tmp; {direct} dumpxml --inactive --security-info db1 >libvirt.xml\n"
         f"{operator.NVDIMMCTL} restore libvirt.xml >restored.xml\n"
         f"{operator.NVDIMMCTL} rewrite restored.xml >rewritten.xml\n"
-        "cmp libvirt.xml rewritten.xml; virsh -q -c xen:///system define rewritten.xml"
+        f"cmp libvirt.xml rewritten.xml; {direct} define rewritten.xml"
     )
     restored = xen.get("/tmp/restored.xml").decode()
     assert restored.count("<memory model='nvdimm'") == len(NVDIMMS)

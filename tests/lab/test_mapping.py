@@ -61,6 +61,7 @@ def test_no_more_hypercalls_than_xl_makes_for_the_same_ranges(
     create_paused(driver_host, "reference", f"iomem = {json.dumps(ranges)}")
     reference = operator.memory_mappings_counted(driver_host)
     driver_host.check("xl destroy reference")
+    print(f"memory_mapping hypercalls for {len(mappings)} extents: the driver {ours}, xl with iomem= {reference}")
     assert 0 < ours <= reference
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.driver import Host, XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, XenError
-from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.ledger import Ledger, Start
 from nvdimm_driver.model import (
     GIB,
     MIB,
@@ -19,8 +19,9 @@ from nvdimm_driver.model import (
     Location,
     Namespace,
     NvdimmSpec,
+    Progress,
 )
-from nvdimm_driver.plugins import Backing, Mapper
+from nvdimm_driver.plugins import Backing, Mapper, unwatched
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
 OTHER_UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000002"
@@ -48,7 +49,8 @@ class MemoryBacking(Backing):
         exists = spec.path in self.files
         return Intake("memory", not exists, 0 if exists else spec.size, NAMESPACE)
 
-    def provision(self, spec: NvdimmSpec) -> BackingIdentity:
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        progress(spec.size // 2, spec.size)
         if spec.path in self.fail_provision:
             raise BackingError(f"{spec.path}: no space", hint="free some")
         if spec.path not in self.files:
@@ -81,6 +83,7 @@ class RecordingMapper(Mapper):
         self.mapped: dict[int, list[tuple[int, int, int]]] = {}
         self.delivered: dict[int, bytes] = {}
         self.fail: str = ""
+        self.guest_frames = 0xFEFFF + 1
         self.ram_ranges = [(0, 4 * GIB // 4096)]
 
     def describe(self) -> str:
@@ -91,6 +94,9 @@ class RecordingMapper(Mapper):
 
     def is_alive(self, domid: int, uuid: str) -> bool:
         return self.alive.get(domid) == uuid
+
+    def guest_end(self, domid: int) -> int:
+        return self.guest_frames
 
     def uuid(self, domid: int) -> str | None:
         return self.alive.get(domid)
@@ -122,6 +128,13 @@ def make_driver(folder: Path, backing: MemoryBacking, mapper: RecordingMapper) -
         qemu="/usr/bin/real-qemu",
         gap=64 * GIB,
     )
+
+
+def started(ledger: Ledger) -> Start:
+    """What was prepared for the domain."""
+    start = ledger.start(UUID)
+    assert start is not None
+    return start
 
 
 def domain(*paths: str, uuid: str | None = UUID, name: str = "db1", ram: int = 512 * MIB) -> DomainSpec:

@@ -29,12 +29,10 @@ class Host:
         self.mountinfo = folder / "mountinfo"
         self.mount(options, kind)
         self.checked: list[Sequence[Extent]] = []
-        self.progress: list[tuple[int, int]] = []
         self.backing = FsdaxBacking(
             sysfs=self.sysfs.root,
             mountinfo=self.mountinfo,
             cross_check=lambda fd, found: self.checked.append(found),
-            progress=lambda done, total: self.progress.append((done, total)),
         )
 
     def mount(self, options: str, kind: str = "ext4") -> None:
@@ -78,12 +76,13 @@ def test_a_new_file_is_examined_provisioned_located(host: Host) -> None:
     intake = host.backing.examine(spec)
     assert (intake.kind, intake.creates, intake.writes, intake.namespace.name) == ("fsdax", True, SIZE, "namespace0.0")
     assert os.listdir(host.folder) == []
-    identity = host.backing.provision(spec)
+    progress: list[tuple[int, int]] = []
+    identity = host.backing.provision(spec, lambda done, total: progress.append((done, total)))
     path = Path(spec.path)
     assert os.listdir(host.folder) == ["a.img"]
     assert path.read_bytes() == bytes(SIZE)
     assert path.stat().st_mode & 0o7777 == 0o600
-    assert host.progress[-1] == (SIZE, SIZE)
+    assert progress[-1] == (SIZE, SIZE)
     again = host.backing.examine(spec)
     assert (again.creates, again.writes, again.assumed) == (False, 0, False)
     assert (identity.kind, identity.device, identity.start, identity.size) == ("fsdax", UUID, 0, SIZE)
@@ -189,14 +188,13 @@ def test_a_failure_while_writing_leaves_nothing(host: Host) -> None:
     def fail(done: int, total: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    host.backing.progress = fail
     with pytest.raises(BackingError, match=r"No space left on device \(make room"):
-        host.backing.provision(host.spec())
+        host.backing.provision(host.spec(), fail)
     assert os.listdir(host.folder) == []
     empty = host.file("empty", size=0)
     inode_number = empty.stat().st_ino
     with pytest.raises(BackingError, match="No space left"):
-        host.backing.provision(host.spec("empty"))
+        host.backing.provision(host.spec("empty"), fail)
     assert (empty.stat().st_size, empty.stat().st_ino) == (0, inode_number)
 
 
@@ -206,9 +204,8 @@ def test_a_file_that_appears_meanwhile_is_kept(host: Host) -> None:
     def appear(done: int, total: int) -> None:
         path.write_bytes(b"mine")
 
-    host.backing.progress = appear
     with pytest.raises(BackingError, match="someone else has written it meanwhile"):
-        host.backing.provision(host.spec())
+        host.backing.provision(host.spec(), appear)
     assert path.read_bytes() == b"mine"
 
 

@@ -9,7 +9,7 @@ import pytest
 from nvdimm_driver.cmd.device_model import Log, attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import GuardError, LedgerError, XenError
-from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
 
 A = "/mnt/pmem0/a"
 TOO_SLOW = {"argparse", "cffi", "ctypes", "dataclasses", "enum", "json", "logging", "lxml", "oslo_config", "pathlib"}
@@ -43,8 +43,8 @@ def test_it_maps_delivers_and_names_the_qemu(
     driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
-    prepared = driver.ledger.start(UUID)
-    assert attach(5, driver.ledger, mapper, str(tmp_path), log) == "/usr/bin/real-qemu"
+    prepared = started(driver.ledger)
+    assert attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known) == "/usr/bin/real-qemu"
     assert mapper.mapped == {5: prepared.mappings}
     assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
     record = driver.ledger.domain(UUID)
@@ -61,7 +61,7 @@ def test_a_failure_leaves_nothing_mapped_and_is_kept(
     driver.prepare(domain(A))
     mapper.fail = step
     with pytest.raises(XenError, match=r"E\w+"):
-        attach(5, driver.ledger, mapper, str(tmp_path), log)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
     assert mapper.mapped == {}
     assert fault(driver).startswith("E")
 
@@ -70,9 +70,9 @@ def test_the_guards_run_before_anything_is_mapped(
     driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
-    mapper.ram_ranges.append((driver.ledger.start(UUID).mappings[0][1], 1))
+    mapper.ram_ranges.append((started(driver.ledger).mappings[0][1], 1))
     with pytest.raises(GuardError):
-        attach(5, driver.ledger, mapper, str(tmp_path), log)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
     assert mapper.mapped == {}
     assert "RAM" in fault(driver)
 
@@ -81,12 +81,12 @@ def test_frames_of_another_start_are_refused(
     driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
-    mappings = driver.ledger.start(UUID).mappings
+    mappings = started(driver.ledger).mappings
     driver.ledger.replace(OTHER_UUID, "db2", 1, [])
     driver.ledger.attach(OTHER_UUID, [])
     driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [])
     with pytest.raises(GuardError, match="db2"):
-        attach(5, driver.ledger, mapper, str(tmp_path), log)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
     assert mapper.mapped == {}
 
 
@@ -94,16 +94,35 @@ def test_a_restored_guest_has_its_tables_already(
     driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
-    attach(5, driver.ledger, mapper, str(tmp_path), log, restored=True)
+    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, restored=True)
     assert list(mapper.mapped) == [5]
     assert mapper.delivered == {}
 
 
-def test_without_prepare_there_is_no_start(
+def test_a_start_of_which_no_hook_has_told_is_prepared_now(
     driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
 ) -> None:
-    with pytest.raises(LedgerError, match="no start was prepared"):
-        attach(5, driver.ledger, mapper, str(tmp_path), log)
+    """xl runs no hooks."""
+    assert attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known) == "/usr/bin/real-qemu"
+    assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
+
+
+def test_a_domain_that_was_never_defined_has_no_start(
+    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
+) -> None:
+    mapper.alive[6] = OTHER_UUID
+    with pytest.raises(LedgerError, match=f"no NVDIMMs are known for domain {OTHER_UUID}"):
+        attach(6, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
+
+
+def test_a_guest_that_has_memory_where_the_nvdimm_goes_is_refused(
+    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
+) -> None:
+    driver.prepare(domain(A))
+    mapper.guest_frames = started(driver.ledger).mappings[0][0] + 1
+    with pytest.raises(GuardError):
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
+    assert mapper.mapped == {}
 
 
 def test_missing_tables_are_an_error_with_their_path(
@@ -112,7 +131,7 @@ def test_missing_tables_are_an_error_with_their_path(
     driver.prepare(domain(A))
     driver.tables_file(UUID).unlink()
     with pytest.raises(XenError, match=str(driver.tables_file(UUID))):
-        attach(5, driver.ledger, mapper, str(tmp_path), log)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
     assert mapper.mapped == {}
 
 

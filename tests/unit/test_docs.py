@@ -9,6 +9,7 @@ import pytest
 
 from nvdimm_driver import domxml, errors
 from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
+from nvdimm_driver.rpc.intercept import TABLE
 
 DOC = Path(__file__).parents[2] / "doc"
 COMMANDS = (DOC / "commands.rst").read_text(encoding="utf-8")
@@ -45,6 +46,12 @@ def test_every_global_option_is_in_the_man_page() -> None:
 def test_every_error_is_documented_with_its_status(kind: type[errors.NvdimmError]) -> None:
     assert f"\n{kind.__name__} ({kind.exit_code})\n---" in (DOC / "errors.rst").read_text(encoding="utf-8")
     assert f"\n{kind.exit_code}\n   " in COMMANDS
+
+
+def test_every_call_that_is_intercepted_has_a_row() -> None:
+    page = (DOC / "nvdimmd.rst").read_text(encoding="utf-8")
+    for row in TABLE.values():
+        assert f"``{row.name}``" in page
 
 
 def test_the_rewritten_example_is_what_rewriting_its_original_gives() -> None:

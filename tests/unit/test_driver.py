@@ -7,8 +7,9 @@ import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, InUseError, LayoutError, LedgerError, NvdimmError
-from nvdimm_driver.model import GIB, MIB
-from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
+from nvdimm_driver.model import GIB, MIB, BackingIdentity, NvdimmSpec, Progress
+from nvdimm_driver.plugins import unwatched
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
 
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
 
@@ -98,11 +99,31 @@ def test_a_path_for_no_backing_is_refused(driver: XenNvdimmDriver) -> None:
         driver.define(domain("/root/a"))
 
 
+def test_others_see_how_far_a_define_is(
+    tmp_path: Path, driver: XenNvdimmDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[tuple[bool, int]] = []
+
+    class Watched(MemoryBacking):
+        def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+            for done in range(0, 5 * MIB, MIB):
+                progress(done, 4 * MIB)
+                record = driver.ledger.domain(UUID)
+                assert record is not None
+                seen.extend((item.ready, item.written) for item in record.allocations)
+            return super().provision(spec)
+
+    with caplog.at_level("INFO"):
+        make_driver(tmp_path, Watched(), RecordingMapper()).define(domain(A))
+    assert seen == [(False, percent) for percent in (0, 25, 50, 75, 100)]
+    assert f"db1: {A}: 2097152 of 4194304 bytes written" in caplog.text
+
+
 def test_prepare_freezes_and_writes_the_plan(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     driver.define(domain(A, B))
     driver.prepare(domain(A, B))
     assert backing.frozen == {A, B}
-    start = driver.ledger.start(UUID)
+    start = started(driver.ledger)
     assert [count for _, _, count in start.mappings] == [64 * MIB // 4096] * 2
     assert [gfn * 4096 for gfn, _, _ in start.mappings] == bases(driver)
     assert start.qemu == "/usr/bin/real-qemu"
@@ -112,7 +133,7 @@ def test_prepare_freezes_and_writes_the_plan(driver: XenNvdimmDriver, backing: M
 def test_prepare_takes_the_users_emulator(driver: XenNvdimmDriver) -> None:
     driver.define(domain(A))
     driver.prepare(dataclasses.replace(domain(A), emulator="/opt/qemu"))
-    assert driver.ledger.start(UUID).qemu == "/opt/qemu"
+    assert started(driver.ledger).qemu == "/opt/qemu"
 
 
 def test_prepare_without_define_takes_what_is_there_and_creates_nothing(
@@ -222,8 +243,7 @@ def test_a_start_of_an_earlier_boot_is_put_away(driver: XenNvdimmDriver, backing
     driver.ledger._write([("UPDATE attachment SET boot_id = 'yesterday'", ())])
     driver.reconcile()
     assert backing.frozen == set()
-    with pytest.raises(LedgerError):
-        driver.ledger.start(UUID)
+    assert driver.ledger.start(UUID) is None
 
 
 def test_a_pending_start_is_left_alone_until_it_is_abandoned(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:

@@ -9,7 +9,7 @@ import pytest
 from nvdimm_driver.errors import LedgerError
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
-from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.doubles import OTHER_UUID, UUID, started
 
 SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
 READY = Allocation(UUID, SPEC, BackingIdentity("fsdax", "u", 1 << 20, 12, 2**32 - 1, 1 << 21), 1 << 40)
@@ -48,16 +48,14 @@ def test_two_domains_never_have_the_same_path(ledger: Ledger) -> None:
 def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     ledger.replace(UUID, "db1", 5, [READY])
     ledger.attach(UUID, ["/mnt/pmem0/a"])
-    with pytest.raises(LedgerError, match="no start was prepared"):
-        ledger.start(UUID)
+    assert ledger.start(UUID) is None
     ledger.prepared(UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)])
-    start = ledger.start(UUID)
+    start = started(ledger)
     assert (start.name, start.qemu, start.gfn_start, start.gfn_limit) == ("db1", "/qemu", 256, 1 << 34)
     assert start.mappings == [(512, 1024, 16), (4096, 8192, 1)]
     assert start.areas == [(1024, 1 << 20)]
     ledger.mapping(UUID, 7)
-    with pytest.raises(LedgerError, match="no start was prepared"):
-        ledger.start(UUID)
+    assert ledger.start(UUID) is None
     ledger.fault(UUID, "old")
     ledger.mapped(UUID)
     record = ledger.domain(UUID)
@@ -69,6 +67,15 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     assert ledger.taken(UUID) == []
     ledger.detach(UUID)
     assert ledger.taken(OTHER_UUID) == []
+
+
+def test_a_new_start_has_no_reason_of_an_earlier_one(ledger: Ledger) -> None:
+    ledger.replace(UUID, "db1", 5, [READY])
+    ledger.fault(UUID, "old")
+    ledger.attach(UUID, ["/mnt/pmem0/a"])
+    record = ledger.domain(UUID)
+    assert record is not None
+    assert record.fault == ""
 
 
 def test_forget_drops_everything(ledger: Ledger) -> None:

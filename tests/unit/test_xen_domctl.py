@@ -93,8 +93,8 @@ class FakeXen(Xen):
     def machine_memory_map(self) -> list[tuple[int, int, int]]:
         return self.e820
 
-    def domain_exists(self, domid: int) -> bool:
-        return domid in self.domains
+    def maximum_gfn(self, domid: int) -> int | None:
+        return 0xFEFFF if domid in self.domains else None
 
     def populate_physmap_exact(self, domid: int, gfn: int, count: int) -> None:
         self.note("populate_physmap_exact", domid, gfn, count)

@@ -1,0 +1,38 @@
+"""Files that ``nvdimmctl register`` puts into other programs' folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvdimm_driver.errors import ConfigError
+
+MARK = "# installed by nvdimmctl register"
+"""In each of them: one without it is somebody else's."""
+
+
+def install(path: Path, text: str, mode: int) -> str:
+    """Write a file, whole or not at all; returns what was done.
+
+    :raises ConfigError: when a file that is not ours is in the way.
+    """
+    if path.exists():
+        if MARK not in path.read_text(encoding="utf-8"):
+            raise ConfigError(f"{path} exists and is not ours", hint="move it away")
+        if path.read_text(encoding="utf-8") == text:
+            return f"unchanged {path}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.chmod(mode)
+    temporary.replace(path)
+    return f"installed {path}"
+
+
+def remove(path: Path) -> str:
+    """Delete a file that :func:`install` has written; returns what was done."""
+    if not path.exists():
+        return f"not there {path}"
+    if MARK not in path.read_text(encoding="utf-8"):
+        return f"left alone, not ours: {path}"
+    path.unlink()
+    return f"removed {path}"

@@ -1,0 +1,154 @@
+"""``nvdimmd``: stands between libvirt's clients and libvirtd, so that NVDIMMs work for any of them."""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from oslo_config import cfg
+
+from nvdimm_driver import conf
+from nvdimm_driver.driver import from_conf
+from nvdimm_driver.errors import ConfigError, NvdimmError
+from nvdimm_driver.rpc.handler import Peer
+from nvdimm_driver.rpc.intercept import Interceptor
+from nvdimm_driver.rpc.proxy import Listener, serve
+
+LOG = logging.getLogger(__name__)
+FIRST_DESCRIPTOR = 3
+"""sd_listen_fds(3): SD_LISTEN_FDS_START."""
+READ_ONLY_NAME = "nvdimmd-ro.socket"
+BACKLOG = 1000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``nvdimmd``; serves until SIGTERM or SIGINT."""
+    arguments = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        options = conf.load(list(arguments) or None)
+        from_conf(options).ledger.close()
+        with sockets(options) as (clients, readers):
+            asyncio.run(_serve(options, clients, readers))
+    except (NvdimmError, cfg.Error, OSError) as error:
+        print(f"nvdimmd: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, NvdimmError) else ConfigError.exit_code
+    return 0
+
+
+async def _serve(options: cfg.ConfigOpts, clients: socket.socket, readers: socket.socket) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    interceptor = Interceptor(lambda: from_conf(options), options.xen.device_model)
+    rpc = options.rpc
+    upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
+    upstream_ro = _first(rpc.libvirt_direct_socket_ro, rpc.libvirt_socket_ro)
+    listeners = [
+        Listener(clients, upstream, False, interceptor.table(), may_write(rpc.group)),
+        Listener(readers, upstream_ro, True, interceptor.table(read_only=True), lambda _: True),
+    ]
+    notify("READY=1")
+    await serve(listeners, stop)
+    notify("STOPPING=1")
+
+
+def _first(direct: str, usual: str) -> str:
+    return direct if Path(direct).exists() else usual
+
+
+def may_write(group: str) -> Callable[[Peer], bool]:
+    """Who may connect for more than reading: root, and members of a group.
+
+    :raises ConfigError: when there is no such group.
+    """
+    try:
+        gid = grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(f"there is no group {group!r}", hint="set [rpc] group in the options") from None
+
+    def allowed(peer: Peer) -> bool:
+        return peer.uid == 0 or gid in (peer.gid, *peer.groups)
+
+    return allowed
+
+
+@contextmanager
+def sockets(options: cfg.ConfigOpts) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The sockets to serve, the second for clients that only read: systemd's, or else our own, which go with us."""
+    inherited = activated()
+    if inherited:
+        if len(inherited) != 2:
+            raise ConfigError(
+                "systemd handed over one socket of two", hint="start nvdimmd.socket and nvdimmd-ro.socket"
+            )
+        with inherited[False] as clients, inherited[True] as readers:
+            yield clients, readers
+        return
+    gid = grp.getgrnam(options.rpc.group).gr_gid
+    with bound(options.rpc.socket, 0o660, gid) as clients, bound(options.rpc.socket_ro, 0o666, gid) as readers:
+        yield clients, readers
+
+
+def activated() -> dict[bool, socket.socket]:
+    """The sockets that systemd has handed over (sd_listen_fds(3)), by whether they are for clients that only read."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    descriptors = range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + count)
+    return {name == READ_ONLY_NAME: socket.socket(fileno=fd) for name, fd in zip(names, descriptors, strict=False)}
+
+
+@contextmanager
+def bound(path: str, mode: int, gid: int) -> Iterator[socket.socket]:
+    """A listening socket in the file system, which is deleted again: a stale one would cut off every client.
+
+    :raises ConfigError: when somebody serves it already.
+    """
+    with socket.socket(socket.AF_UNIX) as listener:
+        if _is_served(path):
+            raise ConfigError(f"{path} is served by another program", hint="is nvdimmd or virtxend running?")
+        Path(path).unlink(missing_ok=True)
+        previous = os.umask(0o777)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(previous)
+        try:
+            os.chown(path, -1, gid)
+            os.chmod(path, mode)
+            listener.listen(BACKLOG)
+            yield listener
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+
+def _is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing happens without it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
+            service.connect("\0" + address[1:] if address.startswith("@") else address)
+            service.send(state.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

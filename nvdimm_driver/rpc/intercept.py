@@ -1,0 +1,370 @@
+"""What the proxy does with libvirt's calls about domains: one table, and a handler for each kind of call.
+
+Numbers, arguments and results are those of libvirt's ``src/remote/remote_protocol.x``. A procedure that is not in the
+table passes byte for byte. Handlers are generators that do no I/O: they yield the calls to make to libvirtd and the
+work to do, and return the reply.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from nvdimm_driver import domxml
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
+from nvdimm_driver.model import KIB, DomainSpec, Record
+from nvdimm_driver.rpc.handler import Call, Context, Entry, Table, Work
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+
+LOG = logging.getLogger(__name__)
+
+DEFINE_XML, GET_XML_DESC, LOOKUP_BY_UUID, UNDEFINE, IS_ACTIVE = 11, 14, 24, 35, 150
+"""Procedures that handlers call by themselves."""
+MIGRATE_PARAMS_MAX = 64
+"""REMOTE_DOMAIN_MIGRATE_PARAM_LIST_MAX."""
+
+# include/libvirt/libvirt-domain.h
+AFFECT_LIVE, AFFECT_CONFIG = 1, 2
+XML_SECURE, XML_INACTIVE = 1, 2
+MEM_MAXIMUM = 4
+METADATA_ELEMENT = 2
+MIGRATE_DEST_XML = "destination_xml"
+# include/libvirt/virterror.h
+FROM_DOMAIN, NO_DOMAIN, NO_DOMAIN_METADATA = 20, 42, 80
+
+MARK = domxml.NAMESPACE.encode()
+
+Steps = Generator[Call | Work, Any, bytes]
+T = TypeVar("T")
+
+
+class Interceptor:
+    """The handlers, with what they need.
+
+    :param driver: makes a driver, in the thread that uses it; its ledger is closed afterwards.
+    :param device_model: absolute path of the program that rewritten domains have as their emulator.
+    """
+
+    def __init__(self, driver: Callable[[], XenNvdimmDriver], device_model: str) -> None:
+        self._make_driver = driver
+        self._device_model = device_model
+
+    def table(self, *, read_only: bool = False) -> Table:
+        """What the proxy does for clients of the one socket or the other."""
+        return {
+            number: Entry(partial(self._handle, row, number))
+            for number, row in TABLE.items()
+            if row.read_only or not read_only
+        }
+
+    def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
+        del context
+        return row.handler(self, procedure, payload)
+
+    # --- XML that comes in ---
+
+    def define(self, procedure: int, payload: bytes) -> Steps:
+        """Rewritten; the NVDIMMs are provisioned before the reply, and nothing is defined when that fails."""
+        xml, flags = _xml_and_flags(payload)
+        return (yield from self._define(procedure, xml, flags))
+
+    def create(self, procedure: int, payload: bytes) -> Steps:
+        """Rewritten, and provisioned before libvirt gets it: the guest runs before the reply."""
+        xml, flags = _xml_and_flags(payload)
+        wanted = self._accept(xml)
+        if wanted is None:
+            return (yield from _call(procedure, payload, with_fds=True))
+        domain: DomainSpec = yield self._work(lambda driver: driver.identified(wanted))
+        created = yield self._work(lambda driver: driver.define(domain))
+        uuid = domain.uuid or ""
+        xml = self._rewrite(domxml.with_uuid(xml, uuid))
+        try:
+            return (yield from _call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
+        except LibvirtError as error:
+            explained = yield from self._explained(error, uuid)
+            yield self._work(lambda driver: driver.undo(uuid, created))
+            raise explained from error
+
+    def to_native(self, procedure: int, payload: bytes) -> Steps:
+        """Rewritten: the configuration that comes back names the device model, for xl to run."""
+        values = Unpacker(payload)
+        kind, xml, flags = values.string(), values.string(), values.uint32()
+        values.end()
+        if self._accept(xml) is not None:
+            payload = bytes(Packer().string(kind).string(self._rewrite(xml)).uint32(flags))
+        return (yield from _call(procedure, payload))
+
+    # --- XML that goes out ---
+
+    def get_xml(self, procedure: int, payload: bytes) -> Steps:
+        """Restored."""
+        reply = yield from _call(procedure, payload)
+        if MARK not in reply:
+            return reply
+        values = Unpacker(reply)
+        xml = values.string()
+        values.end()
+        restored: str = yield Work(lambda: domxml.restore(xml))
+        return bytes(Packer().string(restored))
+
+    # --- devices ---
+
+    def attach_device(self, procedure: int, payload: bytes) -> Steps:
+        """An NVDIMM is added to the definition, and provisioned. That of a running domain: refused."""
+        return (yield from self._change(procedure, payload, "attached to", domxml.attach))
+
+    def detach_device(self, procedure: int, payload: bytes) -> Steps:
+        """An NVDIMM is taken out of the definition, and its data stay. That of a running domain: refused."""
+        return (yield from self._change(procedure, payload, "detached from", domxml.detach))
+
+    def update_device(self, procedure: int, payload: bytes) -> Steps:
+        """An NVDIMM is changed in the definition. That of a running domain: refused."""
+        return (yield from self._change(procedure, payload, "changed in", domxml.update))
+
+    def _change(self, procedure: int, payload: bytes, what: str, edit: Callable[[str, str], str]) -> Steps:
+        if b"nvdimm" not in payload:
+            return (yield from _call(procedure, payload))
+        values = Unpacker(payload)
+        domain, device = values.domain(), values.string()
+        flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
+        values.end()
+        if not domxml.is_nvdimm(device):
+            return (yield from _call(procedure, payload))
+        live = bool(flags & AFFECT_LIVE)
+        if not flags & (AFFECT_LIVE | AFFECT_CONFIG):
+            live = Unpacker((yield from _call(IS_ACTIVE, bytes(Packer().domain(domain))))).int32() == 1
+        if live:
+            raise UnsupportedError(
+                f"an NVDIMM cannot be {what} the running domain {domain.name}",
+                hint="--config changes the definition, which its next start takes",
+            )
+        xml = yield from self._definition(domain)
+        yield from self._define(DEFINE_XML, edit(domxml.restore(xml), device), b"")
+        return b""
+
+    # --- metadata ---
+
+    def set_metadata(self, procedure: int, payload: bytes) -> Steps:
+        """Refused for what has our namespace in it: it would change NVDIMMs behind the driver's back."""
+        if MARK in payload:
+            raise DomainXmlError(
+                f"metadata of {domxml.NAMESPACE} is nvdimm_driver's own",
+                hint="change the <memory model='nvdimm'> elements of the domain",
+            )
+        return (yield from _call(procedure, payload))
+
+    def get_metadata(self, procedure: int, payload: bytes) -> Steps:
+        """Ours is not there for clients."""
+        if MARK in payload:
+            values = Unpacker(payload)
+            values.domain()
+            if values.int32() == METADATA_ELEMENT and values.optional_string() == domxml.NAMESPACE:
+                message = "metadata not found: Requested metadata element is not present"
+                raise LibvirtError(RemoteError(NO_DOMAIN_METADATA, FROM_DOMAIN, message).pack())
+        return (yield from _call(procedure, payload))
+
+    # --- a domain's life ---
+
+    def start(self, procedure: int, payload: bytes) -> Steps:
+        """When it fails because of the NVDIMMs, the error says why."""
+        uuid = Unpacker(payload).domain().uuid
+        if (yield self._work(lambda driver: driver.begin(uuid))) is None:
+            return (yield from _call(procedure, payload))
+        try:
+            return (yield from _call(procedure, payload))
+        except LibvirtError as error:
+            raise (yield from self._explained(error, uuid)) from error
+
+    def undefine(self, procedure: int, payload: bytes) -> Steps:
+        """Passed. The data stay, and the domain's claim to them; the log says so."""
+        reply = yield from _call(procedure, payload)
+        record = yield from self._record(Unpacker(payload).domain())
+        if record is not None:
+            paths = ", ".join(item.spec.path for item in record.allocations)
+            LOG.info("domain %s: undefined; kept: %s ('nvdimmctl release' gives them up)", record.name, paths)
+        return reply
+
+    def migrate(self, procedure: int, payload: bytes) -> Steps:
+        """Refused for a domain with NVDIMMs."""
+        record = yield from self._record(Unpacker(payload).domain())
+        if record is not None and record.allocations:
+            raise _cannot_migrate(f"domain {record.name}")
+        return (yield from _call(procedure, payload))
+
+    def migrate_in(self, procedure: int, payload: bytes) -> Steps:
+        """Refused for a domain with NVDIMMs."""
+        values = Unpacker(payload)
+        for param in values.typed_params(MIGRATE_PARAMS_MAX):
+            if param.field == MIGRATE_DEST_XML and domxml.extract(str(param.value)) is not None:
+                raise _cannot_migrate("the domain that comes")
+        return (yield from _call(procedure, payload))
+
+    def set_memory(self, procedure: int, payload: bytes) -> Steps:
+        """Refused for RAM that would reach the NVDIMMs, or be populated on demand at the next start."""
+        values = Unpacker(payload)
+        domain, size = values.domain(), values.uint64() * KIB
+        flags = MEMORY_FLAGS[procedure] if procedure in MEMORY_FLAGS else values.uint32()
+        values.end()
+        record = yield from self._record(domain)
+        if record is None or not record.allocations:
+            return (yield from _call(procedure, payload))
+        if flags & MEM_MAXIMUM:
+            yield self._work(lambda driver: driver.check_ram(record.uuid, size))
+        elif size < record.ram and (flags & AFFECT_CONFIG or (not flags & AFFECT_LIVE and record.attachment is None)):
+            raise UnsupportedError(
+                f"domain {domain.name} has NVDIMMs, and {size // KIB} KiB is less than its RAM: it would start with "
+                "memory populated on demand, which Xen does not do together with mapped frames",
+                hint="change the maximum instead: virsh setmaxmem",
+            )
+        return (yield from _call(procedure, payload))
+
+    # --- what handlers have in common ---
+
+    def _work(self, run: Callable[[XenNvdimmDriver], T]) -> Work:
+        def with_driver() -> T:
+            driver = self._make_driver()
+            with closing(driver.ledger):
+                return run(driver)
+
+        return Work(with_driver)
+
+    def _record(self, domain: DomainRef) -> Generator[Call | Work, Any, Record | None]:
+        record: Record | None = yield self._work(lambda driver: driver.ledger.domain(domain.uuid))
+        return record
+
+    def _accept(self, xml: str) -> DomainSpec | None:
+        """What a client's XML says about NVDIMMs.
+
+        :raises DomainXmlError: also for XML that says that it was rewritten, or names the device model: both are the
+            driver's to write, and a client that goes through it never sees them.
+        """
+        if domxml.is_rewritten(xml):
+            raise DomainXmlError(
+                f"the domain XML has nvdimm_driver's own metadata in it ({domxml.NAMESPACE})",
+                hint="'nvdimmctl restore' makes the XML to define of it",
+            )
+        domain = domxml.extract(xml)
+        if domain is None and self._device_model in xml:
+            raise DomainXmlError(
+                f"the domain has no NVDIMM and names the device model {self._device_model}",
+                hint="leave <emulator> out, or name a QEMU",
+            )
+        return domain
+
+    def _rewrite(self, xml: str) -> str:
+        return domxml.rewrite(xml, self._device_model)
+
+    def _define(self, procedure: int, xml: str, flags: bytes) -> Steps:
+        domain = self._accept(xml)
+        if domain is None:
+            reply = yield from _call(procedure, bytes(Packer().string(xml)) + flags)
+            uuid = Unpacker(reply).domain().uuid
+            yield self._work(lambda driver: driver.drop(uuid))
+            return reply
+        yield self._work(lambda driver: driver.check(domain))
+        before = yield from self._defined(domain.uuid)
+        reply = yield from _call(procedure, bytes(Packer().string(self._rewrite(xml))) + flags)
+        defined = Unpacker(reply).domain()
+        try:
+            yield self._work(lambda driver: driver.define(replace(domain, uuid=defined.uuid)))
+        except (NvdimmError, OSError):
+            if before is None:
+                yield from _call(UNDEFINE, bytes(Packer().domain(defined)))
+            else:
+                yield from _call(DEFINE_XML, bytes(Packer().string(before)))
+            raise
+        return reply
+
+    def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
+        """A domain's definition as libvirt has it."""
+        reply = yield from _call(GET_XML_DESC, bytes(Packer().domain(domain).uint32(XML_INACTIVE | XML_SECURE)))
+        return Unpacker(reply).string()
+
+    def _defined(self, uuid: str | None) -> Generator[Call | Work, Any, str | None]:
+        """The definition that there is already; None when there is none."""
+        if uuid is None:
+            return None
+        try:
+            found = Unpacker((yield from _call(LOOKUP_BY_UUID, bytes(Packer().uuid(uuid))))).domain()
+        except LibvirtError as error:
+            if RemoteError.unpack(error.payload).code == NO_DOMAIN:
+                return None
+            raise
+        return (yield from self._definition(found))
+
+    def _explained(self, error: LibvirtError, uuid: str) -> Generator[Call | Work, Any, LibvirtError]:
+        """The error with why the start failed, as far as that is ours to know and not in it yet."""
+        record: Record | None = yield self._work(lambda driver: driver.ledger.domain(uuid))
+        told = RemoteError.unpack(error.payload)
+        if record is None or not record.fault or record.fault in (told.message or ""):
+            return error
+        return LibvirtError(told._replace(message=f"{told.message}: {record.fault}").pack())
+
+
+def _call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
+    reply: bytes = yield Call(procedure, payload, with_fds)
+    return reply
+
+
+def _xml_and_flags(payload: bytes) -> tuple[str, bytes]:
+    """The XML that a call begins with, and its flags as they are on the wire; domain_define_xml has none."""
+    values = Unpacker(payload)
+    return values.string(), values.rest()
+
+
+def _cannot_migrate(domain: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{domain} has NVDIMMs, and cannot be migrated: their contents are in the host's persistent memory and not in "
+        "what Xen sends",
+        hint="shut it down, copy the backings, and define it on the other host",
+    )
+
+
+class Row(NamedTuple):
+    """A procedure of the table.
+
+    :ivar read_only: it is intercepted for clients of the read-only socket, too. What such a client may not call is left
+        to libvirtd to refuse.
+    """
+
+    name: str
+    handler: Callable[[Interceptor, int, bytes], Steps]
+    read_only: bool = False
+
+
+LIVE_DEVICE_CALLS = (8, 13)
+"""Device calls without flags."""
+MEMORY_FLAGS = {30: MEM_MAXIMUM, 31: AFFECT_LIVE}
+"""Memory calls without flags, and what they mean."""
+
+TABLE: Mapping[int, Row] = {
+    8: Row("domain_attach_device", Interceptor.attach_device),
+    9: Row("domain_create", Interceptor.start),
+    10: Row("domain_create_xml", Interceptor.create),
+    11: Row("domain_define_xml", Interceptor.define),
+    13: Row("domain_detach_device", Interceptor.detach_device),
+    14: Row("domain_get_xml_desc", Interceptor.get_xml, read_only=True),
+    30: Row("domain_set_max_memory", Interceptor.set_memory),
+    31: Row("domain_set_memory", Interceptor.set_memory),
+    35: Row("domain_undefine", Interceptor.undefine),
+    136: Row("connect_domain_xml_to_native", Interceptor.to_native),
+    160: Row("domain_attach_device_flags", Interceptor.attach_device),
+    161: Row("domain_detach_device_flags", Interceptor.detach_device),
+    174: Row("domain_update_device_flags", Interceptor.update_device),
+    196: Row("domain_create_with_flags", Interceptor.start),
+    204: Row("domain_set_memory_flags", Interceptor.set_memory),
+    231: Row("domain_undefine_flags", Interceptor.undefine),
+    264: Row("domain_set_metadata", Interceptor.set_metadata),
+    265: Row("domain_get_metadata", Interceptor.get_metadata, read_only=True),
+    302: Row("domain_migrate_begin3_params", Interceptor.migrate),
+    303: Row("domain_migrate_prepare3_params", Interceptor.migrate_in),
+    304: Row("domain_migrate_prepare_tunnel3_params", Interceptor.migrate_in),
+    305: Row("domain_migrate_perform3_params", Interceptor.migrate),
+    309: Row("domain_create_xml_with_files", Interceptor.create),
+    350: Row("domain_define_xml_flags", Interceptor.define),
+}

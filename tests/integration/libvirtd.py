@@ -1,0 +1,353 @@
+"""The real libvirtd with its real libxl driver, on a host without Xen: libxl_stand_in.c in place of libxenlight.
+
+All of it is in mount and process namespaces of its own, over folders of the test's. Of this machine's libvirt it
+touches nothing, and nothing of it outlives the test: its processes and mounts go with the namespaces, and those with
+the process that made them, however that ends.
+
+Needs root, gcc, and Debian's libvirt-daemon-system, libvirt-daemon-driver-xen and libxen-dev.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+SOURCES = Path(__file__).parent
+DRIVER = Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_libxl.so")
+XEN_LIBRARIES = ("libxenctrl.so.4.17", "libxenforeignmemory.so.1", "libxenstore.so.4")
+TIMEOUT = 30.0
+
+PLACES = {
+    "run": "/run",
+    "etc": "/etc/libvirt",
+    "lib": "/var/lib/libvirt",
+    "log": "/var/log/libvirt",
+    "cache": "/var/cache/libvirt",
+    "dev": "/dev",
+}
+# The first process of the process namespace: it waits for those whose parents are gone (signal(7): SIGCHLD ignored).
+HOLD = """
+{setup}
+for node in null zero full random urandom; do
+    touch {folder}/dev/$node
+    mount --bind /dev/$node {folder}/dev/$node
+done
+{mounts}
+echo ready
+trap '' CHLD
+exec sleep infinity
+"""
+# Without authentication: polkit has no daemon here. Only libxl is loaded; its hooks are logged.
+LIBVIRTD_CONF = """
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+log_outputs = "2:file:/var/log/libvirt/libvirtd.log"
+log_filters = "2:libxl 1:util.hook 3:*"
+"""
+# Runs behind every other hook: libvirt runs them by name, and goes on after one that fails (virhook.c:virHookCall).
+RECORDER = """#!/bin/sh
+read -r domain
+cat >/dev/null
+case $domain in *" id='"*) id=${domain##* id=\\'} id=" id=${id%%\\'*}" ;; *) id= ;; esac
+echo "hook $2 $3 $1$id" 1<>/run/xen-stand-in/events
+"""
+
+
+class Libvirtd:
+    """A libvirtd and the domains it thinks it has.
+
+    :param folder: an empty folder; a socket's path in it has to stay below 108 bytes (unix(7)).
+    :param setup: shell commands to run in the new namespaces first, while ``/dev`` is still the machine's.
+    :ivar uri: for libvirt clients anywhere on the machine.
+    :ivar hooks: libvirt's folder for hooks; a script ``libxl.d/99-record`` is there.
+    :ivar xen: the stand-in's folder (libxl_stand_in.c lists its files); ``/run/xen-stand-in`` inside.
+    """
+
+    def __init__(self, folder: Path, setup: str = "") -> None:
+        self.folder = folder
+        self.uri = f"xen+unix:///system?socket={folder}/run/libvirt/libvirt-sock"
+        self.hooks = folder / "etc/hooks"
+        self.xen = folder / "run/xen-stand-in"
+        self._seen: list[str] = []
+        self._unread: list[str] = []
+        self._partial = ""
+        self._daemon: subprocess.Popen[bytes] | None = None
+        self._served: dict[str, subprocess.Popen[bytes]] = {}
+        self._make_folders()
+        self._compile()
+        self._namespaces = self._hold(setup)
+        self._events = os.open(self.xen / "events", os.O_RDWR | os.O_NONBLOCK)
+        self._ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._ready.bind(str(folder / "run/ready"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all of its processes. Can be repeated."""
+        self._namespaces.kill()
+        self._namespaces.wait(TIMEOUT)
+        self._wait_for_all()
+        self._ready.close()
+        if self._events >= 0:
+            os.close(self._events)
+            self._events = -1
+
+    @property
+    def pid(self) -> int:
+        """Of libvirtd, as the machine counts; nsenter is its parent."""
+        if self._daemon is None:
+            raise RuntimeError("libvirtd does not run")
+        return _child(self._daemon)
+
+    def start(self) -> None:
+        """Start libvirtd; return when it has started what is to be autostarted and takes calls.
+
+        :raises RuntimeError: with the end of its log, when it ends instead.
+        """
+        environment = {
+            "LD_PRELOAD": self.folder / "libxl_stand_in.so",
+            "LIBVIRT_DRIVER_DIR": self.folder / "drivers",
+            "NOTIFY_SOCKET": "/run/ready",
+            "XEN_STAND_IN_LIBRARIES": self.folder / "xen-libraries",
+        }
+        # As arguments of env(1): nsenter itself is not to have the library.
+        settings = [f"{name}={value}" for name, value in environment.items()]
+        command = self._inside("env", "--unset=LD_LIBRARY_PATH", *settings, "/usr/sbin/libvirtd")
+        self._daemon = subprocess.Popen(command, env=self._environment())
+        self._wait_until_ready(self._daemon, "libvirtd")
+        self.check("uri")  # it lets nobody in before its drivers are ready (remote_daemon.c:daemonRunStateInit)
+
+    def serve(self, name: str, *command: str | Path) -> None:
+        """Start another daemon, which tells when it is ready (sd_notify(3)); its log is ``log/NAME.log``."""
+        program = self._inside("env", "NOTIFY_SOCKET=/run/ready", *command)
+        with (self.folder / f"log/{name}.log").open("ab") as log:
+            self._served[name] = subprocess.Popen(program, env=self._environment(), stdout=log, stderr=log)
+        self._wait_until_ready(self._served[name], name)
+
+    def end(self, name: str, number: int = signal.SIGTERM) -> None:
+        """End a daemon that :meth:`serve` has started, with a signal."""
+        daemon = self._served.pop(name)
+        os.kill(_child(daemon), number)
+        daemon.wait(TIMEOUT)
+
+    def stop(self) -> None:
+        """Stop libvirtd; its domains go on."""
+        if self._daemon is not None:
+            os.kill(self.pid, signal.SIGTERM)
+            self._wait_for_daemon()
+
+    def restart(self) -> None:
+        """Stop libvirtd and start it again; its domains go on meanwhile."""
+        self.stop()
+        self.start()
+
+    def lose_power(self) -> None:
+        """End everything at once, and forget what a reboot of the host forgets: domains and ``/run``."""
+        # -1: all of the process namespace but its first process and the caller (kill(2))
+        self.run("sh", "-c", "kill -KILL -1; rm -rf /run/libvirt /run/libvirtd.pid /run/xen-stand-in/*-[0-9]*")
+        self._wait_for_all()
+        self.forget_domains()
+
+    def forget_domains(self) -> None:
+        """Let all domains vanish, as when somebody else destroys them; libvirtd must not run."""
+        (self.xen / "domains").write_bytes(bytes(1 << 16))
+
+    def next_domid(self) -> int:
+        """Return the domid that the next domain gets; the last one is the first number of the table."""
+        return int.from_bytes((self.xen / "domains").read_bytes()[:4], "little") + 1
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run a command in the namespaces, where ``/run/libvirt`` is that of this libvirtd."""
+        return self._run(self._inside(*command))
+
+    def virsh(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run a virsh command, which may fail."""
+        return self._run(["virsh", "-q", "-c", self.uri, *map(str, words)])
+
+    def check(self, *words: str | Path) -> str:
+        """Run a virsh command that has to succeed; return what it prints.
+
+        :raises RuntimeError: with what it says and the ends of the logs, when it fails.
+        """
+        done = self.virsh(*words)
+        if done.returncode:
+            raise RuntimeError(self.report(f"virsh {' '.join(map(str, words))}: {done.stderr.strip()}"))
+        return done.stdout.strip()
+
+    def inject(self, domain: str, what: str) -> None:
+        """Have something happen to a running domain that libvirt has no part in.
+
+        :param what: ``poweroff``, ``reboot``, ``crash``, ``suspend`` or ``soft-reset`` of the guest, or ``death`` of
+            the domain.
+        """
+        domid = self.check("domid", domain)
+        commands = os.open(self.xen / "commands", os.O_WRONLY | os.O_NONBLOCK)  # ENXIO: libvirtd does not run
+        os.write(commands, f"{what} {domid}\n".encode())
+        os.close(commands)
+
+    def events(self) -> list[str]:
+        """Return what has happened since it was asked last, in order.
+
+        Lines of the stand-in are ``create NAME DOMID``, ``unpause DOMID`` and so on; of hooks
+        ``hook OPERATION SUBOPERATION NAME``, with `` id=DOMID`` behind it when the XML has one.
+        """
+        self._read_events()
+        unread, self._unread = self._unread, []
+        return unread
+
+    def wait_for(self, event: str, timeout: float = TIMEOUT) -> list[str]:
+        """Wait for an event; return what has happened since events were asked for last, up to that event.
+
+        :raises TimeoutError: with the ends of the logs.
+        """
+        deadline = time.monotonic() + timeout
+        while event not in self._unread:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._events], [], [], left)[0]:
+                raise TimeoutError(self.report(f"no {event!r} in {timeout:.0f} s"))
+            self._read_events()
+        end = self._unread.index(event) + 1
+        happened, self._unread = self._unread[:end], self._unread[end:]
+        return happened
+
+    def log(self) -> str:
+        """Return libvirtd's log."""
+        file = self.folder / "log/libvirtd.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def device_model_log(self, domain: str) -> str:
+        """Return what the domain's device models have printed."""
+        file = self.xen / f"qemu-dm-{domain}.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def report(self, problem: str) -> str:
+        """Return a problem with the ends of all logs behind it."""
+        self._read_events()
+        parts = [problem, "--- events:", *self._seen[-20:], "--- libvirtd:", *self.log().splitlines()[-20:]]
+        for file in sorted(self.xen.glob("qemu-dm-*.log")):
+            parts += [f"--- {file.name}:", *file.read_text(errors="replace").splitlines()[-20:]]
+        return "\n".join(parts)
+
+    def _make_folders(self) -> None:
+        for name in (*PLACES, "dev/xen", "drivers", "etc/hooks/libxl.d", "home", "run/xen-stand-in", "xen-libraries"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for name in ("dev/xen/xenstored", "dev/xen/privcmd"):
+            (self.folder / name).touch()
+        (self.folder / "drivers" / DRIVER.name).symlink_to(DRIVER)
+        (self.folder / "etc/libvirtd.conf").write_text(LIBVIRTD_CONF)
+        recorder = self.hooks / "libxl.d/99-record"
+        recorder.write_text(RECORDER)
+        recorder.chmod(0o755)
+        for name in ("events", "commands"):
+            os.mkfifo(self.xen / name)
+        self.forget_domains()
+
+    def _compile(self) -> None:
+        compile_c(self.folder / "libxl_stand_in.so", "libxl_stand_in.c")
+        xen = self.folder / "xen-libraries/xen.so"
+        compile_c(xen, "xen_stand_in.c", "xen_with_domains.c")
+        for name in XEN_LIBRARIES:
+            (xen.parent / name).symlink_to(xen.name)
+
+    def _hold(self, setup: str) -> subprocess.Popen[bytes]:
+        mounts = [f"mount --rbind {self.folder}/{name} {place}" for name, place in PLACES.items()]
+        script = HOLD.format(setup=setup, folder=self.folder, mounts="\n".join(mounts))
+        unshare = ["unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child=KILL"]
+        ready, write = os.pipe()
+        try:
+            holder = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *unshare, "sh", "-euc", script],
+                stdin=subprocess.DEVNULL,
+                stdout=write,
+            )
+            os.close(write)
+            if not select.select([ready], [], [], TIMEOUT)[0] or not os.read(ready, 100):
+                holder.kill()
+                raise RuntimeError(f"cannot make namespaces (as root?): exit status {holder.wait(TIMEOUT)}")
+            return holder
+        finally:
+            os.close(ready)
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes], name: str) -> None:
+        ended = os.pidfd_open(process.pid)
+        try:
+            while True:
+                found, _, _ = select.select([self._ready.fileno(), ended], [], [], TIMEOUT)
+                if self._ready.fileno() not in found:
+                    raise RuntimeError(self.report(f"{name} does not start"))
+                if b"READY=1" in self._ready.recv(100):  # not an earlier one's STOPPING=1
+                    return
+        finally:
+            os.close(ended)
+
+    def _wait_for_daemon(self) -> None:
+        if self._daemon is None:
+            return
+        try:
+            self._daemon.wait(TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(self.report("libvirtd does not end")) from error
+        self._daemon = None
+
+    def _wait_for_all(self) -> None:
+        self._wait_for_daemon()
+        while self._served:
+            self._served.popitem()[1].wait(TIMEOUT)
+
+    def _run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                command,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(self.report(str(error))) from error
+
+    def _inside(self, *command: str | Path) -> Sequence[str]:
+        process = f"/proc/{self._namespaces.pid}/ns"
+        enter = ["nsenter", f"--mount={process}/mnt", f"--pid={process}/pid_for_children"]
+        return [*enter, *map(str, command)]
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder / "home"),
+            "LD_LIBRARY_PATH": str(self.folder / "xen-libraries"),
+        }
+
+    def _read_events(self) -> None:
+        while True:
+            try:
+                self._partial += os.read(self._events, 1 << 16).decode()
+            except BlockingIOError:
+                return
+            *lines, self._partial = self._partial.split("\n")
+            self._seen += lines
+            self._unread += lines
+
+
+def _child(nsenter: subprocess.Popen[bytes]) -> int:
+    (child,) = Path(f"/proc/{nsenter.pid}/task/{nsenter.pid}/children").read_text().split()
+    return int(child)
+
+
+def compile_c(library: Path, *sources: str) -> None:
+    """Make a shared library of C files that are beside this one."""
+    command = ["gcc", "-std=gnu11", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(library)]
+    subprocess.run([*command, *(str(SOURCES / source) for source in sources)], check=True, timeout=TIMEOUT)

@@ -1,0 +1,281 @@
+"""Plain virsh, through nvdimmd, to the real libvirtd and its libxl driver: what a user sees, and what not."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver import domxml
+from tests.integration.bench_host import Host
+
+NVDIMM = "<memory model='nvdimm'><source><path>{}</path></source><target><size unit='MiB'>4</size></target></memory>"
+OFF = ("", None, False)
+
+
+@pytest.fixture(scope="module")
+def shared_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    host = Host(tmp_path_factory.mktemp("host"))
+    try:
+        yield host
+    finally:
+        host.libvirtd.close()
+
+
+@pytest.fixture
+def host(shared_host: Host) -> Iterator[Host]:
+    """A host with the domain db1, defined and shut off."""
+    shared_host.define("db1", 1)
+    yield shared_host
+    shared_host.clean()
+    for name in shared_host.check("list", "--all", "--name").split():
+        if name != "Domain-0":
+            shared_host.check("undefine", name, "--managed-save")
+    for row in shared_host.nvdimmctl("list", "-f", "value", "-c", "Domain").stdout.split():
+        shared_host.nvdimmctl("release", "--yes", row)
+    shared_host.libvirtd.run("find", shared_host.folder / "pmem", "-name", "*.img", "-delete")
+
+
+def refused(host: Host, *words: str | Path) -> str:
+    done = host.virsh(*words)
+    assert done.returncode == 1, done
+    return done.stderr
+
+
+def image(host: Host, name: str) -> Path:
+    return host.folder / f"pmem/{name}.img"
+
+
+def nvdimms(host: Host) -> list[str]:
+    return [Path(item.spec.path).name for item in host.record("db1").allocations]
+
+
+def device(host: Host, name: str) -> Path:
+    file = host.folder / "device.xml"
+    file.write_text(NVDIMM.format(image(host, name)))
+    return file
+
+
+# --- define and show ---
+
+
+def test_the_user_sees_what_the_user_wrote(host: Host) -> None:
+    written = host.xml("db1", 1).read_text()
+    nvdimm = written[written.index("    <memory model") : written.index("  </devices>")]
+    for flags in ([], ["--inactive"], ["--security-info"], ["--migratable"]):
+        shown = host.check("dumpxml", "db1", *flags)
+        assert nvdimm in shown
+        assert domxml.NAMESPACE not in shown
+        assert "nvdimm-device-model" not in shown
+    assert domxml.NAMESPACE in host.libvirtd.check("dumpxml", "db1")
+    assert host.sum("db1") == hashlib.sha256(bytes(4 << 20)).hexdigest()
+
+
+def test_who_only_reads_sees_it_too(host: Host) -> None:
+    done = host.libvirtd.run("virsh", "-q", "-r", "-c", "xen:///system", "dumpxml", "db1")
+    assert "<memory model='nvdimm'" in done.stdout
+    done = host.libvirtd.run("virsh", "-q", "-r", "-c", "xen:///system", "define", host.xml("db2", 2))
+    assert "read only" in done.stderr
+    assert "db2.img" not in host.files()
+
+
+def test_edit_and_config_devices_change_the_definition(host: Host) -> None:
+    editor = host.folder / "editor"
+    editor.write_text(f"""#!/bin/sh\nsed -i "s|</devices>|{NVDIMM.format(image(host, "more"))}</devices>|" "$1"\n""")
+    editor.chmod(0o755)
+    done = host.libvirtd.run("env", f"EDITOR={editor}", "virsh", "-q", "-c", "xen:///system", "edit", "db1")
+    assert done.returncode == 0, done.stderr
+    assert nvdimms(host) == ["db1.img", "more.img"]
+    host.check("detach-device", "db1", device(host, "db1"), "--config")
+    assert nvdimms(host) == ["more.img"]
+    host.check("attach-device", "db1", device(host, "db1"), "--config")
+    assert nvdimms(host) == ["more.img", "db1.img"]
+    host.check("start", "db1")
+    assert "running domain db1" in refused(host, "detach-device", "db1", device(host, "db1"), "--live")
+
+
+def test_a_definition_without_nvdimms_gives_them_up(host: Host) -> None:
+    host.check("detach-device", "db1", device(host, "db1"), "--config")
+    assert host.nvdimmctl("list", "-f", "value").stdout == ""
+    assert "nvdimm" not in host.check("dumpxml", "db1")
+    assert "db1.img" in host.files()
+
+
+def test_what_cannot_be_is_refused_before_libvirt_hears_of_it(host: Host) -> None:
+    wrong = host.xml("db2", 2)
+    wrong.write_text(wrong.read_text().replace("model='nvdimm'", "model='nvdimm' access='private'"))
+    assert "access='private' cannot be had on Xen" in refused(host, "define", wrong)
+    thief = host.xml("db2", 2)
+    thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
+    assert "db1.img belongs to domain db1" in refused(host, "define", thief)
+    forged = host.xml("db2", 2)
+    forged.write_text(host.nvdimmctl("rewrite", str(forged)).stdout)
+    assert "nvdimm_driver's own metadata" in refused(host, "define", forged)
+    assert host.check("list", "--all", "--name").split() == ["Domain-0", "db1"]
+    assert "db2.img" not in host.files()
+
+
+def test_a_size_that_does_not_fit_leaves_nothing(host: Host) -> None:
+    large = host.xml("db2", 2)
+    large.write_text(large.read_text().replace("<size unit='MiB'>4<", "<size unit='GiB'>4<"))
+    assert "make room, or ask for less" in refused(host, "define", large)
+    assert host.check("list", "--all", "--name").split() == ["Domain-0", "db1"]
+    assert "db2.img" not in host.files()
+
+
+def test_metadata_of_ours_is_out_of_reach(host: Host) -> None:
+    uri = ("--uri", domxml.NAMESPACE)
+    assert "own" in refused(host, "metadata", "db1", *uri, "--key", "x", "--set", "<domain/>", "--config")
+    assert "own" in refused(host, "metadata", "db1", *uri, "--remove", "--config")
+    assert "not present" in refused(host, "metadata", "db1", *uri)
+    host.check("metadata", "db1", "--uri", "urn:other", "--key", "x", "--set", "<domain/>", "--config")
+    assert host.check("metadata", "db1", "--uri", "urn:other", "--config") == "<domain/>"
+    assert nvdimms(host) == ["db1.img"]
+
+
+# --- life ---
+
+
+def test_start_and_destroy(host: Host) -> None:
+    host.check("start", "db1")
+    state, domid, frozen = host.state("db1")
+    assert (state, frozen) == ("mapped", True)
+    assert int(host.check("domid", "db1")) == domid
+    host.check("destroy", "db1")
+    assert host.state("db1") == OFF
+
+
+def test_a_start_that_fails_in_the_device_model_says_why(host: Host) -> None:
+    host.fail("xc_domain_memory_mapping", errno.EPERM)
+    said = refused(host, "start", "db1")
+    assert "libxenlight failed to create new domain 'db1': xc_domain_memory_mapping: EPERM" in said
+    assert host.state("db1") == OFF
+
+
+def test_an_emulator_that_is_not_there_is_named(host: Host) -> None:
+    file = host.xml("db2", 2)
+    file.write_text(file.read_text().replace("<devices>", "<devices><emulator>/nonexistent/qemu</emulator>"))
+    assert "cannot run /nonexistent/qemu: No such file" in refused(host, "create", file)
+
+
+def test_a_start_that_fails_for_another_reason_is_not_blamed_on_us(host: Host) -> None:
+    host.fail("xc_domain_memory_mapping", errno.EPERM)
+    refused(host, "start", "db1")
+    host.clean_up()
+    host.script("10-other", "[ $2 != start ] || exit 3\n")
+    assert "EPERM" not in refused(host, "start", "db1")
+
+
+def test_save_restore_and_managed_save(host: Host) -> None:
+    host.check("start", "db1")
+    saved = host.folder / "saved"
+    host.check("save", "db1", saved)
+    assert host.state("db1") == OFF
+    host.check("restore", saved)
+    assert host.state("db1")[0] == "mapped"
+    host.check("managedsave", "db1")
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+
+
+def test_a_transient_domain(host: Host) -> None:
+    file = host.xml("db2", 2)
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if "<uuid>" not in line))
+    host.check("create", file)
+    assert host.state("db2")[0] == "mapped"
+    assert "<memory model='nvdimm'" in host.check("dumpxml", "db2")
+    uuid = host.check("domuuid", "db2")
+    host.check("destroy", "db2")
+    host.check("create", file)
+    assert host.check("domuuid", "db2") == uuid
+
+
+def test_a_transient_domain_that_does_not_start_leaves_nothing(host: Host) -> None:
+    host.fail("xc_domain_memory_mapping", errno.EPERM)
+    assert "EPERM" in refused(host, "create", host.xml("db2", 2))
+    assert "db2.img" not in host.files()
+    assert "db2" not in host.nvdimmctl("list", "-f", "value").stdout
+
+
+def test_undefine_keeps_the_bytes_for_the_next_definition(host: Host) -> None:
+    host.libvirtd.run("sh", "-c", f"yes | dd of={image(host, 'db1')} bs=4096 count=1024 iflag=fullblock conv=notrunc")
+    before = host.sum("db1")
+    host.check("undefine", "db1")
+    assert "db1.img belongs to domain db1" in refused(host, "define", renamed(host))
+    host.define("db1", 1)
+    assert host.sum("db1") == before != hashlib.sha256(bytes(4 << 20)).hexdigest()
+    assert "undefined; kept: " in host.nvdimmd_log()
+
+
+def renamed(host: Host) -> Path:
+    file = host.xml("db2", 2)
+    file.write_text(file.read_text().replace("db2.img", "db1.img"))
+    return file
+
+
+def test_memory_stays_clear_of_the_nvdimms(host: Host) -> None:
+    assert "reaches up to" in refused(host, "setmaxmem", "db1", "200G", "--config")
+    assert "populated on demand" in refused(host, "setmem", "db1", "256M", "--config")
+    host.check("setmaxmem", "db1", "1G", "--config")
+    host.check("setmem", "db1", "1G", "--config")
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+
+
+def test_migration_is_refused(host: Host) -> None:
+    host.check("start", "db1")
+    assert "domain db1 has NVDIMMs, and cannot be migrated" in refused(
+        host, "migrate", "db1", "xen:///system", "--live"
+    )
+
+
+def test_xl_gets_the_device_model(host: Host) -> None:
+    native = host.check("domxml-to-native", "xen-xl", "--domain", "db1")
+    assert f'device_model_override = "{host.folder}/nvdimm-device-model"' in native
+
+
+# --- nvdimmd comes and goes ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nvdimmd_ends_and_comes_back_under_a_guest(host: Host, number: int) -> None:
+    host.check("start", "db1")
+    before = host.state("db1")
+    host.libvirtd.end("nvdimmd", number)
+    if number == signal.SIGTERM:  # a crash leaves the socket, which systemd would go on holding
+        assert domxml.NAMESPACE in host.check("dumpxml", "db1")
+    host.start_nvdimmd()
+    assert host.state("db1") == before
+    assert "<memory model='nvdimm'" in host.check("dumpxml", "db1")
+
+
+def test_libvirt_python_works_with_it_and_hears_events(host: Host) -> None:
+    code = (
+        "import libvirt, sys\n"
+        "libvirt.virEventRegisterDefaultImpl()\n"
+        "c = libvirt.open('xen:///system')\n"
+        "seen = []\n"
+        "c.domainEventRegister(lambda c, d, event, detail, o: seen.append((d.name(), event)), None)\n"
+        "d = c.lookupByName('db1')\n"
+        "d.create()\n"
+        "while ('db1', libvirt.VIR_DOMAIN_EVENT_STARTED) not in seen: libvirt.virEventRunDefaultImpl()\n"
+        "print(d.XMLDesc())\n"
+    )
+    done = host.libvirtd.run(host.folder / "python/bin/python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "<memory model='nvdimm'" in done.stdout
+
+
+def test_virt_install_makes_a_guest_with_an_nvdimm(host: Host) -> None:
+    command = ["virt-install", "--connect", "xen:///system", "--name", "db9", "--hvm", "--import", "--memory", "256"]
+    command += ["--disk", "none", "--network", "none", "--graphics", "none", "--noautoconsole", "--osinfo", "generic"]
+    command += ["--memdev", f"nvdimm,access=shared,source.path={image(host, 'db9')},target.size=4"]
+    command += ["--boot", f"emulator={host.folder}/qemu"]
+    done: subprocess.CompletedProcess[str] = host.libvirtd.run(*command)
+    assert done.returncode == 0, host.libvirtd.report(f"{done.stdout}{done.stderr}")
+    assert host.state("db9")[0] == "mapped"

@@ -1,0 +1,399 @@
+"""What the proxy does with each call: handlers are driven by hand, with a libvirtd that keeps definitions in a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvdimm_driver import domxml
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import BackingError, DomainXmlError, LayoutError, ProtocolError, UnsupportedError
+from nvdimm_driver.model import GIB, KIB, MIB
+from nvdimm_driver.rpc import intercept
+from nvdimm_driver.rpc.handler import Call, Context, Peer, Work
+from nvdimm_driver.rpc.intercept import Interceptor
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, TypedParam, Unpacker
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
+
+DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
+CONTEXT = Context(Peer(0, 0, 1), False)
+DEFINE, DEFINE_FLAGS, CREATE_XML, START, GET_XML = 11, 350, 10, 9, 14
+NVDIMM = (
+    "<memory model='nvdimm'><source><path>/mnt/pmem0/{}</path></source><target><size>65536</size></target></memory>"
+)
+
+
+def xml(*files: str, ram: int = 512 * MIB, uuid: str | None = UUID, more: str = "") -> str:
+    nvdimms = "".join(map(NVDIMM.format, files))
+    return (
+        f"<domain type='xen'><name>db1</name>{f'<uuid>{uuid}</uuid>' if uuid else ''}<memory>{ram // KIB}</memory>"
+        f"<os><type>hvm</type></os><features><acpi/></features><devices>{more}{nvdimms}</devices></domain>"
+    )
+
+
+class Libvirtd:
+    """Definitions by uuid; says no to what a test wants it to say no to."""
+
+    def __init__(self) -> None:
+        self.defined: dict[str, str] = {}
+        self.running: set[str] = set()
+        self.calls: list[int] = []
+        self.refuse: dict[int, str] = {}
+
+    def answer(self, call: Call) -> bytes:
+        self.calls.append(call.procedure)
+        values = Unpacker(call.payload)
+        if call.procedure in self.refuse:
+            raise LibvirtError(RemoteError(1, 41, self.refuse[call.procedure]).pack())
+        match call.procedure:
+            case 11 | 350 | 10:
+                text = values.string()
+                spec = domxml.extract(text)
+                uuid = UUID if spec is None or spec.uuid is None else spec.uuid
+                self.defined[uuid] = text
+                return bytes(Packer().domain(DomainRef("db1", uuid, -1)))
+            case 14:
+                return bytes(Packer().string(self.defined[values.domain().uuid]))
+            case 24:
+                uuid = values.uuid()
+                if uuid not in self.defined:
+                    raise LibvirtError(RemoteError(42, 20, "Domain not found").pack())
+                return bytes(Packer().domain(DomainRef("db1", uuid, -1)))
+            case 35 | 231:
+                del self.defined[values.domain().uuid]
+            case 136:
+                return bytes(Packer().string(f"native of {values.string()} {values.string()}"))
+            case 150:
+                return bytes(Packer().int32(int(values.domain().uuid in self.running)))
+        return b""
+
+
+@pytest.fixture
+def backing() -> MemoryBacking:
+    return MemoryBacking()
+
+
+@pytest.fixture
+def driver(tmp_path: Path, backing: MemoryBacking) -> XenNvdimmDriver:
+    return make_driver(tmp_path, backing, RecordingMapper())
+
+
+class Proxy:
+    """Drives handlers as the real one does."""
+
+    def __init__(self, folder: Path, backing: MemoryBacking) -> None:
+        self.libvirtd = Libvirtd()
+        self.interceptor = Interceptor(lambda: make_driver(folder, backing, RecordingMapper()), DEVICE_MODEL)
+
+    def call(self, procedure: int, packer: Packer, *, read_only: bool = False) -> bytes:
+        table = self.interceptor.table(read_only=read_only)
+        if procedure not in table:
+            return self.libvirtd.answer(Call(procedure, bytes(packer)))
+        steps: Generator[Call | Work, Any, bytes] = table[procedure].handler(CONTEXT, bytes(packer))
+        send, value = steps.send, None
+        while True:
+            try:
+                wish = send(value)
+            except StopIteration as end:
+                return bytes(end.value)
+            try:
+                value = self.libvirtd.answer(wish) if isinstance(wish, Call) else wish.function()
+                send = steps.send
+            except Exception as error:
+                send, value = steps.throw, error
+
+    def define(self, text: str) -> DomainRef:
+        return Unpacker(self.call(DEFINE, Packer().string(text))).domain()
+
+    def xml(self, domain: DomainRef, *, read_only: bool = False) -> str:
+        return Unpacker(self.call(GET_XML, Packer().domain(domain).uint32(3), read_only=read_only)).string()
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, backing: MemoryBacking) -> Proxy:
+    return Proxy(tmp_path, backing)
+
+
+def message(error: LibvirtError) -> str:
+    return RemoteError.unpack(error.payload).message or ""
+
+
+@pytest.mark.parametrize("procedure", [DEFINE, DEFINE_FLAGS])
+def test_define_rewrites_and_provisions(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking, procedure: int
+) -> None:
+    packer = Packer().string(xml("a", "b"))
+    reply = proxy.call(procedure, packer if procedure == DEFINE else packer.uint32(1))
+    domain = Unpacker(reply).domain()
+    assert domain.uuid == UUID
+    assert proxy.libvirtd.defined[UUID] == domxml.rewrite(xml("a", "b"), DEVICE_MODEL)
+    assert set(backing.files) == {"/mnt/pmem0/a", "/mnt/pmem0/b"}
+    record = driver.ledger.domain(UUID)
+    assert record is not None
+    assert all(item.ready for item in record.allocations)
+
+
+def test_a_domain_without_nvdimms_is_defined_as_it_stands(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    proxy.define(xml())
+    assert proxy.libvirtd.defined[UUID] == xml()
+    assert driver.ledger.domains() == ()
+
+
+def test_libvirt_never_sees_what_cannot_be(proxy: Proxy) -> None:
+    with pytest.raises(UnsupportedError, match="private"):
+        proxy.define(xml("a").replace("model='nvdimm'", "model='nvdimm' access='private'"))
+    assert proxy.libvirtd.calls == []
+
+
+def test_a_failed_provision_undefines(proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    backing.fail_provision = {"/mnt/pmem0/b"}
+    with pytest.raises(BackingError, match="no space"):
+        proxy.define(xml("a", "b"))
+    assert proxy.libvirtd.defined == {}
+    assert backing.files == {}
+    assert driver.ledger.domains() == ()
+
+
+def test_a_failed_provision_brings_the_definition_back(proxy: Proxy, backing: MemoryBacking) -> None:
+    proxy.define(xml("a"))
+    before = proxy.libvirtd.defined[UUID]
+    backing.fail_provision = {"/mnt/pmem0/b"}
+    with pytest.raises(BackingError, match="no space"):
+        proxy.define(xml("a", "b"))
+    assert proxy.libvirtd.defined[UUID] == before
+    assert set(backing.files) == {"/mnt/pmem0/a"}
+
+
+def test_a_domain_that_is_redefined_without_nvdimms_gives_them_up(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    proxy.define(xml("a"))
+    proxy.define(xml())
+    assert driver.ledger.domains() == ()
+    assert set(backing.files) == {"/mnt/pmem0/a"}
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_the_client_gets_back_what_it_wrote(proxy: Proxy, read_only: bool) -> None:
+    domain = proxy.define(xml("a"))
+    assert proxy.xml(domain, read_only=read_only) == domxml.restore(proxy.libvirtd.defined[UUID])
+    assert "model='nvdimm'" in proxy.xml(domain, read_only=read_only)
+    assert domxml.NAMESPACE not in proxy.xml(domain, read_only=read_only)
+
+
+def test_forged_metadata_is_refused(proxy: Proxy) -> None:
+    with pytest.raises(DomainXmlError, match="own metadata"):
+        proxy.define(domxml.rewrite(xml("a"), DEVICE_MODEL))
+    assert proxy.libvirtd.calls == []
+
+
+def test_a_forged_emulator_is_refused(proxy: Proxy) -> None:
+    with pytest.raises(DomainXmlError, match="names the device model"):
+        proxy.define(xml(more=f"<emulator>{DEVICE_MODEL}</emulator>"))
+    assert proxy.libvirtd.calls == []
+
+
+def test_another_domains_file_is_refused_by_name(proxy: Proxy) -> None:
+    proxy.define(xml("a"))
+    thief = xml("a", uuid="7c7b0e2e-4a6e-4f0e-9a3b-000000000009").replace("db1", "thief")
+    with pytest.raises(Exception, match=f"/mnt/pmem0/a belongs to domain db1 .{UUID}"):
+        proxy.define(thief)
+    assert set(proxy.libvirtd.defined) == {UUID}
+
+
+def test_a_payload_that_cannot_be_read_is_never_forwarded(proxy: Proxy) -> None:
+    with pytest.raises(ProtocolError):
+        proxy.call(DEFINE, Packer().uint32(77))
+    assert proxy.libvirtd.calls == []
+
+
+def test_a_transient_domain_is_provisioned_before_it_runs(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    reply = proxy.call(CREATE_XML, Packer().string(xml("a", uuid=None)).uint32(0))
+    (record,) = driver.ledger.domains()
+    assert Unpacker(reply).domain().uuid == record.uuid
+    assert f"<uuid>{record.uuid}</uuid>" in proxy.libvirtd.defined[record.uuid]
+    assert set(backing.files) == {"/mnt/pmem0/a"}
+
+
+def test_a_transient_domain_that_libvirt_refuses_leaves_nothing(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    proxy.libvirtd.refuse[CREATE_XML] = "no memory"
+    with pytest.raises(LibvirtError) as caught:
+        proxy.call(CREATE_XML, Packer().string(xml("a")).uint32(0))
+    assert message(caught.value) == "no memory"
+    assert driver.ledger.domains() == ()
+    assert backing.files == {}
+
+
+def test_a_failed_start_says_why(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    domain = proxy.define(xml("a"))
+    driver.ledger.fault(UUID, "an old reason")
+    proxy.libvirtd.refuse[START] = "libxenlight failed"
+    with pytest.raises(LibvirtError) as caught:
+        proxy.call(START, Packer().domain(domain))
+    assert message(caught.value) == "libxenlight failed"
+
+    def fail(call: Call) -> bytes:
+        driver.ledger.fault(UUID, "xc_domain_memory_mapping: EPERM (look at xl dmesg)")
+        raise LibvirtError(RemoteError(1, 41, "libxenlight failed").pack())
+
+    proxy.libvirtd.answer = fail  # type: ignore[method-assign]
+    with pytest.raises(LibvirtError) as caught:
+        proxy.call(START, Packer().domain(domain))
+    assert message(caught.value) == "libxenlight failed: xc_domain_memory_mapping: EPERM (look at xl dmesg)"
+
+
+def test_a_reason_that_is_in_the_error_is_not_said_twice(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    domain = proxy.define(xml("a"))
+
+    def fail(call: Call) -> bytes:
+        driver.ledger.fault(UUID, "/mnt/pmem0/a is gone")
+        raise LibvirtError(RemoteError(70, 41, "hook failed: nvdimm-driver: /mnt/pmem0/a is gone").pack())
+
+    proxy.libvirtd.answer = fail  # type: ignore[method-assign]
+    with pytest.raises(LibvirtError) as caught:
+        proxy.call(START, Packer().domain(domain))
+    assert message(caught.value).count("is gone") == 1
+
+
+LIVE, CONFIG = 1, 2
+
+
+def test_config_attach_and_detach_change_the_definition(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    domain = proxy.define(xml("a"))
+    proxy.libvirtd.running.add(UUID)
+    proxy.call(160, Packer().domain(domain).string(NVDIMM.format("b")).uint32(CONFIG))
+    assert [item.spec.path for item in domxml_specs(driver)] == ["/mnt/pmem0/a", "/mnt/pmem0/b"]
+    assert proxy.xml(domain).count("model='nvdimm'") == 2
+    larger = NVDIMM.format("b").replace("65536", "32768")
+    proxy.call(174, Packer().domain(domain).string(larger).uint32(CONFIG))
+    assert [item.spec.size for item in domxml_specs(driver)] == [64 * MIB, 32 * MIB]
+    proxy.call(161, Packer().domain(domain).string(NVDIMM.format("a")).uint32(CONFIG))
+    assert [item.spec.path for item in domxml_specs(driver)] == ["/mnt/pmem0/b"]
+    assert set(backing.files) == {"/mnt/pmem0/a", "/mnt/pmem0/b"}
+    with pytest.raises(DomainXmlError, match="no NVDIMM with"):
+        proxy.call(161, Packer().domain(domain).string(NVDIMM.format("c")).uint32(CONFIG))
+
+
+def domxml_specs(driver: XenNvdimmDriver) -> list[Any]:
+    record = driver.ledger.domain(UUID)
+    assert record is not None
+    return list(record.allocations)
+
+
+@pytest.mark.parametrize(
+    ("procedure", "flags", "running"),
+    [(8, None, True), (13, None, True), (160, LIVE, True), (161, LIVE | CONFIG, True), (174, 0, True)],
+)
+def test_live_changes_are_refused(proxy: Proxy, procedure: int, flags: int | None, running: bool) -> None:
+    domain = proxy.define(xml("a"))
+    proxy.libvirtd.running.add(UUID)
+    packer = Packer().domain(domain).string(NVDIMM.format("a"))
+    with pytest.raises(UnsupportedError, match=r"running domain db1.*--config"):
+        proxy.call(procedure, packer if flags is None else packer.uint32(flags))
+
+
+def test_the_current_state_of_a_domain_that_is_off_is_its_definition(proxy: Proxy) -> None:
+    domain = proxy.define(xml("a"))
+    proxy.call(160, Packer().domain(domain).string(NVDIMM.format("b")).uint32(0))
+    assert proxy.xml(domain).count("model='nvdimm'") == 2
+
+
+def test_other_devices_pass(proxy: Proxy) -> None:
+    domain = proxy.define(xml("a"))
+    proxy.libvirtd.calls.clear()
+    for device in ("<disk/>", "<memory model='dimm'><!-- nvdimm --></memory>"):
+        proxy.call(160, Packer().domain(domain).string(device).uint32(LIVE))
+    assert proxy.libvirtd.calls == [160, 160]
+
+
+@pytest.mark.parametrize(
+    ("text", "uri"), [("<a/>", domxml.NAMESPACE), (f"<n:domain xmlns:n='{domxml.NAMESPACE}'/>", "urn:x"), (None, None)]
+)
+def test_metadata_of_ours_is_not_for_clients(proxy: Proxy, text: str | None, uri: str | None) -> None:
+    domain = proxy.define(xml("a"))
+    uri = uri or domxml.NAMESPACE
+    arguments = Packer().domain(domain).int32(2).optional_string(text).optional_string("k").optional_string(uri)
+    with pytest.raises(DomainXmlError, match="own"):
+        proxy.call(264, arguments.uint32(0))
+    with pytest.raises(LibvirtError) as caught:
+        proxy.call(265, Packer().domain(domain).int32(2).optional_string(domxml.NAMESPACE).uint32(0))
+    assert RemoteError.unpack(caught.value.payload).code == 80
+
+
+def test_other_metadata_pass(proxy: Proxy) -> None:
+    domain = proxy.define(xml("a"))
+    arguments = Packer().domain(domain).int32(2).optional_string("<a/>").optional_string("k").optional_string("urn:x")
+    proxy.call(264, arguments.uint32(0))
+    proxy.call(265, Packer().domain(domain).int32(2).optional_string("urn:x").uint32(0))
+    assert proxy.libvirtd.calls[-2:] == [264, 265]
+
+
+def test_to_native_names_the_device_model(proxy: Proxy) -> None:
+    reply = proxy.call(136, Packer().string("xen-xl").string(xml("a")).uint32(0))
+    assert DEVICE_MODEL in Unpacker(reply).string()
+    reply = proxy.call(136, Packer().string("xen-xl").string(xml()).uint32(0))
+    assert Unpacker(reply).string() == f"native of xen-xl {xml()}"
+
+
+def test_migration_is_refused_at_both_ends(proxy: Proxy) -> None:
+    domain = proxy.define(xml("a"))
+    for procedure in (302, 305):
+        with pytest.raises(UnsupportedError, match="domain db1 has NVDIMMs, and cannot be migrated"):
+            proxy.call(procedure, Packer().domain(domain))
+    comes = TypedParam("destination_xml", 7, domxml.rewrite(xml("a"), DEVICE_MODEL))
+    for procedure in (303, 304):
+        with pytest.raises(UnsupportedError, match="the domain that comes has NVDIMMs"):
+            proxy.call(procedure, Packer().typed_params([TypedParam("bandwidth", 4, 9), comes]).opaque(b"").uint32(0))
+    other = domain._replace(uuid="7c7b0e2e-4a6e-4f0e-9a3b-000000000009")
+    proxy.call(302, Packer().domain(other))
+    proxy.call(303, Packer().typed_params([TypedParam("destination_xml", 7, xml())]).opaque(b"").uint32(0))
+    assert proxy.libvirtd.calls[-2:] == [302, 303]
+
+
+def test_ram_stays_clear_of_the_nvdimms_and_is_never_populated_on_demand(proxy: Proxy) -> None:
+    domain = proxy.define(xml("a"))
+    ref = Packer().domain
+    with pytest.raises(LayoutError, match="reaches up to"):
+        proxy.call(30, ref(domain).uint64(200 * GIB // KIB))
+    with pytest.raises(LayoutError, match="reaches up to"):
+        proxy.call(204, Packer().domain(domain).uint64(200 * GIB // KIB).uint32(4 | CONFIG))
+    proxy.call(30, Packer().domain(domain).uint64(GIB // KIB))
+    for flags in (CONFIG, 0):
+        with pytest.raises(UnsupportedError, match="populated on demand"):
+            proxy.call(204, Packer().domain(domain).uint64(256 * KIB).uint32(flags))
+    proxy.call(31, Packer().domain(domain).uint64(256 * KIB))
+    proxy.call(204, Packer().domain(domain).uint64(512 * KIB).uint32(CONFIG))
+    other = domain._replace(uuid="7c7b0e2e-4a6e-4f0e-9a3b-000000000009")
+    proxy.call(204, Packer().domain(other).uint64(1).uint32(CONFIG))
+    assert proxy.libvirtd.calls[-4:] == [30, 31, 204, 204]
+
+
+def test_undefine_keeps_claim_and_data(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking, caplog: pytest.LogCaptureFixture
+) -> None:
+    domain = proxy.define(xml("a"))
+    with caplog.at_level("INFO"):
+        proxy.call(231, Packer().domain(domain).uint32(0))
+    assert "undefined; kept: /mnt/pmem0/a" in caplog.text
+    assert driver.ledger.domain(UUID) is not None
+    assert set(backing.files) == {"/mnt/pmem0/a"}
+    proxy.define(xml("a"))
+    assert set(backing.files) == {"/mnt/pmem0/a"}
+
+
+def test_a_client_that_only_reads_is_left_to_libvirtd() -> None:
+    """A handler must not do what libvirtd would refuse: only what reads is intercepted."""
+    interceptor = Interceptor(lambda: pytest.fail("no driver is needed"), DEVICE_MODEL)
+    assert {intercept.TABLE[number].name for number in interceptor.table(read_only=True)} == {
+        "domain_get_xml_desc",
+        "domain_get_metadata",
+    }
