@@ -25,6 +25,9 @@ OWN_SERIALS_NUMBER = 1 << 28
 HANDLERS_MAX = 32
 """Handlers at work for one client."""
 
+_REASON_MAX = 65536
+"""Characters; an error may quote what a client sent, and yet has to fit into a string of libvirt's."""
+
 # include/libvirt/virterror.h
 _VIR_FROM_RPC = 7
 _VIR_FROM_LIBXL = 41
@@ -220,7 +223,8 @@ class _Handling:
             reply = self._pack(wire.ERROR, error.payload)
         except NvdimmError as error:
             LOG.info("procedure %d, called by %s: %s", self._header.procedure, self._session.context.peer, error)
-            reply = self._pack(wire.ERROR, RemoteError(error.libvirt_code, _VIR_FROM_LIBXL, str(error)).pack())
+            reason = str(error)[:_REASON_MAX].replace("\0", "?")
+            reply = self._pack(wire.ERROR, RemoteError(error.libvirt_code, _VIR_FROM_LIBXL, reason).pack())
         except Exception:
             LOG.exception("procedure %d, called by %s", self._header.procedure, self._session.context.peer)
             reply = self._pack(wire.ERROR, _FAILED)

@@ -30,9 +30,14 @@ def reply_to(header: Header, status: int = wire.OK) -> Header:
     return header._replace(kind=wire.REPLY, status=status)
 
 
-def open_fds() -> set[str]:
+def open_fds() -> set[tuple[str, str]]:
+    """The process's descriptors and what each of them is."""
     gc.collect()  # what other tests have left to it
-    return set(os.listdir("/proc/self/fd"))
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+    return found
 
 
 class Line:
@@ -62,6 +67,7 @@ class Line:
             fds = array.array("i")
             for _, _, packed in ancillary:
                 fds.frombytes(packed)
+            assert len(fds) <= 1, "libvirt takes one descriptor at a time"
             self._reader.receive(data, fds)
         return message
 
