@@ -71,7 +71,7 @@ def start_nvdimmd(host: XenHost) -> None:
     """What 'systemctl start nvdimmd' does on a host with systemd."""
     host.check(
         f"setsid /opt/nvdimm-driver/bin/nvdimmd >>/var/log/nvdimmd.log 2>&1 </dev/null & echo $! >{NVDIMMD_PID}; "
-        "for try in $(seq 200); do [ -S /run/libvirt/virtxend-sock ] && exit; sleep 0.1; done; "
+        f"for try in $(seq 200); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; sleep 0.1; done; "
         "cat /var/log/nvdimmd.log >&2; exit 1"
     )
 
