@@ -92,7 +92,7 @@ class XenNvdimmDriver:
 
         :raises NvdimmError: what define or a start would raise.
         """
-        domain = self._known(domain)
+        domain = self.known(domain)
         self._check_owners(domain)
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
         locations = self._locate_or_assume(domain, intakes)
@@ -123,7 +123,7 @@ class XenNvdimmDriver:
 
     def identified(self, domain: DomainSpec) -> DomainSpec:
         """With a uuid: its own, that of the domain of that name that the ledger knows, or a new one."""
-        known = self._known(domain)
+        known = self.known(domain)
         return known if known.uuid is not None else replace(domain, uuid=str(uuid4()))
 
     def define(self, domain: DomainSpec) -> tuple[NvdimmSpec, ...]:
@@ -402,8 +402,8 @@ class XenNvdimmDriver:
             )
         return location
 
-    def _known(self, domain: DomainSpec) -> DomainSpec:
-        """With the uuid of the domain of that name, when the XML leaves it out."""
+    def known(self, domain: DomainSpec) -> DomainSpec:
+        """With the uuid of the domain of that name, when the XML leaves it out and the ledger knows one."""
         known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
         return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
 

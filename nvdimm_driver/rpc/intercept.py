@@ -268,6 +268,7 @@ class Interceptor:
             return reply
         yield self._work(lambda driver: driver.check(domain))
         before = yield from self._defined(domain.uuid)
+        xml = yield from self._taken_up(xml, domain)
         reply = yield from _call(procedure, bytes(Packer().string(self._rewrite(xml))) + flags)
         defined = Unpacker(reply).domain()
         try:
@@ -279,6 +280,13 @@ class Interceptor:
                 yield from _call(DEFINE_XML, bytes(Packer().string(before)))
             raise
         return reply
+
+    def _taken_up(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, str]:
+        """The XML, with the uuid of the undefined domain of that name when it has none: the NVDIMMs are that one's."""
+        known: DomainSpec = yield self._work(lambda driver: driver.known(domain))
+        if domain.uuid is None and known.uuid is not None and (yield from self._defined(known.uuid)) is None:
+            return domxml.with_uuid(xml, known.uuid)
+        return xml
 
     def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
         """A domain's definition as libvirt has it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -207,7 +208,12 @@ def test_undefine_keeps_the_bytes_for_the_next_definition(host: Host) -> None:
     before = host.sum("db1")
     host.check("undefine", "db1")
     assert "db1.img belongs to domain db1" in refused(host, "define", renamed(host))
-    host.define("db1", 1)
+    without_uuid = host.xml("db1", 1)
+    without_uuid.write_text(re.sub(" *<uuid>.*\n", "", without_uuid.read_text()))
+    uuid = host.record("db1").uuid
+    host.check("define", without_uuid)
+    assert host.check("domuuid", "db1") == uuid
+    assert "already exists with uuid" in refused(host, "define", without_uuid)
     assert host.sum("db1") == before != hashlib.sha256(bytes(4 << 20)).hexdigest()
     assert "undefined; kept: " in host.nvdimmd_log()
 

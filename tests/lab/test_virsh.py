@@ -24,6 +24,8 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
     driver_host.write(f"/root/{NAME}.xml", xml.encode())
     virsh(driver_host, f"define /root/{NAME}.xml")
     yield driver_host
+    if Guest(driver_host, NAME).exists():
+        virsh(driver_host, f"destroy {NAME}")
     operator.remove(driver_host, NAME)
     driver_host.check(f"rm -f {FILE}")
 

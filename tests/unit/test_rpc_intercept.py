@@ -390,6 +390,13 @@ def test_undefine_keeps_claim_and_data(
     assert set(backing.files) == {"/mnt/pmem0/a"}
 
 
+def test_the_next_domain_of_that_name_takes_up_the_nvdimms(proxy: Proxy, backing: MemoryBacking) -> None:
+    first = proxy.define(xml("a", uuid="7c7b0e2e-4a6e-4f0e-9a3b-000000000007"))
+    proxy.call(35, Packer().domain(first))
+    assert proxy.define(xml("a", uuid=None)).uuid == first.uuid
+    assert set(backing.files) == {"/mnt/pmem0/a"}
+
+
 def test_a_client_that_only_reads_is_left_to_libvirtd() -> None:
     """A handler must not do what libvirtd would refuse: only what reads is intercepted."""
     interceptor = Interceptor(lambda: pytest.fail("no driver is needed"), DEVICE_MODEL)
