@@ -24,8 +24,6 @@ from nvdimm_driver.rpc.wire import Header, Reader
 from tests.integration.private_libvirtd import PrivateLibvirtd
 from tests.unit.rpc_peers import ProxyThread
 
-pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="libvirtd in namespaces of its own needs root")
-
 DOMAIN = """\
 <domain type='test'>
   <name>guest</name>
