@@ -20,8 +20,10 @@ are no entities and nothing to fetch.
 
 from __future__ import annotations
 
+import codecs
 import posixpath
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from uuid import UUID
 from xml.parsers import expat
@@ -45,6 +47,8 @@ MIN_LABEL = 128 * KIB
 SIZE_STEP = 2 * MIB
 """What libvirt rounds the size of a memory device up to (src/qemu/qemu_domain.c)."""
 MAX_SCALED = (1 << 63) - 1
+EIGHT_BIT = ("iso8859-", "cp125", "koi8-")
+"""Encodings, by the beginning of Python's name, whose lower half is ASCII."""
 
 _RECORD = "nvdimm:domain"
 _UNITS: dict[str, int] = {"": KIB, "b": 1, "byte": 1, "bytes": 1} | {
@@ -207,6 +211,48 @@ def extract(xml: str) -> DomainSpec | None:
     return _spec(text.root)
 
 
+def decode(data: bytes) -> str:
+    """Return the text of XML that a client has sent, as libxml2 would read it.
+
+    A declaration that names another encoding than UTF-8 is gone from it: what is sent on is UTF-8.
+
+    :raises DomainXmlError: when it is in no encoding whose ASCII is ASCII: what it says would be hidden.
+    """
+    encoding, end = _declared(data)
+    name = "utf-8" if encoding is None else _codec(encoding)
+    if not name.startswith((*EIGHT_BIT, "utf-8", "ascii")):
+        raise DomainXmlError(f"the XML is in the encoding {encoding!r}", hint="write it in UTF-8")
+    start = end if name.startswith(EIGHT_BIT) else 0
+    try:
+        return data[start:].decode(name)
+    except UnicodeDecodeError as error:
+        raise DomainXmlError(
+            f"the XML is not {encoding or 'UTF-8'}, {error.reason} at byte {start + error.start}",
+            hint="declare its encoding, as in <?xml version='1.0' encoding='ISO-8859-1'?>",
+        ) from None
+
+
+def mentions(xml: str) -> bool:
+    """True for XML with an attribute, such as a declaration of a name space, that is :data:`NAMESPACE`.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    return _may_have(xml, NAMESPACE) and _mentions(_parse(xml).root)
+
+
+def emulator_is(xml: str, path: str) -> bool:
+    """True for domain XML whose ``<emulator>`` is that path.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    if not _may_have(xml, path):
+        return False
+    devices = _parse(xml).root.child("devices")
+    return devices is not None and any(
+        child.tag == "emulator" and child.text.strip() == path for child in devices.children
+    )
+
+
 def with_uuid(xml: str, uuid: str) -> str:
     """Return domain XML with that uuid behind its name; the same string when it has one."""
     text = _parse(xml)
@@ -221,7 +267,7 @@ def is_nvdimm(device: str) -> bool:
 
     :raises DomainXmlError: when the XML cannot be parsed.
     """
-    if "nvdimm" not in device:
+    if not _may_have(device, "nvdimm"):
         return False
     root = _parse(device).root
     return root.tag == "memory" and root.attributes.get("model") == "nvdimm"
@@ -645,10 +691,37 @@ def _format(element: _Element, newline: str, quote: str) -> str:
 
 def _parse_xen(xml: str, word: str) -> _Text | None:
     """Parse the XML of a domain of type ``xen``; None when it is none, or when the word is not in it anywhere."""
-    if word not in xml:
+    if not _may_have(xml, word):
         return None
     text = _parse(xml)
     return text if text.root.tag == "domain" and text.root.attributes.get("type") == "xen" else None
+
+
+def _may_have(xml: str, word: str) -> bool:
+    """False when the word cannot be in the XML; without a DTD, only references to characters can hide it."""
+    return word in xml or "&#" in xml
+
+
+def _mentions(element: _Element) -> bool:
+    return NAMESPACE in element.attributes.values() or any(map(_mentions, element.children))
+
+
+def _declared(data: bytes) -> tuple[str | None, int]:
+    """The encoding that the XML declaration names, and where the declaration ends; (None, 0) without one."""
+    end = data.find(b"?>") + 2
+    found: list[str | None] = []
+    parser = expat.ParserCreate("utf-8")
+    parser.XmlDeclHandler = lambda version, encoding, standalone: found.append(encoding)
+    with suppress(expat.ExpatError):
+        parser.Parse(data[:end])
+    return (found[0], end) if found and found[0] else (None, 0)
+
+
+def _codec(encoding: str) -> str:
+    try:
+        return codecs.lookup(encoding).name
+    except LookupError:
+        return "unknown"
 
 
 def _parse(xml: str) -> _Text:

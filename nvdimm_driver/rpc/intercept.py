@@ -70,8 +70,7 @@ class Interceptor:
 
     def define(self, procedure: int, payload: bytes) -> Steps:
         """Rewritten; the NVDIMMs are provisioned before the reply, and nothing is defined when that fails."""
-        xml, flags = _xml_and_flags(payload)
-        return (yield from self._define(procedure, xml, flags))
+        return (yield from self._define(procedure, payload))
 
     def create(self, procedure: int, payload: bytes) -> Steps:
         """Rewritten, and provisioned before libvirt gets it: the guest runs before the reply."""
@@ -93,7 +92,7 @@ class Interceptor:
     def to_native(self, procedure: int, payload: bytes) -> Steps:
         """Rewritten: the configuration that comes back names the device model, for xl to run."""
         values = Unpacker(payload)
-        kind, xml, flags = values.string(), values.string(), values.uint32()
+        kind, xml, flags = values.string(), domxml.decode(values.encoded()), values.uint32()
         values.end()
         if self._accept(xml) is not None:
             payload = bytes(Packer().string(kind).string(self._rewrite(xml)).uint32(flags))
@@ -127,10 +126,8 @@ class Interceptor:
         return (yield from self._change(procedure, payload, "changed in", domxml.update))
 
     def _change(self, procedure: int, payload: bytes, what: str, edit: Callable[[str, str], str]) -> Steps:
-        if b"nvdimm" not in payload:
-            return (yield from _call(procedure, payload))
         values = Unpacker(payload)
-        domain, device = values.domain(), values.string()
+        domain, device = values.domain(), domxml.decode(values.encoded())
         flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
         values.end()
         if not domxml.is_nvdimm(device):
@@ -144,14 +141,17 @@ class Interceptor:
                 hint="--config changes the definition, which its next start takes",
             )
         xml = yield from self._definition(domain)
-        yield from self._define(DEFINE_XML, edit(domxml.restore(xml), device), b"")
+        yield from self._define(DEFINE_XML, bytes(Packer().string(edit(domxml.restore(xml), device))))
         return b""
 
     # --- metadata ---
 
     def set_metadata(self, procedure: int, payload: bytes) -> Steps:
         """Refused for what has our namespace in it: it would change NVDIMMs behind the driver's back."""
-        if MARK in payload:
+        values = Unpacker(payload)
+        values.domain()
+        is_element, value = values.int32() == METADATA_ELEMENT, values.optional_encoded() or b""
+        if MARK in payload or (is_element and domxml.mentions(domxml.decode(value))):
             raise DomainXmlError(
                 f"metadata of {domxml.NAMESPACE} is nvdimm_driver's own",
                 hint="change the <memory model='nvdimm'> elements of the domain",
@@ -200,7 +200,7 @@ class Interceptor:
         """Refused for a domain with NVDIMMs."""
         values = Unpacker(payload)
         for param in values.typed_params(MIGRATE_PARAMS_MAX):
-            if param.field == MIGRATE_DEST_XML and domxml.extract(str(param.value)) is not None:
+            if param.field == MIGRATE_DEST_XML and domxml.extract(domxml.decode(str(param.value).encode())) is not None:
                 raise _cannot_migrate("the domain that comes")
         return (yield from _call(procedure, payload))
 
@@ -249,7 +249,7 @@ class Interceptor:
                 hint="'nvdimmctl restore' makes the XML to define of it",
             )
         domain = domxml.extract(xml)
-        if domain is None and self._device_model in xml:
+        if domain is None and domxml.emulator_is(xml, self._device_model):
             raise DomainXmlError(
                 f"the domain has no NVDIMM and names the device model {self._device_model}",
                 hint="leave <emulator> out, or name a QEMU",
@@ -259,10 +259,11 @@ class Interceptor:
     def _rewrite(self, xml: str) -> str:
         return domxml.rewrite(xml, self._device_model)
 
-    def _define(self, procedure: int, xml: str, flags: bytes) -> Steps:
+    def _define(self, procedure: int, payload: bytes) -> Steps:
+        xml, flags = _xml_and_flags(payload)
         domain = self._accept(xml)
         if domain is None:
-            reply = yield from _call(procedure, bytes(Packer().string(xml)) + flags)
+            reply = yield from _call(procedure, payload)
             uuid = Unpacker(reply).domain().uuid
             yield self._work(lambda driver: driver.drop(uuid))
             return reply
@@ -322,7 +323,7 @@ def _call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
 def _xml_and_flags(payload: bytes) -> tuple[str, bytes]:
     """The XML that a call begins with, and its flags as they are on the wire; domain_define_xml has none."""
     values = Unpacker(payload)
-    return values.string(), values.rest()
+    return domxml.decode(values.encoded()), values.rest()
 
 
 def _cannot_migrate(domain: str) -> UnsupportedError:

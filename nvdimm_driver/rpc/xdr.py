@@ -165,10 +165,14 @@ class Unpacker:
 
     def string(self) -> str:
         try:
-            value = self.opaque(STRING_MAX).decode()
+            return self.encoded().decode()
         except UnicodeDecodeError as error:
             raise self._wrong(f"a string that is not UTF-8: {error.reason}") from None
-        if "\0" in value:
+
+    def encoded(self) -> bytes:
+        """A string whose encoding it says itself, as XML does."""
+        value = self.opaque(STRING_MAX)
+        if b"\0" in value:
             raise self._wrong("a string with a NUL in it")
         return value
 
@@ -180,6 +184,9 @@ class Unpacker:
 
     def optional_string(self) -> str | None:
         return self.string() if self._present() else None
+
+    def optional_encoded(self) -> bytes | None:
+        return self.encoded() if self._present() else None
 
     def uuid(self) -> str:
         digits = self._take(16).hex()

@@ -117,8 +117,19 @@ def test_what_cannot_be_is_refused_before_libvirt_hears_of_it(host: Host) -> Non
     forged = host.xml("db2", 2)
     forged.write_text(host.nvdimmctl("rewrite", str(forged)).stdout)
     assert "nvdimm_driver's own metadata" in refused(host, "define", forged)
+    forged.write_text(forged.read_text().replace(domxml.NAMESPACE, domxml.NAMESPACE.replace(":", "&#58;")))
+    assert "nvdimm_driver's own metadata" in refused(host, "define", forged)
     assert host.check("list", "--all", "--name").split() == ["Domain-0", "db1"]
     assert "db2.img" not in host.files()
+
+
+def test_xml_in_latin_1_is_taken_as_libvirt_takes_it(host: Host) -> None:
+    file = host.xml("db2", 2)
+    text = file.read_text().replace("<memory ", "<title>Größe</title><memory ", 1)
+    file.write_bytes(b"<?xml version='1.0' encoding='ISO-8859-1'?>\n" + text.encode("latin-1"))
+    host.check("define", file)
+    assert host.check("desc", "--title", "db2") == "Größe"
+    assert "db2.img" in host.check("dumpxml", "db2")
 
 
 def test_a_size_that_does_not_fit_leaves_nothing(host: Host) -> None:
@@ -132,9 +143,12 @@ def test_a_size_that_does_not_fit_leaves_nothing(host: Host) -> None:
 def test_metadata_of_ours_is_out_of_reach(host: Host) -> None:
     uri = ("--uri", domxml.NAMESPACE)
     assert "own" in refused(host, "metadata", "db1", *uri, "--key", "x", "--set", "<domain/>", "--config")
+    ours = f"<nvdimm:domain xmlns:nvdimm='{domxml.NAMESPACE.replace(':', '&#58;')}'/>"
+    other = ("metadata", "db1", "--uri", "urn:other", "--key", "x", "--config")
+    assert "own" in refused(host, *other, "--set", ours)
     assert "own" in refused(host, "metadata", "db1", *uri, "--remove", "--config")
     assert "not present" in refused(host, "metadata", "db1", *uri)
-    host.check("metadata", "db1", "--uri", "urn:other", "--key", "x", "--set", "<domain/>", "--config")
+    host.check(*other, "--set", "<domain/>")
     assert host.check("metadata", "db1", "--uri", "urn:other", "--config") == "<domain/>"
     assert nvdimms(host) == ["db1.img"]
 

@@ -253,6 +253,57 @@ def test_an_element_in_metadata_of_the_same_name_but_not_ours_is_the_users() -> 
     assert "urn:other" in domxml.restore(domxml.rewrite(domain(metadata=other), DEVICE_MODEL))
 
 
+@pytest.mark.parametrize(
+    "hidden", [domxml.NAMESPACE, domxml.NAMESPACE.replace(":", "&#58;"), "&#x75;rn:nvdimm-driver:domain:1"]
+)
+def test_our_record_is_known_however_it_is_written(hidden: str) -> None:
+    record = f"<metadata><nvdimm:domain xmlns:nvdimm='{hidden}'><devices/></nvdimm:domain></metadata>"
+    assert domxml.is_rewritten(domain(metadata=record))
+    assert domxml.mentions(f"<a><b c='{hidden}'/></a>")
+
+
+def test_a_text_that_speaks_of_our_name_space_is_no_record() -> None:
+    assert not domxml.mentions(f"<a b='{domxml.NAMESPACE} '>{domxml.NAMESPACE}</a>")
+
+
+def test_an_nvdimm_and_the_device_model_are_known_however_they_are_written() -> None:
+    assert domxml.is_nvdimm("<memory model='nvd&#105;mm'/>")
+    assert domxml.emulator_is("<domain><devices><emulator>&#47;a/b </emulator></devices></domain>", "/a/b")
+    assert not domxml.emulator_is("<domain><title>/a/b</title><devices/></domain>", "/a/b")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"<a>\xc3\xa4</a>", "<a>ä</a>"),
+        (b"\xef\xbb\xbf<?xml version='1.0' encoding='utf-8'?><a/>", "\ufeff<?xml version='1.0' encoding='utf-8'?><a/>"),
+        (b"<?xml version='1.0'?><a>\xc3\xa4</a>", "<?xml version='1.0'?><a>ä</a>"),
+        (b"<?xml version='1.0' encoding='us-ascii'?><a/>", "<?xml version='1.0' encoding='us-ascii'?><a/>"),
+        (b"<?xml version='1.0' encoding='ISO-8859-1'?>\n<a>\xe4</a>", "\n<a>ä</a>"),
+        (b"<?xml version='1.0' encoding='windows-1252'?><a>\x80</a>", "<a>€</a>"),
+        (b"no XML", "no XML"),
+    ],
+)
+def test_text_is_read_in_the_encoding_that_it_declares(data: bytes, text: str) -> None:
+    assert domxml.decode(data) == text
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"<a>\xe4</a>", "not UTF-8, invalid continuation byte at byte 3"),
+        (b"<?xml version='1.0' encoding='us-ascii'?><a>\xc3</a>", "not us-ascii.*at byte 44"),
+        (b"<?xml version='1.0' encoding='UTF-7'?><a>+AOQ-</a>", "in the encoding 'UTF-7'"),
+        (b"<?xml version='1.0' encoding='UTF-16'?><a/>", "in the encoding 'UTF-16'"),
+        (b"<?xml version='1.0' encoding='IBM037'?><a/>", "in the encoding 'IBM037'"),
+        (b"<?xml version='1.0' encoding='never-heard'?><a/>", "in the encoding 'never-heard'"),
+    ],
+)
+def test_text_whose_ascii_would_mean_something_else_is_refused(data: bytes, problem: str) -> None:
+    with pytest.raises(DomainXmlError, match=problem):
+        domxml.decode(data)
+
+
 def test_the_hook_is_the_functions() -> None:
     hook = domxml.LibxlXmlHook()
     rewritten = hook.rewrite(DOMAIN, DEVICE_MODEL)

@@ -41,16 +41,18 @@ class Libvirtd:
         self.defined: dict[str, str] = {}
         self.running: set[str] = set()
         self.calls: list[int] = []
+        self.payloads: list[bytes] = []
         self.refuse: dict[int, str] = {}
 
     def answer(self, call: Call) -> bytes:
         self.calls.append(call.procedure)
+        self.payloads.append(call.payload)
         values = Unpacker(call.payload)
         if call.procedure in self.refuse:
             raise LibvirtError(RemoteError(1, 41, self.refuse[call.procedure]).pack())
         match call.procedure:
             case 11 | 350 | 10:
-                text = values.string()
+                text = domxml.decode(values.encoded())
                 spec = domxml.extract(text)
                 uuid = UUID if spec is None or spec.uuid is None else spec.uuid
                 self.defined[uuid] = text
@@ -89,10 +91,13 @@ class Proxy:
         self.interceptor = Interceptor(lambda: make_driver(folder, backing, RecordingMapper()), DEVICE_MODEL)
 
     def call(self, procedure: int, packer: Packer, *, read_only: bool = False) -> bytes:
+        return self.handle(procedure, bytes(packer), read_only=read_only)
+
+    def handle(self, procedure: int, payload: bytes, *, read_only: bool = False) -> bytes:
         table = self.interceptor.table(read_only=read_only)
         if procedure not in table:
-            return self.libvirtd.answer(Call(procedure, bytes(packer)))
-        steps: Generator[Call | Work, Any, bytes] = table[procedure].handler(CONTEXT, bytes(packer))
+            return self.libvirtd.answer(Call(procedure, payload))
+        steps: Generator[Call | Work, Any, bytes] = table[procedure].handler(CONTEXT, payload)
         send, value = steps.send, None
         while True:
             try:
@@ -194,6 +199,35 @@ def test_a_forged_emulator_is_refused(proxy: Proxy) -> None:
     with pytest.raises(DomainXmlError, match="names the device model"):
         proxy.define(xml(more=f"<emulator>{DEVICE_MODEL}</emulator>"))
     assert proxy.libvirtd.calls == []
+
+
+@pytest.mark.parametrize("colon", [":", "&#58;", "&#x3a;"])
+def test_forged_metadata_is_refused_however_it_is_written(proxy: Proxy, colon: str) -> None:
+    forged = domxml.rewrite(xml("a"), DEVICE_MODEL).replace(domxml.NAMESPACE, domxml.NAMESPACE.replace(":", colon))
+    with pytest.raises(DomainXmlError, match="own metadata"):
+        proxy.define(forged)
+    metadata = f"<nvdimm:domain xmlns:nvdimm='{domxml.NAMESPACE.replace(':', colon)}'/>"
+    arguments = Packer().domain(DomainRef("x", UUID, -1)).int32(2).optional_string(metadata)
+    with pytest.raises(DomainXmlError, match="own"):
+        proxy.call(264, arguments.optional_string("k").optional_string("urn:x").uint32(0))
+    assert proxy.libvirtd.calls == []
+
+
+def test_forged_metadata_is_refused_in_an_encoding_that_hides_it(proxy: Proxy) -> None:
+    forged = domxml.rewrite(xml("a"), DEVICE_MODEL).replace(domxml.NAMESPACE, domxml.NAMESPACE.replace(":", "+ADo-"))
+    with pytest.raises(DomainXmlError, match="UTF-7"):
+        proxy.define(f"<?xml version='1.0' encoding='UTF-7'?>{forged}")
+    assert proxy.libvirtd.calls == []
+
+
+def test_xml_in_latin_1_is_taken_as_libvirt_takes_it(proxy: Proxy) -> None:
+    declaration = b"<?xml version='1.0' encoding='ISO-8859-1'?>"
+    plain = declaration + xml(more="<!-- ä -->").encode("latin-1")
+    arguments = bytes(Packer().opaque(plain))
+    proxy.handle(DEFINE, arguments)
+    assert proxy.libvirtd.payloads == [arguments]
+    proxy.handle(DEFINE, bytes(Packer().opaque(declaration + xml("ä").encode("latin-1"))))
+    assert "/mnt/pmem0/ä" in proxy.libvirtd.defined[UUID]
 
 
 def test_another_domains_file_is_refused_by_name(proxy: Proxy) -> None:
