@@ -4,59 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import frames, guards, layout, plugins
-from nvdimm_driver.backing.inventory import areas, namespaces, physical_address_bits
+from nvdimm_driver import claims, frames, plugins
+from nvdimm_driver.backing.inventory import namespaces, physical_address_bits
 from nvdimm_driver.errors import BackingError, InUseError, LayoutError, LedgerError, NvdimmError
-from nvdimm_driver.ledger import Ledger, host_boot_id
+from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
     GIB,
     PAGE,
-    SUPERPAGE,
     AcpiTables,
     Allocation,
-    Attachment,
-    BackingIdentity,
     DomainSpec,
-    Extent,
-    GuestLayout,
-    Intake,
-    Location,
-    Mapping,
-    Namespace,
     NvdimmSpec,
-    Placement,
     Plan,
     Progress,
     Record,
 )
-from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
+from nvdimm_driver.planning import Host, Planner
+from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
+from nvdimm_driver.starts import Starts
 
 LOG = logging.getLogger(__name__)
-
-ABANDONED_SECONDS = 600
-"""A start that has been prepared for so long without a device model will not come: libxl gives up after 60 s."""
-RELEASE_SECONDS = 2.0
-"""How long a release waits for the hypervisor to let go of a domain; libvirt holds the domain's lock meanwhile."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """What the driver has to know of the host.
-
-    :ivar namespaces: reads the pmem namespaces.
-    :ivar address_bits: physical address bits of the CPU.
-    """
-
-    namespaces: Callable[[], tuple[Namespace, ...]]
-    address_bits: int
 
 
 class XenNvdimmDriver:
@@ -82,10 +56,9 @@ class XenNvdimmDriver:
         self.state_dir = state_dir
         self.backings = backings
         self.acpi = acpi
-        self.mapper = mapper
-        self.host = host
         self.qemu = qemu
-        self.gap = gap
+        self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap)
+        self.starts = Starts(ledger, backings, mapper)
 
     def plan(self, domain: DomainSpec) -> Plan:
         """All that defining and starting the domain would do; nothing is done.
@@ -93,10 +66,8 @@ class XenNvdimmDriver:
         :raises NvdimmError: what define or a start would raise.
         """
         domain = self.known(domain)
-        self._check_owners(domain)
-        intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
-        locations = self._locate_or_assume(domain, intakes)
-        return self._plan(domain, locations, self._bases(domain, locations), intakes)
+        claims.check_paths(self.ledger, domain)
+        return self.planner.assumed(domain, None if domain.uuid is None else self.ledger.domain(domain.uuid))
 
     def check(self, domain: DomainSpec) -> None:
         """Raise what :meth:`define` would raise before it does anything."""
@@ -112,7 +83,7 @@ class XenNvdimmDriver:
         record = self.ledger.domain(uuid)
         if record is None or not record.allocations:
             return
-        guest = self._around(record, ram)
+        guest = self.planner.around(record, ram)
         first = min(guest.nvdimms, key=lambda placement: placement.base)
         if guest.highmem_end > first.base:
             raise LayoutError(
@@ -187,7 +158,7 @@ class XenNvdimmDriver:
         uuid = _uuid(domain)
         self.reconcile()
         try:
-            self._check_ended(uuid)
+            self.starts.check_ended(uuid)
             plan = self._prepare(self._adopt(uuid, domain), domain)
         except NvdimmError as error:
             self.ledger.fault(uuid, str(error))
@@ -211,20 +182,15 @@ class XenNvdimmDriver:
         record = self.ledger.domain(uuid)
         if record is None or record.attachment is None:
             return record.fault if record else ""
-        if not self._has_ended(record.attachment):
+        if self.starts.release(record):
+            LOG.info("domain %s: released", record.name)
+        else:
             LOG.warning("domain %s: domid %s is still dying, stays frozen", record.name, record.attachment.domid)
-            return record.fault
-        self._put_away(uuid, record.attachment.paths)
-        LOG.info("domain %s: released", record.name)
         return record.fault
 
     def reconcile(self) -> None:
         """Put away what starts have left whose domains are gone."""
-        for record in self.ledger.domains():
-            attachment = record.attachment
-            if attachment is not None and not self._is_pending(attachment) and not self._is_running(attachment):
-                self._put_away(record.uuid, attachment.paths)
-                LOG.info("domain %s: put away after domid %s", record.name, attachment.domid)
+        self.starts.reconcile()
 
     def forget(self, uuid: str) -> Record:
         """Give up the domain's claim to its backings; their bytes stay.
@@ -247,52 +213,7 @@ class XenNvdimmDriver:
 
     def tables(self, record: Record) -> AcpiTables:
         """The tables that a start of a defined domain would make."""
-        return self.acpi.build(self._around(record, record.ram))
-
-    def _around(self, record: Record, ram: int) -> GuestLayout:
-        placements = tuple(
-            Placement(item.spec.slot, item.base or 0, item.spec.visible_size, item.spec.label_size, item.spec.node)
-            for item in record.allocations
-        )
-        return layout.around(ram, placements, address_bits=self.host.address_bits)
-
-    def _plan(
-        self,
-        domain: DomainSpec,
-        locations: tuple[Location, ...],
-        bases: dict[int, int | None],
-        intakes: tuple[Intake, ...] = (),
-    ) -> Plan:
-        requests = [
-            _request(spec, location, bases.get(spec.slot))
-            for spec, location in zip(domain.nvdimms, locations, strict=True)
-        ]
-        guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
-        mappings = [
-            layout.mappings(placement, location.extents)
-            for placement, location in zip(guest.nvdimms, locations, strict=True)
-        ]
-        pmem = tuple(areas(self.host.namespaces()))
-        known = [part for index, part in enumerate(mappings) if not (intakes and intakes[index].assumed)]
-        self._guard(domain, guest, _flat(known), pmem)
-        tables = self.acpi.build(guest)
-        return Plan(domain, intakes, locations, guest, _flat(mappings), pmem, tables)
-
-    def _guard(
-        self,
-        domain: DomainSpec,
-        guest: GuestLayout,
-        mappings: Sequence[Mapping],
-        pmem: Sequence[tuple[int, int]],
-    ) -> None:
-        guards.check(
-            mappings,
-            areas=pmem,
-            ram=self.mapper.ram(),
-            taken=self.ledger.taken(domain.uuid or ""),
-            guest_start_gfn=guest.highmem_end // PAGE,
-            guest_limit_gfn=guest.limit // PAGE,
-        )
+        return self.acpi.build(self.planner.around(record, record.ram))
 
     def prepare_known(self, uuid: str) -> None:
         """Prepare a start of which no hook has told: of a domain that ``xl`` has created.
@@ -311,32 +232,30 @@ class XenNvdimmDriver:
     def _prepare(self, record: Record, domain: DomainSpec) -> Plan:
         """From here on the domain's backings are its own: what fails now thaws them; what failed before must not."""
         paths = [spec.path for spec in domain.nvdimms]
-        self.ledger.attach(record.uuid, paths)
         try:
-            for spec in domain.nvdimms:
-                self._backing(spec).freeze(spec.path)
-            locations = tuple(self._locate_same(item) for item in record.allocations)
-            plan = self._plan(domain, locations, {item.spec.slot: item.base for item in record.allocations})
+            self.starts.freeze(record.uuid, paths)
+            plan = self.planner.started(domain, record)
             self._write_tables(record.uuid, plan.tables.tables)
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
             self.ledger.prepared(record.uuid, domain.emulator or self.qemu, guest_frames, plan.mappings, plan.areas)
         except BaseException:
-            self._put_away(record.uuid, paths)
+            self.starts.put_away(record.uuid, paths)
             raise
         return plan
 
     def _settle(self, uuid: str, domain: DomainSpec, before: Record | None) -> None:
         """Write identities and bases, after everything is provisioned."""
-        locations = tuple(self._backing(spec).locate(spec) for spec in domain.nvdimms)
-        self._check_identities(uuid, domain, locations)
-        guest = self._plan(domain, locations, self._bases(domain, locations, before)).layout
+        locations = self.planner.locate(domain)
+        identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, locations, strict=True)}
+        claims.check_bytes(self.ledger, uuid, identities)
+        plan = self.planner.provisioned(domain, locations, before)
         self.ledger.replace(
             uuid,
             domain.name,
             domain.ram,
             [
                 Allocation(uuid, spec, location.identity, placement.base)
-                for spec, location, placement in zip(domain.nvdimms, locations, guest.nvdimms, strict=True)
+                for spec, location, placement in zip(domain.nvdimms, locations, plan.layout.nvdimms, strict=True)
             ],
         )
 
@@ -364,67 +283,10 @@ class XenNvdimmDriver:
             raise LedgerError(f"domain {uuid} vanished from the ledger")
         return adopted
 
-    def _bases(
-        self, domain: DomainSpec, locations: Sequence[Location], before: Record | None = None
-    ) -> dict[int, int | None]:
-        """The bases chosen earlier for the NVDIMMs that are still the same."""
-        if before is None and domain.uuid is not None:
-            before = self.ledger.domain(domain.uuid)
-        known = {} if before is None else {item.spec.slot: item for item in before.allocations}
-        return {
-            spec.slot: known[spec.slot].base
-            for spec, location in zip(domain.nvdimms, locations, strict=True)
-            if spec.slot in known
-            and known[spec.slot].identity == location.identity
-            and known[spec.slot].spec.visible_size == spec.visible_size
-        }
-
-    def _locate_or_assume(self, domain: DomainSpec, intakes: Sequence[Intake]) -> tuple[Location, ...]:
-        """Where each backing is; for one that is still to be written, where it would be on an empty namespace."""
-        free = {intake.namespace.name: _align(intake.namespace.data_spa) for intake in intakes}
-        locations = []
-        for spec, intake in zip(domain.nvdimms, intakes, strict=True):
-            if not intake.assumed:
-                locations.append(self._backing(spec).locate(spec))
-                continue
-            start = free[intake.namespace.name]
-            free[intake.namespace.name] = _align(start + spec.size)
-            identity = BackingIdentity(intake.kind, intake.namespace.uid, 0, 0, 0, spec.size)
-            locations.append(Location(identity, (Extent(0, start, spec.size),)))
-        return tuple(locations)
-
-    def _locate_same(self, item: Allocation) -> Location:
-        location = self._backing(item.spec).locate(item.spec)
-        if location.identity != item.identity:
-            raise BackingError(
-                f"{item.spec.path} is not what was provisioned: was {item.identity}, is {location.identity}",
-                hint="put the old file back, or take the new one by defining the domain anew",
-            )
-        return location
-
     def known(self, domain: DomainSpec) -> DomainSpec:
         """With the uuid of the domain of that name, when the XML leaves it out and the ledger knows one."""
         known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
         return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
-
-    def _check_owners(self, domain: DomainSpec) -> None:
-        for record in self.ledger.domains():
-            if record.uuid == domain.uuid:
-                continue
-            owned = {item.spec.path for item in record.allocations}
-            if record.attachment is not None:
-                owned.update(record.attachment.paths)  # it runs with these, whatever it was redefined to since
-            for spec in domain.nvdimms:
-                if spec.path in owned:
-                    raise _owned(spec.path, record)
-
-    def _check_identities(self, uuid: str, domain: DomainSpec, locations: Sequence[Location]) -> None:
-        """No other domain has the same bytes under another path (a bind mount, a second device node)."""
-        for record in self.ledger.domains():
-            for item in record.allocations if record.uuid != uuid else ():
-                for spec, location in zip(domain.nvdimms, locations, strict=True):
-                    if item.identity is not None and item.identity.shares_bytes(location.identity):
-                        raise _owned(spec.path, record)
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
         """What is told about writing the zeros of an NVDIMM: each percent to the ledger, each tenth to the log."""
@@ -443,60 +305,7 @@ class XenNvdimmDriver:
         return tell
 
     def _backing(self, spec: NvdimmSpec) -> Backing:
-        for backing in self.backings:
-            if backing.handles(spec.path):
-                return backing
-        raise BackingError(
-            f"{spec.path}: cannot be the backing of an NVDIMM",
-            hint="; ".join(backing.describe() for backing in self.backings),
-        )
-
-    def _is_pending(self, attachment: Attachment) -> bool:
-        """True for a start of this boot whose device model may still come."""
-        return (
-            attachment.domid is None
-            and attachment.boot_id == host_boot_id()
-            and time.time() - attachment.since < ABANDONED_SECONDS
-        )
-
-    def _check_ended(self, uuid: str) -> None:
-        """The last start of the domain must be over: a guest of which libvirt has lost sight has its memory still."""
-        record = self.ledger.domain(uuid)
-        attachment = None if record is None else record.attachment
-        if record is None or attachment is None or attachment.domid is None:
-            return
-        if not self._has_ended(attachment):
-            raise InUseError(
-                f"domain {record.name} has its NVDIMMs already, as domid {attachment.domid}, which Xen still has",
-                hint=f"shut that guest down: xl shutdown {attachment.domid}",
-            )
-        self._put_away(uuid, attachment.paths)
-
-    def _has_ended(self, attachment: Attachment) -> bool:
-        """Whether the hypervisor has let go of the domain, now or in a moment."""
-        deadline = time.monotonic() + RELEASE_SECONDS
-        while self._is_running(attachment):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
-
-    def _is_running(self, attachment: Attachment) -> bool:
-        return (
-            attachment.domid is not None
-            and attachment.boot_id == host_boot_id()
-            and self.mapper.is_alive(attachment.domid, attachment.uuid)
-        )
-
-    def _put_away(self, uuid: str, paths: Sequence[str]) -> None:
-        for path in paths:
-            for backing in self.backings:
-                if backing.handles(path):
-                    backing.thaw(path)
-        self.ledger.detach(uuid)
-        record = self.ledger.domain(uuid)
-        if record is not None and not record.allocations:
-            self.ledger.forget(uuid)
+        return backing_of(self.backings, spec.path)
 
     def _roll_back(self, uuid: str, before: Record | None) -> None:
         if before is None:
@@ -519,33 +328,6 @@ def _uuid(domain: DomainSpec) -> str:
     if domain.uuid is None:
         raise LedgerError(f"domain {domain.name} has no uuid", hint="libvirt gives it one when it is defined")
     return domain.uuid
-
-
-def _align(address: int) -> int:
-    return -(-address // SUPERPAGE) * SUPERPAGE
-
-
-def _flat(parts: Sequence[Sequence[Mapping]]) -> tuple[Mapping, ...]:
-    return tuple(mapping for part in parts for mapping in part)
-
-
-def _owned(path: str, record: Record) -> InUseError:
-    return InUseError(
-        f"{path} belongs to domain {record.name} ({record.uuid})",
-        hint=f"if that domain is gone for good, 'nvdimmctl release {record.name}' gives it up and keeps its data",
-    )
-
-
-def _request(spec: NvdimmSpec, location: Location, base: int | None) -> layout.PlacementRequest:
-    return layout.PlacementRequest(
-        slot=spec.slot,
-        size=spec.visible_size,
-        label_size=spec.label_size,
-        alignsize=spec.alignsize,
-        first_spa=location.extents[0].spa,
-        base=base if base is not None else spec.base,
-        node=spec.node,
-    )
 
 
 def from_conf(conf: cfg.ConfigOpts) -> XenNvdimmDriver:

@@ -100,6 +100,21 @@ class Backing(Plugin):
         """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone."""
 
 
+def backing_of(backings: Sequence[Backing], path: str) -> Backing:
+    """The one of the backings that is for this path.
+
+    :raises BackingError: when none is.
+    """
+    for backing in backings:
+        if backing.handles(path):
+            return backing
+    from nvdimm_driver.errors import BackingError
+
+    raise BackingError(
+        f"{path}: cannot be the backing of an NVDIMM", hint="; ".join(backing.describe() for backing in backings)
+    )
+
+
 class AcpiBuilder(Plugin):
     """Makes the ACPI tables that tell a guest about its NVDIMMs."""
 

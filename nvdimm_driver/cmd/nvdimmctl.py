@@ -22,10 +22,11 @@ from nvdimm_driver.acpi.tables import split
 from nvdimm_driver.backing import inventory
 from nvdimm_driver.backing.paper import PaperBacking
 from nvdimm_driver.cmd import register, render
-from nvdimm_driver.driver import Host, XenNvdimmDriver, from_conf
+from nvdimm_driver.driver import XenNvdimmDriver, from_conf
 from nvdimm_driver.errors import ConfigError, DomainXmlError, LedgerError, NvdimmError
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import GIB, DomainSpec, Record
+from nvdimm_driver.planning import Host
 from nvdimm_driver.xen.dry_run import DryRunMapper
 
 FILE_HELP = "domain XML file; - for standard input"

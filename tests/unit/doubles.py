@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
-from nvdimm_driver.driver import Host, XenNvdimmDriver
+from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, XenError
 from nvdimm_driver.ledger import Ledger, Start
 from nvdimm_driver.model import (
@@ -21,6 +21,7 @@ from nvdimm_driver.model import (
     NvdimmSpec,
     Progress,
 )
+from nvdimm_driver.planning import Host
 from nvdimm_driver.plugins import Backing, Mapper, unwatched
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"

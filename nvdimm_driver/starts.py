@@ -1,0 +1,103 @@
+"""Starts of domains: what is frozen for each, until Xen has let go of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from nvdimm_driver.errors import InUseError
+from nvdimm_driver.ledger import Ledger, host_boot_id
+from nvdimm_driver.model import Attachment, Record
+from nvdimm_driver.plugins import Backing, Mapper, backing_of
+
+LOG = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 600
+"""A start that has been prepared for so long without a device model will not come: libxl gives up after 60 s."""
+RELEASE_SECONDS = 2.0
+"""How long a release waits for the hypervisor to let go of a domain; libvirt holds the domain's lock meanwhile."""
+
+
+class Starts:
+    """The starts that the ledger knows, each with its frozen backings.
+
+    :param mapper: is asked which domains there are.
+    """
+
+    def __init__(self, ledger: Ledger, backings: Sequence[Backing], mapper: Mapper) -> None:
+        self.ledger = ledger
+        self.backings = backings
+        self.mapper = mapper
+
+    def freeze(self, uuid: str, paths: Sequence[str]) -> None:
+        """Begin a start: from here on its backings stay as they are until :meth:`put_away`."""
+        self.ledger.attach(uuid, paths)
+        for path in paths:
+            backing_of(self.backings, path).freeze(path)
+
+    def put_away(self, uuid: str, paths: Sequence[str]) -> None:
+        """Undo :meth:`freeze`. Can be repeated."""
+        for path in paths:
+            for backing in self.backings:
+                if backing.handles(path):
+                    backing.thaw(path)
+        self.ledger.detach(uuid)
+        record = self.ledger.domain(uuid)
+        if record is not None and not record.allocations:
+            self.ledger.forget(uuid)
+
+    def release(self, record: Record) -> bool:
+        """Put a start away, if Xen lets go of its domain now or in a moment; False if it does not."""
+        if record.attachment is None or not self._has_ended(record.attachment):
+            return False
+        self.put_away(record.uuid, record.attachment.paths)
+        return True
+
+    def reconcile(self) -> None:
+        """Put away what starts have left whose domains are gone."""
+        for record in self.ledger.domains():
+            attachment = record.attachment
+            if attachment is not None and not _is_pending(attachment) and not self._is_running(attachment):
+                self.put_away(record.uuid, attachment.paths)
+                LOG.info("domain %s: put away after domid %s", record.name, attachment.domid)
+
+    def check_ended(self, uuid: str) -> None:
+        """The last start of the domain must be over: a guest of which libvirt has lost sight has its memory still.
+
+        :raises InUseError: when it is not.
+        """
+        record = self.ledger.domain(uuid)
+        attachment = None if record is None else record.attachment
+        if record is None or attachment is None or attachment.domid is None:
+            return
+        if not self.release(record):
+            raise InUseError(
+                f"domain {record.name} has its NVDIMMs already, as domid {attachment.domid}, which Xen still has",
+                hint=f"shut that guest down: xl shutdown {attachment.domid}",
+            )
+
+    def _has_ended(self, attachment: Attachment) -> bool:
+        """Whether the hypervisor has let go of the domain, now or in a moment."""
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while self._is_running(attachment):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _is_running(self, attachment: Attachment) -> bool:
+        return (
+            attachment.domid is not None
+            and attachment.boot_id == host_boot_id()
+            and self.mapper.is_alive(attachment.domid, attachment.uuid)
+        )
+
+
+def _is_pending(attachment: Attachment) -> bool:
+    """True for a start of this boot whose device model may still come."""
+    return (
+        attachment.domid is None
+        and attachment.boot_id == host_boot_id()
+        and time.time() - attachment.since < ABANDONED_SECONDS
+    )
