@@ -1,4 +1,4 @@
-"""Both peers of a proxy in blocking sockets, and the proxy between them in a thread of its own."""
+"""Both peers of a proxy in blocking sockets, and the proxy between them in a thread of its own, with its handlers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,95 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from nvdimm_driver.errors import UnsupportedError
 from nvdimm_driver.rpc import wire
-from nvdimm_driver.rpc.handler import Peer, Table
+from nvdimm_driver.rpc.handler import Call, Context, Entry, Peer, Table, Work
 from nvdimm_driver.rpc.proxy import Listener, serve
 from nvdimm_driver.rpc.wire import Header, Message, Reader, pack
+from nvdimm_driver.rpc.xdr import LibvirtError
 
 SECONDS = 10.0
+
+Wishes = Generator[Call | Work, Any, bytes]
+
+PLAIN, UPPER, REFUSED, BROKEN, SLOW, TWICE, FORGETS, STUBBORN, LENGTHY = 1, 11, 12, 13, 14, 15, 16, 17, 18
+GATE = threading.Event()
+PING = Header(wire.KEEPALIVE_PROGRAM, 1, wire.KEEPALIVE_PING, wire.EVENT, 0, wire.OK)
+
+
+def upper(context: Context, arguments: bytes) -> Wishes:
+    """Rewrites both ways: what libvirtd gets is in capitals, what the client gets is reversed."""
+    answer: bytes = yield Call(UPPER, arguments.upper(), with_fds=True)
+    return answer[::-1]
+
+
+def refused(context: Context, arguments: bytes) -> Wishes:
+    if arguments == b"libvirt":
+        raise LibvirtError(b"as it was")
+    if arguments == b"long":
+        return bytes(wire.FRAME_MAX)
+    raise UnsupportedError(f"uid {context.peer.uid} cannot{arguments.decode('latin-1')}", hint="do not")
+    yield
+
+
+def broken(context: Context, arguments: bytes) -> Wishes:
+    yield Work(lambda: 1 // len(arguments))
+    raise ZeroDivisionError
+
+
+def slow(context: Context, arguments: bytes) -> Wishes:
+    """Has a thread wait for the test, between two calls."""
+    yield Call(SLOW, b"first")
+    result: bytes = yield Work(lambda: b"%d" % GATE.wait(10))
+    yield Call(SLOW, result)
+    return b"done"
+
+
+def twice(context: Context, arguments: bytes) -> Wishes:
+    """Goes on after an error."""
+    try:
+        answer: bytes = yield Call(TWICE, b"a")
+    except LibvirtError as error:
+        answer = b"error " + error.payload
+    yield Call(TWICE, answer)
+    return answer
+
+
+def forgets(context: Context, arguments: bytes) -> Wishes:
+    """Leaves the descriptors behind."""
+    yield Call(FORGETS, arguments)
+    return b""
+
+
+def stubborn(context: Context, arguments: bytes) -> Wishes:
+    """Wants a call that is too long."""
+    with suppress(UnsupportedError):
+        yield Call(STUBBORN, bytes(wire.FRAME_MAX))
+    return b"never"
+
+
+def lengthy(context: Context, arguments: bytes) -> Wishes:
+    """Has much to say when libvirtd is gone."""
+    with suppress(LibvirtError):
+        yield Call(LENGTHY, arguments)
+    return bytes(8 << 20)
+
+
+TABLE = {
+    UPPER: Entry(upper, lambda arguments: not arguments.startswith(b"-")),
+    REFUSED: Entry(refused),
+    BROKEN: Entry(broken),
+    SLOW: Entry(slow),
+    TWICE: Entry(twice),
+    FORGETS: Entry(forgets),
+    STUBBORN: Entry(stubborn),
+    LENGTHY: Entry(lengthy),
+}
 
 
 def call(procedure: int, serial: int, kind: int = wire.CALL) -> Header:

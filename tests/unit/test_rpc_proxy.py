@@ -3,99 +3,40 @@ import os
 import random
 import resource
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED, UnsupportedError
+from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED
 from nvdimm_driver.rpc import wire
-from nvdimm_driver.rpc.handler import Call, Context, Entry, Peer, Work
+from nvdimm_driver.rpc.handler import Peer
 from nvdimm_driver.rpc.session import HANDLERS_MAX, OWN_SERIALS
 from nvdimm_driver.rpc.wire import Header, Message, pack
-from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
-from tests.unit.rpc_peers import Line, Proxy, call, open_fds, reply_to
-
-Wishes = Generator[Call | Work, Any, bytes]
-
-PLAIN, UPPER, REFUSED, BROKEN, SLOW, TWICE, FORGETS, STUBBORN, LENGTHY = 1, 11, 12, 13, 14, 15, 16, 17, 18
-GATE = threading.Event()
-PING = Header(wire.KEEPALIVE_PROGRAM, 1, wire.KEEPALIVE_PING, wire.EVENT, 0, wire.OK)
-
-
-def upper(context: Context, arguments: bytes) -> Wishes:
-    """Rewrites both ways: what libvirtd gets is in capitals, what the client gets is reversed."""
-    answer: bytes = yield Call(UPPER, arguments.upper(), with_fds=True)
-    return answer[::-1]
-
-
-def refused(context: Context, arguments: bytes) -> Wishes:
-    if arguments == b"libvirt":
-        raise LibvirtError(b"as it was")
-    if arguments == b"long":
-        return bytes(wire.FRAME_MAX)
-    raise UnsupportedError(f"uid {context.peer.uid} cannot{arguments.decode('latin-1')}", hint="do not")
-    yield
-
-
-def broken(context: Context, arguments: bytes) -> Wishes:
-    yield Work(lambda: 1 // len(arguments))
-    raise ZeroDivisionError
-
-
-def slow(context: Context, arguments: bytes) -> Wishes:
-    """Has a thread wait for the test, between two calls."""
-    yield Call(SLOW, b"first")
-    result: bytes = yield Work(lambda: b"%d" % GATE.wait(10))
-    yield Call(SLOW, result)
-    return b"done"
-
-
-def twice(context: Context, arguments: bytes) -> Wishes:
-    """Goes on after an error."""
-    try:
-        answer: bytes = yield Call(TWICE, b"a")
-    except LibvirtError as error:
-        answer = b"error " + error.payload
-    yield Call(TWICE, answer)
-    return answer
-
-
-def forgets(context: Context, arguments: bytes) -> Wishes:
-    """Leaves the descriptors behind."""
-    yield Call(FORGETS, arguments)
-    return b""
-
-
-def stubborn(context: Context, arguments: bytes) -> Wishes:
-    """Wants a call that is too long."""
-    with suppress(UnsupportedError):
-        yield Call(STUBBORN, bytes(wire.FRAME_MAX))
-    return b"never"
-
-
-def lengthy(context: Context, arguments: bytes) -> Wishes:
-    """Has much to say when libvirtd is gone."""
-    with suppress(LibvirtError):
-        yield Call(LENGTHY, arguments)
-    return bytes(8 << 20)
-
-
-TABLE = {
-    UPPER: Entry(upper, lambda arguments: not arguments.startswith(b"-")),
-    REFUSED: Entry(refused),
-    BROKEN: Entry(broken),
-    SLOW: Entry(slow),
-    TWICE: Entry(twice),
-    FORGETS: Entry(forgets),
-    STUBBORN: Entry(stubborn),
-    LENGTHY: Entry(lengthy),
-}
+from nvdimm_driver.rpc.xdr import RemoteError
+from tests.fuzz.sessions import session
+from tests.unit.rpc_peers import (
+    BROKEN,
+    FORGETS,
+    GATE,
+    LENGTHY,
+    PING,
+    PLAIN,
+    REFUSED,
+    SLOW,
+    STUBBORN,
+    TABLE,
+    TWICE,
+    UPPER,
+    Line,
+    Proxy,
+    call,
+    open_fds,
+    reply_to,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -670,51 +611,13 @@ def test_no_descriptors_left_is_not_a_busy_loop(proxy: Proxy, caplog: pytest.Log
 # --- anything at all ---
 
 
-def mutated(random_: random.Random) -> bytes:
-    """Some messages, perhaps with bytes changed or left out; or no RPC at all."""
-    if random_.random() < 0.1:
-        return random_.randbytes(random_.randrange(1, 100))
-    stream = bytearray()
-    for _ in range(random_.randrange(1, 6)):
-        kind = random_.choice([0, 0, 0, 1, 2, 3, 4, 5, 6, 9])
-        header = call(
-            random_.choice([PLAIN, UPPER, REFUSED, TWICE, FORGETS]), random_.choice([1, 2, OWN_SERIALS]), kind
-        )
-        count = struct.pack(">I", random_.choice([0, 0, 1, 32, 33])) if kind in wire.WITH_FDS else b""
-        stream += pack(header, count + random_.randbytes(random_.choice([0, 4, 7, 60])))
-    for _ in range(random_.choice([0, 0, 1, 3])):
-        stream[random_.randrange(len(stream))] = random_.choice([0, 0, 1, 4, 255])
-    if random_.random() < 0.3:
-        del stream[random_.randrange(len(stream)) :]
-    return bytes(stream)
-
-
-def send_cut(random_: random.Random, line: Line, stream: bytes, fd: int) -> None:
-    """Send in up to four pieces, some with a descriptor; a peer that does not want more is no fault."""
-    cuts = sorted(random_.sample(range(len(stream) + 1), min(len(stream), random_.randrange(4))))
-    with suppress(BrokenPipeError, ConnectionResetError):
-        for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-            if random_.random() < 0.1:
-                socket.send_fds(line.socket, [stream[start:end] or b"\0"], [fd])
-            else:
-                line.socket.sendall(stream[start:end])
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_fuzz(proxy: Proxy, seed: int, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever either side sends, with descriptors or without, cut anywhere: the session ends, the proxy does not."""
     random_ = random.Random(seed)
     with open("/dev/null") as null:
         for _ in range(750):
-            lines = list(proxy.pair())
-            for line in random_.choices(lines, k=random_.randrange(1, 4)):
-                send_cut(random_, line, mutated(random_), null.fileno())
-            random_.shuffle(lines)
-            lines[0].socket.shutdown(socket.SHUT_WR)
-            with lines[0], lines[1], suppress(ConnectionResetError):
-                while data := lines[0].socket.recvmsg(1 << 16):
-                    if not data[0]:
-                        break
+            session(proxy, random_, null.fileno())
     near, far = proxy.pair()
     with near, far:
         assert near.send(call(PLAIN, 1)) == far.expect().frame

@@ -1,0 +1,119 @@
+"""What is given any bytes, and what must be true then. Each raises AssertionError when it is not."""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from lxml import etree
+
+from nvdimm_driver import domxml
+from nvdimm_driver.errors import NvdimmError, ProtocolError
+from nvdimm_driver.rpc import intercept
+from nvdimm_driver.rpc.handler import Call, Context, Peer, Work
+from nvdimm_driver.rpc.intercept import Interceptor
+from nvdimm_driver.rpc.wire import Message, Reader
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
+
+DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
+CONTEXT = Context(Peer(0, 0, 1), False)
+CALLS_MAX = 20
+
+
+def reader(data: bytes) -> None:
+    """Messages are the same wherever what is received is cut, and none is less or more than its frame."""
+    cuts, stream = data[:4], data[4:]
+    whole = _messages([stream])
+    places = sorted(cut * len(stream) // 256 for cut in cuts)
+    pieces = [stream[start:end] for start, end in zip([0, *places], [*places, len(stream)], strict=True)]
+    assert _messages(pieces) == whole
+    for message in whole[0]:
+        assert len(message.frame) == struct.unpack_from(">I", message.frame)[0]
+
+
+def _messages(pieces: list[bytes]) -> tuple[list[Message], bool]:
+    """The messages, and whether the stream was no RPC from some point on."""
+    found: list[Message] = []
+    taker = Reader()
+    try:
+        for piece in pieces:
+            taker.receive(piece)
+            while message := taker.next_message():
+                found.append(message)
+    except ProtocolError:
+        return found, True
+    return found, False
+
+
+def xml(data: bytes) -> None:
+    """Nothing but our own errors; no edit makes XML that libxml2 does not take; nothing hides a record of ours."""
+    try:
+        text = domxml.decode(data)
+        mentioned, rewritten = domxml.mentions(text), domxml.rewrite(text, DEVICE_MODEL)
+    except NvdimmError:
+        return
+    seen = _name_spaces(data)
+    if seen is None:
+        return
+    assert mentioned or domxml.NAMESPACE not in seen, "hidden from us, and not from libxml2"
+    if rewritten != text:
+        assert domxml.NAMESPACE in (_name_spaces(rewritten.encode()) or ()), "libxml2 does not take it"
+        assert domxml.rewrite(domxml.restore(rewritten), DEVICE_MODEL) == rewritten
+
+
+def _name_spaces(data: bytes) -> set[str] | None:
+    """The name spaces that libxml2 finds; None for what it does not take."""
+    try:
+        root = etree.fromstring(data, etree.XMLParser(resolve_entities=False, no_network=True))
+    except (etree.XMLSyntaxError, ValueError):
+        return None
+    return {uri for element in root.iter(etree.Element) for uri in element.nsmap.values() if uri}
+
+
+def handlers(data: bytes) -> None:
+    """A handler ends with a reply, or an error for the client, whatever the arguments and libvirtd's answers are."""
+    number = sorted(intercept.TABLE)[data[0] % len(intercept.TABLE)] if data else 11
+    size = struct.unpack(">H", data[1:3])[0] if len(data) >= 3 else 0
+    payload, answers = data[3 : 3 + size], data[3 + size :]
+    with tempfile.TemporaryDirectory() as folder:
+        backing = MemoryBacking()
+        interceptor = Interceptor(lambda: make_driver(Path(folder), backing, RecordingMapper()), DEVICE_MODEL)
+        try:
+            _drive(interceptor.table()[number].handler(CONTEXT, payload), answers)
+        except (NvdimmError, LibvirtError):
+            return
+
+
+def _drive(steps: Generator[Call | Work, Any, bytes], answers: bytes) -> None:
+    """libvirtd answers with what the first bytes of ``answers`` choose each time."""
+    send: Callable[[Any], Call | Work] = steps.send
+    value: object = None
+    for turn in range(CALLS_MAX):
+        try:
+            wish = send(value)
+        except StopIteration:
+            return
+        try:
+            value = wish.function() if isinstance(wish, Work) else _answer(answers, turn)
+            send = steps.send
+        except (NvdimmError, LibvirtError) as error:
+            send, value = steps.throw, error
+    raise AssertionError(f"a handler made more than {CALLS_MAX} calls")
+
+
+def _answer(answers: bytes, turn: int) -> bytes:
+    choice = answers[turn] if turn < len(answers) else 0
+    if choice < 64:
+        return bytes(Packer().domain(DomainRef("db1", UUID, -1)))
+    if choice < 128:
+        return bytes(Packer().string(answers.decode("latin-1").replace("\0", "")))
+    if choice < 192:
+        return answers
+    raise LibvirtError(answers)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"reader": reader, "xml": xml, "handlers": handlers}
