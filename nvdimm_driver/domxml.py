@@ -132,6 +132,7 @@ def rewrite(xml: str, device_model: str) -> str:
         kept.children.append(nvdimm)
         text.cut(nvdimm)
     record.children.append(kept)
+    _check_plain(record)
 
     metadata = root.child("metadata")
     if metadata is None:
@@ -580,6 +581,15 @@ def _record(root: _Element) -> _Element | None:
         (child for child in children if child.tag == _RECORD and child.attributes.get("xmlns:nvdimm") == NAMESPACE),
         None,
     )
+
+
+def _check_plain(element: _Element) -> None:
+    """Text next to elements, which libvirt's format has nowhere, would be lost in the record."""
+    if element.children and element.text.strip():
+        text = element.text.strip()[:40]
+        raise DomainXmlError(f"<{element.tag}> has both text, {text!r}, and elements in it", hint="remove one of them")
+    for child in element.children:
+        _check_plain(child)
 
 
 def _in_kib(element: _Element, size: int) -> _Element:

@@ -247,6 +247,12 @@ def test_the_device_model_cannot_run_itself() -> None:
         domxml.rewrite(xml, DEVICE_MODEL)
 
 
+def test_text_next_to_elements_is_an_error_not_a_loss() -> None:
+    text = DOMAIN.replace("</path>", "<a/></path>")
+    with pytest.raises(DomainXmlError, match="<path> has both text, "):
+        domxml.rewrite(text, DEVICE_MODEL)
+
+
 def test_an_element_in_metadata_of_the_same_name_but_not_ours_is_the_users() -> None:
     other = "<metadata><nvdimm:domain xmlns:nvdimm='urn:other'/></metadata>"
     assert not domxml.is_rewritten(domain(metadata=other) + f"<!-- {domxml.NAMESPACE} -->")
