@@ -44,6 +44,15 @@ LAYOUT_OPTS = [
 ]
 ACPI_OPTS = [
     cfg.StrOpt("builder", default="qemu", help="Plug-in of namespace nvdimm_driver.acpi_builders."),
+    cfg.StrOpt(
+        "dsm",
+        default="none",
+        choices=[
+            ("none", "nobody: the guest has one namespace without labels for each NVDIMM"),
+            ("aml", "byte code in the guest's ACPI tables, against the label area in the guest's memory"),
+        ],
+        help="Who serves the label areas of NVDIMMs that have one. A change counts from a guest's next start.",
+    ),
     cfg.ListOpt(
         "qemu",
         default=list(DEFAULT_BINARIES),

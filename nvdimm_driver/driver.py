@@ -38,6 +38,7 @@ class XenNvdimmDriver:
 
     :param qemu: what a domain's device model becomes, unless the domain names its own emulator.
     :param gap: bytes of guest-physical space to keep free behind the RAM.
+    :param dsm: who serves label areas, ``none`` or ``aml``.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class XenNvdimmDriver:
         host: Host,
         qemu: str,
         gap: int,
+        dsm: str = "none",
     ) -> None:
         self.ledger = ledger
         self.state_dir = state_dir
         self.backings = backings
         self.acpi = acpi
         self.qemu = qemu
-        self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap)
+        self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.starts = Starts(ledger, backings, mapper)
 
     def plan(self, domain: DomainSpec) -> Plan:
@@ -346,4 +348,5 @@ def from_conf(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
         host=Host(namespaces, physical_address_bits()),
         qemu=conf.xen.qemu,
         gap=conf.layout.gap_gib * GIB,
+        dsm=conf.acpi.dsm,
     )

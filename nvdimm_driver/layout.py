@@ -27,7 +27,8 @@ class PlacementRequest:
     """One NVDIMM that wants a place.
 
     :ivar size: visible bytes.
-    :ivar label_size: bytes of the label area, which is not part of the place.
+    :ivar label_size: bytes of the label area, for which there is room in the place, whoever serves it.
+    :ivar label_gap: bytes of the backing between what is visible and the label area.
     :ivar alignsize: the base is a multiple of it; None for no wish.
     :ivar first_spa: SPA of the backing's first byte.
     :ivar base: guest-physical base that the user fixed or that an earlier define chose, or None.
@@ -37,27 +38,32 @@ class PlacementRequest:
     slot: int
     size: int
     label_size: int
+    label_gap: int
     alignsize: int | None
     first_spa: int
     base: int | None
     node: int | None
 
 
-def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int) -> GuestLayout:
+def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int, dsm: str = "none") -> GuestLayout:
     """The address space of a guest with so much RAM around NVDIMMs whose places are known. Nothing is checked.
 
     :param ram: guest RAM, bytes.
     :param address_bits: the guest's physical address width.
+    :param dsm: who serves label areas.
     """
     return GuestLayout(
         ram=ram,
         highmem_end=4 * GIB + max(0, ram - RAM_BELOW_4G_END),
         limit=1 << min(address_bits, MAX_ADDRESS_BITS),
         nvdimms=tuple(sorted(nvdimms, key=lambda placement: placement.slot)),
+        dsm=dsm,
     )
 
 
-def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, gap: int = 64 * GIB) -> GuestLayout:
+def place(
+    ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, gap: int = 64 * GIB, dsm: str = "none"
+) -> GuestLayout:
     """Choose a base for every NVDIMM that has none, and check those that have one.
 
     The same input gives the same layout. A base is a multiple of ``alignsize`` and, unless that contradicts it,
@@ -66,6 +72,7 @@ def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, 
     :param ram: guest RAM, bytes.
     :param address_bits: the guest's physical address width.
     :param gap: bytes to leave free behind the RAM; halved, down to 1 GiB, while the NVDIMMs do not fit.
+    :param dsm: who serves label areas. It does not change the places.
     :raises LayoutError: when they do not fit, or a base that one has is not possible.
     """
     ordered = sorted(requests, key=lambda request: request.slot)
@@ -76,7 +83,7 @@ def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, 
     for tried in _gaps(gap):
         chosen = _first_fit(wanted, fixed.nvdimms, start=_up(fixed.highmem_end + tried, GIB), limit=fixed.limit)
         if chosen is not None:
-            layout = around(ram, (*fixed.nvdimms, *chosen), address_bits=address_bits)
+            layout = around(ram, (*fixed.nvdimms, *chosen), address_bits=address_bits, dsm=dsm)
             check(layout, ordered, address_bits=address_bits)
             return layout
     raise LayoutError(
@@ -106,24 +113,29 @@ def check(layout: GuestLayout, requests: Sequence[PlacementRequest], *, address_
         _check_request(placement, request)
         _check_range(placement, space)
     for left, right in pairwise(sorted(space.nvdimms, key=lambda placement: placement.base)):
-        if right.base < left.end:
+        if right.base < left.space_end:
             raise LayoutError(
                 f"{_name(left)} and {_name(right)} overlap from {right.base:#x} on",
                 hint="change or leave out the base of one of them",
             )
 
 
-def mappings(placement: Placement, extents: Sequence[Extent]) -> tuple[Mapping, ...]:
+def mappings(placement: Placement, extents: Sequence[Extent], *, labels: bool = False) -> tuple[Mapping, ...]:
     """Say which machine frames go where, for exactly the visible bytes of an NVDIMM.
 
-    :param extents: of the backing, in order of offset, from 0 without gaps; what is behind the visible bytes is left
-        out. Neighbours that are contiguous in the machine as well become one mapping.
+    :param extents: of the backing, in order of offset, from 0 without gaps; what is behind the bytes that are wanted is
+        left out. Neighbours that are contiguous in the machine as well become one mapping.
+    :param labels: the pages of its label area, too, which begins and ends anywhere in a page.
     :raises LayoutError: when they are not whole pages, have a gap, or do not reach the end.
     """
+    wanted = [(0, placement.size)]
+    if labels and placement.label_size:
+        wanted.append(((placement.label_base - placement.base) // PAGE * PAGE, placement.space_end - placement.base))
+    end = wanted[-1][1]
     result: list[Mapping] = []
     done = 0
     for extent in extents:
-        if done == placement.size:
+        if done >= end:
             break
         if extent.offset != done or extent.length <= 0 or extent.spa % PAGE or extent.length % PAGE:
             raise LayoutError(
@@ -131,20 +143,27 @@ def mappings(placement: Placement, extents: Sequence[Extent]) -> tuple[Mapping, 
                 f"SPA {extent.spa:#x}, where one of whole pages of {PAGE} bytes has to begin at offset {done}",
                 hint="the backing has a hole or is not aligned to pages of the persistent memory: make it anew",
             )
-        count = min(extent.length, placement.size - done) // PAGE
-        mapping = Mapping(Gfn((placement.base + done) // PAGE), Mfn(extent.spa // PAGE), count)
-        if result and result[-1].mfn + result[-1].frames == mapping.mfn:
-            mapping = result[-1]._replace(frames=result[-1].frames + count)
-            result.pop()
-        result.append(mapping)
-        done += count * PAGE
-    if done != placement.size:
+        done += extent.length
+        for first, last in wanted:
+            low, high = max(first, extent.offset), min(last, done)
+            if low < high:
+                mfn = (extent.spa + low - extent.offset) // PAGE
+                _append(result, Mapping(Gfn((placement.base + low) // PAGE), Mfn(mfn), (high - low) // PAGE))
+    if done < end:
         raise LayoutError(
-            f"the extents of the backing of {_name(placement)} end at offset {done}, "
-            f"and the guest is to see {placement.size} bytes",
+            f"the extents of the backing of {_name(placement)} end at offset {done}, and {end} bytes are needed",
             hint="the backing is too short: make it anew, or give the NVDIMM a smaller <target><size>",
         )
     return tuple(result)
+
+
+def _append(mappings: list[Mapping], new: Mapping) -> None:
+    """Add a mapping, to the last one when it goes on in the machine and in the guest."""
+    last = mappings[-1] if mappings else None
+    if last and (last.gfn + last.frames, last.mfn + last.frames) == (new.gfn, new.mfn):
+        mappings[-1] = last._replace(frames=last.frames + new.frames)
+    else:
+        mappings.append(new)
 
 
 def _gaps(gap: int) -> Iterator[int]:
@@ -163,16 +182,18 @@ def _first_fit(
         modulus, remainder = _congruence(request)
         placement = _at(request, _up(start - remainder, modulus) + remainder)
         while (obstacle := _overlapped(placement, taken)) is not None:
-            placement = _at(request, _up(obstacle.end - remainder, modulus) + remainder)
-        if placement.end > limit:
+            placement = _at(request, _up(obstacle.space_end - remainder, modulus) + remainder)
+        if placement.space_end > limit:
             return None
         chosen.append(placement)
-        start = placement.end
+        start = placement.space_end
     return chosen
 
 
 def _overlapped(placement: Placement, others: Sequence[Placement]) -> Placement | None:
-    return next((other for other in others if other.base < placement.end and placement.base < other.end), None)
+    return next(
+        (other for other in others if other.base < placement.space_end and placement.base < other.space_end), None
+    )
 
 
 def _congruence(request: PlacementRequest) -> tuple[int, int]:
@@ -183,7 +204,7 @@ def _congruence(request: PlacementRequest) -> tuple[int, int]:
 
 
 def _at(request: PlacementRequest, base: int) -> Placement:
-    return Placement(request.slot, base, request.size, request.label_size, request.node)
+    return Placement(request.slot, base, request.size, request.label_size, request.node, request.label_gap)
 
 
 def _check_request(placement: Placement, request: PlacementRequest) -> None:
@@ -215,7 +236,7 @@ def _check_range(placement: Placement, space: GuestLayout) -> None:
             f"the first address behind both is {space.highmem_end:#x}",
             hint="change or leave out its base, or give the guest less RAM",
         )
-    if placement.end > space.limit:
+    if placement.space_end > space.limit:
         raise LayoutError(
             f"{_name(placement)} ends behind the guest's physical address space, which ends at {space.limit:#x}",
             hint="change or leave out its base, or run the guest where the CPU has more physical address bits",

@@ -53,6 +53,11 @@ class NvdimmSpec:
         align = self.alignsize or PAGE
         return (self.size - self.label_size) // align * align
 
+    @property
+    def label_gap(self) -> int:
+        """Bytes of the backing between what the guest sees and the label area."""
+        return self.size - self.label_size - self.visible_size
+
 
 @dataclass(frozen=True)
 class DomainSpec:
@@ -172,6 +177,7 @@ class Placement:
     :ivar handle: NFIT device handle, as QEMU gives it: slot + 1.
     :ivar base: guest-physical address of its first byte.
     :ivar size: visible bytes.
+    :ivar label_gap: bytes between those and the label area.
     """
 
     slot: int
@@ -179,6 +185,7 @@ class Placement:
     size: int
     label_size: int = 0
     node: int | None = None
+    label_gap: int = 0
 
     @property
     def handle(self) -> int:
@@ -187,6 +194,16 @@ class Placement:
     @property
     def end(self) -> int:
         return self.base + self.size
+
+    @property
+    def label_base(self) -> int:
+        """Guest-physical address of the label area, kept free for it: as far behind the data as in the backing."""
+        return self.end + self.label_gap
+
+    @property
+    def space_end(self) -> int:
+        """Address behind all that is kept free for the NVDIMM: a multiple of 4 KiB, as a backing's size is."""
+        return self.label_base + self.label_size if self.label_size else self.end
 
 
 @dataclass(frozen=True)
@@ -197,12 +214,14 @@ class GuestLayout:
     :ivar highmem_end: address behind the RAM above 4 GiB (4 GiB when there is none).
     :ivar limit: first address the guest cannot use.
     :ivar nvdimms: in slot order.
+    :ivar dsm: who serves the guest's label areas: ``none``, or ``aml``, which has them in the guest's memory.
     """
 
     ram: int
     highmem_end: int
     limit: int
     nvdimms: tuple[Placement, ...]
+    dsm: str = "none"
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Planner:
 
     :param mapper: is asked for the machine's memory map.
     :param gap: bytes of guest-physical space to keep free behind the RAM.
+    :param dsm: who serves label areas.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Planner:
         mapper: Mapper,
         host: Host,
         gap: int,
+        dsm: str,
     ) -> None:
         self.ledger = ledger
         self.backings = backings
@@ -67,6 +69,7 @@ class Planner:
         self.mapper = mapper
         self.host = host
         self.gap = gap
+        self.dsm = dsm
 
     def assumed(self, domain: DomainSpec, before: Record | None) -> Plan:
         """The plan for a domain whose backings may not be provisioned yet.
@@ -103,10 +106,17 @@ class Planner:
     def around(self, record: Record, ram: int) -> GuestLayout:
         """The layout of a defined domain, if it had so many bytes of RAM."""
         placements = tuple(
-            Placement(item.spec.slot, item.base or 0, item.spec.visible_size, item.spec.label_size, item.spec.node)
+            Placement(
+                slot=item.spec.slot,
+                base=item.base or 0,
+                size=item.spec.visible_size,
+                label_size=item.spec.label_size,
+                node=item.spec.node,
+                label_gap=item.spec.label_gap,
+            )
             for item in record.allocations
         )
-        return layout.around(ram, placements, address_bits=self.host.address_bits)
+        return layout.around(ram, placements, address_bits=self.host.address_bits, dsm=self.dsm)
 
     def _plan(
         self,
@@ -119,9 +129,9 @@ class Planner:
             _request(spec, location, bases.get(spec.slot))
             for spec, location in zip(domain.nvdimms, locations, strict=True)
         ]
-        guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
+        guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap, dsm=self.dsm)
         mappings = [
-            layout.mappings(placement, location.extents)
+            layout.mappings(placement, location.extents, labels=guest.dsm == "aml")
             for placement, location in zip(guest.nvdimms, locations, strict=True)
         ]
         pmem = tuple(areas(self.host.namespaces()))
@@ -195,6 +205,7 @@ def _request(spec: NvdimmSpec, location: Location, base: int | None) -> layout.P
         slot=spec.slot,
         size=spec.visible_size,
         label_size=spec.label_size,
+        label_gap=spec.label_gap,
         alignsize=spec.alignsize,
         first_spa=location.extents[0].spa,
         base=base if base is not None else spec.base,

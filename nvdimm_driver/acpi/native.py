@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from nvdimm_driver.acpi import aml
+from nvdimm_driver.acpi import aml, labels
 from nvdimm_driver.acpi.tables import (
     PERSISTENT_MEMORY,
     ControlRegion,
@@ -28,11 +26,12 @@ def _header(signature: bytes, revision: int) -> Header:
     return Header(signature, 0, revision, 0, b"NVDRV ", b"NVDIMM\0\0", 1, b"NVDR", 1)
 
 
-def ssdt(handles: Iterable[int]) -> bytes:
-    """Return the smallest SSDT with which Linux takes an NFIT: its root device, and a device for each handle.
+def ssdt(layout: GuestLayout) -> bytes:
+    """Return an SSDT with which Linux takes an NFIT: its root device, and in it a device for each NVDIMM.
 
-    No ``_DSM``: Linux makes one label-less namespace of each region, and its log is clean.
-    (QEMU's own SSDT with nobody to answer its ``_DSM`` gives dozens of ACPI errors.)
+    Without ``_DSM`` Linux makes one label-less namespace of each region, and its log is clean (QEMU's own SSDT with
+    nobody to answer its ``_DSM`` gives dozens of ACPI errors). With ``dsm`` ``aml``, those that have a label area get
+    a ``_DSM`` that serves it.
 
     :raises AcpiError: when a handle is not one of QEMU's, 1 to 256.
     """
@@ -41,12 +40,24 @@ def ssdt(handles: Iterable[int]) -> bytes:
     # Scope (\_SB) {
     #     Device (NVDR) {                  ACPI 6.5 §9.19.2: the NVDIMM root device
     #         Name (_HID, "ACPI0012")
+    #         …                            what serves labels
     #         Device (NV00) {              named by slot, as QEMU does
     #             Name (_ADR, 1)           the handle
+    #             …
     #         } …
-    devices = [aml.device(f"NV{handle - 1:02X}", aml.name("_ADR", aml.integer(handle))) for handle in handles]
-    root = aml.device("NVDR", aml.name("_HID", aml.string("ACPI0012")), *devices)
-    return seal(_header(b"SSDT", 2), aml.scope("_SB", root))
+    labelled = [placement for placement in layout.nvdimms if placement.label_size and layout.dsm == "aml"]
+    devices = [
+        aml.device(
+            f"NV{placement.handle - 1:02X}",
+            aml.name("_ADR", aml.integer(placement.handle)),
+            *[labels.dsm(placement) for _ in range(placement in labelled)],
+        )
+        for placement in layout.nvdimms
+    ]
+    service = labels.methods() if labelled else ()
+    root = aml.device("NVDR", aml.name("_HID", aml.string("ACPI0012")), *service, *devices)
+    reserved = [labels.reservation(labelled)] if labelled else []
+    return seal(_header(b"SSDT", 2), aml.scope("_SB", root, *reserved))
 
 
 def nfit(layout: GuestLayout) -> bytes:
@@ -115,7 +126,7 @@ class NativeAcpiBuilder(AcpiBuilder):
 
     def build(self, layout: GuestLayout) -> AcpiTables:
         check_layout(layout)
-        tables = (nfit(layout), ssdt(placement.handle for placement in layout.nvdimms))
+        tables = (nfit(layout), ssdt(layout))
         check_tables(layout, tables)
         check_space(tables)
         return AcpiTables(tables)

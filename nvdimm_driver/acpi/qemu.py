@@ -122,7 +122,7 @@ class QemuAcpiBuilder(AcpiBuilder):
             files = self._harvest([binary, *arguments(layout)])
         harvested = split(link(files.pop(_SCRIPT, b""), files))
         nfits = tuple(table for table in harvested if table[:4] == b"NFIT")
-        tables = (*nfits, ssdt(placement.handle for placement in layout.nvdimms))
+        tables = (*nfits, ssdt(layout))
         check_tables(layout, tables)
         return AcpiTables(tables, tuple(table for table in harvested if table not in nfits))
 

@@ -281,6 +281,7 @@ def _driver(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDriver:
         host=Host(lambda: host.namespaces, host.physical_address_bits),
         qemu=options.xen.qemu,
         gap=options.layout.gap_gib * GIB,
+        dsm=options.acpi.dsm,
     )
 
 

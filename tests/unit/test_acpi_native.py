@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvdimm_driver.acpi.native import NativeAcpiBuilder, nfit, ssdt
+from nvdimm_driver.acpi import native
+from nvdimm_driver.acpi.native import NativeAcpiBuilder, nfit
 from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, SpaRange, seal, verify_table
 from nvdimm_driver.acpi.verify import check_layout, check_space, check_tables
 from nvdimm_driver.errors import AcpiError, LayoutError
@@ -18,6 +19,10 @@ TWO = (Placement(0, 68 * GIB, 256 * MIB), Placement(3, 72 * GIB, 64 * MIB, 128 *
 
 def layout(*nvdimms: Placement) -> GuestLayout:
     return GuestLayout(GIB, 4 * GIB, 1 << 48, nvdimms)
+
+
+def ssdt(handles: list[int]) -> bytes:
+    return native.ssdt(layout(*(Placement(handle - 1, (67 + handle) * GIB, GIB) for handle in handles)))
 
 
 @st.composite

@@ -20,12 +20,13 @@ def request(
     size: int = GIB,
     *,
     label_size: int = 0,
+    label_gap: int = 0,
     alignsize: int | None = None,
     first_spa: int = 0,
     base: int | None = None,
     node: int | None = None,
 ) -> PlacementRequest:
-    return PlacementRequest(slot, size, label_size, alignsize, first_spa, base, node)
+    return PlacementRequest(slot, size, label_size, label_gap, alignsize, first_spa, base, node)
 
 
 def bases(guest: GuestLayout) -> list[int]:
@@ -57,6 +58,41 @@ def test_nvdimms_start_at_the_next_gib_behind_the_gap_in_slot_order() -> None:
 def test_all_that_was_asked_for_is_kept() -> None:
     guest = layout.place(GIB, [request(7, MIB, label_size=128 * KIB, node=1)], address_bits=40)
     assert guest.nvdimms == (Placement(7, 68 * GIB, MIB, 128 * KIB, 1),)
+
+
+def test_a_label_area_has_its_room_behind_what_is_visible() -> None:
+    labelled = request(0, 14 * MIB, label_size=128 * KIB, label_gap=2 * MIB - 128 * KIB, alignsize=2 * MIB)
+    guest = layout.place(GIB, [labelled, request(1, MIB)], address_bits=40)
+    first, second = guest.nvdimms
+    assert first.label_base == first.base + 16 * MIB - 128 * KIB
+    assert first.space_end == second.base == first.base + 16 * MIB
+    assert bases(layout.place(GIB, [labelled, request(1, MIB)], address_bits=40, dsm="aml")) == bases(guest)
+    with pytest.raises(LayoutError, match="overlap"):
+        layout.place(GIB, [replace(labelled, base=first.base), request(1, MIB, base=first.end)], address_bits=40)
+    limit = (1 << 40) - 16 * MIB
+    layout.place(GIB, [replace(labelled, base=limit)], address_bits=40)
+    with pytest.raises(LayoutError, match="behind the guest's physical address space"):
+        layout.place(GIB, [replace(labelled, base=limit + 2 * MIB)], address_bits=40)
+
+
+def test_the_pages_of_a_label_area_are_mapped_where_they_are_in_the_backing() -> None:
+    """130 KiB, which begin in the middle of a page; the page before it is not the guest's."""
+    visible, label = 2 * MIB - 136 * KIB, 130 * KIB
+    nvdimm = Placement(0, 68 * GIB, visible, label, label_gap=2 * MIB - visible - label)
+    extents = (Extent(0, 5 * GIB, MIB), Extent(MIB, 7 * GIB, MIB))
+    frame, page = 68 * GIB // PAGE, 2 * MIB // PAGE
+    first, second = layout.mappings(nvdimm, extents)
+    assert layout.mappings(nvdimm, extents, labels=True) == (
+        first,
+        second,
+        (frame + page - 33, (8 * GIB - GIB + MIB) // PAGE - 33, 33),
+    )
+    assert second.gfn + second.frames == frame + page - 34
+    whole = replace(nvdimm, size=2 * MIB - 128 * KIB, label_size=128 * KIB, label_gap=0)
+    assert sum(mapping.frames for mapping in layout.mappings(whole, extents, labels=True)) == page
+    assert len(layout.mappings(whole, extents, labels=True)) == 2
+    with pytest.raises(LayoutError, match="end at offset 1048576, and 2097152 bytes are needed"):
+        layout.mappings(nvdimm, extents[:1], labels=True)
 
 
 @pytest.mark.parametrize(
