@@ -219,7 +219,7 @@ def mounts(mountinfo: Path) -> tuple[Mount, ...]:
         left, _, right = line.partition(" - ")
         numbers, directory = left.split()[2], left.split()[4]
         major, _, minor = numbers.partition(":")
-        kind, _, options = right.split()
+        kind, _, options = right.split(" ", 2)  # the source may be empty
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), directory)
         result.append(Mount(os.makedev(int(major), int(minor)), point, kind, tuple(options.split(","))))
     return tuple(result)
