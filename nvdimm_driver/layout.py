@@ -45,25 +45,21 @@ class PlacementRequest:
     node: int | None
 
 
-def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int, dsm: str = "none") -> GuestLayout:
+def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int) -> GuestLayout:
     """The address space of a guest with so much RAM around NVDIMMs whose places are known. Nothing is checked.
 
     :param ram: guest RAM, bytes.
     :param address_bits: the guest's physical address width.
-    :param dsm: who serves label areas.
     """
     return GuestLayout(
         ram=ram,
         highmem_end=4 * GIB + max(0, ram - RAM_BELOW_4G_END),
         limit=1 << min(address_bits, MAX_ADDRESS_BITS),
         nvdimms=tuple(sorted(nvdimms, key=lambda placement: placement.slot)),
-        dsm=dsm,
     )
 
 
-def place(
-    ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, gap: int = 64 * GIB, dsm: str = "none"
-) -> GuestLayout:
+def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, gap: int = 64 * GIB) -> GuestLayout:
     """Choose a base for every NVDIMM that has none, and check those that have one.
 
     The same input gives the same layout. A base is a multiple of ``alignsize`` and, unless that contradicts it,
@@ -72,7 +68,6 @@ def place(
     :param ram: guest RAM, bytes.
     :param address_bits: the guest's physical address width.
     :param gap: bytes to leave free behind the RAM; halved, down to 1 GiB, while the NVDIMMs do not fit.
-    :param dsm: who serves label areas. It does not change the places.
     :raises LayoutError: when they do not fit, or a base that one has is not possible.
     """
     ordered = sorted(requests, key=lambda request: request.slot)
@@ -83,7 +78,7 @@ def place(
     for tried in _gaps(gap):
         chosen = _first_fit(wanted, fixed.nvdimms, start=_up(fixed.highmem_end + tried, GIB), limit=fixed.limit)
         if chosen is not None:
-            layout = around(ram, (*fixed.nvdimms, *chosen), address_bits=address_bits, dsm=dsm)
+            layout = around(ram, (*fixed.nvdimms, *chosen), address_bits=address_bits)
             check(layout, ordered, address_bits=address_bits)
             return layout
     raise LayoutError(

@@ -22,6 +22,8 @@ MIB = 1 << 20
 GIB = 1 << 30
 PAGE = 4 * KIB
 SUPERPAGE = 2 * MIB
+PERSISTENCE_DOMAINS = ("", "memory_controller", "cpu_cache")
+"""Weakest first (Linux: drivers/nvdimm/region_devs.c:persistence_domain_show)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Namespace:
     :ivar uid: what stays the same over a host's reboots: the namespace's uuid, or ``spa-…`` when it has none.
     :ivar data_spa: SPA of the first byte of its data area, behind any info block and page structures.
     :ivar data_size: bytes of the data area.
+    :ivar persistence_domain: what is flushed on power loss, as the kernel has it: ``memory_controller`` (ADR), with
+        ``cpu_cache`` the caches, too (eADR); empty when the platform does not say.
     """
 
     name: str
@@ -95,6 +99,7 @@ class Namespace:
     data_spa: int
     data_size: int
     numa_node: int | None = None
+    persistence_domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,7 @@ class GuestLayout:
     :ivar limit: first address the guest cannot use.
     :ivar nvdimms: in slot order.
     :ivar dsm: who serves the guest's label areas: ``none``, or ``aml``, which has them in the guest's memory.
+    :ivar persistence_domain: of the namespaces that its NVDIMMs are on, the weakest.
     """
 
     ram: int
@@ -222,6 +228,7 @@ class GuestLayout:
     limit: int
     nvdimms: tuple[Placement, ...]
     dsm: str = "none"
+    persistence_domain: str = "memory_controller"
 
 
 @dataclass(frozen=True)

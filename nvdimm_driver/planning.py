@@ -6,7 +6,7 @@ Nothing is changed here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nvdimm_driver import guards, layout
 from nvdimm_driver.backing.inventory import areas
@@ -14,6 +14,7 @@ from nvdimm_driver.errors import BackingError
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
     PAGE,
+    PERSISTENCE_DOMAINS,
     SUPERPAGE,
     Allocation,
     BackingIdentity,
@@ -116,7 +117,8 @@ class Planner:
             )
             for item in record.allocations
         )
-        return layout.around(ram, placements, address_bits=self.host.address_bits, dsm=self.dsm)
+        guest = layout.around(ram, placements, address_bits=self.host.address_bits)
+        return self._told(guest, [item.identity for item in record.allocations if item.identity])
 
     def _plan(
         self,
@@ -129,7 +131,8 @@ class Planner:
             _request(spec, location, bases.get(spec.slot))
             for spec, location in zip(domain.nvdimms, locations, strict=True)
         ]
-        guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap, dsm=self.dsm)
+        guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
+        guest = self._told(guest, [location.identity for location in locations])
         mappings = [
             layout.mappings(placement, location.extents, labels=guest.dsm == "aml")
             for placement, location in zip(guest.nvdimms, locations, strict=True)
@@ -139,6 +142,13 @@ class Planner:
         self._guard(domain, guest, _flat(known), pmem)
         tables = self.acpi.build(guest)
         return Plan(domain, intakes, locations, guest, _flat(mappings), pmem, tables)
+
+    def _told(self, guest: GuestLayout, identities: Sequence[BackingIdentity]) -> GuestLayout:
+        """The layout with what else the guest's tables say of its NVDIMMs."""
+        used = {identity.device for identity in identities}
+        domains = {each.persistence_domain for each in self.host.namespaces() if each.uid in used}
+        weakest = min(domains, key=PERSISTENCE_DOMAINS.index, default="")
+        return replace(guest, dsm=self.dsm, persistence_domain=weakest)
 
     def _guard(
         self,

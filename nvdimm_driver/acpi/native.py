@@ -20,6 +20,8 @@ from nvdimm_driver.plugins import AcpiBuilder
 
 _EFI_MEMORY_WB = 0x8
 _EFI_MEMORY_NV = 0x8000
+CAPABILITIES = {"memory_controller": 2, "cpu_cache": 3}
+"""Platform Capabilities (ACPI 6.5 §5.2.25.9): what is flushed on power loss."""
 
 
 def _header(signature: bytes, revision: int) -> Header:
@@ -65,8 +67,8 @@ def nfit(layout: GuestLayout) -> bytes:
     structures: list[Structure] = []
     for placement in layout.nvdimms:
         structures += _structures(placement)
-    # nvdimm-persistence=mem-ctrl: what leaves the memory controller is durable, the CPU caches are not.
-    structures.append(PlatformCapabilities(highest_bit=1, reserved=bytes(3), capabilities=2, reserved2=0))
+    if capabilities := CAPABILITIES.get(layout.persistence_domain):
+        structures.append(PlatformCapabilities(1, reserved=bytes(3), capabilities=capabilities, reserved2=0))
     return Nfit(_header(b"NFIT", 1), tuple(structures)).to_bytes()
 
 

@@ -42,7 +42,8 @@ DEFAULT_BINARIES = (
 # 36 address bits at most. With a 32-bit CPU that check asks nothing, in machines up to 8.1
 # (hw/i386/pc.c:pc_max_used_gpa, broken_32bit_mem_addr_check). The CPU's vendor is not AMD, for whose CPUs QEMU
 # moves memory out of the way of the HyperTransport range. It does not show in the tables.
-_MACHINE = "pc-i440fx-7.2,nvdimm=on,nvdimm-persistence=mem-ctrl,usb=off,dump-guest-core=off"
+_MACHINE = "pc-i440fx-7.2,nvdimm=on,usb=off,dump-guest-core=off"
+_PERSISTENCE = {"memory_controller": ",nvdimm-persistence=mem-ctrl", "cpu_cache": ",nvdimm-persistence=cpu"}
 _CPU = "pentium"
 
 # Debian's qemu-system-xen has qtest and no TCG, its qemu-system-x86 TCG and no qtest. QEMU takes the first it has.
@@ -156,7 +157,7 @@ def arguments(layout: GuestLayout) -> list[str]:
         *("-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-net", "none"),
         *_ACCELERATORS,
         *("-S", "-qtest", "stdio", "-qtest-log", "none"),
-        *("-machine", _MACHINE, "-cpu", _CPU, "-m", memory),
+        *("-machine", _MACHINE + _PERSISTENCE.get(layout.persistence_domain, ""), "-cpu", _CPU, "-m", memory),
         *(_nodes(nodes) if nodes > 1 else ()),
         *(argument for placement in layout.nvdimms for argument in _nvdimm(placement)),
     ]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nvdimm_driver.errors import BackingError, ConfigError
-from nvdimm_driver.model import PAGE, Namespace
+from nvdimm_driver.model import PAGE, PERSISTENCE_DOMAINS, Namespace
 
 SYSFS = Path("/sys")
 MODES = ("fsdax", "devdax", "raw", "sector")
@@ -160,7 +160,14 @@ def _namespace(sysfs: Path, name: str, mode: str, device: str, holder: Path, are
         data_spa=spa,
         data_size=size,
         numa_node=int(node) if node.isdecimal() else None,  # -1: no node
+        persistence_domain=_persistence_domain(sysfs, name),
     )
+
+
+def _persistence_domain(sysfs: Path, name: str) -> str:
+    """That of the namespace's region."""
+    domain = _text((sysfs / "bus/nd/devices" / name).resolve().parent / "persistence_domain")
+    return domain if domain in PERSISTENCE_DOMAINS else ""
 
 
 def _number(attribute: Path) -> int | None:
@@ -277,9 +284,10 @@ class HostDescription:
         """Read a host file.
 
         A JSON object: ``namespaces``, a list of objects with the fields of :class:`model.Namespace` (addresses and
-        sizes are numbers of bytes; ``numa_node`` may be left out); ``physical_address_bits``, 32 to 52; and ``mounts``,
-        which may be left out, an object from directories where DAX file systems are mounted to the names of the
-        namespaces they are on. Without ``mounts`` every file is taken to be on the one fsdax namespace.
+        sizes are numbers of bytes; ``numa_node`` and ``persistence_domain`` may be left out);
+        ``physical_address_bits``, 32 to 52; and ``mounts``, which may be left out, an object from directories where DAX
+        file systems are mounted to the names of the namespaces they are on. Without ``mounts`` every file is taken to
+        be on the one fsdax namespace.
 
         :param source: name of the file, for errors.
         :raises ConfigError: naming what is missing, unknown or wrong.
@@ -338,7 +346,8 @@ def physical_address_bits(proc: Path = Path("/proc")) -> int:
 
 def _parse(entry: Any, where: str, bits: int) -> Namespace:
     known = {field.name for field in fields(Namespace)}
-    _keys(entry, where, required=known - {"numa_node"}, optional={"numa_node"})
+    optional = {"numa_node", "persistence_domain"}
+    _keys(entry, where, required=known - optional, optional=optional)
     for key in ("name", "mode", "device", "uid"):
         if not isinstance(entry[key], str) or not entry[key]:
             raise ConfigError(f"{where}: {key}: expected a text, found {entry[key]!r}")
@@ -353,6 +362,10 @@ def _parse(entry: Any, where: str, bits: int) -> Namespace:
     node = entry.get("numa_node")
     if node is not None and (type(node) is not int or node < 0):
         raise ConfigError(f"{where}: numa_node: expected a number or null, found {node!r}")
+    domain = entry.get("persistence_domain", "")
+    if domain not in PERSISTENCE_DOMAINS:
+        expected = ", ".join(map(repr, PERSISTENCE_DOMAINS))
+        raise ConfigError(f"{where}: persistence_domain: expected one of {expected}, found {domain!r}")
     return Namespace(**entry)
 
 

@@ -117,7 +117,14 @@ class RecordingMapper(Mapper):
         self.delivered[domid] = tables
 
 
-def make_driver(folder: Path, backing: MemoryBacking, mapper: RecordingMapper) -> XenNvdimmDriver:
+def make_driver(
+    folder: Path,
+    backing: MemoryBacking,
+    mapper: RecordingMapper,
+    *,
+    dsm: str = "none",
+    namespace: Namespace = NAMESPACE,
+) -> XenNvdimmDriver:
     """A driver whose state is in a folder of the test's."""
     return XenNvdimmDriver(
         ledger=Ledger(str(folder / "ledger.sqlite")),
@@ -125,9 +132,10 @@ def make_driver(folder: Path, backing: MemoryBacking, mapper: RecordingMapper) -
         backings=[backing],
         acpi=NativeAcpiBuilder(),
         mapper=mapper,
-        host=Host(lambda: (NAMESPACE,), 46),
+        host=Host(lambda: (namespace,), 46),
         qemu="/usr/bin/real-qemu",
         gap=64 * GIB,
+        dsm=dsm,
     )
 
 

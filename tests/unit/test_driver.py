@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.acpi.tables import Nfit, PlatformCapabilities
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, InUseError, LayoutError, LedgerError, NvdimmError
-from nvdimm_driver.model import GIB, MIB, BackingIdentity, NvdimmSpec, Progress
+from nvdimm_driver.model import GIB, KIB, MIB, BackingIdentity, NvdimmSpec, Progress
 from nvdimm_driver.plugins import unwatched
-from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
+from tests.unit.doubles import NAMESPACE, OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
 
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
 
@@ -42,6 +43,33 @@ def test_plan_touches_nothing(driver: XenNvdimmDriver, backing: MemoryBacking) -
     assert plan.mappings[0].mfn + plan.mappings[0].frames <= plan.mappings[1].mfn
     assert backing.files == {}
     assert driver.ledger.domains() == ()
+
+
+def test_label_areas_that_aml_serves_are_mapped(
+    tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    spec = dataclasses.replace(domain(A).nvdimms[0], label_size=128 * KIB, alignsize=2 * MIB)
+    asked = dataclasses.replace(domain(A), nvdimms=(spec,))
+    plain = make_driver(tmp_path, backing, mapper).plan(asked)
+    plan = make_driver(tmp_path, backing, mapper, dsm="aml").plan(asked)
+    assert plan.layout.nvdimms == plain.layout.nvdimms
+    (nvdimm,) = plan.layout.nvdimms
+    assert nvdimm.label_base == nvdimm.base + 64 * MIB - 128 * KIB
+    assert plan.mappings == (
+        *plain.mappings,
+        (nvdimm.label_base // 4096, plain.mappings[0].mfn + (64 * MIB - 128 * KIB) // 4096, 32),
+    )
+    assert [b"_DSM" in found.tables.tables[1] for found in (plain, plan)] == [False, True]
+
+
+@pytest.mark.parametrize(("told", "capabilities"), [("cpu_cache", 3), ("memory_controller", 2), ("", None)])
+def test_the_guest_is_told_what_the_host_flushes(
+    tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper, told: str, capabilities: int | None
+) -> None:
+    namespace = dataclasses.replace(NAMESPACE, persistence_domain=told)
+    plan = make_driver(tmp_path, backing, mapper, namespace=namespace).plan(domain(A))
+    found = Nfit.parse(plan.tables.tables[0]).of(PlatformCapabilities)
+    assert [each.capabilities for each in found] == ([] if capabilities is None else [capabilities])
 
 
 def test_define_provisions_and_chooses_bases_once(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:

@@ -176,6 +176,17 @@ def test_volume_of_no_device(sysfs: FakeSysfs) -> None:
         volume_of(os.makedev(0, 21), "/proc/x", sysfs.root)
 
 
+@pytest.mark.parametrize(
+    ("attribute", "expected"),
+    [("cpu_cache", "cpu_cache"), ("memory_controller", "memory_controller"), ("", ""), ("unknown", "")],
+)
+def test_persistence_domain_is_the_regions(sysfs: FakeSysfs, attribute: str, expected: str) -> None:
+    sysfs.device(sysfs.region, persistence_domain=attribute)
+    sysfs.fsdax(PMEM)
+    (found,) = namespaces(sysfs.root)
+    assert found.persistence_domain == expected
+
+
 def test_mounts(tmp_path: Path) -> None:
     file = tmp_path / "mountinfo"
     file.write_text(
@@ -256,6 +267,7 @@ def test_host_file_without_what_may_be_left_out() -> None:
         (("namespaces", 0, "data_size"), 0, r"namespaces\[0\]: data_size: expected a number from 1"),
         (("namespaces", 0, "data_size"), 1 << 46, r"namespaces\[0\]: ends beyond 0x400000000000"),
         (("namespaces", 0, "numa_node"), -1, r"namespaces\[0\]: numa_node: expected a number or null"),
+        (("namespaces", 0, "persistence_domain"), "rtc", "persistence_domain: expected one of '', 'memory_controller'"),
         (("namespaces", 0, "data_sp"), 1, r"namespaces\[0\]: 'data_sp' is not known \(known: data_size, data_spa"),
         (("namespaces", 1, "name"), "namespace0.0", "two namespaces are called namespace0.0"),
     ],
