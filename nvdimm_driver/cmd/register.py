@@ -70,9 +70,9 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
     if running:
         raise InUseError(f"domains with NVDIMMs are running: {', '.join(running)}", hint="shut them down first")
     try:
-        yield from units.disable(conf)
         for path in (_hook(conf), Path(conf.xen.device_model)):
             yield remove(path)
+        yield from units.disable(conf)
     except OSError as error:
         raise ConfigError(f"cannot remove: {error}", hint="run as root") from error
     yield f"kept {conf.state_dir}"

@@ -49,19 +49,22 @@ WantedBy=sockets.target
 {mark}
 [Unit]
 Description=NVDIMMs for Xen domains: between libvirt clients and libvirtd
-Wants=libvirtd.socket
-After=libvirtd.socket libvirtd-ro.socket local-fs.target
+Wants={libvirt}.socket
+After={libvirt}.socket {libvirt}-ro.socket local-fs.target
 Requires=nvdimmd.socket nvdimmd-ro.socket
 
 [Service]
 Type=notify
 ExecStart={python} -I -m nvdimm_driver.cmd.nvdimmd
+SyslogIdentifier=nvdimmd
 Restart=always
 RestartSec=1
 LimitNOFILE=16384
 # It writes files on whatever file systems the operator has for NVDIMMs, makes them immutable (LINUX_IMMUTABLE), reads
-# the page tables (SYS_ADMIN), locks pages (IPC_LOCK), and starts a QEMU as nobody (SETUID, SETGID, SETPCAP).
-CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_IPC_LOCK CAP_LINUX_IMMUTABLE
+# the page tables (SYS_ADMIN), locks pages (IPC_LOCK), and starts a QEMU as nobody (SETUID, SETGID, SETPCAP) and ends it
+# (KILL).
+CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_IPC_LOCK CAP_KILL
+CapabilityBoundingSet=CAP_LINUX_IMMUTABLE
 CapabilityBoundingSet=CAP_SETGID CAP_SETPCAP CAP_SETUID CAP_SYS_ADMIN CAP_SYS_RAWIO
 NoNewPrivileges=yes
 ProtectSystem=full
@@ -82,69 +85,94 @@ SystemCallArchitectures=native
 UMask=0077
 """,
 }
+MODULAR = "virtxend"
+"""libvirt's modular daemon for Xen: when it is enabled, its sockets are where ours belong."""
 MOVED = {"virtxend.socket": "libvirt_direct_socket", "virtxend-ro.socket": "libvirt_direct_socket_ro"}
-"""Sockets of libvirt's modular daemon for Xen, which are where ours belong, and the options with their new place."""
+"""Those sockets, and the options with their new place."""
 DROP_IN = """\
 {mark}
 [Socket]
 ListenStream=
 ListenStream={path}
 """
+DEFAULT_URI = (
+    "clients that name no URI go past nvdimmd: virsh -c xen:///system, or uri_default in /etc/libvirt/libvirt.conf"
+)
 
 
 def enable(conf: cfg.ConfigOpts, python: str) -> Iterator[str]:
     """Install and start the units; every line yielded says what was done.
 
     :param python: the interpreter to run nvdimmd with.
-    :raises ConfigError: when systemctl fails.
+    :raises ConfigError: when systemctl fails; the units are removed again then.
     """
     if not BOOTED.is_dir():
         yield f"no systemd here: for plain virsh, run '{python} -I -m nvdimm_driver.cmd.nvdimmd' as a service"
         return
     folder = Path(conf.rpc.unit_dir)
-    names = {"mark": MARK, "python": python}
+    modular = _is("enabled", f"{MODULAR}.socket")
+    names = {"mark": MARK, "python": python, "libvirt": MODULAR if modular else "libvirtd"}
     names |= {"socket": conf.rpc.socket, "socket_ro": conf.rpc.socket_ro, "group": conf.rpc.group}
     done = [install(folder / name, text.format(**names), 0o644) for name, text in UNITS.items()]
-    modular = _is_enabled("virtxend.socket")
     if modular:
         done += [
             install(_drop_in(folder, unit), DROP_IN.format(mark=MARK, path=conf.rpc[option]), 0o644)
             for unit, option in MOVED.items()
         ]
     yield from done
-    if all(line.startswith("unchanged") for line in done):
-        return
-    _systemctl("daemon-reload")
-    if modular:
-        _systemctl("restart", *MOVED)
-    _systemctl("enable", "--now", "nvdimmd.socket", "nvdimmd-ro.socket")
-    _systemctl("try-restart", "nvdimmd.service")
-    yield "started nvdimmd.socket: virsh and other libvirt clients go through nvdimmd from now on"
+    changed = any(not line.startswith("unchanged") for line in done)
+    try:
+        if changed:
+            _reload(modular)
+        _systemctl("enable", "--now", "nvdimmd.socket", "nvdimmd-ro.socket")
+        if changed:
+            _systemctl("try-restart", "nvdimmd.service")
+    except ConfigError:
+        yield from disable(conf)
+        raise
+    yield f"started nvdimmd.socket; {DEFAULT_URI}"
 
 
 def disable(conf: cfg.ConfigOpts) -> Iterator[str]:
-    """Stop and remove the units; every line yielded says what was done."""
+    """Stop and remove the units; every line yielded says what was done.
+
+    :raises ConfigError: when systemctl fails; what is left goes when it is repeated.
+    """
     folder = Path(conf.rpc.unit_dir)
     drop_ins = [path for path in (_drop_in(folder, unit) for unit in MOVED) if path.exists()]
-    files = [path for path in (folder / name for name in UNITS) if path.exists()] + drop_ins
-    if not files:
+    ours = [folder / name for name in UNITS if (folder / name).exists()]
+    if not ours + drop_ins:
         return
-    if BOOTED.is_dir():
-        _systemctl("disable", "--now", *UNITS)
-    for path in files:
+    if BOOTED.is_dir() and ours:
+        _systemctl("disable", "--now", *(path.name for path in ours))
+    for path in ours + drop_ins:
         yield remove(path)
     if BOOTED.is_dir():
-        _systemctl("daemon-reload")
-        if drop_ins:
-            _systemctl("restart", *MOVED)
+        _reload(bool(drop_ins))
+
+
+def _reload(modular: bool) -> None:
+    """Have systemd read the units anew.
+
+    :param modular: where the modular daemon listens has changed. A running one would keep systemd from opening its
+        sockets, and what systemd deletes when it closes them is what its units say then.
+    """
+    units = [*MOVED]
+    if modular:
+        if _is("active", f"{MODULAR}.service"):
+            units.append(f"{MODULAR}.service")
+        _systemctl("stop", f"{MODULAR}.service", *MOVED)
+    _systemctl("daemon-reload")
+    if modular:
+        _systemctl("start", *units)
 
 
 def _drop_in(folder: Path, unit: str) -> Path:
     return folder / f"{unit}.d" / "nvdimmd.conf"
 
 
-def _is_enabled(unit: str) -> bool:
-    return subprocess.run(["systemctl", "is-enabled", "--quiet", unit], check=False).returncode == 0
+def _is(state: str, unit: str) -> bool:
+    return subprocess.run(["systemctl", f"is-{state}", unit], capture_output=True, check=False).returncode == 0
 
 
 def _systemctl(*arguments: str) -> None:

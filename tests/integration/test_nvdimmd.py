@@ -133,14 +133,15 @@ def test_systemd_hands_over_sockets_and_hears_that_it_is_ready(tmp_path: Path, c
     assert not (tmp_path / "socket").exists()
 
 
-def test_systemd_takes_the_units(tmp_path: Path) -> None:
+@pytest.mark.parametrize("libvirt", ["libvirtd", "virtxend"])
+def test_systemd_takes_the_units(tmp_path: Path, libvirt: str) -> None:
     options = conf.load([])
-    names = {"mark": MARK, "python": sys.executable, "group": "root"}
+    names = {"mark": MARK, "python": sys.executable, "group": "root", "libvirt": libvirt}
     names |= {"socket": options.rpc.socket, "socket_ro": options.rpc.socket_ro}
     for name, text in units.UNITS.items():
         (tmp_path / name).write_text(text.format(**names))
     # what they go with
-    for name in ("libvirtd.socket", "libvirtd-ro.socket"):
+    for name in (f"{libvirt}.socket", f"{libvirt}-ro.socket"):
         (tmp_path / name).write_text("[Socket]\nListenStream=/run/x\nService=nvdimmd.service\n")
     files = [str(tmp_path / name) for name in units.UNITS]
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True)
