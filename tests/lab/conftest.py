@@ -18,7 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with a host of their own come last: the first of them ends the shared one, as only one can run."""
-    items.sort(key=lambda item: "fresh_host" in getattr(item, "fixturenames", ()))
+
+    def has_its_own(item: pytest.Item) -> bool:
+        names = getattr(item, "fixturenames", ())
+        return "shared_hosts" in names and "host" not in names
+
+    items.sort(key=has_its_own)
 
 
 @pytest.fixture(scope="session")

@@ -167,13 +167,21 @@ class Guest:
 
     def reboot(self, timeout: float = 240) -> Report:
         """Have the guest reboot; return the report of the boot that follows."""
+        return self.next_boot(lambda: self.check("reboot"), timeout)
+
+    def next_boot(self, cause: Callable[[], object], timeout: float = 240) -> Report:
+        """Do what makes the guest boot again; return the report of that boot."""
         boots = len(self._boots())
-        self.check("reboot")
+        cause()
         return self.wait_report(timeout, boots + 1)
 
     def poweroff(self, timeout: float = 120) -> None:
         """Have the guest turn itself off, and wait until its domain is gone."""
         self.check("poweroff")
+        self.wait_end(timeout)
+
+    def wait_end(self, timeout: float = 120) -> None:
+        """Wait until the guest's domain is gone."""
         self._wait(lambda: True if not self.exists() else None, timeout, "end of the domain")
 
     def exists(self) -> bool:

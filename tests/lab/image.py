@@ -1,9 +1,11 @@
 """The second half of the build: what QEMU boots as the Xen host, and the guest that dom0 boots."""
 
 import gzip
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from tests.lab.base import Base, build_base
@@ -21,6 +23,7 @@ DOM0_MODULES = (
 DOM0_MODULE_PREFIXES = ("xen", "virtio_")
 DOM0_INITRD_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 GUEST_MODULES = ("nd_pmem", "nd_btt", "nfit", "nd_e820")
+GUEST_TOOLS = ("/usr/bin/ndctl", "/sbin/mke2fs")
 GUEST_KERNEL_SECTOR = 2048
 # Each trip from a guest to QEMU costs milliseconds, so there is no serial port, and no clock to calibrate.
 GUEST_LINUX_ARGS = "console=hvc0 quiet loglevel=3 tsc=reliable no_timer_check mitigations=off rdinit=/init"
@@ -67,6 +70,16 @@ class Images:
         """A raw disk whose GRUB boots the two above."""
         return self.folder / "guest.img"
 
+    @property
+    def guest_tools(self) -> Path:
+        """A second initramfs: ndctl and mke2fs."""
+        return self.folder / "guest-tools.gz"
+
+    @property
+    def guest_tools_disk(self) -> Path:
+        """The guest's disk with this one, too; it takes longer to boot."""
+        return self.folder / "guest-tools.img"
+
 
 def build(cache: Path | None = None) -> Images:
     """Return the lab's images, built first when the recipe changed or nothing is there."""
@@ -80,19 +93,18 @@ def build(cache: Path | None = None) -> Images:
     return Images(cached(cache, "lab", digest(recipe, base.root.parent.name), make))
 
 
-def make_guest_disk(images: Images, target: Path, linux_args: str = "") -> None:
-    """Write a raw disk to `target`: GRUB, the guest's kernel and its initramfs; `linux_args` go to the kernel.
+def make_guest_disk(images: Images, target: Path, linux_args: str = "", *more: Path) -> None:
+    """Write a raw disk to `target`: GRUB, the guest's kernel, its initramfs and `more`; `linux_args` go to the kernel.
 
     GRUB reads kernel and initrd as block lists, in large contiguous reads: a file system would cost it seconds.
     """
-    kernel, initrd = images.guest_kernel.read_bytes(), images.guest_initrd.read_bytes()
-    initrd_sector = GUEST_KERNEL_SECTOR + _sectors(len(kernel))
-    config = target.with_suffix(".cfg")
-    config.write_text(
-        f"linux (hd0){GUEST_KERNEL_SECTOR}+{_sectors(len(kernel))} {GUEST_LINUX_ARGS} {linux_args}\n"
-        f"initrd (hd0){initrd_sector}+{_sectors(len(initrd))}\n"
-        "boot\n"
+    files = [file.read_bytes() for file in (images.guest_kernel, images.guest_initrd, *more)]
+    sectors = list(accumulate(map(_sectors, map(len, files)), initial=GUEST_KERNEL_SECTOR))
+    kernel, *initrds = (
+        f"(hd0){sector}+{_sectors(len(file))}" for sector, file in zip(sectors[:-1], files, strict=True)
     )
+    config = target.with_suffix(".cfg")
+    config.write_text(f"linux {kernel} {GUEST_LINUX_ARGS} {linux_args}\ninitrd {' '.join(initrds)}\nboot\n")
     core = target.with_suffix(".core")
     run_tool(["grub-mkimage", "-O", "i386-pc", "-p", "/", "-c", config, "-o", core, "biosdisk", "linux"])
     loader = Path("/usr/lib/grub/i386-pc/boot.img").read_bytes() + core.read_bytes()
@@ -102,10 +114,9 @@ def make_guest_disk(images: Images, target: Path, linux_args: str = "") -> None:
         )
     with target.open("wb") as disk:
         disk.write(loader)
-        disk.seek(GUEST_KERNEL_SECTOR * SECTOR)
-        disk.write(kernel)
-        disk.seek(initrd_sector * SECTOR)
-        disk.write(initrd)
+        for sector, file in zip(sectors[:-1], files, strict=True):
+            disk.seek(sector * SECTOR)
+            disk.write(file)
         disk.truncate(-(-disk.tell() // (1 << 20)) << 20)
     config.unlink()
     core.unlink()
@@ -127,6 +138,8 @@ def _make(base: Base, images: Images) -> None:
     )
     _make_initrd(images.guest_initrd, SOURCES / "guest-init", busybox, guest_modules.closure(GUEST_MODULES))
     make_guest_disk(images, images.guest_disk)
+    _make_tools(images.guest_tools, base.root)
+    make_guest_disk(images, images.guest_tools_disk, "", images.guest_tools)
     root = images.folder / "root"
     run_tool(["cp", "--archive", "--link", base.root, root])
     _furnish(root, dom0_modules)
@@ -144,6 +157,9 @@ def _furnish(root: Path, modules: "ModuleTree") -> None:
     for name, target in (("dom0-init", "sbin/dom0-init"), ("lab-agent", "usr/local/sbin/lab-agent")):
         shutil.copy(SOURCES / name, root / target)
         (root / target).chmod(0o755)
+    shutil.copy(SOURCES / "lab-agent.service", root / "etc/systemd/system")
+    # its log is how guests are heard
+    _replace(root / "etc/default/xen", "XENCONSOLED_ARGS='--log=all --log-dir=/var/log/xen/console'\n")
     for folder in ("mnt/share", "mnt/dax", "var/lib/xenstored", "var/log/xen/console"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     _replace(root / "etc/hostname", "dom0\n")
@@ -170,6 +186,21 @@ def _make_initrd(target: Path, init: Path, busybox: Path, modules: Sequence[Path
     (tree / "init").chmod(0o755)
     for number, module in enumerate(modules):
         shutil.copy(module, tree / "modules" / f"{number:02}-{module.name}")
+    _pack(tree, target)
+
+
+def _make_tools(target: Path, root: Path) -> None:
+    """Programs of the system in `root`, with the libraries they need."""
+    tree = target.with_suffix(".tree")
+    needed = re.findall(r"(/\S+) \(0x", run_tool(["chroot", root, "ldd", *GUEST_TOOLS]).decode())
+    for name in {*GUEST_TOOLS, *needed}:
+        (tree / name[1:]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name[1:], tree / name[1:])
+    _pack(tree, target)
+
+
+def _pack(tree: Path, target: Path) -> None:
+    """Make an initramfs of a folder, which goes."""
     names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
     archive = run_tool(["cpio", "--quiet", "-o", "-H", "newc"], stdin="\n".join(names).encode() + b"\n", cwd=tree)
     target.write_bytes(gzip.compress(archive))

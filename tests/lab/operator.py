@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.lab.guest import Guest, Report, disk_arguments, install_guest
+from tests.lab.guest import GUEST_DISK, Guest, Report, disk_arguments, install_guest
 from tests.lab.host import XenHost
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,6 @@ DOMCTL_HYPERCALL, MEMORY_MAPPING = 36, 39
 INSTALL = """\
 python3 -m venv --system-site-packages --without-pip /opt/nvdimm-driver
 pip --quiet --python /opt/nvdimm-driver/bin/python3 install --no-deps --no-index {wheel}
-{nvdimmctl} register
 """
 # With this alignment the file systems allocate whole 2 MiB pieces of the namespace where they can.
 MAKE_FILE_SYSTEM = {
@@ -54,12 +53,18 @@ def build_wheel(folder: Path) -> Path:
 
 def install_driver(host: XenHost) -> None:
     """Install the wheel in dom0, register, and have libvirtd see the hook."""
+    install_wheel(host)
+    host.check(f"{NVDIMMCTL} register")
+    restart_libvirtd(host)
+    start_nvdimmd(host)
+
+
+def install_wheel(host: XenHost) -> None:
+    """Install the wheel in dom0."""
     with tempfile.TemporaryDirectory() as folder:
         wheel = build_wheel(Path(folder))
         host.put(wheel, f"/root/{wheel.name}")
-        host.check(f"set -e\n{INSTALL.format(wheel=f'/root/{wheel.name}', nvdimmctl=NVDIMMCTL)}")
-    restart_libvirtd(host)
-    start_nvdimmd(host)
+        host.check(f"set -e\n{INSTALL.format(wheel=f'/root/{wheel.name}')}")
 
 
 def stop_nvdimmd(host: XenHost) -> None:
@@ -93,9 +98,11 @@ def nvdimm(path: str, size_mib: int, *, label_kib: int = 0, attributes: str = "a
     )
 
 
-def domain_xml(name: str, nvdimms: Sequence[str], *, ram_mib: int = 128) -> str:
+def domain_xml(
+    name: str, nvdimms: Sequence[str], *, ram_mib: int = 128, on_crash: str = "destroy", disk: str = GUEST_DISK
+) -> str:
     """A guest that boots from the lab's guest disk."""
-    arguments = "".join(f"<xen:arg value='{argument}'/>" for argument in disk_arguments())
+    arguments = "".join(f"<xen:arg value='{argument}'/>" for argument in disk_arguments(disk))
     return f"""\
 <domain type='xen' xmlns:xen='http://libvirt.org/schemas/domain/xen/1.0'>
   <name>{name}</name>
@@ -105,7 +112,7 @@ def domain_xml(name: str, nvdimms: Sequence[str], *, ram_mib: int = 128) -> str:
   <os><type arch='x86_64' machine='xenfv'>hvm</type><boot dev='hd'/></os>
   <features><acpi/><apic/><pae/></features>
   <clock offset='utc'><timer name='hpet' present='no'/><timer name='tsc' mode='native'/></clock>
-  <on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
+  <on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>{on_crash}</on_crash>
   <devices>
     <console type='pty'><target type='xen'/></console>
     {"".join(nvdimms)}
@@ -160,9 +167,12 @@ def restart_libvirtd(host: XenHost, uri: str = "xen:///system") -> None:
 
 
 def fragment(host: XenHost, folder: str, piece_mib: int) -> None:
-    """Fill a file system and free every second piece, so that what is allocated next is in several extents."""
+    """Fill a file system and free every second piece, so that what is allocated next is in several extents.
+
+    What was deleted before is free only when the journal is written.
+    """
     host.check(
-        f"i=1000; while fallocate -l {piece_mib}M {folder}/filler-$i 2>/dev/null; do i=$((i+1)); done; "
+        f"sync {folder}; i=1000; while fallocate -l {piece_mib}M {folder}/filler-$i 2>/dev/null; do i=$((i+1)); done; "
         f"rm -f {folder}/filler-*[02468]; sync {folder}"
     )
 

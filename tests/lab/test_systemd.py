@@ -1,0 +1,154 @@
+"""Debian's own systemd in dom0: what 'nvdimmctl register' sets up there, and what is there after a power cut.
+
+On XFS and device-dax, where other tests have ext4 and a raw namespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.guest import Guest
+from tests.lab.host import XenHost
+from tests.lab.image import Images
+
+pytestmark = pytest.mark.lab
+MIB = 1 << 20
+NVDIMMS = (("/mnt/pmem0/db1.img", 48), ("/dev/dax1.0", 32))
+DISK = "/var/lib/guest.img"
+SOCKETS = "/run/libvirt/virtxend-sock /run/libvirt/virtxend-sock-ro"
+# Debian 12 has no modular daemons: this one is at virtxend's place, and hands all on to libvirtd.
+VIRTXEND = """\
+for mode in '' -ro; do
+cat >/etc/systemd/system/virtxend$mode.socket <<END
+[Socket]
+ListenStream=/run/libvirt/virtxend-sock$mode
+SocketMode=0666
+RemoveOnStop=yes
+Service=virtxend.service
+[Install]
+WantedBy=sockets.target
+END
+done
+cat >/etc/systemd/system/virtxend.service <<END
+[Service]
+ExecStart=/lib/systemd/systemd-socket-proxyd /run/libvirt/libvirt-sock
+END
+systemctl daemon-reload
+systemctl enable --now virtxend.socket virtxend-ro.socket
+"""
+
+
+@pytest.fixture(scope="module")
+def xen(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
+    """A host with the driver, a DAX file system that is mounted at boot, and a domain that is started at boot."""
+    for shared in shared_hosts:
+        shared.stop()
+    arguments = "lab.init=/sbin/init systemd.wants=lab-agent.service"
+    with XenHost(images, linux_args=arguments, keep_disk=True, boot_timeout=400) as host:
+        host.check("systemctl is-system-running --wait || true")
+        operator.install_wheel(host)
+        host.check(f"{operator.NVDIMMCTL} register && systemctl restart libvirtd")
+        operator.make_pmem(host, "xfs", "devdax")
+        host.check("echo '/dev/pmem0 /mnt/pmem0 xfs dax 0 0' >>/etc/fstab")
+        host.put(images.guest_disk, DISK)
+        nvdimms = [operator.nvdimm(*each) for each in NVDIMMS]
+        host.write("/root/db1.xml", operator.domain_xml("db1", nvdimms, disk=DISK).encode())
+        yield host
+
+
+def virsh(xen: XenHost, command: str) -> str:
+    return xen.check(f"{operator.VIRSH} {command}").stdout.strip()
+
+
+def logged(xen: XenHost, unit: str) -> str:
+    return xen.check(f"journalctl -u {unit} --no-pager").stdout
+
+
+def test_plain_virsh_goes_through_nvdimmd(xen: XenHost) -> None:
+    virsh(xen, "define /root/db1.xml")
+    assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
+    assert xen.check("systemctl is-active nvdimmd.service").stdout.strip() == "active"
+    assert "bytes written" in logged(xen, "nvdimmd")
+    xen.check("echo 'uri_default = \"xen:///system\"' >>/etc/libvirt/libvirt.conf")
+    assert "model='nvdimm'" in xen.check("virsh dumpxml db1").stdout
+    virsh(xen, "autostart db1")
+    guest = Guest(xen, "db1")
+    virsh(xen, "start db1")
+    assert sorted(disk.size for disk in guest.wait_report().disks) == [32 * MIB, 48 * MIB]
+    assert virsh(xen, "-r domstate db1") == "running"
+
+
+def test_nvdimmd_can_do_no_more_than_it_needs(xen: XenHost) -> None:
+    status = xen.check("cat /proc/$(systemctl show -P MainPID nvdimmd)/status").stdout
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert fields["NoNewPrivs"] == "1"
+    assert int(fields["CapBnd"], 16) == int(fields["CapEff"], 16)
+    everything = int(xen.check("grep CapBnd /proc/1/status").stdout.split()[1], 16)
+    for number in (1 << 12, 1 << 16, 1 << 19, 1 << 22):  # NET_ADMIN, SYS_MODULE, SYS_PTRACE, SYS_BOOT
+        assert everything & number
+        assert not int(fields["CapEff"], 16) & number
+
+
+def test_a_killed_nvdimmd_is_there_again(xen: XenHost) -> None:
+    before = xen.check("systemctl show -P MainPID nvdimmd").stdout
+    xen.check("systemctl kill --signal KILL nvdimmd")
+    assert virsh(xen, "domstate db1") == "running"
+    assert xen.check("systemctl show -P MainPID nvdimmd").stdout != before
+
+
+def test_without_nvdimmd_clients_talk_to_libvirtd(xen: XenHost) -> None:
+    xen.check("systemctl stop nvdimmd.socket nvdimmd-ro.socket nvdimmd.service")
+    assert xen.run(f"ls {SOCKETS}").stdout == ""
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+    xen.check("systemctl start nvdimmd.socket nvdimmd-ro.socket")
+    assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
+
+
+def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
+    """After a power cut, with the bytes that it wrote before."""
+    guest = Guest(xen, "db1")
+    before = operator.disks(xen, "db1", guest.report())
+    for seed, disk in enumerate(before):
+        guest.write(disk, seed * MIB, 8 * MIB, seed)
+    seen = [guest.sha256(disk, 0, 16 * MIB) for disk in before]
+    xen.check("sync")
+
+    def lose_power() -> None:
+        xen.power_cut()
+        xen.start()
+
+    report = guest.next_boot(lose_power, timeout=400)
+    assert report.problems == ()
+    assert xen.run("systemctl is-active nvdimmd.service").stdout.strip() == "inactive"
+    assert [guest.sha256(disk, 0, 16 * MIB) for disk in operator.disks(xen, "db1", report)] == seen
+    assert [operator.host_sha256(xen, path, 0, 16 * MIB) for path, _ in NVDIMMS] == seen
+    guest.poweroff()
+
+
+def test_unregister_puts_everything_back(xen: XenHost) -> None:
+    xen.check(f"{operator.NVDIMMCTL} unregister")
+    assert (
+        xen.run("ls /etc/libvirt/hooks/libxl.d/* /usr/libexec/xen/bin/nvdimm-* /etc/systemd/system/nvdimmd*").stdout
+        == ""
+    )
+    assert xen.run(f"ls {SOCKETS}").stdout == ""
+    assert "not be found" in xen.run("systemctl status nvdimmd.service nvdimmd.socket").stderr
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+    assert xen.run("systemctl list-units --failed --plain --no-legend 'nvdimm*'").stdout == ""
+
+
+def test_the_socket_of_a_modular_daemon_is_moved_and_brought_back(xen: XenHost) -> None:
+    xen.check(VIRTXEND)
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+    said = xen.check(f"{operator.NVDIMMCTL} register").stdout
+    assert "virtxend.socket.d/nvdimmd.conf" in said
+    assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
+    assert "model='nvdimm'" in virsh(xen, "-r dumpxml db1")
+    assert xen.check("systemctl is-active virtxend.service").stdout.strip() == "active"
+    xen.check(f"{operator.NVDIMMCTL} unregister")
+    assert xen.run("ls /run/libvirt/virtxend-direct-sock*").stdout == ""
+    xen.check(f"ls {SOCKETS}")
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
