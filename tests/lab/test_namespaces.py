@@ -1,0 +1,79 @@
+"""Labels: what a guest's ndctl makes is there after a reboot, and in the file where QEMU would look for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.guest import Guest
+from tests.lab.host import XenHost
+
+pytestmark = pytest.mark.lab
+MIB = 1 << 20
+NAME, FILE = "labelled", "/mnt/pmem0/labelled.img"
+CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
+SIZE_MIB, LABEL_KIB = 98, 2048
+DISK = "/tmp/guest-tools.img"
+# what 'seq 100000' and 'seq 5000' print
+LINES, SECTORS = ("".join(f"{number}\n" for number in range(1, last + 1)).encode() for last in (100_000, 5_000))
+
+
+@pytest.fixture(scope="module", params=["aml"])
+def guest(driver_host: XenHost, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A guest with ndctl, and an NVDIMM with a label area that is empty."""
+    driver_host.write(CONF, f"[acpi]\nbuilder = native\ndsm = {request.param}\n".encode())
+    driver_host.put(driver_host.images.guest_tools_disk, DISK)
+    xml = operator.domain_xml(NAME, [operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_KIB)], ram_mib=256, disk=DISK)
+    driver_host.write(f"/root/{NAME}.xml", xml.encode())
+    driver_host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
+    started = operator.start(driver_host, NAME)
+    yield started
+    if started.exists():
+        driver_host.check(f"{operator.VIRSH} destroy {NAME}")
+    operator.remove(driver_host, NAME)
+    driver_host.check(f"rm {CONF} {FILE} {DISK}")
+
+
+def namespaces(guest: Guest) -> dict[str, tuple[str, int, str]]:
+    """Uuid, size and block device of the guest's namespaces, by mode."""
+    found = json.loads(guest.check("run", "ndctl list -N") or "[]")
+    return {each["mode"]: (each["uuid"], each["size"], f"/dev/{each['blockdev']}") for each in found}
+
+
+def same_labels(host: XenHost, guest: Guest) -> bool:
+    """Whether the label area that the guest reads is the end of the file."""
+    seen = guest.check("run", "ndctl read-labels nmem0 -o /tmp/labels 2>/dev/null && sha256sum </tmp/labels")
+    return seen.split()[0] == operator.host_sha256(host, FILE, (SIZE_MIB - 2) * MIB, LABEL_KIB << 10)
+
+
+def test_namespaces_last(driver_host: XenHost, guest: Guest) -> None:
+    report = guest.wait_report()
+    assert report.problems == ()
+    assert (report.regions[0].size, len(report.dimms)) == ((SIZE_MIB - 2) * MIB, 1)
+    guest.check("run", "ndctl disable-region region0 && ndctl init-labels nmem0 && ndctl enable-region region0")
+    guest.check("run", "ndctl create-namespace -m fsdax --map=mem -s 48M", timeout=300)
+    guest.check("run", "ndctl create-namespace -m sector -s 32M", timeout=300)
+    made = namespaces(guest)
+    assert sorted(made) == ["fsdax", "sector"]
+    assert same_labels(driver_host, guest)
+    fsdax, sector = made["fsdax"][2], made["sector"][2]
+    guest.check(
+        "run",
+        f"mkdir /mnt && /sbin/mke2fs -q -b 4096 -t ext4 {fsdax} && mount -t ext4 -o dax {fsdax} /mnt && "
+        f"seq 100000 >/mnt/file && umount /mnt && seq 5000 | dd of={sector} conv=fsync 2>/dev/null",
+        timeout=300,
+    )
+    again = guest.reboot()
+    assert again.problems == ()
+    assert namespaces(guest) == made
+    assert same_labels(driver_host, guest)
+    sums = guest.check(
+        "run",
+        f"mkdir /mnt && mount -t ext4 -o dax {fsdax} /mnt && sha256sum </mnt/file && "
+        f"dd if={sector} bs={len(SECTORS)} count=1 2>/dev/null | sha256sum",
+    )
+    assert [line.split()[0] for line in sums.split("\n")] == [sha256(data).hexdigest() for data in (LINES, SECTORS)]
