@@ -52,7 +52,7 @@ class XenNvdimmDriver:
         host: Host,
         qemu: str,
         gap: int,
-        dsm: str = "none",
+        dsm: str,
     ) -> None:
         self.ledger = ledger
         self.state_dir = state_dir

@@ -124,7 +124,7 @@ def mappings(placement: Placement, extents: Sequence[Extent], *, labels: bool = 
     :raises LayoutError: when they are not whole pages, have a gap, or do not reach the end.
     """
     wanted = [(0, placement.size)]
-    if labels and placement.label_size:
+    if labels:
         wanted.append(((placement.label_base - placement.base) // PAGE * PAGE, placement.space_end - placement.base))
     end = wanted[-1][1]
     result: list[Mapping] = []

@@ -230,6 +230,11 @@ class GuestLayout:
     dsm: str = "none"
     persistence_domain: str = "memory_controller"
 
+    @property
+    def label_areas(self) -> tuple[Placement, ...]:
+        """The NVDIMMs whose label areas the guest has in its memory."""
+        return tuple(each for each in self.nvdimms if each.label_size) if self.dsm == "aml" else ()
+
 
 @dataclass(frozen=True)
 class AcpiTables:

@@ -133,8 +133,9 @@ class Planner:
         ]
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
         guest = self._told(guest, [location.identity for location in locations])
+        labelled = set(guest.label_areas)
         mappings = [
-            layout.mappings(placement, location.extents, labels=guest.dsm == "aml")
+            layout.mappings(placement, location.extents, labels=placement in labelled)
             for placement, location in zip(guest.nvdimms, locations, strict=True)
         ]
         pmem = tuple(areas(self.host.namespaces()))

@@ -47,19 +47,21 @@ def ssdt(layout: GuestLayout) -> bytes:
     #             Name (_ADR, 1)           the handle
     #             …
     #         } …
-    labelled = [placement for placement in layout.nvdimms if placement.label_size and layout.dsm == "aml"]
+    served = layout.label_areas
     devices = [
-        aml.device(
-            f"NV{placement.handle - 1:02X}",
-            aml.name("_ADR", aml.integer(placement.handle)),
-            *[labels.dsm(placement) for _ in range(placement in labelled)],
-        )
+        _device(placement, labels.dsm(placement)) if served and placement.label_size else _device(placement)
         for placement in layout.nvdimms
     ]
-    service = labels.methods() if labelled else ()
-    root = aml.device("NVDR", aml.name("_HID", aml.string("ACPI0012")), *service, *devices)
-    reserved = [labels.reservation(labelled)] if labelled else []
-    return seal(_header(b"SSDT", 2), aml.scope("_SB", root, *reserved))
+    name = aml.name("_HID", aml.string("ACPI0012"))
+    if served:
+        terms = [aml.device("NVDR", name, *labels.methods(), *devices), labels.reservation(served)]
+    else:
+        terms = [aml.device("NVDR", name, *devices)]
+    return seal(_header(b"SSDT", 2), aml.scope("_SB", *terms))
+
+
+def _device(placement: Placement, *terms: bytes) -> bytes:
+    return aml.device(f"NV{placement.slot:02X}", aml.name("_ADR", aml.integer(placement.handle)), *terms)
 
 
 def nfit(layout: GuestLayout) -> bytes:
