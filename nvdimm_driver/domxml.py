@@ -20,26 +20,17 @@ are no entities and nothing to fetch.
 
 from __future__ import annotations
 
-import codecs
 import posixpath
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from uuid import UUID
-from xml.parsers import expat
 
 from nvdimm_driver import plugins
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, DomainSpec, NvdimmSpec
+from nvdimm_driver.xmltext import Element, Text, may_have, parse
 
 NAMESPACE = "urn:nvdimm-driver:domain:1"
 """What the record of a rewritten domain is known by."""
-MAX_BYTES = 4 * MIB
-"""The longest string that libvirt's RPC takes (src/remote/remote_protocol.x:REMOTE_STRING_MAX)."""
-MAX_ELEMENTS = 100_000
-"""Many times what a large domain has; keeps the memory that a hostile one takes in bounds."""
-MAX_DEPTH = 256
-"""libxml2's limit without XML_PARSE_HUGE, and so libvirt's (xmlParserMaxDepth)."""
 MAX_NVDIMMS = 256
 """QEMU's ACPI_MAX_RAM_SLOTS (hw/acpi/memory_hotplug.h)."""
 MIN_LABEL = 128 * KIB
@@ -47,8 +38,6 @@ MIN_LABEL = 128 * KIB
 SIZE_STEP = 2 * MIB
 """What libvirt rounds the size of a memory device up to (src/qemu/qemu_domain.c)."""
 MAX_SCALED = (1 << 63) - 1
-EIGHT_BIT = ("iso8859-", "cp125", "koi8-")
-"""Encodings, by the beginning of Python's name, whose lower half is ASCII."""
 
 _RECORD = "nvdimm:domain"
 _UNITS: dict[str, int] = {"": KIB, "b": 1, "byte": 1, "bytes": 1} | {
@@ -62,10 +51,6 @@ _UNITS: dict[str, int] = {"": KIB, "b": 1, "byte": 1, "bytes": 1} | {
 _BEFORE_METADATA = ("name", "uuid", "genid", "title", "description")
 _BEFORE_FEATURES = ("os", "idmap")
 _BEHIND_MEMORY = ("crypto", "iommu", "vsock", "pstore")
-
-_TEXT_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord("\r"): "&#13;"}
-_ATTRIBUTE_ESCAPES = {ord("\t"): "&#9;", ord("\n"): "&#10;"}
-"""As libxml2 writes them (xmlNodeDump), which writes libvirt's metadata."""
 
 
 class LibxlXmlHook(plugins.XmlHook):
@@ -104,8 +89,8 @@ def rewrite(xml: str, device_model: str) -> str:
             hint="leave <emulator> out, or name the QEMU that is to run the guest",
         )
     root, devices = text.root, text.root.need("devices")
-    record = _Element(_RECORD, {"xmlns:nvdimm": NAMESPACE})
-    kept = _Element("devices")
+    record = Element(_RECORD, {"xmlns:nvdimm": NAMESPACE})
+    kept = Element("devices")
 
     if (limit := root.child("maxMemory")) is not None:
         record.children.append(limit)
@@ -116,13 +101,13 @@ def rewrite(xml: str, device_model: str) -> str:
     features = root.child("features")
     if features is None:
         record.attributes["added"] = "acpi"
-        text.insert_after(root.last(_BEFORE_FEATURES), _Element("features", children=[_Element("acpi")]))
+        text.insert_after(root.last(_BEFORE_FEATURES), Element("features", children=[Element("acpi")]))
     elif features.child("acpi") is None:
         record.attributes["added"] = "acpi"
-        text.insert_first(features, _Element("acpi"))
+        text.insert_first(features, Element("acpi"))
 
     emulator = devices.child("emulator")
-    ours = _Element("emulator", text=device_model)
+    ours = Element("emulator", text=device_model)
     if emulator is None:
         text.insert_first(devices, ours)
     else:
@@ -136,7 +121,7 @@ def rewrite(xml: str, device_model: str) -> str:
 
     metadata = root.child("metadata")
     if metadata is None:
-        text.insert_after(root.last(_BEFORE_METADATA), _Element("metadata", children=[record]), quote='"')
+        text.insert_after(root.last(_BEFORE_METADATA), Element("metadata", children=[record]), quote='"')
     else:
         text.insert_first(metadata, record, quote='"')
     return text.edited()
@@ -212,33 +197,12 @@ def extract(xml: str) -> DomainSpec | None:
     return _spec(text.root)
 
 
-def decode(data: bytes) -> str:
-    """Return the text of XML that a client has sent, as libxml2 would read it.
-
-    A declaration that names another encoding than UTF-8 is gone from it: what is sent on is UTF-8.
-
-    :raises DomainXmlError: when it is in no encoding whose ASCII is ASCII: what it says would be hidden.
-    """
-    encoding, end = _declared(data)
-    name = "utf-8" if encoding is None else _codec(encoding)
-    if not name.startswith((*EIGHT_BIT, "utf-8", "ascii")):
-        raise DomainXmlError(f"the XML is in the encoding {encoding!r}", hint="write it in UTF-8")
-    start = end if name.startswith(EIGHT_BIT) else 0
-    try:
-        return data[start:].decode(name)
-    except UnicodeDecodeError as error:
-        raise DomainXmlError(
-            f"the XML is not {encoding or 'UTF-8'}, {error.reason} at byte {start + error.start}",
-            hint="declare its encoding, as in <?xml version='1.0' encoding='ISO-8859-1'?>",
-        ) from None
-
-
 def mentions(xml: str) -> bool:
     """True for XML with an attribute, such as a declaration of a name space, that is :data:`NAMESPACE`.
 
     :raises DomainXmlError: when the XML cannot be parsed.
     """
-    return _may_have(xml, NAMESPACE) and _mentions(_parse(xml).root)
+    return may_have(xml, NAMESPACE) and _mentions(parse(xml).root)
 
 
 def emulator_is(xml: str, path: str) -> bool:
@@ -246,9 +210,9 @@ def emulator_is(xml: str, path: str) -> bool:
 
     :raises DomainXmlError: when the XML cannot be parsed.
     """
-    if not _may_have(xml, path):
+    if not may_have(xml, path):
         return False
-    devices = _parse(xml).root.child("devices")
+    devices = parse(xml).root.child("devices")
     return devices is not None and any(
         child.tag == "emulator" and child.text.strip() == path for child in devices.children
     )
@@ -256,10 +220,10 @@ def emulator_is(xml: str, path: str) -> bool:
 
 def with_uuid(xml: str, uuid: str) -> str:
     """Return domain XML with that uuid behind its name; the same string when it has one."""
-    text = _parse(xml)
+    text = parse(xml)
     if text.root.child("uuid") is not None:
         return xml
-    text.insert_after(text.root.need("name"), _Element("uuid", text=uuid))
+    text.insert_after(text.root.need("name"), Element("uuid", text=uuid))
     return text.edited()
 
 
@@ -268,9 +232,9 @@ def is_nvdimm(device: str) -> bool:
 
     :raises DomainXmlError: when the XML cannot be parsed.
     """
-    if not _may_have(device, "nvdimm"):
+    if not may_have(device, "nvdimm"):
         return False
-    root = _parse(device).root
+    root = parse(device).root
     return root.tag == "memory" and root.attributes.get("model") == "nvdimm"
 
 
@@ -279,13 +243,13 @@ def attach(xml: str, device: str) -> str:
 
     :param device: for which :func:`is_nvdimm` holds.
     """
-    text = _parse(xml)
+    text = parse(xml)
     devices = text.root.need("devices")
     before = [element for element in devices.children if element.tag not in _BEHIND_MEMORY]
     if before:
-        text.insert_after(before[-1], _parse(device).root)
+        text.insert_after(before[-1], parse(device).root)
     else:
-        text.insert_first(devices, _parse(device).root)
+        text.insert_first(devices, parse(device).root)
     return text.edited()
 
 
@@ -294,7 +258,7 @@ def detach(xml: str, device: str) -> str:
 
     :raises DomainXmlError: when there is none.
     """
-    text = _parse(xml)
+    text = parse(xml)
     text.cut(_same_backing(text.root, device))
     return text.edited()
 
@@ -304,16 +268,16 @@ def update(xml: str, device: str) -> str:
 
     :raises DomainXmlError: when there is none.
     """
-    text = _parse(xml)
-    text.replace(_same_backing(text.root, device), _parse(device).root)
+    text = parse(xml)
+    text.replace(_same_backing(text.root, device), parse(device).root)
     return text.edited()
 
 
 # --- what the XML says ---
 
 
-def _same_backing(root: _Element, device: str) -> _Element:
-    source = _parse(device).root.child("source")
+def _same_backing(root: Element, device: str) -> Element:
+    source = parse(device).root.child("source")
     path = "" if source is None else source.text_of("path")
     for element in _nvdimms(root):
         own = element.child("source")
@@ -322,7 +286,7 @@ def _same_backing(root: _Element, device: str) -> _Element:
     raise DomainXmlError(f"the domain has no NVDIMM with <source><path> {path!r}", hint="'virsh dumpxml' shows them")
 
 
-def _spec(root: _Element) -> DomainSpec:
+def _spec(root: Element) -> DomainSpec:
     name = root.need("name").text
     _check_hvm(root)
     ram = _ram(root)
@@ -347,13 +311,13 @@ def _spec(root: _Element) -> DomainSpec:
     )
 
 
-def _nvdimms(root: _Element) -> list[_Element]:
+def _nvdimms(root: Element) -> list[Element]:
     devices = root.child("devices")
     children = [] if devices is None else devices.children
     return [child for child in children if child.tag == "memory" and child.attributes.get("model") == "nvdimm"]
 
 
-def _uuid(root: _Element) -> str | None:
+def _uuid(root: Element) -> str | None:
     element = root.child("uuid")
     if element is None:
         return None
@@ -363,7 +327,7 @@ def _uuid(root: _Element) -> str | None:
         raise DomainXmlError(f"<uuid> is {element.text!r}, which is not a UUID", hint="32 hexadecimal digits") from None
 
 
-def _check_hvm(root: _Element) -> None:
+def _check_hvm(root: Element) -> None:
     os_element = root.child("os")
     kind = None if os_element is None else os_element.child("type")
     guest, machine = ("", "") if kind is None else (kind.text.strip(), kind.attributes.get("machine", ""))
@@ -375,13 +339,13 @@ def _check_hvm(root: _Element) -> None:
         )
 
 
-def _cells(root: _Element) -> list[_Element]:
+def _cells(root: Element) -> list[Element]:
     cpu = root.child("cpu")
     numa = None if cpu is None else cpu.child("numa")
     return [] if numa is None else [child for child in numa.children if child.tag == "cell"]
 
 
-def _ram(root: _Element) -> int:
+def _ram(root: Element) -> int:
     """Bytes of guest RAM: the NUMA cells', as libvirt does it (virDomainDefPostParseMemory), or else ``<memory>``."""
     memory, cells = root.child("memory"), _cells(root)
     if cells:
@@ -397,7 +361,7 @@ def _ram(root: _Element) -> int:
     return sum(parts)
 
 
-def _check_current_memory(root: _Element, ram: int) -> None:
+def _check_current_memory(root: Element, ram: int) -> None:
     element = root.child("currentMemory")
     current = 0 if element is None else _scaled(element, "<currentMemory>")
     if 0 < current < ram:  # 0 is none given (virDomainDefPostParseMemory)
@@ -408,12 +372,12 @@ def _check_current_memory(root: _Element, ram: int) -> None:
         )
 
 
-def _memory_to_change(root: _Element, ram: int) -> list[_Element]:
+def _memory_to_change(root: Element, ram: int) -> list[Element]:
     elements = [element for element in (root.child("memory"), root.child("currentMemory")) if element is not None]
     return [element for element in elements if _scaled(element, f"<{element.tag}>") not in (0, ram)]
 
 
-def _nvdimm(element: _Element, slot: int, nodes: int) -> NvdimmSpec:
+def _nvdimm(element: Element, slot: int, nodes: int) -> NvdimmSpec:
     source, target = element.child("source"), element.child("target")
     path = "" if source is None else source.text_of("path")
     where = f"NVDIMM {path or f'in slot {slot}'}: "
@@ -457,7 +421,7 @@ def _nvdimm(element: _Element, slot: int, nodes: int) -> NvdimmSpec:
     return spec
 
 
-def _check_supported(element: _Element, target: _Element, where: str) -> None:
+def _check_supported(element: Element, target: Element, where: str) -> None:
     access, discard = element.attributes.get("access", "shared"), element.attributes.get("discard", "no")
     if access not in ("shared", "private"):
         raise DomainXmlError(f"{where}access is {access!r}", hint="write access='shared'")
@@ -484,7 +448,7 @@ def _check_supported(element: _Element, target: _Element, where: str) -> None:
         )
 
 
-def _alignsize(source: _Element, where: str) -> int | None:
+def _alignsize(source: Element, where: str) -> int | None:
     element = source.child("alignsize")
     if element is None:
         return None
@@ -497,7 +461,7 @@ def _alignsize(source: _Element, where: str) -> int | None:
     return align
 
 
-def _base(element: _Element, where: str) -> int | None:
+def _base(element: Element, where: str) -> int | None:
     address = element.child("address")
     text = None if address is None else address.attributes.get("base")
     base = 0 if text is None else _integer(text, f"{where}the base in <address>", base=16)
@@ -509,7 +473,7 @@ def _base(element: _Element, where: str) -> int | None:
     return base or None  # 0 is none given (virDomainMemoryDef in src/conf/domain_conf.h)
 
 
-def _slots(elements: Sequence[_Element]) -> list[int]:
+def _slots(elements: Sequence[Element]) -> list[int]:
     """The slot of each NVDIMM: its own, or the lowest that is free, in document order."""
     given: list[int | None] = []
     for number, element in enumerate(elements, start=1):
@@ -540,7 +504,7 @@ def _check_paths(specs: Sequence[NvdimmSpec]) -> None:
         seen[path] = spec.slot
 
 
-def _scaled(element: _Element, what: str) -> int:
+def _scaled(element: Element, what: str) -> int:
     return _scale(element.text, element.attributes.get("unit", ""), what)
 
 
@@ -574,7 +538,7 @@ def _integer(text: str, what: str, *, base: int = 10, limit: int = MAX_SCALED) -
 # --- the record in the metadata ---
 
 
-def _record(root: _Element) -> _Element | None:
+def _record(root: Element) -> Element | None:
     metadata = root.child("metadata")
     children = [] if metadata is None else metadata.children
     return next(
@@ -583,7 +547,7 @@ def _record(root: _Element) -> _Element | None:
     )
 
 
-def _check_plain(element: _Element) -> None:
+def _check_plain(element: Element) -> None:
     """Text next to elements, which libvirt's format has nowhere, would be lost in the record."""
     if element.children and element.text.strip():
         text = element.text.strip()[:40]
@@ -592,197 +556,19 @@ def _check_plain(element: _Element) -> None:
         _check_plain(child)
 
 
-def _in_kib(element: _Element, size: int) -> _Element:
+def _in_kib(element: Element, size: int) -> Element:
     """The element with another size, its attributes in libvirt's order."""
     others = {name: value for name, value in element.attributes.items() if name != "unit"}
-    return _Element(element.tag, others | {"unit": "KiB"}, text=str(size // KIB))
+    return Element(element.tag, others | {"unit": "KiB"}, text=str(size // KIB))
 
 
-# --- text with known positions ---
-
-
-@dataclass
-class _Element:
-    """An element, with where it is in the text (in bytes), or not in it yet."""
-
-    tag: str
-    attributes: dict[str, str] = field(default_factory=dict)
-    children: list[_Element] = field(default_factory=list)
-    text: str = ""
-    start: int = 0
-    end: int = 0
-
-    def child(self, tag: str) -> _Element | None:
-        """The first child of that name; libvirt takes the first, too."""
-        return next((child for child in self.children if child.tag == tag), None)
-
-    def need(self, tag: str) -> _Element:
-        child = self.child(tag)
-        if child is None:
-            raise DomainXmlError(
-                f"<{self.tag}> has no <{tag}> in it", hint="libvirt's domain XML format requires it here"
-            )
-        return child
-
-    def text_of(self, tag: str) -> str:
-        child = self.child(tag)
-        return "" if child is None else child.text
-
-    def last(self, tags: Sequence[str]) -> _Element:
-        """Of the children with those names the last one; the first name is needed."""
-        self.need(tags[0])
-        return [child for child in self.children if child.tag in tags][-1]
-
-
-class _Text:
-    """XML as it was written, and edits to make in it. An edit never reaches into another one."""
-
-    def __init__(self, data: bytes, root: _Element) -> None:
-        self.data = data
-        self.root = root
-        self.edits: list[tuple[int, int, bytes]] = []
-
-    def cut(self, element: _Element) -> None:
-        """Remove the element and the white space in front of it."""
-        self.edits.append((element.start - len(self._space(element)), element.end, b""))
-
-    def replace(self, element: _Element, new: _Element, *, quote: str = "'") -> None:
-        self.edits.append((element.start, element.end, _format(new, self._newline(element), quote).encode()))
-
-    def insert_after(self, element: _Element, new: _Element, *, quote: str = "'") -> None:
-        newline = self._newline(element)
-        self.edits.append((element.end, element.end, (newline + _format(new, newline, quote)).encode()))
-
-    def insert_before(self, element: _Element, new: _Element, *, quote: str = "'") -> None:
-        newline, start = self._newline(element), element.start - len(self._space(element))
-        self.edits.append((start, start, (newline + _format(new, newline, quote)).encode()))
-
-    def insert_first(self, parent: _Element, new: _Element, *, quote: str = "'") -> None:
-        if parent.children:
-            self.insert_before(parent.children[0], new, quote=quote)
-        else:
-            self.replace(parent, _Element(parent.tag, parent.attributes, [new]), quote=quote)
-
-    def edited(self) -> str:
-        parts, done = [], 0
-        for start, end, new in sorted(self.edits, key=lambda edit: edit[:2]):
-            parts += [self.data[done:start], new]
-            done = end
-        return b"".join([*parts, self.data[done:]]).decode()
-
-    def _space(self, element: _Element) -> bytes:
-        """The white space in front of an element."""
-        start = element.start
-        while self.data[start - 1] in b" \t\r\n":
-            start -= 1
-        return self.data[start : element.start]
-
-    def _newline(self, element: _Element) -> str:
-        """What begins a line on the element's level; nothing when the element does not begin one."""
-        _, newline, indent = self._space(element).rpartition(b"\n")
-        return (newline + indent).decode() if newline else ""
-
-
-def _format(element: _Element, newline: str, quote: str) -> str:
-    """Write an element as libvirt does: 2 more spaces a level; single quotes, but double ones in metadata."""
-    escapes = _TEXT_ESCAPES | _ATTRIBUTE_ESCAPES | {ord(quote): "&quot;" if quote == '"' else "&apos;"}
-    attributes = "".join(
-        f" {name}={quote}{value.translate(escapes)}{quote}" for name, value in element.attributes.items()
-    )
-    inner = newline and newline + "  "
-    if element.children:
-        content = "".join([inner + _format(child, inner, quote) for child in element.children]) + newline
-    else:
-        content = element.text.translate(_TEXT_ESCAPES) if element.text.strip() else ""
-    if not content:
-        return f"<{element.tag}{attributes}/>"
-    return f"<{element.tag}{attributes}>{content}</{element.tag}>"
-
-
-def _parse_xen(xml: str, word: str) -> _Text | None:
+def _parse_xen(xml: str, word: str) -> Text | None:
     """Parse the XML of a domain of type ``xen``; None when it is none, or when the word is not in it anywhere."""
-    if not _may_have(xml, word):
+    if not may_have(xml, word):
         return None
-    text = _parse(xml)
+    text = parse(xml)
     return text if text.root.tag == "domain" and text.root.attributes.get("type") == "xen" else None
 
 
-def _may_have(xml: str, word: str) -> bool:
-    """False when the word cannot be in the XML; without a DTD, only references to characters can hide it."""
-    return word in xml or "&#" in xml
-
-
-def _mentions(element: _Element) -> bool:
+def _mentions(element: Element) -> bool:
     return NAMESPACE in element.attributes.values() or any(map(_mentions, element.children))
-
-
-def _declared(data: bytes) -> tuple[str | None, int]:
-    """The encoding that the XML declaration names, and where the declaration ends; (None, 0) without one."""
-    end = data.find(b"?>") + 2
-    found: list[str | None] = []
-    parser = expat.ParserCreate("utf-8")
-    parser.XmlDeclHandler = lambda version, encoding, standalone: found.append(encoding)
-    with suppress(expat.ExpatError):
-        parser.Parse(data[:end])
-    return (found[0], end) if found and found[0] else (None, 0)
-
-
-def _codec(encoding: str) -> str:
-    try:
-        return codecs.lookup(encoding).name
-    except LookupError:
-        return "unknown"
-
-
-def _parse(xml: str) -> _Text:
-    # a lone surrogate becomes what expat calls malformed
-    data = xml.encode(errors="surrogatepass")
-    if len(data) > MAX_BYTES:
-        raise DomainXmlError(
-            f"the domain XML has {len(data)} bytes, and libvirt takes {MAX_BYTES} at most", hint="make it shorter"
-        )
-    top = _Element("")
-    open_elements = [top]
-    total = 0
-    # the string is decoded already, whatever its XML declaration says
-    parser = expat.ParserCreate("utf-8")
-    parser.buffer_text = True
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        nonlocal total
-        total += 1
-        if total > MAX_ELEMENTS or len(open_elements) > MAX_DEPTH:
-            raise DomainXmlError(
-                f"the domain XML has more than {MAX_ELEMENTS} elements, or more than {MAX_DEPTH} inside each other",
-                hint="no domain needs as many",
-            )
-        element = _Element(tag, attributes, start=parser.CurrentByteIndex)
-        open_elements[-1].children.append(element)
-        open_elements.append(element)
-
-    def end(tag: str) -> None:
-        element, index = open_elements.pop(), parser.CurrentByteIndex
-        # expat reports the end of <a/> behind it, and that of <a></a> in front of its end tag
-        is_empty = not element.children and not element.text and data[index - 2 : index] == b"/>"
-        element.end = index if is_empty else data.index(b">", index) + 1
-
-    def characters(chars: str) -> None:
-        open_elements[-1].text += chars
-
-    def doctype(*_: object) -> None:
-        raise DomainXmlError(
-            "the domain XML has a document type declaration",
-            hint="remove the <!DOCTYPE …>; domain XML has none, and entities are not expanded",
-        )
-
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = characters
-    parser.StartDoctypeDeclHandler = doctype
-    try:
-        parser.Parse(data, True)
-    except expat.ExpatError as error:
-        raise DomainXmlError(
-            f"the domain XML cannot be parsed: {error}", hint="'xmllint FILE' shows the place"
-        ) from error
-    return _Text(data, top.children[0])

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from nvdimm_driver import domxml
+from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Record
@@ -92,7 +92,7 @@ class Interceptor:
     def to_native(self, procedure: int, payload: bytes) -> Steps:
         """Rewritten: the configuration that comes back names the device model, for xl to run."""
         values = Unpacker(payload)
-        kind, xml, flags = values.string(), domxml.decode(values.encoded()), values.uint32()
+        kind, xml, flags = values.string(), xmltext.decode(values.encoded()), values.uint32()
         values.end()
         if self._accept(xml) is not None:
             payload = bytes(Packer().string(kind).string(self._rewrite(xml)).uint32(flags))
@@ -127,7 +127,7 @@ class Interceptor:
 
     def _change(self, procedure: int, payload: bytes, what: str, edit: Callable[[str, str], str]) -> Steps:
         values = Unpacker(payload)
-        domain, device = values.domain(), domxml.decode(values.encoded())
+        domain, device = values.domain(), xmltext.decode(values.encoded())
         flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
         values.end()
         if not domxml.is_nvdimm(device):
@@ -151,7 +151,7 @@ class Interceptor:
         values = Unpacker(payload)
         values.domain()
         is_element, value = values.int32() == METADATA_ELEMENT, values.optional_encoded() or b""
-        if MARK in payload or (is_element and domxml.mentions(domxml.decode(value))):
+        if MARK in payload or (is_element and domxml.mentions(xmltext.decode(value))):
             raise DomainXmlError(
                 f"metadata of {domxml.NAMESPACE} is nvdimm_driver's own",
                 hint="change the <memory model='nvdimm'> elements of the domain",
@@ -200,7 +200,10 @@ class Interceptor:
         """Refused for a domain with NVDIMMs."""
         values = Unpacker(payload)
         for param in values.typed_params(MIGRATE_PARAMS_MAX):
-            if param.field == MIGRATE_DEST_XML and domxml.extract(domxml.decode(str(param.value).encode())) is not None:
+            if (
+                param.field == MIGRATE_DEST_XML
+                and domxml.extract(xmltext.decode(str(param.value).encode())) is not None
+            ):
                 raise _cannot_migrate("the domain that comes")
         return (yield from _call(procedure, payload))
 
@@ -323,7 +326,7 @@ def _call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
 def _xml_and_flags(payload: bytes) -> tuple[str, bytes]:
     """The XML that a call begins with, and its flags as they are on the wire; domain_define_xml has none."""
     values = Unpacker(payload)
-    return domxml.decode(values.encoded()), values.rest()
+    return xmltext.decode(values.encoded()), values.rest()
 
 
 def _cannot_migrate(domain: str) -> UnsupportedError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lxml import etree
 
-from nvdimm_driver import domxml
+from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.errors import NvdimmError, ProtocolError
 from nvdimm_driver.rpc import intercept
 from nvdimm_driver.rpc.handler import Call, Context, Peer, Work
@@ -52,7 +52,7 @@ def _messages(pieces: list[bytes]) -> tuple[list[Message], bool]:
 def xml(data: bytes) -> None:
     """Nothing but our own errors; no edit makes XML that libxml2 does not take; nothing hides a record of ours."""
     try:
-        text = domxml.decode(data)
+        text = xmltext.decode(data)
         mentioned, rewritten = domxml.mentions(text), domxml.rewrite(text, DEVICE_MODEL)
     except NvdimmError:
         return

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from nvdimm_driver import domxml
+from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB, DomainSpec, NvdimmSpec
 
@@ -291,7 +291,7 @@ def test_an_nvdimm_and_the_device_model_are_known_however_they_are_written() -> 
     ],
 )
 def test_text_is_read_in_the_encoding_that_it_declares(data: bytes, text: str) -> None:
-    assert domxml.decode(data) == text
+    assert xmltext.decode(data) == text
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_text_is_read_in_the_encoding_that_it_declares(data: bytes, text: str) -
 )
 def test_text_whose_ascii_would_mean_something_else_is_refused(data: bytes, problem: str) -> None:
     with pytest.raises(DomainXmlError, match=problem):
-        domxml.decode(data)
+        xmltext.decode(data)
 
 
 def test_the_hook_is_the_functions() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nvdimm_driver import domxml
+from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, DomainXmlError, LayoutError, ProtocolError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB
@@ -52,7 +52,7 @@ class Libvirtd:
             raise LibvirtError(RemoteError(1, 41, self.refuse[call.procedure]).pack())
         match call.procedure:
             case 11 | 350 | 10:
-                text = domxml.decode(values.encoded())
+                text = xmltext.decode(values.encoded())
                 spec = domxml.extract(text)
                 uuid = UUID if spec is None or spec.uuid is None else spec.uuid
                 self.defined[uuid] = text

@@ -1,0 +1,221 @@
+"""XML as text: where each element is in it, edits to the byte, new elements in libvirt's format. Pure."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from xml.parsers import expat
+
+from nvdimm_driver.errors import DomainXmlError
+from nvdimm_driver.model import MIB
+
+MAX_BYTES = 4 * MIB
+"""The longest string that libvirt's RPC takes (src/remote/remote_protocol.x:REMOTE_STRING_MAX)."""
+MAX_ELEMENTS = 100_000
+"""Many times what a large domain has; keeps the memory that a hostile one takes in bounds."""
+MAX_DEPTH = 256
+"""libxml2's limit without XML_PARSE_HUGE, and so libvirt's (xmlParserMaxDepth)."""
+EIGHT_BIT = ("iso8859-", "cp125", "koi8-")
+"""Encodings, by the beginning of Python's name, whose lower half is ASCII."""
+
+_TEXT_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord("\r"): "&#13;"}
+_ATTRIBUTE_ESCAPES = {ord("\t"): "&#9;", ord("\n"): "&#10;"}
+"""As libxml2 writes them (xmlNodeDump), which writes libvirt's metadata."""
+
+
+def decode(data: bytes) -> str:
+    """Return the text of XML that a client has sent, as libxml2 would read it.
+
+    A declaration that names another encoding than UTF-8 is gone from it: what is sent on is UTF-8.
+
+    :raises DomainXmlError: when it is in no encoding whose ASCII is ASCII: what it says would be hidden.
+    """
+    encoding, end = _declared(data)
+    name = "utf-8" if encoding is None else _codec(encoding)
+    if not name.startswith((*EIGHT_BIT, "utf-8", "ascii")):
+        raise DomainXmlError(f"the XML is in the encoding {encoding!r}", hint="write it in UTF-8")
+    start = end if name.startswith(EIGHT_BIT) else 0
+    try:
+        return data[start:].decode(name)
+    except UnicodeDecodeError as error:
+        raise DomainXmlError(
+            f"the XML is not {encoding or 'UTF-8'}, {error.reason} at byte {start + error.start}",
+            hint="declare its encoding, as in <?xml version='1.0' encoding='ISO-8859-1'?>",
+        ) from None
+
+
+@dataclass
+class Element:
+    """An element, with where it is in the text (in bytes), or not in it yet."""
+
+    tag: str
+    attributes: dict[str, str] = field(default_factory=dict)
+    children: list[Element] = field(default_factory=list)
+    text: str = ""
+    start: int = 0
+    end: int = 0
+
+    def child(self, tag: str) -> Element | None:
+        """The first child of that name; libvirt takes the first, too."""
+        return next((child for child in self.children if child.tag == tag), None)
+
+    def need(self, tag: str) -> Element:
+        child = self.child(tag)
+        if child is None:
+            raise DomainXmlError(
+                f"<{self.tag}> has no <{tag}> in it", hint="libvirt's domain XML format requires it here"
+            )
+        return child
+
+    def text_of(self, tag: str) -> str:
+        child = self.child(tag)
+        return "" if child is None else child.text
+
+    def last(self, tags: Sequence[str]) -> Element:
+        """Of the children with those names the last one; the first name is needed."""
+        self.need(tags[0])
+        return [child for child in self.children if child.tag in tags][-1]
+
+
+class Text:
+    """XML as it was written, and edits to make in it. An edit never reaches into another one."""
+
+    def __init__(self, data: bytes, root: Element) -> None:
+        self.data = data
+        self.root = root
+        self.edits: list[tuple[int, int, bytes]] = []
+
+    def cut(self, element: Element) -> None:
+        """Remove the element and the white space in front of it."""
+        self.edits.append((element.start - len(self._space(element)), element.end, b""))
+
+    def replace(self, element: Element, new: Element, *, quote: str = "'") -> None:
+        self.edits.append((element.start, element.end, _format(new, self._newline(element), quote).encode()))
+
+    def insert_after(self, element: Element, new: Element, *, quote: str = "'") -> None:
+        newline = self._newline(element)
+        self.edits.append((element.end, element.end, (newline + _format(new, newline, quote)).encode()))
+
+    def insert_before(self, element: Element, new: Element, *, quote: str = "'") -> None:
+        newline, start = self._newline(element), element.start - len(self._space(element))
+        self.edits.append((start, start, (newline + _format(new, newline, quote)).encode()))
+
+    def insert_first(self, parent: Element, new: Element, *, quote: str = "'") -> None:
+        if parent.children:
+            self.insert_before(parent.children[0], new, quote=quote)
+        else:
+            self.replace(parent, Element(parent.tag, parent.attributes, [new]), quote=quote)
+
+    def edited(self) -> str:
+        parts, done = [], 0
+        for start, end, new in sorted(self.edits, key=lambda edit: edit[:2]):
+            parts += [self.data[done:start], new]
+            done = end
+        return b"".join([*parts, self.data[done:]]).decode()
+
+    def _space(self, element: Element) -> bytes:
+        """The white space in front of an element."""
+        start = element.start
+        while self.data[start - 1] in b" \t\r\n":
+            start -= 1
+        return self.data[start : element.start]
+
+    def _newline(self, element: Element) -> str:
+        """What begins a line on the element's level; nothing when the element does not begin one."""
+        _, newline, indent = self._space(element).rpartition(b"\n")
+        return (newline + indent).decode() if newline else ""
+
+
+def _format(element: Element, newline: str, quote: str) -> str:
+    """Write an element as libvirt does: 2 more spaces a level; single quotes, but double ones in metadata."""
+    escapes = _TEXT_ESCAPES | _ATTRIBUTE_ESCAPES | {ord(quote): "&quot;" if quote == '"' else "&apos;"}
+    attributes = "".join(
+        f" {name}={quote}{value.translate(escapes)}{quote}" for name, value in element.attributes.items()
+    )
+    inner = newline and newline + "  "
+    if element.children:
+        content = "".join([inner + _format(child, inner, quote) for child in element.children]) + newline
+    else:
+        content = element.text.translate(_TEXT_ESCAPES) if element.text.strip() else ""
+    if not content:
+        return f"<{element.tag}{attributes}/>"
+    return f"<{element.tag}{attributes}>{content}</{element.tag}>"
+
+
+def may_have(xml: str, word: str) -> bool:
+    """False when the word cannot be in the XML; without a DTD, only references to characters can hide it."""
+    return word in xml or "&#" in xml
+
+
+def _declared(data: bytes) -> tuple[str | None, int]:
+    """The encoding that the XML declaration names, and where the declaration ends; (None, 0) without one."""
+    end = data.find(b"?>") + 2
+    found: list[str | None] = []
+    parser = expat.ParserCreate("utf-8")
+    parser.XmlDeclHandler = lambda version, encoding, standalone: found.append(encoding)
+    with suppress(expat.ExpatError):
+        parser.Parse(data[:end])
+    return (found[0], end) if found and found[0] else (None, 0)
+
+
+def _codec(encoding: str) -> str:
+    try:
+        return codecs.lookup(encoding).name
+    except LookupError:
+        return "unknown"
+
+
+def parse(xml: str) -> Text:
+    # a lone surrogate becomes what expat calls malformed
+    data = xml.encode(errors="surrogatepass")
+    if len(data) > MAX_BYTES:
+        raise DomainXmlError(
+            f"the domain XML has {len(data)} bytes, and libvirt takes {MAX_BYTES} at most", hint="make it shorter"
+        )
+    top = Element("")
+    open_elements = [top]
+    total = 0
+    # the string is decoded already, whatever its XML declaration says
+    parser = expat.ParserCreate("utf-8")
+    parser.buffer_text = True
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal total
+        total += 1
+        if total > MAX_ELEMENTS or len(open_elements) > MAX_DEPTH:
+            raise DomainXmlError(
+                f"the domain XML has more than {MAX_ELEMENTS} elements, or more than {MAX_DEPTH} inside each other",
+                hint="no domain needs as many",
+            )
+        element = Element(tag, attributes, start=parser.CurrentByteIndex)
+        open_elements[-1].children.append(element)
+        open_elements.append(element)
+
+    def end(tag: str) -> None:
+        element, index = open_elements.pop(), parser.CurrentByteIndex
+        # expat reports the end of <a/> behind it, and that of <a></a> in front of its end tag
+        is_empty = not element.children and not element.text and data[index - 2 : index] == b"/>"
+        element.end = index if is_empty else data.index(b">", index) + 1
+
+    def characters(chars: str) -> None:
+        open_elements[-1].text += chars
+
+    def doctype(*_: object) -> None:
+        raise DomainXmlError(
+            "the domain XML has a document type declaration",
+            hint="remove the <!DOCTYPE …>; domain XML has none, and entities are not expanded",
+        )
+
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = characters
+    parser.StartDoctypeDeclHandler = doctype
+    try:
+        parser.Parse(data, True)
+    except expat.ExpatError as error:
+        raise DomainXmlError(
+            f"the domain XML cannot be parsed: {error}", hint="'xmllint FILE' shows the place"
+        ) from error
+    return Text(data, top.children[0])
