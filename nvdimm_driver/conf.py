@@ -50,8 +50,10 @@ ACPI_OPTS = [
         choices=[
             ("none", "nobody: the guest has one namespace without labels for each NVDIMM"),
             ("aml", "byte code in the guest's ACPI tables, against the label area in the guest's memory"),
+            ("qemu", "a stopped QEMU in dom0, one process for each guest; needs the builder 'qemu'"),
         ],
-        help="Who serves the label areas of NVDIMMs that have one. A change counts from a guest's next start.",
+        help="Who serves the label areas of NVDIMMs that have one, in domains whose XML does not say. A change counts "
+        "from a guest's next start.",
     ),
     cfg.ListOpt(
         "qemu",

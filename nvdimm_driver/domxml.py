@@ -16,6 +16,10 @@ The rest of the text stays as it is, byte for byte: elements are cut out of it a
 would put them and formatted as libvirt formats them, so that each direction undoes the other to the byte. That
 takes the positions of the elements in the text, which expat gives (and lxml does not); without its DTD support there
 are no entities and nothing to fetch.
+
+A user can choose for one domain what is otherwise the host's configuration, in ``<metadata>``, too::
+
+    <nvdimm:options xmlns:nvdimm="urn:nvdimm-driver:options:1" dsm="aml"/>
 """
 
 from __future__ import annotations
@@ -26,11 +30,13 @@ from uuid import UUID
 
 from nvdimm_driver import plugins
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
-from nvdimm_driver.model import GIB, KIB, MIB, PAGE, DomainSpec, NvdimmSpec
+from nvdimm_driver.model import DSM, GIB, KIB, MIB, PAGE, DomainSpec, NvdimmSpec
 from nvdimm_driver.xmltext import Element, Text, may_have, parse
 
 NAMESPACE = "urn:nvdimm-driver:domain:1"
 """What the record of a rewritten domain is known by."""
+OPTIONS = "urn:nvdimm-driver:options:1"
+"""What the options are known by that a user may put into ``<metadata>``."""
 MAX_NVDIMMS = 256
 """QEMU's ACPI_MAX_RAM_SLOTS (hw/acpi/memory_hotplug.h)."""
 MIN_LABEL = 128 * KIB
@@ -308,7 +314,37 @@ def _spec(root: Element) -> DomainSpec:
         ram=ram,
         emulator=(emulator.text.strip() or None) if emulator is not None else None,
         nvdimms=tuple(sorted(specs, key=lambda spec: spec.slot)),
+        dsm=_dsm(root),
     )
+
+
+def _dsm(root: Element) -> str | None:
+    metadata = root.child("metadata")
+    children = [] if metadata is None else metadata.children
+    found = [child for child in children if _in_namespace(child, (metadata, root), OPTIONS)]
+    if not found:
+        return None
+    name = found[0].tag.rpartition(":")[2]
+    unknown = [each for each in found[0].attributes if each != "dsm" and not each.startswith("xmlns")]
+    if len(found) > 1 or name != "options" or unknown or found[0].children:
+        raise DomainXmlError(
+            f"<metadata> has {', '.join(f'<{each.tag}>' for each in found)} of {OPTIONS}, with "
+            f"{', '.join(unknown) or 'no'} unknown attributes",
+            hint="one empty element <options> with the attribute dsm is known",
+        )
+    dsm = found[0].attributes.get("dsm")
+    if dsm is not None and dsm not in DSM:
+        raise DomainXmlError(f"<{found[0].tag} dsm={dsm!r}> in <metadata>", hint=f"dsm is one of {', '.join(DSM)}")
+    return dsm
+
+
+def _in_namespace(element: Element, ancestors: Sequence[Element | None], uri: str) -> bool:
+    prefix, colon, _ = element.tag.rpartition(":")
+    declaration = f"xmlns:{prefix}" if colon else "xmlns"
+    declared = [
+        each.attributes[declaration] for each in (element, *ancestors) if each and declaration in each.attributes
+    ]
+    return declared[:1] == [uri]
 
 
 def _nvdimms(root: Element) -> list[Element]:

@@ -38,7 +38,7 @@ class XenNvdimmDriver:
 
     :param qemu: what a domain's device model becomes, unless the domain names its own emulator.
     :param gap: bytes of guest-physical space to keep free behind the RAM.
-    :param dsm: who serves label areas, ``none`` or ``aml``.
+    :param dsm: who serves label areas, for domains that do not say: one of :data:`.model.DSM`.
     """
 
     def __init__(
@@ -109,7 +109,8 @@ class XenNvdimmDriver:
         uuid = _uuid(domain)
         self.plan(domain)
         before = self.ledger.domain(uuid)
-        self.ledger.replace(uuid, domain.name, domain.ram, [Allocation(uuid, spec) for spec in domain.nvdimms])
+        wanted = [Allocation(uuid, spec) for spec in domain.nvdimms]
+        self.ledger.replace(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
         created: list[NvdimmSpec] = []
         try:
             for spec in domain.nvdimms:
@@ -229,7 +230,7 @@ class XenNvdimmDriver:
                 hint="define the domain in libvirt first; for xl, keep the uuid that libvirt has given it",
             )
         nvdimms = tuple(item.spec for item in record.allocations)
-        self.prepare(DomainSpec(record.name, uuid, record.ram, None, nvdimms))
+        self.prepare(DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm))
 
     def _prepare(self, record: Record, domain: DomainSpec) -> Plan:
         """From here on the domain's backings are its own: what fails now thaws them; what failed before must not."""
@@ -239,7 +240,14 @@ class XenNvdimmDriver:
             plan = self.planner.started(domain, record)
             self._write_tables(record.uuid, plan.tables.tables)
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
-            self.ledger.prepared(record.uuid, domain.emulator or self.qemu, guest_frames, plan.mappings, plan.areas)
+            self.ledger.prepared(
+                record.uuid,
+                domain.emulator or self.qemu,
+                guest_frames,
+                plan.mappings,
+                plan.areas,
+                label_server=bool(plan.layout.label_clients),
+            )
         except BaseException:
             self.starts.put_away(record.uuid, paths)
             raise
@@ -259,6 +267,7 @@ class XenNvdimmDriver:
                 Allocation(uuid, spec, location.identity, placement.base)
                 for spec, location, placement in zip(domain.nvdimms, locations, plan.layout.nvdimms, strict=True)
             ],
+            dsm=domain.dsm,
         )
 
     def _adopt(self, uuid: str, domain: DomainSpec) -> Record:
@@ -268,7 +277,8 @@ class XenNvdimmDriver:
         already provisioned is taken as it is; nothing is created here, where libvirt waits with a lock held.
         """
         record = self.ledger.domain(uuid)
-        if record is not None and record.ram == domain.ram and record.name == domain.name:
+        wanted = (domain.ram, domain.name, domain.dsm)
+        if record is not None and (record.ram, record.name, record.dsm) == wanted:
             known = {item.spec: item for item in record.allocations if item.ready}
             if all(spec in known for spec in domain.nvdimms) and len(known) == len(domain.nvdimms):
                 return record
@@ -313,7 +323,7 @@ class XenNvdimmDriver:
         if before is None:
             self.ledger.forget(uuid)
         else:
-            self.ledger.replace(uuid, before.name, before.ram, before.allocations)
+            self.ledger.replace(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
 
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         path = self.tables_file(uuid)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from nvdimm_driver.model import Allocation, Attachment, Record
 
-SCHEMA_VERSION = 1
-SCHEMA = """
+SCHEMAS = (
+    """
 CREATE TABLE domain (
     uuid TEXT PRIMARY KEY,
     name TEXT NOT NULL,
@@ -65,7 +65,14 @@ CREATE TABLE area (
     uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
     mfn INTEGER NOT NULL, count INTEGER NOT NULL
 ) STRICT;
-"""
+""",
+    """
+ALTER TABLE domain ADD COLUMN dsm TEXT;
+ALTER TABLE attachment ADD COLUMN label_server INTEGER NOT NULL DEFAULT 0;
+""",
+)
+"""What makes each version of the schema of the one before; the first one's number is 1."""
+DOMAIN_COLUMNS = "uuid, name, ram, dsm, fault"
 ALLOCATION_COLUMNS = (
     "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
     "kind, device, start, inode, generation, file_size, base, written"
@@ -84,9 +91,10 @@ class Start:
     :ivar mappings: (gfn, mfn, count), in 4 KiB frames.
     :ivar areas: pmem data areas of the host as (mfn, count).
     :ivar qemu: the program to become.
+    :ivar label_server: the guest needs one.
     """
 
-    __slots__ = ("areas", "gfn_limit", "gfn_start", "mappings", "name", "qemu")
+    __slots__ = ("areas", "gfn_limit", "gfn_start", "label_server", "mappings", "name", "qemu")
 
     def __init__(
         self,
@@ -94,6 +102,7 @@ class Start:
         qemu: str,
         gfn_start: int,
         gfn_limit: int,
+        label_server: bool,
         mappings: list[tuple[int, int, int]],
         areas: list[tuple[int, int]],
     ) -> None:
@@ -101,6 +110,7 @@ class Start:
         self.qemu = qemu
         self.gfn_start = gfn_start
         self.gfn_limit = gfn_limit
+        self.label_server = label_server
         self.mappings = mappings
         self.areas = areas
 
@@ -121,7 +131,7 @@ class Ledger:
                 f"cannot open {self.path}: {error}", hint="run 'nvdimmctl register' as root first"
             ) from error
         self._write([("PRAGMA foreign_keys = ON", ())], begin="")
-        if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
+        if self._rows("PRAGMA user_version")[0][0] != len(SCHEMAS):
             self._create()
 
     def close(self) -> None:
@@ -130,20 +140,22 @@ class Ledger:
 
     def domains(self) -> tuple[Record, ...]:
         """Every domain the ledger knows, by name."""
-        return tuple(self._record(row) for row in self._rows("SELECT uuid, name, ram, fault FROM domain ORDER BY name"))
+        return tuple(self._record(row) for row in self._rows(f"SELECT {DOMAIN_COLUMNS} FROM domain ORDER BY name"))
 
     def domain(self, uuid: str) -> Record | None:
         """The domain, or None when the ledger does not know it."""
-        rows = self._rows("SELECT uuid, name, ram, fault FROM domain WHERE uuid = ?", uuid)
+        rows = self._rows(f"SELECT {DOMAIN_COLUMNS} FROM domain WHERE uuid = ?", uuid)
         return self._record(rows[0]) if rows else None
 
-    def replace(self, uuid: str, name: str, ram: int, allocations: Sequence[Allocation]) -> None:
-        """Make these the domain's allocations, instead of those it had."""
+    def replace(
+        self, uuid: str, name: str, ram: int, allocations: Sequence[Allocation], *, dsm: str | None = None
+    ) -> None:
+        """Make this the domain, and these its allocations, instead of those it had."""
         statements: list[tuple[str, Sequence[Any]]] = [
             (
-                "INSERT INTO domain (uuid, name, ram) VALUES (?, ?, ?) "
-                "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram",
-                (uuid, name, ram),
+                "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm",
+                (uuid, name, ram, dsm),
             ),
             ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
         ]
@@ -185,14 +197,16 @@ class Ledger:
         guest_frames: tuple[int, int],
         mappings: Sequence[tuple[int, int, int]],
         areas: Sequence[tuple[int, int]],
+        *,
+        label_server: bool,
     ) -> None:
         """The start is prepared: what the device model will do."""
         self._write(
             [
                 (
-                    "UPDATE attachment SET state = 'prepared', since = ?, qemu = ?, gfn_start = ?, gfn_limit = ? "
-                    "WHERE uuid = ?",
-                    (int(time.time()), qemu, *guest_frames, uuid),
+                    "UPDATE attachment SET state = 'prepared', since = ?, qemu = ?, gfn_start = ?, gfn_limit = ?, "
+                    "label_server = ? WHERE uuid = ?",
+                    (int(time.time()), qemu, *guest_frames, int(label_server), uuid),
                 ),
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
@@ -202,7 +216,7 @@ class Ledger:
     def start(self, uuid: str) -> Start | None:
         """What was prepared for a domain in this boot of the host, and not mapped yet."""
         rows = self._rows(
-            "SELECT name, qemu, gfn_start, gfn_limit FROM attachment JOIN domain USING (uuid) "
+            "SELECT name, qemu, gfn_start, gfn_limit, label_server FROM attachment JOIN domain USING (uuid) "
             "WHERE uuid = ? AND state = 'prepared' AND boot_id = ?",
             uuid,
             host_boot_id(),
@@ -211,8 +225,8 @@ class Ledger:
             return None
         mappings = self._rows("SELECT gfn, mfn, count FROM mapping WHERE uuid = ? ORDER BY gfn", uuid)
         areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
-        name, qemu, gfn_start, gfn_limit = rows[0]
-        return Start(name, qemu, gfn_start, gfn_limit, mappings, areas)
+        name, qemu, gfn_start, gfn_limit, label_server = rows[0]
+        return Start(name, qemu, gfn_start, gfn_limit, bool(label_server), mappings, areas)
 
     def has_mapped(self, uuid: str, domid: int) -> bool:
         """Whether the NVDIMMs were mapped into just this domain in this boot of the host."""
@@ -265,8 +279,8 @@ class Ledger:
     def _record(self, row: tuple[Any, ...]) -> Record:
         from nvdimm_driver.model import Record
 
-        uuid, name, ram, fault = row
-        return Record(uuid, name, ram, fault, self._allocations(uuid), self._attachment(uuid))
+        uuid, name, ram, dsm, fault = row
+        return Record(uuid, name, ram, dsm, fault, self._allocations(uuid), self._attachment(uuid))
 
     def _allocations(self, uuid: str) -> tuple[Allocation, ...]:
         rows = self._rows(f"SELECT {ALLOCATION_COLUMNS} FROM allocation WHERE uuid = ? ORDER BY slot", uuid)
@@ -284,9 +298,9 @@ class Ledger:
 
     def _create(self) -> None:
         found = self._rows("PRAGMA user_version")[0][0]
-        if found > SCHEMA_VERSION:
+        if found > len(SCHEMAS):
             raise LedgerError(
-                f"{self.path} has schema version {found}, this nvdimm_driver knows {SCHEMA_VERSION}",
+                f"{self.path} has schema version {found}, this nvdimm_driver knows {len(SCHEMAS)}",
                 hint="a newer nvdimm_driver has written it: install that again",
             )
         # Of two processes that turn WAL on at a time, SQLite tells one that it is locked, whatever the timeout.
@@ -295,11 +309,12 @@ class Ledger:
         folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            if self._rows("PRAGMA user_version")[0][0] == SCHEMA_VERSION:
+            found = self._rows("PRAGMA user_version")[0][0]
+            if found == len(SCHEMAS):
                 return  # another process was first
             self._write([("PRAGMA journal_mode = WAL", ())], begin="")
-            statements = [part for part in SCHEMA.split(";\n") if part.strip()]
-            self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
+            statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
+            self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {len(SCHEMAS)}", ())])
         finally:
             os.close(folder)
 

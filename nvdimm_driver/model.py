@@ -22,6 +22,8 @@ MIB = 1 << 20
 GIB = 1 << 30
 PAGE = 4 * KIB
 SUPERPAGE = 2 * MIB
+DSM = ("none", "aml", "qemu")
+"""Who serves the label areas of a guest's NVDIMMs: nobody, code in its ACPI tables, or a QEMU in dom0."""
 PERSISTENCE_DOMAINS = ("", "memory_controller", "cpu_cache")
 """Weakest first (Linux: drivers/nvdimm/region_devs.c:persistence_domain_show)."""
 
@@ -69,6 +71,7 @@ class DomainSpec:
     :ivar ram: guest RAM in bytes.
     :ivar emulator: the user's own ``<emulator>``, or None.
     :ivar nvdimms: in slot order, at least one.
+    :ivar dsm: one of :data:`DSM`, or None for what the host's configuration says.
     """
 
     name: str
@@ -76,6 +79,7 @@ class DomainSpec:
     ram: int
     emulator: str | None
     nvdimms: tuple[NvdimmSpec, ...]
+    dsm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class GuestLayout:
     :ivar highmem_end: address behind the RAM above 4 GiB (4 GiB when there is none).
     :ivar limit: first address the guest cannot use.
     :ivar nvdimms: in slot order.
-    :ivar dsm: who serves the guest's label areas: ``none``, or ``aml``, which has them in the guest's memory.
+    :ivar dsm: who serves the guest's label areas, one of :data:`DSM`.
     :ivar persistence_domain: of the namespaces that its NVDIMMs are on, the weakest.
     """
 
@@ -233,7 +237,15 @@ class GuestLayout:
     @property
     def label_areas(self) -> tuple[Placement, ...]:
         """The NVDIMMs whose label areas the guest has in its memory."""
-        return tuple(each for each in self.nvdimms if each.label_size) if self.dsm == "aml" else ()
+        return self._served_by("aml")
+
+    @property
+    def label_clients(self) -> tuple[Placement, ...]:
+        """The NVDIMMs whose label areas a label server has."""
+        return self._served_by("qemu")
+
+    def _served_by(self, dsm: str) -> tuple[Placement, ...]:
+        return tuple(each for each in self.nvdimms if each.label_size) if self.dsm == dsm else ()
 
 
 @dataclass(frozen=True)
@@ -310,12 +322,14 @@ class Attachment:
 class Record:
     """A domain in the ledger.
 
+    :ivar dsm: as in :class:`DomainSpec`.
     :ivar fault: why its last start failed; empty when it did not.
     """
 
     uuid: str
     name: str
     ram: int
+    dsm: str | None
     fault: str
     allocations: tuple[Allocation, ...]
     attachment: Attachment | None

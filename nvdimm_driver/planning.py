@@ -50,7 +50,7 @@ class Planner:
 
     :param mapper: is asked for the machine's memory map.
     :param gap: bytes of guest-physical space to keep free behind the RAM.
-    :param dsm: who serves label areas.
+    :param dsm: who serves label areas, for domains that do not say.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Planner:
             for item in record.allocations
         )
         guest = layout.around(ram, placements, address_bits=self.host.address_bits)
-        return self._told(guest, [item.identity for item in record.allocations if item.identity])
+        return self._told(guest, record.dsm, [item.identity for item in record.allocations if item.identity])
 
     def _plan(
         self,
@@ -132,7 +132,7 @@ class Planner:
             for spec, location in zip(domain.nvdimms, locations, strict=True)
         ]
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
-        guest = self._told(guest, [location.identity for location in locations])
+        guest = self._told(guest, domain.dsm, [location.identity for location in locations])
         labelled = set(guest.label_areas)
         mappings = [
             layout.mappings(placement, location.extents, labels=placement in labelled)
@@ -144,12 +144,12 @@ class Planner:
         tables = self.acpi.build(guest)
         return Plan(domain, intakes, locations, guest, _flat(mappings), pmem, tables)
 
-    def _told(self, guest: GuestLayout, identities: Sequence[BackingIdentity]) -> GuestLayout:
+    def _told(self, guest: GuestLayout, dsm: str | None, identities: Sequence[BackingIdentity]) -> GuestLayout:
         """The layout with what else the guest's tables say of its NVDIMMs."""
         used = {identity.device for identity in identities}
         domains = {each.persistence_domain for each in self.host.namespaces() if each.uid in used}
         weakest = min(domains, key=PERSISTENCE_DOMAINS.index, default="")
-        return replace(guest, dsm=self.dsm, persistence_domain=weakest)
+        return replace(guest, dsm=dsm or self.dsm, persistence_domain=weakest)
 
     def _guard(
         self,

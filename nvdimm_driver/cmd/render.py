@@ -88,6 +88,7 @@ def record(item: Record) -> tuple[Sequence[str], Sequence[Any]]:
         "name": item.name,
         "uuid": item.uuid,
         "ram": item.ram,
+        "dsm": item.dsm,
         "state": attachment.state if attachment else "off",
         "domid": attachment.domid if attachment else None,
         "frozen": list(attachment.paths) if attachment else [],

@@ -84,7 +84,7 @@ def test_frames_of_another_start_are_refused(
     mappings = started(driver.ledger).mappings
     driver.ledger.replace(OTHER_UUID, "db2", 1, [])
     driver.ledger.attach(OTHER_UUID, [])
-    driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [])
+    driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [], label_server=False)
     with pytest.raises(GuardError, match="db2"):
         attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
     assert mapper.mapped == {}

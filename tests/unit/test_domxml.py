@@ -124,6 +124,48 @@ def test_all_forms_say_the_same(name: str) -> None:
         assert domxml.is_rewritten(read(f"{name}.{form}")) == (form != "restored")
 
 
+OPTIONS = 'xmlns{}="urn:nvdimm-driver:options:1"'
+
+
+@pytest.mark.parametrize(
+    ("metadata", "dsm"),
+    [
+        ("", None),
+        ("<metadata/>", None),
+        (f"<metadata><nvdimm:options {OPTIONS.format(':nvdimm')}/></metadata>", None),
+        (f"<metadata><nvdimm:options {OPTIONS.format(':nvdimm')} dsm='qemu'/></metadata>", "qemu"),
+        (f"<metadata><options {OPTIONS.format('')} dsm='none'></options></metadata>", "none"),
+        (f"<metadata {OPTIONS.format(':a')}><a:options dsm='aml'/></metadata>", "aml"),
+        ("<metadata><options xmlns='urn:other' dsm='what'/></metadata>", None),
+        (f"<metadata {OPTIONS.format(':a')}><a:options xmlns:a='urn:other' dsm='what'/></metadata>", None),
+    ],
+)
+def test_a_domain_can_choose_who_serves_labels(metadata: str, dsm: str | None) -> None:
+    xml = DOMAIN.replace("  <memory ", f"  {metadata}\n  <memory ", 1)
+    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
+    for form in (xml, rewritten, domxml.restore(rewritten)):
+        found = domxml.extract(form)
+        assert found is not None
+        assert found.dsm == dsm
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "<a:options dsm='fast'/>",
+        "<a:options dsm=''/>",
+        "<a:options dms='aml'/>",
+        "<a:option dsm='aml'/>",
+        "<a:options dsm='aml'><a:more/></a:options>",
+        "<a:options dsm='aml'/><a:options dsm='aml'/>",
+    ],
+)
+def test_an_option_that_is_not_known_is_refused(options: str) -> None:
+    xml = DOMAIN.replace("<memory ", f"<metadata {OPTIONS.format(':a')}>{options}</metadata><memory ", 1)
+    with pytest.raises(DomainXmlError, match="dsm"):
+        domxml.extract(xml)
+
+
 def test_extract_reads_everything() -> None:
     assert domxml.extract(read("guest")) == DomainSpec(
         name="db1",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.errors import LedgerError
-from nvdimm_driver.ledger import Ledger
-from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
+from nvdimm_driver.ledger import SCHEMAS, Ledger
+from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record
 from tests.unit.doubles import OTHER_UUID, UUID, started
 
 SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
@@ -49,7 +50,9 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     ledger.replace(UUID, "db1", 5, [READY])
     ledger.attach(UUID, ["/mnt/pmem0/a"])
     assert ledger.start(UUID) is None
-    ledger.prepared(UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)])
+    ledger.prepared(
+        UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], label_server=True
+    )
     start = started(ledger)
     assert (start.name, start.qemu, start.gfn_start, start.gfn_limit) == ("db1", "/qemu", 256, 1 << 34)
     assert start.mappings == [(512, 1024, 16), (4096, 8192, 1)]
@@ -81,7 +84,7 @@ def test_a_new_start_has_no_reason_of_an_earlier_one(ledger: Ledger) -> None:
 def test_forget_drops_everything(ledger: Ledger) -> None:
     ledger.replace(UUID, "db1", 5, [READY])
     ledger.attach(UUID, ["/a"])
-    ledger.prepared(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)])
+    ledger.prepared(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], label_server=False)
     ledger.forget(UUID)
     assert ledger.domains() == ()
     assert ledger.taken(OTHER_UUID) == []
@@ -91,8 +94,22 @@ def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
     path = str(tmp_path / "ledger.sqlite")
     ledger = Ledger(path)
     ledger._write([("PRAGMA user_version = 99", ())])
-    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 1"):
+    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 2"):
         Ledger(path)
+
+
+def test_an_older_schema_is_brought_up(tmp_path: Path) -> None:
+    """Whatever an earlier version has written is there afterwards."""
+    path = tmp_path / "ledger.sqlite"
+    with sqlite3.connect(path) as old:
+        old.executescript(SCHEMAS[0])
+        old.execute("PRAGMA user_version = 1")
+        old.execute("INSERT INTO domain (uuid, name, ram) VALUES (?, 'db1', 5)", (UUID,))
+    for _ in range(2):
+        assert Ledger(str(path)).domain(UUID) == Record(UUID, "db1", 5, None, "", (), None)
+    Ledger(str(path)).replace(UUID, "db1", 5, [READY], dsm="aml")
+    (record,) = Ledger(str(path)).domains()
+    assert (record.dsm, record.allocations) == ("aml", (READY,))
 
 
 def test_a_file_that_is_no_ledger_is_refused_by_name(tmp_path: Path) -> None:
