@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from oslo_config import cfg
 
-from nvdimm_driver.acpi.qemu import DEFAULT_BINARIES
+from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
 
 DEFAULT_OPTS = [
     cfg.StrOpt(

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SUPERPAGE_FRAMES = 512
+DSM_GFN = 0xFD000
+"""The guest's page for requests to a label server (MEMA in QEMU's SSDT), and behind it its ACPI tables: what hvmloader
+reports as RESERVED, clear of its ACPI arena, PCI BARs, IOAPIC, HPET, TPM and MSI."""
+TABLES_GFN = DSM_GFN + 1
 ENTRIES_PER_HYPERCALL = 64
 """xen/arch/x86/mm/p2m.c: MAP_MMIO_MAX_ITER."""
 

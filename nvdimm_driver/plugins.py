@@ -161,6 +161,10 @@ class Mapper(Plugin):
     def deliver(self, domid: int, tables: bytes) -> None:
         """Put ACPI tables (concatenated) where the guest's firmware takes them from."""
 
+    @abstractmethod
+    def give_dsm_page(self, domid: int) -> None:
+        """Give the guest the page through which it talks to a label server."""
+
 
 def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
     """Make the plug-in of that name.

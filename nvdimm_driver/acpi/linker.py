@@ -29,14 +29,15 @@ class Linked:
     addresses: Mapping[str, int]
 
 
-def link(script: bytes, files: Mapping[str, bytes]) -> Linked:
+def link(script: bytes, files: Mapping[str, bytes], places: Mapping[str, int] | None = None) -> Linked:
     """Run a table-loader script over the files it names.
 
+    :param places: addresses of files that are not for the firmware to choose, by name.
     :raises AcpiError: when the script asks for anything outside of the files.
     """
     if len(script) % ENTRY_SIZE:
         raise AcpiError(f"table-loader script of {len(script)} bytes: not a multiple of {ENTRY_SIZE}")
-    run = _Run(files)
+    run = _Run(files, places or {})
     for offset in range(0, len(script), ENTRY_SIZE):
         run.command(script[offset : offset + ENTRY_SIZE])
     return Linked({name: bytes(content) for name, content in run.files.items()}, run.addresses)
@@ -67,9 +68,10 @@ def split(linked: Linked) -> tuple[bytes, ...]:
 class _Run:
     """One run of a script: each command checked, then carried out on copies of the files."""
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
+    def __init__(self, files: Mapping[str, bytes], places: Mapping[str, int]) -> None:
         self.files = {name: bytearray(content) for name, content in files.items()}
         self.addresses: dict[str, int] = {}
+        self._places = places
         self._next = {zone: first for zone, (first, _) in _ZONES.items()}
 
     def command(self, entry: bytes) -> None:
@@ -100,6 +102,9 @@ class _Run:
             raise AcpiError(f"table-loader: {name!r} is allocated twice")
         if align == 0 or align & (align - 1):
             raise AcpiError(f"table-loader: {name!r} is to be aligned to {align}, not a power of two")
+        if name in self._places:
+            self.addresses[name] = self._places[name]
+            return
         address = (self._next[zone] + align - 1) & -align
         end = address + len(content)
         if end > _ZONES[zone][1]:

@@ -14,7 +14,8 @@ from nvdimm_driver.acpi.tables import (
     Structure,
     seal,
 )
-from nvdimm_driver.acpi.verify import check_layout, check_space, check_tables
+from nvdimm_driver.acpi.verify import OEM_TABLE_ID, check_layout, check_space, check_tables
+from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import AcpiTables, GuestLayout, Placement
 from nvdimm_driver.plugins import AcpiBuilder
 
@@ -25,7 +26,7 @@ CAPABILITIES = {"memory_controller": 2, "cpu_cache": 3}
 
 
 def _header(signature: bytes, revision: int) -> Header:
-    return Header(signature, 0, revision, 0, b"NVDRV ", b"NVDIMM\0\0", 1, b"NVDR", 1)
+    return Header(signature, 0, revision, 0, b"NVDRV ", OEM_TABLE_ID, 1, b"NVDR", 1)
 
 
 def ssdt(layout: GuestLayout) -> bytes:
@@ -130,6 +131,11 @@ class NativeAcpiBuilder(AcpiBuilder):
 
     def build(self, layout: GuestLayout) -> AcpiTables:
         check_layout(layout)
+        if layout.label_clients:
+            raise ConfigError(
+                "label areas are to be served by a QEMU (dsm = qemu), and the ACPI builder is 'native'",
+                hint="take dsm 'aml', or the builder 'qemu'",
+            )
         tables = (nfit(layout), ssdt(layout))
         check_tables(layout, tables)
         check_space(tables)

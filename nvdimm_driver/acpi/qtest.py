@@ -29,13 +29,18 @@ class Qtest:
     """One connection to a QEMU.
 
     :param stream: connected to QEMU's qtest character device; the caller closes it.
-    :param deadline: value of ``time.monotonic()`` after which no answer is waited for.
+    :param timeout: seconds, from now, after which no answer is waited for.
     """
 
-    def __init__(self, stream: socket.socket, deadline: float) -> None:
+    def __init__(self, stream: socket.socket, timeout: float) -> None:
         self._stream = stream
-        self._deadline = deadline
+        self._timeout = timeout
+        self.give_time()
         self._buffer = bytearray()
+
+    def give_time(self) -> None:
+        """Count the seconds anew."""
+        self._deadline = time.monotonic() + self._timeout
 
     def command(self, line: str) -> str:
         """Send one command and return what follows ``OK`` in the answer, perhaps nothing.

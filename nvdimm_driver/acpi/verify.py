@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from nvdimm_driver.acpi.aml import named_integers, string
 from nvdimm_driver.acpi.tables import PERSISTENT_MEMORY, Header, Nfit, RegionMapping, SpaRange, text, verify_table
 from nvdimm_driver.errors import AcpiError, LayoutError
+from nvdimm_driver.frames import DSM_GFN
 from nvdimm_driver.model import GIB, PAGE, GuestLayout
 
 MAX_NVDIMMS = 256
@@ -18,6 +19,10 @@ MAX_TABLE_BYTES = 63 * PAGE
 """What fits the delivery area: libxl leaves a domain 1 MiB of slack, of which this is a quarter, one page spared."""
 MAX_SECONDARY_TABLES = 15
 """tools/libacpi/build.c: ACPI_MAX_SECONDARY_TABLES is 16 with the end mark; excess tables are dropped silently."""
+OEM_TABLE_ID = b"NVDIMM\0\0"
+"""Of QEMU's NFIT and SSDT, and ours."""
+DSM_ADDRESS = DSM_GFN * PAGE
+"""Where the guest's requests to a label server are (MEMA)."""
 STOCK_TABLES = 6
 """What hvmloader always has of these: MADT, HPET, WAET and three SSDTs (power, S3, S4)."""
 
@@ -120,3 +125,5 @@ def _check_ssdt(layout: GuestLayout, ssdt: bytes) -> None:
     missing = {placement.handle for placement in layout.nvdimms} - set(named_integers(body, "_ADR"))
     if missing:
         raise AcpiError(f"SSDT: no device with _ADR {sorted(missing)}")
+    if layout.label_clients and named_integers(body, "MEMA") != (DSM_ADDRESS,):
+        raise AcpiError(f"SSDT: MEMA is {named_integers(body, 'MEMA')}, not {DSM_ADDRESS:#x}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nvdimm_driver import frames
 from nvdimm_driver.errors import LayoutError, XenError
+from nvdimm_driver.frames import DSM_GFN, TABLES_GFN
 from nvdimm_driver.plugins import Mapper
 from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, E820_RAM, PAGE, WRITE_BACK, Xen
 from nvdimm_driver.xen.xenstore import Xenstore
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 
-TABLES_GFN = 0xFD001
-"""Where tables go: what hvmloader reports as RESERVED, clear of its ACPI arena, PCI BARs, IOAPIC, HPET, TPM and MSI.
-The page below, 0xFD000, is kept for the ``_DSM`` buffer (MEMA)."""
 TABLES_PAGES = 63
 """With the ``_DSM`` page 64 pages, of the 256 that libxl leaves free below the domain's memory limit."""
 TABLES_COUNT = 4
@@ -121,6 +119,9 @@ class DomctlMapper(Mapper):
         self.xen.write_memory(domid, TABLES_GFN * PAGE, together)
         self.xenstore.write(f"{folder}/address", hex(TABLES_GFN * PAGE))
         self.xenstore.write(f"{folder}/length", hex(len(together)))
+
+    def give_dsm_page(self, domid: int) -> None:
+        self.xen.populate_physmap_exact(domid, DSM_GFN, 1)
 
     def close(self) -> None:
         """Close what was opened. Can be repeated; the mapper can be used again."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.acpi.aml import named_integers
+from nvdimm_driver.acpi.cache import TableCache
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.acpi.tables import (
@@ -18,7 +20,7 @@ from nvdimm_driver.acpi.tables import (
     Structure,
     verify_table,
 )
-from nvdimm_driver.errors import AcpiError
+from nvdimm_driver.errors import AcpiError, ConfigError
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, SUPERPAGE, GuestLayout, NvdimmSpec, Placement
 
 XEN_QEMU = "/usr/libexec/xen-qemu-system-i386"
@@ -117,6 +119,45 @@ def test_size_that_the_driver_computes_is_what_qemu_shows(spec: NvdimmSpec) -> N
 def test_label_too_small_for_qemu_is_its_error() -> None:
     with pytest.raises(AcpiError, match=r"label-size.* required at least 0x20000"):
         QemuAcpiBuilder([XEN_QEMU]).build(layout(Placement(0, 68 * GIB, GIB, 64 * KIB)))
+
+
+@pytest.mark.parametrize("name", ["1", "256", "labels", "slots with gaps", "nodes"])
+def test_ssdt_for_a_label_server_is_qemus_own(name: str) -> None:
+    """QEMU's, with the page for requests where the guest has it; none without an area that it could serve."""
+    asked = replace(LAYOUTS[name], dsm="qemu")
+    xen, plain = (QemuAcpiBuilder([binary]).build(asked) for binary in (XEN_QEMU, PLAIN_QEMU))
+    assert xen == plain
+    ssdts = [table for table in xen.reference if table[:4] == b"SSDT"]
+    if asked.label_clients:
+        assert ssdts == []
+        assert named_integers(xen.tables[1], "MEMA") == (0xFD000000,)
+        with pytest.raises(ConfigError, match="builder is 'native'"):
+            NativeAcpiBuilder().build(asked)
+    else:
+        assert len(ssdts) == 1
+        assert xen.tables[1] == NativeAcpiBuilder().build(asked).tables[1]
+
+
+def test_what_a_qemu_has_given_is_kept_for_the_next_time(tmp_path: Path) -> None:
+    """The QEMU of the second build has no more to give, and is not asked; the third is another program."""
+    once = tmp_path / "once"
+    script = f'#!/bin/sh\necho >>{tmp_path}/starts\nexec {XEN_QEMU} "$@"\n'
+    once.write_text(script)
+    once.chmod(0o755)
+    (tmp_path / "starts").touch(0o666)
+    (tmp_path / "starts").chmod(0o666)
+    tmp_path.chmod(0o777)
+    builder = QemuAcpiBuilder([str(once)], user="root", cache=TableCache(tmp_path / "cache"))
+    first = builder.build(row(2))
+    starts = (tmp_path / "starts").read_text()
+    assert builder.build(row(2)) == first
+    assert (tmp_path / "starts").read_text() == starts
+    assert builder.build(replace(row(2), dsm="aml")) == first
+    assert (tmp_path / "starts").read_text() == starts
+    assert builder.build(row(3)) != first
+    once.write_text(script + "\n")
+    assert builder.build(row(2)) == first
+    assert len((tmp_path / "starts").read_text()) == 3 * len(starts)
 
 
 def test_second_qemu_is_taken_when_the_first_fails(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ class RecordingMapper(Mapper):
         self.alive = {} if alive is None else alive
         self.mapped: dict[int, list[tuple[int, int, int]]] = {}
         self.delivered: dict[int, bytes] = {}
+        self.dsm_pages: set[int] = set()
         self.fail: str = ""
         self.guest_frames = 0xFEFFF + 1
         self.ram_ranges = [(0, 4 * GIB // 4096)]
@@ -115,6 +116,9 @@ class RecordingMapper(Mapper):
         if self.fail == "deliver":
             raise XenError("ENOMEM", hint="no")
         self.delivered[domid] = tables
+
+    def give_dsm_page(self, domid: int) -> None:
+        self.dsm_pages.add(domid)
 
 
 def make_driver(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.acpi.qemu import QemuAcpiBuilder, arguments
+from nvdimm_driver.acpi.machine import arguments
+from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.errors import AcpiError, ConfigError, LayoutError
 from nvdimm_driver.model import GIB, KIB, MIB, GuestLayout, Placement
 
@@ -109,7 +110,7 @@ def test_qemu_that_fails_is_quoted_and_the_next_is_tried(place: Path) -> None:
     second = program(place, "second", "echo 'second: -accel qtest: invalid accelerator qtest' >&2; exit 3")
     with pytest.raises(AcpiError) as caught:
         QemuAcpiBuilder([first, second]).build(ONE)
-    ended = "QEMU ended before it answered 'b64write 0x100000'"
+    ended = "QEMU ended before it answered 'endianness'"
     assert caught.value.message == (
         f"no ACPI tables from QEMU: {first}: {ended}: first: cannot; {second}: {ended}: it wrote nothing to stderr"
     )

@@ -19,7 +19,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def client(stream: socket.socket, seconds: float = 5.0) -> Qtest:
-    return Qtest(stream, time.monotonic() + seconds)
+    return Qtest(stream, seconds)
 
 
 Pair = tuple[socket.socket, socket.socket]
