@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from nvdimm_driver.acpi.cache import TableCache
@@ -46,7 +47,7 @@ def bench(binary: str, folder: Path) -> None:
     for count in (1, 8, 64):
         asked = layout(count)
         kept.build(asked)
-        start, *others = compare(lambda: bare(binary, asked), lambda: harvest.build(asked), lambda: kept.build(asked))
+        start, *others = compare(partial(bare, binary, asked), partial(harvest.build, asked), partial(kept.build, asked))
         ratios = ", ".join(f"{seconds / start:.2f}" for seconds in others)
         print(f"{binary}, {count} NVDIMMs: start and quit 1 ({start * 1000:.0f} ms); harvest, from the cache: {ratios}")
 
@@ -55,8 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for binary in filter(None, map(shutil.which, DEFAULT_BINARIES)):
             bench(binary, Path(folder))
-    asked = layout(64)
-    (native,) = compare(lambda: NativeAcpiBuilder().build(asked))
+    (native,) = compare(partial(NativeAcpiBuilder().build, layout(64)))
     print(f"native, 64 NVDIMMs: {native * 1000:.1f} ms")
 
 
