@@ -47,7 +47,8 @@ def bench(binary: str, folder: Path) -> None:
     for count in (1, 8, 64):
         asked = layout(count)
         kept.build(asked)
-        start, *others = compare(partial(bare, binary, asked), partial(harvest.build, asked), partial(kept.build, asked))
+        ways = (partial(bare, binary, asked), partial(harvest.build, asked), partial(kept.build, asked))
+        start, *others = compare(*ways)
         ratios = ", ".join(f"{seconds / start:.2f}" for seconds in others)
         print(f"{binary}, {count} NVDIMMs: start and quit 1 ({start * 1000:.0f} ms); harvest, from the cache: {ratios}")
 
