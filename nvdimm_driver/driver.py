@@ -12,8 +12,9 @@ from uuid import uuid4
 from oslo_config import cfg
 
 from nvdimm_driver import claims, frames, plugins
-from nvdimm_driver.backing.inventory import namespaces, physical_address_bits
+from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.errors import BackingError, InUseError, LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
     GIB,
@@ -60,7 +61,7 @@ class XenNvdimmDriver:
         self.acpi = acpi
         self.qemu = qemu
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
-        self.starts = Starts(ledger, backings, mapper)
+        self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
 
     def plan(self, domain: DomainSpec) -> Plan:
         """All that defining and starting the domain would do; nothing is done.
@@ -160,12 +161,19 @@ class XenNvdimmDriver:
         """
         uuid = _uuid(domain)
         self.reconcile()
+        self.serve_labels()
         try:
             self.starts.check_ended(uuid)
             plan = self._prepare(self._adopt(uuid, domain), domain)
         except NvdimmError as error:
             self.ledger.fault(uuid, str(error))
             raise
+        for spec, bad in zip(domain.nvdimms, plan.bad_blocks, strict=True):
+            if bad:
+                LOG.warning(
+                    "domain %s: %s has %d bad bytes, the first at %#x: a read of them is a machine check",
+                    *(domain.name, spec.path, sum(length for _, length in bad), bad[0][0]),
+                )
         larger, smaller, hypercalls = frames.cost(plan.mappings)
         LOG.info(
             "domain %s: prepared %d NVDIMMs: %d extents, %d entries of 2 MiB, %d of 4 KiB, %d hypercalls",
@@ -194,6 +202,23 @@ class XenNvdimmDriver:
     def reconcile(self) -> None:
         """Put away what starts have left whose domains are gone."""
         self.starts.reconcile()
+
+    def serve_labels(self) -> None:
+        """Start label servers for the running guests whose own were killed."""
+        self.starts.serve_labels()
+
+    def bad_blocks(self, item: Allocation) -> tuple[tuple[int, int], ...]:
+        """What the host knows to be bad of an NVDIMM's backing, as (offset in it, bytes).
+
+        :raises BackingError: when the backing is not fit to be located.
+        """
+        return self.planner.bad_blocks(item.spec)
+
+    def label_server(self, record: Record) -> str | None:
+        """``running`` or ``gone``; None for a domain that has none now."""
+        if record.attachment is None or not record.attachment.served:
+            return None
+        return "running" if self.starts.label_servers.is_running(record.uuid) else "gone"
 
     def forget(self, uuid: str) -> Record:
         """Give up the domain's claim to its backings; their bytes stay.
@@ -246,7 +271,7 @@ class XenNvdimmDriver:
                 guest_frames,
                 plan.mappings,
                 plan.areas,
-                label_server=bool(plan.layout.label_clients),
+                served=record.labels if plan.layout.label_clients else "",
             )
         except BaseException:
             self.starts.put_away(record.uuid, paths)
@@ -355,7 +380,7 @@ def from_conf(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
         backings=plugins.load_all("nvdimm_driver.backings", conf),
         acpi=plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
         mapper=plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
-        host=Host(namespaces, physical_address_bits()),
+        host=Host(namespaces, physical_address_bits(), bad_ranges),
         qemu=conf.xen.qemu,
         gap=conf.layout.gap_gib * GIB,
         dsm=conf.acpi.dsm,

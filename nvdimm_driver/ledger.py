@@ -68,7 +68,8 @@ CREATE TABLE area (
 """,
     """
 ALTER TABLE domain ADD COLUMN dsm TEXT;
-ALTER TABLE attachment ADD COLUMN label_server INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE attachment ADD COLUMN served TEXT NOT NULL DEFAULT '';
+ALTER TABLE attachment ADD COLUMN ioreq_server INTEGER;
 """,
 )
 """What makes each version of the schema of the one before; the first one's number is 1."""
@@ -198,15 +199,18 @@ class Ledger:
         mappings: Sequence[tuple[int, int, int]],
         areas: Sequence[tuple[int, int]],
         *,
-        label_server: bool,
+        served: str,
     ) -> None:
-        """The start is prepared: what the device model will do."""
+        """The start is prepared: what the device model will do.
+
+        :param served: as in :class:`.model.Attachment`.
+        """
         self._write(
             [
                 (
                     "UPDATE attachment SET state = 'prepared', since = ?, qemu = ?, gfn_start = ?, gfn_limit = ?, "
-                    "label_server = ? WHERE uuid = ?",
-                    (int(time.time()), qemu, *guest_frames, int(label_server), uuid),
+                    "served = ? WHERE uuid = ?",
+                    (int(time.time()), qemu, *guest_frames, served, uuid),
                 ),
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
@@ -216,7 +220,7 @@ class Ledger:
     def start(self, uuid: str) -> Start | None:
         """What was prepared for a domain in this boot of the host, and not mapped yet."""
         rows = self._rows(
-            "SELECT name, qemu, gfn_start, gfn_limit, label_server FROM attachment JOIN domain USING (uuid) "
+            "SELECT name, qemu, gfn_start, gfn_limit, served FROM attachment JOIN domain USING (uuid) "
             "WHERE uuid = ? AND state = 'prepared' AND boot_id = ?",
             uuid,
             host_boot_id(),
@@ -225,8 +229,8 @@ class Ledger:
             return None
         mappings = self._rows("SELECT gfn, mfn, count FROM mapping WHERE uuid = ? ORDER BY gfn", uuid)
         areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
-        name, qemu, gfn_start, gfn_limit, label_server = rows[0]
-        return Start(name, qemu, gfn_start, gfn_limit, bool(label_server), mappings, areas)
+        name, qemu, gfn_start, gfn_limit, served = rows[0]
+        return Start(name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas)
 
     def has_mapped(self, uuid: str, domid: int) -> bool:
         """Whether the NVDIMMs were mapped into just this domain in this boot of the host."""
@@ -259,6 +263,15 @@ class Ledger:
             ]
         )
 
+    def ioreq_server(self, uuid: str) -> int | None:
+        """Xen's id of the ioreq server that the domain's label server has made; None before."""
+        rows = self._rows("SELECT ioreq_server FROM attachment WHERE uuid = ?", uuid)
+        return rows[0][0] if rows else None
+
+    def has_ioreq_server(self, uuid: str, server: int) -> None:
+        """The domain's label server has made an ioreq server, with that id."""
+        self._write([("UPDATE attachment SET ioreq_server = ? WHERE uuid = ?", (server, uuid))])
+
     def mapped(self, uuid: str) -> None:
         """The device model has mapped."""
         self._write(
@@ -289,12 +302,12 @@ class Ledger:
     def _attachment(self, uuid: str) -> Attachment | None:
         from nvdimm_driver.model import Attachment
 
-        rows = self._rows("SELECT uuid, state, domid, boot_id, since FROM attachment WHERE uuid = ?", uuid)
+        rows = self._rows("SELECT state, domid, boot_id, since, served FROM attachment WHERE uuid = ?", uuid)
         if not rows:
             return None
         paths = self._rows("SELECT path FROM frozen WHERE uuid = ? ORDER BY path", uuid)
-        _, state, domid, boot_id, since = rows[0]
-        return Attachment(uuid, state, domid, boot_id, since, tuple(path for (path,) in paths))
+        state, domid, boot_id, since, served = rows[0]
+        return Attachment(uuid, state, domid, boot_id, since, tuple(path for (path,) in paths), served)
 
     def _create(self) -> None:
         found = self._rows("PRAGMA user_version")[0][0]

@@ -5,6 +5,7 @@ Sizes, offsets and addresses are ``int`` bytes; frame numbers (4 KiB each) have 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, NewType
@@ -268,6 +269,7 @@ class Plan:
     :ivar locations: by slot order; for a backing that does not exist yet, where it would be at best.
     :ivar mappings: of all NVDIMMs.
     :ivar areas: the host's pmem data areas as (first MFN, frames); every mapping lies in one.
+    :ivar bad_blocks: by slot order, what the host knows to be bad of each backing, as (offset in it, bytes).
     """
 
     domain: DomainSpec
@@ -277,6 +279,7 @@ class Plan:
     mappings: tuple[Mapping, ...]
     areas: tuple[tuple[int, int], ...]
     tables: AcpiTables
+    bad_blocks: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -298,6 +301,17 @@ class Allocation:
     def ready(self) -> bool:
         return self.identity is not None
 
+    @property
+    def placement(self) -> Placement:
+        return Placement(
+            slot=self.spec.slot,
+            base=self.base or 0,
+            size=self.spec.visible_size,
+            label_size=self.spec.label_size,
+            node=self.spec.node,
+            label_gap=self.spec.label_gap,
+        )
+
 
 @dataclass(frozen=True)
 class Attachment:
@@ -308,6 +322,7 @@ class Attachment:
     :ivar boot_id: the host's boot it belongs to.
     :ivar since: seconds since the epoch, when the state was entered.
     :ivar paths: what is frozen for it.
+    :ivar served: :attr:`Record.labels` of the domain when it was started, if it has a label server, else empty.
     """
 
     uuid: str
@@ -316,6 +331,7 @@ class Attachment:
     boot_id: str
     since: int
     paths: tuple[str, ...]
+    served: str = ""
 
 
 @dataclass(frozen=True)
@@ -333,3 +349,8 @@ class Record:
     fault: str
     allocations: tuple[Allocation, ...]
     attachment: Attachment | None
+
+    @property
+    def labels(self) -> str:
+        """What tells whether two records have the same label areas."""
+        return hashlib.sha256(repr([item for item in self.allocations if item.spec.label_size]).encode()).hexdigest()

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nvdimm_driver import guards, layout
-from nvdimm_driver.backing.inventory import areas
-from nvdimm_driver.errors import BackingError
+from nvdimm_driver.backing.inventory import areas, bad_parts
+from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
     PAGE,
@@ -26,7 +26,6 @@ from nvdimm_driver.model import (
     Mapping,
     Namespace,
     NvdimmSpec,
-    Placement,
     Plan,
     Record,
 )
@@ -39,10 +38,12 @@ class Host:
 
     :ivar namespaces: reads the pmem namespaces.
     :ivar address_bits: physical address bits of the CPU.
+    :ivar bad_ranges: reads the persistent memory that is known to be bad, as (SPA, bytes).
     """
 
     namespaces: Callable[[], tuple[Namespace, ...]]
     address_bits: int
+    bad_ranges: Callable[[], tuple[tuple[int, int], ...]] = tuple
 
 
 class Planner:
@@ -89,6 +90,13 @@ class Planner:
         """
         return tuple(backing_of(self.backings, spec.path).locate(spec) for spec in domain.nvdimms)
 
+    def bad_blocks(self, spec: NvdimmSpec) -> tuple[tuple[int, int], ...]:
+        """What is known to be bad of a backing, as (offset in it, bytes).
+
+        :raises BackingError: when it is not fit to be located.
+        """
+        return bad_parts(backing_of(self.backings, spec.path).locate(spec).extents, self.host.bad_ranges())
+
     def provisioned(self, domain: DomainSpec, locations: tuple[Location, ...], before: Record | None) -> Plan:
         """The plan for a domain whose backings were provisioned just now.
 
@@ -106,17 +114,7 @@ class Planner:
 
     def around(self, record: Record, ram: int) -> GuestLayout:
         """The layout of a defined domain, if it had so many bytes of RAM."""
-        placements = tuple(
-            Placement(
-                slot=item.spec.slot,
-                base=item.base or 0,
-                size=item.spec.visible_size,
-                label_size=item.spec.label_size,
-                node=item.spec.node,
-                label_gap=item.spec.label_gap,
-            )
-            for item in record.allocations
-        )
+        placements = tuple(item.placement for item in record.allocations)
         guest = layout.around(ram, placements, address_bits=self.host.address_bits)
         return self._told(guest, record.dsm, [item.identity for item in record.allocations if item.identity])
 
@@ -133,6 +131,10 @@ class Planner:
         ]
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
         guest = self._told(guest, domain.dsm, [location.identity for location in locations])
+        clients = set(guest.label_clients)
+        for spec, placement in zip(domain.nvdimms, guest.nvdimms, strict=True):
+            if placement in clients:
+                backing_of(self.backings, spec.path).check_labels(spec)
         labelled = set(guest.label_areas)
         mappings = [
             layout.mappings(placement, location.extents, labels=placement in labelled)
@@ -142,7 +144,12 @@ class Planner:
         known = [part for index, part in enumerate(mappings) if not (intakes and intakes[index].assumed)]
         self._guard(domain, guest, _flat(known), pmem)
         tables = self.acpi.build(guest)
-        return Plan(domain, intakes, locations, guest, _flat(mappings), pmem, tables)
+        bad = self.host.bad_ranges()
+        bad_blocks = tuple(
+            () if intakes and intakes[index].assumed else bad_parts(location.extents, bad)
+            for index, location in enumerate(locations)
+        )
+        return Plan(domain, intakes, locations, guest, _flat(mappings), pmem, tables, bad_blocks)
 
     def _told(self, guest: GuestLayout, dsm: str | None, identities: Sequence[BackingIdentity]) -> GuestLayout:
         """The layout with what else the guest's tables say of its NVDIMMs."""
@@ -183,11 +190,7 @@ class Planner:
 
     def _locate_same(self, item: Allocation) -> Location:
         location = backing_of(self.backings, item.spec.path).locate(item.spec)
-        if location.identity != item.identity:
-            raise BackingError(
-                f"{item.spec.path} is not what was provisioned: was {item.identity}, is {location.identity}",
-                hint="put the old file back, or take the new one by defining the domain anew",
-            )
+        check_identity(item.spec.path, location.identity, item.identity)
         return location
 
 

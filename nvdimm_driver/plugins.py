@@ -55,6 +55,35 @@ class XmlHook(Plugin):
         """Return what the user wrote; byte for byte the same when nothing was rewritten."""
 
 
+class LabelArea(ABC):
+    """An open label area, which stays open when this process gives up its privileges.
+
+    :ivar size: bytes.
+    """
+
+    size: int
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """Return all of it."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Change bytes of it; they are durable on return.
+
+        :raises BackingError: when the bytes are not all in the area.
+        :raises OSError: when they could not be made durable.
+        """
+        if not 0 <= offset <= self.size - len(data):
+            from nvdimm_driver.errors import BackingError
+
+            raise BackingError(f"{len(data)} bytes at {offset} are not in a label area of {self.size} bytes")
+        self._write(offset, data)
+
+    @abstractmethod
+    def _write(self, offset: int, data: bytes) -> None:
+        """Change bytes that are in it."""
+
+
 class Backing(Plugin):
     """One way to keep an NVDIMM's bytes in the host's persistent memory."""
 
@@ -98,6 +127,19 @@ class Backing(Plugin):
     @abstractmethod
     def thaw(self, path: str) -> None:
         """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone."""
+
+    def check_labels(self, spec: NvdimmSpec) -> None:
+        """Check that :meth:`open_labels` can work for such a backing, which need not be provisioned yet.
+
+        :raises UnsupportedError: when it cannot.
+        """
+
+    @abstractmethod
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+        """Open the label area of an NVDIMM that may be frozen, and is so afterwards as it was before.
+
+        :raises BackingError: when the backing is not the one of that identity, or cannot be written.
+        """
 
 
 def backing_of(backings: Sequence[Backing], path: str) -> Backing:

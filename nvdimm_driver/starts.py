@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Sequence
 
-from nvdimm_driver.errors import InUseError
+from nvdimm_driver.errors import InUseError, XenError
+from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger, host_boot_id
 from nvdimm_driver.model import Attachment, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
@@ -25,10 +26,13 @@ class Starts:
     :param mapper: is asked which domains there are.
     """
 
-    def __init__(self, ledger: Ledger, backings: Sequence[Backing], mapper: Mapper) -> None:
+    def __init__(
+        self, ledger: Ledger, backings: Sequence[Backing], mapper: Mapper, label_servers: LabelServers
+    ) -> None:
         self.ledger = ledger
         self.backings = backings
         self.mapper = mapper
+        self.label_servers = label_servers
 
     def freeze(self, uuid: str, paths: Sequence[str]) -> None:
         """Begin a start: from here on its backings stay as they are until :meth:`put_away`."""
@@ -61,6 +65,19 @@ class Starts:
             if attachment is not None and not _is_pending(attachment) and not self._is_running(attachment):
                 self.put_away(record.uuid, attachment.paths)
                 LOG.info("domain %s: put away after domid %s", record.name, attachment.domid)
+
+    def serve_labels(self) -> None:
+        """Start a label server for each running guest whose own was killed with what watches it."""
+        for record in self.ledger.domains():
+            at = record.attachment
+            if at is None or at.domid is None or not at.served or at.state != "mapped":
+                continue
+            if self._is_running(at) and not self.label_servers.is_running(record.uuid):
+                LOG.warning("domain %s: its label server is gone; starting another", record.name)
+                try:
+                    self.label_servers.start(at.domid, record.uuid)
+                except XenError as error:
+                    LOG.error("domain %s: %s", record.name, error)
 
     def check_ended(self, uuid: str) -> None:
         """The last start of the domain must be over: a guest of which libvirt has lost sight has its memory still.

@@ -10,8 +10,10 @@ from pathlib import Path
 from nvdimm_driver.backing import extents, inventory
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.inventory import Volume
+from nvdimm_driver.backing.labels import no_label_server
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import SUPERPAGE, Extent
+from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, NvdimmSpec
+from nvdimm_driver.plugins import LabelArea
 
 
 class DevdaxBacking(DeviceBacking):
@@ -58,3 +60,9 @@ class DevdaxBacking(DeviceBacking):
             self.cross_check(fd, (extent,), alignment)
         except BackingError as error:
             raise BackingError(f"{path}: {error.message}", hint=error.hint) from error
+
+    def check_labels(self, spec: NvdimmSpec) -> None:
+        raise no_label_server(spec.path)
+
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+        raise no_label_server(spec.path)

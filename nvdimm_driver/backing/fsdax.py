@@ -13,9 +13,10 @@ from typing import NamedTuple
 from nvdimm_driver.backing import extents, inode, inventory
 from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.backing.inventory import Mount, Volume
+from nvdimm_driver.backing.labels import MappedLabels, check_identity
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress
-from nvdimm_driver.plugins import Backing, unwatched
+from nvdimm_driver.plugins import Backing, LabelArea, unwatched
 
 _FILE_SYSTEMS = ("ext4", "xfs")
 _CHUNK = 4 << 20
@@ -138,6 +139,22 @@ class FsdaxBacking(Backing):
         if os.path.lexists(path):
             with _opened(path, os.O_RDONLY) as fd:
                 inode.thaw(fd)
+
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+        """Map it: an immutable file on DAX takes stores, but no write and no open for one (ext4_file_write_iter,
+        fs/namei.c:inode_permission), so it is mutable for as long as it takes to open it.
+        """
+        path = os.path.realpath(spec.path)
+        with _opened(path, os.O_RDONLY) as fd:
+            frozen = inode.is_frozen(fd)
+            inode.thaw(fd)
+            try:
+                with _opened(path, os.O_RDWR) as writable:
+                    check_identity(path, self._identity(writable, self._volume(writable, path)), identity)
+                    return MappedLabels(writable, spec.size - spec.label_size, spec.label_size)
+            finally:
+                if frozen:
+                    inode.freeze(fd)
 
     def _volume(self, fd: int, path: str) -> Volume:
         """The volume that an open file or directory is on, after checking that it can be used with DAX there."""

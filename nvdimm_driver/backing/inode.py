@@ -30,8 +30,9 @@ def generation(fd: int) -> int:
     return _get_int(fd, _FS_IOC_GETVERSION)
 
 
-def is_immutable(fd: int) -> bool:
-    return bool(_get_int(fd, _FS_IOC_GETFLAGS) & IMMUTABLE)
+def is_frozen(fd: int) -> bool:
+    """Whether :func:`freeze` has made it immutable."""
+    return _FROZEN in os.listxattr(fd)
 
 
 def freeze(fd: int) -> None:
@@ -48,7 +49,7 @@ def freeze(fd: int) -> None:
 
 def thaw(fd: int) -> None:
     """Undo :func:`freeze`; a file without its mark stays as it is."""
-    if _FROZEN in os.listxattr(fd):
+    if is_frozen(fd):
         fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", _get_int(fd, _FS_IOC_GETFLAGS) & ~IMMUTABLE))
         os.removexattr(fd, _FROZEN)
 

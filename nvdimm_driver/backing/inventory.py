@@ -11,13 +11,13 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nvdimm_driver.errors import BackingError, ConfigError
-from nvdimm_driver.model import PAGE, PERSISTENCE_DOMAINS, Namespace
+from nvdimm_driver.model import PAGE, PERSISTENCE_DOMAINS, Extent, Namespace
 
 SYSFS = Path("/sys")
 MODES = ("fsdax", "devdax", "raw", "sector")
@@ -67,6 +67,43 @@ def areas(found: Iterable[Namespace]) -> list[tuple[int, int]]:
         if namespace.mode != "sector" and count > 0:
             result.append((first, count))
     return result
+
+
+def bad_ranges(sysfs: Path = SYSFS) -> tuple[tuple[int, int], ...]:
+    """Return the persistent memory that the kernel knows to be bad, as (SPA, bytes), sorted; ranges may overlap.
+
+    A region tells what the platform has reported, a disk also what was found since (drivers/nvdimm/badrange.c).
+
+    :raises BackingError: when sysfs cannot be read.
+    """
+    found: set[tuple[int, int]] = set()
+    for region in sysfs.glob("bus/nd/devices/region*"):
+        spa = _number(region / "resource") if (region / "resource").exists() else None
+        found.update(_bad(region, spa))
+    for namespace in namespaces(sysfs):
+        found.update(_bad(sysfs / "class/block" / namespace.device, namespace.data_spa))
+    return tuple(sorted(found))
+
+
+def bad_parts(extents: Iterable[Extent], bad: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return what is bad of a backing with these extents, as (offset in the backing, bytes)."""
+    ranges = tuple(bad)
+    parts = []
+    for extent in extents:
+        for spa, length in ranges:
+            start, end = max(spa, extent.spa), min(spa + length, extent.spa + extent.length)
+            if start < end:
+                parts.append((extent.offset + start - extent.spa, end - start))
+    return tuple(sorted(set(parts)))
+
+
+def _bad(device: Path, spa: int | None) -> Iterator[tuple[int, int]]:
+    """Read ``badblocks`` of a region or disk: lines of first sector and number of sectors (block/badblocks.c)."""
+    if spa is None:
+        return
+    for line in _text(device / "badblocks").splitlines():
+        first, count = map(int, line.split())
+        yield spa + first * _SECTOR, count * _SECTOR
 
 
 def volume_of(device: int, path: str, sysfs: Path = SYSFS) -> Volume:

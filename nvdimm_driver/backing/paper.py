@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from nvdimm_driver.backing.inventory import HostDescription
+from nvdimm_driver.backing.labels import no_label_server
 from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress
-from nvdimm_driver.plugins import Backing, unwatched
+from nvdimm_driver.plugins import Backing, LabelArea, unwatched
 
 
 class PaperBacking(Backing):
@@ -55,6 +56,14 @@ class PaperBacking(Backing):
 
     def thaw(self, path: str) -> None:
         raise UnsupportedError(f"{path} is on paper only")
+
+    def check_labels(self, spec: NvdimmSpec) -> None:
+        if self.host.namespace_of(spec.path).mode == "devdax":
+            raise no_label_server(spec.path)
+
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+        del identity
+        raise self._refuse(spec)
 
     def _refuse(self, spec: NvdimmSpec) -> UnsupportedError:
         return UnsupportedError(f"{spec.path} is on paper only", hint="leave --host away on the host itself")

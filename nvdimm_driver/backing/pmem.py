@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import stat
 
 from nvdimm_driver.backing import inventory
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.inventory import Volume
+from nvdimm_driver.backing.labels import DirectLabels, check_identity
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import Extent
+from nvdimm_driver.model import BackingIdentity, Extent, NvdimmSpec
+from nvdimm_driver.plugins import LabelArea
 
 _WHY = {
     "fsdax": "the kernel keeps an info block, 4 KiB behind its start, and page structures in it",
@@ -44,3 +47,13 @@ class PmemBacking(DeviceBacking):
 
     def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
         """Nothing more than that it was opened: O_EXCL has shown that nobody uses it."""
+
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+        path = os.path.realpath(spec.path)
+        check_identity(path, self.locate(spec).identity, identity)
+        try:
+            # not O_EXCL, which would say to the next look at the device that somebody uses it
+            fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_DSYNC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise BackingError(f"{path}: cannot be opened to write labels: {error.strerror}") from error
+        return DirectLabels(fd, spec.size - spec.label_size, spec.label_size)

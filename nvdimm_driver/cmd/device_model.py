@@ -50,7 +50,7 @@ def main(argv: Sequence[str], *, state_dir: str, log_file: str, qemu: str) -> No
         from nvdimm_driver.xen.domctl import DomctlMapper
 
         mapper, ledger = DomctlMapper(), Ledger(os.path.join(state_dir, "ledger.sqlite"))
-        qemu = attach(domid, ledger, mapper, state_dir, log, _prepare, restored="-incoming" in argv)
+        qemu = attach(domid, ledger, mapper, state_dir, log, _prepare, _serve, restored="-incoming" in argv)
         log(f"domid {domid}: {_age_ms()} ms from start to {qemu}")
         try:
             os.execv(qemu, [qemu, *argv[1:]])
@@ -70,14 +70,16 @@ def attach(
     state_dir: str,
     log: Log,
     prepare: Callable[[str], None],
+    serve: Callable[[str, int, str], None],
     *,
     restored: bool = False,
 ) -> str:
     """Map what was prepared for the domain, and hand it its tables.
 
     :param prepare: prepares a start by the domain's uuid, when no hook has: xl runs none.
-    :param restored: the guest comes out of a saved image: its tables are in the memory that came back, and no
-        firmware runs that would take new ones.
+    :param serve: starts a label server, by state folder, domid and uuid.
+    :param restored: the guest comes out of a saved image: its tables, and its page for a label server, are in the
+        memory that came back, and no firmware runs that would take new ones.
     :returns: the QEMU to become.
     :raises NvdimmError: nothing is mapped then, and the reason is in the ledger.
     """
@@ -112,6 +114,10 @@ def attach(
         try:
             if tables:
                 mapper.deliver(domid, tables)
+            if start.label_server:
+                if not restored:
+                    mapper.give_dsm_page(domid)
+                serve(state_dir, domid, uuid)
             ledger.mapped(uuid)
         except NvdimmError:
             mapper.unmap(domid, start.mappings)
@@ -126,6 +132,7 @@ def attach(
     log(
         f"domid {domid} ({start.name}): mapped {len(start.mappings)} extents, {larger} entries of 2 MiB, "
         f"{smaller} of 4 KiB, {hypercalls} hypercalls in {seconds * 1000:.0f} ms; {len(tables)} bytes of ACPI tables"
+        f"{'; a label server' if start.label_server else ''}"
     )
     return start.qemu
 
@@ -135,6 +142,12 @@ def _prepare(uuid: str) -> None:
     from nvdimm_driver.driver import from_conf
 
     from_conf(conf.load()).prepare_known(uuid)
+
+
+def _serve(state_dir: str, domid: int, uuid: str) -> None:
+    from nvdimm_driver.label_servers import LabelServers
+
+    LabelServers(state_dir).start(domid, uuid)
 
 
 def _read(path: str) -> bytes:

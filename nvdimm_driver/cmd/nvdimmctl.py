@@ -158,6 +158,7 @@ class List(Lister):
         del parsed_args
         driver = from_conf(self.app.conf)
         driver.reconcile()
+        driver.serve_labels()
         rows = [
             (record.name, item.spec.slot, item.spec.path, item.spec.size, render.state(record, item))
             for record in driver.ledger.domains()
@@ -179,7 +180,8 @@ class Show(ShowOne):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Sequence[str], Sequence[Any]]:
         driver = from_conf(self.app.conf)
         driver.reconcile()
-        return render.record(_find(driver, parsed_args.domain))
+        driver.serve_labels()
+        return render.record(driver, _find(driver, parsed_args.domain))
 
 
 class Release(Command):

@@ -11,6 +11,8 @@ from typing import Any
 
 from nvdimm_driver import frames
 from nvdimm_driver.acpi.iasl import decode
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, Allocation, Plan, Record
 
 LINUX_NAMESPACE_ALIGN = 16 * MIB
@@ -70,7 +72,7 @@ def state(record: Record, item: Allocation) -> str:
     return "free" if record.attachment is None else record.attachment.state
 
 
-def record(item: Record) -> tuple[Sequence[str], Sequence[Any]]:
+def record(driver: XenNvdimmDriver, item: Record) -> tuple[Sequence[str], Sequence[Any]]:
     """Names and values of all that is known of a domain; sizes and addresses are in bytes."""
     attachment = item.attachment
     nvdimms = [
@@ -81,6 +83,7 @@ def record(item: Record) -> tuple[Sequence[str], Sequence[Any]]:
             "label_size": allocation.spec.label_size,
             "base": allocation.base,
             "identity": None if allocation.identity is None else asdict(allocation.identity),
+            **_health(driver, allocation),
         }
         for allocation in item.allocations
     ]
@@ -89,6 +92,7 @@ def record(item: Record) -> tuple[Sequence[str], Sequence[Any]]:
         "uuid": item.uuid,
         "ram": item.ram,
         "dsm": item.dsm,
+        "label_server": driver.label_server(item),
         "state": attachment.state if attachment else "off",
         "domid": attachment.domid if attachment else None,
         "frozen": list(attachment.paths) if attachment else [],
@@ -98,9 +102,21 @@ def record(item: Record) -> tuple[Sequence[str], Sequence[Any]]:
     return tuple(values), tuple(values.values())
 
 
+def _health(driver: XenNvdimmDriver, item: Allocation) -> dict[str, Any]:
+    """What is bad of a backing, or why that cannot be told."""
+    if not item.ready:
+        return {"bad_blocks": [], "problem": None}
+    try:
+        bad = driver.bad_blocks(item)
+    except NvdimmError as error:
+        return {"bad_blocks": [], "problem": str(error)}
+    return {"bad_blocks": [{"offset": offset, "length": length} for offset, length in bad], "problem": None}
+
+
 def _backings(plan: Plan) -> Iterator[str]:
     yield "Backings:"
-    for spec, location, intake in zip(plan.domain.nvdimms, plan.locations, plan.intakes, strict=True):
+    columns = zip(plan.domain.nvdimms, plan.locations, plan.intakes, plan.bad_blocks, strict=True)
+    for spec, location, intake, bad in columns:
         todo = "create, " if intake.creates else ""
         todo += f"write {size(intake.writes)} of zeros" if intake.writes else "as it is"
         yield (
@@ -110,6 +126,7 @@ def _backings(plan: Plan) -> Iterator[str]:
         assumed = " (assumed: not written yet)" if intake.assumed else ""
         for extent in location.extents:
             yield f"    offset {extent.offset:#x}: SPA {extent.spa:#x}, {size(extent.length)}{assumed}"
+        yield from (f"    warning: bad at {offset:#x}, {size(length)}" for offset, length in bad)
 
 
 def _layout(plan: Plan) -> Iterator[str]:

@@ -8,6 +8,10 @@ from cffi import FFI
 
 DECLARATIONS = """
 typedef unsigned long xen_pfn_t;
+typedef uint16_t domid_t;
+typedef uint16_t ioservid_t;
+typedef uint32_t evtchn_port_t;
+typedef int xenevtchn_port_or_error_t;
 
 /* libxenctrl.so.MAJOR.MINOR (xenctrl.h, xenctrl_compat.h of Xen 4.17 to 4.22) */
 typedef struct xc_interface_core xc_interface;
@@ -31,6 +35,32 @@ int xc_get_machine_memory_map(xc_interface *, struct e820entry *, uint32_t count
 void *xenforeignmemory_map(
     xenforeignmemory_handle *, uint32_t domid, int protection, size_t pages, const xen_pfn_t *gfns, int *errors);
 int xenforeignmemory_unmap(xenforeignmemory_handle *, void *, size_t pages);
+xenforeignmemory_handle *xenforeignmemory_open(xentoollog_logger *, unsigned);
+struct xenforeignmemory_resource_handle *xenforeignmemory_map_resource(
+    xenforeignmemory_handle *, domid_t, unsigned type, unsigned id, unsigned long frame, unsigned long frames,
+    void **address, int protection, int flags);
+
+/* libxendevicemodel.so.1 (xendevicemodel.h) */
+typedef struct xendevicemodel_handle xendevicemodel_handle;
+xendevicemodel_handle *xendevicemodel_open(xentoollog_logger *, unsigned);
+int xendevicemodel_create_ioreq_server(xendevicemodel_handle *, domid_t, int handle_bufioreq, ioservid_t *id);
+int xendevicemodel_get_ioreq_server_info(
+    xendevicemodel_handle *, domid_t, ioservid_t id, xen_pfn_t *gfn, xen_pfn_t *buffered_gfn, evtchn_port_t *);
+int xendevicemodel_map_io_range_to_ioreq_server(
+    xendevicemodel_handle *, domid_t, ioservid_t id, int is_mmio, uint64_t first, uint64_t last);
+int xendevicemodel_set_ioreq_server_state(xendevicemodel_handle *, domid_t, ioservid_t id, int enabled);
+
+/* libxenevtchn.so.1 (xenevtchn.h) */
+typedef struct xenevtchn_handle xenevtchn_handle;
+xenevtchn_handle *xenevtchn_open(xentoollog_logger *, unsigned);
+int xenevtchn_fd(xenevtchn_handle *);
+xenevtchn_port_or_error_t xenevtchn_bind_interdomain(xenevtchn_handle *, uint32_t domid, evtchn_port_t remote);
+xenevtchn_port_or_error_t xenevtchn_pending(xenevtchn_handle *);
+int xenevtchn_unmask(xenevtchn_handle *, evtchn_port_t);
+int xenevtchn_notify(xenevtchn_handle *, evtchn_port_t);
+
+/* libxentoolcore.so.1 (xentoolcore.h) */
+int xentoolcore_restrict_all(domid_t);
 
 /* libxenstore.so.4 (xenstore.h) */
 struct xs_handle *xs_open(unsigned long flags);
@@ -38,8 +68,9 @@ void xs_close(struct xs_handle *);
 void *xs_read(struct xs_handle *, uint32_t transaction, const char *path, unsigned *length);
 _Bool xs_write(struct xs_handle *, uint32_t transaction, const char *path, const void *, unsigned length);
 
-/* the C library: what xs_read returns is the caller's */
+/* the C library: what xs_read returns is the caller's; prctl(2) */
 void free(void *);
+int prctl(int option, ...);
 """
 
 ffi = FFI()

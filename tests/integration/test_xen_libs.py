@@ -8,9 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -23,9 +26,13 @@ HEADERS = """
 #define XC_WANT_COMPAT_DEVICEMODEL_API 1
 #include <stddef.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <xenctrl.h>
+#include <xendevicemodel.h>
+#include <xenevtchn.h>
 #include <xenforeignmemory.h>
 #include <xenstore.h>
+#include <xentoolcore.h>
 """
 STAND_IN = Path(__file__).parent / "xen_stand_in.c"
 
@@ -59,13 +66,17 @@ def test_the_generated_module_is_one_that_cffi_1_15_loads(tmp_path: Path) -> Non
 
 
 def test_every_function_is_in_its_library() -> None:
-    assert len(FUNCTIONS) == 18
+    assert len(FUNCTIONS) == 33
     version = installed_versions()[-1]
     libraries = {
         "xc_": f"libxenctrl.so.{version}",
         "xenforeignmemory_": "libxenforeignmemory.so.1",
         "xs_": "libxenstore.so.4",
+        "xendevicemodel_": "libxendevicemodel.so.1",
+        "xenevtchn_": "libxenevtchn.so.1",
+        "xentoolcore_": "libxentoolcore.so.1",
         "free": None,
+        "prctl": None,
     }
     for function in FUNCTIONS:
         (soname,) = (soname for prefix, soname in libraries.items() if function.startswith(prefix))
@@ -82,7 +93,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "dev/xen").mkdir(parents=True)
     (root / "dev/xen/privcmd").touch()
     (root / "lib").mkdir()
-    for soname in ("libxenctrl.so.4.17", "libxenforeignmemory.so.1", "libxenstore.so.4"):
+    names = ("xenctrl.so.4.17", "xenforeignmemory.so.1", "xenstore.so.4", "xendevicemodel.so.1", "xenevtchn.so.1")
+    for soname in (*(f"lib{name}" for name in names), "libxentoolcore.so.1"):
         command = ["gcc", "-std=gnu11", "-shared", "-fPIC", "-Wall", "-Werror", str(STAND_IN)]
         subprocess.run([*command, f"-Wl,-soname,{soname}", "-o", str(root / "lib" / soname)], check=True)
     return root
@@ -218,3 +230,102 @@ def test_a_mapping_with_a_page_missing_is_an_error_and_unmapped(stand_ins: Path)
     assert said[3] == "xenforeignmemory_unmap(3)"
     assert said[-1].startswith("! xenforeignmemory_map: ENOENT (")
     assert "1 not mapped, first gfn 0xfd003" in said[-1]
+
+
+def serve(root: Path, tmp_path: Path, slots: Sequence[bytes], **fail: str | int) -> list[str]:
+    """Serve these requests as an ioreq server of domain 7; return what the libraries and the server said."""
+    (tmp_path / "slots").write_bytes(b"".join(slots))
+    (tmp_path / "slots.page").write_bytes(bytes(4096))
+    code = (
+        "from nvdimm_driver.errors import XenError\n"
+        "from nvdimm_driver.xen.ioreq import IoreqServer\n"
+        "try:\n"
+        "    server = IoreqServer(7, lambda *written: print('written', *map(hex, written), flush=True))\n"
+        "    server.take_over(server.create(), 0xA18, 0xA1B)\n"
+        "    server.restrict()\n"
+        "    print('serving', flush=True)\n"
+        "    server.serve(0.1)\n"
+        "except XenError as error:\n"
+        "    print('!', error)\n"
+    )
+    env = {**os.environ, "LD_LIBRARY_PATH": str(root / "lib"), "SLOTS": str(tmp_path / "slots")}
+    env |= {name: str(value) for name, value in fail.items()}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def slot(address: int, data: int, size: int = 4, state: int = 1, kind: int = 0, bits: int = 0) -> bytes:
+    """A request as Xen writes it (xen/include/public/hvm/ioreq.h)."""
+    return struct.pack("<QQIIIHBB", address, data, 1, size, 6, 0, state | bits, kind)
+
+
+def test_an_ioreq_server_takes_over_and_answers_what_was_begun(stand_ins: Path, tmp_path: Path) -> None:
+    opened, _, answers = split_at_serving(serve(stand_ins, tmp_path, []))
+    assert opened == [
+        *("xendevicemodel_open(0)", "xenforeignmemory_open(0)", "xenevtchn_open(0)"),
+        "xendevicemodel_create_ioreq_server(7, 0)",
+        "xenforeignmemory_map_resource(7, 0, 3, 1, 1, 3, 0)",
+        "xendevicemodel_map_io_range_to_ioreq_server(7, 3, 0, 0xa18, 0xa1b)",
+        "xendevicemodel_set_ioreq_server_state(7, 3, 1)",
+        *("xenevtchn_bind_interdomain(7, 5)", "xenevtchn_bind_interdomain(7, 6)"),
+        "xentoolcore_restrict_all(7)",
+    ]
+    assert answers[0] == "written 0x0 0x0 0x0"
+    assert answers[1] == "xenevtchn_notify(106: state 3, type 0, data 0)"
+
+
+def split_at_serving(lines: list[str]) -> tuple[list[str], str, list[str]]:
+    at = lines.index("serving")
+    return lines[:at], lines[at], lines[at + 1 :]
+
+
+def test_ports_that_are_mapped_already_are_no_error(stand_ins: Path, tmp_path: Path) -> None:
+    function = "xendevicemodel_map_io_range_to_ioreq_server"
+    assert "serving" in serve(stand_ins, tmp_path, [], FAIL=function, ERRNO=errno.EEXIST)
+    assert "serving" not in serve(stand_ins, tmp_path, [], FAIL=function, ERRNO=errno.EPERM)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *("xendevicemodel_open", "xenforeignmemory_open", "xenevtchn_open", "xendevicemodel_create_ioreq_server"),
+        *("xenforeignmemory_map_resource", "xendevicemodel_set_ioreq_server_state", "xenevtchn_bind_interdomain"),
+        *("xentoolcore_restrict_all", "xenevtchn_notify"),
+    ],
+)
+def test_what_xen_refuses_ends_the_ioreq_server(stand_ins: Path, tmp_path: Path, function: str) -> None:
+    said = serve(stand_ins, tmp_path, [], FAIL=function, ERRNO=errno.EPERM)
+    assert said[-1].startswith(f"! {function}: EPERM")
+
+
+@pytest.mark.parametrize(
+    ("request_", "answers"),
+    [
+        (slot(0xA18, 0xFD000000), ["written 0xa18 0x4 0xfd000000", "state 3, type 0, data 0xfd000000"]),
+        (slot(0xA19, 0x1FF, 1), ["written 0xa19 0x1 0x1ff", "state 3, type 0, data 0x1ff"]),
+        (slot(0xA18, 7, bits=0x20), ["state 3, type 0, data 0"]),
+        (slot(0xA18, 0xFD000000, bits=0x10), ["state 3, type 0, data 0xfd000000"]),
+        (slot(0xA18, 7, bits=0x30), ["state 3, type 0, data 0x7"]),
+        (slot(0, 0, kind=8), ["state 3, type 8, data 0"]),
+        (slot(0xFD000000, 9, kind=1), ["state 3, type 1, data 0x9"]),
+        (slot(0xA18, 1, state=0), []),
+        (slot(0xA18, 1, state=3), []),
+    ],
+)
+def test_each_kind_of_request_gets_its_answer(
+    stand_ins: Path, tmp_path: Path, request_: bytes, answers: list[str]
+) -> None:
+    _, _, said = split_at_serving(serve(stand_ins, tmp_path, [request_]))
+    wanted = [f"xenevtchn_notify(106: {each})" if each.startswith("state") else each for each in answers]
+    assert said[2:-1] == wanted
+    assert said[-1].startswith("! xenevtchn_pending: ENODATA")
+
+
+def test_no_request_ends_it(stand_ins: Path, tmp_path: Path) -> None:
+    """Each slot that is ready gets an answer, whatever else is in it."""
+    random = Random(1)
+    slots = [random.randbytes(32) for _ in range(5000)]
+    ready = sum(each[30] & 0xF == 1 for each in slots)
+    _, _, said = split_at_serving(serve(stand_ins, tmp_path, slots))
+    assert sum(line.startswith("xenevtchn_notify(106: state 3,") for line in said[2:]) == ready > 100
+    assert said[-1].startswith("! xenevtchn_pending: ENODATA")

@@ -1,17 +1,24 @@
 /*
- * Stands in for libxenctrl, libxenforeignmemory and libxenstore where there is no Xen: each function prints how it was
- * called. It includes their headers, so it can only be built with the real prototypes.
+ * Stands in for Xen's libraries where there is no Xen: each function prints how it was called. It includes their
+ * headers, so it can only be built with the real prototypes.
  *
- * FAIL=function ERRNO=number: that function fails. MISSING=n: page n of a foreign mapping is not there.
+ * FAIL=function ERRNO=number: that function fails. MISSING=n: page n of a foreign mapping is not there. SLOTS=file: the
+ * requests of an ioreq server, each of which is in slot 1 when xenevtchn_pending returns; it fails after the last.
  */
 #define XC_WANT_COMPAT_DEVICEMODEL_API 1
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <xenctrl.h>
+#include <xendevicemodel.h>
+#include <xenevtchn.h>
 #include <xenforeignmemory.h>
 #include <xenstore.h>
+#include <xentoolcore.h>
+#include <xen/hvm/ioreq.h>
 
 static char guest[4 * 4096];
 
@@ -149,4 +156,107 @@ bool xs_write(struct xs_handle *handle, xs_transaction_t transaction, const char
               unsigned length)
 {
     return !CALLED("%u, %s, %.*s, %u", transaction, path, (int)length, (const char *)data, length);
+}
+
+/* In a file, as each library has its own copy of this one's variables. */
+static ioreq_t *shared(void)
+{
+    static ioreq_t *page;
+    char path[4096];
+
+    if (!page) {
+        snprintf(path, sizeof(path), "%s.page", getenv("SLOTS"));
+        page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, open(path, O_RDWR), 0);
+    }
+    return page;
+}
+
+xenforeignmemory_handle *xenforeignmemory_open(xentoollog_logger *logger, unsigned flags)
+{
+    return CALLED("%u", flags) ? NULL : (xenforeignmemory_handle *)guest;
+}
+
+xenforeignmemory_resource_handle *xenforeignmemory_map_resource(xenforeignmemory_handle *handle, domid_t domid,
+                                                                unsigned type, unsigned id, unsigned long frame,
+                                                                unsigned long frames, void **address, int protection,
+                                                                int flags)
+{
+    shared()[0].vp_eport = 5;
+    shared()[1].vp_eport = 6;
+    shared()[1].state = STATE_IOREQ_INPROCESS;
+    *address = shared();
+    return CALLED("%u, %u, %u, %lu, %lu, %d, %d", domid, type, id, frame, frames, protection, flags) ? NULL
+           : (xenforeignmemory_resource_handle *)guest;
+}
+
+xendevicemodel_handle *xendevicemodel_open(xentoollog_logger *logger, unsigned flags)
+{
+    return CALLED("%u", flags) ? NULL : (xendevicemodel_handle *)guest;
+}
+
+int xendevicemodel_create_ioreq_server(xendevicemodel_handle *handle, domid_t domid, int buffered, ioservid_t *id)
+{
+    *id = 3;
+    return CALLED("%u, %d", domid, buffered);
+}
+
+int xendevicemodel_get_ioreq_server_info(xendevicemodel_handle *handle, domid_t domid, ioservid_t id, xen_pfn_t *gfn,
+                                         xen_pfn_t *buffered, evtchn_port_t *port)
+{
+    return CALLED("%u, %u, %d", domid, id, gfn || buffered || port);
+}
+
+int xendevicemodel_map_io_range_to_ioreq_server(xendevicemodel_handle *handle, domid_t domid, ioservid_t id,
+                                                int is_mmio, uint64_t first, uint64_t last)
+{
+    return CALLED("%u, %u, %d, %#lx, %#lx", domid, id, is_mmio, (long)first, (long)last);
+}
+
+int xendevicemodel_set_ioreq_server_state(xendevicemodel_handle *handle, domid_t domid, ioservid_t id, int enabled)
+{
+    return CALLED("%u, %u, %d", domid, id, enabled);
+}
+
+xenevtchn_handle *xenevtchn_open(xentoollog_logger *logger, unsigned flags)
+{
+    return CALLED("%u", flags) ? NULL : (xenevtchn_handle *)guest;
+}
+
+int xenevtchn_fd(xenevtchn_handle *handle)
+{
+    return open("/dev/null", O_RDONLY);
+}
+
+xenevtchn_port_or_error_t xenevtchn_bind_interdomain(xenevtchn_handle *handle, uint32_t domid, evtchn_port_t remote)
+{
+    return CALLED("%u, %u", domid, remote) ? -1 : 100 + (int)remote;
+}
+
+xenevtchn_port_or_error_t xenevtchn_pending(xenevtchn_handle *handle)
+{
+    static FILE *slots;
+
+    if (!slots)
+        slots = fopen(getenv("SLOTS"), "r");
+    if (fread(&shared()[1], sizeof(ioreq_t), 1, slots) == 1)
+        return 106;
+    errno = ENODATA;
+    return -1;
+}
+
+int xenevtchn_unmask(xenevtchn_handle *handle, evtchn_port_t port)
+{
+    return 0;
+}
+
+int xenevtchn_notify(xenevtchn_handle *handle, evtchn_port_t port)
+{
+    ioreq_t *slot = &shared()[port - 105];
+
+    return CALLED("%u: state %u, type %u, data %#lx", port, slot->state, slot->type, (long)slot->data);
+}
+
+int xentoolcore_restrict_all(domid_t domid)
+{
+    return CALLED("%u", domid);
 }

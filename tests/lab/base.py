@@ -1,4 +1,5 @@
-"""The first half of the build: Debian 12 packages become a dom0 root tree, kernels, Xen and busybox.
+"""The first half of the build: Debian 12 packages become a dom0 root tree, kernels, Xen and busybox; and a kernel of
+Debian 13 for a guest.
 
 This is the slow half and it changes rarely, so it is cached by itself, under a key made of this file and the
 download script.
@@ -14,6 +15,7 @@ from tests.lab.errors import LabError
 from tests.lab.tools import require, run_tool
 
 RELEASE = "bookworm"
+OTHER_RELEASE = "trixie"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DOM0_PACKAGES = (
     "daxctl",
@@ -67,12 +69,13 @@ class Base:
     guest_kernel: Path
     xen: Path
     busybox: Path
+    other_kernel: Path
 
 
 def build_base(cache: Path) -> Base:
     """Return the base from `cache`, made first if it is not there."""
     folder = cached(cache, "base", digest([Path(__file__), DOWNLOAD]), _make)
-    return Base(*(folder / name for name in ("root", *UNPACKED_PACKAGES)))
+    return Base(*(folder / name for name in ("root", *UNPACKED_PACKAGES, "other-kernel")))
 
 
 def _make(folder: Path) -> None:
@@ -100,16 +103,50 @@ def _make(folder: Path) -> None:
         ],
         stdin="".join(f"{line}\n" for line in _mirror_lines()).encode(),
     )
+    _download_other(downloads, options)
     for name, package in UNPACKED_PACKAGES.items():
-        (archive,) = (downloads / package).glob("*.deb")
-        _unpack(archive, folder / name, folder / "root")
+        _unpack(_only_archive(downloads / package), folder / name, folder / "root")
+    _unpack(_only_archive(downloads / "other"), folder / "other-kernel", folder / "root")
     shutil.rmtree(downloads)
+
+
+def _download_other(downloads: Path, options: Path) -> None:
+    """Fetch the guest's kernel of another release, with folders of apt's own, into `downloads`/other."""
+    own = downloads / "apt"
+    (own / "lists" / "partial").mkdir(parents=True)
+    (own / "status").touch()
+    sources = own / "sources.list"
+    main = next(line for line in _mirror_lines() if f" {RELEASE} " in line)
+    sources.write_text(f"{main.replace(RELEASE, OTHER_RELEASE)}\n")
+    folders = {
+        "State": own,
+        "State::Lists": own / "lists",
+        "State::Status": own / "status",
+        "Cache": own,
+        "Etc::SourceList": sources,
+        "Etc::SourceParts": "/dev/null",
+    }
+    own_options = "".join(f'Dir::{name} "{path}";\n' for name, path in folders.items())
+    (own / "apt.conf").write_text(f'{options.read_text()}{own_options}Acquire::Languages "none";\n')
+    environment = {**os.environ, "APT_CONFIG": str(own / "apt.conf"), "MMDEBSTRAP_APT_CONFIG": str(own / "apt.conf")}
+    run_tool(["apt-get", "--quiet", "update"], env=environment)
+    run_tool([DOWNLOAD, own, UNPACKED_PACKAGES["guest-kernel"]], env=environment)
+    (own / UNPACKED_PACKAGES["guest-kernel"]).rename(downloads / "other")
+
+
+def _only_archive(folder: Path) -> Path:
+    (archive,) = folder.glob("*.deb")
+    return archive
 
 
 def _unpack(archive: Path, target: Path, root: Path) -> None:
     """Unpack a package; no kernel package brings its modules.dep, so the depmod of the system in `root` makes it."""
     inside = root / "unpacked"
     run_tool(["dpkg-deb", "-x", archive, inside])
+    merged = inside / "usr" / "lib" / "modules"  # since Debian 13
+    if merged.exists():
+        (inside / "lib").mkdir()
+        merged.rename(inside / "lib" / "modules")
     for modules in inside.glob("lib/modules/*"):
         run_tool(["chroot", root, "depmod", "-b", "/unpacked", modules.name])
     inside.rename(target)

@@ -6,6 +6,7 @@ answers are read from xenconsoled's log, orders are written to the console's ter
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -99,19 +100,37 @@ class Answer:
     result: str
 
 
-class Guest:
-    """A guest by its Xen name; make this before the guest starts, for boots are counted from then on."""
+class Conversation(ABC):
+    """What is said with a guest's init: its reports, orders to it and their answers."""
 
-    def __init__(self, host: XenHost, name: str) -> None:
+    def __init__(self, name: str, begin: int = 0) -> None:
+        """:param begin: what makes the names of orders differ from those of earlier conversations."""
         self.name = name
-        self._host = host
-        self._log = f"{CONSOLE_LOGS}/guest-{name}.log"
-        made = host.check(f"touch '{self._log}' && stat -c %s '{self._log}'")
-        self._begin = self._end = int(made.stdout)
+        self._begin = begin
         self._pending = b""
         self._reports: list[Report] = []
         self._answers: dict[str, Answer] = {}
         self._orders = 0
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether the guest is there."""
+
+    @abstractmethod
+    def console(self) -> str:
+        """All that the guest has written to its console since this object was made."""
+
+    @abstractmethod
+    def _send(self, line: str) -> None:
+        """Write a line to the guest's console."""
+
+    @abstractmethod
+    def _receive(self) -> bytes:
+        """What has come from it since."""
+
+    @abstractmethod
+    def _evidence(self) -> str:
+        """What may explain why nothing comes."""
 
     def wait_report(self, timeout: float = 240, boot: int = 1) -> Report:
         """The first report of the `boot`-th boot, counted from 1; LabError with the console's end if it never comes."""
@@ -133,11 +152,7 @@ class Guest:
         self._orders += 1
         name = f"{self._begin}-{self._orders}"
         line = " ".join((name, verb, *map(str, arguments)))
-        # opened without noctty, the terminal would become that of the command's session and be hung up with it
-        self._host.check(
-            f"tty=$(xenstore-read /local/domain/$(xl domid '{self.name}')/console/tty) && "
-            f"echo '{line}' | dd of=$tty oflag=noctty conv=notrunc status=none"
-        )
+        self._send(line)
         return self._wait(lambda: self._answers.get(name), timeout, f"answer to {line!r}")
 
     def check(self, verb: str, *arguments: object, timeout: float = 120) -> str:
@@ -184,14 +199,6 @@ class Guest:
         """Wait until the guest's domain is gone."""
         self._wait(lambda: True if not self.exists() else None, timeout, "end of the domain")
 
-    def exists(self) -> bool:
-        """Whether Xen has a domain of this name."""
-        return self._host.run(f"xl domid '{self.name}'").returncode == 0
-
-    def console(self) -> str:
-        """All that the guest has written to its console since this object was made."""
-        return self._host.get(self._log)[self._begin :].decode(errors="replace")
-
     def _boots(self) -> list[Report]:
         self._poll()
         first: dict[str, Report] = {}
@@ -210,14 +217,8 @@ class Guest:
                 raise LabError(f"guest {self.name}: no {what} after {timeout} s\n{self._evidence()}")
             time.sleep(POLL_SECONDS)
 
-    def _evidence(self) -> str:
-        log = self._host.run(f"xl list; tail -n 20 '/var/log/xen/qemu-dm-{self.name}.log'")
-        return f"{log.stdout}{log.stderr}\nend of its console:\n{self.console()[-TAIL:]}"
-
     def _poll(self) -> None:
-        data = self._host.read(self._log, self._end)
-        self._end += len(data)
-        *lines, self._pending = (self._pending + data).split(b"\n")
+        *lines, self._pending = (self._pending + self._receive()).split(b"\n")
         for line in lines:
             text = line.decode(errors="replace").strip()
             if text.startswith(MARKER):
@@ -228,6 +229,40 @@ class Guest:
             self._reports.append(_report(message))
         else:
             self._answers[message["id"]] = Answer(message["rc"], message["result"])
+
+
+class Guest(Conversation):
+    """A Xen guest by its name; make this before the guest starts, for boots are counted from then on."""
+
+    def __init__(self, host: XenHost, name: str) -> None:
+        self._host = host
+        self._log = f"{CONSOLE_LOGS}/guest-{name}.log"
+        made = host.check(f"touch '{self._log}' && stat -c %s '{self._log}'")
+        self._end = int(made.stdout)
+        super().__init__(name, self._end)
+
+    def exists(self) -> bool:
+        """Whether Xen has a domain of this name."""
+        return self._host.run(f"xl domid '{self.name}'").returncode == 0
+
+    def console(self) -> str:
+        return self._host.get(self._log)[self._begin :].decode(errors="replace")
+
+    def _send(self, line: str) -> None:
+        # opened without noctty, the terminal would become that of the command's session and be hung up with it
+        self._host.check(
+            f"tty=$(xenstore-read /local/domain/$(xl domid '{self.name}')/console/tty) && "
+            f"echo '{line}' | dd of=$tty oflag=noctty conv=notrunc status=none"
+        )
+
+    def _receive(self) -> bytes:
+        data = self._host.read(self._log, self._end)
+        self._end += len(data)
+        return data
+
+    def _evidence(self) -> str:
+        log = self._host.run(f"xl list; tail -n 20 '/var/log/xen/qemu-dm-{self.name}.log'")
+        return f"{log.stdout}{log.stderr}\nend of its console:\n{self.console()[-TAIL:]}"
 
 
 def pattern(seed: int, length: int) -> bytes:

@@ -1,6 +1,7 @@
 """The second half of the build: what QEMU boots as the Xen host, and the guest that dom0 boots."""
 
 import gzip
+import lzma
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -72,13 +73,18 @@ class Images:
 
     @property
     def guest_tools(self) -> Path:
-        """A second initramfs: ndctl and mke2fs."""
+        """A second initramfs: ndctl, mke2fs, and what makes a guest hostile."""
         return self.folder / "guest-tools.gz"
 
     @property
     def guest_tools_disk(self) -> Path:
         """The guest's disk with this one, too; it takes longer to boot."""
         return self.folder / "guest-tools.img"
+
+    @property
+    def other_guest_disk(self) -> Path:
+        """The guest's disk with the kernel of another release."""
+        return self.folder / "guest-other.img"
 
 
 def build(cache: Path | None = None) -> Images:
@@ -94,17 +100,20 @@ def build(cache: Path | None = None) -> Images:
 
 
 def make_guest_disk(images: Images, target: Path, linux_args: str = "", *more: Path) -> None:
-    """Write a raw disk to `target`: GRUB, the guest's kernel, its initramfs and `more`; `linux_args` go to the kernel.
+    """Write the guest's disk to `target`, with `more` initramfs; `linux_args` go to the kernel."""
+    make_disk(target, images.guest_kernel, (images.guest_initrd, *more), linux_args)
+
+
+def make_disk(target: Path, kernel: Path, initrds: Sequence[Path], linux_args: str = "") -> None:
+    """Write a raw disk to `target`: GRUB, a kernel and initramfs.
 
     GRUB reads kernel and initrd as block lists, in large contiguous reads: a file system would cost it seconds.
     """
-    files = [file.read_bytes() for file in (images.guest_kernel, images.guest_initrd, *more)]
+    files = [file.read_bytes() for file in (kernel, *initrds)]
     sectors = list(accumulate(map(_sectors, map(len, files)), initial=GUEST_KERNEL_SECTOR))
-    kernel, *initrds = (
-        f"(hd0){sector}+{_sectors(len(file))}" for sector, file in zip(sectors[:-1], files, strict=True)
-    )
+    linux, *initrd = (f"(hd0){sector}+{_sectors(len(file))}" for sector, file in zip(sectors[:-1], files, strict=True))
     config = target.with_suffix(".cfg")
-    config.write_text(f"linux {kernel} {GUEST_LINUX_ARGS} {linux_args}\ninitrd {' '.join(initrds)}\nboot\n")
+    config.write_text(f"linux {linux} {GUEST_LINUX_ARGS} {linux_args}\ninitrd {' '.join(initrd)}\nboot\n")
     core = target.with_suffix(".core")
     run_tool(["grub-mkimage", "-O", "i386-pc", "-p", "/", "-c", config, "-o", core, "biosdisk", "linux"])
     loader = Path("/usr/lib/grub/i386-pc/boot.img").read_bytes() + core.read_bytes()
@@ -127,7 +136,7 @@ def _sectors(length: int) -> int:
 
 
 def _make(base: Base, images: Images) -> None:
-    require(("cp", "cpio", "mke2fs", "grub-mkimage", "chroot"))
+    require(("cp", "cpio", "mke2fs", "grub-mkimage", "chroot", "gcc"))
     images.xen.write_bytes(gzip.decompress(_only(base.xen, "boot/xen-*.gz").read_bytes()))
     shutil.copy(_only(base.dom0_kernel, "boot/vmlinuz-*"), images.dom0_kernel)
     shutil.copy(_only(base.guest_kernel, "boot/vmlinuz-*"), images.guest_kernel)
@@ -140,6 +149,9 @@ def _make(base: Base, images: Images) -> None:
     make_guest_disk(images, images.guest_disk)
     _make_tools(images.guest_tools, base.root)
     make_guest_disk(images, images.guest_tools_disk, "", images.guest_tools)
+    other_initrd = images.folder / "other-initrd.gz"
+    _make_initrd(other_initrd, SOURCES / "guest-init", busybox, ModuleTree.of(base.other_kernel).closure(GUEST_MODULES))
+    make_disk(images.other_guest_disk, _only(base.other_kernel, "boot/vmlinuz-*"), [other_initrd])
     root = images.folder / "root"
     run_tool(["cp", "--archive", "--link", base.root, root])
     _furnish(root, dom0_modules)
@@ -185,13 +197,17 @@ def _make_initrd(target: Path, init: Path, busybox: Path, modules: Sequence[Path
     shutil.copy(init, tree / "init")
     (tree / "init").chmod(0o755)
     for number, module in enumerate(modules):
-        shutil.copy(module, tree / "modules" / f"{number:02}-{module.name}")
+        target_file = tree / "modules" / f"{number:02}-{module.name.removesuffix('.xz')}"
+        content = module.read_bytes()
+        target_file.write_bytes(lzma.decompress(content) if module.suffix == ".xz" else content)
     _pack(tree, target)
 
 
 def _make_tools(target: Path, root: Path) -> None:
-    """Programs of the system in `root`, with the libraries they need."""
+    """Programs of the system in `root`, with the libraries they need, and one of ours."""
     tree = target.with_suffix(".tree")
+    (tree / "bin").mkdir(parents=True)
+    run_tool(["gcc", "-O2", "-Wall", "-Werror", "-static", "-o", tree / "bin/hostile", SOURCES / "hostile.c"])
     needed = re.findall(r"(/\S+) \(0x", run_tool(["chroot", root, "ldd", *GUEST_TOOLS]).decode())
     for name in {*GUEST_TOOLS, *needed}:
         (tree / name[1:]).parent.mkdir(parents=True, exist_ok=True)

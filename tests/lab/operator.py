@@ -99,13 +99,20 @@ def nvdimm(path: str, size_mib: int, *, label_kib: int = 0, attributes: str = "a
 
 
 def domain_xml(
-    name: str, nvdimms: Sequence[str], *, ram_mib: int = 128, on_crash: str = "destroy", disk: str = GUEST_DISK
+    name: str,
+    nvdimms: Sequence[str],
+    *,
+    ram_mib: int = 128,
+    on_crash: str = "destroy",
+    disk: str = GUEST_DISK,
+    dsm: str = "none",
 ) -> str:
-    """A guest that boots from the lab's guest disk."""
+    """A guest that boots from the lab's guest disk; `dsm` says who serves its labels."""
     arguments = "".join(f"<xen:arg value='{argument}'/>" for argument in disk_arguments(disk))
     return f"""\
 <domain type='xen' xmlns:xen='http://libvirt.org/schemas/domain/xen/1.0'>
   <name>{name}</name>
+  <metadata><nvdimm:options xmlns:nvdimm='urn:nvdimm-driver:options:1' dsm='{dsm}'/></metadata>
   <maxMemory slots='8' unit='GiB'>4</maxMemory>
   <memory unit='MiB'>{ram_mib}</memory>
   <vcpu>1</vcpu>

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.lab import operator
-from tests.lab.guest import Guest
+from tests.lab.guest import Conversation, Guest
 from tests.lab.host import XenHost
+from tests.lab.plain import plain_guest
 
 pytestmark = pytest.mark.lab
 MIB = 1 << 20
@@ -22,12 +25,14 @@ DISK = "/tmp/guest-tools.img"
 LINES, SECTORS = ("".join(f"{number}\n" for number in range(1, last + 1)).encode() for last in (100_000, 5_000))
 
 
-@pytest.fixture(scope="module", params=["aml"])
+@pytest.fixture(scope="module", params=["aml", "qemu"])
 def guest(driver_host: XenHost, request: pytest.FixtureRequest) -> Iterator[Guest]:
     """A guest with ndctl, and an NVDIMM with a label area that is empty."""
-    driver_host.write(CONF, f"[acpi]\nbuilder = native\ndsm = {request.param}\n".encode())
+    builder = {"aml": "native", "qemu": "qemu"}[request.param]
+    driver_host.write(CONF, f"[acpi]\nbuilder = {builder}\n".encode())
     driver_host.put(driver_host.images.guest_tools_disk, DISK)
-    xml = operator.domain_xml(NAME, [operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_KIB)], ram_mib=256, disk=DISK)
+    nvdimms = [operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_KIB)]
+    xml = operator.domain_xml(NAME, nvdimms, ram_mib=256, disk=DISK, dsm=request.param)
     driver_host.write(f"/root/{NAME}.xml", xml.encode())
     driver_host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
     started = operator.start(driver_host, NAME)
@@ -38,16 +43,31 @@ def guest(driver_host: XenHost, request: pytest.FixtureRequest) -> Iterator[Gues
     driver_host.check(f"rm {CONF} {FILE} {DISK}")
 
 
-def namespaces(guest: Guest) -> dict[str, tuple[str, int, str]]:
-    """Uuid, size and block device of the guest's namespaces, by mode."""
+def listed(guest: Conversation) -> list[dict[str, Any]]:
+    """What ndctl says of the guest's namespaces."""
     found = json.loads(guest.check("run", "ndctl list -N") or "[]")
-    return {each["mode"]: (each["uuid"], each["size"], f"/dev/{each['blockdev']}") for each in found}
+    return found if isinstance(found, list) else [found]
+
+
+def namespaces(guest: Conversation) -> dict[str, tuple[str, int, str]]:
+    """Uuid, size and block device of the guest's namespaces, by mode."""
+    return {each["mode"]: (each["uuid"], each["size"], f"/dev/{each['blockdev']}") for each in listed(guest)}
 
 
 def same_labels(host: XenHost, guest: Guest) -> bool:
     """Whether the label area that the guest reads is the end of the file."""
     seen = guest.check("run", "ndctl read-labels nmem0 -o /tmp/labels 2>/dev/null && sha256sum </tmp/labels")
     return seen.split()[0] == operator.host_sha256(host, FILE, (SIZE_MIB - 2) * MIB, LABEL_KIB << 10)
+
+
+def contents(guest: Conversation, fsdax: str, sector: str) -> list[str]:
+    """SHA-256 of the file on the file system, and of the sectors that were written; the file system stays mounted."""
+    sums = guest.check(
+        "run",
+        f"mkdir -p /mnt && mount -t ext4 -o dax {fsdax} /mnt && sha256sum </mnt/file && "
+        f"dd if={sector} bs={len(SECTORS)} count=1 2>/dev/null | sha256sum",
+    )
+    return [line.split()[0] for line in sums.split("\n")]
 
 
 def test_namespaces_last(driver_host: XenHost, guest: Guest) -> None:
@@ -71,9 +91,34 @@ def test_namespaces_last(driver_host: XenHost, guest: Guest) -> None:
     assert again.problems == ()
     assert namespaces(guest) == made
     assert same_labels(driver_host, guest)
-    sums = guest.check(
-        "run",
-        f"mkdir /mnt && mount -t ext4 -o dax {fsdax} /mnt && sha256sum </mnt/file && "
-        f"dd if={sector} bs={len(SECTORS)} count=1 2>/dev/null | sha256sum",
-    )
-    assert [line.split()[0] for line in sums.split("\n")] == [sha256(data).hexdigest() for data in (LINES, SECTORS)]
+    assert contents(guest, fsdax, sector) == [sha256(data).hexdigest() for data in (LINES, SECTORS)]
+
+
+def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, guest: Guest, tmp_path: Path) -> None:
+    """There are the same namespaces in both, and the one that is made there is seen here."""
+    made = namespaces(guest)
+    guest.poweroff()
+    moved = tmp_path / "moved.img"
+    moved.write_bytes(driver_host.get(FILE))
+    with plain_guest(driver_host.images, moved, SIZE_MIB * MIB, LABEL_KIB << 10) as plain:
+        assert plain.wait_report().problems == ()
+        assert namespaces(plain) == made
+        assert contents(plain, made["fsdax"][2], made["sector"][2]) == [
+            sha256(data).hexdigest() for data in (LINES, SECTORS)
+        ]
+        name = next(each["dev"] for each in listed(plain) if each["mode"] == "sector")
+        plain.check("run", f"umount /mnt && ndctl destroy-namespace -f {name}")
+        plain.check("run", "ndctl create-namespace -m sector -s 16M", timeout=300)
+        changed = namespaces(plain)
+        plain.check("run", f"seq 5000 | dd of={changed['sector'][2]} conv=fsync 2>/dev/null")
+        plain.poweroff()
+    assert changed["fsdax"] == made["fsdax"]
+    assert changed["sector"] != made["sector"]
+    driver_host.put(moved, "/tmp/moved.img")
+    driver_host.check(f"dd if=/tmp/moved.img of={FILE} bs=1M conv=notrunc,fsync status=none && rm /tmp/moved.img")
+    operator.start(driver_host, NAME)
+    assert guest.wait_report(boot=3).problems == ()
+    assert namespaces(guest) == changed
+    assert contents(guest, changed["fsdax"][2], changed["sector"][2]) == [
+        sha256(data).hexdigest() for data in (LINES, SECTORS)
+    ]

@@ -10,6 +10,7 @@ from tests.lab.errors import LabError
 HOST_PACKAGES = (
     "cpio",
     "e2fsprogs",
+    "gcc",
     "grub-common",
     "grub-pc-bin",
     "mmdebstrap",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
@@ -12,9 +13,11 @@ from nvdimm_driver.ledger import Ledger, Start
 from nvdimm_driver.model import (
     GIB,
     MIB,
+    AcpiTables,
     BackingIdentity,
     DomainSpec,
     Extent,
+    GuestLayout,
     Intake,
     Location,
     Namespace,
@@ -22,7 +25,7 @@ from nvdimm_driver.model import (
     Progress,
 )
 from nvdimm_driver.planning import Host
-from nvdimm_driver.plugins import Backing, Mapper, unwatched
+from nvdimm_driver.plugins import AcpiBuilder, Backing, LabelArea, Mapper, unwatched
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
 OTHER_UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000002"
@@ -74,6 +77,38 @@ class MemoryBacking(Backing):
 
     def thaw(self, path: str) -> None:
         self.frozen.discard(path)
+
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+        return MemoryLabels(bytes(spec.label_size))
+
+
+class MemoryLabels(LabelArea):
+    """A label area in memory; ``broken`` is what a write raises."""
+
+    def __init__(self, content: bytes) -> None:
+        self.size = len(content)
+        self.content = bytearray(content)
+        self.broken: OSError | None = None
+        self.writes: list[tuple[int, int]] = []
+
+    def read(self) -> bytes:
+        return bytes(self.content)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        if self.broken:
+            raise self.broken
+        self.content[offset : offset + len(data)] = data
+        self.writes.append((offset, len(data)))
+
+
+class TablesOfNative(AcpiBuilder):
+    """The tables of ``native``, for a guest with a label server too, which ``native`` itself refuses."""
+
+    def describe(self) -> str:
+        return "native"
+
+    def build(self, layout: GuestLayout) -> AcpiTables:
+        return NativeAcpiBuilder().build(replace(layout, dsm="none"))
 
 
 class RecordingMapper(Mapper):
@@ -128,15 +163,17 @@ def make_driver(
     *,
     dsm: str = "none",
     namespace: Namespace = NAMESPACE,
+    acpi: AcpiBuilder | None = None,
+    bad: tuple[tuple[int, int], ...] = (),
 ) -> XenNvdimmDriver:
     """A driver whose state is in a folder of the test's."""
     return XenNvdimmDriver(
         ledger=Ledger(str(folder / "ledger.sqlite")),
         state_dir=folder,
         backings=[backing],
-        acpi=NativeAcpiBuilder(),
+        acpi=acpi or NativeAcpiBuilder(),
         mapper=mapper,
-        host=Host(lambda: (namespace,), 46),
+        host=Host(lambda: (namespace,), 46, lambda: bad),
         qemu="/usr/bin/real-qemu",
         gap=64 * GIB,
         dsm=dsm,
@@ -150,7 +187,9 @@ def started(ledger: Ledger) -> Start:
     return start
 
 
-def domain(*paths: str, uuid: str | None = UUID, name: str = "db1", ram: int = 512 * MIB) -> DomainSpec:
+def domain(
+    *paths: str, uuid: str | None = UUID, name: str = "db1", ram: int = 512 * MIB, label_size: int = 0
+) -> DomainSpec:
     """A domain with one NVDIMM of 64 MiB for each path."""
-    nvdimms = tuple(NvdimmSpec(slot, path, 64 * MIB) for slot, path in enumerate(paths))
+    nvdimms = tuple(NvdimmSpec(slot, path, 64 * MIB, label_size) for slot, path in enumerate(paths))
     return DomainSpec(name, uuid, ram, None, nvdimms)

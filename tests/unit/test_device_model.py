@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,17 @@ import pytest
 from nvdimm_driver.cmd.device_model import Log, attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import GuardError, LedgerError, XenError
-from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
+from nvdimm_driver.model import MIB
+from tests.unit.doubles import (
+    OTHER_UUID,
+    UUID,
+    MemoryBacking,
+    RecordingMapper,
+    TablesOfNative,
+    domain,
+    make_driver,
+    started,
+)
 
 A = "/mnt/pmem0/a"
 TOO_SLOW = {"argparse", "cffi", "ctypes", "dataclasses", "enum", "json", "logging", "lxml", "oslo_config", "pathlib"}
@@ -33,6 +44,10 @@ def log(tmp_path: Path) -> Log:
     return Log(str(tmp_path / "log"))
 
 
+def no_server(state_dir: str, domid: int, uuid: str) -> None:
+    raise AssertionError("none is needed")
+
+
 def fault(driver: XenNvdimmDriver) -> str:
     record = driver.ledger.domain(UUID)
     assert record is not None
@@ -44,7 +59,7 @@ def test_it_maps_delivers_and_names_the_qemu(
 ) -> None:
     driver.prepare(domain(A))
     prepared = started(driver.ledger)
-    assert attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known) == "/usr/bin/real-qemu"
+    assert attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server) == "/usr/bin/real-qemu"
     assert mapper.mapped == {5: prepared.mappings}
     assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
     record = driver.ledger.domain(UUID)
@@ -61,7 +76,7 @@ def test_a_failure_leaves_nothing_mapped_and_is_kept(
     driver.prepare(domain(A))
     mapper.fail = step
     with pytest.raises(XenError, match=r"E\w+"):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
     assert mapper.mapped == {}
     assert fault(driver).startswith("E")
 
@@ -72,7 +87,7 @@ def test_the_guards_run_before_anything_is_mapped(
     driver.prepare(domain(A))
     mapper.ram_ranges.append((started(driver.ledger).mappings[0][1], 1))
     with pytest.raises(GuardError):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
     assert mapper.mapped == {}
     assert "RAM" in fault(driver)
 
@@ -84,9 +99,9 @@ def test_frames_of_another_start_are_refused(
     mappings = started(driver.ledger).mappings
     driver.ledger.replace(OTHER_UUID, "db2", 1, [])
     driver.ledger.attach(OTHER_UUID, [])
-    driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [], label_server=False)
+    driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [], served="")
     with pytest.raises(GuardError, match="db2"):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
     assert mapper.mapped == {}
 
 
@@ -94,7 +109,7 @@ def test_a_restored_guest_has_its_tables_already(
     driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
-    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, restored=True)
+    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server, restored=True)
     assert list(mapper.mapped) == [5]
     assert mapper.delivered == {}
 
@@ -103,7 +118,7 @@ def test_a_start_of_which_no_hook_has_told_is_prepared_now(
     driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
 ) -> None:
     """xl runs no hooks."""
-    assert attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known) == "/usr/bin/real-qemu"
+    assert attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server) == "/usr/bin/real-qemu"
     assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
 
 
@@ -112,7 +127,7 @@ def test_a_domain_that_was_never_defined_has_no_start(
 ) -> None:
     mapper.alive[6] = OTHER_UUID
     with pytest.raises(LedgerError, match=f"no NVDIMMs are known for domain {OTHER_UUID}"):
-        attach(6, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
+        attach(6, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
 
 
 def test_a_guest_that_has_memory_where_the_nvdimm_goes_is_refused(
@@ -121,7 +136,7 @@ def test_a_guest_that_has_memory_where_the_nvdimm_goes_is_refused(
     driver.prepare(domain(A))
     mapper.guest_frames = started(driver.ledger).mappings[0][0] + 1
     with pytest.raises(GuardError):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
     assert mapper.mapped == {}
 
 
@@ -131,8 +146,50 @@ def test_missing_tables_are_an_error_with_their_path(
     driver.prepare(domain(A))
     driver.tables_file(UUID).unlink()
     with pytest.raises(XenError, match=str(driver.tables_file(UUID))):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known)
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
     assert mapper.mapped == {}
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_guest_with_labels_gets_its_page_and_a_label_server(
+    tmp_path: Path, mapper: RecordingMapper, log: Log, restored: bool
+) -> None:
+    """A restored one has its page. The ledger tells whether the labels are those the guest was started with."""
+    driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
+    labelled = domain(A, label_size=MIB)
+    driver.define(labelled)
+    driver.prepare(labelled)
+    started: list[tuple[str, int, str, set[int]]] = []
+
+    def serve(state_dir: str, domid: int, uuid: str) -> None:
+        started.append((state_dir, domid, uuid, set(mapper.dsm_pages)))
+
+    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, serve, restored=restored)
+    assert started == [(str(tmp_path), 5, UUID, set() if restored else {5})]
+    record = driver.ledger.domain(UUID)
+    assert record is not None
+    assert record.attachment is not None
+    assert record.attachment.served == record.labels
+    driver.define(domain(A, label_size=2 * MIB))
+    redefined = driver.ledger.domain(UUID)
+    assert redefined is not None
+    assert redefined.attachment == record.attachment
+    assert redefined.labels != record.labels
+
+
+def test_without_its_label_server_a_guest_does_not_start(tmp_path: Path, mapper: RecordingMapper, log: Log) -> None:
+    driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
+    labelled = domain(A, label_size=MIB)
+    driver.define(labelled)
+    driver.prepare(labelled)
+
+    def serve(state_dir: str, domid: int, uuid: str) -> None:
+        raise XenError("no label server: no QEMU")
+
+    with pytest.raises(XenError, match="no QEMU"):
+        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, serve)
+    assert mapper.mapped == {}
+    assert "no QEMU" in fault(driver)
 
 
 def test_a_run_without_a_domain_becomes_qemu(tmp_path: Path) -> None:
@@ -156,3 +213,29 @@ def test_it_imports_little() -> None:
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) & TOO_SLOW == set()
     assert "nvdimm_driver.ledger" in done.stdout
+
+
+def test_a_guest_whose_label_server_was_killed_gets_another(
+    tmp_path: Path, mapper: RecordingMapper, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not one that has its own. Here there is no Xen: that is logged, and no error of whoever looks."""
+    driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
+    labelled = domain(A, label_size=MIB)
+    driver.define(labelled)
+    driver.prepare(labelled)
+    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, lambda *_: None)
+    record = driver.ledger.domain(UUID)
+    assert record is not None
+    lock = driver.starts.label_servers.lock(UUID)
+    assert lock is not None
+    driver.serve_labels()
+    assert (caplog.text, driver.label_server(record)) == ("", "running")
+    os.close(lock)
+    driver.serve_labels()
+    assert "its label server is gone" in caplog.text
+    assert "no label server for domid 5" in caplog.text
+    assert driver.label_server(record) == "gone"
+    mapper.alive.clear()
+    caplog.clear()
+    driver.serve_labels()
+    assert caplog.text == ""

@@ -287,3 +287,17 @@ def test_a_pending_start_is_left_alone_until_it_is_abandoned(driver: XenNvdimmDr
 def test_a_domain_without_uuid_cannot_be_defined(driver: XenNvdimmDriver) -> None:
     with pytest.raises(NvdimmError, match="db1 has no uuid"):
         driver.define(domain(A, uuid=None))
+
+
+def test_a_start_with_bad_blocks_says_so(
+    tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = NAMESPACE.data_spa
+    driver = make_driver(tmp_path, backing, mapper, bad=((start + 4096, 512), (start + MIB, 1024), (1 << 40, 512)))
+    assert driver.plan(domain(A)).bad_blocks == ((),)
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    assert f"{A} has 1536 bad bytes, the first at 0x1000" in caplog.text
+    record = driver.ledger.domain(UUID)
+    assert record is not None
+    assert driver.bad_blocks(record.allocations[0]) == ((4096, 512), (MIB, 1024))

@@ -15,6 +15,8 @@ from nvdimm_driver.backing.inventory import (
     Mount,
     Volume,
     areas,
+    bad_parts,
+    bad_ranges,
     dax_alignment,
     has_dax,
     mounts,
@@ -23,7 +25,7 @@ from nvdimm_driver.backing.inventory import (
     volume_of,
 )
 from nvdimm_driver.errors import BackingError, ConfigError
-from nvdimm_driver.model import GIB, MIB, Namespace
+from nvdimm_driver.model import GIB, MIB, Extent, Namespace
 from tests.unit.fake_sysfs import NO_UUID, UUID, FakeSysfs
 
 PMEM = os.makedev(259, 0)
@@ -315,3 +317,22 @@ def test_files_are_on_the_one_fsdax_namespace_where_mounts_are_not_described() -
     assert HostDescription((SPACE, RAW), 46).namespace_of("/any/x") == SPACE
     with pytest.raises(BackingError):
         HostDescription((SPACE, replace(SPACE, name="namespace2.0")), 46).namespace_of("/any/x")
+
+
+def test_bad_blocks_are_those_of_regions_and_of_disks(tmp_path: Path) -> None:
+    """A region's are counted from its start, a disk's from the start of its data."""
+    sysfs = FakeSysfs(tmp_path)
+    disk = sysfs.fsdax(PMEM, spa=0x1_4020_0000)
+    sysfs.link("bus/nd/devices/region0", sysfs.region)
+    (sysfs.region / "resource").write_text("0x140000000\n")
+    assert bad_ranges(tmp_path) == ()
+    (sysfs.region / "badblocks").write_text("4096 8\n8192 1\n")
+    (disk / "badblocks").write_text("0 8\n100 2\n")
+    assert bad_ranges(tmp_path) == ((0x1_4020_0000, 4096), (0x1_4020_0000 + 51200, 1024), (0x1_4040_0000, 512))
+
+
+def test_bad_parts_of_a_backing_are_told_by_their_offset_in_it() -> None:
+    extents = (Extent(0, 0x10000, 0x4000), Extent(0x4000, 0x40000, 0x4000))
+    bad = ((0xF000, 0x2000), (0x13E00, 0x400), (0x40000, 0x200), (0x43000, 0x9000), (0x90000, 0x200))
+    assert bad_parts(extents, bad) == ((0, 0x1000), (0x3E00, 0x200), (0x4000, 0x200), (0x7000, 0x1000))
+    assert bad_parts(extents, ()) == ()

@@ -50,9 +50,7 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     ledger.replace(UUID, "db1", 5, [READY])
     ledger.attach(UUID, ["/mnt/pmem0/a"])
     assert ledger.start(UUID) is None
-    ledger.prepared(
-        UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], label_server=True
-    )
+    ledger.prepared(UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], served="x")
     start = started(ledger)
     assert (start.name, start.qemu, start.gfn_start, start.gfn_limit) == ("db1", "/qemu", 256, 1 << 34)
     assert start.mappings == [(512, 1024, 16), (4096, 8192, 1)]
@@ -84,7 +82,7 @@ def test_a_new_start_has_no_reason_of_an_earlier_one(ledger: Ledger) -> None:
 def test_forget_drops_everything(ledger: Ledger) -> None:
     ledger.replace(UUID, "db1", 5, [READY])
     ledger.attach(UUID, ["/a"])
-    ledger.prepared(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], label_server=False)
+    ledger.prepared(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], served="")
     ledger.forget(UUID)
     assert ledger.domains() == ()
     assert ledger.taken(OTHER_UUID) == []

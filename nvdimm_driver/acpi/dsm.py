@@ -1,0 +1,144 @@
+"""Labels served by a QEMU: what a guest asks of its ``_DSM`` is put to a QEMU that has the same NVDIMMs and no guest.
+
+QEMU's SSDT writes a request to a page and the page's address to a port, and finds the answer in the page (QEMU:
+docs/specs/acpi_nvdimm.rst). That QEMU has a copy of each label area; what it changes there is written to the backing,
+by us, before the guest gets its answer. So it needs no access to persistent memory, and can do harm to labels alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from nvdimm_driver.acpi.machine import DEFAULT_BINARIES, Machine, backend_size, installed
+from nvdimm_driver.acpi.qtest import Qtest
+from nvdimm_driver.errors import AcpiError
+from nvdimm_driver.model import MIB, PAGE, GuestLayout
+from nvdimm_driver.plugins import LabelArea
+
+LOG = logging.getLogger(__name__)
+
+PORT = 0xA18
+"""QEMU: include/hw/mem/nvdimm.h:NVDIMM_ACPI_IO_BASE, 4 bytes long (NVDIMM_ACPI_IO_LEN)."""
+PORT_SIZE = 4
+SET_LABEL = 6
+HARDWARE_ERROR = 4
+"""NVDIMM DSM Interface Example V1.3, table 3-B."""
+_PAGE_OF_QEMU = 16 * MIB
+"""Where in that QEMU's RAM requests are put."""
+_REQUEST = struct.Struct("<III")  # QEMU: hw/acpi/nvdimm.c:NvdimmDsmIn: handle, revision, function
+_ANSWER = struct.Struct("<II")  # NvdimmDsmFuncNoPayloadOut: length of all, status
+
+
+def failure(status: int = HARDWARE_ERROR) -> bytes:
+    """Return the page that tells a guest that a function failed."""
+    return _ANSWER.pack(_ANSWER.size, status).ljust(PAGE, b"\0")
+
+
+class QemuLabels:
+    """Answers requests. A QEMU that dies or hangs is replaced by another; a request that it cannot answer fails.
+
+    :param layout: of the guest.
+    :param areas: label areas, by slot.
+    :param binaries: QEMUs, the first that is installed is used.
+    """
+
+    def __init__(
+        self,
+        layout: GuestLayout,
+        areas: Mapping[int, LabelArea],
+        binaries: Sequence[str] = DEFAULT_BINARIES,
+        timeout: float = 10.0,
+    ) -> None:
+        self._machine = Machine(installed(binaries)[0], timeout=timeout)
+        self._layout = layout
+        self._areas = areas
+        self._running = ExitStack()
+        self._qtest: Qtest | None = None
+        self._known: dict[int, bytes] = {}
+        self._copies: dict[int, tuple[int, int]] = {}  # by slot: a descriptor, and where in it the label area begins
+        for placement in layout.nvdimms:
+            if placement.slot in areas:
+                self._copies[placement.slot] = self._copy(placement.slot, backend_size(placement))
+
+    def start(self) -> Qtest:
+        """Start the QEMU.
+
+        :raises AcpiError: with what it wrote to stderr, when it cannot be started.
+        """
+        memory = {slot: descriptor for slot, (descriptor, _) in self._copies.items()}
+        self._qtest = self._running.enter_context(self._machine.run(self._layout, memory))
+        return self._qtest
+
+    def close(self) -> None:
+        """End the QEMU, and forget the copies."""
+        self._running.close()
+        for descriptor, _ in self._copies.values():
+            os.close(descriptor)
+        self._copies.clear()
+
+    def answer(self, page: bytes) -> bytes:
+        """Answer a request: 4096 bytes in, 4096 bytes out. Labels that it set are durable."""
+        for _ in range(2):
+            try:
+                reply = self._ask(page)
+                self._keep(page)
+            except (AcpiError, OSError) as error:
+                LOG.error("a label request failed: %s", error)
+                self._stop(error)
+            else:
+                return reply
+        return failure()
+
+    def _ask(self, page: bytes) -> bytes:
+        qtest = self._qtest or self.start()
+        qtest.give_time()
+        qtest.write(_PAGE_OF_QEMU, page)
+        qtest.outl(PORT, _PAGE_OF_QEMU)
+        return qtest.read(_PAGE_OF_QEMU, PAGE)
+
+    def _keep(self, page: bytes) -> None:
+        """Write what QEMU has changed in its copy to the backing; when that fails, undo it in the copy."""
+        handle, _, function = _REQUEST.unpack_from(page)
+        slot = handle - 1
+        if function != SET_LABEL or slot not in self._copies:
+            return
+        descriptor, start = self._copies[slot]
+        before = self._known[slot]
+        after = os.pread(descriptor, len(before), start)
+        changed = difference(before, after)
+        if not changed:
+            return
+        try:
+            self._areas[slot].write(changed.start, after[changed.start : changed.stop])
+        except OSError:
+            os.pwrite(descriptor, before, start)
+            raise
+        self._known[slot] = after
+
+    def _copy(self, slot: int, size: int) -> tuple[int, int]:
+        """Make a file without a name that has a copy of a label area at its end."""
+        self._known[slot] = self._areas[slot].read()
+        descriptor = os.memfd_create(f"labels-{slot}")
+        os.truncate(descriptor, size)
+        start = size - len(self._known[slot])
+        os.pwrite(descriptor, self._known[slot], start)
+        return descriptor, start
+
+    def _stop(self, error: Exception) -> None:
+        """End the QEMU, after an error."""
+        self._qtest = None
+        try:
+            self._running.__exit__(type(error), error, error.__traceback__)
+        except (AcpiError, OSError) as complaint:
+            LOG.error("%s", complaint)
+
+
+def difference(before: bytes, after: bytes) -> range:
+    """Return the bytes from the first to the last page that has changed; both have the same length."""
+    starts = range(0, len(before), PAGE)
+    changed = [start for start in starts if before[start : start + PAGE] != after[start : start + PAGE]]
+    return range(changed[0], min(changed[-1] + PAGE, len(before))) if changed else range(0)

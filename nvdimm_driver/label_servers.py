@@ -1,0 +1,60 @@
+"""The processes that serve the labels of running guests (``[acpi] dsm = qemu``): one for each, told from its lock."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nvdimm_driver.errors import XenError
+
+START_SECONDS = 40.0
+"""How long one may take to start; libxl waits 60 s for the device model, which waits for this."""
+
+
+class LabelServers:
+    """:param state_dir: the driver's folder."""
+
+    def __init__(self, state_dir: str | Path) -> None:
+        self.state_dir = Path(state_dir)
+
+    def lock(self, uuid: str) -> int | None:
+        """Take what only the server of that domain may have; returns a descriptor, or None when one has it."""
+        path = self.state_dir / "domains" / uuid / "label-server"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def is_running(self, uuid: str) -> bool:
+        """Whether the domain has one."""
+        try:
+            descriptor = self.lock(uuid)
+        except FileNotFoundError:
+            return False
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is None
+
+    def start(self, domid: int, uuid: str) -> None:
+        """Start one for a domain whose page for requests is there; it serves when this returns.
+
+        :raises XenError: with its reason, when it does not.
+        """
+        command = [sys.executable, "-I", "-m", "nvdimm_driver.cmd.label_server", str(domid), uuid]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise XenError(
+                f"the label server of domid {domid} did not start in {START_SECONDS:.0f} s",
+                hint="its log may say why; dsm 'aml' needs none",
+            ) from error
+        if done.returncode:
+            raise XenError(f"no label server for domid {domid}: {done.stderr.strip()}")

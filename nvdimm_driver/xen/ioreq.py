@@ -1,0 +1,216 @@
+"""An ioreq server: some of a guest's I/O ports are answered by this process and not by the guest's device model.
+
+Stock Xen hands us each access as a request in a page that it shares with us, one slot a vCPU, and lets that vCPU wait
+until the slot has the answer (xen/include/public/hvm/ioreq.h, xen/common/ioreq.c).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from nvdimm_driver.errors import XenError
+from nvdimm_driver.model import PAGE
+from nvdimm_driver.xen._xen import ffi
+
+PROT_READ_WRITE = 3
+NO_BUFFER = 0
+"""hvm/dm_op.h: HVM_IOREQSRV_BUFIOREQ_OFF."""
+RESOURCE_IOREQ_SERVER, IOREQ_FRAME = 0, 1
+"""memory.h: XENMEM_resource_ioreq_server, XENMEM_resource_ioreq_server_frame_ioreq(0)."""
+READY, IN_PROCESS, ANSWERED = 1, 2, 3
+"""hvm/ioreq.h: STATE_*. Xen crashes a domain whose slot goes back from one to an earlier one (wait_for_io)."""
+PORT_IO = 0
+"""IOREQ_TYPE_PIO."""
+
+_SLOT = struct.Struct("<QQIIIHBB")
+_STATE_MASK, _POINTER, _READ = 0x0F, 0x10, 0x20
+_DATA_OFFSET, _BITS_OFFSET = 8, 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """One slot of the shared page.
+
+    :ivar state: READY and so on.
+    :ivar kind: IOREQ_TYPE_*.
+    :ivar address: port.
+    :ivar data: the value written; an address of the guest when ``is_pointer``.
+    :ivar size: bytes of the access.
+    :ivar event_port: the guest's end of the slot's event channel; 0 for a slot without a vCPU.
+    """
+
+    state: int
+    kind: int
+    address: int
+    data: int
+    size: int
+    count: int
+    is_read: bool
+    is_pointer: bool
+    event_port: int
+
+    @classmethod
+    def parse(cls, slot: bytes) -> Self:
+        """Read the 32 bytes of a slot; every value of them is a request."""
+        address, data, count, size, event_port, _, bits, kind = _SLOT.unpack(slot)
+        return cls(
+            state=bits & _STATE_MASK,
+            kind=kind,
+            address=address,
+            data=data,
+            size=size,
+            count=count,
+            is_read=bool(bits & _READ),
+            is_pointer=bool(bits & _POINTER),
+            event_port=event_port,
+        )
+
+
+class IoreqServer:
+    """Our end of one ioreq server of a domain.
+
+    :param on_write: called with (port, size, value) for each plain write to one of its ports. Reads give 0, and so do
+        strings of them.
+    """
+
+    def __init__(self, domid: int, on_write: Callable[[int, int, int], None]) -> None:
+        """Connect.
+
+        :raises XenError: without Xen's libraries, or outside dom0.
+        """
+        self.domid = domid
+        self._on_write = on_write
+        self._model = _Library("xendevicemodel", "libxendevicemodel.so.1")
+        self._memory = _Library("xenforeignmemory", "libxenforeignmemory.so.1")
+        self._events = _Library("xenevtchn", "libxenevtchn.so.1")
+        self._toolcore = _load("libxentoolcore.so.1")
+        self._slots: Any = ffi.NULL
+        self._slot_of_port: dict[int, int] = {}
+        self._id = 0
+
+    def create(self) -> int:
+        """Make a new server, which gets nothing yet; returns its id."""
+        found = ffi.new("ioservid_t *")
+        self._model.call("create_ioreq_server", self.domid, NO_BUFFER, found)
+        return int(found[0])
+
+    def take_over(self, server: int, first: int, last: int) -> None:
+        """Serve the ports from ``first`` to ``last`` as that server, whose last process may have died.
+
+        :raises XenError: also when the domain is dying.
+        """
+        self._id = server
+        address = ffi.new("void **")
+        self._memory.call(
+            *("map_resource", self.domid, RESOURCE_IOREQ_SERVER, server, IOREQ_FRAME, 1, address, PROT_READ_WRITE, 0)
+        )
+        self._slots = ffi.cast("unsigned char *", address[0])
+        self._model.call(*("map_io_range_to_ioreq_server", self.domid, server, 0, first, last), allowed=(errno.EEXIST,))
+        self._model.call("set_ioreq_server_state", self.domid, server, 1)
+        for slot in range(PAGE // _SLOT.size):
+            if remote := self._read(slot).event_port:
+                port = self._events.call("bind_interdomain", self.domid, remote)
+                self._slot_of_port[port] = slot
+
+    def map_page(self, gfn: int) -> Any:
+        """Map a page of the guest's RAM; returns a buffer of 4096 bytes, which the guest can change at any time."""
+        error = ffi.new("int *")
+        where = self._memory.call("map", self.domid, PROT_READ_WRITE, 1, ffi.new("xen_pfn_t[]", [gfn]), error)
+        if error[0]:
+            raise _error("xenforeignmemory_map", -error[0], f"domain {self.domid}, gfn {gfn:#x}")
+        return ffi.buffer(where, PAGE)
+
+    def restrict(self) -> None:
+        """From now on, this process can do nothing to another domain or to the host with what is open of Xen."""
+        ffi.errno = 0
+        if self._toolcore.xentoolcore_restrict_all(self.domid):
+            raise _error("xentoolcore_restrict_all", ffi.errno, f"domain {self.domid}")
+
+    def exists(self, server: int) -> bool:
+        """Whether the domain still has that server; a dying one has none."""
+        nothing = ffi.NULL
+        asked = ("get_ioreq_server_info", self.domid, server, nothing, nothing, nothing)
+        return int(self._model.call(*asked, allowed=(errno.ENOENT, errno.ESRCH))) >= 0
+
+    def serve(self, idle_seconds: float) -> None:
+        """Answer requests until the domain dies, which is looked for in each pause of that length."""
+        for slot in self._slot_of_port.values():
+            self._answer(slot, left_behind=True)
+        descriptor = self._events.call("fd")
+        while True:
+            if not select.select([descriptor], [], [], idle_seconds)[0]:
+                if not self.exists(self._id):
+                    return
+                continue
+            port = self._events.call("pending")
+            self._events.call("unmask", port)
+            self._answer(self._slot_of_port[port])
+
+    def _answer(self, slot: int, *, left_behind: bool = False) -> None:
+        """Answer the slot's request, if it has one.
+
+        :param left_behind: also one that a process which died has begun.
+        """
+        request = self._read(slot)
+        if request.state != READY and not (left_behind and request.state == IN_PROCESS):
+            return
+        self._set_state(slot, IN_PROCESS)
+        # All other kinds are asked of every server and want no more than an answer (INVALIDATE, with a mapcache).
+        if request.kind == PORT_IO and not request.is_pointer:
+            if request.is_read:
+                ffi.memmove(self._slots + slot * _SLOT.size + _DATA_OFFSET, bytes(8), 8)
+            else:
+                self._on_write(request.address, request.size, request.data)
+        self._set_state(slot, ANSWERED)
+        (port,) = (port for port, its in self._slot_of_port.items() if its == slot)
+        self._events.call("notify", port)
+
+    def _read(self, slot: int) -> Request:
+        return Request.parse(ffi.buffer(self._slots + slot * _SLOT.size, _SLOT.size)[:])
+
+    def _set_state(self, slot: int, state: int) -> None:
+        where = slot * _SLOT.size + _BITS_OFFSET
+        self._slots[where] = self._slots[where] & ~_STATE_MASK | state
+
+
+class _Library:
+    """A Xen library with an open handle; its functions' names begin with the prefix."""
+
+    def __init__(self, prefix: str, soname: str) -> None:
+        self._prefix = prefix
+        self._lib = _load(soname)
+        ffi.errno = 0
+        self._handle = getattr(self._lib, f"{prefix}_open")(ffi.NULL, 0)
+        if not self._handle:
+            raise _error(f"{prefix}_open", ffi.errno, soname)
+
+    def call(self, name: str, *arguments: object, allowed: tuple[int, ...] = ()) -> Any:
+        """Call a function; its result is negative only for an errno that is allowed.
+
+        :raises XenError: with the arguments, when it fails.
+        """
+        ffi.errno = 0
+        result = getattr(self._lib, f"{self._prefix}_{name}")(self._handle, *arguments)
+        failed = result < 0 if isinstance(result, int) else not result
+        if failed and ffi.errno not in allowed:
+            known = ", ".join(str(argument) for argument in arguments if isinstance(argument, int))
+            raise _error(f"{self._prefix}_{name}", ffi.errno, known)
+        return result
+
+
+def _load(soname: str) -> Any:
+    try:
+        return ffi.dlopen(soname)
+    except OSError as error:
+        raise XenError(f"{error}", hint=f"install the package that has {soname}") from error
+
+
+def _error(name: str, number: int, what: str) -> XenError:
+    code = errno.errorcode.get(number, str(number))
+    return XenError(f"{name}: {code} ({os.strerror(number)}): {what}")

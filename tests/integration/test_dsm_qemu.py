@@ -1,0 +1,185 @@
+"""A real QEMU as label server: what is asked of it, what it changes in the label area, and what it cannot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvdimm_driver.acpi.dsm import QemuLabels, difference, failure
+from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
+from tests.unit.doubles import MemoryLabels
+
+XEN_QEMU = "/usr/libexec/xen-qemu-system-i386"
+PLAIN_QEMU = "/usr/bin/qemu-system-x86_64"
+SIZE, GET, SET = 4, 5, 6
+AREAS = {0: 128 * KIB, 2: 129 * KIB}
+LAYOUT = GuestLayout(
+    GIB,
+    4 * GIB,
+    1 << 48,
+    (
+        Placement(0, 68 * GIB, 64 * MIB, AREAS[0]),
+        Placement(1, 70 * GIB, 64 * MIB),
+        Placement(2, 72 * GIB, 64 * MIB - 132 * KIB, AREAS[2]),
+    ),
+    dsm="qemu",
+)
+LARGEST = PAGE - 20  # a request's header has 12 bytes, a label's offset and length 8
+
+
+class Served:
+    """A label server and the areas behind it."""
+
+    def __init__(self, binary: str) -> None:
+        self.areas = {slot: MemoryLabels(bytes(range(256)) * (size // 256)) for slot, size in AREAS.items()}
+        self.labels = QemuLabels(LAYOUT, self.areas, [binary])
+        self.labels.start()
+
+    def ask(self, handle: int, function: int, payload: bytes = b"", revision: int = 1) -> tuple[int, bytes]:
+        """Status and the rest of an answer."""
+        page = struct.pack("<III", handle, revision, function) + payload
+        answer = self.labels.answer(page.ljust(PAGE, b"\0"))
+        assert len(answer) == PAGE
+        length, status = struct.unpack_from("<II", answer)
+        assert 4 < length <= PAGE
+        return status, answer[8:length]
+
+    def set(self, handle: int, offset: int, data: bytes) -> int:
+        return self.ask(handle, SET, struct.pack("<II", offset, len(data)) + data)[0]
+
+    def get(self, handle: int, offset: int, length: int) -> tuple[int, bytes]:
+        return self.ask(handle, GET, struct.pack("<II", offset, length))
+
+    def qemu(self) -> int:
+        """Its process: the youngest child."""
+        return int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1])
+
+
+@pytest.fixture(scope="module", params=[XEN_QEMU, PLAIN_QEMU], ids=["xen", "plain"])
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    found = Served(request.param)
+    yield found
+    found.labels.close()
+
+
+def test_sizes_are_those_of_the_areas(served: Served) -> None:
+    for slot, size in AREAS.items():
+        status, payload = served.ask(slot + 1, SIZE)
+        assert (status, struct.unpack("<II", payload)) == (0, (size, LARGEST))
+
+
+def test_a_guest_reads_what_is_in_the_area(served: Served) -> None:
+    for slot, area in served.areas.items():
+        for offset in (0, 100, area.size - LARGEST):
+            assert served.get(slot + 1, offset, LARGEST) == (0, bytes(area.content[offset : offset + LARGEST]))
+
+
+def test_what_a_guest_sets_is_in_the_area_and_nowhere_else(served: Served) -> None:
+    for slot, area in served.areas.items():
+        others = {other: bytes(each.content) for other, each in served.areas.items() if other != slot}
+        for offset, data in (
+            (0, b"first"),
+            (PAGE - 2, b"across"),
+            (area.size - 4, b"last"),
+            (300, os.urandom(LARGEST)),
+        ):
+            wanted = bytearray(area.content)
+            wanted[offset : offset + len(data)] = data
+            area.writes.clear()
+            assert served.set(slot + 1, offset, data) == 0
+            assert area.content == wanted
+            assert sum(length for _, length in area.writes) <= 2 * PAGE
+            assert served.get(slot + 1, offset, len(data)) == (0, data)
+        assert {other: bytes(served.areas[other].content) for other in others} == others
+
+
+@pytest.mark.parametrize(("offset", "length"), [(AREAS[0], 1), (AREAS[0] - 1, 2), (0xFFFFFFFF, 2), (0, LARGEST + 1)])
+def test_outside_of_an_area_is_nothing(served: Served, offset: int, length: int) -> None:
+    before = bytes(served.areas[0].content)
+    payload = struct.pack("<II", offset, length)
+    assert served.ask(1, GET, payload)[0] == 3
+    assert served.ask(1, SET, payload)[0] == 3
+    assert served.areas[0].content == before
+
+
+def test_an_nvdimm_without_labels_and_one_that_is_not_there_have_none(served: Served) -> None:
+    for handle in (2, 4, 0xFFFFFFFF):
+        assert served.set(handle, 0, b"x") != 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    handle=st.one_of(st.integers(0, 5), st.integers(0, (1 << 32) - 1)),
+    function=st.one_of(st.integers(0, 8), st.integers(0, (1 << 32) - 1)),
+    revision=st.sampled_from([0, 1, 2, 0xFFFFFFFF]),
+    numbers=st.lists(st.one_of(st.integers(0, 2 * AREAS[0]), st.integers(0, (1 << 32) - 1)), max_size=4),
+)
+def test_whatever_is_asked_is_answered_and_reads_back(
+    served: Served, handle: int, function: int, revision: int, numbers: list[int]
+) -> None:
+    before = served.qemu()
+    page = struct.pack(f"<III{len(numbers)}I", handle, revision, function, *numbers).ljust(PAGE, b"\xa5")
+    served.labels.answer(page)
+    assert served.qemu() == before
+    for slot, area in served.areas.items():
+        assert served.get(slot + 1, 0, LARGEST)[1] == area.content[:LARGEST]
+
+
+def test_a_killed_qemu_is_replaced_and_nothing_is_lost(served: Served) -> None:
+    served.set(1, 10, b"before")
+    killed = served.qemu()
+    os.kill(killed, signal.SIGKILL)
+    assert served.get(1, 10, 6) == (0, b"before")
+    assert served.qemu() != killed
+    os.kill(served.qemu(), signal.SIGKILL)
+    assert served.set(1, 10, b"after!") == 0
+    assert served.areas[0].content[10:16] == b"after!"
+
+
+def test_what_cannot_be_made_durable_fails_and_is_not_read(served: Served) -> None:
+    before = bytes(served.areas[0].content[:8])
+    served.areas[0].broken = OSError(5, "Input/output error")
+    try:
+        assert served.set(1, 0, b"8 bytes!") == 4
+    finally:
+        served.areas[0].broken = None
+    assert served.get(1, 0, 8) == (0, before)
+    assert served.set(1, 0, b"8 bytes!") == 0
+    assert served.areas[0].content[:8] == b"8 bytes!"
+
+
+def test_without_any_qemu_each_request_fails(tmp_path: Path) -> None:
+    broken = tmp_path / "qemu"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    labels = QemuLabels(LAYOUT, {0: MemoryLabels(bytes(AREAS[0]))}, [str(broken)])
+    assert labels.answer(bytes(PAGE)) == failure()
+    labels.close()
+
+
+def test_nothing_is_left_behind() -> None:
+    descriptors = set(os.listdir("/proc/self/fd"))
+    served = Served(XEN_QEMU)
+    pid = served.qemu()
+    assert os.readlink(f"/proc/{pid}/exe").endswith("qemu-system-i386")
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert (status["NoNewPrivs"], int(status["CapEff"], 16), status["Uid"].split()[0]) == ("1", 0, "65534")
+    served.labels.close()
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_difference_is_in_whole_pages_and_within_the_area() -> None:
+    before = bytes(3 * PAGE + 100)
+    assert difference(before, before) == range(0)
+    for first, last, expected in ((0, 0, range(PAGE)), (PAGE, 3 * PAGE + 99, range(PAGE, len(before)))):
+        after = bytearray(before)
+        after[first] = after[last] = 1
+        assert difference(before, bytes(after)) == expected

@@ -1,0 +1,153 @@
+"""A guest's label server: what it may, what kills it, and what a hostile guest cannot do with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.guest import Guest
+from tests.lab.host import XenHost
+
+pytestmark = pytest.mark.lab
+MIB = 1 << 20
+NAME, FILE, DEVICE, DISK = "served", "/mnt/pmem0/served.img", "/dev/pmem1", "/tmp/guest-tools.img"
+FILE_MIB, DEVICE_MIB, LABEL_KIB = 18, 34, 128
+SERVER = "pgrep -f '[n]vdimm_driver.cmd.label_server'"
+
+
+@pytest.fixture(scope="module")
+def guest(driver_host: XenHost) -> Iterator[Guest]:
+    """A guest with labels in a file and in a raw namespace, and with an NVDIMM that has none."""
+    driver_host.put(driver_host.images.guest_tools_disk, DISK)
+    nvdimms = [
+        operator.nvdimm(FILE, FILE_MIB, label_kib=LABEL_KIB),
+        operator.nvdimm("/mnt/pmem0/unlabelled.img", 16),
+        operator.nvdimm(DEVICE, DEVICE_MIB, label_kib=LABEL_KIB),
+    ]
+    xml = operator.domain_xml(NAME, nvdimms, ram_mib=256, disk=DISK, dsm="qemu")
+    driver_host.write(f"/root/{NAME}.xml", xml.encode())
+    driver_host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
+    driver_host.check(f"dd if=/dev/zero of={DEVICE} bs=1M count={DEVICE_MIB} oflag=direct status=none")
+    started = operator.start(driver_host, NAME)
+    started.wait_report()
+    yield started
+    if started.exists():
+        driver_host.check(f"{operator.VIRSH} destroy {NAME}")
+    operator.remove(driver_host, NAME)
+    driver_host.check(f"rm {FILE} /mnt/pmem0/unlabelled.img {DISK}")
+
+
+def processes(host: XenHost) -> list[int]:
+    """Those of the label server: the one that watches, the one that serves."""
+    return [int(pid) for pid in host.run(SERVER).stdout.split()]
+
+
+def label_sums(host: XenHost) -> list[str]:
+    """Of the label areas in dom0."""
+    command = "dd if={} bs=1K skip={} count={} iflag=direct status=none | sha256sum"
+    ends = ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
+    commands = [command.format(path, (size << 10) - LABEL_KIB, LABEL_KIB) for path, size in ends]
+    return [line.split()[0] for line in host.check("; ".join(commands)).stdout.splitlines()]
+
+
+def seen_sums(guest: Guest) -> list[str]:
+    """Of the label areas as the guest has them, by slot."""
+    dimms = sorted(guest.report().dimms, key=lambda dimm: dimm.handle)
+    assert [dimm.handle for dimm in dimms] == [1, 2, 3]
+    read = "ndctl read-labels {} 2>/dev/null | sha256sum"
+    commands = [read.format(dimms[slot].name) for slot in (0, 2)]
+    return [line.split()[0] for line in guest.check("run", "; ".join(commands)).split("\n")]
+
+
+def data_sums(host: XenHost) -> list[str]:
+    """Of what is not label area."""
+    ends = ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
+    return [operator.host_sha256(host, path, 0, (size - 1) * MIB) for path, size in ends]
+
+
+def test_labels_in_a_file_and_in_a_raw_namespace(driver_host: XenHost, guest: Guest) -> None:
+    assert guest.report().problems == ()
+    data = data_sums(driver_host)
+    guest.check("run", "ndctl disable-region all && ndctl init-labels all; ndctl enable-region all")
+    assert [dimm.available_slots is not None for dimm in guest.report().dimms].count(True) == 2
+    assert seen_sums(guest) == label_sums(driver_host)
+    assert data_sums(driver_host) == data
+
+
+def test_the_one_that_serves_can_do_nothing_else(driver_host: XenHost, guest: Guest) -> None:
+    watching, serving = processes(driver_host)
+    status = driver_host.check(f"cat /proc/{serving}/status").stdout
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert (fields["PPid"], fields["NoNewPrivs"], fields["Groups"].strip()) == (str(watching), "1", "")
+    assert set(fields["Uid"].split()) == {driver_host.check("id -u nobody").stdout.strip()}
+    assert {int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {0}
+    qemu = driver_host.check(f"pgrep -P {serving}").stdout.strip()
+    assert "label-size" in driver_host.check(f"tr '\\0' ' ' </proc/{qemu}/cmdline").stdout
+    opened = driver_host.check(f"ls -l /proc/{qemu}/fd").stdout
+    assert "/mnt/pmem0" not in opened
+    assert "/dev/pmem" not in opened
+    assert driver_host.check(f"readlink /proc/{watching}/fd/0 /proc/{watching}/cwd").stdout.split() == [
+        "/dev/null",
+        "/",
+    ]
+    assert operator.show(driver_host, NAME)["label_server"] == "running"
+
+
+def test_a_label_is_flushed_before_the_guest_gets_its_answer(driver_host: XenHost, guest: Guest) -> None:
+    """The kernel writes back what dom0's caches have of the file's label, and the device's is not in any cache."""
+    tracing = "cd /sys/kernel/tracing && "
+    driver_host.check(f"{tracing} echo >trace; echo 1 >events/fs_dax/dax_writeback_one/enable; echo 1 >tracing_on")
+    (dimm,) = (dimm.name for dimm in guest.report().dimms if dimm.handle == 1)
+    change = f"ndctl zero-labels {dimm} && ndctl init-labels {dimm}"
+    guest.check("run", f"ndctl disable-region all && {change} && ndctl enable-region all")
+    seen = driver_host.check(f"{tracing} echo 0 >events/fs_dax/dax_writeback_one/enable; cat trace").stdout
+    inode = driver_host.check(f"stat -c %i {FILE}").stdout.strip()
+    assert f"ino {int(inode):#x}" in seen, seen
+
+
+@pytest.mark.parametrize("victims", ["serving", "qemu", "both"])
+def test_killed_it_is_replaced_and_the_guest_goes_on(driver_host: XenHost, guest: Guest, victims: str) -> None:
+    before = processes(driver_host)
+    watching, serving = before
+    if victims == "qemu":
+        driver_host.check(f"pkill -KILL -P {serving}")
+    elif victims == "serving":
+        driver_host.check(f"kill -KILL {serving}")
+    else:
+        driver_host.check(f"kill -KILL {watching} {serving}")
+        assert operator.show(driver_host, NAME)["label_server"] == "running"
+    assert seen_sums(guest) == label_sums(driver_host)
+    after = processes(driver_host)
+    assert len(after) == 2
+    assert (after == before) is (victims == "qemu")
+
+
+def test_a_hostile_guest_does_no_harm(driver_host: XenHost, guest: Guest) -> None:
+    data, others = data_sums(driver_host), driver_host.check("ls -l --time-style=+ /mnt/pmem0").stdout
+    before = processes(driver_host)
+    memory = f"grep VmRSS /proc/{before[1]}/status"
+    guest.check("run", "hostile 200 1")
+    size = int(driver_host.check(memory).stdout.split()[1])
+    print(guest.check("run", "time hostile 2000 2", timeout=600))
+    assert processes(driver_host) == before
+    assert data_sums(driver_host) == data
+    assert driver_host.check("ls -l --time-style=+ /mnt/pmem0").stdout == others
+    assert int(driver_host.check(memory).stdout.split()[1]) < size + 2048
+    assert seen_sums(guest) == label_sums(driver_host)
+
+
+def test_it_goes_with_its_domain_and_comes_with_the_next(driver_host: XenHost, guest: Guest) -> None:
+    before = processes(driver_host)
+    guest.reboot()
+    after = processes(driver_host)
+    assert len(after) == 2
+    assert not set(before) & set(after)
+    assert seen_sums(guest) == label_sums(driver_host)
+    driver_host.check(f"{operator.VIRSH} destroy {NAME}")
+    driver_host.check(f"for try in $(seq 50); do {SERVER} >/dev/null || exit 0; sleep 0.1; done; exit 1")
+    assert "(null)" not in driver_host.check("xl list").stdout
+    assert json.loads(driver_host.check(f"{operator.NVDIMMCTL} list -f json").stdout)[0]["State"] != "mapped"
+    assert "i" not in driver_host.check(f"lsattr {FILE}").stdout.split()[0]

@@ -1,0 +1,73 @@
+"""Who watches a label server, and who has it. What it does to a guest is seen in the lab."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.cmd.label_server import SERVING, supervise
+from nvdimm_driver.errors import AcpiError, XenError
+from nvdimm_driver.label_servers import LabelServers
+from tests.unit.doubles import UUID
+
+
+def supervised(serve: Callable[[bool, Callable[[], None]], None]) -> bytes:
+    """What the one who waits for the first child is told."""
+    ours, theirs = os.pipe()
+    supervise(serve, theirs)
+    os.close(theirs)
+    with open(ours, "rb") as pipe:
+        return pipe.read()
+
+
+def test_one_that_dies_is_followed_by_another_and_then_by_one_that_refuses(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+
+    def serve(refuse: bool, ready: Callable[[], None]) -> None:
+        with runs.open("a") as file:
+            file.write(f"{refuse}\n")
+        ready()
+        if not refuse:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert supervised(serve) == SERVING
+    assert runs.read_text().split() == ["False", "False", "False", "True"]
+
+
+def test_when_the_first_one_cannot_start_there_is_no_second(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+
+    def serve(refuse: bool, ready: Callable[[], None]) -> None:
+        with runs.open("a") as file:
+            file.write("run\n")
+        raise AcpiError("no QEMU", hint="install one")
+
+    assert supervised(serve) == b"no QEMU (install one)"
+    assert runs.read_text() == "run\n"
+
+
+def test_one_that_has_no_domain_any_more_is_the_last() -> None:
+    assert supervised(lambda refuse, ready: ready()) == SERVING
+
+
+def test_who_has_the_lock_is_running(tmp_path: Path) -> None:
+    servers = LabelServers(tmp_path)
+    assert not servers.is_running(UUID)
+    (tmp_path / "domains" / UUID).mkdir(parents=True)
+    assert not servers.is_running(UUID)
+    lock = servers.lock(UUID)
+    assert lock is not None
+    assert servers.is_running(UUID)
+    assert servers.lock(UUID) is None
+    os.close(lock)
+    assert not servers.is_running(UUID)
+
+
+def test_one_that_cannot_start_says_why() -> None:
+    """There is no such domain, nor a Xen."""
+    with pytest.raises(XenError, match=r"no label server for domid 7: .+"):
+        LabelServers("/nonexistent").start(7, UUID)
