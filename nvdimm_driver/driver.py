@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import claims, frames, plugins
+from nvdimm_driver import claims, frames, layout, plugins
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.errors import BackingError, InUseError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.label_servers import LabelServers
@@ -272,6 +272,7 @@ class XenNvdimmDriver:
                 plan.mappings,
                 plan.areas,
                 served=record.labels if plan.layout.label_clients else "",
+                uncached=layout.label_frames(plan.layout),
             )
         except BaseException:
             self.starts.put_away(record.uuid, paths)

@@ -115,6 +115,17 @@ def check(layout: GuestLayout, requests: Sequence[PlacementRequest], *, address_
             )
 
 
+def label_frames(space: GuestLayout) -> tuple[tuple[Gfn, int], ...]:
+    """Return the guest frames (gfn, count) that have a label area which the guest has in its memory, or a part of it.
+
+    The code that serves it there (:mod:`.acpi.labels`) flushes no caches: they must not be cached.
+    """
+    return tuple(
+        (Gfn(each.label_base // PAGE), -(-each.space_end // PAGE) - each.label_base // PAGE)
+        for each in space.label_areas
+    )
+
+
 def mappings(placement: Placement, extents: Sequence[Extent], *, labels: bool = False) -> tuple[Mapping, ...]:
     """Say which machine frames go where, for exactly the visible bytes of an NVDIMM.
 

@@ -70,6 +70,10 @@ CREATE TABLE area (
 ALTER TABLE domain ADD COLUMN dsm TEXT;
 ALTER TABLE attachment ADD COLUMN served TEXT NOT NULL DEFAULT '';
 ALTER TABLE attachment ADD COLUMN ioreq_server INTEGER;
+CREATE TABLE uncached (
+    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
+    gfn INTEGER NOT NULL, count INTEGER NOT NULL
+) STRICT;
 """,
 )
 """What makes each version of the schema of the one before; the first one's number is 1."""
@@ -93,9 +97,10 @@ class Start:
     :ivar areas: pmem data areas of the host as (mfn, count).
     :ivar qemu: the program to become.
     :ivar label_server: the guest needs one.
+    :ivar uncached: (gfn, count) that must not be cached.
     """
 
-    __slots__ = ("areas", "gfn_limit", "gfn_start", "label_server", "mappings", "name", "qemu")
+    __slots__ = ("areas", "gfn_limit", "gfn_start", "label_server", "mappings", "name", "qemu", "uncached")
 
     def __init__(
         self,
@@ -106,7 +111,9 @@ class Start:
         label_server: bool,
         mappings: list[tuple[int, int, int]],
         areas: list[tuple[int, int]],
+        uncached: list[tuple[int, int]],
     ) -> None:
+        self.uncached = uncached
         self.name = name
         self.qemu = qemu
         self.gfn_start = gfn_start
@@ -199,7 +206,8 @@ class Ledger:
         mappings: Sequence[tuple[int, int, int]],
         areas: Sequence[tuple[int, int]],
         *,
-        served: str,
+        served: str = "",
+        uncached: Sequence[tuple[int, int]] = (),
     ) -> None:
         """The start is prepared: what the device model will do.
 
@@ -214,6 +222,7 @@ class Ledger:
                 ),
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
+                *[("INSERT INTO uncached VALUES (?, ?, ?)", (uuid, *run)) for run in uncached],
             ]
         )
 
@@ -229,8 +238,9 @@ class Ledger:
             return None
         mappings = self._rows("SELECT gfn, mfn, count FROM mapping WHERE uuid = ? ORDER BY gfn", uuid)
         areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
+        uncached = self._rows("SELECT gfn, count FROM uncached WHERE uuid = ?", uuid)
         name, qemu, gfn_start, gfn_limit, served = rows[0]
-        return Start(name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas)
+        return Start(name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached)
 
     def has_mapped(self, uuid: str, domid: int) -> bool:
         """Whether the NVDIMMs were mapped into just this domain in this boot of the host."""

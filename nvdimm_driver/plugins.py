@@ -189,15 +189,21 @@ class Mapper(Plugin):
         """The domain's uuid as the toolstack recorded it, or None."""
 
     @abstractmethod
-    def map(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> int:
+    def map(
+        self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
+    ) -> int:
         """Grant and map; on failure take back, in reverse order, what was done, and raise XenError.
 
+        :param uncached: guest frames (gfn, count) of the mappings that must not be cached: whoever writes there flushes
+            nothing.
         :returns: the number of memory_mapping hypercalls made.
         """
 
     @abstractmethod
-    def unmap(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> None:
-        """Undo :meth:`map`."""
+    def unmap(
+        self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Undo :meth:`map` with the same arguments."""
 
     @abstractmethod
     def deliver(self, domid: int, tables: bytes) -> None:

@@ -109,7 +109,7 @@ def attach(
         tables = b"" if restored else _read(os.path.join(state_dir, "domains", uuid, "tables"))
         ledger.mapping(uuid, domid)
         began = time.monotonic()
-        hypercalls = mapper.map(domid, start.mappings)
+        hypercalls = mapper.map(domid, start.mappings, start.uncached)
         seconds = time.monotonic() - began
         try:
             if tables:
@@ -120,7 +120,7 @@ def attach(
                 serve(state_dir, domid, uuid)
             ledger.mapped(uuid)
         except NvdimmError:
-            mapper.unmap(domid, start.mappings)
+            mapper.unmap(domid, start.mappings, start.uncached)
             raise
     except (NvdimmError, OSError) as error:
         reason = str(error)

@@ -72,7 +72,7 @@ class DomctlMapper(Mapper):
         vm = self.xenstore.read(f"/local/domain/{domid}/vm")
         return None if vm is None else vm.removeprefix("/vm/").lower()
 
-    def map(self, domid: int, mappings: Sequence[Frames]) -> int:
+    def map(self, domid: int, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> int:
         self._raise_paging_pool(domid, mappings)
         granted: list[Frames] = []
         mapped: list[Frames] = []
@@ -84,7 +84,7 @@ class DomctlMapper(Mapper):
                 # libxc cuts it into hypercalls of 64 entries by itself, and removes what it did when one fails.
                 self.xen.memory_mapping(domid, gfn, mfn, count, True)
                 mapped.append((gfn, mfn, count))
-            for run in guest_runs(mappings):
+            for run in guest_runs(mappings, uncached):
                 # Stock Xen maps such frames uncacheable and looks at a pinned type too late (epte_get_entry_emt). A Xen
                 # that honours it makes the guest faster; one that refuses leaves it slow and right, which is no error.
                 if self.xen.pin_memory_cacheattr(domid, *run, WRITE_BACK):
@@ -99,8 +99,8 @@ class DomctlMapper(Mapper):
             raise
         return frames.cost(mappings)[2]
 
-    def unmap(self, domid: int, mappings: Sequence[Frames]) -> None:
-        failures = self._take_back(domid, mappings, mappings, guest_runs(mappings))
+    def unmap(self, domid: int, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> None:
+        failures = self._take_back(domid, mappings, mappings, guest_runs(mappings, uncached))
         if failures:
             raise XenError("; ".join(failures), hint=f"destroy domain {domid}: that drops its mappings and permissions")
 
@@ -186,15 +186,28 @@ class DomctlMapper(Mapper):
         return self.xen.read_memory(domid, start, size) if size else b""
 
 
-def guest_runs(mappings: Sequence[Frames]) -> list[tuple[int, int]]:
-    """Return the guest frames of the mappings as (gfn, count), neighbours joined: Xen pins at most 64 ranges."""
+def guest_runs(mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+    """Return the guest frames of the mappings as (gfn, count), neighbours joined: Xen pins at most 64 ranges.
+
+    :param uncached: frames to leave out.
+    """
     runs: list[tuple[int, int]] = []
     for gfn, _, count in sorted(mappings):
         if runs and sum(runs[-1]) == gfn:
             runs[-1] = (runs[-1][0], runs[-1][1] + count)
         else:
             runs.append((gfn, count))
+    for hole in uncached:
+        runs = [part for run in runs for part in _without(run, hole)]
     return runs
+
+
+def _without(run: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return what is left of a run of frames: up to two runs."""
+    (gfn, count), (first, frames_out) = run, hole
+    before = (gfn, min(count, first - gfn))
+    behind = max(gfn, first + frames_out)
+    return [part for part in (before, (behind, gfn + count - behind)) if part[1] > 0]
 
 
 def page_tables(mappings: Sequence[Frames]) -> int:

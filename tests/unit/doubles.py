@@ -117,6 +117,7 @@ class RecordingMapper(Mapper):
     def __init__(self, alive: dict[int, str] | None = None) -> None:
         self.alive = {} if alive is None else alive
         self.mapped: dict[int, list[tuple[int, int, int]]] = {}
+        self.uncached: dict[int, list[tuple[int, int]]] = {}
         self.delivered: dict[int, bytes] = {}
         self.dsm_pages: set[int] = set()
         self.fail: str = ""
@@ -138,14 +139,20 @@ class RecordingMapper(Mapper):
     def uuid(self, domid: int) -> str | None:
         return self.alive.get(domid)
 
-    def map(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> int:
+    def map(
+        self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
+    ) -> int:
         if self.fail == "map":
             raise XenError("EPERM", hint="no")
         self.mapped[domid] = list(mappings)
+        self.uncached[domid] = list(uncached)
         return len(mappings)
 
-    def unmap(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> None:
+    def unmap(
+        self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
+    ) -> None:
         assert self.mapped.pop(domid) == list(mappings)
+        assert self.uncached.pop(domid) == list(uncached)
 
     def deliver(self, domid: int, tables: bytes) -> None:
         if self.fail == "deliver":

@@ -99,7 +99,7 @@ def test_frames_of_another_start_are_refused(
     mappings = started(driver.ledger).mappings
     driver.ledger.replace(OTHER_UUID, "db2", 1, [])
     driver.ledger.attach(OTHER_UUID, [])
-    driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [], served="")
+    driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [])
     with pytest.raises(GuardError, match="db2"):
         attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
     assert mapper.mapped == {}
@@ -239,3 +239,16 @@ def test_a_guest_whose_label_server_was_killed_gets_another(
     caplog.clear()
     driver.serve_labels()
     assert caplog.text == ""
+
+
+def test_label_areas_that_the_guest_writes_by_itself_are_not_cached(
+    tmp_path: Path, mapper: RecordingMapper, log: Log
+) -> None:
+    driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="aml")
+    labelled = domain(A, label_size=MIB)
+    driver.define(labelled)
+    driver.prepare(labelled)
+    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
+    ((gfn, _, count),) = mapper.mapped[5]
+    assert count == 64 * MIB // 4096
+    assert mapper.uncached[5] == [(gfn + 63 * MIB // 4096, MIB // 4096)]

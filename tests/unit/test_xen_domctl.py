@@ -392,3 +392,22 @@ def test_the_mapper_imports_nothing_slow() -> None:
     slow = "cffi collections contextlib ctypes dataclasses enum functools glob json logging pathlib re stevedore typing"
     assert "_cffi_backend" in imported
     assert imported.isdisjoint(slow.split())
+
+
+@settings(deadline=None)
+@given(plans(), st.lists(st.tuples(st.integers(0, 1 << 22), st.integers(1, 600)), max_size=4))
+def test_what_must_not_be_cached_is_never_pinned(mappings: list[Frames], uncached: list[tuple[int, int]]) -> None:
+    """And all else is, as without."""
+
+    def frames_of(runs: list[tuple[int, int]]) -> set[int]:
+        return {frame for gfn, count in runs for frame in range(gfn, gfn + count)}
+
+    small = [(gfn, mfn, min(count, 2000)) for gfn, mfn, count in mappings]
+    holes = uncached + [(gfn + count // 2, 3) for gfn, _, count in small]
+    assert frames_of(guest_runs(small, holes)) == frames_of(guest_runs(small)) - frames_of(holes)
+    assert all(count > 0 for _, count in guest_runs(small, holes))
+    xen = FakeXen()
+    mapper(xen).map(DOMID, small, holes)
+    assert xen.pinned == guest_runs(small, holes)
+    mapper(xen).unmap(DOMID, small, holes)
+    assert (xen.granted, xen.mapped, xen.pinned) == ([], [], [])
