@@ -46,7 +46,7 @@ ACPI_OPTS = [
     cfg.StrOpt("builder", default="qemu", help="Plug-in of namespace nvdimm_driver.acpi_builders."),
     cfg.StrOpt(
         "dsm",
-        default="none",
+        default="aml",
         choices=[
             ("none", "nobody: the guest has one namespace without labels for each NVDIMM"),
             ("aml", "byte code in the guest's ACPI tables, against the label area in the guest's memory"),

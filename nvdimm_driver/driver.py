@@ -6,12 +6,14 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 from oslo_config import cfg
 
 from nvdimm_driver import claims, frames, layout, plugins
+from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.errors import BackingError, InUseError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.label_servers import LabelServers
@@ -242,6 +244,16 @@ class XenNvdimmDriver:
     def tables(self, record: Record) -> AcpiTables:
         """The tables that a start of a defined domain would make."""
         return self.acpi.build(self.planner.around(record, record.ram))
+
+    def guest_tables(self, record: Record) -> tuple[bytes, ...]:
+        """All ACPI tables that a running guest has, those of its firmware too; none for a domain that is off.
+
+        :raises AcpiError: when they cannot be found in its memory, or one is wrong.
+        """
+        attachment = record.attachment
+        if attachment is None or attachment.domid is None:
+            return ()
+        return find(partial(self.planner.mapper.read, attachment.domid))
 
     def prepare_known(self, uuid: str) -> None:
         """Prepare a start of which no hook has told: of a domain that ``xl`` has created.

@@ -210,6 +210,10 @@ class Mapper(Plugin):
         """Put ACPI tables (concatenated) where the guest's firmware takes them from."""
 
     @abstractmethod
+    def read(self, domid: int, address: int, length: int) -> bytes:
+        """Bytes of the guest's RAM."""
+
+    @abstractmethod
     def give_dsm_page(self, domid: int) -> None:
         """Give the guest the page through which it talks to a label server."""
 

@@ -10,7 +10,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nvdimm_driver.acpi.tables import Header, checksum, text, verify_table
+from nvdimm_driver.acpi.tables import checksum
+from nvdimm_driver.acpi.walk import tables
 from nvdimm_driver.errors import AcpiError
 
 RSDP_FILE = "etc/acpi/rsdp"
@@ -44,25 +45,18 @@ def link(script: bytes, files: Mapping[str, bytes], places: Mapping[str, int] | 
 
 
 def split(linked: Linked) -> tuple[bytes, ...]:
-    """Walk RSDP → RSDT or XSDT and return every table it names, and the DSDT behind the FADT.
-
-    The root table itself (nothing but addresses) and the FACS (no checksum) are left out.
+    """Return every table that the RSDP leads to, as :func:`.walk.tables`.
 
     :raises AcpiError: when an address or a table is wrong.
     """
-    root = _root(linked)
-    entry = "<I" if root[:4] == b"RSDT" else "<Q"
-    found: list[bytes] = []
-    try:
-        entries = list(struct.iter_unpack(entry, root[Header.SIZE :]))
-    except struct.error as error:
-        raise AcpiError(f"{text(root[:4])} of {len(root)} bytes: not a whole number of addresses") from error
-    for (address,) in entries:
-        table = _table(linked, address)
-        found.append(table)
-        if table[:4] == b"FACP":
-            found.append(_dsdt(linked, table))
-    return tuple(found)
+
+    def read(address: int, length: int) -> bytes:
+        for name, base in linked.addresses.items():
+            if base <= address < base + len(linked.files[name]):
+                return linked.files[name][address - base :][:length]
+        raise AcpiError(f"there is no table at {address:#x}: no file was put there")
+
+    return tables(linked.files.get(RSDP_FILE, b""), read)
 
 
 class _Run:
@@ -161,39 +155,3 @@ def _name(field: bytes) -> str:
         return field.split(b"\0", 1)[0].decode("ascii")
     except UnicodeDecodeError as error:
         raise AcpiError(f"table-loader: file name {field!r} is not ASCII") from error
-
-
-def _root(linked: Linked) -> bytes:
-    """Return the RSDT or XSDT that the RSDP points to (ACPI 6.5 §5.2.5.3)."""
-    rsdp = linked.files.get(RSDP_FILE, b"")
-    if len(rsdp) < 20 or rsdp[:8] != b"RSD PTR " or sum(rsdp[:20]) & 0xFF:
-        raise AcpiError(f"{RSDP_FILE} is not an RSDP with a right checksum: {rsdp[:36].hex()}")
-    if rsdp[15] < 2:
-        return _named(linked, int.from_bytes(rsdp[16:20], "little"), b"RSDT")
-    if len(rsdp) < 36 or sum(rsdp[:36]) & 0xFF:
-        raise AcpiError(f"{RSDP_FILE} has a wrong extended checksum: {rsdp[:36].hex()}")
-    return _named(linked, int.from_bytes(rsdp[24:32], "little"), b"XSDT")
-
-
-def _dsdt(linked: Linked, fadt: bytes) -> bytes:
-    """Return the table that a FADT names in DSDT or, if that is 0, X_DSDT (ACPI 6.5 §5.2.9)."""
-    address = int.from_bytes(fadt[40:44], "little") or int.from_bytes(fadt[140:148], "little")
-    return _named(linked, address, b"DSDT")
-
-
-def _named(linked: Linked, address: int, signature: bytes) -> bytes:
-    table = _table(linked, address)
-    if table[:4] != signature:
-        raise AcpiError(f"table at {address:#x} is '{text(table[:4])}', not {text(signature)}")
-    return table
-
-
-def _table(linked: Linked, address: int) -> bytes:
-    for name, base in linked.addresses.items():
-        content = linked.files[name]
-        if base <= address < base + len(content):
-            rest = content[address - base :]
-            table = rest[: Header.parse(rest).length]
-            verify_table(table)
-            return table
-    raise AcpiError(f"there is no table at {address:#x}: no file was put there")

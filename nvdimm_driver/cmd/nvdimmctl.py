@@ -29,6 +29,11 @@ from nvdimm_driver.model import GIB, DomainSpec, Record
 from nvdimm_driver.planning import Host
 from nvdimm_driver.xen.dry_run import DryRunMapper
 
+TABLE_GROUPS = {
+    "nvdimm": "for the NVDIMMs: what the guest gets of the driver",
+    "qemu": "what QEMU has beside them for such a machine; the guest has its own firmware's instead",
+    "guest": "all that the running guest has",
+}
 FILE_HELP = "domain XML file; - for standard input"
 
 
@@ -122,31 +127,42 @@ class AcpiDump(Command):
         _host_option(parser)
         parser.add_argument("--decode", action="store_true", help="print what the tables say")
         parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write one file a table, as for iasl")
-        parser.add_argument("--all", action="store_true", help="also the tables that came with them and stay behind")
+        parser.add_argument(
+            "--all",
+            action="store_true",
+            help="also the others that QEMU has for such a machine, and all that a running domain's guest has",
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        tables = self._tables(parsed_args)
-        if parsed_args.output is not None:
-            for path in render.write_tables(tables, parsed_args.output):
-                print(path)
-        elif parsed_args.decode:
-            print("\n".join(decode(table) for table in tables))
-        else:
-            sys.stdout.write(render.acpidump(tables))
+        for name, tables in self._groups(parsed_args).items():
+            folder, title = (name, TABLE_GROUPS[name]) if parsed_args.all else (".", "")
+            if title and parsed_args.output is None:
+                print(f"# {title}")
+            if parsed_args.output is not None:
+                for path in render.write_tables(tables, parsed_args.output / folder):
+                    print(path)
+            elif parsed_args.decode:
+                print("\n".join(decode(table) for table in tables))
+            else:
+                sys.stdout.write(render.acpidump(tables))
 
-    def _tables(self, parsed_args: argparse.Namespace) -> list[bytes]:
+    def _groups(self, parsed_args: argparse.Namespace) -> dict[str, Sequence[bytes]]:
+        """The tables by name of :data:`TABLE_GROUPS`; only the first group, unless all are asked for."""
+        running: Sequence[bytes] = ()
         if parsed_args.domain != "-" and not Path(parsed_args.domain).exists():
             driver = from_conf(self.app.conf)
             record = _find(driver, parsed_args.domain)
             started = driver.tables_file(record.uuid)
             if started.exists() and not parsed_args.all:
-                return split(started.read_bytes())
+                return {"nvdimm": split(started.read_bytes())}
             built = driver.tables(record)
+            running = driver.guest_tables(record) if parsed_args.all else ()
         else:
             domain = _domain(_read(parsed_args.domain), parsed_args.domain)
             built = _driver(self.app.conf, parsed_args.host).plan(domain).tables
-        return [*built.tables, *(built.reference if parsed_args.all else ())]
+        groups = {"nvdimm": built.tables, "qemu": built.reference, "guest": running}
+        return {name: tables for name, tables in groups.items() if tables and (parsed_args.all or name == "nvdimm")}
 
 
 class List(Lister):

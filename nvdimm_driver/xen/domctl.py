@@ -120,6 +120,9 @@ class DomctlMapper(Mapper):
         self.xenstore.write(f"{folder}/address", hex(TABLES_GFN * PAGE))
         self.xenstore.write(f"{folder}/length", hex(len(together)))
 
+    def read(self, domid: int, address: int, length: int) -> bytes:
+        return self.xen.read_memory(domid, address, length)
+
     def give_dsm_page(self, domid: int) -> None:
         self.xen.populate_physmap_exact(domid, DSM_GFN, 1)
 

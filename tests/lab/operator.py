@@ -105,14 +105,14 @@ def domain_xml(
     ram_mib: int = 128,
     on_crash: str = "destroy",
     disk: str = GUEST_DISK,
-    dsm: str = "none",
+    dsm: str | None = None,
 ) -> str:
-    """A guest that boots from the lab's guest disk; `dsm` says who serves its labels."""
+    """A guest that boots from the lab's guest disk; `dsm` says who serves its labels, if not what the host has."""
     arguments = "".join(f"<xen:arg value='{argument}'/>" for argument in disk_arguments(disk))
     return f"""\
 <domain type='xen' xmlns:xen='http://libvirt.org/schemas/domain/xen/1.0'>
   <name>{name}</name>
-  <metadata><nvdimm:options xmlns:nvdimm='urn:nvdimm-driver:options:1' dsm='{dsm}'/></metadata>
+  {f"<metadata><o:options xmlns:o='urn:nvdimm-driver:options:1' dsm='{dsm}'/></metadata>" if dsm else ""}
   <maxMemory slots='8' unit='GiB'>4</maxMemory>
   <memory unit='MiB'>{ram_mib}</memory>
   <vcpu>1</vcpu>

@@ -111,6 +111,11 @@ def test_what_an_operator_can_look_at_meanwhile(xen: XenHost, guest: Guest) -> N
     assert "NFIT" in decoded
     for item in operator.show(xen, "db1")["nvdimms"]:
         assert f"{item['base']:#x}" in decoded
+    listed = xen.check(f"{operator.NVDIMMCTL} acpi dump --all -o /root/tables db1").stdout.split()
+    found = {group: {path.split("/")[-1] for path in listed if f"/{group}/" in path} for group in ("qemu", "guest")}
+    assert {"dsdt.dat", "facp.dat", "apic.dat", "nfit.dat", "ssdt1.dat"} <= found["guest"]
+    assert {"dsdt.dat", "facp.dat", "apic.dat"} <= found["qemu"]
+    xen.check("cd /root/tables && cmp nvdimm/nfit.dat guest/nfit.dat && cat guest/ssdt*.dat | grep -q ACPI0012")
     unchanged = xen.check(f"{operator.NVDIMMCTL} register").stdout.splitlines()
     assert [line.split()[0] for line in unchanged] == ["unchanged", "unchanged", "no"]
     refused = xen.run(f"{operator.NVDIMMCTL} unregister")

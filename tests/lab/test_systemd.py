@@ -1,6 +1,6 @@
 """Debian's own systemd in dom0: what 'nvdimmctl register' sets up there, and what is there after a power cut.
 
-On XFS and device-dax, where other tests have ext4 and a raw namespace.
+On XFS and device-dax, where other tests have ext4 and a raw namespace; and a label server is there after all of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tests.lab.image import Images
 pytestmark = pytest.mark.lab
 MIB = 1 << 20
 NVDIMMS = (("/mnt/pmem0/db1.img", 48), ("/dev/dax1.0", 32))
+LABEL_MIB = 2
 DISK = "/var/lib/guest.img"
 SOCKETS = "/run/libvirt/virtxend-sock /run/libvirt/virtxend-sock-ro"
 # Debian 12 has no modular daemons: this one is at virtxend's place, and hands all on to libvirtd.
@@ -54,8 +55,9 @@ def xen(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
         operator.make_pmem(host, "xfs", "devdax")
         host.check("echo '/dev/pmem0 /mnt/pmem0 xfs dax 0 0' >>/etc/fstab")
         host.put(images.guest_disk, DISK)
-        nvdimms = [operator.nvdimm(*each) for each in NVDIMMS]
-        host.write("/root/db1.xml", operator.domain_xml("db1", nvdimms, disk=DISK).encode())
+        (file, file_mib), device = NVDIMMS
+        nvdimms = [operator.nvdimm(file, file_mib + LABEL_MIB, label_kib=LABEL_MIB << 10), operator.nvdimm(*device)]
+        host.write("/root/db1.xml", operator.domain_xml("db1", nvdimms, disk=DISK, dsm="qemu").encode())
         yield host
 
 
@@ -122,6 +124,9 @@ def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
 
     report = guest.next_boot(lose_power, timeout=400)
     assert report.problems == ()
+    assert sorted((dimm.handle, bool(dimm.available_slots)) for dimm in report.dimms) == [(1, True), (2, False)]
+    xen.check("systemctl restart libvirtd")
+    assert operator.show(xen, "db1")["label_server"] == "running"
     assert xen.run("systemctl is-active nvdimmd.service").stdout.strip() == "inactive"
     assert [guest.sha256(disk, 0, 16 * MIB) for disk in operator.disks(xen, "db1", report)] == seen
     assert [operator.host_sha256(xen, path, 0, 16 * MIB) for path, _ in NVDIMMS] == seen

@@ -1,0 +1,84 @@
+"""From the RSDP to each table, wherever they are: in the files of a QEMU, or in the memory of a guest. Pure."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from nvdimm_driver.acpi.tables import Header, text, verify_table
+from nvdimm_driver.errors import AcpiError
+
+Read = Callable[[int, int], bytes]
+"""Returns so many bytes at an address, or fewer where there are no more."""
+
+RSDP_AREA, RSDP_AREA_SIZE, RSDP_ALIGN = 0xE0000, 0x20000, 16
+"""Where a BIOS has it (ACPI 6.5 §5.2.5.1)."""
+_MAX_TABLE = 1 << 20
+
+
+def find(read: Read) -> tuple[bytes, ...]:
+    """Return every table of a guest whose memory is read.
+
+    :raises AcpiError: when there is no RSDP, or an address or a table is wrong.
+    """
+    area = read(RSDP_AREA, RSDP_AREA_SIZE)
+    for offset in range(0, len(area), RSDP_ALIGN):
+        rsdp = area[offset : offset + 36]
+        if rsdp.startswith(b"RSD PTR ") and not sum(rsdp[:20]) & 0xFF:
+            return tables(rsdp, read)
+    raise AcpiError("the guest has no RSDP", hint="it has no ACPI, or its firmware has not come so far")
+
+
+def tables(rsdp: bytes, read: Read) -> tuple[bytes, ...]:
+    """Walk RSDP → RSDT or XSDT and return every table it names, and the DSDT behind the FADT.
+
+    The root table itself (nothing but addresses) and the FACS (no checksum) are left out.
+
+    :raises AcpiError: when an address or a table is wrong.
+    """
+    root = _root(rsdp, read)
+    entry = "<I" if root[:4] == b"RSDT" else "<Q"
+    found: list[bytes] = []
+    try:
+        entries = list(struct.iter_unpack(entry, root[Header.SIZE :]))
+    except struct.error as error:
+        raise AcpiError(f"{text(root[:4])} of {len(root)} bytes: not a whole number of addresses") from error
+    for (address,) in entries:
+        table = _table(read, address)
+        found.append(table)
+        if table[:4] == b"FACP":
+            found.append(_dsdt(table, read))
+    return tuple(found)
+
+
+def _root(rsdp: bytes, read: Read) -> bytes:
+    """Return the RSDT or XSDT that the RSDP points to (ACPI 6.5 §5.2.5.3)."""
+    if len(rsdp) < 20 or rsdp[:8] != b"RSD PTR " or sum(rsdp[:20]) & 0xFF:
+        raise AcpiError(f"not an RSDP with a right checksum: {rsdp[:36].hex()}")
+    if rsdp[15] < 2:
+        return _named(read, int.from_bytes(rsdp[16:20], "little"), b"RSDT")
+    if len(rsdp) < 36 or sum(rsdp[:36]) & 0xFF:
+        raise AcpiError(f"the RSDP has a wrong extended checksum: {rsdp[:36].hex()}")
+    return _named(read, int.from_bytes(rsdp[24:32], "little"), b"XSDT")
+
+
+def _dsdt(fadt: bytes, read: Read) -> bytes:
+    """Return the table that a FADT names in DSDT or, if that is 0, X_DSDT (ACPI 6.5 §5.2.9)."""
+    address = int.from_bytes(fadt[40:44], "little") or int.from_bytes(fadt[140:148], "little")
+    return _named(read, address, b"DSDT")
+
+
+def _named(read: Read, address: int, signature: bytes) -> bytes:
+    table = _table(read, address)
+    if table[:4] != signature:
+        raise AcpiError(f"table at {address:#x} is '{text(table[:4])}', not {text(signature)}")
+    return table
+
+
+def _table(read: Read, address: int) -> bytes:
+    length = Header.parse(read(address, Header.SIZE)).length
+    if length > _MAX_TABLE:
+        raise AcpiError(f"the table at {address:#x} says it has {length} bytes; {_MAX_TABLE} are believable")
+    table = read(address, length)
+    verify_table(table)
+    return table
