@@ -52,7 +52,7 @@ class TableCache:
             os.replace(temporary, self.folder / key)
             self._prune()
         except OSError as error:
-            LOG.info("ACPI tables are not kept for the next time: %s", error)
+            LOG.debug("ACPI tables are not kept for the next time: %s", error)
 
     def _prune(self) -> None:
         entries = [entry for entry in os.scandir(self.folder) if not entry.name.startswith(".")]

@@ -24,12 +24,13 @@ LOG = logging.getLogger(__name__)
 PORT = 0xA18
 """QEMU: include/hw/mem/nvdimm.h:NVDIMM_ACPI_IO_BASE, 4 bytes long (NVDIMM_ACPI_IO_LEN)."""
 PORT_SIZE = 4
-SET_LABEL = 6
-HARDWARE_ERROR = 4
+GET_LABEL, SET_LABEL = 5, 6
+INVALID_INPUT, HARDWARE_ERROR = 3, 4
 """NVDIMM DSM Interface Example V1.3, table 3-B."""
 _PAGE_OF_QEMU = 16 * MIB
 """Where in that QEMU's RAM requests are put."""
-_REQUEST = struct.Struct("<III")  # QEMU: hw/acpi/nvdimm.c:NvdimmDsmIn: handle, revision, function
+# QEMU: hw/acpi/nvdimm.c:NvdimmDsmIn: handle, revision, function; then NvdimmFuncGetLabelDataIn: offset, length
+_REQUEST = struct.Struct("<IIIII")
 _ANSWER = struct.Struct("<II")  # NvdimmDsmFuncNoPayloadOut: length of all, status
 
 
@@ -82,6 +83,8 @@ class QemuLabels:
 
     def answer(self, page: bytes) -> bytes:
         """Answer a request: 4096 bytes in, 4096 bytes out. Labels that it set are durable."""
+        if kills_qemu(page):
+            return failure(INVALID_INPUT)
         for _ in range(2):
             try:
                 reply = self._ask(page)
@@ -102,7 +105,7 @@ class QemuLabels:
 
     def _keep(self, page: bytes) -> None:
         """Write what QEMU has changed in its copy to the backing; when that fails, undo it in the copy."""
-        handle, _, function = _REQUEST.unpack_from(page)
+        handle, _, function, *_ = _REQUEST.unpack_from(page)
         slot = handle - 1
         if function != SET_LABEL or slot not in self._copies:
             return
@@ -135,6 +138,14 @@ class QemuLabels:
             self._running.__exit__(type(error), error, error.__traceback__)
         except (AcpiError, OSError) as complaint:
             LOG.error("%s", complaint)
+
+
+def kills_qemu(page: bytes) -> bool:
+    """Whether QEMU would end at a request: it asserts that there are label bytes to be transferred, and their number is
+    the guest's (hw/mem/nvdimm.c:nvdimm_validate_rw_label_data; tried with 7.2).
+    """
+    _, _, function, _, length = _REQUEST.unpack_from(page)
+    return function in (GET_LABEL, SET_LABEL) and length == 0
 
 
 def difference(before: bytes, after: bytes) -> range:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from nvdimm_driver.acpi.dsm import QemuLabels, difference, failure
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
+from tests.fuzz.labels import run
 from tests.unit.doubles import MemoryLabels
 
 XEN_QEMU = "/usr/libexec/xen-qemu-system-i386"
@@ -109,6 +110,13 @@ def test_outside_of_an_area_is_nothing(served: Served, offset: int, length: int)
     assert served.areas[0].content == before
 
 
+@pytest.mark.parametrize("function", [GET, SET])
+def test_no_bytes_of_a_label_would_kill_qemu(served: Served, function: int) -> None:
+    before = served.qemu()
+    assert served.ask(1, function, struct.pack("<II", 5, 0))[0] == 3
+    assert served.qemu() == before
+
+
 def test_an_nvdimm_without_labels_and_one_that_is_not_there_have_none(served: Served) -> None:
     for handle in (2, 4, 0xFFFFFFFF):
         assert served.set(handle, 0, b"x") != 0
@@ -183,3 +191,8 @@ def test_difference_is_in_whole_pages_and_within_the_area() -> None:
         after = bytearray(before)
         after[first] = after[last] = 1
         assert difference(before, bytes(after)) == expected
+
+
+def test_thousands_of_hostile_requests() -> None:
+    """``python -m tests.fuzz.labels`` has as many as one wants."""
+    assert run(3000).startswith("3000 requests in")

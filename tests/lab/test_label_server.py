@@ -128,11 +128,13 @@ def test_killed_it_is_replaced_and_the_guest_goes_on(driver_host: XenHost, guest
 def test_a_hostile_guest_does_no_harm(driver_host: XenHost, guest: Guest) -> None:
     data, others = data_sums(driver_host), driver_host.check("ls -l --time-style=+ /mnt/pmem0").stdout
     before = processes(driver_host)
+    qemu = driver_host.check(f"pgrep -P {before[1]}").stdout
     memory = f"grep VmRSS /proc/{before[1]}/status"
     guest.check("run", "hostile 200 1")
     size = int(driver_host.check(memory).stdout.split()[1])
     print(guest.check("run", "time hostile 2000 2", timeout=600))
     assert processes(driver_host) == before
+    assert driver_host.check(f"pgrep -P {before[1]}").stdout == qemu
     assert data_sums(driver_host) == data
     assert driver_host.check("ls -l --time-style=+ /mnt/pmem0").stdout == others
     assert int(driver_host.check(memory).stdout.split()[1]) < size + 2048

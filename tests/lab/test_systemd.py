@@ -5,6 +5,7 @@ On XFS and device-dax, where other tests have ext4 and a raw namespace; and a la
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -131,6 +132,22 @@ def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
     assert [guest.sha256(disk, 0, 16 * MIB) for disk in operator.disks(xen, "db1", report)] == seen
     assert [operator.host_sha256(xen, path, 0, 16 * MIB) for path, _ in NVDIMMS] == seen
     guest.poweroff()
+
+
+def test_bad_blocks_are_told_and_warned_of(xen: XenHost) -> None:
+    """The kernel is told of some, a MiB into the file."""
+    plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db1.xml").stdout)
+    namespaces = json.loads(xen.check(f"{operator.NVDIMMCTL} host").stdout)["namespaces"]
+    (start,) = (each["data_spa"] for each in namespaces if each["device"] == "pmem0")
+    sector = (plan["locations"][0]["extents"][0]["spa"] + MIB - start) // 512
+    xen.check(f"echo '{sector} 8' >/sys/block/pmem0/badblocks")
+    assert "warning: bad at 0x100000, 4 KiB" in xen.check(f"{operator.NVDIMMCTL} plan /root/db1.xml").stdout
+    first, second = operator.show(xen, "db1")["nvdimms"]
+    assert (first["bad_blocks"], first["problem"]) == ([{"offset": MIB, "length": 4096}], None)
+    assert (second["bad_blocks"], second["problem"]) == ([], None)
+    virsh(xen, "start db1")
+    assert "db1.img has 4096 bad bytes, the first at 0x100000" in xen.get(operator.LOG).decode()
+    virsh(xen, "destroy db1")
 
 
 def test_unregister_puts_everything_back(xen: XenHost) -> None:
