@@ -110,7 +110,7 @@ def _fork(serve: Callable[[Callable[[], None]], None]) -> tuple[int, bytes]:
     try:
         serve(lambda: _say(theirs, SERVING))
     except Exception as error:
-        LOG.exception("%s", error)
+        LOG.error("%s", error, exc_info=not isinstance(error, NvdimmError | OSError))
         _say(theirs, str(error).encode())
         os._exit(1)
     os._exit(0)
