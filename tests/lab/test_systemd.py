@@ -55,10 +55,10 @@ def xen(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
         host.check(f"{operator.NVDIMMCTL} register && systemctl restart libvirtd")
         operator.make_pmem(host, "xfs", "devdax")
         host.check("echo '/dev/pmem0 /mnt/pmem0 xfs dax 0 0' >>/etc/fstab")
-        host.put(images.guest_disk, DISK)
+        host.put(images.guest_tools_disk, DISK)
         (file, file_mib), device = NVDIMMS
         nvdimms = [operator.nvdimm(file, file_mib + LABEL_MIB, label_kib=LABEL_MIB << 10), operator.nvdimm(*device)]
-        host.write("/root/db1.xml", operator.domain_xml("db1", nvdimms, disk=DISK, dsm="qemu").encode())
+        host.write("/root/db1.xml", operator.domain_xml("db1", nvdimms, ram_mib=256, disk=DISK, dsm="qemu").encode())
         yield host
 
 
@@ -82,6 +82,21 @@ def test_plain_virsh_goes_through_nvdimmd(xen: XenHost) -> None:
     virsh(xen, "start db1")
     assert sorted(disk.size for disk in guest.wait_report().disks) == [32 * MIB, 48 * MIB]
     assert virsh(xen, "-r domstate db1") == "running"
+
+
+def test_labels_are_written_to_a_frozen_file(xen: XenHost) -> None:
+    """On XFS; and zeros again in the end, as labels without namespaces would take the guest's disk away."""
+    (path, mib), _ = NVDIMMS
+    guest = Guest(xen, "db1")
+    (dimm,) = (dimm.name for dimm in guest.report().dimms if dimm.handle == 1)
+    before = operator.host_sha256(xen, path, mib * MIB, LABEL_MIB * MIB)
+    assert "i" in xen.check(f"lsattr {path}").stdout.split()[0]
+    guest.check("run", f"ndctl disable-region all && ndctl init-labels {dimm}")
+    seen = guest.check("run", f"ndctl read-labels {dimm} 2>/dev/null | sha256sum").split()[0]
+    assert seen == operator.host_sha256(xen, path, mib * MIB, LABEL_MIB * MIB) != before
+    guest.check("run", f"ndctl zero-labels {dimm}")
+    assert operator.host_sha256(xen, path, mib * MIB, LABEL_MIB * MIB) == before
+    assert len(guest.reboot().disks) == len(NVDIMMS)
 
 
 def test_nvdimmd_can_do_no_more_than_it_needs(xen: XenHost) -> None:
