@@ -278,7 +278,7 @@ class Ledger:
         rows = self._rows("SELECT ioreq_server FROM attachment WHERE uuid = ?", uuid)
         return rows[0][0] if rows else None
 
-    def has_ioreq_server(self, uuid: str, server: int) -> None:
+    def made_ioreq_server(self, uuid: str, server: int) -> None:
         """The domain's label server has made an ioreq server, with that id."""
         self._write([("UPDATE attachment SET ioreq_server = ? WHERE uuid = ?", (server, uuid))])
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES, Machine, backend_size, installed
 from nvdimm_driver.acpi.qtest import Qtest
-from nvdimm_driver.errors import AcpiError
+from nvdimm_driver.errors import AcpiError, NvdimmError
 from nvdimm_driver.model import MIB, PAGE, GuestLayout
 from nvdimm_driver.plugins import LabelArea
 
@@ -44,7 +44,7 @@ class QemuLabels:
 
     :param layout: of the guest.
     :param areas: label areas, by slot.
-    :param binaries: QEMUs, the first that is installed is used.
+    :param binaries: QEMUs, each tried until one starts.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class QemuLabels:
         binaries: Sequence[str] = DEFAULT_BINARIES,
         timeout: float = 10.0,
     ) -> None:
-        self._machine = Machine(installed(binaries)[0], timeout=timeout)
+        self._machines = [Machine(binary, timeout=timeout) for binary in installed(binaries)]
         self._layout = layout
         self._areas = areas
         self._running = ExitStack()
@@ -68,11 +68,18 @@ class QemuLabels:
     def start(self) -> Qtest:
         """Start the QEMU.
 
-        :raises AcpiError: with what it wrote to stderr, when it cannot be started.
+        :raises AcpiError: with what each wrote to stderr, when none can be started.
         """
         memory = {slot: descriptor for slot, (descriptor, _) in self._copies.items()}
-        self._qtest = self._running.enter_context(self._machine.run(self._layout, memory))
-        return self._qtest
+        failures: list[AcpiError] = []
+        for machine in self._machines:
+            try:
+                self._qtest = self._running.enter_context(machine.run(self._layout, memory))
+            except AcpiError as error:
+                failures.append(error)
+            else:
+                return self._qtest
+        raise AcpiError("; ".join(failure.message for failure in failures), hint="dsm 'aml' needs no QEMU")
 
     def close(self) -> None:
         """End the QEMU, and forget the copies."""
@@ -89,7 +96,7 @@ class QemuLabels:
             try:
                 reply = self._ask(page)
                 self._keep(page)
-            except (AcpiError, OSError) as error:
+            except (NvdimmError, OSError) as error:
                 LOG.error("a label request failed: %s", error)
                 self._stop(error)
             else:
@@ -117,7 +124,7 @@ class QemuLabels:
             return
         try:
             self._areas[slot].write(changed.start, after[changed.start : changed.stop])
-        except OSError:
+        except (NvdimmError, OSError):
             os.pwrite(descriptor, before, start)
             raise
         self._known[slot] = after
@@ -136,7 +143,7 @@ class QemuLabels:
         self._qtest = None
         try:
             self._running.__exit__(type(error), error, error.__traceback__)
-        except (AcpiError, OSError) as complaint:
+        except (NvdimmError, OSError) as complaint:
             LOG.error("%s", complaint)
 
 

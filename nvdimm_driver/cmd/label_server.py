@@ -37,6 +37,7 @@ LOG = logging.getLogger(__name__)
 USER = "nobody"
 SERVING = b"serving"
 IDLE_SECONDS = 0.5
+LOCK_SECONDS = 10.0
 LASTING_SECONDS = 60.0
 """A server that ran for so long and died is followed by one like it."""
 REFUSE_AFTER = 3
@@ -67,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             level=logging.INFO,
             format="%(asctime)s label-server[%(process)d] %(levelname)s %(message)s",
         )
-        lock = LabelServers(options.state_dir).lock(uuid)
-        if lock is None:
-            raise ConfigError(f"domain {uuid} has a label server already")
+        _take_lock(LabelServers(options.state_dir), uuid)
         supervise(partial(serve, options, int(domid), _record(options, uuid)), theirs)
     except (NvdimmError, cfg.Error, OSError) as error:
         os.write(theirs, str(error).encode())
@@ -141,7 +140,7 @@ def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, rea
     server = ledger.ioreq_server(record.uuid)
     if server is None:
         server = xen.create()
-        ledger.has_ioreq_server(record.uuid, server)
+        ledger.made_ioreq_server(record.uuid, server)
     elif not xen.exists(server):
         return
     ledger.close()
@@ -181,6 +180,18 @@ def confine(user: str) -> None:
     unused = ffi.cast("unsigned long", 0)
     if ffi.dlopen(None).prctl(PR_SET_NO_NEW_PRIVS, ffi.cast("unsigned long", 1), unused, unused, unused):
         raise OSError(ffi.errno, "prctl(PR_SET_NO_NEW_PRIVS)")
+
+
+def _take_lock(servers: LabelServers, uuid: str) -> None:
+    """Be the one label server of the domain; that of its last start may be about to end.
+
+    :raises ConfigError: when there is another.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while servers.lock(uuid) is None:
+        if time.monotonic() > deadline:
+            raise ConfigError(f"domain {uuid} has a label server already", hint="see who: pgrep -af label_server")
+        time.sleep(0.05)
 
 
 def _ledger_file(options: cfg.ConfigOpts) -> str:

@@ -50,7 +50,6 @@ class Request:
     address: int
     data: int
     size: int
-    count: int
     is_read: bool
     is_pointer: bool
     event_port: int
@@ -58,14 +57,13 @@ class Request:
     @classmethod
     def parse(cls, slot: bytes) -> Self:
         """Read the 32 bytes of a slot; every value of them is a request."""
-        address, data, count, size, event_port, _, bits, kind = _SLOT.unpack(slot)
+        address, data, _, size, event_port, _, bits, kind = _SLOT.unpack(slot)
         return cls(
             state=bits & _STATE_MASK,
             kind=kind,
             address=address,
             data=data,
             size=size,
-            count=count,
             is_read=bool(bits & _READ),
             is_pointer=bool(bits & _POINTER),
             event_port=event_port,
@@ -75,8 +73,8 @@ class Request:
 class IoreqServer:
     """Our end of one ioreq server of a domain.
 
-    :param on_write: called with (port, size, value) for each plain write to one of its ports. Reads give 0, and so do
-        strings of them.
+    :param on_write: called with (port, size, value) for each plain write to one of its ports. Plain reads give 0;
+        string accesses (REP INS, REP OUTS) are acknowledged and transfer nothing.
     """
 
     def __init__(self, domid: int, on_write: Callable[[int, int, int], None]) -> None:

@@ -23,18 +23,20 @@ def layout(nvdimms: tuple[Placement, ...]) -> GuestLayout:
     return GuestLayout(GIB, 4 * GIB, 1 << 48, nvdimms)
 
 
+SUMMARY = "0 Errors"
 QEMUS_OWN = "Type mismatch on ODAT (RegionField), searching for (Buffer)"
 """iasl's complaint of the SSDT that QEMU has for its label server, whose bytes are QEMU's."""
 
 
-def iasl(folder: Path, *arguments: str) -> None:
+def iasl(folder: Path, *arguments: str, known: str = SUMMARY) -> None:
+    """Run it; a complaint is a failure, but for lines with what is `known`."""
     run = subprocess.run(
         ["iasl", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     assert run.returncode == 0, run.stdout
     for bad in ("Error", "Warning", "Invalid", "Unknown"):
-        found = [line for line in run.stdout.splitlines() if bad in line and "0 Errors" not in line]
-        assert not [line for line in found if QEMUS_OWN not in line], run.stdout
+        found = [line for line in run.stdout.splitlines() if bad in line and known not in line]
+        assert not found, run.stdout
 
 
 def recompiled(folder: Path, table: bytes) -> bytes:
@@ -70,7 +72,8 @@ def test_iasl_disassembles_every_table_without_a_warning(tmp_path: Path, count: 
     nvdimms = tuple(Placement(slot, (68 + 2 * slot) * GIB, GIB, 128 * KIB) for slot in range(count))
     for table in QemuAcpiBuilder().build(replace(layout(nvdimms), dsm=dsm)).tables:
         (tmp_path / "table.aml").write_bytes(table)
-        iasl(tmp_path, "-d", "table.aml")
+        known = QEMUS_OWN if dsm == "qemu" and table[:4] == b"SSDT" else SUMMARY
+        iasl(tmp_path, "-d", "table.aml", known=known)
         assert (tmp_path / "table.dsl").stat().st_size > len(table)
 
 

@@ -172,6 +172,16 @@ def test_without_any_qemu_each_request_fails(tmp_path: Path) -> None:
     labels.close()
 
 
+def test_another_qemu_is_taken_when_the_first_does_not_start(tmp_path: Path) -> None:
+    broken = tmp_path / "qemu"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    labels = QemuLabels(LAYOUT, {0: MemoryLabels(bytes(AREAS[0]))}, [str(broken), XEN_QEMU])
+    page = struct.pack("<III", 1, 1, SIZE).ljust(PAGE, b"\0")
+    assert struct.unpack_from("<III", labels.answer(page)) == (16, 0, AREAS[0])
+    labels.close()
+
+
 def test_nothing_is_left_behind() -> None:
     descriptors = set(os.listdir("/proc/self/fd"))
     served = Served(XEN_QEMU)

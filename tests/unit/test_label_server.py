@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.cmd.label_server import SERVING, supervise
+from nvdimm_driver.cmd.label_server import SERVING, _take_lock, supervise
 from nvdimm_driver.errors import AcpiError, XenError
 from nvdimm_driver.label_servers import LabelServers
 from tests.unit.doubles import UUID
@@ -54,6 +55,18 @@ def test_one_that_has_no_domain_any_more_is_the_last() -> None:
     assert supervised(lambda refuse, ready: ready()) == SERVING
 
 
+def test_the_one_of_the_last_start_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "domains" / UUID).mkdir(parents=True)
+    servers = LabelServers(tmp_path)
+    last = servers.lock(UUID)
+    assert last is not None
+    ending = threading.Timer(0.3, os.close, [last])
+    ending.start()
+    _take_lock(servers, UUID)
+    assert ending.finished.is_set()
+    assert servers.is_running(UUID)
+
+
 def test_who_has_the_lock_is_running(tmp_path: Path) -> None:
     servers = LabelServers(tmp_path)
     assert not servers.is_running(UUID)
@@ -69,5 +82,5 @@ def test_who_has_the_lock_is_running(tmp_path: Path) -> None:
 
 def test_one_that_cannot_start_says_why() -> None:
     """There is no such domain, nor a Xen."""
-    with pytest.raises(XenError, match=r"no label server for domid 7: .+"):
+    with pytest.raises(XenError, match=rf"no label server for domid 7: .*domains/{UUID}/label-server"):
         LabelServers("/nonexistent").start(7, UUID)
