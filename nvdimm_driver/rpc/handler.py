@@ -73,5 +73,19 @@ class Entry:
     wants: Callable[[bytes], bool] = always
 
 
-Table = Mapping[int, Entry]
+@dataclass(frozen=True)
+class ReplyEntry:
+    """What is done to libvirtd's replies to the calls of one procedure; the calls pass as they came.
+
+    While the handler of a reply works, nothing else from libvirtd reaches the client, nor any other handler of its.
+
+    :ivar handler: takes the reply's payload, and returns the one that the client gets. It makes no calls.
+    :ivar wants: looks at the payload; the reply passes untouched when it gives False. Cheap, and raises nothing.
+    """
+
+    handler: Handler
+    wants: Callable[[bytes], bool]
+
+
+Table = Mapping[int, Entry | ReplyEntry]
 """Entries by the procedure's number in the remote protocol, program 0x20008086, version 1."""

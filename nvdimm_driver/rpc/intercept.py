@@ -18,7 +18,7 @@ from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Record
-from nvdimm_driver.rpc.handler import Call, Context, Entry, Table, Work
+from nvdimm_driver.rpc.handler import Call, Context, Entry, Handler, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 
 LOG = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Interceptor:
     def table(self, *, read_only: bool = False) -> Table:
         """What the proxy does for clients of the one socket or the other."""
         return {
-            number: Entry(partial(self._handle, row, number))
+            number: row.entry(partial(self._handle, row, number))
             for number, row in TABLE.items()
             if row.read_only or not read_only
         }
@@ -100,11 +100,9 @@ class Interceptor:
 
     # --- XML that goes out ---
 
-    def get_xml(self, procedure: int, payload: bytes) -> Steps:
+    def got_xml(self, procedure: int, reply: bytes) -> Steps:
         """Restored."""
-        reply = yield from _call(procedure, payload)
-        if MARK not in reply:
-            return reply
+        del procedure
         values = Unpacker(reply)
         xml = values.string()
         values.end()
@@ -337,9 +335,14 @@ def _cannot_migrate(domain: str) -> UnsupportedError:
     )
 
 
+def _is_ours(reply: bytes) -> bool:
+    return MARK in reply
+
+
 class Row(NamedTuple):
     """A procedure of the table.
 
+    :ivar handler: gets the procedure, and the arguments of the call or, in an entry of replies, what is replied.
     :ivar read_only: it is intercepted for clients of the read-only socket, too. What such a client may not call is left
         to libvirtd to refuse.
     """
@@ -347,6 +350,7 @@ class Row(NamedTuple):
     name: str
     handler: Callable[[Interceptor, int, bytes], Steps]
     read_only: bool = False
+    entry: Callable[[Handler], Entry | ReplyEntry] = Entry
 
 
 LIVE_DEVICE_CALLS = (8, 13)
@@ -360,7 +364,7 @@ TABLE: Mapping[int, Row] = {
     10: Row("domain_create_xml", Interceptor.create),
     11: Row("domain_define_xml", Interceptor.define),
     13: Row("domain_detach_device", Interceptor.detach_device),
-    14: Row("domain_get_xml_desc", Interceptor.get_xml, read_only=True),
+    14: Row("domain_get_xml_desc", Interceptor.got_xml, read_only=True, entry=partial(ReplyEntry, wants=_is_ours)),
     30: Row("domain_set_max_memory", Interceptor.set_memory),
     31: Row("domain_set_memory", Interceptor.set_memory),
     35: Row("domain_undefine", Interceptor.undefine),

@@ -12,7 +12,7 @@ from typing import Any
 from nvdimm_driver.errors import VIR_ERR_INTERNAL_ERROR, VIR_ERR_RPC, NvdimmError, ProtocolError
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.end import End, close_all
-from nvdimm_driver.rpc.handler import Call, Context, Entry, Table, Work
+from nvdimm_driver.rpc.handler import Call, Context, Entry, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.wire import Header, Message
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
 
@@ -23,7 +23,7 @@ OWN_SERIALS_NUMBER = 1 << 28
 """Serials from there on are those of handlers' calls; a client's count up from 0."""
 
 HANDLERS_MAX = 32
-"""Handlers at work for one client."""
+"""Handlers of calls at work for one client; besides them there can be one of a reply."""
 
 _REASON_MAX = 65536
 """Characters; an error may quote what a client sent, and yet has to fit into a string of libvirt's."""
@@ -42,7 +42,7 @@ class Session:
     """Passes whole messages, never half of one, and runs handlers.
 
     Reading from one side stops while anything is unwritten to the other: a session buffers, each way, one message
-    (32 MiB) and what is received at once (256 KiB), and one more message for each handler at work (at most 32).
+    (32 MiB) and what is received at once (256 KiB), and one more message for each handler at work (at most 33).
 
     :ivar near: the client. When it is gone, its handlers run to their end, and only then libvirtd sees it go.
     :ivar far: libvirtd. When it is gone, the client gets what has come from it, and is disconnected.
@@ -60,6 +60,7 @@ class Session:
         self._calls = count()
         self._held: Message | None = None
         self._handlings: set[_Handling] = set()
+        self._changing: _Handling | None = None
         self._waiting: dict[int, _Handling] = {}
 
     def settle(self) -> None:
@@ -69,12 +70,12 @@ class Session:
         if not self.far.open:
             while self._waiting:
                 self._waiting.popitem()[1].fail(LibvirtError(_CLOSED))
-            if not self.near.output:
+            if not (self.near.output or self._changing):
                 self.near.close()
         elif not (self.near.open or self._handlings or self.far.output):
             self.far.close()
         self.near.listen(self.far.open and not self.far.output and not self._held)
-        self.far.listen(not self.near.output)
+        self.far.listen(not (self.near.output or self._changing))
         if not (self.near.open or self.far.open or self._handlings or self.ended.done()):
             self.ended.set_result(None)
 
@@ -104,6 +105,8 @@ class Session:
     def finish(self, handling: _Handling, reply: bytes) -> None:
         """Let the client have a handler's reply."""
         self._handlings.remove(handling)
+        if handling is self._changing:
+            self._changing = None
         self.near.write(reply)
 
     def _client_readable(self) -> None:
@@ -126,7 +129,8 @@ class Session:
 
     def _flowing(self) -> bool:
         """Nothing waits and nothing ends, so that there is nothing to settle."""
-        return self.near.open and self.far.open and not (self.near.output or self.far.output or self._held)
+        waits = self.near.output or self.far.output or self._held or self._changing
+        return self.near.open and self.far.open and not waits
 
     def _client_writable(self) -> None:
         self.near.flush()
@@ -151,7 +155,7 @@ class Session:
         end.close()
 
     def _from_libvirtd(self) -> None:
-        while not self.near.output and (message := self.far.reader.next_message()):
+        while not (self.near.output or self._changing) and (message := self.far.reader.next_message()):
             header = message.header
             if header.serial >= OWN_SERIALS and header.program == wire.PROGRAM and header.kind in wire.REPLIES:
                 close_all(message.fds)
@@ -159,7 +163,11 @@ class Session:
                     raise ProtocolError(f"RPC reply with serial {header.serial:#x}: no call had that")
                 self._waiting.pop(header.serial).answer(message)
             elif self.near.open:
-                self.near.write(message.frame, message.fds)
+                if entry := self._reply_entry(message):
+                    self._changing = _Handling(self, message, entry.handler(self.context, message.arguments))
+                    self._begin(self._changing)
+                else:
+                    self.near.write(message.frame, message.fds)
             else:
                 self._stand_in(message)
 
@@ -179,9 +187,7 @@ class Session:
             if not entry:
                 self.far.write(message.frame, message.fds)
             elif len(self._handlings) < HANDLERS_MAX and not self.near.output:
-                handling = _Handling(self, message, entry.handler(self.context, message.arguments))
-                self._handlings.add(handling)
-                handling.start()
+                self._begin(_Handling(self, message, entry.handler(self.context, message.arguments)))
             else:
                 self._held = message
                 return
@@ -191,11 +197,22 @@ class Session:
         if header.program != wire.PROGRAM or header.version != wire.VERSION or header.kind not in wire.CALLS:
             return None
         entry = self._table.get(header.procedure)
-        return entry if entry and entry.wants(message.arguments) else None
+        return entry if isinstance(entry, Entry) and entry.wants(message.arguments) else None
+
+    def _reply_entry(self, message: Message) -> ReplyEntry | None:
+        header = message.header
+        if header.program != wire.PROGRAM or header.kind not in wire.REPLIES or header.status != wire.OK:
+            return None
+        entry = self._table.get(header.procedure)
+        return entry if isinstance(entry, ReplyEntry) and entry.wants(message.arguments) else None
+
+    def _begin(self, handling: _Handling) -> None:
+        self._handlings.add(handling)
+        handling.start()
 
 
 class _Handling:
-    """A handler at work on one call of the client."""
+    """A handler at work on one call of the client, or on the reply to one."""
 
     def __init__(self, session: Session, message: Message, generator: Generator[Call | Work, Any, bytes]) -> None:
         self._session = session

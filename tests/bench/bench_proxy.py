@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -23,8 +23,9 @@ from typing import Any
 
 import libvirt
 
+from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.rpc.end import CHUNK
-from nvdimm_driver.rpc.handler import Call, Context, Entry, Work
+from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.proxy import Listener, serve
 from tests.integration.private_libvirtd import PrivateLibvirtd
 
@@ -34,7 +35,6 @@ IDLE = 500
 BUSY = 200
 VOLUME = 64 << 20
 PIECE = 1 << 18
-GET_XML_DESC = 14
 DOMAIN = """\
 <domain type='test'><name>guest{0}</name><uuid>11111111-2222-3333-4444-{0:012}</uuid><memory unit='MiB'>64</memory>
 <vcpu>2</vcpu><os><type>hvm</type></os><devices>
@@ -46,13 +46,8 @@ POOL = "<pool type='dir'><name>pool</name><target><path>{}</path></target></pool
 VOLUME_XML = "<volume><name>volume</name><capacity>{}</capacity></volume>"
 
 
-def as_it_was(context: Context, arguments: bytes) -> Generator[Call | Work, Any, bytes]:
-    answer: bytes = yield Call(GET_XML_DESC, arguments)
-    return answer
-
-
 def run_proxy(near: str, far: str, kind: str) -> None:
-    """Be a proxy, until killed: one that passes all, one that handles a call, or one that does not even look."""
+    """Be a proxy, until killed: one that passes all, one that does what nvdimmd does, or one that looks at nothing."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(near)
@@ -60,8 +55,12 @@ def run_proxy(near: str, far: str, kind: str) -> None:
     if kind == "bare":
         asyncio.run(_pass_blindly(listening, far))
     else:
-        table = {GET_XML_DESC: Entry(as_it_was)} if kind == "handled" else {}
+        table = Interceptor(_no_driver, "/device-model").table() if kind == "handled" else {}
         asyncio.run(_serve(Listener(listening, far, False, table, lambda peer: True)))
+
+
+def _no_driver() -> XenNvdimmDriver:
+    raise AssertionError("no domain here has NVDIMMs")
 
 
 async def _serve(listener: Listener) -> None:

@@ -19,7 +19,7 @@ from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.end import close_all
 from nvdimm_driver.rpc.session import OWN_SERIALS
 from nvdimm_driver.rpc.wire import pack
-from tests.unit.rpc_peers import FORGETS, PLAIN, REFUSED, TABLE, TWICE, UPPER, Line, Proxy, call, open_fds
+from tests.unit.rpc_peers import CHANGED, FORGETS, PLAIN, REFUSED, TABLE, TWICE, UPPER, Line, Proxy, call, open_fds
 
 WARM_UP = 2000
 """Sessions after which a process that does not leak has all the memory that it needs."""
@@ -33,10 +33,10 @@ def mutated(random_: random.Random) -> bytes:
     for _ in range(random_.randrange(1, 6)):
         kind = random_.choice([0, 0, 0, 1, 2, 3, 4, 5, 6, 9])
         header = call(
-            random_.choice([PLAIN, UPPER, REFUSED, TWICE, FORGETS]), random_.choice([1, 2, OWN_SERIALS]), kind
+            random_.choice([PLAIN, UPPER, REFUSED, TWICE, FORGETS, CHANGED]), random_.choice([1, 2, OWN_SERIALS]), kind
         )
         count = struct.pack(">I", random_.choice([0, 0, 1, 32, 33])) if kind in wire.WITH_FDS else b""
-        stream += pack(header, count + random_.randbytes(random_.choice([0, 4, 7, 60])))
+        stream += pack(header, count + random_.choice([b"", b"+"]) + random_.randbytes(random_.choice([0, 4, 7, 60])))
     for _ in range(random_.choice([0, 0, 1, 3])):
         stream[random_.randrange(len(stream))] = random_.choice([0, 0, 1, 4, 255])
     if random_.random() < 0.3:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from nvdimm_driver.errors import UnsupportedError
 from nvdimm_driver.rpc import wire
-from nvdimm_driver.rpc.handler import Call, Context, Entry, Peer, Table, Work
+from nvdimm_driver.rpc.handler import Call, Context, Entry, Peer, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.proxy import Listener, serve
 from nvdimm_driver.rpc.wire import Header, Message, Reader, pack
 from nvdimm_driver.rpc.xdr import LibvirtError
@@ -25,8 +25,8 @@ SECONDS = 10.0
 
 Wishes = Generator[Call | Work, Any, bytes]
 
-PLAIN, UPPER, REFUSED, BROKEN, SLOW, TWICE, FORGETS, STUBBORN, LENGTHY = 1, 11, 12, 13, 14, 15, 16, 17, 18
-GATE = threading.Event()
+PLAIN, UPPER, REFUSED, BROKEN, SLOW, TWICE, FORGETS, STUBBORN, LENGTHY, CHANGED = 1, 11, 12, 13, 14, 15, 16, 17, 18, 19
+GATE, WAITING = threading.Event(), threading.Event()
 PING = Header(wire.KEEPALIVE_PROGRAM, 1, wire.KEEPALIVE_PING, wire.EVENT, 0, wire.OK)
 
 
@@ -88,7 +88,16 @@ def lengthy(context: Context, arguments: bytes) -> Wishes:
     return bytes(8 << 20)
 
 
-TABLE = {
+def changed(context: Context, reply: bytes) -> Wishes:
+    """Turns a reply around: at once, when the test lets it, or never."""
+    if reply == b"+unsupported":
+        raise UnsupportedError("not that")
+    if reply == b"+wait":
+        yield Work(lambda: WAITING.set() or GATE.wait(10))  # type: ignore[func-returns-value]
+    return reply[::-1]
+
+
+TABLE: Table = {
     UPPER: Entry(upper, lambda arguments: not arguments.startswith(b"-")),
     REFUSED: Entry(refused),
     BROKEN: Entry(broken),
@@ -97,6 +106,7 @@ TABLE = {
     FORGETS: Entry(forgets),
     STUBBORN: Entry(stubborn),
     LENGTHY: Entry(lengthy),
+    CHANGED: ReplyEntry(changed, lambda reply: reply.startswith(b"+")),
 }
 
 

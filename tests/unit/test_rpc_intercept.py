@@ -13,7 +13,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, DomainXmlError, LayoutError, ProtocolError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB
 from nvdimm_driver.rpc import intercept
-from nvdimm_driver.rpc.handler import Call, Context, Peer, Work
+from nvdimm_driver.rpc.handler import Call, Context, Peer, ReplyEntry, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, TypedParam, Unpacker
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
@@ -97,7 +97,12 @@ class Proxy:
         table = self.interceptor.table(read_only=read_only)
         if procedure not in table:
             return self.libvirtd.answer(Call(procedure, payload))
-        steps: Generator[Call | Work, Any, bytes] = table[procedure].handler(CONTEXT, payload)
+        entry = table[procedure]
+        if isinstance(entry, ReplyEntry):
+            payload = self.libvirtd.answer(Call(procedure, payload))
+            if not entry.wants(payload):
+                return payload
+        steps: Generator[Call | Work, Any, bytes] = entry.handler(CONTEXT, payload)
         send, value = steps.send, None
         while True:
             try:

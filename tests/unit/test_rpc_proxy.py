@@ -20,17 +20,20 @@ from nvdimm_driver.rpc.xdr import RemoteError
 from tests.fuzz.sessions import session
 from tests.unit.rpc_peers import (
     BROKEN,
+    CHANGED,
     FORGETS,
     GATE,
     LENGTHY,
     PING,
     PLAIN,
     REFUSED,
+    SECONDS,
     SLOW,
     STUBBORN,
     TABLE,
     TWICE,
     UPPER,
+    WAITING,
     Line,
     Proxy,
     call,
@@ -42,6 +45,7 @@ from tests.unit.rpc_peers import (
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     GATE.clear()
+    WAITING.clear()
     before = open_fds()
     yield
     assert open_fds() <= before
@@ -100,6 +104,7 @@ def pipes(*texts: bytes) -> list[int]:
         call(UPPER, 1, wire.STREAM_HOLE),
         call(UPPER, 1, wire.REPLY),
         call(UPPER, 1, 99),
+        call(CHANGED, 1),
         PING,
     ],
 )
@@ -219,6 +224,64 @@ def test_a_handler_that_fails_is_logged(lines: Lines, arguments: bytes, caplog: 
     assert RemoteError.unpack(answer.payload).message == "internal error: nvdimmd failed, its log has the reason"
     assert f"procedure {BROKEN}, called by Peer(uid={os.getuid()}" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_reply_is_changed_and_its_call_passes(lines: Lines) -> None:
+    near, far = lines
+    sent = near.send(call(CHANGED, 1), b"+call")
+    assert far.expect().frame == sent
+    far.send(reply_to(call(CHANGED, 1)), b"+reply")
+    changed = near.expect()
+    assert (changed.header, changed.payload) == (reply_to(call(CHANGED, 1)), b"ylper+")
+
+
+@pytest.mark.parametrize(
+    ("header", "payload"),
+    [
+        (reply_to(call(CHANGED, 1)), b"-reply"),
+        (reply_to(call(CHANGED, 1), wire.ERROR), b"+reply"),
+        (call(CHANGED, 1, wire.EVENT), b"+reply"),
+        (reply_to(call(CHANGED, 1))._replace(program=0x20008087), b"+reply"),
+    ],
+)
+def test_a_reply_that_is_not_wanted_passes(lines: Lines, header: Header, payload: bytes) -> None:
+    near, far = lines
+    assert far.send(header, payload) == near.expect().frame
+
+
+def test_what_is_wrong_with_a_reply_goes_to_the_client(lines: Lines) -> None:
+    near, far = lines
+    far.send(reply_to(call(CHANGED, 1)), b"+unsupported")
+    refusal = near.expect()
+    assert refusal.header == reply_to(call(CHANGED, 1), wire.ERROR)
+    assert RemoteError.unpack(refusal.payload).message == "not that"
+
+
+def test_replies_stay_in_order_while_one_is_changed(lines: Lines) -> None:
+    near, far = lines
+    far.send(reply_to(call(CHANGED, 1)), b"+wait")
+    later = [far.send(reply_to(call(PLAIN, serial)), os.urandom(3000)) for serial in range(2, 5)]
+    assert near.send(call(PLAIN, 5)) == far.expect().frame, "calls pass meanwhile"
+    near.socket.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        near.receive()
+    near.socket.settimeout(SECONDS)
+    GATE.set()
+    assert near.expect().payload == b"tiaw+"
+    assert [near.expect().frame for _ in later] == later
+
+
+@pytest.mark.parametrize("goes", [0, 1])
+def test_one_side_goes_while_a_reply_is_changed(lines: Lines, goes: int) -> None:
+    """The client has its reply yet; without a client, it is dropped."""
+    far = lines[1]
+    far.send(reply_to(call(CHANGED, 1)), b"+wait")
+    assert WAITING.wait(10)
+    lines[goes].socket.close()
+    time.sleep(0.05)
+    GATE.set()
+    rest = lines[1 - goes].receive()
+    assert (rest.payload if rest else None) == (b"tiaw+" if goes else None)
 
 
 def test_others_pass_while_a_handler_works(lines: Lines) -> None:
