@@ -1,12 +1,47 @@
-"""The options, in the files an operator edits: /etc/nvdimm-driver/nvdimm-driver.conf and *.conf.d."""
+"""The options, in the files an operator edits: nvdimm-driver.conf and nvdimm-driver.conf.d/, in /etc/nvdimm-driver."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
 
-from oslo_config import cfg
+from oslo_config import cfg, types
 
+from nvdimm_driver import sizes
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
+from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.model import KIB, PAGE, SUPERPAGE, Pool
+from nvdimm_driver.pools import is_in
+
+
+class Size(types.ConfigType):
+    """An option's value that is a size, with a unit or in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(type_name="size")
+
+    def __call__(self, value: str | int) -> int:
+        try:
+            return sizes.parse(str(value))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    def __repr__(self) -> str:
+        return "Size"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Size)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _formatter(self, value: int) -> str:
+        return sizes.human(value).replace(" ", "")
+
 
 DEFAULT_OPTS = [
     cfg.StrOpt(
@@ -19,7 +54,54 @@ DEFAULT_OPTS = [
         default="/var/log/nvdimm-driver.log",
         help="File to which the libvirt hook and the device model write what they did.",
     ),
+    cfg.BoolOpt(
+        "allow_any_path",
+        default=False,
+        help="Whether domains may have backings that are in none of the pools. Everybody who may define domains then "
+        "has all of the host's persistent memory.",
+    ),
 ]
+POOL_OPTS = [
+    cfg.StrOpt(
+        "kind",
+        default="fsdax",
+        help="What NVDIMMs are kept in, a plug-in of namespace nvdimm_driver.backings: fsdax (files on ext4 or XFS, "
+        "mounted with DAX), devdax (device-dax devices) or pmem (block devices of raw namespaces).",
+    ),
+    cfg.ListOpt(
+        "paths",
+        default=[],
+        help="For fsdax, the folder of the file system that is mounted with DAX, or one in it; for the others, the "
+        "devices. A pool without paths is an error.",
+    ),
+    cfg.Opt(
+        "quota",
+        type=Size(),
+        help="How much of the pool domains may have, such as 512GiB. All there is, by default.",
+    ),
+    cfg.Opt(
+        "alignsize",
+        type=Size(),
+        default=SUPERPAGE,
+        help="The size of an NVDIMM in the pool, with its label area, is a multiple of this, and one that is not is "
+        "refused. Less than 2MiB has no effect, as libvirt rounds sizes up to that.",
+    ),
+    cfg.Opt(
+        "label_size",
+        type=Size(),
+        default=128 * KIB,
+        help="Label area of NVDIMMs that 'nvdimmctl provision' makes here: 0 for none, else 128KiB or more. Domain "
+        "XML says it by itself.",
+    ),
+    cfg.BoolOpt(
+        "wipe_on_release",
+        default=False,
+        help="Whether 'nvdimmctl release' overwrites a domain's bytes here with zeros before others may have them. "
+        "Without it, they stay as they are.",
+    ),
+]
+POOL_PREFIX = "pool:"
+"""Of the names of the sections that say what pools there are."""
 XEN_OPTS = [
     cfg.StrOpt(
         "device_model",
@@ -108,7 +190,10 @@ GROUPS: list[tuple[str | None, Sequence[cfg.Opt]]] = [
     ("acpi", ACPI_OPTS),
     ("libvirt", LIBVIRT_OPTS),
     ("rpc", RPC_OPTS),
+    (f"{POOL_PREFIX}name", POOL_OPTS),
 ]
+MIN_LABEL = 128 * KIB
+_POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*", re.ASCII)
 
 
 def list_opts() -> list[tuple[str | None, Sequence[cfg.Opt]]]:
@@ -117,13 +202,114 @@ def list_opts() -> list[tuple[str | None, Sequence[cfg.Opt]]]:
 
 
 def load(files: list[str] | None = None) -> cfg.ConfigOpts:
-    """Read the configuration.
+    """Read the configuration, all of it.
 
     :param files: configuration files; None means the standard places.
-    :raises oslo_config.cfg.Error: when a file cannot be read or has a wrong value.
+    :raises ConfigError: when a file cannot be read, or has a section or option that there is not, a wrong value, or
+        values that contradict each other.
     """
     conf = cfg.ConfigOpts()
-    for group, opts in GROUPS:
+    for group, opts in GROUPS[:-1]:
         conf.register_opts(opts, group=group)
-    conf(args=[], project="nvdimm-driver", default_config_files=files)
+    try:
+        conf(
+            args=[],
+            project="nvdimm-driver",
+            default_config_files=files,
+            default_config_dirs=None if files is None else [],
+        )
+        for section in _check_names(conf):
+            conf.register_opts(POOL_OPTS, group=section)
+        for group, opts in _registered(conf):
+            for opt in opts:
+                (conf if group is None else conf[group])[opt.dest]  # a wrong value is found when it is read
+    except (cfg.Error, OSError) as error:
+        raise ConfigError(f"configuration: {error}") from error
+    _check_values(conf)
     return conf
+
+
+def configured_pools(conf: cfg.ConfigOpts) -> tuple[Pool, ...]:
+    """The pools of a configuration that :func:`load` has read, by name."""
+    return tuple(
+        Pool(name=section[len(POOL_PREFIX) :], **{**conf[section], "paths": tuple(conf[section].paths)})
+        for section, _ in _registered(conf)
+        if section and section.startswith(POOL_PREFIX)
+    )
+
+
+def _registered(conf: cfg.ConfigOpts) -> list[tuple[str | None, Sequence[cfg.Opt]]]:
+    pools = sorted(name for name in conf._groups if name.startswith(POOL_PREFIX))
+    return [*GROUPS[:-1], *[(name, POOL_OPTS) for name in pools]]
+
+
+def _check_names(conf: cfg.ConfigOpts) -> list[str]:
+    """Check that there are all the sections and options that the files have; return the sections of pools."""
+    known = {group or "DEFAULT": {opt.dest for opt in opts} for group, opts in GROUPS[:-1]}
+    pools = []
+    for file in _files(conf):
+        sections: dict[str, dict[str, Any]] = {}
+        cfg.ConfigParser(file, sections).parse()
+        for section, options in sections.items():
+            if section.startswith(POOL_PREFIX):
+                if not options:
+                    continue  # as in the sample
+                if not _POOL_NAME.fullmatch(section[len(POOL_PREFIX) :]):
+                    raise ConfigError(
+                        f"{file}: [{section}] is not a name for a pool", hint="lower-case letters, digits, - _ and ."
+                    )
+                pools.append(section)
+                there = {opt.dest for opt in POOL_OPTS}
+            elif section in known:
+                there = known[section]
+            else:
+                raise ConfigError(f"{file}: there is no section [{section}]", hint=_closest(section, known))
+            for option in options:
+                if option.replace("-", "_") not in there:
+                    raise ConfigError(
+                        f"{file}: there is no option {option} in section [{section}]", hint=_closest(option, there)
+                    )
+    return pools
+
+
+def _files(conf: cfg.ConfigOpts) -> Iterator[str]:
+    yield from conf.config_file
+    for folder in conf.config_dir:
+        yield from sorted(str(path) for path in Path(folder).glob("*.conf"))
+
+
+def _closest(word: str, words: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {found[0]}?" if found else "'nvdimm-driver.conf' that came with the driver shows all"
+
+
+def _check_values(conf: cfg.ConfigOpts) -> None:
+    """Check what values say together."""
+    if conf.acpi.dsm == "qemu" and conf.acpi.builder != "qemu":
+        raise ConfigError(
+            f"configuration: [acpi] dsm is qemu and [acpi] builder is {conf.acpi.builder}",
+            hint="that label server answers the tables of builder qemu; take dsm=aml for others",
+        )
+    pools = configured_pools(conf)
+    for pool in pools:
+        _check_pool(pool)
+    for one, other in combinations(pools, 2):
+        for path in one.paths:
+            if is_in(path, other) or any(is_in(each, one) for each in other.paths):
+                raise ConfigError(
+                    f"configuration: pools {one.name} and {other.name} have {path} both",
+                    hint="a path is in one pool only; take folders that are not within one another",
+                )
+
+
+def _check_pool(pool: Pool) -> None:
+    where = f"configuration: [{POOL_PREFIX}{pool.name}]"
+    if not pool.paths:
+        raise ConfigError(f"{where} has no paths", hint="paths=/mnt/pmem0, or a list of devices")
+    for path in pool.paths:
+        if not os.path.isabs(path):
+            raise ConfigError(f"{where} paths: {path} is not absolute", hint="write the whole path")
+    if pool.alignsize < PAGE or pool.alignsize & (pool.alignsize - 1):
+        raise ConfigError(f"{where} alignsize: {pool.alignsize} is not a power of two of 4KiB or more")
+    if pool.label_size and pool.label_size < MIN_LABEL:
+        raise ConfigError(f"{where} label_size: a label area has 128KiB at least", hint="or 0, for none")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 from uuid import uuid4
 
 from oslo_config import cfg
@@ -15,6 +16,7 @@ from oslo_config import cfg
 from nvdimm_driver import claims, frames, layout, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
+from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.errors import BackingError, InUseError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
@@ -26,12 +28,15 @@ from nvdimm_driver.model import (
     DomainSpec,
     NvdimmSpec,
     Plan,
+    Pool,
     Progress,
     Record,
 )
 from nvdimm_driver.planning import Host, Planner
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
+from nvdimm_driver.pools import Pools
 from nvdimm_driver.starts import Starts
+from nvdimm_driver.usage import PoolUsage, usage_of
 
 LOG = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ class XenNvdimmDriver:
     :param qemu: what a domain's device model becomes, unless the domain names its own emulator.
     :param gap: bytes of guest-physical space to keep free behind the RAM.
     :param dsm: who serves label areas, for domains that do not say: one of :data:`.model.DSM`.
+    :param pools: where domains may have their backings.
     """
 
     def __init__(
@@ -56,14 +62,37 @@ class XenNvdimmDriver:
         qemu: str,
         gap: int,
         dsm: str,
+        pools: Pools,
     ) -> None:
         self.ledger = ledger
         self.state_dir = state_dir
         self.backings = backings
         self.acpi = acpi
         self.qemu = qemu
+        self.pools = pools
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
+        """Make the driver as the operator's configuration says.
+
+        :raises ConfigError: when a plug-in is missing.
+        :raises LedgerError: when there is no ledger and none can be made.
+        """
+        state_dir = Path(conf.state_dir)
+        return cls(
+            ledger=Ledger(str(state_dir / "ledger.sqlite")),
+            state_dir=state_dir,
+            backings=plugins.load_all("nvdimm_driver.backings", conf),
+            acpi=plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
+            mapper=plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
+            host=Host(namespaces, physical_address_bits(), bad_ranges),
+            qemu=conf.xen.qemu,
+            gap=conf.layout.gap_gib * GIB,
+            dsm=conf.acpi.dsm,
+            pools=Pools(configured_pools(conf), any_path=conf.allow_any_path),
+        )
 
     def plan(self, domain: DomainSpec) -> Plan:
         """All that defining and starting the domain would do; nothing is done.
@@ -72,6 +101,7 @@ class XenNvdimmDriver:
         """
         domain = self.known(domain)
         claims.check_paths(self.ledger, domain)
+        self.pools.check(domain, self.ledger.domains())
         return self.planner.assumed(domain, None if domain.uuid is None else self.ledger.domain(domain.uuid))
 
     def check(self, domain: DomainSpec) -> None:
@@ -215,6 +245,10 @@ class XenNvdimmDriver:
         :raises BackingError: when the backing is not fit to be located.
         """
         return self.planner.bad_blocks(item.spec)
+
+    def usage(self, pool: Pool) -> PoolUsage:
+        """What a pool has, and who has what of it."""
+        return usage_of(pool, self.ledger, self.backings)
 
     def label_server(self, record: Record) -> str | None:
         """``running`` or ``gone``; None for a domain that has none now."""
@@ -378,23 +412,3 @@ def _uuid(domain: DomainSpec) -> str:
     if domain.uuid is None:
         raise LedgerError(f"domain {domain.name} has no uuid", hint="libvirt gives it one when it is defined")
     return domain.uuid
-
-
-def from_conf(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
-    """Make the driver as the operator's configuration says.
-
-    :raises ConfigError: when a plug-in is missing.
-    :raises LedgerError: when there is no ledger and none can be made.
-    """
-    state_dir = Path(conf.state_dir)
-    return XenNvdimmDriver(
-        ledger=Ledger(str(state_dir / "ledger.sqlite")),
-        state_dir=state_dir,
-        backings=plugins.load_all("nvdimm_driver.backings", conf),
-        acpi=plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
-        mapper=plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
-        host=Host(namespaces, physical_address_bits(), bad_ranges),
-        qemu=conf.xen.qemu,
-        gap=conf.layout.gap_gib * GIB,
-        dsm=conf.acpi.dsm,
-    )

@@ -21,7 +21,7 @@ class NvdimmError(Exception):
     :param hint: what to do about it; may be empty.
     """
 
-    exit_code = 70  # sysexits.h: EX_SOFTWARE
+    exit_code = 1
     libvirt_code = VIR_ERR_INTERNAL_ERROR
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -36,75 +36,80 @@ class NvdimmError(Exception):
 class DomainXmlError(NvdimmError):
     """The domain XML says something that cannot be right."""
 
-    exit_code = 65  # EX_DATAERR
     libvirt_code = VIR_ERR_XML_ERROR
 
 
 class UnsupportedError(NvdimmError):
     """The domain XML asks, correctly, for something that Xen or this driver cannot do."""
 
-    exit_code = 65
     libvirt_code = VIR_ERR_CONFIG_UNSUPPORTED
 
 
 class LayoutError(NvdimmError):
     """The NVDIMMs do not fit the guest's physical address space or its table space."""
 
-    exit_code = 65
     libvirt_code = VIR_ERR_CONFIG_UNSUPPORTED
 
 
 class BackingError(NvdimmError):
     """A backing file or device is missing, unfit, or not what it was."""
 
-    exit_code = 66  # EX_NOINPUT
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
 class InUseError(NvdimmError):
     """A backing belongs to, or is in use by, another domain."""
 
-    exit_code = 75  # EX_TEMPFAIL
+    exit_code = 4
     libvirt_code = VIR_ERR_OPERATION_INVALID
 
 
 class GuardError(NvdimmError):
     """A mapping that must never be made: not pmem, RAM, or another running domain's."""
 
-    exit_code = 77  # EX_NOPERM
+    exit_code = 5
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
 class AcpiError(NvdimmError):
     """ACPI tables could not be built, or what was built is not what was asked for."""
 
-    exit_code = 70
     libvirt_code = VIR_ERR_INTERNAL_ERROR
 
 
 class XenError(NvdimmError):
     """A call to the hypervisor or to xenstore failed."""
 
-    exit_code = 71  # EX_OSERR
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
 class LedgerError(NvdimmError):
-    """The ledger cannot be read or written, or has no record of what was asked for."""
+    """The ledger cannot be read or written, or does not have what it must have."""
 
-    exit_code = 74  # EX_IOERR
     libvirt_code = VIR_ERR_OPERATION_FAILED
+
+
+class NotFoundError(NvdimmError):
+    """There is no domain, pool or file of that name."""
+
+    exit_code = 3
+    libvirt_code = VIR_ERR_OPERATION_FAILED
+
+
+class RefusedError(NvdimmError):
+    """Something that the operator's own rules forbid, or that destroys data and was not insisted on."""
+
+    exit_code = 5
+    libvirt_code = VIR_ERR_OPERATION_INVALID
 
 
 class ConfigError(NvdimmError):
     """An option or an installation step is missing or wrong."""
 
-    exit_code = 78  # EX_CONFIG
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
 class ProtocolError(NvdimmError):
     """A libvirt client or libvirtd sent what is not libvirt RPC, or a message would not fit into it."""
 
-    exit_code = 76  # EX_PROTOCOL
     libvirt_code = VIR_ERR_RPC

@@ -153,6 +153,45 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Where pmem for guests comes from, as the operator has configured it.
+
+    :ivar kind: name of the backing plug-in.
+    :ivar paths: a folder of a DAX file system, or devices.
+    :ivar quota: bytes that domains may have of it; None for all there is.
+    :ivar alignsize: bytes of which its NVDIMMs have multiples.
+    :ivar label_size: bytes of the label area of NVDIMMs that are made without a word about it; 0 for none.
+    :ivar wipe_on_release: the bytes of a domain that gives up its claim are overwritten with zeros.
+    """
+
+    name: str
+    kind: str
+    paths: tuple[str, ...]
+    quota: int | None
+    alignsize: int
+    label_size: int
+    wipe_on_release: bool
+
+
+@dataclass(frozen=True)
+class Space:
+    """The room in a pool, in bytes, whatever its quota.
+
+    :ivar capacity: all of it.
+    :ivar free: of that, for new NVDIMMs.
+    :ivar largest_free: the longest run of it that is free: what a new NVDIMM can have in one extent.
+    :ivar alignment: of its first byte in the machine's memory, as a power of two; 2 MiB and more is good.
+    :ivar namespaces: that it is on.
+    """
+
+    capacity: int
+    free: int
+    largest_free: int
+    alignment: int
+    namespaces: tuple[Namespace, ...]
+
+
+@dataclass(frozen=True)
 class Intake:
     """What provisioning a backing will do; nothing has been done yet.
 

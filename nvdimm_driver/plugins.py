@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without the 8 ms that importing typing takes
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from typing import Any, Self
 
     from oslo_config import cfg
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Location,
         NvdimmSpec,
         Progress,
+        Space,
     )
 
 
@@ -107,6 +108,15 @@ class Backing(Plugin):
         What it created is removed again when it fails.
 
         :param progress: called now and then with the bytes that are written, and those that are to be.
+        """
+
+    @abstractmethod
+    def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
+        """How much room there is in a pool of this kind of backing.
+
+        :param paths: of the pool.
+        :param taken: paths of the NVDIMMs in it.
+        :raises BackingError: when one of the paths is not there, or not fit for this kind.
         """
 
     @abstractmethod

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from nvdimm_driver.backing import extents, inventory
-from nvdimm_driver.backing.inventory import Volume
+from nvdimm_driver.backing.inventory import Volume, space_of
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress
+from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
 from nvdimm_driver.plugins import Backing, unwatched
 
 
@@ -53,6 +53,13 @@ class DeviceBacking(Backing):
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         del progress
         return self.locate(spec).identity
+
+    def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
+        in_use = {os.path.realpath(path) for path in taken}
+        volumes = {path: self._identify(path)[0] for path in map(os.path.realpath, paths)}
+        free = [volume.size for path, volume in volumes.items() if path not in in_use]
+        capacity = sum(volume.size for volume in volumes.values())
+        return space_of(volumes.values(), capacity, sum(free), max(free, default=0))
 
     def discard(self, spec: NvdimmSpec) -> None:
         """Nothing: provisioning has created nothing."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from nvdimm_driver.backing import extents, inode, inventory
+from nvdimm_driver.backing import extents, freespace, inode, inventory
 from nvdimm_driver.backing.extents import FileExtent
-from nvdimm_driver.backing.inventory import Mount, Volume
+from nvdimm_driver.backing.inventory import Mount, Volume, space_of
 from nvdimm_driver.backing.labels import MappedLabels, check_identity
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress
+from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
 from nvdimm_driver.plugins import Backing, LabelArea, unwatched
 
 _FILE_SYSTEMS = ("ext4", "xfs")
@@ -103,6 +103,22 @@ class FsdaxBacking(Backing):
                     hint="does something in the host punch holes in it (fstrim, defragmentation)?",
                 )
             return self._identity(fd, self._volume(fd, path))
+
+    def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
+        del taken  # files take their room by themselves
+        capacity = free = largest = 0
+        volumes: dict[int, Volume] = {}
+        for path in map(os.path.realpath, paths):
+            with _opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+                device = os.fstat(fd).st_dev
+                if device in volumes:
+                    continue
+                volumes[device] = self._volume(fd, path)
+                status = os.fstatvfs(fd)
+                capacity += status.f_blocks * status.f_frsize
+                free += status.f_bfree * status.f_frsize
+                largest = max(largest, freespace.largest_free(fd))
+        return space_of(volumes.values(), capacity, free, largest)
 
     def discard(self, spec: NvdimmSpec) -> None:
         path = os.path.realpath(spec.path)

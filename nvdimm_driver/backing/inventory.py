@@ -11,13 +11,13 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nvdimm_driver.errors import BackingError, ConfigError
-from nvdimm_driver.model import PAGE, PERSISTENCE_DOMAINS, Extent, Namespace
+from nvdimm_driver.model import PAGE, PERSISTENCE_DOMAINS, Extent, Namespace, Space
 
 SYSFS = Path("/sys")
 MODES = ("fsdax", "devdax", "raw", "sector")
@@ -141,6 +141,34 @@ def _volume(device: int, sysfs: Path) -> Volume | None:
     if start is None or size is None:
         return None
     return Volume(namespace, start * _SECTOR, size * _SECTOR)
+
+
+def space_of(volumes: Collection[Volume], capacity: int, free: int, largest_free: int) -> Space:
+    """Return the room in a pool that is on these volumes; the arguments are those of :class:`.model.Space`."""
+    alignments = [volume.spa & -volume.spa for volume in volumes]
+    used = {volume.namespace.name: volume.namespace for volume in volumes}
+    return Space(capacity, free, largest_free, min(alignments, default=0), tuple(used.values()))
+
+
+def problems(namespace: Namespace, sysfs: Path = SYSFS) -> tuple[str, ...]:
+    """Return what the kernel holds against a namespace, its region and its DIMMs; empty when all is well.
+
+    :raises BackingError: when sysfs cannot be read.
+    """
+    found = []
+    inside = (Extent(0, namespace.data_spa, namespace.data_size),)
+    bad = sum(length for _, length in bad_parts(inside, bad_ranges(sysfs)))
+    if bad:
+        found.append(f"{namespace.name}: {bad} bad bytes")
+    region = (sysfs / "bus/nd/devices" / namespace.name).resolve().parent
+    if _text(region / "read_only") == "1":
+        found.append(f"{region.name}: read-only")
+    for mapping in sorted(region.glob("mapping[0-9]*")):
+        dimm = _text(mapping).split(",")[0]
+        flags = _text(sysfs / "bus/nd/devices" / dimm / "nfit/flags")
+        if flags:
+            found.append(f"{dimm}: {flags}")
+    return tuple(found)
 
 
 def dax_alignment(namespace: Namespace, sysfs: Path = SYSFS) -> int:

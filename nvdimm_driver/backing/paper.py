@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from nvdimm_driver.backing.inventory import HostDescription
 from nvdimm_driver.backing.labels import no_label_server
 from nvdimm_driver.errors import BackingError, UnsupportedError
-from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress
+from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
 from nvdimm_driver.plugins import Backing, LabelArea, unwatched
 
 
@@ -47,6 +49,10 @@ class PaperBacking(Backing):
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         del progress
         raise self._refuse(spec)
+
+    def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
+        del taken
+        raise UnsupportedError(f"{', '.join(paths)}: on paper only")
 
     def discard(self, spec: NvdimmSpec) -> None:
         raise self._refuse(spec)

@@ -139,9 +139,9 @@ def attach(
 
 def _prepare(uuid: str) -> None:
     from nvdimm_driver import conf
-    from nvdimm_driver.driver import from_conf
+    from nvdimm_driver.driver import XenNvdimmDriver
 
-    from_conf(conf.load()).prepare_known(uuid)
+    XenNvdimmDriver.from_conf(conf.load()).prepare_known(uuid)
 
 
 def _serve(state_dir: str, domid: int, uuid: str) -> None:

@@ -25,10 +25,8 @@ def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
 
 
 def _run(operation: str, xml: str) -> int:
-    from oslo_config import cfg
-
     from nvdimm_driver import conf, domxml
-    from nvdimm_driver.driver import from_conf
+    from nvdimm_driver.driver import XenNvdimmDriver
     from nvdimm_driver.errors import NvdimmError
 
     log = logging.getLogger(__name__)
@@ -42,12 +40,12 @@ def _run(operation: str, xml: str) -> int:
         domain = domxml.extract(xml)
         if domain is None:
             return 0
-        driver = from_conf(options)
+        driver = XenNvdimmDriver.from_conf(options)
         if operation == "prepare":
             driver.prepare(domain)
             return 0
         fault = driver.release(domain.uuid or "")
-    except (NvdimmError, cfg.Error, OSError) as error:
+    except (NvdimmError, OSError) as error:
         log.error("%s: %s", operation, error)
         print(f"nvdimm-driver: {error}", file=sys.stderr)
         return 1

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         _take_lock(LabelServers(options.state_dir), uuid)
         supervise(partial(serve, options, int(domid), _record(options, uuid)), theirs)
-    except (NvdimmError, cfg.Error, OSError) as error:
+    except (NvdimmError, OSError) as error:
         os.write(theirs, str(error).encode())
         return 1
     return 0

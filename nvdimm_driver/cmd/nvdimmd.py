@@ -16,7 +16,7 @@ from pathlib import Path
 from oslo_config import cfg
 
 from nvdimm_driver import conf
-from nvdimm_driver.driver import from_conf
+from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.rpc.handler import Peer
 from nvdimm_driver.rpc.intercept import Interceptor
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         options = conf.load(list(arguments) or None)
-        from_conf(options).ledger.close()
+        XenNvdimmDriver.from_conf(options).ledger.close()
         with sockets(options) as (clients, readers):
             asyncio.run(_serve(options, clients, readers))
-    except (NvdimmError, cfg.Error, OSError) as error:
+    except (NvdimmError, OSError) as error:
         print(f"nvdimmd: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, NvdimmError) else ConfigError.exit_code
     return 0
@@ -48,7 +48,7 @@ async def _serve(options: cfg.ConfigOpts, clients: socket.socket, readers: socke
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    interceptor = Interceptor(lambda: from_conf(options), options.xen.device_model)
+    interceptor = Interceptor(lambda: XenNvdimmDriver.from_conf(options), options.xen.device_model)
     rpc = options.rpc
     upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
     upstream_ro = _first(rpc.libvirt_direct_socket_ro, rpc.libvirt_socket_ro)

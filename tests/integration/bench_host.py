@@ -34,6 +34,7 @@ exec sleep infinity
 """
 CONF = """
 [DEFAULT]
+allow_any_path=true
 state_dir = {folder}/state
 log_file = {folder}/nvdimm-driver.log
 [xen]

@@ -106,6 +106,18 @@ def xfs(file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
     file_systems["xfs"].clear()
 
 
+def free_runs(fs: FileSystem) -> int:
+    """Bytes of the longest free run, as the file system's own tools tell it."""
+    run("sync", "-f", fs.root)
+    device = run("findmnt", "-n", "-o", "SOURCE", fs.root).strip()
+    if fs.kind == "ext4":
+        found = re.search(r"Max. free extent: (\d+) KB", run("e2freefrag", device))
+        assert found
+        return int(found[1]) * KIB
+    rows = re.findall(r"^ *\d+ +\d+ +(\d+)$", run("xfs_db", "-r", "-c", "freesp -d", device), re.MULTILINE)
+    return max(map(int, rows)) * 4 * KIB
+
+
 def make(path: Path, case: str) -> None:
     """Make a file of SIZE bytes."""
     with open(path, "wb", buffering=0) as file, open(path.with_name("other"), "wb", buffering=0) as other:
@@ -269,3 +281,20 @@ def test_dax_by_the_files_own_flag(xfs: FileSystem) -> None:
         assert xfs.backing.locate(xfs.spec)
     finally:
         xfs.mount("rw,dax=always")
+
+
+def test_the_room_in_a_pool(fs: FileSystem) -> None:
+    with open(fs.path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 64 * MIB)
+    space = fs.backing.space([str(fs.root), f"{fs.root}/."], [])
+    status = os.statvfs(fs.root)
+    assert (space.capacity, space.free) == (status.f_blocks * status.f_frsize, status.f_bfree * status.f_frsize)
+    assert space.largest_free == free_runs(fs)
+    assert 0 < space.largest_free <= space.free < space.capacity - 64 * MIB + MIB
+    assert (space.alignment, [each.name for each in space.namespaces]) == (SUPERPAGE, ["namespace0.0"])
+
+
+def test_a_file_is_no_folder_of_a_pool(fs: FileSystem) -> None:
+    fs.path.touch()
+    with pytest.raises(BackingError, match="Not a directory"):
+        fs.backing.space([str(fs.path)], [])

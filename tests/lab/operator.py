@@ -43,6 +43,16 @@ with mmap.mmap(fd, offset + length, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
 """
 
 
+POOLS = """\
+[pool:main]
+paths = /mnt/pmem0
+[pool:device]
+kind = {kind}
+paths = {device}
+"""
+POOL_DEVICES = {"raw": ("pmem", "/dev/pmem1"), "devdax": ("devdax", "/dev/dax1.0")}
+
+
 def build_wheel(folder: Path) -> Path:
     """The project as an operator gets it."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(PROJECT)]
@@ -81,8 +91,16 @@ def start_nvdimmd(host: XenHost) -> None:
     )
 
 
+def restart_nvdimmd(host: XenHost) -> None:
+    """What 'systemctl restart nvdimmd' does: options are read anew."""
+    stop_nvdimmd(host)
+    start_nvdimmd(host)
+
+
 def make_pmem(host: XenHost, file_system: str = "ext4", mode: str = "raw") -> None:
-    """Make /mnt/pmem0, a DAX file system, and /dev/pmem1, a raw namespace, or /dev/dax1.0 in mode devdax."""
+    """Make two pools: /mnt/pmem0, a DAX file system, and /dev/pmem1, a raw namespace, or /dev/dax1.0 in mode devdax."""
+    kind, device = POOL_DEVICES[mode]
+    host.write("/etc/nvdimm-driver/nvdimm-driver.conf.d/pools.conf", POOLS.format(kind=kind, device=device).encode())
     host.check(
         f"set -e\nndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem\n{MAKE_FILE_SYSTEM[file_system]}\n"
         f"mkdir -p /mnt/pmem0\nmount -o dax /dev/pmem0 /mnt/pmem0\n{MAKE_NAMESPACE[mode]}"

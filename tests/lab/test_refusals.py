@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -43,10 +45,33 @@ def refused(xen: XenHost, nvdimm: str) -> str:
     return result.stderr
 
 
+@contextmanager
+def configured(xen: XenHost, text: str) -> Iterator[None]:
+    """With this in the configuration, too."""
+    file = "/etc/nvdimm-driver/nvdimm-driver.conf.d/test.conf"
+    xen.write(file, text.encode())
+    operator.restart_nvdimmd(xen)
+    try:
+        yield
+    finally:
+        xen.check(f"rm {file}")
+        operator.restart_nvdimmd(xen)
+
+
+def test_a_file_in_no_pool(xen: XenHost) -> None:
+    assert "/root/a.img is in none of the host's pools" in refused(xen, operator.nvdimm("/root/a.img", 16))
+
+
+def test_a_quota_that_is_used_up(xen: XenHost) -> None:
+    with configured(xen, "[pool:main]\nquota = 24M\n"):
+        stderr = refused(xen, operator.nvdimm("/mnt/pmem0/a.img", 16))
+    assert "pool main: domains have 16 MiB of its quota of 24 MiB; 16 MiB more is too much" in stderr
+
+
 def test_a_file_on_the_root_disk(xen: XenHost) -> None:
-    assert re.search(
-        r"/root/a\.img.*not.*pmem|/root/a\.img.*namespace", refused(xen, operator.nvdimm("/root/a.img", 16))
-    )
+    with configured(xen, "[DEFAULT]\nallow_any_path = true\n"):
+        stderr = refused(xen, operator.nvdimm("/root/a.img", 16))
+    assert re.search(r"/root/a\.img.*not on persistent memory", stderr)
 
 
 def test_a_file_of_another_domain(xen: XenHost) -> None:
@@ -64,7 +89,8 @@ def test_a_sparse_file(xen: XenHost) -> None:
 
 
 def test_a_namespace_in_the_wrong_mode(xen: XenHost) -> None:
-    assert re.search(r"/dev/pmem0.*fsdax", refused(xen, operator.nvdimm("/dev/pmem0", 16)))
+    with configured(xen, "[DEFAULT]\nallow_any_path = true\n"):
+        assert re.search(r"/dev/pmem0.*fsdax", refused(xen, operator.nvdimm("/dev/pmem0", 16)))
 
 
 def test_a_file_replaced_between_define_and_start(xen: XenHost) -> None:
@@ -98,15 +124,8 @@ def test_a_missing_xen_library_names_both_versions(xen: XenHost) -> None:
 
 
 def test_a_missing_qemu_for_the_tables(xen: XenHost) -> None:
-    xen.write("/etc/nvdimm-driver/nvdimm-driver.conf", b"[acpi]\nqemu=/nonexistent/qemu\n")
-    operator.stop_nvdimmd(xen)
-    operator.start_nvdimmd(xen)
-    try:
+    with configured(xen, "[acpi]\nqemu=/nonexistent/qemu\n"):
         stderr = refused(xen, operator.nvdimm("/mnt/pmem0/x.img", 16))
-    finally:
-        xen.check("rm /etc/nvdimm-driver/nvdimm-driver.conf")
-        operator.stop_nvdimmd(xen)
-        operator.start_nvdimmd(xen)
     assert "/nonexistent/qemu" in stderr
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from nvdimm_driver.model import (
     Namespace,
     NvdimmSpec,
     Progress,
+    Space,
 )
 from nvdimm_driver.planning import Host
 from nvdimm_driver.plugins import AcpiBuilder, Backing, LabelArea, Mapper, unwatched
+from nvdimm_driver.pools import Pools
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
 OTHER_UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000002"
@@ -41,6 +43,7 @@ class MemoryBacking(Backing):
         self.files: dict[str, tuple[int, int]] = {}
         self.frozen: set[str] = set()
         self.fail_provision: set[str] = set()
+        self.fail_space = ""
         self.next_inode = 100
 
     def describe(self) -> str:
@@ -61,6 +64,12 @@ class MemoryBacking(Backing):
             self.files[spec.path] = (self.next_inode, spec.size)
             self.next_inode += 1
         return self.locate(spec).identity
+
+    def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
+        if self.fail_space:
+            raise BackingError(self.fail_space)
+        used = sum(size for path, (_, size) in self.files.items())
+        return Space(GIB, GIB - used, GIB - used, 2 * MIB, (NAMESPACE,))
 
     def discard(self, spec: NvdimmSpec) -> None:
         del self.files[spec.path]
@@ -175,6 +184,7 @@ def make_driver(
     namespace: Namespace = NAMESPACE,
     acpi: AcpiBuilder | None = None,
     bad: tuple[tuple[int, int], ...] = (),
+    pools: Pools | None = None,
 ) -> XenNvdimmDriver:
     """A driver whose state is in a folder of the test's."""
     return XenNvdimmDriver(
@@ -187,6 +197,7 @@ def make_driver(
         qemu="/usr/bin/real-qemu",
         gap=64 * GIB,
         dsm=dsm,
+        pools=pools or Pools([], any_path=True),
     )
 
 

@@ -21,6 +21,7 @@ from nvdimm_driver.backing.inventory import (
     has_dax,
     mounts,
     namespaces,
+    problems,
     read_host,
     volume_of,
 )
@@ -336,3 +337,22 @@ def test_bad_parts_of_a_backing_are_told_by_their_offset_in_it() -> None:
     bad = ((0xF000, 0x2000), (0x13E00, 0x400), (0x40000, 0x200), (0x43000, 0x9000), (0x90000, 0x200))
     assert bad_parts(extents, bad) == ((0, 0x1000), (0x3E00, 0x200), (0x4000, 0x200), (0x7000, 0x1000))
     assert bad_parts(extents, ()) == ()
+
+
+def test_what_the_kernel_holds_against_a_namespace(sysfs: FakeSysfs) -> None:
+    sysfs.fsdax(PMEM, spa=0x1_4020_0000, size=1022 * MIB)
+    (namespace,) = namespaces(sysfs.root)
+    assert problems(namespace, sysfs.root) == ()
+    region = (sysfs.root / "bus/nd/devices/namespace0.0").resolve().parent
+    (region / "read_only").write_text("1\n")
+    (region / "mapping0").write_text("nmem0,0,1073741824,0\n")
+    flags = sysfs.root / "bus/nd/devices/nmem0/nfit/flags"
+    flags.parent.mkdir(parents=True)
+    flags.write_text("not_armed smart_event\n")
+    disk = (sysfs.root / "class/block/pmem0").resolve()
+    (disk / "badblocks").write_text("8 2\n")
+    assert problems(namespace, sysfs.root) == (
+        "namespace0.0: 1024 bad bytes",
+        f"{region.name}: read-only",
+        "nmem0: not_armed smart_event",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from nvdimm_driver import frames
 from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
-from nvdimm_driver.model import GIB, KIB, MIB, PAGE, Allocation, Plan, Record
+from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
+from nvdimm_driver.sizes import human
+from nvdimm_driver.usage import PoolUsage
 
+POOL_COLUMNS = ("Name", "Kind", "Capacity", "Free", "Largest free", "Used", "Health")
 LINUX_NAMESPACE_ALIGN = 16 * MIB
 """Linux: arch/powerpc and x86 memremap_compat_align() and SUBSECTION_SIZE; what ndctl rounds namespaces to."""
 
 
-def size(count: int) -> str:
-    """Bytes in the largest binary unit that divides them."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if count and count % unit == 0:
-            return f"{count // unit} {name}"
-    return f"{count} B"
+def size_column(readable: bool) -> Callable[[int], int | str]:
+    """How sizes are printed: in bytes, for scripts, or for people."""
+    return human if readable else int
 
 
 def xml_diff(before: str, after: str) -> str:
@@ -72,15 +72,17 @@ def state(record: Record, item: Allocation) -> str:
     return "free" if record.attachment is None else record.attachment.state
 
 
-def record(driver: XenNvdimmDriver, item: Record) -> tuple[Sequence[str], Sequence[Any]]:
-    """Names and values of all that is known of a domain; sizes and addresses are in bytes."""
+def record(
+    driver: XenNvdimmDriver, item: Record, size: Callable[[int], int | str]
+) -> tuple[Sequence[str], Sequence[Any]]:
+    """Names and values of all that is known of a domain; addresses are in bytes."""
     attachment = item.attachment
     nvdimms = [
         {
             "slot": allocation.spec.slot,
             "path": allocation.spec.path,
-            "size": allocation.spec.size,
-            "label_size": allocation.spec.label_size,
+            "size": size(allocation.spec.size),
+            "label_size": size(allocation.spec.label_size),
             "base": allocation.base,
             "identity": None if allocation.identity is None else asdict(allocation.identity),
             **_health(driver, allocation),
@@ -90,7 +92,7 @@ def record(driver: XenNvdimmDriver, item: Record) -> tuple[Sequence[str], Sequen
     values = {
         "name": item.name,
         "uuid": item.uuid,
-        "ram": item.ram,
+        "ram": size(item.ram),
         "dsm": item.dsm,
         "label_server": driver.label_server(item),
         "state": attachment.state if attachment else "off",
@@ -98,6 +100,55 @@ def record(driver: XenNvdimmDriver, item: Record) -> tuple[Sequence[str], Sequen
         "frozen": list(attachment.paths) if attachment else [],
         "last_fault": item.fault,
         "nvdimms": nvdimms,
+    }
+    return tuple(values), tuple(values.values())
+
+
+def pool_row(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Any, ...]:
+    """A line of :data:`POOL_COLUMNS` of a list of pools."""
+    values = dict(zip(*pool(usage, size), strict=True))
+    return (
+        *(values[name] for name in ("name", "kind", "capacity", "free", "largest_free", "used")),
+        "; ".join(usage.problems) or "ok",
+    )
+
+
+def pool(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Sequence[str], Sequence[Any]]:
+    """Names and values of all that is known of a pool."""
+    pool, space = usage.pool, usage.space
+
+    def told(count: int | None) -> int | str | None:
+        return None if count is None else size(count)
+
+    values = {
+        "name": pool.name,
+        "kind": pool.kind,
+        "paths": list(pool.paths),
+        "capacity": told(space.capacity if space else None),
+        "free": told(usage.free),
+        "largest_free": told(space.largest_free if space else None),
+        "used": size(usage.used),
+        "quota": told(pool.quota),
+        "alignment": told(space.alignment if space else None),
+        "alignsize": size(pool.alignsize),
+        "label_size": size(pool.label_size),
+        "wipe_on_release": pool.wipe_on_release,
+        "problems": list(usage.problems),
+        "namespaces": [
+            {"name": each.name, "mode": each.mode, "device": each.device, "size": size(each.data_size)}
+            for each in (space.namespaces if space else ())
+        ],
+        "nvdimms": [
+            {
+                "domain": record.name,
+                "uuid": record.uuid,
+                "slot": item.spec.slot,
+                "path": item.spec.path,
+                "size": size(item.spec.size),
+                "state": state(record, item),
+            }
+            for record, item in usage.owned
+        ],
     }
     return tuple(values), tuple(values.values())
 
@@ -118,23 +169,23 @@ def _backings(plan: Plan) -> Iterator[str]:
     columns = zip(plan.domain.nvdimms, plan.locations, plan.intakes, plan.bad_blocks, strict=True)
     for spec, location, intake, bad in columns:
         todo = "create, " if intake.creates else ""
-        todo += f"write {size(intake.writes)} of zeros" if intake.writes else "as it is"
+        todo += f"write {human(intake.writes)} of zeros" if intake.writes else "as it is"
         yield (
-            f"  slot {spec.slot}: {spec.path}: {size(spec.size)}, label {size(spec.label_size)}; "
+            f"  slot {spec.slot}: {spec.path}: {human(spec.size)}, label {human(spec.label_size)}; "
             f"{intake.kind} on {intake.namespace.name} ({intake.namespace.device}): {todo}"
         )
         assumed = " (assumed: not written yet)" if intake.assumed else ""
         for extent in location.extents:
-            yield f"    offset {extent.offset:#x}: SPA {extent.spa:#x}, {size(extent.length)}{assumed}"
-        yield from (f"    warning: bad at {offset:#x}, {size(length)}" for offset, length in bad)
+            yield f"    offset {extent.offset:#x}: SPA {extent.spa:#x}, {human(extent.length)}{assumed}"
+        yield from (f"    warning: bad at {offset:#x}, {human(length)}" for offset, length in bad)
 
 
 def _layout(plan: Plan) -> Iterator[str]:
-    yield f"Guest-physical layout: RAM {size(plan.layout.ram)}, up to {plan.layout.highmem_end:#x}"
+    yield f"Guest-physical layout: RAM {human(plan.layout.ram)}, up to {plan.layout.highmem_end:#x}"
     for item in plan.layout.nvdimms:
-        yield f"  {item.base:#x} - {item.end - 1:#x}: slot {item.slot}, handle {item.handle:#x}, {size(item.size)}"
+        yield f"  {item.base:#x} - {item.end - 1:#x}: slot {item.slot}, handle {item.handle:#x}, {human(item.size)}"
         if item.size % LINUX_NAMESPACE_ALIGN:
-            yield f"    advice: Linux makes namespaces of multiples of {size(LINUX_NAMESPACE_ALIGN)} only"
+            yield f"    advice: Linux makes namespaces of multiples of {human(LINUX_NAMESPACE_ALIGN)} only"
 
 
 def _mappings(plan: Plan) -> Iterator[str]:
@@ -144,7 +195,7 @@ def _mappings(plan: Plan) -> Iterator[str]:
         f"{hypercalls} memory_mapping hypercalls"
     )
     for mapping in plan.mappings:
-        length = size(mapping.frames * PAGE)
+        length = human(mapping.frames * PAGE)
         yield f"  gfn {mapping.gfn:#x} <- mfn {mapping.mfn:#x}, {mapping.frames:#x} frames ({length})"
 
 

@@ -1,0 +1,90 @@
+"""What nvdimmctl's commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cliff.command import Command
+from cliff.lister import Lister
+from cliff.show import ShowOne
+
+from nvdimm_driver.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
+    from nvdimm_driver.driver import XenNvdimmDriver
+    from nvdimm_driver.model import Record
+
+Rows = tuple[Sequence[str], list[tuple[Any, ...]]]
+Fields = tuple[Sequence[str], Sequence[Any]]
+
+
+class Action(Command):
+    """A command that does something, and says what."""
+
+    app: Nvdimmctl
+
+
+class _Sizes:
+    """Commands that print sizes: bytes, unless a person wants to read them."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)  # type: ignore[misc]
+        parser.add_argument("-u", "--human", action="store_true", help="print sizes with units, and not in bytes")
+        return parser
+
+
+class Listing(_Sizes, Lister):
+    """A command that lists things."""
+
+    app: Nvdimmctl
+
+
+class Showing(_Sizes, ShowOne):
+    """A command that shows one thing."""
+
+    app: Nvdimmctl
+
+
+def domain_argument(parser: argparse.ArgumentParser) -> None:
+    """The domain that a command is about."""
+    parser.add_argument("domain", metavar="DOMAIN", help="name, uuid or id")
+
+
+def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
+    """The driver, after it has put away what is over and looked after what runs."""
+    from nvdimm_driver.driver import XenNvdimmDriver
+
+    driver = XenNvdimmDriver.from_conf(app.conf)
+    driver.reconcile()
+    driver.serve_labels()
+    return driver
+
+
+def find(driver: XenNvdimmDriver, key: str) -> Record:
+    """The domain of that name, uuid or, while it runs, id.
+
+    :raises NotFoundError: when the ledger has none.
+    """
+    records = driver.ledger.domains()
+    for record in records:
+        if key in (record.name, record.uuid):
+            return record
+    for record in records:
+        if record.attachment is not None and key == str(record.attachment.domid):
+            return record
+    raise NotFoundError(f"no domain {key!r} with NVDIMMs", hint="'nvdimmctl list' shows all")
+
+
+def agreed(question: str, yes: bool) -> bool:
+    """Whether the operator agrees: with ``--yes``, or when asked."""
+    if yes:
+        return True
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        return True
+    print("nothing done", file=sys.stderr)
+    return False

@@ -1,0 +1,59 @@
+"""Commands about domains and the NVDIMMs that they have."""
+
+from __future__ import annotations
+
+import argparse
+
+from nvdimm_driver.cmd.ctl.base import Action, Fields, Listing, Rows, Showing, agreed, domain_argument, find, up_to_date
+
+
+class List(Listing):
+    """List the NVDIMMs of all domains."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Rows:
+        from nvdimm_driver.cmd.ctl import render
+
+        size = render.size_column(parsed_args.human)
+        rows = [
+            (record.name, item.spec.slot, item.spec.path, size(item.spec.size), render.state(record, item))
+            for record in up_to_date(self.app).ledger.domains()
+            for item in record.allocations
+        ]
+        return ("Domain", "Slot", "Path", "Size", "State"), rows
+
+
+class Show(Showing):
+    """Show all that is known of one domain."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        domain_argument(parser)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Fields:
+        from nvdimm_driver.cmd.ctl import render
+
+        driver = up_to_date(self.app)
+        return render.record(driver, find(driver, parsed_args.domain), render.size_column(parsed_args.human))
+
+
+class Release(Action):
+    """Give up a domain's claim to its backings. Their bytes stay as they are."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        domain_argument(parser)
+        parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> int:
+        from nvdimm_driver.driver import XenNvdimmDriver
+
+        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        record = find(driver, parsed_args.domain)
+        paths = ", ".join(item.spec.path for item in record.allocations)
+        if not agreed(f"Give up {record.name}'s claim to {paths}?", parsed_args.yes):
+            return 1
+        driver.forget(record.uuid)
+        print(f"{record.name} has no NVDIMMs any more; kept: {paths}")
+        return 0

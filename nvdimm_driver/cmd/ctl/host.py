@@ -1,0 +1,46 @@
+"""Commands about the host: what it has, and putting the driver in."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nvdimm_driver.cmd.ctl.base import Action
+
+
+class HostFile(Action):
+    """Print the host's pmem namespaces as the file that 'plan --host' takes."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver.backing import inventory
+
+        del parsed_args
+        print(inventory.read_host().to_json())
+
+
+class Register(Action):
+    """Install the libvirt hook, the device model and the folders. Can be repeated."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver.cmd import register
+
+        del parsed_args
+        for line in register.register(self.app.conf):
+            print(line)
+
+
+class Unregister(Action):
+    """Remove what 'register' has installed. The ledger and all data stay."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver.cmd import register
+        from nvdimm_driver.driver import XenNvdimmDriver
+
+        del parsed_args
+        running: list[str] = []
+        if Path(self.app.conf.state_dir).exists():
+            driver = XenNvdimmDriver.from_conf(self.app.conf)
+            driver.reconcile()
+            running = [record.name for record in driver.ledger.domains() if record.attachment]
+        for line in register.unregister(self.app.conf, running):
+            print(line)

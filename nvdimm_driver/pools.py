@@ -1,0 +1,89 @@
+"""Which backings domains may have: those in the operator's pools, as far as their quotas go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from nvdimm_driver.errors import NotFoundError, RefusedError
+from nvdimm_driver.model import DomainSpec, NvdimmSpec, Pool, Record
+from nvdimm_driver.sizes import human
+
+
+class Pools:
+    """The operator's pools.
+
+    :param any_path: domains may have backings outside them, too.
+    """
+
+    def __init__(self, pools: Sequence[Pool], *, any_path: bool = False) -> None:
+        self._pools = pools
+        self._any_path = any_path
+
+    def __iter__(self) -> Iterator[Pool]:
+        return iter(self._pools)
+
+    def named(self, name: str) -> Pool:
+        """The pool of that name.
+
+        :raises NotFoundError: when there is none.
+        """
+        for pool in self._pools:
+            if pool.name == name:
+                return pool
+        raise NotFoundError(f"no pool {name!r}", hint="'nvdimmctl pool list' shows all")
+
+    def of(self, path: str) -> Pool | None:
+        """The pool that a backing is in, whether it exists or not."""
+        path = os.path.realpath(path)
+        return next((pool for pool in self._pools if is_in(path, pool)), None)
+
+    def check(self, domain: DomainSpec, records: Iterable[Record]) -> None:
+        """Check that a domain may have its backings.
+
+        :param records: of all domains; what is in that of this one is its already.
+        :raises RefusedError: when one is in no pool, or a pool's quota is used up.
+        """
+        others = [item.spec for record in records if record.uuid != domain.uuid for item in record.allocations]
+        used = self._by_pool(others)
+        wanted = self._by_pool(domain.nvdimms)
+        for spec in wanted.pop(None, []):
+            if not self._any_path:
+                raise RefusedError(f"{spec.path} is in none of the host's pools", hint=self._where())
+        for pool, specs in wanted.items():
+            self._check_pool(pool, specs, sum(spec.size for spec in used.get(pool, [])))
+
+    def _check_pool(self, pool: Pool | None, specs: Sequence[NvdimmSpec], used: int) -> None:
+        if pool is None:
+            return
+        for spec in specs:
+            if spec.size % pool.alignsize:
+                raise RefusedError(
+                    f"{spec.path}: {human(spec.size)} is not a multiple of {human(pool.alignsize)}, the alignsize of "
+                    f"pool {pool.name}",
+                    hint="change <target><size>",
+                )
+        size = sum(spec.size for spec in specs)
+        if pool.quota is not None and used + size > pool.quota:
+            raise RefusedError(
+                f"pool {pool.name}: domains have {human(used)} of its quota of {human(pool.quota)}; {human(size)} more "
+                "is too much",
+                hint=f"'nvdimmctl pool show {pool.name}' tells who has what",
+            )
+
+    def _by_pool(self, specs: Iterable[NvdimmSpec]) -> dict[Pool | None, list[NvdimmSpec]]:
+        found: dict[Pool | None, list[NvdimmSpec]] = {}
+        for spec in specs:
+            found.setdefault(self.of(spec.path), []).append(spec)
+        return found
+
+    def _where(self) -> str:
+        if not self._pools:
+            return "none is configured: 'nvdimmctl pool create' makes one; allow_any_path=true does without"
+        return "pools are: " + ", ".join(f"{pool.name} ({', '.join(pool.paths)})" for pool in self._pools)
+
+
+def is_in(path: str, pool: Pool) -> bool:
+    """Whether a path without symbolic links is that of a device of the pool, or below one of its folders."""
+    tops = [os.path.realpath(top) for top in pool.paths]
+    return any(path == top or path.startswith(top.rstrip("/") + "/") for top in tops)

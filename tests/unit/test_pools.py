@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.errors import NotFoundError, RefusedError
+from nvdimm_driver.model import GIB, KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Record
+from nvdimm_driver.pools import Pools
+from tests.unit.doubles import OTHER_UUID, UUID
+
+
+def pool(name: str, *paths: object, quota: int | None = None, alignsize: int = SUPERPAGE) -> Pool:
+    return Pool(name, "fsdax", tuple(map(str, paths)), quota, alignsize, 128 * KIB, False)
+
+
+def domain(*nvdimms: tuple[object, int], uuid: str | None = UUID) -> DomainSpec:
+    specs = tuple(NvdimmSpec(slot, str(path), size) for slot, (path, size) in enumerate(nvdimms))
+    return DomainSpec("db1", uuid, GIB, None, specs)
+
+
+def record(uuid: str, *nvdimms: tuple[object, int]) -> Record:
+    items = tuple(Allocation(uuid, spec) for spec in domain(*nvdimms).nvdimms)
+    return Record(uuid, "other", GIB, None, "", items, None)
+
+
+def test_the_pool_of_a_path(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "link").symlink_to("one")
+    (tmp_path / "one" / "out").symlink_to(tmp_path)
+    one, device = pool("one", tmp_path / "one"), pool("raw", "/dev/pmem1", "/dev/pmem2")
+    pools = Pools([one, device])
+    assert pools.of(f"{tmp_path}/one/new.img") == one
+    assert pools.of(f"{tmp_path}/link/sub/new.img") == one
+    assert pools.of("/dev/pmem2") == device
+    for outside in (f"{tmp_path}/ones", f"{tmp_path}/one/../x", f"{tmp_path}/one/out/x", "/dev/pmem3"):
+        assert pools.of(outside) is None
+
+
+def test_a_path_outside_is_refused_unless_any_may_be_had() -> None:
+    with pytest.raises(RefusedError, match=r"/srv/a is in none .*pools are: main \(/mnt/pmem0\)"):
+        Pools([pool("main", "/mnt/pmem0")]).check(domain(("/mnt/pmem0/a", MIB * 2), ("/srv/a", 2 * MIB)), [])
+    with pytest.raises(RefusedError, match="none is configured: 'nvdimmctl pool create'"):
+        Pools([]).check(domain(("/srv/a", 2 * MIB)), [])
+    Pools([], any_path=True).check(domain(("/srv/a", 2 * MIB)), [])
+
+
+def test_a_quota_counts_other_domains_and_not_what_the_domain_had() -> None:
+    pools = Pools([pool("main", "/mnt/pmem0", quota=10 * MIB)])
+    others = [record(OTHER_UUID, ("/mnt/pmem0/b", 4 * MIB), ("/mnt/pmem1/c", GIB)), record(UUID, ("/mnt/pmem0/a", GIB))]
+    pools.check(domain(("/mnt/pmem0/a", 6 * MIB)), others)
+    with pytest.raises(RefusedError, match="pool main: domains have 4 MiB of its quota of 10 MiB; 8 MiB more"):
+        pools.check(domain(("/mnt/pmem0/a", 4 * MIB), ("/mnt/pmem0/d", 4 * MIB)), others)
+
+
+def test_sizes_are_multiples_of_the_pools_alignsize() -> None:
+    with pytest.raises(RefusedError, match="/mnt/pmem0/a: 6 MiB is not a multiple of 4 MiB"):
+        Pools([pool("main", "/mnt/pmem0", alignsize=4 * MIB)]).check(domain(("/mnt/pmem0/a", 6 * MIB)), [])
+
+
+def test_a_pool_by_name() -> None:
+    main = pool("main", "/mnt/pmem0")
+    assert Pools([main]).named("main") == main
+    with pytest.raises(NotFoundError, match="no pool 'other'"):
+        Pools([main]).named("other")
