@@ -174,7 +174,7 @@ def test_a_soft_reset_ends_the_guest(running: Host) -> None:
     number = domid(running)
     running.libvirtd.inject("db1", "soft-reset")
     happened = running.libvirtd.wait_for("hook release end db1")
-    assert happened[:3] == [f"guest soft-reset {number}", f"soft-reset {number}", f"device-model {number} exits 74"]
+    assert happened[:3] == [f"guest soft-reset {number}", f"soft-reset {number}", f"device-model {number} exits 1"]
     assert happened[3:] == ended(number)
     assert running.state("db1") == OFF
     assert "a soft reset (kexec)" in running.record("db1").fault
