@@ -63,6 +63,7 @@ setup(
             "acpi_dump = nvdimm_driver.cmd.ctl.xml:AcpiDump",
             "list = nvdimm_driver.cmd.ctl.domains:List",
             "show = nvdimm_driver.cmd.ctl.domains:Show",
+            "pool_create = nvdimm_driver.cmd.ctl.poolcreate:PoolCreate",
             "pool_list = nvdimm_driver.cmd.ctl.pools:PoolList",
             "pool_show = nvdimm_driver.cmd.ctl.pools:PoolShow",
             "release = nvdimm_driver.cmd.ctl.domains:Release",

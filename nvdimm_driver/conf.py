@@ -192,6 +192,8 @@ GROUPS: list[tuple[str | None, Sequence[cfg.Opt]]] = [
     ("rpc", RPC_OPTS),
     (f"{POOL_PREFIX}name", POOL_OPTS),
 ]
+CONF_FOLDER = "/etc/nvdimm-driver/nvdimm-driver.conf.d"
+"""Where 'nvdimmctl pool create' puts the sections that it makes."""
 MIN_LABEL = 128 * KIB
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*", re.ASCII)
 
@@ -254,10 +256,7 @@ def _check_names(conf: cfg.ConfigOpts) -> list[str]:
             if section.startswith(POOL_PREFIX):
                 if not options:
                     continue  # as in the sample
-                if not _POOL_NAME.fullmatch(section[len(POOL_PREFIX) :]):
-                    raise ConfigError(
-                        f"{file}: [{section}] is not a name for a pool", hint="lower-case letters, digits, - _ and ."
-                    )
+                check_pool_name(section[len(POOL_PREFIX) :], f"{file}: [{section}]")
                 pools.append(section)
                 there = {opt.dest for opt in POOL_OPTS}
             elif section in known:
@@ -270,6 +269,12 @@ def _check_names(conf: cfg.ConfigOpts) -> list[str]:
                         f"{file}: there is no option {option} in section [{section}]", hint=_closest(option, there)
                     )
     return pools
+
+
+def check_pool_name(name: str, where: str) -> None:
+    """:raises ConfigError: when a pool cannot have that name."""
+    if not _POOL_NAME.fullmatch(name):
+        raise ConfigError(f"{where}: {name!r} is not a name for a pool", hint="lower-case letters, digits, - _ and .")
 
 
 def _files(conf: cfg.ConfigOpts) -> Iterator[str]:

@@ -297,6 +297,15 @@ def mounts(mountinfo: Path) -> tuple[Mount, ...]:
     return tuple(result)
 
 
+def mounted(sysfs: Path = SYSFS, mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[Namespace, ...]:
+    """Return the namespaces that a mounted file system is on, or a partition of which one is on.
+
+    :raises BackingError: when the kernel's files cannot be read.
+    """
+    volumes = [_volume(mount.device, sysfs) for mount in mounts(mountinfo)]
+    return tuple({volume.namespace.name: volume.namespace for volume in volumes if volume}.values())
+
+
 def has_dax(options: Iterable[str]) -> bool:
     """True when a file system with these options uses DAX for every file (Documentation/filesystems/dax.rst)."""
     return not {"dax", "dax=always"}.isdisjoint(options)

@@ -34,21 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        options = conf.load(list(arguments) or None)
+        files = list(arguments) or None
+        options = conf.load(files)
         XenNvdimmDriver.from_conf(options).ledger.close()
         with sockets(options) as (clients, readers):
-            asyncio.run(_serve(options, clients, readers))
+            asyncio.run(_serve(options, files, clients, readers))
     except (NvdimmError, OSError) as error:
         print(f"nvdimmd: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, NvdimmError) else ConfigError.exit_code
     return 0
 
 
-async def _serve(options: cfg.ConfigOpts, clients: socket.socket, readers: socket.socket) -> None:
+async def _serve(
+    options: cfg.ConfigOpts, files: list[str] | None, clients: socket.socket, readers: socket.socket
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    interceptor = Interceptor(lambda: XenNvdimmDriver.from_conf(options), options.xen.device_model)
+    # read at each use: a new pool is there at once, as it is for the hook
+    interceptor = Interceptor(lambda: XenNvdimmDriver.from_conf(conf.load(files)), options.xen.device_model)
     rpc = options.rpc
     upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
     upstream_ro = _first(rpc.libvirt_direct_socket_ro, rpc.libvirt_socket_ro)

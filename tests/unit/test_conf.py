@@ -46,7 +46,7 @@ def test_a_section_in_which_nothing_is_said_is_no_pool(tmp_path: Path) -> None:
         ("[DEFAULT]\nstate_dri = /x\n", r"no option state_dri in section \[DEFAULT\] \(did you mean state_dir\?\)"),
         ("[acip]\ndsm = aml\n", r"no section \[acip\] \(did you mean acpi\?\)"),
         ("[pool:a]\nqota = 1GiB\npaths = /a\n", r"no option qota in section \[pool:a\] \(did you mean quota\?\)"),
-        ("[pool:A]\npaths = /a\n", r"\[pool:A\] is not a name for a pool"),
+        ("[pool:A]\npaths = /a\n", r"\[pool:A\]: 'A' is not a name for a pool"),
         ("[pool:a]\nquota = 1GiB\n", r"\[pool:a\] has no paths"),
         ("[pool:a]\npaths = mnt\n", "mnt is not absolute"),
         ("[pool:a]\npaths = /a\nquota = lots\n", "quota.*'lots' is not a size"),

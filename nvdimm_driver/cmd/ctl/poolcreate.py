@@ -1,0 +1,194 @@
+"""``nvdimmctl pool create``: the commands that an operator would run, each said before it is run."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nvdimm_driver.cmd.ctl.base import Action
+from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
+
+if TYPE_CHECKING:
+    from nvdimm_driver.driver import XenNvdimmDriver
+    from nvdimm_driver.poolsetup import Command, File, Host, Wish
+
+
+class PoolCreate(Action):
+    """Make a pool: a namespace, for fsdax also a file system on it, mounted with DAX at boot, and the configuration."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("name", metavar="NAME", help="name of the pool: lower-case letters, digits, - _ and .")
+        where = parser.add_mutually_exclusive_group()
+        where.add_argument("--region", help="region to make a namespace in; not needed if just one has room")
+        where.add_argument("--namespace", help="namespace to take, with all that is on it lost; needs --force")
+        parser.add_argument("--size", metavar="SIZE", help="of the namespace, such as 512GiB (default: all there is)")
+        parser.add_argument(
+            "--kind",
+            choices=("fsdax", "devdax", "pmem"),
+            default="fsdax",
+            help="files on a DAX file system (the default), or the whole namespace for one NVDIMM",
+        )
+        parser.add_argument("--file-system", choices=("ext4", "xfs"), default="ext4", help="for fsdax (default: ext4)")
+        parser.add_argument("--mount-point", metavar="PATH", help="for fsdax (default: /mnt/NAME)")
+        parser.add_argument("--quota", metavar="SIZE", help="how much of it domains may have (default: all)")
+        parser.add_argument("--force", action="store_true", help="what is on the namespace may be lost")
+        parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from uuid import uuid4
+
+        from nvdimm_driver import conf, poolsetup
+        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.pools import Pools
+
+        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        wish = _wish(parsed_args)
+        _check(driver, wish, self.app.options.config_file)
+        steps = poolsetup.steps(wish, _host(driver), str(uuid4()))
+        do = _pretend if parsed_args.dry_run else _do
+        done: list[str] = []
+        printed = ""
+        while True:
+            try:
+                step = steps.send(printed if done else None)  # type: ignore[arg-type]
+            except StopIteration:
+                break
+            text = _text(step)
+            print(text, flush=True)
+            try:
+                printed = do(step, wish)
+            except NvdimmError as error:
+                undone = f"; done before: {'; '.join(line.splitlines()[0] for line in done)}" if done else ""
+                raise ConfigError(f"{error.message}{undone}", hint=error.hint) from error
+            done.append(text)
+        if not parsed_args.dry_run:
+            usage = driver.usage(Pools(conf.configured_pools(conf.load())).named(wish.name))
+            print(f"pool {wish.name}: {'; '.join(usage.problems) or 'ok'}")
+
+
+def _wish(args: argparse.Namespace) -> Wish:
+    from nvdimm_driver import conf, sizes
+    from nvdimm_driver.poolsetup import Wish
+
+    conf.check_pool_name(args.name, "nvdimmctl pool create")
+    if args.quota:
+        sizes.parse(args.quota)
+    return Wish(
+        name=args.name,
+        kind=args.kind,
+        region=args.region,
+        namespace=args.namespace,
+        size=None if args.size is None else sizes.parse(args.size),
+        file_system=args.file_system,
+        mount_point=args.mount_point or f"/mnt/{args.name}",
+        quota=args.quota or "",
+        force=args.force,
+    )
+
+
+def _check(driver: XenNvdimmDriver, wish: Wish, config_file: Sequence[str] | None) -> None:
+    """Check what would be found wrong only after the rest is done.
+
+    :raises InUseError: when there is such a pool, or another has that folder.
+    """
+    import os
+
+    if config_file:
+        raise ConfigError(
+            "'pool create' writes to the standard configuration, which --config-file leaves out", hint="leave it out"
+        )
+    if any(pool.name == wish.name for pool in driver.pools):
+        raise InUseError(
+            f"there is a pool {wish.name} already", hint="take another name; 'nvdimmctl pool show' shows it"
+        )
+    if wish.kind != "fsdax":
+        return
+    if not os.path.isabs(wish.mount_point):
+        raise ConfigError(f"--mount-point {wish.mount_point} is not absolute", hint="write the whole path")
+    other = driver.pools.of(wish.mount_point)
+    if other is not None:
+        raise InUseError(f"{wish.mount_point} is in pool {other.name}", hint="take another --mount-point")
+    if os.path.ismount(wish.mount_point) or (os.path.isdir(wish.mount_point) and os.listdir(wish.mount_point)):
+        raise InUseError(f"{wish.mount_point} is not empty", hint="take another --mount-point")
+
+
+def _host(driver: XenNvdimmDriver) -> Host:
+    from pathlib import Path
+
+    from nvdimm_driver import conf
+    from nvdimm_driver.backing import inventory, ndctl
+    from nvdimm_driver.cmd.units import BOOTED
+    from nvdimm_driver.poolsetup import Host
+
+    kind = Path("/sys/hypervisor/guest_type")
+    pv = kind.exists() and kind.read_text().strip() == "PV"
+    taken = {item.identity.device for record in driver.ledger.domains() for item in record.allocations if item.identity}
+    used = {each.name for each in inventory.mounted()}
+    used |= {each.name for each in inventory.namespaces() if each.uid in taken}
+    regions = ndctl.regions(_run(("ndctl", "list", "-RNi")))
+    return Host(
+        regions=regions,
+        page_map="mem" if pv else "dev",  # a PV dom0 cannot have page structures in the namespace: ENOMEM
+        systemd=BOOTED.is_dir(),
+        in_use=frozenset(each.name for region in regions for each in region.namespaces if each.name in used),
+        conf_folder=conf.CONF_FOLDER,
+    )
+
+
+def _text(step: Command | File) -> str:
+    from nvdimm_driver.poolsetup import Command
+
+    if isinstance(step, Command):
+        return f"+ {shlex.join(step.words)}"
+    lines = "".join(f"  | {line}\n" for line in step.text.splitlines())
+    return f"+ write {step.path}\n{lines}".rstrip()
+
+
+def _do(step: Command | File, wish: Wish) -> str:
+    """Take a step; returns what a command has printed."""
+    from pathlib import Path
+
+    from nvdimm_driver.poolsetup import Command
+
+    del wish
+    if isinstance(step, Command):
+        return _run(step.words)
+    try:
+        Path(step.path).parent.mkdir(parents=True, exist_ok=True)
+        Path(step.path).write_text(step.text)
+    except OSError as error:
+        raise ConfigError(f"cannot write {step.path}: {error.strerror}", hint="run as root") from error
+    return ""
+
+
+def _pretend(step: Command | File, wish: Wish) -> str:
+    """What a command would print."""
+    from nvdimm_driver.poolsetup import Command
+
+    if isinstance(step, Command) and step.words[0] == "ndctl":
+        kind = "chardev" if wish.kind == "devdax" else "blockdev"
+        return f'{{"dev": "{wish.namespace or "namespaceX.Y"}", "{kind}": "DEVICE"}}'
+    if isinstance(step, Command) and step.words[0] == "systemd-escape":
+        return _run(step.words)
+    return ""
+
+
+def _run(words: tuple[str, ...]) -> str:
+    import subprocess
+
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no {words[0]} on this host", hint=f"apt install {_package(words[0])}") from error
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).replace("\n", "; ")
+        raise ConfigError(f"'{shlex.join(words)}' failed: {said or f'status {done.returncode}'}")
+    return done.stdout
+
+
+def _package(program: str) -> str:
+    return {"ndctl": "ndctl", "mkfs.ext4": "e2fsprogs", "mkfs.xfs": "xfsprogs"}.get(program, program)

@@ -1,0 +1,153 @@
+"""Pools that are made, with what ndctl 76 prints; the lab runs the same commands."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nvdimm_driver.backing import ndctl
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
+from nvdimm_driver.model import GIB, MIB
+from nvdimm_driver.poolsetup import Command, File, Host, Wish, steps
+
+UUID = "0f7d9a52-0000-4000-8000-000000000001"
+LISTED = json.dumps(
+    [
+        {"dev": "region0", "size": GIB, "available_size": 0, "max_available_extent": 0, "type": "pmem",
+         "namespaces": [{"dev": "namespace0.0", "mode": "raw", "size": GIB, "sector_size": 512, "blockdev": "pmem0"}]},
+        {"dev": "region1", "size": 512 * MIB, "available_size": 512 * MIB, "max_available_extent": 512 * MIB,
+         "namespaces": [{"dev": "namespace1.0", "mode": "raw", "size": 0, "state": "disabled"}]},
+    ]
+)  # fmt: skip
+MADE = {"dev": "namespace1.0", "mode": "fsdax", "map": "mem", "size": 510 * MIB, "uuid": UUID, "blockdev": "pmem1"}
+MADE_DEVDAX = {
+    "dev": "namespace1.0",
+    "mode": "devdax",
+    "daxregion": {"id": 1, "devices": [{"chardev": "dax1.0", "size": 508 * MIB}]},
+}
+
+
+def wish(**changes: object) -> Wish:
+    values: dict[str, object] = {
+        "name": "fast",
+        "kind": "fsdax",
+        "region": None,
+        "namespace": None,
+        "size": None,
+        "file_system": "ext4",
+        "mount_point": "/mnt/fast",
+        "quota": "",
+        "force": False,
+    }
+    return Wish(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def host(*in_use: str, systemd: bool = False, listed: str = LISTED) -> Host:
+    return Host(ndctl.regions(listed), "mem", systemd, frozenset(in_use), "/etc/conf.d")
+
+
+def run(a_wish: Wish, a_host: Host, made: object = MADE) -> list[str]:
+    """The steps as words, and the files as path: text."""
+    todo = steps(a_wish, a_host, UUID)
+    told: list[str] = []
+    answer = None
+    while True:
+        try:
+            step = todo.send(answer)  # type: ignore[arg-type]
+        except StopIteration:
+            return told
+        if isinstance(step, File):
+            told.append(f"{step.path}: {step.text}")
+        else:
+            told.append(" ".join(step.words))
+        is_ndctl = isinstance(step, Command) and step.words[0] == "ndctl"
+        answer = json.dumps(made) if is_ndctl else "mnt-fast.mount\n"
+
+
+def test_a_file_system_on_a_new_namespace() -> None:
+    section = "# made by 'nvdimmctl pool create'\n[pool:fast]\nkind = fsdax\npaths = /mnt/fast\nquota = 100GiB\n"
+    assert run(wish(quota="100GiB"), host()) == [
+        f"ndctl create-namespace -r region1 -n fast -s {512 * MIB} -m fsdax --map=mem",
+        f"mkfs.ext4 -q -b 4096 -E stride=512,stripe_width=512 -m 0 -U {UUID} /dev/pmem1",
+        "mkdir -p /mnt/fast",
+        f"mount -t ext4 -o dax=always UUID={UUID} /mnt/fast",
+        "chmod 0700 /mnt/fast",
+        f"/etc/conf.d/pool-fast.conf: {section}",
+    ]
+
+
+def test_systemd_mounts_it_at_boot() -> None:
+    told = run(wish(file_system="xfs"), host(systemd=True))
+    assert told[1] == f"mkfs.xfs -q -m reflink=0,uuid={UUID} -d su=2m,sw=1 -l su=4k /dev/pmem1"
+    assert told[3] == "systemd-escape --path --suffix=mount /mnt/fast"
+    unit = told[4]
+    assert unit.startswith("/etc/systemd/system/mnt-fast.mount: ")
+    for line in (f"What=/dev/disk/by-uuid/{UUID}", "Where=/mnt/fast", "Type=xfs", "Options=dax=always"):
+        assert f"\n{line}\n" in unit
+    assert told[5:8] == ["systemctl daemon-reload", "udevadm settle", "systemctl enable --now mnt-fast.mount"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "made", "mode", "path"),
+    [("pmem", MADE, "-m raw", "/dev/pmem1"), ("devdax", MADE_DEVDAX, "-m devdax --map=mem", "/dev/dax1.0")],
+)
+def test_a_namespace_of_its_own(kind: str, made: object, mode: str, path: str) -> None:
+    create, section = run(wish(kind=kind, size=256 * MIB), host(), made)
+    assert create == f"ndctl create-namespace -r region1 -n fast -s {256 * MIB} {mode}"
+    assert f"kind = {kind}\npaths = {path}\n" in section
+
+
+def test_a_namespace_that_there_is_needs_force() -> None:
+    with pytest.raises(RefusedError, match=r"all that is on namespace0\.0 \(1 GiB, mode raw\) would be lost \(--force"):
+        run(wish(namespace="namespace0.0"), host())
+    told = run(wish(namespace="namespace0.0", force=True), host())
+    assert told[0] == "ndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem"
+    assert told[1].startswith("mkfs.ext4 -q -F ")
+
+
+def test_one_that_is_in_the_mode_is_not_taken_down() -> None:
+    assert len(run(wish(namespace="namespace0.0", kind="pmem", force=True), host())) == 1
+
+
+def test_one_that_is_in_use_is_never_taken() -> None:
+    with pytest.raises(InUseError, match=r"namespace0\.0 is in use: /dev/pmem0"):
+        run(wish(namespace="namespace0.0", force=True), host("namespace0.0"))
+
+
+def test_a_region_of_an_odd_size_is_aligned_to_2_mib_first() -> None:
+    listed = json.dumps([{"dev": "region0", "size": 510 * MIB, "available_size": 510 * MIB}])
+    assert run(wish(kind="pmem"), host(listed=listed))[0] == "/sys/bus/nd/devices/region0/align: 0x200000\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "listed", "kind", "says"),
+    [
+        ({"region": "region7"}, LISTED, NotFoundError, "no region region7 .*region1 .512 MiB free"),
+        ({"namespace": "namespace7.0"}, LISTED, NotFoundError, "no namespace namespace7.0"),
+        ({"size": GIB}, LISTED, BackingError, "no room for a namespace of 1 GiB, the largest is 512 MiB"),
+        ({"region": "region0"}, LISTED, BackingError, "no room"),
+        ({}, "[]", BackingError, "no region has room .*no region of persistent memory"),
+        ({}, LISTED.replace('"max_available_extent": 0', '"max_available_extent": 2097152'), BackingError, "more than"),
+    ],
+)
+def test_what_cannot_be(changes: dict[str, object], listed: str, kind: type[NvdimmError], says: str) -> None:
+    with pytest.raises(kind, match=says):
+        run(wish(**changes), host(listed=listed))
+
+
+@pytest.mark.parametrize("text", ["{", '{"regions": [{}]}', "[1]", '"x"'])
+def test_what_ndctl_does_not_print(text: str) -> None:
+    with pytest.raises(BackingError, match="'ndctl list -RNi' printed"):
+        ndctl.regions(text)
+
+
+def test_one_region_alone() -> None:
+    (region,) = ndctl.regions(json.dumps({"dev": "region0", "size": GIB, "available_size": GIB}))
+    assert (region.largest_free, region.namespaces) == (GIB, ())
+    assert ndctl.regions("") == ()
+
+
+def test_a_namespace_that_ndctl_did_not_make() -> None:
+    with pytest.raises(BackingError, match="'ndctl create-namespace' printed"):
+        ndctl.namespace("")
