@@ -67,6 +67,7 @@ setup(
             "pool_list = nvdimm_driver.cmd.ctl.pools:PoolList",
             "pool_show = nvdimm_driver.cmd.ctl.pools:PoolShow",
             "release = nvdimm_driver.cmd.ctl.domains:Release",
+            "check = nvdimm_driver.cmd.ctl.check:Check",
             "host = nvdimm_driver.cmd.ctl.host:HostFile",
             "register = nvdimm_driver.cmd.ctl.host:Register",
             "unregister = nvdimm_driver.cmd.ctl.host:Unregister",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import claims, frames, layout, plugins
+from nvdimm_driver import claims, frames, layout, marks, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
@@ -173,10 +173,13 @@ class XenNvdimmDriver:
     def drop(self, uuid: str) -> None:
         """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
         record = self.ledger.domain(uuid)
-        if record is not None and record.attachment is None:
+        if record is None:
+            return
+        if record.attachment is None:
             self.ledger.forget(uuid)
-        elif record is not None:
+        else:
             self.ledger.replace(uuid, record.name, record.ram, [])
+        self._unmark(record.allocations)
 
     def begin(self, uuid: str) -> Record | None:
         """Somebody is about to start the domain: why an earlier start failed is of no interest any more.
@@ -269,6 +272,7 @@ class XenNvdimmDriver:
         if record.attachment is not None:
             raise InUseError(f"domain {record.name} is running or starting", hint="shut it down first")
         self.ledger.forget(uuid)
+        self._unmark(record.allocations)
         return record
 
     def tables_file(self, uuid: str) -> Path:
@@ -341,6 +345,23 @@ class XenNvdimmDriver:
             ],
             dsm=domain.dsm,
         )
+        self._mark(uuid, before)
+
+    def _mark(self, uuid: str, before: Record | None) -> None:
+        """Have the domain's backings say whose they are, and those that it had before say nothing any more."""
+        record = self.ledger.domain(uuid)
+        kept = record.allocations if record else ()
+        for item in kept:
+            if record:
+                self._backing(item.spec).mark(item.spec.path, marks.pack(record, item))
+        paths = {item.spec.path for item in kept}
+        self._unmark(item for item in (before.allocations if before else ()) if item.spec.path not in paths)
+
+    def _unmark(self, items: Iterable[Allocation]) -> None:
+        for item in items:
+            for backing in self.backings:
+                if backing.handles(item.spec.path):
+                    backing.mark(item.spec.path, None)
 
     def _adopt(self, uuid: str, domain: DomainSpec) -> Record:
         """The domain's record, after taking over NVDIMMs that were added or changed behind our back.

@@ -192,6 +192,20 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Surveyed:
+    """A file in a pool.
+
+    :ivar path: without symbolic links.
+    :ivar owner: what it says of itself (:mod:`.marks`); None when it says nothing.
+    :ivar frozen: it is kept as it is for a guest.
+    """
+
+    path: str
+    owner: bytes | None
+    frozen: bool
+
+
+@dataclass(frozen=True)
 class Intake:
     """What provisioning a backing will do; nothing has been done yet.
 

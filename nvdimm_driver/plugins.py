@@ -5,11 +5,12 @@ Imports nothing heavy: the device model, which has to start fast, uses a mapper.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without the 8 ms that importing typing takes
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from typing import Any, Self
 
     from oslo_config import cfg
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         NvdimmSpec,
         Progress,
         Space,
+        Surveyed,
     )
 
 
@@ -138,6 +140,36 @@ class Backing(Plugin):
     def thaw(self, path: str) -> None:
         """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone."""
 
+    def exists(self, path: str) -> bool:
+        """Whether there is something at a path."""
+        return os.path.lexists(path)
+
+    def mark(self, path: str, owner: bytes | None) -> None:
+        """Have a backing, which may be frozen, say itself whose it is; None takes that away. Devices cannot."""
+
+    def survey(self, paths: Sequence[str]) -> Iterable[Surveyed]:
+        """Look at all that can say so in a pool with these paths.
+
+        :raises BackingError: when the pool cannot be looked at.
+        """
+        return ()
+
+    def lacking(self, spec: NvdimmSpec) -> int:
+        """Bytes that a backing has too few."""
+        return 0
+
+    def extend(self, spec: NvdimmSpec) -> None:
+        """Put zeros where a backing has too few bytes."""
+
+    def move(self, source: str, target: str) -> None:
+        """Give a backing that is not frozen another path, at which nothing is.
+
+        :raises BackingError: when that cannot be done.
+        """
+        from nvdimm_driver.errors import BackingError
+
+        raise BackingError(f"{source}: cannot be moved to {target}", hint="it is a device")
+
     def check_labels(self, spec: NvdimmSpec) -> None:
         """Check that :meth:`open_labels` can work for such a backing, which need not be provisioned yet.
 
@@ -189,6 +221,10 @@ class Mapper(Plugin):
     @abstractmethod
     def is_alive(self, domid: int, uuid: str) -> bool:
         """True while the hypervisor has that domain, dying ones included."""
+
+    @abstractmethod
+    def guests(self) -> list[tuple[int, str | None]]:
+        """Every domain but dom0 that the hypervisor has, dying ones included, as (domid, uuid if it is known)."""
 
     @abstractmethod
     def guest_end(self, domid: int) -> int:

@@ -58,26 +58,43 @@ class Starts:
         self.put_away(record.uuid, record.attachment.paths)
         return True
 
+    def stale(self) -> list[Record]:
+        """The domains with a start that is over and not put away."""
+        return [
+            record
+            for record in self.ledger.domains()
+            if record.attachment and not _is_pending(record.attachment) and not self._is_running(record.attachment)
+        ]
+
     def reconcile(self) -> None:
         """Put away what starts have left whose domains are gone."""
-        for record in self.ledger.domains():
-            attachment = record.attachment
-            if attachment is not None and not _is_pending(attachment) and not self._is_running(attachment):
-                self.put_away(record.uuid, attachment.paths)
-                LOG.info("domain %s: put away after domid %s", record.name, attachment.domid)
+        for record in self.stale():
+            if record.attachment is not None:
+                self.put_away(record.uuid, record.attachment.paths)
+                LOG.info("domain %s: put away after domid %s", record.name, record.attachment.domid)
+
+    def unserved(self) -> list[Record]:
+        """The running domains whose label server is gone."""
+        return [
+            record
+            for record in self.ledger.domains()
+            if record.attachment
+            and record.attachment.served
+            and record.attachment.state == "mapped"
+            and self._is_running(record.attachment)
+            and not self.label_servers.is_running(record.uuid)
+        ]
 
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed with what watches it."""
-        for record in self.ledger.domains():
-            at = record.attachment
-            if at is None or at.domid is None or not at.served or at.state != "mapped":
+        for record in self.unserved():
+            if record.attachment is None or record.attachment.domid is None:
                 continue
-            if self._is_running(at) and not self.label_servers.is_running(record.uuid):
-                LOG.warning("domain %s: its label server is gone; starting another", record.name)
-                try:
-                    self.label_servers.start(at.domid, record.uuid)
-                except XenError as error:
-                    LOG.error("domain %s: %s", record.name, error)
+            LOG.warning("domain %s: its label server is gone; starting another", record.name)
+            try:
+                self.label_servers.start(record.attachment.domid, record.uuid)
+            except XenError as error:
+                LOG.error("domain %s: %s", record.name, error)
 
     def check_ended(self, uuid: str) -> None:
         """The last start of the domain must be over: a guest of which libvirt has lost sight has its memory still.

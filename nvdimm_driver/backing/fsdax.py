@@ -15,7 +15,17 @@ from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.backing.inventory import Mount, Volume, space_of
 from nvdimm_driver.backing.labels import MappedLabels, check_identity
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
+from nvdimm_driver.model import (
+    SUPERPAGE,
+    BackingIdentity,
+    Extent,
+    Intake,
+    Location,
+    NvdimmSpec,
+    Progress,
+    Space,
+    Surveyed,
+)
 from nvdimm_driver.plugins import Backing, LabelArea, unwatched
 
 _FILE_SYSTEMS = ("ext4", "xfs")
@@ -155,6 +165,43 @@ class FsdaxBacking(Backing):
         if os.path.lexists(path):
             with _opened(path, os.O_RDONLY) as fd:
                 inode.thaw(fd)
+
+    def mark(self, path: str, owner: bytes | None) -> None:
+        path = os.path.realpath(path)
+        if owner is not None or os.path.lexists(path):
+            with _opened(path, os.O_RDONLY) as fd:
+                inode.mark(fd, owner)
+
+    def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
+        for top in map(os.path.realpath, paths):
+            with _opened(top, os.O_RDONLY | os.O_DIRECTORY) as fd:
+                device = os.fstat(fd).st_dev
+            for folder, folders, files in os.walk(top):
+                folders[:] = [each for each in folders if os.stat(os.path.join(folder, each)).st_dev == device]
+                for path in (os.path.join(folder, name) for name in sorted(files)):
+                    if os.path.isfile(path) and not os.path.islink(path):
+                        with _opened(path, os.O_RDONLY) as fd:
+                            yield Surveyed(path, inode.owner(fd), inode.is_frozen(fd))
+
+    def lacking(self, spec: NvdimmSpec) -> int:
+        return max(0, spec.size - os.stat(spec.path).st_size)
+
+    def extend(self, spec: NvdimmSpec) -> None:
+        path = os.path.realpath(spec.path)
+        with _opened(path, os.O_RDWR) as fd:
+            size = os.fstat(fd).st_size
+            os.posix_fallocate(fd, size, spec.size - size)
+
+    def move(self, source: str, target: str) -> None:
+        try:
+            os.link(source, target)  # unlike rename, it fails when something is there
+            os.unlink(source)
+        except OSError as error:
+            raise BackingError(
+                f"{source}: cannot be moved to {target}: {error.strerror}", hint="move it by hand"
+            ) from error
+        _sync_directory(target)
+        _sync_directory(source)
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
         """Map it: an immutable file on DAX takes stores, but no write and no open for one (ext4_file_write_iter,

@@ -23,6 +23,7 @@ _FS_IOC_FSGETXATTR = 0x801C581F
 _FS_IOC_FSSETXATTR = 0x401C5820
 _FSXATTR = struct.Struct("=IIIII8x")  # struct fsxattr: xflags, extsize, nextents, projid, cowextsize
 _FROZEN = "trusted.nvdimm_driver.frozen"
+_OWNER = "trusted.nvdimm_driver.owner"
 
 
 def generation(fd: int) -> int:
@@ -52,6 +53,28 @@ def thaw(fd: int) -> None:
     if is_frozen(fd):
         fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", _get_int(fd, _FS_IOC_GETFLAGS) & ~IMMUTABLE))
         os.removexattr(fd, _FROZEN)
+
+
+def owner(fd: int) -> bytes | None:
+    """Return what :func:`mark` has written."""
+    return os.getxattr(fd, _OWNER) if _OWNER in os.listxattr(fd) else None
+
+
+def mark(fd: int, text: bytes | None) -> None:
+    """Write on the file, where only root sees it, whose it is; None takes that away. A frozen file is thawed for it."""
+    if text == owner(fd):
+        return
+    frozen = is_frozen(fd)
+    thaw(fd)
+    try:
+        if text is None:
+            os.removexattr(fd, _OWNER)
+        else:
+            os.setxattr(fd, _OWNER, text)
+    finally:
+        if frozen:
+            freeze(fd)
+    os.fsync(fd)
 
 
 def xflags(fd: int) -> int:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 
+FIRST_RESERVED = 0x7FF0
+"""DOMID_FIRST_RESERVED of xen/include/public/xen.h: no domain has this id, or a higher one."""
 TABLES_PAGES = 63
 """With the ``_DSM`` page 64 pages, of the 256 that libxl leaves free below the domain's memory limit."""
 TABLES_COUNT = 4
@@ -61,6 +63,11 @@ class DomctlMapper(Mapper):
     def is_alive(self, domid: int, uuid: str) -> bool:
         # The xenstore entries of a dying domain are gone before it is: no entry means that it may be the one.
         return self.xen.maximum_gfn(domid) is not None and self.uuid(domid) in (None, uuid.lower())
+
+    def guests(self) -> list[tuple[int, str | None]]:
+        return [
+            (domid, self.uuid(domid)) for domid in range(1, FIRST_RESERVED) if self.xen.maximum_gfn(domid) is not None
+        ]
 
     def guest_end(self, domid: int) -> int:
         last = self.xen.maximum_gfn(domid)

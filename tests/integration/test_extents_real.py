@@ -18,7 +18,7 @@ from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import LAST, MERGED, UNWRITTEN, FileExtent
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Location, NvdimmSpec
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Location, NvdimmSpec, Surveyed
 from tests.unit.fake_sysfs import FakeSysfs
 
 SPA = 0x1_4020_0000
@@ -104,6 +104,11 @@ def fs(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem]) -> I
 def xfs(file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
     yield file_systems["xfs"]
     file_systems["xfs"].clear()
+
+
+def inode_flags(path: Path) -> str:
+    """Whether lsattr shows it immutable."""
+    return "i" if "i" in run("lsattr", path).split()[0] else ""
 
 
 def free_runs(fs: FileSystem) -> int:
@@ -298,3 +303,55 @@ def test_a_file_is_no_folder_of_a_pool(fs: FileSystem) -> None:
     fs.path.touch()
     with pytest.raises(BackingError, match="Not a directory"):
         fs.backing.space([str(fs.path)], [])
+
+
+def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
+    fs.backing.provision(fs.spec)
+    path, location = str(fs.path), fs.backing.locate(fs.spec)
+    fs.backing.mark(path, b"mine")
+    fs.backing.freeze(path)
+    fs.backing.mark(path, b"yours")
+    assert inode_flags(fs.path) == "i", "frozen as before"
+    below = fs.root / "folder"
+    below.mkdir()
+    (below / "plain").touch()
+    (below / "link").symlink_to(path)
+    found = {each.path: each for each in fs.backing.survey([str(fs.root)])}
+    assert found == {
+        path: Surveyed(path, b"yours", True),
+        f"{below}/plain": Surveyed(f"{below}/plain", None, False),
+    }
+    fs.backing.mark(path, None)
+    fs.backing.thaw(path)
+    assert fs.backing.locate(fs.spec) == location
+    fs.backing.mark(f"{fs.root}/nothing", None)
+    with pytest.raises(BackingError, match="No such file"):
+        fs.backing.mark(f"{fs.root}/nothing", b"mine")
+    for each in (below / "plain", below / "link"):
+        each.unlink()
+    below.rmdir()
+
+
+def test_a_file_that_was_truncated_is_extended(fs: FileSystem) -> None:
+    identity = fs.backing.provision(fs.spec)
+    with open(fs.path, "r+b") as file:
+        file.write(b"\xa5" * SIZE)
+        file.truncate(SIZE - MIB)
+    assert fs.backing.lacking(fs.spec) == MIB
+    fs.backing.extend(fs.spec)
+    assert fs.backing.provision(fs.spec) == identity
+    assert fs.backing.lacking(fs.spec) == 0
+    assert fs.stored(fs.backing.locate(fs.spec)) == b"\xa5" * (SIZE - MIB) + bytes(MIB)
+
+
+def test_a_file_is_moved_and_never_over_another(fs: FileSystem) -> None:
+    identity = fs.backing.provision(fs.spec)
+    target = fs.root / "target"
+    target.write_bytes(b"other")
+    with pytest.raises(BackingError, match=r"cannot be moved to .*target: File exists"):
+        fs.backing.move(str(fs.path), str(target))
+    target.unlink()
+    fs.backing.move(str(fs.path), str(target))
+    assert fs.files() == [target]
+    fs.backing.move(str(target), str(fs.path))
+    assert fs.backing.locate(fs.spec).identity == identity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from nvdimm_driver.model import (
     NvdimmSpec,
     Progress,
     Space,
+    Surveyed,
 )
 from nvdimm_driver.planning import Host
 from nvdimm_driver.plugins import AcpiBuilder, Backing, LabelArea, Mapper, unwatched
@@ -44,6 +45,7 @@ class MemoryBacking(Backing):
         self.frozen: set[str] = set()
         self.fail_provision: set[str] = set()
         self.fail_space = ""
+        self.marks: dict[str, bytes] = {}
         self.next_inode = 100
 
     def describe(self) -> str:
@@ -80,6 +82,21 @@ class MemoryBacking(Backing):
         inode, size = self.files[spec.path]
         start = NAMESPACE.data_spa + (inode - 100) * 128 * MIB
         return Location(BackingIdentity("memory", "ns-0", 0, inode, 1, size), (Extent(0, start, spec.size),))
+
+    def exists(self, path: str) -> bool:
+        return path in self.files
+
+    def mark(self, path: str, owner: bytes | None) -> None:
+        self.marks.pop(path, None)
+        if owner is not None:
+            self.marks[path] = owner
+
+    def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
+        if self.fail_space:
+            raise BackingError(self.fail_space)
+        for path in sorted(self.files):
+            if any(path.startswith(f"{top}/") for top in paths):
+                yield Surveyed(path, self.marks.get(path), path in self.frozen)
 
     def freeze(self, path: str) -> None:
         self.frozen.add(path)
@@ -141,6 +158,9 @@ class RecordingMapper(Mapper):
 
     def is_alive(self, domid: int, uuid: str) -> bool:
         return self.alive.get(domid) == uuid
+
+    def guests(self) -> list[tuple[int, str | None]]:
+        return [*self.alive.items()]
 
     def guest_end(self, domid: int) -> int:
         return self.guest_frames

@@ -1,0 +1,186 @@
+"""What does not fit together: ledger, backings, their marks, and Xen; and how each of it is mended."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from nvdimm_driver import claims, marks
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.marks import Mark
+from nvdimm_driver.model import Allocation, Record, Surveyed
+from nvdimm_driver.plugins import Backing, backing_of
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that does not fit.
+
+    :ivar domain: name of the domain; empty when none is known.
+    :ivar path: of the backing; empty when it is about none.
+    :ivar remedy: what mending does or, when it cannot be mended, what the operator can do.
+    :ivar mend: mends it; None when that cannot be done.
+    """
+
+    domain: str
+    path: str
+    problem: str
+    remedy: str
+    mend: Callable[[], object] | None = field(default=None, compare=False)
+
+
+def look(driver: XenNvdimmDriver) -> list[Finding]:
+    """Find all that does not fit; nothing is changed.
+
+    A moved file and one that the ledger does not know are the same file: what is found first is mended first, and then
+    it is looked again.
+    """
+    return list(_Look(driver).findings())
+
+
+class _Look:
+    def __init__(self, driver: XenNvdimmDriver) -> None:
+        self.driver = driver
+        self.records = driver.ledger.domains()
+        self.owners = {
+            os.path.realpath(item.spec.path): (record, item) for record in self.records for item in record.allocations
+        }
+        self.files: dict[str, Surveyed] = {}
+        self.unseen: list[Finding] = []
+        for pool in driver.pools:
+            try:
+                self.files |= {file.path: file for file in self._named(pool.kind).survey(pool.paths)}
+            except BackingError as error:
+                self.unseen.append(Finding("", "", f"pool {pool.name}: {error.message}", error.hint))
+
+    def findings(self) -> Iterator[Finding]:
+        yield from self.unseen
+        for record in self.driver.starts.stale():
+            domid = record.attachment.domid if record.attachment else None
+            problem = f"its start as domid {domid} is over, and not put away"
+            yield Finding(record.name, "", problem, "put it away", self.driver.reconcile)
+        for record in self.driver.starts.unserved():
+            yield Finding(record.name, "", "its label server is gone", "start another", self.driver.serve_labels)
+        for record in self.records:
+            for item in record.allocations:
+                if item.ready:
+                    yield from self._allocation(record, item)
+        for file in self.files.values():
+            yield from self._file(file)
+
+    # --- what the ledger has ---
+
+    def _allocation(self, record: Record, item: Allocation) -> Iterator[Finding]:
+        path = item.spec.path
+        told = partial(Finding, record.name, path)
+        try:
+            backing = self._named(item.identity.kind if item.identity else "")
+            if not backing.exists(path):
+                yield self._gone(record, item)
+                return
+            lacking = backing.lacking(item.spec)
+            if lacking:
+                problem = f"it is {lacking} bytes too short: they are lost"
+                yield told(problem, "put zeros in their place", partial(self._complete, backing, record, item))
+                return
+            found = backing.locate(item.spec).identity
+        except BackingError as error:
+            yield told(error.message.removeprefix(f"{path}: "), error.hint or "see what has changed it")
+            return
+        if found != item.identity:
+            problem = f"another object ({found}) has taken the place of what was provisioned ({item.identity})"
+            yield told(problem, "take it as it is now", partial(self._adopt, backing, record, item))
+            return
+        file = self.files.get(os.path.realpath(path))
+        if file is not None and file.owner != marks.pack(record, item):
+            problem = (
+                "its own mark does not say whose it is" if file.owner is None else "its own mark is not up to date"
+            )
+            yield told(problem, "mark it", partial(backing.mark, path, marks.pack(record, item)))
+
+    def _named(self, kind: str) -> Backing:
+        for backing in self.driver.backings:
+            if backing.name == kind:
+                return backing
+        raise BackingError(f"there is no backing {kind!r}", hint="install the plug-in that it was made with")
+
+    def _gone(self, record: Record, item: Allocation) -> Finding:
+        told = partial(Finding, record.name, item.spec.path)
+        for file in self.files.values():
+            mark = self._mark(file)
+            if mark and (mark.uuid, mark.spec.slot) == (record.uuid, item.spec.slot) and file.path not in self.owners:
+                backing = self._named(item.identity.kind if item.identity else "")
+                move = partial(backing.move, file.path, item.spec.path)
+                return told(f"it is not there; it was moved to {file.path}", "move it back", move)
+        return told(
+            "it is not there",
+            "give up what was in it: the next define makes a new one, of zeros; or bring it back from a backup",
+            partial(self._replace, record, replace(item, identity=None, written=0)),
+        )
+
+    def _complete(self, backing: Backing, record: Record, item: Allocation) -> None:
+        backing.extend(item.spec)
+        self._adopt(backing, record, item)
+
+    def _adopt(self, backing: Backing, record: Record, item: Allocation) -> None:
+        """Take a backing as it is: provisioned, nobody else's, marked, and in the ledger."""
+        identity = backing.provision(item.spec)
+        claims.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
+        changed = replace(item, identity=identity)
+        self._replace(record, changed)
+        backing.mark(item.spec.path, marks.pack(record, changed))
+
+    def _replace(self, record: Record, item: Allocation) -> None:
+        """Put an NVDIMM into the ledger instead of the domain's one of that slot."""
+        known = self.driver.ledger.domain(record.uuid)
+        others = [each for each in (known.allocations if known else ()) if each.spec.slot != item.spec.slot]
+        self.driver.ledger.replace(record.uuid, record.name, record.ram, [*others, item], dsm=record.dsm)
+
+    # --- what the files have ---
+
+    def _file(self, file: Surveyed) -> Iterator[Finding]:
+        owner = self.owners.get(file.path)
+        mark = self._mark(file)
+        started = {os.path.realpath(path) for each in self.records if each.attachment for path in each.attachment.paths}
+        if file.frozen and file.path not in started:
+            yield self._frozen(file, owner[0].name if owner else mark.name if mark else "", mark)
+        if owner is None and file.owner is not None:
+            yield self._unknown(file, mark)
+
+    def _frozen(self, file: Surveyed, name: str, mark: Mark | None) -> Finding:
+        told = partial(Finding, name, file.path, "it is frozen, and no start that is known has it")
+        for domid, uuid in self.driver.starts.mapper.guests():
+            if mark is None or uuid in (None, mark.uuid):
+                return told(f"shut the guest with domid {domid} down first: it may be its own")
+        return told("thaw it", partial(backing_of(self.driver.backings, file.path).thaw, file.path))
+
+    def _unknown(self, file: Surveyed, mark: Mark | None) -> Finding:
+        backing = backing_of(self.driver.backings, file.path)
+        unmark = partial(backing.mark, file.path, None)
+        if mark is None:
+            return Finding("", file.path, "its mark cannot be read", "take the mark away", unmark)
+        known = next((each for each in self.records if each.uuid == mark.uuid), None)
+        slots = {item.spec.slot: item for item in known.allocations} if known else {}
+        told = partial(Finding, mark.name, file.path)
+        if mark.spec.slot in slots:
+            kept = slots[mark.spec.slot].spec.path
+            return told(f"its mark says slot {mark.spec.slot}, which is {kept}", "take the mark away", unmark)
+        record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
+        item = Allocation(mark.uuid, mark.spec, base=mark.base)
+        problem = f"its mark says slot {mark.spec.slot} of {mark.name} ({mark.uuid}), which the ledger does not know"
+        return told(problem, "write it into the ledger", partial(self._adopt, backing, record, item))
+
+    def _mark(self, file: Surveyed) -> Mark | None:
+        if file.owner is None:
+            return None
+        try:
+            return marks.unpack(file.path, file.owner)
+        except LedgerError as error:
+            LOG.warning("%s", error)
+            return None

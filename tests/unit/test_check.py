@@ -1,0 +1,150 @@
+"""What check finds on a host in memory; tests/lab has the same on real files, and what mending does to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.check import Finding, look
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Pool
+from nvdimm_driver.pools import Pools
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
+from tests.unit.test_pools import domain
+
+POOL = Pool("main", "memory", ("/mnt/pmem0",), None, SUPERPAGE, 128 * KIB, False)
+A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
+
+
+@pytest.fixture
+def backing() -> MemoryBacking:
+    return MemoryBacking()
+
+
+@pytest.fixture
+def mapper() -> RecordingMapper:
+    return RecordingMapper()
+
+
+@pytest.fixture
+def driver(tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper) -> XenNvdimmDriver:
+    driver = make_driver(tmp_path, backing, mapper, pools=Pools([POOL]))
+    driver.define(domain((A, 64 * MIB), (B, 32 * MIB)))
+    return driver
+
+
+def mend(driver: XenNvdimmDriver) -> list[Finding]:
+    """Mend what is found; return what is left."""
+    for finding in look(driver):
+        assert finding.mend, finding
+        finding.mend()
+    return look(driver)
+
+
+def test_all_is_well(driver: XenNvdimmDriver) -> None:
+    assert look(driver) == []
+
+
+def test_what_is_given_up_is_not_marked_any_more(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    assert set(backing.marks) == {A, B}
+    driver.define(domain((A, 64 * MIB)))
+    assert set(backing.marks) == {A}
+    driver.drop(UUID)
+    assert backing.marks == {}
+    assert look(driver) == []
+
+
+def test_a_lost_ledger_is_made_again(
+    tmp_path: Path, driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    before = driver.ledger.domain(UUID)
+    (tmp_path / "new").mkdir()
+    new = make_driver(tmp_path / "new", backing, mapper, pools=Pools([POOL]))
+    found = look(new)
+    assert [(each.domain, each.path) for each in found] == [("db1", A), ("db1", B)]
+    assert "slot 0 of db1" in found[0].problem
+    assert mend(new) == []
+    assert new.ledger.domain(UUID) == before
+
+
+def test_a_ledger_that_is_behind(driver: XenNvdimmDriver) -> None:
+    """As one from a backup that has only the first NVDIMM."""
+    before = driver.ledger.domain(UUID)
+    assert before
+    driver.ledger.replace(UUID, before.name, before.ram, before.allocations[:1], dsm=before.dsm)
+    assert [each.path for each in look(driver)] == [B]
+    assert mend(driver) == []
+    assert driver.ledger.domain(UUID) == before
+
+
+def test_a_copy_with_a_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    backing.files["/mnt/pmem0/copy"] = (500, 64 * MIB)
+    backing.marks["/mnt/pmem0/copy"] = backing.marks[A]
+    (finding,) = look(driver)
+    assert (finding.path, finding.remedy) == ("/mnt/pmem0/copy", "take the mark away")
+    assert A in finding.problem
+    assert mend(driver) == []
+    assert set(backing.marks) == {A, B}
+
+
+def test_a_file_without_or_with_a_wrong_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    del backing.marks[A]
+    backing.marks[B] = b"scribble"
+    assert [each.remedy for each in look(driver)] == ["mark it", "mark it"]
+    assert mend(driver) == []
+
+
+def test_a_mark_of_nobody_that_cannot_be_read(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    backing.files["/mnt/pmem0/c"] = (500, MIB)
+    backing.marks["/mnt/pmem0/c"] = b"scribble"
+    assert [each.remedy for each in look(driver)] == ["take the mark away"]
+    assert mend(driver) == []
+
+
+def test_another_file_in_its_place_is_taken(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    backing.files[A] = (700, 64 * MIB)
+    (finding,) = look(driver)
+    assert "another object" in finding.problem
+    assert mend(driver) == []
+    record = driver.ledger.domain(UUID)
+    assert record
+    assert record.allocations[0].identity
+    assert record.allocations[0].identity.inode == 700
+
+
+def test_a_start_that_is_over(driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper) -> None:
+    driver.prepare(domain((A, 64 * MIB), (B, 32 * MIB)))
+    mapper.alive[7] = UUID
+    driver.ledger.mapping(UUID, 7)
+    driver.ledger.mapped(UUID)
+    assert look(driver) == []
+    del mapper.alive[7]
+    assert [each.problem for each in look(driver)] == ["its start as domid 7 is over, and not put away"]
+    assert mend(driver) == []
+    assert backing.frozen == set()
+
+
+def test_a_frozen_file_that_no_start_has(
+    driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    backing.frozen.add(A)
+    mapper.alive[3] = OTHER_UUID
+    assert mend(driver) == []
+    assert backing.frozen == set()
+
+
+@pytest.mark.parametrize("uuid", [UUID, None])
+def test_a_frozen_file_of_a_guest_that_may_be_running_stays_so(
+    driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper, uuid: str | None
+) -> None:
+    """The ledger was lost while it ran, or it is dying."""
+    backing.frozen.add(A)
+    mapper.alive[3] = uuid  # type: ignore[assignment]
+    (finding,) = look(driver)
+    assert (finding.mend, finding.remedy) == (None, "shut the guest with domid 3 down first: it may be its own")
+
+
+def test_a_pool_that_cannot_be_looked_at(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    backing.fail_space = "/mnt/pmem0 is not mounted"
+    assert [(each.problem, each.mend) for each in look(driver)] == [("pool main: /mnt/pmem0 is not mounted", None)]

@@ -1,0 +1,35 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvdimm_driver import marks
+from nvdimm_driver.errors import LedgerError
+from nvdimm_driver.marks import Mark
+from nvdimm_driver.model import GIB, MIB, Allocation, NvdimmSpec, Record
+from tests.unit.doubles import UUID
+
+
+@given(
+    slot=st.integers(0, 255),
+    label_size=st.sampled_from([0, 128 << 10]),
+    alignsize=st.none() | st.just(2 * MIB),
+    base=st.none() | st.integers(0, 1 << 46),
+    pmem=st.booleans(),
+    name=st.text(min_size=1),
+    dsm=st.sampled_from([None, "aml", "qemu"]),
+)
+def test_a_mark_is_read_as_it_was_written(
+    slot: int, label_size: int, alignsize: int | None, base: int | None, pmem: bool, name: str, dsm: str | None
+) -> None:
+    spec = NvdimmSpec(slot, "/mnt/pmem0/a.img", 64 * MIB, label_size, alignsize, node=0, pmem=pmem)
+    record = Record(UUID, name, GIB, dsm, "", (), None)
+    mark = marks.unpack("/mnt/pmem0/a.img", marks.pack(record, Allocation(UUID, spec, base=base)))
+    assert mark == Mark(UUID, name, GIB, dsm, spec, base)
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff", b"{}", b"[]", b"null", json.dumps({"version": 2}).encode()])
+def test_what_is_no_mark(text: bytes) -> None:
+    with pytest.raises(LedgerError, match=r"/a: its mark cannot be read"):
+        marks.unpack("/a", text)
