@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from nvdimm_driver.model import Allocation, Attachment, Record
+    from nvdimm_driver.model import Allocation, Record
 
 SCHEMAS = (
     """
@@ -77,7 +77,6 @@ CREATE TABLE uncached (
 """,
 )
 """What makes each version of the schema of the one before; the first one's number is 1."""
-DOMAIN_COLUMNS = "uuid, name, ram, dsm, fault"
 ALLOCATION_COLUMNS = (
     "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
     "kind, device, start, inode, generation, file_size, base, written"
@@ -148,12 +147,16 @@ class Ledger:
 
     def domains(self) -> tuple[Record, ...]:
         """Every domain the ledger knows, by name."""
-        return tuple(self._record(row) for row in self._rows(f"SELECT {DOMAIN_COLUMNS} FROM domain ORDER BY name"))
+        return self._records("SELECT uuid FROM domain")
+
+    def started(self) -> tuple[Record, ...]:
+        """Every domain with an attachment, by name."""
+        return self._records("SELECT uuid FROM attachment")
 
     def domain(self, uuid: str) -> Record | None:
         """The domain, or None when the ledger does not know it."""
-        rows = self._rows(f"SELECT {DOMAIN_COLUMNS} FROM domain WHERE uuid = ?", uuid)
-        return self._record(rows[0]) if rows else None
+        records = self._records("SELECT ?", uuid)
+        return records[0] if records else None
 
     def replace(
         self, uuid: str, name: str, ram: int, allocations: Sequence[Allocation], *, dsm: str | None = None
@@ -299,25 +302,29 @@ class Ledger:
         """A start failed."""
         self._write([("UPDATE domain SET fault = ? WHERE uuid = ?", (reason, uuid))])
 
-    def _record(self, row: tuple[Any, ...]) -> Record:
-        from nvdimm_driver.model import Record
+    def _records(self, uuids: str, *values: str) -> tuple[Record, ...]:
+        """The domains whose uuids a query selects: a query for each table, however many they are."""
+        from nvdimm_driver.model import Attachment, Record
 
-        uuid, name, ram, dsm, fault = row
-        return Record(uuid, name, ram, dsm, fault, self._allocations(uuid), self._attachment(uuid))
+        def rows(columns: str, table: str, order: str) -> list[Any]:
+            return self._rows(f"SELECT uuid, {columns} FROM {table} WHERE uuid IN ({uuids}) ORDER BY {order}", *values)
 
-    def _allocations(self, uuid: str) -> tuple[Allocation, ...]:
-        rows = self._rows(f"SELECT {ALLOCATION_COLUMNS} FROM allocation WHERE uuid = ? ORDER BY slot", uuid)
-        return tuple(_allocation(uuid, row) for row in rows)
-
-    def _attachment(self, uuid: str) -> Attachment | None:
-        from nvdimm_driver.model import Attachment
-
-        rows = self._rows("SELECT state, domid, boot_id, since, served FROM attachment WHERE uuid = ?", uuid)
-        if not rows:
-            return None
-        paths = self._rows("SELECT path FROM frozen WHERE uuid = ? ORDER BY path", uuid)
-        state, domid, boot_id, since, served = rows[0]
-        return Attachment(uuid, state, domid, boot_id, since, tuple(path for (path,) in paths), served)
+        allocations: dict[str, list[Allocation]] = {}
+        for uuid, *row in rows(ALLOCATION_COLUMNS, "allocation", "slot"):
+            allocations.setdefault(uuid, []).append(_allocation(uuid, row))
+        frozen: dict[str, list[str]] = {}
+        for uuid, path in rows("path", "frozen", "path"):
+            frozen.setdefault(uuid, []).append(path)
+        attachments = {
+            uuid: Attachment(uuid, state, domid, boot_id, since, tuple(frozen.get(uuid, ())), served)
+            for uuid, state, domid, boot_id, since, served in rows(
+                "state, domid, boot_id, since, served", "attachment", "uuid"
+            )
+        }
+        return tuple(
+            Record(uuid, name, ram, dsm, fault, tuple(allocations.get(uuid, ())), attachments.get(uuid))
+            for uuid, name, ram, dsm, fault in rows("name, ram, dsm, fault", "domain", "name")
+        )
 
     def _create(self) -> None:
         found = self._rows("PRAGMA user_version")[0][0]
@@ -370,7 +377,7 @@ def _allocation_values(item: Allocation) -> tuple[Any, ...]:
     return (*wanted, *found, item.base, item.written)
 
 
-def _allocation(uuid: str, row: tuple[Any, ...]) -> Allocation:
+def _allocation(uuid: str, row: Sequence[Any]) -> Allocation:
     from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
 
     slot, path, size, label_size, alignsize, fixed_base, node, pmem = row[:8]

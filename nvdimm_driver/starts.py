@@ -62,7 +62,7 @@ class Starts:
         """The domains with a start that is over and not put away."""
         return [
             record
-            for record in self.ledger.domains()
+            for record in self.ledger.started()
             if record.attachment and not _is_pending(record.attachment) and not self._is_running(record.attachment)
         ]
 
@@ -77,7 +77,7 @@ class Starts:
         """The running domains whose label server is gone."""
         return [
             record
-            for record in self.ledger.domains()
+            for record in self.ledger.started()
             if record.attachment
             and record.attachment.served
             and record.attachment.state == "mapped"
