@@ -1,12 +1,16 @@
 """Sphinx configuration: the HTML pages, and the man page nvdimmctl(8) from commands.rst."""
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "nvdimm_driver"
 author = "the nvdimm_driver developers"
 release = version = installed_version("nvdimm_driver")
 
-extensions = ["oslo_config.sphinxext"]
+extensions = ["oslo_config.sphinxext", "raised"]
 exclude_patterns = ["_build"]
 nitpicky = True
 highlight_language = "none"

@@ -44,7 +44,9 @@ def test_every_global_option_is_in_the_man_page() -> None:
 
 @pytest.mark.parametrize("kind", errors.NvdimmError.__subclasses__(), ids=lambda kind: kind.__name__)
 def test_every_error_is_documented_with_its_status(kind: type[errors.NvdimmError]) -> None:
-    assert f"\n{kind.__name__} ({kind.exit_code})\n---" in (DOC / "errors.rst").read_text(encoding="utf-8")
+    page = (DOC / "errors.rst").read_text(encoding="utf-8")
+    assert f"\n{kind.__name__} ({kind.exit_code})\n---" in page
+    assert f"\n.. raised:: {kind.__name__}\n" in page, "which lists all that the code can raise"
     assert f"\n{kind.exit_code}\n   " in COMMANDS
 
 

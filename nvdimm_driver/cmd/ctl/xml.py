@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.cmd.ctl.base import Action, find
-from nvdimm_driver.errors import ConfigError, DomainXmlError, NotFoundError, NvdimmError
+from nvdimm_driver.errors import ConfigError, DomainXmlError, NotFoundError
 
 if TYPE_CHECKING:
     from oslo_config import cfg
@@ -137,13 +137,13 @@ def _host_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _read(file: str, problem: type[NvdimmError] = DomainXmlError) -> str:
+def _read(file: str) -> str:
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise NotFoundError(f"cannot read {file}: {error.strerror}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise problem(f"cannot read {file}: {error}") from error
+        raise ConfigError(f"cannot read {file}: {error}") from error
 
 
 def _domain(xml: str, file: str) -> DomainSpec:
@@ -170,7 +170,7 @@ def _driver(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDriver:
     from nvdimm_driver.pools import Pools
     from nvdimm_driver.xen.dry_run import DryRunMapper
 
-    host = HostDescription.from_json(_read(host_file, ConfigError), host_file)
+    host = HostDescription.from_json(_read(host_file), host_file)
     return XenNvdimmDriver(
         ledger=Ledger(":memory:"),
         state_dir=Path(options.state_dir),
