@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from nvdimm_driver.backing.inventory import problems
+from nvdimm_driver.backing.inventory import SYSFS, namespaces, problems, regions
 from nvdimm_driver.errors import BackingError, ConfigError
 from nvdimm_driver.ledger import Ledger
-from nvdimm_driver.model import Allocation, Pool, Record, Space
-from nvdimm_driver.plugins import Backing
+from nvdimm_driver.model import Allocation, Namespace, Pool, Record, Space
+from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools import is_in
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,66 @@ class PoolUsage:
         if self.space is None:
             return None
         return self.space.free if self.pool.quota is None else max(0, min(self.space.free, self.pool.quota - self.used))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An extent of an NVDIMM; SPA and length in bytes.
+
+    :ivar state: of its domain: ``off``, or that of its start.
+    """
+
+    spa: int
+    length: int
+    domain: str
+    slot: int
+    path: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region of the host's persistent memory, with what is in it, by SPA; SPA and size in bytes."""
+
+    name: str
+    spa: int
+    size: int
+    namespaces: tuple[Namespace, ...]
+    pieces: tuple[Piece, ...]
+
+
+def host_map(ledger: Ledger, backings: Sequence[Backing], sysfs: Path = SYSFS) -> tuple[Region, ...]:
+    """Where everything is in the host's persistent memory. A backing that cannot be located is left out.
+
+    :raises BackingError: when sysfs cannot be read.
+    """
+    pieces = sorted(_pieces(ledger, backings), key=lambda piece: piece.spa)
+    found = namespaces(sysfs)
+    return tuple(
+        Region(
+            name,
+            spa,
+            size,
+            tuple(each for each in found if spa <= each.data_spa < spa + size),
+            tuple(each for each in pieces if spa <= each.spa < spa + size),
+        )
+        for name, spa, size in regions(sysfs)
+    )
+
+
+def _pieces(ledger: Ledger, backings: Sequence[Backing]) -> Iterator[Piece]:
+    for record in ledger.domains():
+        state = record.attachment.state if record.attachment else "off"
+        for item in record.allocations:
+            if not item.ready:
+                continue
+            try:
+                extents = backing_of(backings, item.spec.path).locate(item.spec).extents
+            except BackingError as error:
+                LOG.warning("%s", error)
+                continue
+            for extent in extents:
+                yield Piece(extent.spa, extent.length, record.name, item.spec.slot, item.spec.path, state)
 
 
 def usage_of(pool: Pool, ledger: Ledger, backings: Sequence[Backing]) -> PoolUsage:

@@ -55,6 +55,19 @@ def namespaces(sysfs: Path = SYSFS) -> tuple[Namespace, ...]:
     return tuple(sorted((each for each in found if each), key=lambda each: each.data_spa))
 
 
+def regions(sysfs: Path = SYSFS) -> tuple[tuple[str, int, int], ...]:
+    """Return the host's regions of persistent memory, as (name, SPA, bytes), by SPA.
+
+    :raises BackingError: when sysfs cannot be read, as by a user other than root.
+    """
+    found = []
+    for region in sysfs.glob("bus/nd/devices/region*"):
+        spa, size = (_number(region / name) if (region / name).exists() else None for name in ("resource", "size"))
+        if spa is not None and size:
+            found.append((region.name, spa, size))
+    return tuple(sorted(found, key=lambda each: each[1]))
+
+
 def areas(found: Iterable[Namespace]) -> list[tuple[int, int]]:
     """Return the machine frames (mfn, count) that guests may get: whole frames of the data areas.
 

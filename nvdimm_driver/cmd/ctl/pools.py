@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from shutil import get_terminal_size
 
 from nvdimm_driver.cmd.ctl.base import Fields, Listing, Rows, Showing
+from nvdimm_driver.errors import BackingError
 
 
 class PoolList(Listing):
@@ -26,7 +29,31 @@ class PoolShow(Showing):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("pool", metavar="POOL", help="name of the pool, as in 'nvdimmctl pool list'")
+        parser.add_argument(
+            "--map", action="store_true", help="print a picture of the regions it is on, and what is where in them"
+        )
+        parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the picture to this file, as SVG")
         return parser
+
+    def run(self, parsed_args: argparse.Namespace) -> int:
+        """A picture, or the table that cliff prints."""
+        if not (parsed_args.map or parsed_args.output):
+            return int(super().run(parsed_args))
+        from nvdimm_driver.cmd.ctl import picture
+        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.usage import host_map
+
+        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        usage = driver.usage(driver.pools.named(parsed_args.pool))
+        if usage.space is None:
+            raise BackingError(f"pool {usage.pool.name}: {'; '.join(usage.problems)}")
+        its_own = set(usage.space.namespaces)
+        regions = [each for each in host_map(driver.ledger, driver.backings) if its_own & set(each.namespaces)]
+        if parsed_args.output:
+            parsed_args.output.write_text(picture.svg(regions), encoding="utf-8")
+        if parsed_args.map:
+            print(picture.text(regions, get_terminal_size().columns))
+        return 0
 
     def take_action(self, parsed_args: argparse.Namespace) -> Fields:
         from nvdimm_driver.cmd.ctl import render

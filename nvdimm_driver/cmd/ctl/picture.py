@@ -1,0 +1,117 @@
+"""A picture of the host's persistent memory: regions, namespaces in them, and whose NVDIMMs are where. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import cycle
+
+from nvdimm_driver.model import Namespace
+from nvdimm_driver.sizes import human
+from nvdimm_driver.usage import Piece, Region
+
+FREE, OUTSIDE = ".", " "
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f")
+WIDTH, BAR, LINE, MARGIN = 960, 28, 18, 12
+"""Of the SVG, in pixels."""
+
+
+def text(regions: Sequence[Region], width: int) -> str:
+    """The picture for a terminal.
+
+    :param width: columns of it.
+    """
+    return "\n".join(line for region in regions for line in _region(region, max(width, 40)))
+
+
+def svg(regions: Sequence[Region]) -> str:
+    """The picture as an SVG document."""
+    parts: list[str] = []
+    y = MARGIN
+    for region in regions:
+        y = _draw(region, y, parts)
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}" '
+        f'font-family="sans-serif" font-size="12">\n<rect width="{WIDTH}" height="{y}" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def title(region: Region) -> str:
+    return f"{region.name}: {human(region.size)} at {region.spa:#x}"
+
+
+def describe(namespace: Namespace) -> str:
+    return f"{namespace.name}: {namespace.mode}, {namespace.device}, {human(namespace.data_size)}"
+
+
+def _owners(pieces: Sequence[Piece]) -> list[Piece]:
+    """One piece for each NVDIMM: an NVDIMM in several extents is told of once."""
+    first: dict[tuple[str, int], Piece] = {}
+    for piece in pieces:
+        first.setdefault((piece.domain, piece.slot), piece)
+    return list(first.values())
+
+
+def _told(piece: Piece, pieces: Sequence[Piece]) -> str:
+    mine = [each for each in pieces if (each.domain, each.slot) == (piece.domain, piece.slot)]
+    extents = f", {len(mine)} extents" if len(mine) > 1 else ""
+    size = human(sum(each.length for each in mine))
+    return f"{piece.domain} slot {piece.slot}: {piece.path}, {size}{extents}, {piece.state}"
+
+
+def _region(region: Region, width: int) -> Iterator[str]:
+    owners = _owners(region.pieces)
+    letters = dict(zip(((each.domain, each.slot) for each in owners), cycle(LETTERS), strict=False))
+    cells = [OUTSIDE] * (width - 2)
+    for namespace in region.namespaces:
+        for cell in _cells(region, namespace.data_spa, namespace.data_size, len(cells)):
+            cells[cell] = FREE
+    for piece in region.pieces:
+        for cell in _cells(region, piece.spa, piece.length, len(cells)):
+            cells[cell] = letters[piece.domain, piece.slot]
+    yield title(region)
+    yield f"[{''.join(cells)}]"
+    yield from (f"  {FREE} {describe(each)}" for each in region.namespaces)
+    yield from (f"  {letters[each.domain, each.slot]} {_told(each, region.pieces)}" for each in owners)
+    yield ""
+
+
+def _cells(region: Region, spa: int, length: int, count: int) -> range:
+    """The cells of a bar that a range is in: one at least, so that nothing is too small to be seen."""
+    first = (spa - region.spa) * count // region.size
+    last = -(-(spa + length - region.spa) * count // region.size)
+    return range(max(0, first), min(count, max(last, first + 1)))
+
+
+def _draw(region: Region, y: int, parts: list[str]) -> int:
+    """Draw a region from there on; returns where the next can be."""
+    scale = (WIDTH - 2 * MARGIN) / region.size
+
+    def rectangle(spa: int, length: int, colour: str, told: str) -> str:
+        x, width = MARGIN + (spa - region.spa) * scale, max(1.0, length * scale)
+        place = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}"'
+        return f'<rect {place} fill="{colour}" stroke="#555"><title>{escape(told)}</title></rect>'
+
+    def line(told: str, colour: str | None) -> None:
+        nonlocal y
+        if colour:
+            parts.append(f'<rect x="{MARGIN}" y="{y + 4}" width="10" height="10" fill="{colour}" stroke="#555"/>')
+        parts.append(f'<text x="{MARGIN + (16 if colour else 0)}" y="{y + 13}">{escape(told)}</text>')
+        y += LINE
+
+    owners = _owners(region.pieces)
+    colours = dict(zip(((each.domain, each.slot) for each in owners), cycle(COLOURS), strict=False))
+    line(title(region), None)
+    parts.append(rectangle(region.spa, region.size, "#ddd", title(region)))
+    parts.extend(rectangle(each.data_spa, each.data_size, "#f7f7f7", describe(each)) for each in region.namespaces)
+    for piece in region.pieces:
+        told = _told(piece, region.pieces)
+        parts.append(rectangle(piece.spa, piece.length, colours[piece.domain, piece.slot], told))
+    y += BAR + 4
+    for namespace in region.namespaces:
+        line(describe(namespace), "#f7f7f7")
+    for owner in owners:
+        line(_told(owner, region.pieces), colours[owner.domain, owner.slot])
+    return y + MARGIN
