@@ -56,6 +56,13 @@ setup(
             "domctl = nvdimm_driver.xen.domctl:DomctlMapper",
             "dry-run = nvdimm_driver.xen.dry_run:DryRunMapper",
         ],
+        "nvdimm_driver.list_formatters": [
+            "csv = cliff.formatters.commaseparated:CSVLister",
+            "json = cliff.formatters.json_format:JSONFormatter",
+            "table = nvdimm_driver.cmd.ctl.table:TableFormatter",
+            "value = cliff.formatters.value:ValueFormatter",
+            "yaml = cliff.formatters.yaml_format:YAMLFormatter",
+        ],
         "nvdimm_driver.nvdimmctl": [
             "rewrite = nvdimm_driver.cmd.ctl.xml:Rewrite",
             "restore = nvdimm_driver.cmd.ctl.xml:Restore",

@@ -41,6 +41,7 @@ class Listing(_Sizes, Lister):
     """A command that lists things."""
 
     app: Nvdimmctl
+    formatter_namespace = "nvdimm_driver.list_formatters"
 
 
 class Showing(_Sizes, ShowOne):
