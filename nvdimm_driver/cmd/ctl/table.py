@@ -31,4 +31,5 @@ class TableFormatter(table.TableFormatter):
         signs = ["" if isinstance(value, int) else "-" for value in rows[0]]
         line = "| " + " | ".join(f"%{sign}{width}s" for sign, width in zip(signs, widths, strict=True)) + " |\n"
         rule = "+-" + "-+-".join("-" * width for width in widths) + "-+\n"
-        stdout.writelines([rule, line % tuple(column_names), rule, *(line % row for row in zip(*texts, strict=True)), rule])
+        body = [line % row for row in zip(*texts, strict=True)]
+        stdout.writelines([rule, line % tuple(column_names), rule, *body, rule])
