@@ -150,6 +150,16 @@ def test_completion_knows_commands_options_and_domains(registered: DebianRoot) -
     assert complete(registered, "rewrite", "") == [""]
 
 
+def test_completion_knows_pools(system: DebianRoot) -> None:
+    pools = system.path(f"{CONF}.d/pools.conf")
+    pools.write_text("[pool:fast]\npaths = /mnt/pmem0\n")
+    try:
+        assert complete(system, "pool", "show", "") == ["fast"]
+        assert "show" in complete(system, "pool", "")
+    finally:
+        pools.unlink()
+
+
 def test_an_upgrade_keeps_the_ledger_and_the_options_and_renews_what_register_wrote(
     registered: DebianRoot, tmp_path: Path
 ) -> None:

@@ -25,14 +25,15 @@ def test_the_package_has_the_version_of_the_project() -> None:
     assert re.findall(r"\((.*)\)", first) == [version("nvdimm_driver")]
 
 
-def test_completion_offers_domains_where_one_is_wanted() -> None:
+@pytest.mark.parametrize(("metavar", "names"), [("DOMAIN", "list -c Domain"), ("POOL", "pool list -c Name")])
+def test_completion_offers_names_where_one_is_wanted(metavar: str, names: str) -> None:
     wanted = set()
     for entry in entry_points(group="nvdimm_driver.nvdimmctl"):
         parser = entry.load()(Nvdimmctl(), None).get_parser(entry.name)
-        if any("DOMAIN" in (action.metavar or "") for action in parser._get_positional_actions()):
+        if any(metavar in (action.metavar or "") for action in parser._get_positional_actions()):
             wanted.add(f"_{entry.name}")
-    (pattern,) = re.findall(r"^ +(_\w+(?: \| _\w+)*)\)$", COMPLETION.read_text(), re.MULTILINE)
-    assert set(pattern.split(" | ")) == wanted
+    (commands,) = re.findall(rf"^ +(\S.*)\) names=\({names}\) ;;$", COMPLETION.read_text(), re.MULTILINE)
+    assert set(commands.split(" | ")) == wanted
 
 
 def test_completion_offers_every_global_option() -> None:
