@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 APT := DEBIAN_FRONTEND=noninteractive apt-get
+DEB := dist/nvdimm-driver_$(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog)_all.deb
+DEB_SOURCES := setup.py pyproject.toml README.md $(shell find debian doc etc nvdimm_driver -type f \
+	! -path '*/__pycache__/*' ! -path 'doc/_build/*' ! -name _xen.py)
 
-.PHONY: demo test check doc lab sample clean
+.PHONY: demo test check doc deb lab sample clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
-test: $(VENV)/.ready check doc
+test: $(VENV)/.ready check doc deb
 	$(BIN)/pytest
 
 check: $(VENV)/.ready
@@ -20,6 +23,22 @@ check: $(VENV)/.ready
 doc: $(VENV)/.ready
 	$(BIN)/sphinx-build -W --keep-going -q -b html doc doc/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b man doc doc/_build/man
+
+deb: $(DEB)
+
+# In a copy: the tools write into the source, and the package beside it.
+$(DEB): build/deb/.ready $(DEB_SOURCES)
+	rm -rf build/deb/source
+	mkdir -p build/deb/source dist
+	@tar -cf - $(DEB_SOURCES) | tar -xf - -C build/deb/source
+	@echo 'building $@'; cd build/deb/source && dpkg-buildpackage -b -us -uc >../build.log 2>&1 || { cat ../build.log; exit 1; }
+	mv build/deb/$(@F) $@
+
+build/deb/.ready: debian/control
+	$(APT) update -q
+	$(APT) build-dep -q -y --no-install-recommends ./
+	mkdir -p $(@D)
+	touch $@
 
 lab: $(VENV)/.ready
 	$(BIN)/python -m tests.lab

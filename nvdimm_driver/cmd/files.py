@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nvdimm_driver.errors import ConfigError
 
-MARK = "# installed by nvdimmctl register"
+MARK = "# written by nvdimm_driver: change its options, not this file"
 """In each of them: one without it is somebody else's."""
 
 

@@ -43,7 +43,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         if not state_dir.is_dir():
             state_dir.mkdir(parents=True, mode=0o700)
             yield f"created {state_dir}"
-        Ledger(str(state_dir / "ledger.sqlite")).close()
+        Ledger(_ledger(conf)).close()
         names = {
             "python": sys.executable,
             "mark": MARK,
@@ -75,7 +75,15 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
         yield from units.disable(conf)
     except OSError as error:
         raise ConfigError(f"cannot remove: {error}", hint="run as root") from error
+    if not os.path.exists(_ledger(conf)):
+        return
     yield f"kept {conf.state_dir}"
+    for record in Ledger(_ledger(conf)).domains():
+        yield from (f"kept {item.spec.path}, of domain {record.name}" for item in record.allocations)
+
+
+def _ledger(conf: cfg.ConfigOpts) -> str:
+    return os.path.join(conf.state_dir, "ledger.sqlite")
 
 
 def _hook(conf: cfg.ConfigOpts) -> Path:

@@ -13,6 +13,8 @@ from nvdimm_driver.errors import ConfigError
 
 BOOTED = Path("/run/systemd/system")
 """There when systemd is the init (sd_booted(3))."""
+PACKAGED = Path("/usr/lib/systemd/system")
+"""Where a package has its units; what is in the operator's folder counts instead of them (systemd.unit(5))."""
 UNITS = {
     "nvdimmd.socket": """\
 {mark}
@@ -100,8 +102,19 @@ DEFAULT_URI = (
 )
 
 
+def texts(conf: cfg.ConfigOpts, python: str, libvirt: str) -> dict[str, str]:
+    """Make the units, by name.
+
+    :param python: the interpreter to run nvdimmd with.
+    :param libvirt: ``libvirtd`` or :data:`MODULAR`.
+    """
+    names = {"mark": MARK, "python": python, "libvirt": libvirt, "group": conf.rpc.group}
+    names |= {"socket": conf.rpc.socket, "socket_ro": conf.rpc.socket_ro}
+    return {name: text.format(**names) for name, text in UNITS.items()}
+
+
 def enable(conf: cfg.ConfigOpts, python: str) -> Iterator[str]:
-    """Install and start the units; every line yielded says what was done.
+    """Install the units, unless a package has brought the same, and start them; every line yielded says what was done.
 
     :param python: the interpreter to run nvdimmd with.
     :raises ConfigError: when systemctl fails; the units are removed again then.
@@ -111,9 +124,8 @@ def enable(conf: cfg.ConfigOpts, python: str) -> Iterator[str]:
         return
     folder = Path(conf.rpc.unit_dir)
     modular = _is("enabled", f"{MODULAR}.socket")
-    names = {"mark": MARK, "python": python, "libvirt": MODULAR if modular else "libvirtd"}
-    names |= {"socket": conf.rpc.socket, "socket_ro": conf.rpc.socket_ro, "group": conf.rpc.group}
-    done = [install(folder / name, text.format(**names), 0o644) for name, text in UNITS.items()]
+    made = texts(conf, python, MODULAR if modular else "libvirtd")
+    done = [place(folder / name, PACKAGED / name, text) for name, text in made.items()]
     if modular:
         done += [
             install(_drop_in(folder, unit), DROP_IN.format(mark=MARK, path=conf.rpc[option]), 0o644)
@@ -134,21 +146,34 @@ def enable(conf: cfg.ConfigOpts, python: str) -> Iterator[str]:
 
 
 def disable(conf: cfg.ConfigOpts) -> Iterator[str]:
-    """Stop and remove the units; every line yielded says what was done.
+    """Stop the units and remove those that are not a package's; every line yielded says what was done.
 
     :raises ConfigError: when systemctl fails; what is left goes when it is repeated.
     """
     folder = Path(conf.rpc.unit_dir)
     drop_ins = [path for path in (_drop_in(folder, unit) for unit in MOVED) if path.exists()]
     ours = [folder / name for name in UNITS if (folder / name).exists()]
-    if not ours + drop_ins:
-        return
-    if BOOTED.is_dir() and ours:
-        _systemctl("disable", "--now", *(path.name for path in ours))
+    started = [name for name in UNITS if (folder / name).exists() or (PACKAGED / name).exists()]
+    if BOOTED.is_dir() and started:
+        _systemctl("disable", "--now", *started)
+        yield f"stopped {', '.join(started)}"
     for path in ours + drop_ins:
         yield remove(path)
-    if BOOTED.is_dir():
+    if BOOTED.is_dir() and ours + drop_ins:
         _reload(bool(drop_ins))
+
+
+def place(path: Path, packaged: Path, text: str) -> str:
+    """Have systemd find a unit with this text; returns what was done.
+
+    :param path: in the operator's folder: nothing is left there when the package's says the same.
+    :raises ConfigError: when a file that is not ours is in the way.
+    """
+    is_packaged = packaged.exists() and packaged.read_text(encoding="utf-8") == text
+    if is_packaged and not path.exists():
+        return f"unchanged {packaged}"
+    done = install(path, text, 0o644)
+    return remove(path) if is_packaged else done
 
 
 def _reload(modular: bool) -> None:

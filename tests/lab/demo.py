@@ -13,6 +13,7 @@ from tests.lab import operator
 from tests.lab.guest import Report, pattern
 from tests.lab.host import XenHost
 from tests.lab.image import build
+from tests.package import PROJECT
 
 MIB = 1 << 20
 NAME = "pmem-guest"
@@ -77,7 +78,7 @@ def tell(story: Story, host: XenHost) -> None:
     story.tell(host.check("ndctl list -N -u | grep -E 'dev|mode|size'; grep pmem0 /proc/mounts").stdout)
     with story.part("Define a guest with two NVDIMMs from etc/examples/guest.xml"):
         host.put(host.images.guest_disk, "/var/lib/libvirt/images/pmem-guest.img")
-        host.put(operator.PROJECT / "etc/examples/guest.xml", "/root/guest.xml")
+        host.put(PROJECT / "etc/examples/guest.xml", "/root/guest.xml")
         host.check(f"{operator.VIRSH} define /root/guest.xml")
     story.tell(host.check(f"{operator.NVDIMMCTL} list").stdout)
     with story.part("virsh start, until the guest's Linux is up"):

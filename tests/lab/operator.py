@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tests.lab.guest import GUEST_DISK, Guest, Report, disk_arguments, install_guest
 from tests.lab.host import XenHost
+from tests.package import build_package
 
-PROJECT = Path(__file__).resolve().parents[2]
 LOG = "/var/log/nvdimm-driver.log"
-NVDIMMCTL = "/opt/nvdimm-driver/bin/nvdimmctl"
+NVDIMMCTL = "nvdimmctl"
 VIRSH = "virsh -q -c xen:///system"
 NVDIMMD_PID = "/run/nvdimmd.pid"
 # xen/include/public/xen.h and domctl.h
 DOMCTL_HYPERCALL, MEMORY_MAPPING = 36, 39
-INSTALL = """\
-python3 -m venv --system-site-packages --without-pip /opt/nvdimm-driver
-pip --quiet --python /opt/nvdimm-driver/bin/python3 install --no-deps --no-index {wheel}
-"""
 # With this alignment the file systems allocate whole 2 MiB pieces of the namespace where they can.
 MAKE_FILE_SYSTEM = {
     "ext4": "mkfs.ext4 -q -F -b 4096 -E stride=512,stripe_width=512 /dev/pmem0",
@@ -41,8 +33,6 @@ offset, length = int(sys.argv[2]), int(sys.argv[3])
 with mmap.mmap(fd, offset + length, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
     print(hashlib.sha256(memory[offset : offset + length]).hexdigest())
 """
-
-
 POOLS = """\
 [pool:main]
 paths = /mnt/pmem0
@@ -53,28 +43,18 @@ paths = {device}
 POOL_DEVICES = {"raw": ("pmem", "/dev/pmem1"), "devdax": ("devdax", "/dev/dax1.0")}
 
 
-def build_wheel(folder: Path) -> Path:
-    """The project as an operator gets it."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(PROJECT)]
-    subprocess.run(command, check=True)
-    (wheel,) = folder.glob("nvdimm_driver-*.whl")
-    return wheel
-
-
 def install_driver(host: XenHost) -> None:
-    """Install the wheel in dom0, register, and have libvirtd see the hook."""
-    install_wheel(host)
+    """Install the package in dom0, register, and have libvirtd see the hook."""
+    install_package(host)
     host.check(f"{NVDIMMCTL} register")
     restart_libvirtd(host)
     start_nvdimmd(host)
 
 
-def install_wheel(host: XenHost) -> None:
-    """Install the wheel in dom0."""
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = build_wheel(Path(folder))
-        host.put(wheel, f"/root/{wheel.name}")
-        host.check(f"set -e\n{INSTALL.format(wheel=f'/root/{wheel.name}')}")
+def install_package(host: XenHost) -> None:
+    """Install the package in dom0."""
+    host.put(build_package(), "/root/nvdimm-driver.deb")
+    host.check("dpkg -i /root/nvdimm-driver.deb")
 
 
 def stop_nvdimmd(host: XenHost) -> None:
@@ -85,7 +65,7 @@ def stop_nvdimmd(host: XenHost) -> None:
 def start_nvdimmd(host: XenHost) -> None:
     """What 'systemctl start nvdimmd' does on a host with systemd."""
     host.check(
-        f"setsid /opt/nvdimm-driver/bin/nvdimmd >>/var/log/nvdimmd.log 2>&1 </dev/null & echo $! >{NVDIMMD_PID}; "
+        f"setsid nvdimmd >>/var/log/nvdimmd.log 2>&1 </dev/null & echo $! >{NVDIMMD_PID}; "
         f"for try in $(seq 200); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; sleep 0.1; done; "
         "cat /var/log/nvdimmd.log >&2; exit 1"
     )

@@ -14,7 +14,7 @@ from tests.lab.host import XenHost
 
 pytestmark = pytest.mark.lab
 NAME = "mapped"
-PYTHON = "/opt/nvdimm-driver/bin/python3"
+PYTHON = "/usr/bin/python3"
 # The domctl mapper on a paused domain of xl's: the second range is behind the machine's address space.
 MAP_AND_FAIL = """\
 import json, sys

@@ -21,6 +21,9 @@ NVDIMMS = (("/mnt/pmem0/db1.img", 48), ("/dev/dax1.0", 32))
 LABEL_MIB = 2
 DISK = "/var/lib/guest.img"
 SOCKETS = "/run/libvirt/virtxend-sock /run/libvirt/virtxend-sock-ro"
+WRITTEN = (
+    "ls /etc/libvirt/hooks/libxl.d/50-nvdimm /usr/libexec/xen/bin/nvdimm-device-model /etc/systemd/system/nvdimmd*"
+)
 # Debian 12 has no modular daemons: this one is at virtxend's place, and hands all on to libvirtd.
 VIRTXEND = """\
 for mode in '' -ro; do
@@ -51,7 +54,7 @@ def xen(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
     arguments = "lab.init=/sbin/init systemd.wants=lab-agent.service"
     with XenHost(images, linux_args=arguments, keep_disk=True, boot_timeout=400) as host:
         host.check("systemctl is-system-running --wait || true")
-        operator.install_wheel(host)
+        operator.install_package(host)
         host.check(f"{operator.NVDIMMCTL} register && systemctl restart libvirtd")
         operator.make_pmem(host, "xfs", "devdax")
         host.check("echo '/dev/pmem0 /mnt/pmem0 xfs dax 0 0' >>/etc/fstab")
@@ -165,14 +168,31 @@ def test_bad_blocks_are_told_and_warned_of(xen: XenHost) -> None:
     virsh(xen, "destroy db1")
 
 
+def test_the_package_is_not_removed_under_a_running_domain(xen: XenHost) -> None:
+    virsh(xen, "start db1")
+    assert "db1 (shut them down first)" in xen.run("dpkg --remove nvdimm-driver").stderr
+    assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
+    virsh(xen, "destroy db1")
+
+
+def test_an_upgrade_restarts_nvdimmd_and_keeps_the_ledger(xen: XenHost) -> None:
+    before = xen.check("systemctl show -P MainPID nvdimmd").stdout
+    assert before != "0\n"
+    shown = operator.show(xen, "db1")
+    xen.check("dpkg -i /root/nvdimm-driver.deb")
+    assert xen.check("systemctl show -P MainPID nvdimmd").stdout not in (before, "0\n")
+    assert operator.show(xen, "db1") == shown
+
+
 def test_unregister_puts_everything_back(xen: XenHost) -> None:
-    xen.check(f"{operator.NVDIMMCTL} unregister")
-    assert (
-        xen.run("ls /etc/libvirt/hooks/libxl.d/* /usr/libexec/xen/bin/nvdimm-* /etc/systemd/system/nvdimmd*").stdout
-        == ""
-    )
+    assert xen.run(WRITTEN).stdout.split() == WRITTEN.split()[1:3], "the units are the package's"
+    said = xen.check(f"{operator.NVDIMMCTL} unregister").stdout
+    assert f"kept {NVDIMMS[0][0]}, of domain db1" in said
+    assert xen.run(WRITTEN).stdout == ""
     assert xen.run(f"ls {SOCKETS}").stdout == ""
-    assert "not be found" in xen.run("systemctl status nvdimmd.service nvdimmd.socket").stderr
+    for unit in ("nvdimmd.service", "nvdimmd.socket", "nvdimmd-ro.socket"):
+        assert xen.run(f"systemctl is-active {unit}").stdout.strip() == "inactive"
+        assert xen.run(f"systemctl is-enabled {unit}").stdout.strip() in ("disabled", "static")
     assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
     assert xen.run("systemctl list-units --failed --plain --no-legend 'nvdimm*'").stdout == ""
 
@@ -181,11 +201,28 @@ def test_the_socket_of_a_modular_daemon_is_moved_and_brought_back(xen: XenHost) 
     xen.check(VIRTXEND)
     assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
     said = xen.check(f"{operator.NVDIMMCTL} register").stdout
-    assert "virtxend.socket.d/nvdimmd.conf" in said
+    assert "installed /etc/systemd/system/virtxend.socket.d/nvdimmd.conf" in said
+    assert "installed /etc/systemd/system/nvdimmd.service" in said, "the package's is for libvirtd"
     assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
     assert "model='nvdimm'" in virsh(xen, "-r dumpxml db1")
     assert xen.check("systemctl is-active virtxend.service").stdout.strip() == "active"
     xen.check(f"{operator.NVDIMMCTL} unregister")
     assert xen.run("ls /run/libvirt/virtxend-direct-sock*").stdout == ""
     xen.check(f"ls {SOCKETS}")
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+
+
+def test_purge_leaves_the_data_and_libvirtd(xen: XenHost) -> None:
+    before = operator.host_sha256(xen, NVDIMMS[0][0], 0, 16 * MIB)
+    xen.check(f"{operator.NVDIMMCTL} register")
+    said = xen.check("dpkg --purge nvdimm-driver").stdout
+    for line in (f"kept {NVDIMMS[0][0]}, of domain db1", "nvdimm-driver: kept /var/lib/nvdimm-driver"):
+        assert line in said
+    assert operator.host_sha256(xen, NVDIMMS[0][0], 0, 16 * MIB) == before
+    assert "not be found" in xen.run("systemctl status nvdimmd.service nvdimmd.socket").stderr
+    left = xen.run("find /etc /usr /lib/systemd -name '*nvdimmd*' -o -name '*nvdimm-d*' -o -name 50-nvdimm").stdout
+    assert left.split() == ["/etc/nvdimm-driver", "/etc/nvdimm-driver/nvdimm-driver.conf.d"], (
+        "with the operator's own file"
+    )
+    xen.check("ls /var/lib/nvdimm-driver/ledger.sqlite")
     assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.errors import LedgerError
-from nvdimm_driver.ledger import SCHEMAS, Ledger
-from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record
+from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
 from tests.unit.doubles import OTHER_UUID, UUID, started
 
 SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
@@ -94,20 +93,6 @@ def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
     ledger._write([("PRAGMA user_version = 99", ())])
     with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 2"):
         Ledger(path)
-
-
-def test_an_older_schema_is_brought_up(tmp_path: Path) -> None:
-    """Whatever an earlier version has written is there afterwards."""
-    path = tmp_path / "ledger.sqlite"
-    with sqlite3.connect(path) as old:
-        old.executescript(SCHEMAS[0])
-        old.execute("PRAGMA user_version = 1")
-        old.execute("INSERT INTO domain (uuid, name, ram) VALUES (?, 'db1', 5)", (UUID,))
-    for _ in range(2):
-        assert Ledger(str(path)).domain(UUID) == Record(UUID, "db1", 5, None, "", (), None)
-    Ledger(str(path)).replace(UUID, "db1", 5, [READY], dsm="aml")
-    (record,) = Ledger(str(path)).domains()
-    assert (record.dsm, record.allocations) == ("aml", (READY,))
 
 
 def test_a_file_that_is_no_ledger_is_refused_by_name(tmp_path: Path) -> None:

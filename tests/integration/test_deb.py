@@ -1,0 +1,200 @@
+"""The Debian package in a Debian 12 system: installed, used with Debian's libraries, upgraded, removed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver import conf
+from nvdimm_driver.cmd import units
+from tests.integration.debian_root import DebianRoot
+from tests.lab.base import build_base
+from tests.lab.cache import cache_folder
+from tests.package import PROJECT, build_package, with_version
+
+EXAMPLES = "/usr/share/doc/nvdimm-driver/examples"
+HOOK = "/etc/libvirt/hooks/libxl.d/50-nvdimm"
+DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
+CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
+LEDGER = "/var/lib/nvdimm-driver/ledger.sqlite"
+LOG = "/var/log/nvdimm-driver.log"
+# The lab leaves out what a reader of documentation wants.
+INSTALL = "dpkg -i --path-include='/usr/share/man/*' --path-include='/usr/share/doc/nvdimm-driver/*'"
+UUID = "11111111-2222-3333-4444-555555555555"
+IN_LEDGER = """\
+from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.model import Allocation, NvdimmSpec
+ledger, uuid = Ledger("{ledger}"), "{uuid}"
+ledger.{call}
+"""
+COMPLETE = """\
+source /usr/share/bash-completion/completions/nvdimmctl
+COMP_WORDS=(nvdimmctl "$@") COMP_CWORD=$# COMPREPLY=()
+_nvdimmctl
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DebianRoot]:
+    """Debian 12, with the package."""
+    folder = tmp_path_factory.mktemp("debian")
+    shutil.copy(build_package(), folder / "nvdimm-driver.deb")
+    (folder / "tests").mkdir()
+    binds = {"/folder": folder, "/project": PROJECT, "/venv": Path(sysconfig.get_path("purelib"))}
+    root = tmp_path_factory.mktemp("root")
+    with DebianRoot(build_base(cache_folder()).root, root, binds) as mounted:
+        mounted.run(f"{INSTALL} /folder/nvdimm-driver.deb")
+        yield mounted
+
+
+@pytest.fixture
+def registered(system: DebianRoot) -> DebianRoot:
+    """The system after 'nvdimmctl register', with a domain in its ledger."""
+    system.run("nvdimmctl register")
+    in_ledger(system, 'replace(uuid, "db $(x)1", 5, [Allocation(uuid, NvdimmSpec(0, "/mnt/pmem0/a.img", 1 << 21))])')
+    return system
+
+
+def in_ledger(system: DebianRoot, call: str) -> None:
+    """Call a method of the system's ledger."""
+    system.path("/root/in_ledger").write_text(IN_LEDGER.format(ledger=LEDGER, uuid=UUID, call=call))
+    system.run("python3 /root/in_ledger")
+
+
+def complete(system: DebianRoot, *words: str) -> list[str]:
+    """What two tabs show after these words."""
+    system.path("/root/complete").write_text(COMPLETE)
+    return system.run("bash /root/complete " + " ".join(f"'{word}'" for word in words)).stdout.split("\n")[:-1]
+
+
+def test_it_is_whole_and_all_it_needs_is_there(system: DebianRoot) -> None:
+    assert system.run("dpkg-query -W -f '${Status}' nvdimm-driver").stdout == "install ok installed"
+    assert system.run("dpkg --audit").stdout == ""
+
+
+def test_installing_changes_nothing_on_the_host(system: DebianRoot) -> None:
+    for unit in units.UNITS:
+        assert system.run(f"systemctl is-enabled {unit} || true").stdout.strip() in ("disabled", "static")
+    for path in (HOOK, DEVICE_MODEL, LEDGER):
+        assert not system.path(path).exists()
+
+
+def test_the_units_are_those_that_register_would_make(system: DebianRoot) -> None:
+    made = units.texts(conf.load([]), "/usr/bin/python3", "libvirtd")
+    assert {name: system.path(f"/usr/lib/systemd/system/{name}").read_text() for name in made} == made
+
+
+def test_the_commands_run_with_what_debian_has(system: DebianRoot) -> None:
+    assert "plan" in system.run("nvdimmctl --help").stdout
+    plan = json.loads(system.run(f"nvdimmctl plan --json --host {EXAMPLES}/host.json {EXAMPLES}/guest.xml").stdout)
+    assert plan["cost"]["hypercalls"] == 2
+    system.run("command -v nvdimmd")
+    assert system.run("PATH=/usr/bin command -v nvdimmd", status=1).stdout == ""
+
+
+def test_the_options_are_all_there_and_commented_out(system: DebianRoot) -> None:
+    assert CONF in system.run("dpkg-query -W -f '${Conffiles}' nvdimm-driver").stdout
+    assert system.path(CONF).read_text() == (PROJECT / "etc/nvdimm-driver.conf").read_text()
+    system.path(f"{CONF}.d/50-gap.conf").write_text("[layout]\ngap_gib = 32\n")
+    plan = f"nvdimmctl plan --json --host {EXAMPLES}/host.json {EXAMPLES}/guest.xml"
+    first = json.loads(system.run(plan).stdout)["layout"]["nvdimms"][0]["base"]
+    system.path(f"{CONF}.d/50-gap.conf").unlink()
+    assert json.loads(system.run(plan).stdout)["layout"]["nvdimms"][0]["base"] - first == 32 << 30
+
+
+@pytest.mark.parametrize("page", ["nvdimmctl", "nvdimmd"])
+def test_the_man_pages(system: DebianRoot, page: str) -> None:
+    text = system.run(f"zcat /usr/share/man/man8/{page}.8.gz").stdout
+    assert f'.TH "{page.upper()}" "8"' in text
+
+
+def test_the_log_is_rotated_under_a_program_that_has_it_open(system: DebianRoot) -> None:
+    rotate = "logrotate --force --state /root/logrotate /etc/logrotate.d/nvdimm-driver"
+    system.run(f"exec 3>>{LOG}; echo before >&3; {rotate}; echo after >&3")
+    assert system.path(LOG).read_text() == "after\n"
+    assert system.run(f"zcat {LOG}.1.gz").stdout == "before\n"
+
+
+def test_the_unit_tests_pass_with_what_debian_has(system: DebianRoot) -> None:
+    """Of the virtual environment come pytest and what else is not in the system: it is last in the path."""
+    system.path("/usr/lib/python3/dist-packages/zz-tests.pth").write_text("/venv\n")
+    try:
+        places = system.run(
+            "cd /project/tests && python3 -c 'import cliff, oslo_config, stevedore, nvdimm_driver as own\n"
+            "for module in cliff, oslo_config, stevedore, own: print(module.__file__)'"
+        ).stdout
+        assert [line.startswith("/usr/lib/python3/dist-packages/") for line in places.splitlines()] == [True] * 4
+        system.run(
+            "mkdir /root/project && cd /root/project && "
+            "cp -r /project/{tests,doc,etc,debian,setup.py,pyproject.toml} . && "
+            "python3 -m pytest -q -p no:cacheprovider --basetemp=/folder/tests tests/unit"
+        )
+    finally:
+        system.path("/usr/lib/python3/dist-packages/zz-tests.pth").unlink()
+
+
+def test_completion_knows_commands_options_and_domains(registered: DebianRoot) -> None:
+    assert complete(registered, "re") == ["register", "release", "restore", "rewrite"]
+    assert complete(registered, "acpi", "") == ["dump"]
+    assert complete(registered, "plan", "--h") == ["--help", "--host"]
+    assert complete(registered, "--config-file", CONF, "sho") == ["show"]
+    assert complete(registered, "list", "-f", "j") == ["json"]
+    assert complete(registered, "show", "") == [r"db\ \$\(x\)1"]
+    assert complete(registered, "release", "--yes", "db") == [r"db\ \$\(x\)1"]
+    assert complete(registered, "rewrite", "") == [""]
+
+
+def test_completion_knows_pools(system: DebianRoot) -> None:
+    pools = system.path(f"{CONF}.d/pools.conf")
+    pools.write_text("[pool:fast]\npaths = /mnt/pmem0\n")
+    try:
+        assert complete(system, "pool", "show", "") == ["fast"]
+        assert "show" in complete(system, "pool", "")
+    finally:
+        pools.unlink()
+
+
+def test_an_upgrade_keeps_the_ledger_and_the_options_and_renews_what_register_wrote(
+    registered: DebianRoot, tmp_path: Path
+) -> None:
+    before = registered.run("nvdimmctl list -f json").stdout
+    new_hook = registered.path(HOOK).read_text()
+    registered.path(HOOK).write_text(f"{new_hook}# of an earlier version\n")
+    with registered.path(CONF).open("a") as file:
+        file.write(f"[DEFAULT]\nlog_file = {LOG}\n")
+    new = with_version(build_package(), "9.0", tmp_path)
+    shutil.copy(new, registered.path("/root/new.deb"))
+    said = registered.run(f"{INSTALL} /root/new.deb").stdout
+    assert f"installed {HOOK}" in said
+    assert f"unchanged {DEVICE_MODEL}" in said
+    assert registered.path(HOOK).read_text() == new_hook
+    assert registered.path(CONF).read_text().endswith(f"log_file = {LOG}\n")
+    assert registered.run("nvdimmctl list -f json").stdout == before
+    assert json.loads(before)[0]["Path"] == "/mnt/pmem0/a.img"
+
+
+def test_removal_is_refused_while_a_domain_runs(registered: DebianRoot) -> None:
+    in_ledger(registered, "attach(uuid, [])")
+    for how in ("--remove", "--purge"):
+        assert "db $(x)1 (shut them down first)" in registered.run(f"dpkg {how} nvdimm-driver", status=1).stderr
+    assert registered.path(HOOK).exists()
+    in_ledger(registered, "detach(uuid)")
+
+
+def test_purge_takes_out_all_but_the_data_and_says_where_that_is(registered: DebianRoot) -> None:
+    registered.path(LOG).write_text("a line\n")
+    said = registered.run("dpkg --purge nvdimm-driver").stdout
+    for line in (f"removed {HOOK}", f"removed {DEVICE_MODEL}", "kept /mnt/pmem0/a.img, of domain db $(x)1"):
+        assert line in said
+    assert "nvdimm-driver: kept /var/lib/nvdimm-driver" in said
+    assert registered.path(LEDGER).exists()
+    left = registered.run("find / -xdev -name '*nvdimm*' -not -path '/root/*'").stdout.split()
+    assert sorted(left) == ["/etc/modprobe.d/nvdimm-security.conf", "/var/lib/nvdimm-driver"], "the first is ndctl's"
+    registered.run(f"{INSTALL} /folder/nvdimm-driver.deb")
+    assert "/mnt/pmem0/a.img" in registered.run("nvdimmctl list").stdout

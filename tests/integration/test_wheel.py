@@ -1,0 +1,34 @@
+"""The wheel, as pip makes and installs it: with the module that is made at the build, and its entry points."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.package import PROJECT
+
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+EXAMPLES = PROJECT / "etc/examples"
+WHERE = "import nvdimm_driver.xen._xen as made; print(made.__file__)"
+
+
+def test_what_pip_installs_runs(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # setuptools writes into it
+    shutil.copytree(PROJECT / "nvdimm_driver", source / "nvdimm_driver", ignore=shutil.ignore_patterns("_xen.py"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(PROJECT / name, source)
+    subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("nvdimm_driver-*-py3-none-any.whl")
+    site = tmp_path / "site"
+    subprocess.run([*PIP, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*command: str | Path) -> str:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    assert run(sys.executable, "-c", WHERE).startswith(str(site))
+    plan = run(site / "bin/nvdimmctl", "plan", "--host", EXAMPLES / "host.json", EXAMPLES / "guest.xml")
+    assert "Mapping calls: 2 extents" in plan

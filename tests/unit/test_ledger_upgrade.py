@@ -1,0 +1,112 @@
+"""Ledgers as earlier versions have left them, opened by this one."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvdimm_driver.errors import LedgerError
+from nvdimm_driver.ledger import SCHEMAS, Ledger
+from nvdimm_driver.model import Allocation, Attachment, BackingIdentity, NvdimmSpec, Record
+
+DUMPS = sorted((Path(__file__).parents[1] / "data/ledger").glob("*.sql"))
+"""A ledger of each schema version, as ``.dump`` of sqlite3 prints it; a version that anybody has used never changes."""
+FIRST, SECOND = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "5dea22b3-1d52-d8f3-2516-782e98ab3fa0"
+GIB = 1 << 30
+ALLOCATIONS = (
+    Allocation(
+        FIRST,
+        NvdimmSpec(0, "/mnt/pmem0/db1.img", GIB, 131072, 2 << 20, None, 0, True),
+        BackingIdentity("fsdax", "6a1f", 1 << 20, 12, 2**32 - 1, GIB),
+        0x1100000000,
+        100,
+    ),
+    Allocation(
+        FIRST,
+        NvdimmSpec(3, "/dev/dax1.0", GIB // 2, 0, None, 0x1200000000),
+        BackingIdentity("devdax", "9b2e", 0, 0, 0, GIB // 2),
+        0x1200000000,
+        100,
+    ),
+)
+Tables = dict[str, list[dict[str, Any]]]
+
+
+def old_ledger(folder: Path, dump: Path, more: str = "") -> str:
+    path = folder / "ledger.sqlite"
+    with sqlite3.connect(path) as database:
+        database.executescript(dump.read_text() + more)
+    return str(path)
+
+
+def content(path: str) -> Tables:
+    """All rows of all tables."""
+    database = sqlite3.connect(path)
+    database.row_factory = sqlite3.Row
+    names = [row["name"] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    return {name: [dict(row) for row in database.execute(f"SELECT * FROM {name} ORDER BY rowid")] for name in names}
+
+
+def columns(database: sqlite3.Connection) -> dict[str, list[Any]]:
+    """Every table's columns with their types, defaults and so on."""
+    names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    return {name: database.execute(f"PRAGMA table_info({name})").fetchall() for name in names}
+
+
+def version(dump: Path) -> int:
+    return int(dump.stem)
+
+
+def test_there_is_a_ledger_of_every_earlier_version() -> None:
+    assert set(range(1, len(SCHEMAS))) <= {version(dump) for dump in DUMPS}
+
+
+@pytest.mark.parametrize("dump", DUMPS, ids=version)
+def test_a_schema_that_was_used_has_not_been_edited(tmp_path: Path, dump: Path) -> None:
+    made = sqlite3.connect(":memory:")
+    made.executescript("".join(SCHEMAS[: version(dump)]))
+    assert columns(made) == columns(sqlite3.connect(old_ledger(tmp_path, dump)))
+
+
+@pytest.mark.parametrize("dump", DUMPS, ids=version)
+def test_nothing_is_lost(tmp_path: Path, dump: Path) -> None:
+    path = old_ledger(tmp_path, dump)
+    before = content(path)
+    assert all(before.values()), "a row in each table"
+    Ledger(path).close()
+    after = content(path)
+    kept = {
+        table: [{name: row[name] for name in old} for row, old in zip(after[table], rows, strict=True)]
+        for table, rows in before.items()
+    }
+    assert kept == before
+    fresh = tmp_path / "fresh.sqlite"
+    Ledger(str(fresh)).close()
+    assert columns(sqlite3.connect(path)) == columns(sqlite3.connect(fresh))
+
+
+@pytest.mark.parametrize("dump", DUMPS, ids=version)
+def test_what_it_means_is_the_same(tmp_path: Path, dump: Path) -> None:
+    dsm, served = (None, "") if version(dump) == 1 else ("qemu", "qemu")
+    ledger = Ledger(old_ledger(tmp_path, dump))
+    attachment = Attachment(FIRST, "mapped", 7, "b0", 1700000000, ("/mnt/pmem0/db1.img",), served)
+    assert ledger.domain(FIRST) == Record(FIRST, "db1", 4 * GIB, dsm, "", ALLOCATIONS, attachment)
+    waiting = Allocation(SECOND, NvdimmSpec(0, "/mnt/pmem0/two.img", 2 << 20), written=40)
+    assert ledger.domain(SECOND) == Record(SECOND, "db two", GIB, None, "no QEMU", (waiting,), None)
+    ledger.detach(FIRST)
+    ledger.replace(FIRST, "db1", 4 * GIB, ALLOCATIONS[:1], dsm="aml")
+    record = ledger.domain(FIRST)
+    assert record is not None
+    assert (record.allocations, record.attachment, record.dsm) == (ALLOCATIONS[:1], None, "aml")
+
+
+def test_an_upgrade_that_fails_leaves_what_was(tmp_path: Path) -> None:
+    path = old_ledger(tmp_path, DUMPS[0], "CREATE TABLE uncached (in_the_way INTEGER);")
+    before = content(path)
+    with pytest.raises(LedgerError, match="uncached already exists"):
+        Ledger(path)
+    assert content(path) == before
+    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (1,)
