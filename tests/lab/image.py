@@ -24,7 +24,7 @@ DOM0_MODULES = (
 DOM0_MODULE_PREFIXES = ("xen", "virtio_")
 DOM0_INITRD_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 GUEST_MODULES = ("nd_pmem", "nd_btt", "nfit", "nd_e820")
-GUEST_TOOLS = ("/usr/bin/ndctl", "/sbin/mke2fs")
+GUEST_TOOLS = ("/usr/bin/ndctl", "/sbin/mkfs.ext4")
 GUEST_KERNEL_SECTOR = 2048
 # Each trip from a guest to QEMU costs milliseconds, so there is no serial port, and no clock to calibrate.
 GUEST_LINUX_ARGS = "console=hvc0 quiet loglevel=3 tsc=reliable no_timer_check mitigations=off rdinit=/init"
@@ -73,7 +73,7 @@ class Images:
 
     @property
     def guest_tools(self) -> Path:
-        """A second initramfs: ndctl, mke2fs, and what makes a guest hostile."""
+        """A second initramfs: ndctl, mkfs.ext4, and what makes a guest hostile."""
         return self.folder / "guest-tools.gz"
 
     @property

@@ -83,7 +83,7 @@ def test_namespaces_last(driver_host: XenHost, guest: Guest) -> None:
     fsdax, sector = made["fsdax"][2], made["sector"][2]
     guest.check(
         "run",
-        f"mkdir /mnt && /sbin/mke2fs -q -b 4096 -t ext4 {fsdax} && mount -t ext4 -o dax {fsdax} /mnt && "
+        f"mkdir /mnt && mkfs.ext4 -q -b 4096 {fsdax} && mount -t ext4 -o dax {fsdax} /mnt && "
         f"seq 100000 >/mnt/file && umount /mnt && seq 5000 | dd of={sector} conv=fsync 2>/dev/null",
         timeout=300,
     )

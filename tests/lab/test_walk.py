@@ -1,0 +1,113 @@
+"""The tutorial, as it is written: a newcomer's walk from the package to a guest with ext4 on DAX, and back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.guest import Guest
+from tests.lab.host import XenHost
+from tests.lab.image import Images
+from tests.package import PROJECT, build_package
+
+pytestmark = pytest.mark.lab
+TUTORIAL = (PROJECT / "doc" / "tutorial.rst").read_text(encoding="utf-8")
+DISK = "/var/lib/guest.img"
+FOLDER = "/root/walk"
+
+
+def commands(title: str) -> list[tuple[str, str]]:
+    """The commands below a title, each with its prompt."""
+    section = re.split(r"\n\n([^\n]+)\n-+\n", TUTORIAL)
+    text = dict(zip(section[1::2], section[2::2], strict=True))[title]
+    found = re.findall(r"^    (guest# |# )(.+)$", text, re.MULTILINE)
+    assert found, title
+    return found
+
+
+def snippet() -> str:
+    (text,) = re.findall(r"\.\. code-block:: xml\n\n((?:    .*\n)+)", TUTORIAL)
+    return str(text)
+
+
+def walk(xen: XenHost, title: str, guest: Guest | None = None) -> str:
+    """Do what a section says; returns all that was printed."""
+    printed = ""
+    for prompt, command in commands(title):
+        if prompt == "# ":
+            printed += xen.check(f"cd {FOLDER} && {command}", timeout=600).stdout
+        else:
+            assert guest
+            printed += guest.check("run", f"mkdir -p /mnt; {command}", timeout=300)
+    return printed
+
+
+@pytest.fixture(scope="module")
+def xen(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
+    """Debian with systemd as dom0, and nothing of ours but the package in a folder."""
+    for shared in shared_hosts:
+        shared.stop()
+    arguments = "lab.init=/sbin/init systemd.wants=lab-agent.service"
+    with XenHost(images, linux_args=arguments, keep_disk=True, boot_timeout=400) as host:
+        host.check("systemctl is-system-running --wait || true")
+        package = build_package()
+        host.put(package, f"{FOLDER}/{package.name}")
+        host.put(images.guest_tools_disk, DISK)
+        xml = operator.domain_xml("db1", [snippet()], ram_mib=256, disk=DISK)
+        host.write(f"{FOLDER}/db1.xml", xml.encode())
+        yield host
+
+
+def test_install_and_make_a_pool(xen: XenHost) -> None:
+    assert xen.run("nvdimmctl --version").returncode != 0, "nothing of ours is there yet"
+    walk(xen, "Install")
+    printed = walk(xen, "Make a pool")
+    assert "+ mkfs.ext4" in printed
+    assert "pool main: ok" in printed
+    assert re.search(r"\| main +\| fsdax .*\| ok +\|", printed)
+    assert "[ .." in printed or "[..." in printed
+    assert "dax" in xen.check("findmnt -n -o OPTIONS /mnt/main").stdout
+
+
+def test_all_is_well(xen: XenHost) -> None:
+    walk(xen, "Is all well?")
+    results = {row["Check"]: row["Result"] for row in json.loads(xen.check("nvdimmctl doctor -f json").stdout)}
+    assert "FAIL" not in results.values()
+    assert [check for check, result in results.items() if result == "WARN"] == ["guest memory type"]
+
+
+def test_define_and_start(xen: XenHost) -> None:
+    guest = Guest(xen, "db1")
+    printed = walk(xen, "Define and start a guest")
+    assert "Mapping calls:" in printed
+    assert "/mnt/main/db1.img" in printed
+    assert "mapped" in printed
+    assert [disk.size for disk in guest.wait_report().disks] == [64 << 20]
+    walk(xen, "In the guest", guest)
+    again = guest.reboot()
+    assert again.problems == ()
+    assert guest.check("run", "mount -o dax /dev/pmem0 /mnt && cat /mnt/file").strip() == "hello"
+    guest.check("run", "umount /mnt")
+
+
+def test_the_pool_is_there_after_a_power_cut(xen: XenHost) -> None:
+    xen.power_cut()
+    xen.start()
+    xen.check("systemctl is-system-running --wait || true")
+    assert "dax" in xen.check("findmnt -n -o OPTIONS /mnt/main").stdout
+    xen.check("virsh -c xen:///system start db1")
+    assert Guest(xen, "db1").wait_report(boot=3).problems == ()
+
+
+def test_put_it_all_away(xen: XenHost) -> None:
+    printed = walk(xen, "Put it all away")
+    assert "db1.img" in printed
+    assert "ledger.sqlite" in printed
+    assert xen.run("nvdimmctl --version").returncode != 0
+    places = ("/etc/libvirt/hooks/libxl.d", "/usr/libexec/xen/bin/nvdimm-*", "/etc/systemd/system/nvdimmd*")
+    assert xen.run(f"ls -A {' '.join(places)}").stdout == ""
+    assert xen.check("virsh -c xen:///system list --all").returncode == 0
