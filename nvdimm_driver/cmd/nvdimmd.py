@@ -10,12 +10,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import conf
+from nvdimm_driver import conf, logs
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.rpc.handler import Peer
@@ -32,9 +33,9 @@ BACKLOG = 1000
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nvdimmd``; serves until SIGTERM or SIGINT."""
     arguments = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         options = conf.load(list(arguments) or None)
+        logs.to_journal("nvdimmd", options)
         XenNvdimmDriver.from_conf(options).ledger.close()
         with sockets(options) as (clients, readers):
             asyncio.run(_serve(options, clients, readers))
@@ -56,9 +57,30 @@ async def _serve(options: cfg.ConfigOpts, clients: socket.socket, readers: socke
         Listener(clients, upstream, False, interceptor.table(), may_write(rpc.group)),
         Listener(readers, upstream_ro, True, interceptor.table(read_only=True), lambda _: True),
     ]
+    keeping = asyncio.create_task(keep_metrics(options, stop))
     notify("READY=1")
     await serve(listeners, stop)
     notify("STOPPING=1")
+    await keeping
+
+
+async def keep_metrics(options: cfg.ConfigOpts, stop: asyncio.Event) -> None:
+    """Write metrics for Prometheus every now and then, if the operator wants that."""
+    if not options.metrics.textfile:
+        return
+    from nvdimm_driver.metrics import write
+
+    told = ""
+    while not stop.is_set():
+        try:
+            await asyncio.to_thread(write, partial(XenNvdimmDriver.from_conf, options), options.metrics.textfile)
+            told = ""
+        except (NvdimmError, OSError) as error:
+            if str(error) != told:  # once, not every 15 seconds
+                LOG.error("metrics: %s", error)
+            told = str(error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), options.metrics.interval)
 
 
 def _first(direct: str, usual: str) -> str:
