@@ -313,6 +313,8 @@ def _check_values(conf: cfg.ConfigOpts) -> None:
             f"configuration: [acpi] dsm is qemu and [acpi] builder is {conf.acpi.builder}",
             hint="that label server answers the tables of builder qemu; take dsm=aml for others",
         )
+    if conf.metrics.textfile and not os.path.isabs(conf.metrics.textfile):
+        raise ConfigError(f"configuration: [metrics] textfile: {conf.metrics.textfile} is not an absolute path")
     pools = configured_pools(conf)
     for pool in pools:
         _check_pool(pool)

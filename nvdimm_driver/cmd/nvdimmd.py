@@ -57,30 +57,38 @@ async def _serve(options: cfg.ConfigOpts, clients: socket.socket, readers: socke
         Listener(clients, upstream, False, interceptor.table(), may_write(rpc.group)),
         Listener(readers, upstream_ro, True, interceptor.table(read_only=True), lambda _: True),
     ]
-    keeping = asyncio.create_task(keep_metrics(options, stop))
+    writing = asyncio.create_task(repeat(metrics_writer(options), options.metrics.interval, stop))
     notify("READY=1")
     await serve(listeners, stop)
     notify("STOPPING=1")
-    await keeping
+    await writing
 
 
-async def keep_metrics(options: cfg.ConfigOpts, stop: asyncio.Event) -> None:
-    """Write metrics for Prometheus every now and then, if the operator wants that."""
+def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
+    """What writes metrics for Prometheus; None if the operator wants none.
+
+    :raises ConfigError: when prometheus_client is not installed.
+    """
     if not options.metrics.textfile:
-        return
+        return None
     from nvdimm_driver.metrics import write
 
+    return partial(write, partial(XenNvdimmDriver.from_conf, options), options.metrics.textfile)
+
+
+async def repeat(write: Callable[[], None] | None, seconds: float, stop: asyncio.Event) -> None:
+    """Write metrics every now and then; an error is logged when it is another than that of the last time."""
     told = ""
-    while not stop.is_set():
+    while write and not stop.is_set():
         try:
-            await asyncio.to_thread(write, partial(XenNvdimmDriver.from_conf, options), options.metrics.textfile)
+            await asyncio.to_thread(write)
             told = ""
-        except (NvdimmError, OSError) as error:
-            if str(error) != told:  # once, not every 15 seconds
-                LOG.error("metrics: %s", error)
+        except Exception as error:
+            if str(error) != told:
+                LOG.error("metrics: %s", error, exc_info=not isinstance(error, NvdimmError | OSError))
             told = str(error)
         with suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), options.metrics.interval)
+            await asyncio.wait_for(stop.wait(), seconds)
 
 
 def _first(direct: str, usual: str) -> str:

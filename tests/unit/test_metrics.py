@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.cmd.device_model import attach
+from nvdimm_driver.cmd.nvdimmd import repeat
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import XenError
 from nvdimm_driver.metrics import render, write
@@ -148,3 +152,31 @@ def test_the_file_is_whole_and_for_all_to_read(
 def test_a_folder_that_is_not_there_is_an_error(driver: XenNvdimmDriver, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write(lambda: driver, str(tmp_path / "no/nvdimm.prom"))
+
+
+def test_without_the_library_the_error_names_its_package() -> None:
+    """Here it is installed: an interpreter that does not find it is made."""
+    script = (
+        "import sys; sys.modules['prometheus_client'] = None\n"
+        "from nvdimm_driver.errors import ConfigError\n"
+        "try:\n    import nvdimm_driver.metrics\nexcept ConfigError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "python3-prometheus-client" in done.stdout
+
+
+def test_nvdimmd_writes_until_it_stops_and_tells_an_error_once(caplog: pytest.LogCaptureFixture) -> None:
+    stop = asyncio.Event()
+    runs: list[int] = []
+
+    def write() -> None:
+        runs.append(1)
+        if len(runs) == 6:
+            stop.set()
+        if len(runs) in (2, 3, 5):
+            raise OSError("disk full")
+
+    asyncio.run(repeat(write, 0.001, stop))
+    assert len(runs) == 6
+    assert [record.getMessage() for record in caplog.records] == ["metrics: disk full"] * 2
+    asyncio.run(repeat(None, 0.001, stop))
