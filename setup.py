@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["nvdimm_driver*"]),
     python_requires=">=3.11",
     cmdclass={"build_py": BuildPy},
-    install_requires=["cffi", "cliff", "oslo.config", "stevedore"],
+    install_requires=["cffi", "cliff", "oslo.config", "prometheus_client", "stevedore"],
     extras_require={
         "test": [
             "hypothesis",
@@ -75,6 +75,8 @@ setup(
             "pool_show = nvdimm_driver.cmd.ctl.pools:PoolShow",
             "release = nvdimm_driver.cmd.ctl.domains:Release",
             "check = nvdimm_driver.cmd.ctl.check:Check",
+            "monitor = nvdimm_driver.cmd.ctl.monitor:Monitor",
+            "metrics = nvdimm_driver.cmd.ctl.monitor:Metrics",
             "host = nvdimm_driver.cmd.ctl.host:HostFile",
             "register = nvdimm_driver.cmd.ctl.host:Register",
             "unregister = nvdimm_driver.cmd.ctl.host:Unregister",

@@ -52,7 +52,15 @@ DEFAULT_OPTS = [
     cfg.StrOpt(
         "log_file",
         default="/var/log/nvdimm-driver.log",
-        help="File to which the libvirt hook and the device model write what they did.",
+        help="File to which the libvirt hook, the device model and label servers write what they did, one line an "
+        "event. After a change, run 'nvdimmctl register' again.",
+    ),
+    cfg.StrOpt(
+        "log_format",
+        default="text",
+        choices=[("text", "key=value behind time, program and level"), ("json", "an object a line")],
+        help="Form of the lines in 'log_file' and of what nvdimmd writes to the journal. After a change, run "
+        "'nvdimmctl register' again, and restart nvdimmd.",
     ),
     cfg.BoolOpt(
         "allow_any_path",
@@ -183,6 +191,20 @@ RPC_OPTS = [
         "unit_dir", default="/etc/systemd/system", help="Folder for the units that 'nvdimmctl register' installs."
     ),
 ]
+METRICS_OPTS = [
+    cfg.StrOpt(
+        "textfile",
+        help="File in which nvdimmd keeps metrics for Prometheus while it runs, such as "
+        "/var/lib/prometheus/node-exporter/nvdimm-driver.prom, which Debian's node exporter reads. None by "
+        "default: 'nvdimmctl metrics' prints them. Needs the Python package prometheus_client.",
+    ),
+    cfg.IntOpt(
+        "interval",
+        default=15,
+        min=1,
+        help="Seconds from one writing of 'textfile' to the next. What Prometheus sees is so much older.",
+    ),
+]
 GROUPS: list[tuple[str | None, Sequence[cfg.Opt]]] = [
     (None, DEFAULT_OPTS),
     ("xen", XEN_OPTS),
@@ -190,6 +212,7 @@ GROUPS: list[tuple[str | None, Sequence[cfg.Opt]]] = [
     ("acpi", ACPI_OPTS),
     ("libvirt", LIBVIRT_OPTS),
     ("rpc", RPC_OPTS),
+    ("metrics", METRICS_OPTS),
     (f"{POOL_PREFIX}name", POOL_OPTS),
 ]
 CONF_FOLDER = "/etc/nvdimm-driver/nvdimm-driver.conf.d"
@@ -295,6 +318,8 @@ def _check_values(conf: cfg.ConfigOpts) -> None:
             f"configuration: [acpi] dsm is qemu and [acpi] builder is {conf.acpi.builder}",
             hint="that label server answers the tables of builder qemu; take dsm=aml for others",
         )
+    if conf.metrics.textfile and not os.path.isabs(conf.metrics.textfile):
+        raise ConfigError(f"configuration: [metrics] textfile: {conf.metrics.textfile} is not an absolute path")
     pools = configured_pools(conf)
     for pool in pools:
         _check_pool(pool)

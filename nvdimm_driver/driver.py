@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,11 +12,12 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import claims, frames, layout, marks, plugins
+from nvdimm_driver import claims, frames, layout, logs, marks, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.errors import BackingError, InUseError, LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.events import Event
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
@@ -37,8 +37,6 @@ from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.starts import Starts
 from nvdimm_driver.usage import PoolUsage, usage_of
-
-LOG = logging.getLogger(__name__)
 
 
 class XenNvdimmDriver:
@@ -82,7 +80,7 @@ class XenNvdimmDriver:
         """
         state_dir = Path(conf.state_dir)
         return cls(
-            ledger=Ledger(str(state_dir / "ledger.sqlite")),
+            ledger=Ledger(str(state_dir / "ledger.sqlite"), logs.tell),
             state_dir=state_dir,
             backings=plugins.load_all("nvdimm_driver.backings", conf),
             acpi=plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
@@ -176,9 +174,9 @@ class XenNvdimmDriver:
         if record is None:
             return
         if record.attachment is None:
-            self.ledger.forget(uuid)
+            self.ledger.forget(uuid, kind="forgotten")
         else:
-            self.ledger.replace(uuid, record.name, record.ram, [])
+            self.ledger.replace(uuid, record.name, record.ram, [], kind="forgotten")
         self._unmark(record.allocations)
 
     def begin(self, uuid: str) -> Record | None:
@@ -186,7 +184,7 @@ class XenNvdimmDriver:
 
         :returns: None for a domain without NVDIMMs.
         """
-        self.ledger.fault(uuid, "")
+        self.ledger.clear_fault(uuid)
         return self.ledger.domain(uuid)
 
     def prepare(self, domain: DomainSpec) -> None:
@@ -195,30 +193,21 @@ class XenNvdimmDriver:
         :raises NvdimmError: the reason is in the ledger too; nothing stays frozen.
         """
         uuid = _uuid(domain)
-        self.reconcile()
-        self.serve_labels()
         try:
+            self.reconcile()
+            self.serve_labels()
             self.starts.check_ended(uuid)
             plan = self._prepare(self._adopt(uuid, domain), domain)
         except NvdimmError as error:
-            self.ledger.fault(uuid, str(error))
+            self.ledger.failed(uuid, error)
             raise
         for spec, bad in zip(domain.nvdimms, plan.bad_blocks, strict=True):
             if bad:
-                LOG.warning(
-                    "domain %s: %s has %d bad bytes, the first at %#x: a read of them is a machine check",
-                    *(domain.name, spec.path, sum(length for _, length in bad), bad[0][0]),
+                size = sum(length for _, length in bad)
+                found = Event(
+                    "bad-blocks", uuid, domain.name, None, {"path": spec.path, "bytes": size, "first": hex(bad[0][0])}
                 )
-        larger, smaller, hypercalls = frames.cost(plan.mappings)
-        LOG.info(
-            "domain %s: prepared %d NVDIMMs: %d extents, %d entries of 2 MiB, %d of 4 KiB, %d hypercalls",
-            domain.name,
-            len(domain.nvdimms),
-            len(plan.mappings),
-            larger,
-            smaller,
-            hypercalls,
-        )
+                logs.tell(found)
 
     def release(self, uuid: str) -> str:
         """Put away what a start has left. Can be repeated.
@@ -228,10 +217,8 @@ class XenNvdimmDriver:
         record = self.ledger.domain(uuid)
         if record is None or record.attachment is None:
             return record.fault if record else ""
-        if self.starts.release(record):
-            LOG.info("domain %s: released", record.name)
-        else:
-            LOG.warning("domain %s: domid %s is still dying, stays frozen", record.name, record.attachment.domid)
+        if not self.starts.release(record):
+            logs.tell(Event("dying", uuid, record.name, record.attachment.domid, {}))
         return record.fault
 
     def reconcile(self) -> None:
@@ -271,7 +258,7 @@ class XenNvdimmDriver:
             raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
         if record.attachment is not None:
             raise InUseError(f"domain {record.name} is running or starting", hint="shut it down first")
-        self.ledger.forget(uuid)
+        self.ledger.forget(uuid, kind="forgotten")
         self._unmark(record.allocations)
         return record
 
@@ -323,6 +310,7 @@ class XenNvdimmDriver:
                 plan.areas,
                 served=record.labels if plan.layout.label_clients else "",
                 uncached=layout.label_frames(plan.layout),
+                detail={"nvdimms": len(domain.nvdimms), **frames.summary(plan.mappings)},
             )
         except BaseException:
             self.starts.put_away(record.uuid, paths)
@@ -344,6 +332,7 @@ class XenNvdimmDriver:
                 for spec, location, placement in zip(domain.nvdimms, locations, plan.layout.nvdimms, strict=True)
             ],
             dsm=domain.dsm,
+            kind="defined",
         )
         self._mark(uuid, before)
 
@@ -395,7 +384,7 @@ class XenNvdimmDriver:
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
         """What is told about writing the zeros of an NVDIMM: each percent to the ledger, each tenth to the log."""
-        told = -1
+        uuid, told = _uuid(domain), -1
 
         def tell(done: int, total: int) -> None:
             nonlocal told
@@ -403,9 +392,12 @@ class XenNvdimmDriver:
             if percent == told:
                 return
             if percent // 10 > told // 10:
-                LOG.info("domain %s: %s: %d of %d bytes written", domain.name, spec.path, done, total)
+                news = Event(
+                    "provisioning", uuid, domain.name, None, {"path": spec.path, "written": done, "bytes": total}
+                )
+                logs.tell(news)
             told = percent
-            self.ledger.progress(_uuid(domain), spec.slot, percent)
+            self.ledger.progress(uuid, spec.slot, percent)
 
         return tell
 

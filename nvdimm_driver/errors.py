@@ -19,6 +19,7 @@ class NvdimmError(Exception):
 
     :param message: what is wrong and where.
     :param hint: what to do about it; may be empty.
+    :ivar recorded: the ledger has it, as why a start failed.
     """
 
     exit_code = 1
@@ -28,6 +29,7 @@ class NvdimmError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.recorded = False
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 SUPERPAGE_FRAMES = 512
 DSM_GFN = 0xFD000
@@ -40,3 +40,9 @@ def cost(mappings: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
         smaller += front + behind
         hypercalls += -(-(front + superpages + behind) // ENTRIES_PER_HYPERCALL)
     return larger, smaller, hypercalls
+
+
+def summary(mappings: Collection[tuple[int, int, int]]) -> dict[str, int]:
+    """The same by name, and how many extents there are: for the detail of an event."""
+    larger, smaller, hypercalls = cost(mappings)
+    return {"extents": len(mappings), "superpages": larger, "pages": smaller, "hypercalls": hypercalls}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,25 @@ from nvdimm_driver.errors import XenError
 
 START_SECONDS = 40.0
 """How long one may take to start; libxl waits 60 s for the device model, which waits for this."""
+
+_REQUESTS = struct.Struct("=QQ")
+"""What is in a file of counted requests: those that got an answer, and those that failed."""
+
+
+class RequestCounter:
+    """Counts the label requests of a domain in a file that stays open when this process gives up its privileges.
+
+    Counts go on where an earlier server of the domain has left them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._counts = list(_counts(os.pread(self._descriptor, _REQUESTS.size, 0)))
+
+    def add(self, *, failed: bool) -> None:
+        """One more."""
+        self._counts[failed] += 1
+        os.pwrite(self._descriptor, _REQUESTS.pack(*self._counts), 0)
 
 
 class LabelServers:
@@ -30,6 +50,17 @@ class LabelServers:
             os.close(descriptor)
             return None
         return descriptor
+
+    def count_requests(self, uuid: str) -> RequestCounter:
+        """Begin to count the label requests of a domain."""
+        return RequestCounter(self._requests_file(uuid))
+
+    def requests(self, uuid: str) -> tuple[int, int] | None:
+        """How many label requests of the domain were answered, and how many failed; None if no server ever counted."""
+        try:
+            return _counts(self._requests_file(uuid).read_bytes())
+        except FileNotFoundError:
+            return None
 
     def is_running(self, uuid: str) -> bool:
         """Whether the domain has one."""
@@ -58,3 +89,13 @@ class LabelServers:
             ) from error
         if done.returncode:
             raise XenError(f"no label server for domid {domid}: {done.stderr.strip()}")
+
+    def _requests_file(self, uuid: str) -> Path:
+        return self.state_dir / "domains" / uuid / "label-requests"
+
+
+def _counts(content: bytes) -> tuple[int, int]:
+    if len(content) != _REQUESTS.size:
+        return 0, 0
+    answered, failed = _REQUESTS.unpack(content)
+    return answered, failed

@@ -9,13 +9,15 @@ import os
 import sqlite3
 import time
 
-from nvdimm_driver.errors import LedgerError
+from nvdimm_driver.errors import LedgerError, NvdimmError
+from nvdimm_driver.events import Event, failure, unheard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
+    from nvdimm_driver.events import Value
     from nvdimm_driver.model import Allocation, Record
 
 SCHEMAS = (
@@ -75,8 +77,27 @@ CREATE TABLE uncached (
     gfn INTEGER NOT NULL, count INTEGER NOT NULL
 ) STRICT;
 """,
+    """
+CREATE TABLE event (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    time REAL NOT NULL,
+    kind TEXT NOT NULL,
+    uuid TEXT NOT NULL,
+    name TEXT NOT NULL,
+    domid INTEGER,
+    detail TEXT NOT NULL
+) STRICT;
+CREATE TABLE counter (
+    name TEXT NOT NULL,
+    label TEXT NOT NULL,
+    value REAL NOT NULL,
+    PRIMARY KEY (name, label)
+) STRICT;
+""",
 )
 """What makes each version of the schema of the one before; the first one's number is 1."""
+KEPT_EVENTS = 10_000
+"""Older ones go."""
 ALLOCATION_COLUMNS = (
     "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
     "kind, device, start, inode, generation, file_size, base, written"
@@ -126,11 +147,13 @@ class Ledger:
     """The state in a file that is made when it does not exist. Every method is one transaction.
 
     :param path: of the file, in a folder that exists; ``:memory:`` for a ledger that is not kept.
+    :param tell: is told of each event, when it is written.
     :raises LedgerError: from every method, when the file cannot be read or written.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, tell: Callable[[Event], None] = unheard) -> None:
         self.path = path
+        self._tell = tell
         try:
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
         except sqlite3.Error as error:
@@ -159,9 +182,19 @@ class Ledger:
         return records[0] if records else None
 
     def replace(
-        self, uuid: str, name: str, ram: int, allocations: Sequence[Allocation], *, dsm: str | None = None
+        self,
+        uuid: str,
+        name: str,
+        ram: int,
+        allocations: Sequence[Allocation],
+        *,
+        dsm: str | None = None,
+        kind: str = "",
     ) -> None:
-        """Make this the domain, and these its allocations, instead of those it had."""
+        """Make this the domain, and these its allocations, instead of those it had.
+
+        :param kind: of the event that this is; empty for none.
+        """
         statements: list[tuple[str, Sequence[Any]]] = [
             (
                 "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) "
@@ -177,15 +210,20 @@ class Ledger:
             )
             for item in allocations
         ]
-        self._write(statements)
+        size = sum(item.spec.size for item in allocations)
+        event = Event(kind, uuid, name, None, {"nvdimms": len(allocations), "bytes": size}) if kind else None
+        self._write(statements, event)
 
     def progress(self, uuid: str, slot: int, percent: int) -> None:
         """So much of an NVDIMM is written."""
         self._write([("UPDATE allocation SET written = ? WHERE uuid = ? AND slot = ?", (percent, uuid, slot))])
 
-    def forget(self, uuid: str) -> None:
-        """Drop all that is known of a domain."""
-        self._write([("DELETE FROM domain WHERE uuid = ?", (uuid,))])
+    def forget(self, uuid: str, *, kind: str = "") -> None:
+        """Drop all that is known of a domain.
+
+        :param kind: of the event that this is; empty for none.
+        """
+        self._write([("DELETE FROM domain WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
     def attach(self, uuid: str, paths: Sequence[str]) -> None:
         """A start begins, with nothing held against it yet: these paths will be frozen for it."""
@@ -211,10 +249,12 @@ class Ledger:
         *,
         served: str = "",
         uncached: Sequence[tuple[int, int]] = (),
+        detail: Mapping[str, Value] | None = None,
     ) -> None:
         """The start is prepared: what the device model will do.
 
         :param served: as in :class:`.model.Attachment`.
+        :param detail: of the event that this is.
         """
         self._write(
             [
@@ -226,7 +266,8 @@ class Ledger:
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
                 *[("INSERT INTO uncached VALUES (?, ?, ?)", (uuid, *run)) for run in uncached],
-            ]
+            ],
+            self._event("prepared", uuid, detail),
         )
 
     def start(self, uuid: str) -> Start | None:
@@ -285,22 +326,97 @@ class Ledger:
         """The domain's label server has made an ioreq server, with that id."""
         self._write([("UPDATE attachment SET ioreq_server = ? WHERE uuid = ?", (server, uuid))])
 
-    def mapped(self, uuid: str) -> None:
-        """The device model has mapped."""
+    def mapped(self, uuid: str, seconds: float = 0.0, detail: Mapping[str, Value] | None = None) -> None:
+        """The device model has mapped: the domain starts.
+
+        :param seconds: that it took.
+        :param detail: of the event that this is.
+        """
         self._write(
             [
                 ("UPDATE attachment SET state = 'mapped', since = ? WHERE uuid = ?", (int(time.time()), uuid)),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
-            ]
+                _count("starts"),
+                _count("map_seconds", seconds),
+            ],
+            self._event("started", uuid, detail),
         )
 
-    def detach(self, uuid: str) -> None:
-        """The start is over, and nothing is frozen or mapped for it any more."""
-        self._write([("DELETE FROM attachment WHERE uuid = ?", (uuid,))])
+    def mapped_domains(self) -> tuple[int, int]:
+        """How many domains have their NVDIMMs, and how many frames of them are mapped."""
+        (found,) = self._rows(
+            "SELECT count(DISTINCT uuid), coalesce(sum(count), 0) FROM attachment LEFT JOIN mapping USING (uuid) "
+            "WHERE state = 'mapped'"
+        )
+        return found[0], found[1]
 
-    def fault(self, uuid: str, reason: str) -> None:
-        """A start failed."""
-        self._write([("UPDATE domain SET fault = ? WHERE uuid = ?", (reason, uuid))])
+    def detach(self, uuid: str, *, kind: str = "") -> None:
+        """The start is over, and nothing is frozen or mapped for it any more.
+
+        :param kind: of the event that this is; empty for none.
+        """
+        self._write([("DELETE FROM attachment WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
+
+    def failed(self, uuid: str, error: Exception, domid: int | None = None) -> None:
+        """A start failed. Nothing is done for an error that was recorded before, on its way up.
+
+        :param uuid: of a domain that need not be known; empty when not even that is.
+        """
+        if isinstance(error, NvdimmError):
+            if error.recorded:
+                return
+            error.recorded = True
+        self._write(
+            [
+                ("UPDATE domain SET fault = ? WHERE uuid = ?", (str(error), uuid)),
+                _count("start_failures", label=type(error).__name__),
+            ],
+            self._event("start-failed", uuid, failure(error), domid),
+        )
+
+    def clear_fault(self, uuid: str) -> None:
+        """Why an earlier start failed is of no interest any more."""
+        self._write([("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,))])
+
+    def harvested(self, seconds: float) -> None:
+        """ACPI tables were taken from a QEMU."""
+        self._write([_count("harvests"), _count("harvest_seconds", seconds)])
+
+    def happened(self, kind: str, uuid: str, detail: Mapping[str, Value] | None = None) -> None:
+        """Something happened that changes nothing here."""
+        self._write([], self._event(kind, uuid, detail))
+
+    def events(self, after: int = 0) -> list[Event]:
+        """The events with a number larger than that, in order."""
+        import json
+
+        rows = self._rows("SELECT kind, uuid, name, domid, detail, id, time FROM event WHERE id > ? ORDER BY id", after)
+        return [
+            Event(kind, uuid, name, domid, json.loads(detail), id=number, time=seconds)
+            for kind, uuid, name, domid, detail, number, seconds in rows
+        ]
+
+    def last_event(self) -> int:
+        """The number of the last event; 0 when there was none."""
+        return int(self._rows("SELECT coalesce(max(id), 0) FROM event")[0][0])
+
+    def last_times(self) -> list[tuple[str, float]]:
+        """When the last event of each kind was, in seconds since the epoch."""
+        return self._rows("SELECT kind, max(time) FROM event GROUP BY kind ORDER BY kind")
+
+    def counters(self) -> list[tuple[str, str, float]]:
+        """What was counted since the ledger was made, as (name, label, value)."""
+        return self._rows("SELECT name, label, value FROM counter ORDER BY name, label")
+
+    def _event(
+        self, kind: str, uuid: str, detail: Mapping[str, Value] | None = None, domid: int | None = None
+    ) -> Event | None:
+        """An event of a domain as it is known now; None without a kind."""
+        if not kind:
+            return None
+        sql = "SELECT name, domid FROM domain LEFT JOIN attachment USING (uuid) WHERE uuid = ?"
+        rows = self._rows(sql, uuid) or [("", None)]
+        return Event(kind, uuid, rows[0][0], rows[0][1] if domid is None else domid, detail or {})
 
     def _records(self, uuids: str, *values: str) -> tuple[Record, ...]:
         """The domains whose uuids a query selects: a query for each table, however many they are."""
@@ -354,11 +470,17 @@ class Ledger:
         except sqlite3.Error as error:
             raise LedgerError(f"cannot read {self.path}: {error}") from error
 
-    def _write(self, statements: Sequence[tuple[str, Sequence[Any]]], begin: str = "BEGIN IMMEDIATE") -> None:
+    def _write(
+        self,
+        statements: Sequence[tuple[str, Sequence[Any]]],
+        event: Event | None = None,
+        *,
+        begin: str = "BEGIN IMMEDIATE",
+    ) -> None:
         try:
             if begin:
                 self._db.execute(begin)
-            for sql, values in statements:
+            for sql, values in [*statements, *_recording(event)]:
                 self._db.execute(sql, values)
             if begin:
                 self._db.execute("COMMIT")
@@ -366,6 +488,31 @@ class Ledger:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise LedgerError(f"cannot write {self.path}: {error}") from error
+        if event is not None:
+            self._tell(event)
+
+
+def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:
+    """What writes an event. Its detail is made JSON here, as importing json takes longer than all the rest."""
+    if event is None:
+        return []
+    pairs = [part for pair in event.detail.items() for part in pair]
+    return [
+        (
+            "INSERT INTO event (time, kind, uuid, name, domid, detail) "
+            f"VALUES (?, ?, ?, ?, ?, json_object({', '.join('?' * len(pairs))}))",
+            (time.time(), event.kind, event.uuid, event.name, event.domid, *pairs),
+        ),
+        ("DELETE FROM event WHERE id <= (SELECT max(id) FROM event) - ?", (KEPT_EVENTS,)),
+    ]
+
+
+def _count(name: str, amount: float = 1, *, label: str = "") -> tuple[str, Sequence[Any]]:
+    """What adds to a counter."""
+    return (
+        "INSERT INTO counter VALUES (?, ?, ?) ON CONFLICT (name, label) DO UPDATE SET value = value + excluded.value",
+        (name, label, float(amount)),
+    )
 
 
 def _allocation_values(item: Allocation) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, NewType
 
 Gfn = NewType("Gfn", int)
@@ -308,10 +308,12 @@ class AcpiTables:
 
     :ivar tables: in the order in which the guest gets them.
     :ivar reference: every other table that came with them, for show (``acpi dump --all``).
+    :ivar seconds: how long a QEMU took to give them; None when none was asked.
     """
 
     tables: tuple[bytes, ...]
     reference: tuple[bytes, ...] = ()
+    seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ class Planner:
         known = [part for index, part in enumerate(mappings) if not (intakes and intakes[index].assumed)]
         self._guard(domain, guest, _flat(known), pmem)
         tables = self.acpi.build(guest)
+        if tables.seconds is not None:
+            self.ledger.harvested(tables.seconds)
         bad = self.host.bad_ranges()
         bad_blocks = tuple(
             () if intakes and intakes[index].assumed else bad_parts(location.extents, bad)

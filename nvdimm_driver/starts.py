@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 
+from nvdimm_driver import logs
 from nvdimm_driver.errors import InUseError, XenError
+from nvdimm_driver.events import Event, failure
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger, host_boot_id
 from nvdimm_driver.model import Attachment, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
-
-LOG = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 600
 """A start that has been prepared for so long without a device model will not come: libxl gives up after 60 s."""
@@ -40,13 +39,16 @@ class Starts:
         for path in paths:
             backing_of(self.backings, path).freeze(path)
 
-    def put_away(self, uuid: str, paths: Sequence[str]) -> None:
-        """Undo :meth:`freeze`. Can be repeated."""
+    def put_away(self, uuid: str, paths: Sequence[str], *, kind: str = "") -> None:
+        """Undo :meth:`freeze`. Can be repeated.
+
+        :param kind: of the event that this is; empty for none.
+        """
         for path in paths:
             for backing in self.backings:
                 if backing.handles(path):
                     backing.thaw(path)
-        self.ledger.detach(uuid)
+        self.ledger.detach(uuid, kind=kind)
         record = self.ledger.domain(uuid)
         if record is not None and not record.allocations:
             self.ledger.forget(uuid)
@@ -55,7 +57,7 @@ class Starts:
         """Put a start away, if Xen lets go of its domain now or in a moment; False if it does not."""
         if record.attachment is None or not self._has_ended(record.attachment):
             return False
-        self.put_away(record.uuid, record.attachment.paths)
+        self.put_away(record.uuid, record.attachment.paths, kind="released")
         return True
 
     def stale(self) -> list[Record]:
@@ -70,8 +72,7 @@ class Starts:
         """Put away what starts have left whose domains are gone."""
         for record in self.stale():
             if record.attachment is not None:
-                self.put_away(record.uuid, record.attachment.paths)
-                LOG.info("domain %s: put away after domid %s", record.name, record.attachment.domid)
+                self.put_away(record.uuid, record.attachment.paths, kind="put-away")
 
     def unserved(self) -> list[Record]:
         """The running domains whose label server is gone."""
@@ -88,13 +89,14 @@ class Starts:
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed with what watches it."""
         for record in self.unserved():
-            if record.attachment is None or record.attachment.domid is None:
+            at = record.attachment
+            if at is None or at.domid is None:
                 continue
-            LOG.warning("domain %s: its label server is gone; starting another", record.name)
+            self.ledger.happened("label-server-gone", record.uuid)
             try:
-                self.label_servers.start(record.attachment.domid, record.uuid)
+                self.label_servers.start(at.domid, record.uuid)
             except XenError as error:
-                LOG.error("domain %s: %s", record.name, error)
+                logs.tell(Event("label-server-failed", record.uuid, record.name, at.domid, failure(error)))
 
     def check_ended(self, uuid: str) -> None:
         """The last start of the domain must be over: a guest of which libvirt has lost sight has its memory still.

@@ -85,28 +85,29 @@ class QemuAcpiBuilder(AcpiBuilder):
         )
 
     def _build(self, binary: str, layout: GuestLayout) -> AcpiTables:
-        harvested = self._harvested(binary, layout)
+        harvested, seconds = self._harvested(binary, layout)
         chosen = [table for table in harvested if table[:4] == b"NFIT"]
         if layout.label_clients:
             chosen += [table for table in harvested if _is_nvdimm_ssdt(table)]
         else:
             chosen.append(ssdt(layout))
         check_tables(layout, chosen)
-        return AcpiTables(tuple(chosen), tuple(table for table in harvested if table not in chosen))
+        return AcpiTables(tuple(chosen), tuple(table for table in harvested if table not in chosen), seconds)
 
-    def _harvested(self, binary: str, layout: GuestLayout) -> tuple[bytes, ...]:
+    def _harvested(self, binary: str, layout: GuestLayout) -> tuple[tuple[bytes, ...], float | None]:
+        """All tables that the QEMU has, and how many seconds it took to give them, unless they were kept."""
         key = key_of(binary, [*arguments(layout), hex(DSM_ADDRESS)])
         found = self._cache.get(key) if self._cache else None
         if found is not None:
-            return found
+            return found, None
         started = time.monotonic()
         with Machine(binary, self._user, self._timeout).run(layout) as qtest:
             files = read_fw_cfg(qtest, "etc/acpi/") | read_fw_cfg(qtest, _SCRIPT)
         tables = split(link(files.pop(_SCRIPT, b""), files, {_DSM_FILE: DSM_ADDRESS}))
-        LOG.debug("ACPI tables from %s in %.0f ms", binary, (time.monotonic() - started) * 1000)
+        seconds = time.monotonic() - started
         if self._cache:
             self._cache.put(key, tables)
-        return tables
+        return tables, seconds
 
 
 def _is_nvdimm_ssdt(table: bytes) -> bool:

@@ -13,6 +13,7 @@ import time
 
 from nvdimm_driver import frames, guards
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
+from nvdimm_driver.events import Event, failure, log_line
 from nvdimm_driver.ledger import Ledger
 
 TYPE_CHECKING = False
@@ -24,19 +25,29 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """Lines to a file and, for libxl's log of the device model, to stderr."""
+    """Events to a file and, for libxl's log of the device model, to stderr.
 
-    def __init__(self, path: str) -> None:
+    :param form: as in :func:`.events.log_line`.
+    :ivar failed: it was told that the start has failed.
+    """
+
+    def __init__(self, path: str, form: str = "text") -> None:
         self.path = path
+        self.form = form
+        self.failed = False
 
-    def __call__(self, line: str) -> None:
-        print(f"nvdimm-device-model: {line}", file=sys.stderr, flush=True)
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{stamp} device-model[{os.getpid()}] {line}\n")
+    def __call__(self, event: Event) -> None:
+        self.failed = self.failed or event.kind == "start-failed"
+        print(f"nvdimm-device-model: {event}", file=sys.stderr, flush=True)
+        line = log_line(time.time(), "device-model", event.level, event.fields(), self.form)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:  # a full disk is no reason for a guest not to start
+            print(f"nvdimm-device-model: {self.path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str], *, state_dir: str, log_file: str, qemu: str) -> NoReturn:
+def main(argv: Sequence[str], *, state_dir: str, log_file: str, qemu: str, log_format: str = "text") -> NoReturn:
     """Entry point of the script that ``nvdimmctl register`` writes.
 
     :param argv: as libxl gives it to a device model.
@@ -45,21 +56,21 @@ def main(argv: Sequence[str], *, state_dir: str, log_file: str, qemu: str) -> No
     domid = _domid(argv)
     if domid is None:
         os.execv(qemu, [qemu, *argv[1:]])
-    log = Log(log_file)
+    log = Log(log_file, log_format)
     try:
         from nvdimm_driver.xen.domctl import DomctlMapper
 
-        mapper, ledger = DomctlMapper(), Ledger(os.path.join(state_dir, "ledger.sqlite"))
-        qemu = attach(domid, ledger, mapper, state_dir, log, _prepare, _serve, restored="-incoming" in argv)
-        log(f"domid {domid}: {_age_ms()} ms from start to {qemu}")
+        mapper, ledger = DomctlMapper(), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)
+        qemu = attach(domid, ledger, mapper, state_dir, _prepare, _serve, restored="-incoming" in argv)
         try:
             os.execv(qemu, [qemu, *argv[1:]])
         except OSError as error:
             missing = ConfigError(f"cannot run {qemu}: {error.strerror}", hint="correct the domain's <emulator>")
-            ledger.fault(mapper.uuid(domid) or "", str(missing))
+            ledger.failed(mapper.uuid(domid) or "", missing, domid)
             raise missing from error
     except NvdimmError as error:
-        log(f"domid {domid}: {error}")
+        if not log.failed:
+            log(Event("start-failed", "", "", domid, failure(error)))
         sys.exit(error.exit_code)
 
 
@@ -68,7 +79,6 @@ def attach(
     ledger: Ledger,
     mapper: Mapper,
     state_dir: str,
-    log: Log,
     prepare: Callable[[str], None],
     serve: Callable[[str, int, str], None],
     *,
@@ -85,7 +95,9 @@ def attach(
     """
     uuid = mapper.uuid(domid)
     if uuid is None:
-        raise XenError(f"domid {domid} has no uuid in xenstore", hint="is it a domain that libvirt started?")
+        missing = XenError(f"domid {domid} has no uuid in xenstore", hint="is it a domain that libvirt started?")
+        ledger.failed("", missing, domid)
+        raise missing
     try:
         start = ledger.start(uuid)
         if start is None and ledger.has_mapped(uuid, domid):
@@ -118,30 +130,35 @@ def attach(
                 if not restored:
                     mapper.give_dsm_page(domid)
                 serve(state_dir, domid, uuid)
-            ledger.mapped(uuid)
+            detail = {
+                **frames.summary(start.mappings),
+                "hypercalls": hypercalls,
+                "map_ms": round(seconds * 1000),
+                "acpi_bytes": len(tables),
+                "label_server": "yes" if start.label_server else "no",
+                "age_ms": _age_ms(),
+            }
+            ledger.mapped(uuid, seconds, detail)
         except NvdimmError:
             mapper.unmap(domid, start.mappings, start.uncached)
             raise
-    except (NvdimmError, OSError) as error:
-        reason = str(error)
-        ledger.fault(uuid, reason)
-        if isinstance(error, OSError):
-            raise XenError(reason) from error
+    except OSError as error:
+        unread = XenError(str(error))
+        ledger.failed(uuid, unread, domid)
+        raise unread from error
+    except NvdimmError as error:
+        ledger.failed(uuid, error, domid)
         raise
-    larger, smaller, _ = frames.cost(start.mappings)
-    log(
-        f"domid {domid} ({start.name}): mapped {len(start.mappings)} extents, {larger} entries of 2 MiB, "
-        f"{smaller} of 4 KiB, {hypercalls} hypercalls in {seconds * 1000:.0f} ms; {len(tables)} bytes of ACPI tables"
-        f"{'; a label server' if start.label_server else ''}"
-    )
     return start.qemu
 
 
 def _prepare(uuid: str) -> None:
-    from nvdimm_driver import conf
+    from nvdimm_driver import conf, logs
     from nvdimm_driver.driver import XenNvdimmDriver
 
-    XenNvdimmDriver.from_conf(conf.load()).prepare_known(uuid)
+    options = conf.load()
+    logs.to_file("device-model", options)
+    XenNvdimmDriver.from_conf(options).prepare_known(uuid)
 
 
 def _serve(state_dir: str, domid: int, uuid: str) -> None:

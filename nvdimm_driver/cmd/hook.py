@@ -5,7 +5,6 @@ libvirt holds the domain's lock while it runs, and shows its stderr to whoever s
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -21,36 +20,35 @@ def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
     text = sys.stdin.buffer.read() if xml is None else xml
     if MARK not in text:
         return 0
-    return _run(operation, text.decode())
+    return _run(operation, name, text.decode())
 
 
-def _run(operation: str, xml: str) -> int:
-    from nvdimm_driver import conf, domxml
+def _run(operation: str, name: str, xml: str) -> int:
+    from nvdimm_driver import conf, domxml, logs
     from nvdimm_driver.driver import XenNvdimmDriver
     from nvdimm_driver.errors import NvdimmError
+    from nvdimm_driver.events import Event, failure
 
-    log = logging.getLogger(__name__)
+    uuid = ""
     try:
         options = conf.load()
-        logging.basicConfig(
-            filename=options.log_file,
-            level=logging.INFO,
-            format="%(asctime)s hook[%(process)d] %(levelname)s %(message)s",
-        )
+        logs.to_file("hook", options)
         domain = domxml.extract(xml)
         if domain is None:
             return 0
+        uuid = domain.uuid or ""
         driver = XenNvdimmDriver.from_conf(options)
         if operation == "prepare":
             driver.prepare(domain)
             return 0
-        fault = driver.release(domain.uuid or "")
+        fault = driver.release(uuid)
     except (NvdimmError, OSError) as error:
-        log.error("%s: %s", operation, error)
+        if not (isinstance(error, NvdimmError) and error.recorded):
+            logs.tell(Event("hook-failed", uuid, name, None, {"operation": operation, **failure(error)}))
         print(f"nvdimm-driver: {error}", file=sys.stderr)
         return 1
     if fault:
         # A start that failed in the device model reaches libvirt as libxl's error alone: tell its log why.
-        print(f"nvdimm-driver: domain {domain.name} did not start: {fault}", file=sys.stderr)
+        print(f"nvdimm-driver: domain {name} did not start: {fault}", file=sys.stderr)
         return 1
     return 0

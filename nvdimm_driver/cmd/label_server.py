@@ -13,17 +13,18 @@ import pwd
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oslo_config import cfg
 
-from nvdimm_driver import conf, plugins
+from nvdimm_driver import conf, logs, plugins
 from nvdimm_driver.acpi.dsm import PORT, PORT_SIZE, QemuLabels, failure
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
+from nvdimm_driver.events import Event
 from nvdimm_driver.frames import DSM_GFN
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
@@ -31,6 +32,9 @@ from nvdimm_driver.model import PAGE, GuestLayout, Record
 from nvdimm_driver.plugins import Backing, LabelArea, backing_of
 from nvdimm_driver.xen._xen import ffi
 from nvdimm_driver.xen.ioreq import IoreqServer
+
+if TYPE_CHECKING:
+    from nvdimm_driver.events import Value
 
 LOG = logging.getLogger(__name__)
 
@@ -63,36 +67,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     _detach()
     try:
         options = conf.load()
-        logging.basicConfig(
-            filename=options.log_file,
-            level=logging.INFO,
-            format="%(asctime)s label-server[%(process)d] %(levelname)s %(message)s",
-        )
+        logs.to_file("label-server", options)
         _take_lock(LabelServers(options.state_dir), uuid)
-        supervise(partial(serve, options, int(domid), _record(options, uuid)), theirs)
+        supervise(partial(serve, options, int(domid), _record(options, uuid)), theirs, partial(_tell, options, uuid))
     except (NvdimmError, OSError) as error:
         os.write(theirs, str(error).encode())
         return 1
     return 0
 
 
-def supervise(serve: Callable[[bool, Callable[[], None]], None], pipe: int) -> None:
+def supervise(
+    serve: Callable[[bool, Callable[[], None]], None],
+    pipe: int,
+    tell: Callable[[str, Mapping[str, Value]], None],
+) -> None:
     """Have a child serve, and another when it dies, until one ends because the domain has.
 
     :param serve: is told whether to refuse all requests, and what to call when it is ready.
     :param pipe: where the first one says that it serves, or why it does not; then there is no second one.
+    :param tell: is told of each event, with its detail.
     """
     early = 0
     while early < GIVE_UP_AFTER:
         began = time.monotonic()
         child, said = _fork(partial(serve, early >= REFUSE_AFTER))
+        if said == SERVING:
+            tell("label-server-started", {"pid": child, "answers": "no" if early >= REFUSE_AFTER else "yes"})
         if not early:
             os.write(pipe, said)
         _, status = os.waitpid(child, 0)
         if not status or (not early and said != SERVING):
             return
         early = 1 if time.monotonic() - began > LASTING_SECONDS else early + 1
-        LOG.error("process %d ended with %d: another takes over", child, os.waitstatus_to_exitcode(status))
+        tell("label-server-gone", {"pid": child, "status": os.waitstatus_to_exitcode(status)})
         time.sleep(min(0.1 * 2**early, 5))
     LOG.error("gave up: label requests of this guest get no answer, and their vCPU waits for ever; destroy the domain")
 
@@ -133,7 +140,8 @@ def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, rea
     def on_write(port: int, size: int, value: int) -> None:
         """Only what QEMU's SSDT does: the address of the page, whole, to the first port. The page is copied first."""
         if (port, size, value) == (PORT, PORT_SIZE, DSM_GFN * PAGE):
-            page[:] = labels.answer(page[:]) if labels else failure()
+            page[:] = reply = labels.answer(page[:]) if labels else failure()
+            counter.add(failed=reply == failure())
 
     xen = IoreqServer(domid, on_write)
     ledger = Ledger(_ledger_file(options))
@@ -144,6 +152,7 @@ def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, rea
     elif not xen.exists(server):
         return
     ledger.close()
+    counter = LabelServers(options.state_dir).count_requests(record.uuid)
     page = xen.map_page(DSM_GFN)
     if not refuse:
         labels = QemuLabels(_layout(record), open_areas(record, _backings(options)), options.acpi.qemu)
@@ -151,10 +160,9 @@ def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, rea
     xen.take_over(server, PORT, PORT + PORT_SIZE - 1)
     xen.restrict()
     confine(USER)
-    LOG.info("domid %d (%s): %s", domid, record.name, "refusing label requests" if refuse else "serving labels")
     ready()
     xen.serve(IDLE_SECONDS)
-    LOG.info("domid %d (%s): gone", domid, record.name)
+    logs.tell(Event("label-server-ended", record.uuid, record.name, domid, {}))
     if labels:
         labels.close()
 
@@ -209,6 +217,15 @@ def _record(options: cfg.ConfigOpts, uuid: str) -> Record:
     if record is None or record.attachment is None or record.attachment.served != record.labels:
         raise LedgerError(f"domain {uuid} does not run with the NVDIMMs that it is defined with")
     return record
+
+
+def _tell(options: cfg.ConfigOpts, uuid: str, kind: str, detail: Mapping[str, Value]) -> None:
+    """Write an event to the ledger; a guest gets its answers also when that fails."""
+    try:
+        with closing(Ledger(_ledger_file(options), logs.tell)) as ledger:
+            ledger.happened(kind, uuid, detail)
+    except LedgerError as error:
+        LOG.error("%s: %s", kind, error)
 
 
 def _layout(record: Record) -> GuestLayout:

@@ -10,12 +10,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import conf
+from nvdimm_driver import conf, logs
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.rpc.handler import Peer
@@ -32,10 +33,10 @@ BACKLOG = 1000
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nvdimmd``; serves until SIGTERM or SIGINT."""
     arguments = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         files = list(arguments) or None
         options = conf.load(files)
+        logs.to_journal("nvdimmd", options)
         XenNvdimmDriver.from_conf(options).ledger.close()
         with sockets(options) as (clients, readers):
             asyncio.run(_serve(options, files, clients, readers))
@@ -60,9 +61,38 @@ async def _serve(
         Listener(clients, upstream, False, interceptor.table(), may_write(rpc.group)),
         Listener(readers, upstream_ro, True, interceptor.table(read_only=True), lambda _: True),
     ]
+    writing = asyncio.create_task(repeat(metrics_writer(options), options.metrics.interval, stop))
     notify("READY=1")
     await serve(listeners, stop)
     notify("STOPPING=1")
+    await writing
+
+
+def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
+    """What writes metrics for Prometheus; None if the operator wants none.
+
+    :raises ConfigError: when prometheus_client is not installed.
+    """
+    if not options.metrics.textfile:
+        return None
+    from nvdimm_driver.metrics import write
+
+    return partial(write, partial(XenNvdimmDriver.from_conf, options), options.metrics.textfile)
+
+
+async def repeat(write: Callable[[], None] | None, seconds: float, stop: asyncio.Event) -> None:
+    """Write metrics every now and then; an error is logged when it is another than that of the last time."""
+    told = ""
+    while write and not stop.is_set():
+        try:
+            await asyncio.to_thread(write)
+            told = ""
+        except Exception as error:
+            if str(error) != told:
+                LOG.error("metrics: %s", error, exc_info=not isinstance(error, NvdimmError | OSError))
+            told = str(error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), seconds)
 
 
 def _first(direct: str, usual: str) -> str:

@@ -25,7 +25,7 @@ DEVICE_MODEL = """#!{python} -I
 {mark}
 import sys
 from nvdimm_driver.cmd.device_model import main
-main(sys.argv, state_dir={state_dir!r}, log_file={log_file!r}, qemu={qemu!r})
+main(sys.argv, state_dir={state_dir!r}, log_file={log_file!r}, qemu={qemu!r}, log_format={log_format!r})
 """
 
 
@@ -49,6 +49,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
             "mark": MARK,
             "state_dir": conf.state_dir,
             "log_file": conf.log_file,
+            "log_format": conf.log_format,
             "qemu": conf.xen.qemu,
         }
         yield install(Path(conf.xen.device_model), DEVICE_MODEL.format(**names), 0o755)

@@ -7,7 +7,6 @@ work to do, and return the reply.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -20,8 +19,6 @@ from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Record
 from nvdimm_driver.rpc.handler import Call, Context, Entry, Handler, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
-
-LOG = logging.getLogger(__name__)
 
 DEFINE_XML, GET_XML_DESC, LOOKUP_BY_UUID, UNDEFINE, IS_ACTIVE = 11, 14, 24, 35, 150
 """Procedures that handlers call by themselves."""
@@ -179,12 +176,12 @@ class Interceptor:
             raise (yield from self._explained(error, uuid)) from error
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
-        """Passed. The data stay, and the domain's claim to them; the log says so."""
+        """Passed. The data stay, and the domain's claim to them; an event says so."""
         reply = yield from _call(procedure, payload)
         record = yield from self._record(Unpacker(payload).domain())
         if record is not None:
             paths = ", ".join(item.spec.path for item in record.allocations)
-            LOG.info("domain %s: undefined; kept: %s ('nvdimmctl release' gives them up)", record.name, paths)
+            yield self._work(lambda driver: driver.ledger.happened("undefined", record.uuid, {"kept": paths}))
         return reply
 
     def migrate(self, procedure: int, payload: bytes) -> Steps:

@@ -36,9 +36,9 @@ def main() -> None:
         host.write("/root/bare.py", BARE.encode())
         bare = median(map(float, host.check("python3 /root/bare.py").stdout.split()))
         log = host.get(operator.LOG).decode()
-    own = median(int(found) for found in re.findall(r"(\d+) ms from start to ", log))
+    own = median(int(found) for found in re.findall(r"age_ms=(\d+)", log))
     print(f"device model {own:.0f} ms, python3 -c pass {bare:.0f} ms: ratio {own / bare:.2f} (limit 3)")
-    print(*re.findall(r"mapped .*", log), sep="\n")
+    print(*re.findall(r"event=started .*", log), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from nvdimm_driver import domxml
-from tests.integration.bench_host import Host
+from tests.integration.bench_host import UUID, Host
 
 PREPARE = ["hook prepare begin db1"]
 HELP = ["device-model -help"] * 2
@@ -364,7 +364,7 @@ def test_autostart_after_a_power_failure(running: Host) -> None:
         running.reboot()
         assert running.libvirtd.events() == started(1)
         assert running.state("db1") == ("mapped", 1, True)
-        assert f"domain db1: put away after domid {number}" in running.log()[before:]
+        assert f"event=put-away domain=db1 uuid={UUID.format(1)} domid={number}" in running.log()[before:]
 
         running.libvirtd.check("destroy", "db1")
         running.libvirtd.restart()

@@ -229,7 +229,7 @@ def test_undefine_keeps_the_bytes_for_the_next_definition(host: Host) -> None:
     assert host.check("domuuid", "db1") == uuid
     assert "already exists with uuid" in refused(host, "define", without_uuid)
     assert host.sum("db1") == before != hashlib.sha256(bytes(4 << 20)).hexdigest()
-    assert "undefined; kept: " in host.nvdimmd_log()
+    assert f"INFO event=undefined domain=db1 uuid={uuid} domid=- kept=" in host.nvdimmd_log()
 
 
 def renamed(host: Host) -> Path:

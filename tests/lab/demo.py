@@ -84,7 +84,7 @@ def tell(story: Story, host: XenHost) -> None:
     with story.part("virsh start, until the guest's Linux is up"):
         guest = operator.start(host, NAME)
         report = guest.wait_report()
-    story.tell(host.check(f"grep mapped {operator.LOG} | tail -n 1").stdout)
+    story.tell(host.check(f"grep event=started {operator.LOG} | tail -n 1").stdout)
     story.tell(seen(report))
     with story.part("Write to /dev/pmem0 in the guest"):
         guest.write("/dev/pmem0", 0, 4 * MIB, SEED)

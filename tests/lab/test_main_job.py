@@ -71,7 +71,7 @@ def test_the_mapping_costs_what_was_planned(xen: XenHost, guest: Guest) -> None:
     plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db1.xml").stdout)
     counted = operator.memory_mappings_counted(xen)
     line = re.findall(
-        r"mapped (\d+) extents, (\d+) entries of 2 MiB, (\d+) of 4 KiB, (\d+) hypercalls",
+        r"event=started .* extents=(\d+) superpages=(\d+) pages=(\d+) hypercalls=(\d+)",
         xen.get(operator.LOG).decode(),
     )[-1]
     extents, superpages, pages, hypercalls = map(int, line)

@@ -164,7 +164,7 @@ def test_bad_blocks_are_told_and_warned_of(xen: XenHost) -> None:
     assert (first["bad_blocks"], first["problem"]) == ([{"offset": MIB, "length": 4096}], None)
     assert (second["bad_blocks"], second["problem"]) == ([], None)
     virsh(xen, "start db1")
-    assert "db1.img has 4096 bad bytes, the first at 0x100000" in xen.get(operator.LOG).decode()
+    assert "db1.img bytes=4096 first=0x100000" in xen.get(operator.LOG).decode()
     virsh(xen, "destroy db1")
 
 

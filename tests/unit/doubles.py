@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, XenError
@@ -208,7 +209,7 @@ def make_driver(
 ) -> XenNvdimmDriver:
     """A driver whose state is in a folder of the test's."""
     return XenNvdimmDriver(
-        ledger=Ledger(str(folder / "ledger.sqlite")),
+        ledger=Ledger(str(folder / "ledger.sqlite"), logs.tell),
         state_dir=folder,
         backings=[backing],
         acpi=acpi or NativeAcpiBuilder(),

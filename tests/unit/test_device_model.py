@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.cmd.device_model import Log, attach
+from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import GuardError, LedgerError, XenError
 from nvdimm_driver.model import MIB
@@ -39,11 +39,6 @@ def driver(tmp_path: Path, mapper: RecordingMapper) -> XenNvdimmDriver:
     return driver
 
 
-@pytest.fixture
-def log(tmp_path: Path) -> Log:
-    return Log(str(tmp_path / "log"))
-
-
 def no_server(state_dir: str, domid: int, uuid: str) -> None:
     raise AssertionError("none is needed")
 
@@ -54,105 +49,103 @@ def fault(driver: XenNvdimmDriver) -> str:
     return record.fault
 
 
-def test_it_maps_delivers_and_names_the_qemu(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
-) -> None:
+def test_it_maps_delivers_and_names_the_qemu(driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path) -> None:
     driver.prepare(domain(A))
     prepared = started(driver.ledger)
-    assert attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server) == "/usr/bin/real-qemu"
+    assert attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server) == "/usr/bin/real-qemu"
     assert mapper.mapped == {5: prepared.mappings}
     assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
     record = driver.ledger.domain(UUID)
     assert record is not None
     assert record.attachment is not None
     assert (record.attachment.state, record.attachment.domid) == ("mapped", 5)
-    assert "mapped 1 extents, 32 entries of 2 MiB, 0 of 4 KiB" in (tmp_path / "log").read_text()
+    (*_, event) = driver.ledger.events()
+    assert (event.kind, event.name, event.uuid, event.domid) == ("started", "db1", UUID, 5)
+    assert [event.detail[key] for key in ("extents", "superpages", "pages", "hypercalls")] == [1, 32, 0, 1]
 
 
 @pytest.mark.parametrize("step", ["map", "deliver"])
 def test_a_failure_leaves_nothing_mapped_and_is_kept(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path, step: str
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path, step: str
 ) -> None:
     driver.prepare(domain(A))
     mapper.fail = step
     with pytest.raises(XenError, match=r"E\w+"):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
     assert fault(driver).startswith("E")
 
 
 def test_the_guards_run_before_anything_is_mapped(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
     mapper.ram_ranges.append((started(driver.ledger).mappings[0][1], 1))
     with pytest.raises(GuardError):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
     assert "RAM" in fault(driver)
 
 
-def test_frames_of_another_start_are_refused(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
-) -> None:
+def test_frames_of_another_start_are_refused(driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path) -> None:
     driver.prepare(domain(A))
     mappings = started(driver.ledger).mappings
     driver.ledger.replace(OTHER_UUID, "db2", 1, [])
     driver.ledger.attach(OTHER_UUID, [])
     driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [])
     with pytest.raises(GuardError, match="db2"):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
 
 
 def test_a_restored_guest_has_its_tables_already(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
-    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server, restored=True)
+    attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server, restored=True)
     assert list(mapper.mapped) == [5]
     assert mapper.delivered == {}
 
 
 def test_a_start_of_which_no_hook_has_told_is_prepared_now(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
     """xl runs no hooks."""
-    assert attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server) == "/usr/bin/real-qemu"
+    assert attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server) == "/usr/bin/real-qemu"
     assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
 
 
 def test_a_domain_that_was_never_defined_has_no_start(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
     mapper.alive[6] = OTHER_UUID
     with pytest.raises(LedgerError, match=f"no NVDIMMs are known for domain {OTHER_UUID}"):
-        attach(6, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
+        attach(6, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
 
 
 def test_a_guest_that_has_memory_where_the_nvdimm_goes_is_refused(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
     mapper.guest_frames = started(driver.ledger).mappings[0][0] + 1
     with pytest.raises(GuardError):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
 
 
 def test_missing_tables_are_an_error_with_their_path(
-    driver: XenNvdimmDriver, mapper: RecordingMapper, log: Log, tmp_path: Path
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
     driver.tables_file(UUID).unlink()
     with pytest.raises(XenError, match=str(driver.tables_file(UUID))):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
 
 
 @pytest.mark.parametrize("restored", [False, True])
 def test_a_guest_with_labels_gets_its_page_and_a_label_server(
-    tmp_path: Path, mapper: RecordingMapper, log: Log, restored: bool
+    tmp_path: Path, mapper: RecordingMapper, restored: bool
 ) -> None:
     """A restored one has its page. The ledger tells whether the labels are those the guest was started with."""
     driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
@@ -164,7 +157,7 @@ def test_a_guest_with_labels_gets_its_page_and_a_label_server(
     def serve(state_dir: str, domid: int, uuid: str) -> None:
         started.append((state_dir, domid, uuid, set(mapper.dsm_pages)))
 
-    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, serve, restored=restored)
+    attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, serve, restored=restored)
     assert started == [(str(tmp_path), 5, UUID, set() if restored else {5})]
     record = driver.ledger.domain(UUID)
     assert record is not None
@@ -177,7 +170,7 @@ def test_a_guest_with_labels_gets_its_page_and_a_label_server(
     assert redefined.labels != record.labels
 
 
-def test_without_its_label_server_a_guest_does_not_start(tmp_path: Path, mapper: RecordingMapper, log: Log) -> None:
+def test_without_its_label_server_a_guest_does_not_start(tmp_path: Path, mapper: RecordingMapper) -> None:
     driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
     labelled = domain(A, label_size=MIB)
     driver.define(labelled)
@@ -187,7 +180,7 @@ def test_without_its_label_server_a_guest_does_not_start(tmp_path: Path, mapper:
         raise XenError("no label server: no QEMU")
 
     with pytest.raises(XenError, match="no QEMU"):
-        attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, serve)
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, serve)
     assert mapper.mapped == {}
     assert "no QEMU" in fault(driver)
 
@@ -216,14 +209,14 @@ def test_it_imports_little() -> None:
 
 
 def test_a_guest_whose_label_server_was_killed_gets_another(
-    tmp_path: Path, mapper: RecordingMapper, log: Log, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, mapper: RecordingMapper, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not one that has its own. Here there is no Xen: that is logged, and no error of whoever looks."""
     driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
     labelled = domain(A, label_size=MIB)
     driver.define(labelled)
     driver.prepare(labelled)
-    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, lambda *_: None)
+    attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, lambda *_: None)
     record = driver.ledger.domain(UUID)
     assert record is not None
     lock = driver.starts.label_servers.lock(UUID)
@@ -232,7 +225,8 @@ def test_a_guest_whose_label_server_was_killed_gets_another(
     assert (caplog.text, driver.label_server(record)) == ("", "running")
     os.close(lock)
     driver.serve_labels()
-    assert "its label server is gone" in caplog.text
+    assert f"event=label-server-gone domain=db1 uuid={UUID} domid=5" in caplog.text
+    assert "event=label-server-failed" in caplog.text
     assert "no label server for domid 5" in caplog.text
     assert driver.label_server(record) == "gone"
     mapper.alive.clear()
@@ -241,14 +235,12 @@ def test_a_guest_whose_label_server_was_killed_gets_another(
     assert caplog.text == ""
 
 
-def test_label_areas_that_the_guest_writes_by_itself_are_not_cached(
-    tmp_path: Path, mapper: RecordingMapper, log: Log
-) -> None:
+def test_label_areas_that_the_guest_writes_by_itself_are_not_cached(tmp_path: Path, mapper: RecordingMapper) -> None:
     driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="aml")
     labelled = domain(A, label_size=MIB)
     driver.define(labelled)
     driver.prepare(labelled)
-    attach(5, driver.ledger, mapper, str(tmp_path), log, driver.prepare_known, no_server)
+    attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     ((gfn, _, count),) = mapper.mapped[5]
     assert count == 64 * MIB // 4096
     assert mapper.uncached[5] == [(gfn + 63 * MIB // 4096, MIB // 4096)]

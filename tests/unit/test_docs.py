@@ -9,9 +9,13 @@ import pytest
 
 from nvdimm_driver import domxml, errors
 from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
+from nvdimm_driver.events import KINDS, LOGGED
+from nvdimm_driver.metrics import DriverCollector
 from nvdimm_driver.rpc.intercept import TABLE
+from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
 
 DOC = Path(__file__).parents[2] / "doc"
+MONITORING = (DOC / "monitoring.rst").read_text(encoding="utf-8")
 COMMANDS = (DOC / "commands.rst").read_text(encoding="utf-8")
 CLIFF_HAS = {"--help", "--variable", "--quote", "--noindent", "--max-width", "--fit-width", "--print-empty", "--prefix"}
 CLIFF_HAS |= {"--sort-column", "--sort-ascending", "--sort-descending"}
@@ -54,6 +58,19 @@ def test_every_call_that_is_intercepted_has_a_row() -> None:
     page = (DOC / "nvdimmd.rst").read_text(encoding="utf-8")
     for row in TABLE.values():
         assert f"``{row.name}``" in page
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *LOGGED])
+def test_every_event_is_documented(kind: str) -> None:
+    assert f"``{kind}``" in MONITORING
+
+
+def test_every_metric_is_documented(tmp_path: Path) -> None:
+    driver = make_driver(tmp_path, MemoryBacking(), RecordingMapper())
+    families = [family.name for family in DriverCollector(driver).collect()]
+    assert len(families) == 13
+    for name in families:
+        assert f"``{name}" in MONITORING
 
 
 def test_the_rewritten_example_is_what_rewriting_its_original_gives() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from nvdimm_driver.acpi.tables import Nfit, PlatformCapabilities
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, GuardError, InUseError, LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.errors import BackingError, GuardError, InUseError, LayoutError, LedgerError, NvdimmError, XenError
 from nvdimm_driver.model import GIB, KIB, MIB, BackingIdentity, NvdimmSpec, Progress
 from nvdimm_driver.plugins import unwatched
 from tests.unit.doubles import NAMESPACE, OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
@@ -144,7 +144,7 @@ def test_others_see_how_far_a_define_is(
     with caplog.at_level("INFO"):
         make_driver(tmp_path, Watched(), RecordingMapper()).define(domain(A))
     assert seen == [(False, percent) for percent in (0, 25, 50, 75, 100)]
-    assert f"db1: {A}: 2097152 of 4194304 bytes written" in caplog.text
+    assert f"event=provisioning domain=db1 uuid={UUID} domid=- path={A} written=2097152 bytes=4194304" in caplog.text
 
 
 def test_prepare_freezes_and_writes_the_plan(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
@@ -259,7 +259,7 @@ def test_release_says_why_the_start_failed(driver: XenNvdimmDriver, backing: Mem
     driver.define(domain(A))
     driver.prepare(domain(A))
     driver.ledger.mapping(UUID, 5)
-    driver.ledger.fault(UUID, "EPERM")
+    driver.ledger.failed(UUID, XenError("EPERM"))
     assert driver.release(UUID) == "EPERM"
     assert driver.release(UUID) == "EPERM"
     assert backing.frozen == set()
@@ -297,7 +297,7 @@ def test_a_start_with_bad_blocks_says_so(
     assert driver.plan(domain(A)).bad_blocks == ((),)
     driver.define(domain(A))
     driver.prepare(domain(A))
-    assert f"{A} has 1536 bad bytes, the first at 0x1000" in caplog.text
+    assert f"event=bad-blocks domain=db1 uuid={UUID} domid=- path={A} bytes=1536 first=0x1000" in caplog.text
     record = driver.ledger.domain(UUID)
     assert record is not None
     assert driver.bad_blocks(record.allocations[0]) == ((4096, 512), (MIB, 1024))

@@ -16,10 +16,13 @@ from nvdimm_driver.label_servers import LabelServers
 from tests.unit.doubles import UUID
 
 
-def supervised(serve: Callable[[bool, Callable[[], None]], None]) -> bytes:
+def supervised(serve: Callable[[bool, Callable[[], None]], None], happened: list[str] | None = None) -> bytes:
     """What the one who waits for the first child is told."""
     ours, theirs = os.pipe()
-    supervise(serve, theirs)
+    events = [] if happened is None else happened
+    supervise(
+        serve, theirs, lambda kind, detail: events.append(f"{kind} {detail.get('answers', detail.get('status'))}")
+    )
     os.close(theirs)
     with open(ours, "rb") as pipe:
         return pipe.read()
@@ -35,7 +38,9 @@ def test_one_that_dies_is_followed_by_another_and_then_by_one_that_refuses(tmp_p
         if not refuse:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert supervised(serve) == SERVING
+    happened: list[str] = []
+    assert supervised(serve, happened) == SERVING
+    assert happened == ["label-server-started yes", "label-server-gone -9"] * 3 + ["label-server-started no"]
     assert runs.read_text().split() == ["False", "False", "False", "True"]
 
 
@@ -47,7 +52,9 @@ def test_when_the_first_one_cannot_start_there_is_no_second(tmp_path: Path) -> N
             file.write("run\n")
         raise AcpiError("no QEMU", hint="install one")
 
-    assert supervised(serve) == b"no QEMU (install one)"
+    happened: list[str] = []
+    assert supervised(serve, happened) == b"no QEMU (install one)"
+    assert happened == []
     assert runs.read_text() == "run\n"
 
 
@@ -84,3 +91,17 @@ def test_one_that_cannot_start_says_why() -> None:
     """There is no such domain, nor a Xen."""
     with pytest.raises(XenError, match=rf"no label server for domid 7: .*domains/{UUID}/label-server"):
         LabelServers("/nonexistent").start(7, UUID)
+
+
+def test_requests_are_counted_on_from_where_an_earlier_server_was(tmp_path: Path) -> None:
+    (tmp_path / "domains" / UUID).mkdir(parents=True)
+    servers = LabelServers(tmp_path)
+    assert servers.requests(UUID) is None
+    counter = servers.count_requests(UUID)
+    assert servers.requests(UUID) == (0, 0)
+    counter.add(failed=False)
+    counter.add(failed=False)
+    counter.add(failed=True)
+    assert servers.requests(UUID) == (2, 1)
+    servers.count_requests(UUID).add(failed=False)
+    assert servers.requests(UUID) == (3, 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.errors import LedgerError
+from nvdimm_driver.errors import LedgerError, XenError
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
 from tests.unit.doubles import OTHER_UUID, UUID, started
@@ -56,7 +56,7 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     assert start.areas == [(1024, 1 << 20)]
     ledger.mapping(UUID, 7)
     assert ledger.start(UUID) is None
-    ledger.fault(UUID, "old")
+    ledger.failed(UUID, XenError("old"))
     ledger.mapped(UUID)
     record = ledger.domain(UUID)
     assert record is not None
@@ -71,7 +71,7 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
 
 def test_a_new_start_has_no_reason_of_an_earlier_one(ledger: Ledger) -> None:
     ledger.replace(UUID, "db1", 5, [READY])
-    ledger.fault(UUID, "old")
+    ledger.failed(UUID, XenError("old"))
     ledger.attach(UUID, ["/mnt/pmem0/a"])
     record = ledger.domain(UUID)
     assert record is not None
@@ -91,7 +91,7 @@ def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
     path = str(tmp_path / "ledger.sqlite")
     ledger = Ledger(path)
     ledger._write([("PRAGMA user_version = 99", ())])
-    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 2"):
+    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 3"):
         Ledger(path)
 
 

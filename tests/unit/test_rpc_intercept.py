@@ -10,7 +10,7 @@ import pytest
 
 from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, DomainXmlError, LayoutError, ProtocolError, UnsupportedError
+from nvdimm_driver.errors import BackingError, DomainXmlError, LayoutError, ProtocolError, UnsupportedError, XenError
 from nvdimm_driver.model import GIB, KIB, MIB
 from nvdimm_driver.rpc import intercept
 from nvdimm_driver.rpc.handler import Call, Context, Peer, ReplyEntry, Work
@@ -272,14 +272,14 @@ def test_a_transient_domain_that_libvirt_refuses_leaves_nothing(
 
 def test_a_failed_start_says_why(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     domain = proxy.define(xml("a"))
-    driver.ledger.fault(UUID, "an old reason")
+    driver.ledger.failed(UUID, XenError("an old reason"))
     proxy.libvirtd.refuse[START] = "libxenlight failed"
     with pytest.raises(LibvirtError) as caught:
         proxy.call(START, Packer().domain(domain))
     assert message(caught.value) == "libxenlight failed"
 
     def fail(call: Call) -> bytes:
-        driver.ledger.fault(UUID, "xc_domain_memory_mapping: EPERM (look at xl dmesg)")
+        driver.ledger.failed(UUID, XenError("xc_domain_memory_mapping: EPERM (look at xl dmesg)"))
         raise LibvirtError(RemoteError(1, 41, "libxenlight failed").pack())
 
     proxy.libvirtd.answer = fail  # type: ignore[method-assign]
@@ -292,7 +292,7 @@ def test_a_reason_that_is_in_the_error_is_not_said_twice(proxy: Proxy, driver: X
     domain = proxy.define(xml("a"))
 
     def fail(call: Call) -> bytes:
-        driver.ledger.fault(UUID, "/mnt/pmem0/a is gone")
+        driver.ledger.failed(UUID, XenError("/mnt/pmem0/a is gone"))
         raise LibvirtError(RemoteError(70, 41, "hook failed: nvdimm-driver: /mnt/pmem0/a is gone").pack())
 
     proxy.libvirtd.answer = fail  # type: ignore[method-assign]
@@ -422,7 +422,7 @@ def test_undefine_keeps_claim_and_data(
     domain = proxy.define(xml("a"))
     with caplog.at_level("INFO"):
         proxy.call(231, Packer().domain(domain).uint32(0))
-    assert "undefined; kept: /mnt/pmem0/a" in caplog.text
+    assert f"event=undefined domain=db1 uuid={UUID} domid=- kept=/mnt/pmem0/a" in caplog.text
     assert driver.ledger.domain(UUID) is not None
     assert set(backing.files) == {"/mnt/pmem0/a"}
     proxy.define(xml("a"))

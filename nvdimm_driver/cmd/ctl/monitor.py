@@ -1,0 +1,115 @@
+"""Commands that watch what happens to domains with NVDIMMs."""
+
+from __future__ import annotations
+
+import argparse
+import select
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvdimm_driver.cmd.ctl.base import Action, up_to_date
+from nvdimm_driver.events import KINDS, Event, utc
+
+if TYPE_CHECKING:
+    from nvdimm_driver.ledger import Ledger
+
+POLL_SECONDS = 0.5
+
+
+class Monitor(Action):
+    """Print what happens to domains with NVDIMMs, a JSON object a line, until interrupted."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("--domain", metavar="DOMAIN", help="only of the domain of that name, uuid or id")
+        parser.add_argument(
+            "--event", action="append", choices=sorted(KINDS), help="only events of this kind; can be repeated"
+        )
+        parser.add_argument(
+            "--since",
+            metavar="ID",
+            type=_number,
+            help="begin behind the event of that number, 0 for all that are kept; without it, with what happens now",
+        )
+        parser.add_argument(
+            "--no-follow", action="store_true", help="end when there is no more; without --since, print all there is"
+        )
+        parser.add_argument("--timeout", metavar="SECONDS", type=float, help="end after so many seconds")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver.ledger import Ledger
+
+        with closing(Ledger(str(Path(self.app.conf.state_dir) / "ledger.sqlite"))) as ledger:
+            try:
+                _watch(ledger, parsed_args)
+            except KeyboardInterrupt:
+                return
+
+
+class Metrics(Action):
+    """Print metrics in the text format of Prometheus, or write them to a file."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "-o", "--output", metavar="FILE", help="write to this file, whole or not at all, instead of standard output"
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver.errors import ConfigError
+        from nvdimm_driver.metrics import render, write
+
+        if not parsed_args.output:
+            print(render(up_to_date(self.app)).decode(), end="")
+            return
+        try:
+            write(lambda: up_to_date(self.app), parsed_args.output)
+        except OSError as error:
+            raise ConfigError(f"cannot write {parsed_args.output}: {error.strerror}") from error
+
+
+def line(event: Event) -> str:
+    """An event as monitor prints it."""
+    import json
+
+    return json.dumps({"id": event.id, "time": utc(event.time), **event.fields()}, ensure_ascii=False)
+
+
+def _watch(ledger: Ledger, wanted: argparse.Namespace) -> None:
+    """Print events as they come.
+
+    :raises BrokenPipeError: when nobody reads them any more.
+    """
+    deadline = None if wanted.timeout is None else time.monotonic() + wanted.timeout
+    last = wanted.since
+    if last is None:
+        last = 0 if wanted.no_follow else ledger.last_event()
+    reader = select.poll()
+    reader.register(sys.stdout, 0)
+    while True:
+        for event in ledger.events(last):
+            last = event.id
+            if _is_wanted(event, wanted):
+                print(line(event), flush=True)
+        if wanted.no_follow or (deadline is not None and time.monotonic() >= deadline):
+            return
+        if reader.poll(1000 * POLL_SECONDS):
+            raise BrokenPipeError
+
+
+def _is_wanted(event: Event, wanted: argparse.Namespace) -> bool:
+    if wanted.event and event.kind not in wanted.event:
+        return False
+    return wanted.domain is None or wanted.domain in (event.name, event.uuid, str(event.domid))
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number

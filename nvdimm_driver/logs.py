@@ -1,0 +1,67 @@
+"""The log lines of the entry points: one an event, in the form that ``log_format`` says."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from nvdimm_driver.events import Event, log_line, logfmt
+
+if TYPE_CHECKING:
+    from oslo_config import cfg
+
+    from nvdimm_driver.events import Value
+
+LOG = logging.getLogger(__name__)
+
+
+def tell(event: Event) -> None:
+    """Log an event."""
+    LOG.log(logging.getLevelNamesMapping()[event.level], event)
+
+
+def to_file(program: str, conf: cfg.ConfigOpts) -> None:
+    """Have this process log to the operator's log file.
+
+    :raises OSError: when it cannot be written.
+    """
+    _to(logging.FileHandler(conf.log_file), LineFormatter(program, conf.log_format))
+
+
+def to_journal(program: str, conf: cfg.ConfigOpts) -> None:
+    """Have this process log to stderr; of a line of text, the journal has time and program by itself."""
+    form = LineFormatter(program, conf.log_format) if conf.log_format == "json" else BareFormatter()
+    _to(logging.StreamHandler(), form)
+
+
+class BareFormatter(logging.Formatter):
+    """Level and fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname} {logfmt(self.fields(record))}"
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Value]:
+        """What there is to say: an event's fields, or the message of what is none."""
+        fields: dict[str, Value] = {"msg": record.getMessage()}
+        if isinstance(record.msg, Event):
+            fields = record.msg.fields()
+        if record.exc_info:
+            fields["trace"] = self.formatException(record.exc_info)
+        return fields
+
+
+class LineFormatter(BareFormatter):
+    """Time, program, process, level and fields."""
+
+    def __init__(self, program: str, form: str) -> None:
+        super().__init__()
+        self._program = program
+        self._form = form
+
+    def format(self, record: logging.LogRecord) -> str:
+        return log_line(record.created, self._program, record.levelname, self.fields(record), self._form)
+
+
+def _to(handler: logging.Handler, formatter: logging.Formatter) -> None:
+    handler.setFormatter(formatter)
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
