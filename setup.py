@@ -56,6 +56,14 @@ setup(
             "domctl = nvdimm_driver.xen.domctl:DomctlMapper",
             "dry-run = nvdimm_driver.xen.dry_run:DryRunMapper",
         ],
+        "nvdimm_driver.doctor_formats": [
+            "lines = nvdimm_driver.cmd.ctl.doctor:Lines",
+            "csv = cliff.formatters.commaseparated:CSVLister",
+            "json = cliff.formatters.json_format:JSONFormatter",
+            "table = cliff.formatters.table:TableFormatter",
+            "value = cliff.formatters.value:ValueFormatter",
+            "yaml = cliff.formatters.yaml_format:YAMLFormatter",
+        ],
         "nvdimm_driver.nvdimmctl": [
             "rewrite = nvdimm_driver.cmd.ctl.xml:Rewrite",
             "restore = nvdimm_driver.cmd.ctl.xml:Restore",
@@ -66,6 +74,7 @@ setup(
             "pool_list = nvdimm_driver.cmd.ctl.pools:PoolList",
             "pool_show = nvdimm_driver.cmd.ctl.pools:PoolShow",
             "release = nvdimm_driver.cmd.ctl.domains:Release",
+            "doctor = nvdimm_driver.cmd.ctl.doctor:Doctor",
             "host = nvdimm_driver.cmd.ctl.host:HostFile",
             "register = nvdimm_driver.cmd.ctl.host:Register",
             "unregister = nvdimm_driver.cmd.ctl.host:Unregister",

@@ -151,6 +151,11 @@ def disable(conf: cfg.ConfigOpts) -> Iterator[str]:
         _reload(bool(drop_ins))
 
 
+def is_enabled() -> bool | None:
+    """Whether nvdimmd is started at boot; None on a host without systemd."""
+    return _is("enabled", "nvdimmd.socket") if BOOTED.is_dir() else None
+
+
 def _reload(modular: bool) -> None:
     """Have systemd read the units anew.
 
