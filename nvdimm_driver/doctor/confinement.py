@@ -10,7 +10,9 @@ from pathlib import Path
 
 from nvdimm_driver.doctor.finding import Finding, noted, passed, warned
 
-DAEMONS = ("libvirtd", "virtxend")
+DAEMONS = ("virtxend", "libvirtd")
+_STARTTIME = 19
+"""Behind the name in /proc/PID/stat: in clock ticks since boot (proc(5))."""
 _EXECUTABLE = (
     "/bin",
     "/sbin",
@@ -42,13 +44,11 @@ def find_daemon(proc: Path = Path("/proc")) -> Daemon | None:
     found = {}
     for folder in proc.glob("[0-9]*"):
         name = _text(folder / "comm")
-        if name in DAEMONS and name not in found:
-            found[name] = folder
-    for name in reversed(DAEMONS):
-        if name in found:
-            folder = found[name]
-            return Daemon(name, _started(folder, booted), _text(folder / "attr/current"))
-    return None
+        fields = _text(folder / "stat").rpartition(")")[2].split()  # none when it has just ended
+        if name in DAEMONS and len(fields) > _STARTTIME:
+            started = booted + int(fields[_STARTTIME]) / os.sysconf("SC_CLK_TCK")
+            found[name] = Daemon(name, started, _text(folder / "attr/current"))
+    return next((found[name] for name in DAEMONS if name in found), None)
 
 
 def check_apparmor(daemon: Daemon | None, device_model: str, root: Path = Path("/")) -> Finding:
@@ -58,8 +58,10 @@ def check_apparmor(daemon: Daemon | None, device_model: str, root: Path = Path("
         return passed(check, "is off")
     if daemon is None:
         return noted(check, "is on; libvirt's daemon does not run, so that its profile cannot be told", "start it")
+    if not daemon.label:
+        return noted(check, f"is on, and does not say whether it confines {daemon.name}", "run as root")
     if not daemon.label.endswith("(enforce)"):
-        return passed(check, f"does not confine {daemon.name}: {daemon.label or 'unconfined'}")
+        return passed(check, f"does not confine {daemon.name}: {daemon.label}")
     profile = f"usr.sbin.{daemon.name}"
     folder = root / "etc/apparmor.d"
     rules = "\n".join(_rules(path) for path in (folder / profile, folder / "local" / profile))
@@ -100,12 +102,6 @@ def check_selinux(root: Path = Path("/")) -> Finding:
 def _rules(path: Path) -> str:
     """A profile without its comments."""
     return re.sub(r"^\s*#(?!include).*$", "", _text(path), flags=re.MULTILINE)
-
-
-def _started(folder: Path, booted: float) -> float:
-    """When a process was started (proc(5): starttime, in clock ticks since boot)."""
-    ticks = int(_text(folder / "stat").rpartition(")")[2].split()[19])
-    return booted + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The ledger, against Xen and against the backings. What it finds, 'nvdimmctl check' mends."""
+"""The ledger, against Xen and against the backings."""
 
 from __future__ import annotations
 

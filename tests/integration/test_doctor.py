@@ -131,6 +131,7 @@ def test_what_is_right_passes(host: Host) -> None:
     ):
         assert found[name]["Result"] == "PASS", found[name]
     assert found["memory type"]["Result"] == "WARN"
+    assert found["ledger"]["Message"] == "1 domains, 1 NVDIMMs", "nvdimmd was asked about one that is not defined"
     assert found["pools"]["Result"] == "NOTE"
     assert found["libvirt"]["Message"].startswith("9.0.0")
     assert "<table type='slic'>" in found["ACPI table type"]["Message"]
