@@ -63,6 +63,14 @@ setup(
             "value = cliff.formatters.value:ValueFormatter",
             "yaml = cliff.formatters.yaml_format:YAMLFormatter",
         ],
+        "nvdimm_driver.doctor_formats": [
+            "lines = nvdimm_driver.cmd.ctl.doctor:Lines",
+            "csv = cliff.formatters.commaseparated:CSVLister",
+            "json = cliff.formatters.json_format:JSONFormatter",
+            "table = cliff.formatters.table:TableFormatter",
+            "value = cliff.formatters.value:ValueFormatter",
+            "yaml = cliff.formatters.yaml_format:YAMLFormatter",
+        ],
         "nvdimm_driver.nvdimmctl": [
             "rewrite = nvdimm_driver.cmd.ctl.xml:Rewrite",
             "restore = nvdimm_driver.cmd.ctl.xml:Restore",
@@ -77,6 +85,7 @@ setup(
             "check = nvdimm_driver.cmd.ctl.check:Check",
             "monitor = nvdimm_driver.cmd.ctl.monitor:Monitor",
             "metrics = nvdimm_driver.cmd.ctl.monitor:Metrics",
+            "doctor = nvdimm_driver.cmd.ctl.doctor:Doctor",
             "host = nvdimm_driver.cmd.ctl.host:HostFile",
             "register = nvdimm_driver.cmd.ctl.host:Register",
             "unregister = nvdimm_driver.cmd.ctl.host:Unregister",

@@ -11,6 +11,7 @@ from oslo_config import cfg
 
 from nvdimm_driver.cmd import units
 from nvdimm_driver.cmd.files import MARK, install, remove
+from nvdimm_driver.doctor.programs import Script
 from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.ledger import Ledger
 
@@ -44,16 +45,10 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
             state_dir.mkdir(parents=True, mode=0o700)
             yield f"created {state_dir}"
         Ledger(_ledger(conf)).close()
-        names = {
-            "python": sys.executable,
-            "mark": MARK,
-            "state_dir": conf.state_dir,
-            "log_file": conf.log_file,
-            "log_format": conf.log_format,
-            "qemu": conf.xen.qemu,
-        }
-        yield install(Path(conf.xen.device_model), DEVICE_MODEL.format(**names), 0o755)
-        hook = install(_hook(conf), HOOK.format(**names), 0o755)
+        script = device_model(conf)
+        yield install(script.path, script.text, 0o755)
+        script = libvirt_hook(conf)
+        hook = install(script.path, script.text, 0o755)
         yield hook
         if not hook.startswith("unchanged"):
             yield "restart libvirtd (or virtxend), which looks for hooks when it starts: systemctl restart libvirtd"
@@ -71,8 +66,8 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
     if running:
         raise InUseError(f"domains with NVDIMMs are running: {', '.join(running)}", hint="shut them down first")
     try:
-        for path in (_hook(conf), Path(conf.xen.device_model)):
-            yield remove(path)
+        for script in (libvirt_hook(conf), device_model(conf)):
+            yield remove(script.path)
         yield from units.disable(conf)
     except OSError as error:
         raise ConfigError(f"cannot remove: {error}", hint="run as root") from error
@@ -87,5 +82,20 @@ def _ledger(conf: cfg.ConfigOpts) -> str:
     return os.path.join(conf.state_dir, "ledger.sqlite")
 
 
-def _hook(conf: cfg.ConfigOpts) -> Path:
-    return Path(conf.libvirt.hooks_dir) / "libxl.d" / HOOK_NAME
+def libvirt_hook(conf: cfg.ConfigOpts) -> Script:
+    """The hook, as :func:`register` installs it."""
+    path = Path(conf.libvirt.hooks_dir) / "libxl.d" / HOOK_NAME
+    return Script("hook", path, HOOK.format(python=sys.executable, mark=MARK), MARK)
+
+
+def device_model(conf: cfg.ConfigOpts) -> Script:
+    """The device model, as :func:`register` installs it."""
+    text = DEVICE_MODEL.format(
+        python=sys.executable,
+        mark=MARK,
+        state_dir=conf.state_dir,
+        log_file=conf.log_file,
+        log_format=conf.log_format,
+        qemu=conf.xen.qemu,
+    )
+    return Script("device model", Path(conf.xen.device_model), text, MARK)

@@ -176,6 +176,11 @@ def place(path: Path, packaged: Path, text: str) -> str:
     return remove(path) if is_packaged else done
 
 
+def is_enabled() -> bool | None:
+    """Whether nvdimmd is started at boot; None on a host without systemd."""
+    return _is("enabled", "nvdimmd.socket") if BOOTED.is_dir() else None
+
+
 def _reload(modular: bool) -> None:
     """Have systemd read the units anew.
 

@@ -30,6 +30,9 @@ int xc_domain_pin_memory_cacheattr(xc_interface *, uint32_t domid, uint64_t firs
 int xc_get_paging_mempool_size(xc_interface *, uint32_t domid, uint64_t *bytes);
 int xc_set_paging_mempool_size(xc_interface *, uint32_t domid, uint64_t bytes);
 int xc_get_machine_memory_map(xc_interface *, struct e820entry *, uint32_t count);
+typedef struct xen_sysctl_physinfo xc_physinfo_t;
+int xc_physinfo(xc_interface *, xc_physinfo_t *);
+int xc_version(xc_interface *, int what, void *answer);
 
 /* libxenforeignmemory.so.1 (xenforeignmemory.h) */
 void *xenforeignmemory_map(
@@ -68,9 +71,10 @@ void xs_close(struct xs_handle *);
 void *xs_read(struct xs_handle *, uint32_t transaction, const char *path, unsigned *length);
 _Bool xs_write(struct xs_handle *, uint32_t transaction, const char *path, const void *, unsigned length);
 
-/* the C library: what xs_read returns is the caller's; prctl(2) */
+/* the C library: what xs_read returns is the caller's; prctl(2), statx(2) */
 void free(void *);
 int prctl(int option, ...);
+int statx(int folder, const char *path, int flags, unsigned mask, struct statx *);
 """
 
 ffi = FFI()

@@ -27,9 +27,16 @@ WRITE_BACK = 6
 """xen/include/asm-x86/mtrr.h: MTRR_TYPE_WRBACK."""
 DELETE_CACHEATTR = 0xFFFFFFFF
 """xen/include/public/domctl.h: XEN_DOMCTL_DELETE_MEM_CACHEATTR."""
+HAP = 1 << 3
+"""xen/include/public/sysctl.h: XEN_SYSCTL_PHYSCAP_hap."""
 MAX_E820_ENTRIES = 1024
 """Xen has no more (E820MAX), and answers EINVAL to a buffer that is too small."""
 PROT_READ, PROT_WRITE = 1, 2
+XENVER_COMMANDLINE, COMMAND_LINE_SIZE = 9, 1024
+"""xen/include/public/version.h: XENVER_commandline, xen_commandline_t."""
+PHYSINFO_CAPABILITIES, PHYSINFO_WORDS = 7, 64
+"""Where struct xen_sysctl_physinfo has them, in words of 4 bytes, and room for more than all of it (public/sysctl.h).
+"""
 
 LIBRARY_FOLDERS = ("lib", "lib64", "lib/*-linux-gnu", "local/lib", "local/lib64")
 
@@ -130,6 +137,18 @@ class Xen:
         entries = ffi.new("struct e820entry[]", MAX_E820_ENTRIES)
         count = self._call("xc_get_machine_memory_map", f"{MAX_E820_ENTRIES} entries", entries, MAX_E820_ENTRIES)
         return [(entry.addr, entry.size, entry.type) for entry in entries[0:count]]
+
+    def platform_capabilities(self) -> int:
+        """Return what the platform can do, :data:`HAP` and the like."""
+        info = ffi.new("uint32_t[]", PHYSINFO_WORDS)
+        self._call("xc_physinfo", "the platform", ffi.cast("xc_physinfo_t *", info))
+        return int(info[PHYSINFO_CAPABILITIES])
+
+    def command_line(self) -> str:
+        """Return what the hypervisor was booted with."""
+        text = ffi.new("char[]", COMMAND_LINE_SIZE)
+        self._call("xc_version", "command line", XENVER_COMMANDLINE, text)
+        return bytes(ffi.string(text, COMMAND_LINE_SIZE)).decode(errors="replace")
 
     def maximum_gfn(self, domid: int) -> int | None:
         """Return the highest guest frame that the domain has; None when the hypervisor does not know the domain.

@@ -17,16 +17,27 @@ from random import Random
 
 import pytest
 
+from nvdimm_driver.doctor.dax import AT_EMPTY_PATH, STATX_ATTR_DAX, STRUCT_STATX_SIZE
 from nvdimm_driver.xen.abi import DECLARATIONS
 from nvdimm_driver.xen.abi import ffi as declared
-from nvdimm_driver.xen.libxenctrl import installed_versions
+from nvdimm_driver.xen.libxenctrl import (
+    COMMAND_LINE_SIZE,
+    HAP,
+    PHYSINFO_CAPABILITIES,
+    PHYSINFO_WORDS,
+    XENVER_COMMANDLINE,
+    installed_versions,
+)
 
 FUNCTIONS = re.findall(r"^\w[\w ]*?\W\*?(\w+)\(", DECLARATIONS, re.MULTILINE)
 HEADERS = """
+#define _GNU_SOURCE 1
 #define XC_WANT_COMPAT_DEVICEMODEL_API 1
 #include <stddef.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <xenctrl.h>
 #include <xendevicemodel.h>
 #include <xenevtchn.h>
@@ -45,11 +56,16 @@ def compile_c(source: str) -> subprocess.CompletedProcess[str]:
 def test_every_declaration_is_that_of_the_headers() -> None:
     entry = declared.typeof("struct e820entry")
     layout = [f"sizeof(struct e820entry) == {declared.sizeof('struct e820entry')}"]
+    layout += [f"offsetof(xc_physinfo_t, capabilities) == {4 * PHYSINFO_CAPABILITIES}"]
+    layout += [f"sizeof(xc_physinfo_t) <= {4 * PHYSINFO_WORDS}", f"XEN_SYSCTL_PHYSCAP_hap == {HAP}"]
+    layout += [f"XENVER_commandline == {XENVER_COMMANDLINE}", f"sizeof(xen_commandline_t) == {COMMAND_LINE_SIZE}"]
+    layout += [f"sizeof(struct statx) <= {STRUCT_STATX_SIZE}", "offsetof(struct statx, stx_attributes) == 8"]
+    layout += [f"STATX_ATTR_DAX == {STATX_ATTR_DAX}", f"AT_EMPTY_PATH == {AT_EMPTY_PATH}"]
     layout += [f"offsetof(struct e820entry, {name}) == {field.offset}" for name, field in entry.fields or ()]
     checks = "".join(f'_Static_assert({check}, "{check}");\n' for check in layout)
     result = compile_c(HEADERS + DECLARATIONS + checks)
     assert result.returncode == 0, result.stderr
-    assert len(layout) == 4
+    assert len(layout) == 13
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -66,7 +82,7 @@ def test_the_generated_module_is_one_that_cffi_1_15_loads(tmp_path: Path) -> Non
 
 
 def test_every_function_is_in_its_library() -> None:
-    assert len(FUNCTIONS) == 33
+    assert len(FUNCTIONS) == 36
     version = installed_versions()[-1]
     libraries = {
         "xc_": f"libxenctrl.so.{version}",
@@ -77,6 +93,7 @@ def test_every_function_is_in_its_library() -> None:
         "xentoolcore_": "libxentoolcore.so.1",
         "free": None,
         "prctl": None,
+        "statx": None,
     }
     for function in FUNCTIONS:
         (soname,) = (soname for prefix, soname in libraries.items() if function.startswith(prefix))
@@ -105,7 +122,7 @@ def run(root: Path, statement: str, **fail: str | int) -> list[str]:
     code = (
         "import sys\n"
         "from nvdimm_driver.errors import XenError\n"
-        "from nvdimm_driver.xen.libxenctrl import Xen\n"
+        "from nvdimm_driver.xen.libxenctrl import HAP, Xen\n"
         "from nvdimm_driver.xen.xenstore import Xenstore\n"
         "try:\n"
         "    with Xen(sys.argv[1]) as x, Xenstore() as s:\n"
@@ -134,6 +151,8 @@ CALLS = [
     ("x.set_paging_pool(7, 6 << 32)", f"xc_set_paging_mempool_size(7, {6 << 32})", "None"),
     ("x.pin_memory_cacheattr(7, 16, 4, 6)", "xc_domain_pin_memory_cacheattr(7, 0x10, 0x13, 6)", "True"),
     ("x.machine_memory_map()", "xc_get_machine_memory_map(1024)", "[(0, 654336, 1), (5368709120, 1073741824, 12)]"),
+    ("x.platform_capabilities() & HAP", "xc_physinfo()", "8"),
+    ("x.command_line()", "xc_version(9)", "dom0_mem=4G mmio-relax"),
     ("x.maximum_gfn(7)", "xc_domain_maximum_gpfn(7)", str(0xFEFFF)),
     (
         "x.populate_physmap_exact(7, 0xFD001, 3)",

@@ -1,0 +1,1 @@
+"""What ``nvdimmctl doctor`` looks at, by theme. Nothing is changed on the host."""

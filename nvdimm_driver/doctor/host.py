@@ -1,0 +1,90 @@
+"""All checks of a host, in the order in which an operator puts it right: from the machine up to the domains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from oslo_config import cfg
+
+from nvdimm_driver import plugins
+from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
+from nvdimm_driver.conf import configured_pools
+from nvdimm_driver.doctor import confinement, hypervisor, libvirt, pmem, programs, records
+from nvdimm_driver.doctor.finding import Finding, could_not
+from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.label_servers import LabelServers
+from nvdimm_driver.plugins import AcpiBuilder
+from nvdimm_driver.pools import Pools
+
+Check = tuple[str, Callable[[], Finding | Iterable[Finding]]]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What registering installs.
+
+    :ivar hook: for libvirt.
+    :ivar enabled: nvdimmd is started at boot; None on a host without systemd.
+    """
+
+    hook: programs.Script
+    device_model: programs.Script
+    enabled: bool | None
+
+
+def examine(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Finding]:
+    """Look at this host; each finding as soon as it is there."""
+    for name, look in _checks(conf, installed):
+        try:
+            found = look()
+            yield from (found,) if isinstance(found, Finding) else found
+        except (NvdimmError, OSError) as error:
+            yield could_not(name, error)
+
+
+def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
+    """All of them, each by what is said when it cannot be done."""
+    yield "Xen", hypervisor.check
+    yield "namespaces", pmem.check_namespaces
+    yield "pools", lambda: _pools(conf)
+    yield "QEMU", lambda: programs.check_qemu(conf.xen.qemu)
+    yield "ACPI tables", lambda: programs.check_tables(conf.acpi.builder, _builder(conf))
+    yield "device model", lambda: programs.check_script(installed.device_model)
+    yield "hook", lambda: programs.check_script(installed.hook)
+    daemon = confinement.find_daemon()
+    started = daemon.started if daemon else None
+    yield "hook, libvirt", lambda: programs.check_hook_known(installed.hook.path, started)
+    yield "libvirt", lambda: _libvirt(conf)
+    yield "nvdimmd", lambda: libvirt.check_nvdimmd(conf.rpc.socket, conf.xen.device_model)
+    yield "nvdimmd, boot", lambda: libvirt.check_service(installed.enabled)
+    yield "AppArmor", lambda: confinement.check_apparmor(daemon, conf.xen.device_model)
+    yield "SELinux", confinement.check_selinux
+    yield "ledger", lambda: _records(conf)
+
+
+def _pools(conf: cfg.ConfigOpts) -> Iterator[Finding]:
+    pools = Pools(configured_pools(conf), any_path=conf.allow_any_path)
+    backings = plugins.load_all("nvdimm_driver.backings", conf)
+    return pmem.check_pools(pools, backings, any_path=conf.allow_any_path)
+
+
+def _builder(conf: cfg.ConfigOpts) -> AcpiBuilder:
+    """The builder that is configured, without what it has kept: what is asked is whether QEMU gives tables now."""
+    if conf.acpi.builder == "qemu":
+        return QemuAcpiBuilder(conf.acpi.qemu)
+    builder: AcpiBuilder = plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf)
+    return builder
+
+
+def _libvirt(conf: cfg.ConfigOpts) -> Iterator[Finding]:
+    direct = conf.rpc.libvirt_direct_socket
+    return libvirt.check_libvirt(direct if Path(direct).exists() else conf.rpc.libvirt_socket)
+
+
+def _records(conf: cfg.ConfigOpts) -> Iterator[Finding]:
+    state_dir = Path(conf.state_dir)
+    backings = plugins.load_all("nvdimm_driver.backings", conf)
+    mapper = plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
+    return records.check(state_dir / "ledger.sqlite", backings, mapper, LabelServers(state_dir).is_running)

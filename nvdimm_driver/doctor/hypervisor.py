@@ -1,0 +1,123 @@
+"""Xen, and dom0 on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
+from nvdimm_driver.errors import XenError
+from nvdimm_driver.xen.libxenctrl import HAP, Xen, running_version
+
+_FALSE = ("0", "no", "off", "false", "disable")  # xen/common/kernel.c:parse_bool
+
+
+@dataclass(frozen=True)
+class Hypervisor:
+    """What Xen says of itself.
+
+    :ivar capabilities: of the platform, XEN_SYSCTL_PHYSCAP_* of xen/include/public/sysctl.h.
+    :ivar command_line: that it was booted with.
+    """
+
+    version: str
+    capabilities: int
+    command_line: str
+
+
+def check(root: Path = Path("/")) -> Iterator[Finding]:
+    """All there is to say of Xen.
+
+    :param root: where ``sys``, ``proc``, ``dev`` and ``usr`` are.
+    """
+    try:
+        version = running_version(str(root))
+    except (XenError, OSError) as error:
+        yield could_not("Xen", error)
+        for name in ("dom0", "memory type", "toolstack library", "HAP", "mmio-relax"):
+            yield failed(name, "cannot be told without Xen")
+        return
+    yield passed("Xen", f"version {version}")
+    kind = _text(root / "sys/hypervisor/guest_type")
+    yield check_dom0(_text(root / "proc/xen/capabilities"), kind)
+    yield check_memory_type()
+    try:
+        with Xen(str(root)) as xen:
+            found = Hypervisor(version, xen.platform_capabilities(), xen.command_line())
+    except XenError as error:
+        yield could_not("toolstack library", error)
+        for name in ("HAP", "mmio-relax"):
+            yield failed(name, "cannot be told without the toolstack library")
+        return
+    yield passed("toolstack library", f"libxenctrl.so.{version} is the one of the Xen that runs")
+    yield check_hap(found)
+    yield check_mmio_relax(found, kind)
+
+
+def check_dom0(capabilities: str, kind: str) -> Finding:
+    """Whether this is dom0, and what kind of one.
+
+    :param capabilities: /proc/xen/capabilities; empty when it is not there.
+    :param kind: /sys/hypervisor/guest_type.
+    """
+    if "control_d" not in capabilities.split():
+        return failed(
+            "dom0",
+            "this is not dom0: /proc/xen/capabilities has no control_d",
+            "run it in dom0; if it is there, mount -t xenfs xenfs /proc/xen",
+        )
+    return passed("dom0", f"{kind or 'of unknown kind'}")
+
+
+def check_hap(xen: Hypervisor) -> Finding:
+    """NVDIMMs are mapped into the second level of page tables."""
+    if xen.capabilities & HAP:
+        return passed("HAP", "hardware assisted paging is there")
+    return failed(
+        "HAP",
+        "Xen has no hardware assisted paging",
+        "turn on EPT (Intel) or NPT (AMD) in the firmware, and take hap=0 off Xen's command line",
+    )
+
+
+def check_memory_type() -> Finding:
+    """Of what a guest gets mapped. Xen does not say whether it honours a pinned type: stock Xen does not."""
+    return warned(
+        "memory type",
+        "stock Xen (4.7 and later) maps NVDIMMs uncacheable into guests: their accesses are correct and durable, and "
+        "slow",
+        "nothing to be done on this host; the driver asks Xen for write-back, which only a changed Xen grants",
+    )
+
+
+def check_mmio_relax(xen: Hypervisor, kind: str) -> Finding:
+    """What dom0's own accesses to persistent memory are like (xen/arch/x86/mm.c:get_page_from_l1e)."""
+    if kind != "PV":
+        return noted("mmio-relax", f"makes no difference to a dom0 that is {kind or 'of unknown kind'}")
+    if has_mmio_relax(xen.command_line):
+        return passed("mmio-relax", "on: dom0's own mappings of persistent memory can be cached")
+    return noted(
+        "mmio-relax",
+        "off: a PV dom0 maps persistent memory uncacheable, and writes zeros to new NVDIMMs slowly",
+        "put mmio-relax on Xen's command line (GRUB_CMDLINE_XEN) and reboot; guests are as before",
+    )
+
+
+def has_mmio_relax(command_line: str) -> bool:
+    """Whether the option is on; the last one counts."""
+    on = False
+    for word in command_line.split():
+        name, _, value = word.partition("=")
+        if name == "mmio-relax":
+            on = value not in _FALSE
+        elif name == "no-mmio-relax":
+            on = False
+    return on
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""

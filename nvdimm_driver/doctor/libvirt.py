@@ -1,0 +1,169 @@
+"""libvirt's daemon, and nvdimmd in front of it, asked as their clients ask them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Self
+
+from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
+from nvdimm_driver.errors import ProtocolError
+from nvdimm_driver.rpc import wire
+from nvdimm_driver.rpc.xdr import LibvirtError, Packer, RemoteError, Unpacker
+
+URI = "xen:///system"
+TIMEOUT = 10.0
+"""Seconds for an answer; libvirtd can take some while it starts."""
+# src/remote/remote_protocol.x
+_OPEN, _CLOSE, _AUTH_LIST, _LIB_VERSION, _TO_NATIVE = 1, 2, 66, 157, 136
+_RECEIVE = 65536
+
+_DOMAIN = """<domain type='xen'>
+  <name>nvdimmctl-doctor</name>
+  <memory unit='MiB'>64</memory>
+  <os><type arch='x86_64' machine='xenfv'>hvm</type>{table}</os>
+  <devices>{devices}</devices>
+</domain>"""
+_NVDIMM = (
+    "<memory model='nvdimm' access='shared'><source><path>/nvdimmctl-doctor</path></source>"
+    "<target><size unit='MiB'>2</size></target></memory>"
+)
+_TABLE = "<acpi><table type='{}'>/nvdimmctl-doctor</table></acpi>"
+_TABLE_TYPES = ("rawset", "slic")
+"""What libvirt calls the tables that libxl gives a guest by ``acpi_firmware``, the newer name first."""
+
+
+class Connection:
+    """A connection to a libvirt daemon's socket, with ``xen:///system`` open.
+
+    :param timeout: seconds for each answer.
+    :raises OSError: also when nobody answers in time.
+    :raises LibvirtError: with the daemon's reason.
+    :raises ProtocolError: when what answers is not libvirt.
+    """
+
+    def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
+        self._reader = wire.Reader()
+        self._serial = 0
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(timeout)
+        try:
+            self._socket.connect(path)
+            self.call(_AUTH_LIST)  # whom it lets in without a password it tells here; nothing else is answered before
+            self.call(_OPEN, bytes(Packer().optional_string(URI).uint32(0)))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def close(self) -> None:
+        """Close it."""
+        with suppress(OSError, LibvirtError, ProtocolError):
+            self.call(_CLOSE)
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def version(self) -> tuple[int, int, int]:
+        """Of libvirt."""
+        number = Unpacker(self.call(_LIB_VERSION)).uint64()
+        return number // 1_000_000, number // 1000 % 1000, number % 1000
+
+    def to_native(self, xml: str) -> str:
+        """What xl would be given for a domain. Nothing is defined."""
+        return Unpacker(self.call(_TO_NATIVE, bytes(Packer().string("xen-xl").string(xml).uint32(0)))).string()
+
+    def call(self, procedure: int, payload: bytes = b"") -> bytes:
+        """Make a call, and return what is replied."""
+        self._serial += 1
+        header = wire.Header(wire.PROGRAM, wire.VERSION, procedure, wire.CALL, self._serial, wire.OK)
+        self._socket.sendall(wire.pack(header, payload))
+        while True:
+            message = self._next()
+            if message.header.kind == wire.REPLY and message.header.serial == self._serial:
+                break
+        if message.header.status != wire.OK:
+            raise LibvirtError(message.payload)
+        return message.payload
+
+    def _next(self) -> wire.Message:
+        while (message := self._reader.next_message()) is None:
+            data = self._socket.recv(_RECEIVE)
+            if not data:
+                raise ConnectionResetError("the connection was closed")
+            self._reader.receive(data)
+        return message
+
+
+def check_libvirt(path: str) -> Iterator[Finding]:
+    """libvirt's own daemon: whether it has the libxl driver, its version, and which ACPI tables it takes from users.
+
+    :param path: of its socket.
+    """
+    try:
+        with Connection(path) as connection:
+            yield passed("libvirt", f"{'.'.join(map(str, connection.version()))}, with its Xen driver")
+            yield check_table_type(connection)
+    except (OSError, LibvirtError, ProtocolError) as error:
+        yield _unreachable("libvirt", path, error, "start libvirtd (or virtxend), with its driver for Xen")
+        yield failed("ACPI table type", "cannot be told without libvirt")
+
+
+def check_table_type(connection: Connection) -> Finding:
+    """By which name libvirt takes a guest's own ACPI tables; the driver's do not go through libvirt."""
+    check = "ACPI table type"
+    for name in _TABLE_TYPES:
+        try:
+            config = connection.to_native(_DOMAIN.format(table=_TABLE.format(name), devices=""))
+        except LibvirtError:
+            continue
+        if "acpi_firmware" in config:
+            return noted(
+                check,
+                f"libvirt takes a guest's own tables as <os><acpi><table type='{name}'>; those of NVDIMMs are put "
+                "with them by the device model",
+            )
+    return noted(check, "libvirt takes no tables of a guest's own; those of NVDIMMs do not need that")
+
+
+def check_nvdimmd(path: str, device_model: str, timeout: float = TIMEOUT) -> Finding:
+    """Whether nvdimmd answers clients, and does to a domain with an NVDIMM what it is for. Nothing is defined.
+
+    :param path: of its socket.
+    """
+    hint = "systemctl start nvdimmd.socket; 'nvdimmctl register' installs it; journalctl -u nvdimmd"
+    try:
+        with Connection(path, timeout) as connection:
+            config = connection.to_native(_DOMAIN.format(table="", devices=_NVDIMM))
+    except (OSError, LibvirtError, ProtocolError) as error:
+        return _unreachable("nvdimmd", path, error, hint)
+    if device_model not in config:
+        return failed("nvdimmd", f"{path} is served, and not by nvdimmd: NVDIMMs are not rewritten", hint)
+    return passed("nvdimmd", f"rewrites domains for clients of {path}")
+
+
+def check_service(enabled: bool | None) -> Finding:
+    """Whether nvdimmd is there after a boot.
+
+    :param enabled: nvdimmd.socket is; None on a host without systemd.
+    """
+    check = "nvdimmd, boot"
+    if enabled is None:
+        return noted(check, "there is no systemd here to start it", "have it started at boot, before clients come")
+    if enabled:
+        return passed(check, "nvdimmd.socket is enabled")
+    return warned(check, "nvdimmd.socket is not enabled, and is gone after a boot", "repeat 'nvdimmctl register'")
+
+
+def _unreachable(check: str, path: str, error: OSError | LibvirtError | ProtocolError, hint: str) -> Finding:
+    if isinstance(error, LibvirtError):
+        return failed(check, f"{path}: {RemoteError.unpack(error.payload).message}", hint)
+    if isinstance(error, TimeoutError):
+        return failed(check, f"{path}: no answer in time", hint)
+    if isinstance(error, OSError):
+        return failed(check, f"{path}: {error.strerror or error}", hint)
+    return could_not(check, error)

@@ -1,0 +1,197 @@
+"""The host's persistent memory, and the pools that are made of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from nvdimm_driver.backing import inventory
+from nvdimm_driver.backing.inventory import Mount
+from nvdimm_driver.doctor.dax import has_dax
+from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
+from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.model import SUPERPAGE, Namespace, Pool
+from nvdimm_driver.plugins import Backing
+from nvdimm_driver.pools import Pools
+from nvdimm_driver.sizes import human
+from nvdimm_driver.usage import PoolUsage, usage_of
+
+_BLOCK = 4096
+_SECTOR = 512
+_DOMAINS = {
+    "memory_controller": "what has reached the memory controller survives a power loss (ADR)",
+    "cpu_cache": "the caches survive a power loss, too (eADR)",
+}
+
+
+def check_namespaces(sysfs: Path = inventory.SYSFS) -> Iterator[Finding]:
+    """What Linux has, and how it is."""
+    try:
+        found = inventory.namespaces(sysfs)
+        health = [inventory.problems(each, sysfs) for each in found]
+    except NvdimmError as error:
+        yield could_not("namespaces", error)
+        return
+    if not found:
+        yield failed(
+            "namespaces",
+            "there is no active namespace of persistent memory",
+            "ndctl list -RNi shows what there is; 'nvdimmctl pool create' makes one",
+        )
+        return
+    yield passed("namespaces", f"{len(found)}, with {human(sum(each.data_size for each in found))}")
+    for each, problems in zip(found, health, strict=True):
+        yield check_namespace(each, problems)
+        yield check_persistence(each)
+
+
+def check_namespace(namespace: Namespace, problems: Sequence[str]) -> Finding:
+    """Whether it can be used, and whether it is healthy.
+
+    :param problems: that :func:`.inventory.problems` has found.
+    """
+    what = f"{namespace.device}, {namespace.mode}, {human(namespace.data_size)}"
+    if problems:
+        return warned(
+            namespace.name,
+            f"{what}: {'; '.join(problems)}",
+            "ndctl list -DRNHM says more; move the data elsewhere before it is lost",
+        )
+    if namespace.mode == "sector":
+        return noted(
+            namespace.name, f"{what}: cannot be used, as its sectors move about", "take mode fsdax, if you can"
+        )
+    return passed(namespace.name, what)
+
+
+def check_persistence(namespace: Namespace) -> Finding:
+    """What survives a power loss."""
+    check = f"{namespace.name}, power loss"
+    if namespace.persistence_domain in _DOMAINS:
+        return passed(check, _DOMAINS[namespace.persistence_domain])
+    return noted(
+        check,
+        "the platform does not say what survives a power loss; guests are told that flushed stores do (ADR)",
+        "look it up in the documentation of the machine",
+    )
+
+
+def check_pools(
+    pools: Pools,
+    backings: Sequence[Backing],
+    *,
+    any_path: bool,
+    mountinfo: Path = Path("/proc/self/mountinfo"),
+    dax: Callable[[str], bool] = has_dax,
+) -> Iterator[Finding]:
+    """Whether there are pools, and each of them works.
+
+    :param any_path: domains may have backings elsewhere, too.
+    :param dax: whether a new file in a folder is on DAX.
+    """
+    if not list(pools):
+        if any_path:
+            yield noted("pools", "none, and domains may have any path: allow_any_path is set")
+        else:
+            yield failed(
+                "pools",
+                "none is configured, so that domains can have no NVDIMMs",
+                "'nvdimmctl pool create' makes one, or write a section [pool:NAME]",
+            )
+        return
+    with closing(Ledger(":memory:")) as ledger:  # who has what of it is not looked at
+        for pool in pools:
+            yield from check_pool(pool, ledger, backings, mountinfo, dax)
+
+
+def check_pool(
+    pool: Pool, ledger: Ledger, backings: Sequence[Backing], mountinfo: Path, dax: Callable[[str], bool]
+) -> Iterator[Finding]:
+    """Whether a pool works, and how well."""
+    try:
+        usage = usage_of(pool, ledger, backings)
+    except NvdimmError as error:
+        yield could_not(f"pool {pool.name}", error)
+        return
+    yield check_usage(usage)
+    if usage.space is not None:
+        yield check_alignment(usage)
+        if pool.kind == "fsdax":
+            yield from check_file_systems(pool, mountinfo, dax)
+
+
+def check_usage(usage: PoolUsage) -> Finding:
+    """Whether NVDIMMs can be had of the pool."""
+    check = f"pool {usage.pool.name}"
+    if usage.space is None:
+        return failed(check, "; ".join(usage.problems), "correct what is wrong, or take it out of the configuration")
+    what = f"{usage.pool.kind}, {human(usage.space.capacity)}, {human(usage.space.free)} free"
+    if usage.problems:
+        return warned(
+            check, f"{what}: {'; '.join(usage.problems)}", f"'nvdimmctl pool show {usage.pool.name}' says more"
+        )
+    return passed(check, what)
+
+
+def check_alignment(usage: PoolUsage) -> Finding:
+    """Whether 2 MiB of a guest can be 2 MiB of the device."""
+    check = f"pool {usage.pool.name}, alignment"
+    alignment = usage.space.alignment if usage.space else 0
+    if alignment >= SUPERPAGE:
+        return passed(check, f"begins at a multiple of {human(alignment)}")
+    return warned(
+        check,
+        f"begins at a multiple of {human(alignment)}: guests are mapped in entries of 4 KiB",
+        "begin the partition at a multiple of 2 MiB, or make the namespace anew with --align=2M",
+    )
+
+
+def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) -> Iterator[Finding]:
+    """Whether each of the pool's folders is on DAX in fact, and gets its blocks in pieces of 2 MiB."""
+    for path in pool.paths:
+        check = f"pool {pool.name}, DAX"
+        try:
+            if dax(path):
+                yield passed(check, f"{path}: files are in persistent memory itself")
+            else:
+                yield failed(
+                    check,
+                    f"{path}: files go through the page cache, whatever its mount options say",
+                    "unmount it and mount it with -o dax; the kernel's log says why it does not use DAX (blocks of 4 "
+                    "KiB are needed, and no reflink before Linux 6.2)",
+                )
+            device = os.stat(path).st_dev
+            mount = next((each for each in inventory.mounts(mountinfo) if each.device == device), None)
+        except (NvdimmError, OSError) as error:
+            yield could_not(check, error)
+            continue
+        if mount is not None:
+            yield check_stripe(pool, mount)
+
+
+def check_stripe(pool: Pool, mount: Mount) -> Finding:
+    """Whether the file system was told to allocate in pieces of 2 MiB."""
+    check = f"pool {pool.name}, file system"
+    stripe = stripe_of(mount)
+    if stripe and stripe % SUPERPAGE == 0:
+        return passed(check, f"{mount.directory}: {mount.kind} allocates in pieces of {human(stripe)}")
+    make = {"ext4": "mkfs.ext4 -b 4096 -E stride=512,stripe_width=512", "xfs": "mkfs.xfs -m reflink=0 -d su=2m,sw=1"}
+    return warned(
+        check,
+        f"{mount.directory}: {mount.kind} does not allocate in pieces of 2 MiB: guests may get entries of 4 KiB",
+        f"make it anew, which deletes what is on it: {make.get(mount.kind, 'with a stripe of 2 MiB')}",
+    )
+
+
+def stripe_of(mount: Mount) -> int:
+    """Bytes of the pieces that a file system allocates in, by its mount options; 0 when it has none.
+
+    ext4 has ``stripe`` in blocks (fs/ext4/super.c:_ext4_show_options), which are of 4 KiB where there is DAX; XFS has
+    ``sunit`` in sectors (fs/xfs/xfs_super.c:xfs_fs_show_options).
+    """
+    unit, name = (_BLOCK, "stripe") if mount.kind == "ext4" else (_SECTOR, "sunit")
+    values = dict(option.partition("=")[::2] for option in mount.options)
+    return int(values.get(name, "0")) * unit

@@ -1,0 +1,93 @@
+"""What 'nvdimmctl register' has installed, and the QEMUs that the driver runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvdimm_driver.acpi.tables import Header
+from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
+from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.model import GIB, MIB, GuestLayout, Placement
+from nvdimm_driver.plugins import AcpiBuilder
+
+_AGAIN = "repeat 'nvdimmctl register'"
+_SMALL = GuestLayout(512 * MIB, 4 * GIB, 1 << 40, (Placement(0, 8 * GIB, 16 * MIB),))
+
+
+@dataclass(frozen=True)
+class Script:
+    """A file that register installs.
+
+    :ivar name: of what it is.
+    :ivar text: that it should have.
+    :ivar mark: that a file of ours has in it.
+    """
+
+    name: str
+    path: Path
+    text: str
+    mark: str
+
+
+def check_script(script: Script) -> Finding:
+    """Whether it is there, ours, current, and can be run."""
+    try:
+        text = script.path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return failed(script.name, f"there is no {script.path}", "'nvdimmctl register' installs it")
+    except OSError as error:
+        return could_not(script.name, error)
+    if script.mark not in text:
+        return failed(script.name, f"{script.path} is not ours", f"move it away, and {_AGAIN}")
+    if not os.access(script.path, os.X_OK):
+        return failed(script.name, f"{script.path} cannot be executed", f"chmod 755 {script.path}")
+    python = text.partition("\n")[0].removeprefix("#!").partition(" ")[0]
+    if not os.access(python, os.X_OK):
+        return failed(script.name, f"{script.path}: its interpreter {python} is gone", _AGAIN)
+    if text != script.text:
+        return warned(script.name, f"{script.path} is of another version of the driver, or of other options", _AGAIN)
+    return passed(script.name, str(script.path))
+
+
+def check_hook_known(hook: Path, started: float | None) -> Finding:
+    """Whether libvirt will run the hook: it looks for hooks only when it starts (src/util/virhook.c).
+
+    :param started: when libvirt's daemon was started, in seconds since the epoch; None while it does not run.
+    """
+    check = "hook, libvirt"
+    if not hook.exists():
+        return failed(check, "there is no hook for libvirt to run", "'nvdimmctl register' installs it")
+    if started is None:
+        return passed(check, "libvirt's daemon does not run now, and will find the hook when it starts")
+    if hook.stat().st_mtime > started:
+        return warned(
+            check,
+            "libvirt's daemon was started before the hook was installed, and may not know of it",
+            "restart it: systemctl restart libvirtd (or virtxend); guests are not disturbed",
+        )
+    return passed(check, "libvirt's daemon was started after the hook was installed")
+
+
+def check_qemu(path: str) -> Finding:
+    """Whether there is what the device model becomes."""
+    if os.access(path, os.X_OK):
+        return passed("QEMU", path)
+    return failed("QEMU", f"there is no QEMU at {path}", "install qemu-system-xen, or set [xen] qemu in the options")
+
+
+def check_tables(name: str, builder: AcpiBuilder) -> Finding:
+    """Whether the ACPI builder makes the tables of a small guest.
+
+    :param builder: one that keeps nothing from earlier times.
+    """
+    started = time.monotonic()
+    try:
+        tables = builder.build(_SMALL).tables
+    except NvdimmError as error:
+        return could_not("ACPI tables", error)
+    took = (time.monotonic() - started) * 1000
+    made = ", ".join(f"{Header.parse(table).signature.decode()} of {len(table)} bytes" for table in tables)
+    return passed("ACPI tables", f"builder {name}: {made} in {took:.0f} ms")

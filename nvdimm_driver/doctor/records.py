@@ -1,0 +1,100 @@
+"""The ledger, against Xen and against the backings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from nvdimm_driver.backing.labels import check_identity
+from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
+from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.ledger import Ledger, host_boot_id
+from nvdimm_driver.model import Allocation, Record
+from nvdimm_driver.plugins import Backing, Mapper, backing_of
+
+_XEN, _BACKINGS, _SERVERS = "ledger, Xen", "ledger, backings", "label servers"
+
+
+def check(
+    path: Path, backings: Sequence[Backing], mapper: Mapper, label_server: Callable[[str], bool]
+) -> Iterator[Finding]:
+    """Whether it can be read, and is right.
+
+    :param path: of the ledger.
+    :param label_server: whether the domain of that uuid has one that runs.
+    """
+    if not path.exists():
+        yield failed("ledger", f"there is no {path}", "'nvdimmctl register' makes it")
+    else:
+        try:
+            with closing(Ledger(str(path))) as ledger:
+                records = ledger.domains()
+        except NvdimmError as error:
+            yield could_not("ledger", error)
+        else:
+            nvdimms = sum(len(record.allocations) for record in records)
+            yield passed("ledger", f"{len(records)} domains, {nvdimms} NVDIMMs")
+            yield from check_starts(records, mapper)
+            yield from check_backings(records, backings)
+            yield from check_label_servers(records, label_server)
+            return
+    for name in (_XEN, _BACKINGS, _SERVERS):
+        yield failed(name, "cannot be told without the ledger")
+
+
+def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]:
+    """Whether Xen has the domains that run by the ledger."""
+    running = [(record, at.domid, at.boot_id) for record in records if (at := record.attachment) and at.domid]
+    try:
+        gone = [
+            (record, domid)
+            for record, domid, boot_id in running
+            if boot_id != host_boot_id() or not mapper.is_alive(domid, record.uuid)
+        ]
+    except NvdimmError as error:
+        yield could_not(_XEN, error)
+        return
+    for record, domid in gone:
+        yield warned(
+            _XEN,
+            f"domain {record.name} runs as domid {domid} by the ledger, and Xen does not have it",
+            "'nvdimmctl list' puts away what is left of it",
+        )
+    if not gone:
+        yield passed(_XEN, f"{len(running)} domains run, by both")
+
+
+def check_backings(records: Sequence[Record], backings: Sequence[Backing]) -> Iterator[Finding]:
+    """Whether each NVDIMM's backing is there, fit, and the one that was provisioned."""
+    found = [(record, item) for record in records for item in record.allocations]
+    wrong = [finding for record, item in found if (finding := check_backing(record, item, backings))]
+    yield from wrong
+    if not wrong:
+        yield passed(_BACKINGS, f"{len(found)} NVDIMMs are where the ledger has them")
+
+
+def check_backing(record: Record, item: Allocation, backings: Sequence[Backing]) -> Finding | None:
+    """What is wrong with the backing of one NVDIMM; None when nothing is."""
+    path = item.spec.path
+    if item.identity is None:
+        return warned(
+            _BACKINGS,
+            f"domain {record.name}: {path} is being written ({item.written}%), or that was interrupted",
+            "if nobody is at it, define the domain once more",
+        )
+    try:
+        check_identity(path, backing_of(backings, path).locate(item.spec).identity, item.identity)
+    except NvdimmError as error:
+        return failed(_BACKINGS, f"domain {record.name}: {error.message}", error.hint)
+    return None
+
+
+def check_label_servers(records: Sequence[Record], label_server: Callable[[str], bool]) -> Iterator[Finding]:
+    """Whether the guests that need a label server have it."""
+    served = [record for record in records if (at := record.attachment) and at.served and at.state == "mapped"]
+    gone = [record for record in served if not label_server(record.uuid)]
+    for record in gone:
+        yield warned(_SERVERS, f"domain {record.name}: its label server is gone", "'nvdimmctl list' starts another")
+    if not gone:
+        yield passed(_SERVERS, f"{len(served)} guests have one, and none lacks it")

@@ -1,0 +1,114 @@
+"""nvdimmctl doctor on a real Xen host: a healthy one, and what it says when something is taken away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.guest import Guest
+from tests.lab.host import XenHost
+
+pytestmark = pytest.mark.lab
+NAME, FILE = "doctor", "/mnt/pmem0/doctor.img"
+HOOK = "/etc/libvirt/hooks/libxl.d/50-nvdimm"
+NOTES = {"mmio-relax", "namespace0.0, power loss", "namespace1.0, power loss", "ACPI table type", "nvdimmd, boot"}
+"""PV without the option; an emulated NVDIMM whose platform says nothing; libvirt's way; no systemd in dom0."""
+HAS_DAX = "from nvdimm_driver.doctor.dax import has_dax; print(has_dax('/mnt/pmem0'), has_dax('/root'))"
+
+
+@pytest.fixture(scope="module")
+def xen(driver_host: XenHost) -> Iterator[XenHost]:
+    """The host with the driver, registered and with libvirtd restarted as the documentation says, and a domain."""
+    driver_host.check(f"{operator.NVDIMMCTL} register")
+    operator.restart_libvirtd(driver_host)
+    operator.define(driver_host, NAME, [operator.nvdimm(FILE, 16)])
+    yield driver_host
+    if Guest(driver_host, NAME).exists():
+        driver_host.check(f"{operator.VIRSH} destroy {NAME}")
+    operator.remove(driver_host, NAME)
+    driver_host.check(f"rm -f {FILE}")
+
+
+def doctor(xen: XenHost, status: int) -> dict[str, dict[str, str]]:
+    done = xen.run(f"{operator.NVDIMMCTL} doctor -f json")
+    assert done.returncode == status, done
+    assert done.stderr == ""
+    return {row["Check"]: row for row in json.loads(done.stdout)}
+
+
+def having(found: dict[str, dict[str, str]], result: str) -> set[str]:
+    return {name for name, row in found.items() if row["Result"] == result}
+
+
+def test_a_healthy_host(xen: XenHost) -> None:
+    found = doctor(xen, 0)
+    assert having(found, "FAIL") == set()
+    assert having(found, "WARN") == {"memory type"}
+    assert having(found, "NOTE") == NOTES
+    assert {"HAP", "toolstack library", "pool main, DAX", "pool main, file system", "pool device"} <= having(
+        found, "PASS"
+    )
+    assert found["Xen"]["Message"] == "version 4.17"
+    assert found["dom0"]["Message"] == "PV"
+    assert found["namespace0.0"]["Message"].startswith("pmem0, fsdax")
+    assert found["ledger, backings"]["Message"].startswith(
+        f"{len(json.loads(xen.check(f'{operator.NVDIMMCTL} list -f json').stdout))} NVDIMMs"
+    )
+
+
+def test_lines_for_people(xen: XenHost) -> None:
+    lines = xen.check(f"{operator.NVDIMMCTL} doctor").stdout.splitlines()
+    assert lines[0].split() == ["Xen", "PASS", "version", "4.17"]
+    assert any(line.split()[:3] == ["memory", "type", "WARN"] for line in lines)
+
+
+def test_dax_is_not_there_for_the_asking(xen: XenHost) -> None:
+    assert xen.check(f'/opt/nvdimm-driver/bin/python3 -c "{HAS_DAX}"').stdout.split() == ["True", "False"]
+
+
+def test_while_a_guest_runs(xen: XenHost) -> None:
+    operator.start(xen, NAME)
+    assert doctor(xen, 0)["ledger, Xen"]["Message"] == "1 domains run, by both"
+    xen.check(f"{operator.VIRSH} destroy {NAME}")
+
+
+def test_a_hook_that_was_removed(xen: XenHost) -> None:
+    xen.check(f"mv {HOOK} /root/hook")
+    found = doctor(xen, 1)
+    xen.check(f"mv /root/hook {HOOK}")
+    assert having(found, "FAIL") == {"hook", "hook, libvirt"}
+    assert "nvdimmctl register" in found["hook"]["Hint"]
+
+
+def test_a_hook_that_libvirtd_has_not_seen(xen: XenHost) -> None:
+    xen.check(f"rm {HOOK} && {operator.NVDIMMCTL} register")
+    assert having(doctor(xen, 0), "WARN") == {"memory type", "hook, libvirt"}
+    operator.restart_libvirtd(xen)
+    assert having(doctor(xen, 0), "WARN") == {"memory type"}
+
+
+def test_nvdimmd_that_does_not_run(xen: XenHost) -> None:
+    operator.stop_nvdimmd(xen)
+    found = doctor(xen, 1)
+    operator.start_nvdimmd(xen)
+    assert having(found, "FAIL") == {"nvdimmd"}
+    assert having(doctor(xen, 0), "FAIL") == set()
+
+
+def test_a_backing_that_is_another_file(xen: XenHost) -> None:
+    xen.check(f"mv {FILE} /mnt/pmem0/doctor.away && cp /mnt/pmem0/doctor.away {FILE}")
+    found = doctor(xen, 1)
+    xen.check(f"mv /mnt/pmem0/doctor.away {FILE}")
+    assert having(found, "FAIL") == {"ledger, backings"}
+    assert NAME in found["ledger, backings"]["Message"]
+
+
+def test_no_qemu_for_tables(xen: XenHost) -> None:
+    conf = "/etc/nvdimm-driver/nvdimm-driver.conf.d/doctor.conf"
+    xen.write(conf, b"[acpi]\nqemu = /bin/false\n")
+    found = doctor(xen, 1)
+    xen.check(f"rm {conf}")
+    assert having(found, "FAIL") == {"ACPI tables"}

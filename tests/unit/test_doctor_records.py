@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.doctor import records
+from nvdimm_driver.doctor.finding import Finding, Result
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import XenError
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
+
+PATH = "/mnt/pmem0/a"
+
+
+class DeafMapper(RecordingMapper):
+    """Does not reach Xen."""
+
+    def is_alive(self, domid: int, uuid: str) -> bool:
+        raise XenError("not running on Xen", hint="boot it")
+
+
+class Host:
+    """A ledger with one domain that runs as domid 7, and all that it is compared with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.backing = MemoryBacking()
+        self.mapper = RecordingMapper({7: UUID})
+        self.driver: XenNvdimmDriver = make_driver(folder, self.backing, self.mapper)
+        self.driver.define(domain(PATH))
+
+    def start(self, served: str = "") -> None:
+        ledger = self.driver.ledger
+        ledger.attach(UUID, [PATH])
+        ledger.prepared(UUID, "/qemu", (0, 1), [], [], served=served)
+        ledger.mapping(UUID, 7)
+        ledger.mapped(UUID)
+
+    def look(self, *, mapper: RecordingMapper | None = None, served: bool = True) -> dict[str, Finding]:
+        found = records.check(
+            self.folder / "ledger.sqlite", [self.backing], mapper or self.mapper, lambda uuid: served and uuid == UUID
+        )
+        return {each.check: each for each in found}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path)
+    yield made
+    made.driver.ledger.close()
+
+
+def results(found: dict[str, Finding]) -> dict[str, Result]:
+    return {name: each.result for name, each in found.items()}
+
+
+ALL_PASS = dict.fromkeys(("ledger", "ledger, Xen", "ledger, backings", "label servers"), Result.PASS)
+
+
+def test_all_is_consistent(host: Host) -> None:
+    host.start()
+    found = host.look()
+    assert results(found) == ALL_PASS
+    assert found["ledger"].message == "1 domains, 1 NVDIMMs"
+    assert found["ledger, Xen"].message == "1 domains run, by both"
+
+
+def test_a_domain_that_xen_does_not_have(host: Host) -> None:
+    host.start()
+    host.mapper.alive.clear()
+    found = host.look()
+    assert results(found) == ALL_PASS | {"ledger, Xen": Result.WARN}
+    assert "db1 runs as domid 7" in found["ledger, Xen"].message
+
+
+def test_a_domain_of_another_boot(host: Host) -> None:
+    host.start()
+    (record,) = host.driver.ledger.domains()
+    assert record.attachment is not None
+    before = replace(record, attachment=replace(record.attachment, boot_id="another"))
+    assert [each.result for each in records.check_starts([before], host.mapper)] == [Result.WARN]
+
+
+def test_xen_that_does_not_answer(host: Host) -> None:
+    host.start()
+    found = host.look(mapper=DeafMapper())
+    assert results(found) == ALL_PASS | {"ledger, Xen": Result.FAIL}
+    assert found["ledger, Xen"].hint == "boot it"
+
+
+def test_a_backing_that_is_gone_or_another(host: Host) -> None:
+    inode, size = host.backing.files.pop(PATH)
+    found = host.look()
+    assert results(found) == ALL_PASS | {"ledger, backings": Result.FAIL}
+    assert "does not exist" in found["ledger, backings"].message
+    host.backing.files[PATH] = (inode + 1, size)
+    found = host.look()
+    assert results(found) == ALL_PASS | {"ledger, backings": Result.FAIL}
+    assert "db1" in found["ledger, backings"].message
+
+
+def test_a_backing_that_is_being_written(host: Host) -> None:
+    (record,) = host.driver.ledger.domains()
+    unfinished = replace(record.allocations[0], identity=None, written=40)
+    (found,) = records.check_backings([replace(record, allocations=(unfinished,))], [host.backing])
+    assert found.result == Result.WARN
+    assert "40%" in found.message
+
+
+def test_a_label_server_that_is_gone(host: Host) -> None:
+    host.start(served="x")
+    assert results(host.look()) == ALL_PASS
+    assert results(host.look(served=False)) == ALL_PASS | {"label servers": Result.WARN}
+
+
+def test_without_a_ledger_nothing_passes_and_none_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    found = {each.check: each for each in records.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True)}
+    assert results(found) == dict.fromkeys(ALL_PASS, Result.FAIL)
+    assert not path.exists()
+
+
+def test_a_ledger_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.write_text("no database\n" * 100)
+    found = {each.check: each for each in records.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True)}
+    assert results(found) == dict.fromkeys(ALL_PASS, Result.FAIL)
+    assert str(path) in found["ledger"].message
