@@ -68,7 +68,7 @@ class Release(Action):
         driver = up_to_date(self.app)
         record = find(driver, parsed_args.domain)
         fate = render.fate(driver, record, delete=parsed_args.delete)
-        if not agreed(f"Give up {record.name}'s claim? {fate}", parsed_args.yes):
+        if not agreed(f"Give up {record.name}'s claim ({fate})?", parsed_args.yes):
             return 1
         with watched(record.name) as watch:
             driver.contents.give_up(record, watch, delete=parsed_args.delete)
