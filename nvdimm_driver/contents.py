@@ -136,7 +136,7 @@ class Contents:
         backing = backing_of(self.backings, spec.path)
         with backing.open_bytes(spec, write=True) as content:
             self._check_off(spec.path)  # from here on, a start fails as long as this is open
-            copying.copy(copying.Zeros(spec.size), content, watch("wiping"))
+            copying.wipe(content, watch("wiping"))
 
     def to_wipe(self, record: Record) -> tuple[Allocation, ...]:
         """Those of a domain's NVDIMMs that its pools want wiped when it gives them up."""

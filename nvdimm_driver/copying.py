@@ -12,25 +12,6 @@ from nvdimm_driver.plugins import ByteRange
 _CHUNK = MIB
 
 
-class Zeros(ByteRange):
-    """As many zeros as are wanted."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-    def _read(self, offset: int, length: int) -> bytes:
-        return bytes(length)
-
-    def _write(self, offset: int, data: bytes) -> None:
-        raise BackingError("zeros cannot be written")
-
-
 def copy(source: ByteRange, target: ByteRange, progress: Progress) -> str:
     """Make the target what the source is; it is durable on return. Behind the end of a shorter source it is zeros.
 
@@ -42,11 +23,20 @@ def copy(source: ByteRange, target: ByteRange, progress: Progress) -> str:
     digest = sha256()
     for offset, data in _chunks(source, target.size):
         digest.update(data)
-        if target.read(offset, len(data)) != data:
-            target.write(offset, data)
+        _put(target, offset, data)
         progress(offset + len(data), target.size)
     target.sync()
     return digest.hexdigest()
+
+
+def wipe(target: ByteRange, progress: Progress) -> None:
+    """Make the target all zeros, as :func:`copy` would."""
+    zeros = bytes(_CHUNK)
+    for offset in range(0, target.size, _CHUNK):
+        length = min(_CHUNK, target.size - offset)
+        _put(target, offset, zeros if length == _CHUNK else zeros[:length])
+        progress(offset + length, target.size)
+    target.sync()
 
 
 def verify(copied: ByteRange, digest: str, progress: Progress) -> None:
@@ -63,6 +53,11 @@ def verify(copied: ByteRange, digest: str, progress: Progress) -> None:
             f"the copy is not what was copied: its SHA-256 is {found.hexdigest()}, and was to be {digest}",
             hint="does something else write it? Otherwise its medium is bad: look at the kernel's log",
         )
+
+
+def _put(target: ByteRange, offset: int, data: bytes) -> None:
+    if target.read(offset, len(data)) != data:
+        target.write(offset, data)
 
 
 def _chunks(source: ByteRange, size: int) -> Iterator[tuple[int, bytes]]:

@@ -54,12 +54,12 @@ def test_behind_a_shorter_source_are_zeros() -> None:
 
 def test_wiping_reads_zeros_and_writes_the_rest() -> None:
     target = MemoryBytes(CONTENT)
-    copying.copy(copying.Zeros(SIZE), target, unwatched)
+    progress: list[tuple[int, int]] = []
+    copying.wipe(target, lambda done, total: progress.append((done, total)))
     assert target.content == bytes(SIZE)
-    assert (0, MIB) in target.writes
-    assert (MIB, MIB) not in target.writes
-    with pytest.raises(BackingError):
-        copying.Zeros(SIZE).write(0, b"x")
+    assert target.writes == [(0, MIB), (3 * MIB, MIB), (4 * MIB, 64 * KIB)]
+    assert target.synced == 3
+    assert progress[-1] == (SIZE, SIZE)
 
 
 def test_a_copy_with_other_bytes_is_found() -> None:
