@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["nvdimm_driver*"]),
     python_requires=">=3.11",
     cmdclass={"build_py": BuildPy},
-    install_requires=["cffi", "cliff", "oslo.config", "prometheus_client", "stevedore"],
+    install_requires=["cffi", "cliff", "oslo.config", "prometheus_client", "rich", "stevedore"],
     extras_require={
         "test": [
             "hypothesis",
@@ -30,7 +30,6 @@ setup(
             "lxml-stubs",
             "mypy",
             "pytest",
-            "rich",
             "ruff",
         ],
         "doc": ["furo", "sphinx"],
@@ -81,6 +80,10 @@ setup(
             "pool_create = nvdimm_driver.cmd.ctl.poolcreate:PoolCreate",
             "pool_list = nvdimm_driver.cmd.ctl.pools:PoolList",
             "pool_show = nvdimm_driver.cmd.ctl.pools:PoolShow",
+            "provision = nvdimm_driver.cmd.ctl.files:Provision",
+            "import = nvdimm_driver.cmd.ctl.files:Import",
+            "export = nvdimm_driver.cmd.ctl.files:Export",
+            "wipe = nvdimm_driver.cmd.ctl.files:Wipe",
             "release = nvdimm_driver.cmd.ctl.domains:Release",
             "check = nvdimm_driver.cmd.ctl.check:Check",
             "monitor = nvdimm_driver.cmd.ctl.monitor:Monitor",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.ledger import Ledger
@@ -17,9 +18,7 @@ def check_paths(ledger: Ledger, domain: DomainSpec) -> None:
     for record in ledger.domains():
         if record.uuid == domain.uuid:
             continue
-        owned = {item.spec.path for item in record.allocations}
-        if record.attachment is not None:
-            owned.update(record.attachment.paths)
+        owned = _paths(record)
         for spec in domain.nvdimms:
             if spec.path in owned:
                 raise _owned(spec.path, record)
@@ -31,11 +30,51 @@ def check_bytes(ledger: Ledger, uuid: str, identities: Mapping[str, BackingIdent
     :param identities: of the backings of the domain of that uuid, by path.
     :raises InUseError: when one has.
     """
+    for path, identity in identities.items():
+        for record in _sharing(ledger, identity):
+            if record.uuid != uuid:
+                raise _owned(path, record)
+
+
+def owners(ledger: Ledger, path: str, identity: BackingIdentity | None) -> tuple[Record, ...]:
+    """The domains that have a path or, under whatever path, bytes of that identity, or run with the path.
+
+    :param identity: of the backing; None when it cannot be told.
+    """
+    real = os.path.realpath(path)
+    found = {record.uuid: record for record in ledger.domains() if real in map(os.path.realpath, _paths(record))}
+    if identity is not None:
+        found.update({record.uuid: record for record in _sharing(ledger, identity)})
+    return tuple(found.values())
+
+
+def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> None:
+    """No domain has a path, or bytes of that identity.
+
+    :raises InUseError: when one has.
+    """
+    for record in owners(ledger, path, identity):
+        raise _owned(path, record)
+
+
+def check_off(record: Record) -> None:
+    """The domain must not run.
+
+    :raises InUseError: when it does.
+    """
+    if record.attachment is not None:
+        raise InUseError(f"domain {record.name} is running or starting", hint="shut it down first")
+
+
+def _paths(record: Record) -> set[str]:
+    paths = {item.spec.path for item in record.allocations}
+    return paths if record.attachment is None else paths.union(record.attachment.paths)
+
+
+def _sharing(ledger: Ledger, identity: BackingIdentity) -> Iterator[Record]:
     for record in ledger.domains():
-        for item in record.allocations if record.uuid != uuid else ():
-            for path, identity in identities.items():
-                if item.identity is not None and item.identity.shares_bytes(identity):
-                    raise _owned(path, record)
+        if any(item.identity is not None and item.identity.shares_bytes(identity) for item in record.allocations):
+            yield record
 
 
 def _owned(path: str, record: Record) -> InUseError:

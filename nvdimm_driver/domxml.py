@@ -31,7 +31,7 @@ from uuid import UUID
 from nvdimm_driver import plugins
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
 from nvdimm_driver.model import DSM, GIB, KIB, MIB, PAGE, DomainSpec, NvdimmSpec
-from nvdimm_driver.xmltext import Element, Text, may_have, parse
+from nvdimm_driver.xmltext import Element, Text, may_have, parse, written
 
 NAMESPACE = "urn:nvdimm-driver:domain:1"
 """What the record of a rewritten domain is known by."""
@@ -188,6 +188,21 @@ def is_rewritten(xml: str) -> bool:
     """
     text = _parse_xen(xml, NAMESPACE)
     return text is not None and _record(text.root) is not None
+
+
+def new_nvdimm(path: str, size: int, label_size: int) -> NvdimmSpec:
+    """An NVDIMM of that size, rounded up as libvirt does.
+
+    :param path: absolute.
+    :param label_size: bytes of its label area, 0 for none.
+    :raises DomainXmlError: when no domain XML could say so.
+    """
+    return _nvdimm(_memory_element(path, size, label_size), 0, 1)
+
+
+def memory_device(spec: NvdimmSpec) -> str:
+    """The element that a domain has for an NVDIMM of that path, size and label area."""
+    return written(_memory_element(spec.path, spec.size, spec.label_size))
 
 
 def extract(xml: str) -> DomainSpec | None:
@@ -431,12 +446,8 @@ def _nvdimm(element: Element, slot: int, nodes: int) -> NvdimmSpec:
     size = _scaled(target.need("size"), f"{where}<target><size>")
     label = target.child("label")
     label_size = 0 if label is None else _scaled(label.need("size"), f"{where}<label><size>")
-    if label is not None and not MIN_LABEL <= label_size < max(size, 1):
-        raise DomainXmlError(
-            f"{where}<label><size> is {label_size // KIB} KiB; a label area has at least {MIN_LABEL // KIB} KiB and is "
-            f"smaller than the NVDIMM, whose <target><size> is {size // KIB} KiB",
-            hint="write <label><size unit='KiB'>128</size></label>, or leave <label> out",
-        )
+    if label is not None:
+        _check_label(size, label_size, where)
     node = target.child("node")
     spec = NvdimmSpec(
         slot=slot,
@@ -455,6 +466,15 @@ def _nvdimm(element: Element, slot: int, nodes: int) -> NvdimmSpec:
             hint="make <size> larger or <alignsize> smaller",
         )
     return spec
+
+
+def _check_label(size: int, label_size: int, where: str) -> None:
+    if not MIN_LABEL <= label_size < max(size, 1):
+        raise DomainXmlError(
+            f"{where}<label><size> is {label_size // KIB} KiB; a label area has at least {MIN_LABEL // KIB} KiB and is "
+            f"smaller than the NVDIMM, whose <target><size> is {size // KIB} KiB",
+            hint="write <label><size unit='KiB'>128</size></label>, or leave <label> out",
+        )
 
 
 def _check_supported(element: Element, target: Element, where: str) -> None:
@@ -590,6 +610,24 @@ def _check_plain(element: Element) -> None:
         raise DomainXmlError(f"<{element.tag}> has both text, {text!r}, and elements in it", hint="remove one of them")
     for child in element.children:
         _check_plain(child)
+
+
+def _memory_element(path: str, size: int, label_size: int) -> Element:
+    target = [_size_element(size)]
+    if label_size:
+        target.append(Element("label", children=[_size_element(label_size)]))
+    return Element(
+        "memory",
+        {"model": "nvdimm", "access": "shared"},
+        [Element("source", children=[Element("path", text=path)]), Element("target", children=target)],
+    )
+
+
+def _size_element(size: int) -> Element:
+    """In the largest unit in which it is a whole number."""
+    power = next(power for power in (40, 30, 20, 10, 0) if size % (1 << power) == 0)
+    unit = {40: "TiB", 30: "GiB", 20: "MiB", 10: "KiB", 0: "b"}[power]
+    return Element("size", {"unit": unit}, text=str(size >> power))
 
 
 def _in_kib(element: Element, size: int) -> Element:

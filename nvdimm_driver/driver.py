@@ -16,7 +16,8 @@ from nvdimm_driver import claims, frames, layout, logs, marks, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
-from nvdimm_driver.errors import BackingError, InUseError, LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.contents import Contents
+from nvdimm_driver.errors import BackingError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.events import Event
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
@@ -70,6 +71,7 @@ class XenNvdimmDriver:
         self.pools = pools
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
+        self.contents = Contents(ledger, backings, pools)
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
@@ -256,8 +258,7 @@ class XenNvdimmDriver:
         record = self.ledger.domain(uuid)
         if record is None:
             raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
-        if record.attachment is not None:
-            raise InUseError(f"domain {record.name} is running or starting", hint="shut it down first")
+        claims.check_off(record)
         self.ledger.forget(uuid, kind="forgotten")
         self._unmark(record.allocations)
         return record

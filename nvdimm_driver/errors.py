@@ -105,6 +105,20 @@ class RefusedError(NvdimmError):
     libvirt_code = VIR_ERR_OPERATION_INVALID
 
 
+class UsageError(NvdimmError):
+    """A command line that leaves open what is meant, or contradicts itself."""
+
+    exit_code = 2
+    libvirt_code = VIR_ERR_INVALID_ARG
+
+
+class InterruptedWork(NvdimmError):
+    """The user has interrupted long work, which can be gone on with."""
+
+    exit_code = 130
+    libvirt_code = VIR_ERR_OPERATION_FAILED
+
+
 class ConfigError(NvdimmError):
     """An option or an installation step is missing or wrong."""
 

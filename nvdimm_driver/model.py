@@ -17,6 +17,8 @@ Mfn = NewType("Mfn", int)
 
 Progress = Callable[[int, int], None]
 """Called now and then with the bytes that are done, and those that are to be."""
+Watch = Callable[[str], Progress]
+"""Called when long work on bytes begins, with what it is; gives who is told how it goes on."""
 
 KIB = 1 << 10
 MIB = 1 << 20

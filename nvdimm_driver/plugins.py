@@ -58,33 +58,61 @@ class XmlHook(Plugin):
         """Return what the user wrote; byte for byte the same when nothing was rewritten."""
 
 
-class LabelArea(ABC):
-    """An open label area, which stays open when this process gives up its privileges.
+class ByteRange(ABC):
+    """Bytes that are open, and stay so when this process gives up its privileges.
 
-    :ivar size: bytes.
+    :ivar size: how many there are. Offsets are within them.
     """
 
     size: int
 
-    @abstractmethod
-    def read(self) -> bytes:
-        """Return all of it."""
+    def read(self, offset: int, length: int) -> bytes:
+        """Return so many of the bytes.
+
+        :raises BackingError: when they are not all in the range.
+        """
+        self._check(offset, length)
+        return self._read(offset, length)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Change bytes of it; they are durable on return.
+        """Change bytes; they are durable after :meth:`sync`.
 
-        :raises BackingError: when the bytes are not all in the area.
-        :raises OSError: when they could not be made durable.
+        :raises BackingError: when they are not all in the range.
+        :raises OSError: when they could not be written.
         """
-        if not 0 <= offset <= self.size - len(data):
-            from nvdimm_driver.errors import BackingError
-
-            raise BackingError(f"{len(data)} bytes at {offset} are not in a label area of {self.size} bytes")
+        self._check(offset, len(data))
         self._write(offset, data)
 
     @abstractmethod
+    def sync(self) -> None:
+        """Make durable what was written.
+
+        :raises OSError: when that cannot be.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Be done with it."""
+
+    @abstractmethod
+    def _read(self, offset: int, length: int) -> bytes:
+        """Return bytes that are in the range."""
+
+    @abstractmethod
     def _write(self, offset: int, data: bytes) -> None:
-        """Change bytes that are in it."""
+        """Change bytes that are in the range."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check(self, offset: int, length: int) -> None:
+        if not 0 <= offset <= self.size - length:
+            from nvdimm_driver.errors import BackingError
+
+            raise BackingError(f"{length} bytes at {offset} are not in a range of {self.size} bytes")
 
 
 class Backing(Plugin):
@@ -107,7 +135,7 @@ class Backing(Plugin):
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         """Create or complete the backing: all of it allocated, written and synced. Can be repeated.
 
-        What it created is removed again when it fails.
+        What it created is removed again when it fails, and kept as far as it is when the user interrupts it.
 
         :param progress: called now and then with the bytes that are written, and those that are to be.
         """
@@ -119,6 +147,45 @@ class Backing(Plugin):
         :param paths: of the pool.
         :param taken: paths of the NVDIMMs in it.
         :raises BackingError: when one of the paths is not there, or not fit for this kind.
+        """
+
+    @abstractmethod
+    def size(self, path: str) -> int:
+        """Bytes of an existing backing, all of it.
+
+        :raises NotFoundError: when there is none.
+        """
+
+    @abstractmethod
+    def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
+        """Make room for an NVDIMM whose bytes will be copied into it. Can be repeated: what was copied stays.
+
+        :returns: with the path where it is until :meth:`publish`; a device is where it always is.
+        :raises BackingError: when there is no room.
+        """
+
+    @abstractmethod
+    def publish(self, spec: NvdimmSpec) -> None:
+        """Give what :meth:`allocate` has made, and :meth:`provision` completed, its own path. Can be repeated.
+
+        :raises InUseError: when something else has the path now.
+        """
+
+    @abstractmethod
+    def fill_holes(self, spec: NvdimmSpec) -> None:
+        """Allocate what is not allocated of an existing backing, which :meth:`provision` refuses to do.
+
+        :raises BackingError: when there is no room.
+        """
+
+    @abstractmethod
+    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        """Open the first ``spec.size`` bytes of a backing.
+
+        :param write: to write them; until it is closed, nobody else can do so and :meth:`freeze` fails.
+        :raises InUseError: when somebody else has it open so.
+        :raises NotFoundError: when there is no such backing.
+        :raises BackingError: when it is smaller, or cannot be opened.
         """
 
     @abstractmethod
@@ -134,7 +201,10 @@ class Backing(Plugin):
 
     @abstractmethod
     def freeze(self, path: str) -> None:
-        """Keep others in the host from changing where the backing's bytes are. Can be repeated."""
+        """Keep others in the host from changing where the backing's bytes are. Can be repeated.
+
+        :raises InUseError: while somebody has it open to overwrite it.
+        """
 
     @abstractmethod
     def thaw(self, path: str) -> None:
@@ -177,7 +247,7 @@ class Backing(Plugin):
         """
 
     @abstractmethod
-    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         """Open the label area of an NVDIMM that may be frozen, and is so afterwards as it was before.
 
         :raises BackingError: when the backing is not the one of that identity, or cannot be written.

@@ -44,14 +44,43 @@ class Pools:
         :param records: of all domains; what is in that of this one is its already.
         :raises RefusedError: when one is in no pool, or a pool's quota is used up.
         """
-        others = [item.spec for record in records if record.uuid != domain.uuid for item in record.allocations]
-        used = self._by_pool(others)
-        wanted = self._by_pool(domain.nvdimms)
+        self.check_new(domain.nvdimms, [record for record in records if record.uuid != domain.uuid])
+
+    def check_new(self, nvdimms: Sequence[NvdimmSpec], records: Iterable[Record]) -> None:
+        """Check that somebody else than the domains of these records may have such NVDIMMs.
+
+        :raises RefusedError: when one is in no pool, or a pool's quota is used up.
+        """
+        used = self._by_pool([item.spec for record in records for item in record.allocations])
+        wanted = self._by_pool(nvdimms)
         for spec in wanted.pop(None, []):
-            if not self._any_path:
-                raise RefusedError(f"{spec.path} is in none of the host's pools", hint=self._where())
+            self.check_place(spec.path)
         for pool, specs in wanted.items():
             self._check_pool(pool, specs, sum(spec.size for spec in used.get(pool, [])))
+
+    def check_place(self, path: str) -> None:
+        """Check that a path is in a pool.
+
+        :raises RefusedError: when it is not.
+        """
+        if not self._any_path and self.of(path) is None:
+            raise RefusedError(f"{path} is in none of the host's pools", hint=self._where())
+
+    def place(self, pool: Pool, name: str) -> str:
+        """The path of a file or device of that name in a pool.
+
+        :raises NotFoundError: when the pool has devices, and none of that name.
+        """
+        for path in pool.paths:
+            if os.path.isdir(path):
+                return os.path.join(path, name)
+        for path in pool.paths:
+            if os.path.basename(path) == name:
+                return path
+        raise NotFoundError(
+            f"pool {pool.name} has no device {name!r}",
+            hint=f"it has {', '.join(os.path.basename(path) for path in pool.paths)}",
+        )
 
     def _check_pool(self, pool: Pool | None, specs: Sequence[NvdimmSpec], used: int) -> None:
         if pool is None:

@@ -128,6 +128,11 @@ class Text:
         return (newline + indent).decode() if newline else ""
 
 
+def written(element: Element) -> str:
+    """An element by itself, as libvirt writes it."""
+    return _format(element, "\n", "'")
+
+
 def _format(element: Element, newline: str, quote: str) -> str:
     """Write an element as libvirt does: 2 more spaces a level; single quotes, but double ones in metadata."""
     escapes = _TEXT_ESCAPES | _ATTRIBUTE_ESCAPES | {ord(quote): "&quot;" if quote == '"' else "&apos;"}

@@ -17,7 +17,7 @@ from nvdimm_driver.acpi.machine import DEFAULT_BINARIES, Machine, backend_size, 
 from nvdimm_driver.acpi.qtest import Qtest
 from nvdimm_driver.errors import AcpiError, NvdimmError
 from nvdimm_driver.model import MIB, PAGE, GuestLayout
-from nvdimm_driver.plugins import LabelArea
+from nvdimm_driver.plugins import ByteRange
 
 LOG = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class QemuLabels:
     def __init__(
         self,
         layout: GuestLayout,
-        areas: Mapping[int, LabelArea],
+        areas: Mapping[int, ByteRange],
         binaries: Sequence[str] = DEFAULT_BINARIES,
         timeout: float = 10.0,
     ) -> None:
@@ -124,6 +124,7 @@ class QemuLabels:
             return
         try:
             self._areas[slot].write(changed.start, after[changed.start : changed.stop])
+            self._areas[slot].sync()
         except (NvdimmError, OSError):
             os.pwrite(descriptor, before, start)
             raise
@@ -131,7 +132,7 @@ class QemuLabels:
 
     def _copy(self, slot: int, size: int) -> tuple[int, int]:
         """Make a file without a name that has a copy of a label area at its end."""
-        self._known[slot] = self._areas[slot].read()
+        self._known[slot] = self._areas[slot].read(0, self._areas[slot].size)
         descriptor = os.memfd_create(f"labels-{slot}")
         os.truncate(descriptor, size)
         start = size - len(self._known[slot])

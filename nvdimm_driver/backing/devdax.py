@@ -7,13 +7,14 @@ import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nvdimm_driver.backing import extents, inventory
+from nvdimm_driver.backing import byteranges, extents, inventory
+from nvdimm_driver.backing.byteranges import MappedBytes
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.inventory import Volume
 from nvdimm_driver.backing.labels import no_label_server
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, NvdimmSpec
-from nvdimm_driver.plugins import LabelArea
+from nvdimm_driver.plugins import ByteRange
 
 
 class DevdaxBacking(DeviceBacking):
@@ -61,8 +62,25 @@ class DevdaxBacking(DeviceBacking):
         except BackingError as error:
             raise BackingError(f"{path}: {error.message}", hint=error.hint) from error
 
+    def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
+        """Map it: a device-dax device has neither read nor write."""
+        persist = None
+        if write:
+            from nvdimm_driver.backing.pmdk import Pmdk
+
+            persist = Pmdk().persist
+        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW)
+        try:
+            if write:
+                byteranges.lock(fd, path)
+            namespace = self.volume(path, os.fstat(fd).st_rdev).namespace
+            step = inventory.dax_alignment(namespace, self.sysfs)
+            return MappedBytes(fd, 0, size, write=write, step=step, persist=persist)
+        finally:
+            os.close(fd)
+
     def check_labels(self, spec: NvdimmSpec) -> None:
         raise no_label_server(spec.path)
 
-    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         raise no_label_server(spec.path)

@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from nvdimm_driver.backing import extents, inventory
+from nvdimm_driver.backing import byteranges, extents, inventory
 from nvdimm_driver.backing.inventory import Volume, space_of
-from nvdimm_driver.errors import BackingError
+from nvdimm_driver.errors import BackingError, NotFoundError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
-from nvdimm_driver.plugins import Backing, unwatched
+from nvdimm_driver.plugins import Backing, ByteRange, unwatched
 
 
 class DeviceBacking(Backing):
@@ -46,6 +46,13 @@ class DeviceBacking(Backing):
         :raises BackingError: when it is not what sysfs says.
         """
 
+    @abstractmethod
+    def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
+        """As :meth:`open_bytes`, for a path that has been looked at.
+
+        :raises OSError: when the device cannot be opened.
+        """
+
     def examine(self, spec: NvdimmSpec) -> Intake:
         volume, _ = self._find(spec)
         return Intake(self.name, False, 0, volume.namespace)
@@ -61,6 +68,34 @@ class DeviceBacking(Backing):
         capacity = sum(volume.size for volume in volumes.values())
         return space_of(volumes.values(), capacity, sum(free), max(free, default=0))
 
+    def size(self, path: str) -> int:
+        path = os.path.realpath(path)
+        if not os.path.exists(path):
+            raise NotFoundError(f"{path}: there is no such device")
+        return self._identify(path)[0].size
+
+    def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
+        self.examine(spec)
+        return spec
+
+    def publish(self, spec: NvdimmSpec) -> None:
+        """Nothing: a device is where it always is."""
+
+    def fill_holes(self, spec: NvdimmSpec) -> None:
+        """Nothing: all of a device is there."""
+
+    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        path = os.path.realpath(spec.path)
+        size = self.size(path)
+        if spec.size > size:
+            raise _too_small(path, size, spec.size)
+        if write:
+            self.examine(spec)
+        try:
+            return self.open_range(path, spec.size, write=write)
+        except OSError as error:
+            raise BackingError(f"{path}: {error.strerror}") from error
+
     def discard(self, spec: NvdimmSpec) -> None:
         """Nothing: provisioning has created nothing."""
 
@@ -70,7 +105,10 @@ class DeviceBacking(Backing):
         return Location(identity, (extent,))
 
     def freeze(self, path: str) -> None:
-        """Nothing: the kernel keeps a namespace where it is."""
+        """Nothing but a look whether somebody overwrites it: the kernel keeps a namespace where it is."""
+        path = os.path.realpath(path)
+        with _opened(path) as fd:
+            byteranges.check_unlocked(fd, path)
 
     def thaw(self, path: str) -> None:
         """Nothing."""
@@ -82,10 +120,7 @@ class DeviceBacking(Backing):
             if os.fstat(fd).st_rdev != number:
                 raise BackingError(f"{path}: became another device just now", hint="try again")
             if spec.size > volume.size:
-                raise BackingError(
-                    f"{path}: has {volume.size} bytes, the NVDIMM needs {spec.size}",
-                    hint="ask for less, or use a larger namespace",
-                )
+                raise _too_small(path, volume.size, spec.size)
             whole = extents.FileExtent(0, 0, volume.size, extents.LAST)
             (extent,) = extents.to_machine(path, (whole,), spec.size, spa=volume.spa, device_size=volume.size)
             self.check(path, fd, volume, extent)
@@ -100,6 +135,12 @@ class DeviceBacking(Backing):
         if not self.is_kind(status.st_mode):
             raise BackingError(f"{path}: is not {self.describe()}")
         return self.volume(path, status.st_rdev), status.st_rdev
+
+
+def _too_small(path: str, size: int, needed: int) -> BackingError:
+    return BackingError(
+        f"{path}: has {size} bytes, the NVDIMM needs {needed}", hint="ask for less, or use a larger namespace"
+    )
 
 
 @contextmanager

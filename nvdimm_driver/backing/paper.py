@@ -8,7 +8,7 @@ from nvdimm_driver.backing.inventory import HostDescription
 from nvdimm_driver.backing.labels import no_label_server
 from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
-from nvdimm_driver.plugins import Backing, LabelArea, unwatched
+from nvdimm_driver.plugins import Backing, ByteRange, unwatched
 
 
 class PaperBacking(Backing):
@@ -48,28 +48,43 @@ class PaperBacking(Backing):
 
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         del progress
-        raise self._refuse(spec)
+        raise self._refuse(spec.path)
 
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
         del taken
         raise UnsupportedError(f"{', '.join(paths)}: on paper only")
 
+    def size(self, path: str) -> int:
+        raise self._refuse(path)
+
+    def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
+        raise self._refuse(spec.path)
+
+    def publish(self, spec: NvdimmSpec) -> None:
+        raise self._refuse(spec.path)
+
+    def fill_holes(self, spec: NvdimmSpec) -> None:
+        raise self._refuse(spec.path)
+
+    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        raise self._refuse(spec.path)
+
     def discard(self, spec: NvdimmSpec) -> None:
-        raise self._refuse(spec)
+        raise self._refuse(spec.path)
 
     def freeze(self, path: str) -> None:
-        raise UnsupportedError(f"{path} is on paper only")
+        raise self._refuse(path)
 
     def thaw(self, path: str) -> None:
-        raise UnsupportedError(f"{path} is on paper only")
+        raise self._refuse(path)
 
     def check_labels(self, spec: NvdimmSpec) -> None:
         if self.host.namespace_of(spec.path).mode == "devdax":
             raise no_label_server(spec.path)
 
-    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         del identity
-        raise self._refuse(spec)
+        raise self._refuse(spec.path)
 
-    def _refuse(self, spec: NvdimmSpec) -> UnsupportedError:
-        return UnsupportedError(f"{spec.path} is on paper only", hint="leave --host away on the host itself")
+    def _refuse(self, path: str) -> UnsupportedError:
+        return UnsupportedError(f"{path} is on paper only", hint="leave --host away on the host itself")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 
-from nvdimm_driver.backing import inventory
+from nvdimm_driver.backing import byteranges, inventory
+from nvdimm_driver.backing.byteranges import DirectBytes
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.inventory import Volume
-from nvdimm_driver.backing.labels import DirectLabels, check_identity
+from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity, Extent, NvdimmSpec
-from nvdimm_driver.plugins import LabelArea
+from nvdimm_driver.plugins import ByteRange
 
 _WHY = {
     "fsdax": "the kernel keeps an info block, 4 KiB behind its start, and page structures in it",
@@ -48,12 +49,18 @@ class PmemBacking(DeviceBacking):
     def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
         """Nothing more than that it was opened: O_EXCL has shown that nobody uses it."""
 
-    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
+    def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
+        # not O_EXCL, which would say to the next look at the device that somebody uses it
+        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_DIRECT | os.O_NOFOLLOW)
+        if write:
+            byteranges.lock(fd, path)
+        return DirectBytes(fd, 0, size)
+
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         path = os.path.realpath(spec.path)
         check_identity(path, self.locate(spec).identity, identity)
         try:
-            # not O_EXCL, which would say to the next look at the device that somebody uses it
-            fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_DSYNC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_NOFOLLOW)
         except OSError as error:
             raise BackingError(f"{path}: cannot be opened to write labels: {error.strerror}") from error
-        return DirectLabels(fd, spec.size - spec.label_size, spec.label_size)
+        return DirectBytes(fd, spec.size - spec.label_size, spec.label_size)

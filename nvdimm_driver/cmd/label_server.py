@@ -29,7 +29,7 @@ from nvdimm_driver.frames import DSM_GFN
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import PAGE, GuestLayout, Record
-from nvdimm_driver.plugins import Backing, LabelArea, backing_of
+from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.xen._xen import ffi
 from nvdimm_driver.xen.ioreq import IoreqServer
 
@@ -167,7 +167,7 @@ def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, rea
         labels.close()
 
 
-def open_areas(record: Record, backings: Sequence[Backing]) -> dict[int, LabelArea]:
+def open_areas(record: Record, backings: Sequence[Backing]) -> dict[int, ByteRange]:
     """Open the label areas of a domain, by slot."""
     return {
         item.spec.slot: backing_of(backings, item.spec.path).open_labels(item.spec, item.identity)

@@ -52,6 +52,9 @@ class Nvdimmctl(App):
             return error.exit_code
         except BrokenPipeError:
             return 141
+        except KeyboardInterrupt:
+            print("nvdimmctl: interrupted", file=sys.stderr)
+            return 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

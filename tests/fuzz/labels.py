@@ -11,7 +11,7 @@ from pathlib import Path
 from nvdimm_driver.acpi.dsm import QemuLabels
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
-from tests.unit.doubles import MemoryLabels
+from tests.unit.doubles import MemoryBytes
 
 AREA = 128 * KIB
 SLOTS = (0, 1, 3)
@@ -53,7 +53,7 @@ def run(requests: int, seed: int = 1) -> str:
 
     :raises AssertionError: when an answer is not of the right form, an area not as told, or QEMU another.
     """
-    areas = {slot: MemoryLabels(bytes(AREA)) for slot in SLOTS if slot != 1}
+    areas = {slot: MemoryBytes(bytes(AREA)) for slot in SLOTS if slot != 1}
     placements = tuple(Placement(slot, (68 + 2 * slot) * GIB, 64 * MIB, AREA if slot in areas else 0) for slot in SLOTS)
     labels = QemuLabels(GuestLayout(GIB, 4 * GIB, 1 << 48, placements, dsm="qemu"), areas, DEFAULT_BINARIES)
     labels.start()
@@ -83,7 +83,7 @@ def run(requests: int, seed: int = 1) -> str:
     )
 
 
-def look(labels: QemuLabels, areas: dict[int, MemoryLabels]) -> None:
+def look(labels: QemuLabels, areas: dict[int, MemoryBytes]) -> None:
     """The guest reads what is in the areas."""
     for slot, area in areas.items():
         for offset in range(0, AREA, 4 * KIB):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nvdimm_driver.acpi.dsm import QemuLabels, difference, failure
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
 from tests.fuzz.labels import run
-from tests.unit.doubles import MemoryLabels
+from tests.unit.doubles import MemoryBytes
 
 XEN_QEMU = "/usr/libexec/xen-qemu-system-i386"
 PLAIN_QEMU = "/usr/bin/qemu-system-x86_64"
@@ -39,7 +39,7 @@ class Served:
     """A label server and the areas behind it."""
 
     def __init__(self, binary: str) -> None:
-        self.areas = {slot: MemoryLabels(bytes(range(256)) * (size // 256)) for slot, size in AREAS.items()}
+        self.areas = {slot: MemoryBytes(bytes(range(256)) * (size // 256)) for slot, size in AREAS.items()}
         self.labels = QemuLabels(LAYOUT, self.areas, [binary])
         self.labels.start()
 
@@ -167,7 +167,7 @@ def test_without_any_qemu_each_request_fails(tmp_path: Path) -> None:
     broken = tmp_path / "qemu"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    labels = QemuLabels(LAYOUT, {0: MemoryLabels(bytes(AREAS[0]))}, [str(broken)])
+    labels = QemuLabels(LAYOUT, {0: MemoryBytes(bytes(AREAS[0]))}, [str(broken)])
     assert labels.answer(bytes(PAGE)) == failure()
     labels.close()
 
@@ -176,7 +176,7 @@ def test_another_qemu_is_taken_when_the_first_does_not_start(tmp_path: Path) -> 
     broken = tmp_path / "qemu"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    labels = QemuLabels(LAYOUT, {0: MemoryLabels(bytes(AREAS[0]))}, [str(broken), XEN_QEMU])
+    labels = QemuLabels(LAYOUT, {0: MemoryBytes(bytes(AREAS[0]))}, [str(broken), XEN_QEMU])
     page = struct.pack("<III", 1, 1, SIZE).ljust(PAGE, b"\0")
     assert struct.unpack_from("<III", labels.answer(page)) == (16, 0, AREAS[0])
     labels.close()

@@ -16,73 +16,11 @@ import pytest
 
 from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import LAST, MERGED, UNWRITTEN, FileExtent
-from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Location, NvdimmSpec, Surveyed
-from tests.unit.fake_sysfs import FakeSysfs
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, NvdimmSpec, Surveyed
+from tests.integration.loop_pmem import MKFS, FileSystem, run
 
-SPA = 0x1_4020_0000
 SIZE = 8 * MIB
-IMAGE = 640 * MIB  # the least that mkfs.xfs makes a striped file system on
-MKFS = {
-    "ext4": ["mkfs.ext4", "-q", "-b", "4096", "-E", "stride=512,stripe_width=512"],
-    "xfs": ["mkfs.xfs", "-q", "-d", "su=2m,sw=1", "-l", "su=4k"],
-}
-
-
-def run(*command: str | Path) -> str:
-    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
-
-
-class FileSystem:
-    """A mounted file system in an image, and a backing that takes it for one on a pmem namespace."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.kind = kind
-        self.image = folder / "image"
-        self.image.touch()
-        os.truncate(self.image, IMAGE)
-        run(*MKFS[kind], self.image)
-        self.root = folder / "mnt"
-        self.root.mkdir()
-        run("mount", "-o", "loop", self.image, self.root)
-        self.device = os.stat(self.root).st_dev
-        sysfs = FakeSysfs(folder / "sys")
-        sysfs.fsdax(self.device, spa=SPA, size=IMAGE)
-        self.mountinfo = folder / "mountinfo"
-        self.mount("rw,dax=always")
-        self.backing = FsdaxBacking(sysfs=sysfs.root, mountinfo=self.mountinfo, cross_check=lambda fd, found: None)
-        # Free space that is not zero: what is not written is seen.
-        self.path.write_bytes(b"stale" * (64 * MIB // 5))
-        run("sync", "-f", self.path)
-        self.clear()
-
-    @property
-    def path(self) -> Path:
-        return self.root / "file"
-
-    @property
-    def spec(self) -> NvdimmSpec:
-        return NvdimmSpec(0, str(self.path), SIZE)
-
-    def mount(self, options: str) -> None:
-        number = f"{os.major(self.device)}:{os.minor(self.device)}"
-        self.mountinfo.write_text(f"1 0 {number} / {self.root} rw - {self.kind} /dev/pmem0 {options}\n")
-
-    def stored(self, location: Location) -> bytes:
-        """What the image has where a location says that the file's bytes are."""
-        run("sync", "-f", self.root)
-        with open(self.image, "rb", buffering=0) as image:
-            parts = [os.pread(image.fileno(), each.length, each.spa - SPA) for each in location.extents]
-        return b"".join(parts)
-
-    def files(self) -> list[Path]:
-        return [each for each in self.root.iterdir() if each.is_file()]
-
-    def clear(self) -> None:
-        for each in self.files():
-            self.backing.thaw(str(each))
-            each.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +47,10 @@ def xfs(file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
 def inode_flags(path: Path) -> str:
     """Whether lsattr shows it immutable."""
     return "i" if "i" in run("lsattr", path).split()[0] else ""
+
+
+def spec(fs: FileSystem) -> NvdimmSpec:
+    return NvdimmSpec(0, str(fs.path), SIZE)
 
 
 def free_runs(fs: FileSystem) -> int:
@@ -186,21 +128,21 @@ def test_fiemap_in_many_calls(fs: FileSystem, batch: int) -> None:
 @pytest.mark.parametrize("case", ["plain", "fragmented"])
 def test_the_bytes_are_where_the_location_says(fs: FileSystem, case: str) -> None:
     make(fs.path, case)
-    location = fs.backing.locate(fs.spec)
+    location = fs.backing.locate(spec(fs))
     assert len(location.extents) >= CASES[case]
     assert fs.stored(location) == fs.path.read_bytes()
 
 
 def test_a_new_file_is_really_zeros(fs: FileSystem) -> None:
-    identity = fs.backing.provision(fs.spec)
+    identity = fs.backing.provision(spec(fs))
     assert all(not each.flags & ~(LAST | MERGED) for each in ours(fs.path))
-    location = fs.backing.locate(fs.spec)
+    location = fs.backing.locate(spec(fs))
     assert location.identity == identity
     assert fs.stored(location) == bytes(SIZE)
 
 
 def test_a_new_file_on_xfs_is_aligned_to_superpages(xfs: FileSystem) -> None:
-    xfs.backing.provision(xfs.spec)
+    xfs.backing.provision(spec(xfs))
     assert run("xfs_io", "-r", "-c", "extsize", xfs.path).startswith(f"[{SUPERPAGE}]")
     assert all(not (each.physical | each.length) % SUPERPAGE for each in ours(xfs.path))
 
@@ -208,9 +150,9 @@ def test_a_new_file_on_xfs_is_aligned_to_superpages(xfs: FileSystem) -> None:
 def test_what_was_unwritten_becomes_zeros_and_the_rest_stays(fs: FileSystem) -> None:
     make(fs.path, "unwritten")
     content = fs.path.read_bytes()
-    assert fs.backing.examine(fs.spec).writes >= SIZE - 2 * MIB - 64 * KIB
-    fs.backing.provision(fs.spec)
-    location = fs.backing.locate(fs.spec)
+    assert fs.backing.examine(spec(fs)).writes >= SIZE - 2 * MIB - 64 * KIB
+    fs.backing.provision(spec(fs))
+    location = fs.backing.locate(spec(fs))
     assert fs.path.read_bytes() == content
     assert fs.stored(location) == content
 
@@ -219,30 +161,30 @@ def test_sparse_files_are_refused(fs: FileSystem) -> None:
     make(fs.path, "sparse")
     for act in (fs.backing.examine, fs.backing.provision, fs.backing.locate):
         with pytest.raises(BackingError, match=r"is sparse: nothing is allocated at 0x0, 1048576 bytes"):
-            act(fs.spec)
+            act(spec(fs))
 
 
 def test_reflinked_files_are_refused(xfs: FileSystem) -> None:
     make(xfs.path, "plain")
-    assert xfs.backing.locate(xfs.spec)
+    assert xfs.backing.locate(spec(xfs))
     run("cp", "--reflink=always", xfs.path, xfs.root / "copy")
     for act in (xfs.backing.examine, xfs.backing.provision, xfs.backing.locate):
         with pytest.raises(BackingError, match=r"shares its blocks .*SHARED\) \(make a plain copy"):
-            act(xfs.spec)
+            act(spec(xfs))
 
 
 def test_the_identity_is_what_lsattr_and_stat_say(fs: FileSystem) -> None:
-    identity = fs.backing.provision(fs.spec)
+    identity = fs.backing.provision(spec(fs))
     generation, _, name = run("lsattr", "-v", fs.path).split()
     assert (identity.generation, str(fs.path)) == (int(generation), name)
     assert (identity.inode, identity.size) == (fs.path.stat().st_ino, SIZE)
-    fs.backing.discard(fs.spec)
-    assert fs.backing.provision(fs.spec) != identity
+    fs.backing.discard(spec(fs))
+    assert fs.backing.provision(spec(fs)) != identity
 
 
 def test_a_frozen_file_stays_where_it_is(fs: FileSystem) -> None:
     make(fs.path, "fragmented")
-    location = fs.backing.locate(fs.spec)
+    location = fs.backing.locate(spec(fs))
     fs.backing.freeze(str(fs.path))
     for command in (
         ["truncate", "-s", "1M", fs.path],
@@ -255,7 +197,7 @@ def test_a_frozen_file_stays_where_it_is(fs: FileSystem) -> None:
     ):
         result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
         assert result.returncode, command
-    assert fs.backing.locate(fs.spec) == location
+    assert fs.backing.locate(spec(fs)) == location
     fs.backing.thaw(str(fs.path))
     os.truncate(fs.path, MIB)
 
@@ -266,7 +208,7 @@ def test_a_crash_leaves_nothing_behind(fs: FileSystem) -> None:
     before = fs.files()
     child = os.fork()
     if not child:
-        fs.backing.provision(fs.spec, lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
+        fs.backing.provision(spec(fs), lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert fs.files() == before
@@ -281,9 +223,9 @@ def test_dax_by_the_files_own_flag(xfs: FileSystem) -> None:
     xfs.mount("rw")
     try:
         with pytest.raises(BackingError, match="is not mounted with DAX"):
-            xfs.backing.locate(xfs.spec)
+            xfs.backing.locate(spec(xfs))
         run("xfs_io", "-r", "-c", "chattr +x", xfs.path)
-        assert xfs.backing.locate(xfs.spec)
+        assert xfs.backing.locate(spec(xfs))
     finally:
         xfs.mount("rw,dax=always")
 
@@ -306,8 +248,8 @@ def test_a_file_is_no_folder_of_a_pool(fs: FileSystem) -> None:
 
 
 def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
-    fs.backing.provision(fs.spec)
-    path, location = str(fs.path), fs.backing.locate(fs.spec)
+    fs.backing.provision(spec(fs))
+    path, location = str(fs.path), fs.backing.locate(spec(fs))
     fs.backing.mark(path, b"mine")
     fs.backing.freeze(path)
     fs.backing.mark(path, b"yours")
@@ -323,7 +265,7 @@ def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
     }
     fs.backing.mark(path, None)
     fs.backing.thaw(path)
-    assert fs.backing.locate(fs.spec) == location
+    assert fs.backing.locate(spec(fs)) == location
     fs.backing.mark(f"{fs.root}/nothing", None)
     with pytest.raises(BackingError, match="No such file"):
         fs.backing.mark(f"{fs.root}/nothing", b"mine")
@@ -333,19 +275,19 @@ def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
 
 
 def test_a_file_that_was_truncated_is_extended(fs: FileSystem) -> None:
-    identity = fs.backing.provision(fs.spec)
+    identity = fs.backing.provision(spec(fs))
     with open(fs.path, "r+b") as file:
         file.write(b"\xa5" * SIZE)
         file.truncate(SIZE - MIB)
-    assert fs.backing.lacking(fs.spec) == MIB
-    fs.backing.extend(fs.spec)
-    assert fs.backing.provision(fs.spec) == identity
-    assert fs.backing.lacking(fs.spec) == 0
-    assert fs.stored(fs.backing.locate(fs.spec)) == b"\xa5" * (SIZE - MIB) + bytes(MIB)
+    assert fs.backing.lacking(spec(fs)) == MIB
+    fs.backing.extend(spec(fs))
+    assert fs.backing.provision(spec(fs)) == identity
+    assert fs.backing.lacking(spec(fs)) == 0
+    assert fs.stored(fs.backing.locate(spec(fs))) == b"\xa5" * (SIZE - MIB) + bytes(MIB)
 
 
 def test_a_file_is_moved_and_never_over_another(fs: FileSystem) -> None:
-    identity = fs.backing.provision(fs.spec)
+    identity = fs.backing.provision(spec(fs))
     target = fs.root / "target"
     target.write_bytes(b"other")
     with pytest.raises(BackingError, match=r"cannot be moved to .*target: File exists"):
@@ -354,4 +296,4 @@ def test_a_file_is_moved_and_never_over_another(fs: FileSystem) -> None:
     fs.backing.move(str(fs.path), str(target))
     assert fs.files() == [target]
     fs.backing.move(str(target), str(fs.path))
-    assert fs.backing.locate(fs.spec).identity == identity
+    assert fs.backing.locate(spec(fs)).identity == identity

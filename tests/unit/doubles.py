@@ -9,7 +9,7 @@ from pathlib import Path
 from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, XenError
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
 from nvdimm_driver.ledger import Ledger, Start
 from nvdimm_driver.model import (
     GIB,
@@ -28,7 +28,7 @@ from nvdimm_driver.model import (
     Surveyed,
 )
 from nvdimm_driver.planning import Host
-from nvdimm_driver.plugins import AcpiBuilder, Backing, LabelArea, Mapper, unwatched
+from nvdimm_driver.plugins import AcpiBuilder, Backing, ByteRange, Mapper, unwatched
 from nvdimm_driver.pools import Pools
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
@@ -37,7 +37,11 @@ NAMESPACE = Namespace("namespace0.0", "fsdax", "pmem0", "ns-0", 5 * GIB, 1 * GIB
 
 
 class MemoryBacking(Backing):
-    """Files that exist in a dict: path → (inode, size). Counts what is done to them."""
+    """Files that exist in a dict: path → (inode, size), and their bytes where they matter.
+
+    :ivar opened: what :meth:`open_bytes` has given to write.
+    :ivar filled: paths given to :meth:`fill_holes`.
+    """
 
     name = "memory"
 
@@ -48,6 +52,9 @@ class MemoryBacking(Backing):
         self.fail_space = ""
         self.marks: dict[str, bytes] = {}
         self.next_inode = 100
+        self.contents: dict[str, bytearray] = {}
+        self.opened: list[MemoryBytes] = []
+        self.filled: list[str] = []
 
     def describe(self) -> str:
         return "files in memory"
@@ -73,6 +80,32 @@ class MemoryBacking(Backing):
             raise BackingError(self.fail_space)
         used = sum(size for path, (_, size) in self.files.items())
         return Space(GIB, GIB - used, GIB - used, 2 * MIB, (NAMESPACE,))
+
+    def size(self, path: str) -> int:
+        if path not in self.files:
+            raise NotFoundError(f"{path}: there is no such file")
+        return self.files[path][1]
+
+    def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
+        hidden = replace(spec, path=f"{spec.path}.partial")
+        self.provision(hidden)
+        return hidden
+
+    def publish(self, spec: NvdimmSpec) -> None:
+        if spec.path in self.files:
+            raise InUseError(f"{spec.path}: there is such a file now")
+        self.files[spec.path] = self.files.pop(f"{spec.path}.partial")
+        self.contents[spec.path] = self.contents.pop(f"{spec.path}.partial")
+
+    def fill_holes(self, spec: NvdimmSpec) -> None:
+        self.filled.append(spec.path)
+
+    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        content = self.contents.setdefault(spec.path, bytearray(self.size(spec.path)))
+        found = MemoryBytes(content, spec.size)
+        if write:
+            self.opened.append(found)
+        return found
 
     def discard(self, spec: NvdimmSpec) -> None:
         del self.files[spec.path]
@@ -105,21 +138,28 @@ class MemoryBacking(Backing):
     def thaw(self, path: str) -> None:
         self.frozen.discard(path)
 
-    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> LabelArea:
-        return MemoryLabels(bytes(spec.label_size))
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
+        return MemoryBytes(bytes(spec.label_size))
 
 
-class MemoryLabels(LabelArea):
-    """A label area in memory; ``broken`` is what a write raises."""
+class MemoryBytes(ByteRange):
+    """Bytes in memory, those of a bytearray or a copy of others; ``broken`` is what a write raises."""
 
-    def __init__(self, content: bytes) -> None:
-        self.size = len(content)
-        self.content = bytearray(content)
-        self.broken: OSError | None = None
+    def __init__(self, content: bytes | bytearray, size: int | None = None) -> None:
+        self.size = len(content) if size is None else size
+        self.content = content if isinstance(content, bytearray) else bytearray(content)
+        self.broken: BaseException | None = None
         self.writes: list[tuple[int, int]] = []
+        self.synced = self.closed = 0
 
-    def read(self) -> bytes:
-        return bytes(self.content)
+    def sync(self) -> None:
+        self.synced = len(self.writes)
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def _read(self, offset: int, length: int) -> bytes:
+        return bytes(self.content[offset : offset + length])
 
     def _write(self, offset: int, data: bytes) -> None:
         if self.broken:

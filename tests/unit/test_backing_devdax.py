@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.backing.devdax import DevdaxBacking
-from nvdimm_driver.errors import BackingError
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import GIB, MIB, BackingIdentity, Extent, NvdimmSpec
 from tests.unit.fake_sysfs import UUID, FakeSysfs
 
@@ -100,3 +100,24 @@ def test_there_is_nothing_to_freeze_or_discard(host: Host) -> None:
     host.backing.thaw("/dev/none")
     host.backing.discard(spec(2 * MIB))
     assert os.stat(NODE).st_mode & 0o222
+
+
+def test_its_bytes(host: Host) -> None:
+    """Of /dev/zero each mapping has its own."""
+    assert host.backing.size(NODE) == SIZE
+    with host.backing.open_bytes(spec(3 * MIB), write=True) as content:
+        content.write(3 * MIB - 4, b"last")
+        content.sync()
+        assert content.read(3 * MIB - 6, 6) == b"\0\0last"
+        with pytest.raises(InUseError, match="is being overwritten"):
+            host.backing.open_bytes(spec(MIB), write=True)
+        with pytest.raises(InUseError, match="is being overwritten"):
+            host.backing.freeze(NODE)
+    with host.backing.open_bytes(spec(SIZE)) as content:
+        assert content.read(SIZE - MIB, MIB) == bytes(MIB)
+        with pytest.raises(TypeError):
+            content.write(0, b"x")
+    with pytest.raises(BackingError, match=r"has 1071644672 bytes"):
+        host.backing.open_bytes(spec(GIB))
+    with pytest.raises(NotFoundError):
+        host.backing.size("/dev/none")

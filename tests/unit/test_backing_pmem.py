@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.backing.pmem import PmemBacking
-from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import MIB, BackingIdentity, Extent, NvdimmSpec
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
+from nvdimm_driver.model import MIB, PAGE, BackingIdentity, Extent, NvdimmSpec
 from tests.unit.fake_sysfs import FakeSysfs
 
 SPA = 0x1_4000_0000
@@ -109,3 +109,46 @@ def test_a_device_that_is_in_use(sysfs: FakeSysfs, loop: str, tmp_path: Path) ->
     finally:
         subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
     assert backing(sysfs).locate(NvdimmSpec(0, loop, 2 * MIB))
+
+
+def test_its_bytes(sysfs: FakeSysfs, loop: str) -> None:
+    sysfs.raw(number(loop), spa=SPA, size=SIZE)
+    device, spec = backing(sysfs), NvdimmSpec(0, loop, 32 * MIB)
+    assert device.size(loop) == SIZE
+    assert device.allocate(spec) == spec
+    with device.open_bytes(spec, write=True) as content:
+        content.write(10, b"here")
+        content.write(32 * MIB - 4, b"last")
+        content.sync()
+        with pytest.raises(BackingError, match="not in a range of 33554432 bytes"):
+            content.write(32 * MIB - 3, b"last")
+        with pytest.raises(InUseError, match=f"{loop}: is being overwritten"):
+            device.open_bytes(spec, write=True)
+        with pytest.raises(InUseError, match=f"{loop}: is being overwritten"):
+            device.freeze(loop)
+        with device.open_bytes(spec) as other:
+            assert other.read(8, 8) == b"\0\0here\0\0"
+    device.freeze(loop)
+    with open(loop, "rb") as file:
+        assert os.pread(file.fileno(), 4, 32 * MIB - 4) == b"last"
+    device.publish(spec)
+
+
+def test_bytes_that_are_not_there(sysfs: FakeSysfs, loop: str) -> None:
+    sysfs.raw(number(loop), spa=SPA, size=SIZE)
+    with pytest.raises(NotFoundError, match="/dev/none"):
+        backing(sysfs).open_bytes(NvdimmSpec(0, "/dev/none", PAGE))
+    with pytest.raises(BackingError, match="has 67108864 bytes, the NVDIMM needs 69206016"):
+        backing(sysfs).open_bytes(NvdimmSpec(0, loop, SIZE + 2 * MIB))
+
+
+def test_a_mounted_device_is_not_overwritten(sysfs: FakeSysfs, loop: str, tmp_path: Path) -> None:
+    sysfs.raw(number(loop), spa=SPA, size=SIZE)
+    (tmp_path / "mnt").mkdir()
+    subprocess.run(["mkfs.ext4", "-q", loop], check=True)
+    subprocess.run(["mount", loop, str(tmp_path / "mnt")], check=True)
+    try:
+        with pytest.raises(BackingError, match="is in use in the host"):
+            backing(sysfs).open_bytes(NvdimmSpec(0, loop, 2 * MIB), write=True)
+    finally:
+        subprocess.run(["umount", str(tmp_path / "mnt")], check=True)

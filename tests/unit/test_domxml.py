@@ -675,3 +675,30 @@ def test_any_text_is_parsed_or_refused(text: str, markup: str) -> None:
         except DomainXmlError:
             continue
         assert domxml.is_rewritten(rewritten)
+
+
+@pytest.mark.parametrize(
+    ("size", "label_size", "printed"),
+    [
+        (64 << 30, 0, "<target>\n    <size unit='GiB'>64</size>\n  </target>"),
+        (34 << 20, 128 << 10, "<size unit='MiB'>34</size>\n    <label>\n      <size unit='KiB'>128</size>"),
+        ((1 << 40) + (2 << 20), 2 << 20, "<size unit='MiB'>1048578</size>"),
+    ],
+)
+def test_an_nvdimm_of_ones_own(size: int, label_size: int, printed: str) -> None:
+    spec = domxml.new_nvdimm("/mnt/a & b", size, label_size)
+    assert (spec.path, spec.size, spec.label_size) == ("/mnt/a & b", size, label_size)
+    device = domxml.memory_device(spec)
+    assert device.startswith("<memory model='nvdimm' access='shared'>\n  <source>\n    <path>/mnt/a &amp; b</path>\n")
+    assert printed in device
+    domain = "<domain type='xen'><name>a</name><memory>1048576</memory><os><type>hvm</type></os><devices/></domain>"
+    found = domxml.extract(domxml.attach(domain, device))
+    assert found is not None
+    assert found.nvdimms == (spec,)
+
+
+def test_sizes_of_an_nvdimm_of_ones_own() -> None:
+    assert domxml.new_nvdimm("/a", (2 << 20) + 1, 0).size == 4 << 20
+    for path, size, label_size in (("a", 2 << 20, 0), ("/a", 0, 0), ("/a", 2 << 20, 1), ("/a", 2 << 20, 2 << 20)):
+        with pytest.raises(DomainXmlError):
+            domxml.new_nvdimm(path, size, label_size)

@@ -61,3 +61,15 @@ def test_a_pool_by_name() -> None:
     assert Pools([main]).named("main") == main
     with pytest.raises(NotFoundError, match="no pool 'other'"):
         Pools([main]).named("other")
+
+
+def test_the_place_of_a_name(tmp_path: Path) -> None:
+    folder, devices = pool("main", tmp_path), pool("raw", "/dev/pmem1", "/dev/pmem2")
+    pools = Pools([folder, devices])
+    assert pools.place(folder, "a.img") == f"{tmp_path}/a.img"
+    assert pools.place(devices, "pmem2") == "/dev/pmem2"
+    with pytest.raises(NotFoundError, match=r"pool raw has no device 'pmem3' .it has pmem1, pmem2"):
+        pools.place(devices, "pmem3")
+    pools.check_place(f"{tmp_path}/a")
+    with pytest.raises(RefusedError, match="in none of the host's pools"):
+        pools.check_place("/srv/a")

@@ -55,6 +55,22 @@ def domain_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("domain", metavar="DOMAIN", help="name, uuid or id")
 
 
+def yes_option(parser: argparse.ArgumentParser) -> None:
+    """Of a command that asks first."""
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+
+
+def size_argument(text: str) -> int:
+    """The bytes of an argument that is a size."""
+    from nvdimm_driver import sizes
+    from nvdimm_driver.errors import ConfigError
+
+    try:
+        return sizes.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
     """The driver, after it has put away what is over and looked after what runs."""
     from nvdimm_driver.driver import XenNvdimmDriver

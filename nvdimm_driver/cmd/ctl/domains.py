@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from nvdimm_driver.cmd.ctl.base import Action, Fields, Listing, Rows, Showing, agreed, domain_argument, find, up_to_date
+from nvdimm_driver.cmd.ctl.base import (
+    Action,
+    Fields,
+    Listing,
+    Rows,
+    Showing,
+    agreed,
+    domain_argument,
+    find,
+    up_to_date,
+    yes_option,
+)
 
 
 class List(Listing):
@@ -38,22 +49,28 @@ class Show(Showing):
 
 
 class Release(Action):
-    """Give up a domain's claim to its backings. Their bytes stay as they are."""
+    """Give up a domain's claim to its backings.
+
+    Their bytes stay as they are, unless their pool says wipe_on_release or they are to be deleted.
+    """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         domain_argument(parser)
-        parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+        parser.add_argument("--delete", action="store_true", help="delete the files, too; devices stay")
+        yes_option(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.cmd.ctl import render
+        from nvdimm_driver.cmd.ctl.work import watched
 
-        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        driver = up_to_date(self.app)
         record = find(driver, parsed_args.domain)
-        paths = ", ".join(item.spec.path for item in record.allocations)
-        if not agreed(f"Give up {record.name}'s claim to {paths}?", parsed_args.yes):
+        fate = render.fate(driver, record, delete=parsed_args.delete)
+        if not agreed(f"Give up {record.name}'s claim ({fate})?", parsed_args.yes):
             return 1
-        driver.forget(record.uuid)
-        print(f"{record.name} has no NVDIMMs any more; kept: {paths}")
+        with watched(record.name) as watch:
+            driver.contents.give_up(record, watch, delete=parsed_args.delete)
+        print(f"{record.name} has no NVDIMMs any more. {fate}")
         return 0

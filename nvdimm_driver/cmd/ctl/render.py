@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +71,18 @@ def state(record: Record, item: Allocation) -> str:
     if not item.ready:
         return f"provisioning {item.written}%"
     return "free" if record.attachment is None else record.attachment.state
+
+
+def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
+    """What becomes of a domain's backings when it gives them up."""
+    wiped = {each.spec.path for each in driver.contents.to_wipe(item)}
+    told = []
+    for allocation in item.allocations:
+        path = allocation.spec.path
+        steps = ["overwritten with zeros (wipe_on_release)"] if path in wiped else []
+        steps += ["deleted"] if delete and os.path.isfile(path) else []
+        told.append(f"{path}: {' and '.join(steps) or 'kept as it is'}")
+    return "; ".join(told)
 
 
 def record(

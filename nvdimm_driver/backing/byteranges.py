@@ -1,0 +1,158 @@
+"""Ways to the bytes of a backing.
+
+What is written is in the persistent memory when ``sync`` returns, and no byte outside of the range is ever touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+
+from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.model import PAGE
+from nvdimm_driver.plugins import ByteRange
+
+
+class FileBytes(ByteRange):
+    """Of any file, by read and write.
+
+    :param fd: the range's own from now on.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.size = size
+        self._fd = fd
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what is read now comes from the medium
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        data = os.pread(self._fd, length, offset)
+        while len(data) < length:
+            more = os.pread(self._fd, length - len(data), offset + len(data))
+            if not more:
+                raise BackingError(f"ends at byte {offset + len(data)} of {self.size}", hint="has it been truncated?")
+            data += more
+        return data
+
+    def _write(self, offset: int, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            written = os.pwrite(self._fd, left, offset)
+            left, offset = left[written:], offset + written
+
+
+class MappedBytes(ByteRange):
+    """Of what can be mapped: the persistent memory itself.
+
+    :param fd: of what is mapped; may be closed afterwards.
+    :param start: where the range begins in it, bytes.
+    :param step: bytes of which a mapping has to be a multiple.
+    :param persist: makes bytes (offset in the mapping, length) durable when they are written, for what has no msync.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        start: int,
+        size: int,
+        *,
+        write: bool = True,
+        step: int = mmap.PAGESIZE,
+        persist: Callable[[mmap.mmap, int, int], None] | None = None,
+    ) -> None:
+        self.size = size
+        self._skip = start % step
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+        length = -(-(self._skip + size) // step) * step if persist else self._skip + size
+        self._memory = mmap.mmap(fd, length, mmap.MAP_SHARED, protection, offset=start - self._skip)
+        self._persist = persist
+
+    def sync(self) -> None:
+        if self._persist is None:
+            self._memory.flush()  # msync: writes back the caches of pages that were written (fs/dax.c)
+
+    def close(self) -> None:
+        self._memory.close()
+
+    def _read(self, offset: int, length: int) -> bytes:
+        begin = self._skip + offset
+        return self._memory[begin : begin + length]
+
+    def _write(self, offset: int, data: bytes) -> None:
+        begin = self._skip + offset
+        self._memory[begin : begin + len(data)] = data
+        if self._persist is not None:
+            self._persist(self._memory, begin, len(data))
+
+
+class DirectBytes(ByteRange):
+    """Of a raw pmem block device: past the page cache.
+
+    :param fd: opened with O_DIRECT; the range's own from now on.
+    :param start: where the range begins on the device, bytes.
+    """
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self.size = size
+        self._fd = fd
+        self._start = start
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)  # the device's write cache
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        return self._read_pages(offset, length)[1]
+
+    def _write(self, offset: int, data: bytes) -> None:
+        first, pages = self._read_pages(offset, len(data), whole=True)
+        skip = self._start + offset - first
+        with mmap.mmap(-1, len(pages)) as buffer:  # O_DIRECT wants memory that is aligned
+            buffer[:] = pages
+            buffer[skip : skip + len(data)] = data
+            if os.pwrite(self._fd, buffer, first) != len(pages):
+                raise OSError(f"{len(pages)} bytes at {first} were not written whole")
+
+    def _read_pages(self, offset: int, length: int, *, whole: bool = False) -> tuple[int, bytes]:
+        """Return where the pages with these bytes begin, and the bytes; ``whole``: all of the pages."""
+        begin = self._start + offset
+        first = begin // PAGE * PAGE
+        with mmap.mmap(-1, -(-(begin + length - first) // PAGE) * PAGE) as buffer:
+            if os.preadv(self._fd, [buffer], first) != len(buffer):
+                raise BackingError(f"the device ends within its first {self._start + self.size} bytes")
+            return first, buffer[:] if whole else buffer[begin - first : begin - first + length]
+
+
+def lock(fd: int, path: str) -> None:
+    """Keep others from overwriting it, until the file is closed.
+
+    :raises InUseError: when one does.
+    """
+    _lock(fd, fcntl.LOCK_EX, path)
+
+
+def check_unlocked(fd: int, path: str) -> None:
+    """Check that nobody overwrites it.
+
+    :raises InUseError: when one does.
+    """
+    _lock(fd, fcntl.LOCK_SH, path)
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def _lock(fd: int, operation: int, path: str) -> None:
+    try:
+        fcntl.flock(fd, operation | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InUseError(
+            f"{path}: is being overwritten", hint="by another nvdimmctl: let it end, or stop it"
+        ) from error

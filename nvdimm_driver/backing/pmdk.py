@@ -1,0 +1,44 @@
+"""Making stores durable that no system call makes so: libpmem, which knows how the CPU writes back its caches.
+
+The kernel has neither read, write nor a working fsync or msync for device-dax (drivers/dax/device.c: dax_fops has no
+fsync): what was stored there is durable only when the caches are written back from user space. Python has no
+instruction for that; ``pmem_persist`` takes CLWB, CLFLUSHOPT or CLFLUSH, or none on a platform that flushes its caches
+on power loss (eADR). daxio(1) does it so.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+from cffi import FFI
+
+from nvdimm_driver.errors import UnsupportedError
+
+LIBRARY = "libpmem.so.1"
+
+
+class Pmdk:
+    """libpmem.
+
+    :raises UnsupportedError: when it is not installed.
+    """
+
+    def __init__(self, library: str = LIBRARY) -> None:
+        self._ffi = FFI()
+        self._ffi.cdef("void pmem_persist(const void *address, size_t length);")
+        try:
+            self._library: Any = self._ffi.dlopen(library)
+        except OSError as error:
+            raise UnsupportedError(
+                f"a device-dax device cannot be written: {library} cannot be loaded",
+                hint="it writes back the CPU's caches, which Linux does not do there; install it (Debian: libpmem1)",
+            ) from error
+
+    def persist(self, memory: mmap.mmap, offset: int, length: int) -> None:
+        """Make stores to a mapping durable.
+
+        :param offset: of the first byte in it.
+        """
+        with self._ffi.from_buffer(memory) as start:
+            self._library.pmem_persist(start + offset, length)

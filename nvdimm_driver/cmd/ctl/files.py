@@ -1,0 +1,209 @@
+"""Commands about the bytes of NVDIMMs: made, taken over, copied, overwritten."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from nvdimm_driver.cmd.ctl.base import Action, agreed, find, size_argument, up_to_date, yes_option
+from nvdimm_driver.cmd.ctl.work import watched
+from nvdimm_driver.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from nvdimm_driver.driver import XenNvdimmDriver
+    from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Pool, Record
+
+
+class Provision(Action):
+    """Make a backing before any domain is defined with it, and print the XML that a domain needs for it."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("path", metavar="PATH|NAME", help="file or device; with --pool, its name in the pool")
+        parser.add_argument("--pool", help="make it in this pool")
+        parser.add_argument(
+            "--size", type=size_argument, required=True, help="with the label area, such as 64GiB; a multiple of 2MiB"
+        )
+        _label_option(parser, "that of its pool by default, 0 for none")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver import domxml
+
+        driver = up_to_date(self.app)
+        path = _placed(driver, parsed_args.pool, parsed_args.path)
+        pool = driver.pools.of(path)
+        label_size = parsed_args.label_size
+        if label_size is None:
+            label_size = pool.label_size if pool else 0
+        spec = domxml.new_nvdimm(path, parsed_args.size, label_size)
+        with watched(path) as watch:
+            intake = driver.contents.provision(spec, watch)
+        if not intake.creates and not intake.writes:
+            print(
+                f"{path} was there already and is as it was, with all that is in it; 'nvdimmctl wipe {path}' "
+                "overwrites that",
+                file=sys.stderr,
+            )
+        print(domxml.memory_device(spec))
+
+
+class Import(Action):
+    """Take over a raw file, a KVM guest's too, as the backing of an NVDIMM; print the XML that a domain needs for it.
+
+    A file or device that is in a pool stays where it is. Another file is copied into a pool.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("source", metavar="SOURCE", help="file or block device")
+        parser.add_argument("--pool", help="copy it into this pool; may be left out when there is one only")
+        parser.add_argument("--name", help="of the copy, or of the pool's device; that of the source by default")
+        parser.add_argument(
+            "--size", type=size_argument, help="of the NVDIMM, with its label area; that of the source by default"
+        )
+        _label_option(parser, "what is found in the source by default, 0 for none")
+        parser.add_argument("--force", action="store_true", help="overwrite what a device has")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver import domxml
+
+        driver = up_to_date(self.app)
+        source = os.path.abspath(parsed_args.source)
+        sizes = parsed_args.size, parsed_args.label_size
+        pool = _target_pool(driver, source, parsed_args.pool)
+        with watched(source) as watch:
+            if pool is None:
+                if parsed_args.name:
+                    raise UsageError(f"{source} is in a pool and stays where it is: --name makes no sense")
+                spec = driver.contents.adopt(source, *sizes, watch)
+            else:
+                path = driver.pools.place(pool, parsed_args.name or os.path.basename(source))
+                spec = driver.contents.copy_in(source, path, *sizes, watch, overwrite=parsed_args.force)
+        print(domxml.memory_device(spec))
+
+
+class Export(Action):
+    """Copy the bytes of an NVDIMM into an ordinary file, which a guest of KVM can have; check the copy."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("source", metavar="DOMAIN[:SLOT]|PATH", help="domain, or the file or device of a backing")
+        parser.add_argument("destination", metavar="DESTINATION", help="file to write; parts that are zeros are holes")
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="replace a file that exists; and copy also while a domain runs with it and changes it",
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        driver = up_to_date(self.app)
+        spec = _one(driver, parsed_args.source)
+        destination = os.path.abspath(parsed_args.destination)
+        force = parsed_args.force
+        running = force and driver.contents.is_in_use(spec.path)
+        with watched(destination) as watch:
+            digest = driver.contents.copy_out(spec, destination, watch, overwrite=force, running=running)
+        if running:
+            print(
+                "a domain was running with it: what it wrote meanwhile may be in the copy, in part and in any order",
+                file=sys.stderr,
+            )
+        print(f"{digest}  {destination}")
+
+
+class Wipe(Action):
+    """Overwrite NVDIMMs with zeros, their labels too. Claims stay as they are."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("what", metavar="DOMAIN|PATH", help="domain, or the file or device of a backing")
+        parser.add_argument("--slot", type=int, help="only the NVDIMM in this slot of the domain")
+        yes_option(parser)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> int:
+        driver = up_to_date(self.app)
+        doomed: list[tuple[NvdimmSpec, BackingIdentity | None]]
+        if os.path.isabs(parsed_args.what):
+            if parsed_args.slot is not None:
+                raise UsageError("--slot is for a domain")
+            doomed = [(_whole(driver, parsed_args.what), None)]
+        else:
+            record = find(driver, parsed_args.what)
+            doomed = [(item.spec, item.identity) for item in _items(record, parsed_args.slot)]
+        paths = ", ".join(spec.path for spec, _ in doomed)
+        if not agreed(f"Overwrite all that is in {paths} with zeros?", parsed_args.yes):
+            return 1
+        for spec, identity in doomed:
+            with watched(spec.path) as watch:
+                driver.contents.wipe(spec, watch, identity)
+            print(f"{spec.path} is all zeros")
+        return 0
+
+
+def _label_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--label-size", metavar="SIZE", type=size_argument, help=f"of the label area; {default}")
+
+
+def _placed(driver: XenNvdimmDriver, pool: str | None, path: str) -> str:
+    """The absolute path of an argument, which is a name in a pool when one is given."""
+    if pool is None:
+        return os.path.abspath(path)
+    if "/" in path:
+        raise UsageError(f"{path!r} is a path: with --pool, give a name")
+    return driver.pools.place(driver.pools.named(pool), path)
+
+
+def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool | None:
+    """The pool that a file is to be copied into; None when it stays where it is."""
+    there = driver.pools.of(source)
+    if name is not None:
+        pool = driver.pools.named(name)
+        return None if pool == there else pool
+    pools = list(driver.pools)
+    if there is not None or not pools:
+        return None
+    if len(pools) > 1:
+        names = ", ".join(pool.name for pool in pools)
+        raise UsageError(f"{source} is in none of the pools {names}", hint="--pool says into which it is to be copied")
+    return pools[0]
+
+
+def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
+    """The NVDIMM of ``DOMAIN``, ``DOMAIN:SLOT`` or a path."""
+    if os.path.isabs(word):
+        return _whole(driver, word)
+    name, colon, slot = word.rpartition(":")
+    try:
+        record, number = find(driver, word), None
+    except NotFoundError:
+        if not colon or not slot.isdecimal():
+            raise
+        record, number = find(driver, name), int(slot)
+    items = _items(record, number)
+    if len(items) > 1:
+        slots = ", ".join(f"{record.name}:{item.spec.slot}" for item in items)
+        raise UsageError(f"domain {record.name} has {len(items)} NVDIMMs", hint=f"say which: {slots}")
+    return items[0].spec
+
+
+def _items(record: Record, slot: int | None) -> list[Allocation]:
+    """A domain's NVDIMMs, or the one in a slot."""
+    items = [item for item in record.allocations if slot is None or item.spec.slot == slot]
+    if not items:
+        where = "" if slot is None else f" in slot {slot}"
+        raise NotFoundError(f"domain {record.name} has no NVDIMM{where}", hint=f"see 'nvdimmctl show {record.name}'")
+    return items
+
+
+def _whole(driver: XenNvdimmDriver, path: str) -> NvdimmSpec:
+    """All of a file or device."""
+    from nvdimm_driver.model import NvdimmSpec
+    from nvdimm_driver.plugins import backing_of
+
+    return NvdimmSpec(0, path, backing_of(driver.backings, path).size(path))

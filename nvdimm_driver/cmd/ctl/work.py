@@ -1,0 +1,85 @@
+"""Long work of nvdimmctl: a bar on a terminal that shows how far it is, and what is told when it is interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from nvdimm_driver.errors import InterruptedWork
+from nvdimm_driver.sizes import human
+
+if TYPE_CHECKING:
+    from nvdimm_driver.model import Progress, Watch
+
+
+@contextmanager
+def watched(name: str) -> Iterator[Watch]:
+    """Whom to tell how work goes on: whoever looks at standard error, when that is a terminal.
+
+    :param name: of what is worked on.
+    :raises InterruptedWork: when the user interrupts it.
+    """
+    work = _Bars(name) if sys.stderr.isatty() else _Work(name)
+    try:
+        yield work.begin
+    except KeyboardInterrupt as error:
+        raise InterruptedWork(f"{name}: interrupted, {work}", hint="the same command goes on from there") from error
+    finally:
+        work.end()
+
+
+class _Work:
+    """Work on something, which nobody watches."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._what = ""
+        self._done = self._total = 0
+
+    def begin(self, what: str) -> Progress:
+        """A part of the work begins."""
+        self._what, self._done, self._total = what, 0, 0
+        return self.tell
+
+    def tell(self, done: int, total: int) -> None:
+        """So many bytes of a part are done."""
+        self._done, self._total = done, total
+
+    def end(self) -> None:
+        """There is no more to do."""
+
+    def __str__(self) -> str:
+        if not self._what:
+            return "nothing was done"
+        return f"{self._what}: {human(self._done)} of {human(self._total)} done" if self._total else self._what
+
+
+class _Bars(_Work):
+    """Work with a bar for each part."""
+
+    def __init__(self, name: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().__init__(name)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeRemainingColumn(),
+        )
+        self._bars = Progress(*columns, console=Console(stderr=True))
+        self._bars.start()
+
+    def begin(self, what: str) -> Progress:
+        self._task = self._bars.add_task(f"{self.name}: {what}", total=None)
+        return super().begin(what)
+
+    def tell(self, done: int, total: int) -> None:
+        super().tell(done, total)
+        self._bars.update(self._task, completed=done, total=total)
+
+    def end(self) -> None:
+        self._bars.stop()

@@ -1,0 +1,69 @@
+"""Copying bytes, which can be interrupted at any time and done again: what is there already is not written again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import MIB, Progress
+from nvdimm_driver.plugins import ByteRange
+
+_CHUNK = MIB
+
+
+def copy(source: ByteRange, target: ByteRange, progress: Progress) -> str:
+    """Make the target what the source is; it is durable on return. Behind the end of a shorter source it is zeros.
+
+    Bytes of the target that are right are read and not written: holes of a file stay holes, and a copy that was
+    interrupted is soon where it was.
+
+    :returns: SHA-256 of what the target has then, in hexadecimal.
+    """
+    digest = sha256()
+    for offset, data in _chunks(source, target.size):
+        digest.update(data)
+        _put(target, offset, data)
+        progress(offset + len(data), target.size)
+    target.sync()
+    return digest.hexdigest()
+
+
+def wipe(target: ByteRange, progress: Progress) -> None:
+    """Make the target all zeros, as :func:`copy` would."""
+    zeros = bytes(_CHUNK)
+    for offset in range(0, target.size, _CHUNK):
+        length = min(_CHUNK, target.size - offset)
+        _put(target, offset, zeros if length == _CHUNK else zeros[:length])
+        progress(offset + length, target.size)
+    target.sync()
+
+
+def verify(copied: ByteRange, digest: str, progress: Progress) -> None:
+    """Check that a copy has bytes of that SHA-256.
+
+    :raises BackingError: when it has others.
+    """
+    found = sha256()
+    for offset, data in _chunks(copied, copied.size):
+        found.update(data)
+        progress(offset + len(data), copied.size)
+    if found.hexdigest() != digest:
+        raise BackingError(
+            f"the copy is not what was copied: its SHA-256 is {found.hexdigest()}, and was to be {digest}",
+            hint="does something else write it? Otherwise its medium is bad: look at the kernel's log",
+        )
+
+
+def _put(target: ByteRange, offset: int, data: bytes) -> None:
+    if target.read(offset, len(data)) != data:
+        target.write(offset, data)
+
+
+def _chunks(source: ByteRange, size: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of the source, cut or filled up with zeros to that size."""
+    for offset in range(0, size, _CHUNK):
+        length = min(_CHUNK, size - offset)
+        there = max(0, min(length, source.size - offset))
+        data = source.read(offset, there) if there else b""
+        yield offset, data if there == length else data + bytes(length - there)

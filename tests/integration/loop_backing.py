@@ -1,0 +1,76 @@
+"""The plug-in with which nvdimmctl takes a loop device for a pmem namespace, and goes as slowly as a test wants."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Self
+
+from oslo_config import cfg
+
+from nvdimm_driver.backing.byteranges import FileBytes
+from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress
+from nvdimm_driver.plugins import ByteRange, unwatched
+
+SLOW_SECONDS = 0.05
+
+
+class LoopBacking(FsdaxBacking):
+    """fsdax on what ``loop_pmem.FileSystem`` shows, without the look at the page tables.
+
+    :param steps: a file that has a byte more for each step of long work, which takes :data:`SLOW_SECONDS` then; when
+        there is none, work is fast.
+    """
+
+    name = "bench"  # the first by name that handles a path is taken
+
+    def __init__(self, folder: Path, steps: Path) -> None:
+        super().__init__(sysfs=folder / "sys", mountinfo=folder / "mountinfo", cross_check=lambda fd, located: None)
+        self.steps = steps
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
+        folder = Path(conf.state_dir)
+        return cls(folder.parent, folder / "steps")
+
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        def tell(done: int, total: int) -> None:
+            self.step()
+            progress(done, total)
+
+        return super().provision(spec, tell)
+
+    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        opened = super().open_bytes(spec, write=write)
+        return SlowBytes(opened, self)
+
+    def step(self) -> None:
+        """Note a step and take the time for it."""
+        if self.steps.exists():
+            with open(self.steps, "ab") as file:
+                file.write(b".")
+            time.sleep(SLOW_SECONDS)
+
+
+class SlowBytes(ByteRange):
+    """Bytes of which each read is a step."""
+
+    def __init__(self, opened: ByteRange, backing: LoopBacking) -> None:
+        assert isinstance(opened, FileBytes)
+        self.size = opened.size
+        self.opened = opened
+        self.backing = backing
+
+    def sync(self) -> None:
+        self.opened.sync()
+
+    def close(self) -> None:
+        self.opened.close()
+
+    def _read(self, offset: int, length: int) -> bytes:
+        self.backing.step()
+        return self.opened.read(offset, length)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        self.opened.write(offset, data)

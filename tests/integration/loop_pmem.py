@@ -1,0 +1,67 @@
+"""A loop device that a tree of files presents as a pmem namespace in fsdax mode: for tests on real ext4 and XFS."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.model import MIB, Location
+from tests.unit.fake_sysfs import FakeSysfs
+
+SPA = 0x1_4020_0000
+IMAGE = 640 * MIB  # the least that mkfs.xfs makes a striped file system on
+MKFS = {
+    "ext4": ["mkfs.ext4", "-q", "-b", "4096", "-E", "stride=512,stripe_width=512"],
+    "xfs": ["mkfs.xfs", "-q", "-d", "su=2m,sw=1", "-l", "su=4k"],
+}
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+
+
+class FileSystem:
+    """A mounted file system in an image, and a backing that takes it for one on a pmem namespace."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.kind = kind
+        self.image = folder / "image"
+        self.image.touch()
+        os.truncate(self.image, IMAGE)
+        run(*MKFS[kind], self.image)
+        self.root = folder / "mnt"
+        self.root.mkdir()
+        run("mount", "-o", "loop", self.image, self.root)
+        self.device = os.stat(self.root).st_dev
+        sysfs = FakeSysfs(folder / "sys")
+        sysfs.fsdax(self.device, spa=SPA, size=IMAGE)
+        self.mountinfo = folder / "mountinfo"
+        self.mount("rw,dax=always")
+        self.backing = FsdaxBacking(sysfs=sysfs.root, mountinfo=self.mountinfo, cross_check=lambda fd, found: None)
+        # Free space that is not zero: what is not written is seen.
+        self.path.write_bytes(b"stale" * (64 * MIB // 5))
+        run("sync", "-f", self.path)
+        self.clear()
+
+    @property
+    def path(self) -> Path:
+        return self.root / "file"
+
+    def mount(self, options: str) -> None:
+        number = f"{os.major(self.device)}:{os.minor(self.device)}"
+        self.mountinfo.write_text(f"1 0 {number} / {self.root} rw - {self.kind} /dev/pmem0 {options}\n")
+
+    def stored(self, location: Location) -> bytes:
+        """What the image has where a location says that the file's bytes are."""
+        run("sync", "-f", self.root)
+        with open(self.image, "rb", buffering=0) as image:
+            parts = [os.pread(image.fileno(), each.length, each.spa - SPA) for each in location.extents]
+        return b"".join(parts)
+
+    def files(self) -> list[Path]:
+        return [each for each in self.root.iterdir() if each.is_file()]
+
+    def clear(self) -> None:
+        for each in self.files():
+            self.backing.thaw(str(each))
+            each.unlink()

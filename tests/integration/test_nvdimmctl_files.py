@@ -1,0 +1,420 @@
+"""nvdimmctl's verbs about bytes, as an operator runs them, on real ext4 and XFS."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from nvdimm_driver.backing import extents
+from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.model import KIB, MIB, Allocation, NvdimmSpec
+from tests.integration.loop_backing import LoopBacking
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.unit.doubles import UUID
+from tests.unit.label_areas import label_area
+
+PROJECT = Path(__file__).resolve().parents[2]
+NVDIMMCTL = Path(sys.executable).with_name("nvdimmctl")
+SIZE = 16 * MIB
+LABEL = 128 * KIB
+CONF = """
+[DEFAULT]
+state_dir = {state}
+[xen]
+mapper = dry-run
+[acpi]
+builder = native
+[pool:main]
+paths = {root}
+wipe_on_release = {wipe}
+"""
+
+
+class Operator:
+    """Somebody who runs nvdimmctl on a host with one pool, which is the file system."""
+
+    def __init__(self, fs: FileSystem, folder: Path, *, wipe: bool = False) -> None:
+        self.fs = fs
+        self.folder = folder
+        self.state = fs.image.parent / "state"
+        for each in (self.state, folder / "packages/bench-1.dist-info"):
+            each.mkdir(parents=True, exist_ok=True)
+        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "steps"):
+            (self.state / name).unlink(missing_ok=True)
+        (folder / "conf").write_text(CONF.format(state=self.state, root=fs.root, wipe=wipe))
+        info = folder / "packages/bench-1.dist-info"
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bench\nVersion: 1\n")
+        entry = "[nvdimm_driver.backings]\nbench = tests.integration.loop_backing:LoopBacking\n"
+        (info / "entry_points.txt").write_text(entry)
+        self.environment = {**os.environ, "PYTHONPATH": f"{folder}/packages:{PROJECT}"}
+
+    def command(self, *words: object) -> list[str]:
+        return [str(NVDIMMCTL), "--config-file", str(self.folder / "conf"), *map(str, words)]
+
+    def run(self, *words: object, status: int = 0, text: str = "") -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.command(*words), input=text, capture_output=True, text=True, env=self.environment, check=False
+        )
+        assert done.returncode == status, (done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done
+
+    def interrupt(self, *words: object, steps: int) -> str:
+        """Run a command, slowly, and press Ctrl-C after so many steps; returns what it says."""
+        marks = self.state / "steps"
+        marks.write_bytes(b"")
+        with subprocess.Popen(
+            self.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment
+        ) as process:
+            deadline = time.monotonic() + 30
+            while marks.stat().st_size < steps:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            out, said = process.communicate(timeout=30)
+        marks.unlink()
+        assert (process.returncode, out) == (130, "")
+        assert "Traceback" not in said
+        return said
+
+    def ledger(self) -> Ledger:
+        return Ledger(str(self.state / "ledger.sqlite"))
+
+    def claim(self, name: str = "db1", *paths: Path) -> None:
+        """A domain has backings."""
+        backing = LoopBacking(self.state.parent, self.state / "none")
+        items = []
+        for slot, path in enumerate(paths):
+            spec = NvdimmSpec(slot, str(path), SIZE)
+            items.append(Allocation(UUID, spec, backing.locate(spec).identity, (68 + slot) << 30))
+        self.ledger().replace(UUID, name, 1 << 30, items)
+
+    def start(self, *paths: Path) -> None:
+        """The domain is being started."""
+        self.ledger().attach(UUID, [str(path) for path in paths])
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture(params=list(MKFS))
+def operator(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem], tmp_path: Path) -> Iterator[Operator]:
+    yield Operator(file_systems[request.param], tmp_path)
+    file_systems[request.param].clear()
+
+
+def printed(text: str) -> tuple[str, int, int]:
+    """Path, size and label size that printed XML says; it is all there is."""
+    root = ElementTree.fromstring(text)
+    assert (root.tag, root.attrib) == ("memory", {"model": "nvdimm", "access": "shared"})
+    units = {"b": 1, "KiB": KIB, "MiB": MIB, "GiB": 1 << 30}
+    sizes = {
+        place: int(size.text or "") * units[size.attrib["unit"]]
+        for place in ("target/size", "target/label/size")
+        if (size := root.find(place)) is not None
+    }
+    return root.findtext("source/path", ""), sizes["target/size"], sizes.get("target/label/size", 0)
+
+
+def written(path: Path) -> int:
+    """Bytes of a file that are allocated and not unwritten."""
+    with open(path, "rb") as file:
+        found = extents.fiemap(file.fileno(), path.stat().st_size)
+    return sum(each.length for each in found if not each.flags & extents.UNWRITTEN)
+
+
+def fit(operator: Operator, path: Path, size: int = SIZE) -> bytes:
+    """What is stored for a backing that can be located, and so is complete."""
+    return operator.fs.stored(operator.fs.backing.locate(NvdimmSpec(0, str(path), size)))
+
+
+def test_provision_makes_a_backing_that_a_domain_can_have(operator: Operator) -> None:
+    path = operator.fs.root / "new.img"
+    done = operator.run("provision", "--pool", "main", "new.img", "--size", "16M")
+    assert printed(done.stdout) == (str(path), SIZE, LABEL)
+    assert done.stderr == "", "no bar where there is no terminal"
+    assert fit(operator, path) == bytes(SIZE)
+    path.write_bytes(b"x" * SIZE)
+    again = operator.run("provision", path, "--size", "16MiB", "--label-size", "0")
+    assert printed(again.stdout) == (str(path), SIZE, 0)
+    assert f"{path} was there already" in again.stderr
+    assert path.read_bytes() == b"x" * SIZE
+
+
+def test_a_bar_on_a_terminal(operator: Operator) -> None:
+    master, slave = pty.openpty()
+    command = operator.command("provision", operator.fs.root / "a", "--size", "16M")
+    environment = {**operator.environment, "TERM": "xterm", "COLUMNS": "200"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, env=environment, check=True, text=True)
+    os.close(slave)
+    said = os.read(master, 65536).decode()
+    os.close(master)
+    assert printed(done.stdout)[1] == SIZE
+    assert "writing zeros" in said
+    assert "16.0/16.0 MiB" in said
+
+
+def test_an_interrupted_provision_goes_on(operator: Operator) -> None:
+    path = operator.fs.root / "a"
+    words = ("provision", path, "--size", "64M")
+    said = operator.interrupt(*words, steps=3)
+    assert f"{path}: interrupted, writing zeros: " in said
+    assert "of 64 MiB done (the same command goes on from there)" in said
+    already = written(path)
+    assert 8 * MIB <= already < 64 * MIB
+    with open(path, "r+b") as file:
+        file.write(b"mark")
+    operator.run(*words)
+    assert fit(operator, path, 64 * MIB) == b"mark".ljust(64 * MIB, b"\0"), "what was written is not written again"
+
+
+def test_an_interruption_before_the_first_byte_leaves_nothing(operator: Operator) -> None:
+    with subprocess.Popen(
+        operator.command("provision", operator.fs.root / "a", "--size", "64M"),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=operator.environment,
+    ) as process:
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert not (operator.fs.root / "a").exists()
+
+
+def test_a_file_of_kvm_is_adopted_where_it_is(operator: Operator) -> None:
+    """Sparse, as QEMU makes it, and with labels."""
+    path = operator.fs.root / "kvm.img"
+    data = os.urandom(MIB)
+    with open(path, "wb") as file:
+        os.truncate(path, SIZE)
+        os.pwrite(file.fileno(), data, 4 * MIB)
+        os.pwrite(file.fileno(), label_area(256 * KIB), SIZE - 256 * KIB)
+    content = path.read_bytes()
+    done = operator.run("import", path)
+    assert printed(done.stdout) == (str(path), SIZE, 256 * KIB)
+    assert fit(operator, path) == content
+    assert printed(operator.run("import", path, "--label-size", "0").stdout) == (str(path), SIZE, 0)
+
+
+def source_of(operator: Operator, size: int = SIZE) -> Path:
+    """A sparse file on another file system, with labels."""
+    path = operator.folder / "source.img"
+    with open(path, "wb") as file:
+        os.truncate(path, size)
+        os.pwrite(file.fileno(), os.urandom(3 * MIB), MIB)
+        os.pwrite(file.fileno(), os.urandom(MIB), size - 2 * MIB)
+        os.pwrite(file.fileno(), label_area(LABEL), size - LABEL)
+    return path
+
+
+def test_a_file_from_elsewhere_is_copied(operator: Operator) -> None:
+    source = source_of(operator)
+    done = operator.run("import", source)
+    assert printed(done.stdout) == (f"{operator.fs.root}/source.img", SIZE, LABEL)
+    named = operator.run("import", source, "--pool", "main", "--name", "other")
+    assert printed(named.stdout) == (f"{operator.fs.root}/other", SIZE, LABEL)
+    for name in ("source.img", "other"):
+        assert fit(operator, operator.fs.root / name) == source.read_bytes()
+        assert (operator.fs.root / name).stat().st_mode & 0o7777 == 0o600
+    assert {path.name for path in operator.fs.files()} == {"source.img", "other"}
+    assert "exists already" in operator.run("import", source, status=5).stderr
+
+
+@pytest.mark.parametrize(("steps", "what"), [(5, "copying"), (18, "writing zeros"), (24, "verifying")])
+def test_an_interrupted_import_goes_on(operator: Operator, steps: int, what: str) -> None:
+    source = source_of(operator)
+    said = operator.interrupt("import", source, steps=steps)
+    assert f"{source}: interrupted, {what}" in said
+    assert [path.name for path in operator.fs.files()] == [".source.img.partial"]
+    operator.run("import", source)
+    assert [path.name for path in operator.fs.files()] == ["source.img"]
+    assert fit(operator, operator.fs.root / "source.img") == source.read_bytes()
+
+
+def test_a_partial_import_of_something_else_is_no_beginning(operator: Operator) -> None:
+    source = source_of(operator, 32 * MIB)
+    operator.interrupt("import", source, steps=5)
+    source = source_of(operator)
+    operator.run("import", source)
+    assert fit(operator, operator.fs.root / "source.img") == source.read_bytes()
+
+
+def test_other_formats_are_refused(operator: Operator) -> None:
+    image = operator.folder / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "16M")
+    said = operator.run("import", image, status=1).stderr
+    assert f"qemu-img convert -f qcow2 -O raw {image}" in said
+    assert operator.fs.files() == []
+
+
+def test_export_gives_the_same_bytes_sparsely(operator: Operator) -> None:
+    path, copy = operator.fs.root / "a", operator.folder / "copy"
+    path.write_bytes(source_of(operator).read_bytes())
+    operator.claim("db:1", path)
+    done = operator.run("export", "db:1", copy)
+    assert done.stdout == f"{sha256(path.read_bytes()).hexdigest()}  {copy}\n"
+    assert done.stdout == run("sha256sum", copy)
+    assert copy.read_bytes() == path.read_bytes()
+    assert copy.stat().st_blocks * 512 < 8 * MIB
+    assert "exists already" in operator.run("export", "db:1:0", copy, status=5).stderr
+    operator.run("export", path, copy, "--force")
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_an_interrupted_export_goes_on(operator: Operator) -> None:
+    path, copy = operator.fs.root / "a", operator.folder / "copy"
+    path.write_bytes(os.urandom(SIZE))
+    said = operator.interrupt("export", path, copy, steps=5)
+    assert "interrupted, copying: " in said
+    assert not copy.exists()
+    partial = operator.folder / ".copy.partial"
+    assert partial.stat().st_size == SIZE
+    assert 0 < partial.stat().st_blocks * 512 < SIZE
+    operator.run("export", path, copy)
+    assert copy.read_bytes() == path.read_bytes()
+    assert not partial.exists()
+
+
+def test_a_running_domain_keeps_what_it_has(operator: Operator) -> None:
+    path, copy = operator.fs.root / "a", operator.folder / "copy"
+    path.write_bytes(os.urandom(SIZE))
+    operator.claim("db1", path)
+    operator.start(path)
+    refused: tuple[tuple[object, ...], ...] = (
+        ("export", "db1", copy),
+        ("export", path, copy),
+        ("wipe", "--yes", "db1"),
+        ("wipe", "--yes", path),
+        ("release", "--yes", "db1"),
+        ("release", "--yes", "--delete", "db1"),
+    )
+    for words in refused:
+        assert "db1 is running or starting" in operator.run(*words, status=4).stderr
+    for words in (("provision", path, "--size", "16M"), ("import", path)):
+        assert f"{path} belongs to domain db1" in operator.run(*words, status=4).stderr
+    done = operator.run("export", "--force", "db1", copy)
+    assert "a domain was running with it" in done.stderr
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_wipe_makes_zeros_and_keeps_the_claim(operator: Operator) -> None:
+    one, two = operator.fs.root / "a", operator.fs.root / "b"
+    for path in (one, two):
+        path.write_bytes(os.urandom(SIZE))
+    operator.claim("db1", one, two)
+    before = operator.ledger().domains()
+    asked = operator.run("wipe", "db1", text="n\n", status=1)
+    assert f"{one}, {two} with zeros? [y/N]" in asked.stderr
+    assert one.read_bytes() != bytes(SIZE)
+    assert operator.run("wipe", "db1", "--slot", "1", text="y\n").stdout == f"{two} is all zeros\n"
+    assert fit(operator, two) == bytes(SIZE)
+    assert one.read_bytes() != bytes(SIZE)
+    operator.run("wipe", "--yes", one)
+    assert fit(operator, one) == bytes(SIZE)
+    assert operator.ledger().domains() == before
+
+
+def test_an_interrupted_wipe_goes_on(operator: Operator) -> None:
+    path = operator.fs.root / "a"
+    path.write_bytes(os.urandom(SIZE))
+    said = operator.interrupt("wipe", "--yes", path, steps=5)
+    assert f"{path}: interrupted, wiping: " in said
+    assert path.read_bytes()[: 3 * MIB] == bytes(3 * MIB)
+    assert path.read_bytes()[-MIB:] != bytes(MIB)
+    operator.run("wipe", "--yes", path)
+    assert fit(operator, path) == bytes(SIZE)
+
+
+def test_a_domain_does_not_start_while_it_is_wiped(operator: Operator) -> None:
+    from nvdimm_driver.errors import InUseError
+
+    path = operator.fs.root / "a"
+    path.write_bytes(os.urandom(SIZE))
+    with operator.fs.backing.open_bytes(NvdimmSpec(0, str(path), SIZE), write=True):
+        assert "is being overwritten" in operator.run("wipe", "--yes", path, status=4).stderr
+        with pytest.raises(InUseError, match="is being overwritten"):
+            operator.fs.backing.freeze(str(path))
+        assert "i" not in run("lsattr", path).split()[0]
+    operator.fs.backing.freeze(str(path))
+    assert "i" in run("lsattr", path).split()[0]
+
+
+def test_release_with_wipe_on_release(operator: Operator) -> None:
+    operator = Operator(operator.fs, operator.folder, wipe=True)
+    path = operator.fs.root / "a"
+    path.write_bytes(os.urandom(SIZE))
+    operator.claim("db1", path)
+    asked = operator.run("release", "db1", text="n\n", status=1)
+    assert f"{path}: overwritten with zeros (wipe_on_release))? [y/N]" in asked.stderr
+    said = operator.interrupt("release", "--yes", "db1", steps=5)
+    assert "db1: interrupted, wiping" in said
+    assert [record.name for record in operator.ledger().domains()] == ["db1"]
+    done = operator.run("release", "--yes", "db1")
+    assert "overwritten with zeros" in done.stdout
+    assert operator.ledger().domains() == ()
+    assert fit(operator, path) == bytes(SIZE)
+
+
+def test_release_with_delete(operator: Operator) -> None:
+    path = operator.fs.root / "a"
+    path.write_bytes(content := os.urandom(SIZE))
+    operator.claim("db1", path)
+    assert f"{path}: kept as it is" in operator.run("release", "--yes", "db1").stdout
+    assert path.read_bytes() == content
+    operator.claim("db1", path)
+    assert f"{path}: deleted" in operator.run("release", "--yes", "--delete", "db1").stdout
+    assert not path.exists()
+
+
+def test_exit_statuses(operator: Operator) -> None:
+    root, elsewhere = operator.fs.root, operator.folder / "file"
+    (root / "a").write_bytes(os.urandom(SIZE))
+    elsewhere.write_bytes(bytes(SIZE))
+    operator.claim("db1", root / "a")
+    for status, *words in (
+        (2, "provision", root / "b"),
+        (2, "provision", root / "b", "--size", "many"),
+        (2, "provision", "--pool", "main", "a/b", "--size", "2M"),
+        (3, "provision", "--pool", "none", "b", "--size", "2M"),
+        (5, "provision", operator.folder / "b", "--size", "2M"),
+        (1, "provision", root / "b", "--size", "2T"),
+        (1, "provision", root / "b", "--size", "2M", "--label-size", "2M"),
+        (2, "import"),
+        (2, "import", root / "a", "--name", "b"),
+        (3, "import", root / "none"),
+        (3, "import", operator.folder / "none"),
+        (1, "import", "/dev/null"),
+        (2, "export", "db1"),
+        (3, "export", "none", operator.folder / "x"),
+        (3, "export", "db1:7", operator.folder / "x"),
+        (3, "export", "db1", operator.folder / "none/x"),
+        (5, "export", "db1", "/dev/null"),
+        (2, "wipe"),
+        (2, "wipe", "--slot", "1", root / "a"),
+        (3, "wipe", "--yes", "none"),
+        (3, "wipe", "--yes", "--slot", "7", "db1"),
+        (3, "wipe", "--yes", root / "none"),
+        (5, "wipe", "--yes", elsewhere),
+        (3, "release", "--yes", "none"),
+    ):
+        done = operator.run(*words, status=status)
+        assert done.stdout == "", words
+        assert done.stderr, words
+    assert {path.name for path in operator.fs.files()} == {"a"}

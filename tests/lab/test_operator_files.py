@@ -1,0 +1,130 @@
+"""Bytes of NVDIMMs: a backing that is made before its domain, copied out, wiped, copied in, and read by a guest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from typing import Any
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.guest import Guest
+from tests.lab.host import Result, XenHost
+
+pytestmark = pytest.mark.lab
+MIB = 1 << 20
+SIZE_MIB, LABEL_KIB = 34, 2048
+FIRST, SECOND = "/mnt/pmem0/first.img", "/mnt/pmem0/second.img"
+COPY, DISK = "/root/copy.img", "/tmp/guest-tools.img"
+LIBPMEM = "/usr/lib/x86_64-linux-gnu/libpmem.so.1"
+# What Linux says to whoever wants to make stores to a device-dax device durable.
+SYNC_DEVDAX = """\
+import mmap, os
+fd = os.open("/dev/dax1.0", os.O_RDWR)
+with mmap.mmap(fd, 2 << 20) as memory:
+    memory[0] = 1
+    for sync in (lambda: os.fsync(fd), memory.flush):
+        try:
+            sync()
+        except OSError as error:
+            print(error.errno)
+"""
+
+
+@pytest.fixture(scope="module")
+def xen(driver_host: XenHost) -> Iterator[XenHost]:
+    driver_host.put(driver_host.images.guest_tools_disk, DISK)
+    yield driver_host
+    driver_host.check(f"rm -f {DISK} {COPY} {FIRST} {SECOND}")
+
+
+def nvdimmctl(xen: XenHost, words: str, status: int = 0) -> Result:
+    done = xen.run(f"{operator.NVDIMMCTL} {words}")
+    assert done.returncode == status, done
+    return done
+
+
+def define(xen: XenHost, name: str, device: str) -> Guest:
+    """Define and start a domain with what an operator has pasted into its XML."""
+    xml = operator.domain_xml(name, [device], ram_mib=256, disk=DISK, dsm="aml")
+    xen.write(f"/root/{name}.xml", xml.encode())
+    xen.check(f"{operator.VIRSH} define /root/{name}.xml")
+    return operator.start(xen, name)
+
+
+def namespaces(guest: Guest) -> list[dict[str, Any]]:
+    found = json.loads(guest.check("run", "ndctl list -N"))
+    return found if isinstance(found, list) else [found]
+
+
+def test_bytes_go_out_and_come_back(xen: XenHost) -> None:
+    made = nvdimmctl(xen, f"provision --pool main first.img --size {SIZE_MIB}M --label-size {LABEL_KIB}K").stdout
+    assert f"<path>{FIRST}</path>" in made
+    assert operator.host_sha256(xen, FIRST, 0, SIZE_MIB * MIB) == sha256(bytes(SIZE_MIB * MIB)).hexdigest()
+
+    guest = define(xen, "first", made)
+    assert guest.wait_report().problems == ()
+    guest.check("run", "ndctl disable-region region0 && ndctl init-labels nmem0 && ndctl enable-region region0")
+    guest.check("run", "ndctl create-namespace -m raw", timeout=300)
+    (namespace,) = namespaces(guest)
+    guest.write(f"/dev/{namespace['blockdev']}", 0, 4 * MIB, 17)
+    seen = guest.sha256(f"/dev/{namespace['blockdev']}", 0, 32 * MIB)
+    for words in (f"export first {COPY}", f"export {FIRST} {COPY}", "wipe -y first", f"wipe -y {FIRST}"):
+        assert "first is running" in nvdimmctl(xen, words, 4).stderr
+    guest.poweroff()
+
+    content = operator.host_sha256(xen, FIRST, 0, SIZE_MIB * MIB)
+    assert nvdimmctl(xen, f"export first {COPY}").stdout.split() == [content, COPY]
+    assert operator.host_sha256(xen, COPY, 0, SIZE_MIB * MIB) == content
+    assert "all zeros" in nvdimmctl(xen, "wipe --yes first").stdout
+    assert operator.host_sha256(xen, FIRST, 0, SIZE_MIB * MIB) == sha256(bytes(SIZE_MIB * MIB)).hexdigest()
+
+    taken = nvdimmctl(xen, f"import {COPY} --pool main --name second.img").stdout
+    assert taken == made.replace(FIRST, SECOND), "size and label area are found in the copy"
+    assert operator.host_sha256(xen, SECOND, 0, SIZE_MIB * MIB) == content
+    guest = define(xen, "second", taken)
+    assert guest.wait_report().problems == ()
+    assert namespaces(guest) == [namespace]
+    assert guest.sha256(f"/dev/{namespace['blockdev']}", 0, 32 * MIB) == seen
+    guest.poweroff()
+    for name, path in (("first", FIRST), ("second", SECOND)):
+        xen.check(f"{operator.VIRSH} undefine {name}")
+        assert f"{path}: deleted" in nvdimmctl(xen, f"release --yes --delete {name}").stdout
+        assert not xen.exists(path)
+
+
+def test_a_raw_namespace_is_wiped_and_copied(xen: XenHost) -> None:
+    xen.check("seq 3000000 | head -c 16M | dd of=/dev/pmem1 bs=1M iflag=fullblock oflag=direct status=none")
+    xen.check("dd if=/dev/pmem1 of=/root/before bs=1M count=16 iflag=direct status=none")
+    size = int(xen.check("blockdev --getsize64 /dev/pmem1").stdout)
+    exported = nvdimmctl(xen, f"export /dev/pmem1 {COPY}-raw").stdout.split()[0]
+    xen.check(f"cmp -n {16 * MIB} /root/before {COPY}-raw")
+    assert "--force does so" in nvdimmctl(xen, "import /root/before --pool device --name pmem1", 5).stderr
+    nvdimmctl(xen, "wipe -y /dev/pmem1")
+    assert operator.host_sha256(xen, "/dev/pmem1", 0, size) == sha256(bytes(size)).hexdigest()
+    taken = nvdimmctl(xen, "import /root/before --pool device --name pmem1 --force").stdout
+    assert "<path>/dev/pmem1</path>" in taken
+    xen.check(f"cmp -n {16 * MIB} /root/before /dev/pmem1")
+    assert len(exported) == 64
+    xen.check(f"rm /root/before {COPY}-raw")
+    nvdimmctl(xen, "wipe -y /dev/pmem1")
+
+
+def test_device_dax_is_wiped_with_libpmem(fresh_host: Callable[..., XenHost]) -> None:
+    xen = fresh_host()
+    xen.start()
+    operator.install_driver(xen)
+    operator.make_pmem(xen, mode="devdax")
+    xen.write("/root/sync.py", SYNC_DEVDAX.encode())
+    assert xen.check("python3 /root/sync.py").stdout.split() == ["22", "22"], "EINVAL: neither fsync nor msync"
+    assert "install it (Debian: libpmem1)" in nvdimmctl(xen, "wipe -y /dev/dax1.0", 1).stderr
+    with open(LIBPMEM, "rb") as file:
+        xen.write(LIBPMEM, file.read())
+    size = int(xen.check("cat /sys/bus/dax/devices/dax1.0/size").stdout)
+    filled = nvdimmctl(xen, f"export /dev/dax1.0 {COPY}").stdout.split()[0]
+    nvdimmctl(xen, "wipe -y /dev/dax1.0")
+    assert operator.host_sha256(xen, "/dev/dax1.0", 0, size) == sha256(bytes(size)).hexdigest()
+    nvdimmctl(xen, f"import {COPY} --pool device --name dax1.0 --force")
+    assert operator.host_sha256(xen, "/dev/dax1.0", 0, size) == filled

@@ -1,0 +1,103 @@
+"""Ways to bytes, on a file where the lab has persistent memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nvdimm_driver.backing.byteranges import DirectBytes, FileBytes, MappedBytes
+from nvdimm_driver.backing.labels import check_identity
+from nvdimm_driver.backing.pmdk import Pmdk
+from nvdimm_driver.errors import BackingError, UnsupportedError
+from nvdimm_driver.model import KIB, MIB, BackingIdentity
+from nvdimm_driver.plugins import ByteRange
+
+FILE_SIZE = 2 * MIB
+SIZES = (128 * KIB, 129 * KIB)
+CONTENT = bytes(range(251)) * (FILE_SIZE // 251 + 1)
+
+
+def opened(kind: str, path: Path, size: int) -> ByteRange:
+    path.write_bytes(CONTENT[:FILE_SIZE])
+    if kind == "direct":
+        return DirectBytes(os.open(path, os.O_RDWR | os.O_DIRECT), FILE_SIZE - size, size)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        if kind == "mapped":
+            return MappedBytes(fd, FILE_SIZE - size, size)
+        return MappedBytes(fd, FILE_SIZE - size, size, step=64 * KIB, persist=Pmdk().persist)
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def file() -> Path:
+    """On a disk: there is no O_DIRECT on tmpfs."""
+    folder = Path(__file__).parent / "__pycache__"
+    folder.mkdir(exist_ok=True)
+    return folder / f"bytes-{os.getpid()}"
+
+
+@pytest.mark.parametrize("kind", ["mapped", "persisted", "direct"])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.sampled_from(SIZES), where=st.floats(0, 1), data=st.binary(min_size=1, max_size=9000))
+def test_what_is_written_is_there_and_nothing_else_changes(
+    file: Path, kind: str, size: int, where: float, data: bytes
+) -> None:
+    try:
+        area = opened(kind, file, size)
+        assert area.read(0, size) == CONTENT[FILE_SIZE - size : FILE_SIZE]
+        offset = int(where * (size - len(data)))
+        area.write(offset, data)
+        area.sync()
+        begin = FILE_SIZE - size + offset
+        wanted = CONTENT[:begin] + data + CONTENT[begin + len(data) : FILE_SIZE]
+        assert file.read_bytes() == wanted
+        assert area.read(0, size) == wanted[FILE_SIZE - size :]
+        assert area.read(offset, len(data)) == data
+        area.close()
+    finally:
+        file.unlink()
+
+
+@pytest.mark.parametrize("kind", ["mapped", "persisted", "direct"])
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (SIZES[0], 1), (SIZES[0] - 1, 2), (0, SIZES[0] + 1)])
+def test_outside_of_the_area_nothing_is_written(file: Path, kind: str, offset: int, length: int) -> None:
+    try:
+        area = opened(kind, file, SIZES[0])
+        with pytest.raises(BackingError, match=f"not in a range of {SIZES[0]} bytes"):
+            area.write(offset, bytes(length))
+        with pytest.raises(BackingError, match=f"not in a range of {SIZES[0]} bytes"):
+            area.read(offset, length)
+        assert file.read_bytes() == CONTENT[:FILE_SIZE]
+    finally:
+        file.unlink()
+
+
+def test_a_file_that_becomes_shorter(file: Path) -> None:
+    file.write_bytes(CONTENT[:FILE_SIZE])
+    with FileBytes(os.open(file, os.O_RDWR), FILE_SIZE) as content:
+        assert content.read(MIB, MIB) == CONTENT[MIB:FILE_SIZE]
+        content.write(1, b"new")
+        content.sync()
+        os.truncate(file, MIB)
+        assert content.read(0, 4) == CONTENT[:1] + b"new"
+        with pytest.raises(BackingError, match=f"ends at byte {MIB} of {FILE_SIZE}"):
+            content.read(MIB - 1, 2)
+    file.unlink()
+
+
+def test_without_libpmem() -> None:
+    with pytest.raises(UnsupportedError, match=r"libpmem.so.0 cannot be loaded.*libpmem1"):
+        Pmdk("libpmem.so.0")
+
+
+def test_another_backing_is_refused_by_name() -> None:
+    one = BackingIdentity("fsdax", "ns", 0, 12, 1, FILE_SIZE)
+    check_identity("/p", one, one)
+    with pytest.raises(BackingError, match=r"/p is not what was provisioned.*inode=12.*inode=13"):
+        check_identity("/p", BackingIdentity("fsdax", "ns", 0, 13, 1, FILE_SIZE), one)

@@ -1,0 +1,340 @@
+"""The bytes of backings: what is allowed, and what is left when it is interrupted."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import (
+    BackingError,
+    DomainXmlError,
+    InUseError,
+    NotFoundError,
+    RefusedError,
+    UnsupportedError,
+)
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.pools import Pools
+from tests.unit import doubles
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
+from tests.unit.label_areas import label_area
+
+A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
+SIZE = 4 * MIB
+
+
+def watch(what: str) -> Progress:
+    return unwatched
+
+
+def interrupted(what: str) -> Progress:
+    def tell(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    return tell
+
+
+def domain(*paths: str, uuid: str = UUID) -> DomainSpec:
+    small = tuple(replace(each, size=SIZE) for each in doubles.domain(*paths).nvdimms)
+    return replace(doubles.domain(*paths, uuid=uuid), nvdimms=small)
+
+
+def pool(name: str = "main", *paths: str, wipe: bool = False, quota: int | None = None) -> Pool:
+    return Pool(name, "memory", paths or ("/mnt/pmem0",), quota, SUPERPAGE, 128 * KIB, wipe)
+
+
+class Host:
+    """A driver with one pool of files in memory."""
+
+    def __init__(self, folder: Path, *, wipe: bool = False, quota: int | None = None) -> None:
+        self.folder = folder
+        self.backing = MemoryBacking()
+        self.driver: XenNvdimmDriver = make_driver(
+            folder, self.backing, RecordingMapper(), pools=Pools([pool(wipe=wipe, quota=quota)])
+        )
+        self.contents = self.driver.contents
+
+    def fill(self, path: str, data: bytes) -> None:
+        self.backing.contents[path] = bytearray(data.ljust(SIZE, b"\1"))
+
+    def run(self, *paths: str) -> None:
+        self.driver.ledger.attach(UUID, list(paths))
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+@pytest.fixture
+def defined(host: Host) -> Host:
+    host.driver.define(domain(A, B))
+    for path in (A, B):
+        host.fill(path, b"data")
+    return host
+
+
+def spec(path: str = A, size: int = SIZE) -> NvdimmSpec:
+    return NvdimmSpec(0, path, size)
+
+
+def test_provision(host: Host) -> None:
+    told: list[str] = []
+
+    def record(what: str) -> Progress:
+        told.append(what)
+        return unwatched
+
+    assert host.contents.provision(spec(), record).creates
+    assert told == ["writing zeros"]
+    assert host.backing.files[A][1] == SIZE
+    assert not host.contents.provision(spec(), watch).creates
+    assert host.driver.ledger.domains() == ()
+
+
+def test_what_a_domain_has_is_not_provisioned_or_imported(defined: Host, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(SIZE))
+    for attempt in (
+        lambda: defined.contents.provision(spec(), watch),
+        lambda: defined.contents.adopt(A, None, 0, watch),
+        lambda: defined.contents.copy_in(str(tmp_path / "source"), A, None, 0, watch),
+    ):
+        with pytest.raises(InUseError, match=f"{A} belongs to domain db1"):
+            attempt()
+    assert defined.backing.opened == []
+
+
+def test_bytes_that_a_domain_has_under_another_path_are_its_own(defined: Host) -> None:
+    other = "/mnt/pmem0/other"
+    defined.backing.files[other] = defined.backing.files[A]
+    with pytest.raises(InUseError, match=f"{other} belongs to domain db1"):
+        defined.contents.provision(spec(other), watch)
+    defined.run(A, B)
+    with pytest.raises(InUseError, match="db1 is running"):
+        defined.contents.wipe(spec(other), watch)
+    assert defined.contents.is_in_use(other)
+
+
+def test_outside_of_the_pools_nothing_is_done(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(SIZE))
+    outside = "/srv/a"
+    for attempt in (
+        lambda: host.contents.provision(spec(outside), watch),
+        lambda: host.contents.adopt(outside, None, None, watch),
+        lambda: host.contents.copy_in(str(tmp_path / "source"), outside, None, 0, watch),
+        lambda: host.contents.wipe(spec(outside), watch),
+    ):
+        with pytest.raises(RefusedError, match="in none of the host's pools"):
+            attempt()
+
+
+def test_a_quota_holds_for_what_is_provisioned(tmp_path: Path) -> None:
+    host = Host(tmp_path, quota=SIZE)
+    host.driver.define(domain(A))
+    with pytest.raises(RefusedError, match="quota"):
+        host.contents.provision(spec(B), watch)
+
+
+def test_adopting_finds_the_label_area(host: Host) -> None:
+    host.backing.files[A] = (1, SIZE)
+    host.fill(A, bytes(SIZE - 256 * KIB) + label_area(256 * KIB))
+    assert host.contents.adopt(A, None, None, watch) == replace(spec(), label_size=256 * KIB)
+    assert host.contents.adopt(A, None, 0, watch) == spec()
+    assert host.contents.adopt(A, 2 * MIB, None, watch) == spec(size=2 * MIB)
+    assert host.backing.filled == [A, A, A]
+
+
+def test_what_cannot_be_adopted(host: Host) -> None:
+    host.backing.files[A] = (1, SIZE)
+    with pytest.raises(NotFoundError, match="no such file"):
+        host.contents.adopt(B, None, None, watch)
+    with pytest.raises(BackingError, match=r"not a multiple of 2 MiB.*--size"):
+        host.contents.adopt(A, SIZE - 1, None, watch)
+    with pytest.raises(DomainXmlError, match="label area has at least 128 KiB"):
+        host.contents.adopt(A, None, 64 * KIB, watch)
+    host.fill(A, b"QFI\xfb\0\0\0\3")
+    with pytest.raises(UnsupportedError, match=f"qcow2.*qemu-img convert -f qcow2 -O raw {A}"):
+        host.contents.adopt(A, None, None, watch)
+    assert host.backing.filled == []
+
+
+def test_copying_in(host: Host, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(SIZE - 128 * KIB) + label_area(128 * KIB))
+    found = host.contents.copy_in(str(source), A, None, None, watch)
+    assert found == replace(spec(), label_size=128 * KIB)
+    assert host.backing.contents[A] == source.read_bytes()
+    assert list(host.backing.files) == [A]
+
+
+def test_an_interrupted_import_is_under_another_name(host: Host, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(SIZE))
+    with pytest.raises(KeyboardInterrupt):
+        host.contents.copy_in(str(source), A, None, 0, interrupted)
+    assert A not in host.backing.files
+    host.contents.copy_in(str(source), A, None, 0, watch)
+    assert host.backing.contents[A] == source.read_bytes()
+    assert host.backing.opened[-1].writes[0] == (MIB, MIB), "the first one was there"
+
+
+def test_sizes_of_imports(host: Host, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * (MIB + 1))
+    with pytest.raises(BackingError, match="1048577 bytes are not a multiple of 2 MiB"):
+        host.contents.copy_in(str(source), A, None, None, watch)
+    assert host.contents.copy_in(str(source), A, 2 * MIB, None, watch) == spec(size=2 * MIB)
+    assert host.backing.contents[A] == source.read_bytes().ljust(2 * MIB, b"\0")
+    source.write_bytes(bytes(2 * MIB) + label_area(2 * MIB))
+    for size in (2 * MIB, 8 * MIB):
+        with pytest.raises(BackingError, match="leave --size out"):
+            host.contents.copy_in(str(source), B, size, None, watch)
+
+
+class Anywhere(MemoryBacking):
+    def handles(self, path: str) -> bool:
+        return True
+
+
+def test_an_import_overwrites_nothing_unasked(tmp_path: Path) -> None:
+    source, device = tmp_path / "source", "/dev/null"
+    source.write_bytes(bytes(SIZE))
+    driver = make_driver(tmp_path, Anywhere(), RecordingMapper(), pools=Pools([], any_path=True))
+    with pytest.raises(RefusedError, match=r"/dev/null: what is on it would be overwritten .--force"):
+        driver.contents.copy_in(str(source), device, None, 0, watch)
+    with pytest.raises(RefusedError, match="exists already"):
+        driver.contents.copy_in(str(source), str(source), None, 0, watch)
+    driver.contents.copy_in(str(source), device, None, 0, watch, overwrite=True)
+
+
+def test_exporting(defined: Host, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    digest = defined.contents.copy_out(spec(), str(copy), watch, overwrite=False, running=False)
+    assert copy.read_bytes() == defined.backing.contents[A]
+    assert digest == sha256(copy.read_bytes()).hexdigest()
+    with pytest.raises(RefusedError, match=r"exists already .--force"):
+        defined.contents.copy_out(spec(), str(copy), watch, overwrite=False, running=False)
+    defined.fill(A, b"other")
+    defined.contents.copy_out(spec(), str(copy), watch, overwrite=True, running=False)
+    assert copy.read_bytes() == defined.backing.contents[A]
+    assert not (tmp_path / ".copy.partial").exists()
+
+
+def test_an_interrupted_export_goes_on(defined: Host, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        defined.contents.copy_out(spec(), str(tmp_path / "copy"), interrupted, overwrite=False, running=False)
+    assert not (tmp_path / "copy").exists()
+    partial = tmp_path / ".copy.partial"
+    assert partial.read_bytes()[: MIB + 1] == defined.backing.contents[A][:MIB] + b"\0"
+    defined.contents.copy_out(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=False)
+    assert (tmp_path / "copy").read_bytes() == defined.backing.contents[A]
+    assert not partial.exists()
+
+
+def test_what_runs_is_not_exported_unless_forced(defined: Host, tmp_path: Path) -> None:
+    defined.run(A)
+    with pytest.raises(InUseError, match="db1 is running"):
+        defined.contents.copy_out(spec(), str(tmp_path / "copy"), watch, overwrite=True, running=False)
+    defined.contents.copy_out(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=True)
+
+
+def test_a_domain_that_was_started_meanwhile_spoils_the_copy(defined: Host, tmp_path: Path) -> None:
+    def start(what: str) -> Progress:
+        defined.run(A)
+        return unwatched
+
+    with pytest.raises(InUseError, match="db1 is running"):
+        defined.contents.copy_out(spec(), str(tmp_path / "copy"), start, overwrite=False, running=False)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_domains_backing_is_no_destination(defined: Host) -> None:
+    with pytest.raises(InUseError, match=f"{B} belongs to"):
+        defined.contents.copy_out(spec(), B, watch, overwrite=True, running=False)
+
+
+def test_wiping(defined: Host) -> None:
+    before = defined.driver.ledger.domain(UUID)
+    defined.contents.wipe(spec(), watch)
+    assert defined.backing.contents[A] == bytes(SIZE)
+    assert defined.backing.opened[-1].synced
+    assert defined.backing.opened[-1].closed
+    assert defined.backing.contents[B] != bytes(SIZE)
+    assert defined.driver.ledger.domain(UUID) == before
+    with pytest.raises(NotFoundError):
+        defined.contents.wipe(spec("/mnt/pmem0/none"), watch)
+
+
+def test_what_runs_is_not_wiped(defined: Host) -> None:
+    defined.run(A)
+    content = bytes(defined.backing.contents[A])
+    with pytest.raises(InUseError, match="db1 is running"):
+        defined.contents.wipe(spec(), watch)
+    assert defined.backing.contents[A] == content
+
+
+def test_what_was_put_in_the_place_of_a_domains_backing_is_neither_wiped_nor_deleted(defined: Host) -> None:
+    record = defined.driver.ledger.domain(UUID)
+    assert record is not None
+    defined.backing.files[A] = (999, SIZE)
+    with pytest.raises(BackingError, match="is not what was provisioned"):
+        defined.contents.wipe(spec(), watch, record.allocations[0].identity)
+    with pytest.raises(BackingError, match="is not what was provisioned"):
+        defined.contents.give_up(record, watch, delete=True)
+    assert A in defined.backing.files
+    assert defined.driver.ledger.domain(UUID) == record
+
+
+@pytest.mark.parametrize("wipe", [False, True])
+@pytest.mark.parametrize("delete", [False, True])
+def test_giving_up(tmp_path: Path, wipe: bool, delete: bool) -> None:
+    host = Host(tmp_path, wipe=wipe)
+    host.driver.define(domain(A, B))
+    host.fill(A, content := b"data")
+    record = host.driver.ledger.domain(UUID)
+    assert record is not None
+    host.contents.give_up(record, watch, delete=delete)
+    assert host.driver.ledger.domain(UUID) is None
+    assert (A in host.backing.files) is not delete
+    assert (host.backing.contents[A] == bytes(SIZE)) is wipe
+    assert host.backing.contents[A].startswith(content) is not wipe
+
+
+def test_a_claim_stays_until_all_is_wiped(tmp_path: Path) -> None:
+    host = Host(tmp_path, wipe=True)
+    host.driver.define(domain(A, B))
+    host.fill(A, b"data")
+    record = host.driver.ledger.domain(UUID)
+    assert record is not None
+    with pytest.raises(KeyboardInterrupt):
+        host.contents.give_up(record, interrupted, delete=True)
+    assert host.driver.ledger.domain(UUID) == record
+    assert host.backing.contents[A] == bytes(MIB) + b"\1" * (SIZE - MIB)
+    host.contents.give_up(record, watch, delete=True)
+    assert host.driver.ledger.domain(UUID) is None
+    assert host.backing.files == {}
+
+
+def test_a_running_domain_gives_nothing_up(defined: Host) -> None:
+    defined.run(A)
+    record = defined.driver.ledger.domain(UUID)
+    assert record is not None
+    with pytest.raises(InUseError):
+        defined.contents.give_up(record, watch, delete=True)
+    assert A in defined.backing.files
+
+
+def test_what_is_gone_can_be_given_up(tmp_path: Path) -> None:
+    host = Host(tmp_path, wipe=True)
+    host.driver.define(domain(A, uuid=OTHER_UUID))
+    del host.backing.files[A]
+    record = host.driver.ledger.domain(OTHER_UUID)
+    assert record is not None
+    host.contents.give_up(record, watch, delete=False)
+    assert host.driver.ledger.domains() == ()
