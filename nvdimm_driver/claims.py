@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from nvdimm_driver import marks
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.ledger import Ledger
-from nvdimm_driver.model import BackingIdentity, DomainSpec, Record
+from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record
+from nvdimm_driver.plugins import Backing, backing_of
 
 
 def check_paths(ledger: Ledger, domain: DomainSpec) -> None:
@@ -82,3 +84,31 @@ def _owned(path: str, record: Record) -> InUseError:
         f"{path} belongs to domain {record.name} ({record.uuid})",
         hint=f"if that domain is gone for good, 'nvdimmctl release {record.name}' gives it up and keeps its data",
     )
+
+
+def mark(backings: Sequence[Backing], record: Record | None, before: Record | None) -> None:
+    """Have a domain's backings say whose they are, and those that it had before say nothing any more."""
+    kept = record.allocations if record else ()
+    for item in kept:
+        if record:
+            backing_of(backings, item.spec.path).mark(item.spec.path, marks.pack(record, item))
+    paths = {item.spec.path for item in kept}
+    unmark(backings, [item for item in (before.allocations if before else ()) if item.spec.path not in paths])
+
+
+def unmark(backings: Sequence[Backing], items: Iterable[Allocation]) -> None:
+    """Have backings say nothing any more."""
+    for item in items:
+        for backing in backings:
+            if backing.handles(item.spec.path):
+                backing.mark(item.spec.path, None)
+
+
+def give_up(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
+    """A domain's backings are nobody's any more.
+
+    :raises InUseError: while it runs.
+    """
+    check_off(record)
+    ledger.forget(record.uuid, kind="forgotten")
+    unmark(backings, record.allocations)

@@ -156,8 +156,7 @@ class Contents:
         for item in record.allocations if delete else ():
             self._check_same(item.spec.path, item.identity)
             backing_of(self.backings, item.spec.path).discard(item.spec)
-        claims.check_off(self.ledger.domain(record.uuid) or record)
-        self.ledger.forget(record.uuid)
+        claims.give_up(self.ledger, self.backings, self.ledger.domain(record.uuid) or record)
 
     def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> None:
         backing = backing_of(self.backings, spec.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,13 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import claims, frames, layout, logs, marks, plugins
+from nvdimm_driver import claims, frames, layout, logs, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.contents import Contents
-from nvdimm_driver.errors import BackingError, LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.definitions import Definitions, uuid_of
+from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.events import Event
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
@@ -30,11 +31,10 @@ from nvdimm_driver.model import (
     NvdimmSpec,
     Plan,
     Pool,
-    Progress,
     Record,
 )
 from nvdimm_driver.planning import Host, Planner
-from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
+from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.starts import Starts
 from nvdimm_driver.usage import PoolUsage, usage_of
@@ -70,6 +70,7 @@ class XenNvdimmDriver:
         self.qemu = qemu
         self.pools = pools
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
+        self.definitions = Definitions(ledger, backings, self.planner, pools)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
         self.contents = Contents(ledger, backings, pools)
 
@@ -99,15 +100,47 @@ class XenNvdimmDriver:
 
         :raises NvdimmError: what define or a start would raise.
         """
-        domain = self.known(domain)
-        claims.check_paths(self.ledger, domain)
-        self.pools.check(domain, self.ledger.domains())
-        return self.planner.assumed(domain, None if domain.uuid is None else self.ledger.domain(domain.uuid))
+        return self.definitions.plan(domain)
 
     def check(self, domain: DomainSpec) -> None:
         """Raise what :meth:`define` would raise before it does anything."""
         self.reconcile()
         self.plan(domain)
+
+    def define(self, domain: DomainSpec) -> tuple[NvdimmSpec, ...]:
+        """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
+
+        :param domain: with its uuid.
+        :returns: those whose backings were created.
+        :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
+        """
+        return self.definitions.define(domain)
+
+    def undo(self, uuid: str, created: Sequence[NvdimmSpec]) -> None:
+        """Undo :meth:`define` for a domain that libvirt then did not take: delete what it created.
+
+        A domain that had all its backings before keeps its claim to them.
+        """
+        if created:
+            self.forget(uuid)
+        self.definitions.discard(created)
+
+    def drop(self, uuid: str) -> None:
+        """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
+        self.definitions.drop(uuid)
+
+    def forget(self, uuid: str) -> Record:
+        """Give up the domain's claim to its backings; their bytes stay.
+
+        :raises InUseError: while the domain runs.
+        :raises LedgerError: when there is no such domain.
+        """
+        self.reconcile()
+        record = self.ledger.domain(uuid)
+        if record is None:
+            raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
+        claims.give_up(self.ledger, self.backings, record)
+        return record
 
     def check_ram(self, uuid: str, ram: int) -> None:
         """Check that a defined domain could have so much RAM.
@@ -129,57 +162,8 @@ class XenNvdimmDriver:
 
     def identified(self, domain: DomainSpec) -> DomainSpec:
         """With a uuid: its own, that of the domain of that name that the ledger knows, or a new one."""
-        known = self.known(domain)
+        known = self.definitions.known(domain)
         return known if known.uuid is not None else replace(domain, uuid=str(uuid4()))
-
-    def define(self, domain: DomainSpec) -> tuple[NvdimmSpec, ...]:
-        """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
-
-        :param domain: with its uuid.
-        :returns: those whose backings were created.
-        :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
-        """
-        uuid = _uuid(domain)
-        self.plan(domain)
-        before = self.ledger.domain(uuid)
-        wanted = [Allocation(uuid, spec) for spec in domain.nvdimms]
-        self.ledger.replace(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
-        created: list[NvdimmSpec] = []
-        try:
-            for spec in domain.nvdimms:
-                backing = self._backing(spec)
-                creates = backing.examine(spec).creates
-                backing.provision(spec, self._progress(domain, spec))
-                if creates:
-                    created.append(spec)
-            self._settle(uuid, domain, before)
-        except BaseException:
-            for spec in created:
-                self._backing(spec).discard(spec)
-            self._roll_back(uuid, before)
-            raise
-        return tuple(created)
-
-    def undo(self, uuid: str, created: Sequence[NvdimmSpec]) -> None:
-        """Undo :meth:`define` for a domain that libvirt then did not take: delete what it created.
-
-        A domain that had all its backings before keeps its claim to them.
-        """
-        if created:
-            self.forget(uuid)
-        for spec in created:
-            self._backing(spec).discard(spec)
-
-    def drop(self, uuid: str) -> None:
-        """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
-        record = self.ledger.domain(uuid)
-        if record is None:
-            return
-        if record.attachment is None:
-            self.ledger.forget(uuid, kind="forgotten")
-        else:
-            self.ledger.replace(uuid, record.name, record.ram, [], kind="forgotten")
-        self._unmark(record.allocations)
 
     def begin(self, uuid: str) -> Record | None:
         """Somebody is about to start the domain: why an earlier start failed is of no interest any more.
@@ -194,12 +178,12 @@ class XenNvdimmDriver:
 
         :raises NvdimmError: the reason is in the ledger too; nothing stays frozen.
         """
-        uuid = _uuid(domain)
+        uuid = uuid_of(domain)
         try:
             self.reconcile()
             self.serve_labels()
             self.starts.check_ended(uuid)
-            plan = self._prepare(self._adopt(uuid, domain), domain)
+            plan = self._prepare(self.definitions.adopt(domain), domain)
         except NvdimmError as error:
             self.ledger.failed(uuid, error)
             raise
@@ -247,21 +231,6 @@ class XenNvdimmDriver:
         if record.attachment is None or not record.attachment.served:
             return None
         return "running" if self.starts.label_servers.is_running(record.uuid) else "gone"
-
-    def forget(self, uuid: str) -> Record:
-        """Give up the domain's claim to its backings; their bytes stay.
-
-        :raises InUseError: while the domain runs.
-        :raises LedgerError: when there is no such domain.
-        """
-        self.reconcile()
-        record = self.ledger.domain(uuid)
-        if record is None:
-            raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
-        claims.check_off(record)
-        self.ledger.forget(uuid, kind="forgotten")
-        self._unmark(record.allocations)
-        return record
 
     def tables_file(self, uuid: str) -> Path:
         """Where the tables of the domain's last start are, NFIT first."""
@@ -318,99 +287,6 @@ class XenNvdimmDriver:
             raise
         return plan
 
-    def _settle(self, uuid: str, domain: DomainSpec, before: Record | None) -> None:
-        """Write identities and bases, after everything is provisioned."""
-        locations = self.planner.locate(domain)
-        identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, locations, strict=True)}
-        claims.check_bytes(self.ledger, uuid, identities)
-        plan = self.planner.provisioned(domain, locations, before)
-        self.ledger.replace(
-            uuid,
-            domain.name,
-            domain.ram,
-            [
-                Allocation(uuid, spec, location.identity, placement.base)
-                for spec, location, placement in zip(domain.nvdimms, locations, plan.layout.nvdimms, strict=True)
-            ],
-            dsm=domain.dsm,
-            kind="defined",
-        )
-        self._mark(uuid, before)
-
-    def _mark(self, uuid: str, before: Record | None) -> None:
-        """Have the domain's backings say whose they are, and those that it had before say nothing any more."""
-        record = self.ledger.domain(uuid)
-        kept = record.allocations if record else ()
-        for item in kept:
-            if record:
-                self._backing(item.spec).mark(item.spec.path, marks.pack(record, item))
-        paths = {item.spec.path for item in kept}
-        self._unmark(item for item in (before.allocations if before else ()) if item.spec.path not in paths)
-
-    def _unmark(self, items: Iterable[Allocation]) -> None:
-        for item in items:
-            for backing in self.backings:
-                if backing.handles(item.spec.path):
-                    backing.mark(item.spec.path, None)
-
-    def _adopt(self, uuid: str, domain: DomainSpec) -> Record:
-        """The domain's record, after taking over NVDIMMs that were added or changed behind our back.
-
-        A domain XML that was rewritten by hand and defined, or edited, never went through :meth:`define`. What is
-        already provisioned is taken as it is; nothing is created here, where libvirt waits with a lock held.
-        """
-        record = self.ledger.domain(uuid)
-        wanted = (domain.ram, domain.name, domain.dsm)
-        if record is not None and (record.ram, record.name, record.dsm) == wanted:
-            known = {item.spec: item for item in record.allocations if item.ready}
-            if all(spec in known for spec in domain.nvdimms) and len(known) == len(domain.nvdimms):
-                return record
-        for spec in domain.nvdimms:
-            intake = self._backing(spec).examine(spec)
-            if intake.creates or intake.writes:
-                raise BackingError(
-                    f"domain {domain.name}: {spec.path} is not provisioned ({intake.writes} bytes are to be written)",
-                    hint="define the domain with virsh, through nvdimmd",
-                )
-        self.define(domain)
-        adopted = self.ledger.domain(uuid)
-        if adopted is None:
-            raise LedgerError(f"domain {uuid} vanished from the ledger")
-        return adopted
-
-    def known(self, domain: DomainSpec) -> DomainSpec:
-        """With the uuid of the domain of that name, when the XML leaves it out and the ledger knows one."""
-        known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
-        return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
-
-    def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
-        """What is told about writing the zeros of an NVDIMM: each percent to the ledger, each tenth to the log."""
-        uuid, told = _uuid(domain), -1
-
-        def tell(done: int, total: int) -> None:
-            nonlocal told
-            percent = 100 * done // total
-            if percent == told:
-                return
-            if percent // 10 > told // 10:
-                news = Event(
-                    "provisioning", uuid, domain.name, None, {"path": spec.path, "written": done, "bytes": total}
-                )
-                logs.tell(news)
-            told = percent
-            self.ledger.progress(uuid, spec.slot, percent)
-
-        return tell
-
-    def _backing(self, spec: NvdimmSpec) -> Backing:
-        return backing_of(self.backings, spec.path)
-
-    def _roll_back(self, uuid: str, before: Record | None) -> None:
-        if before is None:
-            self.ledger.forget(uuid)
-        else:
-            self.ledger.replace(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
-
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         path = self.tables_file(uuid)
         temporary = path.with_suffix(".new")
@@ -420,9 +296,3 @@ class XenNvdimmDriver:
             os.replace(temporary, path)
         except OSError as error:
             raise LedgerError(f"cannot write {path}: {error.strerror}", hint="is the disk full?") from error
-
-
-def _uuid(domain: DomainSpec) -> str:
-    if domain.uuid is None:
-        raise LedgerError(f"domain {domain.name} has no uuid", hint="libvirt gives it one when it is defined")
-    return domain.uuid

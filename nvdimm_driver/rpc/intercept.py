@@ -282,7 +282,7 @@ class Interceptor:
 
     def _taken_up(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, str]:
         """The XML, with the uuid of the undefined domain of that name when it has none: the NVDIMMs are that one's."""
-        known: DomainSpec = yield self._work(lambda driver: driver.known(domain))
+        known: DomainSpec = yield self._work(lambda driver: driver.definitions.known(domain))
         if domain.uuid is None and known.uuid is not None and (yield from self._defined(known.uuid)) is None:
             return domxml.with_uuid(xml, known.uuid)
         return xml

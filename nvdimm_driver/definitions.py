@@ -1,0 +1,163 @@
+"""Definitions of domains: their NVDIMMs are provisioned, get their places, and are their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nvdimm_driver import claims, logs
+from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.events import Event
+from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
+from nvdimm_driver.planning import Planner
+from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.pools import Pools
+
+
+class Definitions:
+    """The domains that are defined, as the ledger has them."""
+
+    def __init__(self, ledger: Ledger, backings: Sequence[Backing], planner: Planner, pools: Pools) -> None:
+        self.ledger = ledger
+        self.backings = backings
+        self.planner = planner
+        self.pools = pools
+
+    def plan(self, domain: DomainSpec) -> Plan:
+        """All that defining and starting the domain would do; nothing is done.
+
+        :raises NvdimmError: what define or a start would raise.
+        """
+        domain = self.known(domain)
+        claims.check_paths(self.ledger, domain)
+        self.pools.check(domain, self.ledger.domains())
+        return self.planner.assumed(domain, None if domain.uuid is None else self.ledger.domain(domain.uuid))
+
+    def known(self, domain: DomainSpec) -> DomainSpec:
+        """With the uuid of the domain of that name, when the XML leaves it out and the ledger knows one."""
+        known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
+        return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
+
+    def define(self, domain: DomainSpec) -> tuple[NvdimmSpec, ...]:
+        """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
+
+        :param domain: with its uuid.
+        :returns: those whose backings were created.
+        :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
+        """
+        uuid = uuid_of(domain)
+        self.plan(domain)
+        before = self.ledger.domain(uuid)
+        wanted = [Allocation(uuid, spec) for spec in domain.nvdimms]
+        self.ledger.replace(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
+        created: list[NvdimmSpec] = []
+        try:
+            for spec in domain.nvdimms:
+                backing = self._backing(spec)
+                creates = backing.examine(spec).creates
+                backing.provision(spec, self._progress(domain, spec))
+                if creates:
+                    created.append(spec)
+            self._settle(uuid, domain, before)
+        except BaseException:
+            self.discard(created)
+            self._roll_back(uuid, before)
+            raise
+        return tuple(created)
+
+    def discard(self, created: Sequence[NvdimmSpec]) -> None:
+        """Delete what :meth:`define` has created."""
+        for spec in created:
+            self._backing(spec).discard(spec)
+
+    def drop(self, uuid: str) -> None:
+        """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
+        record = self.ledger.domain(uuid)
+        if record is None:
+            return
+        if record.attachment is None:
+            self.ledger.forget(uuid, kind="forgotten")
+        else:
+            self.ledger.replace(uuid, record.name, record.ram, [], kind="forgotten")
+        claims.unmark(self.backings, record.allocations)
+
+    def adopt(self, domain: DomainSpec) -> Record:
+        """The domain's record, after taking over NVDIMMs that were added or changed behind our back.
+
+        A domain XML that was rewritten by hand and defined, or edited, never went through :meth:`define`. What is
+        already provisioned is taken as it is; nothing is created here, where libvirt waits with a lock held.
+        """
+        uuid = uuid_of(domain)
+        record = self.ledger.domain(uuid)
+        wanted = (domain.ram, domain.name, domain.dsm)
+        if record is not None and (record.ram, record.name, record.dsm) == wanted:
+            known = {item.spec: item for item in record.allocations if item.ready}
+            if all(spec in known for spec in domain.nvdimms) and len(known) == len(domain.nvdimms):
+                return record
+        for spec in domain.nvdimms:
+            intake = self._backing(spec).examine(spec)
+            if intake.creates or intake.writes:
+                raise BackingError(
+                    f"domain {domain.name}: {spec.path} is not provisioned ({intake.writes} bytes are to be written)",
+                    hint="define the domain with virsh, through nvdimmd",
+                )
+        self.define(domain)
+        adopted = self.ledger.domain(uuid)
+        if adopted is None:
+            raise LedgerError(f"domain {uuid} vanished from the ledger")
+        return adopted
+
+    def _settle(self, uuid: str, domain: DomainSpec, before: Record | None) -> None:
+        """Write identities and bases, after everything is provisioned."""
+        locations = self.planner.locate(domain)
+        identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, locations, strict=True)}
+        claims.check_bytes(self.ledger, uuid, identities)
+        plan = self.planner.provisioned(domain, locations, before)
+        self.ledger.replace(
+            uuid,
+            domain.name,
+            domain.ram,
+            [
+                Allocation(uuid, spec, location.identity, placement.base)
+                for spec, location, placement in zip(domain.nvdimms, locations, plan.layout.nvdimms, strict=True)
+            ],
+            dsm=domain.dsm,
+            kind="defined",
+        )
+        claims.mark(self.backings, self.ledger.domain(uuid), before)
+
+    def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
+        """What is told about writing the zeros of an NVDIMM: each percent to the ledger, each tenth to the log."""
+        uuid, told = uuid_of(domain), -1
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            percent = 100 * done // total
+            if percent == told:
+                return
+            if percent // 10 > told // 10:
+                news = Event(
+                    "provisioning", uuid, domain.name, None, {"path": spec.path, "written": done, "bytes": total}
+                )
+                logs.tell(news)
+            told = percent
+            self.ledger.progress(uuid, spec.slot, percent)
+
+        return tell
+
+    def _backing(self, spec: NvdimmSpec) -> Backing:
+        return backing_of(self.backings, spec.path)
+
+    def _roll_back(self, uuid: str, before: Record | None) -> None:
+        if before is None:
+            self.ledger.forget(uuid)
+        else:
+            self.ledger.replace(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
+
+
+def uuid_of(domain: DomainSpec) -> str:
+    """:raises LedgerError: when the domain has no uuid."""
+    if domain.uuid is None:
+        raise LedgerError(f"domain {domain.name} has no uuid", hint="libvirt gives it one when it is defined")
+    return domain.uuid
