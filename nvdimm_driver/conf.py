@@ -121,7 +121,12 @@ XEN_OPTS = [
         default="/usr/libexec/xen-qemu-system-i386",
         help="The QEMU that the device model becomes, when a domain names no emulator of its own.",
     ),
-    cfg.StrOpt("mapper", default="domctl", help="Plug-in of namespace nvdimm_driver.mappers."),
+    cfg.StrOpt(
+        "mapper",
+        default="domctl",
+        help="Plug-in of namespace nvdimm_driver.mappers that maps frames into guests. 'nvdimmctl register' tells the "
+        "device model of a change.",
+    ),
 ]
 LAYOUT_OPTS = [
     cfg.IntOpt(

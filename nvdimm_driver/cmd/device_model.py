@@ -47,31 +47,50 @@ class Log:
             print(f"nvdimm-device-model: {self.path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str], *, state_dir: str, log_file: str, qemu: str, log_format: str = "text") -> NoReturn:
+def main(
+    argv: Sequence[str],
+    *,
+    state_dir: str,
+    log_file: str,
+    qemu: str,
+    log_format: str = "text",
+    mapper: str = "domctl",
+) -> NoReturn:
     """Entry point of the script that ``nvdimmctl register`` writes.
 
     :param argv: as libxl gives it to a device model.
     :param qemu: what to become when no domain is named.
+    :param mapper: name of the plug-in that maps.
     """
     domid = _domid(argv)
     if domid is None:
         os.execv(qemu, [qemu, *argv[1:]])
     log = Log(log_file, log_format)
     try:
-        from nvdimm_driver.xen.domctl import DomctlMapper
-
-        mapper, ledger = DomctlMapper(), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)
-        qemu = attach(domid, ledger, mapper, state_dir, _prepare, _serve, restored="-incoming" in argv)
+        xen, ledger = _mapper(mapper), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)
+        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, restored="-incoming" in argv)
         try:
             os.execv(qemu, [qemu, *argv[1:]])
         except OSError as error:
             missing = ConfigError(f"cannot run {qemu}: {error.strerror}", hint="correct the domain's <emulator>")
-            ledger.failed(mapper.uuid(domid) or "", missing, domid)
+            ledger.failed(xen.uuid(domid) or "", missing, domid)
             raise missing from error
     except NvdimmError as error:
         if not log.failed:
             log(Event("start-failed", "", "", domid, failure(error)))
         sys.exit(error.exit_code)
+
+
+def _mapper(name: str) -> Mapper:
+    """The plug-in of that name; the driver's own without looking for it, which would take longer than all the rest."""
+    if name == "domctl":
+        from nvdimm_driver.xen.domctl import DomctlMapper
+
+        return DomctlMapper()
+    from nvdimm_driver import conf, plugins
+
+    found: Mapper = plugins.load("nvdimm_driver.mappers", name, conf.load())
+    return found
 
 
 def attach(

@@ -26,7 +26,14 @@ DEVICE_MODEL = """#!{python} -I
 {mark}
 import sys
 from nvdimm_driver.cmd.device_model import main
-main(sys.argv, state_dir={state_dir!r}, log_file={log_file!r}, qemu={qemu!r}, log_format={log_format!r})
+main(
+    sys.argv,
+    state_dir={state_dir!r},
+    log_file={log_file!r},
+    qemu={qemu!r},
+    log_format={log_format!r},
+    mapper={mapper!r},
+)
 """
 
 
@@ -96,6 +103,7 @@ def device_model(conf: cfg.ConfigOpts) -> Script:
         state_dir=conf.state_dir,
         log_file=conf.log_file,
         log_format=conf.log_format,
+        mapper=conf.xen.mapper,
         qemu=conf.xen.qemu,
     )
     return Script("device model", Path(conf.xen.device_model), text, MARK)

@@ -10,6 +10,7 @@ import pytest
 from nvdimm_driver import domxml, errors
 from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
 from nvdimm_driver.events import KINDS, LOGGED
+from nvdimm_driver.ledger import SCHEMAS, Ledger
 from nvdimm_driver.metrics import DriverCollector
 from nvdimm_driver.rpc.intercept import TABLE
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
@@ -78,3 +79,14 @@ def test_the_rewritten_example_is_what_rewriting_its_original_gives() -> None:
     original = domxml.restore(rewritten)
     assert domxml.extract(original) is not None
     assert domxml.rewrite(original, "/usr/libexec/xen/bin/nvdimm-device-model") == rewritten
+
+
+def test_every_column_of_the_ledger_is_documented() -> None:
+    page = (DOC / "ledger.rst").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^   \* - ``(\w+)``\n     - ((?:.*\n(?!   \*))*.*)", page, re.MULTILINE))
+    ledger = Ledger(":memory:")
+    for (table,) in ledger._rows("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite%'"):
+        for _, column, *_ in ledger._rows(f"PRAGMA table_info({table})"):
+            assert f"``{column}``" in rows[table], f"{table}.{column}"
+    assert f"``PRAGMA user_version`` is the version of the schema, {len(SCHEMAS)};" in page
+    ledger.close()
