@@ -47,7 +47,8 @@ DEFAULT_OPTS = [
     cfg.StrOpt(
         "state_dir",
         default="/var/lib/nvdimm-driver",
-        help="Folder of the ledger and of what is built for each domain.",
+        help="Folder of the ledger and of what is built for each domain. To move it, shut down all domains with "
+        "NVDIMMs, move the folder, change this, and run 'nvdimmctl register' again.",
     ),
     cfg.StrOpt(
         "log_file",
@@ -114,12 +115,14 @@ XEN_OPTS = [
     cfg.StrOpt(
         "device_model",
         default="/usr/libexec/xen/bin/nvdimm-device-model",
-        help="Where 'nvdimmctl register' installs the device model that rewritten domains name as their emulator.",
+        help="Where 'nvdimmctl register' installs the device model that rewritten domains name as their emulator. "
+        "Domains that are defined already keep the path that they have: define them again after a change.",
     ),
     cfg.StrOpt(
         "qemu",
         default="/usr/libexec/xen-qemu-system-i386",
-        help="The QEMU that the device model becomes, when a domain names no emulator of its own.",
+        help="The QEMU that the device model becomes, when a domain names no emulator of its own. Counts from a "
+        "guest's next start.",
     ),
     cfg.StrOpt(
         "mapper",
@@ -138,7 +141,13 @@ LAYOUT_OPTS = [
     ),
 ]
 ACPI_OPTS = [
-    cfg.StrOpt("builder", default="qemu", help="Plug-in of namespace nvdimm_driver.acpi_builders."),
+    cfg.StrOpt(
+        "builder",
+        default="qemu",
+        help="Plug-in of namespace nvdimm_driver.acpi_builders: qemu (the tables that a real QEMU makes) or native "
+        "(the driver's own, without any QEMU). Counts from a guest's next start; a guest sees no difference "
+        "without labels.",
+    ),
     cfg.StrOpt(
         "dsm",
         default="aml",
@@ -153,21 +162,30 @@ ACPI_OPTS = [
     cfg.ListOpt(
         "qemu",
         default=list(DEFAULT_BINARIES),
-        help="QEMUs (7.2 or later) from which the builder 'qemu' takes the tables; each is tried until one gives them.",
+        help="QEMUs (7.2 or later) from which the builder 'qemu' takes the tables; each is tried until one gives them. "
+        "When none does, a define or start fails and says why.",
     ),
 ]
 LIBVIRT_OPTS = [
-    cfg.StrOpt("hooks_dir", default="/etc/libvirt/hooks", help="Folder in which libvirt looks for hook scripts."),
+    cfg.StrOpt(
+        "hooks_dir",
+        default="/etc/libvirt/hooks",
+        help="Folder in which libvirt looks for hook scripts, and 'nvdimmctl register' puts the driver's. In another "
+        "than libvirt's own it is never run, and starts of domains with NVDIMMs are prepared by the device model "
+        "alone.",
+    ),
 ]
 RPC_OPTS = [
     cfg.StrOpt(
         "socket",
         default="/run/libvirt/virtxend-sock",
-        help="Socket on which nvdimmd serves libvirt clients, when systemd does not hand it one. libvirt clients look "
-        "for this one first when they open xen:///system.",
+        help="Socket on which nvdimmd serves libvirt clients. libvirt clients look for this one first when they open "
+        "xen:///system; they find another only by its name. After a change, run 'nvdimmctl register' again.",
     ),
     cfg.StrOpt(
-        "socket_ro", default="/run/libvirt/virtxend-sock-ro", help="The same for clients that only read ('virsh -r')."
+        "socket_ro",
+        default="/run/libvirt/virtxend-sock-ro",
+        help="The same for clients that only read ('virsh -r'), who need not be in 'group'.",
     ),
     cfg.StrOpt(
         "group",
@@ -176,7 +194,10 @@ RPC_OPTS = [
         "polkit nothing: they can do what root can.",
     ),
     cfg.StrOpt(
-        "libvirt_socket", default="/run/libvirt/libvirt-sock", help="libvirtd's own socket, to which nvdimmd connects."
+        "libvirt_socket",
+        default="/run/libvirt/libvirt-sock",
+        help="libvirtd's own socket, to which nvdimmd connects, once for each of its clients. Restart nvdimmd after a "
+        "change.",
     ),
     cfg.StrOpt(
         "libvirt_socket_ro", default="/run/libvirt/libvirt-sock-ro", help="The same for clients that only read."
@@ -193,7 +214,10 @@ RPC_OPTS = [
         help="The same for clients that only read.",
     ),
     cfg.StrOpt(
-        "unit_dir", default="/etc/systemd/system", help="Folder for the units that 'nvdimmctl register' installs."
+        "unit_dir",
+        default="/etc/systemd/system",
+        help="Folder for the units of nvdimmd that 'nvdimmctl register' writes: those that the package does not "
+        "have, or has with other options.",
     ),
 ]
 METRICS_OPTS = [
