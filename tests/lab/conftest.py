@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.lab import operator
-from tests.lab.host import XenHost
+from tests.lab.host import GIB, Nvdimm, XenHost
 from tests.lab.image import Images, build
 
 MakeHost = Callable[..., XenHost]
@@ -55,6 +55,21 @@ def driver_host(host: XenHost) -> XenHost:
     operator.install_driver(host)
     operator.make_pmem(host)
     return host
+
+
+@pytest.fixture(scope="session")
+def systemd_host(
+    images: Images, shared_hosts: list[XenHost], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[XenHost]:
+    """A host with Debian's systemd and three NVDIMMs, whose disk outlives a power cut; nothing of ours is on it."""
+    for shared in shared_hosts:
+        shared.stop()
+    folder = tmp_path_factory.mktemp("nvdimms")
+    nvdimms = [Nvdimm(folder / f"pmem{number}.img", size) for number, size in enumerate((GIB, GIB // 2, GIB // 2))]
+    arguments = "lab.init=/sbin/init systemd.wants=lab-agent.service"
+    with XenHost(images, nvdimms, linux_args=arguments, keep_disk=True, boot_timeout=400) as host:
+        host.check("systemctl is-system-running --wait || true")
+        yield host
 
 
 @pytest.fixture

@@ -6,18 +6,16 @@ On XFS and device-dax, where other tests have ext4 and a raw namespace; and a la
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from tests.lab import operator
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
-from tests.lab.image import Images
 
 pytestmark = pytest.mark.lab
 MIB = 1 << 20
-NVDIMMS = (("/mnt/pmem0/db1.img", 48), ("/dev/dax1.0", 32))
+NVDIMMS = (("/mnt/xfs/db1.img", 48), ("/dev/dax1.0", 32))
 LABEL_MIB = 2
 DISK = "/var/lib/guest.img"
 SOCKETS = "/run/libvirt/virtxend-sock /run/libvirt/virtxend-sock-ro"
@@ -47,22 +45,18 @@ systemctl enable --now virtxend.socket virtxend-ro.socket
 
 
 @pytest.fixture(scope="module")
-def xen(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
-    """A host with the driver, a DAX file system that is mounted at boot, and a domain that is started at boot."""
-    for shared in shared_hosts:
-        shared.stop()
-    arguments = "lab.init=/sbin/init systemd.wants=lab-agent.service"
-    with XenHost(images, linux_args=arguments, keep_disk=True, boot_timeout=400) as host:
-        host.check("systemctl is-system-running --wait || true")
-        operator.install_package(host)
-        host.check(f"{operator.NVDIMMCTL} register && systemctl restart libvirtd")
-        operator.make_pmem(host, "xfs", "devdax")
-        host.check("echo '/dev/pmem0 /mnt/pmem0 xfs dax 0 0' >>/etc/fstab")
-        host.put(images.guest_tools_disk, DISK)
-        (file, file_mib), device = NVDIMMS
-        nvdimms = [operator.nvdimm(file, file_mib + LABEL_MIB, label_kib=LABEL_MIB << 10), operator.nvdimm(*device)]
-        host.write("/root/db1.xml", operator.domain_xml("db1", nvdimms, ram_mib=256, disk=DISK, dsm="qemu").encode())
-        yield host
+def xen(systemd_host: XenHost) -> XenHost:
+    """The host with the driver, a DAX file system that is mounted at boot, and a domain that is started at boot."""
+    host = systemd_host
+    operator.install_package(host)
+    host.check("nvdimmctl register && systemctl restart libvirtd")
+    host.check("nvdimmctl pool create xfs --namespace namespace2.0 --force --file-system xfs")
+    host.check("nvdimmctl pool create device --namespace namespace1.0 --force --kind devdax")
+    host.put(host.images.guest_tools_disk, DISK)
+    (file, file_mib), device = NVDIMMS
+    nvdimms = [operator.nvdimm(file, file_mib + LABEL_MIB, label_kib=LABEL_MIB << 10), operator.nvdimm(*device)]
+    host.write("/root/db1.xml", operator.domain_xml("db1", nvdimms, ram_mib=256, disk=DISK, dsm="qemu").encode())
+    return host
 
 
 def virsh(xen: XenHost, command: str) -> str:
@@ -156,9 +150,9 @@ def test_bad_blocks_are_told_and_warned_of(xen: XenHost) -> None:
     """The kernel is told of some, a MiB into the file."""
     plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db1.xml").stdout)
     namespaces = json.loads(xen.check(f"{operator.NVDIMMCTL} host").stdout)["namespaces"]
-    (start,) = (each["data_spa"] for each in namespaces if each["device"] == "pmem0")
+    (start,) = (each["data_spa"] for each in namespaces if each["device"] == "pmem2")
     sector = (plan["locations"][0]["extents"][0]["spa"] + MIB - start) // 512
-    xen.check(f"echo '{sector} 8' >/sys/block/pmem0/badblocks")
+    xen.check(f"echo '{sector} 8' >/sys/block/pmem2/badblocks")
     assert "warning: bad at 0x100000, 4 KiB" in xen.check(f"{operator.NVDIMMCTL} plan /root/db1.xml").stdout
     first, second = operator.show(xen, "db1")["nvdimms"]
     assert (first["bad_blocks"], first["problem"]) == ([{"offset": MIB, "length": 4096}], None)
