@@ -128,7 +128,7 @@ def check_usage(usage: PoolUsage) -> Finding:
     check = f"pool {usage.pool.name}"
     if usage.space is None:
         return failed(check, "; ".join(usage.problems), "correct what is wrong, or take it out of the configuration")
-    what = f"{usage.pool.kind}, {human(usage.space.capacity)}, {human(usage.space.free)} free"
+    what = f"{usage.pool.kind}, {human(usage.space.capacity)}"
     if usage.problems:
         return warned(
             check, f"{what}: {'; '.join(usage.problems)}", f"'nvdimmctl pool show {usage.pool.name}' says more"

@@ -119,6 +119,7 @@ def test_a_folder_that_takes_no_file() -> None:
 
 
 def test_a_sick_pool() -> None:
+    assert pmem.check_usage(usage()).message == "fsdax, 1 GiB"
     found = pmem.check_usage(usage(problems=("region0: read-only",)))
     assert found.result == Result.WARN
     assert "region0: read-only" in found.message
