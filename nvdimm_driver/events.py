@@ -35,7 +35,8 @@ class Event:
     """Something that happened to a domain.
 
     :ivar domid: None when the domain did not run.
-    :ivar detail: what else there is to say; sizes are in bytes, times in the unit that their name ends with.
+    :ivar detail: what else there is to say; sizes are in bytes, times in the unit that their name ends with. No key is
+        one that an event or a log line has anyway: id, time, event, domain, uuid, domid, program, pid, level.
     :ivar id: its number in the ledger; 0 for one that is not there (yet).
     :ivar time: seconds since the epoch.
     """

@@ -92,14 +92,14 @@ def supervise(
         began = time.monotonic()
         child, said = _fork(partial(serve, early >= REFUSE_AFTER))
         if said == SERVING:
-            tell("label-server-started", {"pid": child, "answers": "no" if early >= REFUSE_AFTER else "yes"})
+            tell("label-server-started", {"server_pid": child, "answers": "no" if early >= REFUSE_AFTER else "yes"})
         if not early:
             os.write(pipe, said)
         _, status = os.waitpid(child, 0)
         if not status or (not early and said != SERVING):
             return
         early = 1 if time.monotonic() - began > LASTING_SECONDS else early + 1
-        tell("label-server-gone", {"pid": child, "status": os.waitstatus_to_exitcode(status)})
+        tell("label-server-gone", {"server_pid": child, "status": os.waitstatus_to_exitcode(status)})
         time.sleep(min(0.1 * 2**early, 5))
     LOG.error("gave up: label requests of this guest get no answer, and their vCPU waits for ever; destroy the domain")
 

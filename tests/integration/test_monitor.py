@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -52,7 +54,8 @@ def ledger(tmp_path: Path) -> Ledger:
 def monitor(folder: Path, *words: str) -> subprocess.Popen[str]:
     """The command on its own, on that ledger."""
     command = [str(NVDIMMCTL), "--config-file", str(folder / "conf"), "monitor", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -171,17 +174,22 @@ def follow(folder: Path, ledger: Ledger, *words: str) -> subprocess.Popen[str]:
     """A monitor that has printed its first event."""
     ledger.happened("undefined", UUID.format(1))
     process = monitor(folder, "--since", "0", *words)
-    assert process.stdout is not None
-    assert json.loads(process.stdout.readline())["id"] == 1
+    assert next_id(process) == 1
     return process
+
+
+def next_id(process: subprocess.Popen[str]) -> int:
+    """The number of the event that it prints next."""
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], DEADLINE)[0], "it printed nothing"
+    return int(json.loads(process.stdout.readline())["id"])
 
 
 def test_it_follows_until_it_is_interrupted(tmp_path: Path, ledger: Ledger) -> None:
     process = follow(tmp_path, ledger)
-    assert process.stdout is not None
     for number in (2, 3):
         ledger.happened("undefined", UUID.format(1))
-        assert json.loads(process.stdout.readline())["id"] == number
+        assert next_id(process) == number
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out, err) == (0, "", "")
