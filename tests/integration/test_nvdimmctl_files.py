@@ -278,6 +278,21 @@ def test_export_gives_the_same_bytes_sparsely(operator: Operator) -> None:
     assert copy.read_bytes() == path.read_bytes()
 
 
+def test_an_export_to_a_full_disk_goes_on_when_there_is_room(operator: Operator) -> None:
+    path, small = operator.fs.root / "a", operator.folder / "small"
+    path.write_bytes(os.urandom(SIZE))
+    small.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=8M", "none", small)
+    try:
+        said = operator.run("export", path, small / "copy", status=1).stderr
+        assert f"{path}: No space left on device (make room" in said
+        run("mount", "-o", "remount,size=32M", small)
+        operator.run("export", path, small / "copy")
+        assert (small / "copy").read_bytes() == path.read_bytes()
+    finally:
+        run("umount", small)
+
+
 def test_an_interrupted_export_goes_on(operator: Operator) -> None:
     path, copy = operator.fs.root / "a", operator.folder / "copy"
     path.write_bytes(os.urandom(SIZE))
