@@ -6,11 +6,12 @@ All of this can be interrupted, by KeyboardInterrupt too, and done again: what w
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from nvdimm_driver import claims, copying, domxml
 from nvdimm_driver.backing import label_index, outside
+from nvdimm_driver.backing.files import HINTS
 from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError
 from nvdimm_driver.ledger import Ledger
@@ -78,7 +79,7 @@ class Contents:
         :raises UnsupportedError: when it is an image that is not raw.
         :raises RefusedError: when the pools do not have the path, or something is there.
         """
-        with outside.open_source(source) as content:
+        with _told(source), outside.open_source(source) as content:
             outside.check_raw(source, content.read(0, min(PAGE, content.size)))
             found = _label_size(content)
             size = _checked_size(source, content.size if size is None else size)
@@ -104,9 +105,10 @@ class Contents:
         """
         if not running:
             self._check_off(spec.path)
-        claims.check_free(self.ledger, destination, None)
+        claims.check_free(self.ledger, destination, self._identity(destination))
         backing = backing_of(self.backings, spec.path)
         with (
+            _told(spec.path),
             backing.open_bytes(spec) as content,
             outside.open_destination(destination, spec.size, overwrite=overwrite) as copy,
         ):
@@ -134,7 +136,7 @@ class Contents:
         self.pools.check_place(spec.path)
         self._check_same(spec.path, identity)
         backing = backing_of(self.backings, spec.path)
-        with backing.open_bytes(spec, write=True) as content:
+        with _told(spec.path), backing.open_bytes(spec, write=True) as content:
             self._check_off(spec.path)  # from here on, a start fails as long as this is open
             copying.wipe(content, watch("wiping"))
 
@@ -187,6 +189,15 @@ class Contents:
             return backing_of(self.backings, path).locate(NvdimmSpec(0, path, PAGE)).identity
         except BackingError:
             return None
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """What the system says of bytes that are read or written is reported with what was worked on."""
+    try:
+        yield
+    except OSError as error:
+        raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
 
 
 def _checked_size(path: str, size: int) -> int:

@@ -13,12 +13,14 @@ from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.errors import BackingError
 
-_HINTS = {
+HINTS = {
     errno.EPERM: "is it immutable (lsattr, chattr -i)?",
     errno.EACCES: "only root may use backings",
     errno.ENOSPC: "make room, or ask for less",
     errno.EROFS: "mount it read-write",
+    errno.EIO: "look at the kernel's log; 'nvdimmctl show' and 'pool show' tell of bad blocks",
 }
+"""What to do about what the system says, by errno."""
 
 
 class File(NamedTuple):
@@ -91,7 +93,7 @@ def opened(path: str, flags: int) -> Iterator[int]:
         finally:
             os.close(fd)
     except OSError as error:
-        raise BackingError(f"{path}: {error.strerror}", hint=_HINTS.get(error.errno or 0, "")) from error
+        raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
 
 
 def sync_directory(path: str) -> None:

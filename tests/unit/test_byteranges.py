@@ -91,6 +91,20 @@ def test_a_file_that_becomes_shorter(file: Path) -> None:
     file.unlink()
 
 
+def test_each_write_is_made_durable(file: Path) -> None:
+    """In what is mapped from a page in front of the range; there is no sync for it later."""
+    file.write_bytes(CONTENT[:FILE_SIZE])
+    durable: list[tuple[int, bytes]] = []
+    fd = os.open(file, os.O_RDWR)
+    area = MappedBytes(fd, 100, 8000, persist=lambda memory, at, length: durable.append((at, memory[at : at + length])))
+    os.close(fd)
+    area.write(5, b"one")
+    area.write(7997, b"two")
+    assert durable == [(105, b"one"), (8097, b"two")]
+    area.close()
+    file.unlink()
+
+
 def test_without_libpmem() -> None:
     with pytest.raises(UnsupportedError, match=r"libpmem.so.0 cannot be loaded.*libpmem1"):
         Pmdk("libpmem.so.0")

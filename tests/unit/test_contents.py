@@ -19,10 +19,10 @@ from nvdimm_driver.errors import (
     UnsupportedError,
 )
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress
-from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools import Pools
 from tests.unit import doubles
-from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, MemoryBytes, RecordingMapper, make_driver
 from tests.unit.label_areas import label_area
 
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
@@ -252,6 +252,19 @@ def test_a_domain_that_was_started_meanwhile_spoils_the_copy(defined: Host, tmp_
     with pytest.raises(InUseError, match="db1 is running"):
         defined.contents.copy_out(spec(), str(tmp_path / "copy"), start, overwrite=False, running=False)
     assert not (tmp_path / "copy").exists()
+
+
+def test_what_the_system_says_is_told_with_the_path(defined: Host, tmp_path: Path) -> None:
+    class Broken(MemoryBacking):
+        def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+            opened = MemoryBytes(b"x" * SIZE)
+            opened.broken = OSError(28, "No space left on device")
+            return opened
+
+    backing = Broken()
+    contents = make_driver(tmp_path, backing, RecordingMapper()).contents
+    with pytest.raises(BackingError, match=rf"{B}1: No space left on device .make room"):
+        contents.wipe(spec(f"{B}1"), watch)
 
 
 def test_a_domains_backing_is_no_destination(defined: Host) -> None:

@@ -31,6 +31,7 @@ class Provision(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver import domxml
+        from nvdimm_driver.cmd.ctl import render
 
         driver = up_to_date(self.app)
         path = _placed(driver, parsed_args.pool, parsed_args.path)
@@ -47,6 +48,8 @@ class Provision(Action):
                 "overwrites that",
                 file=sys.stderr,
             )
+        for line in render.advice(spec.visible_size):
+            print(f"{path}: {line}", file=sys.stderr)
         print(domxml.memory_device(spec))
 
 

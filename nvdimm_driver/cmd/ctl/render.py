@@ -73,6 +73,12 @@ def state(record: Record, item: Allocation) -> str:
     return "free" if record.attachment is None else record.attachment.state
 
 
+def advice(visible: int) -> Iterator[str]:
+    """What to think of when a guest sees so many bytes."""
+    if visible % LINUX_NAMESPACE_ALIGN:
+        yield f"advice: Linux makes namespaces of multiples of {human(LINUX_NAMESPACE_ALIGN)} only"
+
+
 def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
     """What becomes of a domain's backings when it gives them up."""
     wiped = {each.spec.path for each in driver.contents.to_wipe(item)}
@@ -197,8 +203,7 @@ def _layout(plan: Plan) -> Iterator[str]:
     yield f"Guest-physical layout: RAM {human(plan.layout.ram)}, up to {plan.layout.highmem_end:#x}"
     for item in plan.layout.nvdimms:
         yield f"  {item.base:#x} - {item.end - 1:#x}: slot {item.slot}, handle {item.handle:#x}, {human(item.size)}"
-        if item.size % LINUX_NAMESPACE_ALIGN:
-            yield f"    advice: Linux makes namespaces of multiples of {human(LINUX_NAMESPACE_ALIGN)} only"
+        yield from (f"    {line}" for line in advice(item.size))
 
 
 def _mappings(plan: Plan) -> Iterator[str]:
