@@ -1,6 +1,7 @@
-"""Sphinx configuration: the HTML pages, and the man page nvdimmctl(8) from commands.rst."""
+"""Sphinx configuration: the HTML pages, and the man pages: of nvdimmd, nvdimmctl, and each of its commands."""
 
 import sys
+from importlib.metadata import entry_points
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -20,8 +21,15 @@ html_title = f"nvdimm_driver {release}"
 html_show_sphinx = False
 html_copy_source = False
 
+commands = {entry.name.replace("_", "-"): entry for entry in entry_points(group="nvdimm_driver.nvdimmctl")}
+
 # source, name, description, authors, section
 man_pages = [
     ("commands", "nvdimmctl", "persistent memory for Xen domains managed by libvirt", [], 8),
     ("nvdimmd", "nvdimmd", "between libvirt's clients and libvirtd, for Xen domains with NVDIMMs", [], 8),
+    ("commands/complete", "nvdimmctl-complete", "print a script for bash's completion", [], 8),
+    *[
+        (f"commands/{name}", f"nvdimmctl-{name}", entry.load().__doc__.splitlines()[0].rstrip("."), [], 8)
+        for name, entry in commands.items()
+    ],
 ]
