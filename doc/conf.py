@@ -1,7 +1,7 @@
 """Sphinx configuration: the HTML pages, and the man pages: of nvdimmd, nvdimmctl, and each of its commands."""
 
+import re
 import sys
-from importlib.metadata import entry_points
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -21,15 +21,12 @@ html_title = f"nvdimm_driver {release}"
 html_show_sphinx = False
 html_copy_source = False
 
-commands = {entry.name.replace("_", "-"): entry for entry in entry_points(group="nvdimm_driver.nvdimmctl")}
+overview = (Path(__file__).parent / "commands.rst").read_text(encoding="utf-8")
+commands = re.findall(r"^:doc:`[a-z ]+ <(commands/([a-z-]+))>`\n   (.+)\.$", overview, re.MULTILINE)
 
 # source, name, description, authors, section
 man_pages = [
     ("commands", "nvdimmctl", "persistent memory for Xen domains managed by libvirt", [], 8),
     ("nvdimmd", "nvdimmd", "between libvirt's clients and libvirtd, for Xen domains with NVDIMMs", [], 8),
-    ("commands/complete", "nvdimmctl-complete", "print a script for bash's completion", [], 8),
-    *[
-        (f"commands/{name}", f"nvdimmctl-{name}", entry.load().__doc__.splitlines()[0].rstrip("."), [], 8)
-        for name, entry in commands.items()
-    ],
+    *[(page, f"nvdimmctl-{name}", re.sub(r"[*`\\]", "", what), [], 8) for page, name, what in commands],
 ]
