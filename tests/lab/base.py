@@ -27,7 +27,7 @@ DOM0_PACKAGES = (
     "libvirt-daemon-system",
     "ndctl",
     "procps",
-    "python3-cffi-backend",
+    "python3-cffi",
     "python3-cliff",
     "python3-libvirt",
     "python3-lxml",
