@@ -207,12 +207,12 @@ def test_the_socket_of_a_modular_daemon_is_moved_and_brought_back(xen: XenHost) 
 
 
 def test_purge_leaves_the_data_and_libvirtd(xen: XenHost) -> None:
-    before = operator.host_sha256(xen, NVDIMMS[0][0], 0, 16 * MIB)
+    before = operator.host_sha256(xen, NVDIMMS[0][0], 0, MIB)
     xen.check(f"{operator.NVDIMMCTL} register")
     said = xen.check("dpkg --purge nvdimm-driver").stdout
     for line in (f"kept {NVDIMMS[0][0]}, of domain db1", "nvdimm-driver: kept /var/lib/nvdimm-driver"):
         assert line in said
-    assert operator.host_sha256(xen, NVDIMMS[0][0], 0, 16 * MIB) == before
+    assert operator.host_sha256(xen, NVDIMMS[0][0], 0, MIB) == before
     assert "not be found" in xen.run("systemctl status nvdimmd.service nvdimmd.socket").stderr
     left = xen.run("find /etc /usr /lib/systemd -name '*nvdimmd*' -o -name '*nvdimm-d*' -o -name 50-nvdimm").stdout
     assert left.split() == ["/etc/nvdimm-driver", "/etc/nvdimm-driver/nvdimm-driver.conf.d"], (
