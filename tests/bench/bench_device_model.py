@@ -26,8 +26,8 @@ for _ in range(15):
 
 def main() -> None:
     with XenHost(build()) as host:
-        operator.make_pmem(host)
         operator.install_driver(host)
+        operator.make_pmem(host)
         nvdimms = [operator.nvdimm("/mnt/pmem0/bench.img", 256), operator.nvdimm("/dev/pmem1", 256)]
         operator.define(host, NAME, nvdimms)
         for _ in range(STARTS):

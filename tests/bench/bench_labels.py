@@ -53,8 +53,8 @@ def measure(host: XenHost, dsm: str) -> None:
 
 def main() -> None:
     with XenHost(build()) as host:
-        operator.make_pmem(host)
         operator.install_driver(host)
+        operator.make_pmem(host)
         host.put(host.images.guest_tools_disk, DISK)
         for dsm in ("none", "aml", "qemu"):
             measure(host, dsm)

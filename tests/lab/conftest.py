@@ -50,10 +50,10 @@ def host(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
 def driver_host(host: XenHost) -> XenHost:
     """The shared host with the driver installed, /mnt/pmem0 (DAX) and /dev/pmem1 (raw).
 
-    Namespaces are made once: taking one down crashes a PV dom0 of this kernel. nvdimmd reads the pools when it starts.
+    Namespaces are made once: taking one down crashes a PV dom0 of this kernel.
     """
-    operator.make_pmem(host)
     operator.install_driver(host)
+    operator.make_pmem(host)
     return host
 
 

@@ -71,11 +71,11 @@ def main() -> int:
 def tell(story: Story, host: XenHost) -> None:
     """The story on a running host."""
     story.tell(host.check("xl info | grep -E 'xen_version|release|virt_caps'").stdout)
+    with story.part("Install nvdimm_driver in dom0 and register it with libvirt"):
+        operator.install_driver(host)
     with story.part("Make a fsdax namespace with a DAX file system, and a raw namespace"):
         operator.make_pmem(host)
     story.tell(host.check("ndctl list -N -u | grep -E 'dev|mode|size'; grep pmem0 /proc/mounts").stdout)
-    with story.part("Install nvdimm_driver in dom0 and register it with libvirt"):
-        operator.install_driver(host)
     with story.part("Define a guest with two NVDIMMs from etc/examples/guest.xml"):
         host.put(host.images.guest_disk, "/var/lib/libvirt/images/pmem-guest.img")
         host.put(PROJECT / "etc/examples/guest.xml", "/root/guest.xml")
