@@ -151,7 +151,7 @@ class _Look:
         if file.frozen and file.path not in started:
             yield self._frozen(file, owner[0].name if owner else mark.name if mark else "", mark)
         if owner is None and file.owner is not None:
-            yield self._unknown(file, mark)
+            yield from self._unknown(file, mark)
 
     def _frozen(self, file: Surveyed, name: str, mark: Mark | None) -> Finding:
         told = partial(Finding, name, file.path, "it is frozen, and no start that is known has it")
@@ -160,21 +160,24 @@ class _Look:
                 return told(f"shut the guest with domid {domid} down first: it may be its own")
         return told("thaw it", partial(backing_of(self.driver.backings, file.path).thaw, file.path))
 
-    def _unknown(self, file: Surveyed, mark: Mark | None) -> Finding:
+    def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Finding]:
         backing = backing_of(self.driver.backings, file.path)
         unmark = partial(backing.mark, file.path, None)
         if mark is None:
-            return Finding("", file.path, "its mark cannot be read", "take the mark away", unmark)
+            yield Finding("", file.path, "its mark cannot be read", "take the mark away", unmark)
+            return
         known = next((each for each in self.records if each.uuid == mark.uuid), None)
         slots = {item.spec.slot: item for item in known.allocations} if known else {}
         told = partial(Finding, mark.name, file.path)
         if mark.spec.slot in slots:
             kept = slots[mark.spec.slot].spec.path
-            return told(f"its mark says slot {mark.spec.slot}, which is {kept}", "take the mark away", unmark)
+            if backing.exists(kept):  # else it was moved, of which _gone tells
+                yield told(f"its mark says slot {mark.spec.slot}, which is {kept}", "take the mark away", unmark)
+            return
         record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
         item = Allocation(mark.uuid, mark.spec, base=mark.base)
         problem = f"its mark says slot {mark.spec.slot} of {mark.name} ({mark.uuid}), which the ledger does not know"
-        return told(problem, "write it into the ledger", partial(self._adopt, backing, record, item))
+        yield told(problem, "write it into the ledger", partial(self._adopt, backing, record, item))
 
     def _mark(self, file: Surveyed) -> Mark | None:
         if file.owner is None:

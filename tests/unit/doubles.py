@@ -125,6 +125,10 @@ class MemoryBacking(Backing):
         if owner is not None:
             self.marks[path] = owner
 
+    def move(self, source: str, target: str) -> None:
+        self.files[target] = self.files.pop(source)
+        self.marks[target] = self.marks.pop(source)
+
     def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
         if self.fail_space:
             raise BackingError(self.fail_space)

@@ -78,6 +78,24 @@ def test_a_ledger_that_is_behind(driver: XenNvdimmDriver) -> None:
     assert driver.ledger.domain(UUID) == before
 
 
+def test_a_file_that_was_moved(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    backing.move(A, "/mnt/pmem0/other")
+    assert [each.problem for each in look(driver)] == ["it is not there; it was moved to /mnt/pmem0/other"]
+    assert mend(driver) == []
+    assert set(backing.files) == {A, B}
+
+
+def test_a_file_that_is_gone(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    del backing.files[A], backing.marks[A]
+    assert [(each.path, each.problem) for each in look(driver)] == [(A, "it is not there")]
+    assert mend(driver) == []
+    record = driver.ledger.domain(UUID)
+    assert record
+    assert [item.ready for item in record.allocations] == [False, True]
+    driver.define(domain((A, 64 * MIB), (B, 32 * MIB)))
+    assert look(driver) == []
+
+
 def test_a_copy_with_a_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     backing.files["/mnt/pmem0/copy"] = (500, 64 * MIB)
     backing.marks["/mnt/pmem0/copy"] = backing.marks[A]
