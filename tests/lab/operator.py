@@ -71,12 +71,6 @@ def start_nvdimmd(host: XenHost) -> None:
     )
 
 
-def restart_nvdimmd(host: XenHost) -> None:
-    """What 'systemctl restart nvdimmd' does: options are read anew."""
-    stop_nvdimmd(host)
-    start_nvdimmd(host)
-
-
 def make_pmem(host: XenHost, file_system: str = "ext4", mode: str = "raw") -> None:
     """Make two pools: /mnt/pmem0, a DAX file system, and /dev/pmem1, a raw namespace, or /dev/dax1.0 in mode devdax."""
     kind, device = POOL_DEVICES[mode]
@@ -85,8 +79,6 @@ def make_pmem(host: XenHost, file_system: str = "ext4", mode: str = "raw") -> No
         f"set -e\nndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem\n{MAKE_FILE_SYSTEM[file_system]}\n"
         f"mkdir -p /mnt/pmem0\nmount -o dax /dev/pmem0 /mnt/pmem0\n{MAKE_NAMESPACE[mode]}"
     )
-    if host.exists(NVDIMMD_PID):
-        restart_nvdimmd(host)  # it reads what pools there are when it starts
 
 
 def nvdimm(path: str, size_mib: int, *, label_kib: int = 0, attributes: str = "access='shared'", more: str = "") -> str:

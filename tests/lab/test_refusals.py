@@ -47,15 +47,13 @@ def refused(xen: XenHost, nvdimm: str) -> str:
 
 @contextmanager
 def configured(xen: XenHost, text: str) -> Iterator[None]:
-    """With this in the configuration, too."""
+    """With this in the configuration, too, which nvdimmd reads at each use."""
     file = "/etc/nvdimm-driver/nvdimm-driver.conf.d/test.conf"
     xen.write(file, text.encode())
-    operator.restart_nvdimmd(xen)
     try:
         yield
     finally:
         xen.check(f"rm {file}")
-        operator.restart_nvdimmd(xen)
 
 
 def test_a_file_in_no_pool(xen: XenHost) -> None:
