@@ -152,5 +152,6 @@ def test_a_file_that_is_gone(xen: XenHost) -> None:
     assert operator.show(xen, NAME)["nvdimms"][0]["identity"] is None
     result = xen.run(f"{operator.VIRSH} start {NAME}")
     assert "is not provisioned" in result.stderr
-    xen.check(f"{operator.VIRSH} define /root/{NAME}.xml && rm /root/away")
+    again = "/root/again.xml"
+    xen.check(f"{operator.VIRSH} dumpxml {NAME} >{again} && {operator.VIRSH} define {again} && rm /root/away")
     assert operator.show(xen, NAME)["nvdimms"][0]["identity"] is not None

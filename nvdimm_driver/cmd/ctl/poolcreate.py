@@ -185,7 +185,7 @@ def _run(words: tuple[str, ...]) -> str:
     except FileNotFoundError as error:
         raise ConfigError(f"there is no {words[0]} on this host", hint=f"apt install {_package(words[0])}") from error
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).replace("\n", "; ")
+        said = (done.stderr.strip() or done.stdout.strip()).split("\nUsage:")[0].replace("\n", "; ")
         raise ConfigError(f"'{shlex.join(words)}' failed: {said or f'status {done.returncode}'}")
     return done.stdout
 
