@@ -6,7 +6,7 @@ DEB := dist/nvdimm-driver_$(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog
 DEB_SOURCES := setup.py pyproject.toml README.md $(shell find debian doc etc nvdimm_driver -type f \
 	! -path '*/__pycache__/*' ! -path 'doc/_build/*' ! -name _xen.py)
 
-.PHONY: demo test check doc deb lab sample clean
+.PHONY: demo test check doc docs deb lab sample clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
@@ -23,6 +23,8 @@ check: $(VENV)/.ready
 doc: $(VENV)/.ready
 	$(BIN)/sphinx-build -W --keep-going -q -b html doc doc/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b man doc doc/_build/man
+
+docs: doc
 
 deb: $(DEB)
 
