@@ -135,6 +135,7 @@ class Contents:
         """
         self.pools.check_place(spec.path)
         self._check_same(spec.path, identity)
+        self._check_off(spec.path)  # what a domain runs with cannot be opened for writing
         backing = backing_of(self.backings, spec.path)
         with _told(spec.path), backing.open_bytes(spec, write=True) as content:
             self._check_off(spec.path)  # from here on, a start fails as long as this is open

@@ -17,13 +17,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a host of their own come last: the first of them ends the shared one, as only one can run."""
+    """By host, as only one can run: the shared one, which the others end, then those of a test, then systemd's."""
+    hosts = ("host", "fresh_host", "systemd_host")
 
-    def has_its_own(item: pytest.Item) -> bool:
+    def order(item: pytest.Item) -> int:
         names = getattr(item, "fixturenames", ())
-        return "shared_hosts" in names and "host" not in names
+        return next((place for place, name in enumerate(hosts) if name in names), -1)
 
-    items.sort(key=has_its_own)
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +66,7 @@ def systemd_host(
     for shared in shared_hosts:
         shared.stop()
     folder = tmp_path_factory.mktemp("nvdimms")
-    nvdimms = [Nvdimm(folder / f"pmem{number}.img", size) for number, size in enumerate((GIB, GIB // 2, GIB))]
+    nvdimms = [Nvdimm(folder / f"pmem{number}.img", size) for number, size in enumerate((GIB, GIB, GIB))]
     arguments = "lab.init=/sbin/init systemd.wants=lab-agent.service"
     with XenHost(images, nvdimms, linux_args=arguments, keep_disk=True, boot_timeout=400) as host:
         host.check("systemctl is-system-running --wait || true")

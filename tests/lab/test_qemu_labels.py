@@ -173,5 +173,6 @@ def test_it_goes_with_its_domain_and_comes_with_the_next(driver_host: XenHost, g
     driver_host.check(f"{operator.VIRSH} destroy {NAME}")
     wait_for_their_end(driver_host)
     assert "(null)" not in driver_host.check("xl list").stdout
-    assert json.loads(driver_host.check(f"{operator.NVDIMMCTL} list -f json").stdout)[0]["State"] != "mapped"
+    listed = json.loads(driver_host.check(f"{operator.NVDIMMCTL} list -f json").stdout)
+    assert {row["State"] for row in listed if row["Domain"] == NAME} == {"free"}
     assert "i" not in driver_host.check(f"lsattr {FILE}").stdout.split()[0]

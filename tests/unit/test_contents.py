@@ -290,6 +290,7 @@ def test_what_runs_is_not_wiped(defined: Host) -> None:
     with pytest.raises(InUseError, match="db1 is running"):
         defined.contents.wipe(spec(), watch)
     assert defined.backing.contents[A] == content
+    assert defined.backing.opened == [], "its file is immutable"
 
 
 def test_what_was_put_in_the_place_of_a_domains_backing_is_neither_wiped_nor_deleted(defined: Host) -> None:
