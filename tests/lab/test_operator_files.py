@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -18,19 +18,6 @@ MIB = 1 << 20
 SIZE_MIB, LABEL_KIB = 34, 2048
 FIRST, SECOND = "/mnt/pmem0/first.img", "/mnt/pmem0/second.img"
 COPY, DISK = "/root/copy.img", "/tmp/guest-tools.img"
-LIBPMEM = "/usr/lib/x86_64-linux-gnu/libpmem.so.1"
-# What Linux says to whoever wants to make stores to a device-dax device durable.
-SYNC_DEVDAX = """\
-import mmap, os
-fd = os.open("/dev/dax1.0", os.O_RDWR)
-with mmap.mmap(fd, 2 << 20) as memory:
-    memory[0] = 1
-    for sync in (lambda: os.fsync(fd), memory.flush):
-        try:
-            sync()
-        except OSError as error:
-            print(error.errno)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +97,3 @@ def test_a_raw_namespace_is_wiped_and_copied(xen: XenHost) -> None:
     assert len(exported) == 64
     xen.check(f"rm /root/before {COPY}-raw")
     nvdimmctl(xen, "wipe -y /dev/pmem1")
-
-
-def test_device_dax_is_wiped_with_libpmem(fresh_host: Callable[..., XenHost]) -> None:
-    xen = fresh_host()
-    xen.start()
-    operator.install_driver(xen)
-    operator.make_pmem(xen, mode="devdax")
-    xen.write("/root/sync.py", SYNC_DEVDAX.encode())
-    assert xen.check("python3 /root/sync.py").stdout.split() == ["22", "22"], "EINVAL: neither fsync nor msync"
-    assert "install it (Debian: libpmem1)" in nvdimmctl(xen, "wipe -y /dev/dax1.0", 1).stderr
-    with open(LIBPMEM, "rb") as file:
-        xen.write(LIBPMEM, file.read())
-    size = int(xen.check("cat /sys/bus/dax/devices/dax1.0/size").stdout)
-    filled = nvdimmctl(xen, f"export /dev/dax1.0 {COPY}").stdout.split()[0]
-    nvdimmctl(xen, "wipe -y /dev/dax1.0")
-    assert operator.host_sha256(xen, "/dev/dax1.0", 0, size) == sha256(bytes(size)).hexdigest()
-    nvdimmctl(xen, f"import {COPY} --pool device --name dax1.0 --force")
-    assert operator.host_sha256(xen, "/dev/dax1.0", 0, size) == filled
