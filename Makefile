@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
 test: $(VENV)/.ready check doc deb
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

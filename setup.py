@@ -30,6 +30,7 @@ setup(
             "lxml-stubs",
             "mypy",
             "pytest",
+            "pytest-xdist",
             "ruff",
         ],
         "doc": ["furo", "sphinx"],

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ LINUX_ARGS = "rdinit=/init console=hvc0 quiet loglevel=4 net.ifnames=0"
 SHARE = "/mnt/share"
 # Bytes above which a file travels by the shared folder and not through the agent's channel.
 CHANNEL_LIMIT = 256 << 10
+NETWORK_CARD, ADDRESS = "eth0", "10.0.2.15"
 TAIL = 4000
 LOCK = Path("/tmp/nvdimm-driver-lab.lock")
 
@@ -213,6 +215,16 @@ class XenHost:
         _remove(self.share / shared)
         return data
 
+    def forward(self, port: int) -> int:
+        """A TCP port of this machine's loopback that leads to `port` in a dom0 without systemd."""
+        self.check(f"ip link set {NETWORK_CARD} up; ip address replace {ADDRESS}/24 dev {NETWORK_CARD}")
+        self._monitor(f"hostfwd_add net tcp:127.0.0.1:0-{ADDRESS}:{port}")
+        connections = self._monitor("info usernet")
+        forwarded = re.search(rf"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+{port}\s", connections)
+        if not forwarded:
+            raise LabError(f"QEMU forwards no port to {ADDRESS}:{port}")
+        return int(forwarded[1])
+
     @property
     def console_socket(self) -> Path:
         """A unix socket with the host's serial console, on which dom0 runs a shell."""
@@ -278,6 +290,7 @@ class XenHost:
             *("-chardev", f"socket,id=agent,path={run}/agent.sock,server=on,wait=off"),
             *("-device", "virtserialport,chardev=agent,name=nvdimm.lab.agent"),
             *("-chardev", f"socket,id=console,path={self.console_socket},server=on,wait=off,logfile={run}/console.log"),
+            *("-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net,romfile="),
             *("-serial", "chardev:console", "-monitor", f"unix:{run}/monitor.sock,server=on,wait=off"),
             *self._qemu_args,
         ]
@@ -312,12 +325,14 @@ class XenHost:
         said = log.read_text(errors="replace")[-TAIL:] if log.exists() else ""
         return f"run folder: {self.run_folder}\nQEMU: {said}\nend of the console:\n{self.console()[-TAIL:]}"
 
-    def _monitor(self, command: str) -> None:
+    def _monitor(self, command: str) -> str:
+        """What QEMU's monitor answers."""
         with socket.socket(socket.AF_UNIX) as monitor:
             monitor.connect(str(self.run_folder / "monitor.sock"))
             monitor.sendall(command.encode() + b"\n")
-            while monitor.recv(1 << 12):
-                continue
+            monitor.shutdown(socket.SHUT_WR)
+            with monitor.makefile() as answer:
+                return answer.read()
 
     def _kill(self) -> None:
         if self._agent is not None:
