@@ -217,7 +217,8 @@ class XenHost:
 
     def forward(self, port: int) -> int:
         """A TCP port of this machine's loopback that leads to `port` in a dom0 without systemd."""
-        self.check(f"ip link set {NETWORK_CARD} up; ip address replace {ADDRESS}/24 dev {NETWORK_CARD}")
+        up = f"ip link set {NETWORK_CARD} up && ip address replace {ADDRESS}/24 dev {NETWORK_CARD}"
+        self.check(f"modprobe virtio_net && {up}")
         self._monitor(f"hostfwd_add net tcp:127.0.0.1:0-{ADDRESS}:{port}")
         connections = self._monitor("info usernet")
         forwarded = re.search(rf"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+{port}\s", connections)
