@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
 test: $(VENV)/.ready check doc deb
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 -p tests.one_lab
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -16,9 +16,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lab: needs a Xen host under emulation; minutes, not seconds")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All go to one worker, by host, as only one can run: the shared one, which the others end, a test's, systemd's."""
+    """By host, as only one can run: the shared one, which the others end, then those of a test, then systemd's."""
     hosts = ("host", "fresh_host", "systemd_host")
 
     def order(item: pytest.Item) -> int:
@@ -26,9 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((place for place, name in enumerate(hosts) if name in names), -1)
 
     items.sort(key=order)
-    for item in items:
-        if item.get_closest_marker("lab"):
-            item.add_marker(pytest.mark.xdist_group("lab"))
 
 
 @pytest.fixture(scope="session")
