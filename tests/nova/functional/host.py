@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nvdimm_driver import domxml
@@ -17,12 +19,12 @@ from nvdimm_driver.backing.inventory import namespaces
 from nvdimm_driver.conf import configured_pools, load
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.ledger import Ledger
-from nvdimm_driver.model import GIB, Record
+from nvdimm_driver.model import GIB, Location, NvdimmSpec, Record
 from nvdimm_driver.planning import Host
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.xen.dry_run import DryRunMapper
 from tests.integration.loop_backing import LoopBacking
-from tests.integration.loop_pmem import FileSystem
+from tests.integration.loop_pmem import SPA, FileSystem
 
 PROJECT = Path(__file__).parents[3]
 NVDIMMCTL = Path(sys.executable).with_name("nvdimmctl")
@@ -37,6 +39,7 @@ builder = native
 # Every call is noted, so that a test can tell what came before what.
 COMMAND = """#!/bin/sh
 echo "$*" >>{folder}/calls
+while [ -e "{folder}/hold-$1" ]; do sleep 0.1; done
 PYTHONPATH={folder}/packages:{project} exec {nvdimmctl} --config-file {folder}/conf "$@"
 """
 
@@ -98,6 +101,21 @@ class PmemHost:
     def forget_calls(self) -> None:
         self.calls_file.unlink(missing_ok=True)
 
+    def write(self, pool: str, name: str, data: bytes) -> None:
+        """Write at the start of a namespace as a guest does: to the memory, past the file system."""
+        path = self.path(pool, name)
+        subprocess.run(["sync", "-f", path], check=True)
+        start = self._location(path).extents[0].spa - SPA
+        with open(self.fs.image, "r+b", buffering=0) as image:
+            image.seek(start)
+            image.write(data)
+        with open(path, "rb") as file:  # what the page cache has of it is not what the memory has now
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read(self, pool: str, name: str) -> bytes:
+        """All that the memory of a namespace has."""
+        return self.fs.stored(self._location(self.path(pool, name)))
+
     def claimed(self) -> dict[str, str]:
         """The uuid of the domain that has each claimed path."""
         return {item.spec.path: record.uuid for record in self._records() for item in record.allocations}
@@ -109,6 +127,16 @@ class PmemHost:
     def mount(self, options: str) -> None:
         """Mount the file system anew: ``ro`` is what a kernel makes of one with errors."""
         subprocess.run(["mount", "-o", f"remount,{options}", self.fs.root], check=True)
+
+    @contextmanager
+    def held(self, verb: str) -> Iterator[None]:
+        """nvdimmctl does not begin with that verb before this ends."""
+        hold = self.folder / f"hold-{verb}"
+        hold.touch()
+        try:
+            yield
+        finally:
+            hold.unlink()
 
     # --- what nvdimmd and the hook do with the driver ---
 
@@ -133,6 +161,9 @@ class PmemHost:
         for uuid in self.running():
             self.stop(uuid)
         self.driver.ledger.close()
+
+    def _location(self, path: Path) -> Location:
+        return self.fs.backing.locate(NvdimmSpec(0, str(path), path.stat().st_size))
 
     def _records(self) -> tuple[Record, ...]:
         return self.driver.ledger.domains()
