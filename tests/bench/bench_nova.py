@@ -1,0 +1,159 @@
+"""What a cloud's size does to a scheduling decision with ``hw:pmem``, and to what this driver does in nova-compute.
+
+Run by hand, as root, in the environment of nova's tests: ``python -m tests.bench.bench_nova``; takes ten minutes. Real
+and not real is as in :mod:`tests.nova.functional.base`; the hosts are simulated: each has a nova-compute of its own with
+this driver, and all of them have the same namespaces.
+
+Of each size of cloud, in times of the smallest:
+
+* a decision: the scheduler's ``select_destinations`` for one instance, up to the claim in placement,
+* its share in placement: the candidates and the claim,
+* ``nvdimmctl`` runs during decisions,
+* ours: ``update_provider_tree`` of one host, and that of nova's own driver in turns with it,
+* the periodic task around it (``update_available_resource``), with all it tells placement and the database.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import tempfile
+import time
+import unittest
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import nova.tests.functional  # noqa: F401
+from nova import context, objects
+from nova.scheduler.client import report
+from nova.virt.libvirt import driver as libvirt_driver
+from oslo_utils import uuidutils
+
+from tests.integration.loop_pmem import FileSystem
+from tests.nova.functional.base import NovaTestBase
+from tests.nova.functional.host import PmemHost
+
+SIZES = (1, 50, 500)
+ROUNDS = 11
+NAMESPACES = 4
+
+
+class Cloud(NovaTestBase):
+    """Grows, and is measured at each size."""
+
+    HOSTS = ("pool",)
+
+    def runTest(self) -> None:
+        names = [f"ns{number}" for number in range(NAMESPACES)]
+        self.pmem.provision("pool", *names, size="4M")
+        namespaces = "6GB:" + "|".join(f"pool/{name}" for name in names)
+        flavor = objects.Flavor.get_by_flavor_id(context.get_admin_context(), self.make_flavor("6GB"))
+        first: dict[str, float] = {}
+        for size in SIZES:
+            while len(self.computes) < size:
+                self.start_host(f"host{len(self.computes)}", namespaces)
+            self.pmem.forget_calls()
+            gc.collect()
+            gc.freeze()  # that all hosts share this process is not a cloud's
+            found = {**self.decisions(flavor), **self.periodic()}
+            first = first or found
+            print(f"{size} hosts:")
+            for what, seconds in found.items():
+                print(f"  {what}: {seconds * 1000:.2f} ms, {seconds / first[what]:.2f} times", flush=True)
+            print(f"  nvdimmctl runs: {len(self.pmem.calls())}", flush=True)
+
+    def decisions(self, flavor: objects.Flavor) -> dict[str, float]:
+        rounds = [self.decide(flavor) for _ in range(ROUNDS + 1)][1:]
+        return {
+            "decision": median(whole for whole, _ in rounds),
+            "decision, in placement": median(placement for _, placement in rounds),
+            "decision, in the scheduler": median(whole - placement for whole, placement in rounds),
+        }
+
+    def decide(self, flavor: objects.Flavor) -> tuple[float, float]:
+        """Seconds of one decision, and of those in placement."""
+        admin = context.get_admin_context()
+        uuid = uuidutils.generate_uuid()
+        spec = objects.RequestSpec.from_components(
+            admin, uuid, objects.ImageMeta(properties=objects.ImageMetaProps()), flavor, None, None, {}, None, None
+        )
+        spec.project_id = spec.user_id = self.api.project_id
+        spec.is_bfv = False
+        client = report.SchedulerReportClient
+        with Timer(client, "get_allocation_candidates") as candidates, Timer(client, "claim_resources") as claim:
+            began = time.perf_counter()
+            self.scheduler.manager.select_destinations(admin, spec_obj=spec, instance_uuids=[uuid], return_objects=True)
+            whole = time.perf_counter() - began
+        report.report_client_singleton().delete_allocation_for_instance(admin, uuid, force=True)
+        return whole, candidates.seconds + claim.seconds
+
+    def periodic(self) -> dict[str, float]:
+        """Of the host that was started first."""
+        compute = self.computes["host0"]
+        driver = compute.driver
+        admin = context.get_admin_context()
+
+        def update(of: type[libvirt_driver.LibvirtDriver]) -> float:
+            tree = compute.rt.provider_tree
+            return timed(lambda: of.update_provider_tree(driver, tree, "host0"))
+
+        tasks = [timed(lambda: compute.manager.update_available_resource(admin)) for _ in range(ROUNDS + 1)][1:]
+        rounds = [(update(type(driver)), update(libvirt_driver.LibvirtDriver)) for _ in range(ROUNDS + 1)][1:]
+        return {
+            "periodic task of one host": median(tasks),
+            "update_provider_tree of one host, ours": median(ours for ours, _ in rounds),
+            "update_provider_tree of one host, nova's own": median(stock for _, stock in rounds),
+        }
+
+
+class Timer:
+    """Seconds that are spent in a method."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.seconds = 0.0
+        method: Callable[..., Any] = getattr(owner, name)
+
+        def measured(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        self.patch = mock.patch.object(owner, name, measured)
+
+    def __enter__(self) -> Timer:
+        self.patch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.patch.stop()
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("pmem", "host"):
+            (folder / part).mkdir()
+        fs = FileSystem(folder / "pmem", "ext4")
+        pmem = PmemHost(fs, folder / "host", Cloud.HOSTS)
+        try:
+            cloud = Cloud()
+            cloud._pmem = pmem
+            unittest.TextTestRunner().run(cloud)
+        finally:
+            pmem.close()
+            subprocess.run(["umount", fs.root], check=True)
+
+
+if __name__ == "__main__":
+    main()
