@@ -1,8 +1,8 @@
 """What a cloud's size does to a scheduling decision with ``hw:pmem``, and to what this driver does in nova-compute.
 
-Run by hand, as root, in the environment of nova's tests: ``python -m tests.bench.bench_nova``; takes ten minutes. Real
-and not real is as in :mod:`tests.nova.functional.base`; the hosts are simulated: each has a nova-compute of its own with
-this driver, and all of them have the same namespaces.
+Run by hand, as root, in the environment of nova's tests: ``python -m tests.bench.bench_nova``; takes ten minutes.
+What is real is said in :mod:`tests.nova.functional.base`. The hosts are simulated: each has a nova-compute of its own
+with this driver, and all of them have the same namespaces.
 
 Of each size of cloud, in times of the smallest:
 
@@ -34,7 +34,6 @@ from oslo_utils import uuidutils
 
 from tests.integration.loop_pmem import FileSystem
 from tests.nova.functional.base import NovaTestBase
-from tests.nova.functional.host import PmemHost
 
 SIZES = (1, 50, 500)
 ROUNDS = 11
@@ -44,7 +43,7 @@ NAMESPACES = 4
 class Cloud(NovaTestBase):
     """Grows, and is measured at each size."""
 
-    HOSTS = ("pool",)
+    LEDGERS = (("pool",),)
 
     def runTest(self) -> None:
         names = [f"ns{number}" for number in range(NAMESPACES)]
@@ -142,16 +141,13 @@ def timed(work: Callable[[], object]) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("pmem", "host"):
-            (folder / part).mkdir()
+        (folder / "pmem").mkdir()
         fs = FileSystem(folder / "pmem", "ext4")
-        pmem = PmemHost(fs, folder / "host", Cloud.HOSTS)
         try:
             cloud = Cloud()
-            cloud._pmem = pmem
+            cloud.use_pmem(fs, folder)
             unittest.TextTestRunner().run(cloud)
         finally:
-            pmem.close()
             subprocess.run(["umount", fs.root], check=True)
 
 

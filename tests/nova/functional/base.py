@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from nova.tests import fixtures as nova_fixtures
@@ -30,31 +31,35 @@ API_PASTE = Path(sys.prefix) / "etc/nova/api-paste.ini"
 class NovaTestBase(base.ServersTestBase):  # type: ignore[misc]
     """A cloud whose compute hosts are to be started with :meth:`start_host`.
 
-    :ivar pmem: that of all hosts.
+    :cvar LEDGERS: the hosts, each with a pool of its name; those that share a ledger in one item.
+    :ivar pmem: that of the hosts of the first item.
     """
 
     ADMIN_API = True
     CAST_AS_CALL = False
     microversion = "latest"
-    HOSTS = ("one", "two")
+    LEDGERS: tuple[tuple[str, ...], ...] = (("one", "two"),)
     IMAGE = nova_fixtures.GlanceFixture.image1["id"]
     pmem: PmemHost
 
     @pytest.fixture(autouse=True)
     def _make_pmem(self, file_system: FileSystem, tmp_path: Path) -> Any:
-        self._pmem = PmemHost(file_system, tmp_path, self.HOSTS)
+        self.use_pmem(file_system, tmp_path)
         yield
-        self._pmem.close()
+        for pmem in self._pmems:
+            pmem.close()
         file_system.clear()
 
+    def use_pmem(self, fs: FileSystem, folder: Path) -> None:
+        """Make that of all hosts, before anything else."""
+        self._pmems = [PmemHost(fs, folder / hosts[0], hosts) for hosts in self.LEDGERS]
+
     def setUp(self) -> None:
-        self.pmem = self._pmem
+        self.pmem = self._pmems[0]
         self.flags(api_paste_config=str(API_PASTE), group="wsgi")
         self.flags(virt_type="xen", connection_uri="xen:///system", cpu_mode="none", group="libvirt")
-        path = f"{self.pmem.bin}:{os.environ['PATH']}"
-        patched = mock.patch.dict(os.environ, {"PATH": path})
-        patched.start()
-        self.addCleanup(patched.stop)
+        self.path = os.environ["PATH"]
+        self.addCleanup(os.environ.update, PATH=self.path)
         super().setUp()
 
     def _setup_compute_service(self) -> None:
@@ -67,15 +72,31 @@ class NovaTestBase(base.ServersTestBase):  # type: ignore[misc]
         self, host_info: Any = None, *other: Any, hostname: str | None = None, **others: Any
     ) -> XenConnection:
         host_info = host_info or libvirt.HostInfo(cpu_nodes=1, cpu_sockets=1, cpu_cores=4)
-        return XenConnection(self.pmem, hostname or other[-1], host_info)
+        hostname = hostname or other[-1]
+        return XenConnection(self.pmem_of(hostname), hostname, host_info)
+
+    def pmem_of(self, host: str) -> PmemHost:
+        return next((pmem for pmem in self._pmems if host in pmem.pools), self.pmem)
 
     def start_host(self, name: str, namespaces: str) -> Any:
         """Start nova-compute on a host, or again, with what its nova.conf says of pmem."""
         self.flags(pmem_namespaces=namespaces, group="libvirt")
+        os.environ["PATH"] = f"{self.pmem_of(name).bin}:{self.path}"
         if name in self.computes:
-            return self.restart_compute_service(name)
-        self.start_compute(name)
+            self.restart_compute_service(name)
+            self._force_down(name, False)
+        else:
+            self.start_compute(name)
         return self.computes[name]
+
+    def stop_host(self, name: str) -> None:
+        """nova-compute is away on a host, and the operator says so."""
+        self.computes[name].stop()
+        self._force_down(name, True)
+
+    def _force_down(self, name: str, down: bool) -> None:
+        service = self.api.get_services(host=name, binary="nova-compute")[0]
+        self.api.put_service(service["id"], {"forced_down": down})
 
     def make_flavor(self, pmem: str) -> str:
         flavor: str = self._create_flavor(memory_mb=512, vcpu=1, disk=1, ephemeral=0, extra_spec={"hw:pmem": pmem})
@@ -86,6 +107,13 @@ class NovaTestBase(base.ServersTestBase):  # type: ignore[misc]
             image_uuid=self.IMAGE, flavor_id=flavor, networks="none", expected_state=state, **options
         )
         return server
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """:raises AssertionError: when it does not become true."""
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
     def settled(self, server: str) -> dict[str, Any]:
         """A server when nothing is being done to it any more."""

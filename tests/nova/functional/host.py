@@ -1,7 +1,7 @@
 """The persistent memory of the hosts that nova-compute runs on, and the nvdimmctl that it finds there.
 
-Real: ext4 on a loop device, the ledger, pools, claims, provisioning, wiping, freezing, and nvdimmctl itself as a process
-of its own. Not real: the loop device is shown as pmem by a tree of sysfs files, and there is no Xen to map anything.
+Real: ext4 on a loop device, the ledger, pools, claims, provisioning, wiping, freezing, and nvdimmctl as a process of
+its own. Not real: the loop device is shown as pmem by a tree of sysfs files, and there is no Xen to map anything.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PYTHONPATH={folder}/packages:{project} exec {nvdimmctl} --config-file {folder}/c
 class PmemHost:
     """The pmem of several hosts: one file system with a pool for each of them, named after the host, and one ledger.
 
-    nova's functional tests run all hosts in one process, which has one PATH.
+    nova's functional tests run all hosts in one process, which has one PATH: hosts that are up together share this.
 
     :param folder: an empty one.
     :param pools: names of the pools.
@@ -56,7 +56,7 @@ class PmemHost:
     def __init__(self, fs: FileSystem, folder: Path, pools: tuple[str, ...]) -> None:
         self.fs = fs
         self.folder = folder
-        self.state = fs.image.parent / "state"
+        self.state = fs.image.parent / f"state-{'-'.join(pools)}"
         self.pools = {name: fs.root / name for name in pools}
         self.calls_file = folder / "calls"
         self._make_state()
@@ -169,6 +169,7 @@ class PmemHost:
         return self.driver.ledger.domains()
 
     def _make_state(self) -> None:
+        self.folder.mkdir(exist_ok=True)
         self.state.mkdir(exist_ok=True)
         for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "steps"):
             (self.state / name).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """nova's fake libvirt in the shape of libvirt's libxl driver.
 
-What it answers about the host and what it does not implement are those of libvirt 9.0 (``tests/data/libxl`` is its
-output). Definitions and starts reach a :class:`~tests.nova.functional.host.PmemHost`, as they do through nvdimmd and the
-hook; an error there is the client's.
+What it answers about the host, and what it does not implement, is as in libvirt 9.0 (``tests/data/libxl`` is what that
+printed). Definitions and starts reach a :class:`~tests.nova.functional.host.PmemHost`, as they do through nvdimmd and
+the hook; an error there is the client's.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ VIR_FROM_LIBXL = 40
 T = TypeVar("T")
 
 
-class XenConnection(libvirt.Connection):
+class XenConnection(libvirt.Connection):  # type: ignore[misc]
     """A connection to ``xen:///system``.
 
     :ivar defined: the XML of each domain, by uuid, as the client has sent it.
+    :ivar failing: starts fail, after the hook.
     """
 
     def __init__(self, pmem: PmemHost, hostname: str, host_info: libvirt.HostInfo) -> None:
@@ -37,6 +38,7 @@ class XenConnection(libvirt.Connection):
         self._uri = "xen:///system"
         self.pmem = pmem
         self.defined: dict[str, str] = {}
+        self.failing = False
         dom0 = Domain(self, (DATA / "domain-0.xml").read_text())
         dom0._state = libvirt.VIR_DOMAIN_RUNNING
         dom0._id = 0
@@ -50,7 +52,7 @@ class XenConnection(libvirt.Connection):
 
     def getDomainCapabilities(self, emulator: str, arch: str, machine: str, virt_type: str, flags: int) -> str:
         if machine not in (None, "xenpv", "xenpvh", "xenfv"):
-            raise _error(f"unsupported configuration: Xen only supports 'xenpv', 'xenpvh' and 'xenfv' machines: {machine}")
+            raise _error(f"invalid argument: unknown machine {machine}")
         return (DATA / "domain-capabilities.xml").read_text()
 
     def getCPUMap(self) -> Any:
@@ -73,11 +75,15 @@ class XenConnection(libvirt.Connection):
         return domain
 
 
-class Domain(libvirt.Domain):
+class Domain(libvirt.Domain):  # type: ignore[misc]
     """A domain of a :class:`XenConnection`."""
 
     def createWithFlags(self, flags: int) -> None:
-        _told(lambda: self._connection.pmem.start(self._connection.defined[self.UUIDString()]))
+        connection = self._connection
+        _told(lambda: connection.pmem.start(connection.defined[self.UUIDString()]))
+        if connection.failing:
+            connection.pmem.stop(self.UUIDString())
+            raise _error("libxenlight failed to create new domain")
         super().createWithFlags(flags)
 
     def destroy(self) -> None:

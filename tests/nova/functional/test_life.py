@@ -37,9 +37,9 @@ class LifeTest(NovaTestBase):
     def is_zeros(self) -> bool:
         return self.pmem.read("one", self.name) == bytes(SIZE)
 
-    def changes(self) -> list[str]:
+    def verbs(self) -> list[str]:
         """What was done with nvdimmctl that changes something."""
-        return [each for each in self.pmem.calls() if each.split()[0] in ("wipe", "release")]
+        return [verb for verb in (each.split()[0] for each in self.pmem.calls()) if verb in ("wipe", "release")]
 
     def owner(self) -> str | None:
         return self.pmem.claimed().get(str(self.pmem.path("one", self.name)))
@@ -60,7 +60,7 @@ class LifeTest(NovaTestBase):
         assert self.has_data()
         assert self.is_kept()
         assert self.pmem.running() == {self.server["id"]}
-        assert self.changes() == []
+        assert self.verbs() == []
 
     def test_off_and_on_keeps_them(self) -> None:
         self._stop_server(self.server)
@@ -69,13 +69,13 @@ class LifeTest(NovaTestBase):
         self._start_server(self.server)
         assert self.has_data()
         assert self.is_kept()
-        assert self.changes() == []
+        assert self.verbs() == []
 
     def test_a_rebuild_keeps_them(self) -> None:
         self._rebuild_server(self.server, self.IMAGE)
         assert self.has_data()
         assert self.is_kept()
-        assert self.changes() == []
+        assert self.verbs() == []
 
     def test_the_host_boots(self) -> None:
         """Instances that were running are started again, by a hard reboot."""
@@ -83,10 +83,10 @@ class LifeTest(NovaTestBase):
         connection = self.computes["one"].driver._host.get_connection()
         connection.lookupByUUIDString(self.server["id"]).destroy()
         self.start_host("one", self.NAMESPACES)
-        self._wait_for_assert(lambda: self.assertEqual({self.server["id"]}, self.pmem.running()))
+        self.wait_until(lambda: self.pmem.running() == {self.server["id"]})
         assert self.has_data()
         assert self.is_kept()
-        assert self.changes() == []
+        assert self.verbs() == []
 
     # --- restarts of nova-compute ---
 
@@ -119,7 +119,7 @@ class LifeTest(NovaTestBase):
 
     def test_delete_wipes_and_gives_up_the_claim(self) -> None:
         self._delete_server(self.server)
-        assert [each.split()[0] for each in self.changes()] == ["wipe", "release"]
+        assert self.verbs() == ["wipe", "release"]
         assert self.is_zeros()
         assert self.is_free()
         again = [self.create(self.flavor) for _ in range(2)]
@@ -132,18 +132,15 @@ class LifeTest(NovaTestBase):
         with self.pmem.held("release"):
             with self.pmem.held("wipe"):
                 self.api.delete_server(self.server["id"])
-                self.wait_for_changes("wipe")
+                self.wait_until(lambda: self.verbs() == ["wipe"])
                 assert self.server["id"] not in self.pmem.running()
                 self.check_deleting()
                 assert self.has_data()
-            self.wait_for_changes("wipe", "release")
+            self.wait_until(lambda: self.verbs() == ["wipe", "release"])
             self.check_deleting()
             assert self.is_zeros()
         self._wait_until_deleted(self.server)
         assert self.paths(self.create(self.flavor)) == [str(self.pmem.path("one", self.name))]
-
-    def wait_for_changes(self, *verbs: str) -> None:
-        self._wait_for_assert(lambda: self.assertEqual(list(verbs), [each.split()[0] for each in self.changes()]))
 
     def check_deleting(self) -> None:
         assert self.owner() == self.server["id"]
@@ -190,7 +187,7 @@ class LifeTest(NovaTestBase):
 
 
 class LabelTest(NovaTestBase):
-    """Labels are upper case: placement's resource classes are, and nova compares a flavor's label with the configured."""
+    """Resource classes are upper case, whatever a label is; nova compares the labels of flavor and configuration."""
 
     def setUp(self) -> None:
         super().setUp()

@@ -1,0 +1,91 @@
+"""Instances with ``hw:pmem`` that are to leave their host, or have left it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nova import context
+
+from tests.nova.functional.base import NovaTestBase
+
+DATA = b"the guest's data"
+OTHER_DATA = b"that of another guest"
+SIZE = 16 << 20
+
+
+class EvacuationTest(NovaTestBase):
+    """Namespaces of two hosts have the same names, and an evacuated instance gets one of another name than it had."""
+
+    LEDGERS = (("one",), ("two",))
+
+    def setUp(self) -> None:
+        super().setUp()
+        for pmem, host in zip(self._pmems, ("one", "two"), strict=True):
+            pmem.provision(host, "ns0", "ns1")
+        self.start_host("one", "6GB:ns0|ns1")
+        self.flavor = self.make_flavor("6GB")
+        self.server = self.create(self.flavor)
+        self.stays = self.create(self.flavor)
+        self.name, self.other = (self.paths(each)[0].rpartition("/")[2] for each in (self.server, self.stays))
+        self.pmem.write("one", self.name, DATA)
+        self.pmem.write("one", self.other, OTHER_DATA)
+        self.start_host("two", f"6GB:{self.other}")
+
+    def evacuate(self) -> dict[str, Any]:
+        self.stop_host("one")
+        server: dict[str, Any] = self._start_server(self._evacuate_server(self.server, expected_host="two"))
+        return server
+
+    def test_it_starts_with_zeros_and_what_it_left_is_wiped_when_the_host_is_back(self) -> None:
+        server = self.evacuate()
+        second = self.pmem_of("two")
+        assert self.paths(server) == [str(second.path("two", self.other))]
+        assert second.read("two", self.other) == bytes(SIZE)
+        second.write("two", self.other, DATA)
+        self.pmem.forget_calls()
+        self.start_host("one", "6GB:ns0|ns1")
+        assert self.pmem.read("one", self.name) == bytes(SIZE)
+        assert self.pmem.read("one", self.other).startswith(OTHER_DATA)
+        assert self.pmem.claimed() == {str(self.pmem.path("one", self.other)): self.stays["id"]}
+        assert second.claimed() == {str(second.path("two", self.other)): server["id"]}
+        assert second.read("two", self.other).startswith(DATA)
+        assert self.usage("one") == {"6GB": 1}
+        self.create(self.flavor, host="one")
+
+
+class LocalDeletionTest(NovaTestBase):
+    """Deleted while its host was away: placement takes its namespace for free, and its data are there still."""
+
+    def test_it_is_wiped_when_the_host_is_back(self) -> None:
+        self.pmem.provision("one", "ns0")
+        self.start_host("one", "6GB:one/ns0")
+        flavor = self.make_flavor("6GB")
+        server = self.create(flavor)
+        self.pmem.write("one", "ns0", DATA)
+        self.stop_host("one")
+        self._delete_server(server)
+        assert self.usage("one") == {"6GB": 0}
+        self.start_host("one", "6GB:one/ns0")
+        self.create(flavor, "ERROR")
+        assert self.pmem.read("one", "ns0").startswith(DATA)
+        self.flags(running_deleted_instance_timeout=0)
+        self.computes["one"].manager._cleanup_running_deleted_instances(context.get_admin_context())
+        assert self.pmem.read("one", "ns0") == bytes(SIZE)
+        assert self.pmem.claimed() == {}
+        self.create(flavor)
+
+
+class FailedStartTest(NovaTestBase):
+    """What a start that failed had is free for the next."""
+
+    def test_it_is_free(self) -> None:
+        self.pmem.provision("one", "ns0")
+        self.start_host("one", "6GB:one/ns0")
+        flavor = self.make_flavor("6GB")
+        connection = self.computes["one"].driver._host.get_connection()
+        connection.failing = True
+        self.create(flavor, "ERROR")
+        connection.failing = False
+        assert self.pmem.claimed() == {}
+        assert self.usage("one") == {"6GB": 0}
+        self.create(flavor)
