@@ -2,13 +2,14 @@
 
 Run by hand, as root, in the environment of nova's tests: ``python -m tests.bench.bench_nova``; takes ten minutes.
 What is real is said in :mod:`tests.nova.functional.base`. The hosts are simulated: each has a nova-compute of its own
-with this driver, and all of them have the same namespaces.
+with this driver, and all of them have the same namespaces; the first has one more.
 
 Of each size of cloud, in times of the smallest:
 
-* a decision: the scheduler's ``select_destinations`` for one instance, up to the claim in placement,
+* a decision: the scheduler's ``select_destinations`` for one instance, up to the claim in placement; for a flavor that
+  every host has, and for one that only the first has,
 * its share in placement: the candidates and the claim,
-* ``nvdimmctl`` runs during decisions,
+* ``nvdimmctl`` runs during all of this,
 * ours: ``update_provider_tree`` of one host, and that of nova's own driver in turns with it,
 * the periodic task around it (``update_available_resource``), with all it tells placement and the database.
 """
@@ -37,7 +38,8 @@ from tests.nova.functional.base import NovaTestBase
 
 SIZES = (1, 50, 500)
 ROUNDS = 11
-NAMESPACES = 4
+EVERYWHERE = "6GB:pool/ns0|pool/ns1|pool/ns2"
+FIRST = f"{EVERYWHERE},16GB:pool/ns3"
 
 
 class Cloud(NovaTestBase):
@@ -46,30 +48,35 @@ class Cloud(NovaTestBase):
     LEDGERS = (("pool",),)
 
     def runTest(self) -> None:
-        names = [f"ns{number}" for number in range(NAMESPACES)]
-        self.pmem.provision("pool", *names, size="4M")
-        namespaces = "6GB:" + "|".join(f"pool/{name}" for name in names)
-        flavor = objects.Flavor.get_by_flavor_id(context.get_admin_context(), self.make_flavor("6GB"))
+        self.pmem.provision("pool", "ns0", "ns1", "ns2", "ns3", size="4M")
+        everywhere, first_only = (
+            objects.Flavor.get_by_flavor_id(context.get_admin_context(), self.make_flavor(label))
+            for label in ("6GB", "16GB")
+        )
         first: dict[str, float] = {}
         for size in SIZES:
             while len(self.computes) < size:
-                self.start_host(f"host{len(self.computes)}", namespaces)
+                self.start_host(f"host{len(self.computes)}", EVERYWHERE if self.computes else FIRST)
             self.pmem.forget_calls()
             gc.collect()
             gc.freeze()  # that all hosts share this process is not a cloud's
-            found = {**self.decisions(flavor), **self.periodic()}
+            found = {
+                **self.decisions("every host has it", everywhere),
+                **self.decisions("one host has it", first_only),
+                **self.periodic(),
+            }
             first = first or found
             print(f"{size} hosts:")
             for what, seconds in found.items():
                 print(f"  {what}: {seconds * 1000:.2f} ms, {seconds / first[what]:.2f} times", flush=True)
             print(f"  nvdimmctl runs: {len(self.pmem.calls())}", flush=True)
 
-    def decisions(self, flavor: objects.Flavor) -> dict[str, float]:
+    def decisions(self, which: str, flavor: objects.Flavor) -> dict[str, float]:
         rounds = [self.decide(flavor) for _ in range(ROUNDS + 1)][1:]
         return {
-            "decision": median(whole for whole, _ in rounds),
-            "decision, in placement": median(placement for _, placement in rounds),
-            "decision, in the scheduler": median(whole - placement for whole, placement in rounds),
+            f"decision, {which}": median(whole for whole, _ in rounds),
+            f"decision, {which}, in placement": median(placement for _, placement in rounds),
+            f"decision, {which}, in the scheduler": median(whole - placement for whole, placement in rounds),
         }
 
     def decide(self, flavor: objects.Flavor) -> tuple[float, float]:
