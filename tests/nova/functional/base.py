@@ -58,8 +58,8 @@ class NovaTestBase(base.ServersTestBase):  # type: ignore[misc]
         self.pmem = self._pmems[0]
         self.flags(api_paste_config=str(API_PASTE), group="wsgi")
         self.flags(virt_type="xen", connection_uri="xen:///system", cpu_mode="none", group="libvirt")
-        self.path = os.environ["PATH"]
-        self.addCleanup(os.environ.update, PATH=self.path)
+        self._search_path = os.environ["PATH"]
+        self.addCleanup(os.environ.update, PATH=self._search_path)
         super().setUp()
 
     def _setup_compute_service(self) -> None:
@@ -81,7 +81,7 @@ class NovaTestBase(base.ServersTestBase):  # type: ignore[misc]
     def start_host(self, name: str, namespaces: str) -> Any:
         """Start nova-compute on a host, or again, with what its nova.conf says of pmem."""
         self.flags(pmem_namespaces=namespaces, group="libvirt")
-        os.environ["PATH"] = f"{self.pmem_of(name).bin}:{self.path}"
+        os.environ["PATH"] = f"{self.pmem_of(name).bin}:{self._search_path}"
         if name in self.computes:
             self.restart_compute_service(name)
             self._force_down(name, False)

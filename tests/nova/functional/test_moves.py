@@ -53,6 +53,63 @@ class EvacuationTest(NovaTestBase):
         self.create(self.flavor, host="one")
 
 
+class RefusedMoveTest(NovaTestBase):
+    """What would lose the data is refused before anything is done: they do not go with an instance."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pmem.provision("one", "ns0", "ns1")
+        self.pmem.provision("two", "ns0", "ns1")
+        self.start_host("one", "6GB:one/ns0|one/ns1")
+        self.flavor = self.make_flavor("6GB")
+        self.server = self.create(self.flavor)
+        (self.path,) = self.paths(self.server)
+        self.pmem.write("one", self.path.rpartition("/")[2], DATA)
+        self.start_host("two", "6GB:two/ns0|two/ns1")
+        self.pmem.forget_calls()
+
+    def refused(self, action: str, body: object) -> str:
+        """Ask for an action that fails; what nova says of it."""
+        self.api.post_server_action(self.server["id"], {action: body})
+        self.wait_until(lambda: self._failures() != [])
+        server = self.settled(self.server["id"])
+        assert server["status"] == "ACTIVE"
+        assert server["OS-EXT-SRV-ATTR:host"] == "one"
+        assert self.pmem.running() == {self.server["id"]}
+        assert self.pmem.claimed() == {self.path: self.server["id"]}
+        assert self.pmem.read("one", self.path.rpartition("/")[2]).startswith(DATA)
+        assert self.usage("one") == {"6GB": 1}
+        assert self.usage("two") == {"6GB": 0}
+        assert self.verbs() == []
+        return "\n".join(self._failures())
+
+    def verbs(self) -> list[str]:
+        return [verb for verb in (each.split()[0] for each in self.pmem.calls()) if verb in ("wipe", "release")]
+
+    def _failures(self) -> list[str]:
+        actions = self.api.get_instance_actions(self.server["id"])
+        details = [
+            self.api.get_instance_action_details(self.server["id"], each["request_id"])["events"] for each in actions
+        ]
+        return [event["details"] or "" for events in details for event in events if event["result"] == "Error"]
+
+    def test_live_migration(self) -> None:
+        assert "pmem" in self.refused("os-migrateLive", {"host": None, "block_migration": "auto"})
+
+    def test_cold_migration(self) -> None:
+        assert "pmem" in self.refused("migrate", None)
+
+    def test_resize_to_more(self) -> None:
+        assert "pmem" in self.refused("resize", {"flavorRef": self.make_flavor("6GB,6GB")})
+
+    def test_resize_to_none(self) -> None:
+        plain = self._create_flavor(memory_mb=512, vcpu=1, disk=1, ephemeral=0)
+        assert "pmem" in self.refused("resize", {"flavorRef": plain})
+
+    def test_shelve(self) -> None:
+        assert "pmem" in self.refused("shelve", None)
+
+
 class LocalDeletionTest(NovaTestBase):
     """Deleted while its host was away: placement takes its namespace for free, and its data are there still."""
 
