@@ -48,7 +48,6 @@ class NovaTestBase(base.ServersTestBase):  # type: ignore[misc]
         yield
         for pmem in self._pmems:
             pmem.close()
-        file_system.clear()
 
     def use_pmem(self, fs: FileSystem, folder: Path) -> None:
         """Make that of all hosts, before anything else."""

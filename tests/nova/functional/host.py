@@ -7,6 +7,7 @@ its own. Not real: the loop device is shown as pmem by a tree of sysfs files, an
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,10 +158,12 @@ class PmemHost:
             self.driver.starts.put_away(uuid, record.attachment.paths)
 
     def close(self) -> None:
-        """Let go of the file system."""
+        """Leave the file system as it was."""
         for uuid in self.running():
             self.stop(uuid)
         self.driver.ledger.close()
+        for pool in self.pools.values():
+            shutil.rmtree(pool)
 
     def _location(self, path: Path) -> Location:
         return self.fs.backing.locate(NvdimmSpec(0, str(path), path.stat().st_size))

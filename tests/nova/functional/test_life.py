@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -88,6 +89,29 @@ class LifeTest(NovaTestBase):
         assert self.is_kept()
         assert self.verbs() == []
 
+    def test_a_deletion_that_is_taken_back(self) -> None:
+        """With ``reclaim_instance_interval``, a deleted instance is kept for a time."""
+        self.flags(reclaim_instance_interval=3600)
+        self.api.delete_server(self.server["id"])
+        self._wait_for_state_change(self.server, "SOFT_DELETED")
+        assert self.is_kept()
+        self.api.post_server_action(self.server["id"], {"restore": {}})
+        self._wait_for_state_change(self.server, "ACTIVE")
+        assert self.has_data()
+        assert self.is_kept()
+        assert self.verbs() == []
+
+    def test_it_is_wiped_when_its_time_is_over(self) -> None:
+        self.flags(reclaim_instance_interval=1)
+        self.api.delete_server(self.server["id"])
+        self._wait_for_state_change(self.server, "SOFT_DELETED")
+        time.sleep(2)
+        self.computes["one"].manager._reclaim_queued_deletes(context.get_admin_context())
+        self._wait_until_deleted(self.server)
+        assert self.verbs() == ["wipe", "release"]
+        assert self.is_zeros()
+        assert self.is_free()
+
     # --- restarts of nova-compute ---
 
     def test_a_restart_keeps_claims(self) -> None:
@@ -114,6 +138,13 @@ class LifeTest(NovaTestBase):
         self._wait_for_log(f"assigned to instances, but were not listed in the configuration.*one/{self.name}")
         assert self.owner() == self.server["id"]
         assert self.has_data()
+
+    def test_nvdimmctl_does_not_work(self) -> None:
+        """nova-compute does not start, rather than report what is not so."""
+        (self.pmem.folder / "conf").write_text("[DEFAULT]\nstate_directory = /\n")
+        with pytest.raises(exception.NovaException, match="state_directory"):
+            self.start_host("one", self.NAMESPACES)
+        assert self.usage("one") == {"6GB": 1}
 
     # --- deletion ---
 
