@@ -144,7 +144,8 @@ class LifeTest(NovaTestBase):
         (self.pmem.folder / "conf").write_text("[DEFAULT]\nstate_directory = /\n")
         with pytest.raises(exception.NovaException, match="state_directory"):
             self.start_host("one", self.NAMESPACES)
-        assert self.usage("one") == {"6GB": 1}
+        assert self.pmem.running() == {self.server["id"]}
+        assert self.has_data()
 
     # --- deletion ---
 

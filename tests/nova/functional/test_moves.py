@@ -94,20 +94,31 @@ class RefusedMoveTest(NovaTestBase):
         return [event["details"] or "" for events in details for event in events if event["result"] == "Error"]
 
     def test_live_migration(self) -> None:
-        assert "pmem" in self.refused("os-migrateLive", {"host": None, "block_migration": "auto"})
+        assert "persistent memory (hw:pmem)" in self.refused(
+            "os-migrateLive", {"host": None, "block_migration": "auto"}
+        )
 
     def test_cold_migration(self) -> None:
-        assert "pmem" in self.refused("migrate", None)
+        assert "persistent memory (hw:pmem)" in self.refused("migrate", None)
 
     def test_resize_to_more(self) -> None:
-        assert "pmem" in self.refused("resize", {"flavorRef": self.make_flavor("6GB,6GB")})
+        assert "persistent memory (hw:pmem)" in self.refused("resize", {"flavorRef": self.make_flavor("6GB,6GB")})
 
     def test_resize_to_none(self) -> None:
         plain = self._create_flavor(memory_mb=512, vcpu=1, disk=1, ephemeral=0)
-        assert "pmem" in self.refused("resize", {"flavorRef": plain})
+        assert "persistent memory (hw:pmem)" in self.refused("resize", {"flavorRef": plain})
 
-    def test_shelve(self) -> None:
-        assert "pmem" in self.refused("shelve", None)
+    def test_shelving_is_not_refused_and_wipes(self) -> None:
+        """Nova asks the driver only when it takes the instance off the host, and gives its namespace to others then."""
+        self.flags(shelved_offload_time=0)
+        self._shelve_server(self.server)
+        assert self.verbs() == ["wipe", "release"]
+        assert self.pmem.claimed() == {}
+        assert self.usage("one") == {"6GB": 0}
+        server = self._unshelve_server(self.server)
+        (path,) = self.paths(server)
+        host, name = path.split("/")[-2:]
+        assert self.pmem.read(host, name) == bytes(SIZE)
 
 
 class LocalDeletionTest(NovaTestBase):
