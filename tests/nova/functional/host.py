@@ -99,6 +99,10 @@ class PmemHost:
         """The nvdimmctl commands that were run, in order."""
         return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
 
+    def verbs(self) -> list[str]:
+        """Those of them that changed something, by their first word."""
+        return [verb for verb in (each.split()[0] for each in self.calls()) if verb in ("wipe", "release")]
+
     def forget_calls(self) -> None:
         self.calls_file.unlink(missing_ok=True)
 

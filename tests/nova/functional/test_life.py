@@ -38,10 +38,6 @@ class LifeTest(NovaTestBase):
     def is_zeros(self) -> bool:
         return self.pmem.read("one", self.name) == bytes(SIZE)
 
-    def verbs(self) -> list[str]:
-        """What was done with nvdimmctl that changes something."""
-        return [verb for verb in (each.split()[0] for each in self.pmem.calls()) if verb in ("wipe", "release")]
-
     def owner(self) -> str | None:
         return self.pmem.claimed().get(str(self.pmem.path("one", self.name)))
 
@@ -61,7 +57,7 @@ class LifeTest(NovaTestBase):
         assert self.has_data()
         assert self.is_kept()
         assert self.pmem.running() == {self.server["id"]}
-        assert self.verbs() == []
+        assert self.pmem.verbs() == []
 
     def test_off_and_on_keeps_them(self) -> None:
         self._stop_server(self.server)
@@ -70,13 +66,13 @@ class LifeTest(NovaTestBase):
         self._start_server(self.server)
         assert self.has_data()
         assert self.is_kept()
-        assert self.verbs() == []
+        assert self.pmem.verbs() == []
 
     def test_a_rebuild_keeps_them(self) -> None:
         self._rebuild_server(self.server, self.IMAGE)
         assert self.has_data()
         assert self.is_kept()
-        assert self.verbs() == []
+        assert self.pmem.verbs() == []
 
     def test_the_host_boots(self) -> None:
         """Instances that were running are started again, by a hard reboot."""
@@ -87,7 +83,7 @@ class LifeTest(NovaTestBase):
         self.wait_until(lambda: self.pmem.running() == {self.server["id"]})
         assert self.has_data()
         assert self.is_kept()
-        assert self.verbs() == []
+        assert self.pmem.verbs() == []
 
     def test_a_deletion_that_is_taken_back(self) -> None:
         """With ``reclaim_instance_interval``, a deleted instance is kept for a time."""
@@ -99,7 +95,7 @@ class LifeTest(NovaTestBase):
         self._wait_for_state_change(self.server, "ACTIVE")
         assert self.has_data()
         assert self.is_kept()
-        assert self.verbs() == []
+        assert self.pmem.verbs() == []
 
     def test_it_is_wiped_when_its_time_is_over(self) -> None:
         self.flags(reclaim_instance_interval=1)
@@ -108,7 +104,7 @@ class LifeTest(NovaTestBase):
         time.sleep(2)
         self.computes["one"].manager._reclaim_queued_deletes(context.get_admin_context())
         self._wait_until_deleted(self.server)
-        assert self.verbs() == ["wipe", "release"]
+        assert self.pmem.verbs() == ["wipe", "release"]
         assert self.is_zeros()
         assert self.is_free()
 
@@ -151,7 +147,7 @@ class LifeTest(NovaTestBase):
 
     def test_delete_wipes_and_gives_up_the_claim(self) -> None:
         self._delete_server(self.server)
-        assert self.verbs() == ["wipe", "release"]
+        assert self.pmem.verbs() == ["wipe", "release"]
         assert self.is_zeros()
         assert self.is_free()
         again = [self.create(self.flavor) for _ in range(2)]
@@ -164,11 +160,11 @@ class LifeTest(NovaTestBase):
         with self.pmem.held("release"):
             with self.pmem.held("wipe"):
                 self.api.delete_server(self.server["id"])
-                self.wait_until(lambda: self.verbs() == ["wipe"])
+                self.wait_until(lambda: self.pmem.verbs() == ["wipe"])
                 assert self.server["id"] not in self.pmem.running()
                 self.check_deleting()
                 assert self.has_data()
-            self.wait_until(lambda: self.verbs() == ["wipe", "release"])
+            self.wait_until(lambda: self.pmem.verbs() == ["wipe", "release"])
             self.check_deleting()
             assert self.is_zeros()
         self._wait_until_deleted(self.server)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import fixtures
 from nova import context
 
 from tests.nova.functional.base import NovaTestBase
 
+LIBVIRT_DRIVER = "nova.virt.libvirt.driver.LibvirtDriver"
 DATA = b"the guest's data"
 OTHER_DATA = b"that of another guest"
 SIZE = 16 << 20
@@ -80,11 +82,8 @@ class RefusedMoveTest(NovaTestBase):
         assert self.pmem.read("one", self.path.rpartition("/")[2]).startswith(DATA)
         assert self.usage("one") == {"6GB": 1}
         assert self.usage("two") == {"6GB": 0}
-        assert self.verbs() == []
+        assert self.pmem.verbs() == []
         return "\n".join(self._failures())
-
-    def verbs(self) -> list[str]:
-        return [verb for verb in (each.split()[0] for each in self.pmem.calls()) if verb in ("wipe", "release")]
 
     def _failures(self) -> list[str]:
         actions = self.api.get_instance_actions(self.server["id"])
@@ -112,13 +111,44 @@ class RefusedMoveTest(NovaTestBase):
         """Nova asks the driver only when it takes the instance off the host, and gives its namespace to others then."""
         self.flags(shelved_offload_time=0)
         self._shelve_server(self.server)
-        assert self.verbs() == ["wipe", "release"]
+        assert self.pmem.verbs() == ["wipe", "release"]
         assert self.pmem.claimed() == {}
         assert self.usage("one") == {"6GB": 0}
         server = self._unshelve_server(self.server)
         (path,) = self.paths(server)
         host, name = path.split("/")[-2:]
         assert self.pmem.read(host, name) == bytes(SIZE)
+
+
+class ResizeTest(NovaTestBase):
+    """An instance without persistent memory may be resized to a flavor that has some."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        # What nova's own functional tests of resizes leave out (nova/tests/functional/libvirt/test_vpmem.py).
+        self.useFixture(fixtures.MockPatch(f"{LIBVIRT_DRIVER}._get_instance_disk_info", return_value=[]))
+        self.useFixture(fixtures.MockPatch("os.rename"))
+        self.pmem.provision("two", "ns0")
+        self.start_host("one", "")
+        self.server = self.create(self._create_flavor(memory_mb=512, vcpu=1, disk=1, ephemeral=0))
+        self.start_host("two", "6GB:two/ns0")
+        self.flavor = self.make_flavor("6GB")
+        self._resize_server(self.server, self.flavor)
+        self.pmem.write("two", "ns0", DATA)
+        self.pmem.forget_calls()
+
+    def test_it_keeps_them_when_it_is_confirmed(self) -> None:
+        self._confirm_resize(self.server)
+        assert self.pmem.claimed() == {str(self.pmem.path("two", "ns0")): self.server["id"]}
+        assert self.pmem.read("two", "ns0").startswith(DATA)
+        assert self.pmem.verbs() == []
+
+    def test_they_are_wiped_when_it_is_reverted(self) -> None:
+        self._revert_resize(self.server)
+        assert self.pmem.verbs() == ["wipe", "release"]
+        assert self.pmem.read("two", "ns0") == bytes(SIZE)
+        assert self.pmem.claimed() == {}
+        self.create(self.flavor)
 
 
 class LocalDeletionTest(NovaTestBase):
