@@ -111,12 +111,17 @@ class LifeTest(NovaTestBase):
     # --- restarts of nova-compute ---
 
     def test_a_restart_keeps_claims(self) -> None:
-        before = self.instance().resources
+        (assigned,) = self.instance().resources
+        assert (assigned.metadata.devpath, assigned.metadata.size) == (str(self.pmem.path("one", self.name)), SIZE)
         for _ in range(2):
             self.start_host("one", self.NAMESPACES)
+            tracker = self.computes["one"].rt
+            reported = tracker.provider_tree.data("one").resources["CUSTOM_PMEM_NAMESPACE_6GB"]
+            assert assigned in reported, "name, path, size and align are the same"
+            assert tracker.assigned_resources[assigned.provider_uuid][assigned.resource_class] == {assigned}
             assert self.inventory("one") == {"6GB": 2}
             assert self.is_kept()
-            assert self.instance().resources[0] == before[0]
+        assert "were not listed in the configuration" not in self.stdlog.logger.output
         second = self.create(self.flavor)
         assert self.paths(second) == [str(self.pmem.path("one", self.other))]
         self.create(self.flavor, "ERROR")
@@ -131,7 +136,7 @@ class LifeTest(NovaTestBase):
 
     def test_a_namespace_that_an_instance_has_is_not_configured_any_more(self) -> None:
         self.start_host("one", f"6GB:one/{self.other}")
-        self._wait_for_log(f"assigned to instances, but were not listed in the configuration.*one/{self.name}")
+        self._wait_for_log(f"were not listed in the configuration.*one/{self.name}")
         assert self.owner() == self.server["id"]
         assert self.has_data()
 
