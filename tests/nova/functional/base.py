@@ -28,7 +28,7 @@ from tests.nova.functional.libxl import XenConnection
 API_PASTE = Path(sys.prefix) / "etc/nova/api-paste.ini"
 
 
-class NovaTestBase(base.ServersTestBase):  # type: ignore[misc]
+class NovaTestBase(base.ServersTestBase):
     """A cloud whose compute hosts are to be started with :meth:`start_host`.
 
     :cvar LEDGERS: the hosts, each with a pool of its name; those that share a ledger in one item.

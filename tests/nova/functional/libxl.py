@@ -24,7 +24,7 @@ VIR_FROM_LIBXL = 40
 T = TypeVar("T")
 
 
-class XenConnection(libvirt.Connection):  # type: ignore[misc]
+class XenConnection(libvirt.Connection):
     """A connection to ``xen:///system``.
 
     :ivar defined: the XML of each domain, by uuid, as the client has sent it.
@@ -75,7 +75,7 @@ class XenConnection(libvirt.Connection):  # type: ignore[misc]
         return domain
 
 
-class Domain(libvirt.Domain):  # type: ignore[misc]
+class Domain(libvirt.Domain):
     """A domain of a :class:`XenConnection`."""
 
     def createWithFlags(self, flags: int) -> None:
