@@ -123,7 +123,13 @@ class NovaTestBase(base.ServersTestBase):
 
     def settled(self, server: str) -> dict[str, Any]:
         """A server when nothing is being done to it any more."""
-        return self._wait_for_server_parameter({"id": server}, {"OS-EXT-STS:task_state": None})
+
+        def look() -> dict[str, Any]:
+            found: dict[str, Any] = self.api.get_server(server)
+            return found
+
+        self.wait_until(lambda: look()["status"] != "BUILD" and look()["OS-EXT-STS:task_state"] is None)
+        return look()
 
     def xml(self, server: dict[str, Any]) -> str:
         """The domain XML that nova has made for a server."""

@@ -80,8 +80,7 @@ class RefusedMoveTest(NovaTestBase):
         assert self.pmem.running() == {self.server["id"]}
         assert self.pmem.claimed() == {self.path: self.server["id"]}
         assert self.pmem.read("one", self.path.rpartition("/")[2]).startswith(DATA)
-        assert self.usage("one") == {"6GB": 1}
-        assert self.usage("two") == {"6GB": 0}
+        self.wait_until(lambda: (self.usage("one"), self.usage("two")) == ({"6GB": 1}, {"6GB": 0}))
         assert self.pmem.verbs() == []
         return "\n".join(self._failures())
 
@@ -185,5 +184,5 @@ class FailedStartTest(NovaTestBase):
         self.create(flavor, "ERROR")
         connection.failing = False
         assert self.pmem.claimed() == {}
-        assert self.usage("one") == {"6GB": 0}
+        self.wait_until(lambda: self.usage("one") == {"6GB": 0})
         self.create(flavor)
