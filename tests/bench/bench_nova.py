@@ -59,13 +59,13 @@ class Cloud(NovaTestBase):
             self.pmem.forget_calls()
             gc.collect()
             gc.freeze()
+            print(f"{size} hosts:")
             found = {
                 **self.decisions("every host has it", everywhere),
                 **self.decisions("one host has it", first_only),
                 **self.periodic(),
             }
             first = first or found
-            print(f"{size} hosts:")
             for what, seconds in found.items():
                 print(f"  {what}: {seconds * 1000:.2f} ms, {seconds / first[what]:.2f} times", flush=True)
             print(f"  nvdimmctl runs: {len(self.pmem.calls())}", flush=True)
@@ -116,7 +116,7 @@ class Cloud(NovaTestBase):
         tasks = [timed(lambda: compute.manager.update_available_resource(admin)) for _ in range(ROUNDS + 1)][1:]
         rounds = [(update(type(driver)), update(libvirt_driver.LibvirtDriver)) for _ in range(ROUNDS + 1)][1:]
         ratio = median(ours / stock for ours, stock in rounds)
-        print(f"update_provider_tree, in times of nova's own: {ratio:.2f}")
+        print(f"  update_provider_tree, in times of nova's own: {ratio:.2f}")
         return {
             "periodic task of one host": median(tasks),
             "update_provider_tree of one host": median(ours for ours, _ in rounds),
