@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NOVA_VENV := .venv-nova
 APT := DEBIAN_FRONTEND=noninteractive apt-get
 DEB := dist/nvdimm-driver_$(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog)_all.deb
-DEB_SOURCES := setup.py pyproject.toml README.md $(shell find debian doc etc nvdimm_driver -type f \
+DEB_SOURCES := setup.py pyproject.toml README.md $(shell find debian doc etc nvdimm_driver shim -type f \
 	! -path '*/__pycache__/*' ! -path 'doc/_build/*' ! -name _xen.py)
 
 .PHONY: demo test check doc docs deb lab sample clean
@@ -11,7 +12,7 @@ DEB_SOURCES := setup.py pyproject.toml README.md $(shell find debian doc etc nvd
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
-test: $(VENV)/.ready check doc deb
+test: $(VENV)/.ready $(NOVA_VENV)/.ready check doc deb
 	$(BIN)/python -m pytest -n 2 -p tests.one_lab
 
 check: $(VENV)/.ready
@@ -56,5 +57,10 @@ $(VENV)/.ready: setup.py pyproject.toml bindep.txt nvdimm_driver/xen/abi.py
 	$(BIN)/pip install -q -e '.[test,doc]'
 	touch $@
 
+$(NOVA_VENV)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(NOVA_VENV)
+	$(NOVA_VENV)/bin/pip install -q -e '.[nova,nova-test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist doc/_build *.egg-info
+	rm -rf $(VENV) $(NOVA_VENV) build dist doc/_build *.egg-info

@@ -17,7 +17,9 @@ setup(
     name="nvdimm_driver",
     version="0.1.0",
     description="Persistent memory (vNVDIMM) for Xen HVM guests managed by libvirt",
-    packages=find_packages(include=["nvdimm_driver*"]),
+    packages=[*find_packages(include=["nvdimm_driver*"]), "nova.virt.nvdimm_ext"],
+    # Into Nova's own package: it looks for compute drivers nowhere else.
+    package_dir={"nova.virt.nvdimm_ext": "shim/nova/virt/nvdimm_ext"},
     python_requires=">=3.11",
     cmdclass={"build_py": BuildPy},
     install_requires=["cffi", "cliff", "oslo.config", "prometheus_client", "rich", "stevedore"],
@@ -34,6 +36,18 @@ setup(
             "ruff",
         ],
         "doc": ["furo", "sphinx"],
+        "nova": ["libvirt-python", "nova>=34,<35"],
+        "nova-test": [
+            "ddt",
+            "openstack-placement",
+            "oslotest",
+            "pytest",
+            "requests-mock",
+            "SQLAlchemy<2.1",  # with 2.1, Nova's own fixture of a database does not come up
+            "testscenarios",
+            "testtools",
+            "wsgi-intercept",
+        ],
     },
     entry_points={
         "console_scripts": [
@@ -93,6 +107,7 @@ setup(
             "host = nvdimm_driver.cmd.ctl.host:HostFile",
             "register = nvdimm_driver.cmd.ctl.host:Register",
             "unregister = nvdimm_driver.cmd.ctl.host:Unregister",
+            "nova_inventory = nvdimm_driver.cmd.ctl.nova:NovaInventory",
         ],
     },
 )

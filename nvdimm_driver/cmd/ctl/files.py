@@ -126,6 +126,9 @@ class Wipe(Action):
         parser = super().get_parser(prog_name)
         parser.add_argument("what", metavar="DOMAIN|PATH", help="domain, or the file or device of a backing")
         parser.add_argument("--slot", type=int, help="only the NVDIMM in this slot of the domain")
+        parser.add_argument(
+            "--progress", action="store_true", help="print a line to standard error with each tenth that is done"
+        )
         yes_option(parser)
         return parser
 
@@ -143,7 +146,7 @@ class Wipe(Action):
         if not agreed(f"Overwrite all that is in {paths} with zeros?", parsed_args.yes):
             return 1
         for spec, identity in doomed:
-            with watched(spec.path) as watch:
+            with watched(spec.path, lines=parsed_args.progress) as watch:
                 driver.contents.wipe(spec, watch, identity)
             print(f"{spec.path} is all zeros")
         return 0

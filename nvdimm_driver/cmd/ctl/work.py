@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def watched(name: str) -> Iterator[Watch]:
+def watched(name: str, *, lines: bool = False) -> Iterator[Watch]:
     """Whom to tell how work goes on: whoever looks at standard error, when that is a terminal.
 
     :param name: of what is worked on.
+    :param lines: a line a tenth, wherever standard error goes.
     :raises InterruptedWork: when the user interrupts it.
     """
-    work = _Bars(name) if sys.stderr.isatty() else _Work(name)
+    work = _Lines(name) if lines else _Bars(name) if sys.stderr.isatty() else _Work(name)
     try:
         yield work.begin
     except KeyboardInterrupt as error:
@@ -54,6 +55,21 @@ class _Work:
         if not self._what:
             return "nothing was done"
         return f"{self._what}: {human(self._done)} of {human(self._total)} done" if self._total else self._what
+
+
+class _Lines(_Work):
+    """Work with a line for each tenth of a part."""
+
+    def begin(self, what: str) -> Progress:
+        self._tenths = 0
+        return super().begin(what)
+
+    def tell(self, done: int, total: int) -> None:
+        super().tell(done, total)
+        tenths = 10 * done // total
+        if tenths > self._tenths:
+            self._tenths = tenths
+            print(f"{self.name}: {self}", file=sys.stderr, flush=True)
 
 
 class _Bars(_Work):

@@ -1,0 +1,66 @@
+"""``nvdimmctl``, run as root by an unprivileged nova-compute: the ledger and the backings are root's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from nova import utils
+
+NOT_FOUND = 3
+IN_USE = 4
+
+
+class CommandFailed(Exception):
+    """nvdimmctl could not do what it was to do.
+
+    :ivar status: its exit status (nvdimmctl(8)).
+    """
+
+    def __init__(self, words: tuple[str, ...], status: int, said: str) -> None:
+        super().__init__(f"nvdimmctl {' '.join(words)} ended with {status}: {said or 'it said nothing'}")
+        self.status = status
+
+
+def _ignore(line: str) -> None:
+    del line
+
+
+def run(*words: str, tell: Callable[[str], None] = _ignore) -> str:
+    """Run it and return what it prints.
+
+    :param tell: called with each line on its standard error, as it comes.
+    :raises CommandFailed: when its exit status is not 0, or it cannot be run.
+    """
+    root = [] if os.geteuid() == 0 else shlex.split(utils.get_root_helper())
+    said = ""
+    with tempfile.TemporaryFile() as printed:
+        try:
+            process = subprocess.Popen(
+                [*root, "nvdimmctl", *words], stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.PIPE
+            )
+        except OSError as error:
+            raise CommandFailed(words, 127, str(error)) from error
+        with process:
+            assert process.stderr is not None
+            for raw in iter(process.stderr.readline, b""):
+                said = raw.decode(errors="replace").strip()
+                tell(said)
+        if process.returncode:
+            raise CommandFailed(words, process.returncode, said)
+        printed.seek(0)
+        return printed.read().decode()
+
+
+def rows(*words: str) -> list[dict[str, Any]]:
+    """Run a command that lists something; return its rows.
+
+    :raises CommandFailed: as :func:`run` does.
+    """
+    found: list[dict[str, Any]] = json.loads(run(*words, "-f", "json"))
+    return found

@@ -1,0 +1,87 @@
+"""What Nova has no seam for: its tables and functions of one virt_type or another, to which ``xen`` is added.
+
+Nova had all of this until change 3a390c2c82 (23.0.0), and keeps Xen's disk buses still, in order to refuse them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from nova.conf import libvirt as options
+from nova.network import model as network_model
+from nova.virt.libvirt import blockinfo
+from nova.virt.libvirt import vif as libvirt_vif
+from oslo_config import types
+
+VIRT_TYPE = "xen"
+# libxl: tools/libs/light/libxl_dm.c gives these names to QEMU; netfront is the guest's own driver, without emulation.
+VIF_MODELS = [
+    network_model.VIF_MODEL_NETFRONT,
+    network_model.VIF_MODEL_NE2K_PCI,
+    network_model.VIF_MODEL_PCNET,
+    network_model.VIF_MODEL_RTL8139,
+    network_model.VIF_MODEL_E1000,
+]
+
+
+def accept_xen() -> None:
+    """Have this process's Nova take ``virt_type = xen``. Can be repeated."""
+    _accept_option()
+    libvirt_vif.SUPPORTED_VIF_MODELS[VIRT_TYPE] = VIF_MODELS
+    if not hasattr(blockinfo.get_disk_bus_for_device_type, "__wrapped__"):
+        blockinfo.get_disk_bus_for_device_type = _with_xen_bus(blockinfo.get_disk_bus_for_device_type)
+        blockinfo.get_disk_bus_for_disk_dev = _with_xen_name(blockinfo.get_disk_bus_for_disk_dev)
+        blockinfo.get_dev_prefix_for_disk_bus = _with_xen_prefix(blockinfo.get_dev_prefix_for_disk_bus)
+
+
+def _accept_option() -> None:
+    """``[libvirt] virt_type``: oslo.config converts a value when it is read, by the type that the option has then."""
+    (option,) = (each for each in options.libvirt_general_opts if each.name == "virt_type")
+    if VIRT_TYPE not in option.type.choices:
+        option.type = types.String(choices=[*option.type.choices.items(), (VIRT_TYPE, None)])
+
+
+def _with_xen_bus(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The bus of a disk whose image does not say: Xen's own, which guests boot from, too: libxl shows the first four
+    disks of HVM guests as IDE disks until a guest's driver takes over, CD-ROM drives for good (libxl_dm.c). It counts
+    xvda and hda as the same disk: a CD-ROM drive is on the bus that the disks are on.
+    """
+
+    @wraps(original)
+    def get_disk_bus_for_device_type(
+        instance: Any, virt_type: str, image_meta: Any, device_type: str = "disk"
+    ) -> str | None:
+        if virt_type != VIRT_TYPE or image_meta.properties.get(f"hw_{device_type}_bus") is not None:
+            bus: str | None = original(instance, virt_type, image_meta, device_type)
+            return bus
+        if device_type == "cdrom":
+            return get_disk_bus_for_device_type(instance, virt_type, image_meta)
+        return VIRT_TYPE if device_type == "disk" else None
+
+    return get_disk_bus_for_device_type
+
+
+def _with_xen_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The bus of a disk by its name."""
+
+    @wraps(original)
+    def get_disk_bus_for_disk_dev(virt_type: str, disk_dev: str) -> str:
+        bus: str = VIRT_TYPE if disk_dev.startswith("xvd") else original(virt_type, disk_dev)
+        return bus
+
+    return get_disk_bus_for_disk_dev
+
+
+def _with_xen_prefix(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What disks on a bus are called."""
+
+    @wraps(original)
+    def get_dev_prefix_for_disk_bus(disk_bus: str) -> str | None:
+        if disk_bus == VIRT_TYPE and not blockinfo.CONF.libvirt.disk_prefix:
+            return "xvd"
+        prefix: str | None = original(disk_bus)
+        return prefix
+
+    return get_dev_prefix_for_disk_bus

@@ -1,0 +1,63 @@
+"""What the driver has to know of Nova's own configuration, which Nova need not be installed for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from oslo_config import cfg
+
+from nvdimm_driver.errors import ConfigError
+
+_LIBVIRT = [
+    cfg.StrOpt("virt_type", default="kvm"),
+    cfg.StrOpt("connection_uri", default=""),
+    cfg.ListOpt("pmem_namespaces", default=[]),
+]
+_SCHEDULER = [cfg.ListOpt("enabled_filters", default=[])]
+
+
+@dataclass(frozen=True)
+class NovaConf:
+    """Options of Nova, by their names; as Nova has them when the files do not say.
+
+    :ivar files: that were read; empty when there are none.
+    :ivar enabled_filters: of the scheduler; empty when the files do not say.
+    """
+
+    files: tuple[str, ...]
+    compute_driver: str
+    virt_type: str
+    connection_uri: str
+    pmem_namespaces: tuple[str, ...]
+    enabled_filters: tuple[str, ...]
+
+
+def read(files: Sequence[str] | None = None) -> NovaConf:
+    """Read Nova's configuration as nova-compute does.
+
+    :param files: instead of the standard ones, which are nova.conf and nova-compute.conf in /etc/nova.
+    :raises ConfigError: when a file cannot be read.
+    """
+    conf = cfg.ConfigOpts()
+    conf.register_opt(cfg.StrOpt("compute_driver", default=""))
+    conf.register_opts(_LIBVIRT, group="libvirt")
+    conf.register_opts(_SCHEDULER, group="filter_scheduler")
+    try:
+        conf(
+            args=[],
+            project="nova",
+            prog="nova-compute",
+            default_config_files=None if files is None else list(files),
+            default_config_dirs=None if files is None else [],
+        )
+        return NovaConf(
+            files=tuple(conf.config_file) + tuple(conf.config_dir),
+            compute_driver=conf.compute_driver,
+            virt_type=conf.libvirt.virt_type,
+            connection_uri=conf.libvirt.connection_uri,
+            pmem_namespaces=tuple(conf.libvirt.pmem_namespaces),
+            enabled_filters=tuple(conf.filter_scheduler.enabled_filters),
+        )
+    except (cfg.Error, OSError) as error:
+        raise ConfigError(f"nova's configuration: {error}") from error

@@ -1,0 +1,23 @@
+"""Tests that need Nova: in an environment of their own, and each folder in a process, which importing Nova changes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from tests.package import PROJECT
+
+PYTEST = PROJECT / ".venv-nova" / "bin" / "pytest"
+FOLDERS = sorted(path.name for path in (PROJECT / "tests" / "nova").iterdir() if path.is_dir() and path.name[0] != "_")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folder(folder: str) -> None:
+    done = subprocess.run(
+        [PYTEST, f"tests/nova/{folder}"], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(done.stdout)
+    assert done.returncode == 0
+    assert re.search(r"=+ \d+ passed in ", done.stdout.splitlines()[-1]), "and none is skipped"
