@@ -80,7 +80,8 @@ class XenLibvirtDriver(driver.LibvirtDriver):
     def _get_guest_iothread(self) -> None:
         return None
 
-    # LibvirtDriver._guest_add_usb_root_controller: where nothing needs USB it asks for none, a model that libxl refuses.
+    # LibvirtDriver._guest_add_usb_root_controller: where nothing needs USB, it says so with a model that
+    # libxl refuses.
     def _guest_add_usb_root_controller(self, guest: Any, flavor: Any, image_meta: Any) -> None:
         if self._guest_needs_usb(guest, image_meta):
             super()._guest_add_usb_root_controller(guest, flavor, image_meta)

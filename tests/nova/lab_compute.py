@@ -46,16 +46,6 @@ class Compute:
 
     def spawn(self, uuid: str, labels: str, names: list[str], ram_mib: int, command_line: str) -> str:
         """Start an instance that was given these namespaces; returns libvirt's name of it."""
-        self.image = objects.ImageMeta.from_dict(
-            {
-                "id": IMAGE,
-                "disk_format": "raw",
-                "container_format": "bare",
-                "min_ram": 0,
-                "min_disk": 0,
-                "properties": {"kernel_id": KERNEL, "ramdisk_id": RAMDISK, "os_command_line": command_line},
-            }
-        )
         flavor = objects.Flavor(
             context=self.context,
             id=1,
@@ -90,14 +80,26 @@ class Compute:
             flavor=flavor,
             old_flavor=None,
             new_flavor=None,
-            system_metadata={f"image_{name}": value for name, value in self._image_properties(command_line).items()},
+            system_metadata={
+                "image_disk_format": "raw",
+                "image_container_format": "bare",
+                "image_kernel_id": KERNEL,
+                "image_ramdisk_id": RAMDISK,
+                "image_os_command_line": command_line,
+            },
             metadata={},
             info_cache=objects.InstanceInfoCache(context=self.context, network_info=network.NetworkInfo([])),
         )
         self.instance.create()
         self.instance.resources = self._resources(names)
         self.driver.spawn(
-            self.context, self.instance, self.image, [], None, {}, network_info=network.NetworkInfo([]),
+            self.context,
+            self.instance,
+            self.instance.image_meta,
+            [],
+            None,
+            {},
+            network_info=network.NetworkInfo([]),
             block_device_info=self._block_devices(),
         )
         self.instance.vm_state, self.instance.task_state = vm_states.ACTIVE, None
@@ -112,28 +114,13 @@ class Compute:
         )
         self.instance.task_state = None
 
-    def power_off(self) -> None:
-        self.driver.power_off(self.instance)
-
-    def power_on(self) -> None:
-        self.driver.power_on(self.context, self.instance, network.NetworkInfo([]), block_device_info=self._block_devices())
-
     def delete(self) -> None:
         self.instance.task_state = task_states.DELETING
         self.driver.destroy(self.context, self.instance, network.NetworkInfo([]), self._block_devices())
         self.instance.destroy()
 
-    def _block_devices(self) -> dict[str, Any]:
+    def _block_devices(self) -> Any:
         return virt_driver.get_block_device_info(self.instance, objects.BlockDeviceMappingList(objects=[]))
-
-    def _image_properties(self, command_line: str) -> dict[str, str]:
-        return {
-            "disk_format": "raw",
-            "container_format": "bare",
-            "kernel_id": KERNEL,
-            "ramdisk_id": RAMDISK,
-            "os_command_line": command_line,
-        }
 
     def _resources(self, names: list[str]) -> Any:
         """What the resource tracker puts into an instance when it is claimed."""
