@@ -15,9 +15,9 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready check doc deb nova-test
 	$(BIN)/pytest
 
-# In an environment and processes of their own: Nova is large, and changes the process that imports it.
+# In an environment and in processes of their own: Nova is large, and changes the process that imports it.
 nova-test: $(NOVA_VENV)/.ready
-	$(NOVA_VENV)/bin/python -m pytest tests/nova
+	for tests in tests/nova/*/; do $(NOVA_VENV)/bin/pytest $$tests || exit 1; done
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
