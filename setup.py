@@ -39,6 +39,7 @@ setup(
         "nova": ["libvirt-python", "nova>=34,<35"],
         "nova-test": [
             "ddt",
+            "hypothesis",
             "openstack-placement",
             "oslotest",
             "pytest",

@@ -63,6 +63,10 @@ class XenLibvirtDriver(driver.LibvirtDriver):
             )
         super().init_host(host)
 
+    # LibvirtDriver._do_quality_warnings: would say that virt_type xen is deprecated and about to be removed.
+    def _do_quality_warnings(self) -> None:
+        pass
+
     # --- guests ---
 
     # LibvirtDriver._has_numa_support: with it, NUMATopologyFilter and claims would refuse every flavor that has
