@@ -93,7 +93,7 @@ def test_any_label_and_name_that_may_be_come_through(pairs: list[tuple[str, str]
         ("6gb:ns0", "'6gb' is not a label"),
         ("6.5GB:ns0", "'6.5GB' is not a label"),
         ("6GB-FAST:ns0", "'6GB-FAST' is not a label"),
-        ("ſ:ns0", "is not a label"),
+        ("ÄB:ns0", "is not a label"),
         (":ns0", "'' is not a label"),
         ("6GB:", "'' is not a name"),
         ("6GB:ns0||ns1", "'' is not a name"),
@@ -175,7 +175,7 @@ def test_what_nova_cannot_have_is_an_error(host: Host, entry: str, kind: type[Nv
 
 def test_without_pools_it_says_how_one_is_made(host: Host) -> None:
     host.pools = []
-    with pytest.raises(NotFoundError, match="none is configured.*'nvdimmctl pool create'"):
+    with pytest.raises(NotFoundError, match=r"none is configured.*'nvdimmctl pool create'"):
         host.find("X:a")
 
 
