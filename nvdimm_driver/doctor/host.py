@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import plugins
+from nvdimm_driver import novaconf, plugins
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.conf import configured_pools
-from nvdimm_driver.doctor import confinement, hypervisor, libvirt, pmem, programs, records
+from nvdimm_driver.doctor import confinement, hypervisor, libvirt, nova, pmem, programs, records
 from nvdimm_driver.doctor.finding import Finding, could_not
-from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.label_servers import LabelServers
+from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.plugins import AcpiBuilder
+from nvdimm_driver.pmem_namespaces import Configured, Inventory, NovaNamespace
 from nvdimm_driver.pools import Pools
 
 Check = tuple[str, Callable[[], Finding | Iterable[Finding]]]
@@ -62,6 +65,7 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "AppArmor", lambda: confinement.check_apparmor(daemon, conf.xen.device_model)
     yield "SELinux", confinement.check_selinux
     yield "ledger", lambda: _records(conf)
+    yield "Nova", lambda: _nova(conf)
 
 
 def _pools(conf: cfg.ConfigOpts) -> Iterator[Finding]:
@@ -88,3 +92,16 @@ def _records(conf: cfg.ConfigOpts) -> Iterator[Finding]:
     backings = plugins.load_all("nvdimm_driver.backings", conf)
     mapper = plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
     return records.check(state_dir / "ledger.sqlite", backings, mapper, LabelServers(state_dir).is_running)
+
+
+def _nova(conf: cfg.ConfigOpts) -> Iterator[Finding]:
+    def find(configured: Sequence[Configured]) -> tuple[NovaNamespace, ...]:
+        pools = Pools(configured_pools(conf), any_path=conf.allow_any_path)
+        backings = plugins.load_all("nvdimm_driver.backings", conf)
+        path = Path(conf.state_dir) / "ledger.sqlite"
+        if not path.exists():
+            raise LedgerError(f"there is no {path}", hint="'nvdimmctl register' makes it")
+        with closing(Ledger(str(path))) as ledger:
+            return Inventory(pools, backings, ledger, served=conf.acpi.dsm == "qemu").find(configured)
+
+    return nova.check(novaconf.read(), find, nova.nova_version())

@@ -117,9 +117,8 @@ class XenLibvirtDriver(driver.LibvirtDriver):
 
     # LibvirtDriver._get_vpmems_on_host: asks ndctl, which knows of device-dax alone.
     def _get_vpmems_on_host(self) -> dict[str, Any]:
-        configured = [word for each in CONF.libvirt.pmem_namespaces for word in ("--pmem-namespaces", each)]
         try:
-            found = command.rows("nova", "inventory", *configured)
+            found = command.rows("nova", "inventory", "--pmem-namespaces", ",".join(CONF.libvirt.pmem_namespaces))
         except command.CommandFailed as error:
             raise exception.GetPMEMNamespacesFailed(reason=str(error)) from error
         return {

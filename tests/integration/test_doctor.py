@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -37,11 +38,12 @@ builder = native
 """
 
 
-def doctor(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def doctor(folder: Path, *words: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
     conf = folder / "nvdimm-driver.conf"
     conf.write_text(CONF.format(folder=folder))
     command = [str(Path(sys.executable).with_name("nvdimmctl")), "--config-file", str(conf), "doctor", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    environment = {**os.environ, "HOME": str(home or folder)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
     assert "Traceback" not in done.stderr
     return done
 
@@ -99,6 +101,21 @@ def test_who_is_not_root_gets_an_answer() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "hint='run as root'" in done.stdout, done.stderr
     assert done.returncode == 0
+
+
+def test_nova_is_looked_at_where_there_is_a_nova_conf(tmp_path: Path) -> None:
+    (tmp_path / ".nova").mkdir()
+    conf = tmp_path / ".nova/nova.conf"
+    conf.write_text("[DEFAULT]\ncompute_driver = nvdimm_ext.XenLibvirtDriver\n[libvirt]\npmem_namespaces = 6GB:ns0\n")
+    found = rows(doctor(tmp_path, "-f", "json", home=tmp_path).stdout)
+    assert found["Nova, compute_driver"]["Result"] == "PASS"
+    assert found["Nova, virt_type"]["Result"] == "FAIL"
+    assert found["Nova, pmem_namespaces"]["Message"] == f"there is no {tmp_path}/state/ledger.sqlite"
+    assert not (tmp_path / "state").exists(), "nothing is changed"
+    conf.write_text("[libvirt\n")
+    found = rows(doctor(tmp_path, "-f", "json", home=tmp_path).stdout)
+    assert found["Nova"]["Result"] == "FAIL"
+    assert str(conf) in found["Nova"]["Message"]
 
 
 # --- with libvirtd ---

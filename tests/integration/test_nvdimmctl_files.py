@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -358,6 +359,13 @@ def test_an_interrupted_wipe_goes_on(operator: Operator) -> None:
     assert fit(operator, path) == bytes(SIZE)
 
 
+def test_a_line_for_each_tenth_that_is_wiped(operator: Operator) -> None:
+    path = operator.fs.root / "a.img"
+    operator.run("provision", path, "--size", "20M")
+    lines = operator.run("wipe", "--yes", "--progress", path).stderr.splitlines()
+    assert lines == [f"{path}: wiping: {done} MiB of 20 MiB done" for done in range(2, 21, 2)]
+
+
 def test_a_domain_does_not_start_while_it_is_wiped(operator: Operator) -> None:
     from nvdimm_driver.errors import InUseError
 
@@ -397,6 +405,46 @@ def test_release_with_delete(operator: Operator) -> None:
     operator.claim("db1", path)
     assert f"{path}: deleted" in operator.run("release", "--yes", "--delete", "db1").stdout
     assert not path.exists()
+
+
+def test_what_nova_is_told(operator: Operator) -> None:
+    one, two = operator.fs.root / "ns0", operator.fs.root / "ns1"
+    for path in (one, two):
+        operator.run("provision", path, "--size", "16M", "--label-size", "2M")
+    operator.claim("instance-1", one)
+    operator.start(one)
+    conf = operator.folder / "nova.conf"
+    conf.write_text("[libvirt]\npmem_namespaces = 16MB:ns0, OTHER:main/ns1\n")
+    listed = operator.run("nova", "inventory", "--nova-config", conf, "-f", "json").stdout
+    first, second = json.loads(listed)
+    assert first == {
+        "Name": "ns0",
+        "Label": "16MB",
+        "Resource class": "CUSTOM_PMEM_NAMESPACE_16MB",
+        "Pool": "main",
+        "Path": str(one),
+        "Size": 16 * MIB,
+        "Align": 2 * MIB,
+        "Domain": UUID,
+    }
+    assert (second["Name"], second["Path"], second["Domain"]) == ("main/ns1", str(two), "")
+    values = ("--pmem-namespaces", "16MB:ns0,", "--pmem-namespaces", "OTHER:main/ns1")
+    assert operator.run("nova", "inventory", *values, "-f", "json").stdout == listed
+    assert "16 MiB" in operator.run("nova", "inventory", "--nova-config", conf, "-u").stdout
+
+
+def test_what_nova_cannot_be_told(operator: Operator) -> None:
+    with open(operator.fs.root / "sparse", "wb") as file:
+        file.truncate(16 * MIB)
+    with open(operator.fs.root / "fallocated", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 16 * MIB)
+    for status, entry, says in (
+        (1, "6gb:ns0", "'6gb' is not a label"),
+        (3, "6GB:ns0", "there is no ns0 in pool main (nvdimmctl provision --pool main"),
+        (1, "6GB:sparse", f"{operator.fs.root}/sparse: "),
+        (1, "6GB:fallocated", f"fallocated: is not provisioned: {16 * MIB} bytes"),
+    ):
+        assert says in operator.run("nova", "inventory", "--pmem-namespaces", entry, status=status).stderr
 
 
 def test_exit_statuses(operator: Operator) -> None:

@@ -142,6 +142,7 @@ def test_a_domain_by_name_and_by_uuid(config: Path, key: str) -> None:
         "rewrite /nonexistent.xml",
         "restore /nonexistent.xml",
         "plan /nonexistent.xml",
+        "nova inventory --pmem-namespaces X:none",
     ],
 )
 def test_what_is_not_there(config: Path, verb: str) -> None:
@@ -155,6 +156,18 @@ def test_bad_usage(verb: str) -> None:
     done = nvdimmctl(*verb.split(), "--nonsense")
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage: nvdimmctl" in done.stderr
+
+
+def test_nova_inventory_is_told_in_one_way_what_to_list(config: Path, tmp_path: Path) -> None:
+    conf = tmp_path / "nova.conf"
+    done = nvdimmctl("--config-file", config, "nova", "inventory", "--pmem-namespaces", "X:a", "--nova-config", conf)
+    assert (done.returncode, done.stdout) == (2, "")
+    done = nvdimmctl("--config-file", config, "nova", "inventory", "--nova-config", conf)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"nova's configuration: Failed to find some config files: {conf}" in done.stderr
+    conf.touch()
+    done = nvdimmctl("--config-file", config, "nova", "inventory", "--nova-config", conf, "-f", "json")
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), "none are configured"
 
 
 def test_no_such_verb() -> None:

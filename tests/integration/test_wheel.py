@@ -18,6 +18,7 @@ WHERE = "import nvdimm_driver.xen._xen as made; print(made.__file__)"
 def test_what_pip_installs_runs(tmp_path: Path) -> None:
     source = tmp_path / "source"  # setuptools writes into it
     shutil.copytree(PROJECT / "nvdimm_driver", source / "nvdimm_driver", ignore=shutil.ignore_patterns("_xen.py"))
+    shutil.copytree(PROJECT / "shim", source / "shim")
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(PROJECT / name, source)
     subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", tmp_path, source], check=True)
@@ -29,6 +30,9 @@ def test_what_pip_installs_runs(tmp_path: Path) -> None:
     def run(*command: str | Path) -> str:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
 
+    shim = site / "nova/virt/nvdimm_ext/__init__.py"
+    assert shim.read_text() == (PROJECT / "shim/nova/virt/nvdimm_ext/__init__.py").read_text()
+    assert list((site / "nova").rglob("__init__.py")) == [shim], "the rest is Nova's own"
     assert run(sys.executable, "-c", WHERE).startswith(str(site))
     plan = run(site / "bin/nvdimmctl", "plan", "--host", EXAMPLES / "host.json", EXAMPLES / "guest.xml")
     assert "Mapping calls: 2 extents" in plan

@@ -78,7 +78,7 @@ class InventoryTest(CommandTest):
 
     def test_it_is_asked_about_what_is_configured(self) -> None:
         self.make_driver(["6GB:ns0", "16GB:main/ns1"])
-        assert self.calls() == ["nova inventory --pmem-namespaces 6GB:ns0 --pmem-namespaces 16GB:main/ns1 -f json"]
+        assert self.calls() == ["nova inventory --pmem-namespaces 6GB:ns0,16GB:main/ns1 -f json"]
 
     def test_without_namespaces_it_is_not_asked(self) -> None:
         assert self.make_driver([])._vpmems_by_name == {}

@@ -1,0 +1,117 @@
+"""What an operator gets in etc/nova."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from nova import utils
+from nova.conf import compute, libvirt
+from oslo_config import cfg
+from oslo_rootwrap import wrapper
+
+from nvdimm_driver import pmem_namespaces
+from nvdimm_driver.nova import command
+from nvdimm_driver.nova.extend import accept_xen
+from tests.nova.driver.base import UUID, DriverTest
+
+ETC = Path(__file__).parents[3] / "etc/nova"
+FILTERS = ETC / "rootwrap.d"
+ROOTWRAP = "[DEFAULT]\nfilters_path = {filters}\nexec_dirs = {bin}\nuse_syslog = False\n"
+
+
+def allowed(*words: str) -> bool:
+    try:
+        return wrapper.match_filter(wrapper.load_filters([str(FILTERS)]), list(words), ["/bin"]) is not None
+    except (wrapper.NoFilterMatched, wrapper.FilterMatchNotExecutable) as error:
+        return isinstance(error, wrapper.FilterMatchNotExecutable)  # there is no nvdimmctl in /bin
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nvdimmctl nova inventory --pmem-namespaces '6GB:ns0|ns1,16GB:main/ns2' -f json",
+        f"nvdimmctl wipe --yes --progress {UUID}",
+        f"nvdimmctl release --yes {UUID}",
+    ],
+)
+def test_what_the_driver_runs_is_allowed(line: str) -> None:
+    assert allowed(*shlex.split(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nvdimmctl wipe --yes --progress /mnt/pmem0/ns0",
+        f"nvdimmctl wipe --yes --progress {UUID} {UUID}",
+        f"nvdimmctl release --yes --delete {UUID}",
+        f"nvdimmctl release --delete {UUID}",
+        "nvdimmctl release --yes db1",
+        f"nvdimmctl --config-file /tmp/c release --yes {UUID}",
+        "nvdimmctl export db1 /tmp/x",
+        "nvdimmctl nova inventory --nova-config /etc/shadow -f json",
+        f"/tmp/nvdimmctl/x release --yes {UUID}",
+    ],
+)
+def test_nothing_else_is(line: str) -> None:
+    assert not allowed(*shlex.split(line))
+
+
+class RootHelperTest(DriverTest):
+    """As nova-compute is run by a user of its own; the tests' user is root."""
+
+    @pytest.fixture(autouse=True)
+    def _make(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "bin").mkdir()
+        for name, text in (
+            ("nvdimmctl", 'echo "[{\\"Argument\\": \\"$4\\"}]"'),
+            ("sudo", 'exec "$@"'),
+            ("nova-rootwrap", f'exec {Path(sys.executable).with_name("nova-rootwrap")} "$@"'),
+        ):
+            program = tmp_path / "bin" / name
+            program.write_text(f"#!/bin/sh\n{text}\n")
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        self.conf = tmp_path / "rootwrap.conf"
+        self.conf.write_text(ROOTWRAP.format(filters=FILTERS, bin=tmp_path / "bin"))
+        monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+        monkeypatch.setattr(os, "geteuid", lambda: 162)
+
+    def test_it_goes_through_rootwrap(self) -> None:
+        self.flags(rootwrap_config=str(self.conf))
+        assert utils.get_root_helper() == f"sudo nova-rootwrap {self.conf}"
+        found = command.rows("nova", "inventory", "--pmem-namespaces", "6GB:ns0|ns1")
+        assert found == [{"Argument": "6GB:ns0|ns1"}]
+
+    def test_what_it_does_not_allow_is_told(self) -> None:
+        self.flags(rootwrap_config=str(self.conf))
+        with pytest.raises(command.CommandFailed, match=r"ended with 99: .*nova-rootwrap.* Unauthorized command"):
+            command.run("release", "--delete", "--yes", UUID)
+
+
+def test_nova_knows_all_of_the_sample(tmp_path: Path) -> None:
+    """With the comment signs of options away."""
+    accept_xen()
+    file = tmp_path / "nova.conf"
+    file.write_text((ETC / "nova-compute-xen-nvdimm.conf").read_text().replace("\n#pmem", "\npmem"))
+    conf = cfg.ConfigOpts()
+    compute.register_opts(conf)
+    libvirt.register_opts(conf)
+    conf([], default_config_files=[str(file)])
+    sections: dict[str, dict[str, list[str]]] = {}
+    cfg.ConfigParser(str(file), sections).parse()
+    names = {(section, name) for section, values in sections.items() for name in values}
+    assert names == {
+        ("DEFAULT", "compute_driver"),
+        ("DEFAULT", "reserved_host_memory_mb"),
+        ("libvirt", "virt_type"),
+        ("libvirt", "connection_uri"),
+        ("libvirt", "pmem_namespaces"),
+    }
+    assert conf.compute_driver == "nvdimm_ext.XenLibvirtDriver"
+    assert conf.reserved_host_memory_mb > 0
+    assert (conf.libvirt.virt_type, conf.libvirt.connection_uri) == ("xen", "xen:///system")
+    assert len(pmem_namespaces.parse(conf.libvirt.pmem_namespaces)) == 3

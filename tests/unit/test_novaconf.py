@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver import novaconf
+from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.novaconf import NovaConf
+
+CONF = """
+[DEFAULT]
+compute_driver = nvdimm_ext.XenLibvirtDriver
+my_ip = 10.0.0.1
+[libvirt]
+virt_type = xen
+connection_uri = xen:///system
+pmem_namespaces = 6GB:ns0|ns1, 16GB:main/ns2
+images_type = nonsense
+[filter_scheduler]
+enabled_filters = ComputeFilter,NUMATopologyFilter
+"""
+
+
+def test_what_matters_is_read_and_the_rest_is_none_of_ours(tmp_path: Path) -> None:
+    first, second = tmp_path / "nova.conf", tmp_path / "nova-compute.conf"
+    first.write_text(CONF)
+    second.write_text("[libvirt]\nvirt_type = kvm\n")
+    assert novaconf.read([str(first), str(second)]) == NovaConf(
+        files=(str(first), str(second)),
+        compute_driver="nvdimm_ext.XenLibvirtDriver",
+        virt_type="kvm",
+        connection_uri="xen:///system",
+        pmem_namespaces=("6GB:ns0|ns1", "16GB:main/ns2"),
+        enabled_filters=("ComputeFilter", "NUMATopologyFilter"),
+    )
+
+
+def test_an_empty_file_says_what_nova_does_by_itself(tmp_path: Path) -> None:
+    empty = tmp_path / "nova.conf"
+    empty.touch()
+    assert novaconf.read([str(empty)]) == NovaConf((str(empty),), "", "kvm", "", (), ())
+
+
+def test_the_standard_files_are_novas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".nova").mkdir()
+    for name in ("nova.conf", "nova-compute.conf"):
+        (tmp_path / ".nova" / name).touch()
+    names = [Path(each).name for each in novaconf.read().files]
+    assert sorted(names) == ["nova-compute.conf", "nova.conf"]
+
+
+@pytest.mark.parametrize("text", [None, "[libvirt\n", "virt_type\n"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "nova.conf"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"nova's configuration: .*nova\.conf"):
+        novaconf.read([str(file)])
