@@ -10,7 +10,7 @@ from oslo_config import cfg
 from nvdimm_driver.errors import ConfigError
 
 _LIBVIRT = [
-    cfg.StrOpt("virt_type", default="kvm"),
+    cfg.StrOpt("virt_type", default=""),
     cfg.StrOpt("connection_uri", default=""),
     cfg.ListOpt("pmem_namespaces", default=[]),
 ]
@@ -19,10 +19,10 @@ _SCHEDULER = [cfg.ListOpt("enabled_filters", default=[])]
 
 @dataclass(frozen=True)
 class NovaConf:
-    """Options of Nova, by their names; as Nova has them when the files do not say.
+    """Options of Nova, by their names; empty when the files do not say.
 
-    :ivar files: that were read; empty when there are none.
-    :ivar enabled_filters: of the scheduler; empty when the files do not say.
+    :ivar files: that were read.
+    :ivar enabled_filters: of the scheduler.
     """
 
     files: tuple[str, ...]

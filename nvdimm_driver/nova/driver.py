@@ -54,12 +54,12 @@ class XenLibvirtDriver(driver.LibvirtDriver):
     def _uri() -> str:
         return CONF.libvirt.connection_uri or "xen:///system"
 
-    # LibvirtDriver.init_host: Nova's file says nothing of virt_type when it is left out, and kvm would be taken.
+    # LibvirtDriver.init_host: would go on with whatever nova.conf says, and fail later.
     def init_host(self, host: str) -> None:
         if CONF.libvirt.virt_type != "xen":
             raise exception.InvalidConfiguration(
                 f"compute_driver is nvdimm_ext.XenLibvirtDriver, and [libvirt] virt_type is {CONF.libvirt.virt_type}: "
-                "set it to xen"
+                "leave it out"
             )
         super().init_host(host)
 

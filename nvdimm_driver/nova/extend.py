@@ -13,7 +13,7 @@ from nova.conf import libvirt as options
 from nova.network import model as network_model
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import vif as libvirt_vif
-from oslo_config import types
+from oslo_config import cfg, types
 
 VIRT_TYPE = "xen"
 # libxl: tools/libs/light/libxl_dm.c gives these names to QEMU; netfront is the guest's own driver, without emulation.
@@ -37,10 +37,16 @@ def accept_xen() -> None:
 
 
 def _accept_option() -> None:
-    """``[libvirt] virt_type``: oslo.config converts a value when it is read, by the type that the option has then."""
+    """``[libvirt] virt_type``: xen is a value, and the default.
+
+    oslo.config converts a value when it is read, by the type that the option has then. nova-compute reads all options
+    before it loads the driver (nova/cmd/compute.py, with native threads and ``log_options``): a xen that is written
+    out is refused there, the default is not.
+    """
     (option,) = (each for each in options.libvirt_general_opts if each.name == "virt_type")
     if VIRT_TYPE not in option.type.choices:
         option.type = types.String(choices=[*option.type.choices.items(), (VIRT_TYPE, None)])
+        cfg.set_defaults(options.libvirt_general_opts, virt_type=VIRT_TYPE)
 
 
 def _with_xen_bus(original: Callable[..., Any]) -> Callable[..., Any]:

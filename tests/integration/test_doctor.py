@@ -106,7 +106,8 @@ def test_who_is_not_root_gets_an_answer() -> None:
 def test_nova_is_looked_at_where_there_is_a_nova_conf(tmp_path: Path) -> None:
     (tmp_path / ".nova").mkdir()
     conf = tmp_path / ".nova/nova.conf"
-    conf.write_text("[DEFAULT]\ncompute_driver = nvdimm_ext.XenLibvirtDriver\n[libvirt]\npmem_namespaces = 6GB:ns0\n")
+    libvirt_section = "[libvirt]\nvirt_type = kvm\npmem_namespaces = 6GB:ns0\n"
+    conf.write_text(f"[DEFAULT]\ncompute_driver = nvdimm_ext.XenLibvirtDriver\n{libvirt_section}")
     found = rows(doctor(tmp_path, "-f", "json", home=tmp_path).stdout)
     assert found["Nova, compute_driver"]["Result"] == "PASS"
     assert found["Nova, virt_type"]["Result"] == "FAIL"

@@ -17,7 +17,7 @@ from tests.unit.doubles import UUID
 RIGHT = NovaConf(
     files=("/etc/nova/nova.conf",),
     compute_driver="nvdimm_ext.XenLibvirtDriver",
-    virt_type="xen",
+    virt_type="",
     connection_uri="xen:///system",
     pmem_namespaces=("6GB:ns0|ns1", "16GB:ns2"),
     enabled_filters=("ComputeFilter",),
@@ -62,6 +62,7 @@ def test_a_host_without_nova_hears_nothing() -> None:
         ({"compute_driver": ""}, "compute_driver", Result.FAIL, "not set: instances"),
         ({"compute_driver": "", "pmem_namespaces": ()}, "compute_driver", Result.NOTE, "no nova-compute"),
         ({"virt_type": "kvm"}, "virt_type", Result.FAIL, "kvm: nova-compute does not start"),
+        ({"virt_type": "xen"}, "virt_type", Result.WARN, "before it loads the compute driver"),
         ({"connection_uri": "xen+unix:///system?socket=/s"}, "connection_uri", Result.WARN, "may go past nvdimmd"),
         ({"connection_uri": ""}, "connection_uri", Result.PASS, "xen:///system"),
         ({"pmem_namespaces": ()}, "pmem_namespaces", Result.NOTE, "none"),

@@ -36,10 +36,10 @@ def test_what_matters_is_read_and_the_rest_is_none_of_ours(tmp_path: Path) -> No
     )
 
 
-def test_an_empty_file_says_what_nova_does_by_itself(tmp_path: Path) -> None:
+def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
     empty = tmp_path / "nova.conf"
     empty.touch()
-    assert novaconf.read([str(empty)]) == NovaConf((str(empty),), "", "kvm", "", (), ())
+    assert novaconf.read([str(empty)]) == NovaConf((str(empty),), "", "", "", (), ())
 
 
 def test_the_standard_files_are_novas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -107,7 +108,6 @@ def test_nova_knows_all_of_the_sample(tmp_path: Path) -> None:
     assert names == {
         ("DEFAULT", "compute_driver"),
         ("DEFAULT", "reserved_host_memory_mb"),
-        ("libvirt", "virt_type"),
         ("libvirt", "connection_uri"),
         ("libvirt", "pmem_namespaces"),
     }
@@ -115,3 +115,41 @@ def test_nova_knows_all_of_the_sample(tmp_path: Path) -> None:
     assert conf.reserved_host_memory_mb > 0
     assert (conf.libvirt.virt_type, conf.libvirt.connection_uri) == ("xen", "xen:///system")
     assert len(pmem_namespaces.parse(conf.libvirt.pmem_namespaces)) == 3
+
+
+# What nova-compute does until it waits for nova-conductor, and then with the driver (nova/cmd/compute.py:main).
+COMPUTE = """
+import os, sys
+from nova import monkey_patch
+monkey_patch.patch()
+from nova import config, objects
+from nova.conf import CONF
+from nova.virt import driver
+from oslo_log import log
+config.parse_args(["nova-compute", *sys.argv[1:]])
+CONF.log_opt_values(log.getLogger(), 10)
+objects.register_all()
+print(type(driver.load_compute_driver(None)).__name__, CONF.libvirt.virt_type, flush=True)
+os._exit(0)
+"""
+
+
+def started(tmp_path: Path, more: str, mode: str) -> subprocess.CompletedProcess[str]:
+    """nova-compute with the sample, and more in [libvirt]."""
+    conf = tmp_path / "nova.conf"
+    conf.write_text((ETC / "nova-compute-xen-nvdimm.conf").read_text() + more)
+    environment = {**os.environ, "OS_NOVA_DISABLE_EVENTLET_PATCHING": mode}
+    command_line = [sys.executable, "-W", "ignore", "-c", COMPUTE, "--config-file", str(conf)]
+    return subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("mode", ["0", "1"], ids=["eventlet", "threads"])
+def test_nova_compute_starts_with_the_sample(tmp_path: Path, mode: str) -> None:
+    done = started(tmp_path, "", mode)
+    assert done.stdout == "XenLibvirtDriver xen\n", done.stderr
+
+
+def test_a_virt_type_that_is_written_out_is_read_too_early(tmp_path: Path) -> None:
+    done = started(tmp_path, "virt_type = xen\n", "1")
+    assert done.returncode == 1
+    assert "Value for option virt_type" in done.stderr

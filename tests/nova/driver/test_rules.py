@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from nova import exception, objects
 from nova.compute import task_states
+from nova.conf import CONF
 from nova.virt import driver as virt_driver
 from nova.virt import nvdimm_ext
 from nova.virt.libvirt import blockinfo
@@ -227,8 +228,12 @@ class ExtensionTest(DriverTest):
     def test_another_virt_type_is_not_started(self) -> None:
         driver = self.make_driver([])
         self.flags(virt_type="kvm", group="libvirt")
-        with pytest.raises(exception.InvalidConfiguration, match="virt_type is kvm: set it to xen"):
+        with pytest.raises(exception.InvalidConfiguration, match="virt_type is kvm: leave it out"):
             driver.init_host(HOST)
+
+    def test_without_a_word_it_is_xen(self) -> None:
+        CONF.clear_override("virt_type", group="libvirt")
+        assert CONF.libvirt.virt_type == "xen"
 
     def test_nonsense_is_still_refused(self) -> None:
         with pytest.raises(ValueError, match="nonsense"):
