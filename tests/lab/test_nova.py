@@ -56,7 +56,6 @@ host = dom0
 instances_path = {instances}
 state_path = {folder}
 [libvirt]
-virt_type = xen
 connection_uri = xen+tcp://127.0.0.1:{port}/system
 cpu_mode = none
 images_type = raw
