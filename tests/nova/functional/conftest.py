@@ -1,0 +1,26 @@
+"""Runs in a process of its own: importing nova's functional tests patches it for eventlet."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.loop_pmem import FileSystem
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what nova uses is not ours
+    import nova.tests.functional  # noqa: F401
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore")
+
+
+@pytest.fixture(scope="session")
+def file_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FileSystem]:
+    mounted = FileSystem(tmp_path_factory.mktemp("pmem"), "ext4")
+    yield mounted
+    subprocess.run(["umount", mounted.root], check=True)
