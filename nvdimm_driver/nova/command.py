@@ -47,8 +47,7 @@ def run(*words: str, tell: Callable[[str], None] = _ignore) -> str:
         except OSError as error:
             raise CommandFailed(words, 127, str(error)) from error
         with process:
-            assert process.stderr is not None
-            for raw in iter(process.stderr.readline, b""):
+            for raw in process.stderr or ():
                 said = raw.decode(errors="replace").strip()
                 tell(said)
         if process.returncode:

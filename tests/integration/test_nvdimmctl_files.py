@@ -359,6 +359,17 @@ def test_an_interrupted_wipe_goes_on(operator: Operator) -> None:
     assert fit(operator, path) == bytes(SIZE)
 
 
+def test_a_domain_that_lacks_a_backing_is_not_one_that_there_is_not(operator: Operator) -> None:
+    """Whoever takes status 3 for "nothing to wipe" would let the second one's bytes go to others."""
+    one, two = operator.fs.root / "one", operator.fs.root / "two"
+    for path in (one, two):
+        operator.run("provision", path, "--size", "16M")
+    operator.claim("db1", one, two)
+    one.unlink()
+    assert f"{one}: there is no such file" in operator.run("wipe", "--yes", UUID, status=1).stderr
+    assert "no domain 'db2'" in operator.run("wipe", "--yes", "db2", status=3).stderr
+
+
 def test_a_line_for_each_tenth_that_is_wiped(operator: Operator) -> None:
     path = operator.fs.root / "a.img"
     operator.run("provision", path, "--size", "20M")

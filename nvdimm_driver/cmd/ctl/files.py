@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nvdimm_driver.cmd.ctl.base import Action, agreed, find, size_argument, up_to_date, yes_option
 from nvdimm_driver.cmd.ctl.work import watched
-from nvdimm_driver.errors import NotFoundError, UsageError
+from nvdimm_driver.errors import BackingError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
@@ -146,8 +146,14 @@ class Wipe(Action):
         if not agreed(f"Overwrite all that is in {paths} with zeros?", parsed_args.yes):
             return 1
         for spec, identity in doomed:
-            with watched(spec.path, lines=parsed_args.progress) as watch:
-                driver.contents.wipe(spec, watch, identity)
+            try:
+                with watched(spec.path, lines=parsed_args.progress) as watch:
+                    driver.contents.wipe(spec, watch, identity)
+            except NotFoundError as error:
+                if spec.path == parsed_args.what:
+                    raise
+                # Not what was named: status 3 says that there is nothing to wipe, and other NVDIMMs may be left.
+                raise BackingError(error.message, hint="'nvdimmctl check' mends what has gone or was moved") from error
             print(f"{spec.path} is all zeros")
         return 0
 
