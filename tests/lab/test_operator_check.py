@@ -21,6 +21,7 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
     """The host, with a domain whose file has bytes of its own."""
     operator.define(driver_host, NAME, [operator.nvdimm(FILE, SIZE_MIB)])
     driver_host.check(f"seq 100000 | dd of={FILE} conv=notrunc && sync {FILE}")
+    assert check(driver_host) == []
     yield driver_host
     operator.remove(driver_host, NAME)
     driver_host.check(f"rm {FILE}")
@@ -28,7 +29,6 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
 
 @pytest.fixture(autouse=True)
 def all_is_well(xen: XenHost) -> Iterator[None]:
-    assert check(xen) == []
     yield
     assert check(xen) == []
 
@@ -77,7 +77,7 @@ def test_a_file_that_was_truncated(xen: XenHost) -> None:
     xen.check(f"truncate -s 8M {FILE}")
     finds(xen, f"it is {8 << 20} bytes too short")
     assert xen.check(f"head -c 1M {FILE} | sha256sum").stdout == before
-    operator.start(xen, NAME).wait_report()
+    operator.start(xen, NAME)
     xen.check(f"{operator.VIRSH} destroy {NAME}")
 
 
@@ -101,7 +101,7 @@ def test_a_ledger_that_was_lost(xen: XenHost) -> None:
     assert (NAME, FILE) in {(row["Domain"], row["Path"]) for row in rows}
     assert {row["Done"] for row in check(xen, "--repair")} == {"yes"}
     assert operator.show(xen, NAME) == before
-    operator.start(xen, NAME).wait_report()
+    operator.start(xen, NAME)
     xen.check(f"{operator.VIRSH} destroy {NAME}")
     xen.check("rm -r /root/lost")
 
