@@ -65,7 +65,7 @@ def _check_version(installed: str | None) -> Finding:
         return noted(
             name,
             "cannot be told: nova-compute has another Python than nvdimmctl",
-            "the environment that nova-compute runs in needs nvdimm_driver, too: pip install 'nvdimm_driver[nova]'",
+            "the environment that nova-compute runs in needs nvdimm_driver, too: pip install '.[nova]' in its source",
         )
     if installed.partition(".")[0] != str(MAJOR):
         return warned(name, f"{installed}; the compute driver is tested with {MAJOR}", "try it with one instance first")
