@@ -288,7 +288,7 @@ def install_guest(host: XenHost) -> str:
 
 
 def disk_arguments(disk: str = GUEST_DISK) -> tuple[str, ...]:
-    """Device-model arguments for the guest's disk: virtio, for IDE and Xen's own disk cost GRUB far more time."""
+    """Device-model arguments for the guest's disk: virtio, for IDE and Xen's own disk cost the BIOS far more time."""
     return (
         *("-drive", f"file={disk},if=none,id=boot,format=raw,readonly=on"),
         *("-device", "virtio-blk-pci,drive=boot,bootindex=1"),

@@ -8,11 +8,10 @@ from pathlib import Path
 from tests.lab.errors import LabError
 
 HOST_PACKAGES = (
+    "binutils",
     "cpio",
     "e2fsprogs",
     "gcc",
-    "grub-common",
-    "grub-pc-bin",
     "mmdebstrap",
     "qemu-system-x86",
     "util-linux",
