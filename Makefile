@@ -12,7 +12,9 @@ DEB_SOURCES := setup.py pyproject.toml README.md $(shell find debian doc etc nvd
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
-test: $(VENV)/.ready $(NOVA_VENV)/.ready check doc deb
+# Two at a time, what each prints in one piece.
+test: $(VENV)/.ready
+	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready check doc deb
 	$(BIN)/python -m pytest -n 2 -p tests.one_lab
 
 check: $(VENV)/.ready
