@@ -29,7 +29,7 @@ NVDIMM_ALIGN = 2 << 20
 # SMAP crashes a PV dom0 under TCG, MWAIT panics Xen, and exits for RDTSCP are decoded wrongly.
 CPU = "EPYC,+svm,+npt,-smap,-smep,-monitor,-rdtscp"
 XEN_ARGS = (
-    "dom0_mem={memory},max:{memory} dom0_max_vcpus=1 dom0_vcpus_pin sched=credit mwait-idle=0 cpuidle=0 "
+    "dom0_mem={memory},max:{memory} dom0_max_vcpus=1 dom0_vcpus_pin sched=credit mwait-idle=0 cpuidle=0 bootscrub=0 "
     "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=debug noreboot"
 )
 LINUX_ARGS = "rdinit=/init console=hvc0 quiet loglevel=4 net.ifnames=0"
