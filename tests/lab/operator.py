@@ -16,8 +16,15 @@ VIRSH = "virsh -q -c xen:///system"
 NVDIMMD_PID = "/run/nvdimmd.pid"
 # xen/include/public/xen.h and domctl.h
 DOMCTL_HYPERCALL, MEMORY_MAPPING = 36, 39
-# With this alignment the file system allocates whole 2 MiB pieces of the namespace where it can.
-MAKE_FILE_SYSTEM = "mkfs.ext4 -q -F -b 4096 -E stride=512,stripe_width=512 /dev/pmem0"
+# With this alignment the file systems allocate whole 2 MiB pieces of the namespace where they can.
+MAKE_FILE_SYSTEM = {
+    "ext4": "mkfs.ext4 -q -F -b 4096 -E stride=512,stripe_width=512 /dev/pmem0",
+    "xfs": "mkfs.xfs -q -f -m reflink=0 -d su=2m,sw=1 -l su=4k /dev/pmem0",
+}
+MAKE_NAMESPACE = {
+    "raw": "ndctl create-namespace -f -e namespace1.0 -m raw",
+    "devdax": "ndctl create-namespace -f -e namespace1.0 -m devdax --map=mem",
+}
 # A device-dax device can be mapped and not read; O_DIRECT passes the page cache of a block device by.
 SHA256_DEVDAX = """\
 import hashlib, mmap, os, sys
@@ -30,9 +37,10 @@ POOLS = """\
 [pool:main]
 paths = /mnt/pmem0
 [pool:device]
-kind = pmem
-paths = /dev/pmem1
+kind = {kind}
+paths = {device}
 """
+POOL_DEVICES = {"raw": ("pmem", "/dev/pmem1"), "devdax": ("devdax", "/dev/dax1.0")}
 
 
 def install_driver(host: XenHost) -> None:
@@ -63,12 +71,13 @@ def start_nvdimmd(host: XenHost) -> None:
     )
 
 
-def make_pmem(host: XenHost) -> None:
-    """Make two pools: /mnt/pmem0, a DAX file system, and /dev/pmem1, a raw namespace."""
-    host.write("/etc/nvdimm-driver/nvdimm-driver.conf.d/pools.conf", POOLS.encode())
+def make_pmem(host: XenHost, file_system: str = "ext4", mode: str = "raw") -> None:
+    """Make two pools: /mnt/pmem0, a DAX file system, and /dev/pmem1, a raw namespace, or /dev/dax1.0 in mode devdax."""
+    kind, device = POOL_DEVICES[mode]
+    host.write("/etc/nvdimm-driver/nvdimm-driver.conf.d/pools.conf", POOLS.format(kind=kind, device=device).encode())
     host.check(
-        f"set -e\nndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem\n{MAKE_FILE_SYSTEM}\n"
-        f"mkdir -p /mnt/pmem0\nmount -o dax /dev/pmem0 /mnt/pmem0\nndctl create-namespace -f -e namespace1.0 -m raw"
+        f"set -e\nndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem\n{MAKE_FILE_SYSTEM[file_system]}\n"
+        f"mkdir -p /mnt/pmem0\nmount -o dax /dev/pmem0 /mnt/pmem0\n{MAKE_NAMESPACE[mode]}"
     )
 
 

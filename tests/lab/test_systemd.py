@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from hashlib import sha256
 
 import pytest
 
@@ -24,19 +23,6 @@ SOCKETS = "/run/libvirt/virtxend-sock /run/libvirt/virtxend-sock-ro"
 WRITTEN = (
     "ls /etc/libvirt/hooks/libxl.d/50-nvdimm /usr/libexec/xen/bin/nvdimm-device-model /etc/systemd/system/nvdimmd*"
 )
-COPY, LIBPMEM = "/root/copy.img", "/usr/lib/x86_64-linux-gnu/libpmem.so.1"
-# What Linux says to whoever wants to make stores to a device-dax device durable.
-SYNC_DEVDAX = """\
-import mmap, os
-fd = os.open("/dev/dax1.0", os.O_RDWR)
-with mmap.mmap(fd, 2 << 20) as memory:
-    memory[0] = 1
-    for sync in (lambda: os.fsync(fd), memory.flush):
-        try:
-            sync()
-        except OSError as error:
-            print(error.errno)
-"""
 # Debian 12 has no modular daemons: this one is at virtxend's place, and hands all on to libvirtd.
 VIRTXEND = """\
 for mode in '' -ro; do
@@ -80,21 +66,6 @@ def virsh(xen: XenHost, command: str) -> str:
 
 def logged(xen: XenHost, unit: str) -> str:
     return xen.check(f"journalctl -u {unit} --no-pager").stdout
-
-
-def test_device_dax_is_wiped_with_libpmem(xen: XenHost) -> None:
-    """Nothing else can make its bytes durable."""
-    xen.write("/root/sync.py", SYNC_DEVDAX.encode())
-    assert xen.check("python3 /root/sync.py").stdout.split() == ["22", "22"], "EINVAL: neither fsync nor msync"
-    assert "install it (Debian: libpmem1)" in xen.run(f"{operator.NVDIMMCTL} wipe -y /dev/dax1.0").stderr
-    with open(LIBPMEM, "rb") as file:
-        xen.write(LIBPMEM, file.read())
-    size = int(xen.check("cat /sys/bus/dax/devices/dax1.0/size").stdout)
-    filled = xen.check(f"{operator.NVDIMMCTL} export /dev/dax1.0 {COPY}").stdout.split()[0]
-    xen.check(f"{operator.NVDIMMCTL} wipe -y /dev/dax1.0")
-    assert operator.host_sha256(xen, "/dev/dax1.0", 0, size) == sha256(bytes(size)).hexdigest()
-    xen.check(f"{operator.NVDIMMCTL} import {COPY} --pool device --name dax1.0 --force")
-    assert operator.host_sha256(xen, "/dev/dax1.0", 0, size) == filled
 
 
 def test_plain_virsh_goes_through_nvdimmd(xen: XenHost) -> None:
