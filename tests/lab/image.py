@@ -26,10 +26,12 @@ DOM0_MODULE_PREFIXES = ("xen", "virtio_")
 DOM0_INITRD_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 GUEST_MODULES = ("nd_pmem", "nd_btt", "nfit", "nd_e820")
 GUEST_TOOLS = ("/usr/bin/ndctl", "/sbin/mkfs.ext4")
-# What recipe/boot.S has: where it puts things, the stack of Linux's setup, and where in it the extents are.
+# Where a guest of 128 MiB or more finds Linux's setup, the kernel that unpacks itself, and, behind that, the initramfs.
 SETUP_ADDRESS, KERNEL_ADDRESS, INITRD_ADDRESS = 0x90000, 0x100000, 0x5000000
 SETUP_END = 0xE000
+"""Bytes of Linux's setup with its heap and stack; the kernel's arguments are behind."""
 EXTENTS = 510 - 4 * 12
+"""Where the boot sector's table is: three extents and one of no sectors."""
 # Each trip from a guest to QEMU costs milliseconds, so there is no serial port, no clock to calibrate, and no look at
 # what disks the BIOS has. The initramfs leaves no room to put the kernel at random.
 GUEST_LINUX_ARGS = (
@@ -121,6 +123,12 @@ def make_disk(target: Path, kernel: Path, initrds: Sequence[Path], linux_args: s
         raise LabError(f"{kernel} is no Linux kernel for x86")
     initrd = b"".join(_padded(file.read_bytes()) for file in initrds)
     protected = (image[0x1F1] + 1) * SECTOR
+    unpacked = sum(struct.unpack_from("<QI", image, 0x258))
+    if protected > SETUP_END or unpacked > INITRD_ADDRESS:
+        raise LabError(
+            f"{kernel}: its setup ends at {protected:#x} and it unpacks itself up to {unpacked:#x}; "
+            f"{SETUP_END:#x} and {INITRD_ADDRESS:#x} are the most that there is room for"
+        )
     arguments = f"{GUEST_LINUX_ARGS} {linux_args}".encode()
     setup = bytearray(image[:protected].ljust(SETUP_END, b"\0"))
     # Documentation/arch/x86/boot.rst of Linux: a loader without a number that leaves a heap, and what lies where
@@ -141,7 +149,9 @@ def make_disk(target: Path, kernel: Path, initrds: Sequence[Path], linux_args: s
 
 def _boot_sector(target: Path, extents: bytes) -> bytes:
     program, code = target.with_suffix(".o"), target.with_suffix(".boot")
-    run_tool(["as", "--32", "-o", program, SOURCES / "boot.S"])
+    symbols = {"LINUX": SETUP_ADDRESS >> 4, "STACK": SETUP_END, "EXTENTS": EXTENTS}
+    defined = (word for name, value in symbols.items() for word in ("--defsym", f"{name}={value}"))
+    run_tool(["as", "--32", *defined, "-o", program, SOURCES / "boot.S"])
     run_tool(["ld", "-m", "elf_i386", "-Ttext=0x7c00", "--oformat=binary", "-o", code, program])
     sector = bytearray(code.read_bytes())
     sector[EXTENTS : EXTENTS + len(extents)] = extents

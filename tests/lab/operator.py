@@ -66,7 +66,8 @@ def start_nvdimmd(host: XenHost) -> None:
     """What 'systemctl start nvdimmd' does on a host with systemd."""
     host.check(
         f"setsid nvdimmd >>/var/log/nvdimmd.log 2>&1 </dev/null & echo $! >{NVDIMMD_PID}; "
-        f"for try in $(seq 900); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; sleep 0.1; done; "
+        f"for try in $(seq 900); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; "
+        "kill -0 $! || break; sleep 0.1; done; "
         "cat /var/log/nvdimmd.log >&2; exit 1"
     )
 

@@ -1,9 +1,8 @@
 # The boot sector of the guest's disk: copies extents of the disk to where Linux wants them, then starts Linux.
-# image.py writes the extents behind it, and has filled in Linux's header (Documentation/arch/x86/boot.rst of Linux).
+# image.py writes the extents into it, has filled in Linux's header (Documentation/arch/x86/boot.rst of Linux), and gives
+# LINUX, the segment of Linux's setup, STACK, where in that the stack begins, and EXTENTS, where in this sector they are.
     .set BUFFER, 0x1000          # segment; 127 sectors are the most that the BIOS reads at once
     .set SECTORS_MAX, 127
-    .set LINUX, 0x9000           # segment of Linux's setup, and of its stack and heap above that
-    .set STACK, 0xe000
 
     .code16
     .globl _start
@@ -94,7 +93,7 @@ table:                           # the limit and address of two descriptors: non
 descriptors:
     .quad 0, 0x00cf92000000ffff
 
-    .org 510 - 4 * 12
+    .org EXTENTS
 extents:
     .org 510
     .word 0xaa55
