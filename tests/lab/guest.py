@@ -19,7 +19,7 @@ GUEST_DISK = "/tmp/guest.img"
 CONSOLE_LOGS = "/var/log/xen/console"
 PATTERN_BLOCK = 4096
 READ_LIMIT = 4096
-POLL_SECONDS = 0.3
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.3, 1.5
 TAIL = 4000
 T = TypeVar("T")
 
@@ -207,15 +207,17 @@ class Conversation(ABC):
         return list(first.values())
 
     def _wait(self, look: Callable[[], T | None], timeout: float, what: str) -> T:
-        deadline = time.monotonic() + timeout
+        started = time.monotonic()
         while True:
             self._poll()
             found = look()
             if found is not None:
                 return found
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - started
+            if waited > timeout:
                 raise LabError(f"guest {self.name}: no {what} after {timeout} s\n{self._evidence()}")
-            time.sleep(POLL_SECONDS)
+            # each look costs dom0 time that the guest's device model could use
+            time.sleep(min(max(POLL_SECONDS, waited / 10), LONGEST_POLL_SECONDS))
 
     def _poll(self) -> None:
         *lines, self._pending = (self._pending + self._receive()).split(b"\n")

@@ -28,8 +28,9 @@ LABEL_BYTES = 128 << 10
 NVDIMM_ALIGN = 2 << 20
 # SMAP crashes a PV dom0 under TCG, MWAIT panics Xen, and exits for RDTSCP are decoded wrongly.
 CPU = "EPYC,+svm,+npt,-smap,-smep,-monitor,-rdtscp"
+# A processor is left for guests, though the machine may have but two: dom0 waits for itself more than for guests.
 XEN_ARGS = (
-    "dom0_mem={memory},max:{memory} dom0_max_vcpus=1 dom0_vcpus_pin sched=credit mwait-idle=0 cpuidle=0 bootscrub=0 "
+    "dom0_mem={memory},max:{memory} dom0_max_vcpus=2 dom0_vcpus_pin sched=credit mwait-idle=0 cpuidle=0 bootscrub=0 "
     "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=debug noreboot"
 )
 LINUX_ARGS = "rdinit=/init console=hvc0 quiet loglevel=4 net.ifnames=0"
@@ -280,7 +281,7 @@ class XenHost:
         linux = f"{self.images.dom0_kernel} {LINUX_ARGS} {self._linux_args}"
         return [
             *("-nodefaults", "-display", "none", "-no-reboot"),
-            *("-machine", "pc,nvdimm=on", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", "2"),
+            *("-machine", "pc,nvdimm=on", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", "3"),
             *("-m", "4G,slots=4,maxmem=16G"),
             *(word for number, nvdimm in enumerate(self.nvdimms) for word in _nvdimm_args(number, nvdimm)),
             *("-kernel", str(self.images.xen), "-append", xen_args),

@@ -59,15 +59,15 @@ def install_package(host: XenHost) -> None:
 
 def stop_nvdimmd(host: XenHost) -> None:
     """What 'systemctl stop nvdimmd' does; its sockets go with it."""
-    host.check(f"pid=$(cat {NVDIMMD_PID}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done")
+    host.check(f"pid=$(cat {NVDIMMD_PID}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.3; done")
 
 
 def start_nvdimmd(host: XenHost) -> None:
     """What 'systemctl start nvdimmd' does on a host with systemd."""
     host.check(
         f"setsid nvdimmd >>/var/log/nvdimmd.log 2>&1 </dev/null & echo $! >{NVDIMMD_PID}; "
-        f"for try in $(seq 900); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; "
-        "kill -0 $! || break; sleep 0.1; done; "
+        f"for try in $(seq 200); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; "
+        "kill -0 $! || break; sleep 0.5; done; "
         "cat /var/log/nvdimmd.log >&2; exit 1"
     )
 
@@ -161,7 +161,7 @@ def host_sha256(host: XenHost, path: str, offset: int, length: int) -> str:
 def restart_libvirtd(host: XenHost, uri: str = "xen:///system") -> None:
     """What 'systemctl restart libvirtd' does on a host with systemd."""
     host.check(
-        "pid=$(cat /run/libvirtd.pid); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done; "
+        "pid=$(cat /run/libvirtd.pid); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.3; done; "
         f"libvirtd --daemon --pid-file /run/libvirtd.pid && virsh -q -c '{uri}' list"
     )
 
@@ -177,10 +177,11 @@ def fragment(host: XenHost, folder: str, piece_mib: int) -> None:
     )
 
 
-def disks(host: XenHost, name: str, report: Report) -> list[str]:
+def disks(report: Report) -> list[str]:
     """A guest's block devices by slot. Linux numbers them by their place in the NFIT, which is in no order."""
-    by_base = {region.resource: region.name.replace("region", "/dev/pmem") for region in report.regions}
-    return [by_base[item["base"]] for item in show(host, name)["nvdimms"]]
+    handles = {dimm.name: dimm.handle for dimm in report.dimms}
+    by_handle = {handles[region.dimm or ""]: region.name.replace("region", "/dev/pmem") for region in report.regions}
+    return [by_handle[handle] for handle in sorted(by_handle)]
 
 
 def count_memory_mappings(host: XenHost) -> None:

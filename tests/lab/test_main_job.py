@@ -50,7 +50,7 @@ def write_from_dom0(xen: XenHost, path: str, size_mib: int, seed: int) -> None:
 
 
 def same_bytes(xen: XenHost, guest: Guest) -> None:
-    for disk, (path, size_mib) in zip(operator.disks(xen, "db1", guest.report()), NVDIMMS, strict=True):
+    for disk, (path, size_mib) in zip(operator.disks(guest.report()), NVDIMMS, strict=True):
         seen = guest.sha256(disk, 0, size_mib * MIB)
         assert seen == operator.host_sha256(xen, path, 0, size_mib * MIB), disk
 
@@ -58,7 +58,7 @@ def same_bytes(xen: XenHost, guest: Guest) -> None:
 def test_the_guest_sees_what_was_asked_for(xen: XenHost, guest: Guest) -> None:
     report = guest.wait_report()
     sizes = {f"/dev/{disk.name}": disk.size for disk in report.disks}
-    assert [sizes[disk] for disk in operator.disks(xen, "db1", report)] == [size_mib * MIB for _, size_mib in NVDIMMS]
+    assert [sizes[disk] for disk in operator.disks(report)] == [size_mib * MIB for _, size_mib in NVDIMMS]
     assert sorted(dimm.handle for dimm in report.dimms) == [1, 2]
     assert report.problems == ()
     bases = [item["base"] for item in operator.show(xen, "db1")["nvdimms"]]
@@ -83,7 +83,7 @@ def test_the_mapping_costs_what_was_planned(xen: XenHost, guest: Guest) -> None:
 
 
 def test_both_sides_read_what_the_other_wrote(xen: XenHost, guest: Guest) -> None:
-    on_file, on_device = operator.disks(xen, "db1", guest.wait_report())
+    on_file, on_device = operator.disks(guest.wait_report())
     same_bytes(xen, guest)
     guest.write(on_file, 5 * MIB, 20 * MIB, 11)
     guest.write(on_device, 3 * MIB, 4 * MIB, 12)

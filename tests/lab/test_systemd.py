@@ -126,7 +126,7 @@ def test_without_nvdimmd_clients_talk_to_libvirtd(xen: XenHost) -> None:
 def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
     """After a power cut, with the bytes that it wrote before."""
     guest = Guest(xen, "db1")
-    before = operator.disks(xen, "db1", guest.report())
+    before = operator.disks(guest.report())
     for seed, disk in enumerate(before):
         guest.write(disk, seed * MIB, 8 * MIB, seed)
     seen = [guest.sha256(disk, 0, 16 * MIB) for disk in before]
@@ -142,7 +142,7 @@ def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
     xen.check("systemctl restart libvirtd")
     assert operator.show(xen, "db1")["label_server"] == "running"
     assert xen.run("systemctl is-active nvdimmd.service").stdout.strip() == "inactive"
-    assert [guest.sha256(disk, 0, 16 * MIB) for disk in operator.disks(xen, "db1", report)] == seen
+    assert [guest.sha256(disk, 0, 16 * MIB) for disk in operator.disks(report)] == seen
     assert [operator.host_sha256(xen, path, 0, 16 * MIB) for path, _ in NVDIMMS] == seen
     guest.poweroff()
 
