@@ -36,7 +36,7 @@ XEN_ARGS = (
 LINUX_ARGS = "rdinit=/init console=hvc0 quiet loglevel=4 net.ifnames=0"
 SHARE = "/mnt/share"
 # Bytes above which a file travels by the shared folder and not through the agent's channel.
-CHANNEL_LIMIT = 256 << 10
+CHANNEL_LIMIT = 64 << 10
 NETWORK_CARD, ADDRESS = "eth0", "10.0.2.15"
 TAIL = 4000
 LOCK = Path("/tmp/nvdimm-driver-lab.lock")
@@ -182,7 +182,13 @@ class XenHost:
         return result
 
     def write(self, remote: str, data: bytes, mode: int = 0o644) -> None:
-        """Write a small file in dom0, and the folders it is in."""
+        """Write a file in dom0, and the folders it is in."""
+        if len(data) > CHANNEL_LIMIT:
+            shared = self._shared_name()
+            (self.share / shared).write_bytes(data)
+            self.check(f"install -D -m {mode:o} {SHARE}/{shared} '{remote}'")
+            _remove(self.share / shared)
+            return
         order = {"op": "write", "path": remote, "data": base64.b64encode(data).decode(), "mode": mode}
         self._ask(order, 60)
 

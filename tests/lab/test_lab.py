@@ -88,10 +88,11 @@ def test_a_folder_goes_whole(host: XenHost, tmp_path: Path) -> None:
     assert host.get("/tmp/tree/b/c") == b"deep"
 
 
-def test_written_files_have_their_mode(host: XenHost) -> None:
-    host.write("/tmp/written/file", b"\0\xff", 0o600)
+@pytest.mark.parametrize("data", [b"\0\xff", pattern(1, CHANNEL_LIMIT + 1)], ids=["small", "large"])
+def test_written_files_have_their_mode(host: XenHost, data: bytes) -> None:
+    host.write("/tmp/written/file", data, 0o600)
 
-    assert host.get("/tmp/written/file") == b"\0\xff"
+    assert host.get("/tmp/written/file") == data
     assert host.check("stat -c %a /tmp/written/file").stdout == "600\n"
 
 
