@@ -21,21 +21,22 @@ DISK = "/tmp/kind.img"
 @contextmanager
 def reports(host: XenHost, servers: Sequence[str], disk: str, count: int = 1) -> Iterator[list[Report]]:
     """What guests that start side by side, one for each label server, see of so many NVDIMMs of 16 MiB with labels."""
-    guests = []
-    for dsm in servers:
-        name = f"kind-{dsm}"
-        nvdimms = [operator.nvdimm(f"/mnt/pmem0/{name}-{slot}.img", 18, label_kib=2048) for slot in range(count)]
-        host.write(f"/root/{name}.xml", operator.domain_xml(name, nvdimms, ram_mib=192, disk=disk, dsm=dsm).encode())
-        host.check(f"{operator.VIRSH} define /root/{name}.xml")
-        guests.append(Guest(host, name))
+    guests: list[Guest] = []
     try:
+        for dsm in servers:
+            name = f"kind-{dsm}"
+            nvdimms = [operator.nvdimm(f"/mnt/pmem0/{name}-{slot}.img", 18, label_kib=2048) for slot in range(count)]
+            xml = operator.domain_xml(name, nvdimms, ram_mib=192, disk=disk, dsm=dsm)
+            host.write(f"/root/{name}.xml", xml.encode())
+            host.check(f"{operator.VIRSH} define /root/{name}.xml")
+            guests.append(Guest(host, name))
         together(host, "virsh -q -c xen:///system start {}", guests)
         yield [guest.wait_report() for guest in guests]
     finally:
         together(host, "virsh -q -c xen:///system destroy {}", [guest for guest in guests if guest.exists()])
         for guest in guests:
             operator.remove(host, guest.name)
-        host.check("rm /mnt/pmem0/kind-*.img")
+        host.check("rm -f /mnt/pmem0/kind-*.img")
 
 
 def together(host: XenHost, command: str, guests: Sequence[Guest]) -> None:
@@ -44,14 +45,14 @@ def together(host: XenHost, command: str, guests: Sequence[Guest]) -> None:
     host.check(f"pids=(); {started} failed=0; for pid in ${{pids[@]}}; do wait $pid || failed=1; done; exit $failed")
 
 
-def test_sixteen_nvdimms_with_labels(driver_host: XenHost) -> None:
-    with reports(driver_host, ("aml", "qemu"), install_guest(driver_host), 16) as seen:
-        for report in seen:
-            assert sorted(dimm.handle for dimm in report.dimms) == list(range(1, 17))
-            assert [dimm.available_slots for dimm in report.dimms] == [report.dimms[0].available_slots] * 16
-            assert report.dimms[0].available_slots
-            assert [region.size for region in report.regions] == [16 * MIB] * 16
-            assert report.problems == ()
+@pytest.mark.parametrize("dsm", ["aml", "qemu"])
+def test_sixteen_nvdimms_with_labels(driver_host: XenHost, dsm: str) -> None:
+    with reports(driver_host, [dsm], install_guest(driver_host), 16) as (report,):
+        assert sorted(dimm.handle for dimm in report.dimms) == list(range(1, 17))
+        assert [dimm.available_slots for dimm in report.dimms] == [report.dimms[0].available_slots] * 16
+        assert report.dimms[0].available_slots
+        assert [region.size for region in report.regions] == [16 * MIB] * 16
+        assert report.problems == ()
 
 
 def test_the_kernel_of_another_release(driver_host: XenHost) -> None:
