@@ -14,8 +14,14 @@ PYTEST = PROJECT / ".venv-nova" / "bin" / "pytest"
 
 @pytest.mark.parametrize("folder", ["driver", "functional"])
 def test_folder(folder: str) -> None:
+    # before the test that runs these is taken for one that hangs
+    told = ("-o", "faulthandler_timeout=600")
     done = subprocess.run(
-        [PYTEST, f"tests/nova/{folder}"], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [PYTEST, *told, f"tests/nova/{folder}"],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     print(done.stdout)
     assert done.returncode == 0

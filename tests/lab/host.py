@@ -28,7 +28,7 @@ LABEL_BYTES = 128 << 10
 NVDIMM_ALIGN = 2 << 20
 # SMAP crashes a PV dom0 under TCG, MWAIT panics Xen, and exits for RDTSCP are decoded wrongly.
 CPU = "EPYC,+svm,+npt,-smap,-smep,-monitor,-rdtscp"
-# A processor is left for guests, though the machine may have but two: dom0 waits for itself more than for guests.
+# One processor more than dom0 has, for guests, though this machine may have but two: most of a test's time is dom0's.
 XEN_ARGS = (
     "dom0_mem={memory},max:{memory} dom0_max_vcpus=2 dom0_vcpus_pin sched=credit mwait-idle=0 cpuidle=0 bootscrub=0 "
     "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=debug noreboot"
@@ -186,8 +186,8 @@ class XenHost:
         if len(data) > CHANNEL_LIMIT:
             shared = self._shared_name()
             (self.share / shared).write_bytes(data)
-            self.check(f"install -D -m {mode:o} {SHARE}/{shared} '{remote}'")
-            _remove(self.share / shared)
+            (self.share / shared).chmod(mode)
+            self._take_shared(shared, remote)
             return
         order = {"op": "write", "path": remote, "data": base64.b64encode(data).decode(), "mode": mode}
         self._ask(order, 60)
@@ -208,8 +208,7 @@ class XenHost:
             shutil.copytree(local, self.share / shared, symlinks=True)
         else:
             shutil.copy(local, self.share / shared)
-        self.check(f"mkdir -p \"$(dirname '{remote}')\" && cp -rT --preserve=mode {SHARE}/{shared} '{remote}'")
-        _remove(self.share / shared)
+        self._take_shared(shared, remote)
 
     def get(self, remote: str) -> bytes:
         """The content of a file in dom0."""
@@ -249,6 +248,10 @@ class XenHost:
     def _shared_name(self) -> str:
         self._files_put += 1
         return f"transfer-{self._files_put}"
+
+    def _take_shared(self, shared: str, remote: str) -> None:
+        self.check(f"mkdir -p \"$(dirname '{remote}')\" && cp -rT --preserve=mode {SHARE}/{shared} '{remote}'")
+        _remove(self.share / shared)
 
     @property
     def _process(self) -> subprocess.Popen[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,39 +15,30 @@ from tests.lab.image import make_guest_disk
 
 pytestmark = pytest.mark.lab
 MIB = 1 << 20
-DISK = "/tmp/kind.img"
+NAME, DISK = "kind", "/tmp/kind.img"
 
 
 @contextmanager
-def reports(host: XenHost, servers: Sequence[str], disk: str, count: int = 1) -> Iterator[list[Report]]:
-    """What guests that start side by side, one for each label server, see of so many NVDIMMs of 16 MiB with labels."""
-    guests: list[Guest] = []
+def reports(host: XenHost, dsm: str, disk: str, count: int = 1) -> Iterator[Report]:
+    """What a guest with so many NVDIMMs of 16 MiB and labels sees of them."""
+    files = [f"/mnt/pmem0/kind-{slot}.img" for slot in range(count)]
+    nvdimms = [operator.nvdimm(file, 18, label_kib=2048) for file in files]
+    host.write(f"/root/{NAME}.xml", operator.domain_xml(NAME, nvdimms, ram_mib=192, disk=disk, dsm=dsm).encode())
+    host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
+    guest = Guest(host, NAME)
     try:
-        for dsm in servers:
-            name = f"kind-{dsm}"
-            nvdimms = [operator.nvdimm(f"/mnt/pmem0/{name}-{slot}.img", 18, label_kib=2048) for slot in range(count)]
-            xml = operator.domain_xml(name, nvdimms, ram_mib=192, disk=disk, dsm=dsm)
-            host.write(f"/root/{name}.xml", xml.encode())
-            host.check(f"{operator.VIRSH} define /root/{name}.xml")
-            guests.append(Guest(host, name))
-        together(host, "virsh -q -c xen:///system start {}", guests)
-        yield [guest.wait_report() for guest in guests]
+        host.check(f"{operator.VIRSH} start {NAME}")
+        yield guest.wait_report()
     finally:
-        together(host, "virsh -q -c xen:///system destroy {}", [guest for guest in guests if guest.exists()])
-        for guest in guests:
-            operator.remove(host, guest.name)
-        host.check("rm -f /mnt/pmem0/kind-*.img")
-
-
-def together(host: XenHost, command: str, guests: Sequence[Guest]) -> None:
-    """Run a command for all guests at once; LabError when one fails."""
-    started = " ".join(f"{command.format(guest.name)} & pids+=($!);" for guest in guests)
-    host.check(f"pids=(); {started} failed=0; for pid in ${{pids[@]}}; do wait $pid || failed=1; done; exit $failed")
+        if guest.exists():
+            host.check(f"{operator.VIRSH} destroy {NAME}")
+        operator.remove(host, NAME)
+        host.check(f"rm {' '.join(files)}")
 
 
 @pytest.mark.parametrize("dsm", ["aml", "qemu"])
 def test_sixteen_nvdimms_with_labels(driver_host: XenHost, dsm: str) -> None:
-    with reports(driver_host, [dsm], install_guest(driver_host), 16) as (report,):
+    with reports(driver_host, dsm, install_guest(driver_host), 16) as report:
         assert sorted(dimm.handle for dimm in report.dimms) == list(range(1, 17))
         assert [dimm.available_slots for dimm in report.dimms] == [report.dimms[0].available_slots] * 16
         assert report.dimms[0].available_slots
@@ -55,21 +46,20 @@ def test_sixteen_nvdimms_with_labels(driver_host: XenHost, dsm: str) -> None:
         assert report.problems == ()
 
 
-def test_the_kernel_of_another_release(driver_host: XenHost) -> None:
+@pytest.mark.parametrize("dsm", ["none", "aml", "qemu"])
+def test_the_kernel_of_another_release(driver_host: XenHost, dsm: str) -> None:
     driver_host.put(driver_host.images.other_guest_disk, DISK)
-    servers = ("none", "aml", "qemu")
-    with reports(driver_host, servers, DISK) as seen:
-        for dsm, report in zip(servers, seen, strict=True):
-            assert [region.size for region in report.regions] == [16 * MIB]
-            assert [bool(dimm.available_slots) for dimm in report.dimms] == [dsm != "none"]
-            assert report.problems == ()
+    with reports(driver_host, dsm, DISK) as report:
+        assert [region.size for region in report.regions] == [16 * MIB]
+        assert [bool(dimm.available_slots) for dimm in report.dimms] == [dsm != "none"]
+        assert report.problems == ()
 
 
-def test_guests_that_do_not_look_at_their_nfit(driver_host: XenHost, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dsm", ["aml", "qemu"])
+def test_a_guest_that_does_not_look_at_its_nfit(driver_host: XenHost, tmp_path: Path, dsm: str) -> None:
     make_guest_disk(driver_host.images, tmp_path / "disk", "module_blacklist=nfit")
     driver_host.put(tmp_path / "disk", DISK)
-    with reports(driver_host, ("aml", "qemu"), DISK) as seen:
-        for report in seen:
-            assert "module_blacklist=nfit" in report.cmdline
-            assert (report.regions, report.dimms, report.disks) == ((), (), ())
-            assert report.problems == ()
+    with reports(driver_host, dsm, DISK) as report:
+        assert "module_blacklist=nfit" in report.cmdline
+        assert (report.regions, report.dimms, report.disks) == ((), (), ())
+        assert report.problems == ()
