@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 from nvdimm_driver import claims, marks
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -153,9 +153,14 @@ class _Look:
         if owner is None and file.owner is not None:
             yield from self._unknown(file, mark)
 
+    @cached_property
+    def _guests(self) -> list[tuple[int, str | None]]:
+        """Of Xen, which is asked for each domid that there may be."""
+        return self.driver.starts.mapper.guests()
+
     def _frozen(self, file: Surveyed, name: str, mark: Mark | None) -> Finding:
         told = partial(Finding, name, file.path, "it is frozen, and no start that is known has it")
-        for domid, uuid in self.driver.starts.mapper.guests():
+        for domid, uuid in self._guests:
             if mark is None or uuid in (None, mark.uuid):
                 return told(f"shut the guest with domid {domid} down first: it may be its own")
         return told("thaw it", partial(backing_of(self.driver.backings, file.path).thaw, file.path))
