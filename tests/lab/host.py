@@ -37,6 +37,7 @@ LINUX_ARGS = "rdinit=/init console=hvc0 quiet loglevel=4 net.ifnames=0"
 SHARE = "/mnt/share"
 # Bytes above which a file travels by the shared folder and not through the agent's channel.
 CHANNEL_LIMIT = 64 << 10
+ANSWER_SECONDS = 30
 NETWORK_CARD, ADDRESS = "eth0", "10.0.2.15"
 TAIL = 4000
 LOCK = Path("/tmp/nvdimm-driver-lab.lock")
@@ -71,7 +72,7 @@ class XenHost:
 
     As a context manager it starts on entry, and stops on exit. Its run folder, with the console's log, goes then, or
     stays when the start or the body failed. `nvdimms` outlive it when they lie elsewhere; by default it has two in
-    its run folder, of 1 GiB and 512 MiB, so that dom0 sees /dev/pmem0 and /dev/pmem1. dom0's disk is as it was built at
+    its run folder, of 1 GiB and 160 MiB, so that dom0 sees /dev/pmem0 and /dev/pmem1. dom0's disk is as it was built at
     each start, unless `keep_disk`: then what dom0 wrote outlives a power cut too.
     """
 
@@ -105,6 +106,7 @@ class XenHost:
         self._qemu: subprocess.Popen[bytes] | None = None
         self._agent: AgentConnection | None = None
         self._files_put = 0
+        self._hung = False
 
     def __enter__(self) -> Self:
         self.start()
@@ -150,7 +152,8 @@ class XenHost:
         self._kill()
 
     def close(self, *, keep: bool = False) -> None:
-        """Stop the host, and delete its run folder unless `keep`."""
+        """Stop the host, and delete its run folder unless `keep`, or a command was not answered."""
+        keep = keep or self._hung
         try:
             self.stop()
         except LabError:
@@ -161,8 +164,11 @@ class XenHost:
                 shutil.rmtree(self.run_folder)
 
     def run(self, command: str, timeout: float = 300) -> Result:
-        """Run a bash command in dom0 as root; LabError when it takes more than `timeout` seconds, or dom0 is gone."""
-        answer = self._ask({"op": "run", "command": command, "timeout": timeout}, timeout + 30)
+        """Run a bash command in dom0 as root; LabError when it takes more than `timeout` seconds, or dom0 is gone.
+
+        A dom0 that does not even say that it took too long hangs: the host loses power.
+        """
+        answer = self._ask({"op": "run", "command": command, "timeout": timeout}, timeout + ANSWER_SECONDS)
         result = Result(
             command,
             int(answer["rc"]),
@@ -243,7 +249,7 @@ class XenHost:
         return log.read_text(errors="replace") if log.exists() else ""
 
     def _own_nvdimms(self) -> tuple[Nvdimm, ...]:
-        return (Nvdimm(self.run_folder / "pmem0.img"), Nvdimm(self.run_folder / "pmem1.img", GIB // 2))
+        return (Nvdimm(self.run_folder / "pmem0.img"), Nvdimm(self.run_folder / "pmem1.img", 160 << 20))
 
     def _shared_name(self) -> str:
         self._files_put += 1
@@ -265,7 +271,10 @@ class XenHost:
         try:
             return self._agent.ask(order, timeout)
         except TimeoutError as error:
-            raise LabError(f"{error}\n{self._evidence()}") from error
+            evidence = self._evidence()
+            self._hung = True
+            self._kill()  # nothing more would be answered, after as long a wait each time
+            raise LabError(f"{error}\n{evidence}") from error
 
     def _start_qemu(self) -> None:
         for nvdimm in self.nvdimms:

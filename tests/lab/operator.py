@@ -149,12 +149,12 @@ def show(host: XenHost, name: str) -> dict[str, Any]:
 
 
 def host_sha256(host: XenHost, path: str, offset: int, length: int) -> str:
-    """The SHA-256 of bytes of a file or device in dom0; offset and length are multiples of 1 MiB."""
+    """The SHA-256 of bytes of a file or device in dom0; offset and length are multiples of 4 KiB."""
     if path.startswith("/dev/dax"):
         host.write("/root/sha256.py", SHA256_DEVDAX.encode())
         return host.check(f"python3 /root/sha256.py {path} {offset} {length}").stdout.strip()
-    skip, count = offset >> 20, length >> 20
-    command = f"dd if={path} bs=1M skip={skip} count={count} status=none iflag=direct | sha256sum"
+    flags = "direct,skip_bytes,count_bytes"
+    command = f"dd if={path} bs=1M skip={offset} count={length} status=none iflag={flags} | sha256sum"
     return host.check(f"set -o pipefail; {command}").stdout.split()[0]
 
 
@@ -184,17 +184,33 @@ def disks(report: Report) -> list[str]:
     return [by_handle[handle] for handle in sorted(by_handle)]
 
 
+def trace(host: XenHost, event: str) -> None:
+    """From now on, record an event of dom0's kernel.
+
+    And not which command each process runs, for which the scheduler would be patched while another processor runs it:
+    QEMU 7.2 may go on with its translation of what was there before, and dom0 stands still.
+    """
+    host.check(
+        f"cd /sys/kernel/tracing && echo 0 >options/record-cmd && echo >trace && "
+        f"echo 1 >events/{event}/enable && echo 1 >tracing_on"
+    )
+
+
+def traced(host: XenHost, event: str) -> str:
+    """What was recorded; no more is."""
+    return host.check(f"cd /sys/kernel/tracing && echo 0 >events/{event}/enable && cat trace").stdout
+
+
 def count_memory_mappings(host: XenHost) -> None:
     """From now on, record every memory_mapping domctl that dom0's kernel hands to Xen."""
     host.check(
-        "cd /sys/kernel/tracing && echo 0 >events/enable && echo >kprobe_events && echo >trace && "
+        "cd /sys/kernel/tracing && echo >kprobe_events && "
         "echo 'p:domctl privcmd_ioctl op=+u0(%dx):u64 sub=+u0(+u8(%dx)):u32' >kprobe_events && "
-        f"echo 'op == {DOMCTL_HYPERCALL} && sub == {MEMORY_MAPPING}' >events/kprobes/domctl/filter && "
-        "echo 1 >events/kprobes/domctl/enable && echo 1 >tracing_on"
+        f"echo 'op == {DOMCTL_HYPERCALL} && sub == {MEMORY_MAPPING}' >events/kprobes/domctl/filter"
     )
+    trace(host, "kprobes/domctl")
 
 
 def memory_mappings_counted(host: XenHost) -> int:
     """How many there were."""
-    counted = host.check("cd /sys/kernel/tracing && echo 0 >events/kprobes/domctl/enable && cat trace").stdout
-    return counted.count("domctl:")
+    return traced(host, "kprobes/domctl").count("domctl:")

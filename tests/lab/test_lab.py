@@ -1,6 +1,7 @@
 """The lab itself: a host that answers, fails loudly, loses power, and runs a guest."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,7 @@ def test_what_dom0_writes_does_not_reach_its_image(host: XenHost) -> None:
     assert host.images.dom0_disk.stat().st_mtime_ns == before
 
 
+@pytest.mark.thorough
 def test_nvdimms_and_a_disk_that_is_kept_survive_a_power_cut(fresh_host: MakeHost, tmp_path: Path) -> None:
     host = fresh_host(nvdimms=[Nvdimm(tmp_path / "only.img", 64 * MIB)], keep_disk=True)
     host.start()
@@ -167,6 +169,21 @@ def test_nvdimms_and_a_disk_that_is_kept_survive_a_power_cut(fresh_host: MakeHos
 
     assert host.check("head -c 6 /dev/pmem0").stdout == "before"
     assert host.get("/root/kept") == b"kept\n"
+
+
+@pytest.mark.thorough
+def test_a_host_that_hangs_is_given_up(fresh_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.lab.host.ANSWER_SECONDS", 1)
+    host = fresh_host()
+    host.start()
+
+    with pytest.raises(LabError, match=r"(?s)no answer from dom0 after 2 s.*end of the console:"):
+        host.run("pkill -STOP -f lab-agent", timeout=1)
+
+    assert not host.running
+    host.close()
+    assert (host.run_folder / "console.log").exists()
+    shutil.rmtree(host.run_folder)
 
 
 def test_a_host_that_dies_at_once_shows_why(fresh_host: MakeHost) -> None:

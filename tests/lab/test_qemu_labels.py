@@ -59,10 +59,11 @@ def wait_for_their_end(host: XenHost) -> None:
 
 def label_sums(host: XenHost) -> list[str]:
     """Of the label areas in dom0."""
-    command = "dd if={} bs=1K skip={} count={} iflag=direct status=none | sha256sum"
-    ends = ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
-    commands = [command.format(path, (size << 10) - LABEL_KIB, LABEL_KIB) for path, size in ends]
-    return [line.split()[0] for line in host.check("; ".join(commands)).stdout.splitlines()]
+    label = LABEL_KIB << 10
+    return [
+        operator.host_sha256(host, path, size * MIB - label, label)
+        for path, size in ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
+    ]
 
 
 def seen_sums(guest: Guest) -> list[str]:
@@ -110,17 +111,18 @@ def test_the_one_that_serves_can_do_nothing_else(driver_host: XenHost, guest: Gu
 
 def test_a_label_is_flushed_before_the_guest_gets_its_answer(driver_host: XenHost, guest: Guest) -> None:
     """The kernel writes back what dom0's caches have of the file's label, and the device's is not in any cache."""
-    tracing = "cd /sys/kernel/tracing && "
-    driver_host.check(f"{tracing} echo >trace; echo 1 >events/fs_dax/dax_writeback_one/enable; echo 1 >tracing_on")
+    operator.trace(driver_host, "fs_dax/dax_writeback_one")
     (dimm,) = (dimm.name for dimm in guest.report().dimms if dimm.handle == 1)
     change = f"ndctl zero-labels {dimm} && ndctl init-labels {dimm}"
     guest.check("run", f"ndctl disable-region all && {change} && ndctl enable-region all")
-    seen = driver_host.check(f"{tracing} echo 0 >events/fs_dax/dax_writeback_one/enable; cat trace").stdout
+    seen = operator.traced(driver_host, "fs_dax/dax_writeback_one")
     inode = driver_host.check(f"stat -c %i {FILE}").stdout.strip()
     assert f"ino {int(inode):#x}" in seen, seen
 
 
-@pytest.mark.parametrize("victims", ["serving", "qemu", "both"])
+@pytest.mark.parametrize(
+    "victims", ["serving", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("qemu", "both"))]
+)
 def test_killed_it_is_replaced_and_the_guest_goes_on(driver_host: XenHost, guest: Guest, victims: str) -> None:
     before = processes(driver_host)
     watching, serving = before
@@ -153,6 +155,7 @@ def test_a_hostile_guest_does_no_harm(driver_host: XenHost, guest: Guest) -> Non
     assert seen_sums(guest) == label_sums(driver_host)
 
 
+@pytest.mark.thorough
 def test_a_restored_guest_has_a_label_server(driver_host: XenHost, guest: Guest) -> None:
     before, seen = processes(driver_host), seen_sums(guest)
     driver_host.check(f"{operator.VIRSH} save {NAME} /tmp/{NAME}.save")
