@@ -28,7 +28,7 @@ def main() -> None:
     with XenHost(build()) as host:
         operator.install_driver(host)
         operator.make_pmem(host)
-        nvdimms = [operator.nvdimm("/mnt/pmem0/bench.img", 256), operator.nvdimm("/dev/pmem1", 256)]
+        nvdimms = [operator.nvdimm("/mnt/pmem0/bench.img", 256), operator.nvdimm("/dev/pmem1", 128)]
         operator.define(host, NAME, nvdimms)
         for _ in range(STARTS):
             host.check(f"virsh -q -c xen:///system start --paused {NAME}")

@@ -66,7 +66,7 @@ def systemd_host(
     for shared in shared_hosts:
         shared.stop()
     folder = tmp_path_factory.mktemp("nvdimms")
-    nvdimms = [Nvdimm(folder / f"pmem{number}.img", size) for number, size in enumerate((GIB, GIB, GIB))]
+    nvdimms = [Nvdimm(folder / f"pmem{number}.img", size) for number, size in enumerate((GIB, 160 << 20, GIB))]
     arguments = "lab.init=/sbin/init systemd.wants=lab-agent.service"
     with XenHost(images, nvdimms, linux_args=arguments, keep_disk=True, boot_timeout=400) as host:
         host.check("systemctl is-system-running --wait || true")

@@ -21,10 +21,11 @@ NVDIMMS = ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
 
 
 @pytest.fixture(scope="module")
-def xen(driver_host: XenHost) -> XenHost:
+def xen(driver_host: XenHost) -> Iterator[XenHost]:
     """The host with the driver, and on it a fragmented file system."""
     operator.fragment(driver_host, "/mnt/pmem0", 16)
-    return driver_host
+    yield driver_host
+    driver_host.check("rm /mnt/pmem0/filler-*")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def guest(xen: XenHost) -> Iterator[Guest]:
 def write_from_dom0(xen: XenHost, path: str, size_mib: int, seed: int) -> None:
     xen.write("/tmp/pattern", pattern(seed, MIB))
     xen.check(
-        f"for i in $(seq 0 {size_mib - 1}); do dd if=/tmp/pattern of={path} bs=1M seek=$i conv=notrunc oflag=direct "
-        f"status=none || exit 1; done; sync {path}"
+        f"set -o pipefail; for i in $(seq {size_mib}); do cat /tmp/pattern; done | "
+        f"dd of={path} bs=1M iflag=fullblock conv=notrunc oflag=direct status=none && sync {path}"
     )
 
 

@@ -33,13 +33,14 @@ else:
 
 @pytest.fixture(scope="module")
 def mappings(driver_host: XenHost) -> Iterator[list[dict[str, int]]]:
-    """A defined domain with an NVDIMM in several extents and one of 256 MiB; its mappings."""
+    """A defined domain with an NVDIMM in several extents and one of 128 MiB; its mappings."""
     operator.fragment(driver_host, "/mnt/pmem0", 16)
-    nvdimms = [operator.nvdimm("/mnt/pmem0/mapped.img", 48), operator.nvdimm("/dev/pmem1", 256)]
+    nvdimms = [operator.nvdimm("/mnt/pmem0/mapped.img", 48), operator.nvdimm("/dev/pmem1", 128)]
     operator.define(driver_host, NAME, nvdimms)
     plan = json.loads(driver_host.check(f"{operator.NVDIMMCTL} plan --json /root/{NAME}.xml").stdout)
     yield plan["mappings"]
     operator.remove(driver_host, NAME)
+    driver_host.check("rm /mnt/pmem0/mapped.img /mnt/pmem0/filler-*")
 
 
 def create_paused(host: XenHost, name: str, extra: str = "") -> int:

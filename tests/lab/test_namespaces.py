@@ -19,19 +19,20 @@ pytestmark = pytest.mark.lab
 MIB = 1 << 20
 NAME, FILE = "labelled", "/mnt/pmem0/labelled.img"
 CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
-SIZE_MIB, LABEL_KIB = 98, 2048
+SIZE_MIB, LABEL_BYTES = 98, 128 << 10
+DATA_BYTES = SIZE_MIB * MIB - LABEL_BYTES
 DISK = "/tmp/guest-tools.img"
 # what 'seq 100000' and 'seq 5000' print
 LINES, SECTORS = ("".join(f"{number}\n" for number in range(1, last + 1)).encode() for last in (100_000, 5_000))
 
 
-@pytest.fixture(scope="module", params=["aml", "qemu"])
+@pytest.fixture(scope="module", params=["aml", pytest.param("qemu", marks=pytest.mark.thorough)])
 def guest(driver_host: XenHost, request: pytest.FixtureRequest) -> Iterator[Guest]:
     """A guest with ndctl, and an NVDIMM with a label area that is empty."""
     builder = {"aml": "native", "qemu": "qemu"}[request.param]
     driver_host.write(CONF, f"[acpi]\nbuilder = {builder}\n".encode())
     driver_host.put(driver_host.images.guest_tools_disk, DISK)
-    nvdimms = [operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_KIB)]
+    nvdimms = [operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_BYTES >> 10)]
     xml = operator.domain_xml(NAME, nvdimms, ram_mib=256, disk=DISK, dsm=request.param)
     driver_host.write(f"/root/{NAME}.xml", xml.encode())
     driver_host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
@@ -57,7 +58,7 @@ def namespaces(guest: Conversation) -> dict[str, tuple[str, int, str]]:
 def same_labels(host: XenHost, guest: Guest) -> bool:
     """Whether the label area that the guest reads is the end of the file."""
     seen = guest.check("run", "ndctl read-labels nmem0 -o /tmp/labels 2>/dev/null && sha256sum </tmp/labels")
-    return seen.split()[0] == operator.host_sha256(host, FILE, (SIZE_MIB - 2) * MIB, LABEL_KIB << 10)
+    return seen.split()[0] == operator.host_sha256(host, FILE, DATA_BYTES, LABEL_BYTES)
 
 
 def contents(guest: Conversation, fsdax: str, sector: str) -> list[str]:
@@ -73,7 +74,7 @@ def contents(guest: Conversation, fsdax: str, sector: str) -> list[str]:
 def test_namespaces_last(driver_host: XenHost, guest: Guest) -> None:
     report = guest.wait_report()
     assert report.problems == ()
-    assert (report.regions[0].size, len(report.dimms)) == ((SIZE_MIB - 2) * MIB, 1)
+    assert (report.regions[0].size, len(report.dimms)) == (DATA_BYTES, 1)
     guest.check("run", "ndctl disable-region region0 && ndctl init-labels nmem0 && ndctl enable-region region0")
     guest.check("run", "ndctl create-namespace -m fsdax --map=mem -s 48M", timeout=300)
     guest.check("run", "ndctl create-namespace -m sector -s 32M", timeout=300)
@@ -100,7 +101,7 @@ def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, gues
     guest.poweroff()
     moved = tmp_path / "moved.img"
     moved.write_bytes(driver_host.get(FILE))
-    with plain_guest(driver_host.images, moved, SIZE_MIB * MIB, LABEL_KIB << 10) as plain:
+    with plain_guest(driver_host.images, moved, SIZE_MIB * MIB, LABEL_BYTES) as plain:
         assert plain.wait_report().problems == ()
         assert namespaces(plain) == made
         assert contents(plain, made["fsdax"][2], made["sector"][2]) == [

@@ -43,8 +43,11 @@ def having(found: dict[str, dict[str, str]], result: str) -> set[str]:
     return {name for name, row in found.items() if row["Result"] == result}
 
 
-def test_a_healthy_host(xen: XenHost) -> None:
+def test_a_healthy_host_while_a_guest_runs(xen: XenHost) -> None:
+    operator.start(xen, NAME)
     found = doctor(xen, 0)
+    listed = json.loads(xen.check(f"{operator.NVDIMMCTL} list -f json").stdout)
+    xen.check(f"{operator.VIRSH} destroy {NAME}")
     assert having(found, "FAIL") == set()
     assert having(found, "WARN") == {"memory type"}
     assert having(found, "NOTE") == NOTES
@@ -54,9 +57,8 @@ def test_a_healthy_host(xen: XenHost) -> None:
     assert found["Xen"]["Message"] == "version 4.17"
     assert found["dom0"]["Message"] == "PV"
     assert found["namespace0.0"]["Message"].startswith("pmem0, fsdax")
-    assert found["ledger, backings"]["Message"].startswith(
-        f"{len(json.loads(xen.check(f'{operator.NVDIMMCTL} list -f json').stdout))} NVDIMMs"
-    )
+    assert found["ledger, backings"]["Message"].startswith(f"{len(listed)} NVDIMMs")
+    assert found["ledger, Xen"]["Message"] == "1 domains run, by both"
 
 
 def test_lines_for_people(xen: XenHost) -> None:
@@ -69,18 +71,18 @@ def test_dax_is_not_there_for_the_asking(xen: XenHost) -> None:
     assert xen.check(f'python3 -c "{HAS_DAX}"').stdout.split() == ["True", "False"]
 
 
-def test_while_a_guest_runs(xen: XenHost) -> None:
-    operator.start(xen, NAME)
-    assert doctor(xen, 0)["ledger, Xen"]["Message"] == "1 domains run, by both"
-    xen.check(f"{operator.VIRSH} destroy {NAME}")
-
-
-def test_a_hook_that_was_removed(xen: XenHost) -> None:
-    xen.check(f"mv {HOOK} /root/hook")
+def test_what_is_taken_away_is_missed(xen: XenHost) -> None:
+    """The hook, nvdimmd, the QEMU that makes the tables, and a backing, in whose place is another file."""
+    conf = "/etc/nvdimm-driver/nvdimm-driver.conf.d/doctor.conf"
+    xen.check(f"mv {HOOK} /root/hook && mv {FILE} /mnt/pmem0/doctor.away && cp /mnt/pmem0/doctor.away {FILE}")
+    xen.write(conf, b"[acpi]\nqemu = /bin/false\n")
+    operator.stop_nvdimmd(xen)
     found = doctor(xen, 1)
-    xen.check(f"mv /root/hook {HOOK}")
-    assert having(found, "FAIL") == {"hook", "hook, libvirt"}
+    xen.check(f"mv /root/hook {HOOK} && mv /mnt/pmem0/doctor.away {FILE} && rm {conf}")
+    operator.start_nvdimmd(xen)
+    assert having(found, "FAIL") == {"hook", "hook, libvirt", "nvdimmd", "ledger, backings", "ACPI tables"}
     assert "nvdimmctl register" in found["hook"]["Hint"]
+    assert NAME in found["ledger, backings"]["Message"]
 
 
 def test_a_hook_that_libvirtd_has_not_seen(xen: XenHost) -> None:
@@ -88,29 +90,3 @@ def test_a_hook_that_libvirtd_has_not_seen(xen: XenHost) -> None:
     assert having(doctor(xen, 0), "WARN") == {"memory type", "hook, libvirt"}
     operator.restart_libvirtd(xen)
     assert having(doctor(xen, 0), "WARN") == {"memory type"}
-
-
-def test_nvdimmd_that_does_not_run(xen: XenHost) -> None:
-    operator.stop_nvdimmd(xen)
-    found = doctor(xen, 1)
-    operator.start_nvdimmd(xen)
-    assert having(found, "FAIL") == {"nvdimmd"}
-    assert having(doctor(xen, 0), "FAIL") == set()
-
-
-def test_a_backing_that_is_another_file(xen: XenHost) -> None:
-    xen.check(f"mv {FILE} /mnt/pmem0/doctor.away && cp /mnt/pmem0/doctor.away {FILE}")
-    found = doctor(xen, 1)
-    xen.check(f"mv /mnt/pmem0/doctor.away {FILE}")
-    assert having(found, "FAIL") == {"ledger, backings"}
-    assert NAME in found["ledger, backings"]["Message"]
-
-
-def test_no_qemu_for_tables(xen: XenHost) -> None:
-    conf = "/etc/nvdimm-driver/nvdimm-driver.conf.d/doctor.conf"
-    xen.write(conf, b"[acpi]\nqemu = /bin/false\n")
-    try:
-        found = doctor(xen, 1)
-    finally:
-        xen.check(f"rm {conf}")
-    assert having(found, "FAIL") == {"ACPI tables"}

@@ -57,8 +57,8 @@ def test_bytes_go_out_and_come_back(xen: XenHost) -> None:
     guest.check("run", "ndctl create-namespace -m raw", timeout=300)
     (namespace,) = namespaces(guest)
     guest.write(f"/dev/{namespace['blockdev']}", 0, 4 * MIB, 17)
-    seen = guest.sha256(f"/dev/{namespace['blockdev']}", 0, 32 * MIB)
-    for words in (f"export first {COPY}", f"export {FIRST} {COPY}", "wipe -y first", f"wipe -y {FIRST}"):
+    seen = guest.sha256(f"/dev/{namespace['blockdev']}", 0, 8 * MIB)
+    for words in (f"export first {COPY}", f"wipe -y {FIRST}"):
         assert "first is running" in nvdimmctl(xen, words, 4).stderr
     guest.poweroff()
 
@@ -74,7 +74,7 @@ def test_bytes_go_out_and_come_back(xen: XenHost) -> None:
     guest = define(xen, "second", taken)
     assert guest.wait_report().problems == ()
     assert namespaces(guest) == [namespace]
-    assert guest.sha256(f"/dev/{namespace['blockdev']}", 0, 32 * MIB) == seen
+    assert guest.sha256(f"/dev/{namespace['blockdev']}", 0, 8 * MIB) == seen
     guest.poweroff()
     for name, path in (("first", FIRST), ("second", SECOND)):
         xen.check(f"{operator.VIRSH} undefine {name}")
@@ -82,6 +82,7 @@ def test_bytes_go_out_and_come_back(xen: XenHost) -> None:
         assert not xen.exists(path)
 
 
+@pytest.mark.thorough
 def test_a_raw_namespace_is_wiped_and_copied(xen: XenHost) -> None:
     xen.check("seq 3000000 | head -c 16M | dd of=/dev/pmem1 bs=1M iflag=fullblock oflag=direct status=none")
     xen.check("dd if=/dev/pmem1 of=/root/before bs=1M count=16 iflag=direct status=none")

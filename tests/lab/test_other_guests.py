@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,14 +15,15 @@ from tests.lab.image import make_guest_disk
 
 pytestmark = pytest.mark.lab
 MIB = 1 << 20
+LABEL_KIB = 128
 NAME, DISK = "kind", "/tmp/kind.img"
 
 
 @contextmanager
-def reports(host: XenHost, dsm: str, disk: str, count: int = 1) -> Iterator[Report]:
-    """What a guest with so many NVDIMMs of 16 MiB and labels sees of them."""
-    files = [f"/mnt/pmem0/kind-{slot}.img" for slot in range(count)]
-    nvdimms = [operator.nvdimm(file, 18, label_kib=2048) for file in files]
+def reports(host: XenHost, dsm: str, disk: str, labels: Sequence[int]) -> Iterator[Report]:
+    """What a guest sees of its NVDIMMs of 16 MiB, which have label areas of so many KiB."""
+    files = [f"/mnt/pmem0/kind-{slot}.img" for slot in range(len(labels))]
+    nvdimms = [operator.nvdimm(file, 16, label_kib=label) for file, label in zip(files, labels, strict=True)]
     host.write(f"/root/{NAME}.xml", operator.domain_xml(NAME, nvdimms, ram_mib=192, disk=disk, dsm=dsm).encode())
     host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
     guest = Guest(host, NAME)
@@ -36,30 +37,32 @@ def reports(host: XenHost, dsm: str, disk: str, count: int = 1) -> Iterator[Repo
         host.check(f"rm {' '.join(files)}")
 
 
-@pytest.mark.parametrize("dsm", ["aml", "qemu"])
+@pytest.mark.parametrize("dsm", ["aml", pytest.param("qemu", marks=pytest.mark.thorough)])
 def test_sixteen_nvdimms_with_labels(driver_host: XenHost, dsm: str) -> None:
-    with reports(driver_host, dsm, install_guest(driver_host), 16) as report:
+    with reports(driver_host, dsm, install_guest(driver_host), [LABEL_KIB] * 16) as report:
         assert sorted(dimm.handle for dimm in report.dimms) == list(range(1, 17))
         assert [dimm.available_slots for dimm in report.dimms] == [report.dimms[0].available_slots] * 16
         assert report.dimms[0].available_slots
-        assert [region.size for region in report.regions] == [16 * MIB] * 16
+        assert [region.size for region in report.regions] == [16 * MIB - LABEL_KIB * 1024] * 16
         assert report.problems == ()
 
 
-@pytest.mark.parametrize("dsm", ["none", "aml", "qemu"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("dsm", ["aml", "qemu"])
 def test_the_kernel_of_another_release(driver_host: XenHost, dsm: str) -> None:
     driver_host.put(driver_host.images.other_guest_disk, DISK)
-    with reports(driver_host, dsm, DISK) as report:
-        assert [region.size for region in report.regions] == [16 * MIB]
-        assert [bool(dimm.available_slots) for dimm in report.dimms] == [dsm != "none"]
+    with reports(driver_host, dsm, DISK, [LABEL_KIB, 0]) as report:
+        assert sorted(region.size for region in report.regions) == [16 * MIB - LABEL_KIB * 1024, 16 * MIB]
+        assert sorted((dimm.handle, bool(dimm.available_slots)) for dimm in report.dimms) == [(1, True), (2, False)]
         assert report.problems == ()
 
 
-@pytest.mark.parametrize("dsm", ["aml", "qemu"])
-def test_a_guest_that_does_not_look_at_its_nfit(driver_host: XenHost, tmp_path: Path, dsm: str) -> None:
+@pytest.mark.thorough
+def test_a_guest_that_does_not_look_at_its_nfit(driver_host: XenHost, tmp_path: Path) -> None:
+    """Its label server has nothing to do."""
     make_guest_disk(driver_host.images, tmp_path / "disk", "module_blacklist=nfit")
     driver_host.put(tmp_path / "disk", DISK)
-    with reports(driver_host, dsm, DISK) as report:
+    with reports(driver_host, "qemu", DISK, [LABEL_KIB]) as report:
         assert "module_blacklist=nfit" in report.cmdline
         assert (report.regions, report.dimms, report.disks) == ((), (), ())
         assert report.problems == ()

@@ -80,6 +80,7 @@ def test_live_changes_and_migration_are_refused_with_the_reason(xen: XenHost, gu
     assert not xen.exists("/mnt/pmem0/more.img")
 
 
+@pytest.mark.thorough
 def test_save_and_restore(xen: XenHost, guest: Guest) -> None:
     disk = "/dev/pmem0"
     guest.write(disk, 0, MIB, 5)
@@ -111,6 +112,7 @@ def test_a_reboot_that_libvirt_asks_for(xen: XenHost, guest: Guest) -> None:
     assert "not supported by the connection driver: virDomainReset" in refused(xen, f"reset {NAME}").stderr
 
 
+@pytest.mark.thorough
 def test_a_guest_that_crashes_is_started_again(xen: XenHost, guest: Guest) -> None:
     guest.write("/dev/pmem0", 0, MIB, 8)
     before = operator.host_sha256(xen, FILE, 0, MIB)
@@ -119,6 +121,7 @@ def test_a_guest_that_crashes_is_started_again(xen: XenHost, guest: Guest) -> No
     assert guest.sha256("/dev/pmem0", 0, MIB) == before
 
 
+@pytest.mark.thorough
 def test_two_guests_at_once_have_each_their_own(xen: XenHost, guest: Guest) -> None:
     operator.define(xen, "other", [operator.nvdimm("/mnt/pmem0/other.img", 16)])
     other = operator.start(xen, "other")
@@ -153,16 +156,12 @@ def test_libvirtd_and_nvdimmd_restarted_under_a_running_guest(xen: XenHost, gues
     guest.check("report")
 
 
-def test_shutdown(xen: XenHost, guest: Guest) -> None:
+def test_shutdown_undefine_and_define_again_keep_the_bytes(xen: XenHost, guest: Guest) -> None:
+    guest.write("/dev/pmem0", MIB, MIB, 6)
+    before = operator.host_sha256(xen, FILE, 0, 2 * MIB)
     virsh(xen, f"shutdown {NAME}")
     guest.wait_end()
     assert operator.show(xen, NAME)["state"] == "off"
-
-
-def test_destroy_undefine_and_define_again_keep_the_bytes(xen: XenHost, guest: Guest) -> None:
-    guest.write("/dev/pmem0", MIB, MIB, 6)
-    before = operator.host_sha256(xen, FILE, 0, 2 * MIB)
-    virsh(xen, f"destroy {NAME}")
     virsh(xen, f"undefine {NAME}")
     virsh(xen, f"define /root/{NAME}.xml")
     again = Guest(xen, NAME)
