@@ -26,8 +26,9 @@ GIB = 1 << 30
 LABEL_BYTES = 128 << 10
 # The visible part of an NVDIMM is its file less the label area, rounded down to this.
 NVDIMM_ALIGN = 2 << 20
-# SMAP crashes a PV dom0 under TCG, MWAIT panics Xen, and exits for RDTSCP are decoded wrongly.
-CPU = "EPYC,+svm,+npt,-smap,-smep,-monitor,-rdtscp"
+# SMAP crashes a PV dom0 under TCG, MWAIT panics Xen, exits for RDTSCP are decoded wrongly, and AVX, which needs XSAVE,
+# is an invalid opcode now and then when two guests run.
+CPU = "EPYC,+svm,+npt,-smap,-smep,-monitor,-rdtscp,-xsave,-xsaveopt,-xsavec,-xgetbv1,-avx,-avx2,-f16c,-fma"
 # One processor more than dom0 has, for guests, though this machine may have but two: most of a test's time is dom0's.
 XEN_ARGS = (
     "dom0_mem={memory},max:{memory} dom0_max_vcpus=2 dom0_vcpus_pin sched=credit mwait-idle=0 cpuidle=0 bootscrub=0 "
