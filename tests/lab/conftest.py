@@ -62,11 +62,14 @@ def driver_host(host: XenHost) -> XenHost:
 def systemd_host(
     images: Images, shared_hosts: list[XenHost], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[XenHost]:
-    """A host with Debian's systemd and three NVDIMMs, whose disk outlives a power cut; nothing of ours is on it."""
+    """A host with Debian's systemd and three NVDIMMs, whose disk outlives a power cut; nothing of ours is on it.
+
+    Of 1 GiB each but for region1, which is the third: QEMU has them in this order in its NFIT.
+    """
     for shared in shared_hosts:
         shared.stop()
     folder = tmp_path_factory.mktemp("nvdimms")
-    nvdimms = [Nvdimm(folder / f"pmem{number}.img", size) for number, size in enumerate((GIB, 160 << 20, GIB))]
+    nvdimms = [Nvdimm(folder / f"pmem{number}.img", size) for number, size in enumerate((GIB, GIB, 160 << 20))]
     arguments = "lab.init=/sbin/init systemd.wants=lab-agent.service"
     with XenHost(images, nvdimms, linux_args=arguments, keep_disk=True, boot_timeout=400) as host:
         host.check("systemctl is-system-running --wait || true")
