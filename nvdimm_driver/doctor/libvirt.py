@@ -13,8 +13,8 @@ from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.xdr import LibvirtError, Packer, RemoteError, Unpacker
 
 URI = "xen:///system"
-TIMEOUT = 10.0
-"""Seconds for an answer; libvirtd can take some while it starts."""
+TIMEOUT = 30.0
+"""Seconds for an answer; libvirtd, and nvdimmd that its socket starts, can take some while they start."""
 # src/remote/remote_protocol.x
 _OPEN, _CLOSE, _AUTH_LIST, _LIB_VERSION, _TO_NATIVE = 1, 2, 66, 157, 136
 _RECEIVE = 65536

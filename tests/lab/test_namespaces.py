@@ -19,7 +19,8 @@ pytestmark = pytest.mark.lab
 MIB = 1 << 20
 NAME, FILE = "labelled", "/mnt/pmem0/labelled.img"
 CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
-SIZE_MIB, LABEL_BYTES = 98, 128 << 10
+# the data a multiple of 16 MiB: ndctl refuses namespaces that begin elsewhere
+SIZE_MIB, LABEL_BYTES = 98, 2 << 20
 DATA_BYTES = SIZE_MIB * MIB - LABEL_BYTES
 DISK = "/tmp/guest-tools.img"
 # what 'seq 100000' and 'seq 5000' print
