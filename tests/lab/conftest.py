@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import operator
+from tests.lab import operator, served
 from tests.lab.host import GIB, Nvdimm, XenHost
 from tests.lab.image import Images, build
 
@@ -51,10 +51,12 @@ def host(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
 def driver_host(host: XenHost) -> XenHost:
     """The shared host with the driver installed, /mnt/pmem0 (DAX) and /dev/pmem1 (raw).
 
-    Namespaces are made once: taking one down crashes a PV dom0 of this kernel.
+    Namespaces are made once: taking one down crashes a PV dom0 of this kernel. ``nvdimmctl`` is one that was started
+    before.
     """
     operator.install_driver(host)
     operator.make_pmem(host)
+    served.serve(host)
     return host
 
 

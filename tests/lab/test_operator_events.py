@@ -22,7 +22,7 @@ SIZE_MIB, LABEL_KIB = 18, 128
 def xen(driver_host: XenHost) -> Iterator[XenHost]:
     """The host with somebody who watches, and a domain whose labels a server has."""
     driver_host.check(
-        f"setsid {operator.NVDIMMCTL} monitor --domain {NAME} >{SEEN} 2>&1 </dev/null & echo $! >{PID}; sleep 3"
+        f"setsid /usr/bin/nvdimmctl monitor --domain {NAME} >{SEEN} 2>&1 </dev/null & echo $! >{PID}; sleep 3"
     )
     install_guest(driver_host)
     xml = operator.domain_xml(NAME, [operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_KIB)], dsm="qemu")
