@@ -48,7 +48,7 @@ class PlainGuest(Conversation):
 
 
 @contextmanager
-def plain_guest(images: Images, file: Path, size: int, label_size: int) -> Iterator[PlainGuest]:
+def plain_guest(images: Images, file: Path, size: int, label_size: int, align: int) -> Iterator[PlainGuest]:
     """Boot it with the first `size` bytes of a file as its NVDIMM, as libvirt would with the same XML on KVM."""
     ours, theirs = socket.socketpair()
     with ours, theirs, tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def plain_guest(images: Images, file: Path, size: int, label_size: int) -> Itera
         command = [
             *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot"),
             *("-machine", "pc,nvdimm=on", "-accel", "tcg", "-cpu", "max", "-m", f"{MEMORY_MIB}M,slots=1,maxmem=4G"),
-            *("-object", f"memory-backend-file,id=m,share=on,mem-path={file},size={size}"),
+            *("-object", f"memory-backend-file,id=m,share=on,mem-path={file},size={size},align={align}"),
             *("-device", f"nvdimm,id=nv,memdev=m,label-size={label_size}"),
             *("-kernel", str(images.guest_kernel), "-initrd", str(initrd), "-append", LINUX_ARGS),
             *("-chardev", f"socket,id=console,fd={theirs.fileno()}", "-serial", "chardev:console"),

@@ -102,6 +102,7 @@ def test_a_missing_file_is_an_error(host: XenHost) -> None:
         host.read("/no/such/file")
 
 
+@pytest.mark.thorough
 def test_a_guest_reports_takes_orders_and_reboots(host: XenHost, images: Images, tmp_path: Path) -> None:
     """A guest with no NFIT is told of the memory that `iomem` maps into it on its own command line."""
     disk, length = tmp_path / "guest.img", 3 * MIB + 100
@@ -134,6 +135,7 @@ def test_a_guest_reports_takes_orders_and_reboots(host: XenHost, images: Images,
     guest.poweroff()
 
 
+@pytest.mark.thorough
 def test_a_guest_without_nvdimm_has_none(host: XenHost) -> None:
     install_guest(host)
     host.write("/tmp/plain.cfg", xl_config("plain").encode())
@@ -195,6 +197,7 @@ def test_a_host_that_dies_at_once_shows_why(fresh_host: MakeHost) -> None:
     assert not host.running
 
 
+@pytest.mark.thorough
 def test_a_host_that_does_not_come_up_shows_its_console(fresh_host: MakeHost) -> None:
     host = fresh_host(linux_args="rdinit=/no-such-init", boot_timeout=40)
 

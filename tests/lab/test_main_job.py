@@ -139,6 +139,7 @@ def test_what_libvirt_stores_is_restored_and_rewritten_byte_for_byte(xen: XenHos
     assert "nvdimm-driver" not in restored
 
 
+@pytest.mark.thorough
 def test_its_bytes_are_there_after_a_reboot(xen: XenHost, guest: Guest) -> None:
     before = xen.check("xl domid db1").stdout
     guest.reboot()

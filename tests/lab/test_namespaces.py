@@ -19,9 +19,9 @@ pytestmark = pytest.mark.lab
 MIB = 1 << 20
 NAME, FILE = "labelled", "/mnt/pmem0/labelled.img"
 CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
-# the data a multiple of 16 MiB: ndctl refuses namespaces that begin elsewhere
-SIZE_MIB, LABEL_BYTES = 98, 2 << 20
-DATA_BYTES = SIZE_MIB * MIB - LABEL_BYTES
+# ndctl refuses a namespace that does not begin at a multiple of 16 MiB, so the data are one.
+SIZE_MIB, LABEL_BYTES, ALIGN_MIB = 98, 128 << 10, 16
+DATA_BYTES = 96 * MIB
 DISK = "/tmp/guest-tools.img"
 # what 'seq 100000' and 'seq 5000' print
 LINES, SECTORS = ("".join(f"{number}\n" for number in range(1, last + 1)).encode() for last in (100_000, 5_000))
@@ -33,8 +33,9 @@ def guest(driver_host: XenHost, request: pytest.FixtureRequest) -> Iterator[Gues
     builder = {"aml": "native", "qemu": "qemu"}[request.param]
     driver_host.write(CONF, f"[acpi]\nbuilder = {builder}\n".encode())
     driver_host.put(driver_host.images.guest_tools_disk, DISK)
-    nvdimms = [operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_BYTES >> 10)]
-    xml = operator.domain_xml(NAME, nvdimms, ram_mib=256, disk=DISK, dsm=request.param)
+    nvdimm = operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_BYTES >> 10)
+    nvdimm = nvdimm.replace("</source>", f"<alignsize unit='MiB'>{ALIGN_MIB}</alignsize></source>")
+    xml = operator.domain_xml(NAME, [nvdimm], ram_mib=256, disk=DISK, dsm=request.param)
     driver_host.write(f"/root/{NAME}.xml", xml.encode())
     driver_host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
     started = operator.start(driver_host, NAME)
@@ -59,7 +60,7 @@ def namespaces(guest: Conversation) -> dict[str, tuple[str, int, str]]:
 def same_labels(host: XenHost, guest: Guest) -> bool:
     """Whether the label area that the guest reads is the end of the file."""
     seen = guest.check("run", "ndctl read-labels nmem0 -o /tmp/labels 2>/dev/null && sha256sum </tmp/labels")
-    return seen.split()[0] == operator.host_sha256(host, FILE, DATA_BYTES, LABEL_BYTES)
+    return seen.split()[0] == operator.host_sha256(host, FILE, SIZE_MIB * MIB - LABEL_BYTES, LABEL_BYTES)
 
 
 def contents(guest: Conversation, fsdax: str, sector: str) -> list[str]:
@@ -102,7 +103,7 @@ def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, gues
     guest.poweroff()
     moved = tmp_path / "moved.img"
     moved.write_bytes(driver_host.get(FILE))
-    with plain_guest(driver_host.images, moved, SIZE_MIB * MIB, LABEL_BYTES) as plain:
+    with plain_guest(driver_host.images, moved, SIZE_MIB * MIB, LABEL_BYTES, ALIGN_MIB * MIB) as plain:
         assert plain.wait_report().problems == ()
         assert namespaces(plain) == made
         assert contents(plain, made["fsdax"][2], made["sector"][2]) == [

@@ -13,7 +13,7 @@ from tests.lab.guest import Guest, Report, install_guest
 from tests.lab.host import XenHost
 from tests.lab.image import make_guest_disk
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 MIB = 1 << 20
 LABEL_KIB = 128
 NAME, DISK = "kind", "/tmp/kind.img"
@@ -37,7 +37,7 @@ def reports(host: XenHost, dsm: str, disk: str, labels: Sequence[int]) -> Iterat
         host.check(f"rm {' '.join(files)}")
 
 
-@pytest.mark.parametrize("dsm", ["aml", pytest.param("qemu", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("dsm", ["aml", "qemu"])
 def test_sixteen_nvdimms_with_labels(driver_host: XenHost, dsm: str) -> None:
     with reports(driver_host, dsm, install_guest(driver_host), [LABEL_KIB] * 16) as report:
         assert sorted(dimm.handle for dimm in report.dimms) == list(range(1, 17))
@@ -47,7 +47,6 @@ def test_sixteen_nvdimms_with_labels(driver_host: XenHost, dsm: str) -> None:
         assert report.problems == ()
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("dsm", ["aml", "qemu"])
 def test_the_kernel_of_another_release(driver_host: XenHost, dsm: str) -> None:
     driver_host.put(driver_host.images.other_guest_disk, DISK)
@@ -57,7 +56,6 @@ def test_the_kernel_of_another_release(driver_host: XenHost, dsm: str) -> None:
         assert report.problems == ()
 
 
-@pytest.mark.thorough
 def test_a_guest_that_does_not_look_at_its_nfit(driver_host: XenHost, tmp_path: Path) -> None:
     """Its label server has nothing to do."""
     make_guest_disk(driver_host.images, tmp_path / "disk", "module_blacklist=nfit")

@@ -166,13 +166,18 @@ def test_a_restored_guest_has_a_label_server(driver_host: XenHost, guest: Guest)
     assert seen_sums(guest) == seen == label_sums(driver_host)
 
 
-def test_it_goes_with_its_domain_and_comes_with_the_next(driver_host: XenHost, guest: Guest) -> None:
+@pytest.mark.thorough
+def test_it_comes_with_the_next_boot(driver_host: XenHost, guest: Guest) -> None:
     before = processes(driver_host)
     guest.reboot()
     after = processes(driver_host)
     assert len(after) == 2
     assert not set(before) & set(after)
     assert seen_sums(guest) == label_sums(driver_host)
+
+
+def test_it_goes_with_its_domain(driver_host: XenHost, guest: Guest) -> None:
+    assert guest.exists()
     driver_host.check(f"{operator.VIRSH} destroy {NAME}")
     wait_for_their_end(driver_host)
     assert "(null)" not in driver_host.check("xl list").stdout

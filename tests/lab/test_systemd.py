@@ -111,6 +111,7 @@ def test_plain_virsh_goes_through_nvdimmd(xen: XenHost) -> None:
     assert virsh(xen, "-r domstate db1") == "running"
 
 
+@pytest.mark.thorough
 def test_labels_are_written_to_a_frozen_file(xen: XenHost) -> None:
     """On XFS; and zeros again in the end, as labels without namespaces take the guest's disk away."""
     (path, mib), _ = NVDIMMS
@@ -240,6 +241,7 @@ def test_the_socket_of_a_modular_daemon_is_moved_and_brought_back(xen: XenHost) 
     assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
 
 
+@pytest.mark.thorough
 def test_purge_leaves_the_data_and_libvirtd(xen: XenHost) -> None:
     before = operator.host_sha256(xen, NVDIMMS[0][0], 0, MIB)
     xen.check(f"{operator.NVDIMMCTL} register")

@@ -106,6 +106,7 @@ def test_suspend_and_resume(xen: XenHost, guest: Guest) -> None:
     assert guest.report().disks[0].size == 16 * MIB
 
 
+@pytest.mark.thorough
 def test_a_reboot_that_libvirt_asks_for(xen: XenHost, guest: Guest) -> None:
     report = guest.next_boot(lambda: virsh(xen, f"reboot {NAME}"))
     assert (report.disks[0].size, report.problems) == (16 * MIB, ())
