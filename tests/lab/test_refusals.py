@@ -146,6 +146,6 @@ def test_a_failing_device_model_leaves_nothing(xen: XenHost) -> None:
     assert "owner" not in xen.check("xl list").stdout
     assert operator.show(xen, "owner")["state"] == "off"
     assert "i" not in xen.check("lsattr /mnt/pmem0/owned.img").stdout.split()[0]
-    operator.start(xen, "owner")
+    operator.start(xen, "owner").wait_report()
     assert operator.show(xen, "owner")["last_fault"] == ""
     xen.check("virsh -q -c xen:///system destroy owner")
