@@ -241,6 +241,7 @@ class Guest(Conversation):
         self._log = f"{CONSOLE_LOGS}/guest-{name}.log"
         made = host.check(f"touch '{self._log}' && stat -c %s '{self._log}'")
         self._end = int(made.stdout)
+        self._domid = ""
         super().__init__(name, self._end)
 
     def exists(self) -> bool:
@@ -251,11 +252,15 @@ class Guest(Conversation):
         return self._host.get(self._log)[self._begin :].decode(errors="replace")
 
     def _send(self, line: str) -> None:
+        # xl costs a second of dom0's time, so it is asked only after a reboot;
         # opened without noctty, the terminal would become that of the command's session and be hung up with it
-        self._host.check(
-            f"tty=$(xenstore-read /local/domain/$(xl domid '{self.name}')/console/tty) && "
-            f"echo '{line}' | dd of=$tty oflag=noctty conv=notrunc status=none"
+        sent = self._host.check(
+            f"id={self._domid}; "
+            f"[ \"$(xenstore-read /local/domain/$id/name 2>&1)\" = '{self.name}' ] || id=$(xl domid '{self.name}') && "
+            "tty=$(xenstore-read /local/domain/$id/console/tty) && "
+            f"echo '{line}' | dd of=$tty oflag=noctty conv=notrunc status=none && echo $id"
         )
+        self._domid = sent.stdout.strip()
 
     def _receive(self) -> bytes:
         data = self._host.read(self._log, self._end)
