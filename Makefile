@@ -7,14 +7,14 @@ DEB := dist/nvdimm-driver_$(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog
 DEB_SOURCES := setup.py pyproject.toml README.md $(shell find debian doc etc nvdimm_driver shim -type f \
 	! -path '*/__pycache__/*' ! -path 'doc/_build/*' ! -name _xen.py)
 
-.PHONY: demo test thorough check doc docs deb lab sample clean
+.PHONY: demo test thorough check doc docs deb images lab sample clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
 # Two at a time, what each prints in one piece; then the lab, which has the machine for itself, whatever the others found.
 test: $(VENV)/.ready
-	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready check doc deb
+	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready images check doc deb
 	@status=0; set -x; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit tests/integration || status=$$?; \
 	$(BIN)/python -m pytest tests/lab $(SELECTED) || status=$$?; \
@@ -51,6 +51,9 @@ build/deb/.ready: debian/control
 	$(APT) build-dep -q -y --no-install-recommends ./
 	mkdir -p $(@D)
 	touch $@
+
+images: $(VENV)/.ready
+	$(BIN)/python -m tests.lab build
 
 lab: $(VENV)/.ready
 	$(BIN)/python -m tests.lab

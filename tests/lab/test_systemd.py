@@ -1,6 +1,7 @@
 """Debian's own systemd in dom0: what 'nvdimmctl register' sets up there, and what is there after a power cut.
 
-On XFS and device-dax, where other tests have ext4 and a raw namespace; and a label server is there after all of it.
+On the tutorial's host, from which the driver is removed in the end. On XFS and device-dax, where other tests have ext4
+and a raw namespace; and a label server is there after all of it.
 """
 
 from __future__ import annotations
@@ -12,20 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import operator
+from tests.lab import operator, tutorial
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
 
 pytestmark = pytest.mark.lab
 MIB = 1 << 20
-NVDIMMS = (("/mnt/xfs/db1.img", 48), ("/dev/dax1.0", 32))
+NVDIMMS = (("/mnt/xfs/db2.img", 48), ("/dev/dax1.0", 32))
 LABEL_MIB = 2
-DISK = "/var/lib/guest.img"
 COPY, LIBPMEM = "/root/copy.img", Path("/usr/lib/x86_64-linux-gnu/libpmem.so.1")
 SOCKETS = "/run/libvirt/virtxend-sock /run/libvirt/virtxend-sock-ro"
-WRITTEN = (
-    "ls /etc/libvirt/hooks/libxl.d/50-nvdimm /usr/libexec/xen/bin/nvdimm-device-model /etc/systemd/system/nvdimmd*"
-)
+HOOK = "/etc/libvirt/hooks/libxl.d/50-nvdimm"
+WRITTEN = f"ls {HOOK} /usr/libexec/xen/bin/nvdimm-device-model /etc/systemd/system/nvdimmd*"
 # What Linux says to whoever wants to make stores to a device-dax device durable.
 SYNC_DEVDAX = """\
 import mmap, os
@@ -62,16 +61,18 @@ systemctl enable --now virtxend.socket virtxend-ro.socket
 
 @pytest.fixture(scope="module")
 def xen(systemd_host: XenHost) -> XenHost:
-    """The host with the driver, a DAX file system that is mounted at boot, and a domain that is started at boot."""
+    """The tutorial's host, with a DAX file system that is mounted at boot, and a domain that is started at boot."""
     host = systemd_host
-    operator.install_package(host)
-    host.check("nvdimmctl register && systemctl restart libvirtd")
+    if host.run("command -v nvdimmctl").returncode:
+        tutorial.prepare(host)
+        for title in ("Install", "Make a pool", "Is all well?"):
+            tutorial.walk(host, title)
     host.check("nvdimmctl pool create xfs --namespace namespace2.0 --force --file-system xfs")
     host.check("nvdimmctl pool create device --namespace namespace1.0 --force --kind devdax")
     (file, file_mib), device = NVDIMMS
-    host.put(host.images.guest_tools_disk, DISK)
     nvdimms = [operator.nvdimm(file, file_mib + LABEL_MIB, label_kib=LABEL_MIB << 10), operator.nvdimm(*device)]
-    host.write("/root/db1.xml", operator.domain_xml("db1", nvdimms, ram_mib=256, disk=DISK, dsm="qemu").encode())
+    xml = operator.domain_xml("db2", nvdimms, ram_mib=256, disk=tutorial.DISK, dsm="qemu")
+    host.write("/root/db2.xml", xml.encode())
     return host
 
 
@@ -98,24 +99,24 @@ def test_device_dax_is_wiped_with_libpmem(xen: XenHost) -> None:
 
 
 def test_plain_virsh_goes_through_nvdimmd(xen: XenHost) -> None:
-    virsh(xen, "define /root/db1.xml")
-    assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
+    virsh(xen, "define /root/db2.xml")
+    assert "model='nvdimm'" in virsh(xen, "dumpxml db2")
     assert xen.check("systemctl is-active nvdimmd.service").stdout.strip() == "active"
-    assert re.search(r"event=provisioning domain=db1 .* written=\d+", logged(xen, "nvdimmd"))
+    assert re.search(r"event=provisioning domain=db2 .* written=\d+", logged(xen, "nvdimmd"))
     xen.check("echo 'uri_default = \"xen:///system\"' >>/etc/libvirt/libvirt.conf")
-    assert "model='nvdimm'" in xen.check("virsh dumpxml db1").stdout
-    virsh(xen, "autostart db1")
-    guest = Guest(xen, "db1")
-    virsh(xen, "start db1")
+    assert "model='nvdimm'" in xen.check("virsh dumpxml db2").stdout
+    virsh(xen, "autostart db2")
+    guest = Guest(xen, "db2")
+    virsh(xen, "start db2")
     assert sorted(disk.size for disk in guest.wait_report().disks) == [32 * MIB, 48 * MIB]
-    assert virsh(xen, "-r domstate db1") == "running"
+    assert virsh(xen, "-r domstate db2") == "running"
 
 
 @pytest.mark.thorough
 def test_labels_are_written_to_a_frozen_file(xen: XenHost) -> None:
     """On XFS; and zeros again in the end, as labels without namespaces take the guest's disk away."""
     (path, mib), _ = NVDIMMS
-    guest = Guest(xen, "db1")
+    guest = Guest(xen, "db2")
     (dimm,) = (dimm.name for dimm in guest.report().dimms if dimm.handle == 1)
     before = operator.host_sha256(xen, path, mib * MIB, LABEL_MIB * MIB)
     assert "i" in xen.check(f"lsattr {path}").stdout.split()[0]
@@ -141,7 +142,7 @@ def test_nvdimmd_can_do_no_more_than_it_needs(xen: XenHost) -> None:
 def test_a_killed_nvdimmd_is_there_again(xen: XenHost) -> None:
     before = xen.check("systemctl show -P MainPID nvdimmd").stdout
     xen.check("systemctl kill --signal KILL nvdimmd")
-    assert virsh(xen, "domstate db1") == "running"
+    assert virsh(xen, "domstate db2") == "running"
     assert xen.check("systemctl show -P MainPID nvdimmd").stdout != before
 
 
@@ -149,14 +150,14 @@ def test_a_killed_nvdimmd_is_there_again(xen: XenHost) -> None:
 def test_without_nvdimmd_clients_talk_to_libvirtd(xen: XenHost) -> None:
     xen.check("systemctl stop nvdimmd.socket nvdimmd-ro.socket nvdimmd.service")
     assert xen.run(f"ls {SOCKETS}").stdout == ""
-    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db2")
     xen.check("systemctl start nvdimmd.socket nvdimmd-ro.socket")
-    assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
+    assert "model='nvdimm'" in virsh(xen, "dumpxml db2")
 
 
 def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
     """After a power cut, with the bytes that it wrote before."""
-    guest = Guest(xen, "db1")
+    guest = Guest(xen, "db2")
     before = operator.disks(guest.report())
     for seed, disk in enumerate(before):
         guest.write(disk, seed * MIB, 8 * MIB, seed)
@@ -171,7 +172,7 @@ def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
     assert report.problems == ()
     assert sorted((dimm.handle, bool(dimm.available_slots)) for dimm in report.dimms) == [(1, True), (2, False)]
     xen.check("systemctl restart libvirtd")
-    assert operator.show(xen, "db1")["label_server"] == "running"
+    assert operator.show(xen, "db2")["label_server"] == "running"
     assert xen.run("systemctl is-active nvdimmd.service").stdout.strip() == "inactive"
     assert [guest.sha256(disk, 0, 16 * MIB) for disk in operator.disks(report)] == seen
     assert [operator.host_sha256(xen, path, 0, 16 * MIB) for path, _ in NVDIMMS] == seen
@@ -181,76 +182,76 @@ def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
 @pytest.mark.thorough
 def test_bad_blocks_are_told_and_warned_of(xen: XenHost) -> None:
     """The kernel is told of some, a MiB into the file."""
-    plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db1.xml").stdout)
+    plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db2.xml").stdout)
     namespaces = json.loads(xen.check(f"{operator.NVDIMMCTL} host").stdout)["namespaces"]
     (start,) = (each["data_spa"] for each in namespaces if each["device"] == "pmem2")
     sector = (plan["locations"][0]["extents"][0]["spa"] + MIB - start) // 512
     xen.check(f"echo '{sector} 8' >/sys/block/pmem2/badblocks")
-    assert "warning: bad at 0x100000, 4 KiB" in xen.check(f"{operator.NVDIMMCTL} plan /root/db1.xml").stdout
-    first, second = operator.show(xen, "db1")["nvdimms"]
+    assert "warning: bad at 0x100000, 4 KiB" in xen.check(f"{operator.NVDIMMCTL} plan /root/db2.xml").stdout
+    first, second = operator.show(xen, "db2")["nvdimms"]
     assert (first["bad_blocks"], first["problem"]) == ([{"offset": MIB, "length": 4096}], None)
     assert (second["bad_blocks"], second["problem"]) == ([], None)
-    virsh(xen, "start db1")
-    assert "db1.img bytes=4096 first=0x100000" in xen.get(operator.LOG).decode()
+    virsh(xen, "start db2")
+    assert "db2.img bytes=4096 first=0x100000" in xen.get(operator.LOG).decode()
 
 
 @pytest.mark.thorough
 def test_the_package_is_not_removed_under_a_running_domain(xen: XenHost) -> None:
-    assert Guest(xen, "db1").exists()
-    assert "db1 (shut them down first)" in xen.run("dpkg --remove nvdimm-driver").stderr
-    assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
-    virsh(xen, "destroy db1")
+    assert Guest(xen, "db2").exists()
+    assert "db2 (shut them down first)" in xen.run("dpkg --remove nvdimm-driver").stderr
+    assert "model='nvdimm'" in virsh(xen, "dumpxml db2")
+    virsh(xen, "destroy db2")
 
 
 @pytest.mark.thorough
 def test_an_upgrade_restarts_nvdimmd_and_keeps_the_ledger(xen: XenHost) -> None:
     before = xen.check("systemctl show -P MainPID nvdimmd").stdout
     assert before != "0\n"
-    shown = operator.show(xen, "db1")
-    xen.check("dpkg -i /root/nvdimm-driver.deb")
+    shown = operator.show(xen, "db2")
+    operator.install_package(xen)
     assert xen.check("systemctl show -P MainPID nvdimmd").stdout not in (before, "0\n")
-    assert operator.show(xen, "db1") == shown
+    assert operator.show(xen, "db2") == shown
 
 
+@pytest.mark.thorough
 def test_unregister_puts_everything_back(xen: XenHost) -> None:
     assert xen.run(WRITTEN).stdout.split() == WRITTEN.split()[1:3], "the units are the package's"
     said = xen.check(f"{operator.NVDIMMCTL} unregister").stdout
-    assert f"kept {NVDIMMS[0][0]}, of domain db1" in said
+    assert f"kept {NVDIMMS[0][0]}, of domain db2" in said
     assert xen.run(WRITTEN).stdout == ""
     assert xen.run(f"ls {SOCKETS}").stdout == ""
     for unit in ("nvdimmd.service", "nvdimmd.socket", "nvdimmd-ro.socket"):
         assert xen.run(f"systemctl is-active {unit}").stdout.strip() == "inactive"
         assert xen.run(f"systemctl is-enabled {unit}").stdout.strip() in ("disabled", "static")
-    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db2")
     assert xen.run("systemctl list-units --failed --plain --no-legend 'nvdimm*'").stdout == ""
 
 
 @pytest.mark.thorough
 def test_the_socket_of_a_modular_daemon_is_moved_and_brought_back(xen: XenHost) -> None:
     xen.check(VIRTXEND)
-    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db2")
     said = xen.check(f"{operator.NVDIMMCTL} register").stdout
     assert "installed /etc/systemd/system/virtxend.socket.d/nvdimmd.conf" in said
     assert "installed /etc/systemd/system/nvdimmd.service" in said, "the package's is for libvirtd"
-    assert "model='nvdimm'" in virsh(xen, "dumpxml db1")
-    assert "model='nvdimm'" in virsh(xen, "-r dumpxml db1")
+    assert "model='nvdimm'" in virsh(xen, "dumpxml db2")
+    assert "model='nvdimm'" in virsh(xen, "-r dumpxml db2")
     assert xen.check("systemctl is-active virtxend.service").stdout.strip() == "active"
     xen.check(f"{operator.NVDIMMCTL} unregister")
     assert xen.run("ls /run/libvirt/virtxend-direct-sock*").stdout == ""
     xen.check(f"ls {SOCKETS}")
-    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db2")
 
 
-@pytest.mark.thorough
 def test_purge_leaves_the_data_and_libvirtd(xen: XenHost) -> None:
     before = operator.host_sha256(xen, NVDIMMS[0][0], 0, MIB)
-    xen.check(f"{operator.NVDIMMCTL} register")
-    said = xen.check("dpkg --purge nvdimm-driver").stdout
-    for line in (f"kept {NVDIMMS[0][0]}, of domain db1", "nvdimm-driver: kept /var/lib/nvdimm-driver"):
+    xen.check(f"test -e {HOOK} || {operator.NVDIMMCTL} register")
+    said = tutorial.walk(xen, "Remove the driver")
+    for line in (f"kept {NVDIMMS[0][0]}, of domain db2", "nvdimm-driver: kept /var/lib/nvdimm-driver", "db1.img"):
         assert line in said
     assert operator.host_sha256(xen, NVDIMMS[0][0], 0, MIB) == before
     assert "not be found" in xen.run("systemctl status nvdimmd.service nvdimmd.socket").stderr
-    left = xen.run("find /etc /usr /lib/systemd -name '*nvdimmd*' -o -name '*nvdimm-d*' -o -name 50-nvdimm").stdout
-    assert left == ""
+    left = "-name '*nvdimmd*' -o -name '*nvdimm-d*' -o -name nvdimmctl -o -name 50-nvdimm"
+    assert xen.run(f"find /etc /usr /lib/systemd {left}").stdout == ""
     xen.check("ls /var/lib/nvdimm-driver/ledger.sqlite")
-    assert "nvdimm-device-model" in virsh(xen, "dumpxml db1")
+    assert "nvdimm-device-model" in virsh(xen, "dumpxml db2")
