@@ -9,6 +9,10 @@ settings.register_profile(
 settings.load_profile("untimed")
 
 
+# They take longest: where processes share the tests, the others do the rest meanwhile.
+FIRST = ("test_nova_functional.py", "test_nova_driver.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Nova's first: they take longest, and where two processes share the tests, the other does the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_nova.py" or "lab" in item.keywords)
+    """Nova's first."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
