@@ -1,5 +1,7 @@
 """For all tests."""
 
+import signal
+
 import pytest
 from hypothesis import settings
 
@@ -8,6 +10,9 @@ settings.register_profile(
 )  # how long an example takes says more of the machine than of the code
 settings.load_profile("untimed")
 
+
+# A job in a script's background begins with SIGINT ignored; what tests start and interrupt would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # They take longest: where processes share the tests, the others do the rest meanwhile.
 FIRST = ("test_nova_functional.py", "test_nova_driver.py")
