@@ -10,7 +10,6 @@ settings.register_profile(
 )  # how long an example takes says more of the machine than of the code
 settings.load_profile("untimed")
 
-
 # A job in a script's background begins with SIGINT ignored; what tests start and interrupt would ignore it, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -252,7 +252,7 @@ class Guest(Conversation):
         return self._host.get(self._log)[self._begin :].decode(errors="replace")
 
     def _send(self, line: str) -> None:
-        # xl costs a second of dom0's time, so it is asked only after a reboot;
+        # xl takes three times as long as xenstore-read, so it is asked only after a reboot;
         # opened without noctty, the terminal would become that of the command's session and be hung up with it
         sent = self._host.check(
             f"id={self._domid}; "
