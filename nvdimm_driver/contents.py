@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from nvdimm_driver import claims, copying, domxml
+from nvdimm_driver import claims, copying
 from nvdimm_driver.backing import label_index, outside
 from nvdimm_driver.backing.files import HINTS
 from nvdimm_driver.backing.labels import check_identity
@@ -19,6 +19,7 @@ from nvdimm_driver.model import PAGE, SUPERPAGE, Allocation, BackingIdentity, In
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.sizes import human
+from nvdimm_driver.xml import parse_domain as domxml
 
 
 class Contents:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Record
 from nvdimm_driver.rpc.handler import Call, Context, Entry, Handler, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.xml import document as xmltext
+from nvdimm_driver.xml import parse_domain as domxml
 
 DEFINE_XML, GET_XML_DESC, LOOKUP_BY_UUID, UNDEFINE, IS_ACTIVE = 11, 14, 24, 35, 150
 """Procedures that handlers call by themselves."""

@@ -10,13 +10,14 @@ from typing import Any
 
 from lxml import etree
 
-from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.errors import NvdimmError, ProtocolError
 from nvdimm_driver.rpc import intercept
 from nvdimm_driver.rpc.handler import Call, Context, Peer, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.wire import Message, Reader
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
+from nvdimm_driver.xml import document as xmltext
+from nvdimm_driver.xml import parse_domain as domxml
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from nvdimm_driver import domxml
 from nvdimm_driver.errors import UnsupportedError
+from nvdimm_driver.xml import parse_domain as domxml
 
 DATA = Path(__file__).parent.parent / "data" / "domxml"
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nvdimm_driver import domxml
+from nvdimm_driver.xml import parse_domain as domxml
 from tests.integration.bench_host import UUID, Host
 
 PREPARE = ["hook prepare begin db1"]

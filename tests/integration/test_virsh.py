@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver import domxml
+from nvdimm_driver.xml import parse_domain as domxml
 from tests.integration.bench_host import Host
 
 NVDIMM = "<memory model='nvdimm'><source><path>{}</path></source><target><size unit='MiB'>4</size></target></memory>"

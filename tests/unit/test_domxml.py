@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.xml import document as xmltext
+from nvdimm_driver.xml import parse_domain as domxml
 
 DATA = Path(__file__).parent.parent / "data" / "domxml"
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nvdimm_driver import domxml
 from nvdimm_driver.model import GIB, MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.xml import parse_domain as domxml
 
 EMITTED = (Path(__file__).parents[1] / "data/nova/domain.xml").read_text()
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-0000000000aa"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from nvdimm_driver import domxml, xmltext
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, DomainXmlError, LayoutError, ProtocolError, UnsupportedError, XenError
 from nvdimm_driver.model import GIB, KIB, MIB
@@ -16,6 +15,8 @@ from nvdimm_driver.rpc import intercept
 from nvdimm_driver.rpc.handler import Call, Context, Peer, ReplyEntry, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, TypedParam, Unpacker
+from nvdimm_driver.xml import document as xmltext
+from nvdimm_driver.xml import parse_domain as domxml
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"

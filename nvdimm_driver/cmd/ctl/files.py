@@ -30,8 +30,8 @@ class Provision(Action):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver import domxml
         from nvdimm_driver.cmd.ctl import render
+        from nvdimm_driver.xml import parse_domain as domxml
 
         driver = up_to_date(self.app)
         path = _placed(driver, parsed_args.pool, parsed_args.path)
@@ -72,7 +72,7 @@ class Import(Action):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver import domxml
+        from nvdimm_driver.xml import parse_domain as domxml
 
         driver = up_to_date(self.app)
         source = os.path.abspath(parsed_args.source)

@@ -38,7 +38,7 @@ class Rewrite(_FileAction):
     """Print the XML that libvirt's libxl driver takes, for a domain XML with NVDIMMs."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver import domxml
+        from nvdimm_driver.xml import parse_domain as domxml
 
         sys.stdout.write(domxml.rewrite(_read(parsed_args.file), self.app.conf.xen.device_model))
 
@@ -47,7 +47,7 @@ class Restore(_FileAction):
     """Print what the user wrote, for a domain XML that was rewritten."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver import domxml
+        from nvdimm_driver.xml import parse_domain as domxml
 
         sys.stdout.write(domxml.restore(_read(parsed_args.file)))
 
@@ -62,8 +62,8 @@ class Plan(_FileAction):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver import domxml
         from nvdimm_driver.cmd.ctl import render
+        from nvdimm_driver.xml import parse_domain as domxml
 
         xml = _read(parsed_args.file)
         plan = _driver(self.app.conf, parsed_args.host).plan(_domain(xml, parsed_args.file))
@@ -147,7 +147,7 @@ def _read(file: str) -> str:
 
 
 def _domain(xml: str, file: str) -> DomainSpec:
-    from nvdimm_driver import domxml
+    from nvdimm_driver.xml import parse_domain as domxml
 
     domain = domxml.extract(xml)
     if domain is None:

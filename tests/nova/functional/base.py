@@ -20,7 +20,7 @@ from nova.tests.fixtures import libvirt
 from nova.tests.functional.libvirt import base
 from nova.virt import nvdimm_ext  # noqa: F401  (lets virt_type be xen)
 
-from nvdimm_driver import domxml
+from nvdimm_driver.xml import parse_domain as domxml
 from tests.integration.loop_pmem import FileSystem
 from tests.nova.functional.host import PmemHost
 from tests.nova.functional.libxl import XenConnection

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nvdimm_driver import domxml
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.backing.inventory import namespaces
 from nvdimm_driver.conf import configured_pools, load
@@ -24,6 +23,7 @@ from nvdimm_driver.model import GIB, Location, NvdimmSpec, Record
 from nvdimm_driver.planning import Host
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.xen.dry_run import DryRunMapper
+from nvdimm_driver.xml import parse_domain as domxml
 from tests.integration.loop_backing import LoopBacking
 from tests.integration.loop_pmem import SPA, FileSystem
 

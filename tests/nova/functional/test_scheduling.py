@@ -7,7 +7,7 @@ from typing import Any
 import eventlet
 from nova.scheduler.filters.numa_topology_filter import NUMATopologyFilter
 
-from nvdimm_driver import domxml
+from nvdimm_driver.xml import parse_domain as domxml
 from tests.nova.functional.base import NovaTestBase
 
 

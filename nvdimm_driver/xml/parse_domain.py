@@ -31,7 +31,7 @@ from uuid import UUID
 from nvdimm_driver import plugins
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
 from nvdimm_driver.model import DSM, GIB, KIB, MIB, PAGE, DomainSpec, NvdimmSpec
-from nvdimm_driver.xmltext import Element, Text, may_have, parse, written
+from nvdimm_driver.xml.document import Element, Text, may_have, parse, written
 
 NAMESPACE = "urn:nvdimm-driver:domain:1"
 """What the record of a rewritten domain is known by."""
