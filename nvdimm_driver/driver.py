@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import claims, frames, layout, logs, plugins
+from nvdimm_driver import claims, logs, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
@@ -20,6 +20,7 @@ from nvdimm_driver.contents import Contents
 from nvdimm_driver.definitions import Definitions, uuid_of
 from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.events import Event
+from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
@@ -280,7 +281,7 @@ class XenNvdimmDriver:
                 plan.areas,
                 served=record.labels if plan.layout.label_clients else "",
                 uncached=layout.label_frames(plan.layout),
-                detail={"nvdimms": len(domain.nvdimms), **frames.summary(plan.mappings)},
+                detail={"nvdimms": len(domain.nvdimms), **p2m.summary(plan.mappings)},
             )
         except BaseException:
             self.starts.put_away(record.uuid, paths)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from nvdimm_driver import guards, layout
 from nvdimm_driver.backing.inventory import areas, bad_parts
 from nvdimm_driver.backing.labels import check_identity
+from nvdimm_driver.guest import layout, mapping_guards
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
     PAGE,
@@ -167,7 +167,7 @@ class Planner:
         mappings: Sequence[Mapping],
         pmem: Sequence[tuple[int, int]],
     ) -> None:
-        guards.check(
+        mapping_guards.check(
             mappings,
             areas=pmem,
             ram=self.mapper.ram(),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nvdimm_driver.acpi.aml import named_integers, string
 from nvdimm_driver.acpi.tables import PERSISTENT_MEMORY, Header, Nfit, RegionMapping, SpaRange, text, verify_table
 from nvdimm_driver.errors import AcpiError, LayoutError
-from nvdimm_driver.frames import DSM_GFN
+from nvdimm_driver.guest.p2m import DSM_GFN
 from nvdimm_driver.model import GIB, PAGE, GuestLayout
 
 MAX_NVDIMMS = 256

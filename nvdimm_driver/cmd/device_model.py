@@ -11,9 +11,9 @@ import os
 import sys
 import time
 
-from nvdimm_driver import frames, guards
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
 from nvdimm_driver.events import Event, failure, log_line
+from nvdimm_driver.guest import mapping_guards, p2m
 from nvdimm_driver.ledger import Ledger
 
 TYPE_CHECKING = False
@@ -129,7 +129,7 @@ def attach(
             start = ledger.start(uuid)
         if start is None:
             raise LedgerError(f"the start of domain {uuid} was prepared, and is not in the ledger", hint="try again")
-        guards.check(
+        mapping_guards.check(
             start.mappings,
             areas=start.areas,
             ram=mapper.ram(),
@@ -150,7 +150,7 @@ def attach(
                     mapper.give_dsm_page(domid)
                 serve(state_dir, domid, uuid)
             detail = {
-                **frames.summary(start.mappings),
+                **p2m.summary(start.mappings),
                 "hypercalls": hypercalls,
                 "map_ms": round(seconds * 1000),
                 "acpi_bytes": len(tables),

@@ -25,7 +25,7 @@ from nvdimm_driver import conf, logs, plugins
 from nvdimm_driver.acpi.dsm import PORT, PORT_SIZE, QemuLabels, failure
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
 from nvdimm_driver.events import Event
-from nvdimm_driver.frames import DSM_GFN
+from nvdimm_driver.guest.p2m import DSM_GFN
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import PAGE, GuestLayout, Record

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nvdimm_driver import frames
 from nvdimm_driver.errors import LayoutError, XenError
-from nvdimm_driver.frames import DSM_GFN, TABLES_GFN
+from nvdimm_driver.guest import p2m
+from nvdimm_driver.guest.p2m import DSM_GFN, TABLES_GFN
 from nvdimm_driver.plugins import Mapper
 from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, E820_RAM, PAGE, WRITE_BACK, Xen
 from nvdimm_driver.xen.xenstore import Xenstore
@@ -104,7 +104,7 @@ class DomctlMapper(Mapper):
                     hint=f"destroy domain {domid}: that drops its mappings and permissions",
                 ) from error
             raise
-        return frames.cost(mappings)[2]
+        return p2m.cost(mappings)[2]
 
     def unmap(self, domid: int, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> None:
         failures = self._take_back(domid, mappings, mappings, guest_runs(mappings, uncached))
@@ -225,7 +225,7 @@ def page_tables(mappings: Sequence[Frames]) -> int:
     not mapped in one entry, each GiB and each 512 GiB."""
     pages = 0
     for gfn, mfn, count in mappings:
-        front, superpages, behind = frames.entries(gfn, mfn, count)
+        front, superpages, behind = p2m.entries(gfn, mfn, count)
         pages += (front > 0) + (behind > 0) if superpages else _touched(gfn, count, 9)
         pages += _touched(gfn, count, 18) + _touched(gfn, count, 27)
     return pages

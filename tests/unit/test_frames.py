@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nvdimm_driver import frames
+from nvdimm_driver.guest import p2m
 
 frame = st.integers(0, 1500)
 count = st.integers(1, 1100) | st.integers(1, 70_000)
@@ -45,7 +45,7 @@ def hypercalls(gfn: int, mfn: int, count: int) -> list[list[int]]:
 @example((1, 1, 1023))
 def test_entries_count_what_xen_makes(mapping: tuple[int, int, int]) -> None:
     made = [entry for call in hypercalls(*mapping) for entry in call]
-    front, superpages, behind = frames.entries(*mapping)
+    front, superpages, behind = p2m.entries(*mapping)
     assert made == [1] * front + [512] * superpages + [1] * behind
 
 
@@ -54,10 +54,10 @@ def test_entries_count_what_xen_makes(mapping: tuple[int, int, int]) -> None:
 def test_cost_adds_up(mappings: list[tuple[int, int, int]]) -> None:
     calls = [call for mapping in mappings for call in hypercalls(*mapping)]
     made = [entry for call in calls for entry in call]
-    assert frames.cost(mappings) == (made.count(512), made.count(1), len(calls))
+    assert p2m.cost(mappings) == (made.count(512), made.count(1), len(calls))
 
 
 def test_a_tebibyte_costs_what_the_design_says() -> None:
     tebibyte = 1 << 28
-    assert frames.cost([(0x140000, 0x140000, tebibyte)]) == (524_288, 0, 8_192)
-    assert frames.cost([(0x140000, 0x140001, tebibyte)]) == (0, tebibyte, 4_194_304)
+    assert p2m.cost([(0x140000, 0x140000, tebibyte)]) == (524_288, 0, 8_192)
+    assert p2m.cost([(0x140000, 0x140001, tebibyte)]) == (0, tebibyte, 4_194_304)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nvdimm_driver import guards
 from nvdimm_driver.errors import GuardError
+from nvdimm_driver.guest import mapping_guards
 
 Mapping = tuple[int, int, int]
 Range = tuple[int, int]
@@ -19,7 +19,9 @@ RAM = [(0, 0x800), (0x900, 0x100)]
 
 
 def check(mappings: list[Mapping], *, ram: list[Range] = RAM, taken: list[tuple[str, int, int]] | None = None) -> None:
-    guards.check(mappings, areas=AREAS, ram=ram, taken=taken or [], guest_start_gfn=START, guest_limit_gfn=LIMIT)
+    mapping_guards.check(
+        mappings, areas=AREAS, ram=ram, taken=taken or [], guest_start_gfn=START, guest_limit_gfn=LIMIT
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_ranges_of_the_machine_may_overlap() -> None:
     check([(START, 0x1040, 1)], ram=[(0x1000, 0x20), (0x1010, 0x30)])
     with pytest.raises(GuardError, match="overlaps RAM of the machine, 0x1000 to 0x107f"):
         check([(START, 0x1040, 1)], ram=[(0x1000, 0x80), (0x1010, 1)])
-    guards.check(
+    mapping_guards.check(
         [(START, 0x1040, 1)],
         areas=[(0x1000, 0x80), (0x1010, 1)],
         ram=[],
@@ -160,7 +162,9 @@ def test_what_passes_is_what_is_safe(
     limit: int,
 ) -> None:
     passed = passes(
-        lambda: guards.check(mappings, areas=areas, ram=ram, taken=taken, guest_start_gfn=start, guest_limit_gfn=limit)
+        lambda: mapping_guards.check(
+            mappings, areas=areas, ram=ram, taken=taken, guest_start_gfn=start, guest_limit_gfn=limit
+        )
     )
     assert passed == is_safe(mappings, areas, ram, taken, start, limit)
 
@@ -197,7 +201,7 @@ def test_legitimate_plans_pass(
     plan: tuple[list[Mapping], list[Range], list[Range], list[tuple[str, int, int]]],
 ) -> None:
     mappings, areas, ram, taken = plan
-    guards.check(mappings, areas=areas, ram=ram, taken=taken, guest_start_gfn=START, guest_limit_gfn=1 << 36)
+    mapping_guards.check(mappings, areas=areas, ram=ram, taken=taken, guest_start_gfn=START, guest_limit_gfn=1 << 36)
 
 
 @given(legitimate(), st.data())
@@ -215,7 +219,7 @@ def test_one_bad_frame_spoils_a_legitimate_plan(
         (areas, ram, [*taken, ("other", frame, 1)]),
     ):
         with pytest.raises(GuardError):
-            guards.check(
+            mapping_guards.check(
                 mappings,
                 areas=spoiled[0],
                 ram=spoiled[1],
@@ -238,7 +242,7 @@ def _without(areas: list[Range], frame: int) -> list[Range]:
 
 def test_a_hundred_thousand_extents() -> None:
     count = 100_000
-    guards.check(
+    mapping_guards.check(
         [(START + 2 * i, 0x10000 + 3 * (count - i), 1) for i in range(count)],
         areas=[(0x10000, 4 * count)],
         ram=[(i, 1) for i in range(0, 0x10000, 2)],
@@ -249,9 +253,9 @@ def test_a_hundred_thousand_extents() -> None:
 
 
 def test_imports_nothing_slow() -> None:
-    script = "import sys; import nvdimm_driver.guards; print(*sys.modules)"
-    root = str(Path(guards.__file__).parents[1])
+    script = "import sys; import nvdimm_driver.guest.mapping_guards; print(*sys.modules)"
+    root = str(Path(mapping_guards.__file__).parents[1])
     command = [sys.executable, "-S", "-c", script]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": root})
-    assert "nvdimm_driver.guards" in loaded.stdout
+    assert "nvdimm_driver.guest.mapping_guards" in loaded.stdout
     assert {"dataclasses", "typing", "re", "json"}.isdisjoint(loaded.stdout.split())

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvdimm_driver import frames, layout
 from nvdimm_driver.errors import LayoutError
-from nvdimm_driver.layout import PlacementRequest
+from nvdimm_driver.guest import layout, p2m
+from nvdimm_driver.guest.layout import PlacementRequest
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, SUPERPAGE, Extent, GuestLayout, Placement
 
 
@@ -302,6 +302,6 @@ def test_mappings_are_exactly_the_visible_frames(runs: list[tuple[int, int]], da
 def test_a_contiguous_backing_is_mapped_in_superpages(mfn: int, count: int) -> None:
     guest = layout.place(GIB, [request(0, count * PAGE, first_spa=mfn * PAGE)], address_bits=46)
     mapped = layout.mappings(guest.nvdimms[0], [Extent(0, mfn * PAGE, count * PAGE)])
-    superpages, pages, _ = frames.cost(mapped)
+    superpages, pages, _ = p2m.cost(mapped)
     assert superpages >= count // 512 - 1
     assert pages < 1024

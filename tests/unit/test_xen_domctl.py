@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvdimm_driver import frames
 from nvdimm_driver.errors import LayoutError, XenError
+from nvdimm_driver.guest import p2m
 from nvdimm_driver.plugins import Mapper
 from nvdimm_driver.xen import domctl
 from nvdimm_driver.xen.domctl import DomctlMapper, guest_runs, page_tables
@@ -151,7 +151,7 @@ def plans(draw: st.DrawFn, counts: st.SearchStrategy[int] = LARGE) -> list[Frame
 def test_map_does_what_was_asked_in_as_many_hypercalls_as_it_costs(mappings: list[Frames]) -> None:
     xen = FakeXen()
     hypercalls = mapper(xen).map(DOMID, mappings)
-    assert hypercalls == frames.cost(mappings)[2]
+    assert hypercalls == p2m.cost(mappings)[2]
     assert xen.granted == [(mfn, count) for _, mfn, count in mappings]
     assert [call[2:5] for call in xen.log if call[0] == "memory_mapping"] == mappings
     assert sum(count for _, count in xen.pinned) == sum(count for *_, count in mappings)
@@ -217,7 +217,7 @@ def test_a_hypervisor_that_refuses_write_back_still_maps() -> None:
 def test_the_paging_pool_grows_by_all_the_page_tables(mappings: list[Frames]) -> None:
     tables: set[tuple[int, int]] = set()
     for gfn, mfn, count in mappings:
-        front, superpages, _ = frames.entries(gfn, mfn, count)
+        front, superpages, _ = p2m.entries(gfn, mfn, count)
         small = set(range(gfn, gfn + count)) - set(range(gfn + front, gfn + front + 512 * superpages))
         tables |= {(9, n >> 9) for n in small} | {
             (shift, n >> shift) for n in (gfn, gfn + count - 1) for shift in (18, 27)

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nvdimm_driver import frames
 from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.guest import p2m
 from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
 from nvdimm_driver.sizes import human
 from nvdimm_driver.usage import PoolUsage
@@ -41,7 +41,7 @@ def plan_text(plan: Plan, diff: str) -> str:
 
 def plan_json(plan: Plan) -> str:
     """A plan for scripts; tables are hexadecimal."""
-    larger, smaller, hypercalls = frames.cost(plan.mappings)
+    larger, smaller, hypercalls = p2m.cost(plan.mappings)
     out = asdict(plan)
     out["mappings"] = [mapping._asdict() for mapping in plan.mappings]
     out["cost"] = {"superpage_entries": larger, "page_entries": smaller, "hypercalls": hypercalls}
@@ -207,7 +207,7 @@ def _layout(plan: Plan) -> Iterator[str]:
 
 
 def _mappings(plan: Plan) -> Iterator[str]:
-    larger, smaller, hypercalls = frames.cost(plan.mappings)
+    larger, smaller, hypercalls = p2m.cost(plan.mappings)
     yield (
         f"Mapping calls: {len(plan.mappings)} extents, {larger} entries of 2 MiB, {smaller} of 4 KiB, "
         f"{hypercalls} memory_mapping hypercalls"
