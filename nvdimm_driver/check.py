@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
-from nvdimm_driver import claims, marks
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, LedgerError
-from nvdimm_driver.marks import Mark
 from nvdimm_driver.model import Allocation, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.state import owner_marks, ownership
+from nvdimm_driver.state.owner_marks import Mark
 
 LOG = logging.getLogger(__name__)
 
@@ -98,11 +98,11 @@ class _Look:
             yield told(problem, "take it as it is now", partial(self._adopt, backing, record, item))
             return
         file = self.files.get(os.path.realpath(path))
-        if file is not None and file.owner != marks.pack(record, item):
+        if file is not None and file.owner != owner_marks.pack(record, item):
             problem = (
                 "its own mark does not say whose it is" if file.owner is None else "its own mark is not up to date"
             )
-            yield told(problem, "mark it", partial(backing.mark, path, marks.pack(record, item)))
+            yield told(problem, "mark it", partial(backing.mark, path, owner_marks.pack(record, item)))
 
     def _named(self, kind: str) -> Backing:
         for backing in self.driver.backings:
@@ -131,10 +131,10 @@ class _Look:
     def _adopt(self, backing: Backing, record: Record, item: Allocation) -> None:
         """Take a backing as it is: provisioned, nobody else's, marked, and in the ledger."""
         identity = backing.provision(item.spec)
-        claims.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
+        ownership.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
         changed = replace(item, identity=identity)
         self._replace(record, changed)
-        backing.mark(item.spec.path, marks.pack(record, changed))
+        backing.mark(item.spec.path, owner_marks.pack(record, changed))
 
     def _replace(self, record: Record, item: Allocation) -> None:
         """Put an NVDIMM into the ledger instead of the domain's one of that slot."""
@@ -188,7 +188,7 @@ class _Look:
         if file.owner is None:
             return None
         try:
-            return marks.unpack(file.path, file.owner)
+            return owner_marks.unpack(file.path, file.owner)
         except LedgerError as error:
             LOG.warning("%s", error)
             return None

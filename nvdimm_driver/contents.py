@@ -9,16 +9,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from nvdimm_driver import claims, copying
+from nvdimm_driver import copying
 from nvdimm_driver.backing import label_index, outside
 from nvdimm_driver.backing.files import HINTS
 from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import PAGE, SUPERPAGE, Allocation, BackingIdentity, Intake, NvdimmSpec, Record, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.sizes import human
+from nvdimm_driver.state import ownership
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml import parse_domain as domxml
 
 
@@ -106,7 +107,7 @@ class Contents:
         """
         if not running:
             self._check_off(spec.path)
-        claims.check_free(self.ledger, destination, self._identity(destination))
+        ownership.check_free(self.ledger, destination, self._identity(destination))
         backing = backing_of(self.backings, spec.path)
         with (
             _told(spec.path),
@@ -122,7 +123,7 @@ class Contents:
 
     def is_in_use(self, path: str) -> bool:
         """Whether a domain runs with what is at a path."""
-        owners = claims.owners(self.ledger, path, self._identity(path))
+        owners = ownership.owners(self.ledger, path, self._identity(path))
         return any(record.attachment is not None for record in owners)
 
     def wipe(self, spec: NvdimmSpec, watch: Watch, identity: BackingIdentity | None = None) -> None:
@@ -153,14 +154,14 @@ class Contents:
         :param delete: delete the files, too; devices stay.
         :raises InUseError: while the domain runs.
         """
-        claims.check_off(record)
+        ownership.check_off(record)
         for item in self.to_wipe(record):
             with suppress(NotFoundError):
                 self.wipe(item.spec, watch, item.identity)
         for item in record.allocations if delete else ():
             self._check_same(item.spec.path, item.identity)
             backing_of(self.backings, item.spec.path).discard(item.spec)
-        claims.give_up(self.ledger, self.backings, self.ledger.domain(record.uuid) or record)
+        ownership.give_up(self.ledger, self.backings, self.ledger.domain(record.uuid) or record)
 
     def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> None:
         backing = backing_of(self.backings, spec.path)
@@ -174,11 +175,11 @@ class Contents:
 
     def _check_new(self, spec: NvdimmSpec) -> None:
         self.pools.check_new([spec], self.ledger.domains())
-        claims.check_free(self.ledger, spec.path, self._identity(spec.path))
+        ownership.check_free(self.ledger, spec.path, self._identity(spec.path))
 
     def _check_off(self, path: str) -> None:
-        for record in claims.owners(self.ledger, path, self._identity(path)):
-            claims.check_off(record)
+        for record in ownership.owners(self.ledger, path, self._identity(path)):
+            ownership.check_off(record)
 
     def _check_same(self, path: str, identity: BackingIdentity | None) -> None:
         found = self._identity(path)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nvdimm_driver import claims, logs
+from nvdimm_driver import logs
 from nvdimm_driver.errors import BackingError, LedgerError
-from nvdimm_driver.events import Event
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
 from nvdimm_driver.planning import Planner
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools import Pools
+from nvdimm_driver.state import ownership
+from nvdimm_driver.state.events import Event
+from nvdimm_driver.state.ledger import Ledger
 
 
 class Definitions:
@@ -30,7 +31,7 @@ class Definitions:
         :raises NvdimmError: what define or a start would raise.
         """
         domain = self.known(domain)
-        claims.check_paths(self.ledger, domain)
+        ownership.check_paths(self.ledger, domain)
         self.pools.check(domain, self.ledger.domains())
         return self.planner.assumed(domain, None if domain.uuid is None else self.ledger.domain(domain.uuid))
 
@@ -80,7 +81,7 @@ class Definitions:
             self.ledger.forget(uuid, kind="forgotten")
         else:
             self.ledger.replace(uuid, record.name, record.ram, [], kind="forgotten")
-        claims.unmark(self.backings, record.allocations)
+        ownership.unmark(self.backings, record.allocations)
 
     def adopt(self, domain: DomainSpec) -> Record:
         """The domain's record, after taking over NVDIMMs that were added or changed behind our back.
@@ -112,7 +113,7 @@ class Definitions:
         """Write identities and bases, after everything is provisioned."""
         locations = self.planner.locate(domain)
         identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, locations, strict=True)}
-        claims.check_bytes(self.ledger, uuid, identities)
+        ownership.check_bytes(self.ledger, uuid, identities)
         plan = self.planner.provisioned(domain, locations, before)
         self.ledger.replace(
             uuid,
@@ -125,7 +126,7 @@ class Definitions:
             dsm=domain.dsm,
             kind="defined",
         )
-        claims.mark(self.backings, self.ledger.domain(uuid), before)
+        ownership.mark(self.backings, self.ledger.domain(uuid), before)
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
         """What is told about writing the zeros of an NVDIMM: each percent to the ledger, each tenth to the log."""

@@ -12,17 +12,15 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import claims, logs, plugins
+from nvdimm_driver import logs, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.contents import Contents
 from nvdimm_driver.definitions import Definitions, uuid_of
 from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
-from nvdimm_driver.events import Event
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.label_servers import LabelServers
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
     GIB,
     PAGE,
@@ -38,6 +36,9 @@ from nvdimm_driver.planning import Host, Planner
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.starts import Starts
+from nvdimm_driver.state import ownership
+from nvdimm_driver.state.events import Event
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.usage import PoolUsage, usage_of
 
 
@@ -140,7 +141,7 @@ class XenNvdimmDriver:
         record = self.ledger.domain(uuid)
         if record is None:
             raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
-        claims.give_up(self.ledger, self.backings, record)
+        ownership.give_up(self.ledger, self.backings, record)
         return record
 
     def check_ram(self, uuid: str, ram: int) -> None:

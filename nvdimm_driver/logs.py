@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from nvdimm_driver.events import Event, log_line, logfmt
+from nvdimm_driver.state.events import Event, log_line, logfmt
 
 if TYPE_CHECKING:
     from oslo_config import cfg
 
-    from nvdimm_driver.events import Value
+    from nvdimm_driver.state.events import Value
 
 LOG = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from nvdimm_driver.backing.inventory import areas, bad_parts
 from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.guest import layout, mapping_guards
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import (
     PAGE,
     PERSISTENCE_DOMAINS,
@@ -30,6 +29,7 @@ from nvdimm_driver.model import (
     Record,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
+from nvdimm_driver.state.ledger import Ledger
 
 
 @dataclass(frozen=True)

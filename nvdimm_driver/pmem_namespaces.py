@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from nvdimm_driver import claims
 from nvdimm_driver.errors import BackingError, ConfigError, NotFoundError
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import MIB, SUPERPAGE, NvdimmSpec, Pool
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools import Pools
+from nvdimm_driver.state import ownership
+from nvdimm_driver.state.ledger import Ledger
 
 LABEL_SIZE = 2 * MIB
 """Of the label area that Nova gives every NVDIMM."""
@@ -139,7 +139,7 @@ class Inventory:
             )
         if self._served:
             backing.check_labels(spec)
-        owners = claims.owners(self._ledger, path, None)
+        owners = ownership.owners(self._ledger, path, None)
         return NovaNamespace(
             name=configured.name,
             label=configured.label,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from nvdimm_driver import logs
 from nvdimm_driver.errors import InUseError, XenError
-from nvdimm_driver.events import Event, failure
 from nvdimm_driver.label_servers import LabelServers
-from nvdimm_driver.ledger import Ledger, host_boot_id
 from nvdimm_driver.model import Attachment, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
+from nvdimm_driver.state.events import Event, failure
+from nvdimm_driver.state.ledger import Ledger, host_boot_id
 
 ABANDONED_SECONDS = 600
 """A start that has been prepared for so long without a device model will not come: libxl gives up after 60 s."""

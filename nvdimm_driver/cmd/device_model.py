@@ -12,9 +12,9 @@ import sys
 import time
 
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
-from nvdimm_driver.events import Event, failure, log_line
 from nvdimm_driver.guest import mapping_guards, p2m
-from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.state.events import Event, failure, log_line
+from nvdimm_driver.state.ledger import Ledger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ def _run(operation: str, name: str, xml: str) -> int:
     from nvdimm_driver import conf, logs
     from nvdimm_driver.driver import XenNvdimmDriver
     from nvdimm_driver.errors import NvdimmError
-    from nvdimm_driver.events import Event, failure
+    from nvdimm_driver.state.events import Event, failure
     from nvdimm_driver.xml import parse_domain as domxml
 
     uuid = ""

@@ -24,17 +24,17 @@ from oslo_config import cfg
 from nvdimm_driver import conf, logs, plugins
 from nvdimm_driver.acpi.dsm import PORT, PORT_SIZE, QemuLabels, failure
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
-from nvdimm_driver.events import Event
 from nvdimm_driver.guest.p2m import DSM_GFN
 from nvdimm_driver.label_servers import LabelServers
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import PAGE, GuestLayout, Record
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
+from nvdimm_driver.state.events import Event
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xen._xen import ffi
 from nvdimm_driver.xen.ioreq import IoreqServer
 
 if TYPE_CHECKING:
-    from nvdimm_driver.events import Value
+    from nvdimm_driver.state.events import Value
 
 LOG = logging.getLogger(__name__)
 

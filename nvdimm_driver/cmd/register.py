@@ -13,7 +13,7 @@ from nvdimm_driver.cmd import units
 from nvdimm_driver.cmd.files import MARK, install, remove
 from nvdimm_driver.doctor.programs import Script
 from nvdimm_driver.errors import ConfigError, InUseError
-from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.state.ledger import Ledger
 
 HOOK_NAME = "50-nvdimm"
 HOOK = """#!{python} -I

@@ -12,11 +12,11 @@ from nvdimm_driver.backing.inventory import Mount
 from nvdimm_driver.doctor.dax import has_dax
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
 from nvdimm_driver.errors import NvdimmError
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import SUPERPAGE, Namespace, Pool
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.sizes import human
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.usage import PoolUsage, usage_of
 
 _BLOCK = 4096

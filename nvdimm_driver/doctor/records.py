@@ -9,9 +9,9 @@ from pathlib import Path
 from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
 from nvdimm_driver.errors import NvdimmError
-from nvdimm_driver.ledger import Ledger, host_boot_id
 from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
+from nvdimm_driver.state.ledger import Ledger, host_boot_id
 
 _XEN, _BACKINGS, _SERVERS = "ledger, Xen", "ledger, backings", "label servers"
 

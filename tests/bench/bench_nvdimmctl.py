@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from uuid import uuid4
 
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import GIB, MIB, Allocation, BackingIdentity, NvdimmSpec
+from nvdimm_driver.state.ledger import Ledger
 
 ROUNDS = 11
 FEW, MANY = 10, 10_000

@@ -13,8 +13,8 @@ import sys
 import venv
 from pathlib import Path
 
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import MIB, Record
+from nvdimm_driver.state.ledger import Ledger
 from tests.integration.libvirtd import Libvirtd
 from tests.unit.fake_sysfs import FakeSysfs
 

@@ -27,7 +27,7 @@ LOG = "/var/log/nvdimm-driver.log"
 INSTALL = "dpkg -i --path-include='/usr/share/man/*' --path-include='/usr/share/doc/nvdimm-driver/*'"
 UUID = "11111111-2222-3333-4444-555555555555"
 IN_LEDGER = """\
-from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.model import Allocation, NvdimmSpec
 ledger, uuid = Ledger("{ledger}"), "{uuid}"
 ledger.{call}

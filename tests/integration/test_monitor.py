@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.state.ledger import Ledger
 from tests.integration.bench_host import UUID, Host
 
 NVDIMMCTL = Path(sys.executable).with_name("nvdimmctl")

@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 import pytest
 
 from nvdimm_driver.backing import extents
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import KIB, MIB, Allocation, NvdimmSpec
+from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_backing import LoopBacking
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.unit.doubles import UUID

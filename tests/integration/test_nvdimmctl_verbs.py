@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import GIB, MIB, Allocation, BackingIdentity, NvdimmSpec
+from nvdimm_driver.state.ledger import Ledger
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
 VERBS = sorted(entry.name.replace("_", " ") for entry in entry_points(group="nvdimm_driver.nvdimmctl"))

@@ -10,7 +10,6 @@ from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
-from nvdimm_driver.ledger import Ledger, Start
 from nvdimm_driver.model import (
     GIB,
     MIB,
@@ -30,6 +29,7 @@ from nvdimm_driver.model import (
 from nvdimm_driver.planning import Host
 from nvdimm_driver.plugins import AcpiBuilder, Backing, ByteRange, Mapper, unwatched
 from nvdimm_driver.pools import Pools
+from nvdimm_driver.state.ledger import Ledger, Start
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
 OTHER_UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000002"

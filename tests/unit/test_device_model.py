@@ -205,7 +205,7 @@ def test_it_imports_little() -> None:
     )
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) & TOO_SLOW == set()
-    assert "nvdimm_driver.ledger" in done.stdout
+    assert "nvdimm_driver.state.ledger" in done.stdout
 
 
 def test_a_guest_whose_label_server_was_killed_gets_another(

@@ -9,10 +9,10 @@ import pytest
 
 from nvdimm_driver import errors
 from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
-from nvdimm_driver.events import KINDS, LOGGED
-from nvdimm_driver.ledger import SCHEMAS, Ledger
 from nvdimm_driver.metrics import DriverCollector
 from nvdimm_driver.rpc.intercept import TABLE
+from nvdimm_driver.state.events import KINDS, LOGGED
+from nvdimm_driver.state.ledger import SCHEMAS, Ledger
 from nvdimm_driver.xml import parse_domain as domxml
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvdimm_driver.events import KINDS, Event, log_line, logfmt, utc
 from nvdimm_driver.logs import BareFormatter, LineFormatter, tell
+from nvdimm_driver.state.events import KINDS, Event, log_line, logfmt, utc
 from tests.unit.doubles import UUID
 
 STARTED = Event("started", UUID, "db1", 3, {"map_ms": 12})

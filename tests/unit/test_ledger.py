@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.errors import LedgerError, XenError
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
+from nvdimm_driver.state.ledger import Ledger
 from tests.unit.doubles import OTHER_UUID, UUID, started
 
 SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
@@ -105,7 +105,7 @@ def test_a_file_that_is_no_ledger_is_refused_by_name(tmp_path: Path) -> None:
 def test_many_processes_at_once(tmp_path: Path) -> None:
     """Eight first users of one ledger: each creates or finds the schema, and none loses a write."""
     script = (
-        "import sys; from nvdimm_driver.ledger import Ledger\n"
+        "import sys; from nvdimm_driver.state.ledger import Ledger\n"
         "ledger = Ledger(sys.argv[1])\n"
         "for i in range(20): ledger.replace(f'{sys.argv[2]}-{i}', 'n', 1, [])\n"
     )

@@ -10,9 +10,9 @@ import pytest
 from nvdimm_driver.cmd.device_model import Log, attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, LedgerError, XenError
-from nvdimm_driver.events import Event
-from nvdimm_driver.ledger import KEPT_EVENTS, SCHEMAS, Ledger
 from nvdimm_driver.model import MIB
+from nvdimm_driver.state.events import Event
+from nvdimm_driver.state.ledger import KEPT_EVENTS, SCHEMAS, Ledger
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
 A = "/mnt/pmem0/a"

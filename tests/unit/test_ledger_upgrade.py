@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nvdimm_driver.errors import LedgerError
-from nvdimm_driver.ledger import SCHEMAS, Ledger
 from nvdimm_driver.model import Allocation, Attachment, BackingIdentity, NvdimmSpec, Record
+from nvdimm_driver.state.ledger import SCHEMAS, Ledger
 
 DUMPS = sorted((Path(__file__).parents[1] / "data/ledger").glob("*.sql"))
 """A ledger of each schema version, as ``.dump`` of sqlite3 prints it; a version that anybody has used never changes."""

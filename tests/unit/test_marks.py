@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvdimm_driver import marks
 from nvdimm_driver.errors import LedgerError
-from nvdimm_driver.marks import Mark
 from nvdimm_driver.model import GIB, MIB, Allocation, NvdimmSpec, Record
+from nvdimm_driver.state import owner_marks
+from nvdimm_driver.state.owner_marks import Mark
 from tests.unit.doubles import UUID
 
 
@@ -25,11 +25,11 @@ def test_a_mark_is_read_as_it_was_written(
 ) -> None:
     spec = NvdimmSpec(slot, "/mnt/pmem0/a.img", 64 * MIB, label_size, alignsize, node=0, pmem=pmem)
     record = Record(UUID, name, GIB, dsm, "", (), None)
-    mark = marks.unpack("/mnt/pmem0/a.img", marks.pack(record, Allocation(UUID, spec, base=base)))
+    mark = owner_marks.unpack("/mnt/pmem0/a.img", owner_marks.pack(record, Allocation(UUID, spec, base=base)))
     assert mark == Mark(UUID, name, GIB, dsm, spec, base)
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff", b"{}", b"[]", b"null", json.dumps({"version": 2}).encode()])
 def test_what_is_no_mark(text: bytes) -> None:
     with pytest.raises(LedgerError, match=r"/a: its mark cannot be read"):
-        marks.unpack("/a", text)
+        owner_marks.unpack("/a", text)

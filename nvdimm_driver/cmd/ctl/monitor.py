@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.cmd.ctl.base import Action, up_to_date
-from nvdimm_driver.events import KINDS, Event, utc
+from nvdimm_driver.state.events import KINDS, Event, utc
 
 if TYPE_CHECKING:
-    from nvdimm_driver.ledger import Ledger
+    from nvdimm_driver.state.ledger import Ledger
 
 POLL_SECONDS = 0.5
 
@@ -41,7 +41,7 @@ class Monitor(Action):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver.ledger import Ledger
+        from nvdimm_driver.state.ledger import Ledger
 
         with closing(Ledger(str(Path(self.app.conf.state_dir) / "ledger.sqlite"))) as ledger:
             try:

@@ -164,10 +164,10 @@ def _driver(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDriver:
     from nvdimm_driver import plugins
     from nvdimm_driver.backing.inventory import HostDescription
     from nvdimm_driver.backing.paper import PaperBacking
-    from nvdimm_driver.ledger import Ledger
     from nvdimm_driver.model import GIB
     from nvdimm_driver.planning import Host
     from nvdimm_driver.pools import Pools
+    from nvdimm_driver.state.ledger import Ledger
     from nvdimm_driver.xen.dry_run import DryRunMapper
 
     host = HostDescription.from_json(_read(host_file), host_file)

@@ -18,7 +18,7 @@ from nova import objects
 from nova.compute import provider_tree, task_states
 from nova.virt.libvirt import blockinfo
 
-from nvdimm_driver.ledger import Ledger
+from nvdimm_driver.state.ledger import Ledger
 from tests.integration.bench_host import NVDIMMCTL, Host
 from tests.nova.driver.base import HOST, NO_DISKS, NODE, UUID, DriverTest, make_image, make_instance, make_network
 

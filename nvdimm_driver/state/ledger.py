@@ -10,15 +10,15 @@ import sqlite3
 import time
 
 from nvdimm_driver.errors import LedgerError, NvdimmError
-from nvdimm_driver.events import Event, failure, unheard
+from nvdimm_driver.state.events import Event, failure, unheard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from nvdimm_driver.events import Value
     from nvdimm_driver.model import Allocation, Record
+    from nvdimm_driver.state.events import Value
 
 SCHEMAS = (
     """

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from nvdimm_driver import marks
 from nvdimm_driver.errors import InUseError
-from nvdimm_driver.ledger import Ledger
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record
 from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.state import owner_marks
+from nvdimm_driver.state.ledger import Ledger
 
 
 def check_paths(ledger: Ledger, domain: DomainSpec) -> None:
@@ -91,7 +91,7 @@ def mark(backings: Sequence[Backing], record: Record | None, before: Record | No
     kept = record.allocations if record else ()
     for item in kept:
         if record:
-            backing_of(backings, item.spec.path).mark(item.spec.path, marks.pack(record, item))
+            backing_of(backings, item.spec.path).mark(item.spec.path, owner_marks.pack(record, item))
     paths = {item.spec.path for item in kept}
     unmark(backings, [item for item in (before.allocations if before else ()) if item.spec.path not in paths])
 
