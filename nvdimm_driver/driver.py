@@ -17,10 +17,12 @@ from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.contents import Contents
-from nvdimm_driver.definitions import Definitions, uuid_of
 from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.label_servers import LabelServers
+from nvdimm_driver.lifecycle.define import Definitions, uuid_of
+from nvdimm_driver.lifecycle.plan import Host, Planner
+from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import (
     GIB,
     PAGE,
@@ -32,10 +34,8 @@ from nvdimm_driver.model import (
     Pool,
     Record,
 )
-from nvdimm_driver.planning import Host, Planner
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
 from nvdimm_driver.pools import Pools
-from nvdimm_driver.starts import Starts
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger

@@ -10,6 +10,7 @@ from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
+from nvdimm_driver.lifecycle.plan import Host
 from nvdimm_driver.model import (
     GIB,
     MIB,
@@ -26,7 +27,6 @@ from nvdimm_driver.model import (
     Space,
     Surveyed,
 )
-from nvdimm_driver.planning import Host
 from nvdimm_driver.plugins import AcpiBuilder, Backing, ByteRange, Mapper, unwatched
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.state.ledger import Ledger, Start

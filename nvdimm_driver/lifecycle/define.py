@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from nvdimm_driver import logs
 from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
-from nvdimm_driver.planning import Planner
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools import Pools
 from nvdimm_driver.state import ownership
