@@ -16,7 +16,7 @@ from nvdimm_driver import logs, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
-from nvdimm_driver.contents import Contents
+from nvdimm_driver.contents.importing import Contents
 from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.label_servers import LabelServers

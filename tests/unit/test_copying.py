@@ -7,7 +7,7 @@ from hashlib import sha256
 
 import pytest
 
-from nvdimm_driver import copying
+from nvdimm_driver.contents import copying
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import KIB, MIB
 from nvdimm_driver.plugins import unwatched

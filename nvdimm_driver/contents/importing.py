@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from nvdimm_driver import copying
-from nvdimm_driver.backing import label_index, outside
+from nvdimm_driver.backing import label_index
 from nvdimm_driver.backing.files import HINTS
 from nvdimm_driver.backing.labels import check_identity
+from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError
 from nvdimm_driver.model import PAGE, SUPERPAGE, Allocation, BackingIdentity, Intake, NvdimmSpec, Record, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
@@ -60,7 +60,7 @@ class Contents:
         backing = backing_of(self.backings, path)
         size = _checked_size(path, backing.size(path) if size is None else size)
         with backing.open_bytes(NvdimmSpec(0, path, size)) as content:
-            outside.check_raw(path, content.read(0, PAGE))
+            ordinary_files.check_raw(path, content.read(0, PAGE))
             label_size = _label_size(content) if label_size is None else label_size
         spec = domxml.new_nvdimm(path, size, label_size)
         self._check_new(spec)
@@ -81,8 +81,8 @@ class Contents:
         :raises UnsupportedError: when it is an image that is not raw.
         :raises RefusedError: when the pools do not have the path, or something is there.
         """
-        with _told(source), outside.open_source(source) as content:
-            outside.check_raw(source, content.read(0, min(PAGE, content.size)))
+        with _told(source), ordinary_files.open_source(source) as content:
+            ordinary_files.check_raw(source, content.read(0, min(PAGE, content.size)))
             found = _label_size(content)
             size = _checked_size(source, content.size if size is None else size)
             if size < content.size or (found and size != content.size):
@@ -112,13 +112,13 @@ class Contents:
         with (
             _told(spec.path),
             backing.open_bytes(spec) as content,
-            outside.open_destination(destination, spec.size, overwrite=overwrite) as copy,
+            ordinary_files.open_destination(destination, spec.size, overwrite=overwrite) as copy,
         ):
             digest = copying.copy(content, copy, watch("copying"))
             copying.verify(copy, digest, watch("verifying"))
         if not running:
             self._check_off(spec.path)
-        outside.publish(destination, overwrite=overwrite)
+        ordinary_files.publish(destination, overwrite=overwrite)
         return digest
 
     def is_in_use(self, path: str) -> bool:
