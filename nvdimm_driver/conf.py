@@ -16,7 +16,7 @@ from nvdimm_driver import sizes
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import KIB, PAGE, SUPERPAGE, Pool
-from nvdimm_driver.pools import is_in
+from nvdimm_driver.pools.rules import is_in
 
 
 class Size(types.ConfigType):

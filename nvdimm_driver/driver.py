@@ -35,11 +35,11 @@ from nvdimm_driver.model import (
     Record,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.pools.usage import PoolUsage, usage_of
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
-from nvdimm_driver.usage import PoolUsage, usage_of
 
 
 class XenNvdimmDriver:

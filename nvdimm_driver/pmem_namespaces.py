@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from nvdimm_driver.errors import BackingError, ConfigError, NotFoundError
 from nvdimm_driver.model import MIB, SUPERPAGE, NvdimmSpec, Pool
 from nvdimm_driver.plugins import Backing, backing_of
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
 

@@ -16,7 +16,7 @@ from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError
 from nvdimm_driver.model import PAGE, SUPERPAGE, Allocation, BackingIdentity, Intake, NvdimmSpec, Record, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger

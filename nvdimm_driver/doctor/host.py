@@ -18,7 +18,7 @@ from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.label_servers import LabelServers
 from nvdimm_driver.plugins import AcpiBuilder
 from nvdimm_driver.pmem_namespaces import Configured, Inventory, NovaNamespace
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
 
 Check = tuple[str, Callable[[], Finding | Iterable[Finding]]]

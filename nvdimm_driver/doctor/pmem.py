@@ -14,10 +14,10 @@ from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, pass
 from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.model import SUPERPAGE, Namespace, Pool
 from nvdimm_driver.plugins import Backing
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.pools.usage import PoolUsage, usage_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state.ledger import Ledger
-from nvdimm_driver.usage import PoolUsage, usage_of
 
 _BLOCK = 4096
 _SECTOR = 512

@@ -10,7 +10,7 @@ from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
 from nvdimm_driver.plugins import Backing, backing_of
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger

@@ -28,7 +28,7 @@ from nvdimm_driver.model import (
     Surveyed,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, ByteRange, Mapper, unwatched
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger, Start
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"

@@ -9,7 +9,7 @@ import pytest
 from nvdimm_driver.check import Finding, look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Pool
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
 from tests.unit.test_pools import domain
 

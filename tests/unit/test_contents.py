@@ -20,7 +20,7 @@ from nvdimm_driver.errors import (
 )
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import ByteRange, unwatched
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from tests.unit import doubles
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, MemoryBytes, RecordingMapper, make_driver
 from tests.unit.label_areas import label_area

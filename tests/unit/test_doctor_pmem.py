@@ -11,8 +11,8 @@ from nvdimm_driver.doctor import pmem
 from nvdimm_driver.doctor.dax import has_dax
 from nvdimm_driver.doctor.finding import Finding, Result
 from nvdimm_driver.model import GIB, KIB, MIB, Pool, Space
-from nvdimm_driver.pools import Pools
-from nvdimm_driver.usage import PoolUsage
+from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.pools.usage import PoolUsage
 from tests.unit.doubles import NAMESPACE, MemoryBacking
 from tests.unit.fake_sysfs import FakeSysfs
 

@@ -20,7 +20,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import XenError
 from nvdimm_driver.metrics import render, write
 from nvdimm_driver.model import GIB, MIB, SUPERPAGE, AcpiTables, GuestLayout, Pool
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
 POOL = Pool("main", "memory", ("/mnt/pmem0/main",), GIB // 2, SUPERPAGE, 0, False)

@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 from nvdimm_driver.cmd.ctl import picture
 from nvdimm_driver.model import GIB, MIB, Allocation, Namespace
-from nvdimm_driver.usage import Piece, Region, host_map
+from nvdimm_driver.pools.usage import Piece, Region, host_map
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
 from tests.unit.fake_sysfs import FakeSysfs
 from tests.unit.test_pools import domain

@@ -4,7 +4,7 @@ import pytest
 
 from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import GIB, KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Record
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import OTHER_UUID, UUID
 
 

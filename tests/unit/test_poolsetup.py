@@ -9,7 +9,7 @@ import pytest
 from nvdimm_driver.backing import ndctl
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import GIB, MIB
-from nvdimm_driver.poolsetup import Command, File, Host, Wish, steps
+from nvdimm_driver.pools.create import Command, File, Host, Wish, steps
 
 UUID = "0f7d9a52-0000-4000-8000-000000000001"
 LISTED = json.dumps(

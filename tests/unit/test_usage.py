@@ -5,7 +5,7 @@ import pytest
 from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import GIB, KIB, MIB, SUPERPAGE, Pool
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
 from tests.unit.test_pools import domain
 

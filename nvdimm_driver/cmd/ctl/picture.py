@@ -7,8 +7,8 @@ from html import escape
 from itertools import cycle
 
 from nvdimm_driver.model import Namespace
+from nvdimm_driver.pools.usage import Piece, Region
 from nvdimm_driver.sizes import human
-from nvdimm_driver.usage import Piece, Region
 
 FREE, OUTSIDE = ".", " "
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -12,7 +12,7 @@ from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
-    from nvdimm_driver.poolsetup import Command, File, Host, Wish
+    from nvdimm_driver.pools.create import Command, File, Host, Wish
 
 
 class PoolCreate(Action):
@@ -41,9 +41,10 @@ class PoolCreate(Action):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from uuid import uuid4
 
-        from nvdimm_driver import conf, poolsetup
+        from nvdimm_driver import conf
         from nvdimm_driver.driver import XenNvdimmDriver
-        from nvdimm_driver.pools import Pools
+        from nvdimm_driver.pools import create as poolsetup
+        from nvdimm_driver.pools.rules import Pools
 
         driver = XenNvdimmDriver.from_conf(self.app.conf)
         wish = _wish(parsed_args)
@@ -72,7 +73,7 @@ class PoolCreate(Action):
 
 def _wish(args: argparse.Namespace) -> Wish:
     from nvdimm_driver import conf, sizes
-    from nvdimm_driver.poolsetup import Wish
+    from nvdimm_driver.pools.create import Wish
 
     conf.check_pool_name(args.name, "nvdimmctl pool create")
     if args.quota:
@@ -122,7 +123,7 @@ def _host(driver: XenNvdimmDriver) -> Host:
     from nvdimm_driver import conf
     from nvdimm_driver.backing import inventory, ndctl
     from nvdimm_driver.cmd.units import BOOTED
-    from nvdimm_driver.poolsetup import Host
+    from nvdimm_driver.pools.create import Host
 
     kind = Path("/sys/hypervisor/guest_type")
     pv = kind.exists() and kind.read_text().strip() == "PV"
@@ -140,7 +141,7 @@ def _host(driver: XenNvdimmDriver) -> Host:
 
 
 def _text(step: Command | File) -> str:
-    from nvdimm_driver.poolsetup import Command
+    from nvdimm_driver.pools.create import Command
 
     if isinstance(step, Command):
         return f"+ {shlex.join(step.words)}"
@@ -152,7 +153,7 @@ def _do(step: Command | File, wish: Wish) -> str:
     """Take a step; returns what a command has printed."""
     from pathlib import Path
 
-    from nvdimm_driver.poolsetup import Command
+    from nvdimm_driver.pools.create import Command
 
     del wish
     if isinstance(step, Command):
@@ -167,7 +168,7 @@ def _do(step: Command | File, wish: Wish) -> str:
 
 def _pretend(step: Command | File, wish: Wish) -> str:
     """What a command would print."""
-    from nvdimm_driver.poolsetup import Command
+    from nvdimm_driver.pools.create import Command
 
     if isinstance(step, Command) and step.words[0] == "ndctl":
         kind = "chardev" if wish.kind == "devdax" else "blockdev"

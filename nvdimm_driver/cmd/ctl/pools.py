@@ -41,7 +41,7 @@ class PoolShow(Showing):
             return int(super().run(parsed_args))
         from nvdimm_driver.cmd.ctl import picture
         from nvdimm_driver.driver import XenNvdimmDriver
-        from nvdimm_driver.usage import host_map
+        from nvdimm_driver.pools.usage import host_map
 
         driver = XenNvdimmDriver.from_conf(self.app.conf)
         usage = driver.usage(driver.pools.named(parsed_args.pool))

@@ -15,8 +15,8 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.guest import p2m
 from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
+from nvdimm_driver.pools.usage import PoolUsage
 from nvdimm_driver.sizes import human
-from nvdimm_driver.usage import PoolUsage
 
 POOL_COLUMNS = ("Name", "Kind", "Capacity", "Free", "Largest free", "Used", "Health")
 LINUX_NAMESPACE_ALIGN = 16 * MIB

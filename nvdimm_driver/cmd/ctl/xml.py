@@ -166,7 +166,7 @@ def _driver(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDriver:
     from nvdimm_driver.backing.paper import PaperBacking
     from nvdimm_driver.lifecycle.plan import Host
     from nvdimm_driver.model import GIB
-    from nvdimm_driver.pools import Pools
+    from nvdimm_driver.pools.rules import Pools
     from nvdimm_driver.state.ledger import Ledger
     from nvdimm_driver.xen.dry_run import DryRunMapper
 

@@ -20,7 +20,7 @@ from nvdimm_driver.conf import configured_pools, load
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.lifecycle.plan import Host
 from nvdimm_driver.model import GIB, Location, NvdimmSpec, Record
-from nvdimm_driver.pools import Pools
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xen.dry_run import DryRunMapper
 from nvdimm_driver.xml import parse_domain as domxml

@@ -11,7 +11,7 @@ from nvdimm_driver.backing.inventory import SYSFS, namespaces, problems, regions
 from nvdimm_driver.errors import BackingError, ConfigError
 from nvdimm_driver.model import Allocation, Namespace, Pool, Record, Space
 from nvdimm_driver.plugins import Backing, backing_of
-from nvdimm_driver.pools import is_in
+from nvdimm_driver.pools.rules import is_in
 from nvdimm_driver.state.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
