@@ -19,7 +19,7 @@ from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.contents.importing import Contents
 from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m
-from nvdimm_driver.label_servers import LabelServers
+from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.define import Definitions, uuid_of
 from nvdimm_driver.lifecycle.plan import Host, Planner
 from nvdimm_driver.lifecycle.start import Starts

@@ -181,7 +181,7 @@ def _prepare(uuid: str) -> None:
 
 
 def _serve(state_dir: str, domid: int, uuid: str) -> None:
-    from nvdimm_driver.label_servers import LabelServers
+    from nvdimm_driver.labels.servers import LabelServers
 
     LabelServers(state_dir).start(domid, uuid)
 

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from oslo_config import cfg
 
 from nvdimm_driver import conf, logs, plugins
-from nvdimm_driver.acpi.dsm import PORT, PORT_SIZE, QemuLabels, failure
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
 from nvdimm_driver.guest.p2m import DSM_GFN
-from nvdimm_driver.label_servers import LabelServers
+from nvdimm_driver.labels.qemu import PORT, PORT_SIZE, QemuLabels, failure
+from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.model import PAGE, GuestLayout, Record
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.state.events import Event

@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from nvdimm_driver.backing import label_index
 from nvdimm_driver.backing.files import HINTS
 from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError
+from nvdimm_driver.labels import index_block
 from nvdimm_driver.model import PAGE, SUPERPAGE, Allocation, BackingIdentity, Intake, NvdimmSpec, Record, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
@@ -222,5 +222,5 @@ def _check_overwrite(path: str, overwrite: bool) -> None:
 
 
 def _label_size(content: ByteRange) -> int:
-    length = min(label_index.TAIL, content.size)
-    return label_index.label_area_size(content.read(content.size - length, length))
+    length = min(index_block.TAIL, content.size)
+    return index_block.label_area_size(content.read(content.size - length, length))

@@ -15,7 +15,7 @@ from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.doctor import confinement, hypervisor, libvirt, nova, pmem, programs, records
 from nvdimm_driver.doctor.finding import Finding, could_not
 from nvdimm_driver.errors import LedgerError, NvdimmError
-from nvdimm_driver.label_servers import LabelServers
+from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.plugins import AcpiBuilder
 from nvdimm_driver.pmem_namespaces import Configured, Inventory, NovaNamespace
 from nvdimm_driver.pools.rules import Pools

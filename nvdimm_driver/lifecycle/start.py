@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nvdimm_driver import logs
 from nvdimm_driver.errors import InUseError, XenError
-from nvdimm_driver.label_servers import LabelServers
+from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.model import Attachment, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
 from nvdimm_driver.state.events import Event, failure

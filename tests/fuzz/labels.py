@@ -8,8 +8,8 @@ import struct
 import time
 from pathlib import Path
 
-from nvdimm_driver.acpi.dsm import QemuLabels
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
+from nvdimm_driver.labels.qemu import QemuLabels
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
 from tests.unit.doubles import MemoryBytes
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvdimm_driver.acpi.dsm import QemuLabels, difference, failure
+from nvdimm_driver.labels.qemu import QemuLabels, difference, failure
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
 from tests.fuzz.labels import run
 from tests.unit.doubles import MemoryBytes

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvdimm_driver.backing.label_index import label_area_size
+from nvdimm_driver.labels.index_block import label_area_size
 from nvdimm_driver.model import KIB, MIB
 from tests.unit.label_areas import label_area
 

@@ -12,7 +12,7 @@ import pytest
 
 from nvdimm_driver.cmd.label_server import SERVING, _take_lock, supervise
 from nvdimm_driver.errors import AcpiError, XenError
-from nvdimm_driver.label_servers import LabelServers
+from nvdimm_driver.labels.servers import LabelServers
 from tests.unit.doubles import UUID
 
 
