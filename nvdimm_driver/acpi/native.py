@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvdimm_driver.acpi import aml, labels
+from nvdimm_driver.acpi import aml, label_methods
 from nvdimm_driver.acpi.tables import (
     PERSISTENT_MEMORY,
     ControlRegion,
@@ -50,12 +50,12 @@ def ssdt(layout: GuestLayout) -> bytes:
     #         } …
     served = layout.label_areas
     devices = [
-        _device(placement, labels.dsm(placement)) if served and placement.label_size else _device(placement)
+        _device(placement, label_methods.dsm(placement)) if served and placement.label_size else _device(placement)
         for placement in layout.nvdimms
     ]
     name = aml.name("_HID", aml.string("ACPI0012"))
     if served:
-        terms = [aml.device("NVDR", name, *labels.methods(), *devices), labels.reservation(served)]
+        terms = [aml.device("NVDR", name, *label_methods.methods(), *devices), label_methods.reservation(served)]
     else:
         terms = [aml.device("NVDR", name, *devices)]
     return seal(_header(b"SSDT", 2), aml.scope("_SB", *terms))

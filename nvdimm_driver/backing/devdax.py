@@ -10,8 +10,8 @@ from pathlib import Path
 from nvdimm_driver.backing import byteranges, extents, inventory
 from nvdimm_driver.backing.byteranges import MappedBytes
 from nvdimm_driver.backing.device import DeviceBacking
+from nvdimm_driver.backing.identity import no_label_server
 from nvdimm_driver.backing.inventory import Volume
-from nvdimm_driver.backing.labels import no_label_server
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange

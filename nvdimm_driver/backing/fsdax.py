@@ -10,8 +10,8 @@ from pathlib import Path
 from nvdimm_driver.backing import byteranges, extents, freespace, inode, inventory
 from nvdimm_driver.backing.byteranges import FileBytes, MappedBytes
 from nvdimm_driver.backing.files import check_size, hidden_name, is_new, look, opened, sync_directory, unlink
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import Mount, Volume, space_of
-from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import (
     SUPERPAGE,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from nvdimm_driver.backing.identity import no_label_server
 from nvdimm_driver.backing.inventory import HostDescription
-from nvdimm_driver.backing.labels import no_label_server
 from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
 from nvdimm_driver.plugins import Backing, ByteRange, unwatched

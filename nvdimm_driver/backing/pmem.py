@@ -8,8 +8,8 @@ import stat
 from nvdimm_driver.backing import byteranges, inventory
 from nvdimm_driver.backing.byteranges import DirectBytes
 from nvdimm_driver.backing.device import DeviceBacking
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import Volume
-from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity, Extent, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from nvdimm_driver.backing.files import HINTS
-from nvdimm_driver.backing.labels import check_identity
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError
 from nvdimm_driver.labels import index_block

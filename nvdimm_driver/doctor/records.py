@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from nvdimm_driver.backing.labels import check_identity
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
 from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.model import Allocation, Record

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import areas, bad_parts
-from nvdimm_driver.backing.labels import check_identity
 from nvdimm_driver.guest import layout, mapping_guards
 from nvdimm_driver.model import (
     PAGE,

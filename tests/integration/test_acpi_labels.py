@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.acpi import labels
+from nvdimm_driver.acpi import label_methods
 from nvdimm_driver.acpi.native import NativeAcpiBuilder, ssdt
 from nvdimm_driver.acpi.tables import Header
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
 from tests.integration.test_acpi_iasl import compiled, recompiled
 
 NVDIMM = Placement(0, 68 * GIB, 64 * MIB, 128 * KIB)
-UUID = labels.FAMILY.bytes_le.hex(" ")
+UUID = label_methods.FAMILY.bytes_le.hex(" ")
 DATA = Path(__file__).parents[1] / "data/acpi"
 ASL = DATA / "labels.asl"
 
@@ -50,7 +50,7 @@ def test_tables_of_many_survive_iasl(tmp_path: Path, count: int) -> None:
 @pytest.mark.parametrize("label_kib", [128, 129, 131, 2048])
 def test_pages_that_a_label_area_touches_are_reserved(label_kib: int) -> None:
     nvdimm = replace(NVDIMM, label_size=label_kib * KIB, label_gap=3 * KIB)
-    reserved = labels.reservation([nvdimm])
+    reserved = label_methods.reservation([nvdimm])
     base, last = nvdimm.label_base // PAGE * PAGE, -(-(nvdimm.label_base + nvdimm.label_size) // PAGE) * PAGE - 1
     assert struct.pack("<QQQQQ", 0, base, last, 0, last + 1 - base) in reserved
 
@@ -119,7 +119,7 @@ def test_functions_and_size(machine: Machine) -> None:
         b"\0",
         b"\0",
         status(0) + struct.pack("<II", NVDIMM.label_size, PAGE),
-        *[status(labels.NOT_SUPPORTED)] * 4,
+        *[status(label_methods.NOT_SUPPORTED)] * 4,
     ]
 
 
@@ -135,7 +135,7 @@ def test_limits(machine: Machine) -> None:
     machine.dsm(5, bytes(7))
     answers = machine.run()
     assert answers[: len(right)] == [status(0) + bytes(length) for _, length in right]
-    assert answers[len(right) :] == [status(labels.INVALID_INPUT)] * (2 * len(wrong) + 2)
+    assert answers[len(right) :] == [status(label_methods.INVALID_INPUT)] * (2 * len(wrong) + 2)
 
 
 def test_what_is_written_is_read_and_nothing_else_changes(machine: Machine) -> None:

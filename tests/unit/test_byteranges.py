@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nvdimm_driver.backing.byteranges import DirectBytes, FileBytes, MappedBytes
-from nvdimm_driver.backing.labels import check_identity
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.pmdk import Pmdk
 from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import KIB, MIB, BackingIdentity
