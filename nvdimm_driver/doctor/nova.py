@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
 from nvdimm_driver.errors import NvdimmError
-from nvdimm_driver.novaconf import NovaConf
-from nvdimm_driver.pmem_namespaces import Configured, NovaNamespace, parse
+from nvdimm_driver.nova.conf import NovaConf
+from nvdimm_driver.nova.pmem_namespaces import Configured, NovaNamespace, parse
 
 DRIVER = "nvdimm_ext.XenLibvirtDriver"
 URI = "xen:///system"

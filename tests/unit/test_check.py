@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.check import Finding, look
+from nvdimm_driver.doctor.repair import Finding, look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Pool
 from nvdimm_driver.pools.rules import Pools

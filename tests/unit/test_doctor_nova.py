@@ -10,8 +10,8 @@ from nvdimm_driver.doctor import nova
 from nvdimm_driver.doctor.finding import Finding, Result
 from nvdimm_driver.errors import NotFoundError
 from nvdimm_driver.model import GIB, SUPERPAGE
-from nvdimm_driver.novaconf import NovaConf
-from nvdimm_driver.pmem_namespaces import Configured, NovaNamespace
+from nvdimm_driver.nova.conf import NovaConf
+from nvdimm_driver.nova.pmem_namespaces import Configured, NovaNamespace
 from tests.unit.doubles import UUID
 
 RIGHT = NovaConf(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.doctor import records
+from nvdimm_driver.doctor import ledger
 from nvdimm_driver.doctor.finding import Finding, Result
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import XenError
@@ -40,7 +40,7 @@ class Host:
         ledger.mapped(UUID)
 
     def look(self, *, mapper: RecordingMapper | None = None, served: bool = True) -> dict[str, Finding]:
-        found = records.check(
+        found = ledger.check(
             self.folder / "ledger.sqlite", [self.backing], mapper or self.mapper, lambda uuid: served and uuid == UUID
         )
         return {each.check: each for each in found}
@@ -81,7 +81,7 @@ def test_a_domain_of_another_boot(host: Host) -> None:
     (record,) = host.driver.ledger.domains()
     assert record.attachment is not None
     before = replace(record, attachment=replace(record.attachment, boot_id="another"))
-    assert [each.result for each in records.check_starts([before], host.mapper)] == [Result.WARN]
+    assert [each.result for each in ledger.check_starts([before], host.mapper)] == [Result.WARN]
 
 
 def test_xen_that_does_not_answer(host: Host) -> None:
@@ -105,7 +105,7 @@ def test_a_backing_that_is_gone_or_another(host: Host) -> None:
 def test_a_backing_that_is_being_written(host: Host) -> None:
     (record,) = host.driver.ledger.domains()
     unfinished = replace(record.allocations[0], identity=None, written=40)
-    (found,) = records.check_backings([replace(record, allocations=(unfinished,))], [host.backing])
+    (found,) = ledger.check_backings([replace(record, allocations=(unfinished,))], [host.backing])
     assert found.result == Result.WARN
     assert "40%" in found.message
 
@@ -118,7 +118,7 @@ def test_a_label_server_that_is_gone(host: Host) -> None:
 
 def test_without_a_ledger_nothing_passes_and_none_is_made(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
-    found = {each.check: each for each in records.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True)}
+    found = {each.check: each for each in ledger.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True)}
     assert results(found) == dict.fromkeys(ALL_PASS, Result.FAIL)
     assert not path.exists()
 
@@ -126,6 +126,6 @@ def test_without_a_ledger_nothing_passes_and_none_is_made(tmp_path: Path) -> Non
 def test_a_ledger_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_text("no database\n" * 100)
-    found = {each.check: each for each in records.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True)}
+    found = {each.check: each for each in ledger.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True)}
     assert results(found) == dict.fromkeys(ALL_PASS, Result.FAIL)
     assert str(path) in found["ledger"].message

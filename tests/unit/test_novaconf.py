@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver import novaconf
 from nvdimm_driver.errors import ConfigError
-from nvdimm_driver.novaconf import NovaConf
+from nvdimm_driver.nova.conf import NovaConf, read
 
 CONF = """
 [DEFAULT]
@@ -26,7 +25,7 @@ def test_what_matters_is_read_and_the_rest_is_none_of_ours(tmp_path: Path) -> No
     first, second = tmp_path / "nova.conf", tmp_path / "nova-compute.conf"
     first.write_text(CONF)
     second.write_text("[libvirt]\nvirt_type = kvm\n")
-    assert novaconf.read([str(first), str(second)]) == NovaConf(
+    assert read([str(first), str(second)]) == NovaConf(
         files=(str(first), str(second)),
         compute_driver="nvdimm_ext.XenLibvirtDriver",
         virt_type="kvm",
@@ -39,7 +38,7 @@ def test_what_matters_is_read_and_the_rest_is_none_of_ours(tmp_path: Path) -> No
 def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
     empty = tmp_path / "nova.conf"
     empty.touch()
-    assert novaconf.read([str(empty)]) == NovaConf((str(empty),), "", "", "", (), ())
+    assert read([str(empty)]) == NovaConf((str(empty),), "", "", "", (), ())
 
 
 def test_the_standard_files_are_novas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +46,7 @@ def test_the_standard_files_are_novas(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / ".nova").mkdir()
     for name in ("nova.conf", "nova-compute.conf"):
         (tmp_path / ".nova" / name).touch()
-    names = [Path(each).name for each in novaconf.read().files]
+    names = [Path(each).name for each in read().files]
     assert sorted(names) == ["nova-compute.conf", "nova.conf"]
 
 
@@ -57,4 +56,4 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None) -
     if text is not None:
         file.write_text(text)
     with pytest.raises(ConfigError, match=r"nova's configuration: .*nova\.conf"):
-        novaconf.read([str(file)])
+        read([str(file)])

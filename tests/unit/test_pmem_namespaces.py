@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvdimm_driver import pmem_namespaces
 from nvdimm_driver.errors import BackingError, ConfigError, NotFoundError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB, SUPERPAGE, Allocation, Intake, NvdimmSpec, Pool
-from nvdimm_driver.pmem_namespaces import Configured, Inventory, NovaNamespace, parse
+from nvdimm_driver.nova import pmem_namespaces
+from nvdimm_driver.nova.pmem_namespaces import Configured, Inventory, NovaNamespace, parse
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
 from tests.unit.doubles import NAMESPACE, UUID, MemoryBacking

@@ -9,7 +9,7 @@ from nvdimm_driver.cmd.ctl.base import Listing, Rows
 from nvdimm_driver.errors import NvdimmError
 
 if TYPE_CHECKING:
-    from nvdimm_driver.check import Finding
+    from nvdimm_driver.doctor.repair import Finding
     from nvdimm_driver.driver import XenNvdimmDriver
 
 ROUNDS = 5
@@ -31,7 +31,7 @@ class Check(Listing):
         return int(super().run(parsed_args)) or self.status
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
-        from nvdimm_driver.check import look
+        from nvdimm_driver.doctor.repair import look
         from nvdimm_driver.driver import XenNvdimmDriver
 
         driver = XenNvdimmDriver.from_conf(self.app.conf)
@@ -45,7 +45,7 @@ class Check(Listing):
 
 def _repair(driver: XenNvdimmDriver) -> list[tuple[str, ...]]:
     """Mend all that can be mended; a row for each."""
-    from nvdimm_driver.check import look
+    from nvdimm_driver.doctor.repair import look
 
     rows: list[tuple[str, ...]] = []
     failed: set[Finding] = set()

@@ -42,7 +42,7 @@ class Doctor(Lister):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Sequence[str], Iterator[tuple[str, ...]]]:
         from nvdimm_driver.cmd import register, units
-        from nvdimm_driver.doctor.host import Installed, examine
+        from nvdimm_driver.doctor.checklist import Installed, examine
 
         del parsed_args
         conf = self.app.conf

@@ -30,9 +30,9 @@ class NovaInventory(Listing):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
-        from nvdimm_driver import pmem_namespaces
         from nvdimm_driver.cmd.ctl import render
         from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.nova import pmem_namespaces
 
         configured = pmem_namespaces.parse(_entries(parsed_args))
         driver = XenNvdimmDriver.from_conf(self.app.conf)
@@ -61,9 +61,9 @@ def _entries(parsed_args: argparse.Namespace) -> list[str]:
         if parsed_args.nova_config:
             raise UsageError("--pmem-namespaces and --nova-config both say what to list", hint="leave one out")
         return [entry for value in parsed_args.pmem_namespaces for entry in value.split(",") if entry.strip()]
-    from nvdimm_driver import novaconf
+    from nvdimm_driver.nova.conf import read
 
-    conf = novaconf.read(parsed_args.nova_config)
+    conf = read(parsed_args.nova_config)
     if not conf.files:
         raise NotFoundError(
             "there is no nova.conf here", hint="name it with --nova-config, or say --pmem-namespaces LABEL:NAME"

@@ -15,9 +15,9 @@ from nova.conf import compute, libvirt
 from oslo_config import cfg
 from oslo_rootwrap import wrapper
 
-from nvdimm_driver import pmem_namespaces
-from nvdimm_driver.nova import command
-from nvdimm_driver.nova.extend import accept_xen
+from nvdimm_driver.nova import pmem_namespaces
+from nvdimm_driver.nova.compute import command
+from nvdimm_driver.nova.compute.patches import accept_xen
 from tests.nova.driver.base import UUID, DriverTest
 
 ETC = Path(__file__).parents[3] / "etc/nova"

@@ -16,9 +16,9 @@ from nova.virt import nvdimm_ext
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import vif as libvirt_vif
 
-from nvdimm_driver.nova import command
-from nvdimm_driver.nova.driver import leaves_host
-from nvdimm_driver.nova.extend import accept_xen
+from nvdimm_driver.nova.compute import command
+from nvdimm_driver.nova.compute.driver import leaves_host
+from nvdimm_driver.nova.compute.patches import accept_xen
 from tests.nova.driver.base import HOST, NODE, DriverTest, make_flavor, make_image, make_instance
 
 ROWS = """[

@@ -2,6 +2,6 @@
 (nova/virt/driver.py:load_compute_driver).
 """
 
-from nvdimm_driver.nova.driver import XenLibvirtDriver
+from nvdimm_driver.nova.compute.driver import XenLibvirtDriver
 
 __all__ = ["XenLibvirtDriver"]

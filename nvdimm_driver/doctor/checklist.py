@@ -9,15 +9,16 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import novaconf, plugins
+from nvdimm_driver import plugins
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.conf import configured_pools
-from nvdimm_driver.doctor import confinement, hypervisor, libvirt, nova, pmem, programs, records
+from nvdimm_driver.doctor import confinement, hypervisor, ledger, libvirt, nova, pmem, programs
 from nvdimm_driver.doctor.finding import Finding, could_not
 from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
+from nvdimm_driver.nova.conf import read as read_nova_conf
+from nvdimm_driver.nova.pmem_namespaces import Configured, Inventory, NovaNamespace
 from nvdimm_driver.plugins import AcpiBuilder
-from nvdimm_driver.pmem_namespaces import Configured, Inventory, NovaNamespace
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
 
@@ -91,7 +92,7 @@ def _records(conf: cfg.ConfigOpts) -> Iterator[Finding]:
     state_dir = Path(conf.state_dir)
     backings = plugins.load_all("nvdimm_driver.backings", conf)
     mapper = plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
-    return records.check(state_dir / "ledger.sqlite", backings, mapper, LabelServers(state_dir).is_running)
+    return ledger.check(state_dir / "ledger.sqlite", backings, mapper, LabelServers(state_dir).is_running)
 
 
 def _nova(conf: cfg.ConfigOpts) -> Iterator[Finding]:
@@ -104,4 +105,4 @@ def _nova(conf: cfg.ConfigOpts) -> Iterator[Finding]:
         with closing(Ledger(str(path))) as ledger:
             return Inventory(pools, backings, ledger, served=conf.acpi.dsm == "qemu").find(configured)
 
-    return nova.check(novaconf.read(), find, nova.nova_version())
+    return nova.check(read_nova_conf(), find, nova.nova_version())

@@ -17,9 +17,9 @@ from nova.virt.libvirt import driver
 from nova.virt.libvirt import vif as libvirt_vif
 from oslo_log import log as logging
 
-from nvdimm_driver.nova import command
-from nvdimm_driver.nova.extend import accept_xen
-from nvdimm_driver.nova.host import XenHost
+from nvdimm_driver.nova.compute import command
+from nvdimm_driver.nova.compute.host import XenHost
+from nvdimm_driver.nova.compute.patches import accept_xen
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
