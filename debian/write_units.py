@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from nvdimm_driver import conf
-from nvdimm_driver.cmd import units
+from nvdimm_driver.cmd import systemd_units
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True)
-for name, text in units.texts(conf.load([]), "/usr/bin/python3", "libvirtd").items():
+for name, text in systemd_units.texts(conf.load([]), "/usr/bin/python3", "libvirtd").items():
     (folder / name).write_text(text, encoding="utf-8")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver.cmd import units
-from nvdimm_driver.cmd.files import MARK, install, remove
+from nvdimm_driver.cmd import systemd_units
+from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.doctor.programs import Script
 from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.state.ledger import Ledger
@@ -59,7 +59,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         yield hook
         if not hook.startswith("unchanged"):
             yield "restart libvirtd (or virtxend), which looks for hooks when it starts: systemctl restart libvirtd"
-        yield from units.enable(conf, sys.executable)
+        yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
         raise ConfigError(f"cannot install: {error}", hint="run as root") from error
 
@@ -75,7 +75,7 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
     try:
         for script in (libvirt_hook(conf), device_model(conf)):
             yield remove(script.path)
-        yield from units.disable(conf)
+        yield from systemd_units.disable(conf)
     except OSError as error:
         raise ConfigError(f"cannot remove: {error}", hint="run as root") from error
     if not os.path.exists(_ledger(conf)):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from nvdimm_driver.rpc.end import CHUNK
+from nvdimm_driver.rpc.endpoint import CHUNK
 from nvdimm_driver.rpc.handler import Context, Peer, Table
 from nvdimm_driver.rpc.session import Session
 

@@ -24,7 +24,7 @@ from typing import Any
 import libvirt
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.rpc.end import CHUNK
+from nvdimm_driver.rpc.endpoint import CHUNK
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.proxy import Listener, serve
 from tests.integration.private_libvirtd import PrivateLibvirtd

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nvdimm_driver.rpc import wire
-from nvdimm_driver.rpc.end import close_all
+from nvdimm_driver.rpc.endpoint import close_all
 from nvdimm_driver.rpc.session import OWN_SERIALS
 from nvdimm_driver.rpc.wire import pack
 from tests.unit.rpc_peers import CHANGED, FORGETS, PLAIN, REFUSED, TABLE, TWICE, UPPER, Line, Proxy, call, open_fds

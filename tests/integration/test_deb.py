@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver import conf
-from nvdimm_driver.cmd import units
+from nvdimm_driver.cmd import systemd_units
 from tests.integration.debian_root import DebianRoot
 from tests.lab.base import build_base
 from tests.lab.cache import cache_folder
@@ -79,14 +79,14 @@ def test_it_is_whole_and_all_it_needs_is_there(system: DebianRoot) -> None:
 
 
 def test_installing_changes_nothing_on_the_host(system: DebianRoot) -> None:
-    for unit in units.UNITS:
+    for unit in systemd_units.UNITS:
         assert system.run(f"systemctl is-enabled {unit} || true").stdout.strip() in ("disabled", "static")
     for path in (HOOK, DEVICE_MODEL, LEDGER):
         assert not system.path(path).exists()
 
 
 def test_the_units_are_those_that_register_would_make(system: DebianRoot) -> None:
-    made = units.texts(conf.load([]), "/usr/bin/python3", "libvirtd")
+    made = systemd_units.texts(conf.load([]), "/usr/bin/python3", "libvirtd")
     assert {name: system.path(f"/usr/lib/systemd/system/{name}").read_text() for name in made} == made
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver import conf
-from nvdimm_driver.cmd import units
-from nvdimm_driver.cmd.files import MARK
+from nvdimm_driver.cmd import systemd_units
+from nvdimm_driver.cmd.installed_files import MARK
 
 NVDIMMD = [sys.executable, "-m", "nvdimm_driver.cmd.nvdimmd"]
 GREETING = b"\0\0\0\x1c\x6b\x65\x65\x70\0\0\0\x01\0\0\0\x01\0\0\0\x02\0\0\0\0\0\0\0\0"
@@ -138,11 +138,11 @@ def test_systemd_takes_the_units(tmp_path: Path, libvirt: str) -> None:
     options = conf.load([])
     names = {"mark": MARK, "python": sys.executable, "group": "root", "libvirt": libvirt}
     names |= {"socket": options.rpc.socket, "socket_ro": options.rpc.socket_ro}
-    for name, text in units.UNITS.items():
+    for name, text in systemd_units.UNITS.items():
         (tmp_path / name).write_text(text.format(**names))
     # what they go with
     for name in (f"{libvirt}.socket", f"{libvirt}-ro.socket"):
         (tmp_path / name).write_text("[Socket]\nListenStream=/run/x\nService=nvdimmd.service\n")
-    files = [str(tmp_path / name) for name in units.UNITS]
+    files = [str(tmp_path / name) for name in systemd_units.UNITS]
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.cmd import units
-from nvdimm_driver.cmd.files import MARK
+from nvdimm_driver.cmd import systemd_units
+from nvdimm_driver.cmd.installed_files import MARK
 from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
 from nvdimm_driver.errors import ConfigError
 
@@ -49,7 +49,7 @@ def test_a_unit_is_written_where_the_package_has_no_such(tmp_path: Path, package
     text, own, theirs = f"{MARK}\nnew\n", tmp_path / "etc" / "a.socket", tmp_path / "a.socket"
     if packaged != "none":
         theirs.write_text(text if packaged == "same" else f"{MARK}\nold\n")
-    first, second = units.place(own, theirs, text), units.place(own, theirs, text)
+    first, second = systemd_units.place(own, theirs, text), systemd_units.place(own, theirs, text)
     if packaged == "same":
         assert (first, second) == (f"unchanged {theirs}", f"unchanged {theirs}")
         assert not own.exists()
@@ -61,9 +61,9 @@ def test_a_unit_is_written_where_the_package_has_no_such(tmp_path: Path, package
 def test_a_unit_of_other_options_goes_when_the_package_has_what_is_wanted(tmp_path: Path) -> None:
     own, theirs = tmp_path / "etc" / "a.socket", tmp_path / "a.socket"
     theirs.write_text(f"{MARK}\ndefault\n")
-    units.place(own, theirs, f"{MARK}\nother\n")
-    assert units.place(own, theirs, f"{MARK}\ndefault\n") == f"removed {own}"
+    systemd_units.place(own, theirs, f"{MARK}\nother\n")
+    assert systemd_units.place(own, theirs, f"{MARK}\ndefault\n") == f"removed {own}"
     assert not own.exists()
     own.write_text("somebody else's\n")
     with pytest.raises(ConfigError, match="is not ours"):
-        units.place(own, theirs, f"{MARK}\ndefault\n")
+        systemd_units.place(own, theirs, f"{MARK}\ndefault\n")

@@ -1,7 +1,7 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
-from nvdimm_driver.cmd.ctl import picture
+from nvdimm_driver.cmd.ctl import memory_map
 from nvdimm_driver.model import GIB, MIB, Allocation, Namespace
 from nvdimm_driver.pools.usage import Piece, Region, host_map
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
@@ -19,7 +19,7 @@ REGION = Region("region0", SPA, GIB, (NAMESPACE,), PIECES)
 
 
 def test_a_picture_for_a_terminal() -> None:
-    assert picture.text([REGION], 66) == (
+    assert memory_map.text([REGION], 66) == (
         "region0: 1 GiB at 0x100000000\n"
         "[        ........aaaaaaaa........b...............aaaaaaaa........]\n"
         "  . namespace0.0: fsdax, pmem0, 896 MiB\n"
@@ -29,11 +29,11 @@ def test_a_picture_for_a_terminal() -> None:
 
 
 def test_a_narrow_terminal_still_has_a_bar() -> None:
-    assert len(picture.text([REGION], 0).splitlines()[1]) == 40
+    assert len(memory_map.text([REGION], 0).splitlines()[1]) == 40
 
 
 def test_a_picture_as_svg() -> None:
-    root = ElementTree.fromstring(picture.svg([REGION, REGION]))
+    root = ElementTree.fromstring(memory_map.svg([REGION, REGION]))
     titles = [each.text for each in root.iter("{http://www.w3.org/2000/svg}title")]
     assert titles.count("db<1> slot 0: /mnt/pmem0/a, 256 MiB, 2 extents, mapped") == 4
     widths = [float(each.get("width", "0")) for each in root.iter("{http://www.w3.org/2000/svg}rect") if len(each)]
@@ -49,7 +49,7 @@ def test_a_picture_as_svg() -> None:
 
 def test_more_nvdimms_than_letters() -> None:
     pieces = tuple(Piece(SPA + index * MIB, MIB, f"db{index}", 0, "/a", "off") for index in range(100))
-    assert "  a db52 slot 0" in picture.text([Region("region0", SPA, GIB, (), pieces)], 80)
+    assert "  a db52 slot 0" in memory_map.text([Region("region0", SPA, GIB, (), pieces)], 80)
 
 
 def test_where_everything_is(tmp_path: Path) -> None:

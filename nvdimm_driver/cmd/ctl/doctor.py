@@ -41,12 +41,12 @@ class Doctor(Lister):
         return int(self._failed)
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Sequence[str], Iterator[tuple[str, ...]]]:
-        from nvdimm_driver.cmd import register, units
+        from nvdimm_driver.cmd import register, systemd_units
         from nvdimm_driver.doctor.checklist import Installed, examine
 
         del parsed_args
         conf = self.app.conf
-        installed = Installed(register.libvirt_hook(conf), register.device_model(conf), units.is_enabled())
+        installed = Installed(register.libvirt_hook(conf), register.device_model(conf), systemd_units.is_enabled())
         return COLUMNS, self._rows(examine(conf, installed))
 
     def _rows(self, findings: Iterable[Finding]) -> Iterator[tuple[str, ...]]:

@@ -63,7 +63,7 @@ class Release(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         from nvdimm_driver.cmd.ctl import render
-        from nvdimm_driver.cmd.ctl.work import watched
+        from nvdimm_driver.cmd.ctl.progress import watched
 
         driver = up_to_date(self.app)
         record = find(driver, parsed_args.domain)

@@ -39,7 +39,7 @@ class PoolShow(Showing):
         """A picture, or the table that cliff prints."""
         if not (parsed_args.map or parsed_args.output):
             return int(super().run(parsed_args))
-        from nvdimm_driver.cmd.ctl import picture
+        from nvdimm_driver.cmd.ctl import memory_map
         from nvdimm_driver.driver import XenNvdimmDriver
         from nvdimm_driver.pools.usage import host_map
 
@@ -50,9 +50,9 @@ class PoolShow(Showing):
         its_own = set(usage.space.namespaces)
         regions = [each for each in host_map(driver.ledger, driver.backings) if its_own & set(each.namespaces)]
         if parsed_args.output:
-            parsed_args.output.write_text(picture.svg(regions), encoding="utf-8")
+            parsed_args.output.write_text(memory_map.svg(regions), encoding="utf-8")
         if parsed_args.map:
-            print(picture.text(regions, get_terminal_size().columns))
+            print(memory_map.text(regions, get_terminal_size().columns))
         return 0
 
     def take_action(self, parsed_args: argparse.Namespace) -> Fields:

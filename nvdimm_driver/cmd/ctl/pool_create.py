@@ -122,7 +122,7 @@ def _host(driver: XenNvdimmDriver) -> Host:
 
     from nvdimm_driver import conf
     from nvdimm_driver.backing import inventory, ndctl
-    from nvdimm_driver.cmd.units import BOOTED
+    from nvdimm_driver.cmd.systemd_units import BOOTED
     from nvdimm_driver.pools.create import Host
 
     kind = Path("/sys/hypervisor/guest_type")

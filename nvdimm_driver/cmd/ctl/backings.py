@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.cmd.ctl.base import Action, agreed, find, size_argument, up_to_date, yes_option
-from nvdimm_driver.cmd.ctl.work import watched
+from nvdimm_driver.cmd.ctl.progress import watched
 from nvdimm_driver.errors import BackingError, NotFoundError, UsageError
 
 if TYPE_CHECKING:

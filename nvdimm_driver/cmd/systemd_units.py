@@ -8,7 +8,7 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver.cmd.files import MARK, install, remove
+from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.errors import ConfigError
 
 BOOTED = Path("/run/systemd/system")
