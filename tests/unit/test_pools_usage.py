@@ -7,7 +7,7 @@ from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import GIB, KIB, MIB, SUPERPAGE, Pool
 from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
-from tests.unit.test_pools import domain
+from tests.unit.test_pools_rules import domain
 
 
 def make_pool(kind: str = "memory", quota: int | None = None) -> Pool:

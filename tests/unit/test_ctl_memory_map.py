@@ -6,7 +6,7 @@ from nvdimm_driver.model import GIB, MIB, Allocation, Namespace
 from nvdimm_driver.pools.usage import Piece, Region, host_map
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
 from tests.unit.fake_sysfs import FakeSysfs
-from tests.unit.test_pools import domain
+from tests.unit.test_pools_rules import domain
 
 SPA = 4 * GIB
 NAMESPACE = Namespace("namespace0.0", "fsdax", "pmem0", "uid", SPA + 128 * MIB, 896 * MIB)

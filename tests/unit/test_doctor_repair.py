@@ -11,7 +11,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Pool
 from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
-from tests.unit.test_pools import domain
+from tests.unit.test_pools_rules import domain
 
 POOL = Pool("main", "memory", ("/mnt/pmem0",), None, SUPERPAGE, 128 * KIB, False)
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
