@@ -89,8 +89,8 @@ setup(
         "nvdimm_driver.nvdimmctl": [
             "rewrite = nvdimm_driver.cmd.ctl.xml:Rewrite",
             "restore = nvdimm_driver.cmd.ctl.xml:Restore",
-            "plan = nvdimm_driver.cmd.ctl.xml:Plan",
-            "acpi_dump = nvdimm_driver.cmd.ctl.xml:AcpiDump",
+            "plan = nvdimm_driver.cmd.ctl.plan:ShowPlan",
+            "acpi_dump = nvdimm_driver.cmd.ctl.acpi:AcpiDump",
             "list = nvdimm_driver.cmd.ctl.domains:List",
             "show = nvdimm_driver.cmd.ctl.domains:Show",
             "pool_create = nvdimm_driver.cmd.ctl.pool_create:PoolCreate",

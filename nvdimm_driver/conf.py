@@ -15,7 +15,7 @@ from oslo_config import cfg, types
 from nvdimm_driver import sizes
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
 from nvdimm_driver.errors import ConfigError
-from nvdimm_driver.model import KIB, PAGE, SUPERPAGE, Pool
+from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, Pool
 from nvdimm_driver.pools.rules import is_in
 
 
@@ -62,6 +62,20 @@ DEFAULT_OPTS = [
         choices=[("text", "key=value behind time, program and level"), ("json", "an object a line")],
         help="Form of the lines in 'log_file' and of what nvdimmd writes to the journal. After a change, run "
         "'nvdimmctl register' again, and restart nvdimmd.",
+    ),
+    cfg.StrOpt(
+        "driver",
+        default="xen",
+        help="Plug-in of namespace nvdimm_driver.drivers that nvdimmd, the libvirt hook, the device model and "
+        "nvdimmctl use. Restart nvdimmd after a change.",
+    ),
+    cfg.ListOpt(
+        "xml_hooks",
+        default=["libxl"],
+        help="Plug-ins of namespace nvdimm_driver.xml_hooks, in the order in which they rewrite domain XML with "
+        "NVDIMMs on its way into libvirt; on its way out they restore it in reverse order. Without 'libxl', "
+        "libvirt's libxl driver refuses such a domain. Restart nvdimmd after a change; domains keep the form that "
+        "they were defined in.",
     ),
     cfg.BoolOpt(
         "allow_any_path",
@@ -246,7 +260,6 @@ GROUPS: list[tuple[str | None, Sequence[cfg.Opt]]] = [
 ]
 CONF_FOLDER = "/etc/nvdimm-driver/nvdimm-driver.conf.d"
 """Where 'nvdimmctl pool create' puts the sections that it makes."""
-MIN_LABEL = 128 * KIB
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*", re.ASCII)
 
 
@@ -370,5 +383,7 @@ def _check_pool(pool: Pool) -> None:
             raise ConfigError(f"{where} paths: {path} is not absolute", hint="write the whole path")
     if pool.alignsize < PAGE or pool.alignsize & (pool.alignsize - 1):
         raise ConfigError(f"{where} alignsize: {pool.alignsize} is not a power of two of 4KiB or more")
-    if pool.label_size and pool.label_size < MIN_LABEL:
-        raise ConfigError(f"{where} label_size: a label area has 128KiB at least", hint="or 0, for none")
+    if pool.label_size and pool.label_size < MIN_LABEL_SIZE:
+        raise ConfigError(
+            f"{where} label_size: a label area has {sizes.human(MIN_LABEL_SIZE)} or more", hint="0 is none"
+        )

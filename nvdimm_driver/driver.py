@@ -16,7 +16,10 @@ from nvdimm_driver import logs, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
 from nvdimm_driver.conf import configured_pools
-from nvdimm_driver.contents.importing import Contents
+from nvdimm_driver.contents.checks import Checks
+from nvdimm_driver.contents.exporting import Exporter
+from nvdimm_driver.contents.importing import Importer
+from nvdimm_driver.contents.wiping import Wiper
 from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
@@ -74,7 +77,8 @@ class XenNvdimmDriver:
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.definitions = Definitions(ledger, backings, self.planner, pools)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
-        self.contents = Contents(ledger, backings, pools)
+        checks = Checks(ledger, backings, pools)
+        self.importer, self.exporter, self.wiper = Importer(checks), Exporter(checks), Wiper(checks)
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:

@@ -1,4 +1,4 @@
-"""The values that pass between modules. No I/O, no imports of ours.
+"""The values that pass between modules. No I/O.
 
 Sizes, offsets and addresses are ``int`` bytes; frame numbers (4 KiB each) have types of their own.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, NewType
+from typing import NamedTuple, NewType, Self
+
+from nvdimm_driver.sizes import align_up, human
 
 Gfn = NewType("Gfn", int)
 """Guest frame number."""
@@ -25,6 +27,11 @@ MIB = 1 << 20
 GIB = 1 << 30
 PAGE = 4 * KIB
 SUPERPAGE = 2 * MIB
+SIZE_STEP = 2 * MIB
+"""An NVDIMM's size is a multiple of it: libvirt rounds that of every memory device up to it for QEMU
+(src/qemu/qemu_domain.c)."""
+MIN_LABEL_SIZE = 128 * KIB
+"""QEMU: include/hw/mem/nvdimm.h:MIN_NAMESPACE_LABEL_SIZE, which UEFI 2.10 §13.19.2 has, too."""
 DSM = ("none", "aml", "qemu")
 """Who serves the label areas of a guest's NVDIMMs: nobody, code in its ACPI tables, or a QEMU in dom0."""
 PERSISTENCE_DOMAINS = ("", "memory_controller", "cpu_cache")
@@ -53,6 +60,39 @@ class NvdimmSpec:
     base: int | None = None
     node: int | None = None
     pmem: bool = False
+
+    @classmethod
+    def of_size(
+        cls,
+        size: int,
+        *,
+        slot: int,
+        path: str,
+        label_size: int | None,
+        alignsize: int | None = None,
+        base: int | None = None,
+        node: int | None = None,
+        pmem: bool = False,
+    ) -> Self:
+        """Return an NVDIMM for which a user asks for that size, rounded up to :data:`SIZE_STEP`.
+
+        :param size: bytes, any number.
+        :param label_size: None without a label area.
+        :raises ValueError: when the guest would see nothing, or the label area is too small, or as large as the NVDIMM.
+        """
+        if label_size is not None and not MIN_LABEL_SIZE <= label_size < max(size, 1):
+            raise ValueError(
+                f"its label area has {human(label_size)}; a label area has {human(MIN_LABEL_SIZE)} or more and is "
+                f"smaller than the NVDIMM, which has {human(size)}"
+            )
+        rounded = align_up(size, SIZE_STEP)
+        spec = cls(slot, path, rounded, label_size or 0, alignsize, base, node, pmem)
+        if spec.visible_size == 0:
+            raise ValueError(
+                f"the guest would see nothing of its {human(size)}, without the label area of {human(spec.label_size)} "
+                f"and rounded down to multiples of {human(alignsize or PAGE)}"
+            )
+        return spec
 
     @property
     def visible_size(self) -> int:

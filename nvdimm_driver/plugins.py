@@ -47,15 +47,29 @@ class Plugin(ABC):
 
 
 class XmlHook(Plugin):
-    """Rewrites domain XML on its way into libvirt and restores it on its way out."""
+    """Rewrites domain XML on its way into libvirt and restores it on its way out.
+
+    Both directions are pure, and each undoes the other. A hook sees what the hooks before it have made of the XML.
+    """
 
     @abstractmethod
     def rewrite(self, xml: str, device_model: str) -> str:
-        """Return XML that libvirt's driver takes; byte for byte the same when it has no NVDIMM."""
+        """Return XML that libvirt's driver takes; byte for byte the same when it has no NVDIMM.
+
+        :param device_model: absolute path of the program that is to be the domain's emulator.
+        """
 
     @abstractmethod
     def restore(self, xml: str) -> str:
         """Return what the user wrote; byte for byte the same when nothing was rewritten."""
+
+    def may_restore(self, reply: bytes) -> bool:
+        """Return False for a reply of libvirt with no XML in it that :meth:`restore` would change.
+
+        Such a reply reaches the client without being parsed. Called for every reply: cheap, and raises nothing.
+        """
+        del reply
+        return True
 
 
 class ByteRange(ABC):

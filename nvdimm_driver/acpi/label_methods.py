@@ -44,6 +44,7 @@ from nvdimm_driver.acpi.aml import (
     while_,
 )
 from nvdimm_driver.model import PAGE, Placement
+from nvdimm_driver.sizes import align_up
 
 FAMILY = UUID("4309ac30-0d11-11e4-9191-0800200c9a66")
 """The Intel family of NVDIMM functions."""
@@ -80,7 +81,7 @@ def reservation(placements: Sequence[Placement]) -> bytes:
     areas = []
     for placement in placements:
         start = placement.label_base // PAGE * PAGE
-        areas.append(qword_memory(start, -(-(placement.label_base + placement.label_size - start) // PAGE) * PAGE))
+        areas.append(qword_memory(start, align_up(placement.label_base + placement.label_size - start, PAGE)))
     return device(
         "NVRS",
         name("_HID", integer(_EISA_PNP0C02)),

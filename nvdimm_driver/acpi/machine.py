@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from nvdimm_driver.acpi.qtest import Qtest
 from nvdimm_driver.errors import AcpiError, ConfigError
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
+from nvdimm_driver.sizes import align_up
 
 DEFAULT_BINARIES = (
     "/usr/libexec/xen-qemu-system-i386",  # Debian: qemu-system-xen, in every dom0
@@ -164,7 +165,7 @@ def backend_size(placement: Placement) -> int:
 
     QEMU shows the size without the label, rounded down to a page (hw/mem/nvdimm.c:nvdimm_prepare_memory_region).
     """
-    return -(-(placement.size + placement.label_size) // PAGE) * PAGE
+    return align_up(placement.size + placement.label_size, PAGE)
 
 
 def _nvdimm(placement: Placement, descriptor: int | None) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.model import PAGE
 from nvdimm_driver.plugins import ByteRange
+from nvdimm_driver.sizes import align_up
 
 
 class FileBytes(ByteRange):
@@ -70,7 +71,7 @@ class MappedBytes(ByteRange):
         self.size = size
         self._skip = start % step
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
-        length = -(-(self._skip + size) // step) * step if persist else self._skip + size
+        length = align_up(self._skip + size, step) if persist else self._skip + size
         self._memory = mmap.mmap(fd, length, mmap.MAP_SHARED, protection, offset=start - self._skip)
         self._persist = persist
 
@@ -126,7 +127,7 @@ class DirectBytes(ByteRange):
         """Return where the pages with these bytes begin, and the bytes; ``whole``: all of the pages."""
         begin = self._start + offset
         first = begin // PAGE * PAGE
-        with mmap.mmap(-1, -(-(begin + length - first) // PAGE) * PAGE) as buffer:
+        with mmap.mmap(-1, align_up(begin + length - first, PAGE)) as buffer:
             if os.preadv(self._fd, [buffer], first) != len(buffer):
                 raise BackingError(f"the device ends within its first {self._start + self.size} bytes")
             return first, buffer[:] if whole else buffer[begin - first : begin - first + length]

@@ -18,6 +18,7 @@ from typing import Any
 
 from nvdimm_driver.errors import BackingError, ConfigError
 from nvdimm_driver.model import PAGE, PERSISTENCE_DOMAINS, Extent, Namespace, Space
+from nvdimm_driver.sizes import units
 
 SYSFS = Path("/sys")
 MODES = ("fsdax", "devdax", "raw", "sector")
@@ -75,7 +76,7 @@ def areas(found: Iterable[Namespace]) -> list[tuple[int, int]]:
     """
     result = []
     for namespace in found:
-        first = -(-namespace.data_spa // PAGE)
+        first = units(namespace.data_spa, PAGE)
         count = (namespace.data_spa + namespace.data_size) // PAGE - first
         if namespace.mode != "sector" and count > 0:
             result.append((first, count))

@@ -28,13 +28,14 @@ def _run(operation: str, name: str, xml: str) -> int:
     from nvdimm_driver.driver import XenNvdimmDriver
     from nvdimm_driver.errors import NvdimmError
     from nvdimm_driver.state.events import Event, failure
-    from nvdimm_driver.xml import parse_domain as domxml
+    from nvdimm_driver.xml.hooks import XmlHooks
+    from nvdimm_driver.xml.parse_domain import extract
 
     uuid = ""
     try:
         options = conf.load()
         logs.to_file("hook", options)
-        domain = domxml.extract(xml)
+        domain = extract(XmlHooks.from_conf(options).restore(xml))
         if domain is None:
             return 0
         uuid = domain.uuid or ""

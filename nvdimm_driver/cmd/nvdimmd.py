@@ -22,6 +22,7 @@ from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.rpc.handler import Peer
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.proxy import Listener, serve
+from nvdimm_driver.xml.hooks import XmlHooks
 
 LOG = logging.getLogger(__name__)
 FIRST_DESCRIPTOR = 3
@@ -53,7 +54,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # read at each use: a new pool is there at once, as it is for the hook
-    interceptor = Interceptor(lambda: XenNvdimmDriver.from_conf(conf.load(files)), options.xen.device_model)
+    interceptor = Interceptor(lambda: XenNvdimmDriver.from_conf(conf.load(files)), XmlHooks.from_conf(options))
     rpc = options.rpc
     upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
     upstream_ro = _first(rpc.libvirt_direct_socket_ro, rpc.libvirt_socket_ro)

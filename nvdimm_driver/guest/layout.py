@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from nvdimm_driver.errors import LayoutError
 from nvdimm_driver.model import GIB, PAGE, SUPERPAGE, Extent, Gfn, GuestLayout, Mapping, Mfn, Placement
+from nvdimm_driver.sizes import align_up, units
 
 RAM_BELOW_4G_END = 0xF0000000
 """xen/include/public/hvm/e820.h:HVM_BELOW_4G_RAM_END; from here to 4 GiB is the PCI hole."""
@@ -59,7 +60,7 @@ def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int) -> Gues
     )
 
 
-def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, gap: int = 64 * GIB) -> GuestLayout:
+def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, gap: int) -> GuestLayout:
     """Choose a base for every NVDIMM that has none, and check those that have one.
 
     The same input gives the same layout. A base is a multiple of ``alignsize`` and, unless that contradicts it,
@@ -76,7 +77,7 @@ def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, 
     check(fixed, given, address_bits=address_bits)
     wanted = [request for request in ordered if request.base is None]
     for tried in _gaps(gap):
-        chosen = _first_fit(wanted, fixed.nvdimms, start=_up(fixed.highmem_end + tried, GIB), limit=fixed.limit)
+        chosen = _first_fit(wanted, fixed.nvdimms, start=align_up(fixed.highmem_end + tried, GIB), limit=fixed.limit)
         if chosen is not None:
             layout = around(ram, (*fixed.nvdimms, *chosen), address_bits=address_bits)
             check(layout, ordered, address_bits=address_bits)
@@ -121,7 +122,7 @@ def label_frames(space: GuestLayout) -> tuple[tuple[Gfn, int], ...]:
     The code that serves it there (:mod:`.acpi.labels`) flushes no caches: they must not be cached.
     """
     return tuple(
-        (Gfn(each.label_base // PAGE), -(-each.space_end // PAGE) - each.label_base // PAGE)
+        (Gfn(each.label_base // PAGE), units(each.space_end, PAGE) - each.label_base // PAGE)
         for each in space.label_areas
     )
 
@@ -186,9 +187,9 @@ def _first_fit(
     chosen: list[Placement] = []
     for request in requests:
         modulus, remainder = _congruence(request)
-        placement = _at(request, _up(start - remainder, modulus) + remainder)
+        placement = _at(request, align_up(start - remainder, modulus) + remainder)
         while (obstacle := _overlapped(placement, taken)) is not None:
-            placement = _at(request, _up(obstacle.space_end - remainder, modulus) + remainder)
+            placement = _at(request, align_up(obstacle.space_end - remainder, modulus) + remainder)
         if placement.space_end > limit:
             return None
         chosen.append(placement)
@@ -251,7 +252,3 @@ def _check_range(placement: Placement, space: GuestLayout) -> None:
 
 def _name(placement: Placement) -> str:
     return f"the NVDIMM in slot {placement.slot} ({placement.size} bytes at {placement.base:#x})"
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

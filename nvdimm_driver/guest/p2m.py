@@ -1,9 +1,11 @@
-"""How runs of frames become p2m entries and hypercalls. Pure, and imports nothing: the device model uses it.
+"""How runs of frames become p2m entries and hypercalls. Pure, and imports little: the device model uses it.
 
 A mapping is a tuple (gfn, mfn, count) of 4 KiB frames.
 """
 
 from __future__ import annotations
+
+from nvdimm_driver.sizes import units
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def cost(mappings: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
         front, superpages, behind = entries(gfn, mfn, count)
         larger += superpages
         smaller += front + behind
-        hypercalls += -(-(front + superpages + behind) // ENTRIES_PER_HYPERCALL)
+        hypercalls += units(front + superpages + behind, ENTRIES_PER_HYPERCALL)
     return larger, smaller, hypercalls
 
 

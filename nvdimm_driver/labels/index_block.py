@@ -8,12 +8,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from nvdimm_driver.model import KIB, MIB
+from nvdimm_driver.model import KIB, MIB, MIN_LABEL_SIZE
 
 SIGNATURE = b"NAMESPACE_INDEX\0"
 TAIL = 64 * MIB
 """How much of an NVDIMM's end is looked at. What is in use has 128 KiB to 2 MiB."""
-MIN_LABEL_AREA = 128 * KIB
 _ALIGN = 256  # of index blocks
 # signature, flags, label size (128 << n), sequence number, own offset, own size, offset of the other one, offset of the
 # labels, how many there are, major and minor version, checksum
@@ -52,7 +51,7 @@ def _area_size(tail: bytes, start: int) -> int:
     block[_CHECKSUM_AT : _CHECKSUM_AT + 8] = bytes(8)
     area = len(tail) - start + own
     used = labels + count * (128 << power)
-    if len(block) != size or fletcher64(block) != checksum or area < MIN_LABEL_AREA:
+    if len(block) != size or fletcher64(block) != checksum or area < MIN_LABEL_SIZE:
         return 0
     return area if area // 2 < used <= area else 0
 

@@ -29,6 +29,7 @@ from nvdimm_driver.model import (
     Record,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
+from nvdimm_driver.sizes import align_up
 from nvdimm_driver.state.ledger import Ledger
 
 
@@ -178,14 +179,14 @@ class Planner:
 
     def _locate_or_assume(self, domain: DomainSpec, intakes: Sequence[Intake]) -> tuple[Location, ...]:
         """Where each backing is; for one that is still to be written, where it would be on an empty namespace."""
-        free = {intake.namespace.name: _align(intake.namespace.data_spa) for intake in intakes}
+        free = {intake.namespace.name: align_up(intake.namespace.data_spa, SUPERPAGE) for intake in intakes}
         locations = []
         for spec, intake in zip(domain.nvdimms, intakes, strict=True):
             if not intake.assumed:
                 locations.append(backing_of(self.backings, spec.path).locate(spec))
                 continue
             start = free[intake.namespace.name]
-            free[intake.namespace.name] = _align(start + spec.size)
+            free[intake.namespace.name] = align_up(start + spec.size, SUPERPAGE)
             identity = BackingIdentity(intake.kind, intake.namespace.uid, 0, 0, 0, spec.size)
             locations.append(Location(identity, (Extent(0, start, spec.size),)))
         return tuple(locations)
@@ -206,10 +207,6 @@ def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Recor
         and known[spec.slot].identity == location.identity
         and known[spec.slot].spec.visible_size == spec.visible_size
     }
-
-
-def _align(address: int) -> int:
-    return -(-address // SUPERPAGE) * SUPERPAGE
 
 
 def _flat(parts: Sequence[Sequence[Mapping]]) -> tuple[Mapping, ...]:

@@ -16,10 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Record
-from nvdimm_driver.rpc.handler import Call, Context, Entry, Handler, ReplyEntry, Table, Work
+from nvdimm_driver.rpc.handler import Call, Context, Entry, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
-from nvdimm_driver.xml import document as xmltext
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.document import decode
+from nvdimm_driver.xml.edit_devices import attach, detach, is_nvdimm, update, with_uuid
+from nvdimm_driver.xml.hooks import XmlHooks
+from nvdimm_driver.xml.parse_domain import emulator_is, extract
+from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
 
 DEFINE_XML, GET_XML_DESC, LOOKUP_BY_UUID, UNDEFINE, IS_ACTIVE = 11, 14, 24, 35, 150
 """Procedures that handlers call by themselves."""
@@ -35,7 +38,7 @@ MIGRATE_DEST_XML = "destination_xml"
 # include/libvirt/virterror.h
 FROM_DOMAIN, NO_DOMAIN, NO_DOMAIN_METADATA = 20, 42, 80
 
-MARK = domxml.NAMESPACE.encode()
+MARK = NAMESPACE.encode()
 
 Steps = Generator[Call | Work, Any, bytes]
 T = TypeVar("T")
@@ -45,20 +48,19 @@ class Interceptor:
     """The handlers, with what they need.
 
     :param driver: makes a driver, in the thread that uses it; its ledger is closed afterwards.
-    :param device_model: absolute path of the program that rewritten domains have as their emulator.
     """
 
-    def __init__(self, driver: Callable[[], XenNvdimmDriver], device_model: str) -> None:
+    def __init__(self, driver: Callable[[], XenNvdimmDriver], hooks: XmlHooks) -> None:
         self._make_driver = driver
-        self._device_model = device_model
+        self._hooks = hooks
 
     def table(self, *, read_only: bool = False) -> Table:
         """What the proxy does for clients of the one socket or the other."""
-        return {
-            number: row.entry(partial(self._handle, row, number))
-            for number, row in TABLE.items()
-            if row.read_only or not read_only
-        }
+        return {number: self._entry(row, number) for number, row in TABLE.items() if row.read_only or not read_only}
+
+    def _entry(self, row: Row, number: int) -> Entry | ReplyEntry:
+        handler = partial(self._handle, row, number)
+        return ReplyEntry(handler, self._hooks.may_restore) if row.is_reply else Entry(handler)
 
     def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
         del context
@@ -79,7 +81,7 @@ class Interceptor:
         domain: DomainSpec = yield self._work(lambda driver: driver.identified(wanted))
         created = yield self._work(lambda driver: driver.define(domain))
         uuid = domain.uuid or ""
-        xml = self._rewrite(domxml.with_uuid(xml, uuid))
+        xml = self._hooks.rewrite(with_uuid(xml, uuid))
         try:
             return (yield from _call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
         except LibvirtError as error:
@@ -90,10 +92,10 @@ class Interceptor:
     def to_native(self, procedure: int, payload: bytes) -> Steps:
         """Rewritten: the configuration that comes back names the device model, for xl to run."""
         values = Unpacker(payload)
-        kind, xml, flags = values.string(), xmltext.decode(values.encoded()), values.uint32()
+        kind, xml, flags = values.string(), decode(values.encoded()), values.uint32()
         values.end()
         if self._accept(xml) is not None:
-            payload = bytes(Packer().string(kind).string(self._rewrite(xml)).uint32(flags))
+            payload = bytes(Packer().string(kind).string(self._hooks.rewrite(xml)).uint32(flags))
         return (yield from _call(procedure, payload))
 
     # --- XML that goes out ---
@@ -104,29 +106,29 @@ class Interceptor:
         values = Unpacker(reply)
         xml = values.string()
         values.end()
-        restored: str = yield Work(lambda: domxml.restore(xml))
+        restored: str = yield Work(lambda: self._hooks.restore(xml))
         return bytes(Packer().string(restored))
 
     # --- devices ---
 
     def attach_device(self, procedure: int, payload: bytes) -> Steps:
         """An NVDIMM is added to the definition, and provisioned. That of a running domain: refused."""
-        return (yield from self._change(procedure, payload, "attached to", domxml.attach))
+        return (yield from self._change(procedure, payload, "attached to", attach))
 
     def detach_device(self, procedure: int, payload: bytes) -> Steps:
         """An NVDIMM is taken out of the definition, and its data stay. That of a running domain: refused."""
-        return (yield from self._change(procedure, payload, "detached from", domxml.detach))
+        return (yield from self._change(procedure, payload, "detached from", detach))
 
     def update_device(self, procedure: int, payload: bytes) -> Steps:
         """An NVDIMM is changed in the definition. That of a running domain: refused."""
-        return (yield from self._change(procedure, payload, "changed in", domxml.update))
+        return (yield from self._change(procedure, payload, "changed in", update))
 
     def _change(self, procedure: int, payload: bytes, what: str, edit: Callable[[str, str], str]) -> Steps:
         values = Unpacker(payload)
-        domain, device = values.domain(), xmltext.decode(values.encoded())
+        domain, device = values.domain(), decode(values.encoded())
         flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
         values.end()
-        if not domxml.is_nvdimm(device):
+        if not is_nvdimm(device):
             return (yield from _call(procedure, payload))
         live = bool(flags & AFFECT_LIVE)
         if not flags & (AFFECT_LIVE | AFFECT_CONFIG):
@@ -137,7 +139,7 @@ class Interceptor:
                 hint="--config changes the definition, which its next start takes",
             )
         xml = yield from self._definition(domain)
-        yield from self._define(DEFINE_XML, bytes(Packer().string(edit(domxml.restore(xml), device))))
+        yield from self._define(DEFINE_XML, bytes(Packer().string(edit(self._hooks.restore(xml), device))))
         return b""
 
     # --- metadata ---
@@ -147,9 +149,9 @@ class Interceptor:
         values = Unpacker(payload)
         values.domain()
         is_element, value = values.int32() == METADATA_ELEMENT, values.optional_encoded() or b""
-        if MARK in payload or (is_element and domxml.mentions(xmltext.decode(value))):
+        if MARK in payload or (is_element and mentions(decode(value))):
             raise DomainXmlError(
-                f"metadata of {domxml.NAMESPACE} is nvdimm_driver's own",
+                f"metadata of {NAMESPACE} is nvdimm_driver's own",
                 hint="change the <memory model='nvdimm'> elements of the domain",
             )
         return (yield from _call(procedure, payload))
@@ -159,7 +161,7 @@ class Interceptor:
         if MARK in payload:
             values = Unpacker(payload)
             values.domain()
-            if values.int32() == METADATA_ELEMENT and values.optional_string() == domxml.NAMESPACE:
+            if values.int32() == METADATA_ELEMENT and values.optional_string() == NAMESPACE:
                 message = "metadata not found: Requested metadata element is not present"
                 raise LibvirtError(RemoteError(NO_DOMAIN_METADATA, FROM_DOMAIN, message).pack())
         return (yield from _call(procedure, payload))
@@ -198,7 +200,7 @@ class Interceptor:
         for param in values.typed_params(MIGRATE_PARAMS_MAX):
             if (
                 param.field == MIGRATE_DEST_XML
-                and domxml.extract(xmltext.decode(str(param.value).encode())) is not None
+                and extract(self._hooks.restore(decode(str(param.value).encode()))) is not None
             ):
                 raise _cannot_migrate("the domain that comes")
         return (yield from _call(procedure, payload))
@@ -242,21 +244,18 @@ class Interceptor:
         :raises DomainXmlError: also for XML that says that it was rewritten, or names the device model: both are the
             driver's to write, and a client that goes through it never sees them.
         """
-        if domxml.is_rewritten(xml):
+        if is_rewritten(xml):
             raise DomainXmlError(
-                f"the domain XML has nvdimm_driver's own metadata in it ({domxml.NAMESPACE})",
+                f"the domain XML has nvdimm_driver's own metadata in it ({NAMESPACE})",
                 hint="'nvdimmctl restore' makes the XML to define of it",
             )
-        domain = domxml.extract(xml)
-        if domain is None and domxml.emulator_is(xml, self._device_model):
+        domain = extract(xml)
+        if domain is None and emulator_is(xml, self._hooks.device_model):
             raise DomainXmlError(
-                f"the domain has no NVDIMM and names the device model {self._device_model}",
+                f"the domain has no NVDIMM and names the device model {self._hooks.device_model}",
                 hint="leave <emulator> out, or name a QEMU",
             )
         return domain
-
-    def _rewrite(self, xml: str) -> str:
-        return domxml.rewrite(xml, self._device_model)
 
     def _define(self, procedure: int, payload: bytes) -> Steps:
         xml, flags = _xml_and_flags(payload)
@@ -269,7 +268,7 @@ class Interceptor:
         yield self._work(lambda driver: driver.check(domain))
         before = yield from self._defined(domain.uuid)
         xml = yield from self._taken_up(xml, domain)
-        reply = yield from _call(procedure, bytes(Packer().string(self._rewrite(xml))) + flags)
+        reply = yield from _call(procedure, bytes(Packer().string(self._hooks.rewrite(xml))) + flags)
         defined = Unpacker(reply).domain()
         try:
             yield self._work(lambda driver: driver.define(replace(domain, uuid=defined.uuid)))
@@ -285,7 +284,7 @@ class Interceptor:
         """The XML, with the uuid of the undefined domain of that name when it has none: the NVDIMMs are that one's."""
         known: DomainSpec = yield self._work(lambda driver: driver.definitions.known(domain))
         if domain.uuid is None and known.uuid is not None and (yield from self._defined(known.uuid)) is None:
-            return domxml.with_uuid(xml, known.uuid)
+            return with_uuid(xml, known.uuid)
         return xml
 
     def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
@@ -322,7 +321,7 @@ def _call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
 def _xml_and_flags(payload: bytes) -> tuple[str, bytes]:
     """The XML that a call begins with, and its flags as they are on the wire; domain_define_xml has none."""
     values = Unpacker(payload)
-    return xmltext.decode(values.encoded()), values.rest()
+    return decode(values.encoded()), values.rest()
 
 
 def _cannot_migrate(domain: str) -> UnsupportedError:
@@ -333,14 +332,10 @@ def _cannot_migrate(domain: str) -> UnsupportedError:
     )
 
 
-def _is_ours(reply: bytes) -> bool:
-    return MARK in reply
-
-
 class Row(NamedTuple):
     """A procedure of the table.
 
-    :ivar handler: gets the procedure, and the arguments of the call or, in an entry of replies, what is replied.
+    :ivar handler: gets the procedure, and the arguments of the call or, with ``is_reply``, what libvirtd replied.
     :ivar read_only: it is intercepted for clients of the read-only socket, too. What such a client may not call is left
         to libvirtd to refuse.
     """
@@ -348,7 +343,7 @@ class Row(NamedTuple):
     name: str
     handler: Callable[[Interceptor, int, bytes], Steps]
     read_only: bool = False
-    entry: Callable[[Handler], Entry | ReplyEntry] = Entry
+    is_reply: bool = False
 
 
 LIVE_DEVICE_CALLS = (8, 13)
@@ -362,7 +357,7 @@ TABLE: Mapping[int, Row] = {
     10: Row("domain_create_xml", Interceptor.create),
     11: Row("domain_define_xml", Interceptor.define),
     13: Row("domain_detach_device", Interceptor.detach_device),
-    14: Row("domain_get_xml_desc", Interceptor.got_xml, read_only=True, entry=partial(ReplyEntry, wants=_is_ours)),
+    14: Row("domain_get_xml_desc", Interceptor.got_xml, read_only=True, is_reply=True),
     30: Row("domain_set_max_memory", Interceptor.set_memory),
     31: Row("domain_set_memory", Interceptor.set_memory),
     35: Row("domain_undefine", Interceptor.undefine),

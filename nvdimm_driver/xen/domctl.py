@@ -6,6 +6,7 @@ from nvdimm_driver.errors import LayoutError, XenError
 from nvdimm_driver.guest import p2m
 from nvdimm_driver.guest.p2m import DSM_GFN, TABLES_GFN
 from nvdimm_driver.plugins import Mapper
+from nvdimm_driver.sizes import align_up, units
 from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, E820_RAM, PAGE, WRITE_BACK, Xen
 from nvdimm_driver.xen.xenstore import Xenstore
 
@@ -122,7 +123,7 @@ class DomctlMapper(Mapper):
             )
         together = users + tables
         _check_size(domid, len(together))
-        self.xen.populate_physmap_exact(domid, TABLES_GFN, -(-len(together) // PAGE))
+        self.xen.populate_physmap_exact(domid, TABLES_GFN, units(len(together), PAGE))
         self.xen.write_memory(domid, TABLES_GFN * PAGE, together)
         self.xenstore.write(f"{folder}/address", hex(TABLES_GFN * PAGE))
         self.xenstore.write(f"{folder}/length", hex(len(together)))
@@ -148,7 +149,7 @@ class DomctlMapper(Mapper):
         Xen does not tell how much of the pool is free. It is not lowered again: its pages go with the domain.
         """
         size = page_tables(mappings) * PAGE
-        more = -(-size // MIB) * MIB + MIB
+        more = align_up(size, MIB) + MIB
         self.xen.set_paging_pool(domid, self.xen.paging_pool(domid) + more)
 
     def _take_back(

@@ -27,6 +27,8 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.rpc.endpoint import CHUNK
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.proxy import Listener, serve
+from nvdimm_driver.xml.hooks import XmlHooks
+from nvdimm_driver.xml.rewrite import LibxlXmlHook
 from tests.integration.private_libvirtd import PrivateLibvirtd
 
 ROUNDS = 15
@@ -55,7 +57,9 @@ def run_proxy(near: str, far: str, kind: str) -> None:
     if kind == "bare":
         asyncio.run(_pass_blindly(listening, far))
     else:
-        table = Interceptor(_no_driver, "/device-model").table() if kind == "handled" else {}
+        table = (
+            Interceptor(_no_driver, XmlHooks([LibxlXmlHook()], "/device-model")).table() if kind == "handled" else {}
+        )
         asyncio.run(_serve(Listener(listening, far, False, table, lambda peer: True)))
 
 

@@ -16,11 +16,14 @@ from nvdimm_driver.rpc.handler import Call, Context, Peer, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.wire import Message, Reader
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
-from nvdimm_driver.xml import document as xmltext
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.document import decode
+from nvdimm_driver.xml.hooks import XmlHooks
+from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, mentions, restore, rewrite
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
+HOOKS = XmlHooks([LibxlXmlHook()], DEVICE_MODEL)
 CONTEXT = Context(Peer(0, 0, 1), False)
 CALLS_MAX = 20
 
@@ -53,17 +56,17 @@ def _messages(pieces: list[bytes]) -> tuple[list[Message], bool]:
 def xml(data: bytes) -> None:
     """Nothing but our own errors; no edit makes XML that libxml2 does not take; nothing hides a record of ours."""
     try:
-        text = xmltext.decode(data)
-        mentioned, rewritten = domxml.mentions(text), domxml.rewrite(text, DEVICE_MODEL)
+        text = decode(data)
+        mentioned, rewritten = mentions(text), rewrite(text, DEVICE_MODEL)
     except NvdimmError:
         return
     seen = _name_spaces(data)
     if seen is None:
         return
-    assert mentioned or domxml.NAMESPACE not in seen, "hidden from us, and not from libxml2"
+    assert mentioned or NAMESPACE not in seen, "hidden from us, and not from libxml2"
     if rewritten != text:
-        assert domxml.NAMESPACE in (_name_spaces(rewritten.encode()) or ()), "libxml2 does not take it"
-        assert domxml.extract(rewritten) == domxml.extract(text)
+        assert NAMESPACE in (_name_spaces(rewritten.encode()) or ()), "libxml2 does not take it"
+        assert extract(restore(rewritten)) == extract(text)
 
 
 def _name_spaces(data: bytes) -> set[str] | None:
@@ -82,7 +85,7 @@ def handlers(data: bytes) -> None:
     payload, answers = data[3 : 3 + size], data[3 + size :]
     with tempfile.TemporaryDirectory() as folder:
         backing = MemoryBacking()
-        interceptor = Interceptor(lambda: make_driver(Path(folder), backing, RecordingMapper()), DEVICE_MODEL)
+        interceptor = Interceptor(lambda: make_driver(Path(folder), backing, RecordingMapper()), HOOKS)
         try:
             _drive(interceptor.table()[number].handler(CONTEXT, payload), answers)
         except (NvdimmError, LibvirtError):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from nvdimm_driver.errors import UnsupportedError
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.rewrite import restore, rewrite
 
 DATA = Path(__file__).parent.parent / "data" / "domxml"
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
@@ -64,29 +65,29 @@ def test_virsh_takes_the_rewritten_form_with_validation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_libvirt_stores_is_the_golden_file(tmp_path: Path, name: str) -> None:
-    assert through_libvirt(domxml.rewrite(read(name), DEVICE_MODEL), tmp_path / "domain.xml") == read(f"{name}.libvirt")
+    assert through_libvirt(rewrite(read(name), DEVICE_MODEL), tmp_path / "domain.xml") == read(f"{name}.libvirt")
 
 
 def test_another_clients_metadata_goes_behind_ours(tmp_path: Path) -> None:
     stored = through_libvirt(
-        domxml.rewrite(read("numa"), DEVICE_MODEL),
+        rewrite(read("numa"), DEVICE_MODEL),
         tmp_path / "domain.xml",
         "metadata numa --config --uri urn:other --key other --set '<thing/>'",
     )
     assert "urn:other" in stored
-    restored = domxml.restore(stored)
+    restored = restore(stored)
     assert "urn:other" in restored
-    assert domxml.rewrite(restored, DEVICE_MODEL) == stored
+    assert rewrite(restored, DEVICE_MODEL) == stored
 
 
 def test_memory_that_is_set_later_is_seen(tmp_path: Path) -> None:
     """A balloon below the RAM cannot start with NVDIMMs, whoever asked for it."""
     stored = through_libvirt(
-        domxml.rewrite(read("nova"), DEVICE_MODEL), tmp_path / "domain.xml", "setmem instance-00000001 1G --config"
+        rewrite(read("nova"), DEVICE_MODEL), tmp_path / "domain.xml", "setmem instance-00000001 1G --config"
     )
-    assert "<currentMemory unit='KiB'>1048576</currentMemory>" in domxml.restore(stored)
+    assert "<currentMemory unit='KiB'>1048576</currentMemory>" in restore(stored)
     with pytest.raises(UnsupportedError, match="currentMemory"):
-        domxml.extract(stored)
+        extract(restore(stored))
 
 
 # --- properties ---
@@ -151,16 +152,16 @@ def domains(draw: st.DrawFn) -> str:
 def test_libvirts_form_of_any_domain_comes_back_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory, xml: str
 ) -> None:
-    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
+    rewritten = rewrite(xml, DEVICE_MODEL)
     stored = through_libvirt(rewritten, tmp_path_factory.getbasetemp() / "domain.xml")
-    restored = domxml.restore(stored)
-    assert domxml.rewrite(restored, DEVICE_MODEL) == stored
-    assert domxml.extract(stored) == domxml.extract(restored) == domxml.extract(xml)
+    restored = restore(stored)
+    assert rewrite(restored, DEVICE_MODEL) == stored
+    assert extract(stored) == extract(restored) == extract(xml)
 
 
 @settings(max_examples=40, deadline=None)
 @given(xml=domains())
 def test_all_forms_of_any_domain_are_valid(schema: etree.RelaxNG, xml: str) -> None:
-    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
-    for form in (xml, rewritten, domxml.restore(rewritten)):
+    rewritten = rewrite(xml, DEVICE_MODEL)
+    for form in (xml, rewritten, restore(rewritten)):
         schema.assertValid(etree.fromstring(form.encode()))

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.rewrite import rewrite
 from tests.integration.bench_host import UUID, Host
 
 PREPARE = ["hook prepare begin db1"]
@@ -99,8 +100,8 @@ def test_libxl_takes_the_rewritten_xml_alone_and_keeps_all_of_it(host: Host) -> 
     nvdimm = original[original.index("    <memory model") : original.index("  </devices>")]
     assert nvdimm not in stored.read_text()
     assert nvdimm in restored
-    assert domxml.extract(restored) == domxml.extract(original)
-    assert domxml.rewrite(restored, f"{host.folder}/nvdimm-device-model") == stored.read_text()
+    assert extract(restored) == extract(original)
+    assert rewrite(restored, f"{host.folder}/nvdimm-device-model") == stored.read_text()
 
 
 def test_a_domain_can_be_undefined_while_it_runs(host: Host) -> None:

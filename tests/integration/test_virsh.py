@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.rewrite import NAMESPACE
 from tests.integration.bench_host import Host
 
 NVDIMM = "<memory model='nvdimm'><source><path>{}</path></source><target><size unit='MiB'>4</size></target></memory>"
@@ -71,9 +71,9 @@ def test_the_user_sees_what_the_user_wrote(host: Host) -> None:
     for flags in ([], ["--inactive"], ["--security-info"], ["--migratable"]):
         shown = host.check("dumpxml", "db1", *flags)
         assert nvdimm in shown
-        assert domxml.NAMESPACE not in shown
+        assert NAMESPACE not in shown
         assert "nvdimm-device-model" not in shown
-    assert domxml.NAMESPACE in host.libvirtd.check("dumpxml", "db1")
+    assert NAMESPACE in host.libvirtd.check("dumpxml", "db1")
     assert host.sum("db1") == hashlib.sha256(bytes(4 << 20)).hexdigest()
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_is_refused_before_libvirt_hears_of_it(host: Host) -> Non
     forged = host.xml("db2", 2)
     forged.write_text(host.nvdimmctl("rewrite", str(forged)).stdout)
     assert "nvdimm_driver's own metadata" in refused(host, "define", forged)
-    forged.write_text(forged.read_text().replace(domxml.NAMESPACE, domxml.NAMESPACE.replace(":", "&#58;")))
+    forged.write_text(forged.read_text().replace(NAMESPACE, NAMESPACE.replace(":", "&#58;")))
     assert "nvdimm_driver's own metadata" in refused(host, "define", forged)
     assert host.check("list", "--all", "--name").split() == ["Domain-0", "db1"]
     assert "db2.img" not in host.files()
@@ -141,9 +141,9 @@ def test_a_size_that_does_not_fit_leaves_nothing(host: Host) -> None:
 
 
 def test_metadata_of_ours_is_out_of_reach(host: Host) -> None:
-    uri = ("--uri", domxml.NAMESPACE)
+    uri = ("--uri", NAMESPACE)
     assert "own" in refused(host, "metadata", "db1", *uri, "--key", "x", "--set", "<domain/>", "--config")
-    ours = f"<nvdimm:domain xmlns:nvdimm='{domxml.NAMESPACE.replace(':', '&#58;')}'/>"
+    ours = f"<nvdimm:domain xmlns:nvdimm='{NAMESPACE.replace(':', '&#58;')}'/>"
     other = ("metadata", "db1", "--uri", "urn:other", "--key", "x", "--config")
     assert "own" in refused(host, *other, "--set", ours)
     assert "own" in refused(host, "metadata", "db1", *uri, "--remove", "--config")
@@ -268,7 +268,7 @@ def test_nvdimmd_ends_and_comes_back_under_a_guest(host: Host, number: int) -> N
     before = host.state("db1")
     host.libvirtd.end("nvdimmd", number)
     if number == signal.SIGTERM:  # a crash leaves the socket, which systemd would go on holding
-        assert domxml.NAMESPACE in host.check("dumpxml", "db1")
+        assert NAMESPACE in host.check("dumpxml", "db1")
     host.start_nvdimmd()
     assert host.state("db1") == before
     assert "<memory model='nvdimm'" in host.check("dumpxml", "db1")

@@ -51,7 +51,7 @@ def test_a_section_in_which_nothing_is_said_is_no_pool(tmp_path: Path) -> None:
         ("[pool:a]\npaths = mnt\n", "mnt is not absolute"),
         ("[pool:a]\npaths = /a\nquota = lots\n", "quota.*'lots' is not a size"),
         ("[pool:a]\npaths = /a\nalignsize = 3MiB\n", "alignsize: 3145728 is not a power of two"),
-        ("[pool:a]\npaths = /a\nlabel_size = 4KiB\n", "label_size: a label area has 128KiB at least"),
+        ("[pool:a]\npaths = /a\nlabel_size = 4KiB\n", "label_size: a label area has 128 KiB or more"),
         ("[pool:a]\npaths = /a\n[pool:b]\npaths = /a/b\n", "pools a and b have .*/a.* both"),
         ("[acpi]\ndsm = qemu\nbuilder = native\n", r"\[acpi\] dsm is qemu and \[acpi\] builder is native"),
         ("[acpi]\ndsm = magic\n", "magic"),

@@ -12,7 +12,6 @@ import pytest
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import (
     BackingError,
-    DomainXmlError,
     InUseError,
     NotFoundError,
     RefusedError,
@@ -58,7 +57,7 @@ class Host:
         self.driver: XenNvdimmDriver = make_driver(
             folder, self.backing, RecordingMapper(), pools=Pools([pool(wipe=wipe, quota=quota)])
         )
-        self.contents = self.driver.contents
+        self.importer, self.exporter, self.wiper = self.driver.importer, self.driver.exporter, self.driver.wiper
 
     def fill(self, path: str, data: bytes) -> None:
         self.backing.contents[path] = bytearray(data.ljust(SIZE, b"\1"))
@@ -91,19 +90,19 @@ def test_provision(host: Host) -> None:
         told.append(what)
         return unwatched
 
-    assert host.contents.provision(spec(), record).creates
+    assert host.importer.provision(spec(), record).creates
     assert told == ["writing zeros"]
     assert host.backing.files[A][1] == SIZE
-    assert not host.contents.provision(spec(), watch).creates
+    assert not host.importer.provision(spec(), watch).creates
     assert host.driver.ledger.domains() == ()
 
 
 def test_what_a_domain_has_is_not_provisioned_or_imported(defined: Host, tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(bytes(SIZE))
     for attempt in (
-        lambda: defined.contents.provision(spec(), watch),
-        lambda: defined.contents.adopt(A, None, 0, watch),
-        lambda: defined.contents.copy_in(str(tmp_path / "source"), A, None, 0, watch),
+        lambda: defined.importer.provision(spec(), watch),
+        lambda: defined.importer.import_in_place(A, None, 0, watch),
+        lambda: defined.importer.import_copy(str(tmp_path / "source"), A, None, 0, watch),
     ):
         with pytest.raises(InUseError, match=f"{A} belongs to domain db1"):
             attempt()
@@ -114,21 +113,21 @@ def test_bytes_that_a_domain_has_under_another_path_are_its_own(defined: Host) -
     other = "/mnt/pmem0/other"
     defined.backing.files[other] = defined.backing.files[A]
     with pytest.raises(InUseError, match=f"{other} belongs to domain db1"):
-        defined.contents.provision(spec(other), watch)
+        defined.importer.provision(spec(other), watch)
     defined.run(A, B)
     with pytest.raises(InUseError, match="db1 is running"):
-        defined.contents.wipe(spec(other), watch)
-    assert defined.contents.is_in_use(other)
+        defined.wiper.wipe(spec(other), watch)
+    assert defined.exporter.is_in_use(other)
 
 
 def test_outside_of_the_pools_nothing_is_done(host: Host, tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(bytes(SIZE))
     outside = "/srv/a"
     for attempt in (
-        lambda: host.contents.provision(spec(outside), watch),
-        lambda: host.contents.adopt(outside, None, None, watch),
-        lambda: host.contents.copy_in(str(tmp_path / "source"), outside, None, 0, watch),
-        lambda: host.contents.wipe(spec(outside), watch),
+        lambda: host.importer.provision(spec(outside), watch),
+        lambda: host.importer.import_in_place(outside, None, None, watch),
+        lambda: host.importer.import_copy(str(tmp_path / "source"), outside, None, 0, watch),
+        lambda: host.wiper.wipe(spec(outside), watch),
     ):
         with pytest.raises(RefusedError, match="in none of the host's pools"):
             attempt()
@@ -138,36 +137,36 @@ def test_a_quota_holds_for_what_is_provisioned(tmp_path: Path) -> None:
     host = Host(tmp_path, quota=SIZE)
     host.driver.define(domain(A))
     with pytest.raises(RefusedError, match="quota"):
-        host.contents.provision(spec(B), watch)
+        host.importer.provision(spec(B), watch)
 
 
 def test_adopting_finds_the_label_area(host: Host) -> None:
     host.backing.files[A] = (1, SIZE)
     host.fill(A, bytes(SIZE - 256 * KIB) + label_area(256 * KIB))
-    assert host.contents.adopt(A, None, None, watch) == replace(spec(), label_size=256 * KIB)
-    assert host.contents.adopt(A, None, 0, watch) == spec()
-    assert host.contents.adopt(A, 2 * MIB, None, watch) == spec(size=2 * MIB)
+    assert host.importer.import_in_place(A, None, None, watch) == replace(spec(), label_size=256 * KIB)
+    assert host.importer.import_in_place(A, None, 0, watch) == spec()
+    assert host.importer.import_in_place(A, 2 * MIB, None, watch) == spec(size=2 * MIB)
     assert host.backing.filled == [A, A, A]
 
 
 def test_what_cannot_be_adopted(host: Host) -> None:
     host.backing.files[A] = (1, SIZE)
     with pytest.raises(NotFoundError, match="no such file"):
-        host.contents.adopt(B, None, None, watch)
+        host.importer.import_in_place(B, None, None, watch)
     with pytest.raises(BackingError, match=r"not a multiple of 2 MiB.*--size"):
-        host.contents.adopt(A, SIZE - 1, None, watch)
-    with pytest.raises(DomainXmlError, match="label area has at least 128 KiB"):
-        host.contents.adopt(A, None, 64 * KIB, watch)
+        host.importer.import_in_place(A, SIZE - 1, None, watch)
+    with pytest.raises(BackingError, match="a label area has 128 KiB or more"):
+        host.importer.import_in_place(A, None, 64 * KIB, watch)
     host.fill(A, b"QFI\xfb\0\0\0\3")
     with pytest.raises(UnsupportedError, match=f"qcow2.*qemu-img convert -f qcow2 -O raw {A}"):
-        host.contents.adopt(A, None, None, watch)
+        host.importer.import_in_place(A, None, None, watch)
     assert host.backing.filled == []
 
 
 def test_copying_in(host: Host, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(SIZE - 128 * KIB) + label_area(128 * KIB))
-    found = host.contents.copy_in(str(source), A, None, None, watch)
+    found = host.importer.import_copy(str(source), A, None, None, watch)
     assert found == replace(spec(), label_size=128 * KIB)
     assert host.backing.contents[A] == source.read_bytes()
     assert list(host.backing.files) == [A]
@@ -177,9 +176,9 @@ def test_an_interrupted_import_is_under_another_name(host: Host, tmp_path: Path)
     source = tmp_path / "source"
     source.write_bytes(os.urandom(SIZE))
     with pytest.raises(KeyboardInterrupt):
-        host.contents.copy_in(str(source), A, None, 0, interrupted)
+        host.importer.import_copy(str(source), A, None, 0, interrupted)
     assert A not in host.backing.files
-    host.contents.copy_in(str(source), A, None, 0, watch)
+    host.importer.import_copy(str(source), A, None, 0, watch)
     assert host.backing.contents[A] == source.read_bytes()
     assert host.backing.opened[-1].writes[0] == (MIB, MIB), "the first one was there"
 
@@ -188,13 +187,13 @@ def test_sizes_of_imports(host: Host, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"x" * (MIB + 1))
     with pytest.raises(BackingError, match="1048577 bytes are not a multiple of 2 MiB"):
-        host.contents.copy_in(str(source), A, None, None, watch)
-    assert host.contents.copy_in(str(source), A, 2 * MIB, None, watch) == spec(size=2 * MIB)
+        host.importer.import_copy(str(source), A, None, None, watch)
+    assert host.importer.import_copy(str(source), A, 2 * MIB, None, watch) == spec(size=2 * MIB)
     assert host.backing.contents[A] == source.read_bytes().ljust(2 * MIB, b"\0")
     source.write_bytes(bytes(2 * MIB) + label_area(2 * MIB))
     for size in (2 * MIB, 8 * MIB):
         with pytest.raises(BackingError, match="leave --size out"):
-            host.contents.copy_in(str(source), B, size, None, watch)
+            host.importer.import_copy(str(source), B, size, None, watch)
 
 
 class Anywhere(MemoryBacking):
@@ -207,32 +206,32 @@ def test_an_import_overwrites_nothing_unasked(tmp_path: Path) -> None:
     source.write_bytes(bytes(SIZE))
     driver = make_driver(tmp_path, Anywhere(), RecordingMapper(), pools=Pools([], any_path=True))
     with pytest.raises(RefusedError, match=r"/dev/null: what is on it would be overwritten .--force"):
-        driver.contents.copy_in(str(source), device, None, 0, watch)
+        driver.importer.import_copy(str(source), device, None, 0, watch)
     with pytest.raises(RefusedError, match="exists already"):
-        driver.contents.copy_in(str(source), str(source), None, 0, watch)
-    driver.contents.copy_in(str(source), device, None, 0, watch, overwrite=True)
+        driver.importer.import_copy(str(source), str(source), None, 0, watch)
+    driver.importer.import_copy(str(source), device, None, 0, watch, overwrite=True)
 
 
 def test_exporting(defined: Host, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    digest = defined.contents.copy_out(spec(), str(copy), watch, overwrite=False, running=False)
+    digest = defined.exporter.export(spec(), str(copy), watch, overwrite=False, running=False)
     assert copy.read_bytes() == defined.backing.contents[A]
     assert digest == sha256(copy.read_bytes()).hexdigest()
     with pytest.raises(RefusedError, match=r"exists already .--force"):
-        defined.contents.copy_out(spec(), str(copy), watch, overwrite=False, running=False)
+        defined.exporter.export(spec(), str(copy), watch, overwrite=False, running=False)
     defined.fill(A, b"other")
-    defined.contents.copy_out(spec(), str(copy), watch, overwrite=True, running=False)
+    defined.exporter.export(spec(), str(copy), watch, overwrite=True, running=False)
     assert copy.read_bytes() == defined.backing.contents[A]
     assert not (tmp_path / ".copy.partial").exists()
 
 
 def test_an_interrupted_export_goes_on(defined: Host, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        defined.contents.copy_out(spec(), str(tmp_path / "copy"), interrupted, overwrite=False, running=False)
+        defined.exporter.export(spec(), str(tmp_path / "copy"), interrupted, overwrite=False, running=False)
     assert not (tmp_path / "copy").exists()
     partial = tmp_path / ".copy.partial"
     assert partial.read_bytes()[: MIB + 1] == defined.backing.contents[A][:MIB] + b"\0"
-    defined.contents.copy_out(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=False)
+    defined.exporter.export(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=False)
     assert (tmp_path / "copy").read_bytes() == defined.backing.contents[A]
     assert not partial.exists()
 
@@ -240,8 +239,8 @@ def test_an_interrupted_export_goes_on(defined: Host, tmp_path: Path) -> None:
 def test_what_runs_is_not_exported_unless_forced(defined: Host, tmp_path: Path) -> None:
     defined.run(A)
     with pytest.raises(InUseError, match="db1 is running"):
-        defined.contents.copy_out(spec(), str(tmp_path / "copy"), watch, overwrite=True, running=False)
-    defined.contents.copy_out(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=True)
+        defined.exporter.export(spec(), str(tmp_path / "copy"), watch, overwrite=True, running=False)
+    defined.exporter.export(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=True)
 
 
 def test_a_domain_that_was_started_meanwhile_spoils_the_copy(defined: Host, tmp_path: Path) -> None:
@@ -250,7 +249,7 @@ def test_a_domain_that_was_started_meanwhile_spoils_the_copy(defined: Host, tmp_
         return unwatched
 
     with pytest.raises(InUseError, match="db1 is running"):
-        defined.contents.copy_out(spec(), str(tmp_path / "copy"), start, overwrite=False, running=False)
+        defined.exporter.export(spec(), str(tmp_path / "copy"), start, overwrite=False, running=False)
     assert not (tmp_path / "copy").exists()
 
 
@@ -262,33 +261,33 @@ def test_what_the_system_says_is_told_with_the_path(defined: Host, tmp_path: Pat
             return opened
 
     backing = Broken()
-    contents = make_driver(tmp_path, backing, RecordingMapper()).contents
+    wiper = make_driver(tmp_path, backing, RecordingMapper()).wiper
     with pytest.raises(BackingError, match=rf"{B}1: No space left on device .make room"):
-        contents.wipe(spec(f"{B}1"), watch)
+        wiper.wipe(spec(f"{B}1"), watch)
 
 
 def test_a_domains_backing_is_no_destination(defined: Host) -> None:
     with pytest.raises(InUseError, match=f"{B} belongs to"):
-        defined.contents.copy_out(spec(), B, watch, overwrite=True, running=False)
+        defined.exporter.export(spec(), B, watch, overwrite=True, running=False)
 
 
 def test_wiping(defined: Host) -> None:
     before = defined.driver.ledger.domain(UUID)
-    defined.contents.wipe(spec(), watch)
+    defined.wiper.wipe(spec(), watch)
     assert defined.backing.contents[A] == bytes(SIZE)
     assert defined.backing.opened[-1].synced
     assert defined.backing.opened[-1].closed
     assert defined.backing.contents[B] != bytes(SIZE)
     assert defined.driver.ledger.domain(UUID) == before
     with pytest.raises(NotFoundError):
-        defined.contents.wipe(spec("/mnt/pmem0/none"), watch)
+        defined.wiper.wipe(spec("/mnt/pmem0/none"), watch)
 
 
 def test_what_runs_is_not_wiped(defined: Host) -> None:
     defined.run(A)
     content = bytes(defined.backing.contents[A])
     with pytest.raises(InUseError, match="db1 is running"):
-        defined.contents.wipe(spec(), watch)
+        defined.wiper.wipe(spec(), watch)
     assert defined.backing.contents[A] == content
     assert defined.backing.opened == [], "its file is immutable"
 
@@ -298,9 +297,9 @@ def test_what_was_put_in_the_place_of_a_domains_backing_is_neither_wiped_nor_del
     assert record is not None
     defined.backing.files[A] = (999, SIZE)
     with pytest.raises(BackingError, match="is not what was provisioned"):
-        defined.contents.wipe(spec(), watch, record.allocations[0].identity)
+        defined.wiper.wipe(spec(), watch, record.allocations[0].identity)
     with pytest.raises(BackingError, match="is not what was provisioned"):
-        defined.contents.give_up(record, watch, delete=True)
+        defined.wiper.give_up(record, watch, delete=True)
     assert A in defined.backing.files
     assert defined.driver.ledger.domain(UUID) == record
 
@@ -313,7 +312,7 @@ def test_giving_up(tmp_path: Path, wipe: bool, delete: bool) -> None:
     host.fill(A, content := b"data")
     record = host.driver.ledger.domain(UUID)
     assert record is not None
-    host.contents.give_up(record, watch, delete=delete)
+    host.wiper.give_up(record, watch, delete=delete)
     assert host.driver.ledger.domain(UUID) is None
     assert (A in host.backing.files) is not delete
     assert (host.backing.contents[A] == bytes(SIZE)) is wipe
@@ -327,10 +326,10 @@ def test_a_claim_stays_until_all_is_wiped(tmp_path: Path) -> None:
     record = host.driver.ledger.domain(UUID)
     assert record is not None
     with pytest.raises(KeyboardInterrupt):
-        host.contents.give_up(record, interrupted, delete=True)
+        host.wiper.give_up(record, interrupted, delete=True)
     assert host.driver.ledger.domain(UUID) == record
     assert host.backing.contents[A] == bytes(MIB) + b"\1" * (SIZE - MIB)
-    host.contents.give_up(record, watch, delete=True)
+    host.wiper.give_up(record, watch, delete=True)
     assert host.driver.ledger.domain(UUID) is None
     assert host.backing.files == {}
 
@@ -340,7 +339,7 @@ def test_a_running_domain_gives_nothing_up(defined: Host) -> None:
     record = defined.driver.ledger.domain(UUID)
     assert record is not None
     with pytest.raises(InUseError):
-        defined.contents.give_up(record, watch, delete=True)
+        defined.wiper.give_up(record, watch, delete=True)
     assert A in defined.backing.files
 
 
@@ -350,5 +349,5 @@ def test_what_is_gone_can_be_given_up(tmp_path: Path) -> None:
     del host.backing.files[A]
     record = host.driver.ledger.domain(OTHER_UUID)
     assert record is not None
-    host.contents.give_up(record, watch, delete=False)
+    host.wiper.give_up(record, watch, delete=False)
     assert host.driver.ledger.domains() == ()

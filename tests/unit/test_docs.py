@@ -13,7 +13,8 @@ from nvdimm_driver.metrics import DriverCollector
 from nvdimm_driver.rpc.intercept import TABLE
 from nvdimm_driver.state.events import KINDS, LOGGED
 from nvdimm_driver.state.ledger import SCHEMAS, Ledger
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.rewrite import restore, rewrite
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
 
 DOC = Path(__file__).parents[2] / "doc"
@@ -79,9 +80,9 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
 
 def test_the_rewritten_example_is_what_rewriting_its_original_gives() -> None:
     rewritten = next(block for block in _blocks("xml.rst") if "nvdimm:domain" in block)
-    original = domxml.restore(rewritten)
-    assert domxml.extract(original) is not None
-    assert domxml.rewrite(original, "/usr/libexec/xen/bin/nvdimm-device-model") == rewritten
+    original = restore(rewritten)
+    assert extract(original) is not None
+    assert rewrite(original, "/usr/libexec/xen/bin/nvdimm-device-model") == rewritten
 
 
 def test_every_column_of_the_ledger_is_documented() -> None:

@@ -29,6 +29,10 @@ def request(
     return PlacementRequest(slot, size, label_size, label_gap, alignsize, first_spa, base, node)
 
 
+def place(ram: int, requests: list[PlacementRequest], *, address_bits: int, gap: int = 64 * GIB) -> GuestLayout:
+    return layout.place(ram, requests, address_bits=address_bits, gap=gap)
+
+
 def bases(guest: GuestLayout) -> list[int]:
     return [placement.base for placement in guest.nvdimms]
 
@@ -44,34 +48,34 @@ def bases(guest: GuestLayout) -> list[int]:
     ],
 )
 def test_ram_above_the_pci_hole_starts_at_4_gib(ram: int, highmem_end: int) -> None:
-    guest = layout.place(ram, [], address_bits=46)
+    guest = place(ram, [], address_bits=46)
     assert guest == GuestLayout(ram, highmem_end, 1 << 46, ())
     assert guest == layout.around(ram, [], address_bits=46)
 
 
 def test_nvdimms_start_at_the_next_gib_behind_the_gap_in_slot_order() -> None:
-    guest = layout.place(4 * GIB, [request(3), request(1, 2 * GIB)], address_bits=40)
+    guest = place(4 * GIB, [request(3), request(1, 2 * GIB)], address_bits=40)
     assert [placement.slot for placement in guest.nvdimms] == [1, 3]
     assert bases(guest) == [69 * GIB, 71 * GIB]  # RAM ends at 4.25 GiB
 
 
 def test_all_that_was_asked_for_is_kept() -> None:
-    guest = layout.place(GIB, [request(7, MIB, label_size=128 * KIB, node=1)], address_bits=40)
+    guest = place(GIB, [request(7, MIB, label_size=128 * KIB, node=1)], address_bits=40)
     assert guest.nvdimms == (Placement(7, 68 * GIB, MIB, 128 * KIB, 1),)
 
 
 def test_a_label_area_has_its_room_behind_what_is_visible() -> None:
     labelled = request(0, 14 * MIB, label_size=128 * KIB, label_gap=2 * MIB - 128 * KIB, alignsize=2 * MIB)
-    guest = layout.place(GIB, [labelled, request(1, MIB)], address_bits=40)
+    guest = place(GIB, [labelled, request(1, MIB)], address_bits=40)
     first, second = guest.nvdimms
     assert first.label_base == first.base + 16 * MIB - 128 * KIB
     assert first.space_end == second.base == first.base + 16 * MIB
     with pytest.raises(LayoutError, match="overlap"):
-        layout.place(GIB, [replace(labelled, base=first.base), request(1, MIB, base=first.end)], address_bits=40)
+        place(GIB, [replace(labelled, base=first.base), request(1, MIB, base=first.end)], address_bits=40)
     limit = (1 << 40) - 16 * MIB
-    layout.place(GIB, [replace(labelled, base=limit)], address_bits=40)
+    place(GIB, [replace(labelled, base=limit)], address_bits=40)
     with pytest.raises(LayoutError, match="behind the guest's physical address space"):
-        layout.place(GIB, [replace(labelled, base=limit + 2 * MIB)], address_bits=40)
+        place(GIB, [replace(labelled, base=limit + 2 * MIB)], address_bits=40)
 
 
 def test_the_pages_of_a_label_area_are_mapped_where_they_are_in_the_backing() -> None:
@@ -109,35 +113,33 @@ def test_the_pages_of_a_label_area_are_mapped_where_they_are_in_the_backing() ->
 )
 def test_base_is_aligned_and_congruent_to_the_first_spa(first_spa: int, alignsize: int | None, base: int) -> None:
     size = alignsize or PAGE
-    assert bases(layout.place(GIB, [request(0, size, alignsize=alignsize, first_spa=first_spa)], address_bits=40)) == [
-        base
-    ]
+    assert bases(place(GIB, [request(0, size, alignsize=alignsize, first_spa=first_spa)], address_bits=40)) == [base]
 
 
 def test_the_gap_shrinks_while_the_nvdimms_do_not_fit() -> None:
-    assert bases(layout.place(GIB, [request()], address_bits=36)) == [36 * GIB]
-    assert bases(layout.place(GIB, [request(0, 50 * GIB)], address_bits=36)) == [12 * GIB]
-    assert bases(layout.place(GIB, [request(0, 59 * GIB)], address_bits=36)) == [5 * GIB]
-    assert bases(layout.place(GIB, [request(0, 59 * GIB)], address_bits=36, gap=PAGE)) == [5 * GIB]
+    assert bases(place(GIB, [request()], address_bits=36)) == [36 * GIB]
+    assert bases(place(GIB, [request(0, 50 * GIB)], address_bits=36)) == [12 * GIB]
+    assert bases(place(GIB, [request(0, 59 * GIB)], address_bits=36)) == [5 * GIB]
+    assert bases(place(GIB, [request(0, 59 * GIB)], address_bits=36, gap=PAGE)) == [5 * GIB]
 
 
 def test_what_does_not_fit_is_refused_with_numbers() -> None:
     with pytest.raises(LayoutError) as caught:
-        layout.place(GIB, [request(0, 30 * GIB), request(1, 30 * GIB)], address_bits=36)
+        place(GIB, [request(0, 30 * GIB), request(1, 30 * GIB)], address_bits=36)
     for number in (f"{60 * GIB} bytes", f"{4 * GIB:#x}", f"{64 * GIB:#x}", f"{GIB} bytes"):
         assert number in caught.value.message
     assert caught.value.hint
 
 
 def test_the_address_space_ends_at_48_bits() -> None:
-    assert layout.place(GIB, [], address_bits=52).limit == 1 << 48
+    assert place(GIB, [], address_bits=52).limit == 1 << 48
     with pytest.raises(LayoutError, match="do not fit"):
-        layout.place(GIB, [request(0, 1 << 48)], address_bits=52)
+        place(GIB, [request(0, 1 << 48)], address_bits=52)
 
 
 def test_the_users_bases_are_honoured_and_the_others_go_around_them() -> None:
     requests = [request(0), request(1, base=68 * GIB + MIB), request(2), request(3, base=5 * GIB)]
-    assert bases(layout.place(GIB, requests, address_bits=40)) == [
+    assert bases(place(GIB, requests, address_bits=40)) == [
         69 * GIB + 2 * MIB,
         68 * GIB + MIB,
         70 * GIB + 2 * MIB,
@@ -146,7 +148,7 @@ def test_the_users_bases_are_honoured_and_the_others_go_around_them() -> None:
 
 
 def test_an_nvdimm_may_begin_where_another_ends() -> None:
-    assert bases(layout.place(GIB, [request(0), request(1, base=68 * GIB), request(2)], address_bits=40)) == [
+    assert bases(place(GIB, [request(0), request(1, base=68 * GIB), request(2)], address_bits=40)) == [
         69 * GIB,
         68 * GIB,
         70 * GIB,
@@ -177,13 +179,13 @@ def test_an_nvdimm_may_begin_where_another_ends() -> None:
 )
 def test_impossible_requests_are_refused(requests: list[PlacementRequest], message: str) -> None:
     with pytest.raises(LayoutError, match=message) as caught:
-        layout.place(4 * GIB, requests, address_bits=40)
+        place(4 * GIB, requests, address_bits=40)
     assert caught.value.hint
 
 
 def test_a_remembered_layout_is_checked_against_the_guest_as_it_is_now() -> None:
     requests = [request(0), request(1, label_size=128 * KIB)]
-    guest = layout.place(GIB, requests, address_bits=40)
+    guest = place(GIB, requests, address_bits=40)
     layout.check(guest, requests, address_bits=40)
     with pytest.raises(LayoutError, match=f"overlaps the guest's RAM of {100 * GIB} bytes"):
         layout.check(replace(guest, ram=100 * GIB), requests, address_bits=40)
@@ -254,7 +256,7 @@ def requests_of(draw: st.DrawFn, *, fixed: bool) -> list[PlacementRequest]:
 )
 def test_a_layout_is_refused_or_right(ram: int, requests: list[PlacementRequest], bits: int, gap: int) -> None:
     try:
-        guest = layout.place(ram * PAGE, requests, address_bits=bits, gap=gap)
+        guest = place(ram * PAGE, requests, address_bits=bits, gap=gap)
     except LayoutError:
         return
     wanted = {item.slot: item for item in requests}
@@ -275,13 +277,13 @@ def test_a_layout_is_refused_or_right(ram: int, requests: list[PlacementRequest]
 
 @given(st.integers(1, 256 * GIB // PAGE), requests_of(fixed=False))
 def test_what_fits_is_placed_the_same_each_time_and_stays(ram: int, requests: list[PlacementRequest]) -> None:
-    guest = layout.place(ram * PAGE, requests, address_bits=46)
-    assert layout.place(ram * PAGE, requests[::-1], address_bits=46) == guest
+    guest = place(ram * PAGE, requests, address_bits=46)
+    assert place(ram * PAGE, requests[::-1], address_bits=46) == guest
     remembered = [
         replace(item, base=base)
         for item, base in zip(sorted(requests, key=lambda r: r.slot), bases(guest), strict=True)
     ]
-    assert layout.place(ram * PAGE, remembered, address_bits=46, gap=0) == guest
+    assert place(ram * PAGE, remembered, address_bits=46, gap=0) == guest
     layout.check(guest, requests, address_bits=46)
 
 
@@ -300,7 +302,7 @@ def test_mappings_are_exactly_the_visible_frames(runs: list[tuple[int, int]], da
 
 @given(st.integers(1, 1 << 30), st.integers(SUPERPAGE // PAGE * 2, 1 << 20))
 def test_a_contiguous_backing_is_mapped_in_superpages(mfn: int, count: int) -> None:
-    guest = layout.place(GIB, [request(0, count * PAGE, first_spa=mfn * PAGE)], address_bits=46)
+    guest = place(GIB, [request(0, count * PAGE, first_spa=mfn * PAGE)], address_bits=46)
     mapped = layout.mappings(guest.nvdimms[0], [Extent(0, mfn * PAGE, count * PAGE)])
     superpages, pages, _ = p2m.cost(mapped)
     assert superpages >= count // 512 - 1

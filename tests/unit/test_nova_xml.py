@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nvdimm_driver.model import GIB, MIB, DomainSpec, NvdimmSpec
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.rewrite import restore, rewrite
 
 EMITTED = (Path(__file__).parents[1] / "data/nova/domain.xml").read_text()
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-0000000000aa"
@@ -17,14 +18,14 @@ def nvdimm(slot: int, path: str, size: int) -> NvdimmSpec:
 
 def test_it_says_what_nova_means() -> None:
     nvdimms = nvdimm(0, "/mnt/pmem0/ns0", 6 * GIB), nvdimm(1, "/dev/dax0.0", 16 * GIB)
-    assert domxml.extract(EMITTED) == DomainSpec("instance-00000001", UUID, 512 * MIB, None, nvdimms)
+    assert extract(EMITTED) == DomainSpec("instance-00000001", UUID, 512 * MIB, None, nvdimms)
     assert [each.visible_size for each in nvdimms] == [6 * GIB - 2 * MIB, 16 * GIB - 2 * MIB], "nothing is rounded away"
 
 
 def test_it_is_rewritten_and_comes_back() -> None:
-    rewritten = domxml.rewrite(EMITTED, "/dm")
+    rewritten = rewrite(EMITTED, "/dm")
     assert "<emulator>/dm</emulator>" in rewritten
     assert "nvdimm" not in rewritten.partition("</metadata>")[2]
-    restored = domxml.restore(rewritten)
-    assert domxml.extract(restored) == domxml.extract(EMITTED)
-    assert domxml.rewrite(restored, "/dm") == rewritten
+    restored = restore(rewritten)
+    assert extract(restored) == extract(EMITTED)
+    assert rewrite(restored, "/dm") == rewritten

@@ -15,11 +15,14 @@ from nvdimm_driver.rpc import intercept
 from nvdimm_driver.rpc.handler import Call, Context, Peer, ReplyEntry, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, TypedParam, Unpacker
-from nvdimm_driver.xml import document as xmltext
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.document import decode
+from nvdimm_driver.xml.hooks import XmlHooks
+from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, restore, rewrite
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
+HOOKS = XmlHooks([LibxlXmlHook()], DEVICE_MODEL)
 CONTEXT = Context(Peer(0, 0, 1), False)
 DEFINE, DEFINE_FLAGS, CREATE_XML, START, GET_XML = 11, 350, 10, 9, 14
 NVDIMM = (
@@ -53,8 +56,8 @@ class Libvirtd:
             raise LibvirtError(RemoteError(1, 41, self.refuse[call.procedure]).pack())
         match call.procedure:
             case 11 | 350 | 10:
-                text = xmltext.decode(values.encoded())
-                spec = domxml.extract(text)
+                text = decode(values.encoded())
+                spec = extract(restore(text))
                 uuid = UUID if spec is None or spec.uuid is None else spec.uuid
                 self.defined[uuid] = text
                 return bytes(Packer().domain(DomainRef("db1", uuid, -1)))
@@ -89,7 +92,7 @@ class Proxy:
 
     def __init__(self, folder: Path, backing: MemoryBacking) -> None:
         self.libvirtd = Libvirtd()
-        self.interceptor = Interceptor(lambda: make_driver(folder, backing, RecordingMapper()), DEVICE_MODEL)
+        self.interceptor = Interceptor(lambda: make_driver(folder, backing, RecordingMapper()), HOOKS)
 
     def call(self, procedure: int, packer: Packer, *, read_only: bool = False) -> bytes:
         return self.handle(procedure, bytes(packer), read_only=read_only)
@@ -140,7 +143,7 @@ def test_define_rewrites_and_provisions(
     reply = proxy.call(procedure, packer if procedure == DEFINE else packer.uint32(1))
     domain = Unpacker(reply).domain()
     assert domain.uuid == UUID
-    assert proxy.libvirtd.defined[UUID] == domxml.rewrite(xml("a", "b"), DEVICE_MODEL)
+    assert proxy.libvirtd.defined[UUID] == rewrite(xml("a", "b"), DEVICE_MODEL)
     assert set(backing.files) == {"/mnt/pmem0/a", "/mnt/pmem0/b"}
     record = driver.ledger.domain(UUID)
     assert record is not None
@@ -190,14 +193,14 @@ def test_a_domain_that_is_redefined_without_nvdimms_gives_them_up(
 @pytest.mark.parametrize("read_only", [False, True])
 def test_the_client_gets_back_what_it_wrote(proxy: Proxy, read_only: bool) -> None:
     domain = proxy.define(xml("a"))
-    assert proxy.xml(domain, read_only=read_only) == domxml.restore(proxy.libvirtd.defined[UUID])
+    assert proxy.xml(domain, read_only=read_only) == restore(proxy.libvirtd.defined[UUID])
     assert "model='nvdimm'" in proxy.xml(domain, read_only=read_only)
-    assert domxml.NAMESPACE not in proxy.xml(domain, read_only=read_only)
+    assert NAMESPACE not in proxy.xml(domain, read_only=read_only)
 
 
 def test_forged_metadata_is_refused(proxy: Proxy) -> None:
     with pytest.raises(DomainXmlError, match="own metadata"):
-        proxy.define(domxml.rewrite(xml("a"), DEVICE_MODEL))
+        proxy.define(rewrite(xml("a"), DEVICE_MODEL))
     assert proxy.libvirtd.calls == []
 
 
@@ -209,10 +212,10 @@ def test_a_forged_emulator_is_refused(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("colon", [":", "&#58;", "&#x3a;"])
 def test_forged_metadata_is_refused_however_it_is_written(proxy: Proxy, colon: str) -> None:
-    forged = domxml.rewrite(xml("a"), DEVICE_MODEL).replace(domxml.NAMESPACE, domxml.NAMESPACE.replace(":", colon))
+    forged = rewrite(xml("a"), DEVICE_MODEL).replace(NAMESPACE, NAMESPACE.replace(":", colon))
     with pytest.raises(DomainXmlError, match="own metadata"):
         proxy.define(forged)
-    metadata = f"<nvdimm:domain xmlns:nvdimm='{domxml.NAMESPACE.replace(':', colon)}'/>"
+    metadata = f"<nvdimm:domain xmlns:nvdimm='{NAMESPACE.replace(':', colon)}'/>"
     arguments = Packer().domain(DomainRef("x", UUID, -1)).int32(2).optional_string(metadata)
     with pytest.raises(DomainXmlError, match="own"):
         proxy.call(264, arguments.optional_string("k").optional_string("urn:x").uint32(0))
@@ -220,7 +223,7 @@ def test_forged_metadata_is_refused_however_it_is_written(proxy: Proxy, colon: s
 
 
 def test_forged_metadata_is_refused_in_an_encoding_that_hides_it(proxy: Proxy) -> None:
-    forged = domxml.rewrite(xml("a"), DEVICE_MODEL).replace(domxml.NAMESPACE, domxml.NAMESPACE.replace(":", "+ADo-"))
+    forged = rewrite(xml("a"), DEVICE_MODEL).replace(NAMESPACE, NAMESPACE.replace(":", "+ADo-"))
     with pytest.raises(DomainXmlError, match="UTF-7"):
         proxy.define(f"<?xml version='1.0' encoding='UTF-7'?>{forged}")
     assert proxy.libvirtd.calls == []
@@ -356,16 +359,16 @@ def test_other_devices_pass(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "uri"), [("<a/>", domxml.NAMESPACE), (f"<n:domain xmlns:n='{domxml.NAMESPACE}'/>", "urn:x"), (None, None)]
+    ("text", "uri"), [("<a/>", NAMESPACE), (f"<n:domain xmlns:n='{NAMESPACE}'/>", "urn:x"), (None, None)]
 )
 def test_metadata_of_ours_is_not_for_clients(proxy: Proxy, text: str | None, uri: str | None) -> None:
     domain = proxy.define(xml("a"))
-    uri = uri or domxml.NAMESPACE
+    uri = uri or NAMESPACE
     arguments = Packer().domain(domain).int32(2).optional_string(text).optional_string("k").optional_string(uri)
     with pytest.raises(DomainXmlError, match="own"):
         proxy.call(264, arguments.uint32(0))
     with pytest.raises(LibvirtError) as caught:
-        proxy.call(265, Packer().domain(domain).int32(2).optional_string(domxml.NAMESPACE).uint32(0))
+        proxy.call(265, Packer().domain(domain).int32(2).optional_string(NAMESPACE).uint32(0))
     assert RemoteError.unpack(caught.value.payload).code == 80
 
 
@@ -389,7 +392,7 @@ def test_migration_is_refused_at_both_ends(proxy: Proxy) -> None:
     for procedure in (302, 305):
         with pytest.raises(UnsupportedError, match="domain db1 has NVDIMMs, and cannot be migrated"):
             proxy.call(procedure, Packer().domain(domain))
-    comes = TypedParam("destination_xml", 7, domxml.rewrite(xml("a"), DEVICE_MODEL))
+    comes = TypedParam("destination_xml", 7, rewrite(xml("a"), DEVICE_MODEL))
     for procedure in (303, 304):
         with pytest.raises(UnsupportedError, match="the domain that comes has NVDIMMs"):
             proxy.call(procedure, Packer().typed_params([TypedParam("bandwidth", 4, 9), comes]).opaque(b"").uint32(0))
@@ -439,7 +442,7 @@ def test_the_next_domain_of_that_name_takes_up_the_nvdimms(proxy: Proxy, backing
 
 def test_a_client_that_only_reads_is_left_to_libvirtd() -> None:
     """A handler must not do what libvirtd would refuse: only what reads is intercepted."""
-    interceptor = Interceptor(lambda: pytest.fail("no driver is needed"), DEVICE_MODEL)
+    interceptor = Interceptor(lambda: pytest.fail("no driver is needed"), HOOKS)
     assert {intercept.TABLE[number].name for number in interceptor.table(read_only=True)} == {
         "domain_get_xml_desc",
         "domain_get_metadata",

@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
+from nvdimm_driver.contents.importing import new_nvdimm
+from nvdimm_driver.errors import BackingError, DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB, DomainSpec, NvdimmSpec
-from nvdimm_driver.xml import document as xmltext
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.document import decode
+from nvdimm_driver.xml.edit_devices import attach, is_nvdimm, memory_device
+from nvdimm_driver.xml.parse_domain import emulator_is, extract
+from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, is_rewritten, mentions, restore, rewrite
 
 DATA = Path(__file__).parent.parent / "data" / "domxml"
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
@@ -63,7 +66,7 @@ def nvdimm(
 
 
 def spec(nvdimm: str) -> NvdimmSpec:
-    found = domxml.extract(domain(nvdimm))
+    found = extract(domain(nvdimm))
     assert found is not None
     return found.nvdimms[0]
 
@@ -97,32 +100,32 @@ def meaning(xml: str) -> list[bytes]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rewritten_is_the_golden_file(name: str) -> None:
-    assert domxml.rewrite(read(name), DEVICE_MODEL) == read(f"{name}.rewritten")
+    assert rewrite(read(name), DEVICE_MODEL) == read(f"{name}.rewritten")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_restored_from_libvirt_is_the_golden_file(name: str) -> None:
-    assert domxml.restore(read(f"{name}.libvirt")) == read(f"{name}.restored")
+    assert restore(read(f"{name}.libvirt")) == read(f"{name}.restored")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_libvirts_form_comes_back_byte_for_byte(name: str) -> None:
     stored = read(f"{name}.libvirt")
-    assert domxml.rewrite(domxml.restore(stored), DEVICE_MODEL) == stored
-    assert domxml.rewrite(stored, DEVICE_MODEL) == stored
+    assert rewrite(restore(stored), DEVICE_MODEL) == stored
+    assert rewrite(stored, DEVICE_MODEL) == stored
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_restore_keeps_the_meaning(name: str) -> None:
-    assert meaning(domxml.restore(domxml.rewrite(read(name), DEVICE_MODEL))) == meaning(read(name))
+    assert meaning(restore(rewrite(read(name), DEVICE_MODEL))) == meaning(read(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_forms_say_the_same(name: str) -> None:
-    assert domxml.extract(read(name)) is not None
+    assert extract(read(name)) is not None
     for form in ("rewritten", "libvirt", "restored"):
-        assert domxml.extract(read(f"{name}.{form}")) == domxml.extract(read(name))
-        assert domxml.is_rewritten(read(f"{name}.{form}")) == (form != "restored")
+        assert extract(restore(read(f"{name}.{form}"))) == extract(read(name))
+        assert is_rewritten(read(f"{name}.{form}")) == (form != "restored")
 
 
 OPTIONS = 'xmlns{}="urn:nvdimm-driver:options:1"'
@@ -143,9 +146,9 @@ OPTIONS = 'xmlns{}="urn:nvdimm-driver:options:1"'
 )
 def test_a_domain_can_choose_who_serves_labels(metadata: str, dsm: str | None) -> None:
     xml = DOMAIN.replace("  <memory ", f"  {metadata}\n  <memory ", 1)
-    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
-    for form in (xml, rewritten, domxml.restore(rewritten)):
-        found = domxml.extract(form)
+    rewritten = rewrite(xml, DEVICE_MODEL)
+    for form in (xml, rewritten, restore(rewritten)):
+        found = extract(restore(form))
         assert found is not None
         assert found.dsm == dsm
 
@@ -164,11 +167,11 @@ def test_a_domain_can_choose_who_serves_labels(metadata: str, dsm: str | None) -
 def test_an_option_that_is_not_known_is_refused(options: str) -> None:
     xml = DOMAIN.replace("<memory ", f"<metadata {OPTIONS.format(':a')}>{options}</metadata><memory ", 1)
     with pytest.raises(DomainXmlError, match="dsm"):
-        domxml.extract(xml)
+        extract(xml)
 
 
 def test_extract_reads_everything() -> None:
-    assert domxml.extract(read("guest")) == DomainSpec(
+    assert extract(read("guest")) == DomainSpec(
         name="db1",
         uuid="5d7c1a86-0c2c-4c5a-8a3e-9a4c39b2a111",
         ram=4 * GIB,
@@ -178,19 +181,19 @@ def test_extract_reads_everything() -> None:
             NvdimmSpec(1, "/mnt/pmem0/db1.img", 64 * GIB, label_size=128 * KIB),
         ),
     )
-    numa = domxml.extract(read("numa"))
+    numa = extract(read("numa"))
     assert numa is not None
     assert (numa.ram, numa.emulator, numa.nvdimms[0].node) == (4 * GIB, "/usr/bin/qemu-system-x86_64", 1)
 
 
 def test_a_uuid_is_read_in_lower_case_and_never_invented() -> None:
-    found = domxml.extract(domain(uuid="<uuid>5D7C1A860C2C4C5A8A3E9A4C39B2A111</uuid>"))
+    found = extract(domain(uuid="<uuid>5D7C1A860C2C4C5A8A3E9A4C39B2A111</uuid>"))
     assert found is not None
     assert found.uuid == "5d7c1a86-0c2c-4c5a-8a3e-9a4c39b2a111"
-    without = domxml.extract(DOMAIN)
+    without = extract(DOMAIN)
     assert without is not None
     assert without.uuid is None
-    assert "uuid" not in domxml.rewrite(DOMAIN, DEVICE_MODEL)
+    assert "uuid" not in rewrite(DOMAIN, DEVICE_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -209,25 +212,25 @@ def test_a_uuid_is_read_in_lower_case_and_never_invented() -> None:
     ],
 )
 def test_what_is_not_ours_passes_untouched(xml: str) -> None:
-    assert domxml.rewrite(xml, DEVICE_MODEL) == xml
-    assert domxml.restore(xml) == xml
-    assert domxml.extract(xml) is None
-    assert not domxml.is_rewritten(xml)
+    assert rewrite(xml, DEVICE_MODEL) == xml
+    assert restore(xml) == xml
+    assert extract(xml) is None
+    assert not is_rewritten(xml)
 
 
 def test_a_rewritten_domain_of_another_type_passes_untouched() -> None:
     stored = read("guest.libvirt").replace("type='xen'", "type='kvm'", 1)
-    assert domxml.restore(stored) == stored
-    assert domxml.extract(stored) is None
+    assert restore(stored) == stored
+    assert extract(stored) is None
 
 
 def test_the_users_acpi_table_and_other_memory_models_stay() -> None:
     other = "<memory model='virtio-pmem'><source><path>/a</path></source><target><size>1</size></target></memory>"
     xml = read("guest").replace("<console", other + "<console")
-    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
+    rewritten = rewrite(xml, DEVICE_MODEL)
     assert other in rewritten
     assert "<acpi>\n      <table type='slic'>/etc/xen/slic.bin</table>\n    </acpi>" in rewritten
-    assert meaning(domxml.restore(rewritten)) == meaning(xml)
+    assert meaning(restore(rewritten)) == meaning(xml)
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -238,87 +241,85 @@ def test_an_nvdimm_added_to_rewritten_xml_joins_the_others(last: bool) -> None:
         if last
         else read("guest.libvirt").replace("<emulator>", new + "<emulator>")
     )
-    rewritten = domxml.rewrite(added, DEVICE_MODEL)
-    found = domxml.extract(rewritten)
+    rewritten = rewrite(added, DEVICE_MODEL)
+    found = extract(restore(rewritten))
     assert found is not None
     assert [item.path for item in found.nvdimms] == ["/dev/pmem1", "/mnt/pmem0/db1.img", "/mnt/pmem0/new.img"]
-    assert rewritten.count(domxml.NAMESPACE) == 1
+    assert rewritten.count(NAMESPACE) == 1
 
 
 def test_an_nvdimm_pasted_a_second_time_is_an_error() -> None:
-    stored = with_device(domxml.rewrite(DOMAIN, DEVICE_MODEL), NVDIMM)
+    stored = with_device(rewrite(DOMAIN, DEVICE_MODEL), NVDIMM)
     with pytest.raises(DomainXmlError, match=r"the same <source><path>, /mnt/pmem0/a\.img"):
-        domxml.rewrite(stored, DEVICE_MODEL)
+        rewrite(stored, DEVICE_MODEL)
 
 
 def test_another_device_model_path_takes_the_place_of_the_old_one() -> None:
-    rewritten = domxml.rewrite(read("nova.libvirt"), "/opt/new")
+    rewritten = rewrite(read("nova.libvirt"), "/opt/new")
     assert DEVICE_MODEL not in rewritten
-    assert domxml.restore(rewritten) == read("nova.restored")
+    assert restore(rewritten) == read("nova.restored")
 
 
 def test_memory_set_after_the_rewrite_is_kept() -> None:
     changed = read("numa.libvirt").replace("<memory dumpCore='on' unit='KiB'>4194304", "<memory unit='KiB'>4194308")
-    assert "<memory unit='KiB'>4194308</memory>" in domxml.restore(changed)
+    assert "<memory unit='KiB'>4194308</memory>" in restore(changed)
 
 
 def test_current_memory_above_the_ram_becomes_the_ram() -> None:
     xml = domain(currentMemory="<currentMemory unit='GiB'>2</currentMemory>")
-    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
+    rewritten = rewrite(xml, DEVICE_MODEL)
     assert "<currentMemory unit='KiB'>1048576</currentMemory>" in rewritten
-    assert meaning(domxml.restore(rewritten)) == meaning(xml)
+    assert meaning(restore(rewritten)) == meaning(xml)
 
 
 def test_features_that_libvirt_adds_stay() -> None:
     """libxlDomainDefPostParse turns PAE on in every x86_64 HVM guest."""
     stored = read("guest.libvirt").replace("<acpi/>\n", "<acpi/>\n    <pae/>\n")
-    restored = domxml.restore(stored)
+    restored = restore(stored)
     assert "<features>\n    <pae/>\n  </features>" in restored
-    assert domxml.rewrite(restored, DEVICE_MODEL) == stored
+    assert rewrite(restored, DEVICE_MODEL) == stored
 
 
 def test_a_rewritten_domain_without_devices_is_an_error_not_a_loss() -> None:
     root = etree.fromstring(read("guest.libvirt"))
     devices_of(root)[:] = []
     with pytest.raises(DomainXmlError, match="no <emulator>"):
-        domxml.restore(etree.tostring(root, encoding="unicode"))
+        restore(etree.tostring(root, encoding="unicode"))
 
 
 def test_the_device_model_cannot_run_itself() -> None:
     xml = DOMAIN.replace(NVDIMM, NVDIMM + f"<emulator>{DEVICE_MODEL}</emulator>")
     with pytest.raises(DomainXmlError, match="is the NVDIMM device model itself"):
-        domxml.rewrite(xml, DEVICE_MODEL)
+        rewrite(xml, DEVICE_MODEL)
 
 
 def test_text_next_to_elements_is_an_error_not_a_loss() -> None:
     text = DOMAIN.replace("</path>", "<a/></path>")
     with pytest.raises(DomainXmlError, match="<path> has both text, "):
-        domxml.rewrite(text, DEVICE_MODEL)
+        rewrite(text, DEVICE_MODEL)
 
 
 def test_an_element_in_metadata_of_the_same_name_but_not_ours_is_the_users() -> None:
     other = "<metadata><nvdimm:domain xmlns:nvdimm='urn:other'/></metadata>"
-    assert not domxml.is_rewritten(domain(metadata=other) + f"<!-- {domxml.NAMESPACE} -->")
-    assert "urn:other" in domxml.restore(domxml.rewrite(domain(metadata=other), DEVICE_MODEL))
+    assert not is_rewritten(domain(metadata=other) + f"<!-- {NAMESPACE} -->")
+    assert "urn:other" in restore(rewrite(domain(metadata=other), DEVICE_MODEL))
 
 
-@pytest.mark.parametrize(
-    "hidden", [domxml.NAMESPACE, domxml.NAMESPACE.replace(":", "&#58;"), "&#x75;rn:nvdimm-driver:domain:1"]
-)
+@pytest.mark.parametrize("hidden", [NAMESPACE, NAMESPACE.replace(":", "&#58;"), "&#x75;rn:nvdimm-driver:domain:1"])
 def test_our_record_is_known_however_it_is_written(hidden: str) -> None:
     record = f"<metadata><nvdimm:domain xmlns:nvdimm='{hidden}'><devices/></nvdimm:domain></metadata>"
-    assert domxml.is_rewritten(domain(metadata=record))
-    assert domxml.mentions(f"<a><b c='{hidden}'/></a>")
+    assert is_rewritten(domain(metadata=record))
+    assert mentions(f"<a><b c='{hidden}'/></a>")
 
 
 def test_a_text_that_speaks_of_our_name_space_is_no_record() -> None:
-    assert not domxml.mentions(f"<a b='{domxml.NAMESPACE} '>{domxml.NAMESPACE}</a>")
+    assert not mentions(f"<a b='{NAMESPACE} '>{NAMESPACE}</a>")
 
 
 def test_an_nvdimm_and_the_device_model_are_known_however_they_are_written() -> None:
-    assert domxml.is_nvdimm("<memory model='nvd&#105;mm'/>")
-    assert domxml.emulator_is("<domain><devices><emulator>&#47;a/b </emulator></devices></domain>", "/a/b")
-    assert not domxml.emulator_is("<domain><title>/a/b</title><devices/></domain>", "/a/b")
+    assert is_nvdimm("<memory model='nvd&#105;mm'/>")
+    assert emulator_is("<domain><devices><emulator>&#47;a/b </emulator></devices></domain>", "/a/b")
+    assert not emulator_is("<domain><title>/a/b</title><devices/></domain>", "/a/b")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,7 @@ def test_an_nvdimm_and_the_device_model_are_known_however_they_are_written() -> 
     ],
 )
 def test_text_is_read_in_the_encoding_that_it_declares(data: bytes, text: str) -> None:
-    assert xmltext.decode(data) == text
+    assert decode(data) == text
 
 
 @pytest.mark.parametrize(
@@ -350,14 +351,14 @@ def test_text_is_read_in_the_encoding_that_it_declares(data: bytes, text: str) -
 )
 def test_text_whose_ascii_would_mean_something_else_is_refused(data: bytes, problem: str) -> None:
     with pytest.raises(DomainXmlError, match=problem):
-        xmltext.decode(data)
+        decode(data)
 
 
 def test_the_hook_is_the_functions() -> None:
-    hook = domxml.LibxlXmlHook()
+    hook = LibxlXmlHook()
     rewritten = hook.rewrite(DOMAIN, DEVICE_MODEL)
-    assert rewritten == domxml.rewrite(DOMAIN, DEVICE_MODEL)
-    assert hook.restore(rewritten) == domxml.restore(rewritten)
+    assert rewritten == rewrite(DOMAIN, DEVICE_MODEL)
+    assert hook.restore(rewritten) == restore(rewritten)
     assert "libxl" in hook.describe()
 
 
@@ -399,7 +400,7 @@ def test_slots_are_the_users_or_the_lowest_free_ones_in_document_order() -> None
         nvdimm(f"/p/{number}", more=f"<address type='dimm' slot='{slot}'/>" if slot else "")
         for number, slot in enumerate(["", "0", "", "255", "2"])
     )
-    found = domxml.extract(domain(many))
+    found = extract(domain(many))
     assert found is not None
     assert [(item.slot, item.path) for item in found.nvdimms] == [
         (0, "/p/1"),
@@ -412,11 +413,11 @@ def test_slots_are_the_users_or_the_lowest_free_ones_in_document_order() -> None
 
 def test_256_nvdimms_are_taken_and_257_are_not() -> None:
     most = "".join(nvdimm(f"/p/{number}") for number in range(256))
-    found = domxml.extract(domain(most))
+    found = extract(domain(most))
     assert found is not None
     assert [item.slot for item in found.nvdimms] == list(range(256))
     with pytest.raises(UnsupportedError, match="257 NVDIMMs, and 256"):
-        domxml.extract(domain(most + nvdimm("/p/256")))
+        extract(domain(most + nvdimm("/p/256")))
 
 
 def label(size: str) -> str:
@@ -433,7 +434,7 @@ WRONG_XML = {
     "relative path": (domain(nvdimm("pmem/a.img")), "'pmem/a.img', which is not an absolute path"),
     "no target": (domain("<memory model='nvdimm'><source><path>/a</path></source></memory>"), "<target><size>"),
     "no size": (domain(nvdimm(size="")), "<target><size> is missing"),
-    "size 0": (domain(nvdimm(size="<size>0</size>")), "<target><size> 0 KiB"),
+    "size 0": (domain(nvdimm(size="<size>0</size>")), "would see nothing of its 0 B"),
     "size not a number": (domain(nvdimm(size="<size>1e3</size>")), "<target><size> is '1e3'"),
     "negative size": (domain(nvdimm(size="<size>-1</size>")), "<target><size> is '-1'"),
     "empty size": (domain(nvdimm(size="<size/>")), "<target><size> is ''"),
@@ -442,15 +443,15 @@ WRONG_XML = {
     "huge size": (domain(nvdimm(size="<size unit='EiB'>8</size>")), "<target><size> is 8 EiB"),
     "unknown unit": (domain(nvdimm(size="<size unit='MiBs'>1</size>")), "<target><size> is 'MiBs'"),
     "label without size": (domain(nvdimm(size="<size>1</size><label/>")), "<label> has no <size>"),
-    "label below 128 KiB": (domain(label("127")), "<label><size> is 127 KiB"),
-    "label 0": (domain(label("0")), "<label><size> is 0 KiB"),
+    "label below 128 KiB": (domain(label("127")), "its label area has 127 KiB; a label area has 128 KiB or more"),
+    "label 0": (domain(label("0")), "its label area has 0 B"),
     "label as large as the size": (domain(label("2048")), "smaller than the NVDIMM"),
     "alignsize no power of two": (domain(nvdimm(source="<alignsize>12</alignsize>")), "<alignsize> is 12 KiB"),
     "alignsize below a page": (domain(nvdimm(source="<alignsize>2</alignsize>")), "<alignsize> is 2 KiB"),
     "alignsize 0": (domain(nvdimm(source="<alignsize>0</alignsize>")), "<alignsize> is 0 KiB"),
     "alignsize above the size": (
         domain(nvdimm(source="<alignsize unit='GiB'>1</alignsize>")),
-        "rounded down to <alignsize> 1048576 KiB",
+        "rounded down to multiples of 1 GiB",
     ),
     "access": (domain(NVDIMM.replace("'shared'", "'common'")), "access is 'common'"),
     "discard": (domain(NVDIMM.replace("access=", "discard='maybe' access=")), "discard is 'maybe'"),
@@ -515,7 +516,7 @@ UNSUPPORTED_XML = {
 
 
 def check_error(xml: str, kind: type[NvdimmError], text: str) -> None:
-    for function in (domxml.extract, lambda xml: domxml.rewrite(xml, DEVICE_MODEL)):
+    for function in (extract, lambda xml: rewrite(xml, DEVICE_MODEL)):
         with pytest.raises(kind) as caught:
             function(xml)
         assert text in str(caught.value)
@@ -550,7 +551,7 @@ def test_entities_are_refused_and_nothing_is_fetched(doctype: str) -> None:
 def test_the_deepest_xml_that_libvirt_reads_goes_through() -> None:
     depth = 256 - 3
     xml = DOMAIN.replace(NVDIMM, nvdimm(more="<a>" * depth + "</a>" * depth))
-    assert domxml.extract(domxml.rewrite(xml, DEVICE_MODEL).replace("<a>", "").replace("</a>", "").replace("<a/>", ""))
+    assert extract(restore(rewrite(xml, DEVICE_MODEL).replace("<a>", "").replace("</a>", "").replace("<a/>", "")))
 
 
 # --- properties ---
@@ -643,17 +644,17 @@ def indent(xml: str) -> str:
 
 @given(domains())
 def test_restoring_keeps_the_meaning(xml: str) -> None:
-    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
-    assert domxml.is_rewritten(rewritten)
+    rewritten = rewrite(xml, DEVICE_MODEL)
+    assert is_rewritten(rewritten)
     assert "model='nvdimm'" not in rewritten
-    assert meaning(domxml.restore(rewritten)) == meaning(xml)
-    assert domxml.extract(rewritten) == domxml.extract(xml)
+    assert meaning(restore(rewritten)) == meaning(xml)
+    assert extract(restore(rewritten)) == extract(xml)
 
 
 @given(domains())
 def test_in_libvirts_form_rewriting_undoes_restoring_to_the_byte(xml: str) -> None:
-    stored = domxml.rewrite(indent(xml), DEVICE_MODEL)
-    assert domxml.rewrite(domxml.restore(stored), DEVICE_MODEL) == stored
+    stored = rewrite(indent(xml), DEVICE_MODEL)
+    assert rewrite(restore(stored), DEVICE_MODEL) == stored
 
 
 @settings(max_examples=50)
@@ -661,7 +662,7 @@ def test_in_libvirts_form_rewriting_undoes_restoring_to_the_byte(xml: str) -> No
 def test_all_that_is_not_cut_or_changed_stays_in_order(xml: str) -> None:
     """Every other element is in the rewritten text as it was in the one the user wrote."""
     root = etree.fromstring(xml.encode())
-    rewritten = domxml.rewrite(xml, DEVICE_MODEL)
+    rewritten = rewrite(xml, DEVICE_MODEL)
     for text in [*OTHER_DEVICES, *METADATA[:1], "<os><type>hvm</type></os>", "<description>&lt;a/></description>"]:
         assert xml.count(text) == rewritten.count(text)
     assert root.findtext("name") == etree.fromstring(rewritten.encode()).findtext("name")
@@ -672,10 +673,10 @@ def test_all_that_is_not_cut_or_changed_stays_in_order(xml: str) -> None:
 def test_any_text_is_parsed_or_refused(text: str, markup: str) -> None:
     for xml in (DOMAIN.replace("<os>", f"{markup}<os>"), DOMAIN + text):
         try:
-            rewritten = domxml.rewrite(xml, DEVICE_MODEL)
+            rewritten = rewrite(xml, DEVICE_MODEL)
         except DomainXmlError:
             continue
-        assert domxml.is_rewritten(rewritten)
+        assert is_rewritten(rewritten)
 
 
 @pytest.mark.parametrize(
@@ -687,19 +688,19 @@ def test_any_text_is_parsed_or_refused(text: str, markup: str) -> None:
     ],
 )
 def test_an_nvdimm_of_ones_own(size: int, label_size: int, printed: str) -> None:
-    spec = domxml.new_nvdimm("/mnt/a & b", size, label_size)
+    spec = new_nvdimm("/mnt/a & b", size, label_size)
     assert (spec.path, spec.size, spec.label_size) == ("/mnt/a & b", size, label_size)
-    device = domxml.memory_device(spec)
+    device = memory_device(spec)
     assert device.startswith("<memory model='nvdimm' access='shared'>\n  <source>\n    <path>/mnt/a &amp; b</path>\n")
     assert printed in device
     domain = "<domain type='xen'><name>a</name><memory>1048576</memory><os><type>hvm</type></os><devices/></domain>"
-    found = domxml.extract(domxml.attach(domain, device))
+    found = extract(attach(domain, device))
     assert found is not None
     assert found.nvdimms == (spec,)
 
 
 def test_sizes_of_an_nvdimm_of_ones_own() -> None:
-    assert domxml.new_nvdimm("/a", (2 << 20) + 1, 0).size == 4 << 20
-    for path, size, label_size in (("a", 2 << 20, 0), ("/a", 0, 0), ("/a", 2 << 20, 1), ("/a", 2 << 20, 2 << 20)):
-        with pytest.raises(DomainXmlError):
-            domxml.new_nvdimm(path, size, label_size)
+    assert new_nvdimm("/a", (2 << 20) + 1, 0).size == 4 << 20
+    for size, label_size in ((0, 0), (2 << 20, 1), (2 << 20, 2 << 20)):
+        with pytest.raises(BackingError, match=r"/a: .*--size"):
+            new_nvdimm("/a", size, label_size)

@@ -31,7 +31,8 @@ class Provision(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd.ctl import render
-        from nvdimm_driver.xml import parse_domain as domxml
+        from nvdimm_driver.contents.importing import new_nvdimm
+        from nvdimm_driver.xml.edit_devices import memory_device
 
         driver = up_to_date(self.app)
         path = _placed(driver, parsed_args.pool, parsed_args.path)
@@ -39,9 +40,9 @@ class Provision(Action):
         label_size = parsed_args.label_size
         if label_size is None:
             label_size = pool.label_size if pool else 0
-        spec = domxml.new_nvdimm(path, parsed_args.size, label_size)
+        spec = new_nvdimm(path, parsed_args.size, label_size)
         with watched(path) as watch:
-            intake = driver.contents.provision(spec, watch)
+            intake = driver.importer.provision(spec, watch)
         if not intake.creates and not intake.writes:
             print(
                 f"{path} was there already and is as it was, with all that is in it; 'nvdimmctl wipe {path}' "
@@ -50,7 +51,7 @@ class Provision(Action):
             )
         for line in render.advice(spec.visible_size):
             print(f"{path}: {line}", file=sys.stderr)
-        print(domxml.memory_device(spec))
+        print(memory_device(spec))
 
 
 class Import(Action):
@@ -72,7 +73,7 @@ class Import(Action):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver.xml import parse_domain as domxml
+        from nvdimm_driver.xml.edit_devices import memory_device
 
         driver = up_to_date(self.app)
         source = os.path.abspath(parsed_args.source)
@@ -82,11 +83,11 @@ class Import(Action):
             if pool is None:
                 if parsed_args.name:
                     raise UsageError(f"{source} is in a pool and stays where it is: --name makes no sense")
-                spec = driver.contents.adopt(source, *sizes, watch)
+                spec = driver.importer.import_in_place(source, *sizes, watch)
             else:
                 path = driver.pools.place(pool, parsed_args.name or os.path.basename(source))
-                spec = driver.contents.copy_in(source, path, *sizes, watch, overwrite=parsed_args.force)
-        print(domxml.memory_device(spec))
+                spec = driver.importer.import_copy(source, path, *sizes, watch, overwrite=parsed_args.force)
+        print(memory_device(spec))
 
 
 class Export(Action):
@@ -108,9 +109,9 @@ class Export(Action):
         spec = _one(driver, parsed_args.source)
         destination = os.path.abspath(parsed_args.destination)
         force = parsed_args.force
-        running = force and driver.contents.is_in_use(spec.path)
+        running = force and driver.exporter.is_in_use(spec.path)
         with watched(destination) as watch:
-            digest = driver.contents.copy_out(spec, destination, watch, overwrite=force, running=running)
+            digest = driver.exporter.export(spec, destination, watch, overwrite=force, running=running)
         if running:
             print(
                 "a domain was running with it: what it wrote meanwhile may be in the copy, in part and in any order",
@@ -148,7 +149,7 @@ class Wipe(Action):
         for spec, identity in doomed:
             try:
                 with watched(spec.path, lines=parsed_args.progress) as watch:
-                    driver.contents.wipe(spec, watch, identity)
+                    driver.wiper.wipe(spec, watch, identity)
             except NotFoundError as error:
                 if spec.path == parsed_args.what:
                     raise

@@ -71,6 +71,6 @@ class Release(Action):
         if not agreed(f"Give up {record.name}'s claim ({fate})?", parsed_args.yes):
             return 1
         with watched(record.name) as watch:
-            driver.contents.give_up(record, watch, delete=parsed_args.delete)
+            driver.wiper.give_up(record, watch, delete=parsed_args.delete)
         print(f"{record.name} has no NVDIMMs any more. {fate}")
         return 0

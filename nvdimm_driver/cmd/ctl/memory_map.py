@@ -8,7 +8,7 @@ from itertools import cycle
 
 from nvdimm_driver.model import Namespace
 from nvdimm_driver.pools.usage import Piece, Region
-from nvdimm_driver.sizes import human
+from nvdimm_driver.sizes import human, units
 
 FREE, OUTSIDE = ".", " "
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -81,7 +81,7 @@ def _region(region: Region, width: int) -> Iterator[str]:
 def _cells(region: Region, spa: int, length: int, count: int) -> range:
     """The cells of a bar that a range is in: one at least, so that nothing is too small to be seen."""
     first = (spa - region.spa) * count // region.size
-    last = -(-(spa + length - region.spa) * count // region.size)
+    last = units((spa + length - region.spa) * count, region.size)
     return range(max(0, first), min(count, max(last, first + 1)))
 
 

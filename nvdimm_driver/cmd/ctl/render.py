@@ -81,7 +81,7 @@ def advice(visible: int) -> Iterator[str]:
 
 def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
     """What becomes of a domain's backings when it gives them up."""
-    wiped = {each.spec.path for each in driver.contents.to_wipe(item)}
+    wiped = {each.spec.path for each in driver.wiper.to_wipe(item)}
     told = []
     for allocation in item.allocations:
         path = allocation.spec.path

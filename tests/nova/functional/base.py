@@ -20,7 +20,7 @@ from nova.tests.fixtures import libvirt
 from nova.tests.functional.libvirt import base
 from nova.virt import nvdimm_ext  # noqa: F401  (lets virt_type be xen)
 
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.parse_domain import extract
 from tests.integration.loop_pmem import FileSystem
 from tests.nova.functional.host import PmemHost
 from tests.nova.functional.libxl import XenConnection
@@ -139,7 +139,7 @@ class NovaTestBase(base.ServersTestBase):
 
     def paths(self, server: dict[str, Any]) -> list[str]:
         """The namespaces that nova has given a server, by slot."""
-        domain = domxml.extract(self.xml(server))
+        domain = extract(self.xml(server))
         return [spec.path for spec in domain.nvdimms] if domain else []
 
     def inventory(self, host: str) -> dict[str, int]:

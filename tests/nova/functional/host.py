@@ -23,7 +23,7 @@ from nvdimm_driver.model import GIB, Location, NvdimmSpec, Record
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xen.dry_run import DryRunMapper
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.parse_domain import extract
 from tests.integration.loop_backing import LoopBacking
 from tests.integration.loop_pmem import SPA, FileSystem
 
@@ -146,13 +146,13 @@ class PmemHost:
     # --- what nvdimmd and the hook do with the driver ---
 
     def define(self, xml: str) -> None:
-        domain = domxml.extract(xml)
+        domain = extract(xml)
         if domain is not None:
             self.driver.check(domain)
             self.driver.define(domain)
 
     def start(self, xml: str) -> None:
-        domain = domxml.extract(xml)
+        domain = extract(xml)
         if domain is not None:
             self.driver.prepare(domain)
 

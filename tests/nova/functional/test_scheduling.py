@@ -7,7 +7,7 @@ from typing import Any
 import eventlet
 from nova.scheduler.filters.numa_topology_filter import NUMATopologyFilter
 
-from nvdimm_driver.xml import parse_domain as domxml
+from nvdimm_driver.xml.parse_domain import extract
 from tests.nova.functional.base import NovaTestBase
 
 
@@ -72,7 +72,7 @@ class SchedulingTest(NovaTestBase):
 
     def test_the_xml_is_what_our_define_accepts(self) -> None:
         server = self.create(self.make_flavor("6GB,16GB"))
-        domain = domxml.extract(self.xml(server))
+        domain = extract(self.xml(server))
         assert domain is not None
         assert domain.ram == 512 << 20
         assert [(spec.size, spec.label_size) for spec in domain.nvdimms] == [(16 << 20, 2 << 20), (32 << 20, 2 << 20)]

@@ -1,0 +1,89 @@
+"""What the commands that take a file of domain XML have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvdimm_driver.cmd.ctl.base import Action
+from nvdimm_driver.errors import ConfigError, DomainXmlError, NotFoundError
+
+if TYPE_CHECKING:
+    from oslo_config import cfg
+
+    from nvdimm_driver.driver import XenNvdimmDriver
+    from nvdimm_driver.model import DomainSpec
+
+FILE_HELP = "domain XML file; - for standard input"
+
+
+class FileAction(Action):
+    """A command with one domain XML file."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("file", help=FILE_HELP)
+        return parser
+
+
+def host_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host",
+        metavar="HOSTFILE",
+        help="plan for the host that this file describes ('nvdimmctl host' prints it) instead of this machine",
+    )
+
+
+def read_file(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"cannot read {file}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+
+
+def domain_in(xml: str, file: str, options: cfg.ConfigOpts) -> DomainSpec:
+    """Return the domain that a file of domain XML describes, rewritten or as the user wrote it.
+
+    :raises DomainXmlError: when it is not a Xen domain with NVDIMMs.
+    """
+    from nvdimm_driver.xml.hooks import XmlHooks
+    from nvdimm_driver.xml.parse_domain import extract
+
+    domain = extract(XmlHooks.from_conf(options).restore(xml))
+    if domain is None:
+        raise DomainXmlError(f"{file} is not a Xen domain with NVDIMMs", hint="no <memory model='nvdimm'> in it")
+    return domain
+
+
+def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDriver:
+    """The driver of this host, or one on paper for another."""
+    from nvdimm_driver.driver import XenNvdimmDriver
+
+    if host_file is None:
+        return XenNvdimmDriver.from_conf(options)
+    from nvdimm_driver import plugins
+    from nvdimm_driver.backing.inventory import HostDescription
+    from nvdimm_driver.backing.paper import PaperBacking
+    from nvdimm_driver.lifecycle.plan import Host
+    from nvdimm_driver.model import GIB
+    from nvdimm_driver.pools.rules import Pools
+    from nvdimm_driver.state.ledger import Ledger
+    from nvdimm_driver.xen.dry_run import DryRunMapper
+
+    host = HostDescription.from_json(read_file(host_file), host_file)
+    return XenNvdimmDriver(
+        ledger=Ledger(":memory:"),
+        state_dir=Path(options.state_dir),
+        backings=[PaperBacking(host)],
+        acpi=plugins.load("nvdimm_driver.acpi_builders", options.acpi.builder, options),
+        mapper=DryRunMapper(),
+        host=Host(lambda: host.namespaces, host.physical_address_bits),
+        qemu=options.xen.qemu,
+        gap=options.layout.gap_gib * GIB,
+        dsm=options.acpi.dsm,
+        pools=Pools([], any_path=True),
+    )

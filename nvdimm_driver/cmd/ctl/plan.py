@@ -1,0 +1,30 @@
+"""``nvdimmctl plan``: all that defining and starting a domain would do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nvdimm_driver.cmd.ctl.domain_file import FileAction, domain_in, driver_for, host_option, read_file
+
+
+class ShowPlan(FileAction):
+    """Print all that defining and starting a domain would do; touch nothing."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        host_option(parser)
+        parser.add_argument("--json", action="store_true", help="print JSON, sizes and addresses in bytes")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver.cmd.ctl import render
+        from nvdimm_driver.xml.hooks import XmlHooks
+
+        xml = read_file(parsed_args.file)
+        plan = driver_for(self.app.conf, parsed_args.host).plan(domain_in(xml, parsed_args.file, self.app.conf))
+        if parsed_args.json:
+            print(render.plan_json(plan))
+            return
+        diff = render.xml_diff(xml, XmlHooks.from_conf(self.app.conf).rewrite(xml))
+        sys.stdout.write(render.plan_text(plan, diff))

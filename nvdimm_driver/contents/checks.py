@@ -1,0 +1,73 @@
+"""What must hold before the bytes of a backing are made, overwritten, copied or given up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from nvdimm_driver.backing.files import HINTS
+from nvdimm_driver.backing.identity import check_identity
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
+from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.state import ownership
+from nvdimm_driver.state.ledger import Ledger
+
+
+class Checks:
+    """The rules that importing, exporting and wiping have in common.
+
+    The ledger has to be reconciled with the running domains before each call.
+    """
+
+    def __init__(self, ledger: Ledger, backings: Sequence[Backing], pools: Pools) -> None:
+        self.ledger = ledger
+        self.backings = backings
+        self.pools = pools
+
+    def check_new(self, spec: NvdimmSpec) -> None:
+        """Check that the pools have room for an NVDIMM that no domain has.
+
+        :raises RefusedError: when the pools do not have it.
+        :raises InUseError: when a domain has it.
+        """
+        self.pools.check_new([spec], self.ledger.domains())
+        ownership.check_free(self.ledger, spec.path, self.identity(spec.path))
+
+    def check_off(self, path: str) -> None:
+        """Check that no domain runs with a backing.
+
+        :raises InUseError: when one does.
+        """
+        for record in ownership.owners(self.ledger, path, self.identity(path)):
+            ownership.check_off(record)
+
+    def check_same(self, path: str, identity: BackingIdentity | None) -> None:
+        """Check that a backing, if it is there, is the one of that identity.
+
+        :param identity: None when it is not known, and anything passes.
+        :raises BackingError: when it is another.
+        """
+        found = self.identity(path)
+        if found is not None and identity is not None:
+            check_identity(path, found, identity)
+
+    def identity(self, path: str) -> BackingIdentity | None:
+        """Return which object is at a path; None for nothing, and for what no domain can have."""
+        try:
+            return backing_of(self.backings, path).locate(NvdimmSpec(0, path, PAGE)).identity
+        except BackingError:
+            return None
+
+
+@contextmanager
+def reporting_errors_of(path: str) -> Iterator[None]:
+    """Raise an error of the system as one that names the path.
+
+    :raises BackingError: for an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error

@@ -1,0 +1,45 @@
+"""Copies of NVDIMMs in ordinary files, which KVM guests can have."""
+
+from __future__ import annotations
+
+from nvdimm_driver.contents import copying, ordinary_files
+from nvdimm_driver.contents.checks import Checks, reporting_errors_of
+from nvdimm_driver.model import NvdimmSpec, Watch
+from nvdimm_driver.plugins import backing_of
+from nvdimm_driver.state import ownership
+
+
+class Exporter:
+    """Copies NVDIMMs out of persistent memory."""
+
+    def __init__(self, checks: Checks) -> None:
+        self._checks = checks
+
+    def export(self, spec: NvdimmSpec, destination: str, watch: Watch, *, overwrite: bool, running: bool) -> str:
+        """Copy an NVDIMM into an ordinary file, in which zeros are holes, and check the copy.
+
+        :param overwrite: a file of that name may be replaced.
+        :param running: do it also while a domain runs with it, which may then change what is copied.
+        :returns: SHA-256 of the copy, in hexadecimal.
+        :raises InUseError: when a domain runs with it, or has the destination.
+        """
+        if not running:
+            self._checks.check_off(spec.path)
+        ownership.check_free(self._checks.ledger, destination, self._checks.identity(destination))
+        backing = backing_of(self._checks.backings, spec.path)
+        with (
+            reporting_errors_of(spec.path),
+            backing.open_bytes(spec) as content,
+            ordinary_files.open_destination(destination, spec.size, overwrite=overwrite) as copy,
+        ):
+            digest = copying.copy(content, copy, watch("copying"))
+            copying.verify(copy, digest, watch("verifying"))
+        if not running:
+            self._checks.check_off(spec.path)
+        ordinary_files.publish(destination, overwrite=overwrite)
+        return digest
+
+    def is_in_use(self, path: str) -> bool:
+        """Whether a domain runs with what is at a path."""
+        owners = ownership.owners(self._checks.ledger, path, self._checks.identity(path))
+        return any(record.attachment is not None for record in owners)

@@ -1,0 +1,56 @@
+"""Bytes that are overwritten with zeros, and claims that are given up."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from nvdimm_driver.contents import copying
+from nvdimm_driver.contents.checks import Checks, reporting_errors_of
+from nvdimm_driver.errors import NotFoundError
+from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Watch
+from nvdimm_driver.plugins import backing_of
+from nvdimm_driver.state import ownership
+
+
+class Wiper:
+    """Overwrites NVDIMMs, and gives them up."""
+
+    def __init__(self, checks: Checks) -> None:
+        self._checks = checks
+
+    def wipe(self, spec: NvdimmSpec, watch: Watch, identity: BackingIdentity | None = None) -> None:
+        """Overwrite an NVDIMM with zeros, its label area too; they are durable on return. Claims stay.
+
+        :param identity: what it has to be, when that is known.
+        :raises RefusedError: when it is in no pool.
+        :raises NotFoundError: when it is not there.
+        :raises BackingError: when it is something else.
+        :raises InUseError: when a domain runs with it.
+        """
+        self._checks.pools.check_place(spec.path)
+        self._checks.check_same(spec.path, identity)
+        self._checks.check_off(spec.path)  # what a domain runs with cannot be opened for writing
+        backing = backing_of(self._checks.backings, spec.path)
+        with reporting_errors_of(spec.path), backing.open_bytes(spec, write=True) as content:
+            self._checks.check_off(spec.path)  # from here on, a start fails as long as this is open
+            copying.wipe(content, watch("wiping"))
+
+    def to_wipe(self, record: Record) -> tuple[Allocation, ...]:
+        """Those of a domain's NVDIMMs that its pools want wiped when it gives them up."""
+        pools = [(item, self._checks.pools.of(item.spec.path)) for item in record.allocations]
+        return tuple(item for item, pool in pools if pool is not None and pool.wipe_on_release)
+
+    def give_up(self, record: Record, watch: Watch, *, delete: bool) -> None:
+        """Give up a domain's claim to its backings, after wiping those of :meth:`to_wipe`.
+
+        :param delete: delete the files, too; devices stay.
+        :raises InUseError: while the domain runs.
+        """
+        ownership.check_off(record)
+        for item in self.to_wipe(record):
+            with suppress(NotFoundError):
+                self.wipe(item.spec, watch, item.identity)
+        for item in record.allocations if delete else ():
+            self._checks.check_same(item.spec.path, item.identity)
+            backing_of(self._checks.backings, item.spec.path).discard(item.spec)
+        ownership.give_up(self._checks.ledger, self._checks.backings, self._checks.ledger.domain(record.uuid) or record)

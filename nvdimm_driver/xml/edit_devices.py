@@ -1,0 +1,99 @@
+"""Edits of one domain XML: an NVDIMM more, less or changed, a uuid; and the element for a new NVDIMM. Pure."""
+
+from __future__ import annotations
+
+from nvdimm_driver.errors import DomainXmlError
+from nvdimm_driver.model import NvdimmSpec
+from nvdimm_driver.xml.document import Element, may_have, parse, written
+from nvdimm_driver.xml.parse_domain import nvdimm_elements
+
+BEHIND_MEMORY = ("crypto", "iommu", "vsock", "pstore")
+"""Devices that libvirt writes behind memory (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName)."""
+
+
+def memory_device(spec: NvdimmSpec) -> str:
+    """The element that a domain has for an NVDIMM of that path, size and label area."""
+    return written(_memory_element(spec.path, spec.size, spec.label_size))
+
+
+def with_uuid(xml: str, uuid: str) -> str:
+    """Return domain XML with that uuid behind its name; the same string when it has one."""
+    text = parse(xml)
+    if text.root.child("uuid") is not None:
+        return xml
+    text.insert_after(text.root.need("name"), Element("uuid", text=uuid))
+    return text.edited()
+
+
+def is_nvdimm(device: str) -> bool:
+    """True for the XML of one device that is an NVDIMM.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    if not may_have(device, "nvdimm"):
+        return False
+    root = parse(device).root
+    return root.tag == "memory" and root.attributes.get("model") == "nvdimm"
+
+
+def attach(xml: str, device: str) -> str:
+    """Return domain XML, as the user wrote it, with one more NVDIMM behind those that it has.
+
+    :param device: for which :func:`is_nvdimm` holds.
+    """
+    text = parse(xml)
+    devices = text.root.need("devices")
+    before = [element for element in devices.children if element.tag not in BEHIND_MEMORY]
+    if before:
+        text.insert_after(before[-1], parse(device).root)
+    else:
+        text.insert_first(devices, parse(device).root)
+    return text.edited()
+
+
+def detach(xml: str, device: str) -> str:
+    """Return domain XML without the NVDIMM that has the backing of this one.
+
+    :raises DomainXmlError: when there is none.
+    """
+    text = parse(xml)
+    text.cut(_same_backing(text.root, device))
+    return text.edited()
+
+
+def update(xml: str, device: str) -> str:
+    """Return domain XML with the NVDIMM that has the backing of this one replaced by this one.
+
+    :raises DomainXmlError: when there is none.
+    """
+    text = parse(xml)
+    text.replace(_same_backing(text.root, device), parse(device).root)
+    return text.edited()
+
+
+def _same_backing(root: Element, device: str) -> Element:
+    source = parse(device).root.child("source")
+    path = "" if source is None else source.text_of("path")
+    for element in nvdimm_elements(root):
+        own = element.child("source")
+        if own is not None and own.text_of("path") == path:
+            return element
+    raise DomainXmlError(f"the domain has no NVDIMM with <source><path> {path!r}", hint="'virsh dumpxml' shows them")
+
+
+def _memory_element(path: str, size: int, label_size: int) -> Element:
+    target = [_size_element(size)]
+    if label_size:
+        target.append(Element("label", children=[_size_element(label_size)]))
+    return Element(
+        "memory",
+        {"model": "nvdimm", "access": "shared"},
+        [Element("source", children=[Element("path", text=path)]), Element("target", children=target)],
+    )
+
+
+def _size_element(size: int) -> Element:
+    """In the largest unit in which it is a whole number."""
+    power = next(power for power in (40, 30, 20, 10, 0) if size % (1 << power) == 0)
+    unit = {40: "TiB", 30: "GiB", 20: "MiB", 10: "KiB", 0: "b"}[power]
+    return Element("size", {"unit": unit}, text=str(size >> power))

@@ -1,0 +1,212 @@
+"""Libvirt's domain XML: what it says about NVDIMMs, how libxl is given it, and how the user gets it back.
+
+:func:`rewrite` takes out what libxl refuses and keeps it in ``<metadata>``, as a partial domain XML::
+
+    <nvdimm:domain xmlns:nvdimm="urn:nvdimm-driver:domain:1" added="acpi">
+      <maxMemory slots="2" unit="KiB">10485760</maxMemory>
+      <memory unit="KiB">8388608</memory>              as it was, when it was not the guest's RAM
+      <currentMemory unit="KiB">8388608</currentMemory>
+      <devices>
+        <emulator>/usr/bin/qemu-system-i386</emulator>   the user's own
+        <memory model="nvdimm" access="shared">…</memory>
+      </devices>
+    </nvdimm:domain>
+
+The rest of the text stays as it is, byte for byte: elements are cut out of it and put into it, where libvirt itself
+would put them and formatted as libvirt formats them, so that each direction undoes the other to the byte. That
+takes the positions of the elements in the text, which expat gives (and lxml does not); without its DTD support there
+are no entities and nothing to fetch.
+"""
+
+from __future__ import annotations
+
+from nvdimm_driver import plugins
+from nvdimm_driver.errors import DomainXmlError
+from nvdimm_driver.model import KIB
+from nvdimm_driver.xml.document import Element, may_have, parse
+from nvdimm_driver.xml.edit_devices import BEHIND_MEMORY
+from nvdimm_driver.xml.parse_domain import nvdimm_elements, parse_xen, ram_of, spec_of
+from nvdimm_driver.xml.values import scaled
+
+NAMESPACE = "urn:nvdimm-driver:domain:1"
+"""The namespace of the record in a rewritten domain's metadata."""
+
+_RECORD = "nvdimm:domain"
+# Libvirt's order of elements (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName), as far as it matters here.
+_BEFORE_METADATA = ("name", "uuid", "genid", "title", "description")
+_BEFORE_FEATURES = ("os", "idmap")
+
+
+class LibxlXmlHook(plugins.XmlHook):
+    """Makes libvirt's libxl driver take domains with NVDIMMs."""
+
+    def describe(self) -> str:
+        return (
+            f"rewrites domain XML of type 'xen' for libvirt's libxl driver, keeps the NVDIMMs in metadata ({NAMESPACE})"
+        )
+
+    def rewrite(self, xml: str, device_model: str) -> str:
+        return rewrite(xml, device_model)
+
+    def restore(self, xml: str) -> str:
+        return restore(xml)
+
+    def may_restore(self, reply: bytes) -> bool:
+        return NAMESPACE.encode() in reply
+
+
+def rewrite(xml: str, device_model: str) -> str:
+    """Return domain XML that the libxl driver takes, with the NVDIMMs kept in its metadata.
+
+    :param xml: as the user wrote it. XML that was rewritten before is restored first, so NVDIMMs added to it since then
+        join those in its metadata.
+    :param device_model: absolute path of the program to name as ``<emulator>``.
+    :returns: the same string when it has no NVDIMM or is not a domain of type ``xen``.
+    :raises DomainXmlError: when the XML cannot be parsed or says what cannot be right.
+    :raises UnsupportedError: when it asks for what Xen or this driver cannot do.
+    """
+    restored = restore(xml)
+    text = parse_xen(restored, "nvdimm")
+    if text is None or not nvdimm_elements(text.root):
+        return xml
+    spec = spec_of(text.root)
+    if spec.emulator == device_model:
+        raise DomainXmlError(
+            f"<emulator> names {device_model}, which is the NVDIMM device model itself",
+            hint="leave <emulator> out, or name the QEMU that is to run the guest",
+        )
+    root, devices = text.root, text.root.need("devices")
+    record = Element(_RECORD, {"xmlns:nvdimm": NAMESPACE})
+    kept = Element("devices")
+
+    if (limit := root.child("maxMemory")) is not None:
+        record.children.append(limit)
+        text.cut(limit)
+    for element in _memory_to_change(root, spec.ram):
+        record.children.append(element)
+        text.replace(element, _in_kib(element, spec.ram))
+    features = root.child("features")
+    if features is None:
+        record.attributes["added"] = "acpi"
+        text.insert_after(root.last(_BEFORE_FEATURES), Element("features", children=[Element("acpi")]))
+    elif features.child("acpi") is None:
+        record.attributes["added"] = "acpi"
+        text.insert_first(features, Element("acpi"))
+
+    emulator = devices.child("emulator")
+    ours = Element("emulator", text=device_model)
+    if emulator is None:
+        text.insert_first(devices, ours)
+    else:
+        kept.children.append(emulator)
+        text.replace(emulator, ours)
+    for nvdimm in nvdimm_elements(root):
+        kept.children.append(nvdimm)
+        text.cut(nvdimm)
+    record.children.append(kept)
+    _check_plain(record)
+
+    metadata = root.child("metadata")
+    if metadata is None:
+        text.insert_after(root.last(_BEFORE_METADATA), Element("metadata", children=[record]), quote='"')
+    else:
+        text.insert_first(metadata, record, quote='"')
+    return text.edited()
+
+
+def restore(xml: str) -> str:
+    """Return what the user wrote, as far as libvirt has kept it; what libvirt has filled in stays.
+
+    :returns: the same string when it is not a rewritten domain of type ``xen``.
+    :raises DomainXmlError: when the XML cannot be parsed or our metadata in it is broken.
+    """
+    text = parse_xen(xml, NAMESPACE)
+    record = None if text is None else _record(text.root)
+    if text is None or record is None:
+        return xml
+    root, devices = text.root, text.root.need("devices")
+    kept = record.need("devices")
+
+    metadata = root.need("metadata")
+    text.cut(record if len(metadata.children) > 1 else metadata)
+    limit, memory = record.child("maxMemory"), root.child("memory")
+    if limit is not None and memory is not None:
+        text.insert_before(memory, limit)
+    elif limit is not None:  # not after libvirt, which always writes <memory>
+        text.insert_after(root.last(_BEFORE_METADATA), limit)
+    for tag in ("memory", "currentMemory"):
+        now, then = root.child(tag), record.child(tag)
+        # what was changed since (virsh setmaxmem, setmem) is newer than the record
+        if now is not None and then is not None and scaled(now, f"<{tag}>") == ram_of(root):
+            text.replace(now, then)
+    features = root.child("features")
+    if record.attributes.get("added") == "acpi" and features is not None:
+        acpi = features.child("acpi")
+        if acpi is not None:
+            text.cut(acpi if len(features.children) > 1 else features)
+
+    emulator, own = devices.child("emulator"), kept.child("emulator")
+    if emulator is not None and own is not None:
+        text.replace(emulator, own)
+    elif emulator is not None:
+        text.cut(emulator)
+    nvdimms, added = [element for element in kept.children if element.tag == "memory"], nvdimm_elements(root)
+    before = [element for element in devices.children if element.tag not in BEHIND_MEMORY]
+    if not before:
+        raise DomainXmlError("<devices> of a rewritten domain has no <emulator> in it", hint="define the domain again")
+    for nvdimm in nvdimms:
+        if added:  # behind ours, whose slots may depend on their order
+            text.insert_before(added[0], nvdimm)
+        else:
+            text.insert_after(before[-1], nvdimm)
+    return text.edited()
+
+
+def is_rewritten(xml: str) -> bool:
+    """True for domain XML that :func:`rewrite` has made.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    text = parse_xen(xml, NAMESPACE)
+    return text is not None and _record(text.root) is not None
+
+
+def mentions(xml: str) -> bool:
+    """True for XML with an attribute, such as a declaration of a name space, that is :data:`NAMESPACE`.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    return may_have(xml, NAMESPACE) and _mentions(parse(xml).root)
+
+
+def _memory_to_change(root: Element, ram: int) -> list[Element]:
+    elements = [element for element in (root.child("memory"), root.child("currentMemory")) if element is not None]
+    return [element for element in elements if scaled(element, f"<{element.tag}>") not in (0, ram)]
+
+
+def _record(root: Element) -> Element | None:
+    metadata = root.child("metadata")
+    children = [] if metadata is None else metadata.children
+    return next(
+        (child for child in children if child.tag == _RECORD and child.attributes.get("xmlns:nvdimm") == NAMESPACE),
+        None,
+    )
+
+
+def _check_plain(element: Element) -> None:
+    """Text next to elements, which libvirt's format has nowhere, would be lost in the record."""
+    if element.children and element.text.strip():
+        text = element.text.strip()[:40]
+        raise DomainXmlError(f"<{element.tag}> has both text, {text!r}, and elements in it", hint="remove one of them")
+    for child in element.children:
+        _check_plain(child)
+
+
+def _in_kib(element: Element, size: int) -> Element:
+    """The element with another size, its attributes in libvirt's order."""
+    others = {name: value for name, value in element.attributes.items() if name != "unit"}
+    return Element(element.tag, others | {"unit": "KiB"}, text=str(size // KIB))
+
+
+def _mentions(element: Element) -> bool:
+    return NAMESPACE in element.attributes.values() or any(map(_mentions, element.children))
