@@ -24,7 +24,7 @@ from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.define import Definitions, uuid_of
-from nvdimm_driver.lifecycle.plan import Host, Planner
+from nvdimm_driver.lifecycle.plan import HostFacts, Planner
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import (
     GIB,
@@ -62,7 +62,7 @@ class XenNvdimmDriver:
         backings: Sequence[Backing],
         acpi: AcpiBuilder,
         mapper: Mapper,
-        host: Host,
+        host: HostFacts,
         qemu: str,
         gap: int,
         dsm: str,
@@ -94,7 +94,7 @@ class XenNvdimmDriver:
             backings=plugins.load_all("nvdimm_driver.backings", conf),
             acpi=plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
             mapper=plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
-            host=Host(namespaces, physical_address_bits(), bad_ranges),
+            host=HostFacts(namespaces, physical_address_bits(), bad_ranges),
             qemu=conf.xen.qemu,
             gap=conf.layout.gap_gib * GIB,
             dsm=conf.acpi.dsm,
@@ -142,7 +142,7 @@ class XenNvdimmDriver:
         :raises LedgerError: when there is no such domain.
         """
         self.reconcile()
-        record = self.ledger.domain(uuid)
+        record = self.ledger.find_domain(uuid)
         if record is None:
             raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
         ownership.give_up(self.ledger, self.backings, record)
@@ -154,7 +154,7 @@ class XenNvdimmDriver:
         :param ram: bytes.
         :raises LayoutError: when it reaches the NVDIMMs, whose places are kept.
         """
-        record = self.ledger.domain(uuid)
+        record = self.ledger.find_domain(uuid)
         if record is None or not record.allocations:
             return
         guest = self.planner.around(record, ram)
@@ -177,7 +177,7 @@ class XenNvdimmDriver:
         :returns: None for a domain without NVDIMMs.
         """
         self.ledger.clear_fault(uuid)
-        return self.ledger.domain(uuid)
+        return self.ledger.find_domain(uuid)
 
     def prepare(self, domain: DomainSpec) -> None:
         """Make everything ready for a start: freeze, check, build the tables, write the plan for the device model.
@@ -191,7 +191,7 @@ class XenNvdimmDriver:
             self.starts.check_ended(uuid)
             plan = self._prepare(self.definitions.adopt(domain), domain)
         except NvdimmError as error:
-            self.ledger.failed(uuid, error)
+            self.ledger.record_failure(uuid, error)
             raise
         for spec, bad in zip(domain.nvdimms, plan.bad_blocks, strict=True):
             if bad:
@@ -206,11 +206,11 @@ class XenNvdimmDriver:
 
         :returns: why the start failed, or an empty string when it did not.
         """
-        record = self.ledger.domain(uuid)
-        if record is None or record.attachment is None:
+        record = self.ledger.find_domain(uuid)
+        if record is None or record.start is None:
             return record.fault if record else ""
         if not self.starts.release(record):
-            logs.tell(Event("dying", uuid, record.name, record.attachment.domid, {}))
+            logs.tell(Event("dying", uuid, record.name, record.start.domid, {}))
         return record.fault
 
     def reconcile(self) -> None:
@@ -234,7 +234,7 @@ class XenNvdimmDriver:
 
     def label_server(self, record: Record) -> str | None:
         """``running`` or ``gone``; None for a domain that has none now."""
-        if record.attachment is None or not record.attachment.served:
+        if record.start is None or not record.start.served:
             return None
         return "running" if self.starts.label_servers.is_running(record.uuid) else "gone"
 
@@ -251,17 +251,17 @@ class XenNvdimmDriver:
 
         :raises AcpiError: when they cannot be found in its memory, or one is wrong.
         """
-        attachment = record.attachment
-        if attachment is None or attachment.domid is None:
+        start = record.start
+        if start is None or start.domid is None:
             return ()
-        return find(partial(self.planner.mapper.read, attachment.domid))
+        return find(partial(self.planner.mapper.read, start.domid))
 
     def prepare_known(self, uuid: str) -> None:
         """Prepare a start of which no hook has told: of a domain that ``xl`` has created.
 
         :raises LedgerError: when the domain was never defined.
         """
-        record = self.ledger.domain(uuid)
+        record = self.ledger.find_domain(uuid)
         if record is None or not record.allocations:
             raise LedgerError(
                 f"no NVDIMMs are known for domain {uuid}, whose device model is nvdimm-device-model",
@@ -278,7 +278,7 @@ class XenNvdimmDriver:
             plan = self.planner.started(domain, record)
             self._write_tables(record.uuid, plan.tables.tables)
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
-            self.ledger.prepared(
+            self.ledger.finish_preparing(
                 record.uuid,
                 domain.emulator or self.qemu,
                 guest_frames,

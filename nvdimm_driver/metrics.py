@@ -124,7 +124,7 @@ class DriverCollector(Collector):
         )
 
     def _running(self) -> Iterator[Metric]:
-        domains, frames = self._driver.ledger.mapped_domains()
+        domains, frames = self._driver.ledger.count_mapped()
         yield _gauge("running_domains", "Domains that have their NVDIMMs mapped.", (), {(): domains})
         yield _gauge(
             "mapped_bytes", "Bytes of persistent memory that are mapped into domains.", (), {(): frames * PAGE}
@@ -192,4 +192,4 @@ def _gauge(
 def _state(record: Record, item: Allocation) -> str:
     if not item.ready:
         return "provisioning"
-    return "free" if record.attachment is None else record.attachment.state
+    return "free" if record.start is None else record.start.state

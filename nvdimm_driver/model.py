@@ -411,7 +411,7 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class Attachment:
+class Start:
     """A start of a domain, from the moment something is done for it until all of it is undone.
 
     :ivar state: ``preparing``, ``prepared``, ``mapping`` or ``mapped``.
@@ -445,7 +445,7 @@ class Record:
     dsm: str | None
     fault: str
     allocations: tuple[Allocation, ...]
-    attachment: Attachment | None
+    start: Start | None
 
     @property
     def labels(self) -> str:

@@ -23,7 +23,7 @@ HINTS = {
 """What to do about what the system says, by errno."""
 
 
-class File(NamedTuple):
+class ExaminedFile(NamedTuple):
     """An existing file that was found fit: its extents, and the runs (offset, length) to fill with zeros."""
 
     found: tuple[FileExtent, ...]
@@ -39,7 +39,7 @@ def is_new(path: str) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_nlink == 1
 
 
-def look(fd: int, path: str, size: int) -> File:
+def look(fd: int, path: str, size: int) -> ExaminedFile:
     """Look at an open file, and refuse what can never be a backing of that size."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -56,7 +56,7 @@ def look(fd: int, path: str, size: int) -> File:
     unwritten = tuple(
         (each.offset, min(each.end, size) - each.offset) for each in found if each.flags & extents.UNWRITTEN
     )
-    return File(found, unwritten)
+    return ExaminedFile(found, unwritten)
 
 
 def check_size(path: str, size: int, needed: int) -> None:

@@ -73,7 +73,7 @@ def main(
             os.execv(qemu, [qemu, *argv[1:]])
         except OSError as error:
             missing = ConfigError(f"cannot run {qemu}: {error.strerror}", hint="correct the domain's <emulator>")
-            ledger.failed(xen.uuid(domid) or "", missing, domid)
+            ledger.record_failure(xen.uuid(domid) or "", missing, domid)
             raise missing from error
     except NvdimmError as error:
         if not log.failed:
@@ -115,10 +115,10 @@ def attach(
     uuid = mapper.uuid(domid)
     if uuid is None:
         missing = XenError(f"domid {domid} has no uuid in xenstore", hint="is it a domain that libvirt started?")
-        ledger.failed("", missing, domid)
+        ledger.record_failure("", missing, domid)
         raise missing
     try:
-        start = ledger.start(uuid)
+        start = ledger.find_prepared(uuid)
         if start is None and ledger.has_mapped(uuid, domid):
             raise LedgerError(
                 f"domid {domid} has its NVDIMMs already: a soft reset (kexec) of a guest with NVDIMMs is not supported",
@@ -126,19 +126,19 @@ def attach(
             )
         if start is None:
             prepare(uuid)
-            start = ledger.start(uuid)
+            start = ledger.find_prepared(uuid)
         if start is None:
             raise LedgerError(f"the start of domain {uuid} was prepared, and is not in the ledger", hint="try again")
-        mapping_guards.check(
+        mapping_guards.check_mappings(
             start.mappings,
             areas=start.areas,
             ram=mapper.ram(),
-            taken=ledger.taken(uuid),
+            taken=ledger.frames_of_others(uuid),
             guest_start_gfn=max(start.gfn_start, mapper.guest_end(domid)),
             guest_limit_gfn=start.gfn_limit,
         )
         tables = b"" if restored else _read(os.path.join(state_dir, "domains", uuid, "tables"))
-        ledger.mapping(uuid, domid)
+        ledger.begin_mapping(uuid, domid)
         began = time.monotonic()
         hypercalls = mapper.map(domid, start.mappings, start.uncached)
         seconds = time.monotonic() - began
@@ -157,16 +157,16 @@ def attach(
                 "label_server": "yes" if start.label_server else "no",
                 "age_ms": _age_ms(),
             }
-            ledger.mapped(uuid, seconds, detail)
+            ledger.finish_mapping(uuid, seconds, detail)
         except NvdimmError:
             mapper.unmap(domid, start.mappings, start.uncached)
             raise
     except OSError as error:
         unread = XenError(str(error))
-        ledger.failed(uuid, unread, domid)
+        ledger.record_failure(uuid, unread, domid)
         raise unread from error
     except NvdimmError as error:
-        ledger.failed(uuid, error, domid)
+        ledger.record_failure(uuid, error, domid)
         raise
     return start.qemu
 

@@ -145,10 +145,10 @@ def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, rea
 
     xen = IoreqServer(domid, on_write)
     ledger = Ledger(_ledger_file(options))
-    server = ledger.ioreq_server(record.uuid)
+    server = ledger.find_ioreq_server(record.uuid)
     if server is None:
         server = xen.create()
-        ledger.made_ioreq_server(record.uuid, server)
+        ledger.record_ioreq_server(record.uuid, server)
     elif not xen.exists(server):
         return
     ledger.close()
@@ -212,9 +212,9 @@ def _record(options: cfg.ConfigOpts, uuid: str) -> Record:
     :raises LedgerError: when it was defined anew since: its label areas may be elsewhere now.
     """
     ledger = Ledger(_ledger_file(options))
-    record = ledger.domain(uuid)
+    record = ledger.find_domain(uuid)
     ledger.close()
-    if record is None or record.attachment is None or record.attachment.served != record.labels:
+    if record is None or record.start is None or record.start.served != record.labels:
         raise LedgerError(f"domain {uuid} does not run with the NVDIMMs that it is defined with")
     return record
 
@@ -223,7 +223,7 @@ def _tell(options: cfg.ConfigOpts, uuid: str, kind: str, detail: Mapping[str, Va
     """Write an event to the ledger; a guest gets its answers also when that fails."""
     try:
         with closing(Ledger(_ledger_file(options), logs.tell)) as ledger:
-            ledger.happened(kind, uuid, detail)
+            ledger.record_event(kind, uuid, detail)
     except LedgerError as error:
         LOG.error("%s: %s", kind, error)
 

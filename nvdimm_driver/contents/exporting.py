@@ -42,4 +42,4 @@ class Exporter:
     def is_in_use(self, path: str) -> bool:
         """Whether a domain runs with what is at a path."""
         owners = ownership.owners(self._checks.ledger, path, self._checks.identity(path))
-        return any(record.attachment is not None for record in owners)
+        return any(record.start is not None for record in owners)

@@ -53,4 +53,6 @@ class Wiper:
         for item in record.allocations if delete else ():
             self._checks.check_same(item.spec.path, item.identity)
             backing_of(self._checks.backings, item.spec.path).discard(item.spec)
-        ownership.give_up(self._checks.ledger, self._checks.backings, self._checks.ledger.domain(record.uuid) or record)
+        ownership.give_up(
+            self._checks.ledger, self._checks.backings, self._checks.ledger.find_domain(record.uuid) or record
+        )

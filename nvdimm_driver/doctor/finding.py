@@ -1,4 +1,4 @@
-"""What a check has found."""
+"""What a check of the host has found."""
 
 from __future__ import annotations
 

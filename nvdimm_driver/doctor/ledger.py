@@ -45,7 +45,7 @@ def check(
 
 def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]:
     """Whether Xen has the domains that run by the ledger."""
-    running = [(record, at.domid, at.boot_id) for record in records if (at := record.attachment) and at.domid]
+    running = [(record, at.domid, at.boot_id) for record in records if (at := record.start) and at.domid]
     try:
         gone = [
             (record, domid)
@@ -92,7 +92,7 @@ def check_backing(record: Record, item: Allocation, backings: Sequence[Backing])
 
 def check_label_servers(records: Sequence[Record], label_server: Callable[[str], bool]) -> Iterator[Finding]:
     """Whether the guests that need a label server have it."""
-    served = [record for record in records if (at := record.attachment) and at.served and at.state == "mapped"]
+    served = [record for record in records if (at := record.start) and at.served and at.state == "mapped"]
     gone = [record for record in served if not label_server(record.uuid)]
     for record in gone:
         yield warned(_SERVERS, f"domain {record.name}: its label server is gone", "'nvdimmctl list' starts another")

@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Finding:
+class Inconsistency:
     """Something that does not fit.
 
     :ivar domain: name of the domain; empty when none is known.
@@ -35,7 +35,7 @@ class Finding:
     mend: Callable[[], object] | None = field(default=None, compare=False)
 
 
-def look(driver: XenNvdimmDriver) -> list[Finding]:
+def look(driver: XenNvdimmDriver) -> list[Inconsistency]:
     """Find all that does not fit; nothing is changed.
 
     A moved file and one that the ledger does not know are the same file: what is found first is mended first, and then
@@ -52,21 +52,21 @@ class _Look:
             os.path.realpath(item.spec.path): (record, item) for record in self.records for item in record.allocations
         }
         self.files: dict[str, Surveyed] = {}
-        self.unseen: list[Finding] = []
+        self.unseen: list[Inconsistency] = []
         for pool in driver.pools:
             try:
                 self.files |= {file.path: file for file in self._named(pool.kind).survey(pool.paths)}
             except BackingError as error:
-                self.unseen.append(Finding("", "", f"pool {pool.name}: {error.message}", error.hint))
+                self.unseen.append(Inconsistency("", "", f"pool {pool.name}: {error.message}", error.hint))
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[Inconsistency]:
         yield from self.unseen
         for record in self.driver.starts.stale():
-            domid = record.attachment.domid if record.attachment else None
+            domid = record.start.domid if record.start else None
             problem = f"its start as domid {domid} is over, and not put away"
-            yield Finding(record.name, "", problem, "put it away", self.driver.reconcile)
+            yield Inconsistency(record.name, "", problem, "put it away", self.driver.reconcile)
         for record in self.driver.starts.unserved():
-            yield Finding(record.name, "", "its label server is gone", "start another", self.driver.serve_labels)
+            yield Inconsistency(record.name, "", "its label server is gone", "start another", self.driver.serve_labels)
         for record in self.records:
             for item in record.allocations:
                 if item.ready:
@@ -76,9 +76,9 @@ class _Look:
 
     # --- what the ledger has ---
 
-    def _allocation(self, record: Record, item: Allocation) -> Iterator[Finding]:
+    def _allocation(self, record: Record, item: Allocation) -> Iterator[Inconsistency]:
         path = item.spec.path
-        told = partial(Finding, record.name, path)
+        told = partial(Inconsistency, record.name, path)
         try:
             backing = self._named(item.identity.kind if item.identity else "")
             if not backing.exists(path):
@@ -110,8 +110,8 @@ class _Look:
                 return backing
         raise BackingError(f"there is no backing {kind!r}", hint="install the plug-in that it was made with")
 
-    def _gone(self, record: Record, item: Allocation) -> Finding:
-        told = partial(Finding, record.name, item.spec.path)
+    def _gone(self, record: Record, item: Allocation) -> Inconsistency:
+        told = partial(Inconsistency, record.name, item.spec.path)
         for file in self.files.values():
             mark = self._mark(file)
             if mark and (mark.uuid, mark.spec.slot) == (record.uuid, item.spec.slot) and file.path not in self.owners:
@@ -138,16 +138,16 @@ class _Look:
 
     def _replace(self, record: Record, item: Allocation) -> None:
         """Put an NVDIMM into the ledger instead of the domain's one of that slot."""
-        known = self.driver.ledger.domain(record.uuid)
+        known = self.driver.ledger.find_domain(record.uuid)
         others = [each for each in (known.allocations if known else ()) if each.spec.slot != item.spec.slot]
-        self.driver.ledger.replace(record.uuid, record.name, record.ram, [*others, item], dsm=record.dsm)
+        self.driver.ledger.store(record.uuid, record.name, record.ram, [*others, item], dsm=record.dsm)
 
     # --- what the files have ---
 
-    def _file(self, file: Surveyed) -> Iterator[Finding]:
+    def _file(self, file: Surveyed) -> Iterator[Inconsistency]:
         owner = self.owners.get(file.path)
         mark = self._mark(file)
-        started = {os.path.realpath(path) for each in self.records if each.attachment for path in each.attachment.paths}
+        started = {os.path.realpath(path) for each in self.records if each.start for path in each.start.paths}
         if file.frozen and file.path not in started:
             yield self._frozen(file, owner[0].name if owner else mark.name if mark else "", mark)
         if owner is None and file.owner is not None:
@@ -158,22 +158,22 @@ class _Look:
         """Of Xen, which is asked for each domid that there may be."""
         return self.driver.starts.mapper.guests()
 
-    def _frozen(self, file: Surveyed, name: str, mark: Mark | None) -> Finding:
-        told = partial(Finding, name, file.path, "it is frozen, and no start that is known has it")
+    def _frozen(self, file: Surveyed, name: str, mark: Mark | None) -> Inconsistency:
+        told = partial(Inconsistency, name, file.path, "it is frozen, and no start that is known has it")
         for domid, uuid in self._guests:
             if mark is None or uuid in (None, mark.uuid):
                 return told(f"shut the guest with domid {domid} down first: it may be its own")
         return told("thaw it", partial(backing_of(self.driver.backings, file.path).thaw, file.path))
 
-    def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Finding]:
+    def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)
         unmark = partial(backing.mark, file.path, None)
         if mark is None:
-            yield Finding("", file.path, "its mark cannot be read", "take the mark away", unmark)
+            yield Inconsistency("", file.path, "its mark cannot be read", "take the mark away", unmark)
             return
         known = next((each for each in self.records if each.uuid == mark.uuid), None)
         slots = {item.spec.slot: item for item in known.allocations} if known else {}
-        told = partial(Finding, mark.name, file.path)
+        told = partial(Inconsistency, mark.name, file.path)
         if mark.spec.slot in slots:
             kept = slots[mark.spec.slot].spec.path
             if backing.exists(kept):  # else it was moved, of which _gone tells

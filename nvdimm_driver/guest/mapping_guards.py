@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 FRAME_LIMIT = 1 << 40
 """x86 physical addresses have at most 52 bits (Intel SDM 3A §4.1.4), frame numbers 40."""
 
-_REPORT = "this is a bug or a forged plan: nothing was mapped; report it with the plan file"
+_REPORT = "nothing was mapped; this is a bug, or the ledger was tampered with: report it with the driver's log"
 
 
-def check(
+def check_mappings(
     mappings: Sequence[tuple[int, int, int]],
     *,
     areas: Iterable[tuple[int, int]],

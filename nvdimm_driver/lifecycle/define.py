@@ -33,7 +33,7 @@ class Definitions:
         domain = self.known(domain)
         ownership.check_paths(self.ledger, domain)
         self.pools.check(domain, self.ledger.domains())
-        return self.planner.assumed(domain, None if domain.uuid is None else self.ledger.domain(domain.uuid))
+        return self.planner.assumed(domain, None if domain.uuid is None else self.ledger.find_domain(domain.uuid))
 
     def known(self, domain: DomainSpec) -> DomainSpec:
         """With the uuid of the domain of that name, when the XML leaves it out and the ledger knows one."""
@@ -49,9 +49,9 @@ class Definitions:
         """
         uuid = uuid_of(domain)
         self.plan(domain)
-        before = self.ledger.domain(uuid)
+        before = self.ledger.find_domain(uuid)
         wanted = [Allocation(uuid, spec) for spec in domain.nvdimms]
-        self.ledger.replace(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
+        self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
         created: list[NvdimmSpec] = []
         try:
             for spec in domain.nvdimms:
@@ -74,13 +74,13 @@ class Definitions:
 
     def drop(self, uuid: str) -> None:
         """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
-        record = self.ledger.domain(uuid)
+        record = self.ledger.find_domain(uuid)
         if record is None:
             return
-        if record.attachment is None:
+        if record.start is None:
             self.ledger.forget(uuid, kind="forgotten")
         else:
-            self.ledger.replace(uuid, record.name, record.ram, [], kind="forgotten")
+            self.ledger.store(uuid, record.name, record.ram, [], kind="forgotten")
         ownership.unmark(self.backings, record.allocations)
 
     def adopt(self, domain: DomainSpec) -> Record:
@@ -90,7 +90,7 @@ class Definitions:
         already provisioned is taken as it is; nothing is created here, where libvirt waits with a lock held.
         """
         uuid = uuid_of(domain)
-        record = self.ledger.domain(uuid)
+        record = self.ledger.find_domain(uuid)
         wanted = (domain.ram, domain.name, domain.dsm)
         if record is not None and (record.ram, record.name, record.dsm) == wanted:
             known = {item.spec: item for item in record.allocations if item.ready}
@@ -104,7 +104,7 @@ class Definitions:
                     hint="define the domain with virsh, through nvdimmd",
                 )
         self.define(domain)
-        adopted = self.ledger.domain(uuid)
+        adopted = self.ledger.find_domain(uuid)
         if adopted is None:
             raise LedgerError(f"domain {uuid} vanished from the ledger")
         return adopted
@@ -115,7 +115,7 @@ class Definitions:
         identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, locations, strict=True)}
         ownership.check_bytes(self.ledger, uuid, identities)
         plan = self.planner.provisioned(domain, locations, before)
-        self.ledger.replace(
+        self.ledger.store(
             uuid,
             domain.name,
             domain.ram,
@@ -126,7 +126,7 @@ class Definitions:
             dsm=domain.dsm,
             kind="defined",
         )
-        ownership.mark(self.backings, self.ledger.domain(uuid), before)
+        ownership.mark(self.backings, self.ledger.find_domain(uuid), before)
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
         """What is told about writing the zeros of an NVDIMM: each percent to the ledger, each tenth to the log."""
@@ -143,7 +143,7 @@ class Definitions:
                 )
                 logs.tell(news)
             told = percent
-            self.ledger.progress(uuid, spec.slot, percent)
+            self.ledger.record_progress(uuid, spec.slot, percent)
 
         return tell
 
@@ -154,7 +154,7 @@ class Definitions:
         if before is None:
             self.ledger.forget(uuid)
         else:
-            self.ledger.replace(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
+            self.ledger.store(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
 
 
 def uuid_of(domain: DomainSpec) -> str:

@@ -34,7 +34,7 @@ from nvdimm_driver.state.ledger import Ledger
 
 
 @dataclass(frozen=True)
-class Host:
+class HostFacts:
     """What the driver has to know of the host.
 
     :ivar namespaces: reads the pmem namespaces.
@@ -62,7 +62,7 @@ class Planner:
         backings: Sequence[Backing],
         acpi: AcpiBuilder,
         mapper: Mapper,
-        host: Host,
+        host: HostFacts,
         gap: int,
         dsm: str,
     ) -> None:
@@ -146,7 +146,7 @@ class Planner:
         self._guard(domain, guest, _flat(known), pmem)
         tables = self.acpi.build(guest)
         if tables.seconds is not None:
-            self.ledger.harvested(tables.seconds)
+            self.ledger.count_harvest(tables.seconds)
         bad = self.host.bad_ranges()
         bad_blocks = tuple(
             () if intakes and intakes[index].assumed else bad_parts(location.extents, bad)
@@ -168,11 +168,11 @@ class Planner:
         mappings: Sequence[Mapping],
         pmem: Sequence[tuple[int, int]],
     ) -> None:
-        mapping_guards.check(
+        mapping_guards.check_mappings(
             mappings,
             areas=pmem,
             ram=self.mapper.ram(),
-            taken=self.ledger.taken(domain.uuid or ""),
+            taken=self.ledger.frames_of_others(domain.uuid or ""),
             guest_start_gfn=guest.highmem_end // PAGE,
             guest_limit_gfn=guest.limit // PAGE,
         )

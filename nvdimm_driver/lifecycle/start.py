@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nvdimm_driver import logs
 from nvdimm_driver.errors import InUseError, XenError
 from nvdimm_driver.labels.servers import LabelServers
-from nvdimm_driver.model import Attachment, Record
+from nvdimm_driver.model import Record, Start
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.ledger import Ledger, host_boot_id
@@ -35,7 +35,7 @@ class Starts:
 
     def freeze(self, uuid: str, paths: Sequence[str]) -> None:
         """Begin a start: from here on its backings stay as they are until :meth:`put_away`."""
-        self.ledger.attach(uuid, paths)
+        self.ledger.begin_start(uuid, paths)
         for path in paths:
             backing_of(self.backings, path).freeze(path)
 
@@ -48,51 +48,51 @@ class Starts:
             for backing in self.backings:
                 if backing.handles(path):
                     backing.thaw(path)
-        self.ledger.detach(uuid, kind=kind)
-        record = self.ledger.domain(uuid)
+        self.ledger.end_start(uuid, kind=kind)
+        record = self.ledger.find_domain(uuid)
         if record is not None and not record.allocations:
             self.ledger.forget(uuid)
 
     def release(self, record: Record) -> bool:
         """Put a start away, if Xen lets go of its domain now or in a moment; False if it does not."""
-        if record.attachment is None or not self._has_ended(record.attachment):
+        if record.start is None or not self._has_ended(record.start):
             return False
-        self.put_away(record.uuid, record.attachment.paths, kind="released")
+        self.put_away(record.uuid, record.start.paths, kind="released")
         return True
 
     def stale(self) -> list[Record]:
         """The domains with a start that is over and not put away."""
         return [
             record
-            for record in self.ledger.started()
-            if record.attachment and not _is_pending(record.attachment) and not self._is_running(record.attachment)
+            for record in self.ledger.started_domains()
+            if record.start and not _is_pending(record.start) and not self._is_running(record.start)
         ]
 
     def reconcile(self) -> None:
         """Put away what starts have left whose domains are gone."""
         for record in self.stale():
-            if record.attachment is not None:
-                self.put_away(record.uuid, record.attachment.paths, kind="put-away")
+            if record.start is not None:
+                self.put_away(record.uuid, record.start.paths, kind="put-away")
 
     def unserved(self) -> list[Record]:
         """The running domains whose label server is gone."""
         return [
             record
-            for record in self.ledger.started()
-            if record.attachment
-            and record.attachment.served
-            and record.attachment.state == "mapped"
-            and self._is_running(record.attachment)
+            for record in self.ledger.started_domains()
+            if record.start
+            and record.start.served
+            and record.start.state == "mapped"
+            and self._is_running(record.start)
             and not self.label_servers.is_running(record.uuid)
         ]
 
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed with what watches it."""
         for record in self.unserved():
-            at = record.attachment
+            at = record.start
             if at is None or at.domid is None:
                 continue
-            self.ledger.happened("label-server-gone", record.uuid)
+            self.ledger.record_event("label-server-gone", record.uuid)
             try:
                 self.label_servers.start(at.domid, record.uuid)
             except XenError as error:
@@ -103,37 +103,33 @@ class Starts:
 
         :raises InUseError: when it is not.
         """
-        record = self.ledger.domain(uuid)
-        attachment = None if record is None else record.attachment
-        if record is None or attachment is None or attachment.domid is None:
+        record = self.ledger.find_domain(uuid)
+        start = None if record is None else record.start
+        if record is None or start is None or start.domid is None:
             return
         if not self.release(record):
             raise InUseError(
-                f"domain {record.name} has its NVDIMMs already, as domid {attachment.domid}, which Xen still has",
-                hint=f"shut that guest down: xl shutdown {attachment.domid}",
+                f"domain {record.name} has its NVDIMMs already, as domid {start.domid}, which Xen still has",
+                hint=f"shut that guest down: xl shutdown {start.domid}",
             )
 
-    def _has_ended(self, attachment: Attachment) -> bool:
+    def _has_ended(self, start: Start) -> bool:
         """Whether the hypervisor has let go of the domain, now or in a moment."""
         deadline = time.monotonic() + RELEASE_SECONDS
-        while self._is_running(attachment):
+        while self._is_running(start):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
         return True
 
-    def _is_running(self, attachment: Attachment) -> bool:
+    def _is_running(self, start: Start) -> bool:
         return (
-            attachment.domid is not None
-            and attachment.boot_id == host_boot_id()
-            and self.mapper.is_alive(attachment.domid, attachment.uuid)
+            start.domid is not None
+            and start.boot_id == host_boot_id()
+            and self.mapper.is_alive(start.domid, start.uuid)
         )
 
 
-def _is_pending(attachment: Attachment) -> bool:
+def _is_pending(start: Start) -> bool:
     """True for a start of this boot whose device model may still come."""
-    return (
-        attachment.domid is None
-        and attachment.boot_id == host_boot_id()
-        and time.time() - attachment.since < ABANDONED_SECONDS
-    )
+    return start.domid is None and start.boot_id == host_boot_id() and time.time() - start.since < ABANDONED_SECONDS

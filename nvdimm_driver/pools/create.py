@@ -47,7 +47,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Host:
+class PoolHost:
     """The host to make it on.
 
     :ivar page_map: ``mem`` or ``dev``: where the kernel keeps the page structures of a namespace (``--map``).
@@ -64,24 +64,24 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Command:
+class RunCommand:
     """A command to run."""
 
     words: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class File:
+class WriteFile:
     """A file to write."""
 
     path: str
     text: str
 
 
-Steps = Generator[Command | File, str, None]
+Steps = Generator[RunCommand | WriteFile, str, None]
 
 
-def steps(wish: Wish, host: Host, uuid: str) -> Steps:
+def steps(wish: Wish, host: PoolHost, uuid: str) -> Steps:
     """What makes the pool.
 
     :param uuid: for the file system.
@@ -94,14 +94,14 @@ def steps(wish: Wish, host: Host, uuid: str) -> Steps:
     path = device
     if wish.kind == "fsdax":
         path = wish.mount_point
-        yield Command(tuple(_mkfs(wish, device, uuid)))
+        yield RunCommand(tuple(_mkfs(wish, device, uuid)))
         yield from _mounted(wish, host, uuid)
     quota = f"quota = {wish.quota}\n" if wish.quota else ""
     text = f"# made by 'nvdimmctl pool create'\n[pool:{wish.name}]\nkind = {wish.kind}\npaths = {path}\n{quota}"
-    yield File(f"{host.conf_folder}/pool-{wish.name}.conf", text)
+    yield WriteFile(f"{host.conf_folder}/pool-{wish.name}.conf", text)
 
 
-def _made(wish: Wish, host: Host) -> Generator[Command | File, str, str]:
+def _made(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:
     """A new namespace in a region's free room; returns its device."""
     region = _region(wish, host)
     size = region.largest_free if wish.size is None else wish.size
@@ -112,11 +112,11 @@ def _made(wish: Wish, host: Host) -> Generator[Command | File, str, str]:
         )
     yield from _aligned(region)
     words = ["ndctl", "create-namespace", "-r", region.name, "-n", wish.name, "-s", str(size)]
-    printed = yield Command((*words, *_mode(wish, host)))
+    printed = yield RunCommand((*words, *_mode(wish, host)))
     return ndctl.namespace(printed).device
 
 
-def _made_anew(wish: Wish, host: Host) -> Generator[Command | File, str, str]:
+def _made_anew(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:
     """A namespace that there is, in the mode that is wanted; returns its device."""
     region, found = _namespace(wish, host)
     if found.name in host.in_use:
@@ -135,11 +135,11 @@ def _made_anew(wish: Wish, host: Host) -> Generator[Command | File, str, str]:
         )  # taking down one with page structures crashes some PV dom0 kernels, and there is no need to
     yield from _aligned(region)
     size = ["-s", str(wish.size)] if wish.size is not None else []
-    printed = yield Command(("ndctl", "create-namespace", "-f", "-e", found.name, *size, *_mode(wish, host)))
+    printed = yield RunCommand(("ndctl", "create-namespace", "-f", "-e", found.name, *size, *_mode(wish, host)))
     return ndctl.namespace(printed).device
 
 
-def _region(wish: Wish, host: Host) -> NdRegion:
+def _region(wish: Wish, host: PoolHost) -> NdRegion:
     if wish.region is not None:
         for region in host.regions:
             if region.name == wish.region:
@@ -152,7 +152,7 @@ def _region(wish: Wish, host: Host) -> NdRegion:
     raise BackingError(what, hint=f"--region or --namespace says where to make it; {_what_there_is(host)}")
 
 
-def _namespace(wish: Wish, host: Host) -> tuple[NdRegion, NdNamespace]:
+def _namespace(wish: Wish, host: PoolHost) -> tuple[NdRegion, NdNamespace]:
     for region in host.regions:
         for each in region.namespaces:
             if each.name == wish.namespace:
@@ -160,7 +160,7 @@ def _namespace(wish: Wish, host: Host) -> tuple[NdRegion, NdNamespace]:
     raise NotFoundError(f"there is no namespace {wish.namespace}", hint=_what_there_is(host))
 
 
-def _what_there_is(host: Host) -> str:
+def _what_there_is(host: PoolHost) -> str:
     told = [
         f"{region.name} ({human(region.largest_free)} free): "
         + (", ".join(f"{each.name} {each.mode} {human(each.size)}" for each in region.namespaces) or "no namespaces")
@@ -173,10 +173,10 @@ def _what_there_is(host: Host) -> str:
 
 def _aligned(region: NdRegion) -> Steps:
     if region.size % REGION_ALIGN:
-        yield File(f"/sys/bus/nd/devices/{region.name}/align", f"{SUPERPAGE:#x}\n")
+        yield WriteFile(f"/sys/bus/nd/devices/{region.name}/align", f"{SUPERPAGE:#x}\n")
 
 
-def _mode(wish: Wish, host: Host) -> Sequence[str]:
+def _mode(wish: Wish, host: PoolHost) -> Sequence[str]:
     mode = MODES[wish.kind]
     return ["-m", mode] if mode == "raw" else ["-m", mode, f"--map={host.page_map}"]
 
@@ -190,18 +190,18 @@ def _mkfs(wish: Wish, device: str, uuid: str) -> Sequence[str]:
     return ["mkfs.ext4", "-q", *(["-F"] if wish.force else []), *layout, device]
 
 
-def _mounted(wish: Wish, host: Host, uuid: str) -> Steps:
+def _mounted(wish: Wish, host: PoolHost, uuid: str) -> Steps:
     source = f"/dev/disk/by-uuid/{uuid}"
-    yield Command(("mkdir", "-p", wish.mount_point))
+    yield RunCommand(("mkdir", "-p", wish.mount_point))
     if host.systemd:
-        unit = (yield Command(("systemd-escape", "--path", "--suffix=mount", wish.mount_point))).strip()
-        yield File(f"{UNIT_FOLDER}/{unit}", _unit(wish, source))
-        yield Command(("systemctl", "daemon-reload"))
-        yield Command(("udevadm", "settle"))
-        yield Command(("systemctl", "enable", "--now", unit))
+        unit = (yield RunCommand(("systemd-escape", "--path", "--suffix=mount", wish.mount_point))).strip()
+        yield WriteFile(f"{UNIT_FOLDER}/{unit}", _unit(wish, source))
+        yield RunCommand(("systemctl", "daemon-reload"))
+        yield RunCommand(("udevadm", "settle"))
+        yield RunCommand(("systemctl", "enable", "--now", unit))
     else:
-        yield Command(("mount", "-t", wish.file_system, "-o", "dax=always", f"UUID={uuid}", wish.mount_point))
-    yield Command(("chmod", "0700", wish.mount_point))
+        yield RunCommand(("mount", "-t", wish.file_system, "-o", "dax=always", f"UUID={uuid}", wish.mount_point))
+    yield RunCommand(("chmod", "0700", wish.mount_point))
 
 
 def _unit(wish: Wish, source: str) -> str:

@@ -91,7 +91,7 @@ def host_map(ledger: Ledger, backings: Sequence[Backing], sysfs: Path = SYSFS) -
 
 def _pieces(ledger: Ledger, backings: Sequence[Backing]) -> Iterator[Piece]:
     for record in ledger.domains():
-        state = record.attachment.state if record.attachment else "off"
+        state = record.start.state if record.start else "off"
         for item in record.allocations:
             if not item.ready:
                 continue

@@ -184,7 +184,7 @@ class Interceptor:
         record = yield from self._record(Unpacker(payload).domain())
         if record is not None:
             paths = ", ".join(item.spec.path for item in record.allocations)
-            yield self._work(lambda driver: driver.ledger.happened("undefined", record.uuid, {"kept": paths}))
+            yield self._work(lambda driver: driver.ledger.record_event("undefined", record.uuid, {"kept": paths}))
         return reply
 
     def migrate(self, procedure: int, payload: bytes) -> Steps:
@@ -216,7 +216,7 @@ class Interceptor:
             return (yield from _call(procedure, payload))
         if flags & MEM_MAXIMUM:
             yield self._work(lambda driver: driver.check_ram(record.uuid, size))
-        elif size < record.ram and (flags & AFFECT_CONFIG or (not flags & AFFECT_LIVE and record.attachment is None)):
+        elif size < record.ram and (flags & AFFECT_CONFIG or (not flags & AFFECT_LIVE and record.start is None)):
             raise UnsupportedError(
                 f"domain {domain.name} has NVDIMMs, and {size // KIB} KiB is less than its RAM: it would start with "
                 "memory populated on demand, which Xen does not do together with mapped frames",
@@ -235,7 +235,7 @@ class Interceptor:
         return Work(with_driver)
 
     def _record(self, domain: DomainRef) -> Generator[Call | Work, Any, Record | None]:
-        record: Record | None = yield self._work(lambda driver: driver.ledger.domain(domain.uuid))
+        record: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(domain.uuid))
         return record
 
     def _accept(self, xml: str) -> DomainSpec | None:
@@ -306,7 +306,7 @@ class Interceptor:
 
     def _explained(self, error: LibvirtError, uuid: str) -> Generator[Call | Work, Any, LibvirtError]:
         """The error with why the start failed, as far as that is ours to know and not in it yet."""
-        record: Record | None = yield self._work(lambda driver: driver.ledger.domain(uuid))
+        record: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
         told = RemoteError.unpack(error.payload)
         if record is None or not record.fault or record.fault in (told.message or ""):
             return error

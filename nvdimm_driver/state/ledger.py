@@ -1,4 +1,4 @@
-"""What belongs to whom: the one module that knows SQL.
+"""What belongs to whom: the ledger, an SQLite file. With schema.py, the one module that knows SQL.
 
 The device model, which has to start fast, uses it: model types are imported where they are made.
 """
@@ -11,6 +11,7 @@ import time
 
 from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.state.events import Event, failure, unheard
+from nvdimm_driver.state.schema import SCHEMAS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,82 +21,6 @@ if TYPE_CHECKING:
     from nvdimm_driver.model import Allocation, Record
     from nvdimm_driver.state.events import Value
 
-SCHEMAS = (
-    """
-CREATE TABLE domain (
-    uuid TEXT PRIMARY KEY,
-    name TEXT NOT NULL,
-    ram INTEGER NOT NULL,
-    fault TEXT NOT NULL DEFAULT ''
-) STRICT;
-CREATE TABLE allocation (
-    uuid TEXT NOT NULL REFERENCES domain(uuid) ON DELETE CASCADE,
-    slot INTEGER NOT NULL,
-    path TEXT NOT NULL UNIQUE,
-    size INTEGER NOT NULL,
-    label_size INTEGER NOT NULL,
-    alignsize INTEGER,
-    fixed_base INTEGER,
-    node INTEGER,
-    pmem INTEGER NOT NULL,
-    kind TEXT, device TEXT, start INTEGER, inode INTEGER, generation INTEGER, file_size INTEGER,
-    base INTEGER,
-    written INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (uuid, slot)
-) STRICT;
-CREATE TABLE attachment (
-    uuid TEXT PRIMARY KEY REFERENCES domain(uuid) ON DELETE CASCADE,
-    state TEXT NOT NULL CHECK (state IN ('preparing', 'prepared', 'mapping', 'mapped')),
-    domid INTEGER,
-    boot_id TEXT NOT NULL,
-    since INTEGER NOT NULL,
-    qemu TEXT NOT NULL DEFAULT '',
-    gfn_start INTEGER NOT NULL DEFAULT 0,
-    gfn_limit INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE TABLE frozen (
-    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
-    path TEXT NOT NULL,
-    PRIMARY KEY (uuid, path)
-) STRICT;
-CREATE TABLE mapping (
-    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
-    gfn INTEGER NOT NULL, mfn INTEGER NOT NULL, count INTEGER NOT NULL,
-    PRIMARY KEY (uuid, gfn)
-) STRICT;
-CREATE TABLE area (
-    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
-    mfn INTEGER NOT NULL, count INTEGER NOT NULL
-) STRICT;
-""",
-    """
-ALTER TABLE domain ADD COLUMN dsm TEXT;
-ALTER TABLE attachment ADD COLUMN served TEXT NOT NULL DEFAULT '';
-ALTER TABLE attachment ADD COLUMN ioreq_server INTEGER;
-CREATE TABLE uncached (
-    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
-    gfn INTEGER NOT NULL, count INTEGER NOT NULL
-) STRICT;
-""",
-    """
-CREATE TABLE event (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    time REAL NOT NULL,
-    kind TEXT NOT NULL,
-    uuid TEXT NOT NULL,
-    name TEXT NOT NULL,
-    domid INTEGER,
-    detail TEXT NOT NULL
-) STRICT;
-CREATE TABLE counter (
-    name TEXT NOT NULL,
-    label TEXT NOT NULL,
-    value REAL NOT NULL,
-    PRIMARY KEY (name, label)
-) STRICT;
-""",
-)
-"""What makes each version of the schema of the one before; the first one's number is 1."""
 KEPT_EVENTS = 10_000
 """Older ones go."""
 ALLOCATION_COLUMNS = (
@@ -110,7 +35,7 @@ def host_boot_id(path: str = "/proc/sys/kernel/random/boot_id") -> str:
         return file.read().strip()
 
 
-class Start:
+class PreparedStart:
     """What the device model needs to know of a prepared start.
 
     :ivar mappings: (gfn, mfn, count), in 4 KiB frames.
@@ -172,16 +97,16 @@ class Ledger:
         """Every domain the ledger knows, by name."""
         return self._records("SELECT uuid FROM domain")
 
-    def started(self) -> tuple[Record, ...]:
+    def started_domains(self) -> tuple[Record, ...]:
         """Every domain with an attachment, by name."""
         return self._records("SELECT uuid FROM attachment")
 
-    def domain(self, uuid: str) -> Record | None:
+    def find_domain(self, uuid: str) -> Record | None:
         """The domain, or None when the ledger does not know it."""
         records = self._records("SELECT ?", uuid)
         return records[0] if records else None
 
-    def replace(
+    def store(
         self,
         uuid: str,
         name: str,
@@ -214,7 +139,7 @@ class Ledger:
         event = Event(kind, uuid, name, None, {"nvdimms": len(allocations), "bytes": size}) if kind else None
         self._write(statements, event)
 
-    def progress(self, uuid: str, slot: int, percent: int) -> None:
+    def record_progress(self, uuid: str, slot: int, percent: int) -> None:
         """So much of an NVDIMM is written."""
         self._write([("UPDATE allocation SET written = ? WHERE uuid = ? AND slot = ?", (percent, uuid, slot))])
 
@@ -225,7 +150,7 @@ class Ledger:
         """
         self._write([("DELETE FROM domain WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
-    def attach(self, uuid: str, paths: Sequence[str]) -> None:
+    def begin_start(self, uuid: str, paths: Sequence[str]) -> None:
         """A start begins, with nothing held against it yet: these paths will be frozen for it."""
         self._write(
             [
@@ -239,7 +164,7 @@ class Ledger:
             ]
         )
 
-    def prepared(
+    def finish_preparing(
         self,
         uuid: str,
         qemu: str,
@@ -253,7 +178,7 @@ class Ledger:
     ) -> None:
         """The start is prepared: what the device model will do.
 
-        :param served: as in :class:`.model.Attachment`.
+        :param served: as in :class:`.model.Start`.
         :param detail: of the event that this is.
         """
         self._write(
@@ -270,7 +195,7 @@ class Ledger:
             self._event("prepared", uuid, detail),
         )
 
-    def start(self, uuid: str) -> Start | None:
+    def find_prepared(self, uuid: str) -> PreparedStart | None:
         """What was prepared for a domain in this boot of the host, and not mapped yet."""
         rows = self._rows(
             "SELECT name, qemu, gfn_start, gfn_limit, served FROM attachment JOIN domain USING (uuid) "
@@ -284,7 +209,7 @@ class Ledger:
         areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
         uncached = self._rows("SELECT gfn, count FROM uncached WHERE uuid = ?", uuid)
         name, qemu, gfn_start, gfn_limit, served = rows[0]
-        return Start(name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached)
+        return PreparedStart(name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached)
 
     def has_mapped(self, uuid: str, domid: int) -> bool:
         """Whether the NVDIMMs were mapped into just this domain in this boot of the host."""
@@ -297,7 +222,7 @@ class Ledger:
             )
         )
 
-    def taken(self, uuid: str) -> list[tuple[str, int, int]]:
+    def frames_of_others(self, uuid: str) -> list[tuple[str, int, int]]:
         """Machine frames of every other domain's start, as (name of the domain, mfn, count)."""
         return self._rows(
             "SELECT name, mfn, count FROM mapping JOIN attachment USING (uuid) JOIN domain USING (uuid) "
@@ -306,7 +231,7 @@ class Ledger:
             host_boot_id(),
         )
 
-    def mapping(self, uuid: str, domid: int) -> None:
+    def begin_mapping(self, uuid: str, domid: int) -> None:
         """The device model is about to map."""
         self._write(
             [
@@ -317,16 +242,16 @@ class Ledger:
             ]
         )
 
-    def ioreq_server(self, uuid: str) -> int | None:
+    def find_ioreq_server(self, uuid: str) -> int | None:
         """Xen's id of the ioreq server that the domain's label server has made; None before."""
         rows = self._rows("SELECT ioreq_server FROM attachment WHERE uuid = ?", uuid)
         return rows[0][0] if rows else None
 
-    def made_ioreq_server(self, uuid: str, server: int) -> None:
+    def record_ioreq_server(self, uuid: str, server: int) -> None:
         """The domain's label server has made an ioreq server, with that id."""
         self._write([("UPDATE attachment SET ioreq_server = ? WHERE uuid = ?", (server, uuid))])
 
-    def mapped(self, uuid: str, seconds: float = 0.0, detail: Mapping[str, Value] | None = None) -> None:
+    def finish_mapping(self, uuid: str, seconds: float = 0.0, detail: Mapping[str, Value] | None = None) -> None:
         """The device model has mapped: the domain starts.
 
         :param seconds: that it took.
@@ -342,7 +267,7 @@ class Ledger:
             self._event("started", uuid, detail),
         )
 
-    def mapped_domains(self) -> tuple[int, int]:
+    def count_mapped(self) -> tuple[int, int]:
         """How many domains have their NVDIMMs, and how many frames of them are mapped."""
         (found,) = self._rows(
             "SELECT count(DISTINCT uuid), coalesce(sum(count), 0) FROM attachment LEFT JOIN mapping USING (uuid) "
@@ -350,14 +275,14 @@ class Ledger:
         )
         return found[0], found[1]
 
-    def detach(self, uuid: str, *, kind: str = "") -> None:
+    def end_start(self, uuid: str, *, kind: str = "") -> None:
         """The start is over, and nothing is frozen or mapped for it any more.
 
         :param kind: of the event that this is; empty for none.
         """
         self._write([("DELETE FROM attachment WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
-    def failed(self, uuid: str, error: Exception, domid: int | None = None) -> None:
+    def record_failure(self, uuid: str, error: Exception, domid: int | None = None) -> None:
         """A start failed. Nothing is done for an error that was recorded before, on its way up.
 
         :param uuid: of a domain that need not be known; empty when not even that is.
@@ -378,11 +303,11 @@ class Ledger:
         """Why an earlier start failed is of no interest any more."""
         self._write([("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,))])
 
-    def harvested(self, seconds: float) -> None:
+    def count_harvest(self, seconds: float) -> None:
         """ACPI tables were taken from a QEMU."""
         self._write([_count("harvests"), _count("harvest_seconds", seconds)])
 
-    def happened(self, kind: str, uuid: str, detail: Mapping[str, Value] | None = None) -> None:
+    def record_event(self, kind: str, uuid: str, detail: Mapping[str, Value] | None = None) -> None:
         """Something happened that changes nothing here."""
         self._write([], self._event(kind, uuid, detail))
 
@@ -420,7 +345,7 @@ class Ledger:
 
     def _records(self, uuids: str, *values: str) -> tuple[Record, ...]:
         """The domains whose uuids a query selects: a query for each table, however many they are."""
-        from nvdimm_driver.model import Attachment, Record
+        from nvdimm_driver.model import Record, Start
 
         def rows(columns: str, table: str, order: str) -> list[Any]:
             return self._rows(f"SELECT uuid, {columns} FROM {table} WHERE uuid IN ({uuids}) ORDER BY {order}", *values)
@@ -431,14 +356,14 @@ class Ledger:
         frozen: dict[str, list[str]] = {}
         for uuid, path in rows("path", "frozen", "path"):
             frozen.setdefault(uuid, []).append(path)
-        attachments = {
-            uuid: Attachment(uuid, state, domid, boot_id, since, tuple(frozen.get(uuid, ())), served)
+        starts = {
+            uuid: Start(uuid, state, domid, boot_id, since, tuple(frozen.get(uuid, ())), served)
             for uuid, state, domid, boot_id, since, served in rows(
                 "state, domid, boot_id, since, served", "attachment", "uuid"
             )
         }
         return tuple(
-            Record(uuid, name, ram, dsm, fault, tuple(allocations.get(uuid, ())), attachments.get(uuid))
+            Record(uuid, name, ram, dsm, fault, tuple(allocations.get(uuid, ())), starts.get(uuid))
             for uuid, name, ram, dsm, fault in rows("name, ram, dsm, fault", "domain", "name")
         )
 

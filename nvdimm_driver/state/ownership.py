@@ -64,13 +64,13 @@ def check_off(record: Record) -> None:
 
     :raises InUseError: when it does.
     """
-    if record.attachment is not None:
+    if record.start is not None:
         raise InUseError(f"domain {record.name} is running or starting", hint="shut it down first")
 
 
 def _paths(record: Record) -> set[str]:
     paths = {item.spec.path for item in record.allocations}
-    return paths if record.attachment is None else paths.union(record.attachment.paths)
+    return paths if record.start is None else paths.union(record.start.paths)
 
 
 def _sharing(ledger: Ledger, identity: BackingIdentity) -> Iterator[Record]:

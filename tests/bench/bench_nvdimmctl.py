@@ -37,7 +37,7 @@ def fill(path: Path, number: int) -> None:
         uuid = str(uuid4())
         spec = NvdimmSpec(0, f"/mnt/pmem0/{index}.img", 64 * MIB)
         identity = BackingIdentity("fsdax", "namespace", 0, index + 100, 1, 64 * MIB)
-        ledger.replace(uuid, f"guest{index}", GIB, [Allocation(uuid, spec, identity, 64 * GIB, 100)])
+        ledger.store(uuid, f"guest{index}", GIB, [Allocation(uuid, spec, identity, 64 * GIB, 100)])
     ledger.close()
 
 

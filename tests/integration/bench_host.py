@@ -145,9 +145,9 @@ class Host:
 
     def state(self, name: str) -> tuple[str, int | None, bool]:
         """State and domid of a domain's start in the ledger, and whether its file is immutable."""
-        attachment = self.record(name).attachment
+        start = self.record(name).start
         flags = self.libvirtd.run("lsattr", self.folder / f"pmem/{name}.img").stdout.split()[0]
-        return (attachment.state, attachment.domid, "i" in flags) if attachment else ("", None, "i" in flags)
+        return (start.state, start.domid, "i" in flags) if start else ("", None, "i" in flags)
 
     def log(self) -> str:
         """What our hook and device model have logged."""

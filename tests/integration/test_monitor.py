@@ -172,7 +172,7 @@ def wait_until(condition: Any) -> None:
 
 def follow(folder: Path, ledger: Ledger, *words: str) -> subprocess.Popen[str]:
     """A monitor that has printed its first event."""
-    ledger.happened("undefined", UUID.format(1))
+    ledger.record_event("undefined", UUID.format(1))
     process = monitor(folder, "--since", "0", *words)
     assert next_id(process) == 1
     return process
@@ -188,7 +188,7 @@ def next_id(process: subprocess.Popen[str]) -> int:
 def test_it_follows_until_it_is_interrupted(tmp_path: Path, ledger: Ledger) -> None:
     process = follow(tmp_path, ledger)
     for number in (2, 3):
-        ledger.happened("undefined", UUID.format(1))
+        ledger.record_event("undefined", UUID.format(1))
         assert next_id(process) == number
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=DEADLINE)
@@ -207,12 +207,12 @@ def test_it_ends_when_nobody_reads(tmp_path: Path, ledger: Ledger) -> None:
 
 
 def test_without_since_it_begins_now(tmp_path: Path, ledger: Ledger) -> None:
-    ledger.happened("undefined", UUID.format(1))
+    ledger.record_event("undefined", UUID.format(1))
     process = monitor(tmp_path, "--timeout", "1")
     deadline = time.monotonic() + DEADLINE
     while process.poll() is None:
         assert time.monotonic() < deadline
-        ledger.happened("forgotten", UUID.format(1))
+        ledger.record_event("forgotten", UUID.format(1))
         time.sleep(0.05)
     out, _ = process.communicate()
     assert process.returncode == 0

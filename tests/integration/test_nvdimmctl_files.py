@@ -99,11 +99,11 @@ class Operator:
         for slot, path in enumerate(paths):
             spec = NvdimmSpec(slot, str(path), SIZE)
             items.append(Allocation(UUID, spec, backing.locate(spec).identity, (68 + slot) << 30))
-        self.ledger().replace(UUID, name, 1 << 30, items)
+        self.ledger().store(UUID, name, 1 << 30, items)
 
     def start(self, *paths: Path) -> None:
         """The domain is being started."""
-        self.ledger().attach(UUID, [str(path) for path in paths])
+        self.ledger().begin_start(UUID, [str(path) for path in paths])
 
 
 @pytest.fixture(scope="module")

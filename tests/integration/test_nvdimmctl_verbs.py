@@ -72,7 +72,7 @@ def config(tmp_path: Path) -> Path:
     ledger = Ledger(str(tmp_path / "ledger.sqlite"))
     path = f"{tmp_path}/pmem/db1.img"
     identity = BackingIdentity("fsdax", "namespace", 0, 100, 1, 64 * MIB)
-    ledger.replace(UUID, "db1", GIB, [Allocation(UUID, NvdimmSpec(0, path, 64 * MIB), identity, 64 * GIB)])
+    ledger.store(UUID, "db1", GIB, [Allocation(UUID, NvdimmSpec(0, path, 64 * MIB), identity, 64 * GIB)])
     ledger.close()
     file = tmp_path / "nvdimm-driver.conf"
     file.write_text(f"[DEFAULT]\nstate_dir = {tmp_path}\n[pool:main]\npaths = {tmp_path}/pmem\nquota = 1GiB\n")

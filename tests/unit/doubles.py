@@ -10,7 +10,7 @@ from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
-from nvdimm_driver.lifecycle.plan import Host
+from nvdimm_driver.lifecycle.plan import HostFacts
 from nvdimm_driver.model import (
     GIB,
     MIB,
@@ -29,7 +29,7 @@ from nvdimm_driver.model import (
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, ByteRange, Mapper, unwatched
 from nvdimm_driver.pools.rules import Pools
-from nvdimm_driver.state.ledger import Ledger, Start
+from nvdimm_driver.state.ledger import Ledger, PreparedStart
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
 OTHER_UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000002"
@@ -258,7 +258,7 @@ def make_driver(
         backings=[backing],
         acpi=acpi or NativeAcpiBuilder(),
         mapper=mapper,
-        host=Host(lambda: (namespace,), 46, lambda: bad),
+        host=HostFacts(lambda: (namespace,), 46, lambda: bad),
         qemu="/usr/bin/real-qemu",
         gap=64 * GIB,
         dsm=dsm,
@@ -266,9 +266,9 @@ def make_driver(
     )
 
 
-def started(ledger: Ledger) -> Start:
+def started(ledger: Ledger) -> PreparedStart:
     """What was prepared for the domain."""
-    start = ledger.start(UUID)
+    start = ledger.find_prepared(UUID)
     assert start is not None
     return start
 

@@ -63,7 +63,7 @@ class Host:
         self.backing.contents[path] = bytearray(data.ljust(SIZE, b"\1"))
 
     def run(self, *paths: str) -> None:
-        self.driver.ledger.attach(UUID, list(paths))
+        self.driver.ledger.begin_start(UUID, list(paths))
 
 
 @pytest.fixture
@@ -272,13 +272,13 @@ def test_a_domains_backing_is_no_destination(defined: Host) -> None:
 
 
 def test_wiping(defined: Host) -> None:
-    before = defined.driver.ledger.domain(UUID)
+    before = defined.driver.ledger.find_domain(UUID)
     defined.wiper.wipe(spec(), watch)
     assert defined.backing.contents[A] == bytes(SIZE)
     assert defined.backing.opened[-1].synced
     assert defined.backing.opened[-1].closed
     assert defined.backing.contents[B] != bytes(SIZE)
-    assert defined.driver.ledger.domain(UUID) == before
+    assert defined.driver.ledger.find_domain(UUID) == before
     with pytest.raises(NotFoundError):
         defined.wiper.wipe(spec("/mnt/pmem0/none"), watch)
 
@@ -293,7 +293,7 @@ def test_what_runs_is_not_wiped(defined: Host) -> None:
 
 
 def test_what_was_put_in_the_place_of_a_domains_backing_is_neither_wiped_nor_deleted(defined: Host) -> None:
-    record = defined.driver.ledger.domain(UUID)
+    record = defined.driver.ledger.find_domain(UUID)
     assert record is not None
     defined.backing.files[A] = (999, SIZE)
     with pytest.raises(BackingError, match="is not what was provisioned"):
@@ -301,7 +301,7 @@ def test_what_was_put_in_the_place_of_a_domains_backing_is_neither_wiped_nor_del
     with pytest.raises(BackingError, match="is not what was provisioned"):
         defined.wiper.give_up(record, watch, delete=True)
     assert A in defined.backing.files
-    assert defined.driver.ledger.domain(UUID) == record
+    assert defined.driver.ledger.find_domain(UUID) == record
 
 
 @pytest.mark.parametrize("wipe", [False, True])
@@ -310,10 +310,10 @@ def test_giving_up(tmp_path: Path, wipe: bool, delete: bool) -> None:
     host = Host(tmp_path, wipe=wipe)
     host.driver.define(domain(A, B))
     host.fill(A, content := b"data")
-    record = host.driver.ledger.domain(UUID)
+    record = host.driver.ledger.find_domain(UUID)
     assert record is not None
     host.wiper.give_up(record, watch, delete=delete)
-    assert host.driver.ledger.domain(UUID) is None
+    assert host.driver.ledger.find_domain(UUID) is None
     assert (A in host.backing.files) is not delete
     assert (host.backing.contents[A] == bytes(SIZE)) is wipe
     assert host.backing.contents[A].startswith(content) is not wipe
@@ -323,20 +323,20 @@ def test_a_claim_stays_until_all_is_wiped(tmp_path: Path) -> None:
     host = Host(tmp_path, wipe=True)
     host.driver.define(domain(A, B))
     host.fill(A, b"data")
-    record = host.driver.ledger.domain(UUID)
+    record = host.driver.ledger.find_domain(UUID)
     assert record is not None
     with pytest.raises(KeyboardInterrupt):
         host.wiper.give_up(record, interrupted, delete=True)
-    assert host.driver.ledger.domain(UUID) == record
+    assert host.driver.ledger.find_domain(UUID) == record
     assert host.backing.contents[A] == bytes(MIB) + b"\1" * (SIZE - MIB)
     host.wiper.give_up(record, watch, delete=True)
-    assert host.driver.ledger.domain(UUID) is None
+    assert host.driver.ledger.find_domain(UUID) is None
     assert host.backing.files == {}
 
 
 def test_a_running_domain_gives_nothing_up(defined: Host) -> None:
     defined.run(A)
-    record = defined.driver.ledger.domain(UUID)
+    record = defined.driver.ledger.find_domain(UUID)
     assert record is not None
     with pytest.raises(InUseError):
         defined.wiper.give_up(record, watch, delete=True)
@@ -347,7 +347,7 @@ def test_what_is_gone_can_be_given_up(tmp_path: Path) -> None:
     host = Host(tmp_path, wipe=True)
     host.driver.define(domain(A, uuid=OTHER_UUID))
     del host.backing.files[A]
-    record = host.driver.ledger.domain(OTHER_UUID)
+    record = host.driver.ledger.find_domain(OTHER_UUID)
     assert record is not None
     host.wiper.give_up(record, watch, delete=False)
     assert host.driver.ledger.domains() == ()

@@ -61,7 +61,7 @@ def test_where_everything_is(tmp_path: Path) -> None:
     driver.define(domain(("/mnt/pmem0/a", 64 * MIB)))
     record = driver.ledger.domains()[0]
     half_done = Allocation(record.uuid, domain(("/mnt/pmem0/b", MIB)).nvdimms[0])
-    driver.ledger.replace("u", "db2", GIB, [half_done])
+    driver.ledger.store("u", "db2", GIB, [half_done])
     (region,) = host_map(driver.ledger, driver.backings, sysfs.root)
     assert (region.name, region.spa, region.size) == ("region0", 5 * GIB, GIB)
     assert [each.name for each in region.namespaces] == ["namespace0.0"]

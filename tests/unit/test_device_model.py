@@ -44,7 +44,7 @@ def no_server(state_dir: str, domid: int, uuid: str) -> None:
 
 
 def fault(driver: XenNvdimmDriver) -> str:
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
     return record.fault
 
@@ -55,10 +55,10 @@ def test_it_maps_delivers_and_names_the_qemu(driver: XenNvdimmDriver, mapper: Re
     assert attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server) == "/usr/bin/real-qemu"
     assert mapper.mapped == {5: prepared.mappings}
     assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
-    assert record.attachment is not None
-    assert (record.attachment.state, record.attachment.domid) == ("mapped", 5)
+    assert record.start is not None
+    assert (record.start.state, record.start.domid) == ("mapped", 5)
     (*_, event) = driver.ledger.events()
     assert (event.kind, event.name, event.uuid, event.domid) == ("started", "db1", UUID, 5)
     assert [event.detail[key] for key in ("extents", "superpages", "pages", "hypercalls")] == [1, 32, 0, 1]
@@ -90,9 +90,9 @@ def test_the_guards_run_before_anything_is_mapped(
 def test_frames_of_another_start_are_refused(driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path) -> None:
     driver.prepare(domain(A))
     mappings = started(driver.ledger).mappings
-    driver.ledger.replace(OTHER_UUID, "db2", 1, [])
-    driver.ledger.attach(OTHER_UUID, [])
-    driver.ledger.prepared(OTHER_UUID, "/q", (0, 1), [mappings[0]], [])
+    driver.ledger.store(OTHER_UUID, "db2", 1, [])
+    driver.ledger.begin_start(OTHER_UUID, [])
+    driver.ledger.finish_preparing(OTHER_UUID, "/q", (0, 1), [mappings[0]], [])
     with pytest.raises(GuardError, match="db2"):
         attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
@@ -159,14 +159,14 @@ def test_a_guest_with_labels_gets_its_page_and_a_label_server(
 
     attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, serve, restored=restored)
     assert started == [(str(tmp_path), 5, UUID, set() if restored else {5})]
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
-    assert record.attachment is not None
-    assert record.attachment.served == record.labels
+    assert record.start is not None
+    assert record.start.served == record.labels
     driver.define(domain(A, label_size=2 * MIB))
-    redefined = driver.ledger.domain(UUID)
+    redefined = driver.ledger.find_domain(UUID)
     assert redefined is not None
-    assert redefined.attachment == record.attachment
+    assert redefined.start == record.start
     assert redefined.labels != record.labels
 
 
@@ -217,7 +217,7 @@ def test_a_guest_whose_label_server_was_killed_gets_another(
     driver.define(labelled)
     driver.prepare(labelled)
     attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, lambda *_: None)
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
     lock = driver.starts.label_servers.lock(UUID)
     assert lock is not None

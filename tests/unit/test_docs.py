@@ -12,7 +12,8 @@ from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
 from nvdimm_driver.metrics import DriverCollector
 from nvdimm_driver.rpc.intercept import TABLE
 from nvdimm_driver.state.events import KINDS, LOGGED
-from nvdimm_driver.state.ledger import SCHEMAS, Ledger
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.schema import SCHEMAS
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import restore, rewrite
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver

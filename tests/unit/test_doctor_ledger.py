@@ -34,10 +34,10 @@ class Host:
 
     def start(self, served: str = "") -> None:
         ledger = self.driver.ledger
-        ledger.attach(UUID, [PATH])
-        ledger.prepared(UUID, "/qemu", (0, 1), [], [], served=served)
-        ledger.mapping(UUID, 7)
-        ledger.mapped(UUID)
+        ledger.begin_start(UUID, [PATH])
+        ledger.finish_preparing(UUID, "/qemu", (0, 1), [], [], served=served)
+        ledger.begin_mapping(UUID, 7)
+        ledger.finish_mapping(UUID)
 
     def look(self, *, mapper: RecordingMapper | None = None, served: bool = True) -> dict[str, Finding]:
         found = ledger.check(
@@ -79,8 +79,8 @@ def test_a_domain_that_xen_does_not_have(host: Host) -> None:
 def test_a_domain_of_another_boot(host: Host) -> None:
     host.start()
     (record,) = host.driver.ledger.domains()
-    assert record.attachment is not None
-    before = replace(record, attachment=replace(record.attachment, boot_id="another"))
+    assert record.start is not None
+    before = replace(record, start=replace(record.start, boot_id="another"))
     assert [each.result for each in ledger.check_starts([before], host.mapper)] == [Result.WARN]
 
 

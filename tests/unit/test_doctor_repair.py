@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.doctor.repair import Finding, look
+from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Pool
 from nvdimm_driver.pools.rules import Pools
@@ -34,7 +34,7 @@ def driver(tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper) -> X
     return driver
 
 
-def mend(driver: XenNvdimmDriver) -> list[Finding]:
+def mend(driver: XenNvdimmDriver) -> list[Inconsistency]:
     """Mend what is found; return what is left."""
     for finding in look(driver):
         assert finding.mend, finding
@@ -58,24 +58,24 @@ def test_what_is_given_up_is_not_marked_any_more(driver: XenNvdimmDriver, backin
 def test_a_lost_ledger_is_made_again(
     tmp_path: Path, driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
 ) -> None:
-    before = driver.ledger.domain(UUID)
+    before = driver.ledger.find_domain(UUID)
     (tmp_path / "new").mkdir()
     new = make_driver(tmp_path / "new", backing, mapper, pools=Pools([POOL]))
     found = look(new)
     assert [(each.domain, each.path) for each in found] == [("db1", A), ("db1", B)]
     assert "slot 0 of db1" in found[0].problem
     assert mend(new) == []
-    assert new.ledger.domain(UUID) == before
+    assert new.ledger.find_domain(UUID) == before
 
 
 def test_a_ledger_that_is_behind(driver: XenNvdimmDriver) -> None:
     """As one from a backup that has only the first NVDIMM."""
-    before = driver.ledger.domain(UUID)
+    before = driver.ledger.find_domain(UUID)
     assert before
-    driver.ledger.replace(UUID, before.name, before.ram, before.allocations[:1], dsm=before.dsm)
+    driver.ledger.store(UUID, before.name, before.ram, before.allocations[:1], dsm=before.dsm)
     assert [each.path for each in look(driver)] == [B]
     assert mend(driver) == []
-    assert driver.ledger.domain(UUID) == before
+    assert driver.ledger.find_domain(UUID) == before
 
 
 def test_a_file_that_was_moved(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
@@ -89,7 +89,7 @@ def test_a_file_that_is_gone(driver: XenNvdimmDriver, backing: MemoryBacking) ->
     del backing.files[A], backing.marks[A]
     assert [(each.path, each.problem) for each in look(driver)] == [(A, "it is not there")]
     assert mend(driver) == []
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record
     assert [item.ready for item in record.allocations] == [False, True]
     driver.define(domain((A, 64 * MIB), (B, 32 * MIB)))
@@ -125,7 +125,7 @@ def test_another_file_in_its_place_is_taken(driver: XenNvdimmDriver, backing: Me
     (finding,) = look(driver)
     assert "another object" in finding.problem
     assert mend(driver) == []
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record
     assert record.allocations[0].identity
     assert record.allocations[0].identity.inode == 700
@@ -134,8 +134,8 @@ def test_another_file_in_its_place_is_taken(driver: XenNvdimmDriver, backing: Me
 def test_a_start_that_is_over(driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper) -> None:
     driver.prepare(domain((A, 64 * MIB), (B, 32 * MIB)))
     mapper.alive[7] = UUID
-    driver.ledger.mapping(UUID, 7)
-    driver.ledger.mapped(UUID)
+    driver.ledger.begin_mapping(UUID, 7)
+    driver.ledger.finish_mapping(UUID)
     assert look(driver) == []
     del mapper.alive[7]
     assert [each.problem for each in look(driver)] == ["its start as domid 7 is over, and not put away"]

@@ -31,7 +31,7 @@ def driver(tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper) -> X
 
 
 def bases(driver: XenNvdimmDriver, uuid: str = UUID) -> list[int | None]:
-    record = driver.ledger.domain(uuid)
+    record = driver.ledger.find_domain(uuid)
     assert record is not None
     return [item.base for item in record.allocations]
 
@@ -136,7 +136,7 @@ def test_others_see_how_far_a_define_is(
         def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
             for done in range(0, 5 * MIB, MIB):
                 progress(done, 4 * MIB)
-                record = driver.ledger.domain(UUID)
+                record = driver.ledger.find_domain(UUID)
                 assert record is not None
                 seen.extend((item.ready, item.written) for item in record.allocations)
             return super().provision(spec)
@@ -182,9 +182,9 @@ def test_a_replaced_file_is_refused_and_nothing_stays_frozen(driver: XenNvdimmDr
     with pytest.raises(BackingError, match=f"{B} is not what was provisioned"):
         driver.prepare(domain(A, B))
     assert backing.frozen == set()
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
-    assert record.attachment is None
+    assert record.start is None
     assert "is not what was provisioned" in record.fault
 
 
@@ -213,9 +213,9 @@ def test_tables_that_cannot_be_written_undo_the_prepare(driver: XenNvdimmDriver,
     with pytest.raises(LedgerError, match="cannot write"):
         driver.prepare(domain(A))
     assert backing.frozen == set()
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
-    assert record.attachment is None
+    assert record.start is None
     assert "cannot write" in record.fault
 
 
@@ -238,8 +238,8 @@ def test_release_thaws_when_the_domain_is_gone(
 ) -> None:
     driver.define(domain(A))
     driver.prepare(domain(A))
-    driver.ledger.mapping(UUID, 5)
-    driver.ledger.mapped(UUID)
+    driver.ledger.begin_mapping(UUID, 5)
+    driver.ledger.finish_mapping(UUID)
     mapper.alive[5] = UUID
     driver.reconcile()
     assert backing.frozen == {A}
@@ -258,8 +258,8 @@ def test_release_thaws_when_the_domain_is_gone(
 def test_release_says_why_the_start_failed(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     driver.define(domain(A))
     driver.prepare(domain(A))
-    driver.ledger.mapping(UUID, 5)
-    driver.ledger.failed(UUID, XenError("EPERM"))
+    driver.ledger.begin_mapping(UUID, 5)
+    driver.ledger.record_failure(UUID, XenError("EPERM"))
     assert driver.release(UUID) == "EPERM"
     assert driver.release(UUID) == "EPERM"
     assert backing.frozen == set()
@@ -271,7 +271,7 @@ def test_a_start_of_an_earlier_boot_is_put_away(driver: XenNvdimmDriver, backing
     driver.ledger._write([("UPDATE attachment SET boot_id = 'yesterday'", ())])
     driver.reconcile()
     assert backing.frozen == set()
-    assert driver.ledger.start(UUID) is None
+    assert driver.ledger.find_prepared(UUID) is None
 
 
 def test_a_pending_start_is_left_alone_until_it_is_abandoned(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
@@ -298,6 +298,6 @@ def test_a_start_with_bad_blocks_says_so(
     driver.define(domain(A))
     driver.prepare(domain(A))
     assert f"event=bad-blocks domain=db1 uuid={UUID} domid=- path={A} bytes=1536 first=0x1000" in caplog.text
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
     assert driver.bad_blocks(record.allocations[0]) == ((4096, 512), (MIB, 1024))

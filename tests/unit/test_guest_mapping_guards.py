@@ -19,7 +19,7 @@ RAM = [(0, 0x800), (0x900, 0x100)]
 
 
 def check(mappings: list[Mapping], *, ram: list[Range] = RAM, taken: list[tuple[str, int, int]] | None = None) -> None:
-    mapping_guards.check(
+    mapping_guards.check_mappings(
         mappings, areas=AREAS, ram=ram, taken=taken or [], guest_start_gfn=START, guest_limit_gfn=LIMIT
     )
 
@@ -72,7 +72,7 @@ def test_ranges_of_the_machine_may_overlap() -> None:
     check([(START, 0x1040, 1)], ram=[(0x1000, 0x20), (0x1010, 0x30)])
     with pytest.raises(GuardError, match="overlaps RAM of the machine, 0x1000 to 0x107f"):
         check([(START, 0x1040, 1)], ram=[(0x1000, 0x80), (0x1010, 1)])
-    mapping_guards.check(
+    mapping_guards.check_mappings(
         [(START, 0x1040, 1)],
         areas=[(0x1000, 0x80), (0x1010, 1)],
         ram=[],
@@ -162,7 +162,7 @@ def test_what_passes_is_what_is_safe(
     limit: int,
 ) -> None:
     passed = passes(
-        lambda: mapping_guards.check(
+        lambda: mapping_guards.check_mappings(
             mappings, areas=areas, ram=ram, taken=taken, guest_start_gfn=start, guest_limit_gfn=limit
         )
     )
@@ -201,7 +201,9 @@ def test_legitimate_plans_pass(
     plan: tuple[list[Mapping], list[Range], list[Range], list[tuple[str, int, int]]],
 ) -> None:
     mappings, areas, ram, taken = plan
-    mapping_guards.check(mappings, areas=areas, ram=ram, taken=taken, guest_start_gfn=START, guest_limit_gfn=1 << 36)
+    mapping_guards.check_mappings(
+        mappings, areas=areas, ram=ram, taken=taken, guest_start_gfn=START, guest_limit_gfn=1 << 36
+    )
 
 
 @given(legitimate(), st.data())
@@ -219,7 +221,7 @@ def test_one_bad_frame_spoils_a_legitimate_plan(
         (areas, ram, [*taken, ("other", frame, 1)]),
     ):
         with pytest.raises(GuardError):
-            mapping_guards.check(
+            mapping_guards.check_mappings(
                 mappings,
                 areas=spoiled[0],
                 ram=spoiled[1],
@@ -242,7 +244,7 @@ def _without(areas: list[Range], frame: int) -> list[Range]:
 
 def test_a_hundred_thousand_extents() -> None:
     count = 100_000
-    mapping_guards.check(
+    mapping_guards.check_mappings(
         [(START + 2 * i, 0x10000 + 3 * (count - i), 1) for i in range(count)],
         areas=[(0x10000, 4 * count)],
         ram=[(i, 1) for i in range(0, 0x10000, 2)],

@@ -89,8 +89,8 @@ def test_a_pool_that_cannot_be_read_has_a_problem_and_no_size(driver: XenNvdimmD
 
 
 def test_what_runs_and_what_was_counted(driver: XenNvdimmDriver) -> None:
-    driver.ledger.failed(OTHER_UUID, XenError("no"))
-    driver.ledger.failed(OTHER_UUID, XenError("no"))
+    driver.ledger.record_failure(OTHER_UUID, XenError("no"))
+    driver.ledger.record_failure(OTHER_UUID, XenError("no"))
     found = samples(render(driver))
     assert value(found, "running_domains") == 1
     assert value(found, "mapped_bytes") == 64 * MIB

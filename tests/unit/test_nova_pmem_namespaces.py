@@ -127,7 +127,7 @@ def test_a_file_is_all_that_nova_has_to_know_of_it(host: Host) -> None:
 def test_nothing_changes_when_an_instance_has_it(host: Host) -> None:
     path = host.add("main/ns0")
     (before,) = host.find("6GB:ns0")
-    host.ledger.replace(UUID, "instance-1", GIB, [Allocation(UUID, NvdimmSpec(0, path, 6 * GIB))])
+    host.ledger.store(UUID, "instance-1", GIB, [Allocation(UUID, NvdimmSpec(0, path, 6 * GIB))])
     (after,) = host.find("6GB:ns0")
     assert after.domain == UUID
     assert {**vars(after), "domain": ""} == vars(before)

@@ -9,7 +9,7 @@ import pytest
 from nvdimm_driver.backing import ndctl
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import GIB, MIB
-from nvdimm_driver.pools.create import Command, File, Host, Wish, steps
+from nvdimm_driver.pools.create import PoolHost, RunCommand, Wish, WriteFile, steps
 
 UUID = "0f7d9a52-0000-4000-8000-000000000001"
 LISTED = json.dumps(
@@ -43,11 +43,11 @@ def wish(**changes: object) -> Wish:
     return Wish(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def host(*in_use: str, systemd: bool = False, listed: str = LISTED) -> Host:
-    return Host(ndctl.regions(listed), "mem", systemd, frozenset(in_use), "/etc/conf.d")
+def host(*in_use: str, systemd: bool = False, listed: str = LISTED) -> PoolHost:
+    return PoolHost(ndctl.regions(listed), "mem", systemd, frozenset(in_use), "/etc/conf.d")
 
 
-def run(a_wish: Wish, a_host: Host, made: object = MADE) -> list[str]:
+def run(a_wish: Wish, a_host: PoolHost, made: object = MADE) -> list[str]:
     """The steps as words, and the files as path: text."""
     todo = steps(a_wish, a_host, UUID)
     told: list[str] = []
@@ -57,11 +57,11 @@ def run(a_wish: Wish, a_host: Host, made: object = MADE) -> list[str]:
             step = todo.send(answer)  # type: ignore[arg-type]
         except StopIteration:
             return told
-        if isinstance(step, File):
+        if isinstance(step, WriteFile):
             told.append(f"{step.path}: {step.text}")
         else:
             told.append(" ".join(step.words))
-        is_ndctl = isinstance(step, Command) and step.words[0] == "ndctl"
+        is_ndctl = isinstance(step, RunCommand) and step.words[0] == "ndctl"
         answer = json.dumps(made) if is_ndctl else "mnt-fast.mount\n"
 
 

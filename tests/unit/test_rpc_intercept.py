@@ -145,7 +145,7 @@ def test_define_rewrites_and_provisions(
     assert domain.uuid == UUID
     assert proxy.libvirtd.defined[UUID] == rewrite(xml("a", "b"), DEVICE_MODEL)
     assert set(backing.files) == {"/mnt/pmem0/a", "/mnt/pmem0/b"}
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
     assert all(item.ready for item in record.allocations)
 
@@ -276,14 +276,14 @@ def test_a_transient_domain_that_libvirt_refuses_leaves_nothing(
 
 def test_a_failed_start_says_why(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     domain = proxy.define(xml("a"))
-    driver.ledger.failed(UUID, XenError("an old reason"))
+    driver.ledger.record_failure(UUID, XenError("an old reason"))
     proxy.libvirtd.refuse[START] = "libxenlight failed"
     with pytest.raises(LibvirtError) as caught:
         proxy.call(START, Packer().domain(domain))
     assert message(caught.value) == "libxenlight failed"
 
     def fail(call: Call) -> bytes:
-        driver.ledger.failed(UUID, XenError("xc_domain_memory_mapping: EPERM (look at xl dmesg)"))
+        driver.ledger.record_failure(UUID, XenError("xc_domain_memory_mapping: EPERM (look at xl dmesg)"))
         raise LibvirtError(RemoteError(1, 41, "libxenlight failed").pack())
 
     proxy.libvirtd.answer = fail  # type: ignore[method-assign]
@@ -296,7 +296,7 @@ def test_a_reason_that_is_in_the_error_is_not_said_twice(proxy: Proxy, driver: X
     domain = proxy.define(xml("a"))
 
     def fail(call: Call) -> bytes:
-        driver.ledger.failed(UUID, XenError("/mnt/pmem0/a is gone"))
+        driver.ledger.record_failure(UUID, XenError("/mnt/pmem0/a is gone"))
         raise LibvirtError(RemoteError(70, 41, "hook failed: nvdimm-driver: /mnt/pmem0/a is gone").pack())
 
     proxy.libvirtd.answer = fail  # type: ignore[method-assign]
@@ -327,7 +327,7 @@ def test_config_attach_and_detach_change_the_definition(
 
 
 def domxml_specs(driver: XenNvdimmDriver) -> list[Any]:
-    record = driver.ledger.domain(UUID)
+    record = driver.ledger.find_domain(UUID)
     assert record is not None
     return list(record.allocations)
 
@@ -427,7 +427,7 @@ def test_undefine_keeps_claim_and_data(
     with caplog.at_level("INFO"):
         proxy.call(231, Packer().domain(domain).uint32(0))
     assert f"event=undefined domain=db1 uuid={UUID} domid=- kept=/mnt/pmem0/a" in caplog.text
-    assert driver.ledger.domain(UUID) is not None
+    assert driver.ledger.find_domain(UUID) is not None
     assert set(backing.files) == {"/mnt/pmem0/a"}
     proxy.define(xml("a"))
     assert set(backing.files) == {"/mnt/pmem0/a"}

@@ -21,70 +21,72 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_a_record_comes_back_as_it_was(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.replace(UUID, "db1", 5, [READY, Allocation(UUID, NvdimmSpec(4, "/b", 1 << 21))])
+    ledger.store(UUID, "db1", 5, [READY, Allocation(UUID, NvdimmSpec(4, "/b", 1 << 21))])
     again = Ledger(str(tmp_path / "ledger.sqlite"))
-    record = again.domain(UUID)
+    record = again.find_domain(UUID)
     assert record is not None
     assert record.allocations == (READY, Allocation(UUID, NvdimmSpec(4, "/b", 1 << 21)))
-    assert (record.name, record.ram, record.fault, record.attachment) == ("db1", 5, "", None)
+    assert (record.name, record.ram, record.fault, record.start) == ("db1", 5, "", None)
     assert again.domains() == (record,)
 
 
 def test_replace_takes_the_place_of_what_was(ledger: Ledger) -> None:
-    ledger.replace(UUID, "db1", 5, [READY])
-    ledger.replace(UUID, "db2", 6, [])
-    record = ledger.domain(UUID)
+    ledger.store(UUID, "db1", 5, [READY])
+    ledger.store(UUID, "db2", 6, [])
+    record = ledger.find_domain(UUID)
     assert record is not None
     assert (record.name, record.ram, record.allocations) == ("db2", 6, ())
 
 
 def test_two_domains_never_have_the_same_path(ledger: Ledger) -> None:
-    ledger.replace(UUID, "db1", 5, [READY])
+    ledger.store(UUID, "db1", 5, [READY])
     with pytest.raises(LedgerError, match=r"UNIQUE.*allocation\.path"):
-        ledger.replace(OTHER_UUID, "db2", 5, [READY])
-    assert ledger.domain(OTHER_UUID) is None
+        ledger.store(OTHER_UUID, "db2", 5, [READY])
+    assert ledger.find_domain(OTHER_UUID) is None
 
 
 def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
-    ledger.replace(UUID, "db1", 5, [READY])
-    ledger.attach(UUID, ["/mnt/pmem0/a"])
-    assert ledger.start(UUID) is None
-    ledger.prepared(UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], served="x")
+    ledger.store(UUID, "db1", 5, [READY])
+    ledger.begin_start(UUID, ["/mnt/pmem0/a"])
+    assert ledger.find_prepared(UUID) is None
+    ledger.finish_preparing(
+        UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], served="x"
+    )
     start = started(ledger)
     assert (start.name, start.qemu, start.gfn_start, start.gfn_limit) == ("db1", "/qemu", 256, 1 << 34)
     assert start.mappings == [(512, 1024, 16), (4096, 8192, 1)]
     assert start.areas == [(1024, 1 << 20)]
-    ledger.mapping(UUID, 7)
-    assert ledger.start(UUID) is None
-    ledger.failed(UUID, XenError("old"))
-    ledger.mapped(UUID)
-    record = ledger.domain(UUID)
+    ledger.begin_mapping(UUID, 7)
+    assert ledger.find_prepared(UUID) is None
+    ledger.record_failure(UUID, XenError("old"))
+    ledger.finish_mapping(UUID)
+    record = ledger.find_domain(UUID)
     assert record is not None
-    assert record.attachment is not None
-    assert (record.attachment.state, record.attachment.domid, record.fault) == ("mapped", 7, "")
-    assert record.attachment.paths == ("/mnt/pmem0/a",)
-    assert ledger.taken(OTHER_UUID) == [("db1", 1024, 16), ("db1", 8192, 1)]
-    assert ledger.taken(UUID) == []
-    ledger.detach(UUID)
-    assert ledger.taken(OTHER_UUID) == []
+    assert record.start is not None
+    assert (record.start.state, record.start.domid, record.fault) == ("mapped", 7, "")
+    assert record.start.paths == ("/mnt/pmem0/a",)
+    assert ledger.frames_of_others(OTHER_UUID) == [("db1", 1024, 16), ("db1", 8192, 1)]
+    assert ledger.frames_of_others(UUID) == []
+    ledger.end_start(UUID)
+    assert ledger.frames_of_others(OTHER_UUID) == []
 
 
 def test_a_new_start_has_no_reason_of_an_earlier_one(ledger: Ledger) -> None:
-    ledger.replace(UUID, "db1", 5, [READY])
-    ledger.failed(UUID, XenError("old"))
-    ledger.attach(UUID, ["/mnt/pmem0/a"])
-    record = ledger.domain(UUID)
+    ledger.store(UUID, "db1", 5, [READY])
+    ledger.record_failure(UUID, XenError("old"))
+    ledger.begin_start(UUID, ["/mnt/pmem0/a"])
+    record = ledger.find_domain(UUID)
     assert record is not None
     assert record.fault == ""
 
 
 def test_forget_drops_everything(ledger: Ledger) -> None:
-    ledger.replace(UUID, "db1", 5, [READY])
-    ledger.attach(UUID, ["/a"])
-    ledger.prepared(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], served="")
+    ledger.store(UUID, "db1", 5, [READY])
+    ledger.begin_start(UUID, ["/a"])
+    ledger.finish_preparing(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], served="")
     ledger.forget(UUID)
     assert ledger.domains() == ()
-    assert ledger.taken(OTHER_UUID) == []
+    assert ledger.frames_of_others(OTHER_UUID) == []
 
 
 def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     script = (
         "import sys; from nvdimm_driver.state.ledger import Ledger\n"
         "ledger = Ledger(sys.argv[1])\n"
-        "for i in range(20): ledger.replace(f'{sys.argv[2]}-{i}', 'n', 1, [])\n"
+        "for i in range(20): ledger.store(f'{sys.argv[2]}-{i}', 'n', 1, [])\n"
     )
     path = str(tmp_path / "ledger.sqlite")
     workers = [subprocess.Popen([sys.executable, "-c", script, path, str(n)]) for n in range(8)]

@@ -12,7 +12,8 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, LedgerError, XenError
 from nvdimm_driver.model import MIB
 from nvdimm_driver.state.events import Event
-from nvdimm_driver.state.ledger import KEPT_EVENTS, SCHEMAS, Ledger
+from nvdimm_driver.state.ledger import KEPT_EVENTS, Ledger
+from nvdimm_driver.state.schema import SCHEMAS
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
 A = "/mnt/pmem0/a"
@@ -152,12 +153,12 @@ def test_what_is_not_written_did_not_happen(tmp_path: Path) -> None:
     """An event and its change are one transaction."""
     told: list[Event] = []
     ledger = Ledger(str(tmp_path / "ledger.sqlite"), told.append)
-    ledger.replace(UUID, "db1", 5, [], kind="defined")
+    ledger.store(UUID, "db1", 5, [], kind="defined")
     (event,) = told
     assert (event.kind, event.name) == ("defined", "db1")
     ledger._write([("CREATE TRIGGER full BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'disk full'); END", ())])
     with pytest.raises(LedgerError, match="disk full"):
-        ledger.replace(OTHER_UUID, "db2", 5, [], kind="defined")
+        ledger.store(OTHER_UUID, "db2", 5, [], kind="defined")
     assert [record.name for record in ledger.domains()] == ["db1"]
     assert len(told) == 1
 
@@ -169,7 +170,7 @@ def test_the_oldest_events_go(tmp_path: Path) -> None:
         "(VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < ?) SELECT i, 'x', '', '', '{}' FROM n"
     )
     ledger._write([(many, (KEPT_EVENTS,))])
-    ledger.happened("undefined", UUID, {"kept": A})
+    ledger.record_event("undefined", UUID, {"kept": A})
     events = ledger.events()
     assert (len(events), events[0].id, events[-1].id) == (KEPT_EVENTS, 2, KEPT_EVENTS + 1)
     assert events[-1].detail == {"kept": A}

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from nvdimm_driver.errors import LedgerError
-from nvdimm_driver.model import Allocation, Attachment, BackingIdentity, NvdimmSpec, Record
-from nvdimm_driver.state.ledger import SCHEMAS, Ledger
+from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Start
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.schema import SCHEMAS
 
 DUMPS = sorted((Path(__file__).parents[1] / "data/ledger").glob("*.sql"))
 """A ledger of each schema version, as ``.dump`` of sqlite3 prints it; a version that anybody has used never changes."""
@@ -92,15 +93,15 @@ def test_nothing_is_lost(tmp_path: Path, dump: Path) -> None:
 def test_what_it_means_is_the_same(tmp_path: Path, dump: Path) -> None:
     dsm, served = (None, "") if version(dump) == 1 else ("qemu", "qemu")
     ledger = Ledger(old_ledger(tmp_path, dump))
-    attachment = Attachment(FIRST, "mapped", 7, "b0", 1700000000, ("/mnt/pmem0/db1.img",), served)
-    assert ledger.domain(FIRST) == Record(FIRST, "db1", 4 * GIB, dsm, "", ALLOCATIONS, attachment)
+    start = Start(FIRST, "mapped", 7, "b0", 1700000000, ("/mnt/pmem0/db1.img",), served)
+    assert ledger.find_domain(FIRST) == Record(FIRST, "db1", 4 * GIB, dsm, "", ALLOCATIONS, start)
     waiting = Allocation(SECOND, NvdimmSpec(0, "/mnt/pmem0/two.img", 2 << 20), written=40)
-    assert ledger.domain(SECOND) == Record(SECOND, "db two", GIB, None, "no QEMU", (waiting,), None)
-    ledger.detach(FIRST)
-    ledger.replace(FIRST, "db1", 4 * GIB, ALLOCATIONS[:1], dsm="aml")
-    record = ledger.domain(FIRST)
+    assert ledger.find_domain(SECOND) == Record(SECOND, "db two", GIB, None, "no QEMU", (waiting,), None)
+    ledger.end_start(FIRST)
+    ledger.store(FIRST, "db1", 4 * GIB, ALLOCATIONS[:1], dsm="aml")
+    record = ledger.find_domain(FIRST)
     assert record is not None
-    assert (record.allocations, record.attachment, record.dsm) == (ALLOCATIONS[:1], None, "aml")
+    assert (record.allocations, record.start, record.dsm) == (ALLOCATIONS[:1], None, "aml")
 
 
 def test_an_upgrade_that_fails_leaves_what_was(tmp_path: Path) -> None:

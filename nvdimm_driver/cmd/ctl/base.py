@@ -91,7 +91,7 @@ def find(driver: XenNvdimmDriver, key: str) -> Record:
         if key in (record.name, record.uuid):
             return record
     for record in records:
-        if record.attachment is not None and key == str(record.attachment.domid):
+        if record.start is not None and key == str(record.start.domid):
             return record
     raise NotFoundError(f"no domain {key!r} with NVDIMMs", hint="'nvdimmctl list' shows all")
 

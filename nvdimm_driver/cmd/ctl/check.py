@@ -9,7 +9,7 @@ from nvdimm_driver.cmd.ctl.base import Listing, Rows
 from nvdimm_driver.errors import NvdimmError
 
 if TYPE_CHECKING:
-    from nvdimm_driver.doctor.repair import Finding
+    from nvdimm_driver.doctor.repair import Inconsistency
     from nvdimm_driver.driver import XenNvdimmDriver
 
 ROUNDS = 5
@@ -48,7 +48,7 @@ def _repair(driver: XenNvdimmDriver) -> list[tuple[str, ...]]:
     from nvdimm_driver.doctor.repair import look
 
     rows: list[tuple[str, ...]] = []
-    failed: set[Finding] = set()
+    failed: set[Inconsistency] = set()
     for _ in range(ROUNDS):
         todo = [each for each in look(driver) if each.mend and each not in failed]
         if not todo:
@@ -64,5 +64,5 @@ def _repair(driver: XenNvdimmDriver) -> list[tuple[str, ...]]:
     return rows
 
 
-def _columns(finding: Finding) -> tuple[str, ...]:
+def _columns(finding: Inconsistency) -> tuple[str, ...]:
     return finding.domain, finding.path, finding.problem, finding.remedy

@@ -68,7 +68,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
     from nvdimm_driver import plugins
     from nvdimm_driver.backing.inventory import HostDescription
     from nvdimm_driver.backing.paper import PaperBacking
-    from nvdimm_driver.lifecycle.plan import Host
+    from nvdimm_driver.lifecycle.plan import HostFacts
     from nvdimm_driver.model import GIB
     from nvdimm_driver.pools.rules import Pools
     from nvdimm_driver.state.ledger import Ledger
@@ -81,7 +81,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
         backings=[PaperBacking(host)],
         acpi=plugins.load("nvdimm_driver.acpi_builders", options.acpi.builder, options),
         mapper=DryRunMapper(),
-        host=Host(lambda: host.namespaces, host.physical_address_bits),
+        host=HostFacts(lambda: host.namespaces, host.physical_address_bits),
         qemu=options.xen.qemu,
         gap=options.layout.gap_gib * GIB,
         dsm=options.acpi.dsm,

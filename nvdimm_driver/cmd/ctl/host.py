@@ -41,6 +41,6 @@ class Unregister(Action):
         if Path(self.app.conf.state_dir).exists():
             driver = XenNvdimmDriver.from_conf(self.app.conf)
             driver.reconcile()
-            running = [record.name for record in driver.ledger.domains() if record.attachment]
+            running = [record.name for record in driver.ledger.domains() if record.start]
         for line in register.unregister(self.app.conf, running):
             print(line)

@@ -12,7 +12,7 @@ from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
-    from nvdimm_driver.pools.create import Command, File, Host, Wish
+    from nvdimm_driver.pools.create import PoolHost, RunCommand, Wish, WriteFile
 
 
 class PoolCreate(Action):
@@ -117,13 +117,13 @@ def _check(driver: XenNvdimmDriver, wish: Wish, config_file: Sequence[str] | Non
         raise InUseError(f"{wish.mount_point} is not empty", hint="take another --mount-point")
 
 
-def _host(driver: XenNvdimmDriver) -> Host:
+def _host(driver: XenNvdimmDriver) -> PoolHost:
     from pathlib import Path
 
     from nvdimm_driver import conf
     from nvdimm_driver.backing import inventory, ndctl
     from nvdimm_driver.cmd.systemd_units import BOOTED
-    from nvdimm_driver.pools.create import Host
+    from nvdimm_driver.pools.create import PoolHost
 
     kind = Path("/sys/hypervisor/guest_type")
     pv = kind.exists() and kind.read_text().strip() == "PV"
@@ -131,7 +131,7 @@ def _host(driver: XenNvdimmDriver) -> Host:
     used = {each.name for each in inventory.mounted()}
     used |= {each.name for each in inventory.namespaces() if each.uid in taken}
     regions = ndctl.regions(_run(("ndctl", "list", "-RNi")))
-    return Host(
+    return PoolHost(
         regions=regions,
         page_map="mem" if pv else "dev",  # a PV dom0 cannot have page structures in the namespace: ENOMEM
         systemd=BOOTED.is_dir(),
@@ -140,23 +140,23 @@ def _host(driver: XenNvdimmDriver) -> Host:
     )
 
 
-def _text(step: Command | File) -> str:
-    from nvdimm_driver.pools.create import Command
+def _text(step: RunCommand | WriteFile) -> str:
+    from nvdimm_driver.pools.create import RunCommand
 
-    if isinstance(step, Command):
+    if isinstance(step, RunCommand):
         return f"+ {shlex.join(step.words)}"
     lines = "".join(f"  | {line}\n" for line in step.text.splitlines())
     return f"+ write {step.path}\n{lines}".rstrip()
 
 
-def _do(step: Command | File, wish: Wish) -> str:
+def _do(step: RunCommand | WriteFile, wish: Wish) -> str:
     """Take a step; returns what a command has printed."""
     from pathlib import Path
 
-    from nvdimm_driver.pools.create import Command
+    from nvdimm_driver.pools.create import RunCommand
 
     del wish
-    if isinstance(step, Command):
+    if isinstance(step, RunCommand):
         return _run(step.words)
     try:
         Path(step.path).parent.mkdir(parents=True, exist_ok=True)
@@ -166,14 +166,14 @@ def _do(step: Command | File, wish: Wish) -> str:
     return ""
 
 
-def _pretend(step: Command | File, wish: Wish) -> str:
+def _pretend(step: RunCommand | WriteFile, wish: Wish) -> str:
     """What a command would print."""
-    from nvdimm_driver.pools.create import Command
+    from nvdimm_driver.pools.create import RunCommand
 
-    if isinstance(step, Command) and step.words[0] == "ndctl":
+    if isinstance(step, RunCommand) and step.words[0] == "ndctl":
         kind = "chardev" if wish.kind == "devdax" else "blockdev"
         return f'{{"dev": "{wish.namespace or "namespaceX.Y"}", "{kind}": "DEVICE"}}'
-    if isinstance(step, Command) and step.words[0] == "systemd-escape":
+    if isinstance(step, RunCommand) and step.words[0] == "systemd-escape":
         return _run(step.words)
     return ""
 

@@ -70,7 +70,7 @@ def state(record: Record, item: Allocation) -> str:
     """One word for an NVDIMM."""
     if not item.ready:
         return f"provisioning {item.written}%"
-    return "free" if record.attachment is None else record.attachment.state
+    return "free" if record.start is None else record.start.state
 
 
 def advice(visible: int) -> Iterator[str]:
@@ -95,7 +95,7 @@ def record(
     driver: XenNvdimmDriver, item: Record, size: Callable[[int], int | str]
 ) -> tuple[Sequence[str], Sequence[Any]]:
     """Names and values of all that is known of a domain; addresses are in bytes."""
-    attachment = item.attachment
+    start = item.start
     nvdimms = [
         {
             "slot": allocation.spec.slot,
@@ -114,9 +114,9 @@ def record(
         "ram": size(item.ram),
         "dsm": item.dsm,
         "label_server": driver.label_server(item),
-        "state": attachment.state if attachment else "off",
-        "domid": attachment.domid if attachment else None,
-        "frozen": list(attachment.paths) if attachment else [],
+        "state": start.state if start else "off",
+        "domid": start.domid if start else None,
+        "frozen": list(start.paths) if start else [],
         "last_fault": item.fault,
         "nvdimms": nvdimms,
     }

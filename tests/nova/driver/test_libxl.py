@@ -253,9 +253,9 @@ class LifeTest(LibxlTest):
     def test_a_guest_starts_and_has_it(self) -> None:
         instance = self.instance()
         self.spawn(instance)
-        attachment = self.bench.record(instance.name).attachment
-        assert attachment is not None
-        assert attachment.state == "mapped"
+        start = self.bench.record(instance.name).start
+        assert start is not None
+        assert start.state == "mapped"
         assert self.owners() == {"ns0": UUID, "ns1": UUID}
 
     def test_a_domain_that_is_started_again_keeps_it(self) -> None:

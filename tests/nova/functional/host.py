@@ -18,7 +18,7 @@ from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.backing.inventory import namespaces
 from nvdimm_driver.conf import configured_pools, load
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.lifecycle.plan import Host
+from nvdimm_driver.lifecycle.plan import HostFacts
 from nvdimm_driver.model import GIB, Location, NvdimmSpec, Record
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
@@ -68,7 +68,7 @@ class PmemHost:
             backings=[LoopBacking(self.state.parent, self.state / "steps")],
             acpi=NativeAcpiBuilder(),
             mapper=DryRunMapper(),
-            host=Host(lambda: namespaces(fs.image.parent / "sys"), 46),
+            host=HostFacts(lambda: namespaces(fs.image.parent / "sys"), 46),
             qemu="/usr/bin/qemu",
             gap=GIB,
             dsm="aml",
@@ -127,7 +127,7 @@ class PmemHost:
 
     def running(self) -> set[str]:
         """uuids of the domains that run with NVDIMMs."""
-        return {record.uuid for record in self._records() if record.attachment is not None}
+        return {record.uuid for record in self._records() if record.start is not None}
 
     def mount(self, options: str) -> None:
         """Mount the file system anew: ``ro`` is what a kernel makes of one with errors."""
@@ -157,9 +157,9 @@ class PmemHost:
             self.driver.prepare(domain)
 
     def stop(self, uuid: str) -> None:
-        record = self.driver.ledger.domain(uuid)
-        if record is not None and record.attachment is not None:
-            self.driver.starts.put_away(uuid, record.attachment.paths)
+        record = self.driver.ledger.find_domain(uuid)
+        if record is not None and record.start is not None:
+            self.driver.starts.put_away(uuid, record.start.paths)
 
     def close(self) -> None:
         """Leave the file system as it was."""

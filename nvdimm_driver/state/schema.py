@@ -1,0 +1,81 @@
+"""The tables of the ledger, and what makes each version of them of the one before.
+
+doc/ledger.rst describes every column.
+"""
+
+SCHEMAS = (
+    """
+CREATE TABLE domain (
+    uuid TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    ram INTEGER NOT NULL,
+    fault TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE TABLE allocation (
+    uuid TEXT NOT NULL REFERENCES domain(uuid) ON DELETE CASCADE,
+    slot INTEGER NOT NULL,
+    path TEXT NOT NULL UNIQUE,
+    size INTEGER NOT NULL,
+    label_size INTEGER NOT NULL,
+    alignsize INTEGER,
+    fixed_base INTEGER,
+    node INTEGER,
+    pmem INTEGER NOT NULL,
+    kind TEXT, device TEXT, start INTEGER, inode INTEGER, generation INTEGER, file_size INTEGER,
+    base INTEGER,
+    written INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (uuid, slot)
+) STRICT;
+CREATE TABLE attachment (
+    uuid TEXT PRIMARY KEY REFERENCES domain(uuid) ON DELETE CASCADE,
+    state TEXT NOT NULL CHECK (state IN ('preparing', 'prepared', 'mapping', 'mapped')),
+    domid INTEGER,
+    boot_id TEXT NOT NULL,
+    since INTEGER NOT NULL,
+    qemu TEXT NOT NULL DEFAULT '',
+    gfn_start INTEGER NOT NULL DEFAULT 0,
+    gfn_limit INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE frozen (
+    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
+    path TEXT NOT NULL,
+    PRIMARY KEY (uuid, path)
+) STRICT;
+CREATE TABLE mapping (
+    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
+    gfn INTEGER NOT NULL, mfn INTEGER NOT NULL, count INTEGER NOT NULL,
+    PRIMARY KEY (uuid, gfn)
+) STRICT;
+CREATE TABLE area (
+    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
+    mfn INTEGER NOT NULL, count INTEGER NOT NULL
+) STRICT;
+""",
+    """
+ALTER TABLE domain ADD COLUMN dsm TEXT;
+ALTER TABLE attachment ADD COLUMN served TEXT NOT NULL DEFAULT '';
+ALTER TABLE attachment ADD COLUMN ioreq_server INTEGER;
+CREATE TABLE uncached (
+    uuid TEXT NOT NULL REFERENCES attachment(uuid) ON DELETE CASCADE,
+    gfn INTEGER NOT NULL, count INTEGER NOT NULL
+) STRICT;
+""",
+    """
+CREATE TABLE event (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    time REAL NOT NULL,
+    kind TEXT NOT NULL,
+    uuid TEXT NOT NULL,
+    name TEXT NOT NULL,
+    domid INTEGER,
+    detail TEXT NOT NULL
+) STRICT;
+CREATE TABLE counter (
+    name TEXT NOT NULL,
+    label TEXT NOT NULL,
+    value REAL NOT NULL,
+    PRIMARY KEY (name, label)
+) STRICT;
+""",
+)
+"""What makes each version of the schema of the one before; the first one's number is 1."""
