@@ -14,7 +14,7 @@ from oslo_config import cfg
 
 from nvdimm_driver import logs, plugins
 from nvdimm_driver.acpi.walk import find
-from nvdimm_driver.backing.inventory import bad_ranges, namespaces, physical_address_bits
+from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.contents.checks import Checks
 from nvdimm_driver.contents.exporting import Exporter
@@ -94,7 +94,7 @@ class XenNvdimmDriver:
             backings=plugins.load_all("nvdimm_driver.backings", conf),
             acpi=plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
             mapper=plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
-            host=HostFacts(namespaces, physical_address_bits(), bad_ranges),
+            host=HostFacts(physical_address_bits(), bad_ranges),
             qemu=conf.xen.qemu,
             gap=conf.layout.gap_gib * GIB,
             dsm=conf.acpi.dsm,
@@ -108,19 +108,20 @@ class XenNvdimmDriver:
         """
         return self.definitions.plan(domain)
 
-    def check(self, domain: DomainSpec) -> None:
-        """Raise what :meth:`define` would raise before it does anything."""
+    def check(self, domain: DomainSpec) -> Plan:
+        """Return the plan for a define; raise what :meth:`define` would raise before it does anything."""
         self.reconcile()
-        self.plan(domain)
+        return self.plan(domain)
 
-    def define(self, domain: DomainSpec) -> tuple[NvdimmSpec, ...]:
+    def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[NvdimmSpec, ...]:
         """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
+        :param plan: that of :meth:`check`, so that it is not made twice.
         :returns: those whose backings were created.
         :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
         """
-        return self.definitions.define(domain)
+        return self.definitions.define(domain, plan)
 
     def undo(self, uuid: str, created: Sequence[NvdimmSpec]) -> None:
         """Undo :meth:`define` for a domain that libvirt then did not take: delete what it created.
@@ -157,7 +158,7 @@ class XenNvdimmDriver:
         record = self.ledger.find_domain(uuid)
         if record is None or not record.allocations:
             return
-        guest = self.planner.around(record, ram)
+        guest = self.planner.layout_around(record, ram)
         first = min(guest.nvdimms, key=lambda placement: placement.base)
         if guest.highmem_end > first.base:
             raise LayoutError(
@@ -226,7 +227,7 @@ class XenNvdimmDriver:
 
         :raises BackingError: when the backing is not fit to be located.
         """
-        return self.planner.bad_blocks(item.spec)
+        return self.planner.find_bad_blocks(item.spec)
 
     def usage(self, pool: Pool) -> PoolUsage:
         """What a pool has, and who has what of it."""
@@ -244,7 +245,7 @@ class XenNvdimmDriver:
 
     def tables(self, record: Record) -> AcpiTables:
         """The tables that a start of a defined domain would make."""
-        return self.acpi.build(self.planner.around(record, record.ram))
+        return self.acpi.build(self.planner.layout_around(record, record.ram))
 
     def guest_tables(self, record: Record) -> tuple[bytes, ...]:
         """All ACPI tables that a running guest has, those of its firmware too; none for a domain that is off.
@@ -275,7 +276,7 @@ class XenNvdimmDriver:
         paths = [spec.path for spec in domain.nvdimms]
         try:
             self.starts.freeze(record.uuid, paths)
-            plan = self.planner.started(domain, record)
+            plan = self.planner.plan_start(domain, record)
             self._write_tables(record.uuid, plan.tables.tables)
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
             self.ledger.finish_preparing(

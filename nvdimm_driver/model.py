@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, NewType, Self
 
-from nvdimm_driver.sizes import align_up, human
+from nvdimm_driver.sizes import align_up, human, units
 
 Gfn = NewType("Gfn", int)
 """Guest frame number."""
@@ -127,11 +127,12 @@ class DomainSpec:
 
 @dataclass(frozen=True)
 class Namespace:
-    """A pmem namespace of the host.
+    """A pmem namespace of the host, or a part of other persistent memory that a backing hands out.
 
     :ivar name: as the kernel has it, ``namespace0.0``.
-    :ivar mode: ``fsdax``, ``devdax``, ``raw`` or ``sector``, as ``ndctl list`` says it.
-    :ivar device: name of its block or character device (``pmem0``, ``dax0.0``).
+    :ivar mode: ``fsdax``, ``devdax``, ``raw`` or ``sector``, as ``ndctl list`` says it; for other memory, the name of
+        the backing.
+    :ivar device: name of its block or character device (``pmem0``, ``dax0.0``); empty when it has none.
     :ivar uid: what stays the same over a host's reboots: the namespace's uuid, or ``spa-…`` when it has none.
     :ivar data_spa: SPA of the first byte of its data area, behind any info block and page structures.
     :ivar data_size: bytes of the data area.
@@ -147,6 +148,12 @@ class Namespace:
     data_size: int
     numa_node: int | None = None
     persistence_domain: str = ""
+
+    @property
+    def frames(self) -> tuple[int, int]:
+        """The machine frames (mfn, count) that are wholly in the data area: those that guests may get."""
+        first = units(self.data_spa, PAGE)
+        return first, max(0, (self.data_spa + self.data_size) // PAGE - first)
 
 
 @dataclass(frozen=True)
@@ -365,7 +372,7 @@ class Plan:
     :ivar intakes: what provisioning has left to do, by slot order.
     :ivar locations: by slot order; for a backing that does not exist yet, where it would be at best.
     :ivar mappings: of all NVDIMMs.
-    :ivar areas: the host's pmem data areas as (first MFN, frames); every mapping lies in one.
+    :ivar areas: the areas of the backings that the domain has, as (first MFN, frames); every mapping lies in one.
     :ivar bad_blocks: by slot order, what the host knows to be bad of each backing, as (offset in it, bytes).
     """
 

@@ -11,16 +11,19 @@ from abc import ABC, abstractmethod
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without the 8 ms that importing typing takes
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
-    from typing import Any, Self
+    from importlib.metadata import EntryPoint
+    from typing import Any, ClassVar, NoReturn, Self
 
     from oslo_config import cfg
 
+    from nvdimm_driver.errors import UnsupportedError
     from nvdimm_driver.model import (
         AcpiTables,
         BackingIdentity,
         GuestLayout,
         Intake,
         Location,
+        Namespace,
         NvdimmSpec,
         Progress,
         Space,
@@ -33,17 +36,26 @@ def unwatched(done: int, total: int) -> None:
 
 
 class Plugin(ABC):
-    """What all plug-ins have in common."""
+    """What all plug-ins have in common.
+
+    :cvar OPTIONS: options of the plug-in's own, in the section ``[NAME]`` of the configuration, where NAME is that of
+        its entry point. They are registered when the plug-in is loaded.
+    """
+
+    OPTIONS: ClassVar[Sequence[cfg.Opt]] = ()
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
-        """Make one as the operator's configuration says."""
+        """Make one as the operator's configuration says.
+
+        :param conf: with :attr:`OPTIONS`.
+        """
         del conf
         return cls()
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for people: what this plug-in does and what it needs."""
+        """Return one line for people: what this plug-in does and what it needs."""
 
 
 class XmlHook(Plugin):
@@ -130,13 +142,33 @@ class ByteRange(ABC):
 
 
 class Backing(Plugin):
-    """One way to keep an NVDIMM's bytes in the host's persistent memory."""
+    """One way to keep an NVDIMM's bytes in the machine's persistent memory.
+
+    Every backing says which paths are its own (:meth:`handles`), which memory it hands out (:meth:`areas`), whether an
+    NVDIMM can be had (:meth:`examine`) and where its bytes are (:meth:`locate`). All else has a default. The defaults
+    are right for memory that is there from the start, in one place, and stays there, such as a device. A backing that
+    makes, moves or reserves bytes overrides what it does otherwise, and one whose bytes programs of the host can
+    read and write overrides :meth:`open_bytes`, without which they can be neither imported, exported nor wiped.
+
+    :cvar name: that of its entry point; a pool's ``kind``.
+    """
 
     name: str
 
+    # --- what every backing has ---
+
     @abstractmethod
     def handles(self, path: str) -> bool:
-        """True when the path, existing or to be created, is for this backing (by its file type)."""
+        """Return True when the path, existing or to be created, is for this backing (by its file type)."""
+
+    @abstractmethod
+    def areas(self) -> Sequence[Namespace]:
+        """Return the parts of the machine's memory that backings of this kind are in.
+
+        A guest gets frames of these alone. None may overlap RAM or an area of another kind of backing.
+
+        :raises BackingError: when they cannot be told.
+        """
 
     @abstractmethod
     def examine(self, spec: NvdimmSpec) -> Intake:
@@ -146,104 +178,98 @@ class Backing(Plugin):
         """
 
     @abstractmethod
+    def locate(self, spec: NvdimmSpec) -> Location:
+        """Find the extents of the first ``spec.size`` bytes, and the identity, cross-checked as far as possible.
+
+        :raises BackingError: when bytes are missing, are shared with another backing, or are not in :meth:`areas`.
+        """
+
+    # --- bytes that have to be made, or can be elsewhere ---
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is something at a path."""
+        return os.path.lexists(path)
+
+    def size(self, path: str) -> int:
+        """Return all the bytes of an existing backing.
+
+        :raises NotFoundError: when there is none.
+        :raises BackingError: when it is not fit.
+        """
+        return self._whole(path).identity.size
+
+    def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
+        """Return how much room there is in a pool of this kind of backing.
+
+        :param paths: of the pool.
+        :param taken: paths of the NVDIMMs in it.
+        :raises BackingError: when one of the paths is not there, or not fit for this kind.
+        """
+        from nvdimm_driver.model import Space
+
+        in_use = {os.path.realpath(path) for path in taken}
+        found = {path: self._whole(path) for path in map(os.path.realpath, paths)}
+        free = [each.identity.size for path, each in found.items() if path not in in_use]
+        return Space(
+            capacity=sum(each.identity.size for each in found.values()),
+            free=sum(free),
+            largest_free=max(free, default=0),
+            alignment=min((each.extents[0].spa & -each.extents[0].spa for each in found.values()), default=0),
+            namespaces=self._areas_of(found.values()),
+        )
+
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         """Create or complete the backing: all of it allocated, written and synced. Can be repeated.
 
         What it created is removed again when it fails, and kept as far as it is when the user interrupts it.
 
         :param progress: called now and then with the bytes that are written, and those that are to be.
+        :raises BackingError: when that cannot be done.
         """
+        del progress
+        return self.locate(spec).identity
 
-    @abstractmethod
-    def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
-        """How much room there is in a pool of this kind of backing.
+    def discard(self, spec: NvdimmSpec) -> None:
+        """Delete what :meth:`provision` has created, with all its bytes. By default it creates nothing."""
 
-        :param paths: of the pool.
-        :param taken: paths of the NVDIMMs in it.
-        :raises BackingError: when one of the paths is not there, or not fit for this kind.
-        """
-
-    @abstractmethod
-    def size(self, path: str) -> int:
-        """Bytes of an existing backing, all of it.
-
-        :raises NotFoundError: when there is none.
-        """
-
-    @abstractmethod
     def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
         """Make room for an NVDIMM whose bytes will be copied into it. Can be repeated: what was copied stays.
 
-        :returns: with the path where it is until :meth:`publish`; a device is where it always is.
+        :returns: with the path where it is until :meth:`publish`; by default, where it always is.
         :raises BackingError: when there is no room.
         """
+        self.examine(spec)
+        return spec
 
-    @abstractmethod
     def publish(self, spec: NvdimmSpec) -> None:
         """Give what :meth:`allocate` has made, and :meth:`provision` completed, its own path. Can be repeated.
 
         :raises InUseError: when something else has the path now.
         """
 
-    @abstractmethod
     def fill_holes(self, spec: NvdimmSpec) -> None:
         """Allocate what is not allocated of an existing backing, which :meth:`provision` refuses to do.
 
         :raises BackingError: when there is no room.
         """
 
-    @abstractmethod
-    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
-        """Open the first ``spec.size`` bytes of a backing.
-
-        :param write: to write them; until it is closed, nobody else can do so and :meth:`freeze` fails.
-        :raises InUseError: when somebody else has it open so.
-        :raises NotFoundError: when there is no such backing.
-        :raises BackingError: when it is smaller, or cannot be opened.
-        """
-
-    @abstractmethod
-    def discard(self, spec: NvdimmSpec) -> None:
-        """Delete what :meth:`provision` has created, with all its bytes."""
-
-    @abstractmethod
-    def locate(self, spec: NvdimmSpec) -> Location:
-        """Find the extents of the first ``spec.size`` bytes, cross-checked, and the identity.
-
-        :raises BackingError: when the backing is sparse, shared, unwritten, or not on pmem.
-        """
-
-    @abstractmethod
     def freeze(self, path: str) -> None:
         """Keep others in the host from changing where the backing's bytes are. Can be repeated.
+
+        The default does nothing, which is right only where nothing in the host can move them.
 
         :raises InUseError: while somebody has it open to overwrite it.
         """
 
-    @abstractmethod
     def thaw(self, path: str) -> None:
         """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone."""
 
-    def exists(self, path: str) -> bool:
-        """Whether there is something at a path."""
-        return os.path.lexists(path)
-
-    def mark(self, path: str, owner: bytes | None) -> None:
-        """Have a backing, which may be frozen, say itself whose it is; None takes that away. Devices cannot."""
-
-    def survey(self, paths: Sequence[str]) -> Iterable[Surveyed]:
-        """Look at all that can say so in a pool with these paths.
-
-        :raises BackingError: when the pool cannot be looked at.
-        """
-        return ()
-
     def lacking(self, spec: NvdimmSpec) -> int:
-        """Bytes that a backing has too few."""
+        """Return how many bytes the backing is short."""
         return 0
 
     def extend(self, spec: NvdimmSpec) -> None:
-        """Put zeros where a backing has too few bytes."""
+        """Append zeros to a backing that is short."""
 
     def move(self, source: str, target: str) -> None:
         """Give a backing that is not frozen another path, at which nothing is.
@@ -254,22 +280,72 @@ class Backing(Plugin):
 
         raise BackingError(f"{source}: cannot be moved to {target}", hint="it is a device")
 
+    # --- what a backing records about itself ---
+
+    def mark(self, path: str, owner: bytes | None) -> None:
+        """Record the owner on the backing itself, which may be frozen; None removes the record. Devices cannot."""
+
+    def survey(self, paths: Sequence[str]) -> Iterable[Surveyed]:
+        """Return what the backings in a pool with these paths record about themselves.
+
+        :raises BackingError: when the pool cannot be read.
+        """
+        return ()
+
+    # --- bytes that programs of the host read and write ---
+
+    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        """Open the first ``spec.size`` bytes of a backing.
+
+        :param write: to write them; until it is closed, nobody else can do so and :meth:`freeze` fails.
+        :raises UnsupportedError: when programs of the host cannot read and write such a backing.
+        :raises InUseError: when somebody else has it open so.
+        :raises NotFoundError: when there is no such backing.
+        :raises BackingError: when it is smaller, or cannot be opened.
+        """
+        from nvdimm_driver.errors import UnsupportedError
+
+        raise UnsupportedError(
+            f"{spec.path}: the backing {self.name} cannot be read or written from the host",
+            hint="read or write it in the guest",
+        )
+
     def check_labels(self, spec: NvdimmSpec) -> None:
         """Check that :meth:`open_labels` can work for such a backing, which need not be provisioned yet.
 
         :raises UnsupportedError: when it cannot.
         """
+        raise self._no_label_server(spec.path)
 
-    @abstractmethod
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         """Open the label area of an NVDIMM that may be frozen, and is so afterwards as it was before.
 
+        :raises UnsupportedError: as :meth:`check_labels` does.
         :raises BackingError: when the backing is not the one of that identity, or cannot be written.
         """
+        raise self._no_label_server(spec.path)
+
+    def _no_label_server(self, path: str) -> UnsupportedError:
+        from nvdimm_driver.errors import UnsupportedError
+
+        return UnsupportedError(
+            f"{path}: a label server cannot write the labels of the backing {self.name} (dsm = qemu)",
+            hint="take dsm 'aml', which needs no label server",
+        )
+
+    def _whole(self, path: str) -> Location:
+        from nvdimm_driver.model import PAGE, NvdimmSpec
+
+        return self.locate(NvdimmSpec(0, path, PAGE))
+
+    def _areas_of(self, locations: Iterable[Location]) -> tuple[Namespace, ...]:
+        """Return the areas that these are in."""
+        used = {each.identity.device for each in locations}
+        return tuple(each for each in self.areas() if each.uid in used)
 
 
 def backing_of(backings: Sequence[Backing], path: str) -> Backing:
-    """The one of the backings that is for this path.
+    """Return the first of the backings that handles this path.
 
     :raises BackingError: when none is.
     """
@@ -348,11 +424,21 @@ class Mapper(Plugin):
         """Give the guest the page through which it talks to a label server."""
 
 
+NAMESPACES = (
+    "nvdimm_driver.drivers",
+    "nvdimm_driver.xml_hooks",
+    "nvdimm_driver.backings",
+    "nvdimm_driver.acpi_builders",
+    "nvdimm_driver.mappers",
+)
+"""The groups of entry points in which plug-ins are registered."""
+
+
 def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
     """Make the plug-in of that name.
 
-    :param namespace: ``nvdimm_driver.backings`` and so on.
-    :raises ConfigError: when no installed package has it.
+    :param namespace: one of :data:`NAMESPACES`.
+    :raises ConfigError: when no installed package has it, or it cannot be imported.
     """
     from stevedore import DriverManager
     from stevedore.exception import NoMatches
@@ -360,15 +446,52 @@ def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
     from nvdimm_driver.errors import ConfigError
 
     try:
-        manager: Any = DriverManager(namespace, name)
-        return manager.driver.from_conf(conf)
+        manager: Any = DriverManager(namespace, name, on_load_failure_callback=_refuse)
     except NoMatches as error:
         raise ConfigError(f"no plug-in {name!r} in {namespace}", hint="look at the option that names it") from error
+    return _make(manager.driver, name, conf)
 
 
 def load_all(namespace: str, conf: cfg.ConfigOpts) -> list[Any]:
-    """Make every plug-in of a namespace, by name."""
+    """Make every plug-in of a namespace, by name.
+
+    :raises ConfigError: when one cannot be imported.
+    """
     from stevedore import ExtensionManager
 
-    manager: Any = ExtensionManager(namespace)
-    return [manager[name].plugin.from_conf(conf) for name in sorted(manager.names())]
+    manager: Any = ExtensionManager(namespace, on_load_failure_callback=_refuse)
+    return [_make(manager[name].plugin, name, conf) for name in sorted(manager.names())]
+
+
+def options_of(name: str) -> list[cfg.Opt]:
+    """Return the options that installed plug-ins of that name declare.
+
+    :raises ConfigError: when one of them cannot be imported.
+    """
+    from importlib.metadata import entry_points
+
+    found: list[cfg.Opt] = []
+    for namespace in NAMESPACES:
+        for entry in entry_points(group=namespace, name=name):
+            try:
+                found += entry.load().OPTIONS
+            except Exception as error:
+                _refuse(None, entry, error)
+    return found
+
+
+def _make(plugin: type[Plugin], name: str, conf: cfg.ConfigOpts) -> Plugin:
+    if plugin.OPTIONS:
+        conf.register_opts(plugin.OPTIONS, group=name)
+    return plugin.from_conf(conf)
+
+
+def _refuse(manager: object, entry: EntryPoint, error: BaseException) -> NoReturn:
+    """Raise what stevedore would log and pass over."""
+    from nvdimm_driver.errors import ConfigError
+
+    del manager
+    raise ConfigError(
+        f"the plug-in {entry.name} ({entry.value}) cannot be imported: {type(error).__name__}: {error}",
+        hint="repair or remove the package that has it",
+    ) from error

@@ -13,7 +13,7 @@ from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.identity import no_label_server
 from nvdimm_driver.backing.inventory import Volume
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import SUPERPAGE, BackingIdentity, Extent, NvdimmSpec
+from nvdimm_driver.model import SUPERPAGE, Extent, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange
 
 
@@ -26,6 +26,7 @@ class DevdaxBacking(DeviceBacking):
     """
 
     name = "devdax"
+    mode = "devdax"
 
     def __init__(
         self,
@@ -80,7 +81,4 @@ class DevdaxBacking(DeviceBacking):
             os.close(fd)
 
     def check_labels(self, spec: NvdimmSpec) -> None:
-        raise no_label_server(spec.path)
-
-    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         raise no_label_server(spec.path)

@@ -12,12 +12,17 @@ from pathlib import Path
 from nvdimm_driver.backing import byteranges, extents, inventory
 from nvdimm_driver.backing.inventory import Volume, space_of
 from nvdimm_driver.errors import BackingError, NotFoundError
-from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
-from nvdimm_driver.plugins import Backing, ByteRange, unwatched
+from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec, Space
+from nvdimm_driver.plugins import Backing, ByteRange
 
 
 class DeviceBacking(Backing):
-    """A device is one extent, all of it there from the start: provisioning writes nothing, and bytes on it are kept."""
+    """A device is one extent, all of it there from the start: provisioning writes nothing, and bytes on it are kept.
+
+    :cvar mode: of its namespace.
+    """
+
+    mode: str
 
     def __init__(self, *, sysfs: Path = inventory.SYSFS) -> None:
         self.sysfs = sysfs
@@ -27,6 +32,9 @@ class DeviceBacking(Backing):
             return self.is_kind(os.stat(path).st_mode)
         except OSError:  # as os.path.isfile has it: what cannot be looked at is of no kind
             return False
+
+    def areas(self) -> Sequence[Namespace]:
+        return [each for each in inventory.namespaces(self.sysfs) if each.mode == self.mode]
 
     @abstractmethod
     def is_kind(self, mode: int) -> bool:
@@ -57,11 +65,8 @@ class DeviceBacking(Backing):
         volume, _ = self._find(spec)
         return Intake(self.name, False, 0, volume.namespace)
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
-        del progress
-        return self.locate(spec).identity
-
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
+        """Return the room, also when a device is in use in the host, so that it cannot be located."""
         in_use = {os.path.realpath(path) for path in taken}
         volumes = {path: self._identify(path)[0] for path in map(os.path.realpath, paths)}
         free = [volume.size for path, volume in volumes.items() if path not in in_use]
@@ -73,16 +78,6 @@ class DeviceBacking(Backing):
         if not os.path.exists(path):
             raise NotFoundError(f"{path}: there is no such device")
         return self._identify(path)[0].size
-
-    def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
-        self.examine(spec)
-        return spec
-
-    def publish(self, spec: NvdimmSpec) -> None:
-        """Nothing: a device is where it always is."""
-
-    def fill_holes(self, spec: NvdimmSpec) -> None:
-        """Nothing: all of a device is there."""
 
     def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
         path = os.path.realpath(spec.path)
@@ -96,9 +91,6 @@ class DeviceBacking(Backing):
         except OSError as error:
             raise BackingError(f"{path}: {error.strerror}") from error
 
-    def discard(self, spec: NvdimmSpec) -> None:
-        """Nothing: provisioning has created nothing."""
-
     def locate(self, spec: NvdimmSpec) -> Location:
         volume, extent = self._find(spec)
         identity = BackingIdentity(self.name, volume.namespace.uid, volume.start, 0, 0, volume.size)
@@ -109,9 +101,6 @@ class DeviceBacking(Backing):
         path = os.path.realpath(path)
         with _opened(path) as fd:
             byteranges.check_unlocked(fd, path)
-
-    def thaw(self, path: str) -> None:
-        """Nothing."""
 
     def _find(self, spec: NvdimmSpec) -> tuple[Volume, Extent]:
         path = os.path.realpath(spec.path)

@@ -19,6 +19,7 @@ from nvdimm_driver.model import (
     Extent,
     Intake,
     Location,
+    Namespace,
     NvdimmSpec,
     Progress,
     Space,
@@ -59,6 +60,9 @@ class FsdaxBacking(Backing):
         if os.path.lexists(path):
             return os.path.isfile(path)
         return os.path.isdir(os.path.dirname(path))
+
+    def areas(self) -> Sequence[Namespace]:
+        return [each for each in inventory.namespaces(self.sysfs) if each.mode == "fsdax"]
 
     def examine(self, spec: NvdimmSpec) -> Intake:
         path = os.path.realpath(spec.path)
@@ -233,6 +237,9 @@ class FsdaxBacking(Backing):
             ) from error
         sync_directory(target)
         sync_directory(source)
+
+    def check_labels(self, spec: NvdimmSpec) -> None:
+        """Pass: what is stored through a mapping is durable after msync."""
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         """Map it: an immutable file on DAX takes stores, but no write and no open for one (ext4_file_write_iter,

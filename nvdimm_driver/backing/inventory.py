@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nvdimm_driver.errors import BackingError, ConfigError
-from nvdimm_driver.model import PAGE, PERSISTENCE_DOMAINS, Extent, Namespace, Space
-from nvdimm_driver.sizes import units
+from nvdimm_driver.model import PERSISTENCE_DOMAINS, Extent, Namespace, Space
 
 SYSFS = Path("/sys")
 MODES = ("fsdax", "devdax", "raw", "sector")
@@ -67,20 +66,6 @@ def regions(sysfs: Path = SYSFS) -> tuple[tuple[str, int, int], ...]:
         if spa is not None and size:
             found.append((region.name, spa, size))
     return tuple(sorted(found, key=lambda each: each[1]))
-
-
-def areas(found: Iterable[Namespace]) -> list[tuple[int, int]]:
-    """Return the machine frames (mfn, count) that guests may get: whole frames of the data areas.
-
-    A namespace in sector mode has none: its blocks move about (btt).
-    """
-    result = []
-    for namespace in found:
-        first = units(namespace.data_spa, PAGE)
-        count = (namespace.data_spa + namespace.data_size) // PAGE - first
-        if namespace.mode != "sector" and count > 0:
-            result.append((first, count))
-    return result
 
 
 def bad_ranges(sysfs: Path = SYSFS) -> tuple[tuple[int, int], ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from nvdimm_driver.backing.identity import no_label_server
 from nvdimm_driver.backing.inventory import HostDescription
-from nvdimm_driver.errors import BackingError, UnsupportedError
-from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, NvdimmSpec, Progress, Space
-from nvdimm_driver.plugins import Backing, ByteRange, unwatched
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec
+from nvdimm_driver.plugins import Backing
 
 
 class PaperBacking(Backing):
@@ -25,6 +25,9 @@ class PaperBacking(Backing):
     def handles(self, path: str) -> bool:
         del path
         return True
+
+    def areas(self) -> Sequence[Namespace]:
+        return [each for each in self.host.namespaces if each.mode != "sector"]
 
     def examine(self, spec: NvdimmSpec) -> Intake:
         namespace = self.host.namespace_of(spec.path)
@@ -46,45 +49,6 @@ class PaperBacking(Backing):
         identity = BackingIdentity(namespace.mode, namespace.uid, 0, 0, 0, namespace.data_size)
         return Location(identity, (Extent(0, namespace.data_spa, spec.size),))
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
-        del progress
-        raise self._refuse(spec.path)
-
-    def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
-        del taken
-        raise UnsupportedError(f"{', '.join(paths)}: on paper only")
-
-    def size(self, path: str) -> int:
-        raise self._refuse(path)
-
-    def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
-        raise self._refuse(spec.path)
-
-    def publish(self, spec: NvdimmSpec) -> None:
-        raise self._refuse(spec.path)
-
-    def fill_holes(self, spec: NvdimmSpec) -> None:
-        raise self._refuse(spec.path)
-
-    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
-        raise self._refuse(spec.path)
-
-    def discard(self, spec: NvdimmSpec) -> None:
-        raise self._refuse(spec.path)
-
-    def freeze(self, path: str) -> None:
-        raise self._refuse(path)
-
-    def thaw(self, path: str) -> None:
-        raise self._refuse(path)
-
     def check_labels(self, spec: NvdimmSpec) -> None:
         if self.host.namespace_of(spec.path).mode == "devdax":
             raise no_label_server(spec.path)
-
-    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
-        del identity
-        raise self._refuse(spec.path)
-
-    def _refuse(self, path: str) -> UnsupportedError:
-        return UnsupportedError(f"{path} is on paper only", hint="leave --host away on the host itself")

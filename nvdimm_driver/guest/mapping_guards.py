@@ -35,14 +35,14 @@ def check_mappings(
     """Refuse a plan unless every frame of it may be given to the guest.
 
     :param mappings: (gfn, mfn, count): all that the guest is to get, of all its NVDIMMs.
-    :param areas: data areas of the host's pmem namespaces; a mapping has to be wholly inside one of them.
+    :param areas: persistent memory that the domain's backings hand out; a mapping has to be wholly inside one of them.
     :param ram: RAM in the machine's memory map.
     :param taken: (owner, mfn, count): what other running domains have.
     :param guest_start_gfn: first guest frame behind the guest's RAM.
     :param guest_limit_gfn: first guest frame the guest cannot use.
     :raises GuardError: naming the frames and the reason.
     """
-    pmem = _Ranges("a pmem namespace's data area", (("", mfn, count) for mfn, count in areas))
+    pmem = _Ranges("an area of persistent memory", (("", mfn, count) for mfn, count in areas))
     memory = _Ranges("RAM", (("RAM", mfn, count) for mfn, count in ram))
     others = _Ranges("another domain", taken)
     for mapping in mappings:
@@ -63,9 +63,29 @@ def check_mappings(
                 hint="two domains cannot use the same persistent memory; shut the other one down first",
             )
         if not pmem.cover(mfn, count):
-            raise GuardError(f"{_show(mapping)}: not inside the data area of one pmem namespace", hint=_REPORT)
+            raise GuardError(f"{_show(mapping)}: not inside one area of persistent memory", hint=_REPORT)
     _refuse_overlap("guest", sorted(mappings), 0)
     _refuse_overlap("machine", sorted(mappings, key=lambda mapping: mapping[1]), 1)
+
+
+def check_areas(areas: Iterable[tuple[str, int, int]]) -> None:
+    """Refuse areas of which two kinds of backing claim the same frame: each would hand out the other's bytes.
+
+    :param areas: (name of the backing, mfn, count).
+    :raises GuardError: naming both backings and the frames.
+    """
+    ordered = sorted(areas, key=lambda area: area[1])
+    last: dict[str, tuple[str, int, int]] = {}  # of each backing, the area that reaches furthest
+    for area in ordered:
+        for other in last.values():
+            if other[0] != area[0] and area[2] > 0 and _end(other) > area[1]:
+                raise GuardError(
+                    f"the backings {other[0]} and {area[0]} both hand out the machine frames "
+                    f"{_span(area[1], min(_end(other), _end(area)) - area[1])}",
+                    hint="remove one of the two plug-ins, or correct its options",
+                )
+        if area[0] not in last or _end(area) > _end(last[area[0]]):
+            last[area[0]] = area
 
 
 class _Ranges:

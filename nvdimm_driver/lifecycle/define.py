@@ -31,24 +31,25 @@ class Definitions:
         :raises NvdimmError: what define or a start would raise.
         """
         domain = self.known(domain)
-        ownership.check_paths(self.ledger, domain)
-        self.pools.check(domain, self.ledger.domains())
-        return self.planner.assumed(domain, None if domain.uuid is None else self.ledger.find_domain(domain.uuid))
+        self._check_allowed(domain)
+        return self.planner.plan_define(domain, None if domain.uuid is None else self.ledger.find_domain(domain.uuid))
 
     def known(self, domain: DomainSpec) -> DomainSpec:
         """With the uuid of the domain of that name, when the XML leaves it out and the ledger knows one."""
         known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
         return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
 
-    def define(self, domain: DomainSpec) -> tuple[NvdimmSpec, ...]:
+    def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[NvdimmSpec, ...]:
         """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
+        :param plan: what :meth:`plan` has returned for it; None to plan now. What may have changed since is checked.
         :returns: those whose backings were created.
         :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
         """
         uuid = uuid_of(domain)
-        self.plan(domain)
+        plan = plan or self.plan(domain)
+        self._check_allowed(domain)
         before = self.ledger.find_domain(uuid)
         wanted = [Allocation(uuid, spec) for spec in domain.nvdimms]
         self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
@@ -60,7 +61,7 @@ class Definitions:
                 backing.provision(spec, self._progress(domain, spec))
                 if creates:
                     created.append(spec)
-            self._settle(uuid, domain, before)
+            self._settle(plan, domain, before)
         except BaseException:
             self.discard(created)
             self._roll_back(uuid, before)
@@ -109,19 +110,25 @@ class Definitions:
             raise LedgerError(f"domain {uuid} vanished from the ledger")
         return adopted
 
-    def _settle(self, uuid: str, domain: DomainSpec, before: Record | None) -> None:
+    def _check_allowed(self, domain: DomainSpec) -> None:
+        ownership.check_paths(self.ledger, domain)
+        self.pools.check(domain, self.ledger.domains())
+
+    def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> None:
         """Write identities and bases, after everything is provisioned."""
-        locations = self.planner.locate(domain)
-        identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, locations, strict=True)}
+        uuid = uuid_of(domain)
+        settled = self.planner.settle(plan, domain, before)
+        identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, settled.locations, strict=True)}
         ownership.check_bytes(self.ledger, uuid, identities)
-        plan = self.planner.provisioned(domain, locations, before)
         self.ledger.store(
             uuid,
             domain.name,
             domain.ram,
             [
                 Allocation(uuid, spec, location.identity, placement.base)
-                for spec, location, placement in zip(domain.nvdimms, locations, plan.layout.nvdimms, strict=True)
+                for spec, location, placement in zip(
+                    domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
+                )
             ],
             dsm=domain.dsm,
             kind="defined",

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nvdimm_driver.backing.identity import check_identity
-from nvdimm_driver.backing.inventory import areas, bad_parts
+from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.guest import layout, mapping_guards
 from nvdimm_driver.model import (
     PAGE,
     PERSISTENCE_DOMAINS,
     SUPERPAGE,
+    AcpiTables,
     Allocation,
     BackingIdentity,
     DomainSpec,
@@ -23,7 +24,6 @@ from nvdimm_driver.model import (
     Intake,
     Location,
     Mapping,
-    Namespace,
     NvdimmSpec,
     Plan,
     Record,
@@ -35,20 +35,18 @@ from nvdimm_driver.state.ledger import Ledger
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What the driver has to know of the host.
+    """What the driver has to know of the host beside its backings.
 
-    :ivar namespaces: reads the pmem namespaces.
     :ivar address_bits: physical address bits of the CPU.
     :ivar bad_ranges: reads the persistent memory that is known to be bad, as (SPA, bytes).
     """
 
-    namespaces: Callable[[], tuple[Namespace, ...]]
     address_bits: int
     bad_ranges: Callable[[], tuple[tuple[int, int], ...]] = tuple
 
 
 class Planner:
-    """Makes plans of what is found now.
+    """Makes plans from the backings, the ledger and the machine as they are now.
 
     :param mapper: is asked for the machine's memory map.
     :param gap: bytes of guest-physical space to keep free behind the RAM.
@@ -74,103 +72,123 @@ class Planner:
         self.gap = gap
         self.dsm = dsm
 
-    def assumed(self, domain: DomainSpec, before: Record | None) -> Plan:
-        """The plan for a domain whose backings may not be provisioned yet.
+    def plan_define(self, domain: DomainSpec, before: Record | None) -> Plan:
+        """Return the plan for a domain whose backings may not be provisioned yet.
 
         :param before: the domain as the ledger knows it.
-        :raises NvdimmError: when it cannot be had.
+        :raises NvdimmError: when the domain cannot be had.
         """
-        intakes = tuple(backing_of(self.backings, spec.path).examine(spec) for spec in domain.nvdimms)
+        intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
         locations = self._locate_or_assume(domain, intakes)
-        return self._plan(domain, locations, _kept_bases(domain, locations, before), intakes)
+        guest = self._lay_out(domain, locations, _kept_bases(domain, locations, before))
+        return self._plan(domain, locations, guest, self._build_tables(guest), intakes)
 
-    def locate(self, domain: DomainSpec) -> tuple[Location, ...]:
-        """Where the domain's backings are, which are provisioned.
+    def settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> Plan:
+        """Return the plan of :meth:`plan_define` as it is now that the backings are provisioned.
 
-        :raises BackingError: when one is not fit any more.
+        Where they are is found out and checked anew. Tables are built again only if an NVDIMM is at another place in
+        the guest than was assumed.
+
+        :param before: the domain as the ledger knew it; NVDIMMs that it had then keep their bases.
+        :raises BackingError: when a backing is not fit.
+        :raises NvdimmError: when the domain cannot be had.
         """
-        return tuple(backing_of(self.backings, spec.path).locate(spec) for spec in domain.nvdimms)
+        locations = tuple(self._backing(spec).locate(spec) for spec in domain.nvdimms)
+        guest = self._lay_out(domain, locations, _kept_bases(domain, locations, before))
+        tables = plan.tables if guest == plan.layout else self._build_tables(guest)
+        return self._plan(domain, locations, guest, tables)
 
-    def bad_blocks(self, spec: NvdimmSpec) -> tuple[tuple[int, int], ...]:
-        """What is known to be bad of a backing, as (offset in it, bytes).
+    def plan_start(self, domain: DomainSpec, record: Record) -> Plan:
+        """Return the plan for a start of a defined domain.
+
+        :raises BackingError: also when a backing is not what was provisioned.
+        :raises NvdimmError: when the domain cannot be had.
+        """
+        locations = tuple(self._locate_same(item) for item in record.allocations)
+        guest = self._lay_out(domain, locations, {item.spec.slot: item.base for item in record.allocations})
+        return self._plan(domain, locations, guest, self._build_tables(guest))
+
+    def find_bad_blocks(self, spec: NvdimmSpec) -> tuple[tuple[int, int], ...]:
+        """Return what is known to be bad of a backing, as (offset in it, bytes).
 
         :raises BackingError: when it is not fit to be located.
         """
-        return bad_parts(backing_of(self.backings, spec.path).locate(spec).extents, self.host.bad_ranges())
+        return bad_parts(self._backing(spec).locate(spec).extents, self.host.bad_ranges())
 
-    def provisioned(self, domain: DomainSpec, locations: tuple[Location, ...], before: Record | None) -> Plan:
-        """The plan for a domain whose backings were provisioned just now.
-
-        :param before: the domain as the ledger knew it; NVDIMMs that it had then keep their bases.
-        """
-        return self._plan(domain, locations, _kept_bases(domain, locations, before))
-
-    def started(self, domain: DomainSpec, record: Record) -> Plan:
-        """The plan for a start of a defined domain.
-
-        :raises BackingError: also when a backing is not what was provisioned.
-        """
-        locations = tuple(self._locate_same(item) for item in record.allocations)
-        return self._plan(domain, locations, {item.spec.slot: item.base for item in record.allocations})
-
-    def around(self, record: Record, ram: int) -> GuestLayout:
-        """The layout of a defined domain, if it had so many bytes of RAM."""
+    def layout_around(self, record: Record, ram: int) -> GuestLayout:
+        """Return the layout of a defined domain, if it had so many bytes of RAM."""
         placements = tuple(item.placement for item in record.allocations)
         guest = layout.around(ram, placements, address_bits=self.host.address_bits)
-        return self._told(guest, record.dsm, [item.identity for item in record.allocations if item.identity])
+        return self._complete(guest, record.dsm, [item.identity for item in record.allocations if item.identity])
 
-    def _plan(
-        self,
-        domain: DomainSpec,
-        locations: tuple[Location, ...],
-        bases: dict[int, int | None],
-        intakes: tuple[Intake, ...] = (),
-    ) -> Plan:
+    def _lay_out(self, domain: DomainSpec, locations: Sequence[Location], bases: dict[int, int | None]) -> GuestLayout:
         requests = [
             _request(spec, location, bases.get(spec.slot))
             for spec, location in zip(domain.nvdimms, locations, strict=True)
         ]
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
-        guest = self._told(guest, domain.dsm, [location.identity for location in locations])
+        guest = self._complete(guest, domain.dsm, [location.identity for location in locations])
         clients = set(guest.label_clients)
         for spec, placement in zip(domain.nvdimms, guest.nvdimms, strict=True):
             if placement in clients:
-                backing_of(self.backings, spec.path).check_labels(spec)
+                self._backing(spec).check_labels(spec)
+        return guest
+
+    def _complete(self, guest: GuestLayout, dsm: str | None, identities: Sequence[BackingIdentity]) -> GuestLayout:
+        """Fill in dsm and persistence_domain, which only the ACPI tables need."""
+        used = {identity.device for identity in identities}
+        domains = {area.persistence_domain for backing in self.backings for area in backing.areas() if area.uid in used}
+        weakest = min(domains, key=PERSISTENCE_DOMAINS.index, default="")
+        return replace(guest, dsm=dsm or self.dsm, persistence_domain=weakest)
+
+    def _build_tables(self, guest: GuestLayout) -> AcpiTables:
+        tables = self.acpi.build(guest)
+        if tables.seconds is not None:
+            self.ledger.count_harvest(tables.seconds)
+        return tables
+
+    def _plan(
+        self,
+        domain: DomainSpec,
+        locations: tuple[Location, ...],
+        guest: GuestLayout,
+        tables: AcpiTables,
+        intakes: tuple[Intake, ...] = (),
+    ) -> Plan:
+        """Put a plan together, and check that it is allowed."""
         labelled = set(guest.label_areas)
         mappings = [
             layout.mappings(placement, location.extents, labels=placement in labelled)
             for placement, location in zip(guest.nvdimms, locations, strict=True)
         ]
-        pmem = tuple(areas(self.host.namespaces()))
-        known = [part for index, part in enumerate(mappings) if not (intakes and intakes[index].assumed)]
-        self._guard(domain, guest, _flat(known), pmem)
-        tables = self.acpi.build(guest)
-        if tables.seconds is not None:
-            self.ledger.count_harvest(tables.seconds)
+        assumed = [intake.assumed for intake in intakes] or [False] * len(locations)
+        known = [part for part, is_assumed in zip(mappings, assumed, strict=True) if not is_assumed]
+        areas = self._areas(domain)
+        self._guard(domain, guest, _flat(known), areas)
         bad = self.host.bad_ranges()
         bad_blocks = tuple(
-            () if intakes and intakes[index].assumed else bad_parts(location.extents, bad)
-            for index, location in enumerate(locations)
+            () if is_assumed else bad_parts(location.extents, bad)
+            for location, is_assumed in zip(locations, assumed, strict=True)
         )
-        return Plan(domain, intakes, locations, guest, _flat(mappings), pmem, tables, bad_blocks)
+        return Plan(domain, intakes, locations, guest, _flat(mappings), areas, tables, bad_blocks)
 
-    def _told(self, guest: GuestLayout, dsm: str | None, identities: Sequence[BackingIdentity]) -> GuestLayout:
-        """The layout with what else the guest's tables say of its NVDIMMs."""
-        used = {identity.device for identity in identities}
-        domains = {each.persistence_domain for each in self.host.namespaces() if each.uid in used}
-        weakest = min(domains, key=PERSISTENCE_DOMAINS.index, default="")
-        return replace(guest, dsm=dsm or self.dsm, persistence_domain=weakest)
+    def _areas(self, domain: DomainSpec) -> tuple[tuple[int, int], ...]:
+        """Return the machine frames (mfn, count) that the domain's backings hand out, and that no other kind does."""
+        frames = {backing.name: [area.frames for area in backing.areas()] for backing in self.backings}
+        mapping_guards.check_areas((name, *area) for name, areas in frames.items() for area in areas)
+        used = dict.fromkeys(self._backing(spec).name for spec in domain.nvdimms)
+        return tuple(area for name in used for area in frames[name] if area[1])
 
     def _guard(
         self,
         domain: DomainSpec,
         guest: GuestLayout,
         mappings: Sequence[Mapping],
-        pmem: Sequence[tuple[int, int]],
+        areas: Sequence[tuple[int, int]],
     ) -> None:
         mapping_guards.check_mappings(
             mappings,
-            areas=pmem,
+            areas=areas,
             ram=self.mapper.ram(),
             taken=self.ledger.frames_of_others(domain.uuid or ""),
             guest_start_gfn=guest.highmem_end // PAGE,
@@ -178,12 +196,12 @@ class Planner:
         )
 
     def _locate_or_assume(self, domain: DomainSpec, intakes: Sequence[Intake]) -> tuple[Location, ...]:
-        """Where each backing is; for one that is still to be written, where it would be on an empty namespace."""
+        """Return where each backing is; for one still to be written, where it would be on an empty namespace."""
         free = {intake.namespace.name: align_up(intake.namespace.data_spa, SUPERPAGE) for intake in intakes}
         locations = []
         for spec, intake in zip(domain.nvdimms, intakes, strict=True):
             if not intake.assumed:
-                locations.append(backing_of(self.backings, spec.path).locate(spec))
+                locations.append(self._backing(spec).locate(spec))
                 continue
             start = free[intake.namespace.name]
             free[intake.namespace.name] = align_up(start + spec.size, SUPERPAGE)
@@ -192,9 +210,12 @@ class Planner:
         return tuple(locations)
 
     def _locate_same(self, item: Allocation) -> Location:
-        location = backing_of(self.backings, item.spec.path).locate(item.spec)
+        location = self._backing(item.spec).locate(item.spec)
         check_identity(item.spec.path, location.identity, item.identity)
         return location
+
+    def _backing(self, spec: NvdimmSpec) -> Backing:
+        return backing_of(self.backings, spec.path)
 
 
 def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:

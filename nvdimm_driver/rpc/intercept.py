@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
-from nvdimm_driver.model import KIB, DomainSpec, Record
+from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
 from nvdimm_driver.rpc.handler import Call, Context, Entry, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.document import decode
@@ -265,13 +265,13 @@ class Interceptor:
             uuid = Unpacker(reply).domain().uuid
             yield self._work(lambda driver: driver.drop(uuid))
             return reply
-        yield self._work(lambda driver: driver.check(domain))
+        plan: Plan = yield self._work(lambda driver: driver.check(domain))
         before = yield from self._defined(domain.uuid)
         xml = yield from self._taken_up(xml, domain)
         reply = yield from _call(procedure, bytes(Packer().string(self._hooks.rewrite(xml))) + flags)
         defined = Unpacker(reply).domain()
         try:
-            yield self._work(lambda driver: driver.define(replace(domain, uuid=defined.uuid)))
+            yield self._work(lambda driver: driver.define(replace(domain, uuid=defined.uuid), plan))
         except (NvdimmError, OSError):
             if before is None:
                 yield from _call(UNDEFINE, bytes(Packer().domain(defined)))

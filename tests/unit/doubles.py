@@ -41,6 +41,7 @@ class MemoryBacking(Backing):
 
     :ivar opened: what :meth:`open_bytes` has given to write.
     :ivar filled: paths given to :meth:`fill_holes`.
+    :ivar shift: bytes by which files begin behind a multiple of 2 MiB.
     """
 
     name = "memory"
@@ -55,12 +56,17 @@ class MemoryBacking(Backing):
         self.contents: dict[str, bytearray] = {}
         self.opened: list[MemoryBytes] = []
         self.filled: list[str] = []
+        self.namespace = NAMESPACE
+        self.shift = 0
 
     def describe(self) -> str:
         return "files in memory"
 
     def handles(self, path: str) -> bool:
         return path.startswith("/mnt/pmem0/")
+
+    def areas(self) -> Sequence[Namespace]:
+        return [self.namespace]
 
     def examine(self, spec: NvdimmSpec) -> Intake:
         exists = spec.path in self.files
@@ -114,7 +120,7 @@ class MemoryBacking(Backing):
         if spec.path not in self.files:
             raise BackingError(f"{spec.path} does not exist")
         inode, size = self.files[spec.path]
-        start = NAMESPACE.data_spa + (inode - 100) * 128 * MIB
+        start = NAMESPACE.data_spa + (inode - 100) * 128 * MIB + self.shift
         return Location(BackingIdentity("memory", "ns-0", 0, inode, 1, size), (Extent(0, start, spec.size),))
 
     def exists(self, path: str) -> bool:
@@ -141,6 +147,9 @@ class MemoryBacking(Backing):
 
     def thaw(self, path: str) -> None:
         self.frozen.discard(path)
+
+    def check_labels(self, spec: NvdimmSpec) -> None:
+        pass
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         return MemoryBytes(bytes(spec.label_size))
@@ -252,13 +261,14 @@ def make_driver(
     pools: Pools | None = None,
 ) -> XenNvdimmDriver:
     """A driver whose state is in a folder of the test's."""
+    backing.namespace = namespace
     return XenNvdimmDriver(
         ledger=Ledger(str(folder / "ledger.sqlite"), logs.tell),
         state_dir=folder,
         backings=[backing],
         acpi=acpi or NativeAcpiBuilder(),
         mapper=mapper,
-        host=HostFacts(lambda: (namespace,), 46, lambda: bad),
+        host=HostFacts(46, lambda: bad),
         qemu="/usr/bin/real-qemu",
         gap=64 * GIB,
         dsm=dsm,

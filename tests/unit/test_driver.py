@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.tables import Nfit, PlatformCapabilities
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, InUseError, LayoutError, LedgerError, NvdimmError, XenError
-from nvdimm_driver.model import GIB, KIB, MIB, BackingIdentity, NvdimmSpec, Progress
+from nvdimm_driver.model import GIB, KIB, MIB, AcpiTables, BackingIdentity, GuestLayout, Namespace, NvdimmSpec, Progress
 from nvdimm_driver.plugins import unwatched
 from tests.unit.doubles import NAMESPACE, OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
 
@@ -43,6 +44,80 @@ def test_plan_touches_nothing(driver: XenNvdimmDriver, backing: MemoryBacking) -
     assert plan.mappings[0].mfn + plan.mappings[0].frames <= plan.mappings[1].mfn
     assert backing.files == {}
     assert driver.ledger.domains() == ()
+
+
+class CountingBuilder(NativeAcpiBuilder):
+    def __init__(self) -> None:
+        self.built = 0
+
+    def build(self, layout: GuestLayout) -> AcpiTables:
+        self.built += 1
+        return super().build(layout)
+
+
+def test_a_define_makes_its_plan_once(tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper) -> None:
+    builder = CountingBuilder()
+    driver = make_driver(tmp_path, backing, mapper, acpi=builder)
+    plan = driver.check(domain(A, B, uuid=None))
+    driver.define(domain(A, B), plan)
+    assert bases(driver) == [nvdimm.base for nvdimm in plan.layout.nvdimms]
+    assert builder.built == 1
+
+
+def test_tables_are_built_again_for_an_nvdimm_that_is_elsewhere_than_assumed(
+    tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    builder = CountingBuilder()
+    driver = make_driver(tmp_path, backing, mapper, acpi=builder)
+    plan = driver.check(domain(A))
+    backing.shift = MIB  # of a 2 MiB page: the base follows it
+    driver.define(domain(A), plan)
+    assert bases(driver) == [plan.layout.nvdimms[0].base + MIB]
+    assert builder.built == 2
+
+
+def test_a_plan_that_is_too_old_does_not_pass_a_path_that_was_taken_since(driver: XenNvdimmDriver) -> None:
+    plan = driver.check(domain(A))
+    driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
+    with pytest.raises(InUseError, match="belongs to domain db2"):
+        driver.define(domain(A), plan)
+    assert driver.ledger.find_domain(UUID) is None
+
+
+class OtherMemory(MemoryBacking):
+    """Another kind of backing, whose area is behind that of the first."""
+
+    name = "other"
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def handles(self, path: str) -> bool:
+        return path.startswith("/other/")
+
+    def areas(self) -> list[Namespace]:
+        return [dataclasses.replace(NAMESPACE, name="other0", uid="other", data_spa=self.first)]
+
+
+def test_a_domain_gets_frames_of_its_own_backings_alone(
+    tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    driver = make_driver(tmp_path, backing, mapper)
+    driver.backings = driver.planner.backings = [backing, OtherMemory(6 * GIB)]
+    assert driver.plan(domain(A)).areas == (NAMESPACE.frames,)
+    backing.files[A] = (100 + 8, 64 * MIB)  # 1 GiB on: in the other's area
+    with pytest.raises(GuardError, match="not inside one area of persistent memory"):
+        driver.plan(domain(A))
+
+
+def test_backings_that_claim_the_same_memory_are_refused(
+    tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    driver = make_driver(tmp_path, backing, mapper)
+    driver.backings = driver.planner.backings = [backing, OtherMemory(6 * GIB - 4096)]
+    with pytest.raises(GuardError, match="the backings memory and other both hand out the machine frames 0x17ffff"):
+        driver.plan(domain(A))
 
 
 def test_label_areas_that_aml_serves_are_mapped(

@@ -52,10 +52,10 @@ def test_allowed(mappings: list[Mapping]) -> None:
         ((LIMIT, 0x1000, 1), "outside the guest's frames"),
         ((START, 0x900, 1), "machine frames 0x900 to 0x900 at guest frame 0x100: overlaps RAM .*, 0x900 to 0x9ff"),
         ((START, 0x7FF, 1), "overlaps RAM of the machine, 0x0 to 0x7ff"),
-        ((START, 0xFFF, 2), "not inside the data area of one pmem namespace"),
-        ((START, 0x11FF, 2), "not inside the data area"),
-        ((START, 0x10FF, 2), "not inside the data area of one"),
-        ((START, 0x2000, 1), "not inside the data area"),
+        ((START, 0xFFF, 2), "not inside one area of persistent memory"),
+        ((START, 0x11FF, 2), "not inside one area"),
+        ((START, 0x10FF, 2), "not inside one area"),
+        ((START, 0x2000, 1), "not inside one area"),
     ],
 )
 def test_refused(mapping: Mapping, message: str) -> None:
@@ -261,3 +261,44 @@ def test_imports_nothing_slow() -> None:
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": root})
     assert "nvdimm_driver.guest.mapping_guards" in loaded.stdout
     assert {"dataclasses", "typing", "re", "json"}.isdisjoint(loaded.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "areas",
+    [
+        [],
+        [("fsdax", 0x1000, 0x100), ("devdax", 0x1100, 0x100), ("pmem", 0xF00, 0x100)],
+        [("fsdax", 0x1000, 0x100), ("fsdax", 0x1080, 0x100)],
+        [("fsdax", 0x1000, 0x100), ("cxl", 0x1080, 0)],
+    ],
+)
+def test_areas_of_backings_may_touch(areas: list[tuple[str, int, int]]) -> None:
+    mapping_guards.check_areas(areas)
+
+
+@pytest.mark.parametrize(
+    ("areas", "message"),
+    [
+        (
+            [("fsdax", 0x1000, 0x100), ("cxl", 0x10FF, 1)],
+            "fsdax and cxl both hand out the machine frames 0x10ff to 0x10ff",
+        ),
+        ([("cxl", 0x1000, 0x100), ("cxl", 0x1200, 1), ("fsdax", 0xFFF, 2)], "fsdax and cxl .* 0x1000 to 0x1000"),
+        ([("a", 0, 0x1000), ("a", 8, 1), ("b", 0x20, 4)], "a and b both hand out the machine frames 0x20 to 0x23"),
+    ],
+)
+def test_two_kinds_of_backing_never_hand_out_the_same_frame(areas: list[tuple[str, int, int]], message: str) -> None:
+    with pytest.raises(GuardError, match=message):
+        mapping_guards.check_areas(areas)
+    with pytest.raises(GuardError):
+        mapping_guards.check_areas(areas[::-1])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40), st.integers(0, 10)), max_size=8))
+def test_overlapping_areas_are_found(areas: list[tuple[str, int, int]]) -> None:
+    owners: dict[int, set[str]] = {}
+    for name, mfn, count in areas:
+        for frame in range(mfn, mfn + count):
+            owners.setdefault(frame, set()).add(name)
+    expected = all(len(names) == 1 for names in owners.values())
+    assert passes(lambda: mapping_guards.check_areas(areas)) == expected

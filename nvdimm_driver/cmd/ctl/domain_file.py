@@ -81,7 +81,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
         backings=[PaperBacking(host)],
         acpi=plugins.load("nvdimm_driver.acpi_builders", options.acpi.builder, options),
         mapper=DryRunMapper(),
-        host=HostFacts(lambda: host.namespaces, host.physical_address_bits),
+        host=HostFacts(host.physical_address_bits),
         qemu=options.xen.qemu,
         gap=options.layout.gap_gib * GIB,
         dsm=options.acpi.dsm,

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
-from nvdimm_driver.backing.inventory import namespaces
 from nvdimm_driver.conf import configured_pools, load
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.lifecycle.plan import HostFacts
@@ -68,7 +67,7 @@ class PmemHost:
             backings=[LoopBacking(self.state.parent, self.state / "steps")],
             acpi=NativeAcpiBuilder(),
             mapper=DryRunMapper(),
-            host=HostFacts(lambda: namespaces(fs.image.parent / "sys"), 46),
+            host=HostFacts(46),
             qemu="/usr/bin/qemu",
             gap=GIB,
             dsm="aml",
