@@ -12,7 +12,7 @@ from typing import Any
 
 from oslo_config import cfg, types
 
-from nvdimm_driver import sizes
+from nvdimm_driver import plugins, sizes
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, Pool
@@ -285,9 +285,10 @@ def load(files: list[str] | None = None) -> cfg.ConfigOpts:
             default_config_files=files,
             default_config_dirs=None if files is None else [],
         )
-        for section in _check_names(conf):
-            conf.register_opts(POOL_OPTS, group=section)
-        for group, opts in _registered(conf):
+        sections = _check_names(conf)
+        for section, opts in sections:
+            conf.register_opts(opts, group=section)
+        for group, opts in [*_registered(conf), *sections]:
             for opt in opts:
                 (conf if group is None else conf[group])[opt.dest]  # a wrong value is found when it is read
     except (cfg.Error, OSError) as error:
@@ -310,10 +311,11 @@ def _registered(conf: cfg.ConfigOpts) -> list[tuple[str | None, Sequence[cfg.Opt
     return [*GROUPS[:-1], *[(name, POOL_OPTS) for name in pools]]
 
 
-def _check_names(conf: cfg.ConfigOpts) -> list[str]:
-    """Check that there are all the sections and options that the files have; return the sections of pools."""
-    known = {group or "DEFAULT": {opt.dest for opt in opts} for group, opts in GROUPS[:-1]}
-    pools = []
+def _check_names(conf: cfg.ConfigOpts) -> list[tuple[str, Sequence[cfg.Opt]]]:
+    """Check that the sections and options of the files exist; return the sections of pools and plug-ins with theirs."""
+    known: dict[str, Sequence[cfg.Opt]] = {group or "DEFAULT": opts for group, opts in GROUPS[:-1]}
+    found: dict[str, Sequence[cfg.Opt]] = {}
+    opts: Sequence[cfg.Opt]
     for file in _files(conf):
         sections: dict[str, dict[str, Any]] = {}
         cfg.ConfigParser(file, sections).parse()
@@ -322,18 +324,20 @@ def _check_names(conf: cfg.ConfigOpts) -> list[str]:
                 if not options:
                     continue  # as in the sample
                 check_pool_name(section[len(POOL_PREFIX) :], f"{file}: [{section}]")
-                pools.append(section)
-                there = {opt.dest for opt in POOL_OPTS}
+                opts = found[section] = POOL_OPTS
             elif section in known:
-                there = known[section]
+                opts = known[section]
+            elif own := plugins.options_of(section):
+                opts = found[section] = own
             else:
                 raise ConfigError(f"{file}: there is no section [{section}]", hint=_closest(section, known))
+            there = {opt.dest for opt in opts}
             for option in options:
                 if option.replace("-", "_") not in there:
                     raise ConfigError(
                         f"{file}: there is no option {option} in section [{section}]", hint=_closest(option, there)
                     )
-    return pools
+    return list(found.items())
 
 
 def check_pool_name(name: str, where: str) -> None:

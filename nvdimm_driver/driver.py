@@ -20,7 +20,7 @@ from nvdimm_driver.contents.checks import Checks
 from nvdimm_driver.contents.exporting import Exporter
 from nvdimm_driver.contents.importing import Importer
 from nvdimm_driver.contents.wiping import Wiper
-from nvdimm_driver.errors import LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.errors import ConfigError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.define import Definitions, uuid_of
@@ -45,7 +45,36 @@ from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
 
 
-class XenNvdimmDriver:
+def load_driver(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
+    """Make the driver that ``[DEFAULT] driver`` names.
+
+    :raises ConfigError: when no installed package has it, or a plug-in that it needs.
+    :raises LedgerError: when there is no ledger and none can be made.
+    """
+    if conf.driver == "xen":
+        return XenNvdimmDriver.from_conf(conf)  # without a search, which takes longer
+    driver_class(conf)
+    driver: XenNvdimmDriver = plugins.load("nvdimm_driver.drivers", conf.driver, conf)
+    return driver
+
+
+def driver_class(conf: cfg.ConfigOpts) -> type[XenNvdimmDriver]:
+    """Return the class that ``[DEFAULT] driver`` names.
+
+    :raises ConfigError: when no installed package has it, or it is no driver.
+    """
+    if conf.driver == "xen":
+        return XenNvdimmDriver
+    found = plugins.find("nvdimm_driver.drivers", conf.driver)
+    if not issubclass(found, XenNvdimmDriver):
+        raise ConfigError(
+            f"[DEFAULT] driver: {conf.driver} is {found.__module__}.{found.__qualname__}, which is no XenNvdimmDriver",
+            hint="a driver derives from nvdimm_driver.driver.XenNvdimmDriver",
+        )
+    return found
+
+
+class XenNvdimmDriver(plugins.Plugin):
     """NVDIMMs of Xen domains, from definition to release.
 
     :param qemu: what a domain's device model becomes, unless the domain names its own emulator.
@@ -100,6 +129,9 @@ class XenNvdimmDriver:
             dsm=conf.acpi.dsm,
             pools=Pools(configured_pools(conf), any_path=conf.allow_any_path),
         )
+
+    def describe(self) -> str:
+        return "NVDIMMs of Xen HVM domains that libvirt's libxl driver runs"
 
     def plan(self, domain: DomainSpec) -> Plan:
         """All that defining and starting the domain would do; nothing is done.

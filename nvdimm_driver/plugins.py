@@ -165,7 +165,7 @@ class Backing(Plugin):
     def areas(self) -> Sequence[Namespace]:
         """Return the parts of the machine's memory that backings of this kind are in.
 
-        A guest gets frames of these alone. None may overlap RAM or an area of another kind of backing.
+        A guest gets frames of these alone. None may overlap RAM, nor an area with another uid.
 
         :raises BackingError: when they cannot be told.
         """
@@ -440,6 +440,14 @@ def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
     :param namespace: one of :data:`NAMESPACES`.
     :raises ConfigError: when no installed package has it, or it cannot be imported.
     """
+    return _make(find(namespace, name), name, conf)
+
+
+def find(namespace: str, name: str) -> type[Plugin]:
+    """Return the class of the plug-in of that name.
+
+    :raises ConfigError: when no installed package has it, or it cannot be imported.
+    """
     from stevedore import DriverManager
     from stevedore.exception import NoMatches
 
@@ -449,7 +457,8 @@ def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
         manager: Any = DriverManager(namespace, name, on_load_failure_callback=_refuse)
     except NoMatches as error:
         raise ConfigError(f"no plug-in {name!r} in {namespace}", hint="look at the option that names it") from error
-    return _make(manager.driver, name, conf)
+    found: type[Plugin] = manager.driver
+    return found
 
 
 def load_all(namespace: str, conf: cfg.ConfigOpts) -> list[Any]:

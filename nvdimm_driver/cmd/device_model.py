@@ -173,11 +173,11 @@ def attach(
 
 def _prepare(uuid: str) -> None:
     from nvdimm_driver import conf, logs
-    from nvdimm_driver.driver import XenNvdimmDriver
+    from nvdimm_driver.driver import load_driver
 
     options = conf.load()
     logs.to_file("device-model", options)
-    XenNvdimmDriver.from_conf(options).prepare_known(uuid)
+    load_driver(options).prepare_known(uuid)
 
 
 def _serve(state_dir: str, domid: int, uuid: str) -> None:

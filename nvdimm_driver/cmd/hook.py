@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
 
 def _run(operation: str, name: str, xml: str) -> int:
     from nvdimm_driver import conf, logs
-    from nvdimm_driver.driver import XenNvdimmDriver
+    from nvdimm_driver.driver import load_driver
     from nvdimm_driver.errors import NvdimmError
     from nvdimm_driver.state.events import Event, failure
     from nvdimm_driver.xml.hooks import XmlHooks
@@ -39,7 +39,7 @@ def _run(operation: str, name: str, xml: str) -> int:
         if domain is None:
             return 0
         uuid = domain.uuid or ""
-        driver = XenNvdimmDriver.from_conf(options)
+        driver = load_driver(options)
         if operation == "prepare":
             driver.prepare(domain)
             return 0

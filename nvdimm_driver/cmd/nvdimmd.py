@@ -17,7 +17,7 @@ from pathlib import Path
 from oslo_config import cfg
 
 from nvdimm_driver import conf, logs
-from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.rpc.handler import Peer
 from nvdimm_driver.rpc.intercept import Interceptor
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = list(arguments) or None
         options = conf.load(files)
         logs.to_journal("nvdimmd", options)
-        XenNvdimmDriver.from_conf(options).ledger.close()
+        load_driver(options).ledger.close()
         with sockets(options) as (clients, readers):
             asyncio.run(_serve(options, files, clients, readers))
     except (NvdimmError, OSError) as error:
@@ -54,7 +54,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # read at each use: a new pool is there at once, as it is for the hook
-    interceptor = Interceptor(lambda: XenNvdimmDriver.from_conf(conf.load(files)), XmlHooks.from_conf(options))
+    interceptor = Interceptor(lambda: load_driver(conf.load(files)), XmlHooks.from_conf(options))
     rpc = options.rpc
     upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
     upstream_ro = _first(rpc.libvirt_direct_socket_ro, rpc.libvirt_socket_ro)
@@ -78,7 +78,7 @@ def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
         return None
     from nvdimm_driver.metrics import write
 
-    return partial(write, partial(XenNvdimmDriver.from_conf, options), options.metrics.textfile)
+    return partial(write, partial(load_driver, options), options.metrics.textfile)
 
 
 async def repeat(write: Callable[[], None] | None, seconds: float, stop: asyncio.Event) -> None:

@@ -68,24 +68,23 @@ def check_mappings(
     _refuse_overlap("machine", sorted(mappings, key=lambda mapping: mapping[1]), 1)
 
 
-def check_areas(areas: Iterable[tuple[str, int, int]]) -> None:
-    """Refuse areas of which two kinds of backing claim the same frame: each would hand out the other's bytes.
+def check_areas(areas: Iterable[tuple[str, str, int, int]]) -> None:
+    """Refuse areas that share a frame unless they are the same: each would hand out the other's bytes.
 
-    :param areas: (name of the backing, mfn, count).
-    :raises GuardError: naming both backings and the frames.
+    :param areas: (uid, what it is called, mfn, count). Two areas with one uid are the same.
+    :raises GuardError: naming both and the frames.
     """
-    ordered = sorted(areas, key=lambda area: area[1])
-    last: dict[str, tuple[str, int, int]] = {}  # of each backing, the area that reaches furthest
-    for area in ordered:
-        for other in last.values():
-            if other[0] != area[0] and area[2] > 0 and _end(other) > area[1]:
+    furthest: dict[str, tuple[str, int, int]] = {}  # by uid: of the areas up to here, the one that ends last
+    for uid, what, mfn, count in sorted(areas, key=lambda area: area[2]):
+        for other, reach in furthest.items():
+            if other != uid and count > 0 and _end(reach) > mfn:
                 raise GuardError(
-                    f"the backings {other[0]} and {area[0]} both hand out the machine frames "
-                    f"{_span(area[1], min(_end(other), _end(area)) - area[1])}",
-                    hint="remove one of the two plug-ins, or correct its options",
+                    f"{reach[0]} and {what} both hand out the machine frames "
+                    f"{_span(mfn, min(_end(reach), mfn + count) - mfn)}",
+                    hint="remove the plug-in of one of the two, or correct its options",
                 )
-        if area[0] not in last or _end(area) > _end(last[area[0]]):
-            last[area[0]] = area
+        if uid not in furthest or mfn + count > _end(furthest[uid]):
+            furthest[uid] = (what, mfn, count)
 
 
 class _Ranges:

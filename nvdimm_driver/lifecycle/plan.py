@@ -173,11 +173,15 @@ class Planner:
         return Plan(domain, intakes, locations, guest, _flat(mappings), areas, tables, bad_blocks)
 
     def _areas(self, domain: DomainSpec) -> tuple[tuple[int, int], ...]:
-        """Return the machine frames (mfn, count) that the domain's backings hand out, and that no other kind does."""
-        frames = {backing.name: [area.frames for area in backing.areas()] for backing in self.backings}
-        mapping_guards.check_areas((name, *area) for name, areas in frames.items() for area in areas)
+        """Return the machine frames (mfn, count) that the domain's backings hand out, each its own."""
+        areas = {backing.name: backing.areas() for backing in self.backings}
+        mapping_guards.check_areas(
+            (area.uid, f"{area.name} of backing {name}", *area.frames)
+            for name, found in areas.items()
+            for area in found
+        )
         used = dict.fromkeys(self._backing(spec).name for spec in domain.nvdimms)
-        return tuple(area for name in used for area in frames[name] if area[1])
+        return tuple(area.frames for name in used for area in areas[name] if area.frames[1])
 
     def _guard(
         self,

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 from nvdimm_driver.model import MIB, Record
@@ -81,11 +82,15 @@ class Host:
     """A host with the driver installed.
 
     :param folder: an empty one.
+    :param options: more of the driver's configuration.
+    :param wheels: packages that are installed beside it.
     :ivar libvirtd: runs; every command and domain of the test is with it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: str = "", wheels: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self._options = options
+        self._wheels = wheels
         for name in ("libvirtd", "pmem", "sys"):
             (folder / name).mkdir()
         self._make_pmem()
@@ -241,6 +246,19 @@ class Host:
         (self.folder / "qemu").chmod(0o755)
         conf = self.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
         conf.parent.mkdir()
-        conf.write_text(CONF.format(folder=self.folder))
+        conf.write_text(CONF.format(folder=self.folder) + self._options)
+        if self._wheels:
+            pip: list[str | Path] = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--target",
+                site,
+                *self._wheels,
+            ]
+            subprocess.run(pip, check=True, capture_output=True)
         done = self.nvdimmctl("register")
         assert "50-nvdimm" in done.stdout, done.stderr

@@ -116,7 +116,9 @@ def test_backings_that_claim_the_same_memory_are_refused(
 ) -> None:
     driver = make_driver(tmp_path, backing, mapper)
     driver.backings = driver.planner.backings = [backing, OtherMemory(6 * GIB - 4096)]
-    with pytest.raises(GuardError, match="the backings memory and other both hand out the machine frames 0x17ffff"):
+    with pytest.raises(
+        GuardError, match=r"namespace0\.0 of backing memory and other0 of backing other both hand out .* 0x17ffff"
+    ):
         driver.plan(domain(A))
 
 

@@ -54,11 +54,11 @@ class AcpiDump(Action):
     def _groups(self, parsed_args: argparse.Namespace) -> dict[str, Sequence[bytes]]:
         """The tables by name of :data:`TABLE_GROUPS`; only the first group, unless all are asked for."""
         from nvdimm_driver.acpi.tables import split
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.driver import load_driver
 
         running: Sequence[bytes] = ()
         if parsed_args.domain != "-" and not Path(parsed_args.domain).exists():
-            driver = XenNvdimmDriver.from_conf(self.app.conf)
+            driver = load_driver(self.app.conf)
             record = find(driver, parsed_args.domain)
             started = driver.tables_file(record.uuid)
             if started.exists() and not parsed_args.all:

@@ -73,9 +73,9 @@ def size_argument(text: str) -> int:
 
 def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
     """The driver, after it has put away what is over and looked after what runs."""
-    from nvdimm_driver.driver import XenNvdimmDriver
+    from nvdimm_driver.driver import load_driver
 
-    driver = XenNvdimmDriver.from_conf(app.conf)
+    driver = load_driver(app.conf)
     driver.reconcile()
     driver.serve_labels()
     return driver

@@ -32,9 +32,9 @@ class Check(Listing):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
         from nvdimm_driver.doctor.repair import look
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.driver import load_driver
 
-        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        driver = load_driver(self.app.conf)
         rows = _repair(driver) if parsed_args.repair else []
         left = look(driver)
         known = {row[:3] for row in rows}

@@ -61,10 +61,10 @@ def domain_in(xml: str, file: str, options: cfg.ConfigOpts) -> DomainSpec:
 
 def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDriver:
     """The driver of this host, or one on paper for another."""
-    from nvdimm_driver.driver import XenNvdimmDriver
+    from nvdimm_driver.driver import driver_class, load_driver
 
     if host_file is None:
-        return XenNvdimmDriver.from_conf(options)
+        return load_driver(options)
     from nvdimm_driver import plugins
     from nvdimm_driver.backing.inventory import HostDescription
     from nvdimm_driver.backing.paper import PaperBacking
@@ -75,7 +75,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
     from nvdimm_driver.xen.dry_run import DryRunMapper
 
     host = HostDescription.from_json(read_file(host_file), host_file)
-    return XenNvdimmDriver(
+    return driver_class(options)(
         ledger=Ledger(":memory:"),
         state_dir=Path(options.state_dir),
         backings=[PaperBacking(host)],

@@ -34,12 +34,12 @@ class Unregister(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd import register
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.driver import load_driver
 
         del parsed_args
         running: list[str] = []
         if Path(self.app.conf.state_dir).exists():
-            driver = XenNvdimmDriver.from_conf(self.app.conf)
+            driver = load_driver(self.app.conf)
             driver.reconcile()
             running = [record.name for record in driver.ledger.domains() if record.start]
         for line in register.unregister(self.app.conf, running):

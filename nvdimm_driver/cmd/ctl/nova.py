@@ -31,11 +31,11 @@ class NovaInventory(Listing):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
         from nvdimm_driver.cmd.ctl import render
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.driver import load_driver
         from nvdimm_driver.nova import pmem_namespaces
 
         configured = pmem_namespaces.parse(_entries(parsed_args))
-        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        driver = load_driver(self.app.conf)
         served = self.app.conf.acpi.dsm == "qemu"
         inventory = pmem_namespaces.Inventory(driver.pools, driver.backings, driver.ledger, served=served)
         size = render.size_column(parsed_args.human)

@@ -42,11 +42,11 @@ class PoolCreate(Action):
         from uuid import uuid4
 
         from nvdimm_driver import conf
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.driver import load_driver
         from nvdimm_driver.pools import create as poolsetup
         from nvdimm_driver.pools.rules import Pools
 
-        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        driver = load_driver(self.app.conf)
         wish = _wish(parsed_args)
         _check(driver, wish, self.app.options.config_file)
         steps = poolsetup.steps(wish, _host(driver), str(uuid4()))

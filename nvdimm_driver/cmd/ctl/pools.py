@@ -15,9 +15,9 @@ class PoolList(Listing):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
         from nvdimm_driver.cmd.ctl import render
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.driver import load_driver
 
-        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        driver = load_driver(self.app.conf)
         size = render.size_column(parsed_args.human)
         rows = [render.pool_row(driver.usage(pool), size) for pool in driver.pools]
         return render.POOL_COLUMNS, rows
@@ -40,10 +40,10 @@ class PoolShow(Showing):
         if not (parsed_args.map or parsed_args.output):
             return int(super().run(parsed_args))
         from nvdimm_driver.cmd.ctl import memory_map
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.driver import load_driver
         from nvdimm_driver.pools.usage import host_map
 
-        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        driver = load_driver(self.app.conf)
         usage = driver.usage(driver.pools.named(parsed_args.pool))
         if usage.space is None:
             raise BackingError(f"pool {usage.pool.name}: {'; '.join(usage.problems)}")
@@ -57,8 +57,8 @@ class PoolShow(Showing):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Fields:
         from nvdimm_driver.cmd.ctl import render
-        from nvdimm_driver.driver import XenNvdimmDriver
+        from nvdimm_driver.driver import load_driver
 
-        driver = XenNvdimmDriver.from_conf(self.app.conf)
+        driver = load_driver(self.app.conf)
         usage = driver.usage(driver.pools.named(parsed_args.pool))
         return render.pool(usage, render.size_column(parsed_args.human))
