@@ -164,9 +164,9 @@ class XenNvdimmDriver(plugins.Plugin):
             self.forget(uuid)
         self.definitions.discard(created)
 
-    def drop(self, uuid: str) -> None:
+    def drop_claims(self, uuid: str) -> None:
         """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
-        self.definitions.drop(uuid)
+        self.definitions.drop_claims(uuid)
 
     def forget(self, uuid: str) -> Record:
         """Give up the domain's claim to its backings; their bytes stay.
@@ -199,12 +199,12 @@ class XenNvdimmDriver(plugins.Plugin):
                 hint="NVDIMMs keep their places; define the domain anew with a new uuid to have them placed again",
             )
 
-    def identified(self, domain: DomainSpec) -> DomainSpec:
+    def identify(self, domain: DomainSpec) -> DomainSpec:
         """With a uuid: its own, that of the domain of that name that the ledger knows, or a new one."""
-        known = self.definitions.known(domain)
+        known = self.definitions.identify_by_name(domain)
         return known if known.uuid is not None else replace(domain, uuid=str(uuid4()))
 
-    def begin(self, uuid: str) -> Record | None:
+    def clear_fault(self, uuid: str) -> Record | None:
         """Somebody is about to start the domain: why an earlier start failed is of no interest any more.
 
         :returns: None for a domain without NVDIMMs.
@@ -221,7 +221,7 @@ class XenNvdimmDriver(plugins.Plugin):
         try:
             self.reconcile()
             self.serve_labels()
-            self.starts.check_ended(uuid)
+            self.starts.require_ended(uuid)
             plan = self._prepare(self.definitions.adopt(domain), domain)
         except NvdimmError as error:
             self.ledger.record_failure(uuid, error)
@@ -254,18 +254,18 @@ class XenNvdimmDriver(plugins.Plugin):
         """Start label servers for the running guests whose own were killed."""
         self.starts.serve_labels()
 
-    def bad_blocks(self, item: Allocation) -> tuple[tuple[int, int], ...]:
+    def find_bad_blocks(self, item: Allocation) -> tuple[tuple[int, int], ...]:
         """What the host knows to be bad of an NVDIMM's backing, as (offset in it, bytes).
 
         :raises BackingError: when the backing is not fit to be located.
         """
         return self.planner.find_bad_blocks(item.spec)
 
-    def usage(self, pool: Pool) -> PoolUsage:
+    def measure_pool(self, pool: Pool) -> PoolUsage:
         """What a pool has, and who has what of it."""
         return usage_of(pool, self.ledger, self.backings)
 
-    def label_server(self, record: Record) -> str | None:
+    def label_server_state(self, record: Record) -> str | None:
         """``running`` or ``gone``; None for a domain that has none now."""
         if record.start is None or not record.start.served:
             return None
@@ -275,11 +275,11 @@ class XenNvdimmDriver(plugins.Plugin):
         """Where the tables of the domain's last start are, NFIT first."""
         return self.state_dir / "domains" / uuid / "tables"
 
-    def tables(self, record: Record) -> AcpiTables:
+    def build_tables(self, record: Record) -> AcpiTables:
         """The tables that a start of a defined domain would make."""
         return self.acpi.build(self.planner.layout_around(record, record.ram))
 
-    def guest_tables(self, record: Record) -> tuple[bytes, ...]:
+    def read_guest_tables(self, record: Record) -> tuple[bytes, ...]:
         """All ACPI tables that a running guest has, those of its firmware too; none for a domain that is off.
 
         :raises AcpiError: when they cannot be found in its memory, or one is wrong.

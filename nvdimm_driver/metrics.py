@@ -102,7 +102,7 @@ class DriverCollector(Collector):
         )
 
     def _pools(self) -> Iterator[Metric]:
-        usages = [self._driver.usage(pool) for pool in self._driver.pools]
+        usages = [self._driver.measure_pool(pool) for pool in self._driver.pools]
         known = {usage.pool.name: usage for usage in usages}
         yield _gauge(
             "pool_capacity_bytes",

@@ -1,22 +1,19 @@
 """The host's persistent memory: which namespaces there are, and which of them a block device is on.
 
 The owner of two foreign formats: sysfs of libnvdimm and device-dax (Linux 6.1: drivers/nvdimm/namespace_devs.c,
-pfn_devs.c, pmem.c, drivers/dax/bus.c) and ``/proc/self/mountinfo``; and of one of ours, the host file, which
-describes a host so that a plan can be made on another machine.
+pfn_devs.c, pmem.c, drivers/dax/bus.c) and ``/proc/self/mountinfo``.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nvdimm_driver.errors import BackingError, ConfigError
+from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PERSISTENCE_DOMAINS, Extent, Namespace, Space
 
 SYSFS = Path("/sys")
@@ -112,7 +109,7 @@ def volume_of(device: int, path: str, sysfs: Path = SYSFS) -> Volume:
     :param path: what is on that device, for the error.
     :raises BackingError: when it is anything else, device-mapper and md on top of a namespace included.
     """
-    volume = _volume(device, sysfs)
+    volume = volume_if_pmem(device, sysfs)
     if volume is None:
         number = f"{os.major(device)}:{os.minor(device)}"
         node = sysfs / "dev/block" / number
@@ -125,7 +122,8 @@ def volume_of(device: int, path: str, sysfs: Path = SYSFS) -> Volume:
     return volume
 
 
-def _volume(device: int, sysfs: Path) -> Volume | None:
+def volume_if_pmem(device: int, sysfs: Path) -> Volume | None:
+    """Return what a block device number stands for; None when that is no pmem namespace, nor a partition of one."""
     block = (sysfs / f"dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     partition = (block / "partition").exists()
     disk = block.parent.name if partition else block.name
@@ -301,108 +299,13 @@ def mounted(sysfs: Path = SYSFS, mountinfo: Path = Path("/proc/self/mountinfo"))
 
     :raises BackingError: when the kernel's files cannot be read.
     """
-    volumes = [_volume(mount.device, sysfs) for mount in mounts(mountinfo)]
+    volumes = [volume_if_pmem(mount.device, sysfs) for mount in mounts(mountinfo)]
     return tuple({volume.namespace.name: volume.namespace for volume in volumes if volume}.values())
 
 
 def has_dax(options: Iterable[str]) -> bool:
     """True when a file system with these options uses DAX for every file (Documentation/filesystems/dax.rst)."""
     return not {"dax", "dax=always"}.isdisjoint(options)
-
-
-# --- the host file ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HostDescription:
-    """What a plan needs to know of a host.
-
-    :ivar physical_address_bits: of its CPUs.
-    :ivar mounts: (directory, namespace name) of each DAX file system; empty when they are not described.
-    """
-
-    namespaces: tuple[Namespace, ...]
-    physical_address_bits: int
-    mounts: tuple[tuple[str, str], ...] = ()
-
-    def namespace_of(self, path: str) -> Namespace:
-        """Return the namespace that a device node is for, or that a file would be on.
-
-        :raises BackingError: when the description does not say.
-        """
-        by_name = {each.name: each for each in self.namespaces}
-        for each in self.namespaces:
-            if path == f"/dev/{each.device}":
-                return each
-        over = [(directory, name) for directory, name in self.mounts if Path(path).is_relative_to(directory)]
-        if over:
-            return by_name[max(over, key=lambda mount: len(mount[0]))[1]]
-        fsdax = [each for each in self.namespaces if each.mode == "fsdax"]
-        if not self.mounts and len(fsdax) == 1:
-            return fsdax[0]
-        raise BackingError(
-            f"{path}: the described host has no such device and no DAX file system there",
-            hint="devices: "
-            + (", ".join(f"/dev/{each.device}" for each in self.namespaces) or "none")
-            + "; file systems: "
-            + (", ".join(directory for directory, _ in self.mounts) or "none"),
-        )
-
-    def to_json(self) -> str:
-        """Return a host file: what :meth:`from_json` reads."""
-        return json.dumps({**asdict(self), "mounts": dict(self.mounts)}, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str, source: str = "host file") -> HostDescription:
-        """Read a host file.
-
-        A JSON object: ``namespaces``, a list of objects with the fields of :class:`model.Namespace` (addresses and
-        sizes are numbers of bytes; ``numa_node`` and ``persistence_domain`` may be left out);
-        ``physical_address_bits``, 32 to 52; and ``mounts``, which may be left out, an object from directories where DAX
-        file systems are mounted to the names of the namespaces they are on. Without ``mounts`` every file is taken to
-        be on the one fsdax namespace.
-
-        :param source: name of the file, for errors.
-        :raises ConfigError: naming what is missing, unknown or wrong.
-        """
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{source}: not JSON: {error}") from error
-        _keys(content, source, required={"namespaces", "physical_address_bits"}, optional={"mounts"})
-        bits = content["physical_address_bits"]
-        if type(bits) is not int or not 32 <= bits <= 52:
-            raise ConfigError(f"{source}: physical_address_bits: expected a number from 32 to 52, found {bits!r}")
-        if not isinstance(content["namespaces"], list):
-            raise ConfigError(f"{source}: namespaces: expected a list, found {content['namespaces']!r}")
-        found = tuple(_parse(each, f"{source}: namespaces[{i}]", bits) for i, each in enumerate(content["namespaces"]))
-        names = [each.name for each in found]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"{source}: two namespaces are called {twice[0]}")
-        places = content.get("mounts", {})
-        if not isinstance(places, dict):
-            raise ConfigError(f"{source}: mounts: expected an object, found {places!r}")
-        for directory, name in places.items():
-            if not directory.startswith("/"):
-                raise ConfigError(f"{source}: mounts: {directory!r} is not an absolute path")
-            if name not in names:
-                raise ConfigError(f"{source}: mounts: {directory} is on {name!r}, which is not among the namespaces")
-        return cls(found, bits, tuple(places.items()))
-
-
-def read_host(sysfs: Path = SYSFS, proc: Path = Path("/proc")) -> HostDescription:
-    """Describe the machine this runs on.
-
-    :raises BackingError: when sysfs or proc cannot be read.
-    """
-    found = namespaces(sysfs)
-    bits = physical_address_bits(proc)
-    places = []
-    for mount in mounts(proc / "self/mountinfo"):
-        volume = _volume(mount.device, sysfs) if has_dax(mount.options) else None
-        if volume is not None:
-            places.append((mount.directory, volume.namespace.name))
-    return HostDescription(found, bits, tuple(places))
 
 
 def physical_address_bits(proc: Path = Path("/proc")) -> int:
@@ -415,39 +318,3 @@ def physical_address_bits(proc: Path = Path("/proc")) -> int:
     if not bits:
         raise BackingError(f"{cpuinfo}: no line 'address sizes'", hint="an x86 host is needed")
     return int(bits[1])
-
-
-def _parse(entry: Any, where: str, bits: int) -> Namespace:
-    known = {field.name for field in fields(Namespace)}
-    optional = {"numa_node", "persistence_domain"}
-    _keys(entry, where, required=known - optional, optional=optional)
-    for key in ("name", "mode", "device", "uid"):
-        if not isinstance(entry[key], str) or not entry[key]:
-            raise ConfigError(f"{where}: {key}: expected a text, found {entry[key]!r}")
-    if entry["mode"] not in MODES:
-        raise ConfigError(f"{where}: mode: expected one of {', '.join(MODES)}, found {entry['mode']!r}")
-    limit = 1 << bits
-    for key, least in (("data_spa", 0), ("data_size", 1)):
-        if type(entry[key]) is not int or not least <= entry[key] <= limit:
-            raise ConfigError(f"{where}: {key}: expected a number from {least} to {limit}, found {entry[key]!r}")
-    if entry["data_spa"] + entry["data_size"] > limit:
-        raise ConfigError(f"{where}: ends beyond {limit:#x}, the limit of {bits} physical address bits")
-    node = entry.get("numa_node")
-    if node is not None and (type(node) is not int or node < 0):
-        raise ConfigError(f"{where}: numa_node: expected a number or null, found {node!r}")
-    domain = entry.get("persistence_domain", "")
-    if domain not in PERSISTENCE_DOMAINS:
-        expected = ", ".join(map(repr, PERSISTENCE_DOMAINS))
-        raise ConfigError(f"{where}: persistence_domain: expected one of {expected}, found {domain!r}")
-    return Namespace(**entry)
-
-
-def _keys(entry: Any, where: str, *, required: set[str], optional: set[str]) -> None:
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: expected an object, found {entry!r}")
-    if missing := sorted(required - entry.keys()):
-        raise ConfigError(f"{where}: {missing[0]} is missing")
-    if unknown := sorted(entry.keys() - required - optional):
-        raise ConfigError(
-            f"{where}: {unknown[0]!r} is not known", hint=f"known: {', '.join(sorted(required | optional))}"
-        )

@@ -61,11 +61,11 @@ class _Look:
 
     def findings(self) -> Iterator[Inconsistency]:
         yield from self.unseen
-        for record in self.driver.starts.stale():
+        for record in self.driver.starts.find_stale():
             domid = record.start.domid if record.start else None
             problem = f"its start as domid {domid} is over, and not put away"
             yield Inconsistency(record.name, "", problem, "put it away", self.driver.reconcile)
-        for record in self.driver.starts.unserved():
+        for record in self.driver.starts.find_unserved():
             yield Inconsistency(record.name, "", "its label server is gone", "start another", self.driver.serve_labels)
         for record in self.records:
             for item in record.allocations:

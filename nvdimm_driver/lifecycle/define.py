@@ -30,11 +30,11 @@ class Definitions:
 
         :raises NvdimmError: what define or a start would raise.
         """
-        domain = self.known(domain)
+        domain = self.identify_by_name(domain)
         self._check_allowed(domain)
         return self.planner.plan_define(domain, None if domain.uuid is None else self.ledger.find_domain(domain.uuid))
 
-    def known(self, domain: DomainSpec) -> DomainSpec:
+    def identify_by_name(self, domain: DomainSpec) -> DomainSpec:
         """With the uuid of the domain of that name, when the XML leaves it out and the ledger knows one."""
         known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
         return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
@@ -73,7 +73,7 @@ class Definitions:
         for spec in created:
             self._backing(spec).discard(spec)
 
-    def drop(self, uuid: str) -> None:
+    def drop_claims(self, uuid: str) -> None:
         """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
         record = self.ledger.find_domain(uuid)
         if record is None:

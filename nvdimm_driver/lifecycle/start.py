@@ -60,7 +60,7 @@ class Starts:
         self.put_away(record.uuid, record.start.paths, kind="released")
         return True
 
-    def stale(self) -> list[Record]:
+    def find_stale(self) -> list[Record]:
         """The domains with a start that is over and not put away."""
         return [
             record
@@ -70,11 +70,11 @@ class Starts:
 
     def reconcile(self) -> None:
         """Put away what starts have left whose domains are gone."""
-        for record in self.stale():
+        for record in self.find_stale():
             if record.start is not None:
                 self.put_away(record.uuid, record.start.paths, kind="put-away")
 
-    def unserved(self) -> list[Record]:
+    def find_unserved(self) -> list[Record]:
         """The running domains whose label server is gone."""
         return [
             record
@@ -88,7 +88,7 @@ class Starts:
 
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed with what watches it."""
-        for record in self.unserved():
+        for record in self.find_unserved():
             at = record.start
             if at is None or at.domid is None:
                 continue
@@ -98,7 +98,7 @@ class Starts:
             except XenError as error:
                 logs.tell(Event("label-server-failed", record.uuid, record.name, at.domid, failure(error)))
 
-    def check_ended(self, uuid: str) -> None:
+    def require_ended(self, uuid: str) -> None:
         """The last start of the domain must be over: a guest of which libvirt has lost sight has its memory still.
 
         :raises InUseError: when it is not.

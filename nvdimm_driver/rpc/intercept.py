@@ -78,7 +78,7 @@ class Interceptor:
         wanted = self._accept(xml)
         if wanted is None:
             return (yield from _call(procedure, payload, with_fds=True))
-        domain: DomainSpec = yield self._work(lambda driver: driver.identified(wanted))
+        domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         created = yield self._work(lambda driver: driver.define(domain))
         uuid = domain.uuid or ""
         xml = self._hooks.rewrite(with_uuid(xml, uuid))
@@ -171,7 +171,7 @@ class Interceptor:
     def start(self, procedure: int, payload: bytes) -> Steps:
         """When it fails because of the NVDIMMs, the error says why."""
         uuid = Unpacker(payload).domain().uuid
-        if (yield self._work(lambda driver: driver.begin(uuid))) is None:
+        if (yield self._work(lambda driver: driver.clear_fault(uuid))) is None:
             return (yield from _call(procedure, payload))
         try:
             return (yield from _call(procedure, payload))
@@ -263,7 +263,7 @@ class Interceptor:
         if domain is None:
             reply = yield from _call(procedure, payload)
             uuid = Unpacker(reply).domain().uuid
-            yield self._work(lambda driver: driver.drop(uuid))
+            yield self._work(lambda driver: driver.drop_claims(uuid))
             return reply
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
         before = yield from self._defined(domain.uuid)
@@ -282,7 +282,7 @@ class Interceptor:
 
     def _taken_up(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, str]:
         """The XML, with the uuid of the undefined domain of that name when it has none: the NVDIMMs are that one's."""
-        known: DomainSpec = yield self._work(lambda driver: driver.definitions.known(domain))
+        known: DomainSpec = yield self._work(lambda driver: driver.definitions.identify_by_name(domain))
         if domain.uuid is None and known.uuid is not None and (yield from self._defined(known.uuid)) is None:
             return with_uuid(xml, known.uuid)
         return xml

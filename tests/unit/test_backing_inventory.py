@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvdimm_driver.backing.host_file import HostDescription, read_host
 from nvdimm_driver.backing.inventory import (
-    HostDescription,
     Mount,
     Volume,
     bad_parts,
@@ -21,7 +21,6 @@ from nvdimm_driver.backing.inventory import (
     mounts,
     namespaces,
     problems,
-    read_host,
     volume_of,
 )
 from nvdimm_driver.errors import BackingError, ConfigError

@@ -222,13 +222,13 @@ def test_a_guest_whose_label_server_was_killed_gets_another(
     lock = driver.starts.label_servers.lock(UUID)
     assert lock is not None
     driver.serve_labels()
-    assert (caplog.text, driver.label_server(record)) == ("", "running")
+    assert (caplog.text, driver.label_server_state(record)) == ("", "running")
     os.close(lock)
     driver.serve_labels()
     assert f"event=label-server-gone domain=db1 uuid={UUID} domid=5" in caplog.text
     assert "event=label-server-failed" in caplog.text
     assert "no label server for domid 5" in caplog.text
-    assert driver.label_server(record) == "gone"
+    assert driver.label_server_state(record) == "gone"
     mapper.alive.clear()
     caplog.clear()
     driver.serve_labels()

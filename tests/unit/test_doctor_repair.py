@@ -50,7 +50,7 @@ def test_what_is_given_up_is_not_marked_any_more(driver: XenNvdimmDriver, backin
     assert set(backing.marks) == {A, B}
     driver.define(domain((A, 64 * MIB)))
     assert set(backing.marks) == {A}
-    driver.drop(UUID)
+    driver.drop_claims(UUID)
     assert backing.marks == {}
     assert look(driver) == []
 

@@ -377,4 +377,4 @@ def test_a_start_with_bad_blocks_says_so(
     assert f"event=bad-blocks domain=db1 uuid={UUID} domid=- path={A} bytes=1536 first=0x1000" in caplog.text
     record = driver.ledger.find_domain(UUID)
     assert record is not None
-    assert driver.bad_blocks(record.allocations[0]) == ((4096, 512), (MIB, 1024))
+    assert driver.find_bad_blocks(record.allocations[0]) == ((4096, 512), (MIB, 1024))

@@ -17,7 +17,7 @@ def make_pool(kind: str = "memory", quota: int | None = None) -> Pool:
 def test_who_has_what(tmp_path: Path) -> None:
     driver = make_driver(tmp_path, MemoryBacking(), RecordingMapper(), pools=Pools([make_pool()]))
     driver.define(domain(("/mnt/pmem0/a", 64 * MIB)))
-    usage = driver.usage(make_pool())
+    usage = driver.measure_pool(make_pool())
     assert (usage.used, usage.free) == (64 * MIB, GIB - 64 * MIB)
     assert [(record.name, item.spec.path) for record, item in usage.owned] == [("db1", "/mnt/pmem0/a")]
     assert render.pool_row(usage, int) == ("main", "memory", GIB, GIB - 64 * MIB, GIB - 64 * MIB, 64 * MIB, "ok")
@@ -26,20 +26,20 @@ def test_who_has_what(tmp_path: Path) -> None:
 def test_a_quota_limits_what_is_free(tmp_path: Path) -> None:
     driver = make_driver(tmp_path, MemoryBacking(), RecordingMapper())
     driver.define(domain(("/mnt/pmem0/a", 64 * MIB)))
-    assert driver.usage(make_pool(quota=100 * MIB)).free == 36 * MIB
-    assert driver.usage(make_pool(quota=10 * MIB)).free == 0
-    assert driver.usage(make_pool(quota=2 * GIB)).free == GIB - 64 * MIB
+    assert driver.measure_pool(make_pool(quota=100 * MIB)).free == 36 * MIB
+    assert driver.measure_pool(make_pool(quota=10 * MIB)).free == 0
+    assert driver.measure_pool(make_pool(quota=2 * GIB)).free == GIB - 64 * MIB
 
 
 def test_a_pool_that_cannot_be_looked_at_has_a_problem(tmp_path: Path) -> None:
     backing = MemoryBacking()
     backing.fail_space = "/mnt/pmem0 is not mounted"
     driver = make_driver(tmp_path, backing, RecordingMapper())
-    usage = driver.usage(make_pool())
+    usage = driver.measure_pool(make_pool())
     assert (usage.space, usage.free) == (None, None)
     assert render.pool_row(usage, int)[2:] == (None, None, None, 0, "/mnt/pmem0 is not mounted")
 
 
 def test_a_kind_without_a_plug_in(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pool main: there is no backing 'tape'"):
-        make_driver(tmp_path, MemoryBacking(), RecordingMapper()).usage(make_pool("tape"))
+        make_driver(tmp_path, MemoryBacking(), RecordingMapper()).measure_pool(make_pool("tape"))

@@ -142,7 +142,7 @@ def test_a_domain_that_is_redefined_without_nvdimms_has_given_them_up(
     driver.define(domain(A))
     driver.prepare(domain(A))
     run(driver, mapper, tmp_path)
-    driver.drop(UUID)
+    driver.drop_claims(UUID)
     mapper.alive.clear()
     driver.release(UUID)
     assert [kind for kind, *_ in kinds(driver)][-2:] == ["forgotten", "released"]

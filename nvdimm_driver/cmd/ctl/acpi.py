@@ -63,8 +63,8 @@ class AcpiDump(Action):
             started = driver.tables_file(record.uuid)
             if started.exists() and not parsed_args.all:
                 return {"nvdimm": split(started.read_bytes())}
-            built = driver.tables(record)
-            running = driver.guest_tables(record) if parsed_args.all else ()
+            built = driver.build_tables(record)
+            running = driver.read_guest_tables(record) if parsed_args.all else ()
         else:
             domain = domain_in(read_file(parsed_args.domain), parsed_args.domain, self.app.conf)
             built = driver_for(self.app.conf, parsed_args.host).plan(domain).tables

@@ -66,7 +66,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
     if host_file is None:
         return load_driver(options)
     from nvdimm_driver import plugins
-    from nvdimm_driver.backing.inventory import HostDescription
+    from nvdimm_driver.backing.host_file import HostDescription
     from nvdimm_driver.backing.paper import PaperBacking
     from nvdimm_driver.lifecycle.plan import HostFacts
     from nvdimm_driver.model import GIB

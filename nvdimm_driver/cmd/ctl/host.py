@@ -12,10 +12,10 @@ class HostFile(Action):
     """Print the host's pmem namespaces as the file that 'plan --host' takes."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        from nvdimm_driver.backing import inventory
+        from nvdimm_driver.backing.host_file import read_host
 
         del parsed_args
-        print(inventory.read_host().to_json())
+        print(read_host().to_json())
 
 
 class Register(Action):

@@ -67,7 +67,7 @@ class PoolCreate(Action):
                 raise ConfigError(f"{error.message}{undone}", hint=error.hint) from error
             done.append(text)
         if not parsed_args.dry_run:
-            usage = driver.usage(Pools(conf.configured_pools(conf.load())).named(wish.name))
+            usage = driver.measure_pool(Pools(conf.configured_pools(conf.load())).named(wish.name))
             print(f"pool {wish.name}: {'; '.join(usage.problems) or 'ok'}")
 
 

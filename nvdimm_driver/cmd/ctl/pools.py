@@ -19,7 +19,7 @@ class PoolList(Listing):
 
         driver = load_driver(self.app.conf)
         size = render.size_column(parsed_args.human)
-        rows = [render.pool_row(driver.usage(pool), size) for pool in driver.pools]
+        rows = [render.pool_row(driver.measure_pool(pool), size) for pool in driver.pools]
         return render.POOL_COLUMNS, rows
 
 
@@ -44,7 +44,7 @@ class PoolShow(Showing):
         from nvdimm_driver.pools.usage import host_map
 
         driver = load_driver(self.app.conf)
-        usage = driver.usage(driver.pools.named(parsed_args.pool))
+        usage = driver.measure_pool(driver.pools.named(parsed_args.pool))
         if usage.space is None:
             raise BackingError(f"pool {usage.pool.name}: {'; '.join(usage.problems)}")
         its_own = set(usage.space.namespaces)
@@ -60,5 +60,5 @@ class PoolShow(Showing):
         from nvdimm_driver.driver import load_driver
 
         driver = load_driver(self.app.conf)
-        usage = driver.usage(driver.pools.named(parsed_args.pool))
+        usage = driver.measure_pool(driver.pools.named(parsed_args.pool))
         return render.pool(usage, render.size_column(parsed_args.human))

@@ -113,7 +113,7 @@ def record(
         "uuid": item.uuid,
         "ram": size(item.ram),
         "dsm": item.dsm,
-        "label_server": driver.label_server(item),
+        "label_server": driver.label_server_state(item),
         "state": start.state if start else "off",
         "domid": start.domid if start else None,
         "frozen": list(start.paths) if start else [],
@@ -177,7 +177,7 @@ def _health(driver: XenNvdimmDriver, item: Allocation) -> dict[str, Any]:
     if not item.ready:
         return {"bad_blocks": [], "problem": None}
     try:
-        bad = driver.bad_blocks(item)
+        bad = driver.find_bad_blocks(item)
     except NvdimmError as error:
         return {"bad_blocks": [], "problem": str(error)}
     return {"bad_blocks": [{"offset": offset, "length": length} for offset, length in bad], "problem": None}
