@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,16 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
     yield f"kept {conf.state_dir}"
     for record in Ledger(_ledger(conf)).domains():
         yield from (f"kept {item.spec.path}, of domain {record.name}" for item in record.allocations)
+
+
+def registered_state_dir(conf: cfg.ConfigOpts) -> str:
+    """Return the state folder that the registered device model uses; the configured one when none is registered."""
+    try:
+        text = Path(conf.xen.device_model).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return str(conf.state_dir)
+    found = re.search(r"^    state_dir=(['\"])(.*)\1,$", text, re.MULTILINE) if MARK in text else None
+    return found[2] if found else str(conf.state_dir)
 
 
 def _ledger(conf: cfg.ConfigOpts) -> str:

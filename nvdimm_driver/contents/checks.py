@@ -35,13 +35,13 @@ class Checks:
         self.pools.check_new([spec], self.ledger.domains())
         ownership.check_free(self.ledger, spec.path, self.identity(spec.path))
 
-    def check_off(self, path: str) -> None:
+    def check_off(self, path: str, hint: str = "shut it down first") -> None:
         """Check that no domain runs with a backing.
 
-        :raises InUseError: when one does.
+        :raises InUseError: with that hint, when one does.
         """
         for record in ownership.owners(self.ledger, path, self.identity(path)):
-            ownership.check_off(record)
+            ownership.check_off(record, hint)
 
     def check_same(self, path: str, identity: BackingIdentity | None) -> None:
         """Check that a backing, if it is there, is the one of that identity.

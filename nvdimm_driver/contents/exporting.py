@@ -8,6 +8,8 @@ from nvdimm_driver.model import NvdimmSpec, Watch
 from nvdimm_driver.plugins import backing_of
 from nvdimm_driver.state import ownership
 
+_RUNNING = "shut it down first, or copy it while it changes with --running"
+
 
 class Exporter:
     """Copies NVDIMMs out of persistent memory."""
@@ -24,7 +26,7 @@ class Exporter:
         :raises InUseError: when a domain runs with it, or has the destination.
         """
         if not running:
-            self._checks.check_off(spec.path)
+            self._checks.check_off(spec.path, _RUNNING)
         ownership.check_free(self._checks.ledger, destination, self._checks.identity(destination))
         backing = backing_of(self._checks.backings, spec.path)
         with (
@@ -35,7 +37,7 @@ class Exporter:
             digest = copying.copy(content, copy, watch("copying"))
             copying.verify(copy, digest, watch("verifying"))
         if not running:
-            self._checks.check_off(spec.path)
+            self._checks.check_off(spec.path, _RUNNING)
         ordinary_files.publish(destination, overwrite=overwrite)
         return digest
 

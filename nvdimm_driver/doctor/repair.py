@@ -71,6 +71,8 @@ class _Look:
             for item in record.allocations:
                 if item.ready:
                     yield from self._allocation(record, item)
+                else:
+                    yield _unfinished(record, item)
         for file in self.files.values():
             yield from self._file(file)
 
@@ -192,3 +194,13 @@ class _Look:
         except LedgerError as error:
             LOG.warning("%s", error)
             return None
+
+
+def _unfinished(record: Record, item: Allocation) -> Inconsistency:
+    """Report an NVDIMM that is not provisioned: a define is at work or was interrupted, or its backing is gone."""
+    return Inconsistency(
+        record.name,
+        item.spec.path,
+        f"it is not provisioned ({item.written}% of it is written), and no other domain can have its path",
+        "unless a define is at work on it now, define the domain again, or 'nvdimmctl release' the domain",
+    )

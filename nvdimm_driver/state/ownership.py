@@ -59,13 +59,13 @@ def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> N
         raise _owned(path, record)
 
 
-def check_off(record: Record) -> None:
-    """The domain must not run.
+def check_off(record: Record, hint: str = "shut it down first") -> None:
+    """Check that a domain does not run.
 
-    :raises InUseError: when it does.
+    :raises InUseError: with that hint, when it does.
     """
     if record.start is not None:
-        raise InUseError(f"domain {record.name} is running or starting", hint="shut it down first")
+        raise InUseError(f"domain {record.name} is running or starting", hint=hint)
 
 
 def _paths(record: Record) -> set[str]:

@@ -57,7 +57,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DebianRoot]:
 def registered(system: DebianRoot) -> DebianRoot:
     """The system after 'nvdimmctl register', with a domain in its ledger."""
     system.run("nvdimmctl register")
-    in_ledger(system, 'replace(uuid, "db $(x)1", 5, [Allocation(uuid, NvdimmSpec(0, "/mnt/pmem0/a.img", 1 << 21))])')
+    in_ledger(system, 'store(uuid, "db $(x)1", 5, [Allocation(uuid, NvdimmSpec(0, "/mnt/pmem0/a.img", 1 << 21))])')
     return system
 
 
@@ -184,11 +184,27 @@ def test_an_upgrade_keeps_the_ledger_and_the_options_and_renews_what_register_wr
 
 
 def test_removal_is_refused_while_a_domain_runs(registered: DebianRoot) -> None:
-    in_ledger(registered, "attach(uuid, [])")
+    in_ledger(registered, "begin_start(uuid, [])")
     for how in ("--remove", "--purge"):
         assert "db $(x)1 (shut them down first)" in registered.run(f"dpkg {how} nvdimm-driver", status=1).stderr
     assert registered.path(HOOK).exists()
-    in_ledger(registered, "detach(uuid)")
+    in_ledger(registered, "end_start(uuid)")
+
+
+def test_a_broken_option_file_does_not_keep_the_package_from_being_removed(registered: DebianRoot) -> None:
+    """The domain that runs is found all the same: the registered device model says where the ledger is."""
+    before = registered.path(CONF).read_text()
+    registered.path(CONF).write_text("[DEFAULT]\nstate_dri = /var/lib/other\n")
+    in_ledger(registered, "begin_start(uuid, [])")
+    assert "db $(x)1 (shut them down first)" in registered.run("dpkg --remove nvdimm-driver", status=1).stderr
+    assert registered.path(HOOK).exists()
+    in_ledger(registered, "end_start(uuid)")
+    done = registered.run("dpkg --remove nvdimm-driver")
+    assert "there is no option state_dri in section [DEFAULT] (did you mean state_dir?)" in done.stderr
+    assert f"removed {HOOK}" in done.stdout
+    assert not registered.path(DEVICE_MODEL).exists()
+    registered.path(CONF).write_text(before)
+    registered.run(f"{INSTALL} /folder/nvdimm-driver.deb && nvdimmctl register")
 
 
 def test_purge_takes_out_all_but_the_data_and_says_where_that_is(registered: DebianRoot) -> None:

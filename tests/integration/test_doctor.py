@@ -92,7 +92,7 @@ def test_who_is_not_root_gets_an_answer() -> None:
         (folder / "nvdimm-driver.conf").write_text(CONF.format(folder=folder))
         code = (
             "import os, sys; from nvdimm_driver.cmd.nvdimmctl import main; "
-            "from nvdimm_driver.cmd import register, units; from nvdimm_driver import conf; "
+            "from nvdimm_driver.cmd import register; from nvdimm_driver import conf; "
             "from nvdimm_driver.doctor.checklist import Installed, examine; options = conf.load([sys.argv[1]]); "
             "installed = Installed(register.libvirt_hook(options), register.device_model(options), None); "
             "os.setuid(65534); print([each for each in examine(options, installed) if each.check == 'ledger'])"

@@ -326,8 +326,12 @@ def test_a_running_domain_keeps_what_it_has(operator: Operator) -> None:
         assert "db1 is running or starting" in operator.run(*words, status=4).stderr
     for words in (("provision", path, "--size", "16M"), ("import", path)):
         assert f"{path} belongs to domain db1" in operator.run(*words, status=4).stderr
-    done = operator.run("export", "--force", "db1", copy)
+    assert "db1 is running or starting" in operator.run("export", "--force", "db1", copy, status=4).stderr
+    assert "--running" in operator.run("export", "db1", copy, status=4).stderr
+    done = operator.run("export", "--running", "db1", copy)
     assert "a domain was running with it" in done.stderr
+    assert "exists already" in operator.run("export", "--running", "db1", copy, status=5).stderr
+    operator.run("export", "--running", "--force", "db1", copy)
     assert copy.read_bytes() == path.read_bytes()
 
 

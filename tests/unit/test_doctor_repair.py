@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Pool
+from nvdimm_driver.errors import InUseError
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, Pool
 from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
 from tests.unit.test_pools_rules import domain
 
 POOL = Pool("main", "memory", ("/mnt/pmem0",), None, SUPERPAGE, 128 * KIB, False)
-A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
+A, B, C = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/c"
 
 
 @pytest.fixture
@@ -88,12 +90,33 @@ def test_a_file_that_was_moved(driver: XenNvdimmDriver, backing: MemoryBacking) 
 def test_a_file_that_is_gone(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     del backing.files[A], backing.marks[A]
     assert [(each.path, each.problem) for each in look(driver)] == [(A, "it is not there")]
-    assert mend(driver) == []
+    (left,) = mend(driver)
+    assert (left.path, left.mend) == (A, None)
+    assert "it is not provisioned" in left.problem
     record = driver.ledger.find_domain(UUID)
     assert record
     assert [item.ready for item in record.allocations] == [False, True]
     driver.define(domain((A, 64 * MIB), (B, 32 * MIB)))
     assert look(driver) == []
+
+
+def test_provisioning_that_a_power_loss_has_cut(driver: XenNvdimmDriver) -> None:
+    """The ledger has the intent, and nothing of the file is there: it was to get its name at the end."""
+    other = dataclasses.replace(domain((C, 64 * MIB)), uuid=OTHER_UUID, name="db2")
+    driver.ledger.store(OTHER_UUID, "db2", 512 * MIB, [Allocation(OTHER_UUID, other.nvdimms[0])])
+    driver.ledger.record_progress(OTHER_UUID, 0, 42)
+    (found,) = look(driver)
+    assert (found.domain, found.path, found.mend) == ("db2", C, None)
+    assert found.problem == "it is not provisioned (42% of it is written), and no other domain can have its path"
+    assert "define the domain again, or 'nvdimmctl release' the domain" in found.remedy
+    with pytest.raises(InUseError, match="belongs to domain db2"):
+        driver.define(domain((A, 64 * MIB), (B, 32 * MIB), (C, 64 * MIB)))
+    driver.define(other)
+    assert look(driver) == []
+    driver.ledger.store(OTHER_UUID, "db2", 512 * MIB, [Allocation(OTHER_UUID, other.nvdimms[0])])
+    driver.forget(OTHER_UUID)
+    assert look(driver) == []
+    driver.define(domain((A, 64 * MIB), (B, 32 * MIB), (C, 64 * MIB)))
 
 
 def test_a_copy_with_a_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:

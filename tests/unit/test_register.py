@@ -9,7 +9,7 @@ import pytest
 from oslo_config import cfg
 
 from nvdimm_driver import conf
-from nvdimm_driver.cmd.register import register, unregister
+from nvdimm_driver.cmd.register import register, registered_state_dir, unregister
 from nvdimm_driver.errors import ConfigError, InUseError
 
 
@@ -76,3 +76,13 @@ def test_a_missing_qemu_is_an_error_with_its_path(options: cfg.ConfigOpts) -> No
 def test_the_interpreter_is_this_one(options: cfg.ConfigOpts, tmp_path: Path) -> None:
     list(register(options))
     assert (tmp_path / "libexec/dm").read_text().startswith(f"#!{sys.executable} -I\n")
+
+
+def test_the_state_folder_is_that_of_the_registered_device_model(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """An option that was changed and not registered must not hide a running domain from 'unregister'."""
+    assert registered_state_dir(options) == f"{tmp_path}/state"
+    list(register(options))
+    options.set_override("state_dir", f"{tmp_path}/other")
+    assert registered_state_dir(options) == f"{tmp_path}/state"
+    (tmp_path / "libexec/dm").write_text("somebody else's\n    state_dir='/x',\n")
+    assert registered_state_dir(options) == f"{tmp_path}/other"

@@ -97,10 +97,9 @@ class Export(Action):
         parser = super().get_parser(prog_name)
         parser.add_argument("source", metavar="DOMAIN[:SLOT]|PATH", help="domain, or the file or device of a backing")
         parser.add_argument("destination", metavar="DESTINATION", help="file to write; parts that are zeros are holes")
+        parser.add_argument("--force", action="store_true", help="replace DESTINATION when it exists")
         parser.add_argument(
-            "--force",
-            action="store_true",
-            help="replace a file that exists; and copy also while a domain runs with it and changes it",
+            "--running", action="store_true", help="copy also while a domain runs with it and may change it meanwhile"
         )
         return parser
 
@@ -108,10 +107,11 @@ class Export(Action):
         driver = up_to_date(self.app)
         spec = _one(driver, parsed_args.source)
         destination = os.path.abspath(parsed_args.destination)
-        force = parsed_args.force
-        running = force and driver.exporter.is_in_use(spec.path)
+        running = parsed_args.running and driver.exporter.is_in_use(spec.path)
         with watched(destination) as watch:
-            digest = driver.exporter.export(spec, destination, watch, overwrite=force, running=running)
+            digest = driver.exporter.export(
+                spec, destination, watch, overwrite=parsed_args.force, running=parsed_args.running
+            )
         if running:
             print(
                 "a domain was running with it: what it wrote meanwhile may be in the copy, in part and in any order",

@@ -38,6 +38,8 @@ class Unregister(Action):
 
         del parsed_args
         running: list[str] = []
+        # Not what the options say now: the guests were started with what is registered.
+        self.app.conf.set_override("state_dir", register.registered_state_dir(self.app.conf))
         if Path(self.app.conf.state_dir).exists():
             driver = load_driver(self.app.conf)
             driver.reconcile()
