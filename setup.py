@@ -17,6 +17,7 @@ setup(
     name="nvdimm_driver",
     version="0.1.0",
     description="Persistent memory (vNVDIMM) for Xen HVM guests managed by libvirt",
+    license="Apache-2.0",
     packages=[*find_packages(include=["nvdimm_driver*"]), "nova.virt.nvdimm_ext"],
     # Into Nova's own package: it looks for compute drivers nowhere else.
     package_dir={"nova.virt.nvdimm_ext": "shim/nova/virt/nvdimm_ext"},

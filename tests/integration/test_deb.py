@@ -136,7 +136,7 @@ def test_the_unit_tests_pass_with_what_debian_has(system: DebianRoot) -> None:
         assert [line.startswith("/usr/lib/python3/dist-packages/") for line in places.splitlines()] == [True] * 4
         system.run(
             "mkdir /root/project && cd /root/project && "
-            "cp -r /project/{tests,doc,etc,debian,setup.py,pyproject.toml} . && "
+            "cp -r /project/{tests,doc,etc,debian,setup.py,pyproject.toml,LICENSE} . && "
             "python3 -m pytest -q -p no:cacheprovider --basetemp=/folder/tests tests/unit"
         )
     finally:

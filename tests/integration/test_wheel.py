@@ -19,7 +19,7 @@ def test_what_pip_installs_runs(tmp_path: Path) -> None:
     source = tmp_path / "source"  # setuptools writes into it
     shutil.copytree(PROJECT / "nvdimm_driver", source / "nvdimm_driver", ignore=shutil.ignore_patterns("_xen.py"))
     shutil.copytree(PROJECT / "shim", source / "shim")
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(PROJECT / name, source)
     subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("nvdimm_driver-*-py3-none-any.whl")
@@ -30,6 +30,8 @@ def test_what_pip_installs_runs(tmp_path: Path) -> None:
     def run(*command: str | Path) -> str:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
 
+    (licence,) = site.glob("nvdimm_driver-*.dist-info/**/LICENSE")
+    assert licence.read_text() == (PROJECT / "LICENSE").read_text()
     shim = site / "nova/virt/nvdimm_ext/__init__.py"
     assert shim.read_text() == (PROJECT / "shim/nova/virt/nvdimm_ext/__init__.py").read_text()
     assert list((site / "nova").rglob("__init__.py")) == [shim], "the rest is Nova's own"

@@ -25,6 +25,16 @@ def test_the_package_has_the_version_of_the_project() -> None:
     assert re.findall(r"\((.*)\)", first) == [version("nvdimm_driver")]
 
 
+def test_the_licence_is_the_same_everywhere() -> None:
+    (said,) = re.findall(r'^    license="(.*)",$', (PROJECT / "setup.py").read_text(), re.MULTILINE)
+    debian = (PROJECT / "debian/copyright").read_text()
+    assert set(re.findall("^License: (.*)$", debian, re.MULTILINE)) == {said} == {"Apache-2.0"}
+    copyright_line = "Copyright 2026 the nvdimm_driver developers"
+    assert "Apache License\n" in (text := (PROJECT / "LICENSE").read_text())
+    assert copyright_line in text
+    assert copyright_line.replace("Copyright", "Copyright:") in debian
+
+
 @pytest.mark.parametrize(("metavar", "names"), [("DOMAIN", "list -c Domain"), ("POOL", "pool list -c Name")])
 def test_completion_offers_names_where_one_is_wanted(metavar: str, names: str) -> None:
     wanted = set()
