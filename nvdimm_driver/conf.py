@@ -64,6 +64,19 @@ DEFAULT_OPTS = [
         "'nvdimmctl register' again, and restart nvdimmd.",
     ),
     cfg.StrOpt(
+        "log_level",
+        default="INFO",
+        choices=[
+            ("DEBUG", "also each step of a define and a start"),
+            ("INFO", "also what happened to domains"),
+            ("WARNING", "what may need somebody, and errors"),
+            ("ERROR", "errors alone"),
+        ],
+        help="How much goes into 'log_file', and of nvdimmd into the journal. A change counts at once for the libvirt "
+        "hook, and for label servers from a guest's next start. For the device model, run 'nvdimmctl register' again; "
+        "for nvdimmd, restart it. It does not concern nvdimmctl, which has -v.",
+    ),
+    cfg.StrOpt(
         "driver",
         default="xen",
         help="Plug-in of namespace nvdimm_driver.drivers that nvdimmd, the libvirt hook, the device model and "

@@ -1,4 +1,4 @@
-"""The log lines of the entry points: one an event, in the form that ``log_format`` says."""
+"""The log lines of the entry points: one an event, in the form and down to the level that the options say."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def to_file(program: str, conf: cfg.ConfigOpts) -> None:
 
     :raises OSError: when it cannot be written.
     """
-    _to(logging.FileHandler(conf.log_file), LineFormatter(program, conf.log_format))
+    _to(logging.FileHandler(conf.log_file), LineFormatter(program, conf.log_format), conf.log_level)
 
 
 def to_journal(program: str, conf: cfg.ConfigOpts) -> None:
     """Have this process log to stderr; of a line of text, the journal has time and program by itself."""
     form = LineFormatter(program, conf.log_format) if conf.log_format == "json" else BareFormatter()
-    _to(logging.StreamHandler(), form)
+    _to(logging.StreamHandler(), form, conf.log_level)
 
 
 class BareFormatter(logging.Formatter):
@@ -62,6 +62,8 @@ class LineFormatter(BareFormatter):
         return log_line(record.created, self._program, record.levelname, self.fields(record), self._form)
 
 
-def _to(handler: logging.Handler, formatter: logging.Formatter) -> None:
+def _to(handler: logging.Handler, formatter: logging.Formatter, level: str) -> None:
+    """Log from that level on; below INFO only the driver's own lines, not those of the libraries that it uses."""
     handler.setFormatter(formatter)
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    logging.basicConfig(handlers=[handler], level=max(logging.INFO, logging.getLevelNamesMapping()[level]))
+    logging.getLogger("nvdimm_driver").setLevel(level)

@@ -99,12 +99,14 @@ class QemuAcpiBuilder(AcpiBuilder):
         key = key_of(binary, [*arguments(layout), hex(DSM_ADDRESS)])
         found = self._cache.get(key) if self._cache else None
         if found is not None:
+            LOG.debug("ACPI tables of %s are taken from the cache", binary)
             return found, None
         started = time.monotonic()
         with Machine(binary, self._user, self._timeout).run(layout) as qtest:
             files = read_fw_cfg(qtest, "etc/acpi/") | read_fw_cfg(qtest, _SCRIPT)
         tables = split(link(files.pop(_SCRIPT, b""), files, {_DSM_FILE: DSM_ADDRESS}))
         seconds = time.monotonic() - started
+        LOG.debug("ACPI tables are taken from %s, in %.3f s", binary, seconds)
         if self._cache:
             self._cache.put(key, tables)
         return tables, seconds

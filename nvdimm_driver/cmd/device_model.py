@@ -13,8 +13,8 @@ import time
 
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
 from nvdimm_driver.guest import mapping_guards, p2m
-from nvdimm_driver.state.events import Event, failure, log_line
-from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.events import Event, failure, log_line, logfmt
+from nvdimm_driver.state.ledger import Ledger, PreparedStart
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,24 +22,41 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from nvdimm_driver.plugins import Mapper
+    from nvdimm_driver.state.events import Value
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 class Log:
-    """Events to a file and, for libxl's log of the device model, to stderr.
+    """Events and steps to a file and, for libxl's log of the device model, to stderr.
 
     :param form: as in :func:`.events.log_line`.
+    :param level: the least serious that is written, one of :data:`LEVELS`.
     :ivar failed: it was told that the start has failed.
+    :ivar debugging: it writes the steps.
     """
 
-    def __init__(self, path: str, form: str = "text") -> None:
+    def __init__(self, path: str, form: str = "text", level: str = "INFO") -> None:
         self.path = path
         self.form = form
         self.failed = False
+        self.debugging = level == "DEBUG"
+        self._levels = LEVELS[LEVELS.index(level) :]
 
     def __call__(self, event: Event) -> None:
+        """Write an event."""
         self.failed = self.failed or event.kind == "start-failed"
-        print(f"nvdimm-device-model: {event}", file=sys.stderr, flush=True)
-        line = log_line(time.time(), "device-model", event.level, event.fields(), self.form)
+        if event.level in self._levels:
+            self._write(event.level, event.fields())
+
+    def debug(self, message: str, *values: object) -> None:
+        """Write a step; costs next to nothing when steps are not wanted."""
+        if self.debugging:
+            self._write("DEBUG", {"msg": message % values})
+
+    def _write(self, level: str, fields: dict[str, Value]) -> None:
+        print(f"nvdimm-device-model: {logfmt(fields)}", file=sys.stderr, flush=True)
+        line = log_line(time.time(), "device-model", level, fields, self.form)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
@@ -54,9 +71,10 @@ def main(
     log_file: str,
     qemu: str,
     log_format: str = "text",
+    log_level: str = "INFO",
     mapper: str = "domctl",
 ) -> NoReturn:
-    """Entry point of the script that ``nvdimmctl register`` writes.
+    """Entry point of the script that ``nvdimmctl register`` writes; one of an earlier version leaves options out.
 
     :param argv: as libxl gives it to a device model.
     :param qemu: what to become when no domain is named.
@@ -65,10 +83,11 @@ def main(
     domid = _domid(argv)
     if domid is None:
         os.execv(qemu, [qemu, *argv[1:]])
-    log = Log(log_file, log_format)
+    log = Log(log_file, log_format, log_level)
     try:
         xen, ledger = _mapper(mapper), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)
-        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, restored="-incoming" in argv)
+        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, restored="-incoming" in argv, log=log)
+        log.debug("exec %s", qemu)
         try:
             os.execv(qemu, [qemu, *argv[1:]])
         except OSError as error:
@@ -102,6 +121,7 @@ def attach(
     serve: Callable[[str, int, str], None],
     *,
     restored: bool = False,
+    log: Log | None = None,
 ) -> str:
     """Map what was prepared for the domain, and hand it its tables.
 
@@ -109,46 +129,32 @@ def attach(
     :param serve: starts a label server, by state folder, domid and uuid.
     :param restored: the guest comes out of a saved image: its tables, and its page for a label server, are in the
         memory that came back, and no firmware runs that would take new ones.
+    :param log: is told each step.
     :returns: the QEMU to become.
     :raises NvdimmError: nothing is mapped then, and the reason is in the ledger.
     """
+    log = log or Log(os.devnull)
     uuid = mapper.uuid(domid)
     if uuid is None:
         missing = XenError(f"domid {domid} has no uuid in xenstore", hint="is it a domain that libvirt started?")
         ledger.record_failure("", missing, domid)
         raise missing
     try:
-        start = ledger.find_prepared(uuid)
-        if start is None and ledger.has_mapped(uuid, domid):
-            raise LedgerError(
-                f"domid {domid} has its NVDIMMs already: a soft reset (kexec) of a guest with NVDIMMs is not supported",
-                hint="have the guest reboot instead",
-            )
-        if start is None:
-            prepare(uuid)
-            start = ledger.find_prepared(uuid)
-        if start is None:
-            raise LedgerError(f"the start of domain {uuid} was prepared, and is not in the ledger", hint="try again")
-        mapping_guards.check_mappings(
-            start.mappings,
-            areas=start.areas,
-            ram=mapper.ram(),
-            taken=ledger.frames_of_others(uuid),
-            guest_start_gfn=max(start.gfn_start, mapper.guest_end(domid)),
-            guest_limit_gfn=start.gfn_limit,
-        )
+        start = _find_start(uuid, domid, ledger, prepare, log)
+        _guard(uuid, domid, start, ledger, mapper)
+        log.debug("guards passed, mappings: %d", len(start.mappings))
         tables = b"" if restored else _read(os.path.join(state_dir, "domains", uuid, "tables"))
         ledger.begin_mapping(uuid, domid)
-        began = time.monotonic()
-        hypercalls = mapper.map(domid, start.mappings, start.uncached)
-        seconds = time.monotonic() - began
+        hypercalls, seconds = _map(domid, start, mapper, log)
         try:
             if tables:
                 mapper.deliver(domid, tables)
+                log.debug("ACPI tables delivered: %d bytes", len(tables))
             if start.label_server:
                 if not restored:
                     mapper.give_dsm_page(domid)
                 serve(state_dir, domid, uuid)
+                log.debug("label server started")
             detail = {
                 **p2m.summary(start.mappings),
                 "hypercalls": hypercalls,
@@ -169,6 +175,48 @@ def attach(
         ledger.record_failure(uuid, error, domid)
         raise
     return start.qemu
+
+
+def _find_start(uuid: str, domid: int, ledger: Ledger, prepare: Callable[[str], None], log: Log) -> PreparedStart:
+    """Return what was prepared for the domain; prepare it now when no hook has.
+
+    :raises LedgerError: when the domain has its NVDIMMs already.
+    """
+    start = ledger.find_prepared(uuid)
+    if start is None and ledger.has_mapped(uuid, domid):
+        raise LedgerError(
+            f"domid {domid} has its NVDIMMs already: a soft reset (kexec) of a guest with NVDIMMs is not supported",
+            hint="have the guest reboot instead",
+        )
+    if start is None:
+        log.debug("no hook has prepared a start of domain %s: prepare it now", uuid)
+        prepare(uuid)
+        start = ledger.find_prepared(uuid)
+    if start is None:
+        raise LedgerError(f"the start of domain {uuid} was prepared, and is not in the ledger", hint="try again")
+    log.debug("found the prepared start of domain %s, domid %d", start.name, domid)
+    return start
+
+
+def _guard(uuid: str, domid: int, start: PreparedStart, ledger: Ledger, mapper: Mapper) -> None:
+    mapping_guards.check_mappings(
+        start.mappings,
+        areas=start.areas,
+        ram=mapper.ram(),
+        taken=ledger.frames_of_others(uuid),
+        guest_start_gfn=max(start.gfn_start, mapper.guest_end(domid)),
+        guest_limit_gfn=start.gfn_limit,
+    )
+
+
+def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[int, float]:
+    """Map; return the number of hypercalls and the seconds that took."""
+    if log.debugging:
+        for gfn, mfn, count in start.mappings:
+            log.debug("map gfn %#x to mfn %#x, %d frames", gfn, mfn, count)
+    began = time.monotonic()
+    hypercalls = mapper.map(domid, start.mappings, start.uncached)
+    return hypercalls, time.monotonic() - began
 
 
 def _prepare(uuid: str) -> None:

@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
 
 
 def _run(operation: str, name: str, xml: str) -> int:
+    import logging
+
     from nvdimm_driver import conf, logs
     from nvdimm_driver.driver import load_driver
     from nvdimm_driver.errors import NvdimmError
@@ -35,6 +37,7 @@ def _run(operation: str, name: str, xml: str) -> int:
     try:
         options = conf.load()
         logs.to_file("hook", options)
+        logging.getLogger(__name__).debug("the hook is called: %s of domain %s", operation, name)
         domain = extract(XmlHooks.from_conf(options).restore(xml))
         if domain is None:
             return 0

@@ -158,6 +158,7 @@ def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, rea
         labels = QemuLabels(_layout(record), open_areas(record, _backings(options)), options.acpi.qemu)
         labels.start()
     xen.take_over(server, PORT, PORT + PORT_SIZE - 1)
+    LOG.debug("label requests of domid %d come to ioreq server %d", domid, server)
     xen.restrict()
     confine(USER)
     ready()

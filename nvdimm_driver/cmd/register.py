@@ -33,6 +33,7 @@ main(
     log_file={log_file!r},
     qemu={qemu!r},
     log_format={log_format!r},
+    log_level={log_level!r},
     mapper={mapper!r},
 )
 """
@@ -114,6 +115,7 @@ def device_model(conf: cfg.ConfigOpts) -> Script:
         state_dir=conf.state_dir,
         log_file=conf.log_file,
         log_format=conf.log_format,
+        log_level=conf.log_level,
         mapper=conf.xen.mapper,
         qemu=conf.xen.qemu,
     )

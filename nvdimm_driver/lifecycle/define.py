@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
+
+LOG = logging.getLogger(__name__)
 
 
 class Definitions:
@@ -30,6 +33,7 @@ class Definitions:
 
         :raises NvdimmError: what define or a start would raise.
         """
+        LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
         domain = self.identify_by_name(domain)
         self._check_allowed(domain)
         return self.planner.plan_define(domain, None if domain.uuid is None else self.ledger.find_domain(domain.uuid))
@@ -51,18 +55,21 @@ class Definitions:
         plan = plan or self.plan(domain)
         self._check_allowed(domain)
         before = self.ledger.find_domain(uuid)
+        LOG.debug("define domain %s, %s", domain.name, uuid)
         wanted = [Allocation(uuid, spec) for spec in domain.nvdimms]
         self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
         created: list[NvdimmSpec] = []
         try:
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
-                creates = backing.examine(spec).creates
+                intake = backing.examine(spec)
+                LOG.debug("provision %s: %d bytes to write", spec.path, intake.writes)
                 backing.provision(spec, self._progress(domain, spec))
-                if creates:
+                if intake.creates:
                     created.append(spec)
             self._settle(plan, domain, before)
         except BaseException:
+            LOG.debug("define of domain %s failed: undo it", domain.name)
             self.discard(created)
             self._roll_back(uuid, before)
             raise
@@ -71,6 +78,7 @@ class Definitions:
     def discard(self, created: Sequence[NvdimmSpec]) -> None:
         """Delete what :meth:`define` has created."""
         for spec in created:
+            LOG.debug("delete %s", spec.path)
             self._backing(spec).discard(spec)
 
     def drop_claims(self, uuid: str) -> None:

@@ -5,6 +5,8 @@ Nothing is changed here.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +33,8 @@ from nvdimm_driver.model import (
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
 from nvdimm_driver.sizes import align_up
 from nvdimm_driver.state.ledger import Ledger
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Planner:
         :raises BackingError: when a backing is not fit.
         :raises NvdimmError: when the domain cannot be had.
         """
-        locations = tuple(self._backing(spec).locate(spec) for spec in domain.nvdimms)
+        locations = tuple(self._locate(spec) for spec in domain.nvdimms)
         guest = self._lay_out(domain, locations, _kept_bases(domain, locations, before))
         tables = plan.tables if guest == plan.layout else self._build_tables(guest)
         return self._plan(domain, locations, guest, tables)
@@ -128,6 +132,8 @@ class Planner:
         ]
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
         guest = self._complete(guest, domain.dsm, [location.identity for location in locations])
+        for placement in guest.nvdimms:
+            LOG.debug("placed slot %d at %#x, %d bytes", placement.slot, placement.base, placement.size)
         clients = set(guest.label_clients)
         for spec, placement in zip(domain.nvdimms, guest.nvdimms, strict=True):
             if placement in clients:
@@ -142,7 +148,10 @@ class Planner:
         return replace(guest, dsm=dsm or self.dsm, persistence_domain=weakest)
 
     def _build_tables(self, guest: GuestLayout) -> AcpiTables:
+        began = time.monotonic()
         tables = self.acpi.build(guest)
+        seconds = time.monotonic() - began
+        LOG.debug("ACPI tables are ready: %d bytes, after %.3f s", sum(map(len, tables.tables)), seconds)
         if tables.seconds is not None:
             self.ledger.count_harvest(tables.seconds)
         return tables
@@ -198,6 +207,7 @@ class Planner:
             guest_start_gfn=guest.highmem_end // PAGE,
             guest_limit_gfn=guest.limit // PAGE,
         )
+        LOG.debug("guards passed, mappings: %d", len(mappings))
 
     def _locate_or_assume(self, domain: DomainSpec, intakes: Sequence[Intake]) -> tuple[Location, ...]:
         """Return where each backing is; for one still to be written, where it would be on an empty namespace."""
@@ -205,16 +215,23 @@ class Planner:
         locations = []
         for spec, intake in zip(domain.nvdimms, intakes, strict=True):
             if not intake.assumed:
-                locations.append(self._backing(spec).locate(spec))
+                locations.append(self._locate(spec))
                 continue
             start = free[intake.namespace.name]
             free[intake.namespace.name] = align_up(start + spec.size, SUPERPAGE)
+            LOG.debug("assumed %s at SPA %#x: it is not written yet", spec.path, start)
             identity = BackingIdentity(intake.kind, intake.namespace.uid, 0, 0, 0, spec.size)
             locations.append(Location(identity, (Extent(0, start, spec.size),)))
         return tuple(locations)
 
+    def _locate(self, spec: NvdimmSpec) -> Location:
+        location = self._backing(spec).locate(spec)
+        extents = location.extents
+        LOG.debug("located %s: first SPA %#x, extents: %d", spec.path, extents[0].spa, len(extents))
+        return location
+
     def _locate_same(self, item: Allocation) -> Location:
-        location = self._backing(item.spec).locate(item.spec)
+        location = self._locate(item.spec)
         check_identity(item.spec.path, location.identity, item.identity)
         return location
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from nvdimm_driver.model import Record, Start
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.ledger import Ledger, host_boot_id
+
+LOG = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 600
 """A start that has been prepared for so long without a device model will not come: libxl gives up after 60 s."""
@@ -37,6 +40,7 @@ class Starts:
         """Begin a start: from here on its backings stay as they are until :meth:`put_away`."""
         self.ledger.begin_start(uuid, paths)
         for path in paths:
+            LOG.debug("freeze %s", path)
             backing_of(self.backings, path).freeze(path)
 
     def put_away(self, uuid: str, paths: Sequence[str], *, kind: str = "") -> None:
@@ -47,6 +51,7 @@ class Starts:
         for path in paths:
             for backing in self.backings:
                 if backing.handles(path):
+                    LOG.debug("thaw %s", path)
                     backing.thaw(path)
         self.ledger.end_start(uuid, kind=kind)
         record = self.ledger.find_domain(uuid)
@@ -70,8 +75,11 @@ class Starts:
 
     def reconcile(self) -> None:
         """Put away what starts have left whose domains are gone."""
-        for record in self.find_stale():
+        stale = self.find_stale()
+        LOG.debug("reconcile: starts to put away: %d", len(stale))
+        for record in stale:
             if record.start is not None:
+                LOG.debug("put away the last start of domain %s, which is over", record.name)
                 self.put_away(record.uuid, record.start.paths, kind="put-away")
 
     def find_unserved(self) -> list[Record]:

@@ -7,6 +7,7 @@ work to do, and return the reply.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -23,6 +24,8 @@ from nvdimm_driver.xml.edit_devices import attach, detach, is_nvdimm, update, wi
 from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import emulator_is, extract
 from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
+
+LOG = logging.getLogger(__name__)
 
 DEFINE_XML, GET_XML_DESC, LOOKUP_BY_UUID, UNDEFINE, IS_ACTIVE = 11, 14, 24, 35, 150
 """Procedures that handlers call by themselves."""
@@ -63,7 +66,7 @@ class Interceptor:
         return ReplyEntry(handler, self._hooks.may_restore) if row.is_reply else Entry(handler)
 
     def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
-        del context
+        LOG.debug("%s, called by uid %d, pid %d", row.name, context.peer.uid, context.peer.pid)
         return row.handler(self, procedure, payload)
 
     # --- XML that comes in ---

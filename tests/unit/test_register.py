@@ -43,6 +43,14 @@ def test_the_installed_scripts_run(options: cfg.ConfigOpts, tmp_path: Path) -> N
     assert done.stdout == "-help\n"
 
 
+def test_the_device_model_is_told_how_to_log(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    options.set_override("log_level", "DEBUG")
+    list(register(options))
+    script = (tmp_path / "libexec/dm").read_text()
+    assert f"log_file='{tmp_path}/log',\n" in script
+    assert "log_format='text',\n    log_level='DEBUG',\n" in script
+
+
 def test_unregister_takes_it_out_and_keeps_the_ledger(options: cfg.ConfigOpts, tmp_path: Path) -> None:
     list(register(options))
     assert [line.split()[0] for line in unregister(options, [])] == ["removed", "removed", "kept"]
