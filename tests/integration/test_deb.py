@@ -25,6 +25,8 @@ LEDGER = "/var/lib/nvdimm-driver/ledger.sqlite"
 LOG = "/var/log/nvdimm-driver.log"
 # The lab leaves out what a reader of documentation wants.
 INSTALL = "dpkg -i --path-include='/usr/share/man/*' --path-include='/usr/share/doc/nvdimm-driver/*'"
+WITH_UNIT_TESTS = "tests,doc,etc,debian,setup.py,pyproject.toml,LICENSE,Makefile,.pre-commit-config.yaml"
+"""What of the project the unit tests read; the driver itself is the package's."""
 UUID = "11111111-2222-3333-4444-555555555555"
 IN_LEDGER = """\
 from nvdimm_driver.state.ledger import Ledger
@@ -136,7 +138,7 @@ def test_the_unit_tests_pass_with_what_debian_has(system: DebianRoot) -> None:
         assert [line.startswith("/usr/lib/python3/dist-packages/") for line in places.splitlines()] == [True] * 4
         system.run(
             "mkdir /root/project && cd /root/project && "
-            "cp -r /project/{tests,doc,etc,debian,setup.py,pyproject.toml,LICENSE} . && "
+            f"cp -r /project/{{{WITH_UNIT_TESTS}}} . && "
             "python3 -m pytest -q -p no:cacheprovider --basetemp=/folder/tests tests/unit"
         )
     finally:
