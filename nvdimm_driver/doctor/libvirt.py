@@ -10,13 +10,12 @@ from typing import Self
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
 from nvdimm_driver.errors import ProtocolError
 from nvdimm_driver.rpc import wire
+from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import LibvirtError, Packer, RemoteError, Unpacker
 
 URI = "xen:///system"
 TIMEOUT = 30.0
 """Seconds for an answer; libvirtd, and nvdimmd that its socket starts, can take some while they start."""
-# src/remote/remote_protocol.x
-_OPEN, _CLOSE, _AUTH_LIST, _LIB_VERSION, _TO_NATIVE = 1, 2, 66, 157, 136
 _RECEIVE = 65536
 
 _DOMAIN = """<domain type='xen'>
@@ -50,8 +49,9 @@ class Connection:
         self._socket.settimeout(timeout)
         try:
             self._socket.connect(path)
-            self.call(_AUTH_LIST)  # whom it lets in without a password it tells here; nothing else is answered before
-            self.call(_OPEN, bytes(Packer().optional_string(URI).uint32(0)))
+            # whom it lets in without a password it tells here; nothing else is answered before
+            self.call(Procedure.AUTH_LIST)
+            self.call(Procedure.CONNECT_OPEN, bytes(Packer().optional_string(URI).uint32(0)))
         except BaseException:
             self._socket.close()
             raise
@@ -59,7 +59,7 @@ class Connection:
     def close(self) -> None:
         """Close it."""
         with suppress(OSError, LibvirtError, ProtocolError):
-            self.call(_CLOSE)
+            self.call(Procedure.CONNECT_CLOSE)
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -70,12 +70,13 @@ class Connection:
 
     def version(self) -> tuple[int, int, int]:
         """Of libvirt."""
-        number = Unpacker(self.call(_LIB_VERSION)).uint64()
+        number = Unpacker(self.call(Procedure.CONNECT_GET_LIB_VERSION)).uint64()
         return number // 1_000_000, number // 1000 % 1000, number % 1000
 
     def to_native(self, xml: str) -> str:
         """What xl would be given for a domain. Nothing is defined."""
-        return Unpacker(self.call(_TO_NATIVE, bytes(Packer().string("xen-xl").string(xml).uint32(0)))).string()
+        arguments = bytes(Packer().string("xen-xl").string(xml).uint32(0))
+        return Unpacker(self.call(Procedure.CONNECT_DOMAIN_XML_TO_NATIVE, arguments)).string()
 
     def call(self, procedure: int, payload: bytes = b"") -> bytes:
         """Make a call, and return what is replied."""

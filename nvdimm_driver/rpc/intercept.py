@@ -1,8 +1,8 @@
 """What the proxy does with libvirt's calls about domains: one table, and a handler for each kind of call.
 
-Numbers, arguments and results are those of libvirt's ``src/remote/remote_protocol.x``. A procedure that is not in the
-table passes byte for byte. Handlers are generators that do no I/O: they yield the calls to make to libvirtd and the
-work to do, and return the reply.
+Arguments and results are those of libvirt's ``src/remote/remote_protocol.x``. A procedure that is not in the table
+passes byte for byte. Handlers are generators that do no I/O: they yield the calls to make to libvirtd and the work to
+do, and return the reply.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
 from nvdimm_driver.rpc.handler import Call, Context, Entry, ReplyEntry, Table, Work
+from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.edit_devices import attach, detach, is_nvdimm, update, with_uuid
@@ -27,8 +28,6 @@ from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
 
 LOG = logging.getLogger(__name__)
 
-DEFINE_XML, GET_XML_DESC, LOOKUP_BY_UUID, UNDEFINE, IS_ACTIVE = 11, 14, 24, 35, 150
-"""Procedures that handlers call by themselves."""
 MIGRATE_PARAMS_MAX = 64
 """REMOTE_DOMAIN_MIGRATE_PARAM_LIST_MAX."""
 
@@ -66,7 +65,7 @@ class Interceptor:
         return ReplyEntry(handler, self._hooks.may_restore) if row.is_reply else Entry(handler)
 
     def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
-        LOG.debug("%s, called by uid %d, pid %d", row.name, context.peer.uid, context.peer.pid)
+        LOG.debug("%s, called by uid %d, pid %d", Procedure(procedure).name, context.peer.uid, context.peer.pid)
         return row.handler(self, procedure, payload)
 
     # --- XML that comes in ---
@@ -135,14 +134,15 @@ class Interceptor:
             return (yield from _call(procedure, payload))
         live = bool(flags & AFFECT_LIVE)
         if not flags & (AFFECT_LIVE | AFFECT_CONFIG):
-            live = Unpacker((yield from _call(IS_ACTIVE, bytes(Packer().domain(domain))))).int32() == 1
+            live = Unpacker((yield from _call(Procedure.DOMAIN_IS_ACTIVE, bytes(Packer().domain(domain))))).int32() == 1
         if live:
             raise UnsupportedError(
                 f"an NVDIMM cannot be {what} the running domain {domain.name}",
                 hint="--config changes the definition, which its next start takes",
             )
         xml = yield from self._definition(domain)
-        yield from self._define(DEFINE_XML, bytes(Packer().string(edit(self._hooks.restore(xml), device))))
+        arguments = bytes(Packer().string(edit(self._hooks.restore(xml), device)))
+        yield from self._define(Procedure.DOMAIN_DEFINE_XML, arguments)
         return b""
 
     # --- metadata ---
@@ -277,9 +277,9 @@ class Interceptor:
             yield self._work(lambda driver: driver.define(replace(domain, uuid=defined.uuid), plan))
         except (NvdimmError, OSError):
             if before is None:
-                yield from _call(UNDEFINE, bytes(Packer().domain(defined)))
+                yield from _call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(defined)))
             else:
-                yield from _call(DEFINE_XML, bytes(Packer().string(before)))
+                yield from _call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
             raise
         return reply
 
@@ -292,7 +292,8 @@ class Interceptor:
 
     def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
         """A domain's definition as libvirt has it."""
-        reply = yield from _call(GET_XML_DESC, bytes(Packer().domain(domain).uint32(XML_INACTIVE | XML_SECURE)))
+        arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE | XML_SECURE))
+        reply = yield from _call(Procedure.DOMAIN_GET_XML_DESC, arguments)
         return Unpacker(reply).string()
 
     def _defined(self, uuid: str | None) -> Generator[Call | Work, Any, str | None]:
@@ -300,7 +301,7 @@ class Interceptor:
         if uuid is None:
             return None
         try:
-            found = Unpacker((yield from _call(LOOKUP_BY_UUID, bytes(Packer().uuid(uuid))))).domain()
+            found = Unpacker((yield from _call(Procedure.DOMAIN_LOOKUP_BY_UUID, bytes(Packer().uuid(uuid))))).domain()
         except LibvirtError as error:
             if RemoteError.unpack(error.payload).code == NO_DOMAIN:
                 return None
@@ -343,40 +344,42 @@ class Row(NamedTuple):
         to libvirtd to refuse.
     """
 
-    name: str
     handler: Callable[[Interceptor, int, bytes], Steps]
     read_only: bool = False
     is_reply: bool = False
 
 
-LIVE_DEVICE_CALLS = (8, 13)
+LIVE_DEVICE_CALLS = (Procedure.DOMAIN_ATTACH_DEVICE, Procedure.DOMAIN_DETACH_DEVICE)
 """Device calls without flags."""
-MEMORY_FLAGS = {30: MEM_MAXIMUM, 31: AFFECT_LIVE}
+MEMORY_FLAGS: Mapping[int, int] = {
+    Procedure.DOMAIN_SET_MAX_MEMORY: MEM_MAXIMUM,
+    Procedure.DOMAIN_SET_MEMORY: AFFECT_LIVE,
+}
 """Memory calls without flags, and what they mean."""
 
-TABLE: Mapping[int, Row] = {
-    8: Row("domain_attach_device", Interceptor.attach_device),
-    9: Row("domain_create", Interceptor.start),
-    10: Row("domain_create_xml", Interceptor.create),
-    11: Row("domain_define_xml", Interceptor.define),
-    13: Row("domain_detach_device", Interceptor.detach_device),
-    14: Row("domain_get_xml_desc", Interceptor.got_xml, read_only=True, is_reply=True),
-    30: Row("domain_set_max_memory", Interceptor.set_memory),
-    31: Row("domain_set_memory", Interceptor.set_memory),
-    35: Row("domain_undefine", Interceptor.undefine),
-    136: Row("connect_domain_xml_to_native", Interceptor.to_native),
-    160: Row("domain_attach_device_flags", Interceptor.attach_device),
-    161: Row("domain_detach_device_flags", Interceptor.detach_device),
-    174: Row("domain_update_device_flags", Interceptor.update_device),
-    196: Row("domain_create_with_flags", Interceptor.start),
-    204: Row("domain_set_memory_flags", Interceptor.set_memory),
-    231: Row("domain_undefine_flags", Interceptor.undefine),
-    264: Row("domain_set_metadata", Interceptor.set_metadata),
-    265: Row("domain_get_metadata", Interceptor.get_metadata, read_only=True),
-    302: Row("domain_migrate_begin3_params", Interceptor.migrate),
-    303: Row("domain_migrate_prepare3_params", Interceptor.migrate_in),
-    304: Row("domain_migrate_prepare_tunnel3_params", Interceptor.migrate_in),
-    305: Row("domain_migrate_perform3_params", Interceptor.migrate),
-    309: Row("domain_create_xml_with_files", Interceptor.create),
-    350: Row("domain_define_xml_flags", Interceptor.define),
+TABLE: Mapping[Procedure, Row] = {
+    Procedure.DOMAIN_ATTACH_DEVICE: Row(Interceptor.attach_device),
+    Procedure.DOMAIN_CREATE: Row(Interceptor.start),
+    Procedure.DOMAIN_CREATE_XML: Row(Interceptor.create),
+    Procedure.DOMAIN_DEFINE_XML: Row(Interceptor.define),
+    Procedure.DOMAIN_DETACH_DEVICE: Row(Interceptor.detach_device),
+    Procedure.DOMAIN_GET_XML_DESC: Row(Interceptor.got_xml, read_only=True, is_reply=True),
+    Procedure.DOMAIN_SET_MAX_MEMORY: Row(Interceptor.set_memory),
+    Procedure.DOMAIN_SET_MEMORY: Row(Interceptor.set_memory),
+    Procedure.DOMAIN_UNDEFINE: Row(Interceptor.undefine),
+    Procedure.CONNECT_DOMAIN_XML_TO_NATIVE: Row(Interceptor.to_native),
+    Procedure.DOMAIN_ATTACH_DEVICE_FLAGS: Row(Interceptor.attach_device),
+    Procedure.DOMAIN_DETACH_DEVICE_FLAGS: Row(Interceptor.detach_device),
+    Procedure.DOMAIN_UPDATE_DEVICE_FLAGS: Row(Interceptor.update_device),
+    Procedure.DOMAIN_CREATE_WITH_FLAGS: Row(Interceptor.start),
+    Procedure.DOMAIN_SET_MEMORY_FLAGS: Row(Interceptor.set_memory),
+    Procedure.DOMAIN_UNDEFINE_FLAGS: Row(Interceptor.undefine),
+    Procedure.DOMAIN_SET_METADATA: Row(Interceptor.set_metadata),
+    Procedure.DOMAIN_GET_METADATA: Row(Interceptor.get_metadata, read_only=True),
+    Procedure.DOMAIN_MIGRATE_BEGIN3_PARAMS: Row(Interceptor.migrate),
+    Procedure.DOMAIN_MIGRATE_PREPARE3_PARAMS: Row(Interceptor.migrate_in),
+    Procedure.DOMAIN_MIGRATE_PREPARE_TUNNEL3_PARAMS: Row(Interceptor.migrate_in),
+    Procedure.DOMAIN_MIGRATE_PERFORM3_PARAMS: Row(Interceptor.migrate),
+    Procedure.DOMAIN_CREATE_XML_WITH_FILES: Row(Interceptor.create),
+    Procedure.DOMAIN_DEFINE_XML_FLAGS: Row(Interceptor.define),
 }
