@@ -383,3 +383,15 @@ TABLE: Mapping[Procedure, Row] = {
     Procedure.DOMAIN_CREATE_XML_WITH_FILES: Row(Interceptor.create),
     Procedure.DOMAIN_DEFINE_XML_FLAGS: Row(Interceptor.define),
 }
+
+PASSED: Mapping[str, str] = {
+    "connect_domain_xml_from_native": "a configuration of xl has no NVDIMMs",
+    "connect_get_domain_capabilities": "its XML is about the host",
+    "domain_migrate_confirm3_params": "it ends a migration, and a domain with NVDIMMs cannot begin one",
+    "domain_migrate_finish3_params": "it ends a migration, and a domain with NVDIMMs cannot begin one",
+    "domain_restore_flags": "the libxl driver refuses other XML for the domain",
+    "domain_save_flags": "the libxl driver refuses other XML for the domain",
+}
+"""Procedures that can carry domain XML, that the libxl driver implements, and that pass all the same: why.
+
+Procedures that the libxl driver does not implement pass, too, and libvirtd refuses them."""

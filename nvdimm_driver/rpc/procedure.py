@@ -1,4 +1,7 @@
-"""The procedures of libvirt's remote protocol that nvdimm_driver calls or intercepts."""
+"""The procedures of libvirt's remote protocol that nvdimm_driver calls or intercepts.
+
+tests/integration/test_rpc_procedures.py compares them with those of the installed libvirt.
+"""
 
 from __future__ import annotations
 
