@@ -198,14 +198,15 @@ class Interceptor:
         return (yield from _call(procedure, payload))
 
     def migrate_in(self, procedure: int, payload: bytes) -> Steps:
-        """Refused for a domain with NVDIMMs."""
+        """Refused for a domain with NVDIMMs, and for XML that no domain may be defined with."""
         values = Unpacker(payload)
         for param in values.typed_params(MIGRATE_PARAMS_MAX):
-            if (
-                param.field == MIGRATE_DEST_XML
-                and extract(self._hooks.restore(decode(str(param.value).encode()))) is not None
-            ):
+            if param.field != MIGRATE_DEST_XML:
+                continue
+            xml = decode(str(param.value).encode())
+            if extract(self._hooks.restore(xml)) is not None:
                 raise _cannot_migrate("the domain that comes")
+            self._accept(xml)
         return (yield from _call(procedure, payload))
 
     def set_memory(self, procedure: int, payload: bytes) -> Steps:

@@ -402,6 +402,14 @@ def test_migration_is_refused_at_both_ends(proxy: Proxy) -> None:
     assert proxy.libvirtd.calls[-2:] == [302, 303]
 
 
+@pytest.mark.parametrize("procedure", [303, 304])
+def test_a_forged_emulator_is_refused_in_a_domain_that_comes(proxy: Proxy, procedure: int) -> None:
+    comes = TypedParam("destination_xml", 7, xml(more=f"<emulator>{DEVICE_MODEL}</emulator>"))
+    with pytest.raises(DomainXmlError, match="names the device model"):
+        proxy.call(procedure, Packer().typed_params([comes]).opaque(b"").uint32(0))
+    assert proxy.libvirtd.calls == []
+
+
 def test_ram_stays_clear_of_the_nvdimms_and_is_never_populated_on_demand(proxy: Proxy) -> None:
     domain = proxy.define(xml("a"))
     ref = Packer().domain
