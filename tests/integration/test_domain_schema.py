@@ -156,7 +156,7 @@ def test_libvirts_form_of_any_domain_comes_back_byte_for_byte(
     stored = through_libvirt(rewritten, tmp_path_factory.getbasetemp() / "domain.xml")
     restored = restore(stored)
     assert rewrite(restored, DEVICE_MODEL) == stored
-    assert extract(stored) == extract(restored) == extract(xml)
+    assert extract(restored) == extract(xml)
 
 
 @settings(max_examples=40, deadline=None)
