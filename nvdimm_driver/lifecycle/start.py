@@ -49,9 +49,9 @@ class Starts:
         :param kind: of the event that this is; empty for none.
         """
         for path in paths:
+            LOG.debug("thaw %s", path)
             for backing in self.backings:
                 if backing.handles(path):
-                    LOG.debug("thaw %s", path)
                     backing.thaw(path)
         self.ledger.end_start(uuid, kind=kind)
         record = self.ledger.find_domain(uuid)
