@@ -71,6 +71,15 @@ def test_every_event_is_documented(kind: str) -> None:
     assert f"``{kind}``" in MONITORING
 
 
+def test_the_steps_that_debugging_shows_are_those_of_the_code() -> None:
+    shown = re.findall(r'DEBUG msg="(.*)"$', (DOC / "debugging.rst").read_text(encoding="utf-8"), re.MULTILINE)
+    sources = "".join(file.read_text(encoding="utf-8") for file in Path(errors.__file__).parent.rglob("*.py"))
+    formats = re.findall(r'\.debug\("(.+?)"', sources)
+    step = re.compile("|".join(re.sub(r"%(?:s|d|\\#x|\\\.3f)", ".+", re.escape(each)) for each in formats))
+    assert [line for line in shown if not step.fullmatch(line)] == []
+    assert len(shown) > 20
+
+
 def test_every_metric_is_documented(tmp_path: Path) -> None:
     driver = make_driver(tmp_path, MemoryBacking(), RecordingMapper())
     families = [family.name for family in DriverCollector(driver).collect()]
