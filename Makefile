@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 NOVA_VENV := .venv-nova
 APT := DEBIAN_FRONTEND=noninteractive apt-get
 DEB := dist/nvdimm-driver_$(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog)_all.deb
-DEB_SOURCES := setup.py pyproject.toml README.md $(shell find debian doc etc nvdimm_driver shim -type f \
+DEB_SOURCES := setup.py pyproject.toml README.md NEWS.rst $(shell find debian doc etc nvdimm_driver shim -type f \
 	! -path '*/__pycache__/*' ! -path 'doc/_build/*' ! -name _xen.py)
 
 .PHONY: demo test thorough check doc docs deb images lab sample clean

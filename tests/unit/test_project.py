@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
@@ -19,3 +20,11 @@ def test_pre_commit_runs_what_make_check_runs() -> None:
     for hook in hooks:
         for setting in ("language: system", "always_run: true", "pass_filenames: false"):
             assert f"        {setting}\n" in hook, "the whole tree is checked, with the tools of the environment"
+
+
+def test_the_release_notes_are_newest_first_and_have_this_version() -> None:
+    found = re.findall(r"^(\d+\.\d+\.\d+)( \(unreleased\))?\n-+$", (PROJECT / "NEWS.rst").read_text(), re.MULTILINE)
+    numbers = [number for number, _ in found]
+    assert version("nvdimm_driver") in numbers
+    assert numbers == sorted(numbers, key=lambda number: [int(part) for part in number.split(".")], reverse=True)
+    assert [number for number, unreleased in found[1:] if unreleased] == []
