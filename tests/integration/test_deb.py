@@ -25,7 +25,7 @@ LEDGER = "/var/lib/nvdimm-driver/ledger.sqlite"
 LOG = "/var/log/nvdimm-driver.log"
 # The lab leaves out what a reader of documentation wants.
 INSTALL = "dpkg -i --path-include='/usr/share/man/*' --path-include='/usr/share/doc/nvdimm-driver/*'"
-WITH_UNIT_TESTS = "tests,doc,etc,debian,setup.py,pyproject.toml,LICENSE,Makefile,NEWS.rst,.pre-commit-config.yaml"
+WITH_UNIT_TESTS = "tests,doc,etc,debian,setup.py,pyproject.toml,LICENSE,Makefile,*.md,NEWS.rst,.pre-commit-config.yaml"
 """What of the project the unit tests read; the driver itself is the package's."""
 UUID = "11111111-2222-3333-4444-555555555555"
 IN_LEDGER = """\

@@ -6,6 +6,8 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).parents[2]
 
 
@@ -28,3 +30,13 @@ def test_the_release_notes_are_newest_first_and_have_this_version() -> None:
     assert version("nvdimm_driver") in numbers
     assert numbers == sorted(numbers, key=lambda number: [int(part) for part in number.split(".")], reverse=True)
     assert [number for number, unreleased in found[1:] if unreleased] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_files_and_make_targets_that_a_page_names_are_there(page: str) -> None:
+    text = (PROJECT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"^(\w+):(?! ?=)", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"\]\(([^):]+)\)", text) + re.findall(r"\btests/\w+/\w+\.py\b", text)
+    assert len(named) > 5
+    assert [name for name in named if not (PROJECT / name).exists()] == []
+    assert set(re.findall(r"(?:`|^ +)make (\w+)", text, re.MULTILINE)) - set(targets) == set()
