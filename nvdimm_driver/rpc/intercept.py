@@ -65,7 +65,7 @@ class Interceptor:
         return ReplyEntry(handler, self._hooks.may_restore) if row.is_reply else Entry(handler)
 
     def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
-        LOG.debug("%s, called by uid %d, pid %d", Procedure(procedure).name, context.peer.uid, context.peer.pid)
+        LOG.debug("%s, called by uid %d, pid %d", Procedure(procedure).name.lower(), context.peer.uid, context.peer.pid)
         return row.handler(self, procedure, payload)
 
     # --- XML that comes in ---
