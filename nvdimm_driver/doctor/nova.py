@@ -7,13 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
 from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.nova import RELEASE
 from nvdimm_driver.nova.conf import NovaConf
 from nvdimm_driver.nova.pmem_namespaces import Configured, NovaNamespace, parse
 
 DRIVER = "nvdimm_ext.XenLibvirtDriver"
 URI = "xen:///system"
-MAJOR = 34
-"""The release of Nova that the compute driver is made for."""
 _NUMA_FILTER = "NUMATopologyFilter"
 
 Find = Callable[[Sequence[Configured]], tuple[NovaNamespace, ...]]
@@ -67,8 +66,13 @@ def _check_version(installed: str | None) -> Finding:
             "cannot be told: nova-compute has another Python than nvdimmctl",
             "the environment that nova-compute runs in needs nvdimm_driver, too: pip install '.[nova]' in its source",
         )
-    if installed.partition(".")[0] != str(MAJOR):
-        return warned(name, f"{installed}; the compute driver is tested with {MAJOR}", "try it with one instance first")
+    if installed.partition(".")[0] != str(RELEASE):
+        return warned(
+            name,
+            f"{installed}; the compute driver is made for {RELEASE}. nova-compute does not start when this Nova lacks "
+            "anything that the driver depends on",
+            f"install Nova {RELEASE}, or an nvdimm_driver that supports this Nova",
+        )
     return passed(name, installed)
 
 

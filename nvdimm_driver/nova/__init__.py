@@ -1,4 +1,7 @@
 """OpenStack Nova: its compute driver (compute/), and what the driver's own programs read of Nova's configuration.
 
-Nova need not be installed for conf.py and pmem_namespaces.py.
+conf.py and pmem_namespaces.py do not need Nova.
 """
+
+RELEASE = 34
+"""The release of Nova that the compute driver is made for."""
