@@ -1,4 +1,4 @@
-"""``nvdimmctl``, run as root by an unprivileged nova-compute: the ledger and the backings are root's."""
+"""Run ``nvdimmctl`` as root from an unprivileged nova-compute: only root may change the ledger and the backings."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 
 from nova import utils
 
+from nvdimm_driver.nova.compute.compatibility import expect
+
 NOT_FOUND = 3
 IN_USE = 4
+EXPECTED = tuple(expect(utils, {"get_root_helper": "()"}))
 
 
 class CommandFailed(Exception):
-    """nvdimmctl could not do what it was to do.
+    """nvdimmctl failed, or could not be run.
 
-    :ivar status: its exit status (nvdimmctl(8)).
+    :ivar status: its exit status (nvdimmctl(8)); 127 when it could not be run.
     """
 
     def __init__(self, words: tuple[str, ...], status: int, said: str) -> None:
@@ -32,9 +35,9 @@ def _ignore(line: str) -> None:
 
 
 def run(*words: str, tell: Callable[[str], None] = _ignore) -> str:
-    """Run it and return what it prints.
+    """Run nvdimmctl and return its standard output.
 
-    :param tell: called with each line on its standard error, as it comes.
+    :param tell: called with each line of its standard error, as it comes.
     :raises CommandFailed: when its exit status is not 0, or it cannot be run.
     """
     root = [] if os.geteuid() == 0 else shlex.split(utils.get_root_helper())
@@ -57,7 +60,7 @@ def run(*words: str, tell: Callable[[str], None] = _ignore) -> str:
 
 
 def rows(*words: str) -> list[dict[str, Any]]:
-    """Run a command that lists something; return its rows.
+    """Run an nvdimmctl command that prints a table, and return the rows.
 
     :raises CommandFailed: as :func:`run` does.
     """

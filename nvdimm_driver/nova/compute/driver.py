@@ -1,6 +1,9 @@
-"""Nova's libvirt driver, on Xen, with persistent memory from the operator's pools.
+"""Nova's libvirt driver on Xen, with persistent memory from the operator's pools.
 
-Each override says which method of Nova's it is, and why. Versions: Nova 34, libvirt 9.0 and later.
+It needs libvirt 9.0 or later, and the Nova release in nvdimm_driver.nova.RELEASE. ``@overrides`` has the signature of
+the method of Nova that an override replaces, and the docstring says why.
+
+:raises nova.exception.InvalidConfiguration: when it is imported and does not support the installed Nova.
 """
 
 from __future__ import annotations
@@ -17,31 +20,30 @@ from nova.virt.libvirt import driver
 from nova.virt.libvirt import vif as libvirt_vif
 from oslo_log import log as logging
 
-from nvdimm_driver.nova.compute import command
-from nvdimm_driver.nova.compute.host import XenHost
-from nvdimm_driver.nova.compute.patches import accept_xen
+from nvdimm_driver.nova.compute import command, patches
+from nvdimm_driver.nova.compute import host as xen_host
+from nvdimm_driver.nova.compute.compatibility import ASSIGNED, check_nova, expect, overridden, overrides
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 TRAIT = "CUSTOM_XEN_NVDIMM"
-"""What placement knows a host by whose guests can have NVDIMMs on Xen."""
+"""The trait by which placement finds the Xen hosts whose guests can have NVDIMMs."""
 _REBUILDING = (task_states.REBUILDING, task_states.REBUILD_BLOCK_DEVICE_MAPPING, task_states.REBUILD_SPAWNING)
-
-accept_xen()  # before anybody reads the options
 
 
 class XenLibvirtDriver(driver.LibvirtDriver):
-    """nova.virt.libvirt.driver.LibvirtDriver on Xen.
+    """nova.virt.libvirt.driver.LibvirtDriver on Xen, which keeps the persistent memory of instances.
 
-    :cvar DYING_SECONDS: how long a domain that was destroyed may need until Xen has it no more.
+    :cvar DYING_SECONDS: how long Xen may take to remove a destroyed domain.
     """
 
     DYING_SECONDS = 30
 
-    # LibvirtDriver.__init__ makes its own Host, and gives it to the driver of VIFs.
+    @overrides("(self, virtapi, read_only=False)")
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
+        """Use XenHost instead of Nova's Host, which Nova makes here and gives to the VIF driver."""
         super().__init__(virtapi, read_only)
-        self._host = XenHost(
+        self._host = xen_host.XenHost(
             self._uri(),
             read_only,
             lifecycle_event_handler=self.emit_event,
@@ -49,13 +51,15 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         )
         self.vif_driver = libvirt_vif.LibvirtGenericVIFDriver(self._host)
 
-    # LibvirtDriver._uri: its default is qemu:///system.
     @staticmethod
+    @overrides("static ()")
     def _uri() -> str:
+        """Return the URI of libvirt; Nova's default is qemu:///system."""
         return CONF.libvirt.connection_uri or "xen:///system"
 
-    # LibvirtDriver.init_host: would go on with whatever nova.conf says, and fail later.
+    @overrides("(self, host)")
     def init_host(self, host: str) -> None:
+        """Refuse another virt_type than xen; Nova would go on with it and fail later."""
         if CONF.libvirt.virt_type != "xen":
             raise exception.InvalidConfiguration(
                 f"compute_driver is nvdimm_ext.XenLibvirtDriver, and [libvirt] virt_type is {CONF.libvirt.virt_type}: "
@@ -63,60 +67,80 @@ class XenLibvirtDriver(driver.LibvirtDriver):
             )
         super().init_host(host)
 
-    # LibvirtDriver._do_quality_warnings: would say that virt_type xen is deprecated and about to be removed.
+    @overrides("(self)")
     def _do_quality_warnings(self) -> None:
-        pass
+        """Log nothing; Nova would warn that virt_type xen is deprecated and will be removed."""
 
     # --- guests ---
 
-    # LibvirtDriver._has_numa_support: with it, NUMATopologyFilter and claims would refuse every flavor that has
-    # hw:pmem, in which Nova sees a wish for one NUMA cell, whose memory and pages a Xen host does not report.
+    @overrides("(self)")
     def _has_numa_support(self) -> bool:
+        """Return False, so that a claim does not refuse every flavor that has hw:pmem.
+
+        Nova takes such a flavor for one that needs a NUMA cell, and a Xen host does not report the memory and the pages
+        of its cells.
+        """
         return False
 
-    # LibvirtDriver._set_features: only qemu and kvm get ACPI and APIC there. Without ACPI a guest finds no NVDIMM.
+    @overrides("(self, guest, os_type, image_meta, flavor)")
     def _set_features(self, guest: Any, os_type: str, image_meta: Any, flavor: Any) -> None:
+        """Add ACPI, without which a guest finds no NVDIMM, and APIC; Nova adds them for qemu and kvm alone."""
         super()._set_features(guest, os_type, image_meta, flavor)
         guest.add_feature(vconfig.LibvirtConfigGuestFeatureACPI())
         guest.add_feature(vconfig.LibvirtConfigGuestFeatureAPIC())
 
-    # LibvirtDriver._get_guest_iothread: libxl refuses <iothreads>.
+    @overrides("(self)")
     def _get_guest_iothread(self) -> None:
+        """Return None, for no <iothreads>: libxl refuses the element."""
         return None
 
-    # LibvirtDriver._guest_add_usb_root_controller: where nothing needs USB, it says so with a model that
-    # libxl refuses.
+    @overrides("(self, guest, flavor, image_meta)")
     def _guest_add_usb_root_controller(self, guest: Any, flavor: Any, image_meta: Any) -> None:
+        """Add a controller only for a guest that needs USB.
+
+        For a guest that does not, Nova adds one of the model "none", which libxl refuses.
+        """
         if self._guest_needs_usb(guest, image_meta):
             super()._guest_add_usb_root_controller(guest, flavor, image_meta)
 
-    # LibvirtDriver._get_video_type: its default, virtio, is QEMU's; libxl has vga, cirrus and xen.
+    @overrides("(self, image_meta)")
     def _get_video_type(self, image_meta: Any) -> str:
+        """Return the image's video model, or vga. Nova's default is virtio; libxl has vga, cirrus and xen."""
         return image_meta.properties.get("hw_video_model") or "vga"
 
-    # LibvirtDriver._get_guest_config: what only its pieces that are not methods decide.
+    @overrides(
+        "(self, instance, network_info, image_meta, disk_info, rescue=None, block_device_info=None, context=None, "
+        "mdevs=None, accel_info=None, share_info=None, old_guest=None)"
+    )
     def _get_guest_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Name the driver of each disk that a guest starts with; Nova makes these disks in several places."""
         guest = super()._get_guest_config(*args, **kwargs)
         for device in guest.devices:
             if isinstance(device, vconfig.LibvirtConfigGuestDisk):
                 _name_disk_driver(device)
         return guest
 
-    # LibvirtDriver._get_volume_config: of a disk that is attached.
+    @overrides("(self, connection_info, disk_info)")
     def _get_volume_config(self, connection_info: Any, disk_info: Any) -> Any:
+        """Name the driver of a disk that is attached to a guest."""
         disk = super()._get_volume_config(connection_info, disk_info)
         _name_disk_driver(disk)
         return disk
 
     # --- what placement is told ---
 
-    # LibvirtDriver.static_traits: Nova adds and removes these.
     @property
+    @overrides("property")
     def static_traits(self) -> dict[str, bool]:
+        """Return Nova's traits of the host and ours; Nova keeps those in placement the same."""
         return {**super().static_traits, TRAIT: True}
 
-    # LibvirtDriver._get_vpmems_on_host: asks ndctl, which knows of device-dax alone.
+    @overrides("(self)")
     def _get_vpmems_on_host(self) -> dict[str, Any]:
+        """Return the host's namespaces by name, from nvdimmctl.
+
+        Nova asks ndctl, which knows of device-dax alone.
+        """
         try:
             found = command.rows("nova", "inventory", "--pmem-namespaces", ",".join(CONF.libvirt.pmem_namespaces))
         except command.CommandFailed as error:
@@ -130,9 +154,13 @@ class XenLibvirtDriver(driver.LibvirtDriver):
 
     # --- the bytes of persistent memory ---
 
-    # LibvirtDriver._get_ordered_vpmems: a label that a flavor writes otherwise than nova.conf is in the same resource
-    # class and has its allocation; the instance would boot without the device.
+    @overrides("(self, instance, flavor)")
     def _get_ordered_vpmems(self, instance: Any, flavor: Any) -> list[Any]:
+        """Refuse an instance that would boot without one of its devices.
+
+        A flavor may write a label in another way than nova.conf does, such as 6gb for 6GB. Both are the same resource
+        class, so the instance has its allocation, but Nova finds no device by the label and goes on without one.
+        """
         found: list[Any] = super()._get_ordered_vpmems(instance, flavor)
         labels = hardware.get_vpmems(flavor)
         if len(found) != len(labels):
@@ -143,22 +171,35 @@ class XenLibvirtDriver(driver.LibvirtDriver):
             )
         return found
 
-    # LibvirtDriver._get_vpmems: raises KeyError for an instance that was evacuated from here: its resources are those
-    # of its new host.
+    @overrides("(self, instance, prefix=None)")
     def _get_vpmems(self, instance: Any, prefix: str | None = None) -> list[Any]:
+        """Return those of an instance's devices that this host has.
+
+        Nova raises KeyError for an instance that was evacuated from here, whose resources are those of its new host.
+        """
         resources = self._get_vpmem_resources(self._get_resources(instance, prefix=prefix))
         names = [resource.identifier for resource in resources]
         return [self._vpmems_by_name[name] for name in names if name in self._vpmems_by_name]
 
-    # LibvirtDriver._cleanup_vpmems: Nova zeroes here, also when an instance is only to be started again. What is
-    # to be zeroed is known better by the ledger; _cleanup has it done when the instance goes.
+    @overrides("(self, vpmems)")
     def _cleanup_vpmems(self, vpmems: list[Any]) -> None:
+        """Do nothing; Nova writes zeros here, also when the instance is about to start again, as in a hard reboot.
+
+        _cleanup writes the zeros when the instance leaves the host, to all that the ledger has of it.
+        """
         del vpmems
 
-    # LibvirtDriver._cleanup: the end of a domain, for one reason or another.
+    @overrides(
+        "(self, context, instance, network_info, block_device_info=None, destroy_vifs=True, "
+        "cleanup_instance_dir=False, cleanup_instance_disks=False, destroy_secrets=True)"
+    )
     def _cleanup(
         self, context: Any, instance: Any, network_info: Any, block_device_info: Any = None, **kwargs: Any
     ) -> None:
+        """Wipe and release the persistent memory of an instance that leaves the host.
+
+        Nova calls this when a domain ends, also when the instance is about to start again.
+        """
         goes = leaves_host(instance, CONF.host, destroys_disks=kwargs.get("cleanup_instance_disks", False))
         if goes:
             self._wipe(instance)
@@ -166,14 +207,18 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         if goes:
             self._release(instance)
 
-    # LibvirtDriver.cleanup_lingering_instance_resources: of an instance that was deleted while it moved.
+    @overrides("(self, instance)")
     def cleanup_lingering_instance_resources(self, instance: Any) -> None:
+        """Wipe and release the persistent memory of an instance that was deleted while it moved."""
         super().cleanup_lingering_instance_resources(instance)
         self._wipe(instance)
         self._release(instance)
 
     def _wipe(self, instance: Any) -> None:
-        """Overwrite all that the ledger has of an instance. Can be repeated; nothing when it has none."""
+        """Write zeros to all persistent memory that the ledger has of an instance.
+
+        It can be repeated, and does nothing when the ledger has none.
+        """
 
         def tell(line: str) -> None:
             LOG.info("%s", line, instance=instance)
@@ -193,7 +238,7 @@ class XenLibvirtDriver(driver.LibvirtDriver):
             return
 
     def _release(self, instance: Any) -> None:
-        """Give up an instance's claims, so that the next one can have its namespaces. Can be repeated."""
+        """Give up an instance's claims, so that another instance can have its namespaces. It can be repeated."""
         try:
             command.run("release", "--yes", instance.uuid)
         except command.CommandFailed as error:
@@ -202,19 +247,32 @@ class XenLibvirtDriver(driver.LibvirtDriver):
 
     # --- what would lose persistent memory ---
 
-    # LibvirtDriver.check_can_live_migrate_destination, _source: memory that is mapped is not in the stream, and
-    # neither Xen nor libvirt refuses that by itself.
+    @overrides(
+        "(self, context, instance, src_compute_info, dst_compute_info, block_migration=False, disk_over_commit=False)"
+    )
     def check_can_live_migrate_destination(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse an instance with persistent memory.
+
+        Mapped memory is not in the migration stream, and neither Xen nor libvirt refuses such a migration.
+        """
         _refuse_live_migration(instance)
         return super().check_can_live_migrate_destination(context, instance, *args, **kwargs)
 
+    @overrides("(self, context, instance, dest_check_data, block_device_info=None)")
     def check_can_live_migrate_source(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse an instance with persistent memory, as check_can_live_migrate_destination does."""
         _refuse_live_migration(instance)
         return super().check_can_live_migrate_source(context, instance, *args, **kwargs)
 
-    # LibvirtDriver.migrate_disk_and_power_off: the first of a resize and of a cold migration that the host hears.
-    # Nova takes other namespaces for the resized instance, on the same host, too, and copies nothing.
+    @overrides(
+        "(self, context, instance, dest, flavor, network_info, block_device_info=None, timeout=0, retry_interval=0)"
+    )
     def migrate_disk_and_power_off(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to resize or to cold-migrate an instance with persistent memory.
+
+        Nova gives the resized instance other namespaces, on the same host, too, and copies nothing. It calls no other
+        method of the driver before this one.
+        """
         if has_pmem(instance):
             raise exception.InstanceFaultRollback(
                 exception.MigrationPreCheckError(
@@ -226,14 +284,14 @@ class XenLibvirtDriver(driver.LibvirtDriver):
 
 
 def has_pmem(instance: Any) -> bool:
-    """Whether an instance's flavor gives it persistent memory."""
+    """Return True if an instance's flavor gives it persistent memory."""
     return bool(hardware.get_vpmems(instance.flavor))
 
 
 def leaves_host(instance: Any, host: str, *, destroys_disks: bool) -> bool:
-    """Whether an instance whose domain ends will not be started on this host again.
+    """Return True if an instance will not start on this host again after its domain has ended.
 
-    :param destroys_disks: what Nova says of its disks.
+    :param destroys_disks: True if Nova destroys the instance's disks.
     """
     if instance.deleted:
         return True
@@ -245,6 +303,7 @@ def leaves_host(instance: Any, host: str, *, destroys_disks: bool) -> bool:
 
 
 def _refuse_live_migration(instance: Any) -> None:
+    """Raise MigrationPreCheckError for an instance with persistent memory."""
     if has_pmem(instance):
         raise exception.MigrationPreCheckError(
             reason=f"instance {instance.uuid} has persistent memory (hw:pmem), which stays on its host"
@@ -252,5 +311,60 @@ def _refuse_live_migration(instance: Any) -> None:
 
 
 def _name_disk_driver(disk: Any) -> None:
-    """Nova names a disk's driver for qemu and kvm alone, and libxl takes a disk without one for raw."""
+    """Name a disk's driver: Nova does so for qemu and kvm alone, and libxl takes a disk without one for raw."""
     disk.driver_name = "qemu"
+
+
+_FIELD = "property"
+_NOVA_ERROR = "class (message=None, **kwargs)"
+EXPECTED = (
+    *overridden(XenLibvirtDriver, driver.LibvirtDriver),
+    *expect(
+        driver.LibvirtDriver,
+        {
+            "_host": ASSIGNED,
+            "vif_driver": ASSIGNED,
+            "_vpmems_by_name": ASSIGNED,
+            "emit_event": "(self, event)",
+            "_handle_conn_event": "(self, enabled, reason)",
+            "_guest_needs_usb": "(self, guest, image_meta)",
+            "_get_resources": "(self, instance, prefix=None)",
+            "_get_vpmem_resources": "(self, resources)",
+        },
+    ),
+    *expect(libvirt_vif, {"LibvirtGenericVIFDriver": "class (host=None)"}),
+    *expect(hardware, {"get_vpmems": "(flavor)"}),
+    *expect(
+        vconfig,
+        {
+            "LibvirtConfigGuest.add_feature": "(self, dev)",
+            "LibvirtConfigGuest.devices": ASSIGNED,
+            "LibvirtConfigGuestDisk.driver_name": ASSIGNED,
+            "LibvirtConfigGuestFeatureACPI": "class (**kwargs)",
+            "LibvirtConfigGuestFeatureAPIC": "class (**kwargs)",
+        },
+    ),
+    *expect(objects, {f"LibvirtVPMEMDevice.{name}": _FIELD for name in ("name", "label", "devpath", "size", "align")}),
+    *expect(objects, {f"Instance.{name}": _FIELD for name in ("uuid", "flavor", "host", "task_state", "deleted")}),
+    *expect(objects, {"Resource.identifier": _FIELD}),
+    *expect(task_states, {"RESIZE_REVERTING": "str"}),
+    *expect(
+        exception,
+        {
+            "InvalidConfiguration": _NOVA_ERROR,
+            "InvalidInput": _NOVA_ERROR,
+            "GetPMEMNamespacesFailed": _NOVA_ERROR,
+            "VPMEMCleanupFailed": _NOVA_ERROR,
+            "MigrationPreCheckError": _NOVA_ERROR,
+            "InstanceFaultRollback": "class (inner_exception=None)",
+        },
+    ),
+    *xen_host.EXPECTED,
+    *patches.EXPECTED,
+    *command.EXPECTED,
+)
+"""Every name of Nova that this package depends on."""
+
+# nova-compute imports this module when it starts, just before it makes the driver.
+check_nova(EXPECTED)
+patches.accept_xen()

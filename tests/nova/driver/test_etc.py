@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import nova
 import pytest
 from nova import utils
 from nova.conf import compute, libvirt
 from oslo_config import cfg
 from oslo_rootwrap import wrapper
 
-from nvdimm_driver.nova import pmem_namespaces
+from nvdimm_driver.nova import RELEASE, pmem_namespaces
 from nvdimm_driver.nova.compute import command
+from nvdimm_driver.nova.compute.compatibility import NOTHING
 from nvdimm_driver.nova.compute.patches import accept_xen
 from tests.nova.driver.base import UUID, DriverTest
 
@@ -134,11 +137,14 @@ os._exit(0)
 """
 
 
-def started(tmp_path: Path, more: str, mode: str) -> subprocess.CompletedProcess[str]:
-    """nova-compute with the sample, and more in [libvirt]."""
+def started(tmp_path: Path, more: str, mode: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    """nova-compute with the sample, and more in [libvirt].
+
+    :param path: a folder in which Python looks for Nova first.
+    """
     conf = tmp_path / "nova.conf"
     conf.write_text((ETC / "nova-compute-xen-nvdimm.conf").read_text() + more)
-    environment = {**os.environ, "OS_NOVA_DISABLE_EVENTLET_PATCHING": mode}
+    environment = {**os.environ, "OS_NOVA_DISABLE_EVENTLET_PATCHING": mode, "PYTHONPATH": path}
     command_line = [sys.executable, "-W", "ignore", "-c", COMPUTE, "--config-file", str(conf)]
     return subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
@@ -153,3 +159,18 @@ def test_a_virt_type_that_is_written_out_is_read_too_early(tmp_path: Path) -> No
     done = started(tmp_path, "virt_type = xen\n", "1")
     assert done.returncode == 1
     assert "Value for option virt_type" in done.stderr
+
+
+def test_another_nova_is_not_started(tmp_path: Path) -> None:
+    """With its method renamed, Nova's own zeroing would be back: a hard reboot would wipe guests' data."""
+    shutil.copytree(nova.__path__[0], tmp_path / "nova", copy_function=os.symlink)
+    driver = tmp_path / "nova/virt/libvirt/driver.py"
+    text = driver.read_text()
+    driver.unlink()
+    driver.write_text(text.replace("_cleanup_vpmems", "_zero_vpmems"))
+    done = started(tmp_path, "", "1", path=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"nova.exception.InvalidConfiguration: nvdimm_driver supports Nova {RELEASE}.")
+    method = "nova.virt.libvirt.driver.LibvirtDriver._cleanup_vpmems"
+    assert f": {method}: expected (self, vpmems), found {NOTHING}. nova-compute does not start" in said
