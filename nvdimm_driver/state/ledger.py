@@ -11,7 +11,6 @@ import time
 
 from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.state.events import Event, failure, unheard
-from nvdimm_driver.state.schema import SCHEMAS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from nvdimm_driver.model import Allocation, Record
     from nvdimm_driver.state.events import Value
 
+SCHEMA_VERSION = 3
+"""How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
 KEPT_EVENTS = 10_000
 """Older ones go."""
 ALLOCATION_COLUMNS = (
@@ -86,7 +87,7 @@ class Ledger:
                 f"cannot open {self.path}: {error}", hint="run 'nvdimmctl register' as root first"
             ) from error
         self._write([("PRAGMA foreign_keys = ON", ())], begin="")
-        if self._rows("PRAGMA user_version")[0][0] != len(SCHEMAS):
+        if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
             self._create()
 
     def close(self) -> None:
@@ -368,10 +369,12 @@ class Ledger:
         )
 
     def _create(self) -> None:
+        from nvdimm_driver.state.schema import SCHEMAS
+
         found = self._rows("PRAGMA user_version")[0][0]
-        if found > len(SCHEMAS):
+        if found > SCHEMA_VERSION:
             raise LedgerError(
-                f"{self.path} has schema version {found}, this nvdimm_driver knows {len(SCHEMAS)}",
+                f"{self.path} has schema version {found}, this nvdimm_driver knows {SCHEMA_VERSION}",
                 hint="a newer nvdimm_driver has written it: install that again",
             )
         # Of two processes that turn WAL on at a time, SQLite tells one that it is locked, whatever the timeout.
@@ -381,11 +384,11 @@ class Ledger:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
             found = self._rows("PRAGMA user_version")[0][0]
-            if found == len(SCHEMAS):
+            if found == SCHEMA_VERSION:
                 return  # another process was first
             self._write([("PRAGMA journal_mode = WAL", ())], begin="")
             statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
-            self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {len(SCHEMAS)}", ())])
+            self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
         finally:
             os.close(folder)
 

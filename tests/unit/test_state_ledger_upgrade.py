@@ -10,7 +10,7 @@ import pytest
 
 from nvdimm_driver.errors import LedgerError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Start
-from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.ledger import SCHEMA_VERSION, Ledger
 from nvdimm_driver.state.schema import SCHEMAS
 
 DUMPS = sorted((Path(__file__).parents[1] / "data/ledger").glob("*.sql"))
@@ -62,6 +62,7 @@ def version(dump: Path) -> int:
 
 
 def test_there_is_a_ledger_of_every_earlier_version() -> None:
+    assert len(SCHEMAS) == SCHEMA_VERSION
     assert set(range(1, len(SCHEMAS))) <= {version(dump) for dump in DUMPS}
 
 
