@@ -463,24 +463,35 @@ def test_libvirtd_is_not_there(proxy: Proxy, caplog: pytest.LogCaptureFixture) -
 
 
 def test_libvirtds_queue_of_connections_is_full_for_a_while(proxy: Proxy) -> None:
-    proxy.upstream.listen(0)
+    proxy.upstream.listen(0)  # holds one connection
     clients = [proxy.client() for _ in range(3)]
     for number, near in enumerate(clients):
         near.send(call(PLAIN, number))
-    last = proxy.client()
-    time.sleep(0.1)
     for _ in clients:
         with Line(proxy.upstream.accept()[0]) as far:
             number = far.expect().header.serial
             far.send(reply_to(call(PLAIN, number)))
             assert clients[number].expect().header.serial == number
         clients[number].socket.close()
-    with last:
-        proxy.stop()
-        time.sleep(0.02)
-        with Line(proxy.upstream.accept()[0]) as far:
-            assert far.receive() is None
-        assert last.receive() is None
+
+
+def test_a_client_that_waits_for_libvirtd_is_disconnected_when_nvdimmd_stops(tmp_path: Path) -> None:
+    attended = threading.Event()
+
+    def allowed(peer: Peer) -> bool:
+        attended.set()
+        return True
+
+    with Proxy(tmp_path, TABLE, allowed) as proxy, socket.socket(socket.AF_UNIX) as other:
+        proxy.upstream.listen(0)
+        other.connect(proxy.upstream.getsockname())  # the queue is full
+        with proxy.client() as near:
+            assert attended.wait(SECONDS)
+            proxy.stop()
+            proxy.upstream.accept()[0].close()
+            with Line(proxy.upstream.accept()[0]) as far:
+                assert far.receive() is None
+            assert near.receive() is None
 
 
 def test_a_cancelled_server_leaves_nothing_open(tmp_path: Path) -> None:
