@@ -15,7 +15,7 @@ class BuildPy(build_py):
 
 setup(
     name="nvdimm_driver",
-    version="0.1.0",
+    version="0.2.0",
     description="Persistent memory (vNVDIMM) for Xen HVM guests managed by libvirt",
     license="Apache-2.0",
     packages=[*find_packages(include=["nvdimm_driver*"]), "nova.virt.nvdimm_ext"],
