@@ -254,6 +254,10 @@ class XenNvdimmDriver(plugins.Plugin):
         """Start label servers for the running guests whose own were killed."""
         self.starts.serve_labels()
 
+    def renew_label_servers(self) -> list[Record]:
+        """Replace the label servers that are older than the installed code; return their domains."""
+        return self.starts.renew_label_servers()
+
     def find_bad_blocks(self, item: Allocation) -> tuple[tuple[int, int], ...]:
         """What the host knows to be bad of an NVDIMM's backing, as (offset in it, bytes).
 

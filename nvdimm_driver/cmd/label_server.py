@@ -69,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = conf.load()
         logs.to_file("label-server", options)
         _take_lock(LabelServers(options.state_dir), uuid)
-        supervise(partial(serve, options, int(domid), _record(options, uuid)), theirs, partial(_tell, options, uuid))
+        # Before the first fork: a later child must not import what an upgrade has replaced since.
+        backings = plugins.load_all("nvdimm_driver.backings", options)
+        record = _record(options, uuid)
+        supervise(partial(serve, options, backings, int(domid), record), theirs, partial(_tell, options, uuid))
     except (NvdimmError, OSError) as error:
         os.write(theirs, str(error).encode())
         return 1
@@ -127,7 +130,14 @@ def _say(pipe: int, word: bytes) -> None:
         os.write(pipe, word)
 
 
-def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, ready: Callable[[], None]) -> None:
+def serve(
+    options: cfg.ConfigOpts,
+    backings: Sequence[Backing],
+    domid: int,
+    record: Record,
+    refuse: bool,
+    ready: Callable[[], None],
+) -> None:
     """Answer the guest's requests until its domain dies.
 
     :param record: of the domain, as it was started.
@@ -155,7 +165,7 @@ def serve(options: cfg.ConfigOpts, domid: int, record: Record, refuse: bool, rea
     counter = LabelServers(options.state_dir).count_requests(record.uuid)
     page = xen.map_page(DSM_GFN)
     if not refuse:
-        labels = QemuLabels(_layout(record), open_areas(record, _backings(options)), options.acpi.qemu)
+        labels = QemuLabels(_layout(record), open_areas(record, backings), options.acpi.qemu)
         labels.start()
     xen.take_over(server, PORT, PORT + PORT_SIZE - 1)
     LOG.debug("label requests of domid %d come to ioreq server %d", domid, server)
@@ -233,10 +243,6 @@ def _layout(record: Record) -> GuestLayout:
     """As much of the guest's layout as a label server's QEMU needs."""
     placements = tuple(item.placement for item in record.allocations)
     return GuestLayout(record.ram, 0, 0, placements, dsm="qemu")
-
-
-def _backings(options: cfg.ConfigOpts) -> list[Backing]:
-    return plugins.load_all("nvdimm_driver.backings", options)
 
 
 def _detach() -> None:

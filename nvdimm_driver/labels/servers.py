@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from nvdimm_driver.errors import XenError
+from nvdimm_driver.processes import start_time
 
+MODULE = "nvdimm_driver.cmd.label_server"
 START_SECONDS = 40.0
 """How long one may take to start; libxl waits 60 s for the device model, which waits for this."""
 
@@ -42,8 +47,7 @@ class LabelServers:
 
     def lock(self, uuid: str) -> int | None:
         """Take what only the server of that domain may have; returns a descriptor, or None when one has it."""
-        path = self.state_dir / "domains" / uuid / "label-server"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self._lock_file(uuid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -72,12 +76,24 @@ class LabelServers:
             os.close(descriptor)
         return descriptor is None
 
+    def kill_older_than(self, uuid: str, moment: float) -> bool:
+        """Kill the domain's label server if it started before a moment; its guest's requests wait in Xen meanwhile.
+
+        :param moment: seconds since the epoch.
+        :returns: whether it was killed.
+        """
+        doomed = [each for each in self._processes(uuid) if (start_time(each) or moment) < moment]
+        for process in doomed:
+            with suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGKILL)
+        return bool(doomed)
+
     def start(self, domid: int, uuid: str) -> None:
         """Start one for a domain whose page for requests is there; it serves when this returns.
 
         :raises XenError: with its reason, when it does not.
         """
-        command = [sys.executable, "-I", "-m", "nvdimm_driver.cmd.label_server", str(domid), uuid]
+        command = [sys.executable, "-I", "-m", MODULE, str(domid), uuid]
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS, check=False
@@ -89,6 +105,18 @@ class LabelServers:
             ) from error
         if done.returncode:
             raise XenError(f"no label server for domid {domid}: {done.stderr.strip()}")
+
+    def _processes(self, uuid: str) -> Iterator[Path]:
+        """Yield the folders in /proc of the processes that have the domain's lock file open."""
+        path = str(self._lock_file(uuid).resolve())
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                serves = MODULE.encode() in (process / "cmdline").read_bytes().split(b"\0")
+                if serves and any(os.readlink(each) == path for each in (process / "fd").iterdir()):
+                    yield process
+
+    def _lock_file(self, uuid: str) -> Path:
+        return self.state_dir / "domains" / uuid / "label-server"
 
     def _requests_file(self, uuid: str) -> Path:
         return self.state_dir / "domains" / uuid / "label-requests"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from nvdimm_driver import logs
 from nvdimm_driver.errors import InUseError, XenError
@@ -82,8 +83,8 @@ class Starts:
                 LOG.debug("put away the last start of domain %s, which is over", record.name)
                 self.put_away(record.uuid, record.start.paths, kind="put-away")
 
-    def find_unserved(self) -> list[Record]:
-        """The running domains whose label server is gone."""
+    def find_served(self) -> list[Record]:
+        """Return the running domains that have a label server, or have lost it."""
         return [
             record
             for record in self.ledger.started_domains()
@@ -91,8 +92,21 @@ class Starts:
             and record.start.served
             and record.start.state == "mapped"
             and self._is_running(record.start)
-            and not self.label_servers.is_running(record.uuid)
         ]
+
+    def find_unserved(self) -> list[Record]:
+        """Return the running domains whose label server is gone."""
+        return [record for record in self.find_served() if not self.label_servers.is_running(record.uuid)]
+
+    def renew_label_servers(self) -> list[Record]:
+        """Replace the label servers that are older than the installed code; return their domains.
+
+        After an upgrade, one of an earlier version cannot start another process in place of one that died.
+        """
+        installed = Path(__file__).stat().st_ctime
+        renewed = [each for each in self.find_served() if self.label_servers.kill_older_than(each.uuid, installed)]
+        self.serve_labels()
+        return renewed
 
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed with what watches it."""

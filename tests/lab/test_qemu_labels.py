@@ -176,6 +176,19 @@ def test_it_comes_with_the_next_boot(driver_host: XenHost, guest: Guest) -> None
     assert seen_sums(guest) == label_sums(driver_host)
 
 
+def test_an_upgrade_renews_the_label_server(driver_host: XenHost, guest: Guest) -> None:
+    """One that runs the code of before could not start another process when one of its own dies."""
+    before, seen = processes(driver_host), seen_sums(guest)
+    assert "label server" not in driver_host.check(f"{operator.NVDIMMCTL} register").stdout
+    assert processes(driver_host) == before
+    operator.install_package(driver_host)
+    _, serving = processes(driver_host)
+    assert set(before).isdisjoint(processes(driver_host))
+    assert seen_sums(guest) == seen == label_sums(driver_host)
+    driver_host.check(f"kill -KILL {serving}")
+    assert seen_sums(guest) == seen
+
+
 def test_it_goes_with_its_domain(driver_host: XenHost, guest: Guest) -> None:
     assert guest.exists()
     driver_host.check(f"{operator.VIRSH} destroy {NAME}")

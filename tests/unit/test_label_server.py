@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +15,8 @@ import pytest
 
 from nvdimm_driver.cmd.label_server import SERVING, _take_lock, supervise
 from nvdimm_driver.errors import AcpiError, XenError
-from nvdimm_driver.labels.servers import LabelServers
-from tests.unit.doubles import UUID
+from nvdimm_driver.labels.servers import MODULE, LabelServers
+from tests.unit.doubles import OTHER_UUID, UUID
 
 
 def supervised(serve: Callable[[bool, Callable[[], None]], None], happened: list[str] | None = None) -> bytes:
@@ -105,3 +108,29 @@ def test_requests_are_counted_on_from_where_an_earlier_server_was(tmp_path: Path
     assert servers.requests(UUID) == (2, 1)
     servers.count_requests(UUID).add(failed=False)
     assert servers.requests(UUID) == (3, 1)
+
+
+def test_one_that_is_older_than_the_installed_code_is_killed(tmp_path: Path) -> None:
+    """Told from others by its lock file and its command; what only looks whether it runs is not killed."""
+    servers = LabelServers(tmp_path)
+    (tmp_path / "domains" / UUID).mkdir(parents=True)
+    lock = tmp_path / "domains" / UUID / "label-server"
+    hold = f"import time; file = open({str(lock)!r}, 'w'); print('open', flush=True); time.sleep(60)"
+    began = time.time()
+    commands = [[sys.executable, "-c", hold, *arguments] for arguments in ([MODULE, "7", UUID], [])]
+    server, other = (subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands)
+    try:
+        for process in (server, other):
+            assert process.stdout
+            assert process.stdout.readline() == b"open\n"
+        assert not servers.kill_older_than(UUID, began - 3600)
+        assert not servers.kill_older_than(OTHER_UUID, time.time() + 3600)
+        assert (server.poll(), other.poll()) == (None, None)
+        assert servers.kill_older_than(UUID, time.time() + 3600)
+        assert server.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+        assert not servers.kill_older_than(UUID, time.time() + 3600)
+    finally:
+        for process in (server, other):
+            process.kill()
+            process.communicate()

@@ -23,10 +23,13 @@ class Register(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd import register
+        from nvdimm_driver.driver import load_driver
 
         del parsed_args
         for line in register.register(self.app.conf):
             print(line)
+        for record in load_driver(self.app.conf).renew_label_servers():
+            print(f"renewed the label server of {record.name}")
 
 
 class Unregister(Action):
