@@ -1,4 +1,4 @@
-"""The documentation names every command, option, error and exit status, and its XML is what the code makes."""
+"""The documentation names every command, option, error and module; what it quotes is what the code prints."""
 
 import argparse
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from doc.raised import raised
 from nvdimm_driver import errors
 from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
 from nvdimm_driver.metrics import DriverCollector
@@ -18,7 +19,10 @@ from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import restore, rewrite
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
 
-DOC = Path(__file__).parents[2] / "doc"
+PROJECT = Path(__file__).parents[2]
+PACKAGE = Path(errors.__file__).parent
+"""Of the Debian package where its tests run, and then not in the project."""
+DOC = PROJECT / "doc"
 MONITORING = (DOC / "monitoring.rst").read_text(encoding="utf-8")
 COMMANDS = (DOC / "commands.rst").read_text(encoding="utf-8")
 CLIFF_HAS = {"--help", "--variable", "--quote", "--noindent", "--max-width", "--fit-width", "--print-empty", "--prefix"}
@@ -34,6 +38,27 @@ def _blocks(page: str) -> list[str]:
     text = (DOC / page).read_text(encoding="utf-8")
     found = re.findall(r"\.\. code-block:: xml\n\n((?:    .*\n|\n)+)", text)
     return [re.sub(r"^    ", "", block, flags=re.MULTILINE).strip() + "\n" for block in found]
+
+
+def _section(text: str, title: str) -> str:
+    """Return the section with that title, up to the next one of its level."""
+    start = text.index(f"\n{title}\n---")
+    found: str = re.split(r"^.+\n-{3,}$", text[start + 1 :], flags=re.MULTILINE)[1]
+    return found
+
+
+def _literal_blocks(section: str) -> list[str]:
+    return re.findall(r"::\n\n((?:    .*\n|\n)+)", section)
+
+
+def _pattern(message: str, hints: tuple[str, ...]) -> str:
+    """Return a pattern of what is printed for an error; the path in front is that of an error that is passed on."""
+
+    def any_of(text: str) -> str:
+        return ".*".join(map(re.escape, text.split("…")))
+
+    printed = "|".join(rf" \({any_of(hint)}\)" if hint else "" for hint in hints)
+    return rf"(?:\S+: )?{any_of(message)}(?:{printed})"
 
 
 @pytest.mark.parametrize("entry", entry_points(group="nvdimm_driver.nvdimmctl"), ids=lambda entry: entry.name)
@@ -58,6 +83,20 @@ def test_every_error_is_documented_with_its_status(kind: type[errors.NvdimmError
     assert f"\n{kind.__name__} ({kind.exit_code})\n---" in page
     assert f"\n.. raised:: {kind.__name__}\n" in page, "which lists all that the code can raise"
     assert f"\n{kind.exit_code}\n   " in COMMANDS
+
+
+@pytest.mark.parametrize("kind", errors.NvdimmError.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_the_errors_that_are_quoted_are_those_of_the_code(kind: type[errors.NvdimmError]) -> None:
+    page = (DOC / "errors.rst").read_text(encoding="utf-8")
+    blocks = "\n\n".join(_literal_blocks(_section(page, f"{kind.__name__} ({kind.exit_code})")))
+    quoted = [" ".join(each.split()) for each in re.split(r"\n\s*\n", blocks) if each.strip()]
+    known = [
+        _pattern(message, hints)
+        for message, hints in raised(kind.__name__, PACKAGE)
+        if len(re.findall(r"\w", message + "".join(hints))) > 8  # with fewer letters of its own it fits anything
+    ]
+    assert quoted
+    assert [each for each in quoted if not any(re.fullmatch(pattern, each) for pattern in known)] == []
 
 
 def test_every_call_with_domain_xml_has_a_row() -> None:
