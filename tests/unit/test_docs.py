@@ -1,7 +1,9 @@
 """The documentation names every command, option, error and module; what it quotes is what the code prints."""
 
 import argparse
+import ast
 import re
+import tomllib
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -25,6 +27,9 @@ PACKAGE = Path(errors.__file__).parent
 DOC = PROJECT / "doc"
 MONITORING = (DOC / "monitoring.rst").read_text(encoding="utf-8")
 COMMANDS = (DOC / "commands.rst").read_text(encoding="utf-8")
+DESIGN = (DOC / "design.rst").read_text(encoding="utf-8")
+NOT_LISTED = ("__init__.py", "_xen.py")
+"""What has no code of its own, and what setup.py makes."""
 CLIFF_HAS = {"--help", "--variable", "--quote", "--noindent", "--max-width", "--fit-width", "--print-empty", "--prefix"}
 CLIFF_HAS |= {"--sort-column", "--sort-ascending", "--sort-descending"}
 
@@ -49,6 +54,21 @@ def _section(text: str, title: str) -> str:
 
 def _literal_blocks(section: str) -> list[str]:
     return re.findall(r"::\n\n((?:    .*\n|\n)+)", section)
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    """Return the names that a statement defines, those of a class as CLASS.NAME too."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return {node.name}
+    if isinstance(node, ast.ClassDef):
+        return {node.name, *(f"{node.name}.{name}" for each in node.body for name in _defined(each))}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _is_defined(file: str, name: str) -> bool:
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    return any(name in _defined(node) for node in tree.body)
 
 
 def _pattern(message: str, hints: tuple[str, ...]) -> str:
@@ -97,6 +117,60 @@ def test_the_errors_that_are_quoted_are_those_of_the_code(kind: type[errors.Nvdi
     ]
     assert quoted
     assert [each for each in quoted if not any(re.fullmatch(pattern, each) for pattern in known)] == []
+
+
+def test_design_lists_every_module() -> None:
+    listed = {
+        folder.removeprefix("nvdimm_driver"): sorted(re.findall(r"^    (\w+\.py) ", block, re.MULTILINE))
+        for folder, block in re.findall(
+            r"^``([\w/]+)/``.*::\n\n((?:    .*\n)+)", _section(DESIGN, "The modules"), re.MULTILINE
+        )
+    }
+    there: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name not in NOT_LISTED:
+            folder = path.parent.relative_to(PACKAGE).as_posix()
+            there.setdefault("" if folder == "." else folder, []).append(path.name)
+    assert listed == there
+
+
+def test_design_shows_the_import_contracts() -> None:
+    contracts = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = [
+        [sorted(part.strip().removeprefix("nvdimm_driver.") for part in layer.split("|")) for layer in each["layers"]]
+        for each in contracts["contracts"]
+        if each["type"] == "layers"
+    ]
+    section = _section(DESIGN, "The modules")
+    whole, folders = _literal_blocks(section[section.index("Imports point one way") :])
+    shown = [[sorted(line.strip().replace("/", ".").split(", ")) for line in whole.strip().splitlines()]]
+    for folder, picture in re.findall(r"^    (\w+): +(.+)$", folders, re.MULTILINE):
+        shown.append([sorted(f"{folder}.{each}" for each in layer.split(", ")) for layer in picture.split(" → ")])
+    assert shown == layers
+
+
+@pytest.mark.parametrize(
+    ("page", "folder"),
+    [
+        ("design.rst", PACKAGE),
+        ("lab.rst", PROJECT / "tests/lab"),
+        ("testing.rst", PROJECT / "tests"),
+        ("without_xen.rst", PROJECT / "tests/integration"),
+    ],
+)
+def test_the_files_that_a_page_names_are_there(page: str, folder: Path) -> None:
+    text = (DOC / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"``([\w/.*-]+\.py)(?::[\w.]+)?``", text))
+    assert len(named) > 3
+    assert [name for name in sorted(named) if not (any(folder.glob(name)) or any(PROJECT.glob(name)))] == []
+
+
+def test_design_tells_where_things_are_decided() -> None:
+    section = _section(DESIGN, "Where is it decided?")
+    assert len(re.findall(r"^   \* - ", section, re.MULTILINE)) > 25
+    named = re.findall(r"``([\w/]+\.py):([\w.]+)``", section)
+    assert [f"{file}:{name}" for file, name in named if not _is_defined(file, name)] == []
+    assert len(named) > 50
 
 
 def test_every_call_with_domain_xml_has_a_row() -> None:
