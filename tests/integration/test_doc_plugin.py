@@ -166,6 +166,6 @@ def test_the_documented_mapper_works(tmp_path: Path) -> None:
         command, check=True, capture_output=True, text=True, env={"HOME": str(home.parent), "PATH": "/usr/bin"}
     )
     description, logged, error = done.stdout.splitlines()
-    assert description.endswith("and says so in the system's log")
-    assert logged == "5 domid 7: 512 frames from 0x140000 on, as 0x100000"
+    assert description.endswith("; logs each mapping to syslog")
+    assert logged == "5 domid 7: map gfn 0x100000 to mfn 0x140000, 512 frames"
     assert error == "XenError", "there is no Xen here to map with"
