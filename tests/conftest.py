@@ -1,22 +1,21 @@
-"""For all tests."""
+"""Settings for all tests."""
 
 import signal
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile(
-    "untimed", deadline=None
-)  # how long an example takes says more of the machine than of the code
+# the time of an example depends on the machine more than on the code
+settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# A job in a script's background begins with SIGINT ignored; what tests start and interrupt would ignore it, too.
+# A background job of a script starts with SIGINT ignored. Programs that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# They take longest: where processes share the tests, the others do the rest meanwhile.
+# They take longest. Where several processes share the tests, the others run the rest meanwhile.
 FIRST = ("test_nova_functional.py", "test_nova_driver.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Nova's first."""
+    """Run Nova's tests first."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

@@ -1,4 +1,4 @@
-"""The Debian package as 'make deb' leaves it."""
+"""The Debian package that 'make deb' builds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def build_package() -> Path:
-    """The package, built if what it is made of has changed."""
+    """Return the package; build it if its sources changed."""
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     subprocess.run(["make", "-s", "deb"], cwd=PROJECT, check=True, env=environment)
     return PROJECT / "dist" / f"nvdimm-driver_{version('nvdimm_driver')}_all.deb"
 
 
 def with_version(package: Path, version: str, folder: Path) -> Path:
-    """The same package with another version, in an empty folder."""
+    """Return a copy of the package with another version, made in an empty folder."""
     tree = folder / "tree"
     subprocess.run(["dpkg-deb", "-R", str(package), str(tree)], check=True)
     control = tree / "DEBIAN" / "control"

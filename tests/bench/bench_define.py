@@ -1,7 +1,7 @@
-"""What a define costs through nvdimmd, in times of one straight to libvirtd, against its real libxl driver without Xen.
+"""The cost of a define through nvdimmd, as a multiple of one directly to libvirtd; real libxl driver, no Xen.
 
-Run by hand, as root: ``python -m tests.bench.bench_define``. What libvirtd gets is the same both ways. The NVDIMM's
-file is there already: what is measured is the rewriting, the checks and the ledger, and not writing zeros.
+Run by hand, as root: ``python -m tests.bench.bench_define``. libvirtd gets the same both ways. The NVDIMM's file
+already exists, so rewriting, checks and the ledger are measured, and not the writing of zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TIMES = 5
 
 
 def measure(folder: Path) -> None:
-    """Runs on the host."""
+    """Measure on the host: this is the process that runs there."""
     straight = libvirt.open("xen+unix:///system?socket=/run/libvirt/libvirt-sock")
     through = libvirt.open("xen:///system")
 
@@ -36,6 +36,7 @@ def measure(folder: Path) -> None:
 
 
 def main() -> None:
+    """Make the host, and run the measurement on it."""
     with tempfile.TemporaryDirectory() as name:
         host = Host(Path(name))
         try:

@@ -1,6 +1,6 @@
-"""How long the device model takes before it becomes QEMU, in bare Python starts; in the lab.
+"""The time of the device model before it becomes QEMU, as a multiple of a bare Python start; in the lab.
 
-Run by hand: ``python -m tests.bench.bench_device_model``. The limit is 3: what takes long is done in ``prepare``.
+Run by hand: ``python -m tests.bench.bench_device_model``. The limit is 3: slow work is done in ``prepare``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.lab.image import build
 
 NAME = "bench"
 STARTS = 5
-# As Python would time it: no shell, no fork of one.
+# Timed from Python, without a shell.
 BARE = """\
 import subprocess, time
 for _ in range(15):
@@ -25,6 +25,7 @@ for _ in range(15):
 
 
 def main() -> None:
+    """Start a guest several times; print both times and their ratio."""
     with XenHost(build()) as host:
         operator.install_driver(host)
         operator.make_pmem(host)

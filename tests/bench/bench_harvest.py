@@ -1,7 +1,7 @@
-"""How long a harvest takes, against a bare start and quit of the same QEMU. Run by hand.
+"""The time that tables from a QEMU take, compared with a bare start and quit of the same QEMU. Run by hand.
 
-Prints for each QEMU that is installed the median time of a harvest for 1, 8 and 64 NVDIMMs, and of one that is in the
-cache, in times of starting that QEMU with the same machine, having it answer and ending it. The limit: 1.5.
+For each installed QEMU and for 1, 8 and 64 NVDIMMs, it prints the median time to get the tables from QEMU and from the
+cache. The unit is the time to start that QEMU with the same machine, get one answer and end it. The limit: 1.5.
 """
 
 import shutil
@@ -22,7 +22,7 @@ ROUNDS = 15
 
 
 def compare(*works: Callable[[], object]) -> list[float]:
-    """Seconds that each takes, the median of some rounds in turns."""
+    """Return the median seconds of each work, over some rounds in turns."""
     taken: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
         for seconds, work in zip(taken, works, strict=True):
@@ -33,16 +33,19 @@ def compare(*works: Callable[[], object]) -> list[float]:
 
 
 def bare(binary: str, layout: GuestLayout) -> None:
+    """Start and end a QEMU."""
     with Machine(binary).run(layout):
         pass
 
 
 def layout(count: int) -> GuestLayout:
+    """Return a layout with so many NVDIMMs of 1 GiB."""
     nvdimms = tuple(Placement(slot, (68 + 2 * slot) * GIB, GIB) for slot in range(count))
     return GuestLayout(GIB, 4 * GIB, 1 << 48, nvdimms)
 
 
 def bench(binary: str, folder: Path) -> None:
+    """Measure and print for one QEMU."""
     harvest, kept = QemuAcpiBuilder([binary]), QemuAcpiBuilder([binary], cache=TableCache(folder))
     for count in (1, 8, 64):
         asked = layout(count)
@@ -54,6 +57,7 @@ def bench(binary: str, folder: Path) -> None:
 
 
 def main() -> None:
+    """Measure all installed QEMUs, and the builder native."""
     with tempfile.TemporaryDirectory() as folder:
         for binary in filter(None, map(shutil.which, DEFAULT_BINARIES)):
             bench(binary, Path(folder))

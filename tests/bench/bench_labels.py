@@ -1,6 +1,6 @@
-"""What it costs who serves a guest's labels: the same guest in the lab with dsm none, aml and qemu.
+"""The cost of labels: the same guest in the lab with dsm none, aml and qemu.
 
-python -m tests.bench.bench_labels: seconds under emulation; only their ratios say something.
+Run by hand: ``python -m tests.bench.bench_labels``. Seconds are under emulation; only their ratios mean something.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ ROUNDS = 3
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Return the seconds that work takes."""
     began = time.monotonic()
     work()
     return time.monotonic() - began
 
 
 def resident(host: XenHost) -> int:
-    """KiB of memory that the guest's label server has for itself, its QEMU included."""
+    """Return the proportional memory of the guest's label server in KiB, its QEMU included."""
     pids = "$(pgrep -f '[n]vdimm_driver.cmd.label_server') $(pgrep -f '[l]abel-size')"
     rollups = host.run(f"for pid in {pids}; do grep -h Pss: /proc/$pid/smaps_rollup; done").stdout
     return sum(int(line.split()[1]) for line in rollups.splitlines())
 
 
 def measure(host: XenHost, dsm: str) -> None:
+    """Measure and print for one dsm."""
     nvdimms = [operator.nvdimm(FILE, 18, label_kib=128)]
     host.write(f"/root/{NAME}.xml", operator.domain_xml(NAME, nvdimms, ram_mib=256, disk=DISK, dsm=dsm).encode())
     host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
@@ -52,6 +54,7 @@ def measure(host: XenHost, dsm: str) -> None:
 
 
 def main() -> None:
+    """Measure each dsm in the lab."""
     with XenHost(build()) as host:
         operator.install_driver(host)
         operator.make_pmem(host)

@@ -1,17 +1,17 @@
-"""What a cloud's size does to a scheduling decision with ``hw:pmem``, and to what this driver does in nova-compute.
+"""The effect of a cloud's size on a scheduling decision with ``hw:pmem``, and on this driver's work in nova-compute.
 
-Run by hand, as root, in the environment of nova's tests: ``python -m tests.bench.bench_nova``; takes ten minutes.
-What is real is said in :mod:`tests.nova.functional.base`. The hosts are simulated: each has a nova-compute of its own
-with this driver, and all of them have the same namespaces; the first has one more.
+Run by hand, as root, in the environment of Nova's tests: ``python -m tests.bench.bench_nova``; takes ten minutes.
+The parts of Nova that are real are listed in :mod:`tests.nova.functional.base`. The hosts are simulated: each has a
+nova-compute of its own with this driver. All have the same namespaces; the first one has one more.
 
-Of each size of cloud, in times of the smallest:
+Printed for each size of cloud, as a multiple of the smallest:
 
 * a decision: the scheduler's ``select_destinations`` for one instance, up to the claim in placement; for a flavor that
   every host has, and for one that only the first has,
-* its share in placement: the candidates and the claim,
-* ``nvdimmctl`` runs during all of this,
-* ours: ``update_provider_tree`` of one host; and, in times of that of nova's own driver, in turns with it,
-* the periodic task around it (``update_available_resource``), with all it tells placement and the database.
+* placement's share of that: the candidates and the claim,
+* the number of ``nvdimmctl`` runs during all of this,
+* this driver's ``update_provider_tree`` of one host, also as a multiple of Nova's own driver, in turns with it,
+* the periodic task around it (``update_available_resource``), with all updates of placement and the database.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FIRST = f"{EVERYWHERE},16GB:pool/ns3"
 
 
 class Cloud(NovaTestBase):
-    """Grows, and is measured at each size."""
+    """A cloud that grows, and is measured at each size."""
 
     LEDGERS = (("pool",),)
 
@@ -71,7 +71,7 @@ class Cloud(NovaTestBase):
             print(f"  nvdimmctl runs: {len(self.pmem.calls())}", flush=True)
 
     def grow(self, size: int) -> None:
-        """Add hosts. That all of them share a process is not a cloud's: only the first does its periodic work here."""
+        """Add hosts. All share one process, unlike in a cloud, so only the first runs its periodic tasks."""
         self.flags(service_down_time=10**6)
         for number in range(len(self.computes), size):
             self.start_host(f"host{number}", EVERYWHERE if number else FIRST)
@@ -87,7 +87,7 @@ class Cloud(NovaTestBase):
         }
 
     def decide(self, flavor: objects.Flavor) -> tuple[float, float]:
-        """Seconds of one decision, and of those in placement."""
+        """Return the seconds of one decision, and of its part in placement."""
         admin = context.get_admin_context()
         uuid = uuidutils.generate_uuid()
         spec = objects.RequestSpec.from_components(
@@ -104,7 +104,7 @@ class Cloud(NovaTestBase):
         return whole, candidates.seconds + claim.seconds
 
     def periodic(self) -> dict[str, float]:
-        """Of the host that was started first."""
+        """Measure the periodic task of the first host."""
         compute = self.computes["host0"]
         driver = compute.driver
         admin = context.get_admin_context()
@@ -124,7 +124,7 @@ class Cloud(NovaTestBase):
 
 
 class Timer:
-    """Seconds that are spent in a method."""
+    """Counts the seconds that are spent in a method."""
 
     def __init__(self, owner: type, name: str) -> None:
         self.seconds = 0.0
@@ -148,12 +148,14 @@ class Timer:
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that work takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def main() -> None:
+    """Make the persistent memory, and run the measurement."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pmem").mkdir()

@@ -1,4 +1,4 @@
-"""How long an operator waits: 'nvdimmctl --help' against a bare cliff application, 'list' of many against few.
+"""The time that an operator waits: 'nvdimmctl --help' and a bare cliff application, 'list' of many and of few.
 
 Run by hand: ``python -m tests.bench.bench_nvdimmctl``. The limits: 1.2 for --help, 2 for 10,000 NVDIMMs against 10.
 """
@@ -30,7 +30,7 @@ OURS = "import sys; from nvdimm_driver.cmd.nvdimmctl import main; sys.exit(main(
 
 
 def fill(path: Path, number: int) -> None:
-    """A ledger with so many domains of one NVDIMM each."""
+    """Make a ledger with so many domains of one NVDIMM each."""
     ledger = Ledger(str(path))
     ledger._db.execute("PRAGMA synchronous = OFF")
     for index in range(number):
@@ -42,13 +42,14 @@ def fill(path: Path, number: int) -> None:
 
 
 def seconds(command: Sequence[str]) -> float:
+    """Return the seconds that a command takes."""
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def compare(what: str, one: Sequence[str], other: Sequence[str]) -> None:
-    """Print how long one command takes and, in times of that, another; in turns."""
+    """Run two commands in turns; print the time of one, and the other's as a multiple of it."""
     rounds = [(seconds(one), seconds(other)) for _ in range(ROUNDS + 1)][1:]
     ratios = sorted(second / first for first, second in rounds)
     print(
@@ -59,6 +60,7 @@ def compare(what: str, one: Sequence[str], other: Sequence[str]) -> None:
 
 
 def main() -> None:
+    """Measure and print everything."""
     ours = [sys.executable, "-c", OURS]
     compare("bare cliff application, and nvdimmctl --help", [sys.executable, "-c", BARE], [*ours, "--help"])
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,7 @@
-"""What the proxy costs: the same work straight and through it, in turns, against the real libvirtd.
+"""The cost of the proxy: the same work directly and through it, in turns, with the real libvirtd.
 
 Run by hand, as root: ``python -m tests.bench.bench_proxy``. The limits: 1.5 for a small call, 1.1 for bulk, 100 KiB for
-an idle client. What is more than with the bare proxy is ours, the rest the price of any proxy in Python.
+an idle client. The cost of the bare proxy is the price of any proxy in Python; what exceeds it is nvdimmd's own.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ VOLUME_XML = "<volume><name>volume</name><capacity>{}</capacity></volume>"
 
 
 def run_proxy(near: str, far: str, kind: str) -> None:
-    """Be a proxy, until killed: one that passes all, one that does what nvdimmd does, or one that looks at nothing."""
+    """Run a proxy until killed: with an empty table, with nvdimmd's (``handled``), or without parsing (``bare``)."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(near)
@@ -72,7 +72,7 @@ async def _serve(listener: Listener) -> None:
 
 
 async def _pass_blindly(listening: socket.socket, far: str) -> None:
-    """The least that a proxy in Python does: whatever can be received is sent."""
+    """Forward bytes without parsing them: the least that a proxy in Python does."""
     loop = asyncio.get_running_loop()
     buffer = memoryview(bytearray(CHUNK))
 
@@ -97,7 +97,7 @@ async def _pass_blindly(listening: socket.socket, far: str) -> None:
 
 @contextmanager
 def proxy(near: Path, far: Path, kind: str) -> Iterator[int]:
-    """:returns: the proxy's pid."""
+    """Start a proxy; yield its pid."""
     with subprocess.Popen([sys.executable, "-m", __spec__.name, str(near), str(far), kind]) as process:
         while not near.exists():
             time.sleep(0.01)
@@ -106,7 +106,7 @@ def proxy(near: Path, far: Path, kind: str) -> Iterator[int]:
 
 
 def compare(what: str, work: Callable[[Any], object], **ends: Any) -> None:
-    """Print how long the work takes at the first end and, in times of that, at the others."""
+    """Print how long the work takes at the first end, and at the others as a multiple of that."""
     rounds: list[list[float]] = []
     for _ in range(ROUNDS + 1):
         rounds.append([])
@@ -122,17 +122,20 @@ def compare(what: str, work: Callable[[Any], object], **ends: Any) -> None:
 
 
 def small_calls(connection: Any) -> None:
+    """Make 200 small calls."""
     for _ in range(200):
         connection.getLibVersion()
 
 
 def all_xml(connection: Any) -> None:
+    """Get the XML of all domains."""
     domains = connection.listAllDomains()
     assert len(domains) == DOMAINS
     assert sum(len(domain.XMLDesc()) for domain in domains) > 500 * DOMAINS
 
 
 def upload(connection: Any) -> None:
+    """Upload the volume."""
     stream = connection.newStream()
     connection.storagePoolLookupByName("pool").storageVolLookupByName("volume").upload(stream, 0, VOLUME)
     piece = bytes(PIECE)
@@ -143,6 +146,7 @@ def upload(connection: Any) -> None:
 
 
 def download(connection: Any) -> None:
+    """Download the volume."""
     stream = connection.newStream()
     connection.storagePoolLookupByName("pool").storageVolLookupByName("volume").download(stream, 0, VOLUME)
     received = 0
@@ -153,6 +157,8 @@ def download(connection: Any) -> None:
 
 
 def busy(connections: list[Any]) -> None:
+    """Make calls on all connections at once."""
+
     def calls(connection: Any) -> None:
         for _ in range(10):
             connection.getLibVersion()
@@ -165,10 +171,12 @@ def busy(connections: list[Any]) -> None:
 
 
 def resident(pid: int) -> int:
+    """Return the resident memory of a process in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def bench(folder: Path, libvirtd: PrivateLibvirtd) -> None:
+    """Measure and print everything."""
     paths = {kind: folder / kind for kind in ("through", "handled", "bare")}
     far = libvirtd.socket
     with (
@@ -201,6 +209,7 @@ def bench(folder: Path, libvirtd: PrivateLibvirtd) -> None:
 
 
 def main() -> None:
+    """Start libvirtd and measure."""
     with tempfile.TemporaryDirectory() as name, PrivateLibvirtd(Path(name)) as libvirtd:
         bench(Path(name), libvirtd)
 

@@ -1,1 +1,1 @@
-"""Anything at all, to what reads what others send. The short runs are tests; the long ones are started by hand."""
+"""Fuzzing of all code that parses input from outside. Short runs are unit tests; start long runs by hand."""

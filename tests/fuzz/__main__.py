@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing, with atheris from PyPI: ``python -m tests.fuzz TARGET [LIBFUZZER OPTION]...``."""
+"""Coverage-guided fuzzing with atheris: ``python -m tests.fuzz TARGET [LIBFUZZER OPTION]...``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.fuzz import corpus
 
 
 def main() -> None:
-    """Run until something is wrong, or what the options say (``-runs=200000``, ``-max_total_time=600``)."""
+    """Run until a fault is found or a limit is reached (``-runs=200000``, ``-max_total_time=600``)."""
     with atheris.instrument_imports(include=["nvdimm_driver"]):
         targets = importlib.import_module("tests.fuzz.targets").TARGETS
     name, *options = sys.argv[1:] or [""]

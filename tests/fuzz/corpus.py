@@ -1,4 +1,4 @@
-"""What fuzzing begins with: what is right, or nearly so."""
+"""Seeds for fuzzing: valid input, or nearly valid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORD = "<nvdimm:domain xmlns:nvdimm='urn:nvdimm-driver&#58;domain:1'><devices/
 
 
 def seeds(target: str) -> list[bytes]:
-    """Some bytes for a target of :mod:`tests.fuzz.targets`."""
+    """Return inputs for a target of :mod:`tests.fuzz.targets`."""
     return {"reader": _streams, "xml": _domains, "handlers": _calls}[target]()
 
 

@@ -1,4 +1,4 @@
-"""Requests of a hostile guest to a label server: ``python -m tests.fuzz.labels --requests 1000000``."""
+"""Random requests of a hostile guest to a label server: ``python -m tests.fuzz.labels --requests 1000000``."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ LOOK_EVERY = 1000
 
 
 class Guest:
-    """Asks for anything, most of it about label areas, at and past their limits."""
+    """Makes random requests, most of them about label areas, at and beyond their limits."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def number(self) -> int:
-        """At a limit, or anything."""
+        """Return a number at a limit, or a random one."""
         chosen = self._random.choice(LIMITS) + self._random.randrange(-2, 3)
         return chosen if 0 <= chosen < 1 << 32 and self._random.random() < 0.8 else self._random.randrange(1 << 32)
 
     def request(self) -> bytes:
-        """A page."""
+        """Return a request, as a page."""
         likely = self._random.random() < 0.8
         handle = self._random.randrange(6) if likely else self.number()
         function = self._random.randrange(FUNCTIONS) if likely else self.number()
@@ -43,15 +43,16 @@ class Guest:
 
 
 def resident(pid: int | str) -> int:
-    """KiB of memory that a process has."""
+    """Return the resident memory of a process in KiB."""
     status = Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1]
     return int(status.split()[0])
 
 
 def run(requests: int, seed: int = 1) -> str:
-    """Ask so often; returns what was seen.
+    """Make so many requests; return a line with the result.
 
-    :raises AssertionError: when an answer is not of the right form, an area not as told, or QEMU another.
+    :raises AssertionError: when an answer is malformed, an area differs from what the guest was told, or QEMU was
+        replaced.
     """
     areas = {slot: MemoryBytes(bytes(AREA)) for slot in SLOTS if slot != 1}
     placements = tuple(Placement(slot, (68 + 2 * slot) * GIB, 64 * MIB, AREA if slot in areas else 0) for slot in SLOTS)
@@ -84,7 +85,7 @@ def run(requests: int, seed: int = 1) -> str:
 
 
 def look(labels: QemuLabels, areas: dict[int, MemoryBytes]) -> None:
-    """The guest reads what is in the areas."""
+    """Check that the guest reads the content of the label areas."""
     for slot, area in areas.items():
         for offset in range(0, AREA, 4 * KIB):
             page = struct.pack("<IIIII", slot + 1, 1, GET, offset, 4000)
@@ -94,6 +95,7 @@ def look(labels: QemuLabels, areas: dict[int, MemoryBytes]) -> None:
 
 
 def main() -> None:
+    """Parse the command line, run, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,4 +1,4 @@
-"""Sessions of the proxy in which both sides send anything at all: ``python -m tests.fuzz.sessions --cases 200000``."""
+"""Sessions of the proxy in which both sides send random bytes: ``python -m tests.fuzz.sessions --cases 200000``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from nvdimm_driver.rpc.wire import pack
 from tests.unit.rpc_peers import CHANGED, FORGETS, PLAIN, REFUSED, TABLE, TWICE, UPPER, Line, Proxy, call, open_fds
 
 WARM_UP = 2000
-"""Sessions after which a process that does not leak has all the memory that it needs."""
+"""After so many sessions, a process that does not leak needs no more memory."""
 
 
 def mutated(random_: random.Random) -> bytes:
-    """Some messages, perhaps with bytes changed or left out; or no RPC at all."""
+    """Return some messages, perhaps with bytes changed or left out, or bytes that are no RPC."""
     if random_.random() < 0.1:
         return random_.randbytes(random_.randrange(1, 100))
     stream = bytearray()
@@ -45,7 +45,7 @@ def mutated(random_: random.Random) -> bytes:
 
 
 def send_cut(random_: random.Random, line: Line, stream: bytes, fd: int) -> None:
-    """Send in up to four pieces, some with a descriptor; a peer that does not want more is no fault."""
+    """Send a stream in up to four pieces, some with a descriptor. A peer may disconnect."""
     cuts = sorted(random_.sample(range(len(stream) + 1), min(len(stream), random_.randrange(4))))
     with suppress(BrokenPipeError, ConnectionResetError):
         for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
@@ -56,7 +56,7 @@ def send_cut(random_: random.Random, line: Line, stream: bytes, fd: int) -> None
 
 
 def received(line: Line) -> bytes:
-    """All that comes until the end; descriptors are closed."""
+    """Return everything that comes until the end; close descriptors."""
     data = b""
     with suppress(ConnectionResetError):
         while True:
@@ -69,7 +69,7 @@ def received(line: Line) -> bytes:
 
 
 def is_whole(stream: bytes) -> bool:
-    """True for messages, each with a NUL byte for each descriptor that it announces, and nothing more."""
+    """Return True for whole messages, each with a NUL byte for each descriptor that it announces, and nothing else."""
     at = 0
     while at < len(stream):
         if len(stream) - at < wire.HEADER_SIZE:
@@ -84,10 +84,10 @@ def is_whole(stream: bytes) -> bool:
 
 
 def session(proxy: Proxy, random_: random.Random, fd: int) -> None:
-    """One session: it ends, and no side gets a part of a message.
+    """Run one session, and check that it ends and that neither side gets part of a message.
 
-    :raises AssertionError: when one does.
-    :raises TimeoutError: when it does not end.
+    :raises AssertionError: when one side does.
+    :raises TimeoutError: when the session does not end.
     """
     lines = list(proxy.pair())
     with lines[0], lines[1]:
@@ -95,14 +95,14 @@ def session(proxy: Proxy, random_: random.Random, fd: int) -> None:
             send_cut(random_, line, mutated(random_), fd)
         random_.shuffle(lines)
         for line in lines:
-            with suppress(OSError):  # it is disconnected already
+            with suppress(OSError):  # already disconnected
                 line.socket.shutdown(socket.SHUT_WR)
             stream = received(line)
             assert is_whole(stream), f"a part of a message: {stream.hex()}"
 
 
 class Faults(logging.Handler):
-    """What the proxy logs that is worse than a warning: that a peer was disconnected is a warning."""
+    """Collects what the proxy logs above WARNING. A disconnected peer is a warning."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -113,7 +113,7 @@ class Faults(logging.Handler):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run many sessions, and say what they took; the exit status is 1 when something was wrong."""
+    """Run many sessions and print time and memory; return 1 when there was a fault, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,4 +1,4 @@
-"""What is given any bytes, and what must be true then. Each raises AssertionError when it is not."""
+"""The targets: each takes any bytes, and raises AssertionError when the code under test misbehaves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CALLS_MAX = 20
 
 
 def reader(data: bytes) -> None:
-    """Messages are the same wherever what is received is cut, and none is less or more than its frame."""
+    """Check that messages do not depend on where the stream is cut, and that each is exactly its frame."""
     cuts, stream = data[:4], data[4:]
     whole = _messages([stream])
     places = sorted(cut * len(stream) // 256 for cut in cuts)
@@ -40,7 +40,7 @@ def reader(data: bytes) -> None:
 
 
 def _messages(pieces: list[bytes]) -> tuple[list[Message], bool]:
-    """The messages, and whether the stream was no RPC from some point on."""
+    """Return the messages, and True if the stream stopped being RPC."""
     found: list[Message] = []
     taker = Reader()
     try:
@@ -54,7 +54,7 @@ def _messages(pieces: list[bytes]) -> tuple[list[Message], bool]:
 
 
 def xml(data: bytes) -> None:
-    """Nothing but our own errors; no edit makes XML that libxml2 does not take; nothing hides a record of ours."""
+    """Check that only the driver's errors are raised, libxml2 parses what is written, and no record stays hidden."""
     try:
         text = decode(data)
         mentioned, rewritten = mentions(text), rewrite(text, DEVICE_MODEL)
@@ -63,14 +63,14 @@ def xml(data: bytes) -> None:
     seen = _name_spaces(data)
     if seen is None:
         return
-    assert mentioned or NAMESPACE not in seen, "hidden from us, and not from libxml2"
+    assert mentioned or NAMESPACE not in seen, "hidden from the driver but not from libxml2"
     if rewritten != text:
         assert NAMESPACE in (_name_spaces(rewritten.encode()) or ()), "libxml2 does not take it"
         assert extract(restore(rewritten)) == extract(text)
 
 
 def _name_spaces(data: bytes) -> set[str] | None:
-    """The name spaces that libxml2 finds; None for what it does not take."""
+    """Return the name spaces that libxml2 finds; None if it cannot parse the data."""
     try:
         root = etree.fromstring(data, etree.XMLParser(resolve_entities=False, no_network=True))
     except (etree.XMLSyntaxError, ValueError):
@@ -79,7 +79,7 @@ def _name_spaces(data: bytes) -> set[str] | None:
 
 
 def handlers(data: bytes) -> None:
-    """A handler ends with a reply, or an error for the client, whatever the arguments and libvirtd's answers are."""
+    """Check that a handler ends with a reply or an error, whatever the arguments and libvirtd's answers are."""
     number = sorted(intercept.TABLE)[data[0] % len(intercept.TABLE)] if data else 11
     size = struct.unpack(">H", data[1:3])[0] if len(data) >= 3 else 0
     payload, answers = data[3 : 3 + size], data[3 + size :]
@@ -93,7 +93,7 @@ def handlers(data: bytes) -> None:
 
 
 def _drive(steps: Generator[Call | Work, Any, bytes], answers: bytes) -> None:
-    """libvirtd answers with what the first bytes of ``answers`` choose each time."""
+    """Run a handler; the first bytes of ``answers`` choose what libvirtd answers to each call."""
     send: Callable[[Any], Call | Work] = steps.send
     value: object = None
     for turn in range(CALLS_MAX):

@@ -1,4 +1,4 @@
-"""`python3 -m tests.lab`: a shell in a lab; `build` only builds it, `run COMMAND` runs one command in its dom0."""
+"""`python3 -m tests.lab`: a shell in a lab. `build` only builds it, `run COMMAND` runs one command in its dom0."""
 
 import argparse
 import os
@@ -15,12 +15,12 @@ from tests.lab.errors import LabError
 from tests.lab.host import XenHost
 from tests.lab.image import Images, build
 
-# The console belongs to dom0's shell, Ctrl-C and all; this ends the session, as in telnet.
+# All keys go to dom0's shell, Ctrl-C too. This one ends the session, as in telnet.
 LEAVE = b"\x1d"
 
 
 def main() -> int:
-    """Parse the command line, do what it says, return the exit status."""
+    """Parse the command line and run it; return the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m tests.lab", description=__doc__)
     verbs = parser.add_subparsers(dest="verb")
     verbs.add_parser("build", help="only build the images")
@@ -67,7 +67,7 @@ def _shell(images: Images) -> int:
 
 
 def _attach(console: Path) -> None:
-    """Join this terminal and the console, until Ctrl-] or until the console is gone."""
+    """Connect this terminal to the console, until Ctrl-] or until the console is gone."""
     keyboard = sys.stdin.fileno()
     saved = termios.tcgetattr(keyboard)
     with socket.socket(socket.AF_UNIX) as line:

@@ -1,4 +1,4 @@
-"""This side of the channel to dom0's agent; `recipe/lab-agent` is the other side and has the orders."""
+"""The lab's side of the channel to dom0's agent; `recipe/lab-agent` is the other side and defines the orders."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ HELLO_SECONDS = 5.0
 
 
 class AgentConnection:
-    """A connection on which several threads may ask at once; a thread of its own sorts the answers."""
+    """A connection that several threads may use at once; a thread of its own dispatches the answers."""
 
     def __init__(self, path: Path) -> None:
         """Connect to the unix socket at `path`."""
@@ -32,7 +32,7 @@ class AgentConnection:
         threading.Thread(target=self._receive, daemon=True).start()
 
     def answers(self) -> bool:
-        """Whether the agent answers within HELLO_SECONDS; what it is asked waits for it while dom0 boots."""
+        """Return True if the agent answers within HELLO_SECONDS. Orders wait for the agent while dom0 boots."""
         try:
             self.ask({"op": "hello"}, HELLO_SECONDS)
         except (TimeoutError, LabError):
@@ -40,7 +40,11 @@ class AgentConnection:
         return True
 
     def ask(self, order: Mapping[str, object], timeout: float) -> dict[str, Any]:
-        """Send an order, return its answer; LabError when the order failed, TimeoutError without an answer."""
+        """Send an order and return its answer.
+
+        :raises LabError: when the order failed.
+        :raises TimeoutError: without an answer.
+        """
         with self._changed:
             self._asked += 1
             name = f"{time.time_ns()}-{self._asked}"
@@ -55,14 +59,14 @@ class AgentConnection:
         return answer
 
     def close(self) -> None:
-        """Close the connection; whoever waits for an answer gets a LabError."""
-        with contextlib.suppress(OSError):  # QEMU may have gone first
+        """Close the connection; threads that wait for an answer get a LabError."""
+        with contextlib.suppress(OSError):  # QEMU may have ended first
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _send(self, order: Mapping[str, object]) -> None:
         try:
-            # the leading newline ends whatever an earlier connection left half sent
+            # the leading newline ends a line that an earlier connection left half sent
             self._socket.sendall(b"\n" + json.dumps(order).encode() + b"\n")
         except OSError as error:
             raise LabError(f"the channel to dom0 is closed: {error}") from error

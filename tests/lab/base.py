@@ -1,7 +1,7 @@
-"""The first half of the build: Debian 12 packages become a dom0 root tree, kernels, Xen and busybox; and a kernel of
-Debian 13 for a guest.
+"""The first half of the build: a dom0 root tree, kernels, Xen and busybox from Debian 12 packages, and a guest kernel
+from Debian 13.
 
-This is the slow half and it changes rarely, so it is cached by itself, under a key made of this file and the
+This is the slow half, and it rarely changes. So it is cached by itself, under a key made from this file and the
 download script.
 """
 
@@ -61,7 +61,7 @@ APT_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Folders made of Debian packages; `root` is an installed system, the others are packages unpacked."""
+    """Folders made from Debian packages: `root` is an installed system, each other one an unpacked package."""
 
     root: Path
     dom0_kernel: Path
@@ -72,7 +72,7 @@ class Base:
 
 
 def build_base(cache: Path) -> Base:
-    """Return the base from `cache`, made first if it is not there."""
+    """Return the base from `cache`; build it first if it is not there."""
     folder = cached(cache, "base", digest([Path(__file__), DOWNLOAD]), _make)
     return Base(*(folder / name for name in ("root", *UNPACKED_PACKAGES, "other-kernel")))
 
@@ -110,7 +110,7 @@ def _make(folder: Path) -> None:
 
 
 def _download_other(downloads: Path, options: Path) -> None:
-    """Fetch the guest's kernel of another release, with folders of apt's own, into `downloads`/other."""
+    """Download the guest's kernel of another release to `downloads`/other, with separate folders for apt."""
     own = downloads / "apt"
     (own / "lists" / "partial").mkdir(parents=True)
     (own / "status").touch()
@@ -139,7 +139,7 @@ def _only_archive(folder: Path) -> Path:
 
 
 def _unpack(archive: Path, target: Path, root: Path) -> None:
-    """Unpack a package; no kernel package brings its modules.dep, so the depmod of the system in `root` makes it."""
+    """Unpack a package. Kernel packages have no modules.dep; the depmod of the system in `root` makes it."""
     inside = root / "unpacked"
     run_tool(["dpkg-deb", "-x", archive, inside])
     merged = inside / "usr" / "lib" / "modules"  # since Debian 13
@@ -152,7 +152,7 @@ def _unpack(archive: Path, target: Path, root: Path) -> None:
 
 
 def _mirror_lines() -> list[str]:
-    """The Debian sources of this machine for the release, as one-line apt sources."""
+    """Return this machine's Debian sources for the release, as one-line apt sources."""
     targets = run_tool(
         ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages"]
     )
@@ -163,6 +163,6 @@ def _mirror_lines() -> list[str]:
 
 
 def _apt_options() -> bytes:
-    """How this machine's apt reaches its mirror: proxies and the checks that a mirror needs off."""
+    """Return the options with which this machine's apt reaches its mirror: proxies, and checks that are off."""
     dump = run_tool(["apt-config", "dump", "--no-empty"]).decode()
     return "".join(f"{line}\n" for line in dump.splitlines() if line.startswith(APT_OPTIONS)).encode()

@@ -1,4 +1,4 @@
-"""Folders that are made once, whole or not at all, and named after what they are made from."""
+"""Folders that are built once, in full or not at all, and named after a hash of their sources."""
 
 import fcntl
 import hashlib
@@ -12,7 +12,7 @@ KEY_LENGTH = 16
 
 
 def cache_folder() -> Path:
-    """$NVDIMM_LAB_CACHE, or nvdimm-driver/lab in the user's cache folder."""
+    """Return $NVDIMM_LAB_CACHE, or nvdimm-driver/lab in the user's cache folder."""
     explicit = os.environ.get("NVDIMM_LAB_CACHE")
     if explicit:
         return Path(explicit)
@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def digest(files: Iterable[Path], *extra: str) -> str:
-    """A key that changes when the name or the content of one of `files`, or of `extra`, does."""
+    """Return a key that changes with the name, mode or content of any of `files`, and with `extra`."""
     state = hashlib.sha256()
     for file in sorted(files):
         state.update(f"{file.name}\0{file.stat().st_mode:o}\0".encode())
@@ -31,7 +31,7 @@ def digest(files: Iterable[Path], *extra: str) -> str:
 
 
 def cached(cache: Path, name: str, key: str, make: Callable[[Path], None]) -> Path:
-    """Return `cache`/`name`-`key`, which `make` fills when it does not exist; other builders wait meanwhile."""
+    """Return `cache`/`name`-`key`. If it does not exist, `make` fills it; other builders wait meanwhile."""
     folder = cache / f"{name}-{key}"
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{name}.lock"):

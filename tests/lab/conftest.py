@@ -13,11 +13,12 @@ MakeHost = Callable[..., XenHost]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker of lab tests."""
     config.addinivalue_line("markers", "lab: needs a Xen host under emulation; minutes, not seconds")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """By host, as only one can run: the shared one, which the others end, then those of a test, then systemd's."""
+    """Sort tests by host, as only one can run: the shared host, then hosts of one test, then the one with systemd."""
     hosts = ("host", "fresh_host", "systemd_host")
 
     def order(item: pytest.Item) -> int:
@@ -29,19 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def images() -> Images:
-    """The lab's images, built when they are not."""
+    """Return the lab's images; build them if they do not exist."""
     return build()
 
 
 @pytest.fixture(scope="session")
 def shared_hosts() -> list[XenHost]:
-    """The shared host, once there is one; `fresh_host` ends it without starting it."""
+    """Return a list with the shared host, empty until it starts. `fresh_host` stops that host."""
     return []
 
 
 @pytest.fixture(scope="session")
 def host(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
-    """A host that all tests share, with two NVDIMMs that were empty when the session began."""
+    """Yield the host that all tests share, with two NVDIMMs that were empty when the run began."""
     with XenHost(images) as shared:
         shared_hosts.append(shared)
         yield shared
@@ -49,10 +50,10 @@ def host(images: Images, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
 
 @pytest.fixture(scope="session")
 def driver_host(host: XenHost) -> XenHost:
-    """The shared host with the driver installed, /mnt/pmem0 (DAX) and /dev/pmem1 (raw).
+    """Return the shared host with the driver installed, /mnt/pmem0 (DAX) and /dev/pmem1 (raw).
 
-    Namespaces are made once: taking one down crashes a PV dom0 of this kernel. ``nvdimmctl`` is one that was started
-    before.
+    Namespaces are made once: with this kernel, a PV dom0 crashes when one is taken down. A process that is already
+    started runs ``nvdimmctl`` (`served`).
     """
     operator.install_driver(host)
     operator.make_pmem(host)
@@ -64,9 +65,9 @@ def driver_host(host: XenHost) -> XenHost:
 def systemd_host(
     images: Images, shared_hosts: list[XenHost], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[XenHost]:
-    """A host with Debian's systemd and three NVDIMMs, whose disk outlives a power cut; nothing of ours is on it.
+    """Yield a host with Debian's systemd, three NVDIMMs, and a disk that outlives a power cut; without the driver.
 
-    Of 1 GiB each but for region1, which is the third: QEMU has them in this order in its NFIT.
+    The first two NVDIMMs have 1 GiB each. The third, of 160 MiB, is region1: QEMU has them in this order in its NFIT.
     """
     for shared in shared_hosts:
         shared.stop()
@@ -80,7 +81,7 @@ def systemd_host(
 
 @pytest.fixture
 def fresh_host(images: Images, shared_hosts: list[XenHost]) -> Iterator[MakeHost]:
-    """Make hosts of one's own, off yet, with the arguments of XenHost; one at a time runs, the shared one no more."""
+    """Stop the shared host; yield a function that makes hosts, not started yet, from XenHost's arguments."""
     made: list[XenHost] = []
 
     def make(**options: Any) -> XenHost:

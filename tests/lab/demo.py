@@ -1,4 +1,4 @@
-"""``make demo``: the story of a guest's persistent memory, from an empty NVDIMM to bytes that outlive a reboot."""
+"""``make demo``: a guest's persistent memory, from an empty NVDIMM to bytes that outlive a reboot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEED = 2016
 
 
 class Story:
-    """Says what happens, shows that it goes on, and keeps the seconds of each part."""
+    """Prints what happens, shows progress, and keeps the seconds of each part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -30,7 +30,7 @@ class Story:
 
     @contextmanager
     def part(self, title: str) -> Iterator[None]:
-        """One part of the story, with its time."""
+        """Run one part of the story and print its time."""
         began = time.monotonic()
         with self._progress.status(title):
             yield
@@ -38,12 +38,12 @@ class Story:
         print(f"* {title} ({self.seconds[title]:.0f} s)", flush=True)
 
     def tell(self, text: str) -> None:
-        """What was seen in this part."""
+        """Print what this part has shown."""
         for line in text.rstrip().splitlines():
             print(f"    {line}", flush=True)
 
     def end(self) -> None:
-        """The seconds of each part, and the last line."""
+        """Print the seconds of each part, and the last line."""
         print("\nSeconds:")
         for title, seconds in self.seconds.items():
             print(f"  {seconds:6.1f}  {title}")
@@ -51,7 +51,7 @@ class Story:
 
 
 def main() -> int:
-    """Tell the story; any failure is an exception, and a status that is not 0."""
+    """Tell the story; a failure is an exception and a status other than 0."""
     story = Story()
     with story.part("Build the lab's images, unless they are there"):
         images = build()
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def tell(story: Story, host: XenHost) -> None:
-    """The story on a running host."""
+    """Tell the story on a running host."""
     story.tell(host.check("xl info | grep -E 'xen_version|release|virt_caps'").stdout)
     with story.part("Install nvdimm_driver in dom0 and register it with libvirt"):
         operator.install_driver(host)
@@ -104,7 +104,7 @@ def tell(story: Story, host: XenHost) -> None:
 
 
 def seen(report: Report) -> str:
-    """What the guest's Linux found."""
+    """Return what the guest's Linux found, as lines."""
     lines = [f"the guest sees /dev/{disk.name}: {disk.size // MIB} MiB" for disk in report.disks]
     lines += [f"the guest sees NFIT {r.name} at {r.resource:#x}" for r in report.regions if r.resource is not None]
     return "\n".join([*lines, f"ACPI or NFIT problems in its kernel log: {len(report.problems)}"])

@@ -1,5 +1,5 @@
-"""The one error of the lab."""
+"""The lab's only error."""
 
 
 class LabError(Exception):
-    """The lab, or a command in it, failed; the text has all that is known about it."""
+    """The lab, or a command in it, failed; the text has everything that is known about it."""

@@ -1,7 +1,7 @@
-"""The lab's Linux guest: what it reports of its NVDIMMs, and orders to it; `recipe/guest-init` is the other side.
+"""The lab's Linux guest: its reports about its NVDIMMs, and orders to it; `recipe/guest-init` is the other side.
 
-A guest boots from one read-only disk that all guests share, and speaks through its Xen console: its reports and
-answers are read from xenconsoled's log, orders are written to the console's terminal in dom0.
+A guest boots from one read-only disk that all guests share, and communicates through its Xen console: its reports
+and answers are read from xenconsoled's log, orders are written to the console's terminal in dom0.
 """
 
 import json
@@ -47,7 +47,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Dimm:
-    """An nmem; `handle` is its NFIT device handle; `available_slots`, the free label slots, is None without labels."""
+    """An nmem; `handle` is its NFIT device handle, `available_slots` its free label slots or None without labels."""
 
     name: str
     handle: int
@@ -58,7 +58,7 @@ class Dimm:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A namespace; a seed that nothing is made of yet has size 0."""
+    """A namespace; a seed, of which none was made yet, has size 0."""
 
     name: str
     size: int
@@ -78,7 +78,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a guest saw; `problems` are the lines of its kernel log about ACPI, NFIT and libnvdimm gone wrong."""
+    """A guest's report; `problems` are the lines of its kernel log about errors of ACPI, NFIT and libnvdimm."""
 
     boot_id: str
     uptime: float
@@ -94,17 +94,17 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How an order ended: a shell's status, and what the order printed."""
+    """The answer to an order: a shell's status, and what the order printed."""
 
     returncode: int
     result: str
 
 
 class Conversation(ABC):
-    """What is said with a guest's init: its reports, orders to it and their answers."""
+    """A conversation with a guest's init: its reports, orders to it and their answers."""
 
     def __init__(self, name: str, begin: int = 0) -> None:
-        """:param begin: what makes the names of orders differ from those of earlier conversations."""
+        """:param begin: a number that makes the names of orders differ from those of earlier conversations."""
         self.name = name
         self._begin = begin
         self._pending = b""
@@ -114,11 +114,11 @@ class Conversation(ABC):
 
     @abstractmethod
     def exists(self) -> bool:
-        """Whether the guest is there."""
+        """Return True if the guest exists."""
 
     @abstractmethod
     def console(self) -> str:
-        """All that the guest has written to its console since this object was made."""
+        """Return everything that the guest has written to its console since this object was made."""
 
     @abstractmethod
     def _send(self, line: str) -> None:
@@ -126,14 +126,17 @@ class Conversation(ABC):
 
     @abstractmethod
     def _receive(self) -> bytes:
-        """What has come from it since."""
+        """Return what came from the guest since the last call."""
 
     @abstractmethod
     def _evidence(self) -> str:
-        """What may explain why nothing comes."""
+        """Return what may explain why nothing comes."""
 
     def wait_report(self, timeout: float = 240, boot: int = 1) -> Report:
-        """The first report of the `boot`-th boot, counted from 1; LabError with the console's end if it never comes."""
+        """Return the first report of the `boot`-th boot, counted from 1.
+
+        :raises LabError: with the end of the console, if it does not come.
+        """
 
         def found() -> Report | None:
             boots = self._boots()
@@ -142,13 +145,16 @@ class Conversation(ABC):
         return self._wait(found, timeout, f"report of boot {boot}")
 
     def report(self, timeout: float = 60) -> Report:
-        """Have the guest look again."""
+        """Have the guest look again; return its new report."""
         known = len(self._reports)
         self.check("report", timeout=timeout)
         return self._wait(lambda: self._reports[-1] if len(self._reports) > known else None, timeout, "report")
 
     def order(self, verb: str, *arguments: object, timeout: float = 120) -> Answer:
-        """Send an order, return its answer; LabError when none comes."""
+        """Send an order and return its answer.
+
+        :raises LabError: when none comes.
+        """
         self._orders += 1
         name = f"{self._begin}-{self._orders}"
         line = " ".join((name, verb, *map(str, arguments)))
@@ -156,18 +162,21 @@ class Conversation(ABC):
         return self._wait(lambda: self._answers.get(name), timeout, f"answer to {line!r}")
 
     def check(self, verb: str, *arguments: object, timeout: float = 120) -> str:
-        """`order`, and LabError when the order fails; returns what it printed."""
+        """Send an order that has to succeed; return what it printed.
+
+        :raises LabError: when it fails, or no answer comes.
+        """
         answer = self.order(verb, *arguments, timeout=timeout)
         if answer.returncode:
             raise LabError(f"guest {self.name}: {verb} {arguments} has status {answer.returncode}: {answer.result}")
         return answer.result
 
     def sha256(self, device: str, offset: int, length: int, timeout: float = 300) -> str:
-        """The SHA-256 of bytes of a block device, read from the device and not from the page cache, in hex."""
+        """Return the SHA-256, in hex, of bytes of a block device, read from the device and not from the page cache."""
         return self.check("sha256", device, offset, length, timeout=timeout)
 
     def read(self, device: str, offset: int, length: int) -> bytes:
-        """At most READ_LIMIT bytes of a block device."""
+        """Return bytes of a block device, at most READ_LIMIT."""
         if length > READ_LIMIT:
             raise LabError(f"{length} bytes do not go through a console; at most {READ_LIMIT}")
         return bytes.fromhex(self.check("read", device, offset, length))
@@ -177,7 +186,7 @@ class Conversation(ABC):
         self.check("write", device, offset, length, seed, timeout=timeout)
 
     def dmesg(self) -> str:
-        """The guest's kernel log."""
+        """Return the guest's kernel log."""
         return self.check("dmesg")
 
     def reboot(self, timeout: float = 240) -> Report:
@@ -185,13 +194,13 @@ class Conversation(ABC):
         return self.next_boot(lambda: self.check("reboot"), timeout)
 
     def next_boot(self, cause: Callable[[], object], timeout: float = 240) -> Report:
-        """Do what makes the guest boot again; return the report of that boot."""
+        """Call `cause`, which makes the guest boot again; return the report of that boot."""
         boots = len(self._boots())
         cause()
         return self.wait_report(timeout, boots + 1)
 
     def poweroff(self, timeout: float = 120) -> None:
-        """Have the guest turn itself off, and wait until its domain is gone."""
+        """Have the guest power off, and wait until its domain is gone."""
         self.check("poweroff")
         self.wait_end(timeout)
 
@@ -216,7 +225,7 @@ class Conversation(ABC):
             waited = time.monotonic() - started
             if waited > timeout:
                 raise LabError(f"guest {self.name}: no {what} after {timeout} s\n{self._evidence()}")
-            # each look costs dom0 time that the guest's device model could use
+            # each poll takes CPU time in dom0 from the guest's device model
             time.sleep(min(max(POLL_SECONDS, waited / 10), LONGEST_POLL_SECONDS))
 
     def _poll(self) -> None:
@@ -234,7 +243,7 @@ class Conversation(ABC):
 
 
 class Guest(Conversation):
-    """A Xen guest by its name; make this before the guest starts, for boots are counted from then on."""
+    """A Xen guest by its name. Create this object before the guest starts: it counts boots from then on."""
 
     def __init__(self, host: XenHost, name: str) -> None:
         self._host = host
@@ -245,15 +254,15 @@ class Guest(Conversation):
         super().__init__(name, self._end)
 
     def exists(self) -> bool:
-        """Whether Xen has a domain of this name."""
+        """Return True if Xen has a domain of this name."""
         return self._host.run(f"xl domid '{self.name}'").returncode == 0
 
     def console(self) -> str:
         return self._host.get(self._log)[self._begin :].decode(errors="replace")
 
     def _send(self, line: str) -> None:
-        # xl takes three times as long as xenstore-read, so it is asked only after a reboot;
-        # opened without noctty, the terminal would become that of the command's session and be hung up with it
+        # xl takes three times as long as xenstore-read, so it is run only after a reboot. Without noctty, the terminal
+        # would become that of the command's session and be hung up with it.
         sent = self._host.check(
             f"id={self._domid}; "
             f"[ \"$(xenstore-read /local/domain/$id/name 2>&1)\" = '{self.name}' ] || id=$(xl domid '{self.name}') && "
@@ -273,7 +282,7 @@ class Guest(Conversation):
 
 
 def pattern(seed: int, length: int) -> bytes:
-    """The bytes that a guest writes for `seed`: each block of 4096 tells its own number, so a misplaced one shows.
+    """Return the bytes that a guest writes for `seed`. Each block of 4096 has its number, so a misplaced one shows.
 
     A block is its number within the pattern as %08x, then 1022 numbers as %04x: the upper halves of the states of
     x → (69069·x + 1) mod 2³² that follow `seed`, 0 ≤ seed < 2³².
@@ -288,14 +297,14 @@ def pattern(seed: int, length: int) -> bytes:
 
 
 def install_guest(host: XenHost) -> str:
-    """Put the guest's disk into dom0's memory, where all guests boot from it; returns its path there."""
+    """Copy the guest's disk into dom0's memory, where all guests boot from it; return its path there."""
     if not host.exists(GUEST_DISK):
         host.put(host.images.guest_disk, GUEST_DISK)
     return GUEST_DISK
 
 
 def disk_arguments(disk: str = GUEST_DISK) -> tuple[str, ...]:
-    """Device-model arguments for the guest's disk: virtio, for IDE and Xen's own disk cost the BIOS far more time."""
+    """Return device-model arguments for the guest's disk: virtio, as the BIOS is far slower with IDE or Xen's disk."""
     return (
         *("-drive", f"file={disk},if=none,id=boot,format=raw,readonly=on"),
         *("-device", "virtio-blk-pci,drive=boot,bootindex=1"),
@@ -303,7 +312,7 @@ def disk_arguments(disk: str = GUEST_DISK) -> tuple[str, ...]:
 
 
 def xl_config(name: str, *, memory_mib: int = 128, disk: str = GUEST_DISK, extra: str = "") -> str:
-    """A configuration for `xl create` with all that makes a guest boot fast here; `extra` has more lines of it."""
+    """Return a configuration for `xl create` with which a guest boots fast here, followed by the lines of `extra`."""
     return f"""\
 type = "hvm"
 name = "{name}"

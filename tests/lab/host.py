@@ -24,19 +24,19 @@ from tests.lab.tools import require, run_tool
 
 GIB = 1 << 30
 LABEL_BYTES = 128 << 10
-# The visible part of an NVDIMM is its file less the label area, rounded down to this.
+# The visible part of an NVDIMM is its file without the label area, rounded down to this.
 NVDIMM_ALIGN = 2 << 20
-# SMAP crashes a PV dom0 under TCG, MWAIT panics Xen, exits for RDTSCP are decoded wrongly, and AVX, which needs XSAVE,
-# is an invalid opcode now and then when two guests run.
+# Under TCG, SMAP crashes a PV dom0, MWAIT makes Xen panic, exits for RDTSCP are decoded wrongly, and AVX, which needs
+# XSAVE, is an invalid opcode now and then when two guests run.
 CPU = "EPYC,+svm,+npt,-smap,-smep,-monitor,-rdtscp,-xsave,-xsaveopt,-xsavec,-xgetbv1,-avx,-avx2,-f16c,-fma"
-# One processor more than dom0 has, for guests, though this machine may have but two: most of a test's time is dom0's.
+# dom0 gets two of the three CPUs; guests use the third. This machine may have only two: dom0 uses most of the time.
 XEN_ARGS = (
     "dom0_mem={memory},max:{memory} dom0_max_vcpus=2 dom0_vcpus_pin sched=credit mwait-idle=0 cpuidle=0 bootscrub=0 "
     "console=com1 com1=115200,8n1 loglvl=info guest_loglvl=debug noreboot"
 )
 LINUX_ARGS = "rdinit=/init console=hvc0 quiet loglevel=4 net.ifnames=0"
 SHARE = "/mnt/share"
-# Bytes above which a file travels by the shared folder and not through the agent's channel.
+# Larger files, in bytes, go through the shared folder and not through the agent's channel.
 CHANNEL_LIMIT = 64 << 10
 ANSWER_SECONDS = 30
 NETWORK_CARD, ADDRESS = "eth0", "10.0.2.15"
@@ -46,20 +46,20 @@ LOCK = Path("/tmp/nvdimm-driver-lab.lock")
 
 @dataclass(frozen=True, slots=True)
 class Nvdimm:
-    """An emulated NVDIMM: `size` bytes are visible in dom0, a multiple of 2 MiB; `path` has them and a label area."""
+    """An emulated NVDIMM: dom0 sees `size` bytes, a multiple of 2 MiB; the file `path` has them and a label area."""
 
     path: Path
     size: int = GIB
 
     @property
     def file_size(self) -> int:
-        """Bytes of the file behind it: what is visible, the label area, and what rounding takes."""
+        """The size of its file in bytes: the visible part, the label area, and room for rounding."""
         return self.size + NVDIMM_ALIGN
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a command in dom0 ended; a negative `returncode` is a signal, as in subprocess."""
+    """The result of a command in dom0; a negative `returncode` is a signal, as in subprocess."""
 
     command: str
     returncode: int
@@ -71,10 +71,10 @@ class Result:
 class XenHost:
     """A Xen host that starts, loses power and starts again; only one runs on a machine at a time.
 
-    As a context manager it starts on entry, and stops on exit. Its run folder, with the console's log, goes then, or
-    stays when the start or the body failed. `nvdimms` outlive it when they lie elsewhere; by default it has two in
-    its run folder, of 1 GiB and 160 MiB, so that dom0 sees /dev/pmem0 and /dev/pmem1. dom0's disk is as it was built at
-    each start, unless `keep_disk`: then what dom0 wrote outlives a power cut too.
+    As a context manager it starts on entry and stops on exit. Its run folder, with the console's log, is deleted then,
+    unless the start or the body failed. By default it has two `nvdimms` in its run folder, of 1 GiB and 160 MiB, so
+    that dom0 sees /dev/pmem0 and /dev/pmem1; those elsewhere outlive the host. At each start dom0's disk is as it was
+    built, unless `keep_disk` is set: then dom0's writes outlive a power cut, too.
     """
 
     def __init__(
@@ -120,11 +120,14 @@ class XenHost:
 
     @property
     def running(self) -> bool:
-        """Whether QEMU runs."""
+        """True while QEMU runs."""
         return self._qemu is not None and self._qemu.poll() is None
 
     def start(self) -> None:
-        """Boot the host and wait for dom0's agent; LabError, with the end of the console, when it does not come up."""
+        """Boot the host and wait for dom0's agent.
+
+        :raises LabError: with the end of the console, when it does not boot.
+        """
         if self._qemu is not None:
             raise LabError("this host runs already")
         require(("qemu-system-x86_64", "setpriv"))
@@ -137,7 +140,7 @@ class XenHost:
             raise
 
     def stop(self) -> None:
-        """Write out what dom0 has not written yet, and turn the host off; a host that is off stays off."""
+        """Sync dom0's disks and turn the host off; a host that is off stays off."""
         if not self.running:
             self._kill()
             return
@@ -149,11 +152,11 @@ class XenHost:
             self._kill()
 
     def power_cut(self) -> None:
-        """The host loses power: QEMU is killed; what was stored in its NVDIMMs is still there."""
+        """Kill QEMU: the host loses power, and its NVDIMMs keep what was stored in them."""
         self._kill()
 
     def close(self, *, keep: bool = False) -> None:
-        """Stop the host, and delete its run folder unless `keep`, or a command was not answered."""
+        """Stop the host. Delete its run folder unless `keep` is set or a command got no answer."""
         keep = keep or self._hung
         try:
             self.stop()
@@ -165,9 +168,9 @@ class XenHost:
                 shutil.rmtree(self.run_folder)
 
     def run(self, command: str, timeout: float = 300) -> Result:
-        """Run a bash command in dom0 as root; LabError when it takes more than `timeout` seconds, or dom0 is gone.
+        """Run a bash command in dom0 as root. A dom0 that does not answer at all hangs, and the host is killed.
 
-        A dom0 that does not even say that it took too long hangs: the host loses power.
+        :raises LabError: when the command takes more than `timeout` seconds, or dom0 is gone.
         """
         answer = self._ask({"op": "run", "command": command, "timeout": timeout}, timeout + ANSWER_SECONDS)
         result = Result(
@@ -182,14 +185,17 @@ class XenHost:
         return result
 
     def check(self, command: str, timeout: float = 300) -> Result:
-        """`run`, and LabError when the command fails."""
+        """Run a command that has to succeed.
+
+        :raises LabError: when it fails, and as :meth:`run` does.
+        """
         result = self.run(command, timeout)
         if result.returncode:
             raise LabError(_describe(result))
         return result
 
     def write(self, remote: str, data: bytes, mode: int = 0o644) -> None:
-        """Write a file in dom0, and the folders it is in."""
+        """Write a file in dom0; create the folders that it is in."""
         if len(data) > CHANNEL_LIMIT:
             shared = self._shared_name()
             (self.share / shared).write_bytes(data)
@@ -200,16 +206,19 @@ class XenHost:
         self._ask(order, 60)
 
     def read(self, remote: str, offset: int = 0, limit: int = 1 << 20) -> bytes:
-        """Up to `limit` bytes of a file in dom0; LabError when there is no such file."""
+        """Return up to `limit` bytes of a file in dom0.
+
+        :raises LabError: when there is no such file.
+        """
         answer = self._ask({"op": "read", "path": remote, "offset": offset, "limit": limit}, 60)
         return base64.b64decode(answer["data"])
 
     def exists(self, remote: str) -> bool:
-        """Whether there is such a file in dom0."""
+        """Return True if dom0 has such a file."""
         return self.run(f"test -e '{remote}'").returncode == 0
 
     def put(self, local: Path, remote: str) -> None:
-        """Copy a file, or a folder with all in it, into dom0, as `remote`."""
+        """Copy a file, or a folder with its content, into dom0, as `remote`."""
         shared = self._shared_name()
         if local.is_dir():
             shutil.copytree(local, self.share / shared, symlinks=True)
@@ -218,7 +227,7 @@ class XenHost:
         self._take_shared(shared, remote)
 
     def get(self, remote: str) -> bytes:
-        """The content of a file in dom0."""
+        """Return the content of a file in dom0."""
         size = int(self.check(f"stat -L -c %s '{remote}'").stdout)
         if 0 < size <= CHANNEL_LIMIT:
             return self.read(remote, limit=size)
@@ -229,7 +238,7 @@ class XenHost:
         return data
 
     def forward(self, port: int) -> int:
-        """A TCP port of this machine's loopback that leads to `port` in a dom0 without systemd."""
+        """Forward a TCP port of this machine's loopback to `port` in a dom0 without systemd; return it."""
         up = f"ip link set {NETWORK_CARD} up && ip address replace {ADDRESS}/24 dev {NETWORK_CARD}"
         self.check(f"modprobe virtio_net && {up}")
         self._monitor(f"hostfwd_add net tcp:127.0.0.1:0-{ADDRESS}:{port}")
@@ -241,11 +250,11 @@ class XenHost:
 
     @property
     def console_socket(self) -> Path:
-        """A unix socket with the host's serial console, on which dom0 runs a shell."""
+        """The unix socket of the host's serial console, on which dom0 runs a shell."""
         return self.run_folder / "console.sock"
 
     def console(self) -> str:
-        """All that Xen and dom0 have written to the serial console."""
+        """Return everything that Xen and dom0 have written to the serial console."""
         log = self.run_folder / "console.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
@@ -274,7 +283,7 @@ class XenHost:
         except TimeoutError as error:
             evidence = self._evidence()
             self._hung = True
-            self._kill()  # nothing more would be answered, after as long a wait each time
+            self._kill()  # later commands would get no answer either, and each would wait as long
             raise LabError(f"{error}\n{evidence}") from error
 
     def _start_qemu(self) -> None:
@@ -285,7 +294,7 @@ class XenHost:
             (self.run_folder / name).unlink(missing_ok=True)
         with (self.run_folder / "qemu.log").open("wb") as log:
             self._qemu = subprocess.Popen(
-                # the kernel kills QEMU if this process ends in a way that runs nothing of ours
+                # the kernel kills QEMU even if this process ends without running any code
                 ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *self._qemu_command()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -338,7 +347,7 @@ class XenHost:
 
     def _connect(self) -> None:
         if self._agent is None:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):  # QEMU does not listen yet
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):  # QEMU is not listening yet
                 self._agent = AgentConnection(self.run_folder / "agent.sock")
 
     def _evidence(self) -> str:
@@ -347,7 +356,7 @@ class XenHost:
         return f"run folder: {self.run_folder}\nQEMU: {said}\nend of the console:\n{self.console()[-TAIL:]}"
 
     def _monitor(self, command: str) -> str:
-        """What QEMU's monitor answers."""
+        """Run a command of QEMU's monitor; return its answer."""
         with socket.socket(socket.AF_UNIX) as monitor:
             monitor.connect(str(self.run_folder / "monitor.sock"))
             monitor.sendall(command.encode() + b"\n")

@@ -1,4 +1,4 @@
-"""The second half of the build: what QEMU boots as the Xen host, and the guest that dom0 boots."""
+"""The second half of the build: the files that QEMU boots as the Xen host, and the guest that dom0 boots."""
 
 import gzip
 import lzma
@@ -26,14 +26,14 @@ DOM0_MODULE_PREFIXES = ("xen", "virtio_")
 DOM0_INITRD_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 GUEST_MODULES = ("nd_pmem", "nd_btt", "nfit", "nd_e820")
 GUEST_TOOLS = ("/usr/bin/ndctl", "/sbin/mkfs.ext4")
-# Where a guest of 128 MiB or more finds Linux's setup, the kernel that unpacks itself, and, behind that, the initramfs.
+# Addresses, in a guest of 128 MiB or more, of Linux's setup, the kernel that unpacks itself, and then the initramfs.
 SETUP_ADDRESS, KERNEL_ADDRESS, INITRD_ADDRESS = 0x90000, 0x100000, 0x5000000
 SETUP_END = 0xE000
-"""Bytes of Linux's setup with its heap and stack; the kernel's arguments are behind."""
+"""Bytes of Linux's setup with its heap and stack; the kernel's arguments follow."""
 EXTENTS = 510 - 4 * 12
-"""Where the boot sector's table is: three extents and one of no sectors."""
-# Each trip from a guest to QEMU costs milliseconds, so there is no serial port, no clock to calibrate, and no look at
-# what disks the BIOS has. The initramfs leaves no room to put the kernel at random.
+"""Offset of the boot sector's table: three extents, and one of no sectors."""
+# Each exit from a guest to QEMU costs milliseconds. So there is no serial port, no clock calibration, and no probing of
+# the BIOS's disks. The initramfs leaves no room to place the kernel at random.
 GUEST_LINUX_ARGS = (
     "console=hvc0 quiet loglevel=3 tsc=reliable no_timer_check mitigations=off edd=off nokaslr rdinit=/init"
 )
@@ -41,7 +41,7 @@ GUEST_LINUX_ARGS = (
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The files of one built lab; none of them is ever written to again."""
+    """The files of one built lab; none of them is written again."""
 
     folder: Path
 
@@ -72,22 +72,22 @@ class Images:
 
     @property
     def guest_initrd(self) -> Path:
-        """The initramfs that is all of a guest's user space."""
+        """The initramfs: a guest's whole user space."""
         return self.folder / "guest-initrd.gz"
 
     @property
     def guest_disk(self) -> Path:
-        """A raw disk that boots the two above."""
+        """A raw disk that boots the two files above."""
         return self.folder / "guest.img"
 
     @property
     def guest_tools(self) -> Path:
-        """A second initramfs: ndctl, mkfs.ext4, and what makes a guest hostile."""
+        """A second initramfs: ndctl, mkfs.ext4, and a program that makes a guest hostile."""
         return self.folder / "guest-tools.gz"
 
     @property
     def guest_tools_disk(self) -> Path:
-        """The guest's disk with this one, too; it takes longer to boot."""
+        """The guest's disk with that initramfs, too; it takes longer to boot."""
         return self.folder / "guest-tools.img"
 
     @property
@@ -97,7 +97,7 @@ class Images:
 
 
 def build(cache: Path | None = None) -> Images:
-    """Return the lab's images, built first when the recipe changed or nothing is there."""
+    """Return the lab's images; build them first if the recipe changed or there are none."""
     cache = cache or cache_folder()
     base = build_base(cache)
 
@@ -109,7 +109,7 @@ def build(cache: Path | None = None) -> Images:
 
 
 def make_guest_disk(images: Images, target: Path, linux_args: str = "", *more: Path) -> None:
-    """Write the guest's disk to `target`, with `more` initramfs; `linux_args` go to the kernel."""
+    """Write the guest's disk to `target`; `linux_args` are for the kernel, `more` are additional initramfs."""
     make_disk(target, images.guest_kernel, (images.guest_initrd, *more), linux_args)
 
 
@@ -198,18 +198,18 @@ def _only(folder: Path, pattern: str) -> Path:
 
 
 def _furnish(root: Path, modules: "ModuleTree") -> None:
-    """Make an installed system the lab's dom0. Its files are links to the base: replace them, never write in place."""
+    """Turn an installed system into dom0. Its files are links to the base: replace them, never write in place."""
     for name, target in (("dom0-init", "sbin/dom0-init"), ("lab-agent", "usr/local/sbin/lab-agent")):
         shutil.copy(SOURCES / name, root / target)
         (root / target).chmod(0o755)
     shutil.copy(SOURCES / "lab-agent.service", root / "etc/systemd/system")
-    # its log is how guests are heard
+    # the log of a guest's console is how the lab reads from it
     _replace(root / "etc/default/xen", "XENCONSOLED_ARGS='--log=all --log-dir=/var/log/xen/console'\n")
     for folder in ("mnt/share", "mnt/dax", "var/lib/xenstored", "var/log/xen/console"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     _replace(root / "etc/hostname", "dom0\n")
     _replace(root / "etc/hosts", "127.0.0.1 localhost dom0\n")
-    # QEMU's TCG has no vme, and libvirt takes no CPU model that needs a feature the host lacks: without this libvirtd
+    # QEMU's TCG has no vme, and libvirt rejects a CPU model with a feature that the host lacks. Without this, libvirtd
     # ends with "Cannot find suitable CPU model for given data".
     model = root / "usr/share/libvirt/cpu_map/x86_486.xml"
     _replace(model, "".join(line for line in model.read_text().splitlines(keepends=True) if "'vme'" not in line))
@@ -237,7 +237,7 @@ def _make_initrd(target: Path, init: Path, busybox: Path, modules: Sequence[Path
 
 
 def _make_tools(target: Path, root: Path) -> None:
-    """Programs of the system in `root`, with the libraries they need, and one of ours."""
+    """Make an initramfs of programs of the system in `root`, their libraries, and `hostile.c`."""
     tree = target.with_suffix(".tree")
     (tree / "bin").mkdir(parents=True)
     run_tool(["gcc", "-O2", "-Wall", "-Werror", "-static", "-o", tree / "bin/hostile", SOURCES / "hostile.c"])
@@ -249,7 +249,7 @@ def _make_tools(target: Path, root: Path) -> None:
 
 
 def _pack(tree: Path, target: Path) -> None:
-    """Make an initramfs of a folder, which goes."""
+    """Make an initramfs of a folder, and delete the folder."""
     names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
     archive = run_tool(["cpio", "--quiet", "-o", "-H", "newc"], stdin="\n".join(names).encode() + b"\n", cwd=tree)
     target.write_bytes(gzip.compress(archive))
@@ -258,7 +258,7 @@ def _pack(tree: Path, target: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModuleTree:
-    """The modules of one kernel package: where each is, and which ones each needs, first needed first."""
+    """The modules of one kernel package: the file of each, and the modules that it needs, in loading order."""
 
     folder: Path
     files: dict[str, Path]
@@ -277,9 +277,9 @@ class ModuleTree:
         return cls(folder, files, needs)
 
     def closure(self, names: Iterable[str]) -> tuple[Path, ...]:
-        """The files of `names` and of all they need, in an order in which insmod takes them.
+        """Return the files of `names` and of all modules that they need, in an order that insmod accepts.
 
-        A name that is built into this kernel, or that it lacks altogether, is an error: the list is then wrong.
+        :raises LabError: when the kernel has no such module, or has it built in: the list is wrong then.
         """
         ordered: dict[str, None] = {}
         for name in names:

@@ -1,4 +1,4 @@
-"""What an operator does on a Xen host, done in the lab: install the driver, set pmem up, define and start guests."""
+"""An operator's work on a Xen host, in the lab: install the driver, set up pmem, define and start guests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VIRSH = "virsh -q -c xen:///system"
 NVDIMMD_PID = "/run/nvdimmd.pid"
 # xen/include/public/xen.h and domctl.h
 DOMCTL_HYPERCALL, MEMORY_MAPPING = 36, 39
-# With this alignment the file systems allocate whole 2 MiB pieces of the namespace where they can.
+# With this alignment, the file systems allocate whole 2 MiB pieces of the namespace where possible.
 MAKE_FILE_SYSTEM = {
     "ext4": "mkfs.ext4 -q -F -b 4096 -E stride=512,stripe_width=512 /dev/pmem0",
     "xfs": "mkfs.xfs -q -f -m reflink=0 -d su=2m,sw=1 -l su=4k /dev/pmem0",
@@ -25,7 +25,7 @@ MAKE_NAMESPACE = {
     "raw": "ndctl create-namespace -f -e namespace1.0 -m raw",
     "devdax": "ndctl create-namespace -f -e namespace1.0 -m devdax --map=mem",
 }
-# A device-dax device can be mapped and not read; O_DIRECT passes the page cache of a block device by.
+# A device-dax device can be mapped but not read; O_DIRECT bypasses the page cache of a block device.
 SHA256_DEVDAX = """\
 import hashlib, mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -58,12 +58,12 @@ def install_package(host: XenHost) -> None:
 
 
 def stop_nvdimmd(host: XenHost) -> None:
-    """What 'systemctl stop nvdimmd' does; its sockets go with it."""
+    """Stop nvdimmd and its sockets, as 'systemctl stop nvdimmd' does."""
     host.check(f"pid=$(cat {NVDIMMD_PID}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.3; done")
 
 
 def start_nvdimmd(host: XenHost) -> None:
-    """What 'systemctl start nvdimmd' does on a host with systemd."""
+    """Start nvdimmd, as 'systemctl start nvdimmd' does on a host with systemd."""
     host.check(
         f"setsid nvdimmd >>/var/log/nvdimmd.log 2>&1 </dev/null & echo $! >{NVDIMMD_PID}; "
         f"for try in $(seq 200); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; "
@@ -83,7 +83,7 @@ def make_pmem(host: XenHost, file_system: str = "ext4", mode: str = "raw") -> No
 
 
 def nvdimm(path: str, size_mib: int, *, label_kib: int = 0, attributes: str = "access='shared'", more: str = "") -> str:
-    """One NVDIMM of a domain XML."""
+    """Return one NVDIMM of a domain XML."""
     label = f"<label><size unit='KiB'>{label_kib}</size></label>" if label_kib else ""
     return (
         f"<memory model='nvdimm' {attributes}><source><path>{path}</path></source>"
@@ -100,7 +100,7 @@ def domain_xml(
     disk: str = GUEST_DISK,
     dsm: str | None = None,
 ) -> str:
-    """A guest that boots from the lab's guest disk; `dsm` says who serves its labels, if not what the host has."""
+    """Return the XML of a guest that boots from the lab's guest disk; `dsm` overrides the host's option."""
     arguments = "".join(f"<xen:arg value='{argument}'/>" for argument in disk_arguments(disk))
     return f"""\
 <domain type='xen' xmlns:xen='http://libvirt.org/schemas/domain/xen/1.0'>
@@ -142,14 +142,14 @@ def start(host: XenHost, name: str) -> Guest:
 
 
 def show(host: XenHost, name: str) -> dict[str, Any]:
-    """What ``nvdimmctl show`` knows of a domain."""
+    """Return what ``nvdimmctl show`` prints for a domain."""
     shown = json.loads(host.check(f"{NVDIMMCTL} show {name} -f json").stdout)
     assert isinstance(shown, dict)
     return shown
 
 
 def host_sha256(host: XenHost, path: str, offset: int, length: int) -> str:
-    """The SHA-256 of bytes of a file or device in dom0; offset and length are multiples of 4 KiB."""
+    """Return the SHA-256 of bytes of a file or device in dom0; offset and length are multiples of 4 KiB."""
     if path.startswith("/dev/dax"):
         host.write("/root/sha256.py", SHA256_DEVDAX.encode())
         return host.check(f"python3 /root/sha256.py {path} {offset} {length}").stdout.strip()
@@ -159,7 +159,7 @@ def host_sha256(host: XenHost, path: str, offset: int, length: int) -> str:
 
 
 def restart_libvirtd(host: XenHost, uri: str = "xen:///system") -> None:
-    """What 'systemctl restart libvirtd' does on a host with systemd."""
+    """Restart libvirtd, as 'systemctl restart libvirtd' does on a host with systemd."""
     host.check(
         "pid=$(cat /run/libvirtd.pid); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.3; done; "
         f"libvirtd --daemon --pid-file /run/libvirtd.pid && virsh -q -c '{uri}' list"
@@ -167,9 +167,9 @@ def restart_libvirtd(host: XenHost, uri: str = "xen:///system") -> None:
 
 
 def fragment(host: XenHost, folder: str, piece_mib: int) -> None:
-    """Fill a file system and free every second piece, so that what is allocated next is in several extents.
+    """Fill a file system and free every second piece, so that the next file has several extents.
 
-    What was deleted before is free only when the journal is written.
+    Blocks of deleted files are free only after the journal is written.
     """
     host.check(
         f"sync {folder}; i=1000; while fallocate -l {piece_mib}M {folder}/filler-$i 2>/dev/null; do i=$((i+1)); done; "
@@ -178,17 +178,17 @@ def fragment(host: XenHost, folder: str, piece_mib: int) -> None:
 
 
 def disks(report: Report) -> list[str]:
-    """A guest's block devices by slot. Linux numbers them by their place in the NFIT, which is in no order."""
+    """Return a guest's block devices by slot. Linux numbers them by their place in the NFIT, which has no order."""
     handles = {dimm.name: dimm.handle for dimm in report.dimms}
     by_handle = {handles[region.dimm or ""]: region.name.replace("region", "/dev/pmem") for region in report.regions}
     return [by_handle[handle] for handle in sorted(by_handle)]
 
 
 def trace(host: XenHost, event: str) -> None:
-    """From now on, record an event of dom0's kernel.
+    """Record an event of dom0's kernel from now on.
 
-    And not which command each process runs, for which the scheduler would be patched while another processor runs it:
-    QEMU 7.2 may go on with its translation of what was there before, and dom0 stands still.
+    The names of the processes' commands are not recorded: for that, the kernel would patch the scheduler while another
+    CPU runs it. QEMU 7.2 may continue with its translation of the old code, and then dom0 hangs.
     """
     host.check(
         f"cd /sys/kernel/tracing && echo 0 >options/record-cmd && echo >trace && "
@@ -197,12 +197,12 @@ def trace(host: XenHost, event: str) -> None:
 
 
 def traced(host: XenHost, event: str) -> str:
-    """What was recorded; no more is."""
+    """Stop recording; return what was recorded."""
     return host.check(f"cd /sys/kernel/tracing && echo 0 >events/{event}/enable && cat trace").stdout
 
 
 def count_memory_mappings(host: XenHost) -> None:
-    """From now on, record every memory_mapping domctl that dom0's kernel hands to Xen."""
+    """Record every memory_mapping domctl that dom0's kernel passes to Xen from now on."""
     host.check(
         "cd /sys/kernel/tracing && echo >kprobe_events && "
         "echo 'p:domctl privcmd_ioctl op=+u0(%dx):u64 sub=+u0(+u8(%dx)):u32' >kprobe_events && "
@@ -212,5 +212,5 @@ def count_memory_mappings(host: XenHost) -> None:
 
 
 def memory_mappings_counted(host: XenHost) -> int:
-    """How many there were."""
+    """Stop recording; return the number of memory_mapping domctls."""
     return traced(host, "kprobes/domctl").count("domctl:")

@@ -1,4 +1,4 @@
-"""The lab's Linux guest in a plain QEMU: what a guest of KVM sees of the same file."""
+"""The lab's Linux guest in a plain QEMU: it sees what a KVM guest sees of the same file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEMORY_MIB = 256
 
 
 class PlainGuest(Conversation):
-    """The guest with ndctl, of a QEMU that runs."""
+    """The guest with ndctl, in a running QEMU."""
 
     def __init__(self, process: subprocess.Popen[bytes], console: socket.socket) -> None:
         super().__init__("plain QEMU")

@@ -1,7 +1,7 @@
 """``nvdimmctl`` without the time that Python takes to start and import: some 8 s of each command under emulation.
 
-A process in dom0 has done all that and forks for each command. What goes before it in the search path has that process
-run it; what it prints, and its status, are the command's own. Nothing reads its standard input.
+A process in dom0 has already imported everything, and forks for each command. A script that comes first in the search
+path passes the command to that process, and returns its output and status. Standard input is not passed on.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ exit ${{status:-1}}
 
 
 def serve(host: XenHost) -> None:
-    """Have dom0, with the driver registered, run ``nvdimmctl`` so."""
+    """Run ``nvdimmctl`` this way in dom0, where the driver is registered."""
     host.write(f"{_FOLDER}/server.py", _SERVER.encode())
     host.write("/usr/local/bin/nvdimmctl", _CLIENT.encode(), 0o755)
     host.check(

@@ -1,4 +1,4 @@
-"""The lab itself: a host that answers, fails loudly, loses power, and runs a guest."""
+"""The lab itself: a host answers, fails loudly, loses power, and runs a guest."""
 
 import hashlib
 import shutil
@@ -104,7 +104,7 @@ def test_a_missing_file_is_an_error(host: XenHost) -> None:
 
 @pytest.mark.thorough
 def test_a_guest_reports_takes_orders_and_reboots(host: XenHost, images: Images, tmp_path: Path) -> None:
-    """A guest with no NFIT is told of the memory that `iomem` maps into it on its own command line."""
+    """Without an NFIT, the guest learns from its kernel command line of the memory that `iomem` maps into it."""
     disk, length = tmp_path / "guest.img", 3 * MIB + 100
     make_guest_disk(images, disk, "memmap=64M!4G")
     host.put(disk, "/tmp/memmap.img")

@@ -1,4 +1,4 @@
-"""From domain XML to a guest's /dev/pmem0, on a real Xen: what dom0 writes the guest reads, and the other way round."""
+"""From domain XML to a guest's /dev/pmem0, on a real Xen: the guest reads what dom0 writes, and vice versa."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NVDIMMS = ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
 
 @pytest.fixture(scope="module")
 def xen(driver_host: XenHost) -> Iterator[XenHost]:
-    """The host with the driver, and on it a fragmented file system."""
+    """Yield the host with the driver and a fragmented file system."""
     operator.fragment(driver_host, "/mnt/pmem0", 16)
     yield driver_host
     driver_host.check("rm /mnt/pmem0/filler-*")
@@ -30,7 +30,7 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
 
 @pytest.fixture(scope="module")
 def guest(xen: XenHost) -> Iterator[Guest]:
-    """A guest with an NVDIMM on a file in several extents and one on the raw namespace, both with bytes from dom0."""
+    """Yield a guest with two NVDIMMs with bytes from dom0: a file in several extents, and the raw namespace."""
     operator.define(xen, "db1", [operator.nvdimm(*each) for each in NVDIMMS])
     for seed, (path, size_mib) in enumerate(NVDIMMS):
         write_from_dom0(xen, path, size_mib, seed)
@@ -43,6 +43,7 @@ def guest(xen: XenHost) -> Iterator[Guest]:
 
 
 def write_from_dom0(xen: XenHost, path: str, size_mib: int, seed: int) -> None:
+    """Write a pattern to a file or device in dom0."""
     xen.write("/tmp/pattern", pattern(seed, MIB))
     xen.check(
         f"set -o pipefail; for i in $(seq {size_mib}); do cat /tmp/pattern; done | "
@@ -51,6 +52,7 @@ def write_from_dom0(xen: XenHost, path: str, size_mib: int, seed: int) -> None:
 
 
 def same_bytes(xen: XenHost, guest: Guest) -> None:
+    """Check that the guest and dom0 read the same bytes of each NVDIMM."""
     for disk, (path, size_mib) in zip(operator.disks(guest.report()), NVDIMMS, strict=True):
         seen = guest.sha256(disk, 0, size_mib * MIB)
         assert seen == operator.host_sha256(xen, path, 0, size_mib * MIB), disk
@@ -67,7 +69,7 @@ def test_the_guest_sees_what_was_asked_for(xen: XenHost, guest: Guest) -> None:
 
 
 def test_the_mapping_costs_what_was_planned(xen: XenHost, guest: Guest) -> None:
-    """In 2 MiB entries, over several extents, in as many hypercalls as the log says."""
+    """Over several extents, all entries are of 2 MiB, and the hypercalls are as many as the log has."""
     guest.wait_report()
     plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db1.xml").stdout)
     counted = operator.memory_mappings_counted(xen)

@@ -1,4 +1,4 @@
-"""The mapping calls of a start, against Xen's own reference (`xl create` with iomem=) and when Xen refuses one."""
+"""The mapping calls of a start: compared with Xen's own (`xl create` with iomem=), and when Xen refuses one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.lab.host import XenHost
 pytestmark = pytest.mark.lab
 NAME = "mapped"
 PYTHON = "/usr/bin/python3"
-# The domctl mapper on a paused domain of xl's: the second range is behind the machine's address space.
+# The domctl mapper on a paused domain of xl: the second range is beyond the machine's address space.
 MAP_AND_FAIL = """\
 import json, sys
 from nvdimm_driver.errors import XenError
@@ -33,7 +33,7 @@ else:
 
 @pytest.fixture(scope="module")
 def mappings(driver_host: XenHost) -> Iterator[list[dict[str, int]]]:
-    """A defined domain with an NVDIMM in several extents and one of 128 MiB; its mappings."""
+    """Define a domain with an NVDIMM in several extents and one of 128 MiB; yield its mappings."""
     operator.fragment(driver_host, "/mnt/pmem0", 8)
     nvdimms = [operator.nvdimm("/mnt/pmem0/mapped.img", 48), operator.nvdimm("/dev/pmem1", 128)]
     operator.define(driver_host, NAME, nvdimms)
@@ -44,6 +44,7 @@ def mappings(driver_host: XenHost) -> Iterator[list[dict[str, int]]]:
 
 
 def create_paused(host: XenHost, name: str, extra: str = "") -> int:
+    """Create a paused domain with xl; return its domid."""
     host.write(f"/root/{name}.cfg", xl_config(name, extra=extra).encode())
     host.check(f"xl create -p /root/{name}.cfg")
     return int(host.check(f"xl domid {name}").stdout)
@@ -81,7 +82,7 @@ def test_a_refusal_in_the_middle_is_taken_back(driver_host: XenHost, mappings: l
 
 
 def io_memory(host: XenHost, domid: int) -> str:
-    """The ranges of I/O memory that Xen lets a domain map, as its debug key 'q' tells."""
+    """Return the ranges of I/O memory that Xen lets a domain map, as its debug key 'q' prints them."""
     host.check("xl dmesg -c >/dev/null; xl debug-keys q; sleep 1")
     text = host.check("xl dmesg").stdout
     found = re.search(rf"General information for domain {domid}:.*?I/O Memory *\{{(.*?)\}}", text, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Labels: what a guest's ndctl makes is there after a reboot, and in the file where QEMU would look for it."""
+"""Labels: namespaces that a guest makes with ndctl outlive a reboot, and are in the file where QEMU expects them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ pytestmark = pytest.mark.lab
 MIB = 1 << 20
 NAME, FILE = "labelled", "/mnt/pmem0/labelled.img"
 CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
-# ndctl refuses a namespace that does not begin at a multiple of 16 MiB, so the data are one.
+# ndctl refuses a namespace that does not start at a multiple of 16 MiB, so the data size is such a multiple.
 SIZE_MIB, LABEL_BYTES, ALIGN_MIB = 98, 128 << 10, 16
 DATA_BYTES = 96 * MIB
 DISK = "/tmp/guest-tools.img"
-# what 'seq 100000' and 'seq 5000' print
+# the output of 'seq 100000' and 'seq 5000'
 LINES, SECTORS = ("".join(f"{number}\n" for number in range(1, last + 1)).encode() for last in (100_000, 5_000))
 
 
 @pytest.fixture(scope="module", params=["aml", pytest.param("qemu", marks=pytest.mark.thorough)])
 def guest(driver_host: XenHost, request: pytest.FixtureRequest) -> Iterator[Guest]:
-    """A guest with ndctl, and an NVDIMM with a label area that is empty."""
+    """Yield a guest with ndctl and an NVDIMM with an empty label area."""
     builder = {"aml": "native", "qemu": "qemu"}[request.param]
     driver_host.write(CONF, f"[acpi]\nbuilder = {builder}\n".encode())
     driver_host.put(driver_host.images.guest_tools_disk, DISK)
@@ -47,24 +47,24 @@ def guest(driver_host: XenHost, request: pytest.FixtureRequest) -> Iterator[Gues
 
 
 def listed(guest: Conversation) -> list[dict[str, Any]]:
-    """What ndctl says of the guest's namespaces."""
+    """Return the guest's namespaces as ndctl lists them."""
     found = json.loads(guest.check("run", "ndctl list -N") or "[]")
     return found if isinstance(found, list) else [found]
 
 
 def namespaces(guest: Conversation) -> dict[str, tuple[str, int, str]]:
-    """Uuid, size and block device of the guest's namespaces, by mode."""
+    """Return uuid, size and block device of the guest's namespaces, by mode."""
     return {each["mode"]: (each["uuid"], each["size"], f"/dev/{each['blockdev']}") for each in listed(guest)}
 
 
 def same_labels(host: XenHost, guest: Guest) -> bool:
-    """Whether the label area that the guest reads is the end of the file."""
+    """Return True if the label area that the guest reads is the end of the file."""
     seen = guest.check("run", "ndctl read-labels nmem0 -o /tmp/labels 2>/dev/null && sha256sum </tmp/labels")
     return seen.split()[0] == operator.host_sha256(host, FILE, SIZE_MIB * MIB - LABEL_BYTES, LABEL_BYTES)
 
 
 def contents(guest: Conversation, fsdax: str, sector: str) -> list[str]:
-    """SHA-256 of the file on the file system, and of the sectors that were written; the file system stays mounted."""
+    """Return the SHA-256 of the file and of the written sectors; the file system stays mounted."""
     sums = guest.check(
         "run",
         f"mkdir -p /mnt && mount -t ext4 -o dax {fsdax} /mnt && sha256sum </mnt/file && "
@@ -98,7 +98,7 @@ def test_namespaces_last(driver_host: XenHost, guest: Guest) -> None:
 
 
 def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, guest: Guest, tmp_path: Path) -> None:
-    """There are the same namespaces in both, and the one that is made there is seen here."""
+    """Both see the same namespaces, and the lab's guest sees the one that the plain QEMU's guest makes."""
     made = namespaces(guest)
     guest.poweroff()
     moved = tmp_path / "moved.img"
@@ -121,7 +121,7 @@ def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, gues
     driver_host.check(f"dd if=/tmp/moved.img of={FILE} bs=1M conv=notrunc,fsync status=none && rm /tmp/moved.img")
     operator.start(driver_host, NAME)
     assert guest.wait_report(boot=3).problems == ()
-    # the kernel numbers block devices as they come: uuids and sizes tell which namespace is which
+    # the kernel numbers block devices in the order of their discovery, so compare uuids and sizes
     seen = namespaces(guest)
     assert {mode: known[:2] for mode, known in seen.items()} == {mode: known[:2] for mode, known in changed.items()}
     assert contents(guest, seen["fsdax"][2], seen["sector"][2]) == [

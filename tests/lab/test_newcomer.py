@@ -1,4 +1,4 @@
-"""A newcomer's walk along the tutorial, from the package to a guest with ext4 on DAX; `test_systemd` removes it all."""
+"""The tutorial, from the package to a guest with ext4 on DAX; `test_systemd` removes everything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.lab
 
 @pytest.fixture(scope="module")
 def xen(systemd_host: XenHost) -> XenHost:
-    """A host with nothing of ours but the package in a folder."""
+    """Return a host without the driver, with the package in a folder."""
     tutorial.prepare(systemd_host)
     return systemd_host
 

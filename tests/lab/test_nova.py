@@ -1,7 +1,8 @@
-"""An instance with persistent memory, from its spawn to its end: Nova's libvirt driver outside, libvirtd in dom0.
+"""An instance with persistent memory, from spawn to deletion: Nova's libvirt driver outside, libvirtd in dom0.
 
-Nova reaches nvdimmd, and with it libvirtd, and nvdimmctl in dom0, on TCP ports that are forwarded. What of Nova is real
-is said in ``tests/nova/lab_compute.py``. Instances lie in the folder that dom0 shares with this machine.
+Nova reaches dom0's nvdimmd, and through it libvirtd, and dom0's nvdimmctl on forwarded TCP ports. The parts of Nova
+that are real are listed in ``tests/nova/lab_compute.py``. Instances are in the folder that dom0 shares with this
+machine.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Compute:
         )
 
     def ask(self, do: str | None = None, **arguments: Any) -> Any:
-        """Give an order, if there is one, and return its result."""
+        """Send an order, if any, and return its result."""
         assert self._process.stdin
         assert self._process.stdout
         if do:
@@ -98,7 +99,7 @@ class Compute:
         return answer["result"]
 
     def close(self) -> None:
-        self._process.terminate()  # nova's threads do not end by themselves
+        self._process.terminate()  # Nova's threads do not end by themselves
         self._process.communicate()
         self._log.close()
 
@@ -109,6 +110,7 @@ class Compute:
 
 @pytest.fixture(scope="module")
 def compute(driver_host: XenHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compute]:
+    """Provision namespaces; yield a process with Nova's compute driver, configured with them."""
     xen, folder = driver_host, tmp_path_factory.mktemp("nova")
     for name, size in NAMESPACES.values():
         xen.check(f"nvdimmctl provision --pool main {Path(name).name} --size {size}M --label-size 2M")
@@ -133,7 +135,7 @@ def compute(driver_host: XenHost, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def _make_instances(xen: XenHost) -> Path:
-    """Nova's folder, in the same place for both, with the image in its cache."""
+    """Make Nova's folder, at the same path for Nova and dom0, with the image in its cache; return it."""
     instances = xen.share / "nova"
     cache = instances / "_base"
     cache.mkdir(parents=True)
@@ -147,7 +149,7 @@ def _make_instances(xen: XenHost) -> Path:
 
 @pytest.fixture(scope="module")
 def guest(driver_host: XenHost, compute: Compute) -> Guest:
-    """The guest of an instance that was just spawned."""
+    """Spawn an instance; return its guest."""
     guest = Guest(driver_host, "instance-00000001")
     names = [name for name, _ in NAMESPACES.values()]
     arguments = {"labels": ",".join(NAMESPACES), "names": names, "ram_mib": 256, "command_line": GUEST_LINUX_ARGS}
@@ -156,6 +158,7 @@ def guest(driver_host: XenHost, compute: Compute) -> Guest:
 
 
 def content(xen: XenHost) -> list[str]:
+    """Return the SHA-256 of each namespace in dom0."""
     return [
         operator.host_sha256(xen, path, 0, size * MIB)
         for path, (_, size) in zip(PATHS, NAMESPACES.values(), strict=True)
@@ -163,6 +166,7 @@ def content(xen: XenHost) -> list[str]:
 
 
 def claimed(xen: XenHost) -> list[str]:
+    """Return the paths of the namespaces that domains own."""
     return [row["Path"] for row in json.loads(xen.check("nvdimmctl list -f json").stdout) if row["Path"] in PATHS]
 
 

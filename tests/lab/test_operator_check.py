@@ -1,4 +1,4 @@
-"""Each thing that can come apart is taken apart on purpose: check finds it, and --repair mends it."""
+"""Every inconsistency is made on purpose: check finds it, and --repair repairs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COPY = "python3 -c 'import sqlite3, sys; sqlite3.connect(sys.argv[1]).backup(sql
 
 @pytest.fixture(scope="module")
 def xen(driver_host: XenHost) -> Iterator[XenHost]:
-    """The host, with a domain whose files have bytes of their own."""
+    """Yield the host with a domain whose files differ in content."""
     operator.define(driver_host, NAME, [operator.nvdimm(file, SIZE_MIB) for file in FILES])
     for slot, file in enumerate(FILES):
         driver_host.check(f"seq {slot} 100000 | dd of={file} conv=notrunc && sync {file}")
@@ -31,12 +31,13 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
 
 @pytest.fixture(autouse=True)
 def all_is_well(xen: XenHost) -> Iterator[None]:
+    """Check that nothing is left to repair after each test."""
     yield
     assert check(xen) == []
 
 
 def check(xen: XenHost, *options: str) -> list[dict[str, str]]:
-    """What check says; its status is 1 when something is left."""
+    """Return the rows of check; its status must be 1 exactly if something is left."""
     result = xen.run(f"{operator.NVDIMMCTL} check -f json {' '.join(options)}")
     rows: list[dict[str, str]] = json.loads(result.stdout)
     assert result.returncode == int(any(row["Done"] != "yes" for row in rows)), result
@@ -44,7 +45,7 @@ def check(xen: XenHost, *options: str) -> list[dict[str, str]]:
 
 
 def problems(rows: list[dict[str, str]], done: str) -> dict[str, str]:
-    """By path, once each; all of the domain and as far done."""
+    """Return problems by path, each path once; all are of the domain and have this value of Done."""
     assert {(row["Domain"], row["Done"]) for row in rows} == {(NAME, done)}
     found = {row["Path"]: row["Problem"] for row in rows}
     assert len(found) == len(rows)
@@ -52,15 +53,17 @@ def problems(rows: list[dict[str, str]], done: str) -> dict[str, str]:
 
 
 def contents(xen: XenHost) -> dict[str, str]:
+    """Return the SHA-256 of each file."""
     return {file: operator.host_sha256(xen, file, 0, SIZE_MIB << 20) for file in FILES}
 
 
 def frozen(xen: XenHost) -> set[bool]:
+    """Return whether the files are immutable: the set of the answers."""
     return {"i" in line.split()[0] for line in xen.check(f"lsattr {' '.join(FILES)}").stdout.splitlines()}
 
 
 def test_files_that_are_not_what_they_were(xen: XenHost) -> None:
-    """Moved, truncated, brought back from a backup, gone, and copied with the mark: one of each."""
+    """One file is moved, one truncated, one restored from a backup, one deleted, and one copied with its mark."""
     before = contents(xen)
     xen.check(
         f"cd /mnt/pmem0 && mkdir folder && mv {MOVED} folder/other && truncate -s 8M {SHORT} && "
@@ -103,7 +106,7 @@ def test_a_ledger_that_was_lost(xen: XenHost) -> None:
 
 @pytest.mark.thorough
 def test_a_ledger_that_is_not_of_now(xen: XenHost) -> None:
-    """An old one is brought back while a guest runs that it takes for off, and it does not know another domain."""
+    """Restore an old ledger: it has a running guest as off, and does not know another domain."""
     xen.check(f"{COPY} {LEDGER} /root/old.sqlite")
     operator.define(xen, "later", [operator.nvdimm("/mnt/pmem0/later.img", SIZE_MIB)])
     operator.start(xen, NAME)

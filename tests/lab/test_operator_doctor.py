@@ -1,4 +1,4 @@
-"""nvdimmctl doctor on a real Xen host: a healthy one, and what it says when something is taken away."""
+"""nvdimmctl doctor on a real Xen host: a healthy one, and one on which something is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HAS_DAX = "from nvdimm_driver.doctor.dax import has_dax; print(has_dax('/mnt/pme
 
 @pytest.fixture(scope="module")
 def xen(driver_host: XenHost) -> Iterator[XenHost]:
-    """The host with the driver, registered and with libvirtd restarted as the documentation says, and a domain."""
+    """Yield the host with a domain and the driver, registered, with libvirtd restarted as the documentation says."""
     driver_host.check(f"{operator.NVDIMMCTL} register")
     operator.restart_libvirtd(driver_host)
     operator.define(driver_host, NAME, [operator.nvdimm(FILE, 16)])
@@ -33,6 +33,7 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
 
 
 def doctor(xen: XenHost, status: int) -> dict[str, dict[str, str]]:
+    """Run doctor, which must end with that status; return its rows by check."""
     done = xen.run(f"{operator.NVDIMMCTL} doctor -f json")
     assert done.returncode == status, done
     assert "Traceback" not in done.stderr
@@ -40,6 +41,7 @@ def doctor(xen: XenHost, status: int) -> dict[str, dict[str, str]]:
 
 
 def having(found: dict[str, dict[str, str]], result: str) -> set[str]:
+    """Return the names of the checks with that result."""
     return {name for name, row in found.items() if row["Result"] == result}
 
 
@@ -72,7 +74,7 @@ def test_dax_is_not_there_for_the_asking(xen: XenHost) -> None:
 
 
 def test_what_is_taken_away_is_missed(xen: XenHost) -> None:
-    """The hook, nvdimmd, the QEMU that makes the tables, and a backing, in whose place is another file."""
+    """The hook, nvdimmd and the QEMU for the tables are missing, and a backing was replaced by another file."""
     conf = "/etc/nvdimm-driver/nvdimm-driver.conf.d/doctor.conf"
     xen.check(f"mv {HOOK} /root/hook && mv {FILE} /mnt/pmem0/doctor.away && cp /mnt/pmem0/doctor.away {FILE}")
     xen.write(conf, b"[acpi]\nqemu = /bin/false\n")

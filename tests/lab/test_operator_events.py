@@ -1,4 +1,4 @@
-"""What an operator who watches a host sees of a guest's life: events, log, metrics."""
+"""A guest's life as an operator observes it: events, log, metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE_MIB, LABEL_KIB = 18, 128
 
 @pytest.fixture(scope="module")
 def xen(driver_host: XenHost) -> Iterator[XenHost]:
-    """The host with somebody who watches, and a domain whose labels a server has."""
+    """Yield the host with a monitor that runs, and a domain with a label server."""
     driver_host.check(
         f"setsid /usr/bin/nvdimmctl monitor --domain {NAME} >{SEEN} 2>&1 </dev/null & echo $! >{PID}; sleep 3"
     )
@@ -34,7 +34,7 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
 
 
 def metrics(xen: XenHost) -> dict[str, float]:
-    """Values by name and labels, without the prefix and uuids."""
+    """Return the values of metrics by name and labels, without the prefix and without uuids."""
     text = xen.check(f"{operator.NVDIMMCTL} metrics -o /tmp/nvdimm.prom && cat /tmp/nvdimm.prom").stdout
     return {
         " ".join(

@@ -1,4 +1,4 @@
-"""Bytes of NVDIMMs: a backing that is made before its domain, copied out, wiped, copied in, and read by a guest."""
+"""Bytes of NVDIMMs: a backing is made before its domain, exported, wiped, imported, and read by a guest."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ COPY, DISK = "/root/copy.img", "/tmp/guest-tools.img"
 
 @pytest.fixture(scope="module")
 def xen(driver_host: XenHost) -> Iterator[XenHost]:
+    """Yield the host with a guest disk that has tools."""
     driver_host.put(driver_host.images.guest_tools_disk, DISK)
     yield driver_host
     driver_host.check(f"rm -f {DISK} {COPY} {FIRST} {SECOND}")
 
 
 def nvdimmctl(xen: XenHost, words: str, status: int = 0) -> Result:
+    """Run nvdimmctl, which must end with that status."""
     done = xen.run(f"{operator.NVDIMMCTL} {words}")
     assert done.returncode == status, done
     return done
 
 
 def define(xen: XenHost, name: str, device: str) -> Guest:
-    """Define and start a domain with what an operator has pasted into its XML."""
+    """Define and start a domain whose XML has the device that an operator pasted into it."""
     xml = operator.domain_xml(name, [device], ram_mib=256, disk=DISK, dsm="aml")
     xen.write(f"/root/{name}.xml", xml.encode())
     xen.check(f"{operator.VIRSH} define /root/{name}.xml")
@@ -42,6 +44,7 @@ def define(xen: XenHost, name: str, device: str) -> Guest:
 
 
 def namespaces(guest: Guest) -> list[dict[str, Any]]:
+    """Return the guest's namespaces as ndctl lists them."""
     found = json.loads(guest.check("run", "ndctl list -N"))
     return found if isinstance(found, list) else [found]
 

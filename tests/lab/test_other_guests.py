@@ -1,4 +1,4 @@
-"""Guests of other kinds: many NVDIMMs, another kernel, and one that knows nothing of NVDIMMs."""
+"""Other guests: one with many NVDIMMs, one with another kernel, one that ignores its NVDIMMs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME, DISK = "kind", "/tmp/kind.img"
 
 @contextmanager
 def reports(host: XenHost, dsm: str, disk: str, labels: Sequence[int]) -> Iterator[Report]:
-    """What a guest sees of its NVDIMMs of 16 MiB, which have label areas of so many KiB."""
+    """Start a guest with NVDIMMs of 16 MiB whose label areas have these sizes in KiB; yield its report."""
     files = [f"/mnt/pmem0/kind-{slot}.img" for slot in range(len(labels))]
     nvdimms = [operator.nvdimm(file, 16, label_kib=label) for file, label in zip(files, labels, strict=True)]
     host.write(f"/root/{NAME}.xml", operator.domain_xml(NAME, nvdimms, ram_mib=192, disk=disk, dsm=dsm).encode())
@@ -57,7 +57,7 @@ def test_the_kernel_of_another_release(driver_host: XenHost, dsm: str) -> None:
 
 
 def test_a_guest_that_does_not_look_at_its_nfit(driver_host: XenHost, tmp_path: Path) -> None:
-    """Its label server has nothing to do."""
+    """Its label server gets no requests."""
     make_guest_disk(driver_host.images, tmp_path / "disk", "module_blacklist=nfit")
     driver_host.put(tmp_path / "disk", DISK)
     with reports(driver_host, "qemu", DISK, [LABEL_KIB]) as report:

@@ -1,4 +1,4 @@
-"""A guest's label server: what it may, what kills it, and what a hostile guest cannot do with it."""
+"""A guest's label server: its privileges, its death, and a hostile guest that cannot misuse it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SERVER = "pgrep -f '[n]vdimm_driver.cmd.label_server'"
 
 @pytest.fixture(scope="module")
 def guest(driver_host: XenHost) -> Iterator[Guest]:
-    """A guest with labels in a file and in a raw namespace, and with an NVDIMM that has none."""
+    """Yield a guest with labels in a file and in a raw namespace, and with an NVDIMM without labels."""
     driver_host.put(driver_host.images.guest_tools_disk, DISK)
     nvdimms = [
         operator.nvdimm(FILE, FILE_MIB, label_kib=LABEL_KIB),
         operator.nvdimm("/mnt/pmem0/unlabelled.img", 16),
         operator.nvdimm(DEVICE, DEVICE_MIB, label_kib=LABEL_KIB),
     ]
-    # saving a guest goes through all frames up to its last one: behind the usual gap it takes minutes here
+    # a save goes through all frames up to the guest's last one: with the usual gap that takes minutes here
     nvdimms = [
         each.replace(
             "</memory>", f"<address type='dimm' slot='{slot}' base='{5 * GIB + slot * 64 * MIB:#x}'/></memory>"
@@ -48,17 +48,17 @@ def guest(driver_host: XenHost) -> Iterator[Guest]:
 
 
 def processes(host: XenHost) -> list[int]:
-    """Those of the label server: the one that watches, the one that serves."""
+    """Return the pids of the label server's processes: the watcher and the server."""
     return [int(pid) for pid in host.run(SERVER).stdout.split()]
 
 
 def wait_for_their_end(host: XenHost) -> None:
-    """They look for their domain twice a second."""
+    """Wait until no label server runs; it polls for its domain twice a second."""
     host.check(f"for try in $(seq 100); do {SERVER} >/dev/null || exit 0; sleep 0.1; done; exit 1")
 
 
 def label_sums(host: XenHost) -> list[str]:
-    """Of the label areas in dom0."""
+    """Return the SHA-256 of each label area in dom0."""
     label = LABEL_KIB << 10
     return [
         operator.host_sha256(host, path, size * MIB - label, label)
@@ -67,7 +67,7 @@ def label_sums(host: XenHost) -> list[str]:
 
 
 def seen_sums(guest: Guest) -> list[str]:
-    """Of the label areas as the guest has them, by slot."""
+    """Return the SHA-256 of each label area as the guest reads it, by slot."""
     dimms = sorted(guest.report().dimms, key=lambda dimm: dimm.handle)
     assert [dimm.handle for dimm in dimms] == [1, 2, 3]
     read = "ndctl read-labels {} 2>/dev/null | sha256sum"
@@ -76,7 +76,7 @@ def seen_sums(guest: Guest) -> list[str]:
 
 
 def data_sums(host: XenHost) -> list[str]:
-    """Of what is not label area."""
+    """Return the SHA-256 of each backing without its last MiB, where the label area is."""
     ends = ((FILE, FILE_MIB), (DEVICE, DEVICE_MIB))
     return [operator.host_sha256(host, path, 0, (size - 1) * MIB) for path, size in ends]
 
@@ -110,7 +110,7 @@ def test_the_one_that_serves_can_do_nothing_else(driver_host: XenHost, guest: Gu
 
 
 def test_a_label_is_flushed_before_the_guest_gets_its_answer(driver_host: XenHost, guest: Guest) -> None:
-    """The kernel writes back what dom0's caches have of the file's label, and the device's is not in any cache."""
+    """For the file, the kernel writes back dom0's caches; the label on the device is in no cache."""
     operator.trace(driver_host, "fs_dax/dax_writeback_one")
     (dimm,) = (dimm.name for dimm in guest.report().dimms if dimm.handle == 1)
     change = f"ndctl zero-labels {dimm} && ndctl init-labels {dimm}"

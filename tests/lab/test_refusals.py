@@ -1,4 +1,4 @@
-"""Wrong input on a real host: a clear error at define or prepare, and nothing left behind."""
+"""Wrong input on a real host: a clear error at define or prepare, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.lab.host import XenHost
 
 pytestmark = pytest.mark.lab
 BREAKING_HOOK = "/etc/libvirt/hooks/libxl.d/60-break"
-# Between prepare and the device model: a second mapping that our guards pass and Xen refuses.
+# Runs between prepare and the device model: adds a second mapping that the guards accept and Xen refuses.
 BREAK_MAPPING = """\
 #!/usr/bin/python3
 import sqlite3, sys
@@ -28,13 +28,13 @@ if sys.argv[2] == "start":
 
 @pytest.fixture(scope="module")
 def xen(driver_host: XenHost) -> XenHost:
-    """The host with the driver, a DAX file system, and a domain that owns a file on it."""
+    """Return the host with the driver, a DAX file system, and a domain that owns a file on it."""
     operator.define(driver_host, "owner", [operator.nvdimm("/mnt/pmem0/owned.img", 16)])
     return driver_host
 
 
 def refused(xen: XenHost, nvdimm: str) -> str:
-    """Define a domain that cannot be; return the error. Nothing of it is left in libvirt or the pool."""
+    """Define a domain that must be refused; return the error. Nothing of it is left in libvirt or the pool."""
     files = xen.check("ls -A /mnt/pmem0").stdout
     xen.write("/root/wrong.xml", operator.domain_xml("wrong", [nvdimm]).encode())
     result = xen.run(f"{operator.VIRSH} define /root/wrong.xml")
@@ -46,7 +46,7 @@ def refused(xen: XenHost, nvdimm: str) -> str:
 
 @contextmanager
 def configured(xen: XenHost, text: str) -> Iterator[None]:
-    """With this in the configuration, too, which nvdimmd reads at each use."""
+    """Add text to the configuration for a while; nvdimmd reads it at each use."""
     file = "/etc/nvdimm-driver/nvdimm-driver.conf.d/test.conf"
     xen.write(file, text.encode())
     try:
@@ -131,7 +131,7 @@ def test_a_missing_xen_library_names_both_versions(xen: XenHost) -> None:
 
 
 def test_a_failing_device_model_leaves_nothing(xen: XenHost) -> None:
-    """Xen refuses the second mapping: the first is taken back, and everybody who is asked knows why."""
+    """Xen refuses the second mapping: the first is taken back, and the ledger and both logs have the reason."""
     xen.write(BREAKING_HOOK, BREAK_MAPPING.encode(), 0o755)
     try:
         result = xen.run("virsh -q -c xen:///system start owner")

@@ -1,7 +1,7 @@
-"""Debian's own systemd in dom0: what 'nvdimmctl register' sets up there, and what is there after a power cut.
+"""Debian's own systemd in dom0: what 'nvdimmctl register' sets up there, and what remains after a power cut.
 
-On the tutorial's host, from which the driver is removed in the end. On XFS and device-dax, where other tests have ext4
-and a raw namespace; and a label server is there after all of it.
+These tests use the tutorial's host, and remove the driver from it in the end. They use XFS and device-dax, where other
+tests use ext4 and a raw namespace. The domain's label server still runs after all of that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COPY, LIBPMEM = "/root/copy.img", Path("/usr/lib/x86_64-linux-gnu/libpmem.so.1")
 SOCKETS = "/run/libvirt/virtxend-sock /run/libvirt/virtxend-sock-ro"
 HOOK = "/etc/libvirt/hooks/libxl.d/50-nvdimm"
 WRITTEN = f"ls {HOOK} /usr/libexec/xen/bin/nvdimm-device-model /etc/systemd/system/nvdimmd*"
-# What Linux says to whoever wants to make stores to a device-dax device durable.
+# Prints the errno of each system call that should make stores to a device-dax device durable.
 SYNC_DEVDAX = """\
 import mmap, os
 fd = os.open("/dev/dax1.0", os.O_RDWR)
@@ -37,7 +37,7 @@ with mmap.mmap(fd, 2 << 20) as memory:
         except OSError as error:
             print(error.errno)
 """
-# Debian 12 has no modular daemons: this one is at virtxend's place, and hands all on to libvirtd.
+# Debian 12 has no modular daemons: this one takes virtxend's place and forwards everything to libvirtd.
 VIRTXEND = """\
 for mode in '' -ro; do
 cat >/etc/systemd/system/virtxend$mode.socket <<END
@@ -61,7 +61,7 @@ systemctl enable --now virtxend.socket virtxend-ro.socket
 
 @pytest.fixture(scope="module")
 def xen(systemd_host: XenHost) -> XenHost:
-    """The tutorial's host, with a DAX file system that is mounted at boot, and a domain that is started at boot."""
+    """Return the tutorial's host, with a DAX file system mounted at boot and a domain started at boot."""
     host = systemd_host
     if host.run("command -v nvdimmctl").returncode:
         tutorial.prepare(host)
@@ -77,10 +77,12 @@ def xen(systemd_host: XenHost) -> XenHost:
 
 
 def virsh(xen: XenHost, command: str) -> str:
+    """Run a virsh command that has to succeed; return its output."""
     return xen.check(f"{operator.VIRSH} {command}").stdout.strip()
 
 
 def logged(xen: XenHost, unit: str) -> str:
+    """Return the journal of a unit."""
     return xen.check(f"journalctl -u {unit} --no-pager").stdout
 
 
@@ -114,7 +116,7 @@ def test_plain_virsh_goes_through_nvdimmd(xen: XenHost) -> None:
 
 @pytest.mark.thorough
 def test_labels_are_written_to_a_frozen_file(xen: XenHost) -> None:
-    """On XFS; and zeros again in the end, as labels without namespaces take the guest's disk away."""
+    """On XFS. The labels are zeroed in the end: with labels and no namespaces, the guest would have no disk."""
     (path, mib), _ = NVDIMMS
     guest = Guest(xen, "db2")
     (dimm,) = (dimm.name for dimm in guest.report().dimms if dimm.handle == 1)
@@ -156,7 +158,7 @@ def test_without_nvdimmd_clients_talk_to_libvirtd(xen: XenHost) -> None:
 
 
 def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
-    """After a power cut, with the bytes that it wrote before."""
+    """After a power cut, with the bytes that the guest wrote before."""
     guest = Guest(xen, "db2")
     before = operator.disks(guest.report())
     for seed, disk in enumerate(before):
@@ -181,7 +183,7 @@ def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
 
 @pytest.mark.thorough
 def test_bad_blocks_are_told_and_warned_of(xen: XenHost) -> None:
-    """The kernel is told of some, a MiB into the file."""
+    """The kernel is told of bad blocks 1 MiB into the file."""
     plan = json.loads(xen.check(f"{operator.NVDIMMCTL} plan --json /root/db2.xml").stdout)
     namespaces = json.loads(xen.check(f"{operator.NVDIMMCTL} host").stdout)["namespaces"]
     (start,) = (each["data_spa"] for each in namespaces if each["device"] == "pmem2")

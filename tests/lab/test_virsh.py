@@ -1,4 +1,4 @@
-"""A domain's life with plain virsh: nobody who uses it has to know that there is a driver in between."""
+"""A domain's life with plain virsh, whose users need not know of the driver."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.lab
 MIB = 1 << 20
 NAME = "plain"
 FILE = "/mnt/pmem0/plain.img"
-BASE = 5 << 30  # saving a guest goes through all frames up to its last one: behind the usual gap it takes minutes here
+BASE = 5 << 30  # a save goes through all frames up to the guest's last one: with the usual gap that takes minutes here
 NVDIMM = operator.nvdimm(FILE, 16).replace("</memory>", f"<address type='dimm' slot='0' base='{BASE:#x}'/></memory>")
 
 
 @pytest.fixture(scope="module")
 def xen(driver_host: XenHost) -> Iterator[XenHost]:
-    """The host with nvdimmd, and a domain with an NVDIMM, defined with virsh."""
+    """Yield the host with nvdimmd, and a domain with an NVDIMM, defined with virsh."""
     install_guest(driver_host)
     xml = operator.domain_xml(NAME, [NVDIMM], on_crash="restart")
     driver_host.write(f"/root/{NAME}.xml", xml.encode())
@@ -34,7 +34,7 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
 
 @pytest.fixture
 def guest(xen: XenHost) -> Guest:
-    """That domain, running."""
+    """Start that domain; return its guest."""
     found = Guest(xen, NAME)
     if not found.exists():
         virsh(xen, f"start {NAME}")
@@ -43,10 +43,12 @@ def guest(xen: XenHost) -> Guest:
 
 
 def virsh(xen: XenHost, command: str) -> str:
+    """Run a virsh command that has to succeed; return its output."""
     return xen.check(f"{operator.VIRSH} {command}").stdout
 
 
 def refused(xen: XenHost, command: str) -> Result:
+    """Run a virsh command that must fail; return its result."""
     result = xen.run(f"{operator.VIRSH} {command}")
     assert result.returncode == 1, result
     return result
@@ -140,7 +142,7 @@ def test_two_guests_at_once_have_each_their_own(xen: XenHost, guest: Guest) -> N
 
 
 def test_libvirtd_and_nvdimmd_restarted_under_a_running_guest(xen: XenHost, guest: Guest) -> None:
-    """A shell of virsh that was connected to the killed nvdimmd connects to the new one by itself."""
+    """An interactive virsh that was connected to the killed nvdimmd reconnects to the new one by itself."""
     xen.check(
         f"mkfifo /root/orders; {operator.VIRSH} </root/orders >/root/said 2>&1 & "
         "sleep infinity >/root/orders & echo $! >/root/holder.pid; "

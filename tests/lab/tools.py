@@ -1,4 +1,4 @@
-"""Programs of the build machine, run with their output kept for the error."""
+"""Programs of the build machine; their output is kept for the error."""
 
 import shutil
 import subprocess
@@ -29,7 +29,10 @@ def require(programs: Iterable[str]) -> None:
 def run_tool(
     command: Sequence[str | Path], *, stdin: bytes = b"", cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> bytes:
-    """Run `command`, return its stdout; LabError with the end of its stderr when it fails."""
+    """Run `command`; return its stdout.
+
+    :raises LabError: with the end of its stderr, when it fails.
+    """
     done = subprocess.run(
         [str(word) for word in command], check=False, input=stdin, capture_output=True, cwd=cwd, env=env
     )

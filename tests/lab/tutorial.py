@@ -1,4 +1,4 @@
-"""The tutorial, as it is written: its commands, done in dom0 and in the guest."""
+"""The tutorial as written: its commands, run in dom0 and in the guest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = "/root/walk"
 
 
 def prepare(xen: XenHost) -> None:
-    """Put into a folder of dom0 what the reader is to have: the package, and a guest with the NVDIMM of the page."""
+    """Copy into a folder of dom0 what the reader needs: the package, and a guest with the NVDIMM of the page."""
     package = build_package()
     xen.put(package, f"{FOLDER}/{package.name}")
     xen.put(xen.images.guest_tools_disk, DISK)
@@ -24,7 +24,7 @@ def prepare(xen: XenHost) -> None:
 
 
 def walk(xen: XenHost, title: str, guest: Guest | None = None) -> str:
-    """Do what the section of this title says; returns all that was printed."""
+    """Run the commands of the section with this title; return everything that they printed."""
     printed = ""
     for prompt, command in _commands(title):
         if prompt == "# ":
@@ -36,7 +36,7 @@ def walk(xen: XenHost, title: str, guest: Guest | None = None) -> str:
 
 
 def _commands(title: str) -> list[tuple[str, str]]:
-    """Each with its prompt."""
+    """Yield each command with its prompt."""
     section = re.split(r"\n\n([^\n]+)\n-+\n", TUTORIAL)
     text = dict(zip(section[1::2], section[2::2], strict=True))[title]
     found = re.findall(r"^    (guest# |# )(.+)$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-// What a guest does to write more of a label area than fits a line of acpiexec's input: PUT (offset, length, first byte).
+// Writes more of a label area than fits on a line of acpiexec's input, as a guest does: PUT (offset, length, first byte).
 DefinitionBlock ("", "SSDT", 2, "TEST  ", "PUT", 1)
 {
     External (\_SB.NVDR.NV00._DSM, MethodObj)
