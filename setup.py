@@ -58,7 +58,7 @@ setup(
         ],
         "oslo.config.opts": ["nvdimm_driver = nvdimm_driver.conf:list_opts"],
         "nvdimm_driver.drivers": ["xen = nvdimm_driver.driver:XenNvdimmDriver"],
-        "nvdimm_driver.xml_hooks": ["libxl = nvdimm_driver.xml.parse_domain:LibxlXmlHook"],
+        "nvdimm_driver.xml_hooks": ["libxl = nvdimm_driver.xml.rewrite:LibxlXmlHook"],
         "nvdimm_driver.backings": [
             "fsdax = nvdimm_driver.backing.fsdax:FsdaxBacking",
             "devdax = nvdimm_driver.backing.devdax:DevdaxBacking",

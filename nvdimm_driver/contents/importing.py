@@ -89,6 +89,7 @@ class Importer:
         backing = backing_of(self._checks.backings, spec.path)
         hidden = backing.allocate(spec)
         with backing.open_bytes(hidden, write=True) as target:
+            self._checks.check_new(spec)  # from here on, a start fails as long as this is open
             digest = copying.copy(content, target, watch("copying"))
         backing.provision(hidden, watch("writing zeros"))
         with backing.open_bytes(hidden) as target:

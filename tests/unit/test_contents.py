@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -351,3 +352,36 @@ def test_what_is_gone_can_be_given_up(tmp_path: Path) -> None:
     assert record is not None
     host.wiper.give_up(record, watch, delete=False)
     assert host.driver.ledger.domains() == ()
+
+
+class DeviceTakenMeanwhile(MemoryBacking):
+    """A device that another domain gets, and starts with, between the look at the ledger and the lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.take: Callable[[], object] = lambda: None
+
+    def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
+        self.take()
+        return spec
+
+    def publish(self, spec: NvdimmSpec) -> None:
+        del spec
+
+
+def test_a_device_that_a_domain_got_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    backing = DeviceTakenMeanwhile()
+    backing.files[A] = (100, SIZE)
+    backing.contents[A] = bytearray(b"G" * SIZE)
+    importer, other = (make_driver(tmp_path, backing, RecordingMapper()) for _ in range(2))
+
+    def start() -> None:
+        other.define(domain(A))
+        other.prepare(domain(A))
+
+    backing.take = start
+    source = tmp_path / "source"
+    source.write_bytes(b"S" * SIZE)
+    with pytest.raises(InUseError, match="belongs to domain db1"):
+        importer.importer.import_copy(str(source), A, None, 0, watch, overwrite=True)
+    assert backing.contents[A] == b"G" * SIZE
