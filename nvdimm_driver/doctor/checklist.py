@@ -13,7 +13,8 @@ from nvdimm_driver import plugins
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.doctor import confinement, hypervisor, ledger, libvirt, nova, pmem, programs
-from nvdimm_driver.doctor.finding import Finding, could_not
+from nvdimm_driver.doctor.finding import Finding, could_not, passed, warned
+from nvdimm_driver.driver import driver_class
 from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.nova.conf import read as read_nova_conf
@@ -21,6 +22,7 @@ from nvdimm_driver.nova.pmem_namespaces import Configured, Inventory, NovaNamesp
 from nvdimm_driver.plugins import AcpiBuilder
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.xml.hooks import XmlHooks
 
 Check = tuple[str, Callable[[], Finding | Iterable[Finding]]]
 
@@ -50,6 +52,7 @@ def examine(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Finding]:
 
 def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     """All of them, each by what is said when it cannot be done."""
+    yield "plug-ins", lambda: _plugins(conf)
     yield "Xen", hypervisor.check
     yield "namespaces", pmem.check_namespaces
     yield "pools", lambda: _pools(conf)
@@ -67,6 +70,21 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "SELinux", confinement.check_selinux
     yield "ledger", lambda: _records(conf)
     yield "Nova", lambda: _nova(conf)
+
+
+def _plugins(conf: cfg.ConfigOpts) -> Finding:
+    """Check that the driver and the XML hooks which the options name are there."""
+    driver_class(conf)
+    XmlHooks.from_conf(conf)
+    hooks = ", ".join(conf.xml_hooks) or "none"
+    if "libxl" not in conf.xml_hooks:
+        return warned(
+            "plug-ins",
+            f"XML hooks are {hooks}: libvirt's libxl driver refuses a domain that 'libxl' has not rewritten",
+            "add libxl to [DEFAULT] xml_hooks, and restart nvdimmd",
+        )
+    backings = ", ".join(each.name for each in plugins.load_all("nvdimm_driver.backings", conf))
+    return passed("plug-ins", f"driver {conf.driver}, XML hooks {hooks}, backings {backings}")
 
 
 def _pools(conf: cfg.ConfigOpts) -> Iterator[Finding]:

@@ -38,9 +38,9 @@ builder = native
 """
 
 
-def doctor(folder: Path, *words: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+def doctor(folder: Path, *words: str, home: Path | None = None, options: str = "") -> subprocess.CompletedProcess[str]:
     conf = folder / "nvdimm-driver.conf"
-    conf.write_text(CONF.format(folder=folder))
+    conf.write_text(CONF.format(folder=folder).replace("[DEFAULT]", f"[DEFAULT]\n{options}"))
     command = [str(Path(sys.executable).with_name("nvdimmctl")), "--config-file", str(conf), "doctor", *words]
     environment = {**os.environ, "HOME": str(home or folder)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
@@ -61,7 +61,9 @@ def test_a_machine_without_xen_fails_and_says_what_to_do(tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stderr == ""
     found = rows(done.stdout)
-    assert {name for name, row in found.items() if row["Result"] == "PASS"} == {"ACPI tables", "AppArmor", "SELinux"}
+    assert {name for name, row in found.items() if row["Result"] == "PASS"} == {
+        *("plug-ins", "ACPI tables", "AppArmor", "SELinux")
+    }
     assert {name for name, row in found.items() if row["Result"] == "NOTE"} <= {"nvdimmd, boot"}
     for name in ("Xen", "namespaces", "pools", "QEMU", "hook", "device model", "libvirt", "nvdimmd", "ledger"):
         assert found[name]["Result"] == "FAIL"
@@ -70,16 +72,32 @@ def test_a_machine_without_xen_fails_and_says_what_to_do(tmp_path: Path) -> None
     assert not (tmp_path / "state").exists(), "nothing is changed"
 
 
+@pytest.mark.parametrize(
+    ("options", "result", "message"),
+    [
+        ("driver = kvm", "FAIL", "no plug-in 'kvm' in nvdimm_driver.drivers"),
+        ("xml_hooks = libxl, other", "FAIL", "no plug-in 'other' in nvdimm_driver.xml_hooks"),
+        ("xml_hooks =", "WARN", "libvirt's libxl driver refuses a domain that 'libxl' has not rewritten"),
+    ],
+)
+def test_a_plug_in_that_is_missing_is_told(tmp_path: Path, options: str, result: str, message: str) -> None:
+    found = rows(doctor(tmp_path, "-f", "json", options=options).stdout)["plug-ins"]
+    assert found["Result"] == result
+    assert message in found["Message"]
+    assert found["Hint"]
+
+
 def test_lines_for_people_and_every_other_format(tmp_path: Path) -> None:
     lines = doctor(tmp_path).stdout.splitlines()
-    assert lines[0].split()[:2] == ["Xen", "FAIL"]
-    assert lines[1].split()[:2] == ["->", "boot"]
+    assert lines[0].split()[:2] == ["plug-ins", "PASS"]
+    assert lines[1].split()[:2] == ["Xen", "FAIL"]
+    assert lines[2].split()[:2] == ["->", "boot"]
     assert "\033" not in "".join(lines)
     for name in ("table", "csv", "value", "yaml"):
         done = doctor(tmp_path, "-f", name)
         assert done.returncode == 1
         assert "boot this machine into Xen" in done.stdout
-    assert doctor(tmp_path, "-c", "Check", "-c", "Result").stdout.splitlines()[0].split() == ["Xen", "FAIL"]
+    assert doctor(tmp_path, "-c", "Check", "-c", "Result").stdout.splitlines()[1].split() == ["Xen", "FAIL"]
     assert doctor(tmp_path, "-f", "xml").returncode == 2
 
 
@@ -144,7 +162,17 @@ def looked_at(host: Host) -> dict[str, dict[str, str]]:
 def test_what_is_right_passes(host: Host) -> None:
     found = looked_at(host)
     for name in (
-        *("Xen", "toolstack library", "HAP", "namespaces", "namespace0.0", "QEMU", "ACPI tables", "device model"),
+        *(
+            "plug-ins",
+            "Xen",
+            "toolstack library",
+            "HAP",
+            "namespaces",
+            "namespace0.0",
+            "QEMU",
+            "ACPI tables",
+            "device model",
+        ),
         *("hook", "libvirt", "nvdimmd", "ledger", "ledger, Xen", "ledger, backings", "label servers"),
     ):
         assert found[name]["Result"] == "PASS", found[name]
