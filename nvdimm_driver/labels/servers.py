@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from nvdimm_driver.errors import XenError
 from nvdimm_driver.processes import start_time
 
 MODULE = "nvdimm_driver.cmd.label_server"
+KILL_SECONDS = 10.0
 START_SECONDS = 40.0
 """How long one may take to start; libxl waits 60 s for the device model, which waits for this."""
 
@@ -84,8 +86,7 @@ class LabelServers:
         """
         doomed = [each for each in self._processes(uuid) if (start_time(each) or moment) < moment]
         for process in doomed:
-            with suppress(ProcessLookupError):
-                os.kill(int(process.name), signal.SIGKILL)
+            _kill(int(process.name))
         return bool(doomed)
 
     def start(self, domid: int, uuid: str) -> None:
@@ -120,6 +121,17 @@ class LabelServers:
 
     def _requests_file(self, uuid: str) -> Path:
         return self.state_dir / "domains" / uuid / "label-requests"
+
+
+def _kill(pid: int) -> None:
+    """Kill a process, and wait until it is dead and its locks are released."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            select.select([descriptor], [], [], KILL_SECONDS)
+        finally:
+            os.close(descriptor)
 
 
 def _counts(content: bytes) -> tuple[int, int]:

@@ -115,7 +115,8 @@ def test_one_that_is_older_than_the_installed_code_is_killed(tmp_path: Path) -> 
     servers = LabelServers(tmp_path)
     (tmp_path / "domains" / UUID).mkdir(parents=True)
     lock = tmp_path / "domains" / UUID / "label-server"
-    hold = f"import time; file = open({str(lock)!r}, 'w'); print('open', flush=True); time.sleep(60)"
+    hold = f"import fcntl, sys, time; file = open({str(lock)!r}, 'w'); "
+    hold += "sys.argv[1:] and fcntl.flock(file, fcntl.LOCK_EX); print('open', flush=True); time.sleep(60)"
     began = time.time()
     commands = [[sys.executable, "-c", hold, *arguments] for arguments in ([MODULE, "7", UUID], [])]
     server, other = (subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands)
@@ -126,7 +127,9 @@ def test_one_that_is_older_than_the_installed_code_is_killed(tmp_path: Path) -> 
         assert not servers.kill_older_than(UUID, began - 3600)
         assert not servers.kill_older_than(OTHER_UUID, time.time() + 3600)
         assert (server.poll(), other.poll()) == (None, None)
+        assert servers.is_running(UUID)
         assert servers.kill_older_than(UUID, time.time() + 3600)
+        assert not servers.is_running(UUID), "the next one can start at once"
         assert server.wait(10) == -signal.SIGKILL
         assert other.poll() is None
         assert not servers.kill_older_than(UUID, time.time() + 3600)
