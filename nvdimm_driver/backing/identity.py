@@ -1,27 +1,50 @@
-"""A label storage area in its backing: the last bytes of an NVDIMM, where QEMU keeps them too."""
+"""Check that a path still names the backing that was provisioned; the error for backings without a label server."""
 
 from __future__ import annotations
 
 from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity
+from nvdimm_driver.sizes import human
 
 
 def check_identity(path: str, found: BackingIdentity, expected: BackingIdentity | None) -> None:
-    """Refuse a backing that is not the one that was expected.
+    """Refuse a backing that is not the expected one.
 
-    :raises BackingError: naming both.
+    :raises BackingError: naming each field that differs, with both values.
     """
     if found != expected:
         raise BackingError(
-            f"{path} is not what was provisioned: was {expected}, is {found}",
+            f"{path} is not the backing that was provisioned: {describe_differences(found, expected)}",
             hint="put the old file back, or take the new one by defining the domain anew",
         )
 
 
+def describe_differences(found: BackingIdentity, expected: BackingIdentity | None) -> str:
+    """Return each field that differs, with both values, for people: ``its inode is 15, it was 12``."""
+    if expected is None:
+        return "no backing was provisioned"
+    fields = (
+        ("kind", found.kind, expected.kind),
+        ("namespace", found.device, expected.device),
+        ("offset in the namespace", *_two_sizes(found.start, expected.start)),
+        ("inode", found.inode, expected.inode),
+        ("inode generation", found.generation, expected.generation),
+        ("size", *_two_sizes(found.size, expected.size)),
+    )
+    return "; ".join(f"its {name} is {now}, it was {before}" for name, now, before in fields if now != before)
+
+
+def _two_sizes(one: int, other: int) -> tuple[str, str]:
+    """Return two sizes for people: in binary units, or in bytes where they would round to the same."""
+    if one != other and human(one).replace(".00", "") == human(other).replace(".00", ""):
+        return f"{one} bytes", f"{other} bytes"
+    return human(one), human(other)
+
+
 def no_label_server(path: str) -> UnsupportedError:
-    """What is wrong with a device-dax device as backing of an NVDIMM whose labels a label server writes."""
+    """Return the error for a device-dax device whose NVDIMM is to have a label server."""
     return UnsupportedError(
-        f"{path}: the labels of a device-dax device cannot be served by a QEMU (dsm = qemu): Linux gives programs no "
-        "way to make its bytes durable (no fsync)",
+        f"{path}: a QEMU cannot serve the labels of a device-dax device (dsm = qemu): Linux gives programs no way to "
+        "make its bytes durable (no fsync)",
         hint="take dsm 'aml', whose stores are durable at once, or a file or raw namespace",
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
+from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.model import Allocation, Record, Surveyed
@@ -96,7 +97,7 @@ class _Look:
             yield told(error.message.removeprefix(f"{path}: "), error.hint or "see what has changed it")
             return
         if found != item.identity:
-            problem = f"another object ({found}) has taken the place of what was provisioned ({item.identity})"
+            problem = f"it is not the backing that was provisioned: {describe_differences(found, item.identity)}"
             yield told(problem, "take it as it is now", partial(self._adopt, backing, record, item))
             return
         file = self.files.get(os.path.realpath(path))

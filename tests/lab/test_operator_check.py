@@ -74,7 +74,7 @@ def test_files_that_are_not_what_they_were(xen: XenHost) -> None:
     expected = {
         MOVED: "moved to /mnt/pmem0/folder/other",
         SHORT: f"it is {8 << 20} bytes too short",
-        RESTORED: "another object",
+        RESTORED: "it is not the backing that was provisioned: its inode is ",
         GONE: "it is not there",
         "/mnt/pmem0/copy": f"slot {FILES.index(COPIED)}, which is {COPIED}",
     }

@@ -105,8 +105,8 @@ def test_a_file_replaced_between_define_and_start(xen: XenHost) -> None:
     xen.check("cp /mnt/pmem0/changed.img /mnt/pmem0/new && mv /mnt/pmem0/new /mnt/pmem0/changed.img && sync")
     result = xen.run("virsh -q -c xen:///system start changed")
     assert result.returncode != 0
-    assert "/mnt/pmem0/changed.img is not what was provisioned" in result.stderr
-    assert "is not what was provisioned" in operator.show(xen, "changed")["last_fault"]
+    assert "/mnt/pmem0/changed.img is not the backing that was provisioned" in result.stderr
+    assert "is not the backing that was provisioned" in operator.show(xen, "changed")["last_fault"]
     assert "i" not in xen.check("lsattr /mnt/pmem0/changed.img").stdout.split()[0]
 
 

@@ -10,10 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nvdimm_driver.backing.byteranges import DirectBytes, FileBytes, MappedBytes
-from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.pmdk import Pmdk
 from nvdimm_driver.errors import BackingError, UnsupportedError
-from nvdimm_driver.model import KIB, MIB, BackingIdentity
+from nvdimm_driver.model import KIB, MIB
 from nvdimm_driver.plugins import ByteRange
 
 FILE_SIZE = 2 * MIB
@@ -108,10 +107,3 @@ def test_each_write_is_made_durable(file: Path) -> None:
 def test_without_libpmem() -> None:
     with pytest.raises(UnsupportedError, match=r"libpmem.so.0 cannot be loaded.*libpmem1"):
         Pmdk("libpmem.so.0")
-
-
-def test_another_backing_is_refused_by_name() -> None:
-    one = BackingIdentity("fsdax", "ns", 0, 12, 1, FILE_SIZE)
-    check_identity("/p", one, one)
-    with pytest.raises(BackingError, match=r"/p is not what was provisioned.*inode=12.*inode=13"):
-        check_identity("/p", BackingIdentity("fsdax", "ns", 0, 13, 1, FILE_SIZE), one)

@@ -146,7 +146,7 @@ def test_a_mark_of_nobody_that_cannot_be_read(driver: XenNvdimmDriver, backing: 
 def test_another_file_in_its_place_is_taken(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     backing.files[A] = (700, 64 * MIB)
     (finding,) = look(driver)
-    assert "another object" in finding.problem
+    assert finding.problem == "it is not the backing that was provisioned: its inode is 700, it was 100"
     assert mend(driver) == []
     record = driver.ledger.find_domain(UUID)
     assert record

@@ -256,13 +256,13 @@ def test_prepare_without_define_takes_what_is_there_and_creates_nothing(
 def test_a_replaced_file_is_refused_and_nothing_stays_frozen(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     driver.define(domain(A, B))
     backing.files[B] = (102, 64 * MIB)
-    with pytest.raises(BackingError, match=f"{B} is not what was provisioned"):
+    with pytest.raises(BackingError, match=f"{B} is not the backing that was provisioned"):
         driver.prepare(domain(A, B))
     assert backing.frozen == set()
     record = driver.ledger.find_domain(UUID)
     assert record is not None
     assert record.start is None
-    assert "is not what was provisioned" in record.fault
+    assert "is not the backing that was provisioned" in record.fault
 
 
 def test_a_refused_start_leaves_another_domains_files_frozen(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
