@@ -137,8 +137,9 @@ class ByteRange(ABC):
     def _check(self, offset: int, length: int) -> None:
         if not 0 <= offset <= self.size - length:
             from nvdimm_driver.errors import BackingError
+            from nvdimm_driver.sizes import human
 
-            raise BackingError(f"{length} bytes at {offset} are not in a range of {self.size} bytes")
+            raise BackingError(f"{human(length)} at {offset:#x} are not in a range of {human(self.size)}")
 
 
 class Backing(Plugin):

@@ -1,1 +1,1 @@
-"""Where an NVDIMM's bytes are kept: files on a DAX file system, device-dax, raw pmem block devices."""
+"""Backings of NVDIMMs: files on a DAX file system, device-dax devices, raw pmem block devices."""

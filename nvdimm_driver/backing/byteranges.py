@@ -1,6 +1,6 @@
-"""Ways to the bytes of a backing.
+"""Byte ranges of files, mappings and block devices.
 
-What is written is in the persistent memory when ``sync`` returns, and no byte outside of the range is ever touched.
+Bytes that were written are in the persistent memory when ``sync`` returns. No byte outside the range changes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.model import PAGE
 from nvdimm_driver.plugins import ByteRange
-from nvdimm_driver.sizes import align_up
+from nvdimm_driver.sizes import align_up, human
 
 
 class FileBytes(ByteRange):
-    """Of any file, by read and write.
+    """A byte range of any file, from its start, through read and write.
 
-    :param fd: the range's own from now on.
+    :param fd: owned by the range, which closes it.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -28,7 +28,7 @@ class FileBytes(ByteRange):
 
     def sync(self) -> None:
         os.fsync(self._fd)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what is read now comes from the medium
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # later reads come from the medium
 
     def close(self) -> None:
         os.close(self._fd)
@@ -38,7 +38,10 @@ class FileBytes(ByteRange):
         while len(data) < length:
             more = os.pread(self._fd, length - len(data), offset + len(data))
             if not more:
-                raise BackingError(f"ends at byte {offset + len(data)} of {self.size}", hint="has it been truncated?")
+                raise BackingError(
+                    f"the file ends at {offset + len(data):#x}, it had {human(self.size)} or more when it was opened",
+                    hint="has it been truncated?",
+                )
             data += more
         return data
 
@@ -50,12 +53,12 @@ class FileBytes(ByteRange):
 
 
 class MappedBytes(ByteRange):
-    """Of what can be mapped: the persistent memory itself.
+    """A byte range of persistent memory, through a mapping.
 
-    :param fd: of what is mapped; may be closed afterwards.
-    :param start: where the range begins in it, bytes.
-    :param step: bytes of which a mapping has to be a multiple.
-    :param persist: makes bytes (offset in the mapping, length) durable when they are written, for what has no msync.
+    :param fd: file or device to map; may be closed afterwards.
+    :param start: offset of the range in it, bytes.
+    :param step: alignment that a mapping needs, bytes.
+    :param persist: makes each write durable, for devices without msync; takes mapping, offset in it and length.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class MappedBytes(ByteRange):
 
     def sync(self) -> None:
         if self._persist is None:
-            self._memory.flush()  # msync: writes back the caches of pages that were written (fs/dax.c)
+            self._memory.flush()  # msync: writes back the caches of written pages (fs/dax.c)
 
     def close(self) -> None:
         self._memory.close()
@@ -94,10 +97,10 @@ class MappedBytes(ByteRange):
 
 
 class DirectBytes(ByteRange):
-    """Of a raw pmem block device: past the page cache.
+    """A byte range of a raw pmem block device, past the page cache.
 
-    :param fd: opened with O_DIRECT; the range's own from now on.
-    :param start: where the range begins on the device, bytes.
+    :param fd: opened with O_DIRECT; owned by the range, which closes it.
+    :param start: offset of the range on the device, bytes.
     """
 
     def __init__(self, fd: int, start: int, size: int) -> None:
@@ -106,7 +109,7 @@ class DirectBytes(ByteRange):
         self._start = start
 
     def sync(self) -> None:
-        os.fdatasync(self._fd)  # the device's write cache
+        os.fdatasync(self._fd)  # flushes the device's write cache
 
     def close(self) -> None:
         os.close(self._fd)
@@ -117,34 +120,34 @@ class DirectBytes(ByteRange):
     def _write(self, offset: int, data: bytes) -> None:
         first, pages = self._read_pages(offset, len(data), whole=True)
         skip = self._start + offset - first
-        with mmap.mmap(-1, len(pages)) as buffer:  # O_DIRECT wants memory that is aligned
+        with mmap.mmap(-1, len(pages)) as buffer:  # O_DIRECT needs aligned memory
             buffer[:] = pages
             buffer[skip : skip + len(data)] = data
             if os.pwrite(self._fd, buffer, first) != len(pages):
                 raise OSError(f"{len(pages)} bytes at {first} were not written whole")
 
     def _read_pages(self, offset: int, length: int, *, whole: bool = False) -> tuple[int, bytes]:
-        """Return where the pages with these bytes begin, and the bytes; ``whole``: all of the pages."""
+        """Return the offset of the first page with these bytes, and the bytes; with ``whole``, the whole pages."""
         begin = self._start + offset
         first = begin // PAGE * PAGE
         with mmap.mmap(-1, align_up(begin + length - first, PAGE)) as buffer:
             if os.preadv(self._fd, [buffer], first) != len(buffer):
-                raise BackingError(f"the device ends within its first {self._start + self.size} bytes")
+                raise BackingError(f"the device is smaller than {human(self._start + self.size)}")
             return first, buffer[:] if whole else buffer[begin - first : begin - first + length]
 
 
 def lock(fd: int, path: str) -> None:
-    """Keep others from overwriting it, until the file is closed.
+    """Lock a backing against writes by other processes, until the file is closed.
 
-    :raises InUseError: when one does.
+    :raises InUseError: when another process has it locked.
     """
     _lock(fd, fcntl.LOCK_EX, path)
 
 
 def check_unlocked(fd: int, path: str) -> None:
-    """Check that nobody overwrites it.
+    """Check that no process has locked a backing to overwrite it.
 
-    :raises InUseError: when one does.
+    :raises InUseError: when one has.
     """
     _lock(fd, fcntl.LOCK_SH, path)
     fcntl.flock(fd, fcntl.LOCK_UN)
@@ -155,5 +158,5 @@ def _lock(fd: int, operation: int, path: str) -> None:
         fcntl.flock(fd, operation | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InUseError(
-            f"{path}: is being overwritten", hint="by another nvdimmctl: let it end, or stop it"
+            f"{path}: is being overwritten", hint="by another nvdimmctl: wait until it ends, or stop it"
         ) from error

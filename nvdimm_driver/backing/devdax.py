@@ -18,11 +18,11 @@ from nvdimm_driver.plugins import ByteRange
 
 
 class DevdaxBacking(DeviceBacking):
-    """Keeps an NVDIMM in a device-dax device.
+    """An NVDIMM in a device-dax device.
 
-    :param cross_check: compares the extent of an open device with what the page tables say, given the device's
-        alignment; raises BackingError. Not called for devices with an alignment of 1 GiB: pagemap does not see
-        mappings of that size (mm/pagewalk.c: walk_pud_range).
+    :param cross_check: compares the extent of an open device with the page tables, given the device's alignment; raises
+        BackingError. Not called for devices with an alignment of 1 GiB: pagemap does not show mappings of that size
+        (mm/pagewalk.c: walk_pud_range).
     """
 
     name = "devdax"
@@ -50,8 +50,8 @@ class DevdaxBacking(DeviceBacking):
                 return Volume(namespace, 0, namespace.data_size)
         raise BackingError(
             f"{path}: is not the device-dax device of a pmem namespace",
-            hint="'ndctl list -N -m devdax' shows those; "
-            "one that is system RAM comes back with 'daxctl reconfigure-device --mode=devdax'",
+            hint="'ndctl list -N -m devdax' lists them; "
+            "'daxctl reconfigure-device --mode=devdax' takes one back from system RAM",
         )
 
     def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
@@ -64,7 +64,7 @@ class DevdaxBacking(DeviceBacking):
             raise BackingError(f"{path}: {error.message}", hint=error.hint) from error
 
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
-        """Map it: a device-dax device has neither read nor write."""
+        """Map the device, which has neither read nor write."""
         persist = None
         if write:
             from nvdimm_driver.backing.pmdk import Pmdk

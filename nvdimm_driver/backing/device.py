@@ -1,4 +1,4 @@
-"""What backings that are a device of their own, not a file, have in common."""
+"""The base class of backings that are a device, not a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from nvdimm_driver.backing.inventory import Volume, space_of
 from nvdimm_driver.errors import BackingError, NotFoundError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec, Space
 from nvdimm_driver.plugins import Backing, ByteRange
+from nvdimm_driver.sizes import human
 
 
 class DeviceBacking(Backing):
-    """A device is one extent, all of it there from the start: provisioning writes nothing, and bytes on it are kept.
+    """An NVDIMM in a device: one extent, which exists already. Provisioning writes nothing and keeps the bytes.
 
-    :cvar mode: of its namespace.
+    :cvar mode: mode of the device's namespace.
     """
 
     mode: str
@@ -30,7 +31,7 @@ class DeviceBacking(Backing):
     def handles(self, path: str) -> bool:
         try:
             return self.is_kind(os.stat(path).st_mode)
-        except OSError:  # as os.path.isfile has it: what cannot be looked at is of no kind
+        except OSError:  # as os.path.isfile does
             return False
 
     def areas(self) -> Sequence[Namespace]:
@@ -38,25 +39,25 @@ class DeviceBacking(Backing):
 
     @abstractmethod
     def is_kind(self, mode: int) -> bool:
-        """True for the st_mode of a device of this kind."""
+        """Return True for the st_mode of a device of this kind."""
 
     @abstractmethod
     def volume(self, path: str, number: int) -> Volume:
-        """Return what a device number stands for.
+        """Return the volume that a device number stands for.
 
         :raises BackingError: when it cannot be a backing.
         """
 
     @abstractmethod
     def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
-        """Check an open device, as well as it can be.
+        """Check an open device against what sysfs says, as far as possible.
 
-        :raises BackingError: when it is not what sysfs says.
+        :raises BackingError: when they disagree.
         """
 
     @abstractmethod
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
-        """As :meth:`open_bytes`, for a path that has been looked at.
+        """Open the bytes of a device that :meth:`open_bytes` has checked.
 
         :raises OSError: when the device cannot be opened.
         """
@@ -66,7 +67,7 @@ class DeviceBacking(Backing):
         return Intake(self.name, False, 0, volume.namespace)
 
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
-        """Return the room, also when a device is in use in the host, so that it cannot be located."""
+        """Return the room in a pool. Works for devices in use in the host too, which cannot be located."""
         in_use = {os.path.realpath(path) for path in taken}
         volumes = {path: self._identify(path)[0] for path in map(os.path.realpath, paths)}
         free = [volume.size for path, volume in volumes.items() if path not in in_use]
@@ -97,7 +98,7 @@ class DeviceBacking(Backing):
         return Location(identity, (extent,))
 
     def freeze(self, path: str) -> None:
-        """Nothing but a look whether somebody overwrites it: the kernel keeps a namespace where it is."""
+        """Check only that no process overwrites the device: the kernel does not move a namespace."""
         path = os.path.realpath(path)
         with _opened(path) as fd:
             byteranges.check_unlocked(fd, path)
@@ -107,7 +108,7 @@ class DeviceBacking(Backing):
         volume, number = self._identify(path)
         with _opened(path) as fd:
             if os.fstat(fd).st_rdev != number:
-                raise BackingError(f"{path}: became another device just now", hint="try again")
+                raise BackingError(f"{path}: has just become another device", hint="try again")
             if spec.size > volume.size:
                 raise _too_small(path, volume.size, spec.size)
             whole = extents.FileExtent(0, 0, volume.size, extents.LAST)
@@ -116,7 +117,7 @@ class DeviceBacking(Backing):
         return volume, extent
 
     def _identify(self, path: str) -> tuple[Volume, int]:
-        """What the device is, and its number: of a mounted one, its mode says more than that it is in use."""
+        """Return volume and number of a device without opening it: a wrong mode is a better error than EBUSY."""
         try:
             status = os.stat(path)
         except OSError as error:
@@ -128,20 +129,21 @@ class DeviceBacking(Backing):
 
 def _too_small(path: str, size: int, needed: int) -> BackingError:
     return BackingError(
-        f"{path}: has {size} bytes, the NVDIMM needs {needed}", hint="ask for less, or use a larger namespace"
+        f"{path}: has {human(size)}, the NVDIMM needs {human(needed)} ({human(needed - size)} more)",
+        hint="ask for less, or use a larger namespace",
     )
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[int]:
     try:
-        # O_EXCL: a block device that a file system or another driver has is EBUSY (open(2)).
+        # O_EXCL: EBUSY for a block device that a file system or another driver uses (open(2)).
         fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         busy = error.errno == errno.EBUSY
         raise BackingError(
             f"{path}: {'is in use in the host' if busy else error.strerror}",
-            hint="unmount it, or see who has it: lsblk" if busy else "",
+            hint="unmount it, or see what uses it: lsblk" if busy else "",
         ) from error
     try:
         yield fd

@@ -1,7 +1,7 @@
-"""Where a file's bytes are: FIEMAP, what the file system says, and pagemap, what the CPU's page tables say.
+"""The extents of a file, from two sources: FIEMAP (the file system) and pagemap (the CPU's page tables).
 
-Neither is trusted alone: a mapping of the wrong frames would give a guest another's data. FIEMAP knows nothing of the
-machine's addresses, and pagemap nothing of what the file system may do next with an extent.
+Neither is trusted alone: a mapping of the wrong frames would give a guest another guest's data. FIEMAP does not show
+machine addresses. Pagemap does not show what the file system may do next with an extent.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# The C half of cffi alone: it loads in 2 ms, cffi itself, which parses C, in 55.
+# Only the C half of cffi: it loads in 2 ms; cffi itself, which parses C, takes 55.
 from _cffi_backend import FFI
 
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import GIB, PAGE, Extent
+from nvdimm_driver.sizes import human
 
 # include/uapi/linux/fs.h, include/uapi/linux/fiemap.h
 FS_IOC_FIEMAP = 0xC020660B
@@ -64,7 +65,7 @@ _FFI = FFI()
 
 @dataclass(frozen=True)
 class FileExtent:
-    """A run of a file as its file system has it: offset in the file, offset on the block device, length, in bytes.
+    """An extent as the file system reports it: offset in the file, offset on the block device, length, in bytes.
 
     :ivar flags: FIEMAP_EXTENT_*.
     """
@@ -80,18 +81,18 @@ class FileExtent:
 
     @property
     def flag_names(self) -> tuple[str, ...]:
-        """Its flags by name, in order of bits; one that this module does not know as a hexadecimal number."""
+        """Names of the flags, in order of bits; a hexadecimal number for a flag that this module does not know."""
         bits = (1 << bit for bit in range(self.flags.bit_length()) if self.flags >> bit & 1)
         return tuple(FLAG_NAMES.get(bit, f"{bit:#x}") for bit in bits)
 
 
 def fiemap(fd: int, length: int, *, batch: int = _BATCH) -> tuple[FileExtent, ...]:
-    """Return the extents of a file's first ``length`` bytes, after the file system has written back what it held.
+    """Return the extents of a file's first ``length`` bytes, after the file system has written back dirty data.
 
-    The last one may reach beyond ``length``. Holes are what no extent covers.
+    The last one may reach beyond ``length``. A hole has no extent.
 
     :param batch: extents to ask for in one call.
-    :raises BackingError: when the file system cannot tell (Documentation/filesystems/fiemap.rst).
+    :raises BackingError: when the file system does not support FIEMAP (Documentation/filesystems/fiemap.rst).
     """
     found: list[FileExtent] = []
     start = 0
@@ -102,7 +103,7 @@ def fiemap(fd: int, length: int, *, batch: int = _BATCH) -> tuple[FileExtent, ..
             fcntl.ioctl(fd, FS_IOC_FIEMAP, buffer)
         except OSError as error:
             raise BackingError(
-                f"the file system cannot say where the file's bytes are: FIEMAP: {error.strerror}",
+                f"the file system does not show the file's extents: FIEMAP: {error.strerror}",
                 hint="use ext4 or XFS",
             ) from error
         count = _HEADER.unpack_from(buffer)[3]
@@ -111,13 +112,13 @@ def fiemap(fd: int, length: int, *, batch: int = _BATCH) -> tuple[FileExtent, ..
         if not count or found[-1].flags & LAST:
             break
         if found[-1].end <= start:
-            raise BackingError("the file changed while its extents were read", hint="who else is writing to it?")
+            raise BackingError("the file changed while its extents were read", hint="stop what else writes to it")
         start = found[-1].end
     return tuple(found)
 
 
 def holes(extents: Sequence[FileExtent], length: int) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) of what no extent covers of the first ``length`` bytes."""
+    """Yield (offset, length) of each hole in the first ``length`` bytes."""
     end = 0
     for extent in extents:
         if min(extent.offset, length) > end:
@@ -130,30 +131,30 @@ def holes(extents: Sequence[FileExtent], length: int) -> Iterator[tuple[int, int
 def check_holes(path: str, extents: Sequence[FileExtent], length: int) -> None:
     """Refuse a file that is sparse in its first ``length`` bytes.
 
-    :raises BackingError: naming the first hole and the size of all.
+    :raises BackingError: naming the first hole, and the number and size of all.
     """
     found = list(holes(extents, length))
     if found:
         raise BackingError(
-            f"{path}: is sparse: nothing is allocated at {found[0][0]:#x}, {found[0][1]} bytes; "
-            f"{len(found)} holes, {sum(size for _, size in found)} bytes in all",
-            hint=f"allocate it all: fallocate -l {length} '{path}'",
+            f"{path}: is sparse: {human(found[0][1])} at {found[0][0]:#x} are not allocated; "
+            f"holes: {len(found)}, {human(sum(size for _, size in found))} in all",
+            hint=f"allocate all of it: fallocate -l {length} '{path}'",
         )
 
 
 def check_flags(path: str, extents: Sequence[FileExtent], *, allowed: int = LAST | MERGED) -> None:
-    """Refuse extents whose bytes do not stay, as plain bytes, where FIEMAP says.
+    """Refuse extents whose bytes are not plain bytes that stay where FIEMAP says.
 
-    :raises BackingError: naming the first one with a flag that is not allowed, and why it matters.
+    :raises BackingError: naming the first one with a flag that is not allowed, and the reason.
     """
     for extent in extents:
         if not extent.flags & ~allowed:
             continue
         refused = FileExtent(extent.offset, extent.physical, extent.length, extent.flags & ~allowed)
-        # Such as DATA_ENCRYPTED come with ENCODED, DELALLOC with UNKNOWN: the last says most.
+        # The last one says most: DATA_ENCRYPTED comes with ENCODED, DELALLOC with UNKNOWN.
         reason, hint = _REASONS.get(refused.flag_names[-1], ("has a flag that this driver does not know", ""))
         raise BackingError(
-            f"{path}: its extent at {extent.offset:#x}, {extent.length} bytes, {reason} "
+            f"{path}: its extent at {extent.offset:#x} ({human(extent.length)}) {reason} "
             f"(FIEMAP flags {', '.join(refused.flag_names)})",
             hint=hint,
         )
@@ -165,9 +166,9 @@ def to_machine(
     """Translate the extents of a file's first ``length`` bytes to machine addresses.
 
     :param spa: SPA of the block device's first byte.
-    :param device_size: bytes of the block device.
+    :param device_size: size of the block device, bytes.
     :returns: extents in order of offset, from 0 to ``length`` without gaps, as few as possible.
-    :raises BackingError: when there is a hole, or an extent is not on whole pages of the device.
+    :raises BackingError: when there is a hole, or an extent overlaps another or is not on whole pages of the device.
     """
     check_holes(path, extents, length)
     result: list[Extent] = []
@@ -176,19 +177,19 @@ def to_machine(
         if extent.offset >= length:
             break
         if extent.offset != end:
-            raise BackingError(f"{path}: two extents have {extent.offset:#x}", hint="the file is being changed")
+            raise BackingError(f"{path}: two extents overlap at {extent.offset:#x}", hint="stop what changes the file")
         size = min(extent.length, length - extent.offset)
         end = extent.offset + size
         if (extent.offset | extent.physical | size | spa) % PAGE:
             raise BackingError(
                 f"{path}: its extent at {extent.offset:#x} is not on whole pages of the machine's memory "
-                f"(SPA {spa + extent.physical:#x}, {size} bytes)",
-                hint="partitions have to start at a multiple of 4 KiB, and file systems to have blocks of 4 KiB",
+                f"(SPA {spa + extent.physical:#x}, {human(size)})",
+                hint="partitions have to start at a multiple of 4 KiB, and file systems need blocks of 4 KiB",
             )
         if extent.physical + size > device_size:
             raise BackingError(
-                f"{path}: its extent at {extent.offset:#x} ends at byte {extent.physical + size} of the device, "
-                f"which has {device_size}",
+                f"{path}: its extent at {extent.offset:#x} ends at {extent.physical + size:#x} of the device, beyond "
+                f"its end at {device_size:#x}",
                 hint="is the file system on more than one device, or the file on a realtime device?",
             )
         last = result[-1] if result else None
@@ -200,28 +201,28 @@ def to_machine(
 
 
 def spa_of(fd: int, offset: int, window: int = PAGE) -> int:
-    """Return the SPA of a byte of a DAX file or device, as the page tables have it.
+    """Return the SPA of a byte of a DAX file or device, according to the page tables.
 
-    The page is populated by a read fault, which leaves the file as it is and is allowed on a frozen one. On DAX that
-    maps the page itself where the extent is written, and the shared zero page where it is not (fs/dax.c:
-    dax_fault_iter), so an unwritten page shows as a wrong address. Without DAX it is a page of the page cache.
+    A read fault populates the page. It does not change the file and is allowed on a frozen one. On DAX it maps the page
+    itself where the extent is written, and the shared zero page where it is not (fs/dax.c: dax_fault_iter): an
+    unwritten page shows as a wrong address. Without DAX it maps a page of the page cache.
 
     :param window: bytes to map at once; for device-dax its alignment (drivers/dax/device.c:check_vma).
-    :raises BackingError: when the page cannot be mapped, or its address is not to be seen by this process.
+    :raises BackingError: when the page cannot be mapped, or this process may not see its address.
     """
     with _opened_pagemap() as pagemap:
         return _look_up(pagemap, fd, offset, window)
 
 
 def samples(extent: Extent) -> Iterator[int]:
-    """Yield the offsets, in the backing, of an extent's first and last page and of one in each GiB between."""
+    """Yield offsets in the backing: of an extent's first and last page, and of one page in each GiB between."""
     last = extent.offset + extent.length - PAGE
     yield from range(extent.offset, last, GIB)
     yield last
 
 
 def cross_check(fd: int, extents: Sequence[Extent], window: int = PAGE) -> None:
-    """Check that the page tables agree with the extents, on some pages of each.
+    """Check that the page tables agree with the extents, for some pages of each.
 
     :raises BackingError: naming the offset and both addresses.
     """
@@ -234,7 +235,7 @@ def cross_check(fd: int, extents: Sequence[Extent], window: int = PAGE) -> None:
                     raise BackingError(
                         f"byte {offset:#x} is at SPA {seen:#x} by the page tables, at {told:#x} by the file system "
                         "or sysfs",
-                        hint="is the file system mounted with -o dax, and has 'lsattr' an x for the file otherwise?",
+                        hint="is the file system mounted with -o dax? If not, does 'lsattr' show an x for the file?",
                     )
 
 

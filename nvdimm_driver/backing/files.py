@@ -1,4 +1,4 @@
-"""Files that are backings, or are to be: opened, looked at, named."""
+"""Files that are backings or will be: how they are opened, checked and named."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import NamedTuple
 from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.errors import BackingError
+from nvdimm_driver.sizes import human
 
 HINTS = {
     errno.EPERM: "is it immutable (lsattr, chattr -i)?",
     errno.EACCES: "only root may use backings",
     errno.ENOSPC: "make room, or ask for less",
     errno.EROFS: "mount it read-write",
-    errno.EIO: "look at the kernel's log; 'nvdimmctl show' and 'pool show' tell of bad blocks",
+    errno.EIO: "look at the kernel's log; 'nvdimmctl show' and 'pool show' list bad blocks",
 }
-"""What to do about what the system says, by errno."""
+"""Hints for errors of the system, by errno."""
 
 
 class ExaminedFile(NamedTuple):
-    """An existing file that was found fit: its extents, and the runs (offset, length) to fill with zeros."""
+    """An existing file that is fit: its extents, and its unwritten runs (offset, length), to be filled with zeros."""
 
     found: tuple[FileExtent, ...]
     unwritten: tuple[tuple[int, int], ...]
 
 
 def is_new(path: str) -> bool:
-    """True when there is no such file, or an empty one."""
+    """Return True when there is no such file, or an empty one."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -40,13 +41,16 @@ def is_new(path: str) -> bool:
 
 
 def look(fd: int, path: str, size: int) -> ExaminedFile:
-    """Look at an open file, and refuse what can never be a backing of that size."""
+    """Examine an open file for an NVDIMM of that size.
+
+    :raises BackingError: when the file cannot be its backing.
+    """
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise BackingError(f"{path}: is not a regular file")
     if status.st_nlink != 1:
         raise BackingError(
-            f"{path}: has {status.st_nlink} names (hard links), and must have one",
+            f"{path}: has {status.st_nlink} hard links, and must have one",
             hint=f"find the others: find -xdev -inum {status.st_ino}",
         )
     check_size(path, status.st_size, size)
@@ -60,20 +64,28 @@ def look(fd: int, path: str, size: int) -> ExaminedFile:
 
 
 def check_size(path: str, size: int, needed: int) -> None:
+    """Check that a file is large enough.
+
+    :raises BackingError: when it is not.
+    """
     if size < needed:
         raise BackingError(
-            f"{path}: has {size} bytes, the NVDIMM needs {needed}",
-            hint="size it to fit, or name a path without a file to have one made",
+            f"{path}: has {human(size)}, the NVDIMM needs {human(needed)} ({human(needed - size)} more)",
+            hint="make the file larger, or name a path where no file is: it is created",
         )
 
 
 def hidden_name(path: str) -> str:
+    """Return the path of a file until it is complete: ``.NAME.partial`` beside it, symbolic links resolved."""
     directory, name = os.path.split(os.path.realpath(path))
     return os.path.join(directory, f".{name}.partial")
 
 
 def unlink(path: str) -> bool:
-    """Delete a file; False when there is none."""
+    """Delete a file; return False when there is none.
+
+    :raises BackingError: when it cannot be deleted.
+    """
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -85,7 +97,10 @@ def unlink(path: str) -> bool:
 
 @contextmanager
 def opened(path: str, flags: int) -> Iterator[int]:
-    """A descriptor of a path without symbolic links; what the system says of it is reported with the path."""
+    """Yield a descriptor of a path that is not a symbolic link; it is closed afterwards.
+
+    :raises BackingError: naming the path, for every OSError, also of the block.
+    """
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
@@ -97,5 +112,6 @@ def opened(path: str, flags: int) -> Iterator[int]:
 
 
 def sync_directory(path: str) -> None:
+    """Make changes of the directory that a file is in durable."""
     with opened(os.path.dirname(path), os.O_DIRECTORY) as fd:
         os.fsync(fd)

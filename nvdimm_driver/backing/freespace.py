@@ -1,4 +1,4 @@
-"""What is free on a file system, and in how large pieces: the GETFSMAP ioctl of ext4 and XFS (linux/fsmap.h)."""
+"""Free space of a file system: the GETFSMAP ioctl of ext4 and XFS (linux/fsmap.h)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ FS_IOC_GETFSMAP = 0xC0C0583B
 OWN_FREE = 1  # FMR_OWN_FREE
 _SPECIAL_OWNER = 0x10
 _LAST = 0x20
-_HEAD = struct.Struct("=IIII48x")  # struct fsmap_head: iflags, oflags, number of records, records that came
+_HEAD = struct.Struct("=IIII48x")  # struct fsmap_head: iflags, oflags, records that fit, records returned
 _RECORD = struct.Struct("=IIQQQQ24x")  # struct fsmap: device, flags, physical, owner, offset, length
 _BATCH = 1024
 _MAX = (1 << 64) - 1
 
 
 class _Record(NamedTuple):
-    """What a run of a device is used for."""
+    """A run of a device and its use."""
 
     device: int
     flags: int
@@ -29,9 +29,9 @@ class _Record(NamedTuple):
 
 
 def largest_free(fd: int) -> int:
-    """Bytes of the longest free run of the file system that an open file or folder is on.
+    """Return the bytes of the longest free run of the file system that an open file or directory is on.
 
-    :raises OSError: when the file system cannot tell.
+    :raises OSError: when the file system does not support it.
     """
     largest = run = end = 0
     for record in _records(fd):
@@ -44,7 +44,7 @@ def largest_free(fd: int) -> int:
 
 
 def _records(fd: int) -> Iterator[_Record]:
-    """All records, in order of device and place on it."""
+    """Yield all records, by device and offset on it."""
     low = _Record(0, 0, 0, 0, 0, 0)
     high = _Record(0xFFFFFFFF, 0xFFFFFFFF, _MAX, _MAX, _MAX, 0)
     while True:

@@ -26,16 +26,17 @@ from nvdimm_driver.model import (
     Surveyed,
 )
 from nvdimm_driver.plugins import Backing, ByteRange, unwatched
+from nvdimm_driver.sizes import human
 
 _FILE_SYSTEMS = ("ext4", "xfs")
 _CHUNK = 4 << 20
 
 
 class FsdaxBacking(Backing):
-    """Keeps each NVDIMM in a file.
+    """An NVDIMM in a file.
 
     :param mountinfo: ``/proc/self/mountinfo`` or a file like it.
-    :param cross_check: compares the extents of an open file with what the page tables say; raises BackingError.
+    :param cross_check: compares the extents of an open file with the page tables; raises BackingError.
     """
 
     name = "fsdax"
@@ -55,7 +56,7 @@ class FsdaxBacking(Backing):
         return "a file on ext4 or XFS, mounted with -o dax on a namespace in fsdax mode"
 
     def handles(self, path: str) -> bool:
-        """True for a regular file, and for a path without a file whose directory exists."""
+        """Return True for a regular file, and for a path without a file whose directory exists."""
         path = os.path.realpath(path)
         if os.path.lexists(path):
             return os.path.isfile(path)
@@ -73,7 +74,7 @@ class FsdaxBacking(Backing):
                 free = os.fstatvfs(fd)
             if spec.size > free.f_bfree * free.f_frsize:
                 raise BackingError(
-                    f"{path}: needs {spec.size} bytes, its file system has {free.f_bfree * free.f_frsize} free",
+                    f"{path}: needs {human(spec.size)}, its file system has {human(free.f_bfree * free.f_frsize)} free",
                     hint="make room, or ask for less",
                 )
             return Intake(self.name, True, spec.size, volume.namespace)
@@ -83,11 +84,11 @@ class FsdaxBacking(Backing):
         return Intake(self.name, False, sum(length for _, length in file.unwritten), volume.namespace)
 
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
-        """Create the file, or fill what a ``fallocate`` has left unwritten with the zeros it reads as.
+        """Create the file, or write zeros where ``fallocate`` has left it unwritten, which reads as zeros.
 
-        Bytes that were written are never written again. A new file has no name until it is complete, so that a crash
-        leaves nothing behind, or until the user interrupts it, who can then have it completed; an empty one is
-        replaced. ENOSPC and the like leave everything as it was.
+        Written bytes are never written again. A new file gets its name when it is complete: a crash leaves nothing
+        behind. It also gets it when the user interrupts the work: the next call completes the file. An empty file is
+        replaced. ENOSPC and other errors of the system leave everything as it was.
         """
         intake = self.examine(spec)
         path = os.path.realpath(spec.path)
@@ -96,16 +97,16 @@ class FsdaxBacking(Backing):
         elif intake.writes:
             self._complete(path, spec.size, progress)
         with opened(path, os.O_RDONLY) as fd:
-            os.fsync(fd)  # also what the operator has written: a place on the device is final when it is in the journal
+            os.fsync(fd)  # also for what the operator wrote: an extent is final when it is in the journal
             if look(fd, path, spec.size).unwritten:
                 raise BackingError(
                     f"{path}: parts of it are still unwritten after zeros were written",
-                    hint="does something in the host punch holes in it (fstrim, defragmentation)?",
+                    hint="does a program in the host punch holes in it (fstrim, defragmentation)?",
                 )
             return self._identity(fd, self._volume(fd, path))
 
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
-        del taken  # files take their room by themselves
+        del taken  # the file system counts them
         capacity = free = largest = 0
         volumes: dict[int, Volume] = {}
         for path in map(os.path.realpath, paths):
@@ -127,10 +128,10 @@ class FsdaxBacking(Backing):
         return os.stat(path).st_size
 
     def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
-        """A file of that size beside it, ``.NAME.partial``, whose extents are all unwritten."""
+        """Create ``.NAME.partial`` beside the path, of that size, with unwritten extents only."""
         hidden = replace(spec, path=hidden_name(spec.path))
         if os.path.lexists(hidden.path) and os.stat(hidden.path, follow_symlinks=False).st_size != spec.size:
-            self.discard(hidden)  # of another import
+            self.discard(hidden)  # left by another import
         if self.examine(hidden).creates:
             directory = os.path.dirname(hidden.path)
             with opened(directory, os.O_DIRECTORY) as parent, opened(hidden.path, os.O_CREAT | os.O_RDWR) as fd:
@@ -148,7 +149,7 @@ class FsdaxBacking(Backing):
                     os.link(hidden, path)
                 except FileExistsError as error:
                     if not os.path.samefile(hidden, path):
-                        raise InUseError(f"{path}: there is such a file now", hint="take another name") from error
+                        raise InUseError(f"{path}: exists now", hint="take another name") from error
                 os.unlink(hidden)
             os.fsync(parent)
 
@@ -188,7 +189,7 @@ class FsdaxBacking(Backing):
             return Location(self._identity(fd, volume), located)
 
     def freeze(self, path: str) -> None:
-        """Make the file immutable: nobody, not even root, then truncates, punches, reflinks, renames or deletes it."""
+        """Make the file immutable: not even root can then truncate, punch, reflink, rename or delete it."""
         path = os.path.realpath(path)
         with opened(path, os.O_RDONLY) as fd:
             byteranges.check_unlocked(fd, path)
@@ -229,7 +230,7 @@ class FsdaxBacking(Backing):
 
     def move(self, source: str, target: str) -> None:
         try:
-            os.link(source, target)  # unlike rename, it fails when something is there
+            os.link(source, target)  # unlike rename, fails when the target exists
             os.unlink(source)
         except OSError as error:
             raise BackingError(
@@ -239,11 +240,13 @@ class FsdaxBacking(Backing):
         sync_directory(source)
 
     def check_labels(self, spec: NvdimmSpec) -> None:
-        """Pass: what is stored through a mapping is durable after msync."""
+        """Accept every file: stores to its mapping are durable after msync."""
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
-        """Map it: an immutable file on DAX takes stores, but no write and no open for one (ext4_file_write_iter,
-        fs/namei.c:inode_permission), so it is mutable for as long as it takes to open it.
+        """Map the label area. Thaw a frozen file while it is opened.
+
+        An immutable file on DAX takes stores, but neither write nor open for writing (ext4_file_write_iter,
+        fs/namei.c:inode_permission).
         """
         path = os.path.realpath(spec.path)
         with opened(path, os.O_RDONLY) as fd:
@@ -258,7 +261,10 @@ class FsdaxBacking(Backing):
                     inode.freeze(fd)
 
     def _volume(self, fd: int, path: str) -> Volume:
-        """The volume that an open file or directory is on, after checking that it can be used with DAX there."""
+        """Return the volume that an open file or directory is on.
+
+        :raises BackingError: when it cannot be used with DAX there.
+        """
         volume = inventory.volume_of(os.fstat(fd).st_dev, path, self.sysfs)
         namespace = volume.namespace
         if namespace.mode != "fsdax":
@@ -302,7 +308,7 @@ class FsdaxBacking(Backing):
                 if not is_new(path):
                     raise BackingError(f"{path}: someone else has written it meanwhile")
                 os.unlink(path)
-            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)  # fails where one exists
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)  # fails when the name exists
             os.fsync(parent)
 
         with opened(directory, os.O_TMPFILE | os.O_RDWR) as fd, opened(directory, os.O_DIRECTORY) as parent:
@@ -310,7 +316,7 @@ class FsdaxBacking(Backing):
             try:
                 self._write_zeros(fd, size, [(0, size)], progress)
             except KeyboardInterrupt:
-                give_name()  # what is not written yet is left unwritten: the next one completes it
+                give_name()  # the rest stays unwritten: the next call completes it
                 raise
             give_name()
 

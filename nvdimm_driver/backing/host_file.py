@@ -1,4 +1,4 @@
-"""The host file: a description of a host, with which ``nvdimmctl plan`` can plan for it on another machine."""
+"""The host file: a description of a host, so that ``nvdimmctl plan`` can plan for it on another machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nvdimm_driver.model import PERSISTENCE_DOMAINS, Namespace
 
 @dataclass(frozen=True)
 class HostDescription:
-    """What a plan needs to know of a host.
+    """The facts about a host that a plan needs.
 
     :ivar physical_address_bits: of its CPUs.
     :ivar mounts: (directory, namespace name) of each DAX file system; empty when they are not described.
@@ -33,9 +33,9 @@ class HostDescription:
     mounts: tuple[tuple[str, str], ...] = ()
 
     def namespace_of(self, path: str) -> Namespace:
-        """Return the namespace that a device node is for, or that a file would be on.
+        """Return the namespace of a device node, or the one that a file would be on.
 
-        :raises BackingError: when the description does not say.
+        :raises BackingError: when the description does not have it.
         """
         by_name = {each.name: each for each in self.namespaces}
         for each in self.namespaces:
@@ -56,7 +56,7 @@ class HostDescription:
         )
 
     def to_json(self) -> str:
-        """Return a host file: what :meth:`from_json` reads."""
+        """Return a host file, as :meth:`from_json` reads it."""
         return json.dumps({**asdict(self), "mounts": dict(self.mounts)}, indent=2)
 
     @classmethod
@@ -79,26 +79,30 @@ class HostDescription:
         _keys(content, source, required={"namespaces", "physical_address_bits"}, optional={"mounts"})
         bits = content["physical_address_bits"]
         if type(bits) is not int or not 32 <= bits <= 52:
-            raise ConfigError(f"{source}: physical_address_bits: expected a number from 32 to 52, found {bits!r}")
+            raise ConfigError(
+                f"{source}: physical_address_bits: expected a number from 32 to 52, found {json.dumps(bits)}"
+            )
         if not isinstance(content["namespaces"], list):
-            raise ConfigError(f"{source}: namespaces: expected a list, found {content['namespaces']!r}")
+            raise ConfigError(f"{source}: namespaces: expected a list, found {json.dumps(content['namespaces'])}")
         found = tuple(_parse(each, f"{source}: namespaces[{i}]", bits) for i, each in enumerate(content["namespaces"]))
         names = [each.name for each in found]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"{source}: two namespaces are called {twice[0]}")
         places = content.get("mounts", {})
         if not isinstance(places, dict):
-            raise ConfigError(f"{source}: mounts: expected an object, found {places!r}")
+            raise ConfigError(f"{source}: mounts: expected an object, found {json.dumps(places)}")
         for directory, name in places.items():
             if not directory.startswith("/"):
                 raise ConfigError(f"{source}: mounts: {directory!r} is not an absolute path")
             if name not in names:
-                raise ConfigError(f"{source}: mounts: {directory} is on {name!r}, which is not among the namespaces")
+                raise ConfigError(
+                    f"{source}: mounts: {directory} is on {json.dumps(name)}, which is not among the namespaces"
+                )
         return cls(found, bits, tuple(places.items()))
 
 
 def read_host(sysfs: Path = SYSFS, proc: Path = Path("/proc")) -> HostDescription:
-    """Describe the machine this runs on.
+    """Describe this machine.
 
     :raises BackingError: when sysfs or proc cannot be read.
     """
@@ -118,28 +122,30 @@ def _parse(entry: Any, where: str, bits: int) -> Namespace:
     _keys(entry, where, required=known - optional, optional=optional)
     for key in ("name", "mode", "device", "uid"):
         if not isinstance(entry[key], str) or not entry[key]:
-            raise ConfigError(f"{where}: {key}: expected a text, found {entry[key]!r}")
+            raise ConfigError(f"{where}: {key}: expected a non-empty string, found {json.dumps(entry[key])}")
     if entry["mode"] not in MODES:
         raise ConfigError(f"{where}: mode: expected one of {', '.join(MODES)}, found {entry['mode']!r}")
     limit = 1 << bits
     for key, least in (("data_spa", 0), ("data_size", 1)):
         if type(entry[key]) is not int or not least <= entry[key] <= limit:
-            raise ConfigError(f"{where}: {key}: expected a number from {least} to {limit}, found {entry[key]!r}")
+            raise ConfigError(
+                f"{where}: {key}: expected a number from {least} to {limit}, found {json.dumps(entry[key])}"
+            )
     if entry["data_spa"] + entry["data_size"] > limit:
         raise ConfigError(f"{where}: ends beyond {limit:#x}, the limit of {bits} physical address bits")
     node = entry.get("numa_node")
     if node is not None and (type(node) is not int or node < 0):
-        raise ConfigError(f"{where}: numa_node: expected a number or null, found {node!r}")
+        raise ConfigError(f"{where}: numa_node: expected a number or null, found {json.dumps(node)}")
     domain = entry.get("persistence_domain", "")
     if domain not in PERSISTENCE_DOMAINS:
-        expected = ", ".join(map(repr, PERSISTENCE_DOMAINS))
-        raise ConfigError(f"{where}: persistence_domain: expected one of {expected}, found {domain!r}")
+        expected = ", ".join(map(json.dumps, PERSISTENCE_DOMAINS))
+        raise ConfigError(f"{where}: persistence_domain: expected one of {expected}, found {json.dumps(domain)}")
     return Namespace(**entry)
 
 
 def _keys(entry: Any, where: str, *, required: set[str], optional: set[str]) -> None:
     if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: expected an object, found {entry!r}")
+        raise ConfigError(f"{where}: expected an object, found {json.dumps(entry)}")
     if missing := sorted(required - entry.keys()):
         raise ConfigError(f"{where}: {missing[0]} is missing")
     if unknown := sorted(entry.keys() - required - optional):

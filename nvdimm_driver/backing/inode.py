@@ -1,4 +1,4 @@
-"""What a file's inode says beyond stat(2): flags, generation, extended attributes of XFS and ext4 (ioctl_iflags(2),
+"""A file's attributes beyond stat(2): flags, generation, extended attributes of XFS and ext4 (ioctl_iflags(2),
 ioctl_xfs_fsgetxattr(2), include/uapi/linux/fs.h).
 
 All functions take a descriptor, which may be read-only, and raise OSError as the system call does.
@@ -15,7 +15,7 @@ XFLAG_REALTIME = 0x1
 XFLAG_EXTSIZE = 0x800
 XFLAG_DAX = 0x8000
 
-# Their numbers say long, what they take is an int (fs/ioctl.c: ioctl_getflags).
+# Their numbers encode a long; the argument is an int (fs/ioctl.c: ioctl_getflags).
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_IOC_GETVERSION = 0x80087601
@@ -27,20 +27,20 @@ _OWNER = "trusted.nvdimm_driver.owner"
 
 
 def generation(fd: int) -> int:
-    """Return the number that tells this file from an earlier one with the same inode number."""
+    """Return the inode generation, which distinguishes the file from an earlier one with the same inode number."""
     return _get_int(fd, _FS_IOC_GETVERSION)
 
 
 def is_frozen(fd: int) -> bool:
-    """Whether :func:`freeze` has made it immutable."""
+    """Return True when :func:`freeze` has made the file immutable."""
     return _FROZEN in os.listxattr(fd)
 
 
 def freeze(fd: int) -> None:
     """Make the file immutable, unless it is.
 
-    A mark that only root sees and sets is left on a file that was not immutable before: an operator's own
-    ``chattr +i`` outlives :func:`thaw`.
+    A file that was not immutable before gets a mark, which only root can see and set: :func:`thaw` keeps an operator's
+    own ``chattr +i``.
     """
     flags = _get_int(fd, _FS_IOC_GETFLAGS)
     if not flags & IMMUTABLE:
@@ -49,19 +49,19 @@ def freeze(fd: int) -> None:
 
 
 def thaw(fd: int) -> None:
-    """Undo :func:`freeze`; a file without its mark stays as it is."""
+    """Undo :func:`freeze`; leave a file without its mark as it is."""
     if is_frozen(fd):
         fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", _get_int(fd, _FS_IOC_GETFLAGS) & ~IMMUTABLE))
         os.removexattr(fd, _FROZEN)
 
 
 def owner(fd: int) -> bytes | None:
-    """Return what :func:`mark` has written."""
+    """Return the owner that :func:`mark` has recorded; None without one."""
     return os.getxattr(fd, _OWNER) if _OWNER in os.listxattr(fd) else None
 
 
 def mark(fd: int, text: bytes | None) -> None:
-    """Write on the file, where only root sees it, whose it is; None takes that away. A frozen file is thawed for it."""
+    """Record the owner on the file, where only root sees it; None removes the record. Thaw a frozen file meanwhile."""
     if text == owner(fd):
         return
     frozen = is_frozen(fd)
@@ -83,7 +83,7 @@ def xflags(fd: int) -> int:
 
 
 def set_extent_size(fd: int, size: int) -> None:
-    """Hint to the file system to allocate in aligned pieces of ``size`` bytes; the file must have no extents yet."""
+    """Ask the file system to allocate in aligned pieces of ``size`` bytes; the file must have no extents yet."""
     flags, _, extents, project, cow = _FSXATTR.unpack(_get_xattr(fd))
     fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | XFLAG_EXTSIZE, size, extents, project, cow))
 

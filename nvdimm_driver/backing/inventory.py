@@ -1,7 +1,7 @@
-"""The host's persistent memory: which namespaces there are, and which of them a block device is on.
+"""The host's persistent memory: its namespaces, and the namespace that a block device is on.
 
-The owner of two foreign formats: sysfs of libnvdimm and device-dax (Linux 6.1: drivers/nvdimm/namespace_devs.c,
-pfn_devs.c, pmem.c, drivers/dax/bus.c) and ``/proc/self/mountinfo``.
+Reads two foreign formats: sysfs of libnvdimm and device-dax (Linux 6.1: drivers/nvdimm/namespace_devs.c, pfn_devs.c,
+pmem.c, drivers/dax/bus.c) and ``/proc/self/mountinfo``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PERSISTENCE_DOMAINS, Extent, Namespace, Space
+from nvdimm_driver.sizes import human
 
 SYSFS = Path("/sys")
 MODES = ("fsdax", "devdax", "raw", "sector")
@@ -26,7 +27,7 @@ _NULL_UUID = "00000000-0000-0000-0000-000000000000"
 class Volume:
     """The block device of a namespace, or a partition of it.
 
-    :ivar start: bytes from the start of the namespace's data area; 0 for the whole.
+    :ivar start: offset in the namespace's data area, bytes; 0 for the whole device.
     :ivar size: bytes.
     """
 
@@ -43,7 +44,7 @@ class Volume:
 def namespaces(sysfs: Path = SYSFS) -> tuple[Namespace, ...]:
     """Return the host's active pmem namespaces, by SPA.
 
-    Idle ones (without a driver) and device-dax that the kernel uses as RAM (driver kmem) are not among them.
+    Idle namespaces (without a driver) and device-dax that the kernel uses as RAM (driver kmem) are left out.
 
     :raises BackingError: when sysfs cannot be read, as by a user other than root.
     """
@@ -66,9 +67,9 @@ def regions(sysfs: Path = SYSFS) -> tuple[tuple[str, int, int], ...]:
 
 
 def bad_ranges(sysfs: Path = SYSFS) -> tuple[tuple[int, int], ...]:
-    """Return the persistent memory that the kernel knows to be bad, as (SPA, bytes), sorted; ranges may overlap.
+    """Return the bad ranges of persistent memory that the kernel knows, as (SPA, bytes), sorted; they may overlap.
 
-    A region tells what the platform has reported, a disk also what was found since (drivers/nvdimm/badrange.c).
+    A region has those that the platform reported, a disk also those found since (drivers/nvdimm/badrange.c).
 
     :raises BackingError: when sysfs cannot be read.
     """
@@ -82,7 +83,7 @@ def bad_ranges(sysfs: Path = SYSFS) -> tuple[tuple[int, int], ...]:
 
 
 def bad_parts(extents: Iterable[Extent], bad: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return what is bad of a backing with these extents, as (offset in the backing, bytes)."""
+    """Return the bad ranges of a backing with these extents, as (offset in the backing, bytes)."""
     ranges = tuple(bad)
     parts = []
     for extent in extents:
@@ -106,7 +107,7 @@ def volume_of(device: int, path: str, sysfs: Path = SYSFS) -> Volume:
     """Return the namespace, or the partition of one, that a block device number stands for.
 
     :param device: st_dev of a file or st_rdev of a block device.
-    :param path: what is on that device, for the error.
+    :param path: a path on that device, for the error.
     :raises BackingError: when it is anything else, device-mapper and md on top of a namespace included.
     """
     volume = volume_if_pmem(device, sysfs)
@@ -123,7 +124,7 @@ def volume_of(device: int, path: str, sysfs: Path = SYSFS) -> Volume:
 
 
 def volume_if_pmem(device: int, sysfs: Path) -> Volume | None:
-    """Return what a block device number stands for; None when that is no pmem namespace, nor a partition of one."""
+    """Return what a block device number stands for; None when it is neither a pmem namespace nor a partition of one."""
     block = (sysfs / f"dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     partition = (block / "partition").exists()
     disk = block.parent.name if partition else block.name
@@ -148,7 +149,7 @@ def space_of(volumes: Collection[Volume], capacity: int, free: int, largest_free
 
 
 def problems(namespace: Namespace, sysfs: Path = SYSFS) -> tuple[str, ...]:
-    """Return what the kernel holds against a namespace, its region and its DIMMs; empty when all is well.
+    """Return the problems that the kernel reports about a namespace, its region and its DIMMs; empty without any.
 
     :raises BackingError: when sysfs cannot be read.
     """
@@ -156,7 +157,7 @@ def problems(namespace: Namespace, sysfs: Path = SYSFS) -> tuple[str, ...]:
     inside = (Extent(0, namespace.data_spa, namespace.data_size),)
     bad = sum(length for _, length in bad_parts(inside, bad_ranges(sysfs)))
     if bad:
-        found.append(f"{namespace.name}: {bad} bad bytes")
+        found.append(f"{namespace.name}: {human(bad)} of bad blocks")
     region = (sysfs / "bus/nd/devices" / namespace.name).resolve().parent
     if _text(region / "read_only") == "1":
         found.append(f"{region.name}: read-only")
@@ -169,7 +170,7 @@ def problems(namespace: Namespace, sysfs: Path = SYSFS) -> tuple[str, ...]:
 
 
 def dax_alignment(namespace: Namespace, sysfs: Path = SYSFS) -> int:
-    """Return the alignment, in bytes, of what can be mapped of a device-dax device.
+    """Return the alignment, in bytes, that mappings of a device-dax device need.
 
     :raises BackingError: when sysfs cannot be read.
     """
@@ -186,8 +187,8 @@ def _of_disk(sysfs: Path, link: Path) -> Namespace | None:
         return None
     holder = (disk / "device").resolve()
     if holder.name.startswith("namespace"):
-        # No info block. `memory` without a holder: a region for which the kernel keeps page structures by itself
-        # (memmap=size!start, pmem_should_map_pages), which ndctl lists as fsdax.
+        # No info block. `memory` without a holder: a region whose page structures the kernel itself keeps
+        # (memmap=size!start, pmem_should_map_pages). ndctl lists it as fsdax.
         mode = "fsdax" if _text(holder / "mode") == "memory" else "raw"
         return _namespace(sysfs, holder.name, mode, disk.name, holder, holder)
     name = _text(holder / "namespace")
@@ -200,8 +201,8 @@ def _of_disk(sysfs: Path, link: Path) -> Namespace | None:
 
 def _of_dax(sysfs: Path, link: Path) -> Namespace | None:
     dax = link.resolve()
-    # drivers/dax/pmem.c makes the device under the nd_dax device, whose name may differ from its own
-    # (it is called after the namespace). A device of other memory (hmem, cxl) has no such parent.
+    # drivers/dax/pmem.c makes the device below the nd_dax device, whose name may differ: the device is named after the
+    # namespace. A device of other memory (hmem, cxl) has no such parent.
     name = _text(dax.parent / "namespace")
     if not name or (dax / "driver").resolve().name != "device_dax":
         return None
@@ -227,13 +228,13 @@ def _namespace(sysfs: Path, name: str, mode: str, device: str, holder: Path, are
 
 
 def _persistence_domain(sysfs: Path, name: str) -> str:
-    """That of the namespace's region."""
+    """Return the persistence domain of the namespace's region; empty when the kernel names none."""
     domain = _text((sysfs / "bus/nd/devices" / name).resolve().parent / "persistence_domain")
     return domain if domain in PERSISTENCE_DOMAINS else ""
 
 
 def _number(attribute: Path) -> int | None:
-    """Read a number, decimal or with 0x; None when the device is idle, which the kernel says with ENXIO."""
+    """Read a number, decimal or with 0x; return None for an idle device, for which the kernel returns ENXIO."""
     text = _read(attribute)
     if text is None:
         return None
@@ -244,7 +245,7 @@ def _number(attribute: Path) -> int | None:
 
 
 def _text(attribute: Path) -> str:
-    """Read an attribute that not every device has; empty without it."""
+    """Read an attribute that not every device has; return an empty string without it."""
     return (_read(attribute) or "") if attribute.exists() else ""
 
 
@@ -267,7 +268,7 @@ class Mount:
     """A mounted file system.
 
     :ivar device: st_dev of its files.
-    :ivar options: of the file system (not of the mount point), where ``dax`` is.
+    :ivar options: those of the file system, which have ``dax``, not those of the mount point.
     """
 
     device: int
@@ -295,7 +296,7 @@ def mounts(mountinfo: Path) -> tuple[Mount, ...]:
 
 
 def mounted(sysfs: Path = SYSFS, mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[Namespace, ...]:
-    """Return the namespaces that a mounted file system is on, or a partition of which one is on.
+    """Return the namespaces that a mounted file system is on, directly or on a partition.
 
     :raises BackingError: when the kernel's files cannot be read.
     """
@@ -304,14 +305,14 @@ def mounted(sysfs: Path = SYSFS, mountinfo: Path = Path("/proc/self/mountinfo"))
 
 
 def has_dax(options: Iterable[str]) -> bool:
-    """True when a file system with these options uses DAX for every file (Documentation/filesystems/dax.rst)."""
+    """Return True when a file system with these options uses DAX for every file (Documentation/filesystems/dax.rst)."""
     return not {"dax", "dax=always"}.isdisjoint(options)
 
 
 def physical_address_bits(proc: Path = Path("/proc")) -> int:
     """Return the width of the machine's physical addresses.
 
-    :raises BackingError: when proc does not say.
+    :raises BackingError: when /proc/cpuinfo does not have it.
     """
     cpuinfo = proc / "cpuinfo"
     bits = re.search(r"^address sizes\s*: (\d+) bits physical", _read(cpuinfo) or "", re.MULTILINE)

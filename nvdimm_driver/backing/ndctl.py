@@ -1,4 +1,4 @@
-"""What ``ndctl list -RNi`` prints (ndctl: util/json.c, ndctl/list.c): regions, and the namespaces in them."""
+"""The output of ``ndctl list -RNi`` (ndctl: util/json.c, ndctl/list.c): regions, and the namespaces in them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nvdimm_driver.errors import BackingError
 
 @dataclass(frozen=True)
 class NdNamespace:
-    """A namespace, one without a driver included.
+    """A namespace, with or without a driver.
 
     :ivar mode: ``fsdax``, ``devdax``, ``raw`` or ``sector``.
-    :ivar size: bytes that it has for its mode's data; 0 for one that is only a place for a new one.
+    :ivar size: bytes for data in its mode; 0 for a seed, from which a new namespace is made.
     :ivar device: path of its block or character device; empty when it has none now.
     :ivar uuid: empty without one.
     """
@@ -31,7 +31,7 @@ class NdRegion:
     """A region of persistent memory.
 
     :ivar size: bytes.
-    :ivar largest_free: bytes of the largest namespace that can still be made in it.
+    :ivar largest_free: bytes of the largest namespace that still fits in it.
     """
 
     name: str
@@ -41,9 +41,9 @@ class NdRegion:
 
 
 def regions(listed: str) -> tuple[NdRegion, ...]:
-    """Read what ``ndctl list -RNi`` has printed.
+    """Parse the output of ``ndctl list -RNi``.
 
-    :raises BackingError: when it is not that.
+    :raises BackingError: when it is something else.
     """
     try:
         found = json.loads(listed or "[]")
@@ -51,19 +51,23 @@ def regions(listed: str) -> tuple[NdRegion, ...]:
         return tuple(_region(item) for item in items)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackingError(
-            f"'ndctl list -RNi' printed {listed[:80]!r}: {error!r}", hint="is it a new version?"
+            f"'ndctl list -RNi' printed {listed[:80]!r}, which is not the expected JSON",
+            hint="is it a newer version of ndctl?",
         ) from error
 
 
 def namespace(printed: str) -> NdNamespace:
-    """Read what ``ndctl create-namespace`` has printed: the namespace that it made.
+    """Parse the output of ``ndctl create-namespace``: the namespace that it made.
 
-    :raises BackingError: when it is not that.
+    :raises BackingError: when it is something else.
     """
     try:
         return _namespace(json.loads(printed))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BackingError(f"'ndctl create-namespace' printed {printed[:80]!r}: {error!r}") from error
+        raise BackingError(
+            f"'ndctl create-namespace' printed {printed[:80]!r}, which is not the expected JSON",
+            hint="is it a newer version of ndctl?",
+        ) from error
 
 
 def _region(item: dict[str, Any]) -> NdRegion:

@@ -1,4 +1,4 @@
-"""A backing on paper: plans for a host that a file describes. It can be examined, and nothing else."""
+"""A backing for plans on a host that a host file describes: it is examined and located, never provisioned."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from nvdimm_driver.backing.identity import no_label_server
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec
 from nvdimm_driver.plugins import Backing
+from nvdimm_driver.sizes import human
 
 
 class PaperBacking(Backing):
-    """Takes every path: a namespace's device node for that namespace, any other for a new file on a fsdax one."""
+    """Handles every path: a namespace's device node stands for that namespace, others for a new file on a fsdax one."""
 
     name = "paper"
 
@@ -39,7 +40,7 @@ class PaperBacking(Backing):
             )
         if spec.size > namespace.data_size:
             raise BackingError(
-                f"{spec.path}: {spec.size} bytes do not fit {namespace.name}, which has {namespace.data_size}",
+                f"{spec.path}: {human(spec.size)} do not fit {namespace.name}, which has {human(namespace.data_size)}",
                 hint="ask for less, or use a larger namespace",
             )
         return Intake("fsdax" if is_file else namespace.mode, is_file, spec.size if is_file else 0, namespace)

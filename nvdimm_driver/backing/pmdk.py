@@ -1,9 +1,9 @@
-"""Making stores durable that no system call makes so: libpmem, which knows how the CPU writes back its caches.
+"""libpmem, which makes stores durable where no system call does: it writes back the CPU's caches.
 
 The kernel has neither read, write nor a working fsync or msync for device-dax (drivers/dax/device.c: dax_fops has no
-fsync): what was stored there is durable only when the caches are written back from user space. Python has no
-instruction for that; ``pmem_persist`` takes CLWB, CLFLUSHOPT or CLFLUSH, or none on a platform that flushes its caches
-on power loss (eADR). daxio(1) does it so.
+fsync): a store there is durable only when the caches are written back from user space. Python has no instruction for
+that. ``pmem_persist`` uses CLWB, CLFLUSHOPT or CLFLUSH, or none on a platform that flushes its caches on power loss
+(eADR). daxio(1) does the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Pmdk:
         except OSError as error:
             raise UnsupportedError(
                 f"a device-dax device cannot be written: {library} cannot be loaded",
-                hint="it writes back the CPU's caches, which Linux does not do there; install it (Debian: libpmem1)",
+                hint="install it (Debian: libpmem1): it writes back the CPU's caches, which Linux does not do there",
             ) from error
 
     def persist(self, memory: mmap.mmap, offset: int, length: int) -> None:

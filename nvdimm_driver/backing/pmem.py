@@ -21,9 +21,9 @@ _WHY = {
 
 
 class PmemBacking(DeviceBacking):
-    """Keeps an NVDIMM in a raw pmem block device.
+    """An NVDIMM in a raw pmem block device.
 
-    Its address is known from sysfs alone: without page structures there is no mapping to look it up in.
+    Only sysfs shows its address: without page structures there is no mapping to check it against.
     """
 
     name = "pmem"
@@ -48,17 +48,17 @@ class PmemBacking(DeviceBacking):
         return volume
 
     def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
-        """Nothing more than that it was opened: O_EXCL has shown that nobody uses it."""
+        """Accept every open device: O_EXCL has shown that nothing in the host uses it."""
 
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
-        # not O_EXCL, which would say to the next look at the device that somebody uses it
+        # not O_EXCL: the next check, with O_EXCL, would find the device in use
         fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_DIRECT | os.O_NOFOLLOW)
         if write:
             byteranges.lock(fd, path)
         return DirectBytes(fd, 0, size)
 
     def check_labels(self, spec: NvdimmSpec) -> None:
-        """Pass: what is written with O_DIRECT is durable."""
+        """Accept every device: writes with O_DIRECT are durable."""
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         path = os.path.realpath(spec.path)

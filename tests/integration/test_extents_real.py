@@ -1,7 +1,7 @@
 """Extents, provisioning and freezing on real ext4 and XFS; the oracles are filefrag, xfs_io and the disk image itself.
 
-The image is a loop device, which a tree of files presents as a pmem namespace: a byte's "SPA" is then the namespace's
-address plus its place in the image, where the test looks for it.
+The image is a loop device, which a fake sysfs presents as a pmem namespace: a byte's "SPA" is the namespace's address
+plus the byte's offset in the image, where the test reads it.
 """
 
 import os
@@ -45,7 +45,7 @@ def xfs(file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
 
 
 def inode_flags(path: Path) -> str:
-    """Whether lsattr shows it immutable."""
+    """Return ``i`` when lsattr shows the file as immutable, else an empty string."""
     return "i" if "i" in run("lsattr", path).split()[0] else ""
 
 
@@ -54,7 +54,7 @@ def spec(fs: FileSystem) -> NvdimmSpec:
 
 
 def free_runs(fs: FileSystem) -> int:
-    """Bytes of the longest free run, as the file system's own tools tell it."""
+    """Return the bytes of the longest free run, as the file system's own tools report it."""
     run("sync", "-f", fs.root)
     device = run("findmnt", "-n", "-o", "SOURCE", fs.root).strip()
     if fs.kind == "ext4":
@@ -69,7 +69,7 @@ def make(path: Path, case: str) -> None:
     """Make a file of SIZE bytes."""
     with open(path, "wb", buffering=0) as file, open(path.with_name("other"), "wb", buffering=0) as other:
         if case == "fragmented":
-            # Preallocation in turns: neither file can be continued where it ends.
+            # Preallocation in turns: neither file can grow where it ends.
             for offset in range(0, SIZE, SIZE // 64):
                 for each in (file, other):
                     os.posix_fallocate(each.fileno(), offset, SIZE // 64)
@@ -90,13 +90,13 @@ def ours(path: Path, batch: int = 1024) -> tuple[FileExtent, ...]:
 
 
 def by_filefrag(path: Path) -> list[tuple[int, int, int]]:
-    """(offset, physical, length)."""
+    """Return the extents as (offset, physical, length)."""
     rows = re.findall(r"^ *\d+: +(\d+)\.\. +\d+: +(\d+)\.\. +\d+: +(\d+):", run("filefrag", "-v", "-b1024", path), re.M)
     return [(int(offset) * KIB, int(physical) * KIB, int(length) * KIB) for offset, physical, length in rows]
 
 
 def by_xfs_io(path: Path) -> list[tuple[int, int, int, int]]:
-    """(offset, physical, length, flags); it counts in sectors, of any file system."""
+    """Return the extents as (offset, physical, length, flags); xfs_io counts in sectors, on any file system."""
     rows = re.findall(
         r"^ *\d+: \[(\d+)\.\.\d+\]: +(\d+)\.\.\d+ +(\d+) +0x(\w+)$", run("xfs_io", "-r", "-c", "fiemap -v", path), re.M
     )
@@ -160,7 +160,7 @@ def test_what_was_unwritten_becomes_zeros_and_the_rest_stays(fs: FileSystem) -> 
 def test_sparse_files_are_refused(fs: FileSystem) -> None:
     make(fs.path, "sparse")
     for act in (fs.backing.examine, fs.backing.provision, fs.backing.locate):
-        with pytest.raises(BackingError, match=r"is sparse: nothing is allocated at 0x0, 1048576 bytes"):
+        with pytest.raises(BackingError, match=r"is sparse: 1 MiB at 0x0 are not allocated"):
             act(spec(fs))
 
 

@@ -1,4 +1,4 @@
-"""Which of the machine's memory each kind of backing hands out, and what a backing gets by default."""
+"""The memory areas of each kind of backing, and the defaults of the base class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEC = NvdimmSpec(0, PATH, 64 * MIB)
 
 
 class SpareBacking(Backing):
-    """No more than a backing has to have: pieces of 64 MiB, /spare/a to /spare/d."""
+    """A backing with only what is required: pieces of 64 MiB, /spare/a to /spare/d."""
 
     name = "spare"
 

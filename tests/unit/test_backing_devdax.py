@@ -1,4 +1,4 @@
-"""DevdaxBacking on a character device of this machine that a tree of files presents as device-dax."""
+"""DevdaxBacking on a character device of this machine, which a fake sysfs presents as device-dax."""
 
 import os
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def test_a_failed_cross_check_names_the_device(host: Host) -> None:
 
 
 def test_more_than_the_device_has(host: Host) -> None:
-    with pytest.raises(BackingError, match=r"/dev/zero: has 1071644672 bytes, the NVDIMM needs 1073741824"):
+    with pytest.raises(BackingError, match=r"/dev/zero: has 1022 MiB, the NVDIMM needs 1 GiB \(2 MiB more\)"):
         host.backing.examine(spec(GIB))
 
 
@@ -103,7 +103,7 @@ def test_there_is_nothing_to_freeze_or_discard(host: Host) -> None:
 
 
 def test_its_bytes(host: Host) -> None:
-    """Of /dev/zero each mapping has its own."""
+    """Each mapping of /dev/zero has its own bytes."""
     assert host.backing.size(NODE) == SIZE
     with host.backing.open_bytes(spec(3 * MIB), write=True) as content:
         content.write(3 * MIB - 4, b"last")
@@ -117,7 +117,7 @@ def test_its_bytes(host: Host) -> None:
         assert content.read(SIZE - MIB, MIB) == bytes(MIB)
         with pytest.raises(TypeError):
             content.write(0, b"x")
-    with pytest.raises(BackingError, match=r"has 1071644672 bytes"):
+    with pytest.raises(BackingError, match=r"has 1022 MiB"):
         host.backing.open_bytes(spec(GIB))
     with pytest.raises(NotFoundError):
         host.backing.size("/dev/none")

@@ -48,7 +48,7 @@ def test_flag_names(flags: int, names: tuple[str, ...]) -> None:
 )
 def test_refused_flags(flag: int, message: str) -> None:
     found = [FileExtent(0, 0, PAGE, MERGED), FileExtent(PAGE, PAGE, 2 * PAGE, flag | LAST)]
-    with pytest.raises(BackingError, match=f"/f: its extent at 0x1000, 8192 bytes, .*{message}"):
+    with pytest.raises(BackingError, match=rf"/f: its extent at 0x1000 \(8 KiB\) .*{message}"):
         extents.check_flags("/f", found)
 
 
@@ -72,7 +72,7 @@ def test_holes(found: list[FileExtent], expected: list[tuple[int, int]]) -> None
 
 
 def test_sparse_files_are_refused() -> None:
-    with pytest.raises(BackingError, match="/f: is sparse: nothing is allocated at 0x1000, 4096 bytes; 2 holes, 12288"):
+    with pytest.raises(BackingError, match="/f: is sparse: 4 KiB at 0x1000 are not allocated; holes: 2, 12 KiB in all"):
         to_machine([FileExtent(0, 0, PAGE, 0), FileExtent(2 * PAGE, 0, PAGE, 0)], 5 * PAGE)
 
 
@@ -88,9 +88,9 @@ def test_translation_merges_what_is_contiguous_on_both_sides() -> None:
 @pytest.mark.parametrize(
     ("extent", "spa", "device_size", "message"),
     [
-        (FileExtent(0, 0x10200, PAGE, 0), SPA, SIZE, r"not on whole pages .*\(SPA 0x140210200, 4096 bytes\)"),
+        (FileExtent(0, 0x10200, PAGE, 0), SPA, SIZE, r"not on whole pages .*\(SPA 0x140210200, 4 KiB\)"),
         (FileExtent(0, 0x10000, PAGE, 0), SPA + 512, SIZE, "not on whole pages"),
-        (FileExtent(0, 0x10000, PAGE, 0), SPA, 0x10000, "ends at byte 69632 of the device, which has 65536"),
+        (FileExtent(0, 0x10000, PAGE, 0), SPA, 0x10000, "ends at 0x11000 of the device, beyond its end at 0x10000"),
     ],
 )
 def test_places_that_cannot_be_mapped(extent: FileExtent, spa: int, device_size: int, message: str) -> None:
@@ -99,7 +99,7 @@ def test_places_that_cannot_be_mapped(extent: FileExtent, spa: int, device_size:
 
 
 def test_two_extents_for_one_byte() -> None:
-    with pytest.raises(BackingError, match="two extents have 0x1000"):
+    with pytest.raises(BackingError, match="two extents overlap at 0x1000"):
         to_machine([FileExtent(0, 0, 2 * PAGE, 0), FileExtent(PAGE, 0, 2 * PAGE, 0)], 3 * PAGE)
 
 
@@ -131,7 +131,7 @@ def test_samples(length: int, expected: list[int]) -> None:
 
 @pytest.fixture
 def pages(tmp_path: Path) -> Iterator[int]:
-    """A file of 16 written pages; without DAX, its addresses are those of the page cache."""
+    """Yield a file of 16 written pages; without DAX, its addresses are those of the page cache."""
     path = tmp_path / "pages"
     path.write_bytes(b"".join(bytes([i]) * PAGE for i in range(16)))
     fd = os.open(path, os.O_RDONLY)
@@ -145,7 +145,7 @@ def test_fiemap_where_the_file_system_has_none() -> None:
 
 
 def test_addresses_are_those_of_the_memory(pages: int) -> None:
-    """Two mappings of a page, and a window over many, have the same address; /proc/kpagecount has a page there."""
+    """Two mappings of a page, and a window over many, have the same address; /proc/kpageflags shows a page there."""
     found = [extents.spa_of(pages, i * PAGE) for i in range(16)]
     assert len(set(found)) == 16
     assert [extents.spa_of(pages, i * PAGE, 16 * PAGE) for i in range(16)] == found

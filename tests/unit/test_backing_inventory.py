@@ -67,7 +67,7 @@ def test_sector(sysfs: FakeSysfs) -> None:
 
 def devdax(sysfs: FakeSysfs, driver: str = "device_dax") -> None:
     sysfs.namespace("namespace0.1", mode="dax", spa=0x2_0000_0000, size=GIB, uuid=UUID, node=1)
-    # The nd_dax device has a number of its own; the device-dax device is called after the namespace.
+    # The nd_dax device has its own number; the device-dax device is named after the namespace.
     seed = sysfs.holder("dax0.0", "namespace0.1", node=1, resource=hex(0x2_0020_0000), size=GIB - 2 * MIB)
     sysfs.dax("dax0.1", seed, os.makedev(252, 1), spa=0x2_0020_0000, size=GIB - 2 * MIB, driver=driver)
 
@@ -255,20 +255,20 @@ def test_host_file_without_what_may_be_left_out() -> None:
         (("namespaces",), {}, "host file: namespaces: expected a list"),
         (("namespaces",), None, "host file: namespaces is missing"),
         (("physical_address_bits",), 53, "physical_address_bits: expected a number from 32 to 52, found 53"),
-        (("physical_address_bits",), True, "physical_address_bits: expected a number"),
+        (("physical_address_bits",), True, "physical_address_bits: expected a number from 32 to 52, found true"),
         (("surplus",), 1, "host file: 'surplus' is not known"),
         (("mounts",), [], "host file: mounts: expected an object"),
         (("mounts", "mnt"), "namespace0.0", "mounts: 'mnt' is not an absolute path"),
-        (("mounts", "/x"), "namespace9.0", "mounts: /x is on 'namespace9.0', which is not among"),
+        (("mounts", "/x"), "namespace9.0", 'mounts: /x is on "namespace9.0", which is not among'),
         (("namespaces", 0), "x", r"namespaces\[0\]: expected an object"),
-        (("namespaces", 0, "uid"), "", r"namespaces\[0\]: uid: expected a text, found ''"),
+        (("namespaces", 0, "uid"), "", r'namespaces\[0\]: uid: expected a non-empty string, found ""'),
         (("namespaces", 0, "mode"), "memory", r"namespaces\[0\]: mode: expected one of fsdax, devdax, raw, sector"),
         (("namespaces", 0, "data_spa"), "0x1", r"namespaces\[0\]: data_spa: expected a number"),
         (("namespaces", 0, "data_spa"), -1, r"namespaces\[0\]: data_spa: expected a number from 0"),
         (("namespaces", 0, "data_size"), 0, r"namespaces\[0\]: data_size: expected a number from 1"),
         (("namespaces", 0, "data_size"), 1 << 46, r"namespaces\[0\]: ends beyond 0x400000000000"),
         (("namespaces", 0, "numa_node"), -1, r"namespaces\[0\]: numa_node: expected a number or null"),
-        (("namespaces", 0, "persistence_domain"), "rtc", "persistence_domain: expected one of '', 'memory_controller'"),
+        (("namespaces", 0, "persistence_domain"), "rtc", 'persistence_domain: expected one of "", "memory_controller"'),
         (("namespaces", 0, "data_sp"), 1, r"namespaces\[0\]: 'data_sp' is not known \(known: data_size, data_spa"),
         (("namespaces", 1, "name"), "namespace0.0", "two namespaces are called namespace0.0"),
     ],
@@ -319,7 +319,7 @@ def test_files_are_on_the_one_fsdax_namespace_where_mounts_are_not_described() -
 
 
 def test_bad_blocks_are_those_of_regions_and_of_disks(tmp_path: Path) -> None:
-    """A region's are counted from its start, a disk's from the start of its data."""
+    """Offsets count from the start of the region, or from the start of the disk's data."""
     sysfs = FakeSysfs(tmp_path)
     disk = sysfs.fsdax(PMEM, spa=0x1_4020_0000)
     sysfs.link("bus/nd/devices/region0", sysfs.region)
@@ -350,7 +350,7 @@ def test_what_the_kernel_holds_against_a_namespace(sysfs: FakeSysfs) -> None:
     disk = (sysfs.root / "class/block/pmem0").resolve()
     (disk / "badblocks").write_text("8 2\n")
     assert problems(namespace, sysfs.root) == (
-        "namespace0.0: 1024 bad bytes",
+        "namespace0.0: 1 KiB of bad blocks",
         f"{region.name}: read-only",
         "nmem0: not_armed smart_event",
     )

@@ -1,4 +1,4 @@
-"""PmemBacking on a loop device that a tree of files presents as a pmem block device."""
+"""PmemBacking on a loop device, which a fake sysfs presents as a pmem block device."""
 
 import os
 import subprocess
@@ -80,7 +80,7 @@ def test_a_partition_that_is_not_on_whole_pages(sysfs: FakeSysfs, loop: str) -> 
 
 def test_more_than_the_device_has(sysfs: FakeSysfs, loop: str) -> None:
     sysfs.raw(number(loop), spa=SPA, size=SIZE)
-    with pytest.raises(BackingError, match="has 67108864 bytes, the NVDIMM needs 69206016"):
+    with pytest.raises(BackingError, match="has 64 MiB, the NVDIMM needs 66 MiB"):
         backing(sysfs).examine(NvdimmSpec(0, loop, SIZE + 2 * MIB))
 
 
@@ -120,7 +120,7 @@ def test_its_bytes(sysfs: FakeSysfs, loop: str) -> None:
         content.write(10, b"here")
         content.write(32 * MIB - 4, b"last")
         content.sync()
-        with pytest.raises(BackingError, match="not in a range of 33554432 bytes"):
+        with pytest.raises(BackingError, match="not in a range of 32 MiB"):
             content.write(32 * MIB - 3, b"last")
         with pytest.raises(InUseError, match=f"{loop}: is being overwritten"):
             device.open_bytes(spec, write=True)
@@ -138,7 +138,7 @@ def test_bytes_that_are_not_there(sysfs: FakeSysfs, loop: str) -> None:
     sysfs.raw(number(loop), spa=SPA, size=SIZE)
     with pytest.raises(NotFoundError, match="/dev/none"):
         backing(sysfs).open_bytes(NvdimmSpec(0, "/dev/none", PAGE))
-    with pytest.raises(BackingError, match="has 67108864 bytes, the NVDIMM needs 69206016"):
+    with pytest.raises(BackingError, match="has 64 MiB, the NVDIMM needs 66 MiB"):
         backing(sysfs).open_bytes(NvdimmSpec(0, loop, SIZE + 2 * MIB))
 
 

@@ -63,7 +63,7 @@ def test_bad_blocks_and_what_cannot_be_used(tmp_path: Path) -> None:
     (disk / "badblocks").write_text("8 1\n")
     found = by_check(list(pmem.check_namespaces(tmp_path)))
     assert found["namespace0.0"].result == Result.WARN
-    assert "512 bad bytes" in found["namespace0.0"].message
+    assert "512 B of bad blocks" in found["namespace0.0"].message
     assert found["namespace0.0, power loss"].result == Result.NOTE
     assert pmem.check_namespace(replace(NAMESPACE, mode="sector"), ()).result == Result.NOTE
 
