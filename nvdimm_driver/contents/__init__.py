@@ -1,4 +1,4 @@
-"""The bytes of backings, whether or not a domain has them: provisioned, imported, exported, wiped.
+"""Operations on the bytes of backings, with or without a domain: provisioning, import, export, wiping.
 
-Every copy can be interrupted and repeated; copying.py does it, the others decide what may be copied.
+Every copy can be interrupted and repeated. copying.py copies; the other modules decide what may be copied.
 """

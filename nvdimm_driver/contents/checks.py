@@ -1,4 +1,4 @@
-"""What must hold before the bytes of a backing are made, overwritten, copied or given up."""
+"""Checks before the bytes of a backing are made, overwritten, copied or given up."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nvdimm_driver.state.ledger import Ledger
 
 
 class Checks:
-    """The rules that importing, exporting and wiping have in common.
+    """The checks that import, export and wiping share.
 
-    The ledger has to be reconciled with the running domains before each call.
+    Reconcile the ledger with the running domains before each call.
     """
 
     def __init__(self, ledger: Ledger, backings: Sequence[Backing], pools: Pools) -> None:
@@ -27,10 +27,10 @@ class Checks:
         self.pools = pools
 
     def check_new(self, spec: NvdimmSpec) -> None:
-        """Check that the pools have room for an NVDIMM that no domain has.
+        """Check that the pools allow an NVDIMM that no domain owns.
 
-        :raises RefusedError: when the pools do not have it.
-        :raises InUseError: when a domain has it.
+        :raises RefusedError: when it is in no pool, or a pool's rules forbid it.
+        :raises InUseError: when a domain owns its path or its bytes.
         """
         self.pools.check_new([spec], self.ledger.domains())
         ownership.check_free(self.ledger, spec.path, self.identity(spec.path))
@@ -38,23 +38,24 @@ class Checks:
     def check_off(self, path: str, hint: str = "shut it down first") -> None:
         """Check that no domain runs with a backing.
 
-        :raises InUseError: with that hint, when one does.
+        :param hint: of the error.
+        :raises InUseError: when one does.
         """
         for record in ownership.owners(self.ledger, path, self.identity(path)):
             ownership.check_off(record, hint)
 
     def check_same(self, path: str, identity: BackingIdentity | None) -> None:
-        """Check that a backing, if it is there, is the one of that identity.
+        """Check that a backing, if it exists, has that identity.
 
-        :param identity: None when it is not known, and anything passes.
-        :raises BackingError: when it is another.
+        :param identity: None accepts every backing.
+        :raises BackingError: when it has another.
         """
         found = self.identity(path)
         if found is not None and identity is not None:
             check_identity(path, found, identity)
 
     def identity(self, path: str) -> BackingIdentity | None:
-        """Return which object is at a path; None for nothing, and for what no domain can have."""
+        """Return the identity of the backing at a path; None when there is none that a domain can have."""
         try:
             return backing_of(self.backings, path).locate(NvdimmSpec(0, path, PAGE)).identity
         except BackingError:
@@ -63,7 +64,7 @@ class Checks:
 
 @contextmanager
 def reporting_errors_of(path: str) -> Iterator[None]:
-    """Raise an error of the system as one that names the path.
+    """Turn an OSError of the block into an error that names the path.
 
     :raises BackingError: for an OSError.
     """

@@ -1,4 +1,4 @@
-"""Copying bytes, which can be interrupted at any time and done again: what is there already is not written again."""
+"""Copying of bytes. It can be interrupted at any time and repeated: bytes that are right are not written again."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CHUNK = MIB
 
 
 def copy(source: ByteRange, target: ByteRange, progress: Progress) -> str:
-    """Make the target what the source is; it is durable on return. Behind the end of a shorter source it is zeros.
+    """Copy the source to the target, durably, with zeros behind the end of a shorter source.
 
-    Bytes of the target that are right are read and not written: holes of a file stay holes, and a copy that was
-    interrupted is soon where it was.
+    Bytes of the target that are right are read and not written: holes of a file stay holes, and an interrupted copy is
+    soon where it stopped.
 
-    :returns: SHA-256 of what the target has then, in hexadecimal.
+    :returns: SHA-256 of the target, in hexadecimal.
     """
     digest = sha256()
     for offset, data in _chunks(source, target.size):
@@ -30,7 +30,7 @@ def copy(source: ByteRange, target: ByteRange, progress: Progress) -> str:
 
 
 def wipe(target: ByteRange, progress: Progress) -> None:
-    """Make the target all zeros, as :func:`copy` would."""
+    """Overwrite the target with zeros, durably; zeros are read and not written, as by :func:`copy`."""
     zeros = bytes(_CHUNK)
     for offset in range(0, target.size, _CHUNK):
         length = min(_CHUNK, target.size - offset)
@@ -40,9 +40,9 @@ def wipe(target: ByteRange, progress: Progress) -> None:
 
 
 def verify(copied: ByteRange, digest: str, progress: Progress) -> None:
-    """Check that a copy has bytes of that SHA-256.
+    """Check the SHA-256 of a copy.
 
-    :raises BackingError: when it has others.
+    :raises BackingError: when it is another.
     """
     found = sha256()
     for offset, data in _chunks(copied, copied.size):
@@ -50,8 +50,8 @@ def verify(copied: ByteRange, digest: str, progress: Progress) -> None:
         progress(offset + len(data), copied.size)
     if found.hexdigest() != digest:
         raise BackingError(
-            f"the copy is not what was copied: its SHA-256 is {found.hexdigest()}, and was to be {digest}",
-            hint="does something else write it? Otherwise its medium is bad: look at the kernel's log",
+            f"the copy differs from what was copied: its SHA-256 is {found.hexdigest()}, not {digest}",
+            hint="does another program write to it? If not, its medium is bad: look at the kernel's log",
         )
 
 
@@ -61,7 +61,7 @@ def _put(target: ByteRange, offset: int, data: bytes) -> None:
 
 
 def _chunks(source: ByteRange, size: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of the source, cut or filled up with zeros to that size."""
+    """Yield (offset, bytes) of the source, cut or padded with zeros to that size."""
     for offset in range(0, size, _CHUNK):
         length = min(_CHUNK, size - offset)
         there = max(0, min(length, source.size - offset))

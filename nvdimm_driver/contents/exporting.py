@@ -1,4 +1,4 @@
-"""Copies of NVDIMMs in ordinary files, which KVM guests can have."""
+"""Export: copies of NVDIMMs in ordinary files, which KVM guests can use."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _RUNNING = "shut it down first, or copy it while it changes with --running"
 
 
 class Exporter:
-    """Copies NVDIMMs out of persistent memory."""
+    """Copies NVDIMMs out of persistent memory into files."""
 
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
 
     def export(self, spec: NvdimmSpec, destination: str, watch: Watch, *, overwrite: bool, running: bool) -> str:
-        """Copy an NVDIMM into an ordinary file, in which zeros are holes, and check the copy.
+        """Copy an NVDIMM into an ordinary file, in which zeros are holes, and verify the copy.
 
-        :param overwrite: a file of that name may be replaced.
-        :param running: do it also while a domain runs with it, which may then change what is copied.
+        :param overwrite: replace a file of that name.
+        :param running: copy also while a domain runs with the NVDIMM and may change it.
         :returns: SHA-256 of the copy, in hexadecimal.
-        :raises InUseError: when a domain runs with it, or has the destination.
+        :raises InUseError: when a domain runs with the NVDIMM, or owns the destination.
         """
         if not running:
             self._checks.check_off(spec.path, _RUNNING)
@@ -42,6 +42,6 @@ class Exporter:
         return digest
 
     def is_in_use(self, path: str) -> bool:
-        """Whether a domain runs with what is at a path."""
+        """Return True when a domain runs with the backing at a path."""
         owners = ownership.owners(self._checks.ledger, path, self._checks.identity(path))
         return any(record.start is not None for record in owners)

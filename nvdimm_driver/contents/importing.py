@@ -1,6 +1,6 @@
-"""Backings that are made or taken over: provisioned, imported where they are, imported by a copy.
+"""Provisioning and import of backings: in place, or by a copy.
 
-All of this can be interrupted, by KeyboardInterrupt too, and repeated: what was done is found and not done twice.
+All of this can be interrupted, by KeyboardInterrupt too, and repeated: a repetition continues where it stopped.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from nvdimm_driver.sizes import human
 
 
 class Importer:
-    """Makes backings that no domain has yet."""
+    """Provisions and imports backings that no domain owns yet."""
 
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
 
     def provision(self, spec: NvdimmSpec, watch: Watch) -> Intake:
-        """Make a backing that no domain has yet: all of it zeros, or as it is when it exists.
+        """Provision a backing that no domain owns yet: a new one is all zeros, an existing one keeps its bytes.
 
-        :returns: what was to be done.
-        :raises RefusedError: when the pools do not have it.
-        :raises InUseError: when a domain has it.
+        :returns: the work that there was to do.
+        :raises RefusedError: when it is in no pool, or a pool's rules forbid it.
+        :raises InUseError: when a domain owns it.
         """
         self._checks.check_new(spec)
         backing = backing_of(self._checks.backings, spec.path)
@@ -36,12 +36,12 @@ class Importer:
         return intake
 
     def import_in_place(self, path: str, size: int | None, label_size: int | None, watch: Watch) -> NvdimmSpec:
-        """Take over a file or device that is in a pool, with the bytes that it has.
+        """Import a file or device that is in a pool, with the bytes that it has.
 
         :param path: absolute.
-        :param size: bytes of it that are to be the NVDIMM; None for all.
-        :param label_size: of its label area; None for the one that is found in it.
-        :raises NotFoundError: when there is none.
+        :param size: bytes of the NVDIMM, from the start of the file or device; None for all.
+        :param label_size: bytes of the label area, 0 for none; None for the label area that is found in it.
+        :raises NotFoundError: when there is no such file or device.
         :raises BackingError: when it is not fit.
         """
         self._checks.pools.check_place(path)
@@ -61,13 +61,13 @@ class Importer:
     ) -> NvdimmSpec:
         """Make a backing with the bytes of a file or block device that is elsewhere.
 
-        :param path: where it is to be, absolute.
-        :param size: of the NVDIMM, which has zeros behind the end of a smaller source; None for that of the source.
+        :param path: path of the backing, absolute.
+        :param size: bytes of the NVDIMM, with zeros behind the end of a smaller source; None for the source's size.
         :param label_size: as for :meth:`import_in_place`.
-        :param overwrite: what a device has may be overwritten.
+        :param overwrite: overwrite what is on a device.
         :raises NotFoundError: when there is no such source.
-        :raises UnsupportedError: when it is an image that is not raw.
-        :raises RefusedError: when the pools do not have the path, or something is there.
+        :raises UnsupportedError: when the source is an image that is not raw.
+        :raises RefusedError: when the path is in no pool, a pool's rules forbid it, or something would be overwritten.
         """
         with reporting_errors_of(source), ordinary_files.open_source(source) as content:
             ordinary_files.check_raw(source, content.read(0, min(PAGE, content.size)))
@@ -75,9 +75,9 @@ class Importer:
             size = _checked_size(source, content.size if size is None else size)
             if size < content.size or (found and size != content.size):
                 raise BackingError(
-                    f"{source}: has {content.size} bytes, {human(found)} of them a label area, and cannot become an "
-                    f"NVDIMM of {size}",
-                    hint="leave --size out, or make it larger, which a source with labels cannot be",
+                    f"{source}: has {human(content.size)}, {human(found)} of it a label area, and cannot become an "
+                    f"NVDIMM of {human(size)}",
+                    hint="leave --size out; only a source without labels can get a larger one",
                 )
             spec = new_nvdimm(path, size, found if label_size is None else label_size)
             self._checks.check_new(spec)
@@ -101,6 +101,7 @@ def new_nvdimm(path: str, size: int, label_size: int) -> NvdimmSpec:
     """Return an NVDIMM of that size, rounded up as libvirt does.
 
     :param path: absolute.
+    :param size: bytes.
     :param label_size: bytes of its label area, 0 for none.
     :raises BackingError: when no domain could have it.
     """
@@ -113,8 +114,8 @@ def new_nvdimm(path: str, size: int, label_size: int) -> NvdimmSpec:
 def _checked_size(path: str, size: int) -> int:
     if not size or size % SUPERPAGE:
         raise BackingError(
-            f"{path}: {size} bytes are not a multiple of 2 MiB",
-            hint="--size says how much of it the NVDIMM has: on KVM, what its domain XML says, rounded up to 2 MiB",
+            f"{path}: {human(size)} ({size} bytes) is not a multiple of 2 MiB",
+            hint="set the NVDIMM's size with --size: on KVM, it is the size in the domain XML, rounded up to 2 MiB",
         )
     return size
 
@@ -122,10 +123,10 @@ def _checked_size(path: str, size: int) -> int:
 def _check_overwrite(path: str, overwrite: bool) -> None:
     if os.path.isfile(path) and os.path.getsize(path):
         raise RefusedError(
-            f"{path}: exists already", hint=f"take another --name; 'nvdimmctl import {path}' takes it as it is"
+            f"{path}: exists already", hint=f"take another --name; 'nvdimmctl import {path}' imports it as it is"
         )
     if os.path.exists(path) and not os.path.isfile(path) and not overwrite:
-        raise RefusedError(f"{path}: what is on it would be overwritten", hint="--force does so")
+        raise RefusedError(f"{path}: what is on it would be overwritten", hint="--force overwrites it")
 
 
 def _label_size(content: ByteRange) -> int:

@@ -1,4 +1,4 @@
-"""Files outside of persistent memory: what is imported, and what is exported."""
+"""Files outside persistent memory: sources of imports and destinations of exports."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _MAGIC = {
     b"conectix": "vpc",
     b"<<< ": "vdi",
 }
-"""First bytes of image formats by QEMU's names for them (block/*.c)."""
+"""QEMU's names of image formats, by the first bytes of an image (block/*.c)."""
 
 
 def open_source(path: str) -> FileBytes:
     """Open a file or block device to read all of it.
 
-    :raises NotFoundError: when there is none.
+    :raises NotFoundError: when there is no such path.
+    :raises BackingError: when it is something else, or cannot be opened.
     """
     if not os.path.exists(path):
         raise NotFoundError(f"{path}: there is no such file")
@@ -36,7 +37,7 @@ def open_source(path: str) -> FileBytes:
 
 
 def check_raw(path: str, head: bytes) -> None:
-    """Refuse an image whose bytes are not those that a guest sees.
+    """Refuse an image that is not raw: its bytes are not those that a guest sees.
 
     :param head: its first 8 bytes or more.
     :raises UnsupportedError: when it is of another format.
@@ -44,15 +45,16 @@ def check_raw(path: str, head: bytes) -> None:
     kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
     if kind is not None:
         raise UnsupportedError(
-            f"{path}: is an image in format {kind}, and has to be raw",
+            f"{path}: is an image in format {kind} and has to be raw",
             hint=f"convert it first: qemu-img convert -f {kind} -O raw {path} {path}.raw",
         )
 
 
 def open_destination(path: str, size: int, *, overwrite: bool) -> FileBytes:
-    """Open a file to write that is ``.NAME.partial`` until :func:`publish`. One of that size is gone on with.
+    """Open a file for writing, named ``.NAME.partial`` until :func:`publish`. Continue an existing one of that size.
 
-    :raises RefusedError: when there is such a file, and it is not to be overwritten, or is no file.
+    :param size: bytes.
+    :raises RefusedError: when the destination exists and may not be overwritten, or is not a file.
     """
     _check_destination(path, overwrite)
     hidden = hidden_name(path)
@@ -64,9 +66,9 @@ def open_destination(path: str, size: int, *, overwrite: bool) -> FileBytes:
 
 
 def publish(path: str, *, overwrite: bool) -> None:
-    """Give a file of :func:`open_destination` its name; it is durable on return.
+    """Give a file of :func:`open_destination` its name, durably.
 
-    :raises RefusedError: when there is such a file, and it is not to be overwritten.
+    :raises RefusedError: when the destination exists and may not be overwritten, or is not a file.
     """
     _check_destination(path, overwrite)
     real = os.path.realpath(path)
@@ -82,6 +84,6 @@ def _check_destination(path: str, overwrite: bool) -> None:
     if not os.path.isdir(os.path.dirname(real)):
         raise NotFoundError(f"{os.path.dirname(real)}: there is no such folder")
     if os.path.lexists(real) and not os.path.isfile(real):
-        raise RefusedError(f"{path}: is not a file", hint="name a file, which need not exist")
+        raise RefusedError(f"{path}: is not a file", hint="name a file, which need not exist yet")
     if not overwrite and not is_new(real):
         raise RefusedError(f"{path}: exists already", hint="--force overwrites it")

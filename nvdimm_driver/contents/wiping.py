@@ -1,4 +1,4 @@
-"""Bytes that are overwritten with zeros, and claims that are given up."""
+"""Wiping of NVDIMMs, and the release of a domain's backings."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from nvdimm_driver.state import ownership
 
 
 class Wiper:
-    """Overwrites NVDIMMs, and gives them up."""
+    """Wipes NVDIMMs, and releases those of a domain."""
 
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
 
     def wipe(self, spec: NvdimmSpec, watch: Watch, identity: BackingIdentity | None = None) -> None:
-        """Overwrite an NVDIMM with zeros, its label area too; they are durable on return. Claims stay.
+        """Overwrite an NVDIMM with zeros, its label area too, durably. Its owner keeps it.
 
-        :param identity: what it has to be, when that is known.
+        :param identity: identity that it must have; None when it is unknown.
         :raises RefusedError: when it is in no pool.
-        :raises NotFoundError: when it is not there.
-        :raises BackingError: when it is something else.
+        :raises NotFoundError: when there is no such backing.
+        :raises BackingError: when it has another identity.
         :raises InUseError: when a domain runs with it.
         """
         self._checks.pools.check_place(spec.path)
         self._checks.check_same(spec.path, identity)
-        self._checks.check_off(spec.path)  # what a domain runs with cannot be opened for writing
+        self._checks.check_off(spec.path)  # a running domain's file cannot be opened for writing
         backing = backing_of(self._checks.backings, spec.path)
         with reporting_errors_of(spec.path), backing.open_bytes(spec, write=True) as content:
-            self._checks.check_off(spec.path)  # from here on, a start fails as long as this is open
+            self._checks.check_off(spec.path)  # from here on, starts fail while this is open
             copying.wipe(content, watch("wiping"))
 
     def to_wipe(self, record: Record) -> tuple[Allocation, ...]:
-        """Those of a domain's NVDIMMs that its pools want wiped when it gives them up."""
+        """Return the domain's NVDIMMs that are in pools with ``wipe_on_release``."""
         pools = [(item, self._checks.pools.of(item.spec.path)) for item in record.allocations]
         return tuple(item for item, pool in pools if pool is not None and pool.wipe_on_release)
 
     def give_up(self, record: Record, watch: Watch, *, delete: bool) -> None:
-        """Give up a domain's claim to its backings, after wiping those of :meth:`to_wipe`.
+        """Release a domain's backings, after wiping those of :meth:`to_wipe`.
 
         :param delete: delete the files, too; devices stay.
         :raises InUseError: while the domain runs.

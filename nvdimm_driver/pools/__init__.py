@@ -1,4 +1,4 @@
-"""Where the operator lets guests have persistent memory: rules and quotas, what is used, and how a pool is made.
+"""The operator's pools, in which guests may have persistent memory: rules and quotas, usage, and creation.
 
 rules.py decides which backing a domain may have.
 """

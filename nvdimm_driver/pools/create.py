@@ -1,6 +1,6 @@
-"""How a pool is made: the commands for a namespace, a file system that is aligned to it, its mount, and the section.
+"""Creation of a pool: a namespace, a file system aligned to it, its mount, and the section of the configuration.
 
-Pure: :func:`steps` yields what is to be done, one step after the other, and gets what each command has printed.
+Pure: :func:`steps` yields one step after the other, and is sent the output of each command.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from nvdimm_driver.sizes import human
 MODES = {"fsdax": "fsdax", "devdax": "devdax", "pmem": "raw"}
 """The mode of the namespace for each kind of pool."""
 REGION_ALIGN = 16 * MIB
-"""What libnvdimm wants a region's size to be a multiple of, unless its ``align`` says less (region_devs.c)."""
+"""libnvdimm wants a region's size to be a multiple of this, unless its ``align`` says less (region_devs.c)."""
 UNIT_FOLDER = "/etc/systemd/system"
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the operator asks for.
+    """The pool that the operator asks for.
 
     :ivar kind: one of :data:`MODES`.
-    :ivar region: to make the namespace in; None for the only one with room.
-    :ivar namespace: to make anew, with all that is on it lost, instead of making one.
-    :ivar size: bytes of the namespace; None for all there is.
+    :ivar region: region for the new namespace; None for the only region with room.
+    :ivar namespace: namespace to reconfigure instead of creating one, which loses all that is on it; None to create.
+    :ivar size: bytes of the namespace; None for all the room.
     :ivar file_system: ``ext4`` or ``xfs``.
     :ivar mount_point: absolute path.
     :ivar quota: as in the configuration; empty for none.
@@ -48,12 +48,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class PoolHost:
-    """The host to make it on.
+    """The host of the new pool.
 
     :ivar page_map: ``mem`` or ``dev``: where the kernel keeps the page structures of a namespace (``--map``).
-    :ivar systemd: whether systemd runs, to mount the file system at boot.
+    :ivar systemd: True when systemd runs, which then mounts the file system at boot.
     :ivar in_use: names of namespaces that are mounted or that domains have.
-    :ivar conf_folder: where the section goes.
+    :ivar conf_folder: directory for the file with the section.
     """
 
     regions: tuple[NdRegion, ...]
@@ -82,47 +82,47 @@ Steps = Generator[RunCommand | WriteFile, str, None]
 
 
 def steps(wish: Wish, host: PoolHost, uuid: str) -> Steps:
-    """What makes the pool.
+    """Yield the steps that make the pool; send the output of each command.
 
-    :param uuid: for the file system.
-    :raises NotFoundError: there is no such region or namespace.
-    :raises RefusedError: something would be lost.
-    :raises InUseError: the namespace is in use.
-    :raises BackingError: there is no room.
+    :param uuid: UUID for the file system.
+    :raises NotFoundError: when there is no such region or namespace.
+    :raises RefusedError: when something would be lost without ``force``.
+    :raises InUseError: when the namespace is in use.
+    :raises BackingError: when there is no room.
     """
-    device = yield from (_made(wish, host) if wish.namespace is None else _made_anew(wish, host))
+    device = yield from (_create(wish, host) if wish.namespace is None else _reconfigure(wish, host))
     path = device
     if wish.kind == "fsdax":
         path = wish.mount_point
         yield RunCommand(tuple(_mkfs(wish, device, uuid)))
-        yield from _mounted(wish, host, uuid)
+        yield from _mount(wish, host, uuid)
     quota = f"quota = {wish.quota}\n" if wish.quota else ""
     text = f"# made by 'nvdimmctl pool create'\n[pool:{wish.name}]\nkind = {wish.kind}\npaths = {path}\n{quota}"
     yield WriteFile(f"{host.conf_folder}/pool-{wish.name}.conf", text)
 
 
-def _made(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:
-    """A new namespace in a region's free room; returns its device."""
+def _create(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:
+    """Create a namespace in a region's free room, and return its device."""
     region = _region(wish, host)
     size = region.largest_free if wish.size is None else wish.size
     if not region.largest_free or size > region.largest_free:
         raise BackingError(
             f"{region.name} has no room for a namespace of {human(size)}, the largest is {human(region.largest_free)}",
-            hint=f"ask for less, or take a namespace with --namespace; {_what_there_is(host)}",
+            hint=f"ask for less, or take a namespace with --namespace; {_list_regions(host)}",
         )
-    yield from _aligned(region)
+    yield from _align(region)
     words = ["ndctl", "create-namespace", "-r", region.name, "-n", wish.name, "-s", str(size)]
     printed = yield RunCommand((*words, *_mode(wish, host)))
     return ndctl.namespace(printed).device
 
 
-def _made_anew(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:
-    """A namespace that there is, in the mode that is wanted; returns its device."""
+def _reconfigure(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:
+    """Bring an existing namespace into the wanted mode, and return its device."""
     region, found = _namespace(wish, host)
     if found.name in host.in_use:
         raise InUseError(
             f"{found.name} is in use: {found.device} is mounted, or a domain has it",
-            hint="unmount it, or 'nvdimmctl release' the domain, and only if nothing on it is needed any more",
+            hint="if nothing on it is needed any more, unmount it, or 'nvdimmctl release' the domain",
         )
     if not wish.force:
         raise RefusedError(
@@ -130,10 +130,9 @@ def _made_anew(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, 
             hint="--force, if nothing on it is needed",
         )
     if found.mode == MODES[wish.kind] and found.device and wish.size is None:
-        return (
-            found.device
-        )  # taking down one with page structures crashes some PV dom0 kernels, and there is no need to
-    yield from _aligned(region)
+        # Not needed, and disabling a namespace with page structures crashes some PV dom0 kernels.
+        return found.device
+    yield from _align(region)
     size = ["-s", str(wish.size)] if wish.size is not None else []
     printed = yield RunCommand(("ndctl", "create-namespace", "-f", "-e", found.name, *size, *_mode(wish, host)))
     return ndctl.namespace(printed).device
@@ -144,12 +143,12 @@ def _region(wish: Wish, host: PoolHost) -> NdRegion:
         for region in host.regions:
             if region.name == wish.region:
                 return region
-        raise NotFoundError(f"there is no region {wish.region}", hint=_what_there_is(host))
+        raise NotFoundError(f"there is no region {wish.region}", hint=_list_regions(host))
     roomy = [region for region in host.regions if region.largest_free]
     if len(roomy) == 1:
         return roomy[0]
     what = "more than one region has room" if roomy else "no region has room for a new namespace"
-    raise BackingError(what, hint=f"--region or --namespace says where to make it; {_what_there_is(host)}")
+    raise BackingError(what, hint=f"choose with --region or --namespace; {_list_regions(host)}")
 
 
 def _namespace(wish: Wish, host: PoolHost) -> tuple[NdRegion, NdNamespace]:
@@ -157,10 +156,10 @@ def _namespace(wish: Wish, host: PoolHost) -> tuple[NdRegion, NdNamespace]:
         for each in region.namespaces:
             if each.name == wish.namespace:
                 return region, each
-    raise NotFoundError(f"there is no namespace {wish.namespace}", hint=_what_there_is(host))
+    raise NotFoundError(f"there is no namespace {wish.namespace}", hint=_list_regions(host))
 
 
-def _what_there_is(host: PoolHost) -> str:
+def _list_regions(host: PoolHost) -> str:
     told = [
         f"{region.name} ({human(region.largest_free)} free): "
         + (", ".join(f"{each.name} {each.mode} {human(each.size)}" for each in region.namespaces) or "no namespaces")
@@ -171,7 +170,7 @@ def _what_there_is(host: PoolHost) -> str:
     )
 
 
-def _aligned(region: NdRegion) -> Steps:
+def _align(region: NdRegion) -> Steps:
     if region.size % REGION_ALIGN:
         yield WriteFile(f"/sys/bus/nd/devices/{region.name}/align", f"{SUPERPAGE:#x}\n")
 
@@ -182,7 +181,7 @@ def _mode(wish: Wish, host: PoolHost) -> Sequence[str]:
 
 
 def _mkfs(wish: Wish, device: str, uuid: str) -> Sequence[str]:
-    """Extents in whole pieces of 2 MiB, where they can be had, and no copies that share blocks."""
+    """Return the mkfs command: extents of whole 2 MiB pieces where possible, and no reflinks."""
     if wish.file_system == "xfs":
         layout = ["-m", f"reflink=0,uuid={uuid}", "-d", "su=2m,sw=1", "-l", "su=4k"]
         return ["mkfs.xfs", "-q", *(["-f"] if wish.force else []), *layout, device]
@@ -190,7 +189,7 @@ def _mkfs(wish: Wish, device: str, uuid: str) -> Sequence[str]:
     return ["mkfs.ext4", "-q", *(["-F"] if wish.force else []), *layout, device]
 
 
-def _mounted(wish: Wish, host: PoolHost, uuid: str) -> Steps:
+def _mount(wish: Wish, host: PoolHost, uuid: str) -> Steps:
     source = f"/dev/disk/by-uuid/{uuid}"
     yield RunCommand(("mkdir", "-p", wish.mount_point))
     if host.systemd:

@@ -1,4 +1,4 @@
-"""Which backings domains may have: those in the operator's pools, as far as their quotas go."""
+"""The rules of the operator's pools: domains may have backings in them, within their quotas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nvdimm_driver.sizes import human
 class Pools:
     """The operator's pools.
 
-    :param any_path: domains may have backings outside them, too.
+    :param any_path: domains may also have backings outside them.
     """
 
     def __init__(self, pools: Sequence[Pool], *, any_path: bool = False) -> None:
@@ -24,7 +24,7 @@ class Pools:
         return iter(self._pools)
 
     def named(self, name: str) -> Pool:
-        """The pool of that name.
+        """Return the pool of that name.
 
         :raises NotFoundError: when there is none.
         """
@@ -34,22 +34,23 @@ class Pools:
         raise NotFoundError(f"no pool {name!r}", hint="'nvdimmctl pool list' shows all")
 
     def of(self, path: str) -> Pool | None:
-        """The pool that a backing is in, whether it exists or not."""
+        """Return the pool that a path is in, or None; nothing needs to be at the path."""
         path = os.path.realpath(path)
         return next((pool for pool in self._pools if is_in(path, pool)), None)
 
     def check(self, domain: DomainSpec, records: Iterable[Record]) -> None:
         """Check that a domain may have its backings.
 
-        :param records: of all domains; what is in that of this one is its already.
-        :raises RefusedError: when one is in no pool, or a pool's quota is used up.
+        :param records: records of all domains; that of this one does not count.
+        :raises RefusedError: when a backing is in no pool, its size is no multiple of its pool's alignsize, or a quota
+            is exceeded.
         """
         self.check_new(domain.nvdimms, [record for record in records if record.uuid != domain.uuid])
 
     def check_new(self, nvdimms: Sequence[NvdimmSpec], records: Iterable[Record]) -> None:
-        """Check that somebody else than the domains of these records may have such NVDIMMs.
+        """Check that these NVDIMMs may be had in addition to those in the records.
 
-        :raises RefusedError: when one is in no pool, or a pool's quota is used up.
+        :raises RefusedError: as :meth:`check` does.
         """
         used = self._by_pool([item.spec for record in records for item in record.allocations])
         wanted = self._by_pool(nvdimms)
@@ -67,7 +68,7 @@ class Pools:
             raise RefusedError(f"{path} is in none of the host's pools", hint=self._where())
 
     def place(self, pool: Pool, name: str) -> str:
-        """The path of a file or device of that name in a pool.
+        """Return the path of a file or device of that name in a pool.
 
         :raises NotFoundError: when the pool has devices, and none of that name.
         """
@@ -97,7 +98,7 @@ class Pools:
             raise RefusedError(
                 f"pool {pool.name}: domains have {human(used)} of its quota of {human(pool.quota)}; {human(size)} more "
                 "is too much",
-                hint=f"'nvdimmctl pool show {pool.name}' tells who has what",
+                hint=f"'nvdimmctl pool show {pool.name}' shows what each domain has",
             )
 
     def _by_pool(self, specs: Iterable[NvdimmSpec]) -> dict[Pool | None, list[NvdimmSpec]]:
@@ -108,11 +109,11 @@ class Pools:
 
     def _where(self) -> str:
         if not self._pools:
-            return "none is configured: 'nvdimmctl pool create' makes one; allow_any_path=true does without"
+            return "none is configured: 'nvdimmctl pool create' makes one; allow_any_path=true allows any path"
         return "pools are: " + ", ".join(f"{pool.name} ({', '.join(pool.paths)})" for pool in self._pools)
 
 
 def is_in(path: str, pool: Pool) -> bool:
-    """Whether a path without symbolic links is that of a device of the pool, or below one of its folders."""
+    """Return True when a path without symbolic links is a device of the pool, or below one of its folders."""
     tops = [os.path.realpath(top) for top in pool.paths]
     return any(path == top or path.startswith(top.rstrip("/") + "/") for top in tops)

@@ -1,4 +1,4 @@
-"""What each pool has, and who has what of it."""
+"""The usage of pools: their room, the NVDIMMs in them, and where these are in the host's memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PoolUsage:
-    """A pool as it is now.
+    """The current state of a pool.
 
-    :ivar space: None when it cannot be told.
+    :ivar space: None when it cannot be measured.
     :ivar owned: the NVDIMMs in it, with their domains.
-    :ivar problems: what is wrong with it; empty when all is well.
+    :ivar problems: problems of the pool, for people; empty without any.
     """
 
     pool: Pool
@@ -33,12 +33,12 @@ class PoolUsage:
 
     @property
     def used(self) -> int:
-        """Bytes that domains have of it."""
+        """Bytes of the NVDIMMs in it."""
         return sum(item.spec.size for _, item in self.owned)
 
     @property
     def free(self) -> int | None:
-        """Bytes that domains may still have: what is free, as far as the quota goes."""
+        """Bytes that domains may still get: the free ones, within the quota; None when they cannot be measured."""
         if self.space is None:
             return None
         return self.space.free if self.pool.quota is None else max(0, min(self.space.free, self.pool.quota - self.used))
@@ -48,7 +48,7 @@ class PoolUsage:
 class Piece:
     """An extent of an NVDIMM; SPA and length in bytes.
 
-    :ivar state: of its domain: ``off``, or that of its start.
+    :ivar state: state of its domain: ``off``, or the state of its start.
     """
 
     spa: int
@@ -61,7 +61,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Region:
-    """A region of the host's persistent memory, with what is in it, by SPA; SPA and size in bytes."""
+    """A region of the host's persistent memory, with its namespaces and extents, by SPA; SPA and size in bytes."""
 
     name: str
     spa: int
@@ -71,7 +71,7 @@ class Region:
 
 
 def host_map(ledger: Ledger, backings: Sequence[Backing], sysfs: Path = SYSFS) -> tuple[Region, ...]:
-    """Where everything is in the host's persistent memory. A backing that cannot be located is left out.
+    """Return a map of the host's persistent memory. A backing that cannot be located is logged and left out.
 
     :raises BackingError: when sysfs cannot be read.
     """
@@ -105,9 +105,9 @@ def _pieces(ledger: Ledger, backings: Sequence[Backing]) -> Iterator[Piece]:
 
 
 def usage_of(pool: Pool, ledger: Ledger, backings: Sequence[Backing]) -> PoolUsage:
-    """Look at a pool.
+    """Measure a pool.
 
-    :raises ConfigError: when no plug-in is for its kind.
+    :raises ConfigError: when no plug-in handles its kind.
     """
     backing = next((each for each in backings if each.name == pool.kind), None)
     if backing is None:

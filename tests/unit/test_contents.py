@@ -1,4 +1,4 @@
-"""The bytes of backings: what is allowed, and what is left when it is interrupted."""
+"""Provisioning, import, export and wiping: what is refused, and what an interruption leaves."""
 
 from __future__ import annotations
 
@@ -181,13 +181,13 @@ def test_an_interrupted_import_is_under_another_name(host: Host, tmp_path: Path)
     assert A not in host.backing.files
     host.importer.import_copy(str(source), A, None, 0, watch)
     assert host.backing.contents[A] == source.read_bytes()
-    assert host.backing.opened[-1].writes[0] == (MIB, MIB), "the first one was there"
+    assert host.backing.opened[-1].writes[0] == (MIB, MIB), "the first chunk was there"
 
 
 def test_sizes_of_imports(host: Host, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"x" * (MIB + 1))
-    with pytest.raises(BackingError, match="1048577 bytes are not a multiple of 2 MiB"):
+    with pytest.raises(BackingError, match=r"1.00 MiB \(1048577 bytes\) is not a multiple of 2 MiB"):
         host.importer.import_copy(str(source), A, None, None, watch)
     assert host.importer.import_copy(str(source), A, 2 * MIB, None, watch) == spec(size=2 * MIB)
     assert host.backing.contents[A] == source.read_bytes().ljust(2 * MIB, b"\0")

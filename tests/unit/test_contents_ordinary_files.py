@@ -1,4 +1,4 @@
-"""Files outside of persistent memory."""
+"""Files outside persistent memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_a_source_is_a_file_or_a_block_device(tmp_path: Path) -> None:
     ],
 )
 def test_images_of_other_formats(head: bytes, kind: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"in format {kind}.*qemu-img convert -f {kind} -O raw /a /a.raw"):
+    with pytest.raises(
+        UnsupportedError, match=rf"in format {kind} and has to be raw.*qemu-img convert -f {kind} -O raw /a /a.raw"
+    ):
         ordinary_files.check_raw("/a", head)
 
 

@@ -1,4 +1,4 @@
-"""Pools that are made, with what ndctl 76 prints; the lab runs the same commands."""
+"""Creation of pools, with output of ndctl 76; the lab runs the same commands."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def host(*in_use: str, systemd: bool = False, listed: str = LISTED) -> PoolHost:
 
 
 def run(a_wish: Wish, a_host: PoolHost, made: object = MADE) -> list[str]:
-    """The steps as words, and the files as path: text."""
+    """Return the steps: commands as words, files as ``path: text``."""
     todo = steps(a_wish, a_host, UUID)
     told: list[str] = []
     answer = None
@@ -138,7 +138,7 @@ def test_what_cannot_be(changes: dict[str, object], listed: str, kind: type[Nvdi
 
 @pytest.mark.parametrize("text", ["{", '{"regions": [{}]}', "[1]", '"x"'])
 def test_what_ndctl_does_not_print(text: str) -> None:
-    with pytest.raises(BackingError, match="'ndctl list -RNi' printed"):
+    with pytest.raises(BackingError, match=r"'ndctl list -RNi' printed .*, which is not the expected JSON"):
         ndctl.regions(text)
 
 
@@ -149,5 +149,5 @@ def test_one_region_alone() -> None:
 
 
 def test_a_namespace_that_ndctl_did_not_make() -> None:
-    with pytest.raises(BackingError, match="'ndctl create-namespace' printed"):
+    with pytest.raises(BackingError, match="'ndctl create-namespace' printed '', which is not the expected JSON"):
         ndctl.namespace("")
