@@ -1,4 +1,4 @@
-"""What can go wrong, for people (message and hint), scripts (exit code) and libvirt clients (error code).
+"""All errors, for people (message and hint), scripts (exit code) and libvirt clients (error code).
 
 Imports nothing: the device model, which has to start fast, uses it.
 """
@@ -19,7 +19,7 @@ class NvdimmError(Exception):
 
     :param message: what is wrong and where.
     :param hint: what to do about it; may be empty.
-    :ivar recorded: the ledger has it, as why a start failed.
+    :ivar recorded: True when the ledger has it as the reason of a failed start.
     """
 
     exit_code = 1
@@ -36,13 +36,13 @@ class NvdimmError(Exception):
 
 
 class DomainXmlError(NvdimmError):
-    """The domain XML says something that cannot be right."""
+    """The domain XML is invalid."""
 
     libvirt_code = VIR_ERR_XML_ERROR
 
 
 class UnsupportedError(NvdimmError):
-    """The domain XML asks, correctly, for something that Xen or this driver cannot do."""
+    """The domain XML is valid, but asks for something that Xen or this driver cannot do."""
 
     libvirt_code = VIR_ERR_CONFIG_UNSUPPORTED
 
@@ -54,7 +54,7 @@ class LayoutError(NvdimmError):
 
 
 class BackingError(NvdimmError):
-    """A backing file or device is missing, unfit, or not what it was."""
+    """A backing file or device is missing, unfit, or has been replaced or changed."""
 
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
@@ -67,14 +67,14 @@ class InUseError(NvdimmError):
 
 
 class GuardError(NvdimmError):
-    """A mapping that must never be made: not pmem, RAM, or another running domain's."""
+    """A mapping that must never be made: of RAM, of memory that is not pmem, or of another running domain's memory."""
 
     exit_code = 5
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
 class AcpiError(NvdimmError):
-    """ACPI tables could not be built, or what was built is not what was asked for."""
+    """ACPI tables could not be built, or do not match the guest's layout."""
 
     libvirt_code = VIR_ERR_INTERNAL_ERROR
 
@@ -86,7 +86,7 @@ class XenError(NvdimmError):
 
 
 class LedgerError(NvdimmError):
-    """The ledger cannot be read or written, or does not have what it must have."""
+    """The ledger cannot be read or written, or lacks a record that it must have."""
 
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
@@ -99,21 +99,21 @@ class NotFoundError(NvdimmError):
 
 
 class RefusedError(NvdimmError):
-    """Something that the operator's own rules forbid, or that destroys data and was not insisted on."""
+    """The operator's own rules forbid the operation, or it destroys data and was not forced."""
 
     exit_code = 5
     libvirt_code = VIR_ERR_OPERATION_INVALID
 
 
 class UsageError(NvdimmError):
-    """A command line that leaves open what is meant, or contradicts itself."""
+    """The command line is ambiguous, or contradicts itself."""
 
     exit_code = 2
     libvirt_code = VIR_ERR_INVALID_ARG
 
 
 class InterruptedWork(NvdimmError):
-    """The user has interrupted long work, which can be gone on with."""
+    """The user has interrupted long work, which can be continued."""
 
     exit_code = 130
     libvirt_code = VIR_ERR_OPERATION_FAILED
@@ -126,6 +126,6 @@ class ConfigError(NvdimmError):
 
 
 class ProtocolError(NvdimmError):
-    """A libvirt client or libvirtd sent what is not libvirt RPC, or a message would not fit into it."""
+    """A libvirt client or libvirtd sent something that is not libvirt RPC, or a message exceeds its limits."""
 
     libvirt_code = VIR_ERR_RPC

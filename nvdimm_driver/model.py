@@ -1,4 +1,4 @@
-"""The values that pass between modules. No I/O.
+"""The value types that modules exchange. No I/O.
 
 Sizes, offsets and addresses are ``int`` bytes; frame numbers (4 KiB each) have types of their own.
 """
@@ -18,9 +18,9 @@ Mfn = NewType("Mfn", int)
 """Machine frame number: SPA / 4 KiB."""
 
 Progress = Callable[[int, int], None]
-"""Called now and then with the bytes that are done, and those that are to be."""
+"""Called now and then with the bytes done and the total."""
 Watch = Callable[[str], Progress]
-"""Called when long work on bytes begins, with what it is; gives who is told how it goes on."""
+"""Called when long work on bytes begins, with its name; returns the callback for its progress."""
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -28,28 +28,28 @@ GIB = 1 << 30
 PAGE = 4 * KIB
 SUPERPAGE = 2 * MIB
 SIZE_STEP = 2 * MIB
-"""An NVDIMM's size is a multiple of it: libvirt rounds that of every memory device up to it for QEMU
+"""An NVDIMM's size is a multiple of this: libvirt rounds the size of every memory device up to it for QEMU
 (src/qemu/qemu_domain.c)."""
 MIN_LABEL_SIZE = 128 * KIB
-"""QEMU: include/hw/mem/nvdimm.h:MIN_NAMESPACE_LABEL_SIZE, which UEFI 2.10 §13.19.2 has, too."""
+"""QEMU: include/hw/mem/nvdimm.h:MIN_NAMESPACE_LABEL_SIZE; also in UEFI 2.10 §13.19.2."""
 DSM = ("none", "aml", "qemu")
-"""Who serves the label areas of a guest's NVDIMMs: nobody, code in its ACPI tables, or a QEMU in dom0."""
+"""The server of the label areas of a guest's NVDIMMs: none, code in its ACPI tables, or a QEMU in dom0."""
 PERSISTENCE_DOMAINS = ("", "memory_controller", "cpu_cache")
 """Weakest first (Linux: drivers/nvdimm/region_devs.c:persistence_domain_show)."""
 
 
 @dataclass(frozen=True)
 class NvdimmSpec:
-    """One ``<memory model='nvdimm'>``, as the user asked for it.
+    """One ``<memory model='nvdimm'>`` that the user asked for.
 
     :ivar slot: DIMM slot; the user's, or the lowest free one in document order.
     :ivar path: absolute path of the backing file or device.
-    :ivar size: bytes, with the label area, a multiple of 2 MiB (libvirt rounds it up so for QEMU).
-    :ivar label_size: bytes of the label storage area, the last ones of ``size``; 0 without labels.
+    :ivar size: bytes, including the label area, a multiple of 2 MiB (libvirt rounds up to it for QEMU).
+    :ivar label_size: bytes of the label storage area, at the end of ``size``; 0 without labels.
     :ivar alignsize: ``<source><alignsize>`` in bytes, None when not given.
     :ivar base: guest-physical base address that the user fixed, or None.
     :ivar node: guest NUMA node, or None.
-    :ivar pmem: ``<pmem/>`` was given.
+    :ivar pmem: True when ``<pmem/>`` was given.
     """
 
     slot: int
@@ -74,10 +74,10 @@ class NvdimmSpec:
         node: int | None = None,
         pmem: bool = False,
     ) -> Self:
-        """Return an NVDIMM for which a user asks for that size, rounded up to :data:`SIZE_STEP`.
+        """Return an NVDIMM of that size, rounded up to :data:`SIZE_STEP`.
 
         :param size: bytes, any number.
-        :param label_size: None without a label area.
+        :param label_size: bytes; None without a label area.
         :raises ValueError: when the guest would see nothing, or the label area is too small, or as large as the NVDIMM.
         """
         if label_size is not None and not MIN_LABEL_SIZE <= label_size < max(size, 1):
@@ -96,13 +96,13 @@ class NvdimmSpec:
 
     @property
     def visible_size(self) -> int:
-        """Bytes the guest sees as persistent memory: to the byte what QEMU shows for the same XML."""
+        """Bytes that the guest sees as persistent memory: exactly as many as QEMU shows for the same XML."""
         align = self.alignsize or PAGE
         return (self.size - self.label_size) // align * align
 
     @property
     def label_gap(self) -> int:
-        """Bytes of the backing between what the guest sees and the label area."""
+        """Bytes of the backing between those that the guest sees and the label area."""
         return self.size - self.label_size - self.visible_size
 
 
@@ -114,7 +114,7 @@ class DomainSpec:
     :ivar ram: guest RAM in bytes.
     :ivar emulator: the user's own ``<emulator>``, or None.
     :ivar nvdimms: in slot order, at least one.
-    :ivar dsm: one of :data:`DSM`, or None for what the host's configuration says.
+    :ivar dsm: one of :data:`DSM`, or None for the default of the host's configuration.
     """
 
     name: str
@@ -129,15 +129,15 @@ class DomainSpec:
 class Namespace:
     """A pmem namespace of the host, or a part of other persistent memory that a backing hands out.
 
-    :ivar name: as the kernel has it, ``namespace0.0``.
-    :ivar mode: ``fsdax``, ``devdax``, ``raw`` or ``sector``, as ``ndctl list`` says it; for other memory, the name of
-        the backing.
+    :ivar name: the kernel's name, ``namespace0.0``.
+    :ivar mode: ``fsdax``, ``devdax``, ``raw`` or ``sector``, as in ``ndctl list``; for other memory, the name of the
+        backing.
     :ivar device: name of its block or character device (``pmem0``, ``dax0.0``); empty when it has none.
-    :ivar uid: what stays the same over a host's reboots: the namespace's uuid, or ``spa-…`` when it has none.
+    :ivar uid: identifier that survives reboots: the namespace's uuid, or ``spa-…`` when it has none.
     :ivar data_spa: SPA of the first byte of its data area, behind any info block and page structures.
     :ivar data_size: bytes of the data area.
-    :ivar persistence_domain: what is flushed on power loss, as the kernel has it: ``memory_controller`` (ADR), with
-        ``cpu_cache`` the caches, too (eADR); empty when the platform does not say.
+    :ivar persistence_domain: what is flushed on power loss, as the kernel names it: ``memory_controller`` (ADR), or
+        ``cpu_cache``, the caches too (eADR); empty when the platform does not say.
     """
 
     name: str
@@ -151,14 +151,14 @@ class Namespace:
 
     @property
     def frames(self) -> tuple[int, int]:
-        """The machine frames (mfn, count) that are wholly in the data area: those that guests may get."""
+        """Machine frames (mfn, count) that are wholly in the data area: those that guests may get."""
         first = units(self.data_spa, PAGE)
         return first, max(0, (self.data_spa + self.data_size) // PAGE - first)
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A run of a backing that is contiguous in the machine's memory (offset in the backing, SPA, length: bytes)."""
+    """A part of a backing that is contiguous in the machine's memory: offset in the backing, SPA, length, in bytes."""
 
     offset: int
     spa: int
@@ -167,11 +167,11 @@ class Extent:
 
 @dataclass(frozen=True)
 class BackingIdentity:
-    """Which object a path named: equal means the same bytes of the same namespace.
+    """The identity of the object at a path: two equal ones are the same bytes of the same namespace.
 
     :ivar kind: name of the backing plug-in.
     :ivar device: uid of the namespace.
-    :ivar start: bytes into its data area where the device, or the partition it is on, starts.
+    :ivar start: offset in its data area, in bytes, of the device, or of the partition that a file is on.
     :ivar inode: inode number; 0 for a device.
     :ivar generation: inode generation (FS_IOC_GETVERSION); 0 for a device.
     :ivar size: bytes of the file or device.
@@ -185,7 +185,7 @@ class BackingIdentity:
     size: int
 
     def shares_bytes(self, other: BackingIdentity) -> bool:
-        """True when some byte belongs to both."""
+        """Return True when some byte belongs to both."""
         if self.device != other.device:
             return False
         if self.inode or other.inode:
@@ -195,7 +195,7 @@ class BackingIdentity:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a backing is: its identity and its extents, in order of offset, without gaps from 0."""
+    """The location of a backing: its identity and its extents, in order of offset, from 0 without gaps."""
 
     identity: BackingIdentity
     extents: tuple[Extent, ...]
@@ -203,14 +203,14 @@ class Location:
 
 @dataclass(frozen=True)
 class Pool:
-    """Where pmem for guests comes from, as the operator has configured it.
+    """A pool of pmem for guests, from the operator's configuration.
 
     :ivar kind: name of the backing plug-in.
     :ivar paths: a folder of a DAX file system, or devices.
-    :ivar quota: bytes that domains may have of it; None for all there is.
-    :ivar alignsize: bytes of which its NVDIMMs have multiples.
-    :ivar label_size: bytes of the label area of NVDIMMs that are made without a word about it; 0 for none.
-    :ivar wipe_on_release: the bytes of a domain that gives up its claim are overwritten with zeros.
+    :ivar quota: bytes of it that domains may have; None for all.
+    :ivar alignsize: the size of each of its NVDIMMs is a multiple of it, bytes.
+    :ivar label_size: bytes of the label area of new NVDIMMs when none is asked for; 0 for none.
+    :ivar wipe_on_release: True when a domain's bytes are overwritten with zeros on release.
     """
 
     name: str
@@ -224,13 +224,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Space:
-    """The room in a pool, in bytes, whatever its quota.
+    """The room in a pool, in bytes, regardless of its quota.
 
     :ivar capacity: all of it.
-    :ivar free: of that, for new NVDIMMs.
-    :ivar largest_free: the longest run of it that is free: what a new NVDIMM can have in one extent.
-    :ivar alignment: of its first byte in the machine's memory, as a power of two; 2 MiB and more is good.
-    :ivar namespaces: that it is on.
+    :ivar free: free bytes for new NVDIMMs.
+    :ivar largest_free: longest free run: the largest new NVDIMM with a single extent.
+    :ivar alignment: alignment of its first byte in the machine's memory, a power of two; 2 MiB or more is good.
+    :ivar namespaces: namespaces that it is on.
     """
 
     capacity: int
@@ -245,8 +245,8 @@ class Surveyed:
     """A file in a pool.
 
     :ivar path: without symbolic links.
-    :ivar owner: what it says of itself (:mod:`.marks`); None when it says nothing.
-    :ivar frozen: it is kept as it is for a guest.
+    :ivar owner: the owner recorded on it (:mod:`.state.owner_marks`); None without one.
+    :ivar frozen: True when it is frozen for a guest.
     """
 
     path: str
@@ -256,11 +256,11 @@ class Surveyed:
 
 @dataclass(frozen=True)
 class Intake:
-    """What provisioning a backing will do; nothing has been done yet.
+    """The work that provisioning a backing will do; nothing has been done yet.
 
-    :ivar creates: the file does not exist (or is empty) and will be created.
+    :ivar creates: True when the file does not exist (or is empty) and will be created.
     :ivar writes: bytes of zeros that will be written.
-    :ivar namespace: the namespace the backing is on.
+    :ivar namespace: the namespace that the backing is on.
     """
 
     kind: str
@@ -270,12 +270,12 @@ class Intake:
 
     @property
     def assumed(self) -> bool:
-        """True when the backing's extents will be known only after provisioning."""
+        """Return True when the backing's extents are known only after provisioning."""
         return self.creates or self.writes > 0
 
 
 class Mapping(NamedTuple):
-    """Frames ``mfn … mfn+frames-1`` of the machine appear at ``gfn …`` in the guest."""
+    """A mapping of the machine's frames ``mfn … mfn+frames-1`` at ``gfn …`` in the guest."""
 
     gfn: Gfn
     mfn: Mfn
@@ -284,12 +284,12 @@ class Mapping(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one NVDIMM is in the guest's physical address space.
+    """The place of an NVDIMM in the guest's physical address space.
 
-    :ivar handle: NFIT device handle, as QEMU gives it: slot + 1.
+    :ivar handle: NFIT device handle, as QEMU assigns it: slot + 1.
     :ivar base: guest-physical address of its first byte.
     :ivar size: visible bytes.
-    :ivar label_gap: bytes between those and the label area.
+    :ivar label_gap: bytes between the visible ones and the label area.
     """
 
     slot: int
@@ -309,25 +309,25 @@ class Placement:
 
     @property
     def label_base(self) -> int:
-        """Guest-physical address of the label area, kept free for it: as far behind the data as in the backing."""
+        """Guest-physical address reserved for the label area: as far behind the data as in the backing."""
         return self.end + self.label_gap
 
     @property
     def space_end(self) -> int:
-        """Address behind all that is kept free for the NVDIMM: a multiple of 4 KiB, as a backing's size is."""
+        """Address behind all that is reserved for the NVDIMM: a multiple of 4 KiB, as a backing's size is."""
         return self.label_base + self.label_size if self.label_size else self.end
 
 
 @dataclass(frozen=True)
 class GuestLayout:
-    """A guest's physical address space, as far as it matters to its NVDIMMs.
+    """The parts of a guest's physical address space that matter to its NVDIMMs.
 
     :ivar ram: bytes of RAM.
     :ivar highmem_end: address behind the RAM above 4 GiB (4 GiB when there is none).
-    :ivar limit: first address the guest cannot use.
+    :ivar limit: first address that the guest cannot use.
     :ivar nvdimms: in slot order.
-    :ivar dsm: who serves the guest's label areas, one of :data:`DSM`.
-    :ivar persistence_domain: of the namespaces that its NVDIMMs are on, the weakest.
+    :ivar dsm: server of the guest's label areas, one of :data:`DSM`.
+    :ivar persistence_domain: the weakest of the namespaces that its NVDIMMs are on.
     """
 
     ram: int
@@ -339,12 +339,12 @@ class GuestLayout:
 
     @property
     def label_areas(self) -> tuple[Placement, ...]:
-        """The NVDIMMs whose label areas the guest has in its memory."""
+        """NVDIMMs whose label areas are in the guest's memory."""
         return self._served_by("aml")
 
     @property
     def label_clients(self) -> tuple[Placement, ...]:
-        """The NVDIMMs whose label areas a label server has."""
+        """NVDIMMs whose label areas a label server has."""
         return self._served_by("qemu")
 
     def _served_by(self, dsm: str) -> tuple[Placement, ...]:
@@ -353,11 +353,11 @@ class GuestLayout:
 
 @dataclass(frozen=True)
 class AcpiTables:
-    """Tables to hand to a guest's firmware, each whole and with a right checksum.
+    """ACPI tables for a guest's firmware, each whole and with a correct checksum.
 
     :ivar tables: in the order in which the guest gets them.
-    :ivar reference: every other table that came with them, for show (``acpi dump --all``).
-    :ivar seconds: how long a QEMU took to give them; None when none was asked.
+    :ivar reference: every other table that came with them, only to be shown (``acpi dump --all``).
+    :ivar seconds: time that a QEMU took to produce them; None without a QEMU.
     """
 
     tables: tuple[bytes, ...]
@@ -367,13 +367,13 @@ class AcpiTables:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a define and a start of a domain would do.
+    """The plan of all that a define and a start of a domain would do.
 
-    :ivar intakes: what provisioning has left to do, by slot order.
-    :ivar locations: by slot order; for a backing that does not exist yet, where it would be at best.
+    :ivar intakes: the work left for provisioning, in slot order.
+    :ivar locations: in slot order; for a backing that does not exist yet, the best case.
     :ivar mappings: of all NVDIMMs.
-    :ivar areas: the areas of the backings that the domain has, as (first MFN, frames); every mapping lies in one.
-    :ivar bad_blocks: by slot order, what the host knows to be bad of each backing, as (offset in it, bytes).
+    :ivar areas: areas of the domain's backings, as (first MFN, frames); every mapping lies in one.
+    :ivar bad_blocks: in slot order, the known bad ranges of each backing, as (offset in it, bytes).
     """
 
     domain: DomainSpec
@@ -388,11 +388,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What the ledger knows of one NVDIMM of one domain.
+    """The ledger's record of one NVDIMM of a domain.
 
     :ivar identity: None until it is provisioned.
     :ivar base: guest-physical base, chosen once; None until it is provisioned.
-    :ivar written: while it is being provisioned, percent of what is to be written.
+    :ivar written: percent written so far, while it is being provisioned.
     """
 
     uuid: str
@@ -419,13 +419,13 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a domain, from the moment something is done for it until all of it is undone.
+    """A start of a domain, from the first preparation until all of it is undone.
 
     :ivar state: ``preparing``, ``prepared``, ``mapping`` or ``mapped``.
     :ivar domid: None until the device model has run.
-    :ivar boot_id: the host's boot it belongs to.
-    :ivar since: seconds since the epoch, when the state was entered.
-    :ivar paths: what is frozen for it.
+    :ivar boot_id: boot ID of the host at the start.
+    :ivar since: time when the state was entered, in seconds since the epoch.
+    :ivar paths: backings frozen for it.
     :ivar served: :attr:`Record.labels` of the domain when it was started, if it has a label server, else empty.
     """
 
@@ -443,7 +443,7 @@ class Record:
     """A domain in the ledger.
 
     :ivar dsm: as in :class:`DomainSpec`.
-    :ivar fault: why its last start failed; empty when it did not.
+    :ivar fault: error of its last start; empty when that did not fail.
     """
 
     uuid: str
@@ -456,5 +456,5 @@ class Record:
 
     @property
     def labels(self) -> str:
-        """What tells whether two records have the same label areas."""
+        """Hash of the domain's label areas: equal when two records have the same ones."""
         return hashlib.sha256(repr([item for item in self.allocations if item.spec.label_size]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The plug-in surface: what an XML hook, a backing, an ACPI builder and a mapper do.
+"""The base classes of plug-ins: XML hook, backing, ACPI builder and mapper.
 
 Imports nothing heavy: the device model, which has to start fast, uses a mapper.
 """
@@ -32,68 +32,68 @@ if TYPE_CHECKING:
 
 
 def unwatched(done: int, total: int) -> None:
-    """Nobody is watching."""
+    """Ignore progress."""
 
 
 class Plugin(ABC):
-    """What all plug-ins have in common.
+    """The base class of all plug-ins.
 
-    :cvar OPTIONS: options of the plug-in's own, in the section ``[NAME]`` of the configuration, where NAME is that of
-        its entry point. They are registered when the plug-in is loaded.
+    :cvar OPTIONS: the plug-in's own options, in section ``[NAME]`` of the configuration, where NAME is that of its
+        entry point. They are registered when the plug-in is loaded.
     """
 
     OPTIONS: ClassVar[Sequence[cfg.Opt]] = ()
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
-        """Make one as the operator's configuration says.
+        """Make a plug-in from the operator's configuration.
 
-        :param conf: with :attr:`OPTIONS`.
+        :param conf: configuration with :attr:`OPTIONS` registered.
         """
         del conf
         return cls()
 
     @abstractmethod
     def describe(self) -> str:
-        """Return one line for people: what this plug-in does and what it needs."""
+        """Return one line for people: what the plug-in does and needs."""
 
 
 class XmlHook(Plugin):
     """Rewrites domain XML on its way into libvirt and restores it on its way out.
 
-    Both directions are pure, and each undoes the other. A hook sees what the hooks before it have made of the XML.
+    Both directions are pure, and each undoes the other. A hook gets the XML that the hooks before it returned.
     """
 
     @abstractmethod
     def rewrite(self, xml: str, device_model: str) -> str:
-        """Return XML that libvirt's driver takes; byte for byte the same when it has no NVDIMM.
+        """Return XML that libvirt's driver accepts; byte for byte the same when it has no NVDIMM.
 
-        :param device_model: absolute path of the program that is to be the domain's emulator.
+        :param device_model: absolute path of the program that becomes the domain's emulator.
         """
 
     @abstractmethod
     def restore(self, xml: str) -> str:
-        """Return what the user wrote; byte for byte the same when nothing was rewritten."""
+        """Return the XML that the user wrote; byte for byte the same when nothing was rewritten."""
 
     def may_restore(self, reply: bytes) -> bool:
-        """Return False for a reply of libvirt with no XML in it that :meth:`restore` would change.
+        """Return False for a reply of libvirt without XML that :meth:`restore` would change.
 
-        Such a reply reaches the client without being parsed. Called for every reply: cheap, and raises nothing.
+        Such a reply goes to the client without being parsed. Called for every reply: must be cheap and raise nothing.
         """
         del reply
         return True
 
 
 class ByteRange(ABC):
-    """Bytes that are open, and stay so when this process gives up its privileges.
+    """An open range of bytes, which stays open when this process gives up its privileges.
 
-    :ivar size: how many there are. Offsets are within them.
+    :ivar size: bytes of the range. Offsets count from its start.
     """
 
     size: int
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return so many of the bytes.
+        """Return ``length`` bytes.
 
         :raises BackingError: when they are not all in the range.
         """
@@ -101,32 +101,32 @@ class ByteRange(ABC):
         return self._read(offset, length)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Change bytes; they are durable after :meth:`sync`.
+        """Write bytes; they are durable after :meth:`sync`.
 
         :raises BackingError: when they are not all in the range.
-        :raises OSError: when they could not be written.
+        :raises OSError: when they cannot be written.
         """
         self._check(offset, len(data))
         self._write(offset, data)
 
     @abstractmethod
     def sync(self) -> None:
-        """Make durable what was written.
+        """Make written bytes durable.
 
-        :raises OSError: when that cannot be.
+        :raises OSError: when that fails.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Be done with it."""
+        """Close the range."""
 
     @abstractmethod
     def _read(self, offset: int, length: int) -> bytes:
-        """Return bytes that are in the range."""
+        """Return bytes, which are all in the range."""
 
     @abstractmethod
     def _write(self, offset: int, data: bytes) -> None:
-        """Change bytes that are in the range."""
+        """Write bytes, which are all in the range."""
 
     def __enter__(self) -> Self:
         return self
@@ -143,68 +143,68 @@ class ByteRange(ABC):
 
 
 class Backing(Plugin):
-    """One way to keep an NVDIMM's bytes in the machine's persistent memory.
+    """A kind of storage for an NVDIMM's bytes in the machine's persistent memory.
 
-    Every backing says which paths are its own (:meth:`handles`), which memory it hands out (:meth:`areas`), whether an
-    NVDIMM can be had (:meth:`examine`) and where its bytes are (:meth:`locate`). All else has a default. The defaults
-    are right for memory that is there from the start, in one place, and stays there, such as a device. A backing that
-    makes, moves or reserves bytes overrides what it does otherwise, and one whose bytes programs of the host can
-    read and write overrides :meth:`open_bytes`, without which they can be neither imported, exported nor wiped.
+    Every backing says which paths it handles (:meth:`handles`), which memory it hands out (:meth:`areas`), whether it
+    can provision an NVDIMM (:meth:`examine`), and where the NVDIMM's bytes are (:meth:`locate`). All other methods have
+    defaults, which suit memory that exists from the start and never moves, such as a device. A backing that makes,
+    moves or reserves bytes overrides the methods for that. A backing whose bytes programs of the host can read and
+    write overrides :meth:`open_bytes`: import, export and wipe need it.
 
-    :cvar name: that of its entry point; a pool's ``kind``.
+    :cvar name: name of its entry point; a pool's ``kind``.
     """
 
     name: str
 
-    # --- what every backing has ---
+    # --- every backing implements these ---
 
     @abstractmethod
     def handles(self, path: str) -> bool:
-        """Return True when the path, existing or to be created, is for this backing (by its file type)."""
+        """Return True when this backing handles the path, existing or to be created (by its file type)."""
 
     @abstractmethod
     def areas(self) -> Sequence[Namespace]:
         """Return the parts of the machine's memory that backings of this kind are in.
 
-        A guest gets frames of these alone. None may overlap RAM, nor an area with another uid.
+        A guest gets frames of these only. No area may overlap RAM, or an area with another uid.
 
-        :raises BackingError: when they cannot be told.
+        :raises BackingError: when they cannot be determined.
         """
 
     @abstractmethod
     def examine(self, spec: NvdimmSpec) -> Intake:
-        """Check that the backing can be provisioned, touching nothing.
+        """Check that the backing can be provisioned. Change nothing.
 
-        :raises BackingError: with the reason why it cannot.
+        :raises BackingError: with the reason when it cannot.
         """
 
     @abstractmethod
     def locate(self, spec: NvdimmSpec) -> Location:
-        """Find the extents of the first ``spec.size`` bytes, and the identity, cross-checked as far as possible.
+        """Return the identity, and the extents of the first ``spec.size`` bytes, cross-checked as far as possible.
 
         :raises BackingError: when bytes are missing, are shared with another backing, or are not in :meth:`areas`.
         """
 
-    # --- bytes that have to be made, or can be elsewhere ---
+    # --- backings that are made, moved or reserved ---
 
     def exists(self, path: str) -> bool:
-        """Return whether there is something at a path."""
+        """Return True when something exists at a path."""
         return os.path.lexists(path)
 
     def size(self, path: str) -> int:
-        """Return all the bytes of an existing backing.
+        """Return the size of an existing backing, in bytes.
 
-        :raises NotFoundError: when there is none.
+        :raises NotFoundError: when it does not exist.
         :raises BackingError: when it is not fit.
         """
         return self._whole(path).identity.size
 
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
-        """Return how much room there is in a pool of this kind of backing.
+        """Return the room in a pool of this kind of backing.
 
-        :param paths: of the pool.
+        :param paths: paths of the pool.
         :param taken: paths of the NVDIMMs in it.
-        :raises BackingError: when one of the paths is not there, or not fit for this kind.
+        :raises BackingError: when one of the pool's paths does not exist, or is not fit for this kind.
         """
         from nvdimm_driver.model import Space
 
@@ -222,44 +222,44 @@ class Backing(Plugin):
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         """Create or complete the backing: all of it allocated, written and synced. Can be repeated.
 
-        What it created is removed again when it fails, and kept as far as it is when the user interrupts it.
+        On failure, remove what this call created. When the user interrupts it, keep that.
 
-        :param progress: called now and then with the bytes that are written, and those that are to be.
+        :param progress: called now and then with the bytes written and the total.
         :raises BackingError: when that cannot be done.
         """
         del progress
         return self.locate(spec).identity
 
     def discard(self, spec: NvdimmSpec) -> None:
-        """Delete what :meth:`provision` has created, with all its bytes. By default it creates nothing."""
+        """Delete what :meth:`provision` has created, with all its bytes; by default nothing."""
 
     def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
-        """Make room for an NVDIMM whose bytes will be copied into it. Can be repeated: what was copied stays.
+        """Allocate a backing into which bytes will be copied. Can be repeated: bytes copied before stay.
 
-        :returns: with the path where it is until :meth:`publish`; by default, where it always is.
+        :returns: ``spec`` with the path that the backing has until :meth:`publish`; by default unchanged.
         :raises BackingError: when there is no room.
         """
         self.examine(spec)
         return spec
 
     def publish(self, spec: NvdimmSpec) -> None:
-        """Give what :meth:`allocate` has made, and :meth:`provision` completed, its own path. Can be repeated.
+        """Move a backing of :meth:`allocate`, which :meth:`provision` has completed, to its path. Can be repeated.
 
         :raises InUseError: when something else has the path now.
         """
 
     def fill_holes(self, spec: NvdimmSpec) -> None:
-        """Allocate what is not allocated of an existing backing, which :meth:`provision` refuses to do.
+        """Allocate the holes of an existing backing, which :meth:`provision` refuses to do.
 
         :raises BackingError: when there is no room.
         """
 
     def freeze(self, path: str) -> None:
-        """Keep others in the host from changing where the backing's bytes are. Can be repeated.
+        """Prevent the host from moving the backing's bytes. Can be repeated.
 
         The default does nothing, which is right only where nothing in the host can move them.
 
-        :raises InUseError: while somebody has it open to overwrite it.
+        :raises InUseError: while a program has it open to overwrite it.
         """
 
     def thaw(self, path: str) -> None:
@@ -273,7 +273,7 @@ class Backing(Plugin):
         """Append zeros to a backing that is short."""
 
     def move(self, source: str, target: str) -> None:
-        """Give a backing that is not frozen another path, at which nothing is.
+        """Move a backing that is not frozen to a path where nothing is.
 
         :raises BackingError: when that cannot be done.
         """
@@ -281,27 +281,27 @@ class Backing(Plugin):
 
         raise BackingError(f"{source}: cannot be moved to {target}", hint="it is a device")
 
-    # --- what a backing records about itself ---
+    # --- the record of the owner ---
 
     def mark(self, path: str, owner: bytes | None) -> None:
-        """Record the owner on the backing itself, which may be frozen; None removes the record. Devices cannot."""
+        """Record the owner on the backing itself, which may be frozen; None removes the record. Devices have none."""
 
     def survey(self, paths: Sequence[str]) -> Iterable[Surveyed]:
-        """Return what the backings in a pool with these paths record about themselves.
+        """Return the files in a pool with these paths, and the owners recorded on them.
 
         :raises BackingError: when the pool cannot be read.
         """
         return ()
 
-    # --- bytes that programs of the host read and write ---
+    # --- access from the host ---
 
     def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
         """Open the first ``spec.size`` bytes of a backing.
 
-        :param write: to write them; until it is closed, nobody else can do so and :meth:`freeze` fails.
+        :param write: open for writing; until the range is closed, nobody else can do so, and :meth:`freeze` fails.
         :raises UnsupportedError: when programs of the host cannot read and write such a backing.
-        :raises InUseError: when somebody else has it open so.
-        :raises NotFoundError: when there is no such backing.
+        :raises InUseError: when another program has it open for writing.
+        :raises NotFoundError: when it does not exist.
         :raises BackingError: when it is smaller, or cannot be opened.
         """
         from nvdimm_driver.errors import UnsupportedError
@@ -312,17 +312,17 @@ class Backing(Plugin):
         )
 
     def check_labels(self, spec: NvdimmSpec) -> None:
-        """Check that :meth:`open_labels` can work for such a backing, which need not be provisioned yet.
+        """Check that :meth:`open_labels` supports such a backing, which need not be provisioned yet.
 
-        :raises UnsupportedError: when it cannot.
+        :raises UnsupportedError: when it does not.
         """
         raise self._no_label_server(spec.path)
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
-        """Open the label area of an NVDIMM that may be frozen, and is so afterwards as it was before.
+        """Open the label area of an NVDIMM for writing. A frozen backing stays frozen.
 
         :raises UnsupportedError: as :meth:`check_labels` does.
-        :raises BackingError: when the backing is not the one of that identity, or cannot be written.
+        :raises BackingError: when the backing has another identity, or cannot be written.
         """
         raise self._no_label_server(spec.path)
 
@@ -340,7 +340,7 @@ class Backing(Plugin):
         return self.locate(NvdimmSpec(0, path, PAGE))
 
     def _areas_of(self, locations: Iterable[Location]) -> tuple[Namespace, ...]:
-        """Return the areas that these are in."""
+        """Return the areas that the locations are in."""
         used = {each.identity.device for each in locations}
         return tuple(each for each in self.areas() if each.uid in used)
 
@@ -348,7 +348,7 @@ class Backing(Plugin):
 def backing_of(backings: Sequence[Backing], path: str) -> Backing:
     """Return the first of the backings that handles this path.
 
-    :raises BackingError: when none is.
+    :raises BackingError: when none does.
     """
     for backing in backings:
         if backing.handles(path):
@@ -361,49 +361,54 @@ def backing_of(backings: Sequence[Backing], path: str) -> Backing:
 
 
 class AcpiBuilder(Plugin):
-    """Makes the ACPI tables that tell a guest about its NVDIMMs."""
+    """Makes the ACPI tables that describe its NVDIMMs to a guest."""
 
     @abstractmethod
     def build(self, layout: GuestLayout) -> AcpiTables:
         """Return verified tables for exactly this layout.
 
-        :raises AcpiError: when they cannot be built or do not say what the layout says.
+        :raises AcpiError: when they cannot be built, or do not match the layout.
         """
 
 
 class Mapper(Plugin):
-    """Makes machine frames and tables appear in a guest. Frames are plain tuples of ints:
-    a mapping is (gfn, mfn, count), a range of the machine (mfn, count)."""
+    """Maps machine frames into a guest and delivers its ACPI tables.
+
+    Frames are plain tuples of ints: a mapping is (gfn, mfn, count), a range of the machine (mfn, count).
+    """
 
     @abstractmethod
     def ram(self) -> list[tuple[int, int]]:
-        """The machine's RAM, as ranges of frames."""
+        """Return the machine's RAM, as ranges of frames."""
 
     @abstractmethod
     def is_alive(self, domid: int, uuid: str) -> bool:
-        """True while the hypervisor has that domain, dying ones included."""
+        """Return True while the hypervisor has that domain, also when it is dying."""
 
     @abstractmethod
     def guests(self) -> list[tuple[int, str | None]]:
-        """Every domain but dom0 that the hypervisor has, dying ones included, as (domid, uuid if it is known)."""
+        """Return every domain of the hypervisor except dom0, dying ones included, as (domid, uuid if known)."""
 
     @abstractmethod
     def guest_end(self, domid: int) -> int:
-        """The first guest frame behind all that the domain has; XenError when it is gone."""
+        """Return the first guest frame behind all frames of the domain.
+
+        :raises XenError: when the domain is gone.
+        """
 
     @abstractmethod
     def uuid(self, domid: int) -> str | None:
-        """The domain's uuid as the toolstack recorded it, or None."""
+        """Return the domain's uuid as the toolstack recorded it, or None."""
 
     @abstractmethod
     def map(
         self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
     ) -> int:
-        """Grant and map; on failure take back, in reverse order, what was done, and raise XenError.
+        """Grant and map frames. On failure, roll back in reverse order.
 
-        :param uncached: guest frames (gfn, count) of the mappings that must not be cached: whoever writes there flushes
-            nothing.
-        :returns: the number of memory_mapping hypercalls made.
+        :param uncached: guest frames (gfn, count) of the mappings that must not be cached: their writer does not flush.
+        :returns: number of memory_mapping hypercalls made.
+        :raises XenError: on failure.
         """
 
     @abstractmethod
@@ -414,15 +419,18 @@ class Mapper(Plugin):
 
     @abstractmethod
     def deliver(self, domid: int, tables: bytes) -> None:
-        """Put ACPI tables (concatenated) where the guest's firmware takes them from."""
+        """Put ACPI tables (concatenated) where the guest's firmware reads them."""
 
     @abstractmethod
     def read(self, domid: int, address: int, length: int) -> bytes:
-        """Bytes of the guest's RAM."""
+        """Return bytes of the guest's RAM.
+
+        :param address: guest-physical address.
+        """
 
     @abstractmethod
     def give_dsm_page(self, domid: int) -> None:
-        """Give the guest the page through which it talks to a label server."""
+        """Add the page to the guest through which it talks to a label server."""
 
 
 NAMESPACES = (
@@ -436,7 +444,7 @@ NAMESPACES = (
 
 
 def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
-    """Make the plug-in of that name.
+    """Load the plug-in of that name and make it from the configuration.
 
     :param namespace: one of :data:`NAMESPACES`.
     :raises ConfigError: when no installed package has it, or it cannot be imported.
@@ -463,7 +471,7 @@ def find(namespace: str, name: str) -> type[Plugin]:
 
 
 def load_all(namespace: str, conf: cfg.ConfigOpts) -> list[Any]:
-    """Make every plug-in of a namespace, by name.
+    """Load every plug-in of a namespace, sorted by name, and make each from the configuration.
 
     :raises ConfigError: when one cannot be imported.
     """
@@ -497,11 +505,11 @@ def _make(plugin: type[Plugin], name: str, conf: cfg.ConfigOpts) -> Plugin:
 
 
 def _refuse(manager: object, entry: EntryPoint, error: BaseException) -> NoReturn:
-    """Raise what stevedore would log and pass over."""
+    """Raise an error that stevedore would log and ignore."""
     from nvdimm_driver.errors import ConfigError
 
     del manager
     raise ConfigError(
         f"the plug-in {entry.name} ({entry.value}) cannot be imported: {type(error).__name__}: {error}",
-        hint="repair or remove the package that has it",
+        hint="repair or remove the package that it is in",
     ) from error

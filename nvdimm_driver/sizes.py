@@ -1,4 +1,4 @@
-"""Sizes as people write and read them, and rounding. In the code, a size is an int of bytes.
+"""Rounding, and conversion of sizes to and from text for people. In the code, a size is an int of bytes.
 
 Imports nothing heavy: the device model, which has to start fast, uses it.
 """
@@ -17,12 +17,12 @@ def align_up(value: int, multiple: int) -> int:
 
 
 def units(value: int, unit: int) -> int:
-    """Return how many units of that size `value` begins: a page and one byte are two pages."""
+    """Return how many units of that size hold `value`, rounded up: a page and one byte need two pages."""
     return -(-value // unit)
 
 
 def parse(text: str) -> int:
-    """Return the bytes of ``4096``, ``64GiB`` or, as ndctl takes it, ``64G``; all units are powers of 1024.
+    """Parse ``4096``, ``64GiB`` or, as ndctl takes it, ``64G``, into bytes; all units are powers of 1024.
 
     :raises ConfigError: when the text is none of these.
     """
@@ -31,12 +31,12 @@ def parse(text: str) -> int:
     unit = stripped[len(number) :].lstrip()
     power = _power(unit)
     if not number or not _DIGITS.issuperset(number) or power is None:
-        raise ConfigError(f"{text!r} is not a size", hint="such as 64GiB, 512M, or a number of bytes")
+        raise ConfigError(f"{text!r} is not a size", hint="write 64GiB, 512M, or a number of bytes")
     return int(number) << 10 * power
 
 
 def human(count: int) -> str:
-    """Return bytes in the largest binary unit that is not larger: exact where that is short, else with two decimals."""
+    """Format bytes in a binary unit: exactly where that is short (``1536 MiB``), else with two decimals."""
     if count < 1024:
         return f"{count} B"
     power = min((count.bit_length() - 1) // 10, 5)
@@ -50,7 +50,7 @@ def human(count: int) -> str:
 
 
 def _power(unit: str) -> int | None:
-    """Return the power of 1024 that a unit stands for; None for what is no unit."""
+    """Return the power of 1024 that a unit stands for; None when it is not a unit."""
     if unit in ("", "B"):
         return 0
     return _POWERS.index(unit[0]) + 1 if unit[0] in _POWERS and unit[1:] in ("", "iB") else None

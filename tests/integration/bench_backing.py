@@ -1,4 +1,4 @@
-"""The one plug-in that the bench without Xen needs of its own: there is no persistent memory to look at either."""
+"""The only plug-in that the bench without Xen needs: the bench has no persistent memory either."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MOUNTINFO = Path("/run/mountinfo")
 
 
 class BenchBacking(FsdaxBacking):
-    """fsdax on a file system that is only said to be mounted with DAX, without the look at the page tables.
+    """fsdax on a file system that only claims to be mounted with DAX, without the check of the page tables.
 
-    A loop device cannot do DAX, and the page tables would show that. All else is real: files are written, located by
+    A loop device cannot do DAX, and the page tables would show that. All else is real: files are written, located with
     FIEMAP, and made immutable.
     """
 

@@ -1,4 +1,4 @@
-"""The plug-in with which nvdimmctl takes a loop device for a pmem namespace, and goes as slowly as a test wants."""
+"""A plug-in that makes nvdimmctl take a loop device for a pmem namespace, and work as slowly as a test wants."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SLOW_SECONDS = 0.05
 
 
 class LoopBacking(FsdaxBacking):
-    """fsdax on what ``loop_pmem.FileSystem`` shows, without the look at the page tables.
+    """fsdax on a ``loop_pmem.FileSystem``, without the check of the page tables.
 
-    :param steps: a file that has a byte more for each step of long work, which takes :data:`SLOW_SECONDS` then; when
-        there is none, work is fast.
+    :param steps: a file that grows by a byte for each step of long work, which then takes :data:`SLOW_SECONDS`; without
+        the file, work is fast.
     """
 
     name = "bench"  # the first by name that handles a path is taken
@@ -46,7 +46,7 @@ class LoopBacking(FsdaxBacking):
         return SlowBytes(opened, self)
 
     def step(self) -> None:
-        """Note a step and take the time for it."""
+        """Record a step and take the time for it."""
         if self.steps.exists():
             with open(self.steps, "ab") as file:
                 file.write(b".")
@@ -54,7 +54,7 @@ class LoopBacking(FsdaxBacking):
 
 
 class SlowBytes(ByteRange):
-    """Bytes of which each read is a step."""
+    """A byte range of which each read is a step."""
 
     def __init__(self, opened: ByteRange, backing: LoopBacking) -> None:
         assert isinstance(opened, FileBytes)

@@ -1,4 +1,4 @@
-"""A loop device that a tree of files presents as a pmem namespace in fsdax mode: for tests on real ext4 and XFS."""
+"""A loop device, which a fake sysfs presents as a pmem namespace in fsdax mode: for tests on real ext4 and XFS."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from nvdimm_driver.model import MIB, Location
 from tests.unit.fake_sysfs import FakeSysfs
 
 SPA = 0x1_4020_0000
-IMAGE = 640 * MIB  # the least that mkfs.xfs makes a striped file system on
+IMAGE = 640 * MIB  # the minimum for a striped file system of mkfs.xfs
 MKFS = {
     "ext4": ["mkfs.ext4", "-q", "-b", "4096", "-E", "stride=512,stripe_width=512"],
     "xfs": ["mkfs.xfs", "-q", "-d", "su=2m,sw=1", "-l", "su=4k"],
@@ -38,7 +38,7 @@ class FileSystem:
         self.mountinfo = folder / "mountinfo"
         self.mount("rw,dax=always")
         self.backing = FsdaxBacking(sysfs=sysfs.root, mountinfo=self.mountinfo, cross_check=lambda fd, found: None)
-        # Free space that is not zero: what is not written is seen.
+        # Free space that is not zero shows what was not written.
         self.path.write_bytes(b"stale" * (64 * MIB // 5))
         run("sync", "-f", self.path)
         self.clear()
@@ -52,7 +52,7 @@ class FileSystem:
         self.mountinfo.write_text(f"1 0 {number} / {self.root} rw - {self.kind} /dev/pmem0 {options}\n")
 
     def stored(self, location: Location) -> bytes:
-        """What the image has where a location says that the file's bytes are."""
+        """Return the image's bytes at the places where a location has the file's bytes."""
         run("sync", "-f", self.root)
         with open(self.image, "rb", buffering=0) as image:
             parts = [os.pread(image.fileno(), each.length, each.spa - SPA) for each in location.extents]

@@ -1,4 +1,4 @@
-"""nvdimmctl's verbs about bytes, as an operator runs them, on real ext4 and XFS."""
+"""nvdimmctl's commands about bytes, as an operator runs them, on real ext4 and XFS."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ wipe_on_release = {wipe}
 
 
 class Operator:
-    """Somebody who runs nvdimmctl on a host with one pool, which is the file system."""
+    """An operator who runs nvdimmctl on a host with one pool, which is the file system."""
 
     def __init__(self, fs: FileSystem, folder: Path, *, wipe: bool = False) -> None:
         self.fs = fs
@@ -71,7 +71,7 @@ class Operator:
         return done
 
     def interrupt(self, *words: object, steps: int) -> str:
-        """Run a command, slowly, and press Ctrl-C after so many steps; returns what it says."""
+        """Run a command, slowly, press Ctrl-C after so many steps, and return its stderr."""
         marks = self.state / "steps"
         marks.write_bytes(b"")
         with subprocess.Popen(
@@ -93,7 +93,7 @@ class Operator:
         return Ledger(str(self.state / "ledger.sqlite"))
 
     def claim(self, name: str = "db1", *paths: Path) -> None:
-        """A domain has backings."""
+        """Record in the ledger that a domain owns these backings."""
         backing = LoopBacking(self.state.parent, self.state / "none")
         items = []
         for slot, path in enumerate(paths):
@@ -102,7 +102,7 @@ class Operator:
         self.ledger().store(UUID, name, 1 << 30, items)
 
     def start(self, *paths: Path) -> None:
-        """The domain is being started."""
+        """Record in the ledger that the domain is starting."""
         self.ledger().begin_start(UUID, [str(path) for path in paths])
 
 
@@ -121,7 +121,7 @@ def operator(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem]
 
 
 def printed(text: str) -> tuple[str, int, int]:
-    """Path, size and label size that printed XML says; it is all there is."""
+    """Return path, size and label size of printed XML, which is the only output."""
     root = ElementTree.fromstring(text)
     assert (root.tag, root.attrib) == ("memory", {"model": "nvdimm", "access": "shared"})
     units = {"b": 1, "KiB": KIB, "MiB": MIB, "GiB": 1 << 30}
@@ -134,14 +134,14 @@ def printed(text: str) -> tuple[str, int, int]:
 
 
 def written(path: Path) -> int:
-    """Bytes of a file that are allocated and not unwritten."""
+    """Return the bytes of a file that are allocated and written."""
     with open(path, "rb") as file:
         found = extents.fiemap(file.fileno(), path.stat().st_size)
     return sum(each.length for each in found if not each.flags & extents.UNWRITTEN)
 
 
 def fit(operator: Operator, path: Path, size: int = SIZE) -> bytes:
-    """What is stored for a backing that can be located, and so is complete."""
+    """Return the bytes stored for a backing; it can be located, and so is complete."""
     return operator.fs.stored(operator.fs.backing.locate(NvdimmSpec(0, str(path), size)))
 
 
@@ -201,7 +201,7 @@ def test_an_interruption_before_the_first_byte_leaves_nothing(operator: Operator
 
 
 def test_a_file_of_kvm_is_adopted_where_it_is(operator: Operator) -> None:
-    """Sparse, as QEMU makes it, and with labels."""
+    """The file is sparse, as QEMU makes it, and has labels."""
     path = operator.fs.root / "kvm.img"
     data = os.urandom(MIB)
     with open(path, "wb") as file:
@@ -216,7 +216,7 @@ def test_a_file_of_kvm_is_adopted_where_it_is(operator: Operator) -> None:
 
 
 def source_of(operator: Operator, size: int = SIZE) -> Path:
-    """A sparse file on another file system, with labels."""
+    """Make a sparse file on another file system, with labels."""
     path = operator.folder / "source.img"
     with open(path, "wb") as file:
         os.truncate(path, size)
@@ -364,7 +364,7 @@ def test_an_interrupted_wipe_goes_on(operator: Operator) -> None:
 
 
 def test_a_domain_that_lacks_a_backing_is_not_one_that_there_is_not(operator: Operator) -> None:
-    """Whoever takes status 3 for "nothing to wipe" would let the second one's bytes go to others."""
+    """A caller that takes status 3 for "nothing to wipe" would give the second backing's bytes to others."""
     one, two = operator.fs.root / "one", operator.fs.root / "two"
     for path in (one, two):
         operator.run("provision", path, "--size", "16M")

@@ -1,4 +1,4 @@
-"""Test doubles at the plug-in surface. The lab checks the real ones against what these do."""
+"""Test doubles of the plug-in classes. The lab checks that the real plug-ins behave as these do."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ NAMESPACE = Namespace("namespace0.0", "fsdax", "pmem0", "ns-0", 5 * GIB, 1 * GIB
 
 
 class MemoryBacking(Backing):
-    """Files that exist in a dict: path → (inode, size), and their bytes where they matter.
+    """Files in a dict, path → (inode, size), and their bytes where they matter.
 
-    :ivar opened: what :meth:`open_bytes` has given to write.
-    :ivar filled: paths given to :meth:`fill_holes`.
-    :ivar shift: bytes by which files begin behind a multiple of 2 MiB.
+    :ivar opened: ranges that :meth:`open_bytes` has returned for writing.
+    :ivar filled: paths passed to :meth:`fill_holes`.
+    :ivar shift: bytes by which files start behind a multiple of 2 MiB.
     """
 
     name = "memory"
@@ -99,7 +99,7 @@ class MemoryBacking(Backing):
 
     def publish(self, spec: NvdimmSpec) -> None:
         if spec.path in self.files:
-            raise InUseError(f"{spec.path}: there is such a file now")
+            raise InUseError(f"{spec.path}: exists now")
         self.files[spec.path] = self.files.pop(f"{spec.path}.partial")
         self.contents[spec.path] = self.contents.pop(f"{spec.path}.partial")
 
@@ -156,7 +156,7 @@ class MemoryBacking(Backing):
 
 
 class MemoryBytes(ByteRange):
-    """Bytes in memory, those of a bytearray or a copy of others; ``broken`` is what a write raises."""
+    """Bytes in memory: a bytearray itself, or a copy of other bytes; a write raises ``broken``."""
 
     def __init__(self, content: bytes | bytearray, size: int | None = None) -> None:
         self.size = len(content) if size is None else size
@@ -182,7 +182,7 @@ class MemoryBytes(ByteRange):
 
 
 class TablesOfNative(AcpiBuilder):
-    """The tables of ``native``, for a guest with a label server too, which ``native`` itself refuses."""
+    """The tables of ``native``, also for a guest with a label server, which ``native`` itself refuses."""
 
     def describe(self) -> str:
         return "native"
@@ -192,7 +192,7 @@ class TablesOfNative(AcpiBuilder):
 
 
 class RecordingMapper(Mapper):
-    """Knows which domids live; keeps what is mapped and delivered."""
+    """Knows the running domids; records what is mapped and delivered."""
 
     def __init__(self, alive: dict[int, str] | None = None) -> None:
         self.alive = {} if alive is None else alive
@@ -260,7 +260,7 @@ def make_driver(
     bad: tuple[tuple[int, int], ...] = (),
     pools: Pools | None = None,
 ) -> XenNvdimmDriver:
-    """A driver whose state is in a folder of the test's."""
+    """Return a driver whose state is in a folder of the test."""
     backing.namespace = namespace
     return XenNvdimmDriver(
         ledger=Ledger(str(folder / "ledger.sqlite"), logs.tell),
@@ -277,7 +277,7 @@ def make_driver(
 
 
 def started(ledger: Ledger) -> PreparedStart:
-    """What was prepared for the domain."""
+    """Return the prepared start of the domain."""
     start = ledger.find_prepared(UUID)
     assert start is not None
     return start
@@ -286,6 +286,6 @@ def started(ledger: Ledger) -> PreparedStart:
 def domain(
     *paths: str, uuid: str | None = UUID, name: str = "db1", ram: int = 512 * MIB, label_size: int = 0
 ) -> DomainSpec:
-    """A domain with one NVDIMM of 64 MiB for each path."""
+    """Return a domain with one NVDIMM of 64 MiB for each path."""
     nvdimms = tuple(NvdimmSpec(slot, path, 64 * MIB, label_size) for slot, path in enumerate(paths))
     return DomainSpec(name, uuid, ram, None, nvdimms)

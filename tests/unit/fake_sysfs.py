@@ -9,7 +9,7 @@ NO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 class FakeSysfs:
-    """Adds namespaces to a tree under ``root``. Attributes that a running kernel has without ``uuid`` are left out."""
+    """Adds namespaces to a tree below ``root``. Without ``uuid``, a namespace has no such attribute."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -36,7 +36,7 @@ class FakeSysfs:
         return path
 
     def holder(self, name: str, namespace: str, *, uuid: str = "", node: int = -1, **attributes: object) -> Path:
-        """A pfn, dax or btt device."""
+        """Add a pfn, dax or btt device."""
         path = self.device(self.region / name, namespace=namespace, uuid=uuid, numa_node=node, **attributes)
         self.link(f"bus/nd/devices/{name}", path)
         return path
@@ -62,18 +62,18 @@ class FakeSysfs:
         return path
 
     def fsdax(self, number: int, *, spa: int = 0x1_4020_0000, size: int = 1 << 40, uuid: str = UUID) -> Path:
-        """A namespace in fsdax mode, 2 MiB of info block and page structures in front of its data, as /dev/pmem0."""
+        """Add /dev/pmem0, a namespace in fsdax mode with 2 MiB of info block and page structures before its data."""
         before = 2 << 20
         self.namespace("namespace0.0", mode="memory", spa=spa - before, size=size + before, uuid=uuid)
         pfn = self.holder("pfn0.1", "namespace0.0", mode="ram", resource=hex(spa), size=size)
         return self.disk("pmem0", pfn, number)
 
     def raw(self, number: int, *, spa: int = 0x1_4000_0000, size: int = 1 << 30) -> Path:
-        """A namespace in raw mode, without labels, as /dev/pmem0."""
+        """Add /dev/pmem0, a namespace in raw mode, without labels."""
         return self.disk("pmem0", self.namespace("namespace0.0", mode="raw", spa=spa, size=size), number, size)
 
     def sector(self, number: int) -> Path:
-        """A namespace in sector mode, as /dev/pmem0s."""
+        """Add /dev/pmem0s, a namespace in sector mode."""
         self.namespace("namespace0.0", mode="safe", spa=0x1_4000_0000, size=1 << 30, uuid=UUID)
         btt = self.holder("btt0.0", "namespace0.0", sector_size=4096, size=(1 << 30) - (8 << 20))
         return self.disk("pmem0s", btt, number)
