@@ -92,7 +92,7 @@ def test_a_raw_namespace_is_wiped_and_copied(xen: XenHost) -> None:
     size = int(xen.check("blockdev --getsize64 /dev/pmem1").stdout)
     exported = nvdimmctl(xen, f"export /dev/pmem1 {COPY}-raw").stdout.split()[0]
     xen.check(f"cmp -n {16 * MIB} /root/before {COPY}-raw")
-    assert "--force does so" in nvdimmctl(xen, "import /root/before --pool device --name pmem1", 5).stderr
+    assert "--force overwrites it" in nvdimmctl(xen, "import /root/before --pool device --name pmem1", 5).stderr
     nvdimmctl(xen, "wipe -y /dev/pmem1")
     assert operator.host_sha256(xen, "/dev/pmem1", 0, size) == sha256(bytes(size)).hexdigest()
     taken = nvdimmctl(xen, "import /root/before --pool device --name pmem1 --force").stdout
