@@ -1,1 +1,1 @@
-"""ACPI tables for a guest's NVDIMMs: their formats, and two ways to make them."""
+"""ACPI tables for a guest's NVDIMMs: their formats, and the builders ``native`` and ``qemu``."""

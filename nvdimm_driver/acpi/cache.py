@@ -1,4 +1,4 @@
-"""Tables that were taken from a QEMU, kept by the question: asked the same, it would give the same."""
+"""A cache of ACPI tables taken from QEMU: the same QEMU with the same arguments gives the same tables."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from nvdimm_driver.errors import AcpiError
 LOG = logging.getLogger(__name__)
 
 LIMIT = 256
-"""Entries, of some 15 KB each; the longest unused ones go."""
+"""Maximum number of entries, of some 15 KB each; the least recently used ones are removed."""
 
 
 class TableCache:
-    """Files in a folder, one an entry. Any number of processes may use it at a time.
+    """A folder with one file per entry. Any number of processes may use it at a time.
 
-    :param folder: made when there is something to keep; when its parent is missing or it cannot be written, nothing is
-        kept.
+    :param folder: created with the first entry. When its parent is missing or it cannot be written, nothing is cached.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, key: str) -> tuple[bytes, ...] | None:
-        """Return what was kept under the key; None when there is nothing, or what is there is damaged."""
+        """Return the tables of the key; None when there is no entry or it is damaged."""
         path = self.folder / key
         try:
             tables = tuple(split(path.read_bytes()))
@@ -38,12 +37,12 @@ class TableCache:
         except OSError:
             return None
         except AcpiError as error:
-            LOG.warning("%s is damaged, and made anew: %s", path, error)
+            LOG.warning("%s is damaged and will be replaced: %s", path, error)
             return None
         return tables or None
 
     def put(self, key: str, tables: Sequence[bytes]) -> None:
-        """Keep tables under the key."""
+        """Store tables under the key."""
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".")
@@ -52,22 +51,22 @@ class TableCache:
             os.replace(temporary, self.folder / key)
             self._prune()
         except OSError as error:
-            LOG.debug("ACPI tables are not kept for the next time: %s", error)
+            LOG.debug("cannot cache ACPI tables: %s", error)
 
     def _prune(self) -> None:
         entries = [entry for entry in os.scandir(self.folder) if not entry.name.startswith(".")]
         if len(entries) <= LIMIT:
             return
-        with suppress(FileNotFoundError):  # another process prunes, too
+        with suppress(FileNotFoundError):  # another process is pruning, too
             for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime_ns)[:-LIMIT]:
                 os.unlink(entry.path)
 
 
-def key_of(binary: str, question: Sequence[str]) -> str:
-    """Return the key for what a program is asked.
+def key_of(binary: str, inputs: Sequence[str]) -> str:
+    """Return the key for a program and the inputs that determine its tables.
 
-    :param binary: its path; a program that was replaced since has another key.
+    :param binary: path of the program; once the program is replaced, the key differs.
     """
     status = os.stat(binary)
-    known = (os.path.realpath(binary), status.st_ino, status.st_size, status.st_mtime_ns, tuple(question))
-    return hashlib.sha256(repr(known).encode()).hexdigest()
+    parts = (os.path.realpath(binary), status.st_ino, status.st_size, status.st_mtime_ns, tuple(inputs))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

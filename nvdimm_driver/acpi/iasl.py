@@ -1,4 +1,4 @@
-"""Byte code of a table as ASL, by ACPICA's ``iasl`` if it is there."""
+"""Disassembly of an ACPI table with ACPICA's ``iasl``, if it is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TIMEOUT = 60
 
 
 def decode(table: bytes, iasl: str = "iasl") -> str:
-    """Return a table for people: :func:`.tables.decode`, and the ASL of a DSDT or SSDT when ``iasl`` is installed.
+    """Return a table as text: :func:`.tables.decode` and, for a DSDT or SSDT when ``iasl`` is installed, its ASL.
 
     :param iasl: name or path of the disassembler.
     :raises AcpiError: when the table is malformed or the disassembler fails.

@@ -1,7 +1,7 @@
 """Labels served by AML alone: each label area is in the guest's memory, and ``_DSM`` reads and writes it there. Pure.
 
-Linux takes labels from the Intel family of ``_DSM`` (NVDIMM DSM Interface Example V1.3; functions 4 to 6); methods
-``_LSI``, ``_LSR`` and ``_LSW`` without one it ignores (drivers/acpi/nfit/core.c:acpi_nfit_add_dimm).
+Linux accesses labels with the Intel family of ``_DSM`` (NVDIMM DSM Interface Example V1.3; functions 4 to 6). It
+ignores ``_LSI``, ``_LSR`` and ``_LSW`` without such a ``_DSM`` (drivers/acpi/nfit/core.c:acpi_nfit_add_dimm).
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ from nvdimm_driver.model import PAGE, Placement
 from nvdimm_driver.sizes import align_up
 
 FAMILY = UUID("4309ac30-0d11-11e4-9191-0800200c9a66")
-"""The Intel family of NVDIMM functions."""
+"""UUID of the Intel family of NVDIMM functions."""
 FUNCTIONS = 0b1110001
-"""Those there are: 0 (which there are), 4 (size), 5 (get) and 6 (set)."""
+"""Bit mask of the supported functions: 0 (get this mask), 4 (size), 5 (get) and 6 (set)."""
 NOT_SUPPORTED, INVALID_INPUT = 1, 3
 MAX_TRANSFER = PAGE
-"""Bytes of a label area that one call takes or gives."""
+"""Maximum bytes of a label area that one call reads or writes."""
 
 _EISA_PNP0C02 = 0x020CD041
 """EisaId ("PNP0C02"): motherboard resources, which an operating system leaves alone."""
 
 
 def methods() -> tuple[bytes, ...]:
-    """What the ``_DSM`` of every NVDIMM calls, for the device that has them all."""
+    """Return the methods that the ``_DSM`` of every NVDIMM calls, for the NVDIMM root device."""
     return (_read_page(), _write_page(), _read(), _write(), _dword(), _common())
 
 
 def dsm(placement: Placement) -> bytes:
-    """The ``_DSM`` of an NVDIMM."""
+    """Return the ``_DSM`` of an NVDIMM."""
     # Method (_DSM, 4, Serialized) { Return (LDSM (Arg0, Arg1, Arg2, Arg3, base, size)) }
     arguments = [argument(number) for number in range(4)]
     area = integer(placement.label_base), integer(placement.label_size)
@@ -72,7 +72,7 @@ def dsm(placement: Placement) -> bytes:
 
 
 def reservation(placements: Sequence[Placement]) -> bytes:
-    """A device that keeps an operating system from using the label areas' addresses for something else."""
+    """Return a device that keeps operating systems from using the label areas' addresses for anything else."""
     # Device (NVRS) {
     #     Name (_HID, EisaId ("PNP0C02"))
     #     Name (_UID, "NVDIMM labels")
@@ -107,7 +107,7 @@ def _write_page() -> bytes:
 
 
 def _piece(address: bytes, left: bytes) -> bytes:
-    """Local1: where in its page the address is; Local2: how much of what is left is in that page."""
+    """Set Local1 to the address's offset in its page, and Local2 to how many of the ``left`` bytes are in that page."""
     # Local1 = address & 0xFFF
     # Local2 = 0x1000 - Local1
     # If (Local2 > left) { Local2 = left }
@@ -225,13 +225,13 @@ def _common() -> bytes:
     # }
     function, area, size = argument(2), argument(4), argument(5)
     offset, length = name_segment("LOFF"), name_segment("LLEN")
-    known = either(unequal(argument(0), buffer(FAMILY.bytes_le)), unequal(argument(1), integer(1)))
+    unknown = either(unequal(argument(0), buffer(FAMILY.bytes_le)), unequal(argument(1), integer(1)))
     sizes = concatenate(concatenate(_status(0), call("LD32", size)), call("LD32", integer(MAX_TRANSFER)))
     outside = either(greater(length, integer(MAX_TRANSFER)), greater(add(offset, length), size))
     return method(
         "LDSM",
         6,
-        if_(known, return_(buffer(b"\0"))),
+        if_(unknown, return_(buffer(b"\0"))),
         if_(equal(function, integer(0)), return_(buffer(bytes([FUNCTIONS])))),
         if_(equal(function, integer(4)), return_(sizes)),
         if_(either(less(function, integer(5)), greater(function, integer(6))), return_(_status(NOT_SUPPORTED))),

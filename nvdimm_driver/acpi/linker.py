@@ -1,7 +1,7 @@
-"""Does a guest firmware's part with the ACPI tables of QEMU: puts them together and finds each one. Pure.
+"""Runs QEMU's table-loader script as a guest's firmware does, and extracts each ACPI table. Pure.
 
-QEMU hands its firmware the tables in a few files and a script (``etc/table-loader``) that says where in memory the
-files go, and which bytes depend on that. Source: QEMU, hw/acpi/bios-linker-loader.c.
+QEMU gives its firmware the tables in a few files and a script (``etc/table-loader``). The script says where in memory
+the files go and which bytes depend on their addresses. Source: QEMU, hw/acpi/bios-linker-loader.c.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nvdimm_driver.acpi.tables import checksum
+from nvdimm_driver.acpi.tables import checksum, text
 from nvdimm_driver.acpi.walk import tables
 from nvdimm_driver.errors import AcpiError
 
@@ -19,12 +19,12 @@ RSDP_FILE = "etc/acpi/rsdp"
 ENTRY_SIZE = 128
 
 _ZONES = {1: (0xFC000000, 1 << 32), 2: (0xF0000, 0x100000)}
-"""Where files are put: (first address, limit) of high memory, and of the segment where the RSDP is looked for."""
+"""(First address, limit) of each zone for files: high memory, and the segment that is searched for the RSDP."""
 
 
 @dataclass(frozen=True)
 class Linked:
-    """The files after the script has run, and the guest-physical address of each that was allocated."""
+    """The files after the script has run, and the guest-physical address of each allocated file."""
 
     files: Mapping[str, bytes]
     addresses: Mapping[str, int]
@@ -33,8 +33,8 @@ class Linked:
 def link(script: bytes, files: Mapping[str, bytes], places: Mapping[str, int] | None = None) -> Linked:
     """Run a table-loader script over the files it names.
 
-    :param places: addresses of files that are not for the firmware to choose, by name.
-    :raises AcpiError: when the script asks for anything outside of the files.
+    :param places: fixed addresses of files, by name; the firmware chooses all others.
+    :raises AcpiError: when a command is invalid or refers to anything outside the files.
     """
     if len(script) % ENTRY_SIZE:
         raise AcpiError(f"table-loader script of {len(script)} bytes: not a multiple of {ENTRY_SIZE}")
@@ -45,7 +45,7 @@ def link(script: bytes, files: Mapping[str, bytes], places: Mapping[str, int] | 
 
 
 def split(linked: Linked) -> tuple[bytes, ...]:
-    """Return every table that the RSDP leads to, as :func:`.walk.tables`.
+    """Return every table that the RSDP leads to, as :func:`.walk.tables` does.
 
     :raises AcpiError: when an address or a table is wrong.
     """
@@ -54,13 +54,13 @@ def split(linked: Linked) -> tuple[bytes, ...]:
         for name, base in linked.addresses.items():
             if base <= address < base + len(linked.files[name]):
                 return linked.files[name][address - base :][:length]
-        raise AcpiError(f"there is no table at {address:#x}: no file was put there")
+        raise AcpiError(f"there is no table at {address:#x}: no file is at this address")
 
     return tables(linked.files.get(RSDP_FILE, b""), read)
 
 
 class _Run:
-    """One run of a script: each command checked, then carried out on copies of the files."""
+    """One run of a script: checks each command, then applies it to copies of the files."""
 
     def __init__(self, files: Mapping[str, bytes], places: Mapping[str, int]) -> None:
         self.files = {name: bytearray(content) for name, content in files.items()}
@@ -91,11 +91,11 @@ class _Run:
     def _allocate(self, name: str, align: int, zone: int) -> None:
         content = self._file(name)
         if zone not in _ZONES:
-            raise AcpiError(f"table-loader: {name!r} is to go to the unknown zone {zone}")
+            raise AcpiError(f"table-loader: {name!r} is to be allocated in the unknown zone {zone}")
         if name in self.addresses:
             raise AcpiError(f"table-loader: {name!r} is allocated twice")
         if align == 0 or align & (align - 1):
-            raise AcpiError(f"table-loader: {name!r} is to be aligned to {align}, not a power of two")
+            raise AcpiError(f"table-loader: {name!r} is aligned to {align}, which is not a power of two")
         if name in self._places:
             self.addresses[name] = self._places[name]
             return
@@ -133,13 +133,15 @@ class _Run:
         if name not in self.addresses:
             raise AcpiError(f"table-loader: pointer to {name!r}, which is not allocated")
         if offset >= len(self.files[name]):
-            raise AcpiError(f"table-loader: pointer to byte {offset:#x} of {name!r}, {len(self.files[name])} bytes")
+            raise AcpiError(
+                f"table-loader: pointer to byte {offset:#x} of {name!r}, which has {len(self.files[name])} bytes"
+            )
         return self.addresses[name] + offset
 
     def _field(self, name: str, offset: int, size: int) -> bytes:
         content = self._file(name)
         if size not in (1, 2, 4, 8):
-            raise AcpiError(f"table-loader: pointer of {size} bytes in {name!r}")
+            raise AcpiError(f"table-loader: pointer of {size} bytes in {name!r}; 1, 2, 4 or 8 are possible")
         if offset + size > len(content):
             raise AcpiError(f"table-loader: pointer at {offset:#x} of {name!r}, which has {len(content)} bytes")
         return bytes(content[offset : offset + size])
@@ -151,7 +153,8 @@ class _Run:
 
 
 def _name(field: bytes) -> str:
+    name = field.split(b"\0", 1)[0]
     try:
-        return field.split(b"\0", 1)[0].decode("ascii")
+        return name.decode("ascii")
     except UnicodeDecodeError as error:
-        raise AcpiError(f"table-loader: file name {field!r} is not ASCII") from error
+        raise AcpiError(f"table-loader: file name '{text(name)}' is not ASCII") from error

@@ -1,6 +1,6 @@
-"""ACPI tables as bytes and as values: the common header, and the NFIT whole. Pure.
+"""Encoding and decoding of ACPI tables: the common header, and the whole NFIT. Pure.
 
-Source: ACPI 6.5, §5.2.6 (header) and §5.2.25 (NFIT). All numbers are little endian; sizes and addresses are bytes.
+Source: ACPI 6.5, §5.2.6 (header) and §5.2.25 (NFIT). All numbers are little endian; sizes and addresses are in bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def checksum(data: bytes | bytearray) -> int:
 class Header:
     """The first 36 bytes of a table (ACPI 6.5 §5.2.6).
 
-    :ivar length: bytes of the whole table, header included.
+    :ivar length: bytes of the whole table, including the header.
     """
 
     FORMAT: ClassVar[struct.Struct] = struct.Struct("<4sIBB6s8sI4sI")
@@ -66,12 +66,12 @@ class Header:
 
 
 def text(data: bytes) -> str:
-    """Return an identifier of a header for people: padding dropped, what is not printable ASCII as ``\\xNN``."""
+    """Return a header's identifier as text without its padding; other than printable ASCII is escaped (``\\xNN``)."""
     return data.rstrip(b" \0").decode("latin-1").encode("unicode_escape").decode("ascii")
 
 
 def seal(header: Header, body: bytes) -> bytes:
-    """Return the table with this header and body, with the right length and checksum whatever the header says.
+    """Return the table with this header and body; length and checksum are computed, whatever the header has.
 
     :raises AcpiError: when a value of the header does not fit its field.
     """
@@ -84,23 +84,23 @@ def seal(header: Header, body: bytes) -> bytes:
 def verify_table(table: bytes) -> Header:
     """Return the header of a table after checking its signature, length and checksum.
 
-    A guest's firmware checks none of these (tools/libacpi/build.c:construct_passthrough_tables), so this must.
+    A guest's firmware checks none of these (tools/libacpi/build.c:construct_passthrough_tables), so the driver must.
 
     :raises AcpiError: when one is wrong.
     """
     header = Header.parse(table)
     if not all(byte in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_" for byte in header.signature):
-        raise AcpiError(f"ACPI table has signature '{text(header.signature)}', not four capital letters or digits")
+        raise AcpiError(f"ACPI table has signature '{text(header.signature)}', not four capital letters, digits or _")
     name = text(header.signature)
     if header.length != len(table):
-        raise AcpiError(f"ACPI table {name} says it has {header.length} bytes, and has {len(table)}")
+        raise AcpiError(f"ACPI table {name} says it has {header.length} bytes, but has {len(table)}")
     if sum(table) & 0xFF:
         raise AcpiError(f"ACPI table {name} has a wrong checksum: its bytes add up to {sum(table) & 0xFF:#x}, not 0")
     return header
 
 
 def split(blob: bytes) -> list[bytes]:
-    """Return the tables that lie one behind the other in ``blob``, each checked.
+    """Check and return the tables that are concatenated in ``blob``.
 
     :raises AcpiError: when one is malformed.
     """
@@ -115,10 +115,10 @@ def split(blob: bytes) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Structure:
-    """What the structures of an NFIT have in common: a 16-bit type and a 16-bit length come first.
+    """Base of the NFIT structures, which all start with a 16-bit type and a 16-bit length.
 
-    Subclasses list the fields behind these two in the order of the format. Reserved fields are kept, so that
-    what was parsed is written back byte for byte.
+    Subclasses list the fields after these two in the order of the format. They include the reserved fields, so that
+    parsing and encoding preserve every byte.
     """
 
     TYPE: ClassVar[int]
@@ -141,9 +141,9 @@ class Structure:
 class SpaRange(Structure):
     """System Physical Address Range (§5.2.25.2).
 
-    :ivar index: what a :class:`RegionMapping` refers to; not 0.
-    :ivar flags: 1: control region is for hot-add management only, 2: ``proximity_domain`` is valid.
-    :ivar guid: what kind of range, in the mixed byte order of EFI.
+    :ivar index: number by which a :class:`RegionMapping` refers to it; not 0.
+    :ivar flags: bit mask; 1: control region is for hot-add management only, 2: ``proximity_domain`` is valid.
+    :ivar guid: type of the range, in the mixed byte order of EFI.
     :ivar attributes: EFI memory attributes.
     """
 
@@ -173,7 +173,7 @@ class SpaRange(Structure):
 
 @dataclass(frozen=True)
 class RegionMapping(Structure):
-    """NVDIMM Region Mapping (§5.2.25.3): which NVDIMM is behind which SPA range.
+    """NVDIMM Region Mapping (§5.2.25.3): maps an SPA range to an NVDIMM.
 
     :ivar handle: the NVDIMM's device handle, ``_ADR`` of its device.
     :ivar size: bytes of the region.
@@ -209,9 +209,9 @@ class RegionMapping(Structure):
 class ControlRegion(Structure):
     """NVDIMM Control Region (§5.2.25.6) of 80 bytes.
 
-    :ivar interface_code: format interface code (JEDEC): how the NVDIMM is driven.
+    :ivar interface_code: format interface code (JEDEC): how software accesses the NVDIMM.
     :ivar block_windows: number of block control windows.
-    :ivar window: the block control window's fields, which nothing here uses.
+    :ivar window: the block control window's fields, unused here.
     """
 
     TYPE = 4
@@ -245,8 +245,8 @@ class ControlRegion(Structure):
 class PlatformCapabilities(Structure):
     """Platform Capabilities (§5.2.25.9).
 
-    :ivar highest_bit: the highest bit of ``capabilities`` that means something.
-    :ivar capabilities: 1: CPU caches are flushed on power loss, 2: the memory controller's buffers are.
+    :ivar highest_bit: the highest valid bit of ``capabilities``.
+    :ivar capabilities: bit mask; 1: CPU caches are flushed on power loss, 2: the memory controller's buffers are.
     """
 
     TYPE = 7
@@ -263,7 +263,7 @@ class PlatformCapabilities(Structure):
 
 @dataclass(frozen=True)
 class RawStructure(Structure):
-    """Any other structure (interleave, SMBIOS, block data window, flush hints), or one of another length."""
+    """A structure of another type (interleave, SMBIOS, block data window, flush hints) or of unexpected length."""
 
     type: int
     body: bytes
@@ -272,7 +272,9 @@ class RawStructure(Structure):
         try:
             return struct.pack("<HH", self.type, 4 + len(self.body)) + self.body
         except struct.error as error:
-            raise AcpiError(f"NFIT structure of type {self.type} and {len(self.body)} bytes: {error}") from error
+            raise AcpiError(
+                f"NFIT structure of type {self.type} and {len(self.body)} bytes cannot be encoded: {error}"
+            ) from error
 
     def __str__(self) -> str:
         return f"Structure of type {self.type}: {self.body.hex(' ', 4)}"
@@ -287,7 +289,7 @@ _KNOWN: dict[int, type[Structure]] = {
 class Nfit:
     """An NVDIMM Firmware Interface Table.
 
-    :ivar header: its length and checksum do not count: :meth:`to_bytes` works them out.
+    :ivar header: its length and checksum are ignored; :meth:`to_bytes` computes them.
     """
 
     header: Header
@@ -296,7 +298,7 @@ class Nfit:
 
     @classmethod
     def parse(cls, table: bytes) -> Self:
-        """Take a whole NFIT apart; ``Nfit.parse(table).to_bytes() == table``.
+        """Parse a whole NFIT; ``Nfit.parse(table).to_bytes() == table``.
 
         :raises AcpiError: when the table or a structure's length is wrong.
         """
@@ -305,7 +307,7 @@ class Nfit:
             raise AcpiError(f"ACPI table {text(header.signature)} is not an NFIT")
         start = Header.SIZE + 4
         if len(table) < start:
-            raise AcpiError(f"NFIT of {len(table)} bytes: less than {start}")
+            raise AcpiError(f"NFIT of {len(table)} bytes: it must have at least {start}")
         return cls(header, tuple(_structures(table, start)), table[Header.SIZE : start])
 
     def to_bytes(self) -> bytes:
@@ -324,7 +326,7 @@ class Nfit:
 
 
 def decode(table: bytes) -> str:
-    """Return a table for people: one line for its header; of an NFIT one more for each structure.
+    """Return a table as text: one line for its header and, for an NFIT, one for each structure.
 
     :raises AcpiError: when the table is malformed.
     """
@@ -340,8 +342,8 @@ def _structures(table: bytes, offset: int) -> list[Structure]:
         kind, length = struct.unpack_from("<HH", table, offset)
         if not 4 <= length <= len(table) - offset:
             raise AcpiError(
-                f"NFIT: structure of type {kind} at {offset:#x} says {length} bytes; "
-                f"4 to {len(table) - offset} are possible"
+                f"NFIT: structure of type {kind} at {offset:#x} says it has {length} bytes; "
+                f"it can have 4 to {len(table) - offset}"
             )
         body = table[offset + 4 : offset + length]
         known = _KNOWN.get(kind)
@@ -356,7 +358,7 @@ def _pack(layout: struct.Struct, value: Header | Structure) -> bytes:
     try:
         packed = layout.pack(*astuple(value))
     except struct.error as error:
-        raise AcpiError(f"{value!r} cannot be encoded: {error}") from error
-    if type(value)(*layout.unpack(packed)) != value:  # struct pads and cuts bytes without a word
-        raise AcpiError(f"{value!r} cannot be encoded: bytes of a wrong length")
+        raise AcpiError(f"{type(value).__name__} cannot be encoded: {error}") from error
+    if type(value)(*layout.unpack(packed)) != value:  # struct pads and truncates bytes silently
+        raise AcpiError(f"{type(value).__name__} cannot be encoded: bytes of a wrong length")
     return packed

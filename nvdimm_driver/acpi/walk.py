@@ -1,4 +1,4 @@
-"""From the RSDP to each table, wherever they are: in the files of a QEMU, or in the memory of a guest. Pure."""
+"""Finding all ACPI tables from the RSDP, in the files of a QEMU or in the memory of a guest. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Callable
 
 from nvdimm_driver.acpi.tables import Header, text, verify_table
 from nvdimm_driver.errors import AcpiError
+from nvdimm_driver.sizes import human
 
 Read = Callable[[int, int], bytes]
-"""Returns so many bytes at an address, or fewer where there are no more."""
+"""(address, length) → bytes; fewer where there are no more."""
 
 RSDP_AREA, RSDP_AREA_SIZE, RSDP_ALIGN = 0xE0000, 0x20000, 16
-"""Where a BIOS has it (ACPI 6.5 §5.2.5.1)."""
+"""Where a BIOS puts the RSDP (ACPI 6.5 §5.2.5.1)."""
 _MAX_TABLE = 1 << 20
 
 
 def find(read: Read) -> tuple[bytes, ...]:
-    """Return every table of a guest whose memory is read.
+    """Return every table in the memory of a guest.
 
     :raises AcpiError: when there is no RSDP, or an address or a table is wrong.
     """
@@ -26,11 +27,11 @@ def find(read: Read) -> tuple[bytes, ...]:
         rsdp = area[offset : offset + 36]
         if rsdp.startswith(b"RSD PTR ") and not sum(rsdp[:20]) & 0xFF:
             return tables(rsdp, read)
-    raise AcpiError("the guest has no RSDP", hint="it has no ACPI, or its firmware has not come so far")
+    raise AcpiError("the guest has no RSDP", hint="it has no ACPI, or its firmware has not made the tables yet")
 
 
 def tables(rsdp: bytes, read: Read) -> tuple[bytes, ...]:
-    """Walk RSDP → RSDT or XSDT and return every table it names, and the DSDT behind the FADT.
+    """Follow the RSDP to the RSDT or XSDT; return every table that this names, and the FADT's DSDT.
 
     The root table itself (nothing but addresses) and the FACS (no checksum) are left out.
 
@@ -54,7 +55,7 @@ def tables(rsdp: bytes, read: Read) -> tuple[bytes, ...]:
 def _root(rsdp: bytes, read: Read) -> bytes:
     """Return the RSDT or XSDT that the RSDP points to (ACPI 6.5 §5.2.5.3)."""
     if len(rsdp) < 20 or rsdp[:8] != b"RSD PTR " or sum(rsdp[:20]) & 0xFF:
-        raise AcpiError(f"not an RSDP with a right checksum: {rsdp[:36].hex()}")
+        raise AcpiError(f"not an RSDP with a correct checksum: {rsdp[:36].hex()}")
     if rsdp[15] < 2:
         return _named(read, int.from_bytes(rsdp[16:20], "little"), b"RSDT")
     if len(rsdp) < 36 or sum(rsdp[:36]) & 0xFF:
@@ -78,7 +79,9 @@ def _named(read: Read, address: int, signature: bytes) -> bytes:
 def _table(read: Read, address: int) -> bytes:
     length = Header.parse(read(address, Header.SIZE)).length
     if length > _MAX_TABLE:
-        raise AcpiError(f"the table at {address:#x} says it has {length} bytes; {_MAX_TABLE} are believable")
+        raise AcpiError(
+            f"the table at {address:#x} says it has {human(length)}; at most {human(_MAX_TABLE)} is plausible"
+        )
     table = read(address, length)
     verify_table(table)
     return table

@@ -1,4 +1,4 @@
-"""Labels by AML alone: the byte code is what iasl makes of the ASL, and acpiexec runs it against simulated memory."""
+"""Labels by AML alone: iasl compiles the ASL to the same byte code, and acpiexec runs it on simulated memory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_pages_that_a_label_area_touches_are_reserved(label_kib: int) -> None:
 
 
 class Machine:
-    """ACPICA's interpreter with the table loaded; its memory is all zeros at first."""
+    """ACPICA's interpreter with the table loaded; its memory starts as zeros."""
 
     def __init__(self, folder: Path) -> None:
         compiled(folder, (DATA / "put.asl").read_text())
@@ -70,12 +70,12 @@ class Machine:
         self._orders.append(f"evaluate \\_SB.NVDR.NV00._DSM {arguments}")
 
     def put(self, offset: int, length: int, first: int) -> bytes:
-        """Write bytes that count up; returns them."""
+        """Write bytes that count up; return them."""
         self._orders.append(f"evaluate \\PUT {offset:#x} {length:#x} {first:#x}")
         return bytes((first + number) % 256 for number in range(length))
 
     def run(self) -> list[bytes]:
-        """The answers to all that was asked."""
+        """Return the answers to all requests."""
         run = subprocess.run(
             ["acpiexec", "table.aml", "put.aml"],
             cwd=self._folder,
@@ -131,7 +131,7 @@ def test_limits(machine: Machine) -> None:
         machine.dsm(5, get(offset, length))
     for offset, length in wrong:
         machine.dsm(6, get(offset, length) + bytes(16))
-    machine.dsm(6, get(0, 9) + bytes(8))  # less than it announces
+    machine.dsm(6, get(0, 9) + bytes(8))  # fewer bytes than announced
     machine.dsm(5, bytes(7))
     answers = machine.run()
     assert answers[: len(right)] == [status(0) + bytes(length) for _, length in right]
@@ -143,7 +143,7 @@ def test_what_is_written_is_read_and_nothing_else_changes(machine: Machine) -> N
     area, expected = bytearray(NVDIMM.label_size), []
     for _ in range(60):
         length = random_.choice([1, 7, 256, PAGE - 1, PAGE])
-        # about the borders of a few pages, so that writes fall on each other
+        # near a few page borders, so that writes overlap
         offset = max(0, random_.choice([0, PAGE, 2 * PAGE, 31 * PAGE]) + random_.randrange(-300, 300))
         offset = min(offset, NVDIMM.label_size - length)
         area[offset : offset + length] = machine.put(offset, length, random_.randrange(256))

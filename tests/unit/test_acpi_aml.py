@@ -35,9 +35,9 @@ def test_integer_out_of_range(value: int) -> None:
     ("length", "lead"),
     [
         (0, "01"),
-        (62, "3f"),  # the last that one byte can say
+        (62, "3f"),  # the largest in one byte
         (63, "4104"),
-        (0xFFD, "4fff"),  # the last that two bytes can say
+        (0xFFD, "4fff"),  # the largest in two bytes
         (0xFFE, "810001"),
         (0xFFFFC, "8fffff"),
         (0xFFFFD, "c1000001"),

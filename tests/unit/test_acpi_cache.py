@@ -1,4 +1,4 @@
-"""The cache of tables: what it gives is what was put, whatever others do to its folder."""
+"""The cache of tables returns what was stored, whatever others do to its folder."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_program_that_was_replaced_has_another_key(tmp_path: Path) -> None:
 
 
 def test_many_processes_at_once(tmp_path: Path) -> None:
-    """Each reads whole entries, while all write and prune."""
+    """Each process reads whole entries while all of them write and prune."""
     script = (
         "import sys; from pathlib import Path\n"
         "from nvdimm_driver.acpi import cache\n"

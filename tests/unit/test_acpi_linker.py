@@ -69,7 +69,7 @@ def test_every_command() -> None:
     assert linked.files["low"] == bytes([checksum(pointer), 0, 0, 0]) + pointer
     assert linked.files["host"] == (HIGH + 2).to_bytes(8, "little")
     assert linked.files["unused"] == b"x"
-    assert files["low"] == bytes(4) + b"\x01\0\0\0"  # what was passed in is left alone
+    assert files["low"] == bytes(4) + b"\x01\0\0\0"  # the argument is unchanged
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_every_command() -> None:
         (bytes(127), "not a multiple of 128"),
         (struct.pack("<I124x", 5), "unknown command 5"),
         (allocate(b"none"), "no file 'none'"),
-        (allocate(b"\xff"), "not ASCII"),
+        (allocate(b"\xff"), r"file name '\\xff' is not ASCII"),
         (allocate(b"f", align=0), "aligned to 0"),
         (allocate(b"f", align=3), "aligned to 3"),
         (allocate(b"f", align=1 << 31) + allocate(b"g", align=1 << 31), "'f' would end at 0x100000008"),
@@ -89,7 +89,7 @@ def test_every_command() -> None:
         (allocate(b"g") + add_pointer(b"f", b"g", 5, 4), "pointer at 0x5 of 'f', which has 8 bytes"),
         (allocate(b"g") + add_pointer(b"f", b"g", 0, 3), "pointer of 3 bytes"),
         (allocate(b"g") + add_pointer(b"f", b"g", 0, 2), "does not fit 2 bytes"),
-        (allocate(b"g") + add_pointer(b"ff", b"g", 0, 4), "byte 0xffffffff of 'g'"),
+        (allocate(b"g") + add_pointer(b"ff", b"g", 0, 4), "byte 0xffffffff of 'g', which has 8 bytes"),
         (add_checksum(b"f", 8, 0, 8), "which has 8 bytes"),
         (add_checksum(b"f", 0, 1, 8), "which has 8 bytes"),
         (allocate(b"g") + write_pointer(b"f", b"g", 0, 8, 4), "byte 0x8 of 'g'"),
@@ -132,14 +132,14 @@ def test_fadt_with_x_dsdt_only() -> None:
     ("linked", "message"),
     [
         (Linked({}, {}), "not an RSDP"),
-        (patched(rsdp1(HIGH)[:-1] + b"\0"), "not an RSDP with a right checksum"),
+        (patched(rsdp1(HIGH)[:-1] + b"\0"), "not an RSDP with a correct checksum"),
         (patched(rsdp2(HIGH)[:20]), "extended checksum"),
         (patched(rsdp2(HIGH)[:-4] + b"\0\0\0\0", table(b"XSDT")), "extended checksum"),
         (patched(rsdp1(0)), "no table at 0x0"),
         (patched(rsdp1(HIGH), table(b"XSDT")), "is 'XSDT', not RSDT"),
         (patched(rsdp1(HIGH), table(b"RSDT", b"123")), "not a whole number of addresses"),
         (patched(rsdp1(HIGH), table(b"RSDT")[:-1]), "shorter than its header"),
-        (patched(rsdp1(HIGH), table(b"RSDT", b"1234")[:-1]), "says it has 40 bytes, and has 39"),
+        (patched(rsdp1(HIGH), table(b"RSDT", b"1234")[:-1]), "says it has 40 bytes, but has 39"),
         (patched(rsdp1(HIGH), table(b"RSDT", (HIGH + 40).to_bytes(4, "little")), table(b"FACP")), "no table at 0x0"),
     ],
 )

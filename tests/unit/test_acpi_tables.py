@@ -35,7 +35,7 @@ def number(bits: int) -> st.SearchStrategy[int]:
 
 
 def structure(kind: type[Structure]) -> st.SearchStrategy[Structure]:
-    """Any structure whose fields have what its format allows."""
+    """Return a strategy for structures of a kind, with any values that its format allows."""
     sizes = {"B": 8, "H": 16, "I": 32, "Q": 64}
     values = []
     count = ""
@@ -141,8 +141,8 @@ def test_checksum_makes_the_sum_zero(data: bytes) -> None:
     ("body", "message"),
     [
         (b"\0\0", "2 bytes at 0x28 are too few"),
-        (b"\0\0\0\0", "type 0 at 0x28 says 0 bytes; 4 to 4 are possible"),
-        (b"\x05\0\x09\0----", "type 5 at 0x28 says 9 bytes; 4 to 8 are possible"),
+        (b"\0\0\0\0", "type 0 at 0x28 says it has 0 bytes; it can have 4 to 4"),
+        (b"\x05\0\x09\0----", "type 5 at 0x28 says it has 9 bytes; it can have 4 to 8"),
     ],
 )
 def test_structure_of_impossible_length(body: bytes, message: str) -> None:
@@ -170,17 +170,17 @@ def test_signature_of_other_characters() -> None:
 
 @pytest.mark.parametrize("index", [-1, 1 << 16])
 def test_value_out_of_range_of_its_field(index: int) -> None:
-    with pytest.raises(AcpiError, match="cannot be encoded"):
+    with pytest.raises(AcpiError, match="SpaRange cannot be encoded"):
         SpaRange(index, 0, 0, 0, bytes(16), 0, 0, 0).to_bytes()
 
 
 @pytest.mark.parametrize("length", [15, 17])
 def test_bytes_of_another_length_than_their_field(length: int) -> None:
-    """The struct module itself pads or cuts."""
-    with pytest.raises(AcpiError, match="wrong length"):
+    """The struct module itself pads or truncates."""
+    with pytest.raises(AcpiError, match="SpaRange cannot be encoded: bytes of a wrong length"):
         SpaRange(1, 0, 0, 0, bytes(length), 0, 0, 0).to_bytes()
 
 
 def test_raw_structure_too_long() -> None:
-    with pytest.raises(AcpiError, match="type 5 and 65536 bytes"):
+    with pytest.raises(AcpiError, match="type 5 and 65536 bytes cannot be encoded"):
         RawStructure(5, bytes(64 * KIB)).to_bytes()

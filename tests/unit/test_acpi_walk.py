@@ -1,4 +1,4 @@
-"""From the RSDP to the tables, in the memory of a guest."""
+"""Finding ACPI tables from the RSDP in the memory of a guest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def table(signature: bytes, body: bytes) -> bytes:
 
 
 def memory(root: bytes) -> dict[int, bytes]:
-    """A guest's memory as firmware leaves it, the RSDP not at the start of the area."""
+    """Return a guest's memory as firmware leaves it; the RSDP is not at the start of the searched area."""
     fadt = table(b"FACP", struct.pack("<II", 0, DSDT).ljust(120, b"\0"))
     rsdp = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, b"TEST  ", 2, ROOT, 36, ROOT, 0))
     rsdp[8] = checksum(rsdp[:20])
@@ -54,7 +54,7 @@ def test_all_tables_of_a_guest_are_found() -> None:
         (ROOT, table(b"XSDT", bytes(7)), "not a whole number of addresses"),
         (DSDT, table(b"SSDT", b"code"), "not DSDT"),
         (OTHER, table(b"NFIT", bytes(4))[:-1] + b"\1", "wrong checksum"),
-        (OTHER, b"NFIT" + b"\xff" * 32, "are believable"),
+        (OTHER, b"NFIT" + b"\xff" * 32, "has 4.00 GiB; at most 1 MiB is plausible"),
         (OTHER, bytes(36), "shorter than its header"),
     ],
 )
