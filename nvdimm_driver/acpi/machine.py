@@ -1,4 +1,4 @@
-"""A QEMU that has a guest's NVDIMMs and no guest: its CPU never runs, its memory is never touched."""
+"""A QEMU that has a guest's NVDIMMs and no guest: its CPU never runs, and the NVDIMMs' data is never touched."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ DEFAULT_BINARIES = (
     "qemu-system-i386",
 )
 
-# Since 7.1 QEMU refuses addresses that the CPU cannot reach, and CPUs of qemu-system-i386, Xen's device model, have
-# 36 address bits at most. With a 32-bit CPU that check asks nothing, in machines up to 8.1
-# (hw/i386/pc.c:pc_max_used_gpa, broken_32bit_mem_addr_check). The CPU's vendor is not AMD, for whose CPUs QEMU
-# moves memory out of the way of the HyperTransport range. It does not show in the tables.
+# Since 7.1, QEMU refuses addresses that the CPU cannot reach, and CPUs of qemu-system-i386, Xen's device model, have at
+# most 36 address bits. Machine types up to 8.1 skip the check for a 32-bit CPU (hw/i386/pc.c:pc_max_used_gpa,
+# broken_32bit_mem_addr_check). The CPU's vendor is not AMD: for AMD CPUs, QEMU moves memory away from the
+# HyperTransport range. The CPU does not show in the tables.
 _MACHINE = "pc-i440fx-7.2,nvdimm=on,usb=off,dump-guest-core=off"
 _PERSISTENCE = {"memory_controller": ",nvdimm-persistence=mem-ctrl", "cpu_cache": ",nvdimm-persistence=cpu"}
 _CPU = "pentium"
 
-# Debian's qemu-system-xen has qtest and no TCG, its qemu-system-x86 TCG and no qtest. QEMU takes the first it has.
+# Debian's qemu-system-xen has qtest but no TCG, its qemu-system-x86 TCG but no qtest. QEMU uses the first that it has.
 _ACCELERATORS = ("-accel", "qtest", "-accel", "tcg,thread=single,tb-size=1")
 _NO_QTEST = "invalid accelerator qtest"
 
@@ -44,26 +44,26 @@ _FIRMWARE_SIZE = 64 * KIB
 
 
 def installed(binaries: Sequence[str]) -> list[str]:
-    """Return the paths of those QEMUs that there are.
+    """Return the paths of the QEMUs that are installed.
 
-    :raises ConfigError: when there are none.
+    :raises ConfigError: when none is.
     """
     found = [path for path in map(shutil.which, binaries) if path]
     if not found:
         raise ConfigError(
-            f"no QEMU to take ACPI tables from; tried {', '.join(binaries)}",
-            hint="install one (Debian: qemu-system-xen or qemu-system-x86), or take the ACPI builder 'native'",
+            f"no QEMU is installed; tried {', '.join(binaries)}",
+            hint="install one (Debian: qemu-system-xen or qemu-system-x86), or use the ACPI builder 'native'",
         )
     return found
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How a QEMU is run.
+    """How to run a QEMU.
 
     :ivar binary: its path.
-    :ivar user: who it runs as when we are root.
-    :ivar timeout: seconds that it may take to start and, after that, for what is asked of it.
+    :ivar user: the user that it runs as when the driver is root.
+    :ivar timeout: seconds for its start and all commands; :meth:`.Qtest.give_time` starts the count anew.
     """
 
     binary: str
@@ -72,11 +72,11 @@ class Machine:
 
     @contextmanager
     def run(self, layout: GuestLayout, memory: Mapping[int, int] | None = None) -> Iterator[Qtest]:
-        """A QEMU with the layout's NVDIMMs, for as long as the context lasts; it is gone afterwards, whatever happened.
+        """Run a QEMU with the layout's NVDIMMs until the context ends, normally or by an exception.
 
         :param memory: as for :func:`arguments`.
-        :raises AcpiError: with what QEMU wrote to stderr, when it cannot be started, or on any AcpiError inside.
-        :raises ConfigError: when it cannot be confined.
+        :raises AcpiError: with QEMU's stderr, when it cannot be started and for any AcpiError inside the context.
+        :raises ConfigError: when it cannot be run without privileges.
         """
         words = arguments(layout, memory)
         descriptors = tuple((memory or {}).values())
@@ -86,7 +86,7 @@ class Machine:
             except AcpiError as error:
                 if _NO_SANDBOX not in error.message:
                     raise
-                # Not built in, as in Debian's qemu-system-xen; that QEMU still has no privileges and cannot gain any.
+                # Debian's qemu-system-xen is built without -sandbox. QEMU still has no privileges and cannot gain any.
                 qtest = stack.enter_context(self._started([self.binary, *words], descriptors))
             yield qtest
 
@@ -108,7 +108,7 @@ class Machine:
             theirs.close()
             try:
                 qtest = Qtest(ours, self.timeout)
-                qtest.command("endianness")  # an answer: it has started
+                qtest.command("endianness")  # any answer means that QEMU has started
                 yield qtest
             except AcpiError as error:
                 _end(process)
@@ -118,7 +118,7 @@ class Machine:
                 _end(process)
 
     def _confinement(self) -> list[str]:
-        """Return the setpriv command that goes in front: no privileges, no way to gain any, and death when we die."""
+        """Return the setpriv prefix: no privileges, no way to gain any, and SIGKILL when the driver's process dies."""
         setpriv = shutil.which("setpriv")
         if setpriv is None:
             raise ConfigError("setpriv, which starts QEMU without privileges, is missing", hint="install util-linux")
@@ -133,14 +133,14 @@ class Machine:
 
 
 def arguments(layout: GuestLayout, memory: Mapping[int, int] | None = None) -> list[str]:
-    """Return QEMU's arguments for a machine with the layout's NVDIMMs, all but the firmware.
+    """Return QEMU's arguments for a machine with the layout's NVDIMMs, except for the firmware.
 
-    :param memory: by slot, descriptors of files with the bytes of NVDIMMs, as long as :func:`backend_size`; those of
-        others are nowhere.
+    :param memory: by slot, descriptors of files with the bytes of NVDIMMs, :func:`backend_size` long. An NVDIMM
+        without one gets memory that is never allocated.
     """
     shared = memory or {}
     top = max(placement.end for placement in layout.nvdimms)
-    # One NVxx device per slot in QEMU's SSDT; memory devices start at 4 GiB, as RAM is below.
+    # QEMU's SSDT has one NVxx device per slot. Memory devices start at 4 GiB because all RAM is below.
     slots = max(placement.slot for placement in layout.nvdimms) + 1
     nodes = max(placement.node or 0 for placement in layout.nvdimms) + 1
     sizes = f"size={_RAM // MIB}M,slots={slots},maxmem={_RAM + top - 4 * GIB}"
@@ -155,22 +155,22 @@ def arguments(layout: GuestLayout, memory: Mapping[int, int] | None = None) -> l
 
 
 def _nodes(count: int) -> list[str]:
-    """QEMU takes an NVDIMM's node only if it has that node; all RAM is in the first."""
+    """Return arguments for NUMA nodes: QEMU accepts an NVDIMM's node only if it exists. All RAM is in the first."""
     first = ["-object", f"memory-backend-ram,id=ram,size={_RAM}", "-numa", "node,nodeid=0,memdev=ram"]
     return [*first, *(argument for node in range(1, count) for argument in ("-numa", f"node,nodeid={node}"))]
 
 
 def backend_size(placement: Placement) -> int:
-    """Bytes of what is behind an NVDIMM in QEMU, whose label area is the last ones of it.
+    """Return the size in bytes of an NVDIMM's backend in QEMU, which ends with the label area.
 
-    QEMU shows the size without the label, rounded down to a page (hw/mem/nvdimm.c:nvdimm_prepare_memory_region).
+    QEMU shows the size without the label area, rounded down to a page (hw/mem/nvdimm.c:nvdimm_prepare_memory_region).
     """
     return align_up(placement.size + placement.label_size, PAGE)
 
 
 def _nvdimm(placement: Placement, descriptor: int | None) -> list[str]:
     size = f"id=m{placement.slot},size={backend_size(placement)},share=on,reserve=off,prealloc=off"
-    # A memfd, as a backend of plain RAM would round sizes; nothing of it is ever allocated.
+    # A memfd, because a backend of plain RAM would round sizes. None of it is ever allocated.
     backend = f"memory-backend-memfd,{size},seal=off"
     if descriptor is not None:
         backend = f"memory-backend-file,{size},mem-path=/proc/self/fd/{descriptor}"
@@ -189,7 +189,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _firmware() -> Iterator[int]:
-    """A firmware that never runs, as a file without a name: an open descriptor. It spares us a package."""
+    """Yield the descriptor of an anonymous dummy firmware: it never runs, and a real one would need a package."""
     descriptor = os.memfd_create("firmware")
     try:
         os.write(descriptor, bytes(_FIRMWARE_SIZE))

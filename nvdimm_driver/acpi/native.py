@@ -1,4 +1,4 @@
-"""NFIT and SSDT built here, without QEMU: the plug-in ``native``, and the SSDT of both plug-ins. Pure."""
+"""The ACPI builder ``native``, which needs no QEMU, and the SSDT that the builder ``qemu`` uses, too. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nvdimm_driver.plugins import AcpiBuilder
 _EFI_MEMORY_WB = 0x8
 _EFI_MEMORY_NV = 0x8000
 CAPABILITIES = {"memory_controller": 2, "cpu_cache": 3}
-"""Platform Capabilities (ACPI 6.5 §5.2.25.9): what is flushed on power loss."""
+"""Platform Capabilities (ACPI 6.5 §5.2.25.9), by persistence domain: what is flushed on power loss."""
 
 
 def _header(signature: bytes, revision: int) -> Header:
@@ -30,20 +30,20 @@ def _header(signature: bytes, revision: int) -> Header:
 
 
 def ssdt(layout: GuestLayout) -> bytes:
-    """Return an SSDT with which Linux takes an NFIT: its root device, and in it a device for each NVDIMM.
+    """Return the SSDT that Linux needs to use an NFIT: the NVDIMM root device with a child device for each NVDIMM.
 
-    Without ``_DSM`` Linux makes one label-less namespace of each region, and its log is clean (QEMU's own SSDT with
-    nobody to answer its ``_DSM`` gives dozens of ACPI errors). With ``dsm`` ``aml``, those that have a label area get
-    a ``_DSM`` that serves it.
+    Without ``_DSM``, Linux makes one label-less namespace of each region and logs no errors. (QEMU's own SSDT causes
+    dozens of ACPI errors when nothing answers its ``_DSM``.) With ``dsm`` ``aml``, the NVDIMMs with a label area get a
+    ``_DSM`` that serves it.
 
-    :raises AcpiError: when a handle is not one of QEMU's, 1 to 256.
+    :raises AcpiError: when a handle is not 1 to 256, as QEMU's are.
     """
-    # Revision 2: integers are of 64 bits.
+    # Revision 2: integers have 64 bits.
     #
     # Scope (\_SB) {
     #     Device (NVDR) {                  ACPI 6.5 §9.19.2: the NVDIMM root device
     #         Name (_HID, "ACPI0012")
-    #         …                            what serves labels
+    #         …                            methods that serve labels
     #         Device (NV00) {              named by slot, as QEMU does
     #             Name (_ADR, 1)           the handle
     #             …
@@ -66,7 +66,7 @@ def _device(placement: Placement, *terms: bytes) -> bytes:
 
 
 def nfit(layout: GuestLayout) -> bytes:
-    """Return an NFIT with QEMU's structures (hw/acpi/nvdimm.c), in slot order, under a header of our own."""
+    """Return an NFIT with QEMU's structures (hw/acpi/nvdimm.c), in slot order, with the driver's own header."""
     structures: list[Structure] = []
     for placement in layout.nvdimms:
         structures += _structures(placement)
@@ -124,7 +124,7 @@ def _structures(placement: Placement) -> tuple[Structure, ...]:
 
 
 class NativeAcpiBuilder(AcpiBuilder):
-    """Builds the tables here: no QEMU, no process, a millisecond."""
+    """Builds the tables in this process, in about a millisecond."""
 
     def describe(self) -> str:
         return "NFIT and SSDT built by the driver itself; needs nothing"
@@ -133,8 +133,8 @@ class NativeAcpiBuilder(AcpiBuilder):
         check_layout(layout)
         if layout.label_clients:
             raise ConfigError(
-                "label areas are to be served by a QEMU (dsm = qemu), and the ACPI builder is 'native'",
-                hint="take dsm 'aml', or the builder 'qemu'",
+                "a QEMU cannot serve the label areas (dsm = qemu) when the ACPI builder is 'native'",
+                hint="use dsm 'aml', or the builder 'qemu'",
             )
         tables = (nfit(layout), ssdt(layout))
         check_tables(layout, tables)

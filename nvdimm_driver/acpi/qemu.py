@@ -1,7 +1,7 @@
-"""The plug-in ``qemu``: an NFIT that is QEMU's own.
+"""The ACPI builder ``qemu``: takes the NFIT from QEMU.
 
-A QEMU is started with the guest's NVDIMMs and no guest. What it would hand to its firmware is read out and put together
-as the firmware would, and it is ended.
+It starts a QEMU with the guest's NVDIMMs and no guest, reads the files that QEMU has for its firmware, links them as
+the firmware would, and ends QEMU.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ _DSM_FILE = "etc/acpi/nvdimm-mem"
 
 
 class QemuAcpiBuilder(AcpiBuilder):
-    """Takes the NFIT from a QEMU, byte for byte, and with ``dsm`` ``qemu`` the SSDT; else that is :func:`.native.ssdt`.
+    """Takes the NFIT from a QEMU, byte for byte.
 
-    :param binaries: names or paths of QEMUs (7.2 or later, i386 or x86_64), each tried until one gives the tables.
+    For label areas with ``dsm`` ``qemu`` it takes the SSDT, too; otherwise the SSDT is :func:`.native.ssdt`.
+
+    :param binaries: names or paths of QEMUs (7.2 or later, i386 or x86_64), tried in order until one gives the tables.
     :param timeout: seconds that each may take.
-    :param user: who QEMU runs as when we are root.
-    :param cache: keeps what QEMU has given.
+    :param user: the user that QEMU runs as when the driver is root.
+    :param cache: stores the tables that QEMU gave.
     """
 
     def __init__(
@@ -61,11 +63,11 @@ class QemuAcpiBuilder(AcpiBuilder):
         return "NFIT taken from a stopped QEMU; needs one of " + ", ".join(self._binaries)
 
     def build(self, layout: GuestLayout) -> AcpiTables:
-        """Return the NFIT and the SSDT, and as reference all other tables that QEMU has for such a machine.
+        """Return the NFIT and the SSDT and, for reference, all other tables that QEMU has for such a machine.
 
-        :raises LayoutError: when no tables can describe the layout.
+        :raises LayoutError: when tables cannot describe the layout, or do not fit.
         :raises ConfigError: when no QEMU is installed.
-        :raises AcpiError: with each QEMU's reason, when none gave tables that say what the layout says.
+        :raises AcpiError: with each QEMU's reason, when none gave tables that match the layout.
         """
         check_layout(layout)
         failures: list[AcpiError] = []
@@ -80,8 +82,7 @@ class QemuAcpiBuilder(AcpiBuilder):
                 return tables
         raise AcpiError(
             "no ACPI tables from QEMU: " + "; ".join(failure.message for failure in failures),
-            hint="if QEMU is at fault, install another (Debian: qemu-system-xen, qemu-system-x86), "
-            "or take the ACPI builder 'native'",
+            hint="install another QEMU (Debian: qemu-system-xen, qemu-system-x86), or use the ACPI builder 'native'",
         )
 
     def _build(self, binary: str, layout: GuestLayout) -> AcpiTables:
@@ -95,24 +96,24 @@ class QemuAcpiBuilder(AcpiBuilder):
         return AcpiTables(tuple(chosen), tuple(table for table in harvested if table not in chosen), seconds)
 
     def _harvested(self, binary: str, layout: GuestLayout) -> tuple[tuple[bytes, ...], float | None]:
-        """All tables that the QEMU has, and how many seconds it took to give them, unless they were kept."""
+        """Return all tables that the QEMU has, and the seconds that this took; None for tables from the cache."""
         key = key_of(binary, [*arguments(layout), hex(DSM_ADDRESS)])
         found = self._cache.get(key) if self._cache else None
         if found is not None:
-            LOG.debug("ACPI tables of %s are taken from the cache", binary)
+            LOG.debug("ACPI tables of %s come from the cache", binary)
             return found, None
         started = time.monotonic()
         with Machine(binary, self._user, self._timeout).run(layout) as qtest:
             files = read_fw_cfg(qtest, "etc/acpi/") | read_fw_cfg(qtest, _SCRIPT)
         tables = split(link(files.pop(_SCRIPT, b""), files, {_DSM_FILE: DSM_ADDRESS}))
         seconds = time.monotonic() - started
-        LOG.debug("ACPI tables are taken from %s, in %.3f s", binary, seconds)
+        LOG.debug("took ACPI tables from %s in %.3f s", binary, seconds)
         if self._cache:
             self._cache.put(key, tables)
         return tables, seconds
 
 
 def _is_nvdimm_ssdt(table: bytes) -> bool:
-    """QEMU: hw/acpi/nvdimm.c:nvdimm_build_ssdt."""
+    """Return True for QEMU's own SSDT (hw/acpi/nvdimm.c:nvdimm_build_ssdt)."""
     header = Header.parse(table)
     return (header.signature, header.oem_table_id) == (b"SSDT", OEM_TABLE_ID)

@@ -1,8 +1,8 @@
 """Client of QEMU's qtest protocol, and fw_cfg over it.
 
-qtest (QEMU: softmmu/qtest.c) carries one line of text each way: a command, and ``OK`` with its result. It reads and
+qtest (QEMU: softmmu/qtest.c) sends one line of text each way: a command, then ``OK`` with its result. It reads and
 writes the memory and ports of a machine whose CPU need not run. fw_cfg (QEMU: docs/specs/fw_cfg) is the device through
-which QEMU hands files to its firmware.
+which QEMU gives files to its firmware.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import socket
 import struct
 import time
 
+from nvdimm_driver.acpi.tables import text
 from nvdimm_driver.errors import AcpiError
+from nvdimm_driver.sizes import human
 
 _MAX_REPLY = 32 << 20
 
@@ -22,14 +24,14 @@ _DMA_READ, _DMA_SELECT = 0x02, 0x08
 _KEY_SIGNATURE, _KEY_DIRECTORY = 0x00, 0x19
 _MAX_FILE = 16 << 20
 _DESCRIPTOR = 0x100000
-"""Where in the machine's RAM (nothing runs in it) the DMA descriptor is put, and a page further what is read."""
+"""Address of the DMA descriptor in the machine's RAM, which nothing else uses; the data is one page further."""
 
 
 class Qtest:
     """One connection to a QEMU.
 
     :param stream: connected to QEMU's qtest character device; the caller closes it.
-    :param timeout: seconds, from now, after which no answer is waited for.
+    :param timeout: seconds from now in which all answers must arrive; :meth:`give_time` starts the count anew.
     """
 
     def __init__(self, stream: socket.socket, timeout: float) -> None:
@@ -39,19 +41,19 @@ class Qtest:
         self._buffer = bytearray()
 
     def give_time(self) -> None:
-        """Count the seconds anew."""
+        """Start the timeout anew."""
         self._deadline = time.monotonic() + self._timeout
 
     def command(self, line: str) -> str:
-        """Send one command and return what follows ``OK`` in the answer, perhaps nothing.
+        """Send one command and return the text after ``OK`` in the answer, which may be empty.
 
-        :raises AcpiError: when QEMU refuses it, is gone, or the deadline passes.
+        :raises AcpiError: when QEMU refuses it, has ended, or misses the deadline.
         """
         try:
             self._stream.settimeout(self._left())
             self._stream.sendall(line.encode("ascii") + b"\n")
             reply = self._line()
-            while reply.startswith("IRQ "):  # an interrupt line changed; told at any time
+            while reply.startswith("IRQ "):  # an interrupt line changed; QEMU can report this at any time
                 reply = self._line()
         except TimeoutError as error:
             raise AcpiError(f"QEMU did not answer {_short(line)!r} in time") from error
@@ -68,7 +70,7 @@ class Qtest:
     def read(self, address: int, size: int) -> bytes:
         """Return ``size`` bytes of guest-physical memory.
 
-        :raises AcpiError: as :meth:`command`, and when the answer has another size.
+        :raises AcpiError: as :meth:`command` does, and when the answer has another size.
         """
         result = self.command(f"b64read {address:#x} {size:#x}")
         try:
@@ -76,7 +78,7 @@ class Qtest:
         except binascii.Error as error:
             raise AcpiError(f"QEMU answered a read of memory with {result[:80]!r}, not base64") from error
         if len(data) != size:
-            raise AcpiError(f"QEMU answered a read of {size} bytes of memory with {len(data)}")
+            raise AcpiError(f"QEMU answered a read of {size} bytes of memory with {len(data)} bytes")
         return data
 
     def write(self, address: int, data: bytes) -> None:
@@ -91,7 +93,7 @@ class Qtest:
                 raise ConnectionError("end of file")
             self._buffer += received
             if len(self._buffer) > _MAX_REPLY:
-                raise AcpiError(f"QEMU sent more than {_MAX_REPLY} bytes without an end of line")
+                raise AcpiError(f"QEMU sent more than {human(_MAX_REPLY)} without an end of line")
         line = self._buffer[:end].decode("ascii", errors="replace")
         del self._buffer[: end + 1]
         return line
@@ -106,11 +108,11 @@ class Qtest:
 def read_fw_cfg(qtest: Qtest, prefix: str) -> dict[str, bytes]:
     """Return every file of fw_cfg whose name starts with ``prefix``, by name.
 
-    :raises AcpiError: when fw_cfg does not do what its specification says.
+    :raises AcpiError: when fw_cfg does not follow its specification.
     """
     signature = _read_key(qtest, _KEY_SIGNATURE, 4)
     if signature != b"QEMU":
-        raise AcpiError(f"fw_cfg has signature {signature!r}, not b'QEMU'")
+        raise AcpiError(f"fw_cfg has signature '{text(signature)}', not 'QEMU'")
     (count,) = struct.unpack(">I", _read_key(qtest, _KEY_DIRECTORY, 4))
     directory = _read_key(qtest, _KEY_DIRECTORY, 4 + 64 * count)
     found: dict[str, bytes] = {}
@@ -122,9 +124,9 @@ def read_fw_cfg(qtest: Qtest, prefix: str) -> dict[str, bytes]:
 
 
 def _read_key(qtest: Qtest, key: int, size: int) -> bytes:
-    """Read an item by DMA: by ports it would be a command a byte."""
+    """Read an item by DMA; reading a port takes one command per byte."""
     if size > _MAX_FILE:
-        raise AcpiError(f"fw_cfg item {key:#x} has {size} bytes; {_MAX_FILE} are believable")
+        raise AcpiError(f"fw_cfg item {key:#x} has {human(size)}; at most {human(_MAX_FILE)} is plausible")
     data = _DESCRIPTOR + 0x1000
     qtest.write(_DESCRIPTOR, struct.pack(">IIQ", key << 16 | _DMA_SELECT | _DMA_READ, size, data))
     # The register is big endian, and an outl little endian. Writing the low half starts the transfer.

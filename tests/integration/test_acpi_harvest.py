@@ -1,4 +1,4 @@
-"""The harvest from real QEMUs: Debian's qemu-system-x86 (TCG) and qemu-system-xen (qtest). Both must be installed."""
+"""Tables from real QEMUs: Debian's qemu-system-x86 (TCG) and qemu-system-xen (qtest). Both must be installed."""
 
 import os
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def asked(request: pytest.FixtureRequest) -> GuestLayout:
 
 
 def by_handle(table: bytes) -> dict[int, Sequence[Structure]]:
-    """The NFIT's structures, put together for each NVDIMM; the platform's under 0."""
+    """Return the NFIT's structures by NVDIMM handle; the platform's are under 0."""
     nfit = Nfit.parse(table)
     ranges = {found.index: found for found in nfit.of(SpaRange)}
     controls = {found.index: found for found in nfit.of(ControlRegion)}
@@ -123,7 +123,7 @@ def test_label_too_small_for_qemu_is_its_error() -> None:
 
 @pytest.mark.parametrize("name", ["1", "256", "labels", "slots with gaps", "nodes"])
 def test_ssdt_for_a_label_server_is_qemus_own(name: str) -> None:
-    """QEMU's, with the page for requests where the guest has it; none without an area that it could serve."""
+    """It has the guest's page for requests as MEMA. Without a label area to serve, the SSDT is the driver's own."""
     asked = replace(LAYOUTS[name], dsm="qemu")
     xen, plain = (QemuAcpiBuilder([binary]).build(asked) for binary in (XEN_QEMU, PLAIN_QEMU))
     assert xen == plain
@@ -139,7 +139,7 @@ def test_ssdt_for_a_label_server_is_qemus_own(name: str) -> None:
 
 
 def test_what_a_qemu_has_given_is_kept_for_the_next_time(tmp_path: Path) -> None:
-    """The QEMU of the second build has no more to give, and is not asked; the third is another program."""
+    """A build from the cache starts no QEMU; another layout or a replaced QEMU does."""
     once = tmp_path / "once"
     script = f'#!/bin/sh\necho >>{tmp_path}/starts\nexec {XEN_QEMU} "$@"\n'
     once.write_text(script)

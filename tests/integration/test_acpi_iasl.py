@@ -25,11 +25,11 @@ def layout(nvdimms: tuple[Placement, ...]) -> GuestLayout:
 
 SUMMARY = "0 Errors"
 QEMUS_OWN = "Type mismatch on ODAT (RegionField), searching for (Buffer)"
-"""iasl's complaint of the SSDT that QEMU has for its label server, whose bytes are QEMU's."""
+"""iasl's warning about QEMU's SSDT for a label server, which the driver does not change."""
 
 
 def iasl(folder: Path, *arguments: str, known: str = SUMMARY) -> None:
-    """Run it; a complaint is a failure, but for lines with what is `known`."""
+    """Run iasl; fail on any error or warning, except in lines that contain `known`."""
     run = subprocess.run(
         ["iasl", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -48,7 +48,7 @@ def recompiled(folder: Path, table: bytes) -> bytes:
 
 
 def compiled(folder: Path, source: str) -> bytes:
-    """What iasl makes of ASL, without the header; leaves it in ``table.aml``."""
+    """Compile ASL with iasl into ``table.aml``; return the table without its header."""
     (folder / "table.dsl").write_text(source)
     iasl(folder, "-we", "table.dsl")
     return (folder / "table.aml").read_bytes()[Header.SIZE :]

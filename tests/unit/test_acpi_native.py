@@ -92,11 +92,11 @@ def test_native_builder_says_what_the_layout_says(asked: GuestLayout) -> None:
         ((Placement(256, 4 * GIB, GIB),), "slots are 0 to 255"),
         ((Placement(-1, 4 * GIB, GIB),), "slots are 0 to 255"),
         ((Placement(0, 3 * GIB, GIB),), "overlaps the first 4 GiB"),
-        ((Placement(0, 4 * GIB + 1, GIB),), "must be multiples of 4096"),
-        ((Placement(0, 4 * GIB, GIB + 512),), "must be multiples of 4096"),
+        ((Placement(0, 4 * GIB + 1, GIB),), "must be multiples of 4 KiB"),
+        ((Placement(0, 4 * GIB, GIB + 512),), "must be multiples of 4 KiB"),
         ((Placement(0, 4 * GIB, 0),), "size not 0"),
         ((Placement(0, 4 * GIB, -PAGE),), "size not 0"),
-        ((Placement(0, 4 * GIB, 1 << 48),), "beyond what the guest can use, 0x1000000000000"),
+        ((Placement(0, 4 * GIB, 1 << 48),), "beyond the guest's address limit, 0x1000000000000"),
         ((Placement(0, 4 * GIB, GIB, node=128),), "NUMA node 128; 0 to 127"),
         ((Placement(0, 4 * GIB, GIB, node=-1),), "NUMA node -1"),
         ((Placement(0, 5 * GIB, GIB), Placement(1, 4 * GIB, GIB + PAGE)), "slot 0: .* overlaps the NVDIMM in slot 1"),
@@ -121,7 +121,7 @@ def changed(change: Callable[[Nfit], Nfit]) -> bytes:
 
 
 def first(kind: type[SpaRange] | type[RegionMapping], **values: int | bytes) -> bytes:
-    """The golden NFIT with other values in its first structure of a kind."""
+    """Return the golden NFIT with other values in its first structure of a kind."""
 
     def change(parsed: Nfit) -> Nfit:
         target = parsed.of(kind)[0]
@@ -147,16 +147,16 @@ def broken_checksum(table: bytes) -> bytes:
         ((NFIT, NFIT, ssdt([1, 4])), "one NFIT and one SSDT"),
         ((broken_checksum(NFIT), ssdt([1, 4])), "wrong checksum"),
         ((NFIT, broken_checksum(ssdt([1, 4]))), "wrong checksum"),
-        ((NFIT, ssdt([1, 2, 3])), r"no device with _ADR \[4\]"),
+        ((NFIT, ssdt([1, 2, 3])), "no device with _ADR 4$"),
         ((NFIT, seal(Header.parse(ssdt([1])), b"\x08_ADR\x01\x08_ADR\x0a\x04")), "no ACPI0012 device"),
-        ((first(SpaRange, base=68 * GIB + PAGE), ssdt([1, 4])), "handle 1 has .* asked for .* 0x1100000000"),
+        ((first(SpaRange, base=68 * GIB + PAGE), ssdt([1, 4])), "handle 1 has .* expected .* 0x1100000000"),
         ((first(SpaRange, length=PAGE), ssdt([1, 4])), "handle 1 has"),
         ((first(SpaRange, proximity_domain=1), ssdt([1, 4])), "handle 1 has"),
         ((first(SpaRange, guid=bytes(16)), ssdt([1, 4])), "handle 1 has"),
-        ((first(SpaRange, index=8), ssdt([1, 4])), "there twice"),
-        ((first(SpaRange, index=5), ssdt([1, 4])), "SPA range 2, which is not there"),
-        ((first(RegionMapping, handle=4), ssdt([1, 4])), "there twice"),
-        ((first(RegionMapping, handle=2), ssdt([1, 2, 4])), r"handles \[2, 4\]; asked for \[1, 4\]"),
+        ((first(SpaRange, index=8), ssdt([1, 4])), "occurs twice"),
+        ((first(SpaRange, index=5), ssdt([1, 4])), "SPA range 2, which does not exist"),
+        ((first(RegionMapping, handle=4), ssdt([1, 4])), "occurs twice"),
+        ((first(RegionMapping, handle=2), ssdt([1, 2, 4])), "handles 2, 4; expected handles 1, 4, with"),
         ((first(RegionMapping, size=PAGE), ssdt([1, 4])), "handle 1 has"),
         ((first(RegionMapping, offset=PAGE), ssdt([1, 4])), "handle 1 has"),
         ((first(RegionMapping, spa_index=8), ssdt([1, 4])), "handle 1 has"),
@@ -168,13 +168,13 @@ def test_tables_that_say_something_else(tables: tuple[bytes, ...], message: str)
 
 
 def test_tables_of_one_nvdimm_are_not_those_of_two() -> None:
-    with pytest.raises(AcpiError, match=r"handles \[1, 4\]; asked for \[1\]"):
+    with pytest.raises(AcpiError, match="handles 1, 4; expected handles 1, with"):
         check_tables(layout(TWO[0]), (NFIT, ssdt([1, 4])))
 
 
 def test_space_to_the_byte() -> None:
     check_space([bytes(63 * PAGE - 1), bytes(1)])
-    with pytest.raises(LayoutError, match="258049 bytes; 258048 fit"):
+    with pytest.raises(LayoutError, match=r"252\.00 KiB; 252 KiB fit"):
         check_space([bytes(63 * PAGE), bytes(1)])
 
 

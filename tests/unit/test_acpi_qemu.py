@@ -1,4 +1,4 @@
-"""What QemuAcpiBuilder asks of a QEMU, and what it does with a QEMU that fails: little programs in a QEMU's place."""
+"""QemuAcpiBuilder's arguments for QEMU, and its handling of a QEMU that fails, with scripts in QEMU's place."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ QemuAcpiBuilder([sys.argv[1]]).build(GuestLayout(1 << 30, 1 << 32, 1 << 48, (nvd
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that QEMU's unprivileged user may look into and write to; those of pytest are for us alone."""
+    """Yield a folder that QEMU's unprivileged user may read and write; pytest's folders are closed to it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o777)
@@ -53,7 +53,7 @@ def value(words: list[str], option: str) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """False for a zombie too: nobody may be there to wait for an orphan."""
+    """Return True unless the process is gone or a zombie: nobody may be there to wait for an orphan."""
     try:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:

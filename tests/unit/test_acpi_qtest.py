@@ -59,7 +59,7 @@ def test_memory(pair: Pair) -> None:
         (b"OKAY\n", "with 'OKAY'"),
         (b"\xff\n", "with "),
         (b"OK A\n", "not base64"),
-        (b"OK AQ==\n", "3 bytes of memory with 1"),
+        (b"OK AQ==\n", "3 bytes of memory with 1 bytes"),
     ],
 )
 def test_bad_answer(pair: Pair, answer: bytes, message: str) -> None:
@@ -76,7 +76,7 @@ def test_silence_ends_at_the_deadline(pair: Pair) -> None:
 
 
 def test_trickle_ends_at_the_deadline(pair: Pair) -> None:
-    """A byte now and then does not put the deadline off."""
+    """A byte now and then does not extend the deadline."""
     stop = threading.Event()
 
     def trickle() -> None:
@@ -100,7 +100,7 @@ def test_end_of_file(pair: Pair) -> None:
 
 
 class FwCfgMachine(threading.Thread):
-    """The other end: a machine's memory, and a fw_cfg that does DMA reads as its specification says."""
+    """QEMU's end: a machine's memory, and a fw_cfg with DMA reads as in its specification."""
 
     def __init__(self, stream: socket.socket, items: dict[int, bytes], control: int = 0) -> None:
         super().__init__()
@@ -166,10 +166,10 @@ def test_files_by_prefix(machine: Callable[..., Qtest]) -> None:
 @pytest.mark.parametrize(
     ("items", "control", "message"),
     [
-        ({0: b"QEMV"}, 0, "signature b'QEMV'"),
+        ({0: b"QEMV"}, 0, "signature 'QEMV'"),
         ({0: b"QEMU"}, 1, "did not read item 0x0: control 0x1"),
-        ({0: b"QEMU", 0x19: directory((1 << 30, 0x20, b"f"))}, 0, "0x20 has 1073741824 bytes"),
-        ({0: b"QEMU", 0x19: struct.pack(">I", 1 << 30)}, 0, "0x19 has 68719476740 bytes"),
+        ({0: b"QEMU", 0x19: directory((1 << 30, 0x20, b"f"))}, 0, "0x20 has 1 GiB; at most 16 MiB is plausible"),
+        ({0: b"QEMU", 0x19: struct.pack(">I", 1 << 30)}, 0, "0x19 has 64.00 GiB; at most 16 MiB is plausible"),
     ],
 )
 def test_fw_cfg_that_is_wrong(

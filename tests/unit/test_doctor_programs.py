@@ -68,4 +68,4 @@ def test_tables(tmp_path: Path) -> None:
     assert "builder native: NFIT of" in found.message
     found = check_tables("qemu", QemuAcpiBuilder([str(tmp_path / "qemu")]))
     assert found.result == Result.FAIL
-    assert "no QEMU to take ACPI tables from" in found.message
+    assert "no QEMU is installed; tried " in found.message

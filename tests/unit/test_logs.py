@@ -194,7 +194,7 @@ def test_debug_says_when_tables_come_from_the_cache(
     cache.put(key_of("/bin/true", [*arguments(plan.layout), hex(DSM_ADDRESS)]), plan.tables.tables)
     with caplog.at_level("DEBUG"):
         QemuAcpiBuilder(("/bin/true",), cache=cache).build(plan.layout)
-    assert steps(caplog) == ["ACPI tables of /bin/true are taken from the cache"]
+    assert steps(caplog) == ["ACPI tables of /bin/true come from the cache"]
 
 
 @pytest.mark.parametrize(
