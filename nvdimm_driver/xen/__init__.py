@@ -1,1 +1,1 @@
-"""The hypervisor: its libraries, xenstore, and what maps host frames into a guest."""
+"""The hypervisor: its libraries, xenstore, and the mappers of host frames into a guest."""

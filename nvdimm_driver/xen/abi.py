@@ -1,7 +1,7 @@
-"""What is used of Xen's C libraries, declared once. setup.py makes nvdimm_driver/xen/_xen.py of it.
+"""Declarations of the functions of Xen's C libraries that the driver calls. setup.py makes xen/_xen.py of them.
 
-cffi's out-of-line ABI mode: no compiler at installation, and at run time nothing but ``_cffi_backend``, which loads in
-2 ms where cffi itself, which parses C, takes 60. Needs cffi 1.15 or newer on both sides.
+cffi's out-of-line ABI mode needs no compiler at installation, and at run time only ``_cffi_backend``. That loads in
+2 ms; cffi itself, which parses C, takes 60. Both build and run time need cffi 1.15 or newer.
 """
 
 from cffi import FFI
@@ -71,7 +71,7 @@ void xs_close(struct xs_handle *);
 void *xs_read(struct xs_handle *, uint32_t transaction, const char *path, unsigned *length);
 _Bool xs_write(struct xs_handle *, uint32_t transaction, const char *path, const void *, unsigned length);
 
-/* the C library: what xs_read returns is the caller's; prctl(2), statx(2) */
+/* the C library: the caller frees what xs_read returns; prctl(2), statx(2) */
 void free(void *);
 int prctl(int option, ...);
 int statx(int folder, const char *path, int flags, unsigned mask, struct statx *);

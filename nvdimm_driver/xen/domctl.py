@@ -1,4 +1,4 @@
-"""The mapper for a stock Xen: machine frames by domctl, ACPI tables by hvmloader's own two xenstore keys."""
+"""The mapper for a stock Xen: maps machine frames with domctls, passes ACPI tables in hvmloader's xenstore keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nvdimm_driver.errors import LayoutError, XenError
 from nvdimm_driver.guest import p2m
 from nvdimm_driver.guest.p2m import DSM_GFN, TABLES_GFN
 from nvdimm_driver.plugins import Mapper
-from nvdimm_driver.sizes import align_up, units
+from nvdimm_driver.sizes import align_up, human, units
 from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, E820_RAM, PAGE, WRITE_BACK, Xen
 from nvdimm_driver.xen.xenstore import Xenstore
 
@@ -21,31 +21,31 @@ MIB = 1 << 20
 FIRST_RESERVED = 0x7FF0
 """DOMID_FIRST_RESERVED of xen/include/public/xen.h: no domain has this id, or a higher one."""
 TABLES_PAGES = 63
-"""With the ``_DSM`` page 64 pages, of the 256 that libxl leaves free below the domain's memory limit."""
+"""With the ``_DSM`` page, 64 of the 256 pages that libxl leaves free below the domain's memory limit."""
 TABLES_COUNT = 4
-"""hvmloader takes 15 secondary tables, makes up to 11 itself, and drops the last ones without a word
+"""hvmloader takes 15 secondary tables, makes up to 11 of them itself, and drops the last ones silently
 (tools/libacpi/build.c:construct_secondary_tables, construct_passthrough_tables)."""
 ACPI_HEADER = 36
 
 
 class DomctlMapper(Mapper):
-    """Maps by XEN_DOMCTL_memory_mapping. The guest has to be paused and not have run yet."""
+    """Maps with XEN_DOMCTL_memory_mapping. The guest must be paused and must not have run yet."""
 
     def __init__(self, xen: Xen | None = None, xenstore: Xenstore | None = None) -> None:
-        """Use these connections; one that is not given is opened when first needed."""
+        """Use these connections; open a missing one when it is first needed."""
         self._xen = xen
         self._xenstore = xenstore
 
     @property
     def xen(self) -> Xen:
-        """The hypervisor."""
+        """The connection to the hypervisor."""
         if self._xen is None:
             self._xen = Xen()
         return self._xen
 
     @property
     def xenstore(self) -> Xenstore:
-        """The xenstore."""
+        """The connection to xenstore."""
         if self._xenstore is None:
             self._xenstore = Xenstore()
         return self._xenstore
@@ -57,12 +57,12 @@ class DomctlMapper(Mapper):
         ranges = []
         for address, size, kind in self.xen.machine_memory_map():
             if kind == E820_RAM and size:
-                first, last = address // PAGE, (address + size - 1) // PAGE  # a frame that is partly RAM is RAM
+                first, last = address // PAGE, (address + size - 1) // PAGE  # a frame that is partly RAM counts as RAM
                 ranges.append((first, last - first + 1))
         return ranges
 
     def is_alive(self, domid: int, uuid: str) -> bool:
-        # The xenstore entries of a dying domain are gone before it is: no entry means that it may be the one.
+        # A dying domain loses its xenstore entries first: a domain without an entry may be the one asked for.
         return self.xen.maximum_gfn(domid) is not None and self.uuid(domid) in (None, uuid.lower())
 
     def guests(self) -> list[tuple[int, str | None]]:
@@ -73,7 +73,7 @@ class DomctlMapper(Mapper):
     def guest_end(self, domid: int) -> int:
         last = self.xen.maximum_gfn(domid)
         if last is None:
-            raise XenError(f"domain {domid} is gone", hint="its creation was given up, or took too long")
+            raise XenError(f"domain {domid} is gone", hint="its creation was aborted or timed out")
         return last + 1
 
     def uuid(self, domid: int) -> str | None:
@@ -89,26 +89,26 @@ class DomctlMapper(Mapper):
             for gfn, mfn, count in mappings:
                 self.xen.iomem_permission(domid, mfn, count, True)
                 granted.append((gfn, mfn, count))
-                # libxc cuts it into hypercalls of 64 entries by itself, and removes what it did when one fails.
+                # libxc splits this into hypercalls of 64 entries and removes the whole range when one fails.
                 self.xen.memory_mapping(domid, gfn, mfn, count, True)
                 mapped.append((gfn, mfn, count))
             for run in guest_runs(mappings, uncached):
-                # Stock Xen maps such frames uncacheable and looks at a pinned type too late (epte_get_entry_emt). A Xen
-                # that honours it makes the guest faster; one that refuses leaves it slow and right, which is no error.
+                # Stock Xen maps such frames uncacheable and checks a pinned type too late (epte_get_entry_emt). A Xen
+                # that honours the pin makes the guest faster. A refusal is no error: the guest is slow but correct.
                 if self.xen.pin_memory_cacheattr(domid, *run, WRITE_BACK):
                     pinned.append(run)
         except BaseException as error:
-            failures = self._take_back(domid, granted, mapped, pinned)
+            failures = self._undo(domid, granted, mapped, pinned)
             if failures:
                 raise XenError(
-                    f"{error}; and then, taking back what was done: {'; '.join(failures)}",
+                    f"{error}; then rolling back failed: {'; '.join(failures)}",
                     hint=f"destroy domain {domid}: that drops its mappings and permissions",
                 ) from error
             raise
         return p2m.cost(mappings)[2]
 
     def unmap(self, domid: int, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> None:
-        failures = self._take_back(domid, mappings, mappings, guest_runs(mappings, uncached))
+        failures = self._undo(domid, mappings, mappings, guest_runs(mappings, uncached))
         if failures:
             raise XenError("; ".join(failures), hint=f"destroy domain {domid}: that drops its mappings and permissions")
 
@@ -118,7 +118,7 @@ class DomctlMapper(Mapper):
         number = count_tables(users, "the user's ACPI tables") + count_tables(tables, "the NVDIMM tables")
         if number > TABLES_COUNT:
             raise LayoutError(
-                f"{number} ACPI tables for domain {domid}; hvmloader is sure to take {TABLES_COUNT}",
+                f"{number} ACPI tables for domain {domid}; hvmloader is only sure to take {TABLES_COUNT}",
                 hint="put fewer tables into <os><acpi><table>",
             )
         together = users + tables
@@ -135,7 +135,7 @@ class DomctlMapper(Mapper):
         self.xen.populate_physmap_exact(domid, DSM_GFN, 1)
 
     def close(self) -> None:
-        """Close what was opened. Can be repeated; the mapper can be used again."""
+        """Close the open connections. Can be repeated; the mapper can be used again."""
         xen, self._xen = self._xen, None
         if xen is not None:
             xen.close()
@@ -144,22 +144,22 @@ class DomctlMapper(Mapper):
             xenstore.close()
 
     def _raise_paging_pool(self, domid: int, mappings: Sequence[Frames]) -> None:
-        """Add the page tables of the mappings to the pool that libxl has reckoned for RAM alone.
+        """Enlarge the paging pool, which libxl has sized for RAM alone, by the page tables of the mappings.
 
-        Xen does not tell how much of the pool is free. It is not lowered again: its pages go with the domain.
+        Xen does not report how much of the pool is free. The pool is not shrunk later: Xen frees it with the domain.
         """
         size = page_tables(mappings) * PAGE
         more = align_up(size, MIB) + MIB
         self.xen.set_paging_pool(domid, self.xen.paging_pool(domid) + more)
 
-    def _take_back(
+    def _undo(
         self,
         domid: int,
         granted: Sequence[Frames],
         mapped: Sequence[Frames],
         pinned: Sequence[tuple[int, int]],
     ) -> list[str]:
-        """Undo in reverse order, to the end whatever happens; return what failed."""
+        """Undo everything in reverse order, also after a failure; return the failures."""
         failures = []
         for run in reversed(pinned):
             try:
@@ -180,7 +180,7 @@ class DomctlMapper(Mapper):
         return failures
 
     def _users_tables(self, domid: int, folder: str) -> bytes:
-        """The tables that libxl put into the guest for ``<os><acpi><table>``, or nothing."""
+        """Return the tables that libxl put into the guest for ``<os><acpi><table>``; empty without any."""
         address, length = self.xenstore.read(f"{folder}/address"), self.xenstore.read(f"{folder}/length")
         if address is None and length is None:
             return b""
@@ -188,17 +188,19 @@ class DomctlMapper(Mapper):
             start, size = int(address or "", 0), int(length or "", 0)
         except ValueError:
             raise XenError(
-                f"{folder}: address {address!r}, length {length!r}: two numbers are expected",
-                hint="libxl writes them for <os><acpi><table>; try without it",
+                f"{folder}: address '{address or ''}' and length '{length or ''}' must be numbers",
+                hint="libxl writes them for <os><acpi><table>; try without that element",
             ) from None
         if start == TABLES_GFN * PAGE:
-            raise XenError(f"domain {domid} has its tables already", hint="each domain gets its tables once")
+            raise XenError(f"domain {domid} has its ACPI tables already", hint="each domain gets its tables once")
         _check_size(domid, size)
         return self.xen.read_memory(domid, start, size) if size else b""
 
 
 def guest_runs(mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
-    """Return the guest frames of the mappings as (gfn, count), neighbours joined: Xen pins at most 64 ranges.
+    """Return the guest frames of the mappings as runs (gfn, count).
+
+    Adjacent runs are joined because Xen pins at most 64 ranges.
 
     :param uncached: frames to leave out.
     """
@@ -214,7 +216,7 @@ def guest_runs(mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] =
 
 
 def _without(run: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return what is left of a run of frames: up to two runs."""
+    """Return a run of frames without a hole: up to two runs."""
     (gfn, count), (first, frames_out) = run, hole
     before = (gfn, min(count, first - gfn))
     behind = max(gfn, first + frames_out)
@@ -222,8 +224,10 @@ def _without(run: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, int
 
 
 def page_tables(mappings: Sequence[Frames]) -> int:
-    """Return how many pages of page tables the mappings need at most: 1 for each 2 MiB of guest-physical space that is
-    not mapped in one entry, each GiB and each 512 GiB."""
+    """Return the maximum number of page-table pages that the mappings need.
+
+    That is one for each 2 MiB of guest-physical space not mapped by a single entry, each GiB and each 512 GiB.
+    """
     pages = 0
     for gfn, mfn, count in mappings:
         front, superpages, behind = p2m.entries(gfn, mfn, count)
@@ -235,8 +239,8 @@ def page_tables(mappings: Sequence[Frames]) -> int:
 def count_tables(tables: bytes, what: str) -> int:
     """Return the number of concatenated ACPI tables.
 
-    hvmloader steps from one to the next by their lengths and checks nothing (construct_passthrough_tables): one wrong
-    length would have it copy whatever comes behind.
+    hvmloader finds the next table by the length of the last and checks nothing (construct_passthrough_tables). With a
+    wrong length, it would copy whatever follows.
 
     :raises LayoutError: when the lengths do not add up.
     """
@@ -247,7 +251,7 @@ def count_tables(tables: bytes, what: str) -> int:
             raise LayoutError(
                 f"{what}: table {number} at byte {offset} says it has {length} bytes; "
                 f"it can have {ACPI_HEADER} to {len(tables) - offset}",
-                hint="the file must be whole ACPI tables, one behind the other, and nothing else",
+                hint="the file must consist of whole ACPI tables, one after the other",
             )
         offset += length
         number += 1
@@ -262,6 +266,6 @@ def _check_size(domid: int, size: int) -> None:
     limit = TABLES_PAGES * PAGE
     if size > limit:
         raise LayoutError(
-            f"{size} bytes of ACPI tables for domain {domid}; {limit} ({TABLES_PAGES} pages) fit",
+            f"{human(size)} of ACPI tables for domain {domid}; {human(limit)} ({TABLES_PAGES} pages) fit",
             hint="use fewer NVDIMMs, or a smaller table in <os><acpi><table>",
         )

@@ -1,4 +1,4 @@
-"""The mapper that only says what it would do: the real one, over a hypervisor and a xenstore that take notes."""
+"""The dry-run mapper: the real mapper with a hypervisor and a xenstore that only record the calls."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 class DryRunMapper(DomctlMapper):
-    """Records the calls and makes none. Needs no Xen and no library of it; no domain is alive.
+    """Records the calls and makes none. Needs neither Xen nor its libraries; no domain is alive.
 
-    :ivar calls: (function, argument, …) in order; set_paging_pool has what is added to the pool.
+    :ivar calls: (function, argument, …) in order; the size in set_paging_pool is what is added to the pool.
     """
 
     def __init__(self, ram: Sequence[tuple[int, int]] = ()) -> None:
-        """:param ram: the machine's RAM, as ranges of frames (mfn, count)."""
+        """Record calls for a machine with this RAM, given as ranges of frames (mfn, count)."""
         self.calls: list[Call] = []
         super().__init__(_RecordingXen(ram, self.calls), _RecordingXenstore(self.calls))
 
     def describe(self) -> str:
-        return "writes down the calls that domctl would make; needs nothing"
+        return "records the calls that domctl would make; needs nothing"
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no connection to close."""
 
 
 class _RecordingXen(Xen):

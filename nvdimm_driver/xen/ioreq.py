@@ -1,7 +1,7 @@
-"""An ioreq server: some of a guest's I/O ports are answered by this process and not by the guest's device model.
+"""An ioreq server: this process, not the guest's device model, serves some of the guest's I/O ports.
 
-Stock Xen hands us each access as a request in a page that it shares with us, one slot a vCPU, and lets that vCPU wait
-until the slot has the answer (xen/include/public/hvm/ioreq.h, xen/common/ioreq.c).
+Stock Xen puts each access as a request into a page that it shares with this process, one slot per vCPU. The vCPU waits
+until its slot has the answer (xen/include/public/hvm/ioreq.h, xen/common/ioreq.c).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NO_BUFFER = 0
 RESOURCE_IOREQ_SERVER, IOREQ_FRAME = 0, 1
 """memory.h: XENMEM_resource_ioreq_server, XENMEM_resource_ioreq_server_frame_ioreq(0)."""
 READY, IN_PROCESS, ANSWERED = 1, 2, 3
-"""hvm/ioreq.h: STATE_*. Xen crashes a domain whose slot goes back from one to an earlier one (wait_for_io)."""
+"""hvm/ioreq.h: STATE_*. Xen crashes a domain whose slot returns to an earlier state (wait_for_io)."""
 PORT_IO = 0
 """IOREQ_TYPE_PIO."""
 
@@ -37,10 +37,10 @@ _DATA_OFFSET, _BITS_OFFSET = 8, 30
 class Request:
     """One slot of the shared page.
 
-    :ivar state: READY and so on.
+    :ivar state: STATE_*, such as READY.
     :ivar kind: IOREQ_TYPE_*.
-    :ivar address: port.
-    :ivar data: the value written; an address of the guest when ``is_pointer``.
+    :ivar address: the I/O port.
+    :ivar data: the value written; a guest address when ``is_pointer``.
     :ivar size: bytes of the access.
     :ivar event_port: the guest's end of the slot's event channel; 0 for a slot without a vCPU.
     """
@@ -56,7 +56,7 @@ class Request:
 
     @classmethod
     def parse(cls, slot: bytes) -> Self:
-        """Read the 32 bytes of a slot; every value of them is a request."""
+        """Parse the 32 bytes of a slot; any value of them is valid."""
         address, data, _, size, event_port, _, bits, kind = _SLOT.unpack(slot)
         return cls(
             state=bits & _STATE_MASK,
@@ -71,16 +71,16 @@ class Request:
 
 
 class IoreqServer:
-    """Our end of one ioreq server of a domain.
+    """The serving end of one ioreq server of a domain.
 
-    :param on_write: called with (port, size, value) for each plain write to one of its ports. Plain reads give 0;
-        string accesses (REP INS, REP OUTS) are acknowledged and transfer nothing.
+    :param on_write: called with (port, size in bytes, value) for each plain write to one of its ports. Plain reads
+        give 0; string accesses (REP INS, REP OUTS) are acknowledged and transfer nothing.
     """
 
     def __init__(self, domid: int, on_write: Callable[[int, int, int], None]) -> None:
-        """Connect.
+        """Open Xen's libraries.
 
-        :raises XenError: without Xen's libraries, or outside dom0.
+        :raises XenError: when one is missing, or outside dom0.
         """
         self.domid = domid
         self._on_write = on_write
@@ -93,15 +93,15 @@ class IoreqServer:
         self._id = 0
 
     def create(self) -> int:
-        """Make a new server, which gets nothing yet; returns its id."""
+        """Create a server, which has no ports yet; return its id."""
         found = ffi.new("ioservid_t *")
         self._model.call("create_ioreq_server", self.domid, NO_BUFFER, found)
         return int(found[0])
 
     def take_over(self, server: int, first: int, last: int) -> None:
-        """Serve the ports from ``first`` to ``last`` as that server, whose last process may have died.
+        """Serve the ports ``first`` to ``last`` as the server with this id, whose last process may have died.
 
-        :raises XenError: also when the domain is dying.
+        :raises XenError: when Xen refuses, as it does for a dying domain.
         """
         self._id = server
         address = ffi.new("void **")
@@ -117,7 +117,7 @@ class IoreqServer:
                 self._slot_of_port[port] = slot
 
     def map_page(self, gfn: int) -> Any:
-        """Map a page of the guest's RAM; returns a buffer of 4096 bytes, which the guest can change at any time."""
+        """Map a page of the guest's RAM; return a buffer of 4096 bytes, which the guest can change at any time."""
         error = ffi.new("int *")
         where = self._memory.call("map", self.domid, PROT_READ_WRITE, 1, ffi.new("xen_pfn_t[]", [gfn]), error)
         if error[0]:
@@ -125,19 +125,19 @@ class IoreqServer:
         return ffi.buffer(where, PAGE)
 
     def restrict(self) -> None:
-        """From now on, this process can do nothing to another domain or to the host with what is open of Xen."""
+        """Restrict all open Xen handles of this process to this domain, for good."""
         ffi.errno = 0
         if self._toolcore.xentoolcore_restrict_all(self.domid):
             raise _error("xentoolcore_restrict_all", ffi.errno, f"domain {self.domid}")
 
     def exists(self, server: int) -> bool:
-        """Whether the domain still has that server; a dying one has none."""
+        """Return True while the domain has that server; a dying domain has none."""
         nothing = ffi.NULL
         asked = ("get_ioreq_server_info", self.domid, server, nothing, nothing, nothing)
         return int(self._model.call(*asked, allowed=(errno.ENOENT, errno.ESRCH))) >= 0
 
     def serve(self, idle_seconds: float) -> None:
-        """Answer requests until the domain dies, which is looked for in each pause of that length."""
+        """Answer requests until the domain dies; check that it lives after every ``idle_seconds`` without a request."""
         for slot in self._slot_of_port.values():
             self._answer(slot, left_behind=True)
         descriptor = self._events.call("fd")
@@ -153,13 +153,13 @@ class IoreqServer:
     def _answer(self, slot: int, *, left_behind: bool = False) -> None:
         """Answer the slot's request, if it has one.
 
-        :param left_behind: also one that a process which died has begun.
+        :param left_behind: also answer a request that a process which died had begun.
         """
         request = self._read(slot)
         if request.state != READY and not (left_behind and request.state == IN_PROCESS):
             return
         self._set_state(slot, IN_PROCESS)
-        # All other kinds are asked of every server and want no more than an answer (INVALIDATE, with a mapcache).
+        # Requests of all other kinds go to every server and need only an answer (INVALIDATE matters to a mapcache).
         if request.kind == PORT_IO and not request.is_pointer:
             if request.is_read:
                 ffi.memmove(self._slots + slot * _SLOT.size + _DATA_OFFSET, bytes(8), 8)
@@ -178,7 +178,7 @@ class IoreqServer:
 
 
 class _Library:
-    """A Xen library with an open handle; its functions' names begin with the prefix."""
+    """A Xen library with an open handle; the prefix begins the names of its functions."""
 
     def __init__(self, prefix: str, soname: str) -> None:
         self._prefix = prefix
@@ -189,7 +189,7 @@ class _Library:
             raise _error(f"{prefix}_open", ffi.errno, soname)
 
     def call(self, name: str, *arguments: object, allowed: tuple[int, ...] = ()) -> Any:
-        """Call a function; its result is negative only for an errno that is allowed.
+        """Call a function and return its result, which is negative only for an errno in ``allowed``.
 
         :raises XenError: with the arguments, when it fails.
         """
@@ -206,7 +206,7 @@ def _load(soname: str) -> Any:
     try:
         return ffi.dlopen(soname)
     except OSError as error:
-        raise XenError(f"{error}", hint=f"install the package that has {soname}") from error
+        raise XenError(f"{error}", hint=f"install the package with {soname}") from error
 
 
 def _error(name: str, number: int, what: str) -> XenError:

@@ -1,8 +1,8 @@
-"""The running hypervisor, through its own libxenctrl: one thin method for each call that is used.
+"""The running hypervisor, through its own libxenctrl: one thin method for each call that the driver makes.
 
-libxenctrl's soname has the hypervisor's version in it, because domctls are not stable between releases: the library is
-chosen by the version that runs, not by the one that happens to be installed. The functions used here have had the same
-signatures since Xen 4.17 (xc_get_paging_mempool_size came with it).
+libxenctrl's soname contains the hypervisor's version, because domctls are not stable between releases. The library is
+chosen by the running version, not by the installed one. The functions used here have had the same signatures since
+Xen 4.17 (xc_get_paging_mempool_size came with it).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 
 from nvdimm_driver.errors import XenError
+from nvdimm_driver.sizes import human
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,41 +31,40 @@ DELETE_CACHEATTR = 0xFFFFFFFF
 HAP = 1 << 3
 """xen/include/public/sysctl.h: XEN_SYSCTL_PHYSCAP_hap."""
 MAX_E820_ENTRIES = 1024
-"""Xen has no more (E820MAX), and answers EINVAL to a buffer that is too small."""
+"""Xen's maximum (E820MAX); it answers EINVAL to a buffer that is too small."""
 PROT_READ, PROT_WRITE = 1, 2
 XENVER_COMMANDLINE, COMMAND_LINE_SIZE = 9, 1024
 """xen/include/public/version.h: XENVER_commandline, xen_commandline_t."""
 PHYSINFO_CAPABILITIES, PHYSINFO_WORDS = 7, 64
-"""Where struct xen_sysctl_physinfo has them, in words of 4 bytes, and room for more than all of it (public/sysctl.h).
-"""
+"""Index of the capabilities in struct xen_sysctl_physinfo (public/sysctl.h), and a size above its own; 4-byte words."""
 
 LIBRARY_FOLDERS = ("lib", "lib64", "lib/*-linux-gnu", "local/lib", "local/lib64")
 
 HINTS = {
     errno.EPERM: "only root in dom0 may do this, and only with frames that dom0 itself may access",
     errno.ESRCH: "the domain is gone",
-    errno.ENOMEM: "the hypervisor is out of memory; free_memory in `xl info` says what is left",
+    errno.ENOMEM: "the hypervisor is out of memory; free_memory in `xl info` shows what is left",
     errno.EBUSY: "the domain is at its memory limit",
 }
 
 
 class Xen:
-    """An open connection to the hypervisor. Frames are ints, 4 KiB each; addresses, lengths and sizes are bytes.
+    """An open connection to the hypervisor. Frames have 4 KiB; addresses, lengths and sizes are in bytes.
 
-    Every method makes one call and raises XenError, with the errno's name and the arguments, when that fails.
+    Every method makes one call. When that fails, it raises XenError with the errno's name and the arguments.
     """
 
     def __init__(self, root: str = "/") -> None:
-        """Open the hypervisor that runs; ``root`` is where ``sys``, ``dev`` and ``usr`` are.
+        """Connect to the running hypervisor; ``root`` is the folder with ``sys``, ``dev`` and ``usr``.
 
-        :raises XenError: without Xen, outside dom0, not as root, without that Xen version's libxenctrl.
+        :raises XenError: without Xen, outside dom0, when not root, or without that Xen version's libxenctrl.
         """
         self._version = running_version(root)
         self._soname = f"libxenctrl.so.{self._version}"
         if not os.path.exists(os.path.join(root, "dev/xen/privcmd")):
             raise XenError(
                 "this is not dom0: /dev/xen/privcmd is missing",
-                hint="run it in dom0; there, `modprobe xen-privcmd` makes the device",
+                hint="run it in dom0; there, `modprobe xen-privcmd` creates the device",
             )
         try:
             self._lib: Any = ffi.dlopen(self._soname)
@@ -78,7 +78,7 @@ class Xen:
         try:
             self._memory: Any = ffi.dlopen("libxenforeignmemory.so.1")
         except OSError as error:
-            raise XenError(f"{error}", hint="install the package that has libxenforeignmemory.so.1") from error
+            raise XenError(f"{error}", hint="install the package with libxenforeignmemory.so.1") from error
         ffi.errno = 0
         self._handle: Any = self._lib.xc_interface_open(ffi.NULL, ffi.NULL, 0)
         if not self._handle:
@@ -97,35 +97,35 @@ class Xen:
             self._lib.xc_interface_close(handle)
 
     def iomem_permission(self, domid: int, mfn: int, count: int, allow: bool) -> None:
-        """Allow the domain to have these machine frames mapped, or take that back."""
+        """Allow these machine frames to be mapped into the domain, or revoke that."""
         what = f"domain {domid}, mfn {mfn:#x}, {count} frames, {'grant' if allow else 'revoke'}"
         self._call("xc_domain_iomem_permission", what, domid, mfn, count, allow)
 
     def memory_mapping(self, domid: int, gfn: int, mfn: int, count: int, add: bool) -> None:
         """Map machine frames into the guest, or remove them.
 
-        When adding fails, libxc removes all of the range before it returns, and the errno left is that of the removal
-        (tools/libs/ctrl/xc_domain.c:xc_domain_memory_mapping). Removing goes on to the end of the range after an error.
+        When adding fails, libxc removes the whole range before it returns, and errno is that of the removal
+        (tools/libs/ctrl/xc_domain.c:xc_domain_memory_mapping). After an error, removing goes on to the range's end.
         """
         what = f"domain {domid}, gfn {gfn:#x}, mfn {mfn:#x}, {count} frames, {'add' if add else 'remove'}"
-        hint = "the hypervisor's own reason is in `xl dmesg`, at memory_map:fail; libxc does not keep its errno"
+        hint = "find the hypervisor's own reason in `xl dmesg` at memory_map:fail; libxc does not keep its errno"
         self._call("xc_domain_memory_mapping", what, domid, gfn, mfn, count, add, hint=hint if add else "")
 
     def paging_pool(self, domid: int) -> int:
-        """Return the bytes of the domain's pool of page-table pages, used ones included."""
+        """Return the size in bytes of the domain's pool of page-table pages, including used ones."""
         size = ffi.new("uint64_t *")
         self._call("xc_get_paging_mempool_size", f"domain {domid}", domid, size)
         return int(size[0])
 
     def set_paging_pool(self, domid: int, size: int) -> None:
-        """Set that pool's size, a multiple of 4 KiB."""
-        self._call("xc_set_paging_mempool_size", f"domain {domid}, {size} bytes", domid, size)
+        """Set the size in bytes of that pool, a multiple of 4 KiB."""
+        self._call("xc_set_paging_mempool_size", f"domain {domid}, {human(size)}", domid, size)
 
     def pin_memory_cacheattr(self, domid: int, gfn: int, count: int, memory_type: int) -> bool:
-        """Ask for a memory type for guest frames; return False when the hypervisor will not have it.
+        """Pin the memory type of guest frames; return False when the hypervisor refuses.
 
         Refusals (xen/arch/x86/hvm/mtrr.c:hvm_set_mem_pinned_cacheattr): a Xen without the call (ENOSYS, EOPNOTSUPP), a
-        range above the address width (EINVAL), more than 64 ranges (ENOSPC), nothing there to delete (ENOENT).
+        range above the address width (EINVAL), more than 64 ranges (ENOSPC), no pin to delete (ENOENT).
         """
         what = f"domain {domid}, gfn {gfn:#x}, {count} frames, memory type {memory_type}"
         refusals = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC, errno.ENOENT)
@@ -133,19 +133,19 @@ class Xen:
         return self._call("xc_domain_pin_memory_cacheattr", what, *arguments, refusals=refusals) >= 0
 
     def machine_memory_map(self) -> list[tuple[int, int, int]]:
-        """Return the host's e820 map: (address, size, type) of each entry, RAM being type 1."""
+        """Return the host's e820 map: (address, size, type) of each entry; RAM is type 1."""
         entries = ffi.new("struct e820entry[]", MAX_E820_ENTRIES)
         count = self._call("xc_get_machine_memory_map", f"{MAX_E820_ENTRIES} entries", entries, MAX_E820_ENTRIES)
         return [(entry.addr, entry.size, entry.type) for entry in entries[0:count]]
 
     def platform_capabilities(self) -> int:
-        """Return what the platform can do, :data:`HAP` and the like."""
+        """Return the platform's capability bits, such as :data:`HAP`."""
         info = ffi.new("uint32_t[]", PHYSINFO_WORDS)
         self._call("xc_physinfo", "the platform", ffi.cast("xc_physinfo_t *", info))
         return int(info[PHYSINFO_CAPABILITIES])
 
     def command_line(self) -> str:
-        """Return what the hypervisor was booted with."""
+        """Return the command line that the hypervisor was booted with."""
         text = ffi.new("char[]", COMMAND_LINE_SIZE)
         self._call("xc_version", "command line", XENVER_COMMANDLINE, text)
         return bytes(ffi.string(text, COMMAND_LINE_SIZE)).decode(errors="replace")
@@ -153,8 +153,8 @@ class Xen:
     def maximum_gfn(self, domid: int) -> int | None:
         """Return the highest guest frame that the domain has; None when the hypervisor does not know the domain.
 
-        XENMEM_maximum_gpfn finds a domain by its id whether it is dying or not (xen/common/memory.c), zombies included,
-        and its interface does not change with Xen's version as that of xc_domain_getinfolist does.
+        XENMEM_maximum_gpfn finds any domain by its id, dying ones and zombies included (xen/common/memory.c). Unlike
+        xc_domain_getinfolist, its interface does not change with Xen's version.
         """
         gfn = ffi.new("xen_pfn_t *")
         rc = self._call("xc_domain_maximum_gpfn", f"domain {domid}", domid, gfn, refusals=(errno.ESRCH,))
@@ -193,7 +193,7 @@ class Xen:
         where = self._memory.xenforeignmemory_map(foreign, domid, protection, pages, gfns, errors)
         if not where:
             raise self._error("xenforeignmemory_map", ffi.errno, what)
-        # Some pages can be missing in a mapping that succeeded: touching them would be a SIGBUS.
+        # A successful mapping can lack some pages; touching one would raise SIGBUS.
         failed = [(first + index, -error) for index, error in enumerate(errors) if error]
         if failed:
             self._unmap_foreign(where, pages)
@@ -207,18 +207,18 @@ class Xen:
             raise self._error("xenforeignmemory_unmap", ffi.errno, f"{pages} pages")
 
     def _call(self, name: str, what: str, *arguments: object, hint: str = "", refusals: tuple[int, ...] = ()) -> int:
-        """Call libxenctrl; the answer is negative only for an errno that is in ``refusals``."""
+        """Call libxenctrl and return its result, which is negative only for an errno in ``refusals``."""
         ffi.errno = 0
         rc: int = getattr(self._lib, name)(self._handle, *arguments)
         if rc >= 0:
             return rc
-        number = ffi.errno or -rc  # libxc returns -EINVAL, and no errno, for a domain that it does not find
+        number = ffi.errno or -rc  # for a domain that it does not find, libxc returns -EINVAL and sets no errno
         if number in refusals:
             return rc
         if number == errno.EACCES:
             raise XenError(
-                f"{name}: EACCES: {what}: {self._soname} is not the library of the Xen {self._version} that is running",
-                hint="install both from the same build and reboot; where XSM is on, its policy can be the reason too",
+                f"{name}: EACCES: {what}: {self._soname} does not match the Xen {self._version} that is running",
+                hint="install both from the same build and reboot; with XSM, its policy can be the reason, too",
             )
         raise self._error(name, number, what, hint=hint)
 
@@ -230,16 +230,16 @@ class Xen:
 def running_version(root: str = "/") -> str:
     """Return MAJOR.MINOR of the running hypervisor.
 
-    :raises XenError: when there is none, or one older than 4.17.
+    :raises XenError: when there is none, or it is older than 4.17.
     """
     folder = os.path.join(root, "sys/hypervisor")
     try:
         kind = _read(folder, "type")
     except FileNotFoundError:
-        kind = "none"
+        kind = "missing"
     if kind != "xen":
         raise XenError(
-            f"not running on Xen: {folder}/type says {kind}", hint="boot this machine into Xen and run it in dom0"
+            f"not running on Xen: {folder}/type is {kind}", hint="boot this machine into Xen and run it in dom0"
         )
     major, minor = _read(folder, "version/major"), _read(folder, "version/minor")
     if (int(major), int(minor)) < OLDEST:
@@ -248,8 +248,8 @@ def running_version(root: str = "/") -> str:
 
 
 def installed_versions(root: str = "/") -> list[str]:
-    """Return the versions, sorted, of which the host has a libxenctrl in one of the usual folders."""
-    import glob  # here, because only an error needs it and it is slow to load
+    """Return the sorted Xen versions of the libxenctrl libraries in the host's usual folders."""
+    import glob  # here because only errors need it and it loads slowly
 
     prefix = "libxenctrl.so."
     names = [

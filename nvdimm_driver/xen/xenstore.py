@@ -1,4 +1,4 @@
-"""xenstore, through libxenstore."""
+"""Access to xenstore through libxenstore."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_TRANSACTION = 0
 
 
 class Xenstore:
-    """An open connection to xenstore, without transactions: used on paths that nobody else writes meanwhile."""
+    """An open connection to xenstore, without transactions: nobody else writes the same paths meanwhile."""
 
     def __init__(self) -> None:
         """Connect.
@@ -30,12 +30,12 @@ class Xenstore:
         try:
             self._lib: Any = ffi.dlopen("libxenstore.so.4")
         except OSError as error:
-            raise XenError(f"{error}", hint="install the package that has libxenstore.so.4") from error
+            raise XenError(f"{error}", hint="install the package with libxenstore.so.4") from error
         self._libc: Any = ffi.dlopen(None)
         ffi.errno = 0
         self._handle: Any = self._lib.xs_open(0)
         if not self._handle:
-            raise _error("xs_open", "/run/xenstored/socket", hint="xenstored has to run, and this needs root")
+            raise _error("xs_open", "/run/xenstored/socket", hint="start xenstored, and run this as root")
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +66,7 @@ class Xenstore:
             self._libc.free(value)
 
     def write(self, path: str, value: str) -> None:
-        """Set the value at the path, making its parents.
+        """Set the value at the path; create missing parents.
 
         :raises XenError: when it cannot be written.
         """

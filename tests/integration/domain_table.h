@@ -50,7 +50,7 @@ static inline struct domain_table *domain_table(void)
     return table;
 }
 
-/* domid 0 finds a free place */
+/* Domid 0 finds a free entry. */
 static inline struct domain *find_domain(uint32_t domid)
 {
     struct domain_table *table = domain_table();

@@ -1,15 +1,15 @@
 /*
- * Stands in for those functions of libxenlight that need Xen. Preloaded into libvirtd, whose libxl driver then finds a
- * Xen 4.17 host; what libxenlight does without Xen (its types, bitmaps, JSON) stays the real one's.
+ * Stands in for the functions of libxenlight that need Xen. Preloaded into libvirtd, it makes libvirtd's libxl driver
+ * find a Xen 4.17 host. The functions that need no Xen (types, bitmaps, JSON) stay the real library's.
  *
- * What it assumes about the real one is listed in doc/without_xen.rst.
+ * doc/without_xen.rst lists its assumptions about the real library.
  *
  * Files in FOLDER (domain_table.h):
- *   events              FIFO; a line for each thing that happens
+ *   events              FIFO; a line for each event
  *   commands            FIFO; "WHAT DOMID": a guest powers off, reboots, …; see obey()
- *   device-model-DOMID  FIFO; whatever a device model writes there says that it runs
- *   qemu-dm-NAME.log    what it writes to stdout and stderr
- *   userdata-DOMID-KEY  what the toolstack keeps for a domain
+ *   device-model-DOMID  FIFO; anything that a device model writes there means that it runs
+ *   qemu-dm-NAME.log    its stdout and stderr
+ *   userdata-DOMID-KEY  data that the toolstack keeps for a domain
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -36,8 +36,8 @@ static const libxl_event_hooks *hooks;
 static void *hooks_user;
 
 /*
- * libvirtd's children are to have the stand-ins for libxenctrl and libxenstore instead of this one. libvirtd itself is
- * not: its libxenlight is linked to the real ones. ld.so has read both variables before this runs.
+ * Give libvirtd's children the stand-ins for libxenctrl and libxenstore instead of this one. libvirtd itself must not
+ * have them: its libxenlight is linked to the real ones. ld.so has read both variables before this runs.
  */
 __attribute__((constructor)) static void set_environment_of_children(void)
 {
@@ -66,7 +66,7 @@ __attribute__((format(printf, 1, 2))) static void event(const char *format, ...)
 
 int libxl_ctx_alloc(libxl_ctx **ctx, int version, unsigned flags, xentoollog_logger *logger)
 {
-    /* The real functions that are left use no more of it than that it is there. */
+    /* The remaining real functions only need it to exist. */
     *ctx = calloc(1, 1 << 16);
     return *ctx && domain_table() ? 0 : ERROR_FAIL;
 }
@@ -87,7 +87,7 @@ const libxl_version_info *libxl_get_version_info(libxl_ctx *ctx)
     info.xen_version_extra = "";
     info.pagesize = 4096;
     info.commandline = "";
-    /* libvirt takes it apart with strtok_r, each time it asks (libxl_capabilities.c:libxlCapsInitGuests) */
+    /* libvirt splits it with strtok_r at each call (libxl_capabilities.c:libxlCapsInitGuests) */
     info.capabilities = strdup(capabilities);
     return &info;
 }
@@ -170,7 +170,7 @@ static void raise_event(libxl_event_type type, const struct domain *domain)
 
 static void remove_domain(struct domain *domain);
 
-/* What happens in a guest, or what somebody else than libvirt does to it. */
+/* Carry out an event in a guest, or an action on it that does not come from libvirt. */
 static void obey(const char *what, uint32_t domid)
 {
     static const struct {
@@ -253,8 +253,8 @@ static void add_arguments(char **argv, size_t *argc, libxl_string_list extra, si
 }
 
 /*
- * Wait until the device model writes to its FIFO, as libxl does until QEMU writes "running" to xenstore, and for as
- * long (libxl_internal.h: LIBXL_DEVICE_MODEL_START_TIMEOUT). One that ends before, with whatever status, has failed
+ * Wait until the device model writes to its FIFO, as libxl waits until QEMU writes "running" to xenstore, with the same
+ * timeout (libxl_internal.h: LIBXL_DEVICE_MODEL_START_TIMEOUT). One that ends earlier, with any status, has failed
  * (libxl_exec.c:spawn_middle_death).
  */
 static int wait_for_device_model(uint32_t domid, pid_t pid, int running)
@@ -292,7 +292,7 @@ static pid_t spawn(char **argv, const char *name)
     posix_spawn_file_actions_addopen(&files, 1, log, O_WRONLY | O_CREAT | O_APPEND, 0644);
     posix_spawn_file_actions_adddup2(&files, 1, 2);
     posix_spawn_file_actions_addclosefrom_np(&files, 3);
-    /* libvirtd's threads have signals blocked and handled (libxl_exec.c:libxl__exec resets both, too) */
+    /* libvirtd's threads block and handle signals (libxl_exec.c:libxl__exec resets both, too) */
     sigemptyset(&none);
     sigfillset(&all);
     posix_spawnattr_init(&attributes);
@@ -306,7 +306,7 @@ static pid_t spawn(char **argv, const char *name)
     return pid;
 }
 
-/* Run the emulator with libxl's arguments, as far as a device model in front of QEMU looks at them (libxl_dm.c). */
+/* Run the emulator with those of libxl's arguments that a device model in front of QEMU reads (libxl_dm.c). */
 static int run_device_model(struct domain *domain, const libxl_domain_config *config, bool restored)
 {
     const libxl_domain_build_info *info = &config->b_info;
@@ -343,7 +343,7 @@ static void end_device_model(struct domain *domain)
     if (!domain->device_model)
         return;
     kill(domain->device_model, SIGHUP); /* libxl_dm.c:kill_device_model */
-    waitpid(domain->device_model, NULL, 0); /* ECHILD for one of an earlier libvirtd */
+    waitpid(domain->device_model, NULL, 0); /* ECHILD for a child of an earlier libvirtd */
     domain->device_model = 0;
 }
 
@@ -376,7 +376,7 @@ int libxl_userdata_retrieve(libxl_ctx *ctx, uint32_t domid, const char *key, uin
     *length = 0;
     userdata_path(path, domid, key);
     file = fopen(path, "re");
-    if (!file) /* no such userdata is no error (libxl_dom.c:libxl__userdata_retrieve) */
+    if (!file) /* missing userdata is no error (libxl_dom.c:libxl__userdata_retrieve) */
         return find_domain(domid) ? 0 : ERROR_DOMAIN_NOTFOUND;
     *data = calloc(1, size);
     *length = fread(*data, 1, size - 1, file);
@@ -411,7 +411,7 @@ static bool name_is_used(const char *name)
     return false;
 }
 
-/* Two domains cannot have one name (libxl_create.c:libxl__domain_make, libxl.c:libxl__domain_rename). */
+/* Two domains cannot have the same name (libxl_create.c:libxl__domain_make, libxl.c:libxl__domain_rename). */
 static struct domain *add_domain(const libxl_domain_config *config)
 {
     struct domain *domain;
@@ -431,8 +431,8 @@ static struct domain *add_domain(const libxl_domain_config *config)
 }
 
 /*
- * The order is libxl's: the domain is there, with its uuid in xenstore, its memory built, and paused; then its device
- * model is run; when that fails, the domain is destroyed and the device model's error returned
+ * The order is libxl's: first the domain exists, paused, with its uuid in xenstore and its memory built. Then its
+ * device model is run. When that fails, the domain is destroyed and the device model's error is returned
  * (tools/libs/light/libxl_create.c: domcreate_devmodel_started, domcreate_complete).
  */
 static int create(libxl_ctx *ctx, libxl_domain_config *config, uint32_t *domid, bool restored)
@@ -482,7 +482,7 @@ int libxl_domain_suspend(libxl_ctx *ctx, uint32_t domid, int fd, int flags, cons
     event("save %u", domid);
     if (!domain || write(fd, STATE, sizeof(STATE)) != sizeof(STATE))
         return ERROR_FAIL;
-    /* The guest has shut down with this reason, which libxl reports like any other; libvirt ignores it. */
+    /* The guest has shut down for this reason, which libxl reports like any other; libvirt ignores it. */
     domain->shutdown_reason = LIBXL_SHUTDOWN_REASON_SUSPEND;
     raise_event(LIBXL_EVENT_TYPE_DOMAIN_SHUTDOWN, domain);
     return 0;
@@ -500,7 +500,7 @@ int libxl_retrieve_domain_configuration(libxl_ctx *ctx, uint32_t domid, libxl_do
     return rc;
 }
 
-/* The domain stays, with its domid; its device model is ended and run again (libxl_create.c:do_domain_soft_reset). */
+/* The domain keeps its domid; its device model is ended and run again (libxl_create.c:do_domain_soft_reset). */
 int libxl_domain_soft_reset(libxl_ctx *ctx, libxl_domain_config *config, uint32_t domid, const libxl_asyncop_how *how,
                             const libxl_asyncprogress_how *console)
 {
@@ -547,7 +547,7 @@ int libxl_domain_unpause(libxl_ctx *ctx, uint32_t domid, const libxl_asyncop_how
     return set_paused("unpause", domid, 0);
 }
 
-/* The guest does as it is told, at once. */
+/* The guest obeys at once. */
 static int ask_guest(const char *what, uint32_t domid)
 {
     event("ask %u to %s", domid, what);

@@ -76,7 +76,7 @@ def test_a_declaration_with_one_wrong_type_would_be_seen(function: str) -> None:
 
 
 def test_the_generated_module_is_one_that_cffi_1_15_loads(tmp_path: Path) -> None:
-    """Debian 12's backend checks this number, whichever cffi has made the module."""
+    """Debian 12's backend checks this number, whichever cffi generated the module."""
     declared.emit_python_code(str(tmp_path / "_xen.py"))
     assert "_version = 0x2601," in (tmp_path / "_xen.py").read_text()
 
@@ -102,7 +102,7 @@ def test_every_function_is_in_its_library() -> None:
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root folder of a Xen 4.17 host; its ``lib`` has libraries that write down how they are called."""
+    """Return a root folder of a Xen 4.17 host; its ``lib`` has libraries that print their calls."""
     root = tmp_path_factory.mktemp("root")
     for path, text in (("type", "xen"), ("version/major", "4"), ("version/minor", "17")):
         (root / "sys/hypervisor" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, statement: str, **fail: str | int) -> list[str]:
-    """Run a statement with a Xen ``x`` and a Xenstore ``s``; return what the libraries and then the statement said."""
+    """Run a statement with a Xen ``x`` and a Xenstore ``s``; return the output of the libraries and the statement."""
     code = (
         "import sys\n"
         "from nvdimm_driver.errors import XenError\n"
@@ -189,14 +189,14 @@ def test_guest_memory_is_mapped_by_page_and_unmapped(stand_ins: Path) -> None:
         ),
         ("x.memory_mapping(7, 1, 2, 3, True)", "xc_domain_memory_mapping", "EINVAL", "gfn 0x1, mfn 0x2, 3 frames, add"),
         ("x.memory_mapping(7, 1, 2, 3, True)", "xc_domain_memory_mapping", "EINVAL", "xl dmesg"),
-        ("x.set_paging_pool(7, 4096)", "xc_set_paging_mempool_size", "ENOMEM", "4096 bytes"),
+        ("x.set_paging_pool(7, 4096)", "xc_set_paging_mempool_size", "ENOMEM", "domain 7, 4 KiB"),
         ("x.populate_physmap_exact(7, 9, 2)", "xc_domain_populate_physmap_exact", "EBUSY", "gfn 0x9, 2 frames"),
         ("x.maximum_gfn(7)", "xc_domain_maximum_gpfn", "EPERM", "domain 7"),
         ("x.pin_memory_cacheattr(7, 1, 1, 6)", "xc_domain_pin_memory_cacheattr", "ENOMEM", "gfn 0x1"),
         ("x.read_memory(7, 4096, 1)", "xenforeignmemory_map", "ENOENT", "domain 7, gfn 0x1, 1 pages"),
         ("x.machine_memory_map()", "xc_get_machine_memory_map", "EINVAL", "1024 entries"),
         ("None", "xc_interface_open", "EACCES", "only root"),
-        ("None", "xs_open", "ECONNREFUSED", "xenstored has to run"),
+        ("None", "xs_open", "ECONNREFUSED", "start xenstored"),
         ("s.read('/a')", "xs_read", "EACCES", "/a"),
         ("s.write('/a', 'b')", "xs_write", "EACCES", "/a"),
     ],
@@ -212,7 +212,7 @@ def test_a_call_that_fails_says_which_why_and_with_what(
 
 
 def test_a_domain_that_libxc_does_not_find_has_an_errno_all_the_same(stand_ins: Path) -> None:
-    """It returns -EINVAL then and leaves errno alone."""
+    """Then libxc returns -EINVAL and leaves errno alone."""
     statement = "x.memory_mapping(7, 1, 2, 3, False)"
     said = run(stand_ins, statement, FAIL="xc_domain_memory_mapping", ERRNO=0)
     assert said[-1].startswith("! xc_domain_memory_mapping: EINVAL ("), said
@@ -222,7 +222,7 @@ def test_a_domain_that_libxc_does_not_find_has_an_errno_all_the_same(stand_ins: 
 def test_eaccess_is_a_library_that_does_not_fit_the_hypervisor(stand_ins: Path, statement: str) -> None:
     function = {"x.i": "xc_domain_iomem_permission", "x.p": "xc_get_paging_mempool_size"}[statement[:3]]
     said = run(stand_ins, statement, FAIL=function, ERRNO=errno.EACCES)
-    assert any("libxenctrl.so.4.17 is not the library of the Xen 4.17 that is running" in line for line in said)
+    assert any("libxenctrl.so.4.17 does not match the Xen 4.17 that is running" in line for line in said)
 
 
 @pytest.mark.parametrize("error", ["ENOSYS", "EOPNOTSUPP", "EINVAL", "ENOSPC", "ENOENT"])
@@ -252,7 +252,7 @@ def test_a_mapping_with_a_page_missing_is_an_error_and_unmapped(stand_ins: Path)
 
 
 def serve(root: Path, tmp_path: Path, slots: Sequence[bytes], **fail: str | int) -> list[str]:
-    """Serve these requests as an ioreq server of domain 7; return what the libraries and the server said."""
+    """Serve these requests as an ioreq server of domain 7; return the output of the libraries and the server."""
     (tmp_path / "slots").write_bytes(b"".join(slots))
     (tmp_path / "slots.page").write_bytes(bytes(4096))
     code = (
@@ -274,7 +274,7 @@ def serve(root: Path, tmp_path: Path, slots: Sequence[bytes], **fail: str | int)
 
 
 def slot(address: int, data: int, size: int = 4, state: int = 1, kind: int = 0, bits: int = 0) -> bytes:
-    """A request as Xen writes it (xen/include/public/hvm/ioreq.h)."""
+    """Return a request as Xen writes it (xen/include/public/hvm/ioreq.h)."""
     return struct.pack("<QQIIIHBB", address, data, 1, size, 6, 0, state | bits, kind)
 
 
@@ -341,7 +341,7 @@ def test_each_kind_of_request_gets_its_answer(
 
 
 def test_no_request_ends_it(stand_ins: Path, tmp_path: Path) -> None:
-    """Each slot that is ready gets an answer, whatever else is in it."""
+    """Each slot that is ready gets an answer, whatever else it contains."""
     random = Random(1)
     slots = [random.randbytes(32) for _ in range(5000)]
     ready = sum(each[30] & 0xF == 1 for each in slots)

@@ -1,9 +1,9 @@
 /*
- * Stands in for Xen's libraries where there is no Xen: each function prints how it was called. It includes their
- * headers, so it can only be built with the real prototypes.
+ * Stands in for Xen's libraries where there is no Xen: each function prints its call. It includes their headers, so it
+ * can only be built with the real prototypes.
  *
- * FAIL=function ERRNO=number: that function fails. MISSING=n: page n of a foreign mapping is not there. SLOTS=file: the
- * requests of an ioreq server, each of which is in slot 1 when xenevtchn_pending returns; it fails after the last.
+ * FAIL=function ERRNO=number: that function fails. MISSING=n: page n of a foreign mapping is missing. SLOTS=file: the
+ * requests for an ioreq server; each xenevtchn_pending puts the next one into slot 1, and fails after the last.
  */
 #define XC_WANT_COMPAT_DEVICEMODEL_API 1
 #include <errno.h>
@@ -60,7 +60,7 @@ int xc_domain_memory_mapping(xc_interface *xch, uint32_t domid, unsigned long gf
 {
     int rc = CALLED("%u, %#lx, %#lx, %lu, %u", domid, gfn, mfn, count, add);
 
-    /* tools/libs/ctrl/xc_domain.c: this, and no errno, when the domain is not found */
+    /* tools/libs/ctrl/xc_domain.c: when the domain is not found, it returns this and sets no errno */
     return rc && !errno ? -EINVAL : rc;
 }
 
@@ -99,7 +99,7 @@ int xc_version(xc_interface *xch, int what, void *answer)
     return CALLED("%d", what);
 }
 
-/* Weak: xen_with_domains.c has one that knows the domains. */
+/* Weak: xen_with_domains.c has a version that knows the domains. */
 __attribute__((weak)) int xc_domain_maximum_gpfn(xc_interface *xch, uint32_t domid, xen_pfn_t *gfn)
 {
     *gfn = 0xfefff;
@@ -158,7 +158,7 @@ __attribute__((weak)) void *xs_read(struct xs_handle *handle, xs_transaction_t t
         free(value);
         return NULL;
     }
-    /* the value's end is where the length says, not at a NUL */
+    /* the length, not a NUL, ends the value */
     *length = snprintf(value, 100, "value of %s", path);
     value[*length] = '!';
     return value;
@@ -170,7 +170,7 @@ bool xs_write(struct xs_handle *handle, xs_transaction_t transaction, const char
     return !CALLED("%u, %s, %.*s, %u", transaction, path, (int)length, (const char *)data, length);
 }
 
-/* In a file, as each library has its own copy of this one's variables. */
+/* In a file, because each library has its own copy of the variables here. */
 static ioreq_t *shared(void)
 {
     static ioreq_t *page;

@@ -1,5 +1,5 @@
 /*
- * With xen_stand_in.c: the domains that libxl_stand_in.c keeps, as libxenctrl and libxenstore show them.
+ * Built together with xen_stand_in.c: shows the domains of libxl_stand_in.c through libxenctrl and libxenstore.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -9,7 +9,7 @@
 #include "domain_table.h"
 
 /*
- * FOLDER/fail, "FUNCTION ERRNO", is what xen_stand_in.c takes from the environment: libvirt passes none of that on.
+ * FOLDER/fail, "FUNCTION ERRNO", sets the variables that xen_stand_in.c reads: libvirt does not pass them on.
  */
 __attribute__((constructor)) static void read_failure(void)
 {
@@ -33,7 +33,7 @@ int xc_domain_maximum_gpfn(xc_interface *xch, uint32_t domid, xen_pfn_t *gfn)
     return -1;
 }
 
-/* Only /local/domain/N/vm is there, which libxl writes when it makes the domain (libxl_create.c:libxl__domain_make). */
+/* Only /local/domain/N/vm exists, which libxl writes when it makes the domain (libxl_create.c:libxl__domain_make). */
 void *xs_read(struct xs_handle *handle, xs_transaction_t transaction, const char *path, unsigned *length)
 {
     unsigned domid, end = 0;

@@ -75,7 +75,7 @@ def test_a_refusal_in_the_middle_is_taken_back(driver_host: XenHost, mappings: l
         driver_host.write("/root/map.py", MAP_AND_FAIL.encode())
         said = driver_host.check(f"{PYTHON} /root/map.py {domid} '{triples}'").stdout
         assert "0x20000000000" in said
-        assert "taking back" not in said
+        assert "rolling back" not in said
         assert io_memory(driver_host, domid) == before
     finally:
         driver_host.check("xl destroy refused")

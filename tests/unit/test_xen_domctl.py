@@ -33,7 +33,7 @@ TABLES = 0xFD001000
 
 
 class FakeXen(Xen):
-    """Keeps what a domain was granted and has mapped, as Xen does, and fails at the calls of given numbers."""
+    """Keeps a domain's permissions and mappings as Xen does, and fails at the calls with the given numbers."""
 
     def __init__(self, *fail_at: int, refuse_pins: bool = False) -> None:
         self.fail_at = fail_at
@@ -134,7 +134,7 @@ LARGE = SMALL | st.sampled_from([64 * 512, 70 * 512 + 3])
 
 @st.composite
 def plans(draw: st.DrawFn, counts: st.SearchStrategy[int] = LARGE) -> list[Frames]:
-    """Mappings of a guest: apart or right behind each other, superpages possible or not."""
+    """Draw the mappings of a guest: adjacent or apart, with or without possible superpages."""
     mappings: list[Frames] = []
     gfn = mfn = 0x140000
     for _ in range(draw(st.integers(1, 4))):
@@ -185,10 +185,10 @@ def test_unmap_undoes_map(mappings: list[Frames]) -> None:
 
 
 def test_a_failure_to_take_back_is_told_with_the_first_one_and_the_rest_goes_on() -> None:
-    xen = FakeXen(5, 6)  # pool, grant, map, grant, map, and the pin fails; then the removal of the second mapping
+    xen = FakeXen(5, 6)  # after pool, grant, map, grant, map, the pin fails; then the removal of the second mapping
     with pytest.raises(XenError) as caught:
         mapper(xen).map(DOMID, [(0x140000, 0x200000, 8), (0x150000, 0x210000, 8)])
-    assert "call 5" in caught.value.message
+    assert "call 5; then rolling back failed: " in caught.value.message
     assert "call 6" in caught.value.message
     assert f"domain {DOMID}" in caught.value.hint
     assert xen.mapped == [(0x150000, 0x210000, 8)]
@@ -310,10 +310,10 @@ def test_63_pages_of_tables_fit_and_no_byte_more() -> None:
     xen, limit = FakeXen(), 63 * PAGE
     mapper(xen).deliver(DOMID, table(size=limit))
     assert set(xen.memory) == set(range(0xFD001, 0xFD040))
-    with pytest.raises(LayoutError, match=f"{limit + 1} bytes .* {limit} "):
+    with pytest.raises(LayoutError, match=r"252\.00 KiB .* 252 KiB \(63 pages\) fit"):
         mapper(FakeXen()).deliver(DOMID, table(size=limit + 1))
     users = {f"{KEYS}/address": "0x100000", f"{KEYS}/length": hex(limit + 1)}
-    with pytest.raises(LayoutError, match=f"{limit + 1} bytes"):
+    with pytest.raises(LayoutError, match=r"252\.00 KiB .* 252 KiB \(63 pages\) fit"):
         mapper(FakeXen(), users).deliver(DOMID, table())
 
 
@@ -382,7 +382,7 @@ def test_the_dry_run_has_the_errors_of_the_real_one() -> None:
 
 
 def test_the_mapper_imports_nothing_slow() -> None:
-    """Without site, whose .pth files import what they like."""
+    """Run without site, whose .pth files can import anything."""
     code = "import sys, nvdimm_driver.xen.domctl; print(*sys.modules)"
     path = f"{Path(domctl.__file__).parents[2]}{os.pathsep}{Path(_cffi_backend.__file__ or '').parent}"
     run = subprocess.run(
@@ -397,7 +397,7 @@ def test_the_mapper_imports_nothing_slow() -> None:
 @settings(deadline=None)
 @given(plans(), st.lists(st.tuples(st.integers(0, 1 << 22), st.integers(1, 600)), max_size=4))
 def test_what_must_not_be_cached_is_never_pinned(mappings: list[Frames], uncached: list[tuple[int, int]]) -> None:
-    """And all else is, as without."""
+    """All other frames are pinned as if none were uncached."""
 
     def frames_of(runs: list[tuple[int, int]]) -> set[int]:
         return {frame for gfn, count in runs for frame in range(gfn, gfn + count)}
