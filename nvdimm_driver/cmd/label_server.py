@@ -1,8 +1,8 @@
 """``python -m nvdimm_driver.cmd.label_server DOMID UUID``: serves the labels of a guest until its domain dies.
 
-The device model runs it before the guest does. Two processes stay: one that serves, without privileges and with no way
-to any domain but its own, and one that does nothing but start another when that one dies. The guest's request waits in
-Xen meanwhile.
+The device model starts it before the guest runs. Two processes remain. The server has no privileges and no access to
+any domain but its own. The supervisor only starts another server when one dies; meanwhile the guest's request waits in
+Xen.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ SERVING = b"serving"
 IDLE_SECONDS = 0.5
 LOCK_SECONDS = 10.0
 LASTING_SECONDS = 60.0
-"""A server that ran for so long and died is followed by one like it."""
+"""When a server dies after this many seconds, the count of early deaths restarts at 1."""
 REFUSE_AFTER = 3
-"""So many that died early, and the next one answers each request with an error, and needs neither QEMU nor backing."""
+"""After this many early deaths, servers answer each request with an error; that needs neither QEMU nor backing."""
 GIVE_UP_AFTER = 10
 PR_SET_NO_NEW_PRIVS = 38
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start in the background; 0 when requests are answered, else the reason is on stderr."""
+    """Start in the background. Return 0 when requests are answered; else print the reason to stderr and return 1."""
     _, domid, uuid = sys.argv if argv is None else argv
     ours, theirs = os.pipe()
     if os.fork():
@@ -84,11 +84,11 @@ def supervise(
     pipe: int,
     tell: Callable[[str, Mapping[str, Value]], None],
 ) -> None:
-    """Have a child serve, and another when it dies, until one ends because the domain has.
+    """Run servers as child processes, one after the other, until one ends because its domain is gone.
 
-    :param serve: is told whether to refuse all requests, and what to call when it is ready.
-    :param pipe: where the first one says that it serves, or why it does not; then there is no second one.
-    :param tell: is told of each event, with its detail.
+    :param serve: called in the child with a flag, True to refuse all requests, and a function to call when it is ready.
+    :param pipe: gets :data:`SERVING` from the first server, or why it failed; no other server follows a failure.
+    :param tell: called with the kind and the detail of each event.
     """
     early = 0
     while early < GIVE_UP_AFTER:
@@ -104,11 +104,11 @@ def supervise(
         early = 1 if time.monotonic() - began > LASTING_SECONDS else early + 1
         tell("label-server-gone", {"server_pid": child, "status": os.waitstatus_to_exitcode(status)})
         time.sleep(min(0.1 * 2**early, 5))
-    LOG.error("gave up: label requests of this guest get no answer, and their vCPU waits for ever; destroy the domain")
+    LOG.error("gave up: this guest's label requests get no answer and block its vCPUs for ever; destroy the domain")
 
 
 def _fork(serve: Callable[[Callable[[], None]], None]) -> tuple[int, bytes]:
-    """Start a child; returns its pid when it serves or has failed, and what it says of that."""
+    """Start a child and wait until it serves or has failed; return its pid and its report."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child:
@@ -117,17 +117,17 @@ def _fork(serve: Callable[[Callable[[], None]], None]) -> tuple[int, bytes]:
             return child, report.read(1 << 16)
     os.close(ours)
     try:
-        serve(lambda: _say(theirs, SERVING))
+        serve(lambda: _report(theirs, SERVING))
     except Exception as error:
         LOG.error("%s", error, exc_info=not isinstance(error, NvdimmError | OSError))
-        _say(theirs, str(error).encode())
+        _report(theirs, str(error).encode())
         os._exit(1)
     os._exit(0)
 
 
-def _say(pipe: int, word: bytes) -> None:
-    with suppress(BrokenPipeError):  # only the first word is read
-        os.write(pipe, word)
+def _report(pipe: int, text: bytes) -> None:
+    with suppress(BrokenPipeError):  # only the first report is read
+        os.write(pipe, text)
 
 
 def serve(
@@ -140,15 +140,15 @@ def serve(
 ) -> None:
     """Answer the guest's requests until its domain dies.
 
-    :param record: of the domain, as it was started.
-    :param refuse: answer each with an error.
-    :param ready: called when the first request could come.
+    :param record: the domain as it was started.
+    :param refuse: answer each request with an error.
+    :param ready: called as soon as requests can arrive.
     """
     page: Any = None
     labels: QemuLabels | None = None
 
     def on_write(port: int, size: int, value: int) -> None:
-        """Only what QEMU's SSDT does: the address of the page, whole, to the first port. The page is copied first."""
+        """Serve only what QEMU's SSDT does: it writes the whole page address to the first port. Copy the page first."""
         if (port, size, value) == (PORT, PORT_SIZE, DSM_GFN * PAGE):
             page[:] = reply = labels.answer(page[:]) if labels else failure()
             counter.add(failed=reply == failure())
@@ -168,7 +168,7 @@ def serve(
         labels = QemuLabels(_layout(record), open_areas(record, backings), options.acpi.qemu)
         labels.start()
     xen.take_over(server, PORT, PORT + PORT_SIZE - 1)
-    LOG.debug("label requests of domid %d come to ioreq server %d", domid, server)
+    LOG.debug("ioreq server %d gets the label requests of domid %d", server, domid)
     xen.restrict()
     confine(USER)
     ready()
@@ -188,7 +188,7 @@ def open_areas(record: Record, backings: Sequence[Backing]) -> dict[int, ByteRan
 
 
 def confine(user: str) -> None:
-    """Become that user, with no capability and no way to any."""
+    """Become that user, without capabilities and without a way to gain any."""
     entry = pwd.getpwnam(user)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
@@ -202,14 +202,14 @@ def confine(user: str) -> None:
 
 
 def _take_lock(servers: LabelServers, uuid: str) -> None:
-    """Be the one label server of the domain; that of its last start may be about to end.
+    """Take the lock of the domain's label server; wait for the server of its last start, which may be about to end.
 
-    :raises ConfigError: when there is another.
+    :raises ConfigError: when a server still holds it after ``LOCK_SECONDS``.
     """
     deadline = time.monotonic() + LOCK_SECONDS
     while servers.lock(uuid) is None:
         if time.monotonic() > deadline:
-            raise ConfigError(f"domain {uuid} has a label server already", hint="see who: pgrep -af label_server")
+            raise ConfigError(f"domain {uuid} has a label server already", hint="find it with: pgrep -af label_server")
         time.sleep(0.05)
 
 
@@ -218,20 +218,20 @@ def _ledger_file(options: cfg.ConfigOpts) -> str:
 
 
 def _record(options: cfg.ConfigOpts, uuid: str) -> Record:
-    """The domain as it was started.
+    """Return the domain as it was started.
 
-    :raises LedgerError: when it was defined anew since: its label areas may be elsewhere now.
+    :raises LedgerError: when it was redefined since: its label areas may be elsewhere now.
     """
     ledger = Ledger(_ledger_file(options))
     record = ledger.find_domain(uuid)
     ledger.close()
     if record is None or record.start is None or record.start.served != record.labels:
-        raise LedgerError(f"domain {uuid} does not run with the NVDIMMs that it is defined with")
+        raise LedgerError(f"domain {uuid} does not run with the NVDIMMs of its definition")
     return record
 
 
 def _tell(options: cfg.ConfigOpts, uuid: str, kind: str, detail: Mapping[str, Value]) -> None:
-    """Write an event to the ledger; a guest gets its answers also when that fails."""
+    """Write an event to the ledger; a failure is only logged, so that the guest still gets its answers."""
     try:
         with closing(Ledger(_ledger_file(options), logs.tell)) as ledger:
             ledger.record_event(kind, uuid, detail)
@@ -240,13 +240,13 @@ def _tell(options: cfg.ConfigOpts, uuid: str, kind: str, detail: Mapping[str, Va
 
 
 def _layout(record: Record) -> GuestLayout:
-    """As much of the guest's layout as a label server's QEMU needs."""
+    """Return the part of the guest's layout that a label server's QEMU needs."""
     placements = tuple(item.placement for item in record.allocations)
     return GuestLayout(record.ram, 0, 0, placements, dsm="qemu")
 
 
 def _detach() -> None:
-    """Keep nothing of who has started us."""
+    """Drop the standard streams and the working directory of the caller."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(null, descriptor)

@@ -1,4 +1,4 @@
-"""Label areas of NVDIMMs: found in a backing, and served to a running guest by a stopped QEMU.
+"""Label areas of NVDIMMs: finding them in a backing, and serving them to a running guest with a stopped QEMU.
 
 The AML that serves them without a process is in acpi/label_methods.py.
 """

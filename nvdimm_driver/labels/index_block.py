@@ -1,6 +1,6 @@
-"""Finding the label area at the end of an NVDIMM, by the index block of its namespace labels. Pure.
+"""Detection of the label area at the end of an NVDIMM by its namespace index block. Pure.
 
-UEFI 2.10 §13.19.2: a label storage area has two index blocks, one of which is valid, and the labels behind them.
+UEFI 2.10 §13.19.2: a label storage area starts with two index blocks, one of which is valid; the labels follow.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from nvdimm_driver.model import KIB, MIB, MIN_LABEL_SIZE
 
 SIGNATURE = b"NAMESPACE_INDEX\0"
 TAIL = 64 * MIB
-"""How much of an NVDIMM's end is looked at. What is in use has 128 KiB to 2 MiB."""
+"""Bytes at the end of an NVDIMM to search. Label areas in use have 128 KiB to 2 MiB."""
 _ALIGN = 256  # of index blocks
 # signature, flags, label size (128 << n), sequence number, own offset, own size, offset of the other one, offset of the
-# labels, how many there are, major and minor version, checksum
+# labels, number of labels, major and minor version, checksum
 _INDEX = struct.Struct("<16s3sBIQQQQIHHQ")
 _CHECKSUM_AT = _INDEX.size - 8
 _MAX_INDEX = 64 * KIB
 
 
 def label_area_size(tail: bytes) -> int:
-    """Bytes of the label area that these bytes, the last ones of an NVDIMM, end with; 0 when they have none.
+    """Return the size in bytes of the label area that ends ``tail``, the last bytes of an NVDIMM; 0 without one.
 
-    An index block that is found counts when the labels that it tells of fill more than half of what would be the
-    area: a guest may have images of other NVDIMMs in its own.
+    An index block counts only if it and its labels would fill more than half of the area: a guest may store images of
+    other NVDIMMs in its own.
     """
     sizes = [size for start in _found(tail) if (size := _area_size(tail, start))]
     return min(sizes, default=0)
@@ -39,7 +39,7 @@ def _found(tail: bytes) -> Iterator[int]:
 
 
 def _area_size(tail: bytes, start: int) -> int:
-    """Size of the area that has a valid index block there, or 0."""
+    """Return the size in bytes of the area that has a valid index block at ``start``, or 0."""
     if len(tail) - start < _INDEX.size:
         return 0
     _, _, power, _, own, size, other, labels, count, major, _, checksum = _INDEX.unpack_from(tail, start)
@@ -57,7 +57,7 @@ def _area_size(tail: bytes, start: int) -> int:
 
 
 def fletcher64(data: bytes | bytearray) -> int:
-    """The checksum of UEFI 2.10 §13.19.2, of a multiple of 4 bytes (Linux: drivers/nvdimm/core.c:nd_fletcher64)."""
+    """Return the UEFI 2.10 §13.19.2 checksum of a multiple of 4 bytes (Linux: drivers/nvdimm/core.c:nd_fletcher64)."""
     low = high = 0
     for (word,) in struct.iter_unpack("<I", data):
         low = (low + word) & 0xFFFFFFFF

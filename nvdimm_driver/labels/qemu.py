@@ -1,8 +1,8 @@
-"""Labels served by a QEMU: what a guest asks of its ``_DSM`` is put to a QEMU that has the same NVDIMMs and no guest.
+"""Labels served by a QEMU: a guest's ``_DSM`` requests go to a QEMU that has the same NVDIMMs and no guest.
 
-QEMU's SSDT writes a request to a page and the page's address to a port, and finds the answer in the page (QEMU:
-docs/specs/acpi_nvdimm.rst). That QEMU has a copy of each label area; what it changes there is written to the backing,
-by us, before the guest gets its answer. So it needs no access to persistent memory, and can do harm to labels alone.
+QEMU's SSDT writes a request to a page and the page's address to a port, then reads the answer from the page (QEMU:
+docs/specs/acpi_nvdimm.rst). This QEMU has a copy of each label area. The driver writes its changes to the backing
+before the guest gets the answer. So QEMU needs no access to persistent memory and can harm nothing but labels.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ GET_LABEL, SET_LABEL = 5, 6
 INVALID_INPUT, HARDWARE_ERROR = 3, 4
 """NVDIMM DSM Interface Example V1.3, table 3-B."""
 _PAGE_OF_QEMU = 16 * MIB
-"""Where in that QEMU's RAM requests are put."""
+"""Address of the requests in that QEMU's RAM."""
 # QEMU: hw/acpi/nvdimm.c:NvdimmDsmIn: handle, revision, function; then NvdimmFuncGetLabelDataIn: offset, length
 _REQUEST = struct.Struct("<IIIII")
 _ANSWER = struct.Struct("<II")  # NvdimmDsmFuncNoPayloadOut: length of all, status
 
 
 def failure(status: int = HARDWARE_ERROR) -> bytes:
-    """Return the page that tells a guest that a function failed."""
+    """Return the answer page for a function that failed."""
     return _ANSWER.pack(_ANSWER.size, status).ljust(PAGE, b"\0")
 
 
 class QemuLabels:
-    """Answers requests. A QEMU that dies or hangs is replaced by another; a request that it cannot answer fails.
+    """Answers label requests. Replaces a QEMU that dies or hangs; a request that QEMU cannot answer fails.
 
-    :param layout: of the guest.
+    :param layout: the guest's layout.
     :param areas: label areas, by slot.
-    :param binaries: QEMUs, each tried until one starts.
+    :param binaries: QEMUs, tried in order until one starts.
+    :param timeout: seconds for the start of a QEMU and for each request.
     """
 
     def __init__(
@@ -60,15 +61,15 @@ class QemuLabels:
         self._running = ExitStack()
         self._qtest: Qtest | None = None
         self._known: dict[int, bytes] = {}
-        self._copies: dict[int, tuple[int, int]] = {}  # by slot: a descriptor, and where in it the label area begins
+        self._copies: dict[int, tuple[int, int]] = {}  # by slot: a descriptor, and the label area's offset in it
         for placement in layout.nvdimms:
             if placement.slot in areas:
                 self._copies[placement.slot] = self._copy(placement.slot, backend_size(placement))
 
     def start(self) -> Qtest:
-        """Start the QEMU.
+        """Start a QEMU.
 
-        :raises AcpiError: with what each wrote to stderr, when none can be started.
+        :raises AcpiError: with the stderr of each, when none can be started.
         """
         memory = {slot: descriptor for slot, (descriptor, _) in self._copies.items()}
         failures: list[AcpiError] = []
@@ -82,14 +83,14 @@ class QemuLabels:
         raise AcpiError("; ".join(failure.message for failure in failures), hint="dsm 'aml' needs no QEMU")
 
     def close(self) -> None:
-        """End the QEMU, and forget the copies."""
+        """End QEMU and discard the copies."""
         self._running.close()
         for descriptor, _ in self._copies.values():
             os.close(descriptor)
         self._copies.clear()
 
     def answer(self, page: bytes) -> bytes:
-        """Answer a request: 4096 bytes in, 4096 bytes out. Labels that it set are durable."""
+        """Answer a request: 4096 bytes in, 4096 bytes out. Labels that it set are durable on return."""
         if kills_qemu(page):
             return failure(INVALID_INPUT)
         for _ in range(2):
@@ -111,7 +112,7 @@ class QemuLabels:
         return qtest.read(_PAGE_OF_QEMU, PAGE)
 
     def _keep(self, page: bytes) -> None:
-        """Write what QEMU has changed in its copy to the backing; when that fails, undo it in the copy."""
+        """Write QEMU's changes in its copy to the backing; when that fails, undo them in the copy."""
         handle, _, function, *_ = _REQUEST.unpack_from(page)
         slot = handle - 1
         if function != SET_LABEL or slot not in self._copies:
@@ -131,7 +132,7 @@ class QemuLabels:
         self._known[slot] = after
 
     def _copy(self, slot: int, size: int) -> tuple[int, int]:
-        """Make a file without a name that has a copy of a label area at its end."""
+        """Make an anonymous file that ends with a copy of a label area; return its descriptor and the area's offset."""
         self._known[slot] = self._areas[slot].read(0, self._areas[slot].size)
         descriptor = os.memfd_create(f"labels-{slot}")
         os.truncate(descriptor, size)
@@ -140,7 +141,7 @@ class QemuLabels:
         return descriptor, start
 
     def _stop(self, error: Exception) -> None:
-        """End the QEMU, after an error."""
+        """End QEMU after an error."""
         self._qtest = None
         try:
             self._running.__exit__(type(error), error, error.__traceback__)
@@ -149,15 +150,17 @@ class QemuLabels:
 
 
 def kills_qemu(page: bytes) -> bool:
-    """Whether QEMU would end at a request: it asserts that there are label bytes to be transferred, and their number is
-    the guest's (hw/mem/nvdimm.c:nvdimm_validate_rw_label_data; tried with 7.2).
+    """Return True for a request that would abort QEMU.
+
+    QEMU asserts that there are label bytes to transfer, but the guest chooses their number
+    (hw/mem/nvdimm.c:nvdimm_validate_rw_label_data; tried with 7.2).
     """
     _, _, function, _, length = _REQUEST.unpack_from(page)
     return function in (GET_LABEL, SET_LABEL) and length == 0
 
 
 def difference(before: bytes, after: bytes) -> range:
-    """Return the bytes from the first to the last page that has changed; both have the same length."""
+    """Return the range of bytes from the first to the last changed page; both have the same length."""
     starts = range(0, len(before), PAGE)
     changed = [start for start in starts if before[start : start + PAGE] != after[start : start + PAGE]]
     return range(changed[0], min(changed[-1] + PAGE, len(before))) if changed else range(0)

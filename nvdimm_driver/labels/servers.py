@@ -1,4 +1,4 @@
-"""The processes that serve the labels of running guests (``[acpi] dsm = qemu``): one for each, told from its lock."""
+"""The label servers of running guests (``[acpi] dsm = qemu``): one process per guest, which holds the guest's lock."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from nvdimm_driver.processes import start_time
 MODULE = "nvdimm_driver.cmd.label_server"
 KILL_SECONDS = 10.0
 START_SECONDS = 40.0
-"""How long one may take to start; libxl waits 60 s for the device model, which waits for this."""
+"""Time that a label server may take to start; libxl waits 60 s for the device model, which waits for this."""
 
 _REQUESTS = struct.Struct("=QQ")
-"""What is in a file of counted requests: those that got an answer, and those that failed."""
+"""Content of a domain's file of request counts: answered, failed."""
 
 
 class RequestCounter:
     """Counts the label requests of a domain in a file that stays open when this process gives up its privileges.
 
-    Counts go on where an earlier server of the domain has left them.
+    It continues the counts of earlier servers of the domain.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,19 +36,22 @@ class RequestCounter:
         self._counts = list(_counts(os.pread(self._descriptor, _REQUESTS.size, 0)))
 
     def add(self, *, failed: bool) -> None:
-        """One more."""
+        """Count one request."""
         self._counts[failed] += 1
         os.pwrite(self._descriptor, _REQUESTS.pack(*self._counts), 0)
 
 
 class LabelServers:
-    """:param state_dir: the driver's folder."""
+    """Starts, locks and observes the label servers of this host.
+
+    :param state_dir: the driver's folder.
+    """
 
     def __init__(self, state_dir: str | Path) -> None:
         self.state_dir = Path(state_dir)
 
     def lock(self, uuid: str) -> int | None:
-        """Take what only the server of that domain may have; returns a descriptor, or None when one has it."""
+        """Take the lock of the domain's label server; return its descriptor, or None while a server holds it."""
         descriptor = os.open(self._lock_file(uuid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,18 +61,18 @@ class LabelServers:
         return descriptor
 
     def count_requests(self, uuid: str) -> RequestCounter:
-        """Begin to count the label requests of a domain."""
+        """Return a counter for the label requests of a domain."""
         return RequestCounter(self._requests_file(uuid))
 
     def requests(self, uuid: str) -> tuple[int, int] | None:
-        """How many label requests of the domain were answered, and how many failed; None if no server ever counted."""
+        """Return the numbers of answered and failed label requests of the domain; None if no server ever counted."""
         try:
             return _counts(self._requests_file(uuid).read_bytes())
         except FileNotFoundError:
             return None
 
     def is_running(self, uuid: str) -> bool:
-        """Whether the domain has one."""
+        """Return True while the domain has a label server."""
         try:
             descriptor = self.lock(uuid)
         except FileNotFoundError:
@@ -90,9 +93,9 @@ class LabelServers:
         return bool(doomed)
 
     def start(self, domid: int, uuid: str) -> None:
-        """Start one for a domain whose page for requests is there; it serves when this returns.
+        """Start a label server for a domain that has its page for requests; it serves when this returns.
 
-        :raises XenError: with its reason, when it does not.
+        :raises XenError: with the server's reason, when it does not start.
         """
         command = [sys.executable, "-I", "-m", MODULE, str(domid), uuid]
         try:
@@ -102,7 +105,7 @@ class LabelServers:
         except subprocess.TimeoutExpired as error:
             raise XenError(
                 f"the label server of domid {domid} did not start in {START_SECONDS:.0f} s",
-                hint="its log may say why; dsm 'aml' needs none",
+                hint="look for the reason in its log, or use dsm 'aml', which needs no label server",
             ) from error
         if done.returncode:
             raise XenError(f"no label server for domid {domid}: {done.stderr.strip()}")

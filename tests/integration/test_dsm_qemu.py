@@ -1,4 +1,4 @@
-"""A real QEMU as label server: what is asked of it, what it changes in the label area, and what it cannot."""
+"""A real QEMU as label server: its answers, its changes to the label area, and their limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Served:
         self.labels.start()
 
     def ask(self, handle: int, function: int, payload: bytes = b"", revision: int = 1) -> tuple[int, bytes]:
-        """Status and the rest of an answer."""
+        """Return the status and the rest of an answer."""
         page = struct.pack("<III", handle, revision, function) + payload
         answer = self.labels.answer(page.ljust(PAGE, b"\0"))
         assert len(answer) == PAGE
@@ -59,7 +59,7 @@ class Served:
         return self.ask(handle, GET, struct.pack("<II", offset, length))
 
     def qemu(self) -> int:
-        """Its process: the youngest child."""
+        """Return QEMU's pid: the youngest child of this process."""
         return int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1])
 
 
@@ -204,5 +204,5 @@ def test_difference_is_in_whole_pages_and_within_the_area() -> None:
 
 
 def test_thousands_of_hostile_requests() -> None:
-    """``python -m tests.fuzz.labels`` has as many as one wants."""
+    """``python -m tests.fuzz.labels`` sends any number of them."""
     assert run(3000).startswith("3000 requests in")

@@ -1,4 +1,4 @@
-"""Who watches a label server, and who has it. What it does to a guest is seen in the lab."""
+"""Supervision and locking of label servers. Tests with a guest are in the lab."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.doubles import OTHER_UUID, UUID
 
 
 def supervised(serve: Callable[[bool, Callable[[], None]], None], happened: list[str] | None = None) -> bytes:
-    """What the one who waits for the first child is told."""
+    """Supervise a server; return the report of the first child."""
     ours, theirs = os.pipe()
     events = [] if happened is None else happened
     supervise(
@@ -91,7 +91,7 @@ def test_who_has_the_lock_is_running(tmp_path: Path) -> None:
 
 
 def test_one_that_cannot_start_says_why() -> None:
-    """There is no such domain, nor a Xen."""
+    """There is neither such a domain nor a Xen."""
     with pytest.raises(XenError, match=rf"no label server for domid 7: .*domains/{UUID}/label-server"):
         LabelServers("/nonexistent").start(7, UUID)
 

@@ -1,4 +1,4 @@
-"""What is found at the end of an NVDIMM."""
+"""Detection of the label area at the end of an NVDIMM."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_no_area_is_found_where_there_is_none() -> None:
 
 
 def test_an_area_in_the_middle_is_none() -> None:
-    """An image of an NVDIMM in a guest's own file system."""
+    """A guest can have an image of an NVDIMM in its own file system."""
     assert label_area_size(label_area(128 * KIB) + DATA) == 0
     assert label_area_size(DATA + label_area(2 * MIB) + bytes(MIB) + label_area(128 * KIB)) == 128 * KIB
 
