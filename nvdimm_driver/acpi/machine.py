@@ -59,11 +59,11 @@ def installed(binaries: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Machine:
-    """How to run a QEMU.
+    """Settings for running a QEMU.
 
     :ivar binary: its path.
     :ivar user: the user that it runs as when the driver is root.
-    :ivar timeout: seconds for its start and all commands; :meth:`.Qtest.give_time` starts the count anew.
+    :ivar timeout: seconds for its start and all commands; :meth:`.Qtest.give_time` restarts the count.
     """
 
     binary: str

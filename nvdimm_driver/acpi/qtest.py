@@ -31,7 +31,7 @@ class Qtest:
     """One connection to a QEMU.
 
     :param stream: connected to QEMU's qtest character device; the caller closes it.
-    :param timeout: seconds from now in which all answers must arrive; :meth:`give_time` starts the count anew.
+    :param timeout: seconds from now in which all answers must arrive; :meth:`give_time` restarts the count.
     """
 
     def __init__(self, stream: socket.socket, timeout: float) -> None:
@@ -41,7 +41,7 @@ class Qtest:
         self._buffer = bytearray()
 
     def give_time(self) -> None:
-        """Start the timeout anew."""
+        """Restart the timeout."""
         self._deadline = time.monotonic() + self._timeout
 
     def command(self, line: str) -> str:

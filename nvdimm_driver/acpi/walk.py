@@ -13,7 +13,7 @@ Read = Callable[[int, int], bytes]
 """(address, length) → bytes; fewer where there are no more."""
 
 RSDP_AREA, RSDP_AREA_SIZE, RSDP_ALIGN = 0xE0000, 0x20000, 16
-"""Where a BIOS puts the RSDP (ACPI 6.5 §5.2.5.1)."""
+"""Area in which a BIOS puts the RSDP (ACPI 6.5 §5.2.5.1)."""
 _MAX_TABLE = 1 << 20
 
 

@@ -1,4 +1,4 @@
-"""The mapper for a stock Xen: maps machine frames with domctls, passes ACPI tables in hvmloader's xenstore keys."""
+"""The mapper for a stock Xen: machine frames by domctls, ACPI tables through hvmloader's two xenstore keys."""
 
 from __future__ import annotations
 
