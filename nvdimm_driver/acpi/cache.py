@@ -46,9 +46,13 @@ class TableCache:
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".")
-            with open(descriptor, "wb") as file:
-                file.write(b"".join(tables))
-            os.replace(temporary, self.folder / key)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(b"".join(tables))
+                os.replace(temporary, self.folder / key)
+            except OSError:
+                os.unlink(temporary)
+                raise
             self._prune()
         except OSError as error:
             LOG.debug("cannot cache ACPI tables: %s", error)

@@ -5,6 +5,7 @@ Bytes that were written are in the persistent memory when ``sync`` returns. No b
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -124,7 +125,7 @@ class DirectBytes(ByteRange):
             buffer[:] = pages
             buffer[skip : skip + len(data)] = data
             if os.pwrite(self._fd, buffer, first) != len(pages):
-                raise OSError(f"only a part of {human(len(pages))} at {first:#x} was written")
+                raise OSError(errno.EIO, f"only a part of {human(len(pages))} at {first:#x} was written")
 
     def _read_pages(self, offset: int, length: int, *, whole: bool = False) -> tuple[int, bytes]:
         """Return the offset of the first page with these bytes, and the bytes; with ``whole``, the whole pages."""

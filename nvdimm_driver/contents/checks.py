@@ -64,11 +64,15 @@ class Checks:
 
 @contextmanager
 def reporting_errors_of(path: str) -> Iterator[None]:
-    """Turn an OSError of the block into an error that names the path.
+    """Turn an error of the block that does not name the path into one that does.
 
-    :raises BackingError: for an OSError.
+    :raises BackingError: for an OSError, and for one of its own kind.
     """
     try:
         yield
+    except BackingError as error:
+        if path in error.message:
+            raise
+        raise BackingError(f"{path}: {error.message}", hint=error.hint) from error
     except OSError as error:
         raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error

@@ -112,7 +112,7 @@ class QemuLabels:
         return qtest.read(_PAGE_OF_QEMU, PAGE)
 
     def _keep(self, page: bytes) -> None:
-        """Write QEMU's changes in its copy to the backing; when that fails, undo them in the copy."""
+        """Write QEMU's changes in its copy to the backing."""
         handle, _, function, *_ = _REQUEST.unpack_from(page)
         slot = handle - 1
         if function != SET_LABEL or slot not in self._copies:
@@ -123,12 +123,8 @@ class QemuLabels:
         changed = difference(before, after)
         if not changed:
             return
-        try:
-            self._areas[slot].write(changed.start, after[changed.start : changed.stop])
-            self._areas[slot].sync()
-        except (NvdimmError, OSError):
-            os.pwrite(descriptor, before, start)
-            raise
+        self._areas[slot].write(changed.start, after[changed.start : changed.stop])
+        self._areas[slot].sync()
         self._known[slot] = after
 
     def _copy(self, slot: int, size: int) -> tuple[int, int]:
@@ -141,12 +137,14 @@ class QemuLabels:
         return descriptor, start
 
     def _stop(self, error: Exception) -> None:
-        """End QEMU after an error."""
+        """End QEMU after an error, and undo in the copies what it changed and the backings do not have."""
         self._qtest = None
         try:
             self._running.__exit__(type(error), error, error.__traceback__)
         except (NvdimmError, OSError) as complaint:
             LOG.error("%s", complaint)
+        for slot, (descriptor, start) in self._copies.items():
+            os.pwrite(descriptor, self._known[slot], start)
 
 
 def kills_qemu(page: bytes) -> bool:

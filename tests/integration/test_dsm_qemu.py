@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvdimm_driver.errors import AcpiError
 from nvdimm_driver.labels.qemu import QemuLabels, difference, failure
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
 from tests.fuzz.labels import run
@@ -38,9 +39,9 @@ LARGEST = PAGE - 20  # a request's header has 12 bytes, a label's offset and len
 class Served:
     """A label server and the areas behind it."""
 
-    def __init__(self, binary: str) -> None:
+    def __init__(self, binary: str, kind: type[QemuLabels] = QemuLabels) -> None:
         self.areas = {slot: MemoryBytes(bytes(range(256)) * (size // 256)) for slot, size in AREAS.items()}
-        self.labels = QemuLabels(LAYOUT, self.areas, [binary])
+        self.labels = kind(LAYOUT, self.areas, [binary])
         self.labels.start()
 
     def ask(self, handle: int, function: int, payload: bytes = b"", revision: int = 1) -> tuple[int, bytes]:
@@ -161,6 +162,32 @@ def test_what_cannot_be_made_durable_fails_and_is_not_read(served: Served) -> No
     assert served.get(1, 0, 8) == (0, before)
     assert served.set(1, 0, b"8 bytes!") == 0
     assert served.areas[0].content[:8] == b"8 bytes!"
+
+
+class Unanswered(QemuLabels):
+    """Loses the answers of QEMU, when it is told to."""
+
+    lost = False
+
+    def _ask(self, page: bytes) -> bytes:
+        answer = super()._ask(page)
+        if self.lost:
+            raise AcpiError("no answer")
+        return answer
+
+
+def test_labels_whose_answer_was_lost_are_neither_read_nor_written_later() -> None:
+    served = Served(PLAIN_QEMU, Unanswered)
+    try:
+        before = bytes(served.areas[0].content[:16])
+        served.labels.lost = True  # type: ignore[attr-defined]
+        assert served.set(1, 0, b"lost") == 4
+        served.labels.lost = False  # type: ignore[attr-defined]
+        assert served.get(1, 0, 16) == (0, before)
+        assert served.set(1, 8, b"kept") == 0
+        assert served.areas[0].content[:16] == before[:8] + b"kept" + before[12:]
+    finally:
+        served.labels.close()
 
 
 def test_without_any_qemu_each_request_fails(tmp_path: Path) -> None:

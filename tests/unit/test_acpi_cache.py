@@ -91,3 +91,11 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     assert said == [b""] * 6
     assert [worker.returncode for worker in workers] == [0] * 6
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    kept = TableCache(tmp_path / "cache")
+    (tmp_path / "cache" / "key").mkdir(parents=True)  # so that no file can take its place
+    kept.put("key", TABLES)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key"]
+    assert kept.get("key") is None

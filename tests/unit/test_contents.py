@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.contents.checks import reporting_errors_of
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import (
     BackingError,
@@ -385,3 +386,20 @@ def test_a_device_that_a_domain_got_meanwhile_is_not_overwritten(tmp_path: Path)
     with pytest.raises(InUseError, match="belongs to domain db1"):
         importer.importer.import_copy(str(source), A, None, 0, watch, overwrite=True)
     assert backing.contents[A] == b"G" * SIZE
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            BackingError("the file ends at 0x1000", hint="was it truncated?"),
+            "/a: the file ends at 0x1000 (was it truncated?)",
+        ),
+        (BackingError("/a: is short"), "/a: is short"),
+        (OSError(28, "No space left on device"), "/a: No space left on device (make room, or ask for less)"),
+    ],
+)
+def test_what_goes_wrong_with_bytes_is_told_with_the_path(error: Exception, told: str) -> None:
+    with pytest.raises(BackingError) as raised, reporting_errors_of("/a"):
+        raise error
+    assert str(raised.value) == told
