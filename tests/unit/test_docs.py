@@ -28,6 +28,10 @@ DOC = PROJECT / "doc"
 MONITORING = (DOC / "monitoring.rst").read_text(encoding="utf-8")
 COMMANDS = (DOC / "commands.rst").read_text(encoding="utf-8")
 DESIGN = (DOC / "design.rst").read_text(encoding="utf-8")
+COLUMNS = 100
+"""As .editorconfig has it for pages."""
+WIDER = ("debugging.rst",)
+"""Pages that still have to be wrapped."""
 NOT_LISTED = ("__init__.py", "_xen.py")
 """What has no code of its own, and what setup.py makes."""
 CLIFF_HAS = {"--help", "--variable", "--quote", "--noindent", "--max-width", "--fit-width", "--print-empty", "--prefix"}
@@ -50,6 +54,22 @@ def _section(text: str, title: str) -> str:
     start = text.index(f"\n{title}\n---")
     found: str = re.split(r"^.+\n-{3,}$", text[start + 1 :], flags=re.MULTILINE)[1]
     return found
+
+
+def _prose(text: str) -> list[str]:
+    """Return the lines of a page, without literal blocks, code blocks and tables that are drawn with ``===``."""
+    prose = []
+    literal: int | None = None  # the indentation of what introduces the block
+    table = False
+    for line in text.splitlines():
+        indentation = len(line) - len(line.lstrip())
+        if literal is not None and (not line or indentation > literal):
+            continue
+        literal = indentation if re.match(r" *\.\. code-block::|(?! *\.\. ).*::$", line) else None
+        table = bool(re.match(r" *=+ +=", line)) or (table and bool(line))
+        if not table:
+            prose.append(line)
+    return prose
 
 
 def _literal_blocks(section: str) -> list[str]:
@@ -84,7 +104,9 @@ def _pattern(message: str, hints: tuple[str, ...]) -> str:
 @pytest.mark.parametrize("entry", entry_points(group="nvdimm_driver.nvdimmctl"), ids=lambda entry: entry.name)
 def test_every_command_has_a_man_page_with_its_options(entry: EntryPoint) -> None:
     name, page_name = entry.name.replace("_", " "), entry.name.replace("_", "-")
-    assert f":doc:`{name} <commands/{page_name}>`\n   " in COMMANDS
+    assert re.search(rf"^:doc:`{name} <commands/{page_name}>`\n   .+\.$", COMMANDS, re.MULTILINE), (
+        "on one line: conf.py"
+    )
     page = (DOC / "commands" / f"{page_name}.rst").read_text(encoding="utf-8")
     assert f"| **nvdimmctl** **{name}** " in page
     parser = entry.load()(Nvdimmctl(), None).get_parser(f"nvdimmctl {name}")
@@ -147,6 +169,14 @@ def test_design_shows_the_import_contracts() -> None:
     for folder, picture in re.findall(r"^    (\w+): +(.+)$", folders, re.MULTILINE):
         shown.append([sorted(f"{folder}.{each}" for each in layer.split(", ")) for layer in picture.split(" → ")])
     assert shown == layers
+
+
+@pytest.mark.parametrize("page", sorted({path.relative_to(DOC).as_posix() for path in DOC.rglob("*.rst")} - set(WIDER)))
+def test_prose_has_at_most_100_columns(page: str) -> None:
+    """A line that cannot be broken, such as a long URL, may be longer."""
+    lines = _prose((DOC / page).read_text(encoding="utf-8"))
+    assert [line for line in lines if len(line) > COLUMNS and " " in line.strip(" *-")] == []
+    assert any(" " in line for line in lines)
 
 
 @pytest.mark.parametrize(
