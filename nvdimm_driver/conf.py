@@ -12,7 +12,7 @@ from typing import Any
 
 from oslo_config import cfg, types
 
-from nvdimm_driver import plugins, sizes
+from nvdimm_driver import plugin_loader, sizes
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, Pool
@@ -340,7 +340,7 @@ def _check_names(conf: cfg.ConfigOpts) -> list[tuple[str, Sequence[cfg.Opt]]]:
                 opts = found[section] = POOL_OPTS
             elif section in known:
                 opts = known[section]
-            elif own := plugins.options_of(section):
+            elif own := plugin_loader.options_of(section):
                 opts = found[section] = own
             else:
                 raise ConfigError(f"{file}: there is no section [{section}]", hint=_closest(section, known))

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import logs, plugins
+from nvdimm_driver import logs, plugin_loader, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
 from nvdimm_driver.conf import configured_pools
@@ -54,7 +54,7 @@ def load_driver(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
     if conf.driver == "xen":
         return XenNvdimmDriver.from_conf(conf)  # without a search, which takes longer
     driver_class(conf)
-    driver: XenNvdimmDriver = plugins.load("nvdimm_driver.drivers", conf.driver, conf)
+    driver: XenNvdimmDriver = plugin_loader.load("nvdimm_driver.drivers", conf.driver, conf)
     return driver
 
 
@@ -65,7 +65,7 @@ def driver_class(conf: cfg.ConfigOpts) -> type[XenNvdimmDriver]:
     """
     if conf.driver == "xen":
         return XenNvdimmDriver
-    found = plugins.find("nvdimm_driver.drivers", conf.driver)
+    found = plugin_loader.find("nvdimm_driver.drivers", conf.driver)
     if not issubclass(found, XenNvdimmDriver):
         raise ConfigError(
             f"[DEFAULT] driver: {conf.driver} is {found.__module__}.{found.__qualname__}, which is no XenNvdimmDriver",
@@ -120,9 +120,9 @@ class XenNvdimmDriver(plugins.Plugin):
         return cls(
             ledger=Ledger(str(state_dir / "ledger.sqlite"), logs.tell),
             state_dir=state_dir,
-            backings=plugins.load_all("nvdimm_driver.backings", conf),
-            acpi=plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
-            mapper=plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
+            backings=plugin_loader.load_all("nvdimm_driver.backings", conf),
+            acpi=plugin_loader.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
+            mapper=plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
             host=HostFacts(physical_address_bits(), bad_ranges),
             qemu=conf.xen.qemu,
             gap=conf.layout.gap_gib * GIB,

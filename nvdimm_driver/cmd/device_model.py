@@ -106,9 +106,9 @@ def _mapper(name: str) -> Mapper:
         from nvdimm_driver.xen.domctl import DomctlMapper
 
         return DomctlMapper()
-    from nvdimm_driver import conf, plugins
+    from nvdimm_driver import conf, plugin_loader
 
-    found: Mapper = plugins.load("nvdimm_driver.mappers", name, conf.load())
+    found: Mapper = plugin_loader.load("nvdimm_driver.mappers", name, conf.load())
     return found
 
 

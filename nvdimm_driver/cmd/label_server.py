@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from oslo_config import cfg
 
-from nvdimm_driver import conf, logs, plugins
+from nvdimm_driver import conf, logs, plugin_loader
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
 from nvdimm_driver.guest.p2m import DSM_GFN
 from nvdimm_driver.labels.qemu import PORT, PORT_SIZE, QemuLabels, failure
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logs.to_file("label-server", options)
         _take_lock(LabelServers(options.state_dir), uuid)
         # Before the first fork: a later child must not import what an upgrade has replaced since.
-        backings = plugins.load_all("nvdimm_driver.backings", options)
+        backings = plugin_loader.load_all("nvdimm_driver.backings", options)
         record = _record(options, uuid)
         supervise(partial(serve, options, backings, int(domid), record), theirs, partial(_tell, options, uuid))
     except (NvdimmError, OSError) as error:

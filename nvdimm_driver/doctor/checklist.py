@@ -9,7 +9,7 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import plugins
+from nvdimm_driver import plugin_loader
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.doctor import confinement, hypervisor, ledger, libvirt, nova, pmem, programs
@@ -83,13 +83,13 @@ def _plugins(conf: cfg.ConfigOpts) -> Finding:
             f"XML hooks are {hooks}: libvirt's libxl driver refuses a domain that 'libxl' has not rewritten",
             "add libxl to [DEFAULT] xml_hooks, and restart nvdimmd",
         )
-    backings = ", ".join(each.name for each in plugins.load_all("nvdimm_driver.backings", conf))
+    backings = ", ".join(each.name for each in plugin_loader.load_all("nvdimm_driver.backings", conf))
     return passed("plug-ins", f"driver {conf.driver}, XML hooks {hooks}, backings {backings}")
 
 
 def _pools(conf: cfg.ConfigOpts) -> Iterator[Finding]:
     pools = Pools(configured_pools(conf), any_path=conf.allow_any_path)
-    backings = plugins.load_all("nvdimm_driver.backings", conf)
+    backings = plugin_loader.load_all("nvdimm_driver.backings", conf)
     return pmem.check_pools(pools, backings, any_path=conf.allow_any_path)
 
 
@@ -97,7 +97,7 @@ def _builder(conf: cfg.ConfigOpts) -> AcpiBuilder:
     """The builder that is configured, without what it has kept: what is asked is whether QEMU gives tables now."""
     if conf.acpi.builder == "qemu":
         return QemuAcpiBuilder(conf.acpi.qemu)
-    builder: AcpiBuilder = plugins.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf)
+    builder: AcpiBuilder = plugin_loader.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf)
     return builder
 
 
@@ -108,15 +108,15 @@ def _libvirt(conf: cfg.ConfigOpts) -> Iterator[Finding]:
 
 def _records(conf: cfg.ConfigOpts) -> Iterator[Finding]:
     state_dir = Path(conf.state_dir)
-    backings = plugins.load_all("nvdimm_driver.backings", conf)
-    mapper = plugins.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
+    backings = plugin_loader.load_all("nvdimm_driver.backings", conf)
+    mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
     return ledger.check(state_dir / "ledger.sqlite", backings, mapper, LabelServers(state_dir).is_running)
 
 
 def _nova(conf: cfg.ConfigOpts) -> Iterator[Finding]:
     def find(configured: Sequence[Configured]) -> tuple[NovaNamespace, ...]:
         pools = Pools(configured_pools(conf), any_path=conf.allow_any_path)
-        backings = plugins.load_all("nvdimm_driver.backings", conf)
+        backings = plugin_loader.load_all("nvdimm_driver.backings", conf)
         path = Path(conf.state_dir) / "ledger.sqlite"
         if not path.exists():
             raise LedgerError(f"there is no {path}", hint="'nvdimmctl register' makes it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nvdimm_driver import plugins
+from nvdimm_driver import plugin_loader
 from nvdimm_driver.plugins import XmlHook
 from nvdimm_driver.xml.rewrite import LibxlXmlHook
 
@@ -31,7 +31,7 @@ class XmlHooks:
         :raises ConfigError: when no installed package has one of that name.
         """
         hooks = [
-            LibxlXmlHook() if name == "libxl" else plugins.load("nvdimm_driver.xml_hooks", name, conf)
+            LibxlXmlHook() if name == "libxl" else plugin_loader.load("nvdimm_driver.xml_hooks", name, conf)
             for name in conf.xml_hooks
         ]
         return cls(hooks, conf.xen.device_model)

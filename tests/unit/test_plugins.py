@@ -9,7 +9,8 @@ import pytest
 from nvdimm_driver import conf
 from nvdimm_driver.driver import XenNvdimmDriver, load_driver
 from nvdimm_driver.errors import ConfigError
-from nvdimm_driver.plugins import NAMESPACES, AcpiBuilder, Backing, Mapper, XmlHook, find, load, options_of
+from nvdimm_driver.plugin_loader import NAMESPACES, find, load, options_of
+from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, XmlHook
 
 BASES: dict[str, type] = {
     "nvdimm_driver.drivers": XenNvdimmDriver,

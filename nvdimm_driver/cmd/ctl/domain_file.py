@@ -65,7 +65,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
 
     if host_file is None:
         return load_driver(options)
-    from nvdimm_driver import plugins
+    from nvdimm_driver import plugin_loader
     from nvdimm_driver.backing.host_file import HostDescription
     from nvdimm_driver.backing.paper import PaperBacking
     from nvdimm_driver.lifecycle.plan import HostFacts
@@ -79,7 +79,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
         ledger=Ledger(":memory:"),
         state_dir=Path(options.state_dir),
         backings=[PaperBacking(host)],
-        acpi=plugins.load("nvdimm_driver.acpi_builders", options.acpi.builder, options),
+        acpi=plugin_loader.load("nvdimm_driver.acpi_builders", options.acpi.builder, options),
         mapper=DryRunMapper(),
         host=HostFacts(host.physical_address_bits),
         qemu=options.xen.qemu,
