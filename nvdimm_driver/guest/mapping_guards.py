@@ -1,7 +1,9 @@
-"""Which mappings are allowed. Pure, and imports little: the device model uses it before its first hypercall.
+"""The guards: they decide which mappings are allowed.
 
-Xen does not look at what XEN_DOMCTL_memory_mapping maps: dom0 may put any frame into any guest, RAM, Xen's own
-and another guest's too. What keeps guests apart is this module alone.
+Pure, and imports little: the device model uses it before its first hypercall.
+
+Xen does not check what XEN_DOMCTL_memory_mapping maps: dom0 may map any frame into any guest, even RAM, Xen's own and
+another guest's. This module alone keeps guests apart.
 
 A mapping is a tuple (gfn, mfn, count) and a range of the machine (mfn, count), in 4 KiB frames.
 """
@@ -32,13 +34,13 @@ def check_mappings(
     guest_start_gfn: int,
     guest_limit_gfn: int,
 ) -> None:
-    """Refuse a plan unless every frame of it may be given to the guest.
+    """Check that every frame of a plan may be given to the guest.
 
-    :param mappings: (gfn, mfn, count): all that the guest is to get, of all its NVDIMMs.
-    :param areas: persistent memory that the domain's backings hand out; a mapping has to be wholly inside one of them.
+    :param mappings: (gfn, mfn, count): everything that the guest gets, for all its NVDIMMs.
+    :param areas: persistent memory that the domain's backings hand out; each mapping must be wholly inside one area.
     :param ram: RAM in the machine's memory map.
-    :param taken: (owner, mfn, count): what other running domains have.
-    :param guest_start_gfn: first guest frame behind the guest's RAM.
+    :param taken: (owner, mfn, count): frames that other running domains have.
+    :param guest_start_gfn: first guest frame above the guest's RAM.
     :param guest_limit_gfn: first guest frame the guest cannot use.
     :raises GuardError: naming the frames and the reason.
     """
@@ -59,7 +61,7 @@ def check_mappings(
             raise GuardError(f"{_show(mapping)}: overlaps RAM of the machine, {_span(*hit[1:])}", hint=_REPORT)
         if (hit := others.touched_by(mfn, count)) is not None:
             raise GuardError(
-                f"{_show(mapping)}: overlaps {_span(*hit[1:])}, which the running domain {hit[0]} has",
+                f"{_show(mapping)}: overlaps {_span(*hit[1:])}, in use by the running domain {hit[0]}",
                 hint="two domains cannot use the same persistent memory; shut the other one down first",
             )
         if not pmem.cover(mfn, count):
@@ -69,12 +71,12 @@ def check_mappings(
 
 
 def check_areas(areas: Iterable[tuple[str, str, int, int]]) -> None:
-    """Refuse areas that share a frame unless they are the same: each would hand out the other's bytes.
+    """Check that no two different areas share a frame: each would hand out the other's bytes.
 
-    :param areas: (uid, what it is called, mfn, count). Two areas with one uid are the same.
+    :param areas: (uid, name for messages, mfn, count). Two areas with the same uid are the same area.
     :raises GuardError: naming both and the frames.
     """
-    furthest: dict[str, tuple[str, int, int]] = {}  # by uid: of the areas up to here, the one that ends last
+    furthest: dict[str, tuple[str, int, int]] = {}  # by uid: of the areas so far, the one that ends last
     for uid, what, mfn, count in sorted(areas, key=lambda area: area[2]):
         for other, reach in furthest.items():
             if other != uid and count > 0 and _end(reach) > mfn:
@@ -88,14 +90,14 @@ def check_areas(areas: Iterable[tuple[str, str, int, int]]) -> None:
 
 
 class _Ranges:
-    """Ranges of machine frames, sorted; they may overlap one another."""
+    """Ranges of machine frames, sorted by start. They may overlap each other."""
 
     def __init__(self, what: str, ranges: Iterable[tuple[str, int, int]]) -> None:
         self.starts: list[int] = []
-        self.reach: list[tuple[str, int, int]] = []  # of the ranges up to here, the one that ends last
+        self.reach: list[tuple[str, int, int]] = []  # for each start: of the ranges so far, the one that ends last
         for owner, mfn, count in sorted(ranges, key=lambda entry: entry[1]):
             if mfn < 0 or count < 0:
-                raise GuardError(f"{what}: ({mfn}, {count}) is not a range of machine frames", hint=_REPORT)
+                raise GuardError(f"{what}: {count} frames from {mfn} on are no range of machine frames", hint=_REPORT)
             if not count:
                 continue
             entry = (owner, mfn, count)
@@ -105,14 +107,14 @@ class _Ranges:
             self.reach.append(entry)
 
     def touched_by(self, mfn: int, count: int) -> tuple[str, int, int] | None:
-        """Return a range that has a frame in common with ``mfn … mfn+count-1``."""
-        before = bisect_left(self.starts, mfn + count)  # ranges that start in front of the end
+        """Return a range that shares a frame with ``mfn … mfn+count-1``, or None."""
+        before = bisect_left(self.starts, mfn + count)  # how many ranges start before the end
         if before and _end(self.reach[before - 1]) > mfn:
             return self.reach[before - 1]
         return None
 
     def cover(self, mfn: int, count: int) -> bool:
-        """True when one range has all the frames ``mfn … mfn+count-1``."""
+        """Return True when one range has all the frames ``mfn … mfn+count-1``."""
         before = bisect_right(self.starts, mfn)
         return before > 0 and _end(self.reach[before - 1]) >= mfn + count
 

@@ -1,4 +1,4 @@
-"""How runs of frames become p2m entries and hypercalls. Pure, and imports little: the device model uses it.
+"""Cost of mappings in p2m entries and hypercalls. Pure, and imports little: the device model uses it.
 
 A mapping is a tuple (gfn, mfn, count) of 4 KiB frames.
 """
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 SUPERPAGE_FRAMES = 512
 DSM_GFN = 0xFD000
-"""The guest's page for requests to a label server (MEMA in QEMU's SSDT), and behind it its ACPI tables: what hvmloader
-reports as RESERVED, clear of its ACPI arena, PCI BARs, IOAPIC, HPET, TPM and MSI."""
+"""The guest's page for requests to a label server (MEMA in QEMU's SSDT), followed by the guest's ACPI tables. hvmloader
+reports this range as RESERVED; it is clear of its ACPI arena, PCI BARs, IOAPIC, HPET, TPM and MSI."""
 TABLES_GFN = DSM_GFN + 1
 ENTRIES_PER_HYPERCALL = 64
 """xen/arch/x86/mm/p2m.c: MAP_MMIO_MAX_ITER."""
 
 
 def entries(gfn: int, mfn: int, count: int) -> tuple[int, int, int]:
-    """Cut one mapping into p2m entries: (4 KiB ones in front, 2 MiB ones, 4 KiB ones behind).
+    """Return how many p2m entries a mapping takes: (leading 4 KiB, 2 MiB, trailing 4 KiB).
 
-    Xen takes a 2 MiB entry wherever both frame numbers are multiples of 512 and 512 frames are left
+    Xen uses a 2 MiB entry wherever both frame numbers are multiples of 512 and 512 frames are left
     (xen/arch/x86/mm/p2m.c:mmio_order).
     """
     front = -gfn % SUPERPAGE_FRAMES
@@ -34,7 +34,7 @@ def entries(gfn: int, mfn: int, count: int) -> tuple[int, int, int]:
 
 
 def cost(mappings: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """What the mappings cost: (2 MiB entries, 4 KiB entries, memory_mapping hypercalls)."""
+    """Return the cost of mappings: (2 MiB entries, 4 KiB entries, memory_mapping hypercalls)."""
     larger = smaller = hypercalls = 0
     for gfn, mfn, count in mappings:
         front, superpages, behind = entries(gfn, mfn, count)
@@ -45,6 +45,6 @@ def cost(mappings: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
 
 
 def summary(mappings: Collection[tuple[int, int, int]]) -> dict[str, int]:
-    """The same by name, and how many extents there are: for the detail of an event."""
+    """Return the number of extents and their :func:`cost`, by name, for the detail of an event."""
     larger, smaller, hypercalls = cost(mappings)
     return {"extents": len(mappings), "superpages": larger, "pages": smaller, "hypercalls": hypercalls}

@@ -1,4 +1,4 @@
-"""Definitions of domains: their NVDIMMs are provisioned, get their places, and are their own."""
+"""Definitions of domains: NVDIMMs are provisioned, placed in the guest, and recorded as the domain's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
@@ -29,9 +30,9 @@ class Definitions:
         self.pools = pools
 
     def plan(self, domain: DomainSpec) -> Plan:
-        """All that defining and starting the domain would do; nothing is done.
+        """Return the plan for a define and start of the domain; change nothing.
 
-        :raises NvdimmError: what define or a start would raise.
+        :raises NvdimmError: any error that a define or start would raise.
         """
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
         domain = self.identify_by_name(domain)
@@ -39,17 +40,17 @@ class Definitions:
         return self.planner.plan_define(domain, None if domain.uuid is None else self.ledger.find_domain(domain.uuid))
 
     def identify_by_name(self, domain: DomainSpec) -> DomainSpec:
-        """With the uuid of the domain of that name, when the XML leaves it out and the ledger knows one."""
+        """Return the domain; if the XML has no uuid, with that of the ledger's domain of the same name, if any."""
         known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
         return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
 
     def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[NvdimmSpec, ...]:
-        """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
+        """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
-        :param plan: what :meth:`plan` has returned for it; None to plan now. What may have changed since is checked.
-        :returns: those whose backings were created.
-        :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
+        :param plan: returned by :meth:`plan`; None to plan now. Anything that may have changed since is checked again.
+        :returns: the NVDIMMs whose backings were created.
+        :raises NvdimmError: nothing has changed then, except that unwritten parts of existing files hold real zeros.
         """
         uuid = uuid_of(domain)
         plan = plan or self.plan(domain)
@@ -63,26 +64,26 @@ class Definitions:
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
                 intake = backing.examine(spec)
-                LOG.debug("provision %s: %d bytes to write", spec.path, intake.writes)
+                LOG.debug("provision %s: %s to write", spec.path, human(intake.writes))
                 backing.provision(spec, self._progress(domain, spec))
                 if intake.creates:
                     created.append(spec)
             self._settle(plan, domain, before)
         except BaseException:
-            LOG.debug("define of domain %s failed: undo it", domain.name)
+            LOG.debug("define of domain %s failed: roll it back", domain.name)
             self.discard(created)
             self._roll_back(uuid, before)
             raise
         return tuple(created)
 
     def discard(self, created: Sequence[NvdimmSpec]) -> None:
-        """Delete what :meth:`define` has created."""
+        """Delete the backings that :meth:`define` has created."""
         for spec in created:
             LOG.debug("delete %s", spec.path)
             self._backing(spec).discard(spec)
 
     def drop_claims(self, uuid: str) -> None:
-        """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
+        """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""
         record = self.ledger.find_domain(uuid)
         if record is None:
             return
@@ -93,10 +94,12 @@ class Definitions:
         ownership.unmark(self.backings, record.allocations)
 
     def adopt(self, domain: DomainSpec) -> Record:
-        """The domain's record, after taking over NVDIMMs that were added or changed behind our back.
+        """Return the domain's record, after taking over NVDIMMs that were added or changed without :meth:`define`.
 
-        A domain XML that was rewritten by hand and defined, or edited, never went through :meth:`define`. What is
-        already provisioned is taken as it is; nothing is created here, where libvirt waits with a lock held.
+        Domain XML that was rewritten by hand and then defined or edited never went through :meth:`define`. Provisioned
+        backings are taken over as they are; none is created here, because libvirt waits with a lock held.
+
+        :raises BackingError: when a backing is not provisioned.
         """
         uuid = uuid_of(domain)
         record = self.ledger.find_domain(uuid)
@@ -109,13 +112,13 @@ class Definitions:
             intake = self._backing(spec).examine(spec)
             if intake.creates or intake.writes:
                 raise BackingError(
-                    f"domain {domain.name}: {spec.path} is not provisioned ({intake.writes} bytes are to be written)",
+                    f"domain {domain.name}: {spec.path} is not provisioned: {human(intake.writes)} still to be written",
                     hint="define the domain with virsh, through nvdimmd",
                 )
         self.define(domain)
         adopted = self.ledger.find_domain(uuid)
         if adopted is None:
-            raise LedgerError(f"domain {uuid} vanished from the ledger")
+            raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
         return adopted
 
     def _check_allowed(self, domain: DomainSpec) -> None:
@@ -123,7 +126,7 @@ class Definitions:
         self.pools.check(domain, self.ledger.domains())
 
     def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> None:
-        """Write identities and bases, after everything is provisioned."""
+        """Record identities, bases and owners, after everything is provisioned."""
         uuid = uuid_of(domain)
         settled = self.planner.settle(plan, domain, before)
         identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, settled.locations, strict=True)}
@@ -144,7 +147,7 @@ class Definitions:
         ownership.mark(self.backings, self.ledger.find_domain(uuid), before)
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
-        """What is told about writing the zeros of an NVDIMM: each percent to the ledger, each tenth to the log."""
+        """Return a callback for the writing of zeros: it tells each percent to the ledger, each tenth to the log."""
         uuid, told = uuid_of(domain), -1
 
         def tell(done: int, total: int) -> None:
@@ -173,7 +176,10 @@ class Definitions:
 
 
 def uuid_of(domain: DomainSpec) -> str:
-    """:raises LedgerError: when the domain has no uuid."""
+    """Return the domain's uuid.
+
+    :raises LedgerError: when it has none.
+    """
     if domain.uuid is None:
-        raise LedgerError(f"domain {domain.name} has no uuid", hint="libvirt gives it one when it is defined")
+        raise LedgerError(f"domain {domain.name} has no uuid", hint="define it in libvirt, which gives it one")
     return domain.uuid

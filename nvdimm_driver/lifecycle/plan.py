@@ -1,4 +1,4 @@
-"""What a start of a domain takes: where its NVDIMMs' bytes are, where the guest gets them, and that this is allowed.
+"""Plans for a define or start: where the NVDIMMs' bytes are, where the guest gets them, and that this is allowed.
 
 Nothing is changed here.
 """
@@ -31,7 +31,7 @@ from nvdimm_driver.model import (
     Record,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
-from nvdimm_driver.sizes import align_up
+from nvdimm_driver.sizes import align_up, human
 from nvdimm_driver.state.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What the driver has to know of the host beside its backings.
+    """Facts about the host, apart from its backings.
 
     :ivar address_bits: physical address bits of the CPU.
-    :ivar bad_ranges: reads the persistent memory that is known to be bad, as (SPA, bytes).
+    :ivar bad_ranges: returns the known bad ranges of persistent memory, as (SPA, bytes).
     """
 
     address_bits: int
@@ -50,11 +50,11 @@ class HostFacts:
 
 
 class Planner:
-    """Makes plans from the backings, the ledger and the machine as they are now.
+    """Makes plans from the current state of the backings, the ledger and the machine.
 
-    :param mapper: is asked for the machine's memory map.
-    :param gap: bytes of guest-physical space to keep free behind the RAM.
-    :param dsm: who serves label areas, for domains that do not say.
+    :param mapper: provides the machine's memory map.
+    :param gap: bytes of guest-physical space to keep free above the RAM.
+    :param dsm: default for domains that do not specify who serves label areas.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Planner:
         """Return the plan for a domain whose backings may not be provisioned yet.
 
         :param before: the domain as the ledger knows it.
-        :raises NvdimmError: when the domain cannot be had.
+        :raises NvdimmError: when the domain cannot be defined or started.
         """
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
         locations = self._locate_or_assume(domain, intakes)
@@ -88,14 +88,14 @@ class Planner:
         return self._plan(domain, locations, guest, self._build_tables(guest), intakes)
 
     def settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> Plan:
-        """Return the plan of :meth:`plan_define` as it is now that the backings are provisioned.
+        """Return the plan of :meth:`plan_define`, updated now that the backings are provisioned.
 
-        Where they are is found out and checked anew. Tables are built again only if an NVDIMM is at another place in
-        the guest than was assumed.
+        Backings are located and checked again. Tables are built again only if the guest's layout differs from the one
+        that was assumed.
 
         :param before: the domain as the ledger knew it; NVDIMMs that it had then keep their bases.
         :raises BackingError: when a backing is not fit.
-        :raises NvdimmError: when the domain cannot be had.
+        :raises NvdimmError: when the domain cannot be started.
         """
         locations = tuple(self._locate(spec) for spec in domain.nvdimms)
         guest = self._lay_out(domain, locations, _kept_bases(domain, locations, before))
@@ -105,22 +105,22 @@ class Planner:
     def plan_start(self, domain: DomainSpec, record: Record) -> Plan:
         """Return the plan for a start of a defined domain.
 
-        :raises BackingError: also when a backing is not what was provisioned.
-        :raises NvdimmError: when the domain cannot be had.
+        :raises BackingError: also when a backing is not the one that was provisioned.
+        :raises NvdimmError: when the domain cannot be started.
         """
         locations = tuple(self._locate_same(item) for item in record.allocations)
         guest = self._lay_out(domain, locations, {item.spec.slot: item.base for item in record.allocations})
         return self._plan(domain, locations, guest, self._build_tables(guest))
 
     def find_bad_blocks(self, spec: NvdimmSpec) -> tuple[tuple[int, int], ...]:
-        """Return what is known to be bad of a backing, as (offset in it, bytes).
+        """Return the known bad blocks of a backing, as (offset in it, bytes).
 
-        :raises BackingError: when it is not fit to be located.
+        :raises BackingError: when it cannot be located.
         """
         return bad_parts(self._backing(spec).locate(spec).extents, self.host.bad_ranges())
 
     def layout_around(self, record: Record, ram: int) -> GuestLayout:
-        """Return the layout of a defined domain, if it had so many bytes of RAM."""
+        """Return the layout of a defined domain as it would be with `ram` bytes of RAM."""
         placements = tuple(item.placement for item in record.allocations)
         guest = layout.around(ram, placements, address_bits=self.host.address_bits)
         return self._complete(guest, record.dsm, [item.identity for item in record.allocations if item.identity])
@@ -133,7 +133,7 @@ class Planner:
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
         guest = self._complete(guest, domain.dsm, [location.identity for location in locations])
         for placement in guest.nvdimms:
-            LOG.debug("placed slot %d at %#x, %d bytes", placement.slot, placement.base, placement.size)
+            LOG.debug("placed slot %d at %#x, %s", placement.slot, placement.base, human(placement.size))
         clients = set(guest.label_clients)
         for spec, placement in zip(domain.nvdimms, guest.nvdimms, strict=True):
             if placement in clients:
@@ -151,7 +151,7 @@ class Planner:
         began = time.monotonic()
         tables = self.acpi.build(guest)
         seconds = time.monotonic() - began
-        LOG.debug("ACPI tables are ready: %d bytes, after %.3f s", sum(map(len, tables.tables)), seconds)
+        LOG.debug("ACPI tables are ready: %s, after %.3f s", human(sum(map(len, tables.tables))), seconds)
         if tables.seconds is not None:
             self.ledger.count_harvest(tables.seconds)
         return tables
@@ -164,7 +164,7 @@ class Planner:
         tables: AcpiTables,
         intakes: tuple[Intake, ...] = (),
     ) -> Plan:
-        """Put a plan together, and check that it is allowed."""
+        """Assemble a plan, and check that it is allowed."""
         labelled = set(guest.label_areas)
         mappings = [
             layout.mappings(placement, location.extents, labels=placement in labelled)
@@ -182,7 +182,7 @@ class Planner:
         return Plan(domain, intakes, locations, guest, _flat(mappings), areas, tables, bad_blocks)
 
     def _areas(self, domain: DomainSpec) -> tuple[tuple[int, int], ...]:
-        """Return the machine frames (mfn, count) that the domain's backings hand out, each its own."""
+        """Check that no two areas overlap; return those of the domain's backings, as machine frames (mfn, count)."""
         areas = {backing.name: backing.areas() for backing in self.backings}
         mapping_guards.check_areas(
             (area.uid, f"{area.name} of backing {name}", *area.frames)
@@ -210,7 +210,7 @@ class Planner:
         LOG.debug("guards passed, mappings: %d", len(mappings))
 
     def _locate_or_assume(self, domain: DomainSpec, intakes: Sequence[Intake]) -> tuple[Location, ...]:
-        """Return where each backing is; for one still to be written, where it would be on an empty namespace."""
+        """Return where each backing is or, if still to be written, where it would be on an empty namespace."""
         free = {intake.namespace.name: align_up(intake.namespace.data_spa, SUPERPAGE) for intake in intakes}
         locations = []
         for spec, intake in zip(domain.nvdimms, intakes, strict=True):
@@ -240,7 +240,7 @@ class Planner:
 
 
 def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:
-    """The bases chosen earlier for the NVDIMMs that are still the same."""
+    """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same."""
     known = {} if before is None else {item.spec.slot: item for item in before.allocations}
     return {
         spec.slot: known[spec.slot].base

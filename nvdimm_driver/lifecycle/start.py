@@ -1,4 +1,4 @@
-"""Starts of domains: what is frozen for each, until Xen has let go of it."""
+"""Starts of domains: their backings are frozen until Xen no longer has the domain."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from nvdimm_driver.state.ledger import Ledger, host_boot_id
 LOG = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 600
-"""A start that has been prepared for so long without a device model will not come: libxl gives up after 60 s."""
+"""A start prepared this long ago that has no device model yet is abandoned: libxl gives up after 60 s."""
 RELEASE_SECONDS = 2.0
-"""How long a release waits for the hypervisor to let go of a domain; libvirt holds the domain's lock meanwhile."""
+"""Longest wait of a release until Xen no longer has the domain; libvirt holds the domain's lock meanwhile."""
 
 
 class Starts:
-    """The starts that the ledger knows, each with its frozen backings.
+    """The starts in the ledger, each with its frozen backings.
 
-    :param mapper: is asked which domains there are.
+    :param mapper: tells which domains Xen has.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class Starts:
         self.label_servers = label_servers
 
     def freeze(self, uuid: str, paths: Sequence[str]) -> None:
-        """Begin a start: from here on its backings stay as they are until :meth:`put_away`."""
+        """Begin a start: freeze its backings until :meth:`put_away`."""
         self.ledger.begin_start(uuid, paths)
         for path in paths:
             LOG.debug("freeze %s", path)
             backing_of(self.backings, path).freeze(path)
 
     def put_away(self, uuid: str, paths: Sequence[str], *, kind: str = "") -> None:
-        """Undo :meth:`freeze`. Can be repeated.
+        """End a start: undo :meth:`freeze`. Can be repeated.
 
-        :param kind: of the event that this is; empty for none.
+        :param kind: kind of the event to record; empty for none.
         """
         for path in paths:
             LOG.debug("thaw %s", path)
@@ -60,14 +60,14 @@ class Starts:
             self.ledger.forget(uuid)
 
     def release(self, record: Record) -> bool:
-        """Put a start away, if Xen lets go of its domain now or in a moment; False if it does not."""
+        """Put the domain's start away and return True; return False if Xen has the domain after RELEASE_SECONDS."""
         if record.start is None or not self._has_ended(record.start):
             return False
         self.put_away(record.uuid, record.start.paths, kind="released")
         return True
 
     def find_stale(self) -> list[Record]:
-        """The domains with a start that is over and not put away."""
+        """Return the domains whose start is over and not put away."""
         return [
             record
             for record in self.ledger.started_domains()
@@ -75,7 +75,7 @@ class Starts:
         ]
 
     def reconcile(self) -> None:
-        """Put away what starts have left whose domains are gone."""
+        """Put away the starts whose domains are gone."""
         stale = self.find_stale()
         LOG.debug("reconcile: starts to put away: %d", len(stale))
         for record in stale:
@@ -109,7 +109,7 @@ class Starts:
         return renewed
 
     def serve_labels(self) -> None:
-        """Start a label server for each running guest whose own was killed with what watches it."""
+        """Start a label server for each running guest whose own was killed together with its watcher."""
         for record in self.find_unserved():
             at = record.start
             if at is None or at.domid is None:
@@ -121,7 +121,7 @@ class Starts:
                 logs.tell(Event("label-server-failed", record.uuid, record.name, at.domid, failure(error)))
 
     def require_ended(self, uuid: str) -> None:
-        """The last start of the domain must be over: a guest of which libvirt has lost sight has its memory still.
+        """Check that the domain's last start is over: a guest that libvirt has lost track of still has its memory.
 
         :raises InUseError: when it is not.
         """
@@ -131,12 +131,12 @@ class Starts:
             return
         if not self.release(record):
             raise InUseError(
-                f"domain {record.name} has its NVDIMMs already, as domid {start.domid}, which Xen still has",
+                f"domain {record.name} already has its NVDIMMs, as domid {start.domid}, which Xen still has",
                 hint=f"shut that guest down: xl shutdown {start.domid}",
             )
 
     def _has_ended(self, start: Start) -> bool:
-        """Whether the hypervisor has let go of the domain, now or in a moment."""
+        """Return True once Xen no longer has the domain; False if it still does after RELEASE_SECONDS."""
         deadline = time.monotonic() + RELEASE_SECONDS
         while self._is_running(start):
             if time.monotonic() > deadline:
@@ -153,5 +153,5 @@ class Starts:
 
 
 def _is_pending(start: Start) -> bool:
-    """True for a start of this boot whose device model may still come."""
+    """Return True for a start of this boot whose device model may still run."""
     return start.domid is None and start.boot_id == host_boot_id() and time.time() - start.since < ABANDONED_SECONDS

@@ -1,4 +1,4 @@
-"""What is known of domains and backings, and kept: the ledger, its events, and the marks on the backings themselves.
+"""The driver's persistent state: the ledger, its events, and the owner marks on the backings themselves.
 
-Who owns which backing is decided here, in ownership.py.
+ownership.py decides which domain owns which backing.
 """

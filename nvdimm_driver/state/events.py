@@ -1,6 +1,6 @@
-"""What happens to domains with NVDIMMs, in the words of the ledger, of ``nvdimmctl monitor`` and of the logs.
+"""Events of domains with NVDIMMs, for the ledger, ``nvdimmctl monitor`` and the logs; and the format of log lines.
 
-Imports next to nothing: the device model, which has to start fast, uses it.
+Imports next to nothing: the device model uses it and must start fast.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ KINDS = {
     "label-server-started": "INFO",
     "label-server-gone": "WARNING",
 }
-"""The events that the ledger keeps, and how serious each is."""
+"""The events that the ledger keeps, each with its log level."""
 LOGGED = {"dying": "WARNING", "bad-blocks": "WARNING", "hook-failed": "ERROR", "label-server-failed": "ERROR"}
-"""Events that only the log has, where they are more than an INFO."""
+"""Events that only the log has, if their level is above INFO."""
 
 
 class Event:
     """Something that happened to a domain.
 
     :ivar domid: None when the domain did not run.
-    :ivar detail: what else there is to say; sizes are in bytes, times in the unit that their name ends with. No key is
-        one that an event or a log line has anyway: id, time, event, domain, uuid, domid, program, pid, level.
-    :ivar id: its number in the ledger; 0 for one that is not there (yet).
+    :ivar detail: further fields; sizes in bytes, times in the unit that their name ends with. Keys that every event or
+        log line has are reserved: id, time, event, domain, uuid, domid, program, pid, level.
+    :ivar id: its number in the ledger; 0 if it is not there (yet).
     :ivar time: seconds since the epoch.
     """
 
@@ -64,11 +64,11 @@ class Event:
 
     @property
     def level(self) -> str:
-        """How serious it is: a name of a level of :mod:`logging`."""
+        """Log level, by its name in :mod:`logging`."""
         return KINDS.get(self.kind) or LOGGED.get(self.kind, "INFO")
 
     def fields(self) -> dict[str, Value]:
-        """All of it but number and time, in the order in which it is printed."""
+        """Return everything except id and time, in the order in which it is printed."""
         return {"event": self.kind, "domain": self.name, "uuid": self.uuid, "domid": self.domid, **self.detail}
 
     def __str__(self) -> str:
@@ -76,27 +76,27 @@ class Event:
 
 
 def unheard(event: Event) -> None:
-    """Nobody is told."""
+    """Ignore the event."""
 
 
 def failure(error: Exception) -> dict[str, Value]:
-    """The detail of an event that is an error."""
+    """Return the detail of an event that reports an error."""
     return {"error": type(error).__name__, "message": str(error)}
 
 
 def utc(seconds: float) -> str:
-    """A time as ISO 8601 has it, to the millisecond, such as ``2026-11-25T18:44:11.120Z``."""
+    """Return a time in ISO 8601, to the millisecond, such as ``2026-11-25T18:44:11.120Z``."""
     whole, milliseconds = divmod(int(seconds * 1000), 1000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
 
 
 def logfmt(fields: Mapping[str, Value]) -> str:
-    """Fields as ``key=value``, on one line whatever is in them; a value with a space or a quote in it is quoted."""
+    """Return fields as ``key=value``, always on one line; a value with a space or a quote in it is quoted."""
     return " ".join(f"{key}={_quoted(value)}" for key, value in fields.items())
 
 
 def log_line(seconds: float, program: str, level: str, fields: Mapping[str, Value], form: str) -> str:
-    """A line of the log file, of this process.
+    """Return a line of the log file, with the pid of this process.
 
     :param form: ``text`` or ``json``.
     """

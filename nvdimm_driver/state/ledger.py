@@ -1,6 +1,7 @@
-"""What belongs to whom: the ledger, an SQLite file. With schema.py, the one module that knows SQL.
+"""The ledger: domains, allocations, starts, events and counters in an SQLite file.
 
-The device model, which has to start fast, uses it: model types are imported where they are made.
+Only this module and schema.py know SQL. The device model uses it and must start fast: model types are imported where
+they are made.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 3
 """How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
 KEPT_EVENTS = 10_000
-"""Older ones go."""
+"""Older events are deleted."""
 ALLOCATION_COLUMNS = (
     "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
     "kind, device, start, inode, generation, file_size, base, written"
@@ -31,19 +32,19 @@ ALLOCATION_COLUMNS = (
 
 
 def host_boot_id(path: str = "/proc/sys/kernel/random/boot_id") -> str:
-    """The kernel's name for this boot of the host."""
+    """Return the kernel's id of this boot of the host."""
     with open(path, encoding="ascii") as file:
         return file.read().strip()
 
 
 class PreparedStart:
-    """What the device model needs to know of a prepared start.
+    """A prepared start, as the device model needs it. Frames are 4 KiB.
 
-    :ivar mappings: (gfn, mfn, count), in 4 KiB frames.
+    :ivar mappings: (gfn, mfn, count).
     :ivar areas: pmem data areas of the host as (mfn, count).
-    :ivar qemu: the program to become.
+    :ivar qemu: program that the device model becomes.
     :ivar label_server: the guest needs one.
-    :ivar uncached: (gfn, count) that must not be cached.
+    :ivar uncached: guest frames that must not be cached, as (gfn, count).
     """
 
     __slots__ = ("areas", "gfn_limit", "gfn_start", "label_server", "mappings", "name", "qemu", "uncached")
@@ -70,10 +71,10 @@ class PreparedStart:
 
 
 class Ledger:
-    """The state in a file that is made when it does not exist. Every method is one transaction.
+    """The ledger file, created if it does not exist. Every method is one transaction.
 
-    :param path: of the file, in a folder that exists; ``:memory:`` for a ledger that is not kept.
-    :param tell: is told of each event, when it is written.
+    :param path: file in an existing folder; ``:memory:`` for a ledger that is not kept.
+    :param tell: called with each event after it is written.
     :raises LedgerError: from every method, when the file cannot be read or written.
     """
 
@@ -95,15 +96,15 @@ class Ledger:
         self._db.close()
 
     def domains(self) -> tuple[Record, ...]:
-        """Every domain the ledger knows, by name."""
+        """Return all domains in the ledger, by name."""
         return self._records("SELECT uuid FROM domain")
 
     def started_domains(self) -> tuple[Record, ...]:
-        """Every domain with an attachment, by name."""
+        """Return all domains that have a start, by name."""
         return self._records("SELECT uuid FROM attachment")
 
     def find_domain(self, uuid: str) -> Record | None:
-        """The domain, or None when the ledger does not know it."""
+        """Return the domain, or None when the ledger does not know it."""
         records = self._records("SELECT ?", uuid)
         return records[0] if records else None
 
@@ -117,9 +118,9 @@ class Ledger:
         dsm: str | None = None,
         kind: str = "",
     ) -> None:
-        """Make this the domain, and these its allocations, instead of those it had.
+        """Store the domain and its allocations, replacing those it had.
 
-        :param kind: of the event that this is; empty for none.
+        :param kind: kind of the event to record; empty for none.
         """
         statements: list[tuple[str, Sequence[Any]]] = [
             (
@@ -141,18 +142,18 @@ class Ledger:
         self._write(statements, event)
 
     def record_progress(self, uuid: str, slot: int, percent: int) -> None:
-        """So much of an NVDIMM is written."""
+        """Record what percentage of an NVDIMM is written."""
         self._write([("UPDATE allocation SET written = ? WHERE uuid = ? AND slot = ?", (percent, uuid, slot))])
 
     def forget(self, uuid: str, *, kind: str = "") -> None:
-        """Drop all that is known of a domain.
+        """Delete the domain with its allocations and its start; its events stay.
 
-        :param kind: of the event that this is; empty for none.
+        :param kind: kind of the event to record; empty for none.
         """
         self._write([("DELETE FROM domain WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
     def begin_start(self, uuid: str, paths: Sequence[str]) -> None:
-        """A start begins, with nothing held against it yet: these paths will be frozen for it."""
+        """Record that a start begins and which paths will be frozen for it; clear the domain's fault."""
         self._write(
             [
                 ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
@@ -177,10 +178,11 @@ class Ledger:
         uncached: Sequence[tuple[int, int]] = (),
         detail: Mapping[str, Value] | None = None,
     ) -> None:
-        """The start is prepared: what the device model will do.
+        """Record that the start is prepared, with everything that the device model will do.
 
+        :param guest_frames: first guest frame behind the guest's RAM, first frame the guest cannot use.
         :param served: as in :class:`.model.Start`.
-        :param detail: of the event that this is.
+        :param detail: detail of the event.
         """
         self._write(
             [
@@ -197,7 +199,7 @@ class Ledger:
         )
 
     def find_prepared(self, uuid: str) -> PreparedStart | None:
-        """What was prepared for a domain in this boot of the host, and not mapped yet."""
+        """Return the domain's start that was prepared in this boot of the host and is not mapped yet, or None."""
         rows = self._rows(
             "SELECT name, qemu, gfn_start, gfn_limit, served FROM attachment JOIN domain USING (uuid) "
             "WHERE uuid = ? AND state = 'prepared' AND boot_id = ?",
@@ -213,7 +215,7 @@ class Ledger:
         return PreparedStart(name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached)
 
     def has_mapped(self, uuid: str, domid: int) -> bool:
-        """Whether the NVDIMMs were mapped into just this domain in this boot of the host."""
+        """Return True when the NVDIMMs were mapped into exactly this domid in this boot of the host."""
         return bool(
             self._rows(
                 "SELECT 1 FROM attachment WHERE uuid = ? AND state = 'mapped' AND domid = ? AND boot_id = ?",
@@ -224,7 +226,7 @@ class Ledger:
         )
 
     def frames_of_others(self, uuid: str) -> list[tuple[str, int, int]]:
-        """Machine frames of every other domain's start, as (name of the domain, mfn, count)."""
+        """Return the machine frames of all other domains' starts in this boot, as (domain name, mfn, count)."""
         return self._rows(
             "SELECT name, mfn, count FROM mapping JOIN attachment USING (uuid) JOIN domain USING (uuid) "
             "WHERE uuid != ? AND boot_id = ?",
@@ -233,7 +235,7 @@ class Ledger:
         )
 
     def begin_mapping(self, uuid: str, domid: int) -> None:
-        """The device model is about to map."""
+        """Record that the device model is about to map."""
         self._write(
             [
                 (
@@ -244,19 +246,19 @@ class Ledger:
         )
 
     def find_ioreq_server(self, uuid: str) -> int | None:
-        """Xen's id of the ioreq server that the domain's label server has made; None before."""
+        """Return Xen's id of the ioreq server that the domain's label server has created; None before."""
         rows = self._rows("SELECT ioreq_server FROM attachment WHERE uuid = ?", uuid)
         return rows[0][0] if rows else None
 
     def record_ioreq_server(self, uuid: str, server: int) -> None:
-        """The domain's label server has made an ioreq server, with that id."""
+        """Record the id of the ioreq server that the domain's label server has created."""
         self._write([("UPDATE attachment SET ioreq_server = ? WHERE uuid = ?", (server, uuid))])
 
     def finish_mapping(self, uuid: str, seconds: float = 0.0, detail: Mapping[str, Value] | None = None) -> None:
-        """The device model has mapped: the domain starts.
+        """Record that the device model has mapped the NVDIMMs and the domain starts.
 
-        :param seconds: that it took.
-        :param detail: of the event that this is.
+        :param seconds: how long mapping took.
+        :param detail: detail of the event.
         """
         self._write(
             [
@@ -269,7 +271,7 @@ class Ledger:
         )
 
     def count_mapped(self) -> tuple[int, int]:
-        """How many domains have their NVDIMMs, and how many frames of them are mapped."""
+        """Return how many domains have their NVDIMMs mapped, and how many frames are mapped in all."""
         (found,) = self._rows(
             "SELECT count(DISTINCT uuid), coalesce(sum(count), 0) FROM attachment LEFT JOIN mapping USING (uuid) "
             "WHERE state = 'mapped'"
@@ -277,16 +279,16 @@ class Ledger:
         return found[0], found[1]
 
     def end_start(self, uuid: str, *, kind: str = "") -> None:
-        """The start is over, and nothing is frozen or mapped for it any more.
+        """Record that the start is over: nothing is frozen or mapped for it any more.
 
-        :param kind: of the event that this is; empty for none.
+        :param kind: kind of the event to record; empty for none.
         """
         self._write([("DELETE FROM attachment WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
     def record_failure(self, uuid: str, error: Exception, domid: int | None = None) -> None:
-        """A start failed. Nothing is done for an error that was recorded before, on its way up.
+        """Record that a start failed, unless the error was recorded already on its way up.
 
-        :param uuid: of a domain that need not be known; empty when not even that is.
+        :param uuid: the ledger need not know the domain; empty if its uuid is unknown, too.
         """
         if isinstance(error, NvdimmError):
             if error.recorded:
@@ -301,19 +303,19 @@ class Ledger:
         )
 
     def clear_fault(self, uuid: str) -> None:
-        """Why an earlier start failed is of no interest any more."""
+        """Clear the reason why the domain's last start failed."""
         self._write([("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,))])
 
     def count_harvest(self, seconds: float) -> None:
-        """ACPI tables were taken from a QEMU."""
+        """Count one harvest of ACPI tables from a QEMU, and the time that it took."""
         self._write([_count("harvests"), _count("harvest_seconds", seconds)])
 
     def record_event(self, kind: str, uuid: str, detail: Mapping[str, Value] | None = None) -> None:
-        """Something happened that changes nothing here."""
+        """Record an event that changes nothing else in the ledger."""
         self._write([], self._event(kind, uuid, detail))
 
     def events(self, after: int = 0) -> list[Event]:
-        """The events with a number larger than that, in order."""
+        """Return the events whose id is greater than `after`, in order."""
         import json
 
         rows = self._rows("SELECT kind, uuid, name, domid, detail, id, time FROM event WHERE id > ? ORDER BY id", after)
@@ -323,21 +325,21 @@ class Ledger:
         ]
 
     def last_event(self) -> int:
-        """The number of the last event; 0 when there was none."""
+        """Return the id of the last event; 0 when there is none."""
         return int(self._rows("SELECT coalesce(max(id), 0) FROM event")[0][0])
 
     def last_times(self) -> list[tuple[str, float]]:
-        """When the last event of each kind was, in seconds since the epoch."""
+        """Return the time of the last event of each kind, as (kind, seconds since the epoch)."""
         return self._rows("SELECT kind, max(time) FROM event GROUP BY kind ORDER BY kind")
 
     def counters(self) -> list[tuple[str, str, float]]:
-        """What was counted since the ledger was made, as (name, label, value)."""
+        """Return all counters since the ledger was created, as (name, label, value)."""
         return self._rows("SELECT name, label, value FROM counter ORDER BY name, label")
 
     def _event(
         self, kind: str, uuid: str, detail: Mapping[str, Value] | None = None, domid: int | None = None
     ) -> Event | None:
-        """An event of a domain as it is known now; None without a kind."""
+        """Return an event with the domain's current name and domid; None without a kind."""
         if not kind:
             return None
         sql = "SELECT name, domid FROM domain LEFT JOIN attachment USING (uuid) WHERE uuid = ?"
@@ -345,7 +347,7 @@ class Ledger:
         return Event(kind, uuid, rows[0][0], rows[0][1] if domid is None else domid, detail or {})
 
     def _records(self, uuids: str, *values: str) -> tuple[Record, ...]:
-        """The domains whose uuids a query selects: a query for each table, however many they are."""
+        """Return the domains whose uuids a query selects, with one query per table however many there are."""
         from nvdimm_driver.model import Record, Start
 
         def rows(columns: str, table: str, order: str) -> list[Any]:
@@ -375,9 +377,9 @@ class Ledger:
         if found > SCHEMA_VERSION:
             raise LedgerError(
                 f"{self.path} has schema version {found}, this nvdimm_driver knows {SCHEMA_VERSION}",
-                hint="a newer nvdimm_driver has written it: install that again",
+                hint="a newer nvdimm_driver wrote it: install that version again",
             )
-        # Of two processes that turn WAL on at a time, SQLite tells one that it is locked, whatever the timeout.
+        # If two processes turn on WAL at the same time, SQLite fails one with "locked", whatever the timeout.
         import fcntl
 
         folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
@@ -421,7 +423,7 @@ class Ledger:
 
 
 def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:
-    """What writes an event. Its detail is made JSON here, as importing json takes longer than all the rest."""
+    """Return the statements that write an event. SQLite makes the JSON: importing json takes longer than the rest."""
     if event is None:
         return []
     pairs = [part for pair in event.detail.items() for part in pair]
@@ -436,7 +438,7 @@ def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:
 
 
 def _count(name: str, amount: float = 1, *, label: str = "") -> tuple[str, Sequence[Any]]:
-    """What adds to a counter."""
+    """Return the statement that adds to a counter."""
     return (
         "INSERT INTO counter VALUES (?, ?, ?) ON CONFLICT (name, label) DO UPDATE SET value = value + excluded.value",
         (name, label, float(amount)),

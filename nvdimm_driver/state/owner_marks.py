@@ -1,4 +1,4 @@
-"""What a backing says of itself: whose NVDIMM it is. With these, a ledger that was lost is made again."""
+"""Owner marks: each backing records which NVDIMM of which domain it is. A lost ledger is rebuilt from them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Mark:
-    """An NVDIMM of a domain, as its backing has it.
+    """An NVDIMM of a domain, as recorded on its backing.
 
-    :ivar ram: of the domain, bytes.
+    :ivar ram: the domain's RAM, bytes.
     :ivar base: guest-physical base.
     """
 
@@ -28,7 +28,7 @@ class Mark:
 
 
 def pack(record: Record, item: Allocation) -> bytes:
-    """The mark of a domain's NVDIMM. The path is not in it: a file knows where it is."""
+    """Return the mark of a domain's NVDIMM, without the path, which is that of the file it is read from."""
     nvdimm = asdict(item.spec)
     del nvdimm["path"]
     domain = {"uuid": record.uuid, "name": record.name, "ram": record.ram, "dsm": record.dsm}
@@ -36,9 +36,9 @@ def pack(record: Record, item: Allocation) -> bytes:
 
 
 def unpack(path: str, data: bytes) -> Mark:
-    """Read the mark of the backing of that path.
+    """Read the mark of the backing at a path.
 
-    :raises LedgerError: when it is not one, or one of a newer nvdimm_driver.
+    :raises LedgerError: when it is not a mark, or a newer nvdimm_driver wrote it.
     """
     try:
         found = json.loads(data)

@@ -1,4 +1,4 @@
-"""Whose backing is whose: no two domains may have the same bytes."""
+"""Ownership of backings: no two domains may have the same bytes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nvdimm_driver.state.ledger import Ledger
 
 
 def check_paths(ledger: Ledger, domain: DomainSpec) -> None:
-    """No other domain has a backing of that path.
+    """Check that no other domain has one of the domain's paths.
 
-    :raises InUseError: when one has, or runs with it, whatever it was redefined to since.
+    :raises InUseError: when one has, or runs with the path even if it was redefined without it since.
     """
     for record in ledger.domains():
         if record.uuid == domain.uuid:
@@ -27,9 +27,10 @@ def check_paths(ledger: Ledger, domain: DomainSpec) -> None:
 
 
 def check_bytes(ledger: Ledger, uuid: str, identities: Mapping[str, BackingIdentity]) -> None:
-    """No other domain has the same bytes under another path (a bind mount, a second device node).
+    """Check that no other domain has the same bytes under another path (a bind mount, a second device node).
 
-    :param identities: of the backings of the domain of that uuid, by path.
+    :param uuid: of the domain.
+    :param identities: of the domain's backings, by path.
     :raises InUseError: when one has.
     """
     for path, identity in identities.items():
@@ -39,9 +40,9 @@ def check_bytes(ledger: Ledger, uuid: str, identities: Mapping[str, BackingIdent
 
 
 def owners(ledger: Ledger, path: str, identity: BackingIdentity | None) -> tuple[Record, ...]:
-    """The domains that have a path or, under whatever path, bytes of that identity, or run with the path.
+    """Return the domains that have the path, run with it, or have bytes of that identity under any path.
 
-    :param identity: of the backing; None when it cannot be told.
+    :param identity: of the backing; None when it cannot be determined.
     """
     real = os.path.realpath(path)
     found = {record.uuid: record for record in ledger.domains() if real in map(os.path.realpath, _paths(record))}
@@ -51,18 +52,18 @@ def owners(ledger: Ledger, path: str, identity: BackingIdentity | None) -> tuple
 
 
 def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> None:
-    """No domain has a path, or bytes of that identity.
+    """Check that no domain has or runs with the path, or has bytes of that identity.
 
-    :raises InUseError: when one has.
+    :raises InUseError: when one does.
     """
     for record in owners(ledger, path, identity):
         raise _owned(path, record)
 
 
 def check_off(record: Record, hint: str = "shut it down first") -> None:
-    """Check that a domain does not run.
+    """Check that a domain is neither running nor starting.
 
-    :raises InUseError: with that hint, when it does.
+    :raises InUseError: with that hint, when it is.
     """
     if record.start is not None:
         raise InUseError(f"domain {record.name} is running or starting", hint=hint)
@@ -82,12 +83,12 @@ def _sharing(ledger: Ledger, identity: BackingIdentity) -> Iterator[Record]:
 def _owned(path: str, record: Record) -> InUseError:
     return InUseError(
         f"{path} belongs to domain {record.name} ({record.uuid})",
-        hint=f"if that domain is gone for good, 'nvdimmctl release {record.name}' gives it up and keeps its data",
+        hint=f"if that domain is gone for good, 'nvdimmctl release {record.name}' frees the path and keeps its data",
     )
 
 
 def mark(backings: Sequence[Backing], record: Record | None, before: Record | None) -> None:
-    """Have a domain's backings say whose they are, and those that it had before say nothing any more."""
+    """Record the owner on a domain's backings, and remove the record from those that it no longer has."""
     kept = record.allocations if record else ()
     for item in kept:
         if record:
@@ -97,7 +98,7 @@ def mark(backings: Sequence[Backing], record: Record | None, before: Record | No
 
 
 def unmark(backings: Sequence[Backing], items: Iterable[Allocation]) -> None:
-    """Have backings say nothing any more."""
+    """Remove the owner's record from backings."""
     for item in items:
         for backing in backings:
             if backing.handles(item.spec.path):
@@ -105,7 +106,7 @@ def unmark(backings: Sequence[Backing], items: Iterable[Allocation]) -> None:
 
 
 def give_up(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
-    """A domain's backings are nobody's any more.
+    """Give up a domain's claim to its backings.
 
     :raises InUseError: while it runs.
     """

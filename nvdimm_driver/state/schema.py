@@ -1,4 +1,4 @@
-"""The tables of the ledger, and what makes each version of them of the one before.
+"""The ledger's tables, and the SQL that upgrades each version of the schema to the next.
 
 doc/ledger.rst describes every column.
 """
@@ -78,4 +78,4 @@ CREATE TABLE counter (
 ) STRICT;
 """,
 )
-"""What makes each version of the schema of the one before; the first one's number is 1."""
+"""The SQL that makes each version of the schema from the one before; the first is version 1."""

@@ -70,7 +70,7 @@ def test_tables_are_built_again_for_an_nvdimm_that_is_elsewhere_than_assumed(
     builder = CountingBuilder()
     driver = make_driver(tmp_path, backing, mapper, acpi=builder)
     plan = driver.check(domain(A))
-    backing.shift = MIB  # of a 2 MiB page: the base follows it
+    backing.shift = MIB  # the base follows the offset in the 2 MiB page
     driver.define(domain(A), plan)
     assert bases(driver) == [plan.layout.nvdimms[0].base + MIB]
     assert builder.built == 2
@@ -85,7 +85,7 @@ def test_a_plan_that_is_too_old_does_not_pass_a_path_that_was_taken_since(driver
 
 
 class OtherMemory(MemoryBacking):
-    """Another kind of backing, whose area is behind that of the first."""
+    """A second kind of backing, with an area after that of the first."""
 
     name = "other"
 
@@ -106,7 +106,7 @@ def test_a_domain_gets_frames_of_its_own_backings_alone(
     driver = make_driver(tmp_path, backing, mapper)
     driver.backings = driver.planner.backings = [backing, OtherMemory(6 * GIB)]
     assert driver.plan(domain(A)).areas == (NAMESPACE.frames,)
-    backing.files[A] = (100 + 8, 64 * MIB)  # 1 GiB on: in the other's area
+    backing.files[A] = (100 + 8, 64 * MIB)  # 1 GiB further: in the other's area
     with pytest.raises(GuardError, match="not inside one area of persistent memory"):
         driver.plan(domain(A))
 

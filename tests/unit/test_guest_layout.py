@@ -1,4 +1,4 @@
-"""Where NVDIMMs go in guest-physical space."""
+"""Placement of NVDIMMs in guest-physical space."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def test_a_label_area_has_its_room_behind_what_is_visible() -> None:
         place(GIB, [replace(labelled, base=first.base), request(1, MIB, base=first.end)], address_bits=40)
     limit = (1 << 40) - 16 * MIB
     place(GIB, [replace(labelled, base=limit)], address_bits=40)
-    with pytest.raises(LayoutError, match="behind the guest's physical address space"):
+    with pytest.raises(LayoutError, match="beyond the guest's physical address space"):
         place(GIB, [replace(labelled, base=limit + 2 * MIB)], address_bits=40)
 
 
 def test_the_pages_of_a_label_area_are_mapped_where_they_are_in_the_backing() -> None:
-    """130 KiB, which begin in the middle of a page; the page before it is not the guest's."""
+    """The area has 130 KiB and begins in the middle of a page; the guest does not get the page before."""
     visible, label = 2 * MIB - 136 * KIB, 130 * KIB
     nvdimm = Placement(0, 68 * GIB, visible, label, label_gap=2 * MIB - visible - label)
     extents = (Extent(0, 5 * GIB, MIB), Extent(MIB, 7 * GIB, MIB))
@@ -94,7 +94,7 @@ def test_the_pages_of_a_label_area_are_mapped_where_they_are_in_the_backing() ->
     whole = replace(nvdimm, size=2 * MIB - 128 * KIB, label_size=128 * KIB, label_gap=0)
     assert sum(mapping.frames for mapping in layout.mappings(whole, extents, labels=True)) == page
     assert len(layout.mappings(whole, extents, labels=True)) == 2
-    with pytest.raises(LayoutError, match="end at offset 1048576, and 2097152 bytes are needed"):
+    with pytest.raises(LayoutError, match="end at offset 0x100000, and 0x200000 bytes are needed"):
         layout.mappings(nvdimm, extents[:1], labels=True)
 
 
@@ -105,7 +105,7 @@ def test_the_pages_of_a_label_area_are_mapped_where_they_are_in_the_backing() ->
         (0x140201000, None, 68 * GIB + PAGE),
         (0x1401FF000, None, 68 * GIB + 0x1FF000),
         (0x140010000, 64 * KIB, 68 * GIB + 64 * KIB),
-        (0x140011000, 64 * KIB, 68 * GIB),  # both at once cannot be had
+        (0x140011000, 64 * KIB, 68 * GIB),  # it cannot be both
         (0x140001000, 2 * MIB, 68 * GIB),
         (0x140001000, 16 * GIB, 80 * GIB),
         (0x140200000, 16 * GIB, 80 * GIB),
@@ -126,7 +126,7 @@ def test_the_gap_shrinks_while_the_nvdimms_do_not_fit() -> None:
 def test_what_does_not_fit_is_refused_with_numbers() -> None:
     with pytest.raises(LayoutError) as caught:
         place(GIB, [request(0, 30 * GIB), request(1, 30 * GIB)], address_bits=36)
-    for number in (f"{60 * GIB} bytes", f"{4 * GIB:#x}", f"{64 * GIB:#x}", f"{GIB} bytes"):
+    for number in ("2 NVDIMMs, 60 GiB", f"{4 * GIB:#x}", f"{64 * GIB:#x}", "of only 1 GiB"):
         assert number in caught.value.message
     assert caught.value.hint
 
@@ -161,19 +161,19 @@ def test_an_nvdimm_may_begin_where_another_ends() -> None:
         ([request(base=4 * GIB)], "overlaps the guest's RAM"),  # 4 GiB of RAM end at 4.25 GiB
         ([request(base=0)], "overlaps the guest's RAM"),
         ([request(base=0xF0000000)], "or its PCI hole"),
-        ([request(base=5 * GIB + 1)], "not a multiple of 4096"),
-        ([request(base=5 * GIB + MIB, alignsize=2 * MIB)], "starts at 0x140100000, which is not a multiple of 2097152"),
+        ([request(base=5 * GIB + 1)], "not a multiple of 4 KiB"),
+        ([request(base=5 * GIB + MIB, alignsize=2 * MIB)], "starts at 0x140100000, which is not a multiple of 2 MiB"),
         ([request(size=3 * MIB, base=5 * GIB, alignsize=2 * MIB)], "ends at"),
         ([request(size=3 * MIB, alignsize=2 * MIB)], "ends at"),
         (
             [request(base=(1 << 40) - MIB)],
-            "ends behind the guest's physical address space, which ends at 0x10000000000",
+            "ends beyond the guest's physical address space, which ends at 0x10000000000",
         ),
         ([request(0, base=5 * GIB), request(1, base=6 * GIB - PAGE)], "overlap from 0x17ffff000 on"),
         ([request(0, base=5 * GIB), request(1, base=5 * GIB)], "overlap"),
-        ([request(0), request(0, base=5 * GIB)], r"slots \[0, 0\]"),
-        ([request(size=0)], "no byte for the guest"),
-        ([request(size=0, base=5 * GIB)], "no byte for the guest"),
+        ([request(0), request(0, base=5 * GIB)], "slots 0, 0, its layout"),
+        ([request(size=0)], "the guest would see nothing"),
+        ([request(size=0, base=5 * GIB)], "the guest would see nothing"),
         ([request(size=PAGE + 1)], "ends at"),
     ],
 )
@@ -187,11 +187,11 @@ def test_a_remembered_layout_is_checked_against_the_guest_as_it_is_now() -> None
     requests = [request(0), request(1, label_size=128 * KIB)]
     guest = place(GIB, requests, address_bits=40)
     layout.check(guest, requests, address_bits=40)
-    with pytest.raises(LayoutError, match=f"overlaps the guest's RAM of {100 * GIB} bytes"):
+    with pytest.raises(LayoutError, match="overlaps the guest's RAM of 100 GiB"):
         layout.check(replace(guest, ram=100 * GIB), requests, address_bits=40)
-    with pytest.raises(LayoutError, match="ends behind"):
+    with pytest.raises(LayoutError, match="ends beyond"):
         layout.check(guest, requests, address_bits=36)
-    with pytest.raises(LayoutError, match=r"slots \[0\], its layout has them in slots \[0, 1\]"):
+    with pytest.raises(LayoutError, match="in slots 0, its layout has them in slots 0, 1 "):
         layout.check(guest, requests[:1], address_bits=40)
     for other in (
         replace(requests[0], size=2 * GIB),

@@ -85,7 +85,7 @@ def test_ranges_of_the_machine_may_overlap() -> None:
 def test_what_another_domain_has() -> None:
     taken = [("db1", 0x1000, 0x10), ("db2", 0x1020, 0x10)]
     check([(START, 0x1010, 0x10)], taken=taken)
-    with pytest.raises(GuardError, match="overlaps 0x1020 to 0x102f, which the running domain db2 has"):
+    with pytest.raises(GuardError, match="overlaps 0x1020 to 0x102f, in use by the running domain db2"):
         check([(START, 0x1010, 0x11)], taken=taken)
 
 
@@ -98,13 +98,13 @@ def test_overlap_within_a_plan(two: Mapping, side: str) -> None:
 
 @pytest.mark.parametrize("bad", [(-1, 4), (4, -1)])
 def test_nonsense_about_the_machine_is_refused(bad: Range) -> None:
-    with pytest.raises(GuardError, match=r"RAM: \(-?\d, -?\d\) is not a range"):
+    with pytest.raises(GuardError, match=r"RAM: -?\d frames from -?\d on are no range"):
         check([], ram=[bad])
 
 
 frames = st.integers(0, 40)
 ranges = st.lists(st.tuples(frames, st.integers(0, 12)), max_size=4)
-area_lists = st.one_of(st.just([(0, 60)]), ranges)  # with one for all, what else may be wrong comes to light
+area_lists = st.one_of(st.just([(0, 60)]), ranges)  # one area for everything exposes the other faults
 mapping_lists = st.one_of(
     st.lists(st.tuples(st.integers(10, 40), frames, st.integers(1, 5)), max_size=3),
     st.lists(st.tuples(st.integers(-2, 40), st.integers(-2, 40), st.integers(-1, 12)), max_size=4),
@@ -124,7 +124,7 @@ def is_safe(
     start: int,
     limit: int,
 ) -> bool:
-    """The rule, frame by frame."""
+    """Apply the rule frame by frame."""
     forbidden: set[int] = set().union(*(spread(*each) for each in ram), *(spread(*each[1:]) for each in taken))
     guest: list[int] = []
     machine: list[int] = []
@@ -171,7 +171,7 @@ def test_what_passes_is_what_is_safe(
 
 @st.composite
 def legitimate(draw: st.DrawFn) -> tuple[list[Mapping], list[Range], list[Range], list[tuple[str, int, int]]]:
-    """A machine cut into runs of RAM, free pmem, others' pmem and ours; ours mapped in any order of guest frames."""
+    """Draw a machine made of runs of RAM, free pmem, others' pmem and ours, with ours mapped in any order of gfns."""
     kinds = draw(st.lists(st.tuples(st.sampled_from("rfto"), st.integers(1, 1 << 20)), min_size=1, max_size=30))
     areas: list[Range] = []
     ram: list[Range] = []
@@ -232,7 +232,7 @@ def test_one_bad_frame_spoils_a_legitimate_plan(
 
 
 def _without(areas: list[Range], frame: int) -> list[Range]:
-    """Areas as (start, end), cut in two at the frame."""
+    """Return the areas as (start, end), with the frame cut out."""
     cut = []
     for mfn, count in areas:
         if mfn <= frame < mfn + count:

@@ -1,4 +1,4 @@
-"""frames against Xen's own loop, written out again here (Xen 4.17, xen/arch/x86/mm/p2m.c)."""
+"""Counts of p2m entries and hypercalls, against Xen's loop copied here (Xen 4.17, xen/arch/x86/mm/p2m.c)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ mapping = st.tuples(frame, frame, count) | congruent
 
 
 def map_mmio_regions(gfn: int, mfn: int, nr: int) -> list[int]:
-    """One hypercall: the sizes of the entries made. mmio_order() with HAP and 2 MiB pages is its first condition."""
+    """Return the sizes of the entries that one hypercall makes. Its first condition is mmio_order() with HAP, 2 MiB."""
     made: list[int] = []
     done = 0
     while done < nr and len(made) < 64:
@@ -25,7 +25,7 @@ def map_mmio_regions(gfn: int, mfn: int, nr: int) -> list[int]:
 
 
 def hypercalls(gfn: int, mfn: int, count: int) -> list[list[int]]:
-    """libxc's loop: what each hypercall for the whole of a mapping made."""
+    """Return the entries that each hypercall for a whole mapping makes, as libxc loops over it."""
     calls: list[list[int]] = []
     done = 0
     while done < count:

@@ -1,4 +1,4 @@
-"""The log level: at DEBUG each step of a define and a start is there, in order; above it, none."""
+"""The log level: DEBUG logs each step of a define and a start, in order; other levels log none."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def driver(tmp_path: Path, mapper: RecordingMapper) -> XenNvdimmDriver:
 
 
 def steps(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The messages, without the time that something took."""
+    """Return the messages, without durations."""
     found = [re.sub(r"\d+\.\d{3} s", "N s", record.getMessage()) for record in caplog.records]
     caplog.clear()
     return found
@@ -68,7 +68,7 @@ def steps(caplog: pytest.LogCaptureFixture) -> list[str]:
 def run_device_model(
     driver: XenNvdimmDriver, mapper: RecordingMapper, folder: Path, level: str, *, served: bool = False
 ) -> list[str]:
-    """Run it, prepared or not; return levels and messages of its log."""
+    """Run the device model, whether a start is prepared or not; return levels and messages of its log."""
 
     def serve(state_dir: str, domid: int, uuid: str) -> None:
         assert served
@@ -86,14 +86,14 @@ def test_debug_has_each_step_of_a_define(driver: XenNvdimmDriver, caplog: pytest
     assert steps(caplog) == [
         "plan domain db1, NVDIMMs: 1; nothing is changed",
         f"assumed {A} at SPA 0x140000000: it is not written yet",
-        "placed slot 0 at 0x1100000000, 67108864 bytes",
-        "ACPI tables are ready: 302 bytes, after N s",
+        "placed slot 0 at 0x1100000000, 64 MiB",
+        "ACPI tables are ready: 302 B, after N s",
         "guards passed, mappings: 0",
         f"define domain db1, {UUID}",
-        f"provision {A}: 67108864 bytes to write",
+        f"provision {A}: 64 MiB to write",
         f"event=provisioning domain=db1 uuid={UUID} domid=- path={A} written=33554432 bytes=67108864",
         f"located {A}: first SPA 0x140000000, extents: 1",
-        "placed slot 0 at 0x1100000000, 67108864 bytes",
+        "placed slot 0 at 0x1100000000, 64 MiB",
         "guards passed, mappings: 1",
         f"event=defined domain=db1 uuid={UUID} domid=- nvdimms=1 bytes=67108864",
     ]
@@ -116,8 +116,8 @@ def test_debug_has_each_step_of_a_start_that_follows_a_crash(
         f"event=put-away domain=db1 uuid={UUID} domid=5",
         f"freeze {A}",
         f"located {A}: first SPA 0x140000000, extents: 1",
-        "placed slot 0 at 0x1100000000, 67108864 bytes",
-        "ACPI tables are ready: 302 bytes, after N s",
+        "placed slot 0 at 0x1100000000, 64 MiB",
+        "ACPI tables are ready: 302 B, after N s",
         "guards passed, mappings: 1",
         f"event=prepared domain=db1 uuid={UUID} domid=- nvdimms=1 extents=1 superpages=32 pages=0 hypercalls=1",
     ]
@@ -128,7 +128,7 @@ def test_debug_says_that_a_failed_define_is_undone(tmp_path: Path, caplog: pytes
     backing.fail_provision = {"/mnt/pmem0/b"}
     with caplog.at_level("DEBUG"), pytest.raises(Exception, match="no space"):
         make_driver(tmp_path, backing, RecordingMapper()).define(domain(A, "/mnt/pmem0/b"))
-    assert steps(caplog)[-2:] == ["define of domain db1 failed: undo it", f"delete {A}"]
+    assert steps(caplog)[-2:] == ["define of domain db1 failed: roll it back", f"delete {A}"]
 
 
 def test_info_has_events_alone(
@@ -210,7 +210,7 @@ def test_debug_says_when_tables_come_from_the_cache(
 def test_the_option_says_how_much_is_logged(
     tmp_path: Path, where: str, level: str, own: list[str], others: list[str]
 ) -> None:
-    """Of libraries, which have much to say at DEBUG, never more than at INFO."""
+    """Libraries, which log much at DEBUG, log from INFO on at most."""
     options = tmp_path / "nvdimm-driver.conf"
     options.write_text(f"[DEFAULT]\nlog_file = {tmp_path}/log\nlog_level = {level}\n")
     command: list[str | Path] = [sys.executable, "-c", LOGGING.format(where=where), options]
@@ -233,7 +233,7 @@ def test_the_hook_says_that_it_is_called(tmp_path: Path, level: str) -> None:
 
 
 def test_a_script_of_an_earlier_version_runs(tmp_path: Path) -> None:
-    """It names no log level, which is INFO then."""
+    """The script passes no log level, so it is INFO."""
     command: list[str | Path] = [sys.executable, "-c", OLD_SCRIPT, tmp_path, tmp_path / "log"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (ConfigError.exit_code, "")

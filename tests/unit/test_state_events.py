@@ -38,7 +38,7 @@ def test_an_event_is_a_line_of_words() -> None:
 
 @given(st.text())
 def test_no_value_breaks_the_line_or_makes_another_key(text: str) -> None:
-    """A domain's name is anybody's. What is printable comes back as a shell, which quotes alike, reads it."""
+    """Users choose a domain's name. A shell, which quotes in the same way, reads printable text back unchanged."""
     line = logfmt({"a": text, "b": 1})
     assert line.isprintable()
     words = shlex.split(line)

@@ -105,7 +105,7 @@ def test_a_file_that_is_no_ledger_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_many_processes_at_once(tmp_path: Path) -> None:
-    """Eight first users of one ledger: each creates or finds the schema, and none loses a write."""
+    """Eight processes open a new ledger at once: each creates or finds the schema, and none loses a write."""
     script = (
         "import sys; from nvdimm_driver.state.ledger import Ledger\n"
         "ledger = Ledger(sys.argv[1])\n"

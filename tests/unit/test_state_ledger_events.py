@@ -1,4 +1,4 @@
-"""Events and counters: what is written when a domain is defined, started, and ends."""
+"""Events and counters that are written when a domain is defined, is started and ends."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_guest_that_ended_unseen_is_put_away(
 
 
 def test_failed_starts_are_counted_by_reason(driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path) -> None:
-    """In the hook, where nothing was prepared that could be released, and in the device model."""
+    """A start fails in the hook, where nothing is prepared yet to be released, and in the device model."""
     driver.define(domain(A))
     mapper.ram_ranges.append((5 << 18, 1 << 20))
     with pytest.raises(GuardError):
@@ -112,7 +112,7 @@ def test_failed_starts_are_counted_by_reason(driver: XenNvdimmDriver, mapper: Re
 def test_a_start_without_hook_that_fails_is_counted_once(
     driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
-    """The error passes through the driver and through the device model."""
+    """The error passes through both the driver and the device model."""
     driver.define(domain(A))
     mapper.ram_ranges.append((5 << 18, 1 << 20))
     with pytest.raises(GuardError):
@@ -150,7 +150,7 @@ def test_a_domain_that_is_redefined_without_nvdimms_has_given_them_up(
 
 
 def test_what_is_not_written_did_not_happen(tmp_path: Path) -> None:
-    """An event and its change are one transaction."""
+    """An event is written in the same transaction as the change."""
     told: list[Event] = []
     ledger = Ledger(str(tmp_path / "ledger.sqlite"), told.append)
     ledger.store(UUID, "db1", 5, [], kind="defined")

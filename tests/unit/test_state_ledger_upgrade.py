@@ -1,4 +1,4 @@
-"""Ledgers as earlier versions have left them, opened by this one."""
+"""Ledgers of earlier versions, opened by this one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nvdimm_driver.state.ledger import SCHEMA_VERSION, Ledger
 from nvdimm_driver.state.schema import SCHEMAS
 
 DUMPS = sorted((Path(__file__).parents[1] / "data/ledger").glob("*.sql"))
-"""A ledger of each schema version, as ``.dump`` of sqlite3 prints it; a version that anybody has used never changes."""
+"""A ledger of each schema version, as printed by sqlite3's ``.dump``; a version that anybody has used never changes."""
 FIRST, SECOND = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "5dea22b3-1d52-d8f3-2516-782e98ab3fa0"
 GIB = 1 << 30
 ALLOCATIONS = (
@@ -44,7 +44,7 @@ def old_ledger(folder: Path, dump: Path, more: str = "") -> str:
 
 
 def content(path: str) -> Tables:
-    """All rows of all tables."""
+    """Return all rows of all tables."""
     database = sqlite3.connect(path)
     database.row_factory = sqlite3.Row
     names = [row["name"] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -52,7 +52,7 @@ def content(path: str) -> Tables:
 
 
 def columns(database: sqlite3.Connection) -> dict[str, list[Any]]:
-    """Every table's columns with their types, defaults and so on."""
+    """Return the columns of all tables, with their types, defaults and so on."""
     names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     return {name: database.execute(f"PRAGMA table_info({name})").fetchall() for name in names}
 
