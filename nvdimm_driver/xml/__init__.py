@@ -1,4 +1,4 @@
-"""Libvirt's domain XML: what it says about NVDIMMs, and how it is rewritten for libxl and restored for the user.
+"""Libvirt's domain XML: parse its NVDIMMs, rewrite it for libxl and restore it for the user.
 
 No other folder knows the name of an element.
 """

@@ -1,4 +1,4 @@
-"""XML as text: where each element is in it, edits to the byte, new elements in libvirt's format. Pure."""
+"""XML as text: positions of elements, edits that leave every other byte, new elements in libvirt's format. Pure."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from xml.parsers import expat
 
 from nvdimm_driver.errors import DomainXmlError
 from nvdimm_driver.model import MIB
+from nvdimm_driver.sizes import human
 
 MAX_BYTES = 4 * MIB
 """The longest string that libvirt's RPC takes (src/remote/remote_protocol.x:REMOTE_STRING_MAX)."""
 MAX_ELEMENTS = 100_000
-"""Many times what a large domain has; keeps the memory that a hostile one takes in bounds."""
+"""Many times what a large domain has; bounds the memory that hostile XML takes."""
 MAX_DEPTH = 256
 """libxml2's limit without XML_PARSE_HUGE, and so libvirt's (xmlParserMaxDepth)."""
 EIGHT_BIT = ("iso8859-", "cp125", "koi8-")
-"""Encodings, by the beginning of Python's name, whose lower half is ASCII."""
+"""Eight-bit encodings whose lower half is ASCII, by the beginning of Python's name."""
 
 _TEXT_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord("\r"): "&#13;"}
 _ATTRIBUTE_ESCAPES = {ord("\t"): "&#9;", ord("\n"): "&#10;"}
-"""As libxml2 writes them (xmlNodeDump), which writes libvirt's metadata."""
+"""Escapes of libxml2 (xmlNodeDump), which writes libvirt's metadata."""
 
 
 def decode(data: bytes) -> str:
     """Return the text of XML that a client has sent, as libxml2 would read it.
 
-    A declaration that names another encoding than UTF-8 is gone from it: what is sent on is UTF-8.
+    The declaration of an eight-bit encoding is removed: the XML is sent on in UTF-8.
 
-    :raises DomainXmlError: when it is in no encoding whose ASCII is ASCII: what it says would be hidden.
+    :raises DomainXmlError: when ASCII means something else in its encoding, which would hide its content, or when it is
+        not valid in its encoding.
     """
     encoding, end = _declared(data)
     name = "utf-8" if encoding is None else _codec(encoding)
     if not name.startswith((*EIGHT_BIT, "utf-8", "ascii")):
-        raise DomainXmlError(f"the XML is in the encoding {encoding!r}", hint="write it in UTF-8")
+        raise DomainXmlError(f"the XML's encoding {encoding!r} is not supported", hint="write it in UTF-8")
     start = end if name.startswith(EIGHT_BIT) else 0
     try:
         return data[start:].decode(name)
@@ -48,7 +50,7 @@ def decode(data: bytes) -> str:
 
 @dataclass
 class Element:
-    """An element, with where it is in the text (in bytes), or not in it yet."""
+    """An element. Start and end are its position in the text, in bytes; both are 0 for a new element."""
 
     tag: str
     attributes: dict[str, str] = field(default_factory=dict)
@@ -58,10 +60,14 @@ class Element:
     end: int = 0
 
     def child(self, tag: str) -> Element | None:
-        """The first child of that name; libvirt takes the first, too."""
+        """Return the first child of that name, as libvirt does, or None."""
         return next((child for child in self.children if child.tag == tag), None)
 
     def need(self, tag: str) -> Element:
+        """Return the first child of that name.
+
+        :raises DomainXmlError: when there is none.
+        """
         child = self.child(tag)
         if child is None:
             raise DomainXmlError(
@@ -74,13 +80,16 @@ class Element:
         return "" if child is None else child.text
 
     def last(self, tags: Sequence[str]) -> Element:
-        """Of the children with those names the last one; the first name is needed."""
+        """Return the last child that has one of the names.
+
+        :raises DomainXmlError: when no child has the first name.
+        """
         self.need(tags[0])
         return [child for child in self.children if child.tag in tags][-1]
 
 
 class Text:
-    """XML as it was written, and edits to make in it. An edit never reaches into another one."""
+    """XML as it was written, and edits to make in it, which never overlap."""
 
     def __init__(self, data: bytes, root: Element) -> None:
         self.data = data
@@ -116,25 +125,25 @@ class Text:
         return b"".join([*parts, self.data[done:]]).decode()
 
     def _space(self, element: Element) -> bytes:
-        """The white space in front of an element."""
+        """Return the white space in front of an element."""
         start = element.start
         while self.data[start - 1] in b" \t\r\n":
             start -= 1
         return self.data[start : element.start]
 
     def _newline(self, element: Element) -> str:
-        """What begins a line on the element's level; nothing when the element does not begin one."""
+        """Return the line break and indent in front of an element; empty when it does not begin a line."""
         _, newline, indent = self._space(element).rpartition(b"\n")
         return (newline + indent).decode() if newline else ""
 
 
 def written(element: Element) -> str:
-    """An element by itself, as libvirt writes it."""
+    """Return an element by itself, as libvirt writes it."""
     return _format(element, "\n", "'")
 
 
 def _format(element: Element, newline: str, quote: str) -> str:
-    """Write an element as libvirt does: 2 more spaces a level; single quotes, but double ones in metadata."""
+    """Return an element as libvirt writes it: 2 more spaces per level; single quotes, in metadata double ones."""
     escapes = _TEXT_ESCAPES | _ATTRIBUTE_ESCAPES | {ord(quote): "&quot;" if quote == '"' else "&apos;"}
     attributes = "".join(
         f" {name}={quote}{value.translate(escapes)}{quote}" for name, value in element.attributes.items()
@@ -150,12 +159,12 @@ def _format(element: Element, newline: str, quote: str) -> str:
 
 
 def may_have(xml: str, word: str) -> bool:
-    """False when the word cannot be in the XML; without a DTD, only references to characters can hide it."""
+    """Return False when the word cannot be in the XML: without a DTD, only character references can hide it."""
     return word in xml or "&#" in xml
 
 
 def _declared(data: bytes) -> tuple[str | None, int]:
-    """The encoding that the XML declaration names, and where the declaration ends; (None, 0) without one."""
+    """Return the encoding that the XML declaration names, and where the declaration ends; (None, 0) without one."""
     end = data.find(b"?>") + 2
     found: list[str | None] = []
     parser = expat.ParserCreate("utf-8")
@@ -173,16 +182,21 @@ def _codec(encoding: str) -> str:
 
 
 def parse(xml: str) -> Text:
-    # a lone surrogate becomes what expat calls malformed
+    """Parse XML, with the position of each element.
+
+    :raises DomainXmlError: when it is not well-formed, has a DTD or exceeds a limit.
+    """
+    # expat rejects what a lone surrogate becomes
     data = xml.encode(errors="surrogatepass")
     if len(data) > MAX_BYTES:
         raise DomainXmlError(
-            f"the domain XML has {len(data)} bytes, and libvirt takes {MAX_BYTES} at most", hint="make it shorter"
+            f"the domain XML has {human(len(data))}, and libvirt takes {human(MAX_BYTES)} at most",
+            hint="make it shorter",
         )
     top = Element("")
     open_elements = [top]
     total = 0
-    # the string is decoded already, whatever its XML declaration says
+    # the data is UTF-8, whatever its XML declaration says
     parser = expat.ParserCreate("utf-8")
     parser.buffer_text = True
 
@@ -191,8 +205,8 @@ def parse(xml: str) -> Text:
         total += 1
         if total > MAX_ELEMENTS or len(open_elements) > MAX_DEPTH:
             raise DomainXmlError(
-                f"the domain XML has more than {MAX_ELEMENTS} elements, or more than {MAX_DEPTH} inside each other",
-                hint="no domain needs as many",
+                f"the domain XML has more than {MAX_ELEMENTS} elements, or they are nested more than {MAX_DEPTH} deep",
+                hint="no domain needs that many",
             )
         element = Element(tag, attributes, start=parser.CurrentByteIndex)
         open_elements[-1].children.append(element)
@@ -200,7 +214,7 @@ def parse(xml: str) -> Text:
 
     def end(tag: str) -> None:
         element, index = open_elements.pop(), parser.CurrentByteIndex
-        # expat reports the end of <a/> behind it, and that of <a></a> in front of its end tag
+        # expat reports the end of <a/> after it, and the end of <a></a> before its end tag
         is_empty = not element.children and not element.text and data[index - 2 : index] == b"/>"
         element.end = index if is_empty else data.index(b">", index) + 1
 

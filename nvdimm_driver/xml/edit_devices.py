@@ -1,4 +1,4 @@
-"""Edits of one domain XML: an NVDIMM more, less or changed, a uuid; and the element for a new NVDIMM. Pure."""
+"""Edits of one domain XML: add, remove or replace an NVDIMM, add a uuid; and the XML of a new NVDIMM. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from nvdimm_driver.xml.document import Element, may_have, parse, written
 from nvdimm_driver.xml.parse_domain import nvdimm_elements
 
 BEHIND_MEMORY = ("crypto", "iommu", "vsock", "pstore")
-"""Devices that libvirt writes behind memory (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName)."""
+"""Devices that libvirt writes after memory (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName)."""
 
 
 def memory_device(spec: NvdimmSpec) -> str:
-    """The element that a domain has for an NVDIMM of that path, size and label area."""
+    """Return the ``<memory>`` element for an NVDIMM with that path, size and label area."""
     return written(_memory_element(spec.path, spec.size, spec.label_size))
 
 
 def with_uuid(xml: str, uuid: str) -> str:
-    """Return domain XML with that uuid behind its name; the same string when it has one."""
+    """Return domain XML with the uuid added after its name; the same string when it already has one."""
     text = parse(xml)
     if text.root.child("uuid") is not None:
         return xml
@@ -26,7 +26,7 @@ def with_uuid(xml: str, uuid: str) -> str:
 
 
 def is_nvdimm(device: str) -> bool:
-    """True for the XML of one device that is an NVDIMM.
+    """Return True for the XML of a device that is an NVDIMM.
 
     :raises DomainXmlError: when the XML cannot be parsed.
     """
@@ -37,9 +37,9 @@ def is_nvdimm(device: str) -> bool:
 
 
 def attach(xml: str, device: str) -> str:
-    """Return domain XML, as the user wrote it, with one more NVDIMM behind those that it has.
+    """Return domain XML, as the user wrote it, with one more NVDIMM after its others.
 
-    :param device: for which :func:`is_nvdimm` holds.
+    :param device: XML for which :func:`is_nvdimm` is True.
     """
     text = parse(xml)
     devices = text.root.need("devices")
@@ -52,7 +52,7 @@ def attach(xml: str, device: str) -> str:
 
 
 def detach(xml: str, device: str) -> str:
-    """Return domain XML without the NVDIMM that has the backing of this one.
+    """Return domain XML without the NVDIMM that has the same backing as this one.
 
     :raises DomainXmlError: when there is none.
     """
@@ -62,7 +62,7 @@ def detach(xml: str, device: str) -> str:
 
 
 def update(xml: str, device: str) -> str:
-    """Return domain XML with the NVDIMM that has the backing of this one replaced by this one.
+    """Return domain XML with this NVDIMM in place of the one that has the same backing.
 
     :raises DomainXmlError: when there is none.
     """
@@ -93,7 +93,7 @@ def _memory_element(path: str, size: int, label_size: int) -> Element:
 
 
 def _size_element(size: int) -> Element:
-    """In the largest unit in which it is a whole number."""
+    """Return ``<size>`` in the largest unit in which it is a whole number."""
     power = next(power for power in (40, 30, 20, 10, 0) if size % (1 << power) == 0)
     unit = {40: "TiB", 30: "GiB", 20: "MiB", 10: "KiB", 0: "b"}[power]
     return Element("size", {"unit": unit}, text=str(size >> power))

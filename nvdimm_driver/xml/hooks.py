@@ -28,7 +28,7 @@ class XmlHooks:
     def from_conf(cls, conf: cfg.ConfigOpts) -> XmlHooks:
         """Make the hooks that ``xml_hooks`` names; the shipped one without a search, which takes longer than its use.
 
-        :raises ConfigError: when no installed package has one of that name.
+        :raises ConfigError: when no installed package has a hook of that name.
         """
         hooks = [
             LibxlXmlHook() if name == "libxl" else plugin_loader.load("nvdimm_driver.xml_hooks", name, conf)
@@ -37,24 +37,24 @@ class XmlHooks:
         return cls(hooks, conf.xen.device_model)
 
     def rewrite(self, xml: str) -> str:
-        """Return what libvirt gets, for domain XML as the user wrote it.
+        """Return the XML for libvirt, from domain XML as the user wrote it.
 
-        :raises DomainXmlError: when the XML cannot be parsed or says what cannot be right.
-        :raises UnsupportedError: when it asks for what Xen or this driver cannot do.
+        :raises DomainXmlError: when the XML cannot be parsed or has an invalid value.
+        :raises UnsupportedError: when it asks for something that Xen or this driver cannot do.
         """
         for hook in self._hooks:
             xml = hook.rewrite(xml, self.device_model)
         return xml
 
     def restore(self, xml: str) -> str:
-        """Return what the user gets, for domain XML as libvirt has it.
+        """Return the XML for the user, from domain XML as libvirt has it.
 
-        :raises DomainXmlError: when the XML cannot be parsed, or what a hook has kept in it is broken.
+        :raises DomainXmlError: when the XML cannot be parsed, or the data that a hook keeps in it is broken.
         """
         for hook in reversed(self._hooks):
             xml = hook.restore(xml)
         return xml
 
     def may_restore(self, reply: bytes) -> bool:
-        """Return False when no hook would change XML that is in these bytes. Cheap, and raises nothing."""
+        """Return False when no hook would change any XML in these bytes. Cheap, and raises nothing."""
         return any(hook.may_restore(reply) for hook in self._hooks)

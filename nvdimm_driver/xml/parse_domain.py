@@ -1,6 +1,6 @@
-"""What domain XML says about NVDIMMs: from the text that a user wrote to a :class:`.model.DomainSpec`. Pure.
+"""Parser of domain XML with NVDIMMs: from the user's text to a :class:`.model.DomainSpec`. Pure.
 
-A user can choose for one domain what is otherwise the host's configuration, in ``<metadata>``::
+In ``<metadata>``, a user can override an option of the host for one domain::
 
     <nvdimm:options xmlns:nvdimm="urn:nvdimm-driver:options:1" dsm="aml"/>
 """
@@ -23,13 +23,13 @@ MAX_NVDIMMS = 256
 
 
 def extract(xml: str) -> DomainSpec | None:
-    """Return what domain XML, as the user wrote it, says about NVDIMMs.
+    """Return the domain and its NVDIMMs, from domain XML as the user wrote it.
 
-    XML that was rewritten says it in its metadata: restore it first (:mod:`.rewrite`).
+    Rewritten XML has its NVDIMMs in the metadata: restore it first (:mod:`.rewrite`).
 
-    :returns: None when it has none or is not a domain of type ``xen``.
-    :raises DomainXmlError: when the XML cannot be parsed or says what cannot be right.
-    :raises UnsupportedError: when it asks for what Xen or this driver cannot do.
+    :returns: None when it has no NVDIMMs or is not a domain of type ``xen``.
+    :raises DomainXmlError: when the XML cannot be parsed or has an invalid value.
+    :raises UnsupportedError: when it asks for something that Xen or this driver cannot do.
     """
     text = parse_xen(xml, "nvdimm")
     if text is None or not nvdimm_elements(text.root):
@@ -38,7 +38,7 @@ def extract(xml: str) -> DomainSpec | None:
 
 
 def emulator_is(xml: str, path: str) -> bool:
-    """True for domain XML whose ``<emulator>`` is that path.
+    """Return True for domain XML whose ``<emulator>`` is that path.
 
     :raises DomainXmlError: when the XML cannot be parsed.
     """
@@ -51,13 +51,17 @@ def emulator_is(xml: str, path: str) -> bool:
 
 
 def nvdimm_elements(root: Element) -> list[Element]:
+    """Return the elements of a domain's NVDIMMs, in document order."""
     devices = root.child("devices")
     children = [] if devices is None else devices.children
     return [child for child in children if child.tag == "memory" and child.attributes.get("model") == "nvdimm"]
 
 
 def ram_of(root: Element) -> int:
-    """Bytes of guest RAM: the NUMA cells', as libvirt does it (virDomainDefPostParseMemory), or else ``<memory>``."""
+    """Return guest RAM in bytes: of the NUMA cells, as libvirt does (virDomainDefPostParseMemory), else ``<memory>``.
+
+    :raises DomainXmlError: when it has none.
+    """
     memory, cells = root.child("memory"), _cells(root)
     if cells:
         what = "the memory attribute of a <cpu><numa><cell>"
@@ -73,7 +77,7 @@ def ram_of(root: Element) -> int:
 
 
 def parse_xen(xml: str, word: str) -> Text | None:
-    """Parse the XML of a domain of type ``xen``; None when it is none, or when the word is not in it anywhere."""
+    """Parse the XML of a domain of type ``xen``; return None for other XML, and for XML without the word."""
     if not may_have(xml, word):
         return None
     text = parse(xml)
@@ -81,6 +85,7 @@ def parse_xen(xml: str, word: str) -> Text | None:
 
 
 def spec_of(root: Element) -> DomainSpec:
+    """Return the domain of a parsed domain XML; raise what :func:`extract` raises."""
     name = root.need("name").text
     _check_hvm(root)
     ram = ram_of(root)
@@ -88,8 +93,8 @@ def spec_of(root: Element) -> DomainSpec:
     elements = nvdimm_elements(root)
     if len(elements) > MAX_NVDIMMS:
         raise UnsupportedError(
-            f"domain {name} has {len(elements)} NVDIMMs, and {MAX_NVDIMMS} is the most that a guest can have",
-            hint="put more bytes into fewer NVDIMMs",
+            f"domain {name} has {len(elements)} NVDIMMs; a guest can have at most {MAX_NVDIMMS}",
+            hint="use fewer and larger NVDIMMs",
         )
     nodes = max(1, len(_cells(root)))
     slots = _slots(elements)
@@ -116,9 +121,9 @@ def _dsm(root: Element) -> str | None:
     unknown = [each for each in found[0].attributes if each != "dsm" and not each.startswith("xmlns")]
     if len(found) > 1 or name != "options" or unknown or found[0].children:
         raise DomainXmlError(
-            f"<metadata> has {', '.join(f'<{each.tag}>' for each in found)} of {OPTIONS}, with "
-            f"{', '.join(unknown) or 'no'} unknown attributes",
-            hint="one empty element <options> with the attribute dsm is known",
+            f"<metadata> has {', '.join(f'<{each.tag}>' for each in found)} in the namespace {OPTIONS}, "
+            f"unknown attributes: {', '.join(unknown) or 'none'}",
+            hint="write one empty element <options> with the attribute dsm",
         )
     dsm = found[0].attributes.get("dsm")
     if dsm is not None and dsm not in DSM:
@@ -142,7 +147,9 @@ def _uuid(root: Element) -> str | None:
     try:
         return str(UUID(element.text.strip()))
     except ValueError:
-        raise DomainXmlError(f"<uuid> is {element.text!r}, which is not a UUID", hint="32 hexadecimal digits") from None
+        raise DomainXmlError(
+            f"<uuid> is {element.text!r}, which is not a UUID", hint="write 32 hexadecimal digits"
+        ) from None
 
 
 def _check_hvm(root: Element) -> None:
@@ -151,8 +158,8 @@ def _check_hvm(root: Element) -> None:
     guest, machine = ("", "") if kind is None else (kind.text.strip(), kind.attributes.get("machine", ""))
     if guest != "hvm" or machine in ("xenpv", "xenpvh"):
         raise UnsupportedError(
-            f"an NVDIMM needs an HVM guest, and <os><type machine={machine!r}> is {guest!r}: the firmware that takes "
-            "the NVDIMM's ACPI tables, hvmloader, runs in HVM guests alone",
+            f"an NVDIMM needs an HVM guest, and <os><type machine={machine!r}> is {guest!r}: hvmloader, the firmware "
+            "that takes the NVDIMM's ACPI tables, runs only in HVM guests",
             hint="write <type arch='x86_64' machine='xenfv'>hvm</type>, or remove the NVDIMMs",
         )
 
@@ -166,11 +173,11 @@ def _cells(root: Element) -> list[Element]:
 def _check_current_memory(root: Element, ram: int) -> None:
     element = root.child("currentMemory")
     current = 0 if element is None else scaled(element, "<currentMemory>")
-    if 0 < current < ram:  # 0 is none given (virDomainDefPostParseMemory)
+    if 0 < current < ram:  # 0 means that none is given (virDomainDefPostParseMemory)
         raise UnsupportedError(
             f"<currentMemory> is {current // KIB} KiB and the guest's RAM {ram // KIB} KiB: such a guest starts with "
-            "memory populated on demand, which Xen does not do together with mapped frames",
-            hint=f"make <currentMemory> {ram // KIB} KiB or leave it out",
+            "memory populated on demand, which Xen does not combine with mapped frames",
+            hint=f"set <currentMemory> to {ram // KIB} KiB or leave it out",
         )
 
 
@@ -181,7 +188,7 @@ def _nvdimm(element: Element, slot: int, nodes: int) -> NvdimmSpec:
     if source is None or not posixpath.isabs(path):
         raise DomainXmlError(
             f"{where}<source><path> is {path!r}, which is not an absolute path",
-            hint="name the backing file or device with its whole path, such as /mnt/pmem0/db1.img",
+            hint="give the absolute path of the backing file or device, such as /mnt/pmem0/db1.img",
         )
     if target is None or target.child("size") is None:
         raise DomainXmlError(
@@ -216,18 +223,18 @@ def _check_supported(element: Element, target: Element, where: str) -> None:
         raise DomainXmlError(f"{where}discard is {discard!r}", hint="leave discard out")
     if access == "private":
         raise UnsupportedError(
-            f"{where}access='private' cannot be had on Xen: a mapping of real frames is always shared",
-            hint="write access='shared'; to keep the backing as it is, give the guest a copy of it",
+            f"{where}access='private' is not supported on Xen: a mapping of machine frames is always shared",
+            hint="write access='shared'; to keep the backing unchanged, give the guest a copy of it",
         )
     if discard == "yes":
         raise UnsupportedError(
-            f"{where}discard='yes' cannot be had: the driver never discards what is in persistent memory",
+            f"{where}discard='yes' is not supported: the driver never discards data in persistent memory",
             hint="leave discard out",
         )
     if target.child("readonly") is not None:
         raise UnsupportedError(
-            f"{where}<readonly/> cannot be had on Xen: XEN_DOMCTL_memory_mapping has no read-only form",
-            hint="remove <readonly/>, and give the guest a copy if it must not write",
+            f"{where}<readonly/> is not supported on Xen: XEN_DOMCTL_memory_mapping has no read-only form",
+            hint="remove <readonly/>; if the guest must not write to the backing, give it a copy",
         )
     if element.child("uuid") is not None:
         raise UnsupportedError(
@@ -242,7 +249,7 @@ def _alignsize(source: Element, where: str) -> int | None:
     align = scaled(element, f"{where}<alignsize>")
     if align < PAGE or align & (align - 1):
         raise DomainXmlError(
-            f"{where}<alignsize> is {align // KIB} KiB; it is a power of two, and {PAGE // KIB} KiB at least",
+            f"{where}<alignsize> is {align // KIB} KiB; it must be a power of two and at least {PAGE // KIB} KiB",
             hint="write <alignsize unit='MiB'>2</alignsize>, or leave it out",
         )
     return align
@@ -254,14 +261,14 @@ def _base(element: Element, where: str) -> int | None:
     base = 0 if text is None else integer(text, f"{where}the base in <address>", base=16)
     if base and (base % PAGE or base < 4 * GIB):
         raise DomainXmlError(
-            f"{where}the base in <address> is {base:#x}; it is a multiple of {PAGE} bytes and at least {4 * GIB:#x}",
-            hint="leave base out: a fitting one is chosen",
+            f"{where}the base in <address> is {base:#x}; it must be a multiple of {PAGE:#x} and at least {4 * GIB:#x}",
+            hint="leave base out to have one chosen",
         )
-    return base or None  # 0 is none given (virDomainMemoryDef in src/conf/domain_conf.h)
+    return base or None  # 0 means that none is given (virDomainMemoryDef in src/conf/domain_conf.h)
 
 
 def _slots(elements: Sequence[Element]) -> list[int]:
-    """The slot of each NVDIMM: its own, or the lowest that is free, in document order."""
+    """Return the slot of each NVDIMM: its own, or the lowest free one, in document order."""
     given: list[int | None] = []
     for number, element in enumerate(elements, start=1):
         address = element.child("address")

@@ -1,10 +1,10 @@
-"""Libvirt's domain XML: what it says about NVDIMMs, how libxl is given it, and how the user gets it back.
+"""Rewriting of domain XML with NVDIMMs for libvirt's libxl driver, and its restoration for the user.
 
-:func:`rewrite` takes out what libxl refuses and keeps it in ``<metadata>``, as a partial domain XML::
+:func:`rewrite` moves the elements that libxl refuses into ``<metadata>``, as a partial domain XML::
 
     <nvdimm:domain xmlns:nvdimm="urn:nvdimm-driver:domain:1" added="acpi">
       <maxMemory slots="2" unit="KiB">10485760</maxMemory>
-      <memory unit="KiB">8388608</memory>              as it was, when it was not the guest's RAM
+      <memory unit="KiB">8388608</memory>              as it was, if it was not the guest's RAM
       <currentMemory unit="KiB">8388608</currentMemory>
       <devices>
         <emulator>/usr/bin/qemu-system-i386</emulator>   the user's own
@@ -12,10 +12,9 @@
       </devices>
     </nvdimm:domain>
 
-The rest of the text stays as it is, byte for byte: elements are cut out of it and put into it, where libvirt itself
-would put them and formatted as libvirt formats them, so that each direction undoes the other to the byte. That
-takes the positions of the elements in the text, which expat gives (and lxml does not); without its DTD support there
-are no entities and nothing to fetch.
+The rest of the text stays the same, byte for byte: elements are cut out and inserted where libvirt would put them,
+in libvirt's format, so that each direction undoes the other exactly. This needs the positions of elements in the text,
+which expat gives and lxml does not. DTDs are refused, so there are no entities and nothing to fetch.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _BEFORE_FEATURES = ("os", "idmap")
 
 
 class LibxlXmlHook(plugins.XmlHook):
-    """Makes libvirt's libxl driver take domains with NVDIMMs."""
+    """Rewrites domains with NVDIMMs so that libvirt's libxl driver accepts them."""
 
     def describe(self) -> str:
         return (
@@ -56,14 +55,14 @@ class LibxlXmlHook(plugins.XmlHook):
 
 
 def rewrite(xml: str, device_model: str) -> str:
-    """Return domain XML that the libxl driver takes, with the NVDIMMs kept in its metadata.
+    """Return domain XML that the libxl driver accepts, with the NVDIMMs kept in its metadata.
 
-    :param xml: as the user wrote it. XML that was rewritten before is restored first, so NVDIMMs added to it since then
-        join those in its metadata.
+    :param xml: as the user wrote it. Rewritten XML is restored first, so NVDIMMs added since then join those in its
+        metadata.
     :param device_model: absolute path of the program to name as ``<emulator>``.
     :returns: the same string when it has no NVDIMM or is not a domain of type ``xen``.
-    :raises DomainXmlError: when the XML cannot be parsed or says what cannot be right.
-    :raises UnsupportedError: when it asks for what Xen or this driver cannot do.
+    :raises DomainXmlError: when the XML cannot be parsed or has an invalid value.
+    :raises UnsupportedError: when it asks for something that Xen or this driver cannot do.
     """
     restored = restore(xml)
     text = parse_xen(restored, "nvdimm")
@@ -115,7 +114,7 @@ def rewrite(xml: str, device_model: str) -> str:
 
 
 def restore(xml: str) -> str:
-    """Return what the user wrote, as far as libvirt has kept it; what libvirt has filled in stays.
+    """Return what the user wrote, as far as libvirt has kept it; values that libvirt has filled in stay.
 
     :returns: the same string when it is not a rewritten domain of type ``xen``.
     :raises DomainXmlError: when the XML cannot be parsed or our metadata in it is broken.
@@ -132,11 +131,11 @@ def restore(xml: str) -> str:
     limit, memory = record.child("maxMemory"), root.child("memory")
     if limit is not None and memory is not None:
         text.insert_before(memory, limit)
-    elif limit is not None:  # not after libvirt, which always writes <memory>
+    elif limit is not None:  # never in XML from libvirt, which always writes <memory>
         text.insert_after(root.last(_BEFORE_METADATA), limit)
     for tag in ("memory", "currentMemory"):
         now, then = root.child(tag), record.child(tag)
-        # what was changed since (virsh setmaxmem, setmem) is newer than the record
+        # a value changed since (virsh setmaxmem, setmem) is newer than the record
         if now is not None and then is not None and scaled(now, f"<{tag}>") == ram_of(root):
             text.replace(now, then)
     features = root.child("features")
@@ -155,7 +154,7 @@ def restore(xml: str) -> str:
     if not before:
         raise DomainXmlError("<devices> of a rewritten domain has no <emulator> in it", hint="define the domain again")
     for nvdimm in nvdimms:
-        if added:  # behind ours, whose slots may depend on their order
+        if added:  # ours go first: their slots may depend on their order
             text.insert_before(added[0], nvdimm)
         else:
             text.insert_after(before[-1], nvdimm)
@@ -163,7 +162,7 @@ def restore(xml: str) -> str:
 
 
 def is_rewritten(xml: str) -> bool:
-    """True for domain XML that :func:`rewrite` has made.
+    """Return True for domain XML that :func:`rewrite` has made.
 
     :raises DomainXmlError: when the XML cannot be parsed.
     """
@@ -172,7 +171,7 @@ def is_rewritten(xml: str) -> bool:
 
 
 def mentions(xml: str) -> bool:
-    """True for XML with an attribute, such as a declaration of a name space, that is :data:`NAMESPACE`.
+    """Return True for XML with an attribute, such as a namespace declaration, whose value is :data:`NAMESPACE`.
 
     :raises DomainXmlError: when the XML cannot be parsed.
     """
@@ -194,7 +193,7 @@ def _record(root: Element) -> Element | None:
 
 
 def _check_plain(element: Element) -> None:
-    """Text next to elements, which libvirt's format has nowhere, would be lost in the record."""
+    """Check that no element has both text and elements, as none in libvirt's format has: the text would be lost."""
     if element.children and element.text.strip():
         text = element.text.strip()[:40]
         raise DomainXmlError(f"<{element.tag}> has both text, {text!r}, and elements in it", hint="remove one of them")
@@ -203,7 +202,7 @@ def _check_plain(element: Element) -> None:
 
 
 def _in_kib(element: Element, size: int) -> Element:
-    """The element with another size, its attributes in libvirt's order."""
+    """Return the element with another size, its attributes in libvirt's order."""
     others = {name: value for name, value in element.attributes.items() if name != "unit"}
     return Element(element.tag, others | {"unit": "KiB"}, text=str(size // KIB))
 

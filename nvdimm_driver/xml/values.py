@@ -1,10 +1,10 @@
-"""Numbers, sizes and units in domain XML, counted as libvirt counts them. Pure."""
+"""Numbers, sizes and units in domain XML, read as libvirt reads them. Pure."""
 
 from __future__ import annotations
 
 from nvdimm_driver.errors import DomainXmlError
 from nvdimm_driver.model import KIB
-from nvdimm_driver.sizes import align_up
+from nvdimm_driver.sizes import align_up, human
 from nvdimm_driver.xml.document import Element
 
 MAX_SCALED = (1 << 63) - 1
@@ -15,15 +15,20 @@ _UNITS: dict[str, int] = {"": KIB, "b": 1, "byte": 1, "bytes": 1} | {
     for power, letter in enumerate("kmgtpe", start=1)
     for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
-"""src/util/virutil.c:virScaleInteger, without regard to case; KiB when nothing is said."""
+"""src/util/virutil.c:virScaleInteger, ignoring case; KiB is the default."""
 
 
 def scaled(element: Element, what: str) -> int:
+    """Return the size that an element has, as :func:`scale` does."""
     return scale(element.text, element.attributes.get("unit", ""), what)
 
 
 def scale(number: str, unit: str, what: str) -> int:
-    """Bytes of a size with a unit, in whole KiB, as libvirt counts them (virDomainParseMemory)."""
+    """Return the bytes of a size with a unit, rounded up to whole KiB as libvirt does (virDomainParseMemory).
+
+    :param what: name of the size in messages.
+    :raises DomainXmlError: when number or unit is invalid, or libvirt would not take the size.
+    """
     factor = _UNITS.get(unit.lower())
     if factor is None:
         raise DomainXmlError(
@@ -31,15 +36,22 @@ def scale(number: str, unit: str, what: str) -> int:
         )
     size = align_up(integer(number, what) * factor, KIB)
     if size > MAX_SCALED:
-        raise DomainXmlError(f"{what} is {number.strip()} {unit}", hint=f"{MAX_SCALED} bytes is the most libvirt takes")
+        raise DomainXmlError(
+            f"{what} is {number.strip()} {unit}", hint=f"libvirt takes less than {human(MAX_SCALED + 1)}"
+        )
     return size
 
 
 def integer(text: str, what: str, *, base: int = 10, limit: int = MAX_SCALED) -> int:
+    """Return a number from 0 to `limit`.
+
+    :param what: name of the number in messages.
+    :raises DomainXmlError: when the text is no such number.
+    """
     digits = text.strip().lower()
     if base == 16:
         digits = digits.removeprefix("0x")
-    # the length first: Python takes long to read long numbers
+    # check the length first: Python is slow to read long numbers
     valid = 0 < len(digits) <= 20 and set(digits) <= set("0123456789abcdef"[:base])
     if not valid or int(digits, base) > limit:
         raise DomainXmlError(

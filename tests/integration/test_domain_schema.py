@@ -1,7 +1,7 @@
-"""Libvirt itself on what we make of domain XML: its schema, its parser and its formatter.
+"""Rewritten and restored domain XML against libvirt's own schema, parser and formatter.
 
-The test driver (``test:///default``) lives in virsh's own process and takes domain XML through the same parser and
-formatter as libxl's driver; only the domain's type is another.
+The test driver (``test:///default``) runs in virsh's own process and uses the same parser and formatter as the libxl
+driver; only the domain's type differs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def of_type(xml: str, old: str, new: str) -> str:
 
 
 def through_libvirt(xml: str, file: Path, *more: str) -> str:
-    """The XML of a Xen domain as libvirt gives it back after a define, and after more virsh commands."""
+    """Return the XML of a Xen domain as libvirt returns it after a define and more virsh commands."""
     file.write_text(of_type(xml, "xen", "test"))
     name = etree.fromstring(xml.encode()).findtext("name")
     commands = "; ".join([f"define {file}", *more, f"dumpxml --inactive {name}"])
@@ -81,7 +81,7 @@ def test_another_clients_metadata_goes_behind_ours(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_set_later_is_seen(tmp_path: Path) -> None:
-    """A balloon below the RAM cannot start with NVDIMMs, whoever asked for it."""
+    """A guest with NVDIMMs cannot start with a balloon below its RAM, whoever asked for it."""
     stored = through_libvirt(
         rewrite(read("nova"), DEVICE_MODEL), tmp_path / "domain.xml", "setmem instance-00000001 1G --config"
     )
@@ -132,7 +132,7 @@ def domains(draw: st.DrawFn) -> str:
         nvdimms.append(etree.tostring(element, encoding="unicode"))
     devices = draw(st.permutations(draw(st.lists(st.sampled_from(DEVICES), unique=True)) + nvdimms))
     space = draw(st.sampled_from(["", "\n", "\n\n\t"]))
-    # libxml2's validator wants what the schema groups to stay together
+    # libxml2's validator wants the elements of a group in the schema to stay together
     name = ["<name>p</name>", "<uuid>11111111-2222-3333-4444-555555555555</uuid>"]
     memory = ["<memory unit='GiB'>1</memory>", "<vcpu>1</vcpu>"]
     memory += draw(st.sampled_from([[], ["<currentMemory unit='GiB'>2</currentMemory>"]]))

@@ -110,7 +110,7 @@ def test_a_definition_without_nvdimms_gives_them_up(host: Host) -> None:
 def test_what_cannot_be_is_refused_before_libvirt_hears_of_it(host: Host) -> None:
     wrong = host.xml("db2", 2)
     wrong.write_text(wrong.read_text().replace("model='nvdimm'", "model='nvdimm' access='private'"))
-    assert "access='private' cannot be had on Xen" in refused(host, "define", wrong)
+    assert "access='private' is not supported on Xen" in refused(host, "define", wrong)
     thief = host.xml("db2", 2)
     thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
     assert "db1.img belongs to domain db1" in refused(host, "define", thief)
