@@ -1,1 +1,1 @@
-"""nvdimmd: a proxy between libvirt's clients and libvirtd that rewrites domain XML in passing."""
+"""nvdimmd: a proxy between libvirt's clients and libvirtd that rewrites domain XML."""

@@ -1,4 +1,4 @@
-"""One end of a session: a socket, with what came from it and what is still to be written to it."""
+"""One end of a session: a socket, the messages received from it, and the data still to be written to it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from nvdimm_driver.errors import ProtocolError
 from nvdimm_driver.rpc.wire import FDS_MAX, Reader
 
 CHUNK = 256 << 10
-"""Bytes taken at once; more than Linux keeps for a unix socket by default (net.core.wmem_default)."""
+"""Bytes received at once; more than Linux buffers for a unix socket by default (net.core.wmem_default)."""
 
 _UNSENT = 512 << 10
-"""What the kernel may keep of what is written, so that a stream's message, 256 KiB, goes at once."""
+"""Bytes of the socket's send buffer, so that a stream's message of 256 KiB is sent at once."""
 
 _ANCILLARY = socket.CMSG_SPACE(4 * FDS_MAX)
 
 
 def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors."""
     for fd in fds:
         os.close(fd)
 
 
 class End:
-    """A non-blocking socket. What is written to it never waits; what waits in it is for its owner to look at.
+    """A non-blocking socket. A write never blocks: what cannot be sent is queued, and the owner checks the queue.
 
-    :param connection: stays the caller's to close, too.
+    :param connection: the caller closes it, too.
     :param buffer: of :data:`CHUNK` bytes, shared by all ends of a thread.
-    :param readable: called when something has come, while it is wanted.
-    :param writable: called when something more can be written, while something waits.
-    :ivar reader: what came.
-    :ivar output: what waits: pieces of frames and, as ints, descriptors.
+    :param readable: called when data has arrived, while :meth:`listen` is on.
+    :param writable: called when more can be written, while data is queued.
+    :ivar reader: received messages.
+    :ivar output: the queue: pieces of frames and, as ints, descriptors.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class End:
         self._reading = self._writing = False
 
     def listen(self, wanted: bool) -> None:
-        """Have ``readable`` called, or not."""
+        """Start or stop calling ``readable``."""
         if wanted == self._reading or not self.open:
             return
         self._reading = wanted
@@ -67,7 +68,10 @@ class End:
             self._loop.remove_reader(self._socket)
 
     def receive(self) -> bool:
-        """Take what has come into the reader; when nothing will come any more, close and give False."""
+        """Pass what has arrived to the reader; at the end of the stream or on an error, close and return False.
+
+        :raises ProtocolError: when descriptors were lost.
+        """
         try:
             size, ancillary, flags, _ = self._socket.recvmsg_into(self._buffers, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -88,7 +92,7 @@ class End:
         return True
 
     def write(self, frame: bytes | bytearray, fds: Iterable[int] = ()) -> None:
-        """Write a message and its descriptors, which are closed then; what cannot be written now waits."""
+        """Write a message and its descriptors, which are closed once sent; queue what cannot be written now."""
         if not self.open:
             close_all(fds)
             return
@@ -107,7 +111,7 @@ class End:
             self.flush()
 
     def flush(self) -> None:
-        """Write what can be written now. When the peer takes nothing any more, reading will come to the end."""
+        """Write what can be written now. If the peer is gone, drop the queue and shut down, so that reading ends."""
         try:
             while self.output:
                 self._write(self.output[0])
@@ -130,7 +134,7 @@ class End:
         self.open = False
 
     def _write(self, item: memoryview | int) -> None:
-        """Each descriptor has a NUL and a ``sendmsg`` of its own: util/virsocket.c:virSocketRecvFD takes one."""
+        """Write one item; each descriptor gets a NUL and a ``sendmsg``: util/virsocket.c:virSocketRecvFD takes one."""
         if isinstance(item, int):
             socket.send_fds(self._socket, [b"\0"], [item])
             os.close(item)

@@ -1,8 +1,8 @@
-"""What the proxy does with libvirt's calls about domains: one table, and a handler for each kind of call.
+"""Handling of libvirt's domain calls in the proxy: one table, and a handler for each kind of call.
 
-Arguments and results are those of libvirt's ``src/remote/remote_protocol.x``. A procedure that is not in the table
-passes byte for byte. Handlers are generators that do no I/O: they yield the calls to make to libvirtd and the work to
-do, and return the reply.
+Arguments and results are those of libvirt's ``src/remote/remote_protocol.x``. Procedures that are not in the
+table pass byte for byte. Handlers are generators that do no I/O: they yield calls to libvirtd and work to do, and
+return the reply.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class Interceptor:
-    """The handlers, with what they need.
+    """The handlers of calls.
 
     :param driver: makes a driver, in the thread that uses it; its ledger is closed afterwards.
     """
@@ -57,7 +57,7 @@ class Interceptor:
         self._hooks = hooks
 
     def table(self, *, read_only: bool = False) -> Table:
-        """What the proxy does for clients of the one socket or the other."""
+        """Return the table for clients of the read-only socket, or of the other one."""
         return {number: self._entry(row, number) for number, row in TABLE.items() if row.read_only or not read_only}
 
     def _entry(self, row: Row, number: int) -> Entry | ReplyEntry:
@@ -71,11 +71,11 @@ class Interceptor:
     # --- XML that comes in ---
 
     def define(self, procedure: int, payload: bytes) -> Steps:
-        """Rewritten; the NVDIMMs are provisioned before the reply, and nothing is defined when that fails."""
+        """Rewrite the XML, and provision the NVDIMMs before the reply; if that fails, nothing is defined."""
         return (yield from self._define(procedure, payload))
 
     def create(self, procedure: int, payload: bytes) -> Steps:
-        """Rewritten, and provisioned before libvirt gets it: the guest runs before the reply."""
+        """Provision the NVDIMMs before libvirt gets the rewritten XML: the guest runs before the reply."""
         xml, flags = _xml_and_flags(payload)
         wanted = self._accept(xml)
         if wanted is None:
@@ -92,7 +92,7 @@ class Interceptor:
             raise explained from error
 
     def to_native(self, procedure: int, payload: bytes) -> Steps:
-        """Rewritten: the configuration that comes back names the device model, for xl to run."""
+        """Rewrite the XML: the configuration in the reply names the device model, for xl to run."""
         values = Unpacker(payload)
         kind, xml, flags = values.string(), decode(values.encoded()), values.uint32()
         values.end()
@@ -103,7 +103,7 @@ class Interceptor:
     # --- XML that goes out ---
 
     def got_xml(self, procedure: int, reply: bytes) -> Steps:
-        """Restored."""
+        """Restore the XML in the reply."""
         del procedure
         values = Unpacker(reply)
         xml = values.string()
@@ -114,15 +114,15 @@ class Interceptor:
     # --- devices ---
 
     def attach_device(self, procedure: int, payload: bytes) -> Steps:
-        """An NVDIMM is added to the definition, and provisioned. That of a running domain: refused."""
+        """Add an NVDIMM to the definition and provision it; refuse to change a running domain."""
         return (yield from self._change(procedure, payload, "attached to", attach))
 
     def detach_device(self, procedure: int, payload: bytes) -> Steps:
-        """An NVDIMM is taken out of the definition, and its data stay. That of a running domain: refused."""
+        """Remove an NVDIMM from the definition and keep its data; refuse to change a running domain."""
         return (yield from self._change(procedure, payload, "detached from", detach))
 
     def update_device(self, procedure: int, payload: bytes) -> Steps:
-        """An NVDIMM is changed in the definition. That of a running domain: refused."""
+        """Change an NVDIMM in the definition; refuse to change a running domain."""
         return (yield from self._change(procedure, payload, "changed in", update))
 
     def _change(self, procedure: int, payload: bytes, what: str, edit: Callable[[str, str], str]) -> Steps:
@@ -148,7 +148,7 @@ class Interceptor:
     # --- metadata ---
 
     def set_metadata(self, procedure: int, payload: bytes) -> Steps:
-        """Refused for what has our namespace in it: it would change NVDIMMs behind the driver's back."""
+        """Refuse metadata with our namespace in it: it would change NVDIMMs without the driver."""
         values = Unpacker(payload)
         values.domain()
         is_element, value = values.int32() == METADATA_ELEMENT, values.optional_encoded() or b""
@@ -160,7 +160,7 @@ class Interceptor:
         return (yield from _call(procedure, payload))
 
     def get_metadata(self, procedure: int, payload: bytes) -> Steps:
-        """Ours is not there for clients."""
+        """Hide our metadata from clients."""
         if MARK in payload:
             values = Unpacker(payload)
             values.domain()
@@ -172,7 +172,7 @@ class Interceptor:
     # --- a domain's life ---
 
     def start(self, procedure: int, payload: bytes) -> Steps:
-        """When it fails because of the NVDIMMs, the error says why."""
+        """Pass the call; if the start fails because of the NVDIMMs, add the reason to the error."""
         uuid = Unpacker(payload).domain().uuid
         if (yield self._work(lambda driver: driver.clear_fault(uuid))) is None:
             return (yield from _call(procedure, payload))
@@ -182,7 +182,7 @@ class Interceptor:
             raise (yield from self._explained(error, uuid)) from error
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
-        """Passed. The data stay, and the domain's claim to them; an event says so."""
+        """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""
         reply = yield from _call(procedure, payload)
         record = yield from self._record(Unpacker(payload).domain())
         if record is not None:
@@ -191,14 +191,14 @@ class Interceptor:
         return reply
 
     def migrate(self, procedure: int, payload: bytes) -> Steps:
-        """Refused for a domain with NVDIMMs."""
+        """Refuse to migrate a domain with NVDIMMs."""
         record = yield from self._record(Unpacker(payload).domain())
         if record is not None and record.allocations:
             raise _cannot_migrate(f"domain {record.name}")
         return (yield from _call(procedure, payload))
 
     def migrate_in(self, procedure: int, payload: bytes) -> Steps:
-        """Refused for a domain with NVDIMMs, and for XML that no domain may be defined with."""
+        """Refuse a migration to this host of a domain with NVDIMMs, or with XML that no domain may be defined with."""
         values = Unpacker(payload)
         for param in values.typed_params(MIGRATE_PARAMS_MAX):
             if param.field != MIGRATE_DEST_XML:
@@ -210,7 +210,7 @@ class Interceptor:
         return (yield from _call(procedure, payload))
 
     def set_memory(self, procedure: int, payload: bytes) -> Steps:
-        """Refused for RAM that would reach the NVDIMMs, or be populated on demand at the next start."""
+        """Refuse RAM that would reach the NVDIMMs, or would be populated on demand at the next start."""
         values = Unpacker(payload)
         domain, size = values.domain(), values.uint64() * KIB
         flags = MEMORY_FLAGS[procedure] if procedure in MEMORY_FLAGS else values.uint32()
@@ -228,7 +228,7 @@ class Interceptor:
             )
         return (yield from _call(procedure, payload))
 
-    # --- what handlers have in common ---
+    # --- shared by handlers ---
 
     def _work(self, run: Callable[[XenNvdimmDriver], T]) -> Work:
         def with_driver() -> T:
@@ -243,10 +243,10 @@ class Interceptor:
         return record
 
     def _accept(self, xml: str) -> DomainSpec | None:
-        """What a client's XML says about NVDIMMs.
+        """Return the domain in a client's XML; None when it has no NVDIMMs.
 
-        :raises DomainXmlError: also for XML that says that it was rewritten, or names the device model: both are the
-            driver's to write, and a client that goes through it never sees them.
+        :raises DomainXmlError: also for XML that is already rewritten, or that names the device model: only the driver
+            writes these, and clients that connect through it never see them.
         """
         if is_rewritten(xml):
             raise DomainXmlError(
@@ -285,20 +285,20 @@ class Interceptor:
         return reply
 
     def _taken_up(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, str]:
-        """The XML, with the uuid of the undefined domain of that name when it has none: the NVDIMMs are that one's."""
+        """Return the XML; if it has no uuid, with that of the undefined domain of its name, which owns the NVDIMMs."""
         known: DomainSpec = yield self._work(lambda driver: driver.definitions.identify_by_name(domain))
         if domain.uuid is None and known.uuid is not None and (yield from self._defined(known.uuid)) is None:
             return with_uuid(xml, known.uuid)
         return xml
 
     def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
-        """A domain's definition as libvirt has it."""
+        """Return a domain's definition as libvirt has it."""
         arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE | XML_SECURE))
         reply = yield from _call(Procedure.DOMAIN_GET_XML_DESC, arguments)
         return Unpacker(reply).string()
 
     def _defined(self, uuid: str | None) -> Generator[Call | Work, Any, str | None]:
-        """The definition that there is already; None when there is none."""
+        """Return the domain's existing definition; None when there is none."""
         if uuid is None:
             return None
         try:
@@ -310,7 +310,7 @@ class Interceptor:
         return (yield from self._definition(found))
 
     def _explained(self, error: LibvirtError, uuid: str) -> Generator[Call | Work, Any, LibvirtError]:
-        """The error with why the start failed, as far as that is ours to know and not in it yet."""
+        """Return the error, with the reason why the start failed if the ledger has one that is not in it yet."""
         record: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
         told = RemoteError.unpack(error.payload)
         if record is None or not record.fault or record.fault in (told.message or ""):
@@ -324,7 +324,7 @@ def _call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
 
 
 def _xml_and_flags(payload: bytes) -> tuple[str, bytes]:
-    """The XML that a call begins with, and its flags as they are on the wire; domain_define_xml has none."""
+    """Return the XML that a call begins with, and its flags as on the wire; domain_define_xml has none."""
     values = Unpacker(payload)
     return decode(values.encoded()), values.rest()
 

@@ -22,10 +22,10 @@ _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h
 
 @dataclass(frozen=True)
 class Listener:
-    """A listening socket, and what is done with those who connect to it.
+    """A listening socket, and the handling of the clients that connect to it.
 
     :ivar upstream: path of libvirtd's socket.
-    :ivar allowed: whether that peer may use it.
+    :ivar allowed: returns True for a peer that may use the socket.
     """
 
     socket: socket.socket
@@ -36,9 +36,9 @@ class Listener:
 
 
 async def serve(listeners: Sequence[Listener], stop: asyncio.Event) -> None:
-    """Serve until told to stop, and then until the handlers that are at work have finished.
+    """Serve until `stop` is set, and then until the handlers at work have finished.
 
-    The listening sockets stay open; they are the caller's to close.
+    The listening sockets stay open; the caller closes them.
     """
     server = _Server()
     try:
@@ -46,15 +46,15 @@ async def serve(listeners: Sequence[Listener], stop: asyncio.Event) -> None:
             listener.socket.setblocking(False)
             server.listen(listener)
         await stop.wait()
-        server.deafen(listeners)
+        server.stop_listening(listeners)
         await server.finish()
     finally:
-        server.deafen(listeners)
+        server.stop_listening(listeners)
         server.abort()
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """Who connected; one in more than 256 groups, which is all that Python's getsockopt can take, has none."""
+    """Return the peer of a connection; without groups if it is in more than 256, the limit of Python's getsockopt."""
     pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
         groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
@@ -64,7 +64,10 @@ def peer_of(connection: socket.socket) -> Peer:
 
 
 async def _connect(path: str) -> socket.socket:
-    """:raises OSError: when libvirtd is not there, or its queue of connections has been full for five seconds."""
+    """Connect to libvirtd.
+
+    :raises OSError: when libvirtd is not there, or its queue of connections has been full for five seconds.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         for _ in range(100):
@@ -92,13 +95,13 @@ class _Server:
         if not self._stopped:
             self._loop.add_reader(listener.socket, self._accept, listener)
 
-    def deafen(self, listeners: Iterable[Listener]) -> None:
+    def stop_listening(self, listeners: Iterable[Listener]) -> None:
         self._stopped = True
         for listener in listeners:
             self._loop.remove_reader(listener.socket)
 
     async def finish(self) -> None:
-        """Disconnect the clients, and wait for the handlers that work for them."""
+        """Disconnect the clients, and wait for their handlers."""
         for session in self._sessions:
             session.near.close()
             session.settle()
@@ -115,7 +118,7 @@ class _Server:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            LOG.error("no client can be accepted for a second: %s", error)
+            LOG.error("cannot accept clients, next try in a second: %s", error)
             self._loop.remove_reader(listener.socket)
             self._loop.call_later(1, self.listen, listener)
             return
@@ -125,7 +128,7 @@ class _Server:
         task.add_done_callback(self._tasks.discard)
 
     async def _attend(self, listener: Listener, connection: socket.socket) -> None:
-        """Do all there is to do for one client."""
+        """Serve one client."""
         with connection:
             peer = peer_of(connection)
             if not listener.allowed(peer):

@@ -1,4 +1,4 @@
-"""One client and the connection to libvirtd that belongs to it alone: what passes, and what is handled."""
+"""Sessions: one client and its own connection to libvirtd, between which messages pass or are handled."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LOG = logging.getLogger(__name__)
 
 OWN_SERIALS = 0xF0000000
 OWN_SERIALS_NUMBER = 1 << 28
-"""Serials from there on are those of handlers' calls; a client's count up from 0."""
+"""Serials from here on belong to calls of handlers; a client's count up from 0."""
 
 HANDLERS_MAX = 32
-"""Handlers of calls at work for one client; besides them there can be one of a reply."""
+"""Most call handlers at work for one client; one reply handler may work besides them."""
 
 _REASON_MAX = 65536
-"""Characters; an error may quote what a client sent, and yet has to fit into a string of libvirt's."""
+"""Characters of an error, which may quote what a client sent and must fit into a libvirt string."""
 
 # include/libvirt/virterror.h
 _VIR_FROM_RPC = 7
@@ -34,19 +34,19 @@ _VIR_FROM_LIBXL = 41
 
 _CLOSED = RemoteError(VIR_ERR_RPC, _VIR_FROM_RPC, "libvirtd closed the connection").pack()
 _FAILED = RemoteError(
-    VIR_ERR_INTERNAL_ERROR, _VIR_FROM_LIBXL, "internal error: nvdimmd failed, its log has the reason"
+    VIR_ERR_INTERNAL_ERROR, _VIR_FROM_LIBXL, "internal error: nvdimmd failed, see its log for the reason"
 ).pack()
 
 
 class Session:
-    """Passes whole messages, never half of one, and runs handlers.
+    """Passes whole messages, never part of one, and runs handlers.
 
-    Reading from one side stops while anything is unwritten to the other: a session buffers, each way, one message
-    (32 MiB) and what is received at once (256 KiB), and one more message for each handler at work (at most 33).
+    Reading from one side stops while anything is unwritten to the other. So a session buffers, in each direction, one
+    message (32 MiB) and one read (256 KiB), and one more message for each handler at work (at most 33).
 
-    :ivar near: the client. When it is gone, its handlers run to their end, and only then libvirtd sees it go.
-    :ivar far: libvirtd. When it is gone, the client gets what has come from it, and is disconnected.
-    :ivar ended: is done when nothing is left to do.
+    :ivar near: the client. When it disconnects, its handlers run to their end before libvirtd is disconnected.
+    :ivar far: libvirtd. When it disconnects, the client gets what libvirtd has sent, and is disconnected.
+    :ivar ended: done when nothing is left to do.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Session:
         self._waiting: dict[int, _Handling] = {}
 
     def settle(self) -> None:
-        """Do what there is to do: has to follow whatever happens to the session."""
+        """Advance the session; call it after every event."""
         self._guard(self.far, self._from_libvirtd)
         self._guard(self.near, self._from_client)
         if not self.far.open:
@@ -87,8 +87,8 @@ class Session:
             close_all(self._held.fds)
             self._held = None
 
-    def call(self, handling: _Handling, wish: Call, fds: tuple[int, ...]) -> None:
-        """Make a handler's call; unless it raises, the descriptors are closed with it.
+    def call(self, handling: _Handling, request: Call, fds: tuple[int, ...]) -> None:
+        """Make a handler's call, and close the descriptors once they are sent, unless it raises.
 
         :raises LibvirtError: when libvirtd is gone.
         :raises ProtocolError: when the call is too long.
@@ -97,13 +97,13 @@ class Session:
             raise LibvirtError(_CLOSED)
         serial = OWN_SERIALS + next(self._calls) % OWN_SERIALS_NUMBER
         kind = wire.CALL_WITH_FDS if fds else wire.CALL
-        payload = len(fds).to_bytes(4, "big") + wish.payload if fds else wish.payload
-        header = Header(wire.PROGRAM, wire.VERSION, wish.procedure, kind, serial, wire.OK)
+        payload = len(fds).to_bytes(4, "big") + request.payload if fds else request.payload
+        header = Header(wire.PROGRAM, wire.VERSION, request.procedure, kind, serial, wire.OK)
         self.far.write(wire.pack(header, payload), fds)
         self._waiting[serial] = handling
 
     def finish(self, handling: _Handling, reply: bytes) -> None:
-        """Let the client have a handler's reply."""
+        """Send a handler's reply to the client."""
         self._handlings.remove(handling)
         if handling is self._changing:
             self._changing = None
@@ -128,7 +128,7 @@ class Session:
             self.settle()
 
     def _flowing(self) -> bool:
-        """Nothing waits and nothing ends, so that there is nothing to settle."""
+        """Return True when nothing waits and nothing ends, so that :meth:`settle` has nothing to do."""
         waits = self.near.output or self.far.output or self._held or self._changing
         return self.near.open and self.far.open and not waits
 
@@ -141,7 +141,7 @@ class Session:
         self.settle()
 
     def _guard(self, end: End, step: Callable[[], None]) -> None:
-        """Take a step in what an end has sent; close that end when it is not RPC."""
+        """Process what an end has sent; close that end if it is not RPC."""
         if not end.open:
             return
         try:
@@ -160,7 +160,7 @@ class Session:
             if header.serial >= OWN_SERIALS and header.program == wire.PROGRAM and header.kind in wire.REPLIES:
                 close_all(message.fds)
                 if header.serial not in self._waiting:
-                    raise ProtocolError(f"RPC reply with serial {header.serial:#x}: no call had that")
+                    raise ProtocolError(f"RPC reply with serial {header.serial:#x}: no call has this serial")
                 self._waiting.pop(header.serial).answer(message)
             elif self.near.open:
                 if entry := self._reply_entry(message):
@@ -172,7 +172,7 @@ class Session:
                 self._stand_in(message)
 
     def _stand_in(self, message: Message) -> None:
-        """Answer for a client that is gone: otherwise libvirtd would end the connection under its handlers' hands."""
+        """Answer for a client that is gone: otherwise libvirtd would close the connection that its handlers use."""
         close_all(message.fds)
         if message.header.program == wire.KEEPALIVE_PROGRAM and message.header.procedure == wire.KEEPALIVE_PING:
             self.far.write(wire.pack(message.header._replace(procedure=wire.KEEPALIVE_PONG), b""))
@@ -182,7 +182,7 @@ class Session:
             self._held = None
             if message.header.serial >= OWN_SERIALS:
                 close_all(message.fds)
-                raise ProtocolError(f"RPC message with serial {message.header.serial:#x}: those are the proxy's")
+                raise ProtocolError(f"RPC message with serial {message.header.serial:#x}: it is reserved for the proxy")
             entry = self._entry(message)
             if not entry:
                 self.far.write(message.frame, message.fds)
@@ -212,7 +212,7 @@ class Session:
 
 
 class _Handling:
-    """A handler at work on one call of the client, or on the reply to one."""
+    """A handler at work on a call of the client, or on the reply to one."""
 
     def __init__(self, session: Session, message: Message, generator: Generator[Call | Work, Any, bytes]) -> None:
         self._session = session
@@ -233,42 +233,43 @@ class _Handling:
             self.fail(LibvirtError(reply.arguments))
 
     def _resume(self, step: Callable[[Any], Call | Work], value: object) -> None:
-        """Let the handler go on until it has to wait, or to its end."""
+        """Run the handler until it waits or ends; send its reply when it ends."""
+        peer = self._session.context.peer
         try:
             reply = self._run(step, value)
         except LibvirtError as error:
             reply = self._pack(wire.ERROR, error.payload)
         except NvdimmError as error:
-            LOG.info("procedure %d, called by %s: %s", self._header.procedure, self._session.context.peer, error)
+            LOG.info("procedure %d, called by uid %d, pid %d: %s", self._header.procedure, peer.uid, peer.pid, error)
             reason = str(error)[:_REASON_MAX].replace("\0", "?")
             reply = self._pack(wire.ERROR, RemoteError(error.libvirt_code, _VIR_FROM_LIBXL, reason).pack())
         except Exception:
-            LOG.exception("procedure %d, called by %s", self._header.procedure, self._session.context.peer)
+            LOG.exception("procedure %d, called by uid %d, pid %d", self._header.procedure, peer.uid, peer.pid)
             reply = self._pack(wire.ERROR, _FAILED)
         if reply is not None:
             close_all(self._fds)
             self._session.finish(self, reply)
 
     def _run(self, step: Callable[[Any], Call | Work], value: object) -> bytes | None:
-        """:returns: the reply, or None when the handler waits."""
+        """Run the handler; return its reply, or None when it waits."""
         while True:
             try:
-                wish = step(value)
+                request = step(value)
             except StopIteration as stop:
                 return self._pack(wire.OK, stop.value)
             try:
-                self._begin(wish)
+                self._begin(request)
             except (LibvirtError, ProtocolError) as error:
                 step, value = self._generator.throw, error
             else:
                 return None
 
-    def _begin(self, wish: Call | Work) -> None:
-        if isinstance(wish, Work):
-            asyncio.get_running_loop().run_in_executor(None, wish.function).add_done_callback(self._worked)
+    def _begin(self, request: Call | Work) -> None:
+        if isinstance(request, Work):
+            asyncio.get_running_loop().run_in_executor(None, request.function).add_done_callback(self._worked)
             return
-        self._session.call(self, wish, self._fds if wish.with_fds else ())
-        if wish.with_fds:
+        self._session.call(self, request, self._fds if request.with_fds else ())
+        if request.with_fds:
             self._fds = ()
 
     def _worked(self, future: asyncio.Future[Any]) -> None:

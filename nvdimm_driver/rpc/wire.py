@@ -1,6 +1,6 @@
-"""libvirt's RPC on the wire: messages and the descriptors that come with them. Pure.
+"""Wire format of libvirt's RPC: messages and the descriptors that come with them. Pure.
 
-The rules are those of libvirt's src/rpc/virnetprotocol.x and virnetmessage.c.
+The rules are in libvirt's src/rpc/virnetprotocol.x and virnetmessage.c.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _UINT = struct.Struct(">I")
 
 
 class Header(NamedTuple):
-    """What a message begins with, behind the length word."""
+    """The header of a message, which follows the length word."""
 
     program: int
     version: int
@@ -60,8 +60,8 @@ class Header(NamedTuple):
 class Message(NamedTuple):
     """One message as it was on the wire.
 
-    :ivar frame: all of it from the length word on, without the NUL bytes that carry descriptors.
-    :ivar fds: descriptors that came with it; whoever has the message has to close them.
+    :ivar frame: the whole message, from the length word on, without the NUL bytes that carry descriptors.
+    :ivar fds: descriptors that came with it; the owner of the message closes them.
     """
 
     header: Header
@@ -70,17 +70,17 @@ class Message(NamedTuple):
 
     @property
     def payload(self) -> bytes:
-        """What is behind the header; in kinds with descriptors it begins with their count."""
+        """The bytes after the header; in kinds with descriptors they begin with the count of these."""
         return bytes(self.frame[HEADER_SIZE:])
 
     @property
     def arguments(self) -> bytes:
-        """What is behind the header and, if there is one, the count of descriptors."""
+        """The bytes after the header and the count of descriptors, if there is one."""
         return bytes(self.frame[HEADER_SIZE + 4 * (self.header.kind in WITH_FDS) :])
 
 
 def pack(header: Header, payload: bytes) -> bytes:
-    """Put a frame together.
+    """Build a frame.
 
     :raises ProtocolError: when it is too long for libvirt.
     """
@@ -100,10 +100,10 @@ def _check_length(length: int) -> None:
 
 
 class Reader:
-    """Makes messages of what is received from one peer.
+    """Splits the bytes received from one peer into messages.
 
-    :meth:`next_message` has to be called until it gives None before more is received: then what is buffered is less
-    than one message and what was received last.
+    Call :meth:`next_message` until it returns None before receiving more: the buffer then never exceeds one message and
+    the bytes of the last receive.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Reader:
         self._fds: tuple[int, ...] = ()
 
     def receive(self, data: bytes | memoryview, fds: Iterable[int] = ()) -> None:
-        """Take what one ``recvmsg`` gave: bytes and, belonging to the last of them, descriptors."""
+        """Add the result of one ``recvmsg``: bytes and descriptors; the descriptors belong to the last bytes."""
         self._fds += tuple(fds)
         if self._start == len(self._data):
             self._data = bytearray(data)
@@ -122,9 +122,9 @@ class Reader:
         self._start = 0
 
     def next_message(self) -> Message | None:
-        """Return the next message when all of it has come, with its descriptors.
+        """Return the next message with its descriptors; None until all of it has arrived.
 
-        :raises ProtocolError: when it is too short or too long, or its descriptors are not what it announces.
+        :raises ProtocolError: when it is too short or too long, or its descriptors are not the announced ones.
         """
         data, start = self._data, self._start
         available = len(data) - start
@@ -146,15 +146,15 @@ class Reader:
         return Message(header, self._take(length))
 
     def take_fds(self) -> tuple[int, ...]:
-        """Hand over the descriptors of the message that is not complete, to be closed."""
+        """Return the descriptors of the incomplete message, for the caller to close."""
         fds, self._fds = self._fds, ()
         return fds
 
     def _with_fds(self, header: Header, length: int) -> Message | None:
-        """One NUL byte for each descriptor follows the message, sent with it (util/virsocket.c:virSocketSendFD)."""
+        """Return the message, after which one NUL byte carries each descriptor (util/virsocket.c:virSocketSendFD)."""
         end = self._start + length
         if length < HEADER_SIZE + _UINT.size:
-            raise _wrong(header, "no count of descriptors")
+            raise _wrong(header, "the count of descriptors is missing")
         (count,) = _UINT.unpack_from(self._data, self._start + HEADER_SIZE)
         if count > FDS_MAX:
             raise _wrong(header, f"{count} descriptors, the limit is {FDS_MAX}")
@@ -179,6 +179,9 @@ class Reader:
         return self._data[self._start - length : self._start]
 
     def _check_fds(self, carriers: int) -> None:
-        """All bytes are used, so that what descriptors came with was the last: see net/unix/af_unix.c of Linux."""
+        """Check that each carrier has brought one descriptor; call this when all bytes are used.
+
+        Descriptors come with the last bytes of a receive (Linux: net/unix/af_unix.c), so none belong to later bytes.
+        """
         if len(self._fds) != carriers:
             raise ProtocolError(f"RPC stream: {len(self._fds)} descriptors where {carriers} belong")

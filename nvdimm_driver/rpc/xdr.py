@@ -1,8 +1,8 @@
-"""XDR values as libvirt's calls have them. Pure.
+"""XDR values in libvirt's calls. Pure.
 
-The rules are RFC 4506's and those of libvirt's src/remote/remote_protocol.x. Where libtirpc, which libvirt decodes
-with, would shrug (padding that is not zero, a NUL inside a string), this refuses: a proxy must not read a message
-otherwise than libvirtd does.
+The rules are in RFC 4506 and libvirt's src/remote/remote_protocol.x. libvirt decodes with libtirpc, which ignores some
+errors (padding that is not zero, a NUL inside a string). This module refuses them: a proxy must not read a message
+differently from libvirtd.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STRING_MAX = 4194304
 
 
 class DomainRef(NamedTuple):
-    """A domain as calls name it (remote_nonnull_domain). The id of one that does not run is -1."""
+    """A domain as calls name it (remote_nonnull_domain). The id is -1 when it does not run."""
 
     name: str
     uuid: str
@@ -33,7 +33,7 @@ class NetworkRef(NamedTuple):
 
 
 class TypedParam(NamedTuple):
-    """A named value of any of libvirt's types (remote_typed_param). A boolean is an int, as on the wire."""
+    """A named value of one of libvirt's types (remote_typed_param). A boolean is an int, as on the wire."""
 
     field: str
     kind: int
@@ -46,7 +46,7 @@ _TYPED_PARAMS = {kind: struct.Struct(">" + code) for kind, code in enumerate("iI
 
 
 class Packer:
-    """Appends XDR values; every method gives the packer itself, to go on with."""
+    """Appends XDR values. Every method returns the packer, for chaining."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -71,7 +71,7 @@ class Packer:
         return self._pack(">Q", value)
 
     def fixed(self, value: bytes) -> Packer:
-        """Opaque bytes whose number the other side knows."""
+        """Append opaque bytes; their number is known to the other side."""
         self._parts.append(value + bytes(-len(value) % 4))
         return self
 
@@ -79,14 +79,14 @@ class Packer:
         return self.uint32(len(value)).fixed(value)
 
     def string(self, value: str) -> Packer:
-        """A string; what is not Unicode in it becomes a question mark.
+        """Append a string; surrogates in it become question marks.
 
         :raises ProtocolError: when libvirt would not take it.
         """
         encoded = value.encode("utf-8", "replace")
         if len(encoded) > STRING_MAX or b"\0" in encoded:
             raise ProtocolError(
-                f"RPC string {value[:40]!r}: {len(encoded)} bytes, the limit is {STRING_MAX}, or a NUL in it"
+                f"RPC string {value[:40]!r} of {len(encoded)} bytes: the limit is {STRING_MAX}, without NULs"
             )
         return self.opaque(encoded)
 
@@ -120,9 +120,9 @@ class Packer:
 
 
 class Unpacker:
-    """Takes XDR values one after the other out of a payload.
+    """Reads XDR values from a payload, one after the other.
 
-    Every method raises ProtocolError when what is next is not such a value.
+    Every method raises ProtocolError when the next bytes are not such a value.
     """
 
     def __init__(self, payload: bytes) -> None:
@@ -151,7 +151,7 @@ class Unpacker:
         return int.from_bytes(self._take(8), "big")
 
     def fixed(self, size: int) -> bytes:
-        """Opaque bytes whose number the protocol says."""
+        """Return opaque bytes; the protocol defines their number."""
         value = self._take(size)
         if any(self._take(-size % 4)):
             raise self._wrong("padding that is not zero")
@@ -170,7 +170,7 @@ class Unpacker:
             raise self._wrong(f"a string that is not UTF-8: {error.reason}") from None
 
     def encoded(self) -> bytes:
-        """A string whose encoding it says itself, as XML does."""
+        """Return a string that declares its own encoding, as XML does."""
         value = self.opaque(STRING_MAX)
         if b"\0" in value:
             raise self._wrong("a string with a NUL in it")
@@ -205,7 +205,10 @@ class Unpacker:
         return self.network() if self._present() else None
 
     def typed_params(self, limit: int) -> list[TypedParam]:
-        """:param limit: how many of them the call may have at most."""
+        """Return typed parameters.
+
+        :param limit: the most that the call may have.
+        """
         count = self.uint32()
         if count > limit:
             raise self._wrong(f"{count} typed parameters, the limit is {limit}")
@@ -221,12 +224,12 @@ class Unpacker:
         return TypedParam(field, kind, layout.unpack(self._take(layout.size))[0])
 
     def rest(self) -> bytes:
-        """What is left, as it is."""
+        """Return all bytes that are left."""
         rest, self._at = self._payload[self._at :], len(self._payload)
         return rest
 
     def end(self) -> None:
-        """Say that the payload ends here."""
+        """Check that the payload ends here."""
         if self._at != len(self._payload):
             raise self._wrong(f"{len(self._payload) - self._at} bytes too many")
 
@@ -254,7 +257,10 @@ class RemoteError(NamedTuple):
 
     @classmethod
     def unpack(cls, payload: bytes) -> RemoteError:
-        """:raises ProtocolError: when the payload is not exactly such an error."""
+        """Return the error in a payload.
+
+        :raises ProtocolError: when the payload is not exactly such an error.
+        """
         values = Unpacker(payload)
         error = cls(
             values.int32(),
@@ -274,9 +280,9 @@ class RemoteError(NamedTuple):
 
 
 class LibvirtError(Exception):
-    """libvirtd answered a call with an error.
+    """Error that libvirtd returned for a call.
 
-    :ivar payload: the error as it came, a packed :class:`RemoteError`.
+    :ivar payload: the error as received, a packed :class:`RemoteError`.
     """
 
     def __init__(self, payload: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Both peers of a proxy in blocking sockets, and the proxy between them in a thread of its own, with its handlers."""
+"""Both peers of a proxy, with blocking sockets, and the proxy between them in a thread, with handlers for tests."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from nvdimm_driver.rpc.xdr import LibvirtError
 
 SECONDS = 10.0
 
-Wishes = Generator[Call | Work, Any, bytes]
+Requests = Generator[Call | Work, Any, bytes]
 
 PLAIN, UPPER, REFUSED, BROKEN, SLOW, TWICE, FORGETS, STUBBORN, LENGTHY, CHANGED = 1, 11, 12, 13, 14, 15, 16, 17, 18, 19
 GATE, WAITING = threading.Event(), threading.Event()
 PING = Header(wire.KEEPALIVE_PROGRAM, 1, wire.KEEPALIVE_PING, wire.EVENT, 0, wire.OK)
 
 
-def upper(context: Context, arguments: bytes) -> Wishes:
-    """Rewrites both ways: what libvirtd gets is in capitals, what the client gets is reversed."""
+def upper(context: Context, arguments: bytes) -> Requests:
+    """Rewrite both ways: libvirtd gets capitals, the client gets the answer reversed."""
     answer: bytes = yield Call(UPPER, arguments.upper(), with_fds=True)
     return answer[::-1]
 
 
-def refused(context: Context, arguments: bytes) -> Wishes:
+def refused(context: Context, arguments: bytes) -> Requests:
     if arguments == b"libvirt":
         raise LibvirtError(b"as it was")
     if arguments == b"long":
@@ -45,21 +45,21 @@ def refused(context: Context, arguments: bytes) -> Wishes:
     yield
 
 
-def broken(context: Context, arguments: bytes) -> Wishes:
+def broken(context: Context, arguments: bytes) -> Requests:
     yield Work(lambda: 1 // len(arguments))
     raise ZeroDivisionError
 
 
-def slow(context: Context, arguments: bytes) -> Wishes:
-    """Has a thread wait for the test, between two calls."""
+def slow(context: Context, arguments: bytes) -> Requests:
+    """Wait for the test in a thread, between two calls."""
     yield Call(SLOW, b"first")
     result: bytes = yield Work(lambda: b"%d" % GATE.wait(10))
     yield Call(SLOW, result)
     return b"done"
 
 
-def twice(context: Context, arguments: bytes) -> Wishes:
-    """Goes on after an error."""
+def twice(context: Context, arguments: bytes) -> Requests:
+    """Continue after an error."""
     try:
         answer: bytes = yield Call(TWICE, b"a")
     except LibvirtError as error:
@@ -68,28 +68,28 @@ def twice(context: Context, arguments: bytes) -> Wishes:
     return answer
 
 
-def forgets(context: Context, arguments: bytes) -> Wishes:
-    """Leaves the descriptors behind."""
+def forgets(context: Context, arguments: bytes) -> Requests:
+    """Call without passing on the descriptors."""
     yield Call(FORGETS, arguments)
     return b""
 
 
-def stubborn(context: Context, arguments: bytes) -> Wishes:
-    """Wants a call that is too long."""
+def stubborn(context: Context, arguments: bytes) -> Requests:
+    """Request a call that is too long."""
     with suppress(UnsupportedError):
         yield Call(STUBBORN, bytes(wire.FRAME_MAX))
     return b"never"
 
 
-def lengthy(context: Context, arguments: bytes) -> Wishes:
-    """Has much to say when libvirtd is gone."""
+def lengthy(context: Context, arguments: bytes) -> Requests:
+    """Return a long reply when libvirtd is gone."""
     with suppress(LibvirtError):
         yield Call(LENGTHY, arguments)
     return bytes(8 << 20)
 
 
-def changed(context: Context, reply: bytes) -> Wishes:
-    """Turns a reply around: at once, when the test lets it, or never."""
+def changed(context: Context, reply: bytes) -> Requests:
+    """Reverse a reply: at once, when the test allows it, or never."""
     if reply == b"+unsupported":
         raise UnsupportedError("not that")
     if reply == b"+wait":
@@ -119,8 +119,8 @@ def reply_to(header: Header, status: int = wire.OK) -> Header:
 
 
 def open_fds() -> set[tuple[str, str]]:
-    """The process's descriptors and what each of them is."""
-    gc.collect()  # what other tests have left to it
+    """Return the process's descriptors, each with what it refers to."""
+    gc.collect()  # of other tests
     found = set()
     for fd in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
@@ -129,7 +129,7 @@ def open_fds() -> set[tuple[str, str]]:
 
 
 class Line:
-    """One peer's socket; everything waits ten seconds at most."""
+    """One peer's socket. No operation waits longer than ten seconds."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(SECONDS)
@@ -137,7 +137,7 @@ class Line:
         self._reader = Reader()
 
     def send(self, header: Header, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
-        """Send a message as libvirt does; the count of descriptors is put in front of the payload."""
+        """Send a message as libvirt does, with the count of descriptors in front of the payload."""
         if header.kind in wire.WITH_FDS:
             payload = struct.pack(">I", len(fds)) + payload
         frame = pack(header, payload)
@@ -147,7 +147,7 @@ class Line:
         return frame
 
     def receive(self) -> Message | None:
-        """The next message; None at the end."""
+        """Return the next message; None at the end."""
         while not (message := self._reader.next_message()):
             data, ancillary, _, _ = self.socket.recvmsg(1 << 20, socket.CMSG_SPACE(4 * wire.FDS_MAX))
             if not data:
@@ -174,7 +174,7 @@ class Line:
 class ProxyThread:
     """A proxy in a thread.
 
-    :ivar path: of the socket that it listens on.
+    :ivar path: path of the socket that it listens on.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class ProxyThread:
 
 
 class Proxy(ProxyThread):
-    """A proxy, and the socket that libvirtd would listen on."""
+    """A proxy, and the socket that stands for libvirtd's."""
 
     def __init__(self, folder: Path, table: Table, allowed: Callable[[Peer], bool] = lambda peer: True) -> None:
         self.upstream = socket.socket(socket.AF_UNIX)
@@ -234,7 +234,7 @@ class Proxy(ProxyThread):
         return Line(connection)
 
     def pair(self) -> tuple[Line, Line]:
-        """A client, and libvirtd's side of its session."""
+        """Return a client and libvirtd's side of its session."""
         near = self.client()
         return near, Line(self.upstream.accept()[0])
 

@@ -1,4 +1,4 @@
-"""What the proxy does with each call: handlers are driven by hand, with a libvirtd that keeps definitions in a dict."""
+"""The proxy's handlers of calls, driven by hand, with a libvirtd that keeps definitions in a dict."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def xml(*files: str, ram: int = 512 * MIB, uuid: str | None = UUID, more: str = 
 
 
 class Libvirtd:
-    """Definitions by uuid; says no to what a test wants it to say no to."""
+    """A libvirtd with definitions by uuid. It refuses the procedures that a test puts into ``refuse``."""
 
     def __init__(self) -> None:
         self.defined: dict[str, str] = {}
@@ -88,7 +88,7 @@ def driver(tmp_path: Path, backing: MemoryBacking) -> XenNvdimmDriver:
 
 
 class Proxy:
-    """Drives handlers as the real one does."""
+    """Drives handlers as the real proxy does."""
 
     def __init__(self, folder: Path, backing: MemoryBacking) -> None:
         self.libvirtd = Libvirtd()
@@ -110,11 +110,11 @@ class Proxy:
         send, value = steps.send, None
         while True:
             try:
-                wish = send(value)
+                request = send(value)
             except StopIteration as end:
                 return bytes(end.value)
             try:
-                value = self.libvirtd.answer(wish) if isinstance(wish, Call) else wish.function()
+                value = self.libvirtd.answer(request) if isinstance(request, Call) else request.function()
                 send = steps.send
             except Exception as error:
                 send, value = steps.throw, error
@@ -449,6 +449,6 @@ def test_the_next_domain_of_that_name_takes_up_the_nvdimms(proxy: Proxy, backing
 
 
 def test_a_client_that_only_reads_is_left_to_libvirtd() -> None:
-    """A handler must not do what libvirtd would refuse: only what reads is intercepted."""
+    """Only reading calls are intercepted: a handler must not do what libvirtd would refuse."""
     interceptor = Interceptor(lambda: pytest.fail("no driver is needed"), HOOKS)
     assert set(interceptor.table(read_only=True)) == {Procedure.DOMAIN_GET_XML_DESC, Procedure.DOMAIN_GET_METADATA}

@@ -75,13 +75,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def contents(fd: int) -> bytes:
-    """What is in a pipe; closes it."""
+    """Return the content of a pipe, and close it."""
     with open(fd, "rb") as file:
         return file.read()
 
 
 def pipes(*texts: bytes) -> list[int]:
-    """The reading ends of pipes with these texts in them."""
+    """Return the reading ends of pipes that contain these texts."""
     ends = []
     for text in texts:
         reading, writing = os.pipe()
@@ -91,7 +91,7 @@ def pipes(*texts: bytes) -> list[int]:
     return ends
 
 
-# --- what passes ---
+# --- messages that pass ---
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_call_that_is_looked_at_and_not_wanted_passes(lines: Lines) -> None:
 
 
 def test_a_stream_of_bytes_passes_as_it_is(lines: Lines) -> None:
-    """Messages of all sizes, cut where no message ends; what arrives is the same stream."""
+    """Messages of all sizes, sent in pieces that do not end where they do, arrive as the same stream."""
     near, far = lines
     sizes = [*range(40), 5000, 262120, 1 << 20, 3, 0]
     stream = b"".join(pack(call(PLAIN, serial), os.urandom(size)) for serial, size in enumerate(sizes))
@@ -221,8 +221,8 @@ def test_a_handler_that_fails_is_logged(lines: Lines, arguments: bytes, caplog: 
     near.send(call(BROKEN, 5), arguments)
     answer = near.expect()
     assert answer.header == reply_to(call(BROKEN, 5), wire.ERROR)
-    assert RemoteError.unpack(answer.payload).message == "internal error: nvdimmd failed, its log has the reason"
-    assert f"procedure {BROKEN}, called by Peer(uid={os.getuid()}" in caplog.text
+    assert RemoteError.unpack(answer.payload).message == "internal error: nvdimmd failed, see its log for the reason"
+    assert f"procedure {BROKEN}, called by uid {os.getuid()}, pid {os.getpid()}" in caplog.text
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -273,7 +273,7 @@ def test_replies_stay_in_order_while_one_is_changed(lines: Lines) -> None:
 
 @pytest.mark.parametrize("goes", [0, 1])
 def test_one_side_goes_while_a_reply_is_changed(lines: Lines, goes: int) -> None:
-    """The client has its reply yet; without a client, it is dropped."""
+    """The client still gets its reply; without a client, it is dropped."""
     far = lines[1]
     far.send(reply_to(call(CHANGED, 1)), b"+wait")
     assert WAITING.wait(10)
@@ -352,11 +352,11 @@ def test_descriptors_go_with_the_handlers_call(lines: Lines) -> None:
         os.close(fd)
 
 
-# --- who goes first ---
+# --- disconnects ---
 
 
 def ping(far: Line) -> Header:
-    """What a ping is answered with; one that comes before the proxy knows that its client is gone is lost."""
+    """Return the answer to a ping; one that arrives before the proxy knows that its client is gone is lost."""
     far.socket.settimeout(1)
     for _ in range(10):
         far.send(PING)
@@ -518,7 +518,7 @@ def test_who_may_not_is_disconnected(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "may not use this socket" in caplog.text
 
 
-# --- what is not RPC ---
+# --- invalid RPC ---
 
 
 @pytest.mark.parametrize(
@@ -526,8 +526,8 @@ def test_who_may_not_is_disconnected(tmp_path: Path, caplog: pytest.LogCaptureFi
     [
         (b"GET / HTTP/1.1\r\n\r\n", "1195725856 bytes, the limits are"),
         (b"\0\0\0\33", "27 bytes, the limits are"),
-        (pack(call(PLAIN, OWN_SERIALS), b""), "serial 0xf0000000: those are the proxy's"),
-        (pack(call(UPPER, 0xFFFFFFFF), b""), "serial 0xffffffff: those are the proxy's"),
+        (pack(call(PLAIN, OWN_SERIALS), b""), "serial 0xf0000000: it is reserved for the proxy"),
+        (pack(call(UPPER, 0xFFFFFFFF), b""), "serial 0xffffffff: it is reserved for the proxy"),
         (pack(call(UPPER, 1, wire.CALL_WITH_FDS), b"\0\0\0\41"), "33 descriptors"),
     ],
 )
@@ -552,7 +552,7 @@ def test_libvirtd_that_sends_no_rpc_is_disconnected(lines: Lines, caplog: pytest
     far.send(reply_to(call(PLAIN, OWN_SERIALS)))
     assert near.receive() is None
     assert far.receive() is None
-    assert "libvirtd sent: RPC reply with serial 0xf0000000: no call had that" in caplog.text
+    assert "libvirtd sent: RPC reply with serial 0xf0000000: no call has this serial" in caplog.text
 
 
 @pytest.mark.parametrize(("number", "passes"), [(1, True), (wire.FDS_MAX, True), (wire.FDS_MAX + 8, False)])
@@ -671,7 +671,7 @@ def test_no_descriptors_left_is_not_a_busy_loop(proxy: Proxy, caplog: pytest.Log
             while True:
                 filled.append(os.dup(0))
         waiting.connect(str(proxy.path))
-        wait_until(lambda: "no client can be accepted for a second" in caplog.text)
+        wait_until(lambda: "cannot accept clients, next try in a second" in caplog.text)
         time.sleep(0.2)
         for fd in filled:
             os.close(fd)
@@ -679,15 +679,15 @@ def test_no_descriptors_left_is_not_a_busy_loop(proxy: Proxy, caplog: pytest.Log
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with Line(waiting) as near, Line(proxy.upstream.accept()[0]) as far:
         assert near.send(call(PLAIN, 1)) == far.expect().frame
-    assert caplog.text.count("no client can be accepted") == 1
+    assert caplog.text.count("cannot accept clients") == 1
 
 
-# --- anything at all ---
+# --- random data ---
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_fuzz(proxy: Proxy, seed: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever either side sends, with descriptors or without, cut anywhere: the session ends, the proxy does not."""
+    """Whatever either side sends, with or without descriptors, cut anywhere, ends the session but not the proxy."""
     random_ = random.Random(seed)
     with open("/dev/null") as null:
         for _ in range(750):

@@ -26,7 +26,7 @@ HEADERS = st.builds(
 
 @st.composite
 def messages(draw: st.DrawFn) -> tuple[Header, bytes, int]:
-    """A header, a payload, and how many descriptors come with it."""
+    """Draw a header, a payload, and the number of descriptors that come with it."""
     header, payload = draw(HEADERS), draw(st.binary(max_size=100))
     if draw(st.booleans()):
         return header, payload, 0
@@ -36,7 +36,7 @@ def messages(draw: st.DrawFn) -> tuple[Header, bytes, int]:
 
 
 class Sender:
-    """What Linux delivers of a stream of messages: a descriptor comes with its NUL, which ends what is received."""
+    """Delivers a stream of messages as Linux does: a descriptor comes with its NUL, which ends a receive."""
 
     def __init__(self) -> None:
         self.stream = b""
@@ -119,7 +119,7 @@ def test_the_longest_message() -> None:
 @pytest.mark.parametrize(
     ("stream", "fds", "message"),
     [
-        (pack(WITH_FDS, b""), [], "no count of descriptors"),
+        (pack(WITH_FDS, b""), [], "the count of descriptors is missing"),
         (pack(WITH_FDS, b"\0\0\0\41"), [], "33 descriptors, the limit is 32"),
         (pack(WITH_FDS, b"\0\0\0\1") + b"\1", [5], "not NUL"),
         (pack(WITH_FDS, b"\0\0\0\2") + b"\0\0", [5], "2 descriptors announced, 1 came"),
