@@ -1,1 +1,1 @@
-"""The programs: what libvirt runs, what libxl runs, and what the operator runs."""
+"""Entry points: the programs that libvirt, libxl and the operator run."""

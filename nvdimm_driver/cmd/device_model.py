@@ -1,4 +1,4 @@
-"""``nvdimm-device-model``: maps a domain's NVDIMMs into it, then becomes QEMU.
+"""``nvdimm-device-model``: map a domain's NVDIMMs into it, then become QEMU.
 
 libxl runs it as the domain's emulator, when the guest's memory is built and before the guest runs; when it fails,
 the creation of the domain fails. libvirt also runs it with ``-help`` to learn what QEMU can do. It has to start
@@ -28,7 +28,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 class Log:
-    """Events and steps to a file and, for libxl's log of the device model, to stderr.
+    """Writes events and steps to a file and, for libxl's log of the device model, to stderr.
 
     :param form: as in :func:`.events.log_line`.
     :param level: the least serious that is written, one of :data:`LEVELS`.
@@ -50,7 +50,7 @@ class Log:
             self._write(event.level, event.fields())
 
     def debug(self, message: str, *values: object) -> None:
-        """Write a step; costs next to nothing when steps are not wanted."""
+        """Write a step; do nothing unless steps are wanted."""
         if self.debugging:
             self._write("DEBUG", {"msg": message % values})
 
@@ -101,7 +101,7 @@ def main(
 
 
 def _mapper(name: str) -> Mapper:
-    """The plug-in of that name; the driver's own without looking for it, which would take longer than all the rest."""
+    """Return the mapper of that name; make the shipped one without a search, which would take longer than all else."""
     if name == "domctl":
         from nvdimm_driver.xen.domctl import DomctlMapper
 
@@ -123,7 +123,7 @@ def attach(
     restored: bool = False,
     log: Log | None = None,
 ) -> str:
-    """Map what was prepared for the domain, and hand it its tables.
+    """Map what was prepared for the domain, and deliver its ACPI tables.
 
     :param prepare: prepares a start by the domain's uuid, when no hook has: xl runs none.
     :param serve: starts a label server, by state folder, domid and uuid.
@@ -240,12 +240,12 @@ def _read(path: str) -> bytes:
 
 
 def _domid(argv: Sequence[str]) -> int | None:
-    """The domid libxl names, or None for a run that is only to print something."""
+    """Return the domid that libxl names; None for a run that only prints something."""
     return int(argv[argv.index("-xen-domid") + 1]) if "-xen-domid" in argv else None
 
 
 def _age_ms() -> int:
-    """Milliseconds since this process began (proc(5): starttime, in clock ticks since boot)."""
+    """Return the milliseconds since this process started (proc(5): starttime, in clock ticks since boot)."""
     with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
         started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return round((time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1000)

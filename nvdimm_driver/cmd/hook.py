@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 
 MARK = b"urn:nvdimm-driver:"
-"""In every rewritten XML: a domain without it is none of our business, and nothing is imported for it."""
+"""Every rewritten domain XML has it. A domain without it has no NVDIMMs, and nothing is imported for it."""
 
 
 def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
-    """Run one hook operation; the exit status is the hook's."""
+    """Run one hook operation; return the hook's exit status."""
     _, name, operation, *_ = [*(sys.argv if argv is None else argv), "", ""]
     if name == "Domain-0" or operation not in ("prepare", "release"):
         return 0

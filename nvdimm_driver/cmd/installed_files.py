@@ -7,11 +7,11 @@ from pathlib import Path
 from nvdimm_driver.errors import ConfigError
 
 MARK = "# written by nvdimm_driver: change its options, not this file"
-"""In each of them: one without it is somebody else's."""
+"""Each of these files has this line; a file without it belongs to somebody else."""
 
 
 def install(path: Path, text: str, mode: int) -> str:
-    """Write a file, whole or not at all; returns what was done.
+    """Write a file, whole or not at all; return what was done.
 
     :raises ConfigError: when a file that is not ours is in the way.
     """
@@ -29,7 +29,7 @@ def install(path: Path, text: str, mode: int) -> str:
 
 
 def remove(path: Path) -> str:
-    """Delete a file that :func:`install` has written; returns what was done."""
+    """Delete a file that :func:`install` wrote; return what was done."""
     if not path.exists():
         return f"not there {path}"
     if MARK not in path.read_text(encoding="utf-8"):

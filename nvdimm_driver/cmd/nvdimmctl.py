@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Nvdimmctl(App):
-    """The application: options common to all commands, and one place that prints errors."""
+    """The application: the options common to all commands, and the one place that prints errors."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""``nvdimmd``: stands between libvirt's clients and libvirtd, so that NVDIMMs work for any of them."""
+"""``nvdimmd``: a proxy between libvirt's clients and libvirtd, with which NVDIMMs work for every client."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def _serve(
 
 
 def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
-    """What writes metrics for Prometheus; None if the operator wants none.
+    """Return a function that writes metrics for Prometheus; None when ``textfile`` is not set.
 
     :raises ConfigError: when prometheus_client is not installed.
     """
@@ -82,7 +82,7 @@ def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
 
 
 async def repeat(write: Callable[[], None] | None, seconds: float, stop: asyncio.Event) -> None:
-    """Write metrics every now and then; an error is logged when it is another than that of the last time."""
+    """Write metrics at an interval until stopped; log an error when it differs from the last one."""
     told = ""
     while write and not stop.is_set():
         try:
@@ -101,7 +101,7 @@ def _first(direct: str, usual: str) -> str:
 
 
 def may_write(group: str) -> Callable[[Peer], bool]:
-    """Who may connect for more than reading: root, and members of a group.
+    """Return a check of who may connect for more than reading: root, and members of a group.
 
     :raises ConfigError: when there is no such group.
     """
@@ -118,7 +118,7 @@ def may_write(group: str) -> Callable[[Peer], bool]:
 
 @contextmanager
 def sockets(options: cfg.ConfigOpts) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """The sockets to serve, the second for clients that only read: systemd's, or else our own, which go with us."""
+    """Yield the sockets to serve, the second for clients that only read: systemd's, or else our own, removed at the end."""
     inherited = activated()
     if inherited:
         if len(inherited) != 2:
@@ -134,7 +134,7 @@ def sockets(options: cfg.ConfigOpts) -> Iterator[tuple[socket.socket, socket.soc
 
 
 def activated() -> dict[bool, socket.socket]:
-    """The sockets that systemd has handed over (sd_listen_fds(3)), by whether they are for clients that only read."""
+    """Return the sockets that systemd passed (sd_listen_fds(3)); the key True is the one for clients that only read."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
@@ -145,7 +145,7 @@ def activated() -> dict[bool, socket.socket]:
 
 @contextmanager
 def bound(path: str, mode: int, gid: int) -> Iterator[socket.socket]:
-    """A listening socket in the file system, which is deleted again: a stale one would cut off every client.
+    """Yield a listening socket in the file system; delete it at the end, as a stale one would cut off every client.
 
     :raises ConfigError: when somebody serves it already.
     """
@@ -177,7 +177,7 @@ def _is_served(path: str) -> bool:
 
 
 def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing happens without it."""
+    """Notify systemd (sd_notify(3)); do nothing without systemd."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:

@@ -1,4 +1,4 @@
-"""Installing the driver into libvirt's libxl driver, and taking it out again."""
+"""Install the driver into libvirt's libxl driver, and remove it again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ main(
 
 
 def register(conf: cfg.ConfigOpts) -> Iterator[str]:
-    """Install; every line yielded says what was done.
+    """Install; yield a line for each thing that was done.
 
     :raises ConfigError: when a file that is not ours is in the way, or QEMU is missing.
     """
@@ -67,7 +67,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
 
 
 def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
-    """Remove what :func:`register` installed; every line yielded says what was done.
+    """Remove what :func:`register` installed; yield a line for each thing that was done.
 
     :param running: names of the domains with NVDIMMs that run.
     :raises InUseError: while a domain with NVDIMMs runs: its reboot would fail.
@@ -102,13 +102,13 @@ def _ledger(conf: cfg.ConfigOpts) -> str:
 
 
 def libvirt_hook(conf: cfg.ConfigOpts) -> Script:
-    """The hook, as :func:`register` installs it."""
+    """Return the hook script that :func:`register` installs."""
     path = Path(conf.libvirt.hooks_dir) / "libxl.d" / HOOK_NAME
     return Script("hook", path, HOOK.format(python=sys.executable, mark=MARK), MARK)
 
 
 def device_model(conf: cfg.ConfigOpts) -> Script:
-    """The device model, as :func:`register` installs it."""
+    """Return the device-model script that :func:`register` installs."""
     text = DEVICE_MODEL.format(
         python=sys.executable,
         mark=MARK,

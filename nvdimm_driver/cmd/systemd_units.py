@@ -1,4 +1,4 @@
-"""nvdimmd as a service of systemd: the units, and what is done with them."""
+"""nvdimmd as a systemd service: its units, and how they are installed and removed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.errors import ConfigError
 
 BOOTED = Path("/run/systemd/system")
-"""There when systemd is the init (sd_booted(3))."""
+"""Exists when systemd is the init system (sd_booted(3))."""
 PACKAGED = Path("/usr/lib/systemd/system")
-"""Where a package has its units; what is in the operator's folder counts instead of them (systemd.unit(5))."""
+"""The folder of a package's units; units in the operator's folder override them (systemd.unit(5))."""
 UNITS = {
     "nvdimmd.socket": """\
 {mark}
@@ -88,9 +88,9 @@ UMask=0077
 """,
 }
 MODULAR = "virtxend"
-"""libvirt's modular daemon for Xen: when it is enabled, its sockets are where ours belong."""
+"""libvirt's modular daemon for Xen: when it is enabled, its sockets occupy the paths that ours need."""
 MOVED = {"virtxend.socket": "libvirt_direct_socket", "virtxend-ro.socket": "libvirt_direct_socket_ro"}
-"""Those sockets, and the options with their new place."""
+"""The sockets of that daemon, and the options that say where they are moved."""
 DROP_IN = """\
 {mark}
 [Socket]
@@ -103,7 +103,7 @@ DEFAULT_URI = (
 
 
 def texts(conf: cfg.ConfigOpts, python: str, libvirt: str) -> dict[str, str]:
-    """Make the units, by name.
+    """Return the text of each unit, by name.
 
     :param python: the interpreter to run nvdimmd with.
     :param libvirt: ``libvirtd`` or :data:`MODULAR`.
@@ -114,7 +114,7 @@ def texts(conf: cfg.ConfigOpts, python: str, libvirt: str) -> dict[str, str]:
 
 
 def enable(conf: cfg.ConfigOpts, python: str) -> Iterator[str]:
-    """Install the units, unless a package has brought the same, and start them; every line yielded says what was done.
+    """Install the units, unless a package installed the same, and start them; yield a line for each thing done.
 
     :param python: the interpreter to run nvdimmd with.
     :raises ConfigError: when systemctl fails; the units are removed again then.
@@ -146,7 +146,7 @@ def enable(conf: cfg.ConfigOpts, python: str) -> Iterator[str]:
 
 
 def disable(conf: cfg.ConfigOpts) -> Iterator[str]:
-    """Stop the units and remove those that are not a package's; every line yielded says what was done.
+    """Stop the units and remove those that are not a package's; yield a line for each thing done.
 
     :raises ConfigError: when systemctl fails; what is left goes when it is repeated.
     """
@@ -164,7 +164,7 @@ def disable(conf: cfg.ConfigOpts) -> Iterator[str]:
 
 
 def place(path: Path, packaged: Path, text: str) -> str:
-    """Have systemd find a unit with this text; returns what was done.
+    """Make systemd find a unit with this text; return what was done.
 
     :param path: in the operator's folder: nothing is left there when the package's says the same.
     :raises ConfigError: when a file that is not ours is in the way.
@@ -177,12 +177,12 @@ def place(path: Path, packaged: Path, text: str) -> str:
 
 
 def is_enabled() -> bool | None:
-    """Whether nvdimmd is started at boot; None on a host without systemd."""
+    """Return whether nvdimmd starts at boot; None on a host without systemd."""
     return _is("enabled", "nvdimmd.socket") if BOOTED.is_dir() else None
 
 
 def _reload(modular: bool) -> None:
-    """Have systemd read the units anew.
+    """Make systemd reload the units.
 
     :param modular: where the modular daemon listens has changed. A running one would keep systemd from opening its
         sockets, and what systemd deletes when it closes them is what its units say then.

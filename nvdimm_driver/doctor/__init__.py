@@ -1,1 +1,4 @@
-"""What ``nvdimmctl doctor`` looks at, by theme. Nothing is changed on the host."""
+"""The checks of ``nvdimmctl doctor``, by theme, and the repairs of ``nvdimmctl check --repair`` (repair.py).
+
+The checks change nothing on the host.
+"""

@@ -1,4 +1,4 @@
-"""All checks of a host, in the order in which an operator puts it right: from the machine up to the domains."""
+"""All checks of a host, in the order in which an operator fixes it: from the machine up to the domains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Check = tuple[str, Callable[[], Finding | Iterable[Finding]]]
 
 @dataclass(frozen=True)
 class Installed:
-    """What registering installs.
+    """The files that registering installs.
 
     :ivar hook: for libvirt.
     :ivar enabled: nvdimmd is started at boot; None on a host without systemd.
@@ -41,7 +41,7 @@ class Installed:
 
 
 def examine(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Finding]:
-    """Look at this host; each finding as soon as it is there."""
+    """Check this host; yield each finding as soon as it is known."""
     for name, look in _checks(conf, installed):
         try:
             found = look()
@@ -51,7 +51,7 @@ def examine(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Finding]:
 
 
 def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
-    """All of them, each by what is said when it cannot be done."""
+    """Yield each check, with the name under which its failure is reported."""
     yield "plug-ins", lambda: _plugins(conf)
     yield "Xen", hypervisor.check
     yield "namespaces", pmem.check_namespaces
@@ -94,7 +94,7 @@ def _pools(conf: cfg.ConfigOpts) -> Iterator[Finding]:
 
 
 def _builder(conf: cfg.ConfigOpts) -> AcpiBuilder:
-    """The builder that is configured, without what it has kept: what is asked is whether QEMU gives tables now."""
+    """Return the configured builder without its cache, to find out whether QEMU builds tables now."""
     if conf.acpi.builder == "qemu":
         return QemuAcpiBuilder(conf.acpi.qemu)
     builder: AcpiBuilder = plugin_loader.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf)

@@ -1,4 +1,4 @@
-"""AppArmor and SELinux: whether they keep libvirt's daemon from running the hook and the device model."""
+"""AppArmor and SELinux: do they let libvirt's daemon run the hook and the device model?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Daemon:
 
 
 def find_daemon(proc: Path = Path("/proc")) -> Daemon | None:
-    """The daemon with the libxl driver; the modular one first."""
+    """Return the running daemon that has the libxl driver; prefer the modular one."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     found = {}
     for folder in proc.glob("[0-9]*"):
@@ -52,7 +52,7 @@ def find_daemon(proc: Path = Path("/proc")) -> Daemon | None:
 
 
 def check_apparmor(daemon: Daemon | None, device_model: str, root: Path = Path("/")) -> Finding:
-    """Whether AppArmor lets the hook make files immutable, and libvirt run the device model."""
+    """Check that AppArmor lets the hook make files immutable, and libvirt run the device model."""
     check = "AppArmor"
     if _text(root / "sys/module/apparmor/parameters/enabled") != "Y":
         return passed(check, "is off")
@@ -77,7 +77,7 @@ def check_apparmor(daemon: Daemon | None, device_model: str, root: Path = Path("
 
 
 def missing_rules(rules: str, device_model: str) -> list[str]:
-    """What a profile needs and does not have, as lines to add."""
+    """Return the rules that a profile lacks, as lines to add."""
     missing = []
     if not re.search(r"^\s*capability\s*(?:[^,]*\blinux_immutable\b[^,]*)?,", rules, re.MULTILINE):
         missing.append("capability linux_immutable,")
@@ -87,7 +87,7 @@ def missing_rules(rules: str, device_model: str) -> list[str]:
 
 
 def check_selinux(root: Path = Path("/")) -> Finding:
-    """No policy is shipped for it."""
+    """Check SELinux, for which no policy is shipped."""
     enforcing = _text(root / "sys/fs/selinux/enforce")
     if enforcing != "1":
         return passed("SELinux", "is permissive" if enforcing == "0" else "is off")
@@ -100,7 +100,7 @@ def check_selinux(root: Path = Path("/")) -> Finding:
 
 
 def _rules(path: Path) -> str:
-    """A profile without its comments."""
+    """Return a profile without its comments."""
     return re.sub(r"^\s*#(?!include).*$", "", _text(path), flags=re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""Whether a file system does what it was mounted for."""
+"""Does a file system that is mounted with DAX use it?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ATTRIBUTES = struct.Struct("=8xQ")  # struct statx (include/uapi/linux/stat.h):
 
 
 def has_dax(folder: str) -> bool:
-    """Whether a new file in the folder is in persistent memory itself, and not in the page cache (statx(2)).
+    """Return True when a new file in the folder is in persistent memory itself, not in the page cache (statx(2)).
 
     A mount with ``-o dax`` does not say that. The file has no name, and is gone when this returns.
 

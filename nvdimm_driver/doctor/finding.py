@@ -1,4 +1,4 @@
-"""What a check of the host has found."""
+"""Findings of the checks of a host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nvdimm_driver.errors import NvdimmError
 
 
 class Result(StrEnum):
-    """As virt-host-validate has them; a NOTE is neither good nor bad."""
+    """The results of virt-host-validate; a NOTE is neither good nor bad."""
 
     PASS = "PASS"
     NOTE = "NOTE"
@@ -19,7 +19,7 @@ class Result(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One finding.
 
     :ivar check: what.
     :ivar message: how it is.
@@ -33,27 +33,27 @@ class Finding:
 
 
 def passed(check: str, message: str) -> Finding:
-    """It is as it should be."""
+    """Return a finding for something that is as it should be."""
     return Finding(check, Result.PASS, message)
 
 
 def noted(check: str, message: str, hint: str = "") -> Finding:
-    """Good to know."""
+    """Return a finding that is neither good nor bad."""
     return Finding(check, Result.NOTE, message, hint)
 
 
 def warned(check: str, message: str, hint: str = "") -> Finding:
-    """It works, with less than could be had, or may not work."""
+    """Return a finding for something that works with limits, or may fail."""
     return Finding(check, Result.WARN, message, hint)
 
 
 def failed(check: str, message: str, hint: str = "") -> Finding:
-    """Domains with NVDIMMs cannot be had like this."""
+    """Return a finding for something that keeps domains with NVDIMMs from working."""
     return Finding(check, Result.FAIL, message, hint)
 
 
 def could_not(check: str, error: NvdimmError | OSError) -> Finding:
-    """What was tried failed with this error."""
+    """Return a finding for a check that failed with this error."""
     if isinstance(error, NvdimmError):
         return failed(check, error.message, error.hint)
     return failed(check, str(error), "run as root" if isinstance(error, PermissionError) else "")

@@ -1,4 +1,4 @@
-"""Xen, and dom0 on it."""
+"""Checks of Xen and dom0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FALSE = ("0", "no", "off", "false", "disable")  # xen/common/kernel.c:parse_boo
 
 @dataclass(frozen=True)
 class Hypervisor:
-    """What Xen says of itself.
+    """Facts that Xen reports about itself.
 
     :ivar capabilities: of the platform, XEN_SYSCTL_PHYSCAP_* of xen/include/public/sysctl.h.
     :ivar command_line: that it was booted with.
@@ -27,7 +27,7 @@ class Hypervisor:
 
 
 def check(root: Path = Path("/")) -> Iterator[Finding]:
-    """All there is to say of Xen.
+    """Check Xen and dom0.
 
     :param root: where ``sys``, ``proc``, ``dev`` and ``usr`` are.
     """
@@ -56,7 +56,7 @@ def check(root: Path = Path("/")) -> Iterator[Finding]:
 
 
 def check_dom0(capabilities: str, kind: str) -> Finding:
-    """Whether this is dom0, and what kind of one.
+    """Check that this is dom0, and tell which kind.
 
     :param capabilities: /proc/xen/capabilities; empty when it is not there.
     :param kind: /sys/hypervisor/guest_type.
@@ -71,7 +71,7 @@ def check_dom0(capabilities: str, kind: str) -> Finding:
 
 
 def check_hap(xen: Hypervisor) -> Finding:
-    """NVDIMMs are mapped into the second level of page tables."""
+    """Check for hardware assisted paging, into whose page tables NVDIMMs are mapped."""
     if xen.capabilities & HAP:
         return passed("HAP", "hardware assisted paging is there")
     return failed(
@@ -82,7 +82,7 @@ def check_hap(xen: Hypervisor) -> Finding:
 
 
 def check_memory_type() -> Finding:
-    """Of what a guest gets mapped. Xen does not say whether it honours a pinned type: stock Xen does not."""
+    """Report the memory type of mapped NVDIMMs. Xen does not say whether it honours a pinned type; stock Xen does not."""
     return warned(
         "memory type",
         "stock Xen (4.7 and later) maps NVDIMMs uncacheable into guests: their accesses are correct and durable, and "
@@ -92,7 +92,7 @@ def check_memory_type() -> Finding:
 
 
 def check_mmio_relax(xen: Hypervisor, kind: str) -> Finding:
-    """What dom0's own accesses to persistent memory are like (xen/arch/x86/mm.c:get_page_from_l1e)."""
+    """Report how dom0 itself maps persistent memory (xen/arch/x86/mm.c:get_page_from_l1e)."""
     if kind != "PV":
         return noted("mmio-relax", f"makes no difference to a dom0 that is {kind or 'of unknown kind'}")
     if has_mmio_relax(xen.command_line):
@@ -105,7 +105,7 @@ def check_mmio_relax(xen: Hypervisor, kind: str) -> Finding:
 
 
 def has_mmio_relax(command_line: str) -> bool:
-    """Whether the option is on; the last one counts."""
+    """Return whether the option is on; the last one on the command line counts."""
     on = False
     for word in command_line.split():
         name, _, value = word.partition("=")

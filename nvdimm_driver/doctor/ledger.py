@@ -1,4 +1,4 @@
-"""The ledger, against Xen and against the backings."""
+"""Checks of the ledger against Xen and against the backings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _XEN, _BACKINGS, _SERVERS = "ledger, Xen", "ledger, backings", "label servers"
 def check(
     path: Path, backings: Sequence[Backing], mapper: Mapper, label_server: Callable[[str], bool]
 ) -> Iterator[Finding]:
-    """Whether it can be read, and is right.
+    """Check that the ledger can be read, and agrees with Xen and the backings.
 
     :param path: of the ledger.
     :param label_server: whether the domain of that uuid has one that runs.
@@ -44,7 +44,7 @@ def check(
 
 
 def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]:
-    """Whether Xen has the domains that run by the ledger."""
+    """Check that Xen has the domains that run according to the ledger."""
     running = [(record, at.domid, at.boot_id) for record in records if (at := record.start) and at.domid]
     try:
         gone = [
@@ -66,7 +66,7 @@ def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]
 
 
 def check_backings(records: Sequence[Record], backings: Sequence[Backing]) -> Iterator[Finding]:
-    """Whether each NVDIMM's backing is there, fit, and the one that was provisioned."""
+    """Check that each NVDIMM's backing exists, is fit, and is the one that was provisioned."""
     found = [(record, item) for record in records for item in record.allocations]
     wrong = [finding for record, item in found if (finding := check_backing(record, item, backings))]
     yield from wrong
@@ -75,7 +75,7 @@ def check_backings(records: Sequence[Record], backings: Sequence[Backing]) -> It
 
 
 def check_backing(record: Record, item: Allocation, backings: Sequence[Backing]) -> Finding | None:
-    """What is wrong with the backing of one NVDIMM; None when nothing is."""
+    """Return a finding for the backing of one NVDIMM; None when nothing is wrong."""
     path = item.spec.path
     if item.identity is None:
         return warned(
@@ -91,7 +91,7 @@ def check_backing(record: Record, item: Allocation, backings: Sequence[Backing])
 
 
 def check_label_servers(records: Sequence[Record], label_server: Callable[[str], bool]) -> Iterator[Finding]:
-    """Whether the guests that need a label server have it."""
+    """Check that each guest that needs a label server has one."""
     served = [record for record in records if (at := record.start) and at.served and at.state == "mapped"]
     gone = [record for record in served if not label_server(record.uuid)]
     for record in gone:

@@ -1,4 +1,4 @@
-"""libvirt's daemon, and nvdimmd in front of it, asked as their clients ask them."""
+"""Checks of libvirt's daemon and of nvdimmd, made as a client makes calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nvdimm_driver.rpc.xdr import LibvirtError, Packer, RemoteError, Unpacker
 
 URI = "xen:///system"
 TIMEOUT = 30.0
-"""Seconds for an answer; libvirtd, and nvdimmd that its socket starts, can take some while they start."""
+"""Seconds to wait for an answer; libvirtd and a socket-activated nvdimmd may have to start first."""
 _RECEIVE = 65536
 
 _DOMAIN = """<domain type='xen'>
@@ -30,7 +30,7 @@ _NVDIMM = (
 )
 _TABLE = "<acpi><table type='{}'>/nvdimmctl-doctor</table></acpi>"
 _TABLE_TYPES = ("rawset", "slic")
-"""What libvirt calls the tables that libxl gives a guest by ``acpi_firmware``, the newer name first."""
+"""libvirt's names for the tables that libxl passes with ``acpi_firmware``, the newer name first."""
 
 
 class Connection:
@@ -57,7 +57,7 @@ class Connection:
             raise
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         with suppress(OSError, LibvirtError, ProtocolError):
             self.call(Procedure.CONNECT_CLOSE)
         self._socket.close()
@@ -69,17 +69,17 @@ class Connection:
         self.close()
 
     def version(self) -> tuple[int, int, int]:
-        """Of libvirt."""
+        """Return libvirt's version."""
         number = Unpacker(self.call(Procedure.CONNECT_GET_LIB_VERSION)).uint64()
         return number // 1_000_000, number // 1000 % 1000, number % 1000
 
     def to_native(self, xml: str) -> str:
-        """What xl would be given for a domain. Nothing is defined."""
+        """Return the xl configuration of a domain. Nothing is defined."""
         arguments = bytes(Packer().string("xen-xl").string(xml).uint32(0))
         return Unpacker(self.call(Procedure.CONNECT_DOMAIN_XML_TO_NATIVE, arguments)).string()
 
     def call(self, procedure: int, payload: bytes = b"") -> bytes:
-        """Make a call, and return what is replied."""
+        """Make a call and return the reply."""
         self._serial += 1
         header = wire.Header(wire.PROGRAM, wire.VERSION, procedure, wire.CALL, self._serial, wire.OK)
         self._socket.sendall(wire.pack(header, payload))
@@ -101,7 +101,7 @@ class Connection:
 
 
 def check_libvirt(path: str) -> Iterator[Finding]:
-    """libvirt's own daemon: whether it has the libxl driver, its version, and which ACPI tables it takes from users.
+    """Check libvirt's daemon: its libxl driver, its version, and the ACPI tables that it takes from users.
 
     :param path: of its socket.
     """
@@ -115,7 +115,7 @@ def check_libvirt(path: str) -> Iterator[Finding]:
 
 
 def check_table_type(connection: Connection) -> Finding:
-    """By which name libvirt takes a guest's own ACPI tables; the driver's do not go through libvirt."""
+    """Report the name by which libvirt takes a guest's own ACPI tables; the driver's do not go through libvirt."""
     check = "ACPI table type"
     for name in _TABLE_TYPES:
         try:
@@ -132,7 +132,7 @@ def check_table_type(connection: Connection) -> Finding:
 
 
 def check_nvdimmd(path: str, device_model: str, timeout: float = TIMEOUT) -> Finding:
-    """Whether nvdimmd answers clients, and does to a domain with an NVDIMM what it is for. Nothing is defined.
+    """Check that nvdimmd answers clients and rewrites a domain with an NVDIMM. Nothing is defined.
 
     :param path: of its socket.
     """
@@ -148,7 +148,7 @@ def check_nvdimmd(path: str, device_model: str, timeout: float = TIMEOUT) -> Fin
 
 
 def check_service(enabled: bool | None) -> Finding:
-    """Whether nvdimmd is there after a boot.
+    """Check that nvdimmd starts at boot.
 
     :param enabled: nvdimmd.socket is; None on a host without systemd.
     """

@@ -1,4 +1,4 @@
-"""Nova's configuration, where there is one: what keeps instances from getting their NVDIMMs."""
+"""Checks of Nova's configuration, where there is one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Find = Callable[[Sequence[Configured]], tuple[NovaNamespace, ...]]
 
 
 def check(conf: NovaConf, find: Find, installed: str | None) -> Iterator[Finding]:
-    """All of it, for a host whose nova-compute has our driver.
+    """Check Nova's configuration on a host whose nova-compute uses the compute driver.
 
     :param find: looks for configured namespaces in the pools; raises NvdimmError.
     :param installed: version of Nova; None when this Python has none.
@@ -37,7 +37,7 @@ def check(conf: NovaConf, find: Find, installed: str | None) -> Iterator[Finding
 
 
 def nova_version() -> str | None:
-    """Of the Nova that this Python has; None without one."""
+    """Return the version of the Nova that this Python has; None without Nova."""
     try:
         return version("nova")
     except PackageNotFoundError:
@@ -99,7 +99,7 @@ def _check_uri(uri: str) -> Finding:
 
 
 def _check_namespaces(entries: Sequence[str], find: Find) -> Finding:
-    """Labels, too: Nova takes what another case, or another sign, makes into the same resource class."""
+    """Check the configured namespaces and their labels, as Nova maps different labels to one resource class."""
     name = "Nova, pmem_namespaces"
     if not entries:
         return noted(

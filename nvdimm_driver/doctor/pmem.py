@@ -1,4 +1,4 @@
-"""The host's persistent memory, and the pools that are made of it."""
+"""Checks of the host's persistent memory and of the pools on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DOMAINS = {
 
 
 def check_namespaces(sysfs: Path = inventory.SYSFS) -> Iterator[Finding]:
-    """What Linux has, and how it is."""
+    """Check the namespaces that Linux has."""
     try:
         found = inventory.namespaces(sysfs)
         health = [inventory.problems(each, sysfs) for each in found]
@@ -49,7 +49,7 @@ def check_namespaces(sysfs: Path = inventory.SYSFS) -> Iterator[Finding]:
 
 
 def check_namespace(namespace: Namespace, problems: Sequence[str]) -> Finding:
-    """Whether it can be used, and whether it is healthy.
+    """Check that a namespace can be used and is healthy.
 
     :param problems: that :func:`.inventory.problems` has found.
     """
@@ -68,7 +68,7 @@ def check_namespace(namespace: Namespace, problems: Sequence[str]) -> Finding:
 
 
 def check_persistence(namespace: Namespace) -> Finding:
-    """What survives a power loss."""
+    """Report what survives a power loss."""
     check = f"{namespace.name}, power loss"
     if namespace.persistence_domain in _DOMAINS:
         return passed(check, _DOMAINS[namespace.persistence_domain])
@@ -87,7 +87,7 @@ def check_pools(
     mountinfo: Path = Path("/proc/self/mountinfo"),
     dax: Callable[[str], bool] = has_dax,
 ) -> Iterator[Finding]:
-    """Whether there are pools, and each of them works.
+    """Check that there are pools and that each of them works.
 
     :param any_path: domains may have backings elsewhere, too.
     :param dax: whether a new file in a folder is on DAX.
@@ -110,7 +110,7 @@ def check_pools(
 def check_pool(
     pool: Pool, ledger: Ledger, backings: Sequence[Backing], mountinfo: Path, dax: Callable[[str], bool]
 ) -> Iterator[Finding]:
-    """Whether a pool works, and how well."""
+    """Check that a pool works, and how well."""
     try:
         usage = usage_of(pool, ledger, backings)
     except NvdimmError as error:
@@ -124,7 +124,7 @@ def check_pool(
 
 
 def check_usage(usage: PoolUsage) -> Finding:
-    """Whether NVDIMMs can be had of the pool."""
+    """Check that the pool has room for NVDIMMs."""
     check = f"pool {usage.pool.name}"
     if usage.space is None:
         return failed(check, "; ".join(usage.problems), "correct what is wrong, or take it out of the configuration")
@@ -137,7 +137,7 @@ def check_usage(usage: PoolUsage) -> Finding:
 
 
 def check_alignment(usage: PoolUsage) -> Finding:
-    """Whether 2 MiB of a guest can be 2 MiB of the device."""
+    """Check that 2 MiB pages of a guest can be 2 MiB pages of the device."""
     check = f"pool {usage.pool.name}, alignment"
     alignment = usage.space.alignment if usage.space else 0
     if alignment >= SUPERPAGE:
@@ -150,7 +150,7 @@ def check_alignment(usage: PoolUsage) -> Finding:
 
 
 def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) -> Iterator[Finding]:
-    """Whether each of the pool's folders is on DAX in fact, and gets its blocks in pieces of 2 MiB."""
+    """Check that each folder of the pool really uses DAX, and allocates in pieces of 2 MiB."""
     for path in pool.paths:
         check = f"pool {pool.name}, DAX"
         try:
@@ -173,7 +173,7 @@ def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) 
 
 
 def check_stripe(pool: Pool, mount: Mount) -> Finding:
-    """Whether the file system was told to allocate in pieces of 2 MiB."""
+    """Check that the file system is set up to allocate in pieces of 2 MiB."""
     check = f"pool {pool.name}, file system"
     stripe = stripe_of(mount)
     if stripe and stripe % SUPERPAGE == 0:
@@ -187,7 +187,7 @@ def check_stripe(pool: Pool, mount: Mount) -> Finding:
 
 
 def stripe_of(mount: Mount) -> int:
-    """Bytes of the pieces that a file system allocates in, by its mount options; 0 when it has none.
+    """Return the stripe of a file system in bytes, by its mount options; 0 when it has none.
 
     ext4 has ``stripe`` in blocks (fs/ext4/super.c:_ext4_show_options), which are of 4 KiB where there is DAX; XFS has
     ``sunit`` in sectors (fs/xfs/xfs_super.c:xfs_fs_show_options).

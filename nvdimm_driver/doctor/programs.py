@@ -1,4 +1,4 @@
-"""What 'nvdimmctl register' has installed, and the QEMUs that the driver runs."""
+"""Checks of the files that 'nvdimmctl register' installs, and of the QEMUs that the driver runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMALL = GuestLayout(512 * MIB, 4 * GIB, 1 << 40, (Placement(0, 8 * GIB, 16 * MI
 
 @dataclass(frozen=True)
 class Script:
-    """A file that register installs.
+    """A script that 'nvdimmctl register' installs.
 
     :ivar name: of what it is.
     :ivar text: that it should have.
@@ -33,7 +33,7 @@ class Script:
 
 
 def check_script(script: Script) -> Finding:
-    """Whether it is there, ours, current, and can be run."""
+    """Check that a script exists, is ours, is current, and can be run."""
     try:
         text = script.path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -53,7 +53,7 @@ def check_script(script: Script) -> Finding:
 
 
 def check_hook_known(hook: Path, started: float | None) -> Finding:
-    """Whether libvirt will run the hook: it looks for hooks only when it starts (src/util/virhook.c).
+    """Check that libvirt runs the hook: it looks for hooks only when it starts (src/util/virhook.c).
 
     :param started: when libvirt's daemon was started, in seconds since the epoch; None while it does not run.
     """
@@ -72,14 +72,14 @@ def check_hook_known(hook: Path, started: float | None) -> Finding:
 
 
 def check_qemu(path: str) -> Finding:
-    """Whether there is what the device model becomes."""
+    """Check that the QEMU exists that the device model becomes."""
     if os.access(path, os.X_OK):
         return passed("QEMU", path)
     return failed("QEMU", f"there is no QEMU at {path}", "install qemu-system-xen, or set [xen] qemu in the options")
 
 
 def check_tables(name: str, builder: AcpiBuilder) -> Finding:
-    """Whether the ACPI builder makes the tables of a small guest.
+    """Check that the ACPI builder makes the tables of a small guest.
 
     :param builder: one that keeps nothing from earlier times.
     """

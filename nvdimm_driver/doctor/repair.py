@@ -1,4 +1,4 @@
-"""What does not fit together: ledger, backings, their marks, and Xen; and how each of it is mended."""
+"""Inconsistencies between the ledger, the backings, their marks and Xen, and how each is repaired."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inconsistency:
-    """Something that does not fit.
+    """An inconsistency.
 
     :ivar domain: name of the domain; empty when none is known.
     :ivar path: of the backing; empty when it is about none.
@@ -37,7 +37,7 @@ class Inconsistency:
 
 
 def look(driver: XenNvdimmDriver) -> list[Inconsistency]:
-    """Find all that does not fit; nothing is changed.
+    """Find every inconsistency; change nothing.
 
     A moved file and one that the ledger does not know are the same file: what is found first is mended first, and then
     it is looked again.
@@ -132,7 +132,7 @@ class _Look:
         self._adopt(backing, record, item)
 
     def _adopt(self, backing: Backing, record: Record, item: Allocation) -> None:
-        """Take a backing as it is: provisioned, nobody else's, marked, and in the ledger."""
+        """Take a backing as it is: complete it, check that nobody else owns it, mark it, and record it."""
         identity = backing.provision(item.spec)
         ownership.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
         changed = replace(item, identity=identity)
@@ -140,7 +140,7 @@ class _Look:
         backing.mark(item.spec.path, owner_marks.pack(record, changed))
 
     def _replace(self, record: Record, item: Allocation) -> None:
-        """Put an NVDIMM into the ledger instead of the domain's one of that slot."""
+        """Record an NVDIMM in the ledger in place of the one in its slot."""
         known = self.driver.ledger.find_domain(record.uuid)
         others = [each for each in (known.allocations if known else ()) if each.spec.slot != item.spec.slot]
         self.driver.ledger.store(record.uuid, record.name, record.ram, [*others, item], dsm=record.dsm)
@@ -158,7 +158,7 @@ class _Look:
 
     @cached_property
     def _guests(self) -> list[tuple[int, str | None]]:
-        """Of Xen, which is asked for each domid that there may be."""
+        """Xen's guests, asked for once, as Xen is asked for every possible domid."""
         return self.driver.starts.mapper.guests()
 
     def _frozen(self, file: Surveyed, name: str, mark: Mark | None) -> Inconsistency:

@@ -1,4 +1,4 @@
-"""What the driver has to know of Nova's own configuration, which Nova need not be installed for."""
+"""The options of Nova's own configuration that the driver reads. Nova need not be installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCHEDULER = [cfg.ListOpt("enabled_filters", default=[])]
 
 @dataclass(frozen=True)
 class NovaConf:
-    """Options of Nova, by their names; empty when the files do not say.
+    """Nova's options, by their names; empty when the files do not set them.
 
     :ivar files: that were read.
     :ivar enabled_filters: of the scheduler.

@@ -1,4 +1,4 @@
-"""The backings that nova.conf names in ``[libvirt] pmem_namespaces``, as Nova's compute service has to know them.
+"""The backings that nova.conf names in ``[libvirt] pmem_namespaces``, in the form that nova-compute needs.
 
 Nova calls a backing a namespace, and reports to placement how many it has of each label. It emits an NVDIMM for one in
 a fixed form (nova/virt/libvirt/config.py: LibvirtConfigGuestVPMEM): all of the size that it is told, with a label area
@@ -20,14 +20,14 @@ from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
 
 LABEL_SIZE = 2 * MIB
-"""Of the label area that Nova gives every NVDIMM."""
+"""Size of the label area that Nova gives every NVDIMM."""
 _LABEL = re.compile(r"[A-Z0-9_]+", re.ASCII)
 _FORM = "pmem_namespaces = LABEL:NAME|NAME,LABEL:NAME, such as 6GB:ns0|ns1,16GB:main/ns2"
 
 
 @dataclass(frozen=True)
 class Configured:
-    """A backing as it is configured.
+    """A configured backing.
 
     :ivar label: that flavors ask for, as in ``hw:pmem``.
     :ivar name: of the backing in its pool, with the pool's and a slash before it where that is needed.
@@ -39,7 +39,7 @@ class Configured:
 
 @dataclass(frozen=True)
 class NovaNamespace:
-    """A backing as Nova has to know it.
+    """A backing in the form that nova-compute needs.
 
     :ivar resource_class: of placement.
     :ivar path: absolute, as it will be in domain XML.
@@ -103,7 +103,7 @@ class Inventory:
         self._served = served
 
     def find(self, configured: Iterable[Configured]) -> tuple[NovaNamespace, ...]:
-        """All of them as Nova has to know them; nothing is changed.
+        """Return all configured backings in the form that nova-compute needs; change nothing.
 
         :raises ConfigError: when a name is in more than one place, or a backing is there by two names.
         :raises NotFoundError: when there is no such pool, or no backing of that name.
@@ -152,7 +152,7 @@ class Inventory:
         )
 
     def _place(self, word: str) -> tuple[Pool, str]:
-        """The pool and path of ``NAME`` or ``POOL/NAME``."""
+        """Return the pool and path of ``NAME`` or ``POOL/NAME``."""
         first, slash, last = word.partition("/")
         pools, name = ([self._pools.named(first)], last) if slash else (list(self._pools), first)
         if "/" in name or name in ("", ".", ".."):

@@ -18,7 +18,7 @@ TABLE_GROUPS = {
 
 
 class AcpiDump(Action):
-    """Print or write the ACPI tables of a domain's NVDIMMs, in the form of acpidump unless asked otherwise."""
+    """Print the ACPI tables of a domain's NVDIMMs as acpidump does, decode them, or write them to files."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -52,7 +52,7 @@ class AcpiDump(Action):
                 sys.stdout.write(render.acpidump(tables))
 
     def _groups(self, parsed_args: argparse.Namespace) -> dict[str, Sequence[bytes]]:
-        """The tables by name of :data:`TABLE_GROUPS`; only the first group, unless all are asked for."""
+        """Return the tables by name of :data:`TABLE_GROUPS`: the first group, or with ``--all`` every group."""
         from nvdimm_driver.acpi.tables import split
         from nvdimm_driver.driver import load_driver
 

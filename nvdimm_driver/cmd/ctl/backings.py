@@ -1,4 +1,4 @@
-"""Commands about the bytes of NVDIMMs: made, taken over, copied, overwritten."""
+"""Commands on the bytes of NVDIMMs: provision, import, export, wipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Provision(Action):
-    """Make a backing before any domain is defined with it, and print the XML that a domain needs for it."""
+    """Create a backing before a domain is defined with it; print the XML element that a domain needs for it."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -55,7 +55,7 @@ class Provision(Action):
 
 
 class Import(Action):
-    """Take over a raw file, a KVM guest's too, as the backing of an NVDIMM; print the XML that a domain needs for it.
+    """Take over a raw file, such as a KVM guest's, as the backing of an NVDIMM; print the XML element for a domain.
 
     A file or device that is in a pool stays where it is. Another file is copied into a pool.
     """
@@ -91,7 +91,7 @@ class Import(Action):
 
 
 class Export(Action):
-    """Copy the bytes of an NVDIMM into an ordinary file, which a guest of KVM can have; check the copy."""
+    """Copy an NVDIMM into an ordinary file, which a KVM guest can use; verify the copy."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -164,7 +164,7 @@ def _label_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _placed(driver: XenNvdimmDriver, pool: str | None, path: str) -> str:
-    """The absolute path of an argument, which is a name in a pool when one is given."""
+    """Return the absolute path of an argument, which is a name in the pool when one is given."""
     if pool is None:
         return os.path.abspath(path)
     if "/" in path:
@@ -173,7 +173,7 @@ def _placed(driver: XenNvdimmDriver, pool: str | None, path: str) -> str:
 
 
 def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool | None:
-    """The pool that a file is to be copied into; None when it stays where it is."""
+    """Return the pool to copy a file into; None when it stays where it is."""
     there = driver.pools.of(source)
     if name is not None:
         pool = driver.pools.named(name)
@@ -188,7 +188,7 @@ def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool
 
 
 def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
-    """The NVDIMM of ``DOMAIN``, ``DOMAIN:SLOT`` or a path."""
+    """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or a path names."""
     if os.path.isabs(word):
         return _whole(driver, word)
     name, colon, slot = word.rpartition(":")
@@ -206,7 +206,7 @@ def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
 
 
 def _items(record: Record, slot: int | None) -> list[Allocation]:
-    """A domain's NVDIMMs, or the one in a slot."""
+    """Return a domain's NVDIMMs, or the one in a slot."""
     items = [item for item in record.allocations if slot is None or item.spec.slot == slot]
     if not items:
         where = "" if slot is None else f" in slot {slot}"
@@ -215,7 +215,7 @@ def _items(record: Record, slot: int | None) -> list[Allocation]:
 
 
 def _whole(driver: XenNvdimmDriver, path: str) -> NvdimmSpec:
-    """All of a file or device."""
+    """Return an NVDIMM that is all of a file or device."""
     from nvdimm_driver.model import NvdimmSpec
     from nvdimm_driver.plugins import backing_of
 

@@ -1,4 +1,4 @@
-"""What nvdimmctl's commands have in common."""
+"""Base classes and helpers of nvdimmctl's commands."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Fields = tuple[Sequence[str], Sequence[Any]]
 
 
 class Action(Command):
-    """A command that does something, and says what."""
+    """A command that changes something and prints what it did."""
 
     app: Nvdimmctl
 
 
 class _Sizes:
-    """Commands that print sizes: bytes, unless a person wants to read them."""
+    """Option of commands that print sizes: in bytes, or with units for people."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)  # type: ignore[misc]
@@ -51,17 +51,17 @@ class Showing(_Sizes, ShowOne):
 
 
 def domain_argument(parser: argparse.ArgumentParser) -> None:
-    """The domain that a command is about."""
+    """Add the argument that names a domain."""
     parser.add_argument("domain", metavar="DOMAIN", help="name, uuid or id")
 
 
 def yes_option(parser: argparse.ArgumentParser) -> None:
-    """Of a command that asks first."""
+    """Add the option that answers the question of a command that asks first."""
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
 
 
 def size_argument(text: str) -> int:
-    """The bytes of an argument that is a size."""
+    """Return the bytes of a size argument."""
     from nvdimm_driver import sizes
     from nvdimm_driver.errors import ConfigError
 
@@ -72,7 +72,7 @@ def size_argument(text: str) -> int:
 
 
 def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
-    """The driver, after it has put away what is over and looked after what runs."""
+    """Return the driver, after it released starts that are over and restarted missing label servers."""
     from nvdimm_driver.driver import load_driver
 
     driver = load_driver(app.conf)
@@ -82,7 +82,7 @@ def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
 
 
 def find(driver: XenNvdimmDriver, key: str) -> Record:
-    """The domain of that name, uuid or, while it runs, id.
+    """Return the domain with that name, uuid or, while it runs, domid.
 
     :raises NotFoundError: when the ledger has none.
     """
@@ -97,7 +97,7 @@ def find(driver: XenNvdimmDriver, key: str) -> Record:
 
 
 def agreed(question: str, yes: bool) -> bool:
-    """Whether the operator agrees: with ``--yes``, or when asked."""
+    """Return whether the operator agrees, by ``--yes`` or when asked."""
     if yes:
         return True
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""``nvdimmctl check``: does all fit together, and can it be mended?"""
+"""``nvdimmctl check``: find inconsistencies, and repair them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
 
 ROUNDS = 5
-"""How often it is mended and looked again: what is mended may uncover more."""
+"""How many rounds of repair there are at most: a repair may uncover another inconsistency."""
 
 
 class Check(Listing):
-    """List what does not fit together: the ledger, the backings, what these say of themselves, and Xen."""
+    """List inconsistencies between the ledger, the backings, the marks on the backings, and Xen."""
 
     status = 0
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("--repair", action="store_true", help="mend what can be mended")
+        parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:
-        """Status 1 when something is left that does not fit."""
+        """Return status 1 when an inconsistency is left."""
         return int(super().run(parsed_args)) or self.status
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
@@ -44,7 +44,7 @@ class Check(Listing):
 
 
 def _repair(driver: XenNvdimmDriver) -> list[tuple[str, ...]]:
-    """Mend all that can be mended; a row for each."""
+    """Repair everything that can be repaired; return a row for each repair."""
     from nvdimm_driver.doctor.repair import look
 
     rows: list[tuple[str, ...]] = []

@@ -1,4 +1,4 @@
-"""The command that looks the host over."""
+"""``nvdimmctl doctor``: check the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLOURS = {"PASS": 32, "NOTE": 36, "WARN": 33, "FAIL": 31}
 
 
 class Doctor(Lister):
-    """Look the host over: what is right, what is wrong, and what to do about it. Nothing is changed.
+    """Report the state of everything that domains with NVDIMMs need, and what to do about problems; change nothing.
 
     The exit status is 1 when anything is found to FAIL.
     """
@@ -28,7 +28,7 @@ class Doctor(Lister):
 
     @property
     def formatter_namespace(self) -> str:
-        """cliff's own, and :class:`Lines`."""
+        """cliff's formatters and :class:`Lines`."""
         return "nvdimm_driver.doctor_formats"
 
     @property
@@ -56,10 +56,10 @@ class Doctor(Lister):
 
 
 class Lines(ListFormatter):
-    """A line for each check as soon as it is done, and a second one for a hint."""
+    """Prints a line for each check as soon as it is done, and a second line for its hint."""
 
     def add_argument_group(self, parser: argparse.ArgumentParser) -> None:
-        """No options."""
+        """Add no options."""
 
     def emit_list(
         self,

@@ -1,4 +1,4 @@
-"""What the commands that take a file of domain XML have in common."""
+"""Base class and helpers of commands that read a domain XML file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def domain_in(xml: str, file: str, options: cfg.ConfigOpts) -> DomainSpec:
 
 
 def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDriver:
-    """The driver of this host, or one on paper for another."""
+    """Return the driver of this host, or one that only plans, for the host that a host file describes."""
     from nvdimm_driver.driver import driver_class, load_driver
 
     if host_file is None:

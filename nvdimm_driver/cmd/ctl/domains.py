@@ -1,4 +1,4 @@
-"""Commands about domains and the NVDIMMs that they have."""
+"""Commands on domains and their NVDIMMs: list, show, release."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class List(Listing):
 
 
 class Show(Showing):
-    """Show all that is known of one domain."""
+    """Show everything that is known about one domain."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

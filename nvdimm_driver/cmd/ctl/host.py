@@ -1,4 +1,4 @@
-"""Commands about the host: what it has, and putting the driver in."""
+"""Commands on the host: describe it, register the driver, unregister it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Register(Action):
 
 
 class Unregister(Action):
-    """Remove what 'register' has installed. The ledger and all data stay."""
+    """Remove what 'register' installed. The ledger and all data stay."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd import register

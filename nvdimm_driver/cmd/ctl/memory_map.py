@@ -1,4 +1,4 @@
-"""A picture of the host's persistent memory: regions, namespaces in them, and whose NVDIMMs are where. Pure."""
+"""A map of the host's persistent memory: regions, their namespaces, and each domain's NVDIMMs. Pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FREE, OUTSIDE = ".", " "
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f")
 WIDTH, BAR, LINE, MARGIN = 960, 28, 18, 12
-"""Of the SVG, in pixels."""
+"""Width of the SVG in pixels."""
 
 
 def text(regions: Sequence[Region], width: int) -> str:
-    """The picture for a terminal.
+    """Return the map for a terminal.
 
     :param width: columns of it.
     """
@@ -26,7 +26,7 @@ def text(regions: Sequence[Region], width: int) -> str:
 
 
 def svg(regions: Sequence[Region]) -> str:
-    """The picture as an SVG document."""
+    """Return the map as an SVG document."""
     parts: list[str] = []
     y = MARGIN
     for region in regions:
@@ -47,7 +47,7 @@ def describe(namespace: Namespace) -> str:
 
 
 def _owners(pieces: Sequence[Piece]) -> list[Piece]:
-    """One piece for each NVDIMM: an NVDIMM in several extents is told of once."""
+    """Return one piece for each NVDIMM, however many extents it has."""
     first: dict[tuple[str, int], Piece] = {}
     for piece in pieces:
         first.setdefault((piece.domain, piece.slot), piece)
@@ -79,14 +79,14 @@ def _region(region: Region, width: int) -> Iterator[str]:
 
 
 def _cells(region: Region, spa: int, length: int, count: int) -> range:
-    """The cells of a bar that a range is in: one at least, so that nothing is too small to be seen."""
+    """Return the cells of a bar that a range covers: at least one, so that every range is visible."""
     first = (spa - region.spa) * count // region.size
     last = units((spa + length - region.spa) * count, region.size)
     return range(max(0, first), min(count, max(last, first + 1)))
 
 
 def _draw(region: Region, y: int, parts: list[str]) -> int:
-    """Draw a region from there on; returns where the next can be."""
+    """Draw a region at ``y``; return the ``y`` of the next one."""
     scale = (WIDTH - 2 * MARGIN) / region.size
 
     def rectangle(spa: int, length: int, colour: str, told: str) -> str:

@@ -1,4 +1,4 @@
-"""Commands that watch what happens to domains with NVDIMMs."""
+"""Commands that watch domains with NVDIMMs: monitor and metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLL_SECONDS = 0.5
 
 
 class Monitor(Action):
-    """Print what happens to domains with NVDIMMs, a JSON object a line, until interrupted."""
+    """Print the events of domains with NVDIMMs, one JSON object a line, until interrupted."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -74,14 +74,14 @@ class Metrics(Action):
 
 
 def line(event: Event) -> str:
-    """An event as monitor prints it."""
+    """Return the line that monitor prints for an event."""
     import json
 
     return json.dumps({"id": event.id, "time": utc(event.time), **event.fields()}, ensure_ascii=False)
 
 
 def _watch(ledger: Ledger, wanted: argparse.Namespace) -> None:
-    """Print events as they come.
+    """Print events as they occur.
 
     :raises BrokenPipeError: when nobody reads them any more.
     """

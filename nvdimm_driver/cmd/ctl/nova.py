@@ -1,4 +1,4 @@
-"""Commands for Nova's compute service, which runs them, and for who configures it."""
+"""Commands for Nova's compute service and for the operator who configures it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLUMNS = ("Name", "Label", "Resource class", "Pool", "Path", "Size", "Align", "
 
 
 class NovaInventory(Listing):
-    """List the backings that nova.conf names in pmem_namespaces, as Nova reports them; check that it can have them."""
+    """List the backings that nova.conf names in pmem_namespaces, as Nova reports them; check that they can be used."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -56,7 +56,7 @@ class NovaInventory(Listing):
 
 
 def _entries(parsed_args: argparse.Namespace) -> list[str]:
-    """The entries of pmem_namespaces, from the command line or from Nova's configuration."""
+    """Return the entries of pmem_namespaces, from the command line or from Nova's configuration."""
     if parsed_args.pmem_namespaces is not None:
         if parsed_args.nova_config:
             raise UsageError("--pmem-namespaces and --nova-config both say what to list", hint="leave one out")

@@ -1,4 +1,4 @@
-"""``nvdimmctl plan``: all that defining and starting a domain would do."""
+"""``nvdimmctl plan``: show what defining and starting a domain would do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nvdimm_driver.cmd.ctl.domain_file import FileAction, domain_in, driver_for,
 
 
 class ShowPlan(FileAction):
-    """Print all that defining and starting a domain would do; touch nothing."""
+    """Print everything that defining and starting a domain would do; change nothing."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

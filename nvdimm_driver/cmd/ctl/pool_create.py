@@ -1,4 +1,4 @@
-"""``nvdimmctl pool create``: the commands that an operator would run, each said before it is run."""
+"""``nvdimmctl pool create``: run the commands that an operator would run, and print each one first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PoolCreate(Action):
-    """Make a pool: a namespace, for fsdax also a file system on it, mounted with DAX at boot, and the configuration."""
+    """Create a pool: a namespace, for fsdax a file system on it that is mounted with DAX at boot, and its configuration."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -92,7 +92,7 @@ def _wish(args: argparse.Namespace) -> Wish:
 
 
 def _check(driver: XenNvdimmDriver, wish: Wish, config_file: Sequence[str] | None) -> None:
-    """Check what would be found wrong only after the rest is done.
+    """Check early what would otherwise fail only after everything else is done.
 
     :raises InUseError: when there is such a pool, or another has that folder.
     """
@@ -150,7 +150,7 @@ def _text(step: RunCommand | WriteFile) -> str:
 
 
 def _do(step: RunCommand | WriteFile, wish: Wish) -> str:
-    """Take a step; returns what a command has printed."""
+    """Carry out a step; return what a command printed."""
     from pathlib import Path
 
     from nvdimm_driver.pools.create import RunCommand
@@ -167,7 +167,7 @@ def _do(step: RunCommand | WriteFile, wish: Wish) -> str:
 
 
 def _pretend(step: RunCommand | WriteFile, wish: Wish) -> str:
-    """What a command would print."""
+    """Return what a command would print."""
     from nvdimm_driver.pools.create import RunCommand
 
     if isinstance(step, RunCommand) and step.words[0] == "ndctl":

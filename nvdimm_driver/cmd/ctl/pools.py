@@ -1,4 +1,4 @@
-"""Commands about pools: where pmem for guests comes from."""
+"""Commands on pools, where guests' persistent memory comes from: list and show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nvdimm_driver.errors import BackingError
 
 
 class PoolList(Listing):
-    """List the pools: how much they have, how much of it is free, and how they are."""
+    """List the pools with their capacity, free space and health."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
         from nvdimm_driver.cmd.ctl import render
@@ -24,7 +24,7 @@ class PoolList(Listing):
 
 
 class PoolShow(Showing):
-    """Show all that is known of one pool: its namespaces, its health, and who has what of it."""
+    """Show everything about one pool: its namespaces, its health, and the domains that use it."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -36,7 +36,7 @@ class PoolShow(Showing):
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:
-        """A picture, or the table that cliff prints."""
+        """Print a map, or the table that cliff prints."""
         if not (parsed_args.map or parsed_args.output):
             return int(super().run(parsed_args))
         from nvdimm_driver.cmd.ctl import memory_map

@@ -1,4 +1,4 @@
-"""Long work of nvdimmctl: a bar on a terminal that shows how far it is, and what is told when it is interrupted."""
+"""Progress of long work: a bar on a terminal, or lines, and the message when the work is interrupted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watched(name: str, *, lines: bool = False) -> Iterator[Watch]:
-    """Whom to tell how work goes on: whoever looks at standard error, when that is a terminal.
+    """Yield a callback for progress, which is shown on standard error when that is a terminal.
 
     :param name: of what is worked on.
     :param lines: a line a tenth, wherever standard error goes.
@@ -32,7 +32,7 @@ def watched(name: str, *, lines: bool = False) -> Iterator[Watch]:
 
 
 class _Work:
-    """Work on something, which nobody watches."""
+    """Progress that is not shown."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -40,16 +40,16 @@ class _Work:
         self._done = self._total = 0
 
     def begin(self, what: str) -> Progress:
-        """A part of the work begins."""
+        """Begin a part of the work."""
         self._what, self._done, self._total = what, 0, 0
         return self.tell
 
     def tell(self, done: int, total: int) -> None:
-        """So many bytes of a part are done."""
+        """Record how many bytes of the part are done."""
         self._done, self._total = done, total
 
     def end(self) -> None:
-        """There is no more to do."""
+        """End the work."""
 
     def __str__(self) -> str:
         if not self._what:
@@ -58,7 +58,7 @@ class _Work:
 
 
 class _Lines(_Work):
-    """Work with a line for each tenth of a part."""
+    """Progress as a line for each tenth of a part."""
 
     def begin(self, what: str) -> Progress:
         self._tenths = 0
@@ -73,7 +73,7 @@ class _Lines(_Work):
 
 
 class _Bars(_Work):
-    """Work with a bar for each part."""
+    """Progress as a bar for each part."""
 
     def __init__(self, name: str) -> None:
         from rich.console import Console

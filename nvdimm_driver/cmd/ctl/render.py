@@ -1,4 +1,4 @@
-"""What nvdimmctl prints: text for people, JSON with raw numbers for scripts."""
+"""Output of nvdimmctl: text for people, JSON with raw numbers for scripts."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ LINUX_NAMESPACE_ALIGN = 16 * MIB
 
 
 def size_column(readable: bool) -> Callable[[int], int | str]:
-    """How sizes are printed: in bytes, for scripts, or for people."""
+    """Return the function that formats sizes: in bytes for scripts, with units for people."""
     return human if readable else int
 
 
 def xml_diff(before: str, after: str) -> str:
-    """What the rewriting changes, as a unified diff."""
+    """Return what rewriting changes, as a unified diff."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "domain XML", "for libxl", lineterm="", n=1)
     return "\n".join(lines)
 
 
 def plan_text(plan: Plan, diff: str) -> str:
-    """A plan for people."""
+    """Return a plan as text for people."""
     return "\n".join([diff, "", *_backings(plan), "", *_layout(plan), "", *_mappings(plan), "", *_tables(plan), ""])
 
 
 def plan_json(plan: Plan) -> str:
-    """A plan for scripts; tables are hexadecimal."""
+    """Return a plan as JSON for scripts; tables are hexadecimal."""
     larger, smaller, hypercalls = p2m.cost(plan.mappings)
     out = asdict(plan)
     out["mappings"] = [mapping._asdict() for mapping in plan.mappings]
@@ -50,12 +50,12 @@ def plan_json(plan: Plan) -> str:
 
 
 def acpidump(tables: Sequence[bytes]) -> str:
-    """Tables in the text form of acpidump(8), which acpixtract(8) takes."""
+    """Return tables in the text form of acpidump(8), which acpixtract(8) reads."""
     return "".join(_hexdump(table) for table in tables)
 
 
 def write_tables(tables: Sequence[bytes], folder: Path) -> Iterator[Path]:
-    """Write one file a table, ``nfit.dat``, ``ssdt1.dat``, …; yields their paths."""
+    """Write each table to a file, ``nfit.dat``, ``ssdt1.dat``, …; yield the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, int] = {}
     for table in tables:
@@ -67,20 +67,20 @@ def write_tables(tables: Sequence[bytes], folder: Path) -> Iterator[Path]:
 
 
 def state(record: Record, item: Allocation) -> str:
-    """One word for an NVDIMM."""
+    """Return the state of an NVDIMM in one word."""
     if not item.ready:
         return f"provisioning {item.written}%"
     return "free" if record.start is None else record.start.state
 
 
 def advice(visible: int) -> Iterator[str]:
-    """What to think of when a guest sees so many bytes."""
+    """Yield advice on an NVDIMM of which a guest sees so many bytes."""
     if visible % LINUX_NAMESPACE_ALIGN:
         yield f"advice: Linux makes namespaces of multiples of {human(LINUX_NAMESPACE_ALIGN)} only"
 
 
 def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
-    """What becomes of a domain's backings when it gives them up."""
+    """Return what happens to a domain's backings when it is released."""
     wiped = {each.spec.path for each in driver.wiper.to_wipe(item)}
     told = []
     for allocation in item.allocations:
@@ -94,7 +94,7 @@ def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
 def record(
     driver: XenNvdimmDriver, item: Record, size: Callable[[int], int | str]
 ) -> tuple[Sequence[str], Sequence[Any]]:
-    """Names and values of all that is known of a domain; addresses are in bytes."""
+    """Return names and values of everything known about a domain; addresses are in bytes."""
     start = item.start
     nvdimms = [
         {
@@ -124,7 +124,7 @@ def record(
 
 
 def pool_row(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Any, ...]:
-    """A line of :data:`POOL_COLUMNS` of a list of pools."""
+    """Return the row of a pool, with the columns :data:`POOL_COLUMNS`."""
     values = dict(zip(*pool(usage, size), strict=True))
     return (
         *(values[name] for name in ("name", "kind", "capacity", "free", "largest_free", "used")),
@@ -133,7 +133,7 @@ def pool_row(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Any, .
 
 
 def pool(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Sequence[str], Sequence[Any]]:
-    """Names and values of all that is known of a pool."""
+    """Return names and values of everything known about a pool."""
     pool, space = usage.pool, usage.space
 
     def told(count: int | None) -> int | str | None:
@@ -173,7 +173,7 @@ def pool(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Sequence[s
 
 
 def _health(driver: XenNvdimmDriver, item: Allocation) -> dict[str, Any]:
-    """What is bad of a backing, or why that cannot be told."""
+    """Return the bad blocks of a backing, or why they cannot be told."""
     if not item.ready:
         return {"bad_blocks": [], "problem": None}
     try:

@@ -1,4 +1,4 @@
-"""The table of a list: cliff's, and for very many lines a faster one that looks the same."""
+"""The table format of lists: cliff's, and for long lists a faster one that looks the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MANY = 1000
 
 
 class TableFormatter(table.TableFormatter):
-    """cliff's table, whose 10,000 lines would take longer than all the rest of the command."""
+    """cliff's table formatter, which takes longer for 10,000 lines than the rest of the command."""
 
     def emit_list(
         self,

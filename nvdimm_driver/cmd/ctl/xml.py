@@ -1,4 +1,4 @@
-"""Commands that print what domain XML becomes for libvirt, and what it was."""
+"""Commands that rewrite domain XML for libvirt, and restore it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nvdimm_driver.cmd.ctl.domain_file import FileAction, read_file
 
 
 class Rewrite(FileAction):
-    """Print the XML that libvirt's libxl driver takes, for a domain XML with NVDIMMs."""
+    """Print the XML that libvirt's libxl driver gets for a domain XML with NVDIMMs."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.xml.hooks import XmlHooks
@@ -18,7 +18,7 @@ class Rewrite(FileAction):
 
 
 class Restore(FileAction):
-    """Print what the user wrote, for a domain XML that was rewritten."""
+    """Print what the user wrote for a rewritten domain XML."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.xml.hooks import XmlHooks
