@@ -1,1 +1,1 @@
-"""Persistent memory (vNVDIMM) for Xen HVM guests that are managed by libvirt."""
+"""Persistent memory (vNVDIMM) for Xen HVM guests managed by libvirt."""

@@ -40,6 +40,7 @@ from nvdimm_driver.model import (
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.pools.usage import PoolUsage, usage_of
+from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
@@ -49,7 +50,7 @@ def load_driver(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
     """Make the driver that ``[DEFAULT] driver`` names.
 
     :raises ConfigError: when no installed package has it, or a plug-in that it needs.
-    :raises LedgerError: when there is no ledger and none can be made.
+    :raises LedgerError: when there is no ledger and none can be created.
     """
     if conf.driver == "xen":
         return XenNvdimmDriver.from_conf(conf)  # without a search, which takes longer
@@ -61,15 +62,15 @@ def load_driver(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
 def driver_class(conf: cfg.ConfigOpts) -> type[XenNvdimmDriver]:
     """Return the class that ``[DEFAULT] driver`` names.
 
-    :raises ConfigError: when no installed package has it, or it is no driver.
+    :raises ConfigError: when no installed package has it, or it is not a driver.
     """
     if conf.driver == "xen":
         return XenNvdimmDriver
     found = plugin_loader.find("nvdimm_driver.drivers", conf.driver)
     if not issubclass(found, XenNvdimmDriver):
         raise ConfigError(
-            f"[DEFAULT] driver: {conf.driver} is {found.__module__}.{found.__qualname__}, which is no XenNvdimmDriver",
-            hint="a driver derives from nvdimm_driver.driver.XenNvdimmDriver",
+            f"[DEFAULT] driver: {conf.driver} is {found.__module__}.{found.__qualname__}, which is not a driver",
+            hint="a driver must derive from nvdimm_driver.driver.XenNvdimmDriver",
         )
     return found
 
@@ -77,10 +78,10 @@ def driver_class(conf: cfg.ConfigOpts) -> type[XenNvdimmDriver]:
 class XenNvdimmDriver(plugins.Plugin):
     """NVDIMMs of Xen domains, from definition to release.
 
-    :param qemu: what a domain's device model becomes, unless the domain names its own emulator.
-    :param gap: bytes of guest-physical space to keep free behind the RAM.
-    :param dsm: who serves label areas, for domains that do not say: one of :data:`.model.DSM`.
-    :param pools: where domains may have their backings.
+    :param qemu: program that a domain's device model becomes, unless the domain names its own emulator.
+    :param gap: bytes of guest-physical space to keep free above the RAM.
+    :param dsm: default for domains that do not specify who serves label areas: one of :data:`.model.DSM`.
+    :param pools: pools that domains may have their backings in.
     """
 
     def __init__(
@@ -111,10 +112,10 @@ class XenNvdimmDriver(plugins.Plugin):
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
-        """Make the driver as the operator's configuration says.
+        """Make the driver from the operator's configuration.
 
         :raises ConfigError: when a plug-in is missing.
-        :raises LedgerError: when there is no ledger and none can be made.
+        :raises LedgerError: when there is no ledger and none can be created.
         """
         state_dir = Path(conf.state_dir)
         return cls(
@@ -134,29 +135,29 @@ class XenNvdimmDriver(plugins.Plugin):
         return "NVDIMMs of Xen HVM domains that libvirt's libxl driver runs"
 
     def plan(self, domain: DomainSpec) -> Plan:
-        """All that defining and starting the domain would do; nothing is done.
+        """Return the plan for a define and start of the domain; change nothing.
 
-        :raises NvdimmError: what define or a start would raise.
+        :raises NvdimmError: any error that a define or start would raise.
         """
         return self.definitions.plan(domain)
 
     def check(self, domain: DomainSpec) -> Plan:
-        """Return the plan for a define; raise what :meth:`define` would raise before it does anything."""
+        """Return the plan for a define; raise any error that :meth:`define` raises before it changes anything."""
         self.reconcile()
         return self.plan(domain)
 
     def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[NvdimmSpec, ...]:
-        """Provision the domain's NVDIMMs and choose their places. Can be repeated, also with another spec.
+        """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
-        :param plan: that of :meth:`check`, so that it is not made twice.
-        :returns: those whose backings were created.
-        :raises NvdimmError: nothing has changed then, save that unwritten parts of existing files hold real zeros.
+        :param plan: returned by :meth:`check`, so that it is not made twice.
+        :returns: the NVDIMMs whose backings were created.
+        :raises NvdimmError: nothing has changed then, except that unwritten parts of existing files hold real zeros.
         """
         return self.definitions.define(domain, plan)
 
     def undo(self, uuid: str, created: Sequence[NvdimmSpec]) -> None:
-        """Undo :meth:`define` for a domain that libvirt then did not take: delete what it created.
+        """Undo :meth:`define` for a domain that libvirt then refused: delete the backings that it created.
 
         A domain that had all its backings before keeps its claim to them.
         """
@@ -165,11 +166,11 @@ class XenNvdimmDriver(plugins.Plugin):
         self.definitions.discard(created)
 
     def drop_claims(self, uuid: str) -> None:
-        """A domain was redefined without NVDIMMs: give up its claims. What it runs with stays its own until it ends."""
+        """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""
         self.definitions.drop_claims(uuid)
 
     def forget(self, uuid: str) -> Record:
-        """Give up the domain's claim to its backings; their bytes stay.
+        """Give up the domain's claim to its backings, whose bytes stay; return its last record.
 
         :raises InUseError: while the domain runs.
         :raises LedgerError: when there is no such domain.
@@ -182,10 +183,10 @@ class XenNvdimmDriver(plugins.Plugin):
         return record
 
     def check_ram(self, uuid: str, ram: int) -> None:
-        """Check that a defined domain could have so much RAM.
+        """Check that a defined domain could have that much RAM.
 
         :param ram: bytes.
-        :raises LayoutError: when it reaches the NVDIMMs, whose places are kept.
+        :raises LayoutError: when it reaches the NVDIMMs, which keep their guest addresses.
         """
         record = self.ledger.find_domain(uuid)
         if record is None or not record.allocations:
@@ -194,28 +195,28 @@ class XenNvdimmDriver(plugins.Plugin):
         first = min(guest.nvdimms, key=lambda placement: placement.base)
         if guest.highmem_end > first.base:
             raise LayoutError(
-                f"domain {record.name}: RAM of {ram} bytes reaches up to {guest.highmem_end:#x}, and its NVDIMM in "
+                f"domain {record.name}: RAM of {human(ram)} reaches up to {guest.highmem_end:#x}, and its NVDIMM in "
                 f"slot {first.slot} is at {first.base:#x}",
-                hint="NVDIMMs keep their places; define the domain anew with a new uuid to have them placed again",
+                hint="NVDIMMs keep their guest addresses; to get new ones, define the domain with a new uuid",
             )
 
     def identify(self, domain: DomainSpec) -> DomainSpec:
-        """With a uuid: its own, that of the domain of that name that the ledger knows, or a new one."""
+        """Return the domain with a uuid: its own, that of the ledger's domain of the same name, or a new one."""
         known = self.definitions.identify_by_name(domain)
         return known if known.uuid is not None else replace(domain, uuid=str(uuid4()))
 
     def clear_fault(self, uuid: str) -> Record | None:
-        """Somebody is about to start the domain: why an earlier start failed is of no interest any more.
+        """Clear the reason why an earlier start failed, because a new start begins.
 
-        :returns: None for a domain without NVDIMMs.
+        :returns: the domain's record; None for a domain without NVDIMMs.
         """
         self.ledger.clear_fault(uuid)
         return self.ledger.find_domain(uuid)
 
     def prepare(self, domain: DomainSpec) -> None:
-        """Make everything ready for a start: freeze, check, build the tables, write the plan for the device model.
+        """Prepare a start: freeze the backings, check, build the tables, write the plan for the device model.
 
-        :raises NvdimmError: the reason is in the ledger too; nothing stays frozen.
+        :raises NvdimmError: the reason is in the ledger, too; nothing stays frozen.
         """
         uuid = uuid_of(domain)
         try:
@@ -235,9 +236,9 @@ class XenNvdimmDriver(plugins.Plugin):
                 logs.tell(found)
 
     def release(self, uuid: str) -> str:
-        """Put away what a start has left. Can be repeated.
+        """Put away the domain's start. Can be repeated.
 
-        :returns: why the start failed, or an empty string when it did not.
+        :returns: why the start failed; empty when it did not.
         """
         record = self.ledger.find_domain(uuid)
         if record is None or record.start is None:
@@ -247,11 +248,11 @@ class XenNvdimmDriver(plugins.Plugin):
         return record.fault
 
     def reconcile(self) -> None:
-        """Put away what starts have left whose domains are gone."""
+        """Put away the starts whose domains are gone."""
         self.starts.reconcile()
 
     def serve_labels(self) -> None:
-        """Start label servers for the running guests whose own were killed."""
+        """Start a label server for each running guest whose own was killed."""
         self.starts.serve_labels()
 
     def renew_label_servers(self) -> list[Record]:
@@ -259,34 +260,34 @@ class XenNvdimmDriver(plugins.Plugin):
         return self.starts.renew_label_servers()
 
     def find_bad_blocks(self, item: Allocation) -> tuple[tuple[int, int], ...]:
-        """What the host knows to be bad of an NVDIMM's backing, as (offset in it, bytes).
+        """Return the known bad blocks of an NVDIMM's backing, as (offset in it, bytes).
 
-        :raises BackingError: when the backing is not fit to be located.
+        :raises BackingError: when the backing cannot be located.
         """
         return self.planner.find_bad_blocks(item.spec)
 
     def measure_pool(self, pool: Pool) -> PoolUsage:
-        """What a pool has, and who has what of it."""
+        """Return a pool's space and its use by domains."""
         return usage_of(pool, self.ledger, self.backings)
 
     def label_server_state(self, record: Record) -> str | None:
-        """``running`` or ``gone``; None for a domain that has none now."""
+        """Return ``running`` or ``gone``; None for a domain that needs no label server now."""
         if record.start is None or not record.start.served:
             return None
         return "running" if self.starts.label_servers.is_running(record.uuid) else "gone"
 
     def tables_file(self, uuid: str) -> Path:
-        """Where the tables of the domain's last start are, NFIT first."""
+        """Return the path of the tables of the domain's last start; the NFIT is the first table."""
         return self.state_dir / "domains" / uuid / "tables"
 
     def build_tables(self, record: Record) -> AcpiTables:
-        """The tables that a start of a defined domain would make."""
+        """Build the tables that a start of a defined domain would use."""
         return self.acpi.build(self.planner.layout_around(record, record.ram))
 
     def read_guest_tables(self, record: Record) -> tuple[bytes, ...]:
-        """All ACPI tables that a running guest has, those of its firmware too; none for a domain that is off.
+        """Return all ACPI tables of a running guest, also those of its firmware; none for a domain that is off.
 
-        :raises AcpiError: when they cannot be found in its memory, or one is wrong.
+        :raises AcpiError: when they cannot be found in its memory, or one is invalid.
         """
         start = record.start
         if start is None or start.domid is None:
@@ -294,7 +295,7 @@ class XenNvdimmDriver(plugins.Plugin):
         return find(partial(self.planner.mapper.read, start.domid))
 
     def prepare_known(self, uuid: str) -> None:
-        """Prepare a start of which no hook has told: of a domain that ``xl`` has created.
+        """Prepare a start for which no hook has run, such as that of a domain that ``xl`` has created.
 
         :raises LedgerError: when the domain was never defined.
         """
@@ -308,7 +309,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.prepare(DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm))
 
     def _prepare(self, record: Record, domain: DomainSpec) -> Plan:
-        """From here on the domain's backings are its own: what fails now thaws them; what failed before must not."""
+        """Freeze the domain's backings and prepare its start. A failure here thaws them; an earlier one must not."""
         paths = [spec.path for spec in domain.nvdimms]
         try:
             self.starts.freeze(record.uuid, paths)

@@ -1,4 +1,4 @@
-"""The log lines of the entry points: one an event, in the form and down to the level that the options say."""
+"""Logging of the programs: one line per event, in the format and from the level on that the options set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tell(event: Event) -> None:
 
 
 def to_file(program: str, conf: cfg.ConfigOpts) -> None:
-    """Have this process log to the operator's log file.
+    """Make this process log to the operator's log file.
 
     :raises OSError: when it cannot be written.
     """
@@ -29,19 +29,19 @@ def to_file(program: str, conf: cfg.ConfigOpts) -> None:
 
 
 def to_journal(program: str, conf: cfg.ConfigOpts) -> None:
-    """Have this process log to stderr; of a line of text, the journal has time and program by itself."""
+    """Make this process log to stderr, for the journal, which adds time and program to lines of text by itself."""
     form = LineFormatter(program, conf.log_format) if conf.log_format == "json" else BareFormatter()
     _to(logging.StreamHandler(), form, conf.log_level)
 
 
 class BareFormatter(logging.Formatter):
-    """Level and fields."""
+    """Formats level and fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname} {logfmt(self.fields(record))}"
 
     def fields(self, record: logging.LogRecord) -> dict[str, Value]:
-        """What there is to say: an event's fields, or the message of what is none."""
+        """Return the fields of an event, or the message of any other record, and the traceback if there is one."""
         fields: dict[str, Value] = {"msg": record.getMessage()}
         if isinstance(record.msg, Event):
             fields = record.msg.fields()
@@ -51,7 +51,7 @@ class BareFormatter(logging.Formatter):
 
 
 class LineFormatter(BareFormatter):
-    """Time, program, process, level and fields."""
+    """Formats time, program, process, level and fields."""
 
     def __init__(self, program: str, form: str) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class LineFormatter(BareFormatter):
 
 
 def _to(handler: logging.Handler, formatter: logging.Formatter, level: str) -> None:
-    """Log from that level on; below INFO only the driver's own lines, not those of the libraries that it uses."""
+    """Log from that level on; below INFO only the driver's own lines, not those of libraries."""
     handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=max(logging.INFO, logging.getLevelNamesMapping()[level]))
     logging.getLogger("nvdimm_driver").setLevel(level)

@@ -1,4 +1,4 @@
-"""What there is to count and measure, for Prometheus.
+"""Metrics for Prometheus.
 
 node_exporter's textfile collector reads the file (https://github.com/prometheus/node_exporter#textfile-collector).
 """
@@ -33,11 +33,11 @@ except ImportError as error:
 PREFIX = "nvdimm_driver_"
 STATES = ("provisioning", "free", "preparing", "prepared", "mapping", "mapped")
 NO_POOL = ""
-"""The pool of what is in none (allow_any_path)."""
+"""Pool label of NVDIMMs that are in no pool (allow_any_path)."""
 
 
 def write(make_driver: Callable[[], XenNvdimmDriver], path: str) -> None:
-    """Write the metrics to a file, whole or not at all, which everybody may read.
+    """Write the metrics to a file that everybody may read, replacing it atomically.
 
     :raises OSError: when it cannot be written.
     """
@@ -58,7 +58,7 @@ def write(make_driver: Callable[[], XenNvdimmDriver], path: str) -> None:
 
 
 def render(driver: XenNvdimmDriver) -> bytes:
-    """The metrics in Prometheus' text format."""
+    """Return the metrics in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(DriverCollector(driver))
     return generate_latest(registry)
@@ -71,7 +71,7 @@ class DriverCollector(Collector):
         self._driver = driver
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics. Labels are few: what has one for each domain is named so in doc/monitoring.rst."""
+        """Yield all metrics. Labels are few: doc/monitoring.rst names the metrics that have one for each domain."""
         records = self._driver.ledger.domains()
         yield from self._allocations(records)
         yield from self._pools()
@@ -106,19 +106,19 @@ class DriverCollector(Collector):
         known = {usage.pool.name: usage for usage in usages}
         yield _gauge(
             "pool_capacity_bytes",
-            "Bytes of a pool.",
+            "Capacity of a pool in bytes.",
             ("pool",),
             {(name,): usage.space.capacity for name, usage in known.items() if usage.space},
         )
         yield _gauge(
             "pool_free_bytes",
-            "Bytes of a pool that domains may still have, as far as its quota goes.",
+            "Bytes of a pool that domains can still have, within its quota.",
             ("pool",),
             {(name,): usage.free for name, usage in known.items() if usage.free is not None},
         )
         yield _gauge(
             "pool_problems",
-            "What is wrong with a pool ('nvdimmctl pool show' tells); 0 when all is well.",
+            "Number of problems of a pool ('nvdimmctl pool show' lists them).",
             ("pool",),
             {(name,): len(usage.problems) for name, usage in known.items()},
         )
@@ -126,9 +126,7 @@ class DriverCollector(Collector):
     def _running(self) -> Iterator[Metric]:
         domains, frames = self._driver.ledger.count_mapped()
         yield _gauge("running_domains", "Domains that have their NVDIMMs mapped.", (), {(): domains})
-        yield _gauge(
-            "mapped_bytes", "Bytes of persistent memory that are mapped into domains.", (), {(): frames * PAGE}
-        )
+        yield _gauge("mapped_bytes", "Bytes of persistent memory mapped into domains.", (), {(): frames * PAGE})
 
     def _counted(self) -> Iterator[Metric]:
         counters = self._driver.ledger.counters()
@@ -145,13 +143,13 @@ class DriverCollector(Collector):
         yield failures
         yield SummaryMetricFamily(
             f"{PREFIX}harvest_seconds",
-            "Time that QEMUs took to give ACPI tables; what was kept from an earlier time takes none.",
+            "Time that QEMUs took to provide ACPI tables; cached tables are not counted.",
             count_value=int(total.get("harvests", 0)),
             sum_value=total.get("harvest_seconds", 0),
         )
         yield SummaryMetricFamily(
             f"{PREFIX}map_seconds",
-            "Time that mapping took, of each start.",
+            "Time that mapping took in each start.",
             count_value=int(total.get("starts", 0)),
             sum_value=total.get("map_seconds", 0),
         )
@@ -159,7 +157,7 @@ class DriverCollector(Collector):
     def _label_requests(self, records: tuple[Record, ...]) -> Iterator[Metric]:
         family = CounterMetricFamily(
             f"{PREFIX}label_requests",
-            "Requests of a domain that its label server answered, or could not (dsm=qemu alone has label servers).",
+            "Requests that a domain's label server answered, or failed to answer (only dsm=qemu has label servers).",
             labels=["domain", "uuid", "result"],
         )
         for record in records:
@@ -171,7 +169,7 @@ class DriverCollector(Collector):
     def _events(self) -> Iterator[Metric]:
         yield _gauge(
             "last_event_timestamp_seconds",
-            "When the last event of a kind was.",
+            "Time of the last event of each kind.",
             ("event",),
             {(kind,): seconds for kind, seconds in self._driver.ledger.last_times()},
         )
