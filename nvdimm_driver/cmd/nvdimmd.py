@@ -118,7 +118,7 @@ def may_write(group: str) -> Callable[[Peer], bool]:
 
 @contextmanager
 def sockets(options: cfg.ConfigOpts) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Yield the sockets to serve, the second for clients that only read: systemd's, or else our own, removed at the end."""
+    """Yield the sockets to serve, the second for clients that only read: systemd's, or our own, removed at the end."""
     inherited = activated()
     if inherited:
         if len(inherited) != 2:

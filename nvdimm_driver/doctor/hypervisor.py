@@ -82,7 +82,7 @@ def check_hap(xen: Hypervisor) -> Finding:
 
 
 def check_memory_type() -> Finding:
-    """Report the memory type of mapped NVDIMMs. Xen does not say whether it honours a pinned type; stock Xen does not."""
+    """Report the memory type of mapped NVDIMMs. Stock Xen honours no pinned type, and no Xen says whether it does."""
     return warned(
         "memory type",
         "stock Xen (4.7 and later) maps NVDIMMs uncacheable into guests: their accesses are correct and durable, and "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,3 +42,25 @@ def test_the_files_and_make_targets_that_a_page_names_are_there(page: str) -> No
     assert len(named) > 5
     assert [name for name in named if not (PROJECT / name).exists()] == []
     assert set(re.findall(r"(?:`|^ +)make (\w+)", text, re.MULTILINE)) - set(targets) == set()
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of each docstring in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found = ast.get_docstring(node)
+            if found:
+                yield getattr(node, "lineno", 1), found
+
+
+def test_no_docstring_begins_with_a_riddle() -> None:
+    riddle = re.compile(r"(What|Whether|Who|Whom|Whose|Where|How|That|Those|True) ")
+    files = sorted((PROJECT / "nvdimm_driver").rglob("*.py"))
+    found = [
+        f"{path.name}:{line}: {text.splitlines()[0]}"
+        for path in files
+        if path.name != "_xen.py"
+        for line, text in docstrings(path)
+        if riddle.match(text)
+    ]
+    assert found == []

@@ -28,7 +28,7 @@ class Doctor(Lister):
 
     @property
     def formatter_namespace(self) -> str:
-        """cliff's formatters and :class:`Lines`."""
+        """The formatters of cliff, and :class:`Lines`."""
         return "nvdimm_driver.doctor_formats"
 
     @property

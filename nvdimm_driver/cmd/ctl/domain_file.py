@@ -29,6 +29,7 @@ class FileAction(Action):
 
 
 def host_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a host file."""
     parser.add_argument(
         "--host",
         metavar="HOSTFILE",
@@ -37,6 +38,11 @@ def host_option(parser: argparse.ArgumentParser) -> None:
 
 
 def read_file(file: str) -> str:
+    """Return the text of a file; ``-`` is standard input.
+
+    :raises NotFoundError: when there is none.
+    :raises ConfigError: when it cannot be read.
+    """
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except FileNotFoundError as error:

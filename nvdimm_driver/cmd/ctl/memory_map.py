@@ -39,10 +39,12 @@ def svg(regions: Sequence[Region]) -> str:
 
 
 def title(region: Region) -> str:
+    """Return the heading of a region."""
     return f"{region.name}: {human(region.size)} at {region.spa:#x}"
 
 
 def describe(namespace: Namespace) -> str:
+    """Return a namespace in one line."""
     return f"{namespace.name}: {namespace.mode}, {namespace.device}, {human(namespace.data_size)}"
 
 

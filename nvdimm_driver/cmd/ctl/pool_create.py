@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PoolCreate(Action):
-    """Create a pool: a namespace, for fsdax a file system on it that is mounted with DAX at boot, and its configuration."""
+    """Create a pool: a namespace, for fsdax a file system on it that is mounted with DAX at boot, and its section."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
