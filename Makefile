@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
 """Write the units that 'nvdimmctl register' makes of the default options: with those it then writes none."""
 
 import sys

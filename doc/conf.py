@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sphinx configuration: the HTML pages, and the man pages of nvdimmd, of nvdimmctl and of each of its commands."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """List the errors that the code can raise, each with its hint; conf.py has the directive that prints them.
 
 They are read from the source, so none can be missing. An ellipsis stands for what varies.

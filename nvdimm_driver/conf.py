@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options, and their files: nvdimm-driver.conf and nvdimm-driver.conf.d/ in /etc/nvdimm-driver."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver: one method for each event in the life of a domain with NVDIMMs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All errors, for people (message and hint), scripts (exit code) and libvirt clients (error code).
 
 Imports nothing: the device model, which has to start fast, uses it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Logging of the programs: one line per event, in the format and from the level on that the options set."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics for Prometheus.
 
 node_exporter's textfile collector reads the file (https://github.com/prometheus/node_exporter#textfile-collector).

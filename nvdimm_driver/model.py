@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The value types that modules exchange. No I/O.
 
 Sizes, offsets and addresses are ``int`` bytes; frame numbers (4 KiB each) have types of their own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plug-ins by name: installed packages register them as entry points (stevedore), and options name those to use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base classes of plug-ins: XML hook, backing, ACPI builder and mapper.
 
 Imports nothing heavy: the device model, which has to start fast, uses a mapper.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes of the host, as ``/proc/PID`` shows them (proc(5))."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rounding, and conversion of sizes to and from text for people. In the code, a size is an int of bytes.
 
 Imports nothing heavy: the device model, which has to start fast, uses it.

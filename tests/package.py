@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Debian package that 'make deb' builds."""
 
 from __future__ import annotations

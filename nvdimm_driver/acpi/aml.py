@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encoders, and one search, for the part of ACPI's byte code (AML) that the driver uses. Pure.
 
 There is an encoder for each construct, named as in ASL, so that a table reads like its ASL source. Each takes its

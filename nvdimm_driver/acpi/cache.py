@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A cache of ACPI tables taken from QEMU: the same QEMU with the same arguments gives the same tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disassembly of an ACPI table with ACPICA's ``iasl``, if it is installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labels served by AML alone: each label area is in the guest's memory, and ``_DSM`` reads and writes it there. Pure.
 
 Linux accesses labels with the Intel family of ``_DSM`` (NVDIMM DSM Interface Example V1.3; functions 4 to 6). It

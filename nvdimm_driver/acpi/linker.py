@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs QEMU's table-loader script as a guest's firmware does, and extracts each ACPI table. Pure.
 
 QEMU gives its firmware the tables in a few files and a script (``etc/table-loader``). The script says where in memory

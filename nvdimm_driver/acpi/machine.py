@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A QEMU that has a guest's NVDIMMs and no guest: its CPU never runs, and the NVDIMMs' data is never touched."""
 
 from __future__ import annotations

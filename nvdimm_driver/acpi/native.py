@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ACPI builder ``native``, which needs no QEMU, and the SSDT that the builder ``qemu`` uses, too. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ACPI builder ``qemu``: takes the NFIT from QEMU.
 
 It starts a QEMU with the guest's NVDIMMs and no guest, reads the files that QEMU has for its firmware, links them as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Client of QEMU's qtest protocol, and fw_cfg over it.
 
 qtest (QEMU: softmmu/qtest.c) sends one line of text each way: a command, then ``OK`` with its result. It reads and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encoding and decoding of ACPI tables: the common header, and the whole NFIT. Pure.
 
 Source: ACPI 6.5, §5.2.6 (header) and §5.2.25 (NFIT). All numbers are little endian; sizes and addresses are in bytes.

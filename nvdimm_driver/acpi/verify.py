@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of a layout before tables are built, and of the tables before a guest gets them. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finding all ACPI tables from the RSDP, in the files of a QEMU or in the memory of a guest. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Byte ranges of files, mappings and block devices.
 
 Bytes that were written are in the persistent memory when ``sync`` returns. No byte outside the range changes.

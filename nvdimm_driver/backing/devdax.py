@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device-dax: character devices /dev/daxX.Y of namespaces in devdax mode."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base class of backings that are a device, not a file."""
 
 from __future__ import annotations

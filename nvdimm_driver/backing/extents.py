@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The extents of a file, from two sources: FIEMAP (the file system) and pagemap (the CPU's page tables).
 
 Neither is trusted alone: a mapping of the wrong frames would give a guest another guest's data. FIEMAP does not show

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are backings or will be: how they are opened, checked and named."""
 
 from __future__ import annotations

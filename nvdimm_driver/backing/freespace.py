@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Free space of a file system: the GETFSMAP ioctl of ext4 and XFS (linux/fsmap.h)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files on an ext4 or XFS file system that is mounted with DAX on a pmem namespace in fsdax mode."""
 
 from __future__ import annotations

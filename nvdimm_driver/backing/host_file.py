@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host file: a description of a host, so that ``nvdimmctl plan`` can plan for it on another machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check that a path still names the backing that was provisioned; the error for backings without a label server."""
 
 from __future__ import annotations

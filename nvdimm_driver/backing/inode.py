@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file's attributes beyond stat(2): flags, generation, extended attributes of XFS and ext4 (ioctl_iflags(2),
 ioctl_xfs_fsgetxattr(2), include/uapi/linux/fs.h).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's persistent memory: its namespaces, and the namespace that a block device is on.
 
 Reads two foreign formats: sysfs of libnvdimm and device-dax (Linux 6.1: drivers/nvdimm/namespace_devs.c, pfn_devs.c,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The output of ``ndctl list -RNi`` (ndctl: util/json.c, ndctl/list.c): regions, and the namespaces in them."""
 
 from __future__ import annotations

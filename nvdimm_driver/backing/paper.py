@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A backing for plans on a host that a host file describes: it is examined and located, never provisioned."""
 
 from __future__ import annotations

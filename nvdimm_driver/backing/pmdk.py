@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """libpmem, which makes stores durable where no system call does: it writes back the CPU's caches.
 
 The kernel has neither read, write nor a working fsync or msync for device-dax (drivers/dax/device.c: dax_fops has no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raw pmem block devices: /dev/pmemN of namespaces in raw mode, and partitions of them."""
 
 from __future__ import annotations

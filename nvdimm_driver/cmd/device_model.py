@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimm-device-model``: map a domain's NVDIMMs into it, then become QEMU.
 
 libxl runs it as the domain's emulator, when the guest's memory is built and before the guest runs; when it fails,

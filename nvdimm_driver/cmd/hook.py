@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The libxl hook: ``50-nvdimm NAME OPERATION SUBOPERATION EXTRA``, domain XML on stdin (libvirt.org/hooks.html).
 
 libvirt holds the domain's lock while it runs, and shows its stderr to whoever starts the domain when it fails.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that ``nvdimmctl register`` puts into other programs' folders."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m nvdimm_driver.cmd.label_server DOMID UUID``: serves the labels of a guest until its domain dies.
 
 The device model starts it before the guest runs. Two processes remain. The server has no privileges and no access to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimmd``: a proxy between libvirt's clients and libvirtd, with which NVDIMMs work for every client."""
 
 from __future__ import annotations

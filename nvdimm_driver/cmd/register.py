@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Install the driver into libvirt's libxl driver, and remove it again."""
 
 from __future__ import annotations

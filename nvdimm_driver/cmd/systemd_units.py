@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvdimmd as a systemd service: its units, and how they are installed and removed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks before the bytes of a backing are made, overwritten, copied or given up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copying of bytes. It can be interrupted at any time and repeated: bytes that are right are not written again."""
 
 from __future__ import annotations

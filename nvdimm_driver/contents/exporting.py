@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Export: copies of NVDIMMs in ordinary files, which KVM guests can use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Provisioning and import of backings: in place, or by a copy.
 
 All of this can be interrupted, by KeyboardInterrupt too, and repeated: a repetition continues where it stopped.

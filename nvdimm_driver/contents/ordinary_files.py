@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files outside persistent memory: sources of imports and destinations of exports."""
 
 from __future__ import annotations

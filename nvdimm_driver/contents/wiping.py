@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wiping of NVDIMMs, and the release of a domain's backings."""
 
 from __future__ import annotations

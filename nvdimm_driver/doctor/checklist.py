@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All checks of a host, in the order in which an operator fixes it: from the machine up to the domains."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AppArmor and SELinux: do they let libvirt's daemon run the hook and the device model?"""
 
 from __future__ import annotations

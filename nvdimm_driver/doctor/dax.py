@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does a file system that is mounted with DAX use it?"""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Findings of the checks of a host."""
 
 from __future__ import annotations

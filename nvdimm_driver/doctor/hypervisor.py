@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of Xen and dom0."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the ledger against Xen and against the backings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of libvirt's daemon and of nvdimmd, made as a client makes calls."""
 
 from __future__ import annotations

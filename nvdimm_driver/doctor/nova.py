@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of Nova's configuration, where there is one."""
 
 from __future__ import annotations

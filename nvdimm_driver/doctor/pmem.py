@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the host's persistent memory and of the pools on it."""
 
 from __future__ import annotations

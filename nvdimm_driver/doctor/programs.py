@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the files that 'nvdimmctl register' installs, and of the QEMUs that the driver runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inconsistencies between the ledger, the backings, their marks and Xen, and how each is repaired."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layout of a guest's physical address space: the place of each NVDIMM, and the machine frames mapped there. Pure.
 
 Xen's HVM guests have RAM from 0 to 0xF0000000 and the rest of it from 4 GiB on (xen/include/public/hvm/e820.h:

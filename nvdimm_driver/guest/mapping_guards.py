@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guards: they decide which mappings are allowed.
 
 Pure, and imports little: the device model uses it before its first hypercall.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cost of mappings in p2m entries and hypercalls. Pure, and imports little: the device model uses it.
 
 A mapping is a tuple (gfn, mfn, count) of 4 KiB frames.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detection of the label area at the end of an NVDIMM by its namespace index block. Pure.
 
 UEFI 2.10 §13.19.2: a label storage area starts with two index blocks, one of which is valid; the labels follow.

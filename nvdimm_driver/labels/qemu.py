@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labels served by a QEMU: a guest's ``_DSM`` requests go to a QEMU that has the same NVDIMMs and no guest.
 
 QEMU's SSDT writes a request to a page and the page's address to a port, then reads the answer from the page (QEMU:

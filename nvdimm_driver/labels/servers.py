@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The label servers of running guests (``[acpi] dsm = qemu``): one process per guest, which holds the guest's lock."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of domains: NVDIMMs are provisioned, placed in the guest, and recorded as the domain's own."""
 
 from __future__ import annotations

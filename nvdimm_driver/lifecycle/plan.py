@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans for a define or start: where the NVDIMMs' bytes are, where the guest gets them, and that this is allowed.
 
 Nothing is changed here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts of domains: their backings are frozen until Xen no longer has the domain."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of Nova's own configuration that the driver reads. Nova need not be installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backings that nova.conf names in ``[libvirt] pmem_namespaces``, in the form that nova-compute needs.
 
 Nova calls a backing a namespace, and reports to placement how many it has of each label. It emits an NVDIMM for one in

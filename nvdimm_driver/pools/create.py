@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Creation of a pool: a namespace, a file system aligned to it, its mount, and the section of the configuration.
 
 Pure: :func:`steps` yields one step after the other, and is sent the output of each command.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules of the operator's pools: domains may have backings in them, within their quotas."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The usage of pools: their room, the NVDIMMs in them, and where these are in the host's memory."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvdimmd: a proxy between libvirt's clients and libvirtd that rewrites domain XML."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One end of a session: a socket, the messages received from it, and the data still to be written to it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface between the proxy and the handlers of calls. Pure: a handler is tested without a socket."""
 
 from __future__ import annotations

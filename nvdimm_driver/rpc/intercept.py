@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Handling of libvirt's domain calls in the proxy: one table, and a handler for each kind of call.
 
 Arguments and results are those of libvirt's ``src/remote/remote_protocol.x``. Procedures that are not in the

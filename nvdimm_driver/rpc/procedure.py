@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The procedures of libvirt's remote protocol that nvdimm_driver calls or intercepts.
 
 tests/integration/test_rpc_procedures.py compares them with those of the installed libvirt.

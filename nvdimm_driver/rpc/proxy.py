@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvdimmd's listening sockets: every client that connects gets a session with libvirtd."""
 
 from __future__ import annotations

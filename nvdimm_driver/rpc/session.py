@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sessions: one client and its own connection to libvirtd, between which messages pass or are handled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wire format of libvirt's RPC: messages and the descriptors that come with them. Pure.
 
 The rules are in libvirt's src/rpc/virnetprotocol.x and virnetmessage.c.

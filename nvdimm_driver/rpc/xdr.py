@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """XDR values in libvirt's calls. Pure.
 
 The rules are in RFC 4506 and libvirt's src/remote/remote_protocol.x. libvirt decodes with libtirpc, which ignores some

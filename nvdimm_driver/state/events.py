@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events of domains with NVDIMMs, for the ledger, ``nvdimmctl monitor`` and the logs; and the format of log lines.
 
 Imports next to nothing: the device model uses it and must start fast.

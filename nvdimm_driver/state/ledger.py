@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ledger: domains, allocations, starts, events and counters in an SQLite file.
 
 Only this module and schema.py know SQL. The device model uses it and must start fast: model types are imported where

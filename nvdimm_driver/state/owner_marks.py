@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Owner marks: each backing records which NVDIMM of which domain it is. A lost ledger is rebuilt from them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ownership of backings: no two domains may have the same bytes."""
 
 from __future__ import annotations

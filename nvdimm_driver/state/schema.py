@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ledger's tables, and the SQL that upgrades each version of the schema to the next.
 
 doc/ledger.rst describes every column.

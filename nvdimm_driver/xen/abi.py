@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Declarations of the functions of Xen's C libraries that the driver calls. setup.py makes xen/_xen.py of them.
 
 cffi's out-of-line ABI mode needs no compiler at installation, and at run time only ``_cffi_backend``. That loads in

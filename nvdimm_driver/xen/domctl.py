@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mapper for a stock Xen: machine frames by domctls, ACPI tables through hvmloader's two xenstore keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dry-run mapper: the real mapper with a hypervisor and a xenstore that only record the calls."""
 
 from __future__ import annotations

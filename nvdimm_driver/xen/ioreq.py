@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An ioreq server: this process, not the guest's device model, serves some of the guest's I/O ports.
 
 Stock Xen puts each access as a request into a page that it shares with this process, one slot per vCPU. The vCPU waits

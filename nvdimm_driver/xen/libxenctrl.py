@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The running hypervisor, through its own libxenctrl: one thin method for each call that the driver makes.
 
 libxenctrl's soname contains the hypervisor's version, because domctls are not stable between releases. The library is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Access to xenstore through libxenstore."""
 
 from __future__ import annotations

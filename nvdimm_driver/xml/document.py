@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """XML as text: positions of elements, edits that leave every other byte, new elements in libvirt's format. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Edits of one domain XML: add, remove or replace an NVDIMM, add a uuid; and the XML of a new NVDIMM. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configured XML hooks: applied in order on the way into libvirt, in reverse on the way out."""
 
 from __future__ import annotations

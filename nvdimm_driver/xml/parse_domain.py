@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parser of domain XML with NVDIMMs: from the user's text to a :class:`.model.DomainSpec`. Pure.
 
 In ``<metadata>``, a user can override an option of the host for one domain::

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewriting of domain XML with NVDIMMs for libvirt's libxl driver, and its restoration for the user.
 
 :func:`rewrite` moves the elements that libxl refuses into ``<metadata>``, as a partial domain XML::

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers, sizes and units in domain XML, read as libvirt reads them. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of a define through nvdimmd, as a multiple of one directly to libvirtd; real libxl driver, no Xen.
 
 Run by hand, as root: ``python -m tests.bench.bench_define``. libvirtd gets the same both ways. The NVDIMM's file

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The time of the device model before it becomes QEMU, as a multiple of a bare Python start; in the lab.
 
 Run by hand: ``python -m tests.bench.bench_device_model``. The limit is 3: slow work is done in ``prepare``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The time that tables from a QEMU take, compared with a bare start and quit of the same QEMU. Run by hand.
 
 For each installed QEMU and for 1, 8 and 64 NVDIMMs, it prints the median time to get the tables from QEMU and from the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of labels: the same guest in the lab with dsm none, aml and qemu.
 
 Run by hand: ``python -m tests.bench.bench_labels``. Seconds are under emulation; only their ratios mean something.

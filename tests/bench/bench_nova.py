@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The effect of a cloud's size on a scheduling decision with ``hw:pmem``, and on this driver's work in nova-compute.
 
 Run by hand, as root, in the environment of Nova's tests: ``python -m tests.bench.bench_nova``; takes ten minutes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The time that an operator waits: 'nvdimmctl --help' and a bare cliff application, 'list' of many and of few.
 
 Run by hand: ``python -m tests.bench.bench_nvdimmctl``. The limits: 1.2 for --help, 2 for 10,000 NVDIMMs against 10.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of the proxy: the same work directly and through it, in turns, with the real libvirtd.
 
 Run by hand, as root: ``python -m tests.bench.bench_proxy``. The limits: 1.5 for a small call, 1.1 for bulk, 100 KiB for

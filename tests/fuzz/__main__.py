@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coverage-guided fuzzing with atheris: ``python -m tests.fuzz TARGET [LIBFUZZER OPTION]...``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeds for fuzzing: valid input, or nearly valid."""
 
 from __future__ import annotations

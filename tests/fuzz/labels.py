@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random requests of a hostile guest to a label server: ``python -m tests.fuzz.labels --requests 1000000``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sessions of the proxy in which both sides send random bytes: ``python -m tests.fuzz.sessions --cases 200000``."""
 
 from __future__ import annotations

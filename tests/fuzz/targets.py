@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The targets: each takes any bytes, and raises AssertionError when the code under test misbehaves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only plug-in that the bench without Xen needs: the bench has no persistent memory either."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A host with the driver installed, without Xen and without persistent memory: for tests under the real libvirtd.
 
 Ours is all real, from the scripts that ``nvdimmctl register`` writes down to the calls of libxenctrl, but for the

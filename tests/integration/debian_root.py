@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Debian 12 system to install into: the lab's, with a layer in memory that goes with it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The domains of a host without Xen: what its stand-in libraries share.
  *

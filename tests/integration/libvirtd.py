@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real libvirtd with its real libxl driver, on a host without Xen: libxl_stand_in.c in place of libxenlight.
 
 All of it is in mount and process namespaces of its own, over folders of the test's. Of this machine's libvirt it

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Stands in for the functions of libxenlight that need Xen. Preloaded into libvirtd, it makes libvirtd's libxl driver
  * find a Xen 4.17 host. The functions that need no Xen (types, bitmaps, JSON) stay the real library's.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plug-in that makes nvdimmctl take a loop device for a pmem namespace, and work as slowly as a test wants."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loop device, which a fake sysfs presents as a pmem namespace in fsdax mode: for tests on real ext4 and XFS."""
 
 import os

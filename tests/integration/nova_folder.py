@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests that need Nova: in an environment of their own, and each folder in a process, which importing Nova changes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real libvirtd, with all it keeps in folders of its own: nothing of the host's libvirt is touched."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables from real QEMUs: Debian's qemu-system-x86 (TCG) and qemu-system-xen (qtest). Both must be installed."""
 
 import os

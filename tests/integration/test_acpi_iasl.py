@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ACPICA's own tools (Debian: acpica-tools) on the tables: iasl reads and compiles them, acpiexec runs the SSDT."""
 
 import re

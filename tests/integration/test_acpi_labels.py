@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labels by AML alone: iasl compiles the ASL to the same byte code, and acpiexec runs it on simulated memory."""
 
 from __future__ import annotations

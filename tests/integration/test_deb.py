@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Debian package in a Debian 12 system: installed, used with Debian's libraries, upgraded, removed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plug-ins of the documentation, each installed from a wheel as the page says, and used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvdimmctl doctor on a machine without Xen, and where libvirt and the driver are real (bench_host.py)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewritten and restored domain XML against libvirt's own schema, parser and formatter.
 
 The test driver (``test:///default``) runs in virsh's own process and uses the same parser and formatter as the libxl

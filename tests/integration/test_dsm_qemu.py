@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real QEMU as label server: its answers, its changes to the label area, and their limits."""
 
 from __future__ import annotations

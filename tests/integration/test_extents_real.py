@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Extents, provisioning and freezing on real ext4 and XFS; the oracles are filefrag, xfs_io and the disk image itself.
 
 The image is a loop device, which a fake sysfs presents as a pmem namespace: a byte's "SPA" is the namespace's address

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bench itself: what libvirtd.py promises of its processes and of this machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver under the real libvirtd and its real libxl driver: which hooks run when, and what they and the device
 model leave in the ledger. What stands in for the rest is told in bench_host.py.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimmctl monitor`` and ``metrics`` of a host on which domains start and fail to start, under the real libvirtd."""
 
 from __future__ import annotations

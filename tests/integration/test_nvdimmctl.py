@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvdimmctl as a user runs it on any Linux machine, with the ACPI tables of a real QEMU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvdimmctl's commands about bytes, as an operator runs them, on real ext4 and XFS."""
 
 from __future__ import annotations

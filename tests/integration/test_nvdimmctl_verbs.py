@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every verb of nvdimmctl: what it prints for scripts, and its exit status when it cannot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvdimmd as a process, by itself and under socket activation, in front of a socket that stands for libvirtd."""
 
 from __future__ import annotations

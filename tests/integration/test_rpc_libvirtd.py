@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """virsh and the real libvirtd with the proxy between them: neither can tell.
 
 Every session is had twice, straight and through the proxy, and recorded at the client; what it prints and each message

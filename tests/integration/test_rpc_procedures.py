@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check the numbers of libvirt's procedures in nvdimm_driver, and which of them pass, against the installed libvirt.
 
 Three parts of the installed libvirt are asked; nothing of them is copied here:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plain virsh, through nvdimmd, to the real libvirtd and its libxl driver: what a user sees, and what not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel, as pip makes and installs it: with the module that is made at the build, and its entry points."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The declarations against Xen's own headers and libraries, and the calls against stand-ins built from those headers.
 
 Needs gcc and Debian's libxen-dev (which brings the libraries), and no hypervisor.

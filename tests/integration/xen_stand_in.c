@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Stands in for Xen's libraries where there is no Xen: each function prints its call. It includes their headers, so it
  * can only be built with the real prototypes.

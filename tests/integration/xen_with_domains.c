@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Built together with xen_stand_in.c: shows the domains of libxl_stand_in.c through libxenctrl and libxenstore.
  */

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python3 -m tests.lab`: a shell in a lab. `build` only builds it, `run COMMAND` runs one command in its dom0."""
 
 import argparse

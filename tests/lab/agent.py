@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's side of the channel to dom0's agent; `recipe/lab-agent` is the other side and defines the orders."""
 
 import contextlib

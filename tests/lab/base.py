@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first half of the build: a dom0 root tree, kernels, Xen and busybox from Debian 12 packages, and a guest kernel
 from Debian 13.
 

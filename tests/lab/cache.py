@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that are built once, in full or not at all, and named after a hash of their sources."""
 
 import fcntl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures for tests that need a Xen host. A lab that does not start is an error, never a skip."""
 
 from collections.abc import Callable, Iterator

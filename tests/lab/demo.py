@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``make demo``: a guest's persistent memory, from an empty NVDIMM to bytes that outlive a reboot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's Linux guest: its reports about its NVDIMMs, and orders to it; `recipe/guest-init` is the other side.
 
 A guest boots from one read-only disk that all guests share, and communicates through its Xen console: its reports

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One Xen host: QEMU (TCG) with Xen, a PV dom0, emulated NVDIMMs, and an agent in dom0 that runs commands."""
 
 import base64

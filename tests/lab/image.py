@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The second half of the build: the files that QEMU boots as the Xen host, and the guest that dom0 boots."""
 
 import gzip

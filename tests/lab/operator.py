@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An operator's work on a Xen host, in the lab: install the driver, set up pmem, define and start guests."""
 
 from __future__ import annotations

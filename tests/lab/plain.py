@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's Linux guest in a plain QEMU: it sees what a KVM guest sees of the same file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimmctl`` without the time that Python takes to start and import: some 8 s of each command under emulation.
 
 A process in dom0 has already imported everything, and forks for each command. A script that comes first in the search

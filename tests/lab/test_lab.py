@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab itself: a host answers, fails loudly, loses power, and runs a guest."""
 
 import hashlib

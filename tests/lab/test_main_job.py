@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From domain XML to a guest's /dev/pmem0, on a real Xen: the guest reads what dom0 writes, and vice versa."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mapping calls of a start: compared with Xen's own (`xl create` with iomem=), and when Xen refuses one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labels: namespaces that a guest makes with ndctl outlive a reboot, and are in the file where QEMU expects them."""
 
 from __future__ import annotations

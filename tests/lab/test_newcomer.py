@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tutorial, from the package to a guest with ext4 on DAX; `test_systemd` removes everything."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An instance with persistent memory, from spawn to deletion: Nova's libvirt driver outside, libvirtd in dom0.
 
 Nova reaches dom0's nvdimmd, and through it libvirtd, and dom0's nvdimmctl on forwarded TCP ports. The parts of Nova

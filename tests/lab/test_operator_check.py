@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every inconsistency is made on purpose: check finds it, and --repair repairs it."""
 
 from __future__ import annotations

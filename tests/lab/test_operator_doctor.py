@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvdimmctl doctor on a real Xen host: a healthy one, and one on which something is missing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's life as an operator observes it: events, log, metrics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes of NVDIMMs: a backing is made before its domain, exported, wiped, imported, and read by a guest."""
 
 from __future__ import annotations

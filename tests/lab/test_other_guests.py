@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other guests: one with many NVDIMMs, one with another kernel, one that ignores its NVDIMMs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's label server: its privileges, its death, and a hostile guest that cannot misuse it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrong input on a real host: a clear error at define or prepare, and nothing is left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's own systemd in dom0: what 'nvdimmctl register' sets up there, and what remains after a power cut.
 
 These tests use the tutorial's host, and remove the driver from it in the end. They use XFS and device-dax, where other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A domain's life with plain virsh, whose users need not know of the driver."""
 
 from __future__ import annotations

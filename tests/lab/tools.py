@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs of the build machine; their output is kept for the error."""
 
 import shutil

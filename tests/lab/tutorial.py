@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tutorial as written: its commands, run in dom0 and in the guest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nova's compute driver, told on stdin what to do: each line is an order, and has one line of JSON on stdout as answer.
 
 Real: nova's libvirt driver with ours on top, its image cache, its objects in an SQLite database, libvirt-python, and

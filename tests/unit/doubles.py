@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test doubles of the plug-in classes. The lab checks that the real plug-ins behave as these do."""
 
 from __future__ import annotations

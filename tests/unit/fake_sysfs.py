@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sysfs tree of files, laid out as Linux 6.1 lays out libnvdimm and device-dax."""
 
 import os

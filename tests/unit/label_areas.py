@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Label areas as ndctl's init-labels makes them (ndctl/lib/libndctl.c, util/fletcher.c), for labels of 256 bytes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both peers of a proxy, with blocking sockets, and the proxy between them in a thread, with handlers for tests."""
 
 from __future__ import annotations

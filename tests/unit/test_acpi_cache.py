@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cache of tables returns what was stored, whatever others do to its folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """QemuAcpiBuilder's arguments for QEMU, and its handling of a QEMU that fails, with scripts in QEMU's place."""
 
 import os

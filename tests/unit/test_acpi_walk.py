@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finding ACPI tables from the RSDP in the memory of a guest."""
 
 from __future__ import annotations

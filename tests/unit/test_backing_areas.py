@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory areas of each kind of backing, and the defaults of the base class."""
 
 from __future__ import annotations

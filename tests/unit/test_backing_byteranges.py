@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Byte ranges, on a file of a disk; the lab runs them on persistent memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DevdaxBacking on a character device of this machine, which a fake sysfs presents as device-dax."""
 
 import os

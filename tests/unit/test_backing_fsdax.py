@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FsdaxBacking on real files of this machine, whose disk a fake sysfs presents as a pmem namespace."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The identity of a backing: what an operator reads when it is another one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PmemBacking on a loop device, which a fake sysfs presents as a pmem block device."""
 
 import os

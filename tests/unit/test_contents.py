@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Provisioning, import, export and wiping: what is refused, and what an interruption leaves."""
 
 from __future__ import annotations

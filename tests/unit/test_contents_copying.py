@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies that continue where they stopped."""
 
 from __future__ import annotations

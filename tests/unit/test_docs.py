@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation names every command, option, error and module; what it quotes is what the code prints."""
 
 import argparse

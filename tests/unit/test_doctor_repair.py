@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What check finds on a host in memory; tests/lab has the same on real files, and what mending does to them."""
 
 from __future__ import annotations

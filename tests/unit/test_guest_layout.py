@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Placement of NVDIMMs in guest-physical space."""
 
 from __future__ import annotations

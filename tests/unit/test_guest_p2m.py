@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts of p2m entries and hypercalls, against Xen's loop copied here (Xen 4.17, xen/arch/x86/mm/p2m.c)."""
 
 from __future__ import annotations

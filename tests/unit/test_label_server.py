@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Supervision and locking of label servers. Tests with a guest are in the lab."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detection of the label area at the end of an NVDIMM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log level: DEBUG logs each step of a define and a start, in order; other levels log none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the package says twice is the same, and its completion knows which commands take a domain."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plug-ins by name: those that are shipped, and what is wrong with others."""
 
 from __future__ import annotations

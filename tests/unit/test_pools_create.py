@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Creation of pools, with output of ndctl 76; the lab runs the same commands."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the project's own files say twice is the same."""
 
 from __future__ import annotations
@@ -11,6 +12,27 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
+SOURCES = ("nvdimm_driver", "shim", "tests", "debian", "doc", ".ci")
+LANGUAGES = {".py", ".sh", ".c", ".h", ".S"}
+MADE = {"_xen.py"}
+
+
+def is_source(path: Path) -> bool:
+    """Return True for a program in one of the languages, or one with a #! line; what is made at a build is none."""
+    if not path.is_file() or path.name in MADE or "_build" in path.parts:
+        return False
+    with path.open("rb") as file:
+        return path.suffix in LANGUAGES or file.read(2) == b"#!"
+
+
+def test_every_source_file_says_its_licence() -> None:
+    """At the top, or right behind the #! line."""
+    found = [path for folder in SOURCES for path in (PROJECT / folder).rglob("*") if is_source(path)]
+    found += [PROJECT / "setup.py", PROJECT / "Makefile"]
+    heads = {path: path.read_text(encoding="utf-8").splitlines()[:2] for path in found}
+    lacking = [path for path, head in heads.items() if "SPDX-License-Identifier: Apache-2.0" not in " ".join(head)]
+    assert lacking == []
+    assert len(found) > 100
 
 
 def test_pre_commit_runs_what_make_check_runs() -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The proxy's handlers of calls, driven by hand, with a libvirtd that keeps definitions in a dict."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events and counters that are written when a domain is defined, is started and ends."""
 
 from __future__ import annotations

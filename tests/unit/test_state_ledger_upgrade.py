@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ledgers of earlier versions, opened by this one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The domctl and the dry-run mapper, against a small model of the hypervisor and of xenstore."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finding the hypervisor and its library: the error for everything that can be missing says what to do."""
 
 from __future__ import annotations

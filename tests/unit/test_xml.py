@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parsing of NVDIMMs in domain XML; rewriting and restoring it lose nothing."""
 
 from __future__ import annotations

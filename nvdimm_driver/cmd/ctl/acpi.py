@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimmctl acpi dump``: the ACPI tables of a domain."""
 
 from __future__ import annotations

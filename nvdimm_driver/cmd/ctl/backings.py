@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands on the bytes of NVDIMMs: provision, import, export, wipe."""
 
 from __future__ import annotations

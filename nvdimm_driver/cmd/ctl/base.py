@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base classes and helpers of nvdimmctl's commands."""
 
 from __future__ import annotations

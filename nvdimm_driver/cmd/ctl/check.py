@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimmctl check``: find inconsistencies, and repair them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimmctl doctor``: check the host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base class and helpers of commands that read a domain XML file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands on domains and their NVDIMMs: list, show, release."""
 
 from __future__ import annotations

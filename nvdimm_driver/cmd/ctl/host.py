@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands on the host: describe it, register the driver, unregister it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A map of the host's persistent memory: regions, their namespaces, and each domain's NVDIMMs. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands that watch domains with NVDIMMs: monitor and metrics."""
 
 from __future__ import annotations

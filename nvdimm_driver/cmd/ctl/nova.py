@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands for Nova's compute service and for the operator who configures it."""
 
 from __future__ import annotations

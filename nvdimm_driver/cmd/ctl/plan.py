@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimmctl plan``: show what defining and starting a domain would do."""
 
 from __future__ import annotations

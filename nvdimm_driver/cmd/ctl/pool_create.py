@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvdimmctl pool create``: run the commands that an operator would run, and print each one first."""
 
 from __future__ import annotations

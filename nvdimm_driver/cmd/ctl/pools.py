@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands on pools, where guests' persistent memory comes from: list and show."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress of long work: a bar on a terminal, or lines, and the message when the work is interrupted."""
 
 from __future__ import annotations

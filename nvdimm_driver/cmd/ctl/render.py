@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Output of nvdimmctl: text for people, JSON with raw numbers for scripts."""
 
 from __future__ import annotations

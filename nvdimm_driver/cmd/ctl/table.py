@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table format of lists: cliff's, and for long lists a faster one that looks the same."""
 
 from __future__ import annotations

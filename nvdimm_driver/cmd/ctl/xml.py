@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands that rewrite domain XML for libvirt, and restore it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``nvdimmctl`` as root from an unprivileged nova-compute: only root may change the ledger and the backings."""
 
 from __future__ import annotations

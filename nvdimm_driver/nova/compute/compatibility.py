@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check that the installed Nova is the one that this package was written for.
 
 Most methods that the compute driver overrides are private to Nova, and any release may rename them. Python then calls

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nova's libvirt driver on Xen, with persistent memory from the operator's pools.
 
 It needs libvirt 9.0 or later, and the Nova release in nvdimm_driver.nova.RELEASE. ``@overrides`` has the signature of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nova's view of a Xen host, through libvirt's libxl driver."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Add ``xen`` to Nova's tables and functions for each virt_type, which no subclass can override.
 
 Nova had all of this until change 3a390c2c82 (23.0.0), and keeps Xen's disk buses still, in order to refuse them.

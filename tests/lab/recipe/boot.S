@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 # The boot sector of the guest's disk: copies extents of the disk to where Linux wants them, then starts Linux.
 # image.py writes the extents into it, has filled in Linux's header (Documentation/arch/x86/boot.rst of Linux), and gives
 # LINUX, the segment of Linux's setup, STACK, where in that the stack begins, and EXTENTS, where in this sector they are.

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # download.sh FOLDER PACKAGE...: fetch each package into FOLDER/PACKAGE, for a hook of mmdebstrap.
 # A meta package of a kernel is followed to the kernel: only the file is wanted, not initramfs-tools and the like.
 set -eu

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A guest that means harm: asks its label server for everything, right and wrong.
  *

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs in a process of its own, in which nova uses native threads, as nova-compute can; the functional tests are with
 eventlet, whose patches also change what the bench without Xen stands on.
 """

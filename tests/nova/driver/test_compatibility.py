@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The check that the installed Nova is the one that the driver was written for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an operator gets in etc/nova."""
 
 from __future__ import annotations

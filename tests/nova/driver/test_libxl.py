@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver on the real libvirtd and its real libxl driver, through nvdimmd, with the real nvdimmctl: what libxl
 answers, and what comes of an instance's domain. What stands in for the rest is told in bench_host.py.
 """

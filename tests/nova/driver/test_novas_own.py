@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nova's own unit tests of what its libvirt driver does with persistent memory, with our driver in its place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the driver decides by itself, without any host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nova's API, scheduler, conductor and compute in one process, with a placement service, over persistent memory.
 
 Real: all of nova's code, placement's own WSGI application on SQLite, the compute driver, and what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs in a process of its own: importing nova's functional tests patches it for eventlet."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The persistent memory of the hosts that nova-compute runs on, and the nvdimmctl that it finds there.
 
 Real: ext4 on a loop device, the ledger, pools, claims, provisioning, wiping, freezing, and nvdimmctl as a process of

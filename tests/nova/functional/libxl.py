@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nova's fake libvirt in the shape of libvirt's libxl driver.
 
 What it answers about the host, and what it does not implement, is as in libvirt 9.0 (``tests/data/libxl`` is what that

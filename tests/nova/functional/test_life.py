@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An instance with ``hw:pmem`` from start to deletion: whose its namespaces are, and what is in them."""
 
 from __future__ import annotations

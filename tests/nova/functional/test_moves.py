@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instances with ``hw:pmem`` that are to leave their host, or have left it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which host an instance with ``hw:pmem`` gets, and which namespaces."""
 
 from __future__ import annotations
