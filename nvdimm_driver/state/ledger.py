@@ -181,7 +181,7 @@ class Ledger:
     ) -> None:
         """Record that the start is prepared, with everything that the device model will do.
 
-        :param guest_frames: first guest frame behind the guest's RAM, first frame the guest cannot use.
+        :param guest_frames: first guest frame above the guest's RAM, first frame the guest cannot use.
         :param served: as in :class:`.model.Start`.
         :param detail: detail of the event.
         """
