@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A host with the driver installed, without Xen and without persistent memory: for tests under the real libvirtd.
+"""A host with the driver installed, without Xen and persistent memory, for tests under the real libvirtd.
 
-Ours is all real, from the scripts that ``nvdimmctl register`` writes down to the calls of libxenctrl, but for the
-DAX of a loop device (bench_backing.py). What is not: libxenlight, the hypervisor and xenstore (libvirtd.py), QEMU, and
-the pmem namespace that a tree of files shows. doc/without_xen.rst lists what that assumes.
+All of the driver is real, from the scripts that ``nvdimmctl register`` writes to the calls of libxenctrl, except for
+the DAX of a loop device (bench_backing.py). Stand-ins replace libxenlight, the hypervisor and xenstore (libvirtd.py),
+QEMU, and the pmem namespace (a tree of files). doc/without_xen.rst lists the assumptions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.unit.fake_sysfs import FakeSysfs
 ROOT = Path(__file__).parents[2]
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-0000000000{:02x}"
 SPA = 0x1_4020_0000
-"""In what xen_stand_in.c says is persistent memory, as the machine's e820 map."""
+"""In the range that xen_stand_in.c reports as persistent memory in the machine's e820 map."""
 SIZE = 64 * MIB
 
 NVDIMMCTL = "import sys; from nvdimm_driver.cmd.nvdimmctl import main; sys.exit(main())"
 QEMU = """#!/bin/sh
-# QEMU, as libxl sees it: says that it runs, and goes when it is told to.
+# QEMU as libxl sees it: reports that it runs, and ends when it is told to.
 [ "$1" = -xen-domid ] || { echo "device-model $*" 1<>/run/xen-stand-in/events; exit 0; }
 [ ! -e /run/qemu-fails ] || exit 1
 echo running >/run/xen-stand-in/device-model-$2
@@ -82,10 +82,10 @@ DOMAIN = """<domain type='xen'>
 class Host:
     """A host with the driver installed.
 
-    :param folder: an empty one.
-    :param options: more of the driver's configuration.
-    :param wheels: packages that are installed beside it.
-    :ivar libvirtd: runs; every command and domain of the test is with it.
+    :param folder: an empty folder.
+    :param options: additional configuration of the driver.
+    :param wheels: packages to install beside the driver.
+    :ivar libvirtd: the running libvirtd, in whose namespaces all commands of the test run.
     """
 
     def __init__(self, folder: Path, options: str = "", wheels: Sequence[Path] = ()) -> None:
@@ -119,52 +119,52 @@ class Host:
         self.check("define", self.xml(name, number))
 
     def virsh(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run virsh as an operator does: on the host, and so through nvdimmd when it is there."""
+        """Run virsh as an operator does: on the host, and so through nvdimmd when it runs."""
         return self.libvirtd.run("virsh", "-q", "-c", "xen:///system", *words)
 
     def check(self, *words: str | Path) -> str:
-        """Run a virsh command that has to succeed; return what it prints."""
+        """Run a virsh command that must succeed; return its output."""
         done = self.virsh(*words)
         assert done.returncode == 0, self.libvirtd.report(f"{done.stderr}\n--- nvdimmd:\n{self.nvdimmd_log()}")
         return done.stdout.strip()
 
     def start_nvdimmd(self) -> None:
-        """Start nvdimmd; return when it serves."""
+        """Start nvdimmd; return when it is ready."""
         self.libvirtd.serve("nvdimmd", self.folder / "python/bin/python", "-I", "-m", "nvdimm_driver.cmd.nvdimmd")
 
     def nvdimmd_log(self) -> str:
-        """What nvdimmd has logged."""
+        """Return the log of nvdimmd."""
         return (self.libvirtd.folder / "log/nvdimmd.log").read_text()
 
     def xml(self, name: str, number: int) -> Path:
-        """The file of a domain as its user writes it."""
+        """Return a file with a domain's XML as its user writes it."""
         file = self.folder / f"{name}.xml"
         file.write_text(DOMAIN.format(name=name, uuid=UUID.format(number), folder=self.folder))
         return file
 
     def record(self, name: str) -> Record:
-        """What the ledger has of a domain."""
+        """Return a domain's record in the ledger."""
         ledger = Ledger(str(self.folder / "state/ledger.sqlite"))
         (record,) = (each for each in ledger.domains() if each.name == name)
         ledger.close()
         return record
 
     def state(self, name: str) -> tuple[str, int | None, bool]:
-        """State and domid of a domain's start in the ledger, and whether its file is immutable."""
+        """Return state and domid of a domain's start in the ledger, and True if its file is immutable."""
         start = self.record(name).start
         flags = self.libvirtd.run("lsattr", self.folder / f"pmem/{name}.img").stdout.split()[0]
         return (start.state, start.domid, "i" in flags) if start else ("", None, "i" in flags)
 
     def log(self) -> str:
-        """What our hook and device model have logged."""
+        """Return the log of the driver's hook and device model."""
         return (self.folder / "nvdimm-driver.log").read_text()
 
     def files(self) -> list[str]:
-        """Names of the files on persistent memory."""
+        """Return the names of the files on persistent memory."""
         return self.libvirtd.run("ls", self.folder / "pmem").stdout.split()
 
     def sum(self, name: str) -> str:
-        """SHA-256 of a domain's file."""
+        """Return the SHA-256 of a domain's file."""
         return self.libvirtd.run("sha256sum", self.folder / f"pmem/{name}.img").stdout.split()[0]
 
     def script(self, name: str, text: str) -> None:
@@ -174,22 +174,22 @@ class Host:
         file.chmod(0o755)
 
     def fail(self, function: str, number: int) -> None:
-        """Have a function of Xen's libraries fail from now on, with an errno."""
+        """Make a function of Xen's libraries fail from now on, with an errno."""
         (self.libvirtd.xen / "fail").write_text(f"{function} {number}\n")
 
     def fail_qemu(self) -> None:
-        """Have QEMU fail from now on."""
+        """Make QEMU fail from now on."""
         (self.libvirtd.folder / "run/qemu-fails").touch()
 
     def reboot(self) -> None:
-        """The power fails, and comes back."""
+        """Lose power and boot again."""
         self.libvirtd.lose_power()
         (self.folder / "boot_id").write_text("another boot\n")
         self.libvirtd.start()
         self.start_nvdimmd()
 
     def clean_up(self) -> None:
-        """Take back :meth:`fail`, :meth:`fail_qemu` and :meth:`script`."""
+        """Undo :meth:`fail`, :meth:`fail_qemu` and :meth:`script`."""
         (self.libvirtd.xen / "fail").unlink(missing_ok=True)
         (self.libvirtd.folder / "run/qemu-fails").unlink(missing_ok=True)
         for script in (self.libvirtd.hooks / "libxl.d").iterdir():
@@ -197,14 +197,14 @@ class Host:
                 script.unlink()
 
     def forget_guests(self) -> None:
-        """All guests end while libvirtd is away."""
+        """End all guests while libvirtd is stopped."""
         self.libvirtd.stop()
         self.libvirtd.forget_domains()
         self.clean_up()
         self.libvirtd.start()
 
     def clean(self) -> None:
-        """As it was before the first test: domains shut off, one defined."""
+        """Shut off all domains, undo failures and forget past events."""
         self.clean_up()
         for name in self.libvirtd.check("list", "--name").split():
             if name != "Domain-0":
@@ -232,7 +232,7 @@ class Host:
         (self.libvirtd.folder / "run/mountinfo").write_text(mount)
 
     def _install(self) -> None:
-        """An environment with the driver and the bench's plug-in, and in it what ``register`` installs."""
+        """Make an environment with the driver and the bench's plug-in, and run ``register`` in it."""
         python = self.folder / "python"
         venv.create(python, symlinks=True)
         (site,) = python.glob("lib/python*/site-packages")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real libvirtd with its real libxl driver, on a host without Xen: libxl_stand_in.c in place of libxenlight.
 
-All of it is in mount and process namespaces of its own, over folders of the test's. Of this machine's libvirt it
-touches nothing, and nothing of it outlives the test: its processes and mounts go with the namespaces, and those with
-the process that made them, however that ends.
+It runs in its own mount and process namespaces, over folders of the test. It does not touch this machine's libvirt, and
+nothing of it outlives the test: processes and mounts end with the namespaces, and these with the process that made
+them, however that ends.
 
 Needs root, gcc, and Debian's libvirt-daemon-system, libvirt-daemon-driver-xen and libxen-dev.
 """
@@ -33,7 +33,7 @@ PLACES = {
     "cache": "/var/cache/libvirt",
     "dev": "/dev",
 }
-# The first process of the process namespace: it waits for those whose parents are gone (signal(7): SIGCHLD ignored).
+# The first process of the process namespace. It reaps orphans (signal(7): SIGCHLD ignored).
 HOLD = """
 {setup}
 for node in null zero full random urandom; do
@@ -45,14 +45,14 @@ echo ready
 trap '' CHLD
 exec sleep infinity
 """
-# Without authentication: polkit has no daemon here. Only libxl is loaded; its hooks are logged.
+# No authentication, as polkit has no daemon here. Only the libxl driver is loaded; its hooks are logged.
 LIBVIRTD_CONF = """
 auth_unix_ro = "none"
 auth_unix_rw = "none"
 log_outputs = "2:file:/var/log/libvirt/libvirtd.log"
 log_filters = "2:libxl 1:util.hook 3:*"
 """
-# Runs behind every other hook: libvirt runs them by name, and goes on after one that fails (virhook.c:virHookCall).
+# Runs after all other hooks: libvirt runs them by name, and continues after one that fails (virhook.c:virHookCall).
 RECORDER = """#!/bin/sh
 read -r domain
 cat >/dev/null
@@ -62,13 +62,13 @@ echo "hook $2 $3 $1$id" 1<>/run/xen-stand-in/events
 
 
 class Libvirtd:
-    """A libvirtd and the domains it thinks it has.
+    """A libvirtd and the domains that the stand-in shows it.
 
-    :param folder: an empty folder; a socket's path in it has to stay below 108 bytes (unix(7)).
+    :param folder: an empty folder; the path of a socket in it must stay below 108 bytes (unix(7)).
     :param setup: shell commands to run in the new namespaces first, while ``/dev`` is still the machine's.
-    :ivar uri: for libvirt clients anywhere on the machine.
-    :ivar hooks: libvirt's folder for hooks; a script ``libxl.d/99-record`` is there.
-    :ivar xen: the stand-in's folder (libxl_stand_in.c lists its files); ``/run/xen-stand-in`` inside.
+    :ivar uri: connection URI for libvirt clients anywhere on the machine.
+    :ivar hooks: libvirt's folder for hooks, with a script ``libxl.d/99-record``.
+    :ivar xen: the stand-in's folder (libxl_stand_in.c lists its files); ``/run/xen-stand-in`` in the namespaces.
     """
 
     def __init__(self, folder: Path, setup: str = "") -> None:
@@ -95,7 +95,7 @@ class Libvirtd:
         self.close()
 
     def close(self) -> None:
-        """End all of its processes. Can be repeated."""
+        """End all processes. Can be repeated."""
         self._namespaces.kill()
         self._namespaces.wait(TIMEOUT)
         self._wait_for_all()
@@ -106,13 +106,13 @@ class Libvirtd:
 
     @property
     def pid(self) -> int:
-        """Of libvirtd, as the machine counts; nsenter is its parent."""
+        """Pid of libvirtd in the machine's pid namespace; its parent is nsenter."""
         if self._daemon is None:
             raise RuntimeError("libvirtd does not run")
         return _child(self._daemon)
 
     def start(self) -> None:
-        """Start libvirtd; return when it has started what is to be autostarted and takes calls.
+        """Start libvirtd; return when it has autostarted domains and accepts calls.
 
         :raises RuntimeError: with the end of its log, when it ends instead.
         """
@@ -122,54 +122,54 @@ class Libvirtd:
             "NOTIFY_SOCKET": "/run/ready",
             "XEN_STAND_IN_LIBRARIES": self.folder / "xen-libraries",
         }
-        # As arguments of env(1): nsenter itself is not to have the library.
+        # Passed to env(1), so that nsenter itself does not load the library.
         settings = [f"{name}={value}" for name, value in environment.items()]
         command = self._inside("env", "--unset=LD_LIBRARY_PATH", *settings, "/usr/sbin/libvirtd")
         self._daemon = subprocess.Popen(command, env=self._environment())
         self._wait_until_ready(self._daemon, "libvirtd")
-        self.check("uri")  # it lets nobody in before its drivers are ready (remote_daemon.c:daemonRunStateInit)
+        self.check("uri")  # it accepts no clients before its drivers are ready (remote_daemon.c:daemonRunStateInit)
 
     def serve(self, name: str, *command: str | Path) -> None:
-        """Start another daemon, which tells when it is ready (sd_notify(3)); its log is ``log/NAME.log``."""
+        """Start another daemon and wait until it is ready, as sd_notify(3) tells; its log is ``log/NAME.log``."""
         program = self._inside("env", "NOTIFY_SOCKET=/run/ready", *command)
         with (self.folder / f"log/{name}.log").open("ab") as log:
             self._served[name] = subprocess.Popen(program, env=self._environment(), stdout=log, stderr=log)
         self._wait_until_ready(self._served[name], name)
 
     def end(self, name: str, number: int = signal.SIGTERM) -> None:
-        """End a daemon that :meth:`serve` has started, with a signal."""
+        """Send a signal to a daemon that :meth:`serve` has started, and wait for its end."""
         daemon = self._served.pop(name)
         os.kill(_child(daemon), number)
         daemon.wait(TIMEOUT)
 
     def stop(self) -> None:
-        """Stop libvirtd; its domains go on."""
+        """Stop libvirtd; its domains keep running."""
         if self._daemon is not None:
             os.kill(self.pid, signal.SIGTERM)
             self._wait_for_daemon()
 
     def restart(self) -> None:
-        """Stop libvirtd and start it again; its domains go on meanwhile."""
+        """Stop libvirtd and start it again; its domains keep running."""
         self.stop()
         self.start()
 
     def lose_power(self) -> None:
-        """End everything at once, and forget what a reboot of the host forgets: domains and ``/run``."""
-        # -1: all of the process namespace but its first process and the caller (kill(2))
+        """Kill everything at once, and remove what a reboot of the host removes: domains and ``/run``."""
+        # -1: all processes of the namespace except its first and the caller (kill(2))
         self.run("sh", "-c", "kill -KILL -1; rm -rf /run/libvirt /run/libvirtd.pid /run/xen-stand-in/*-[0-9]*")
         self._wait_for_all()
         self.forget_domains()
 
     def forget_domains(self) -> None:
-        """Let all domains vanish, as when somebody else destroys them; libvirtd must not run."""
+        """Remove all domains, as when somebody else destroys them; libvirtd must not run."""
         (self.xen / "domains").write_bytes(bytes(1 << 16))
 
     def next_domid(self) -> int:
-        """Return the domid that the next domain gets; the last one is the first number of the table."""
+        """Return the domid of the next domain; the table's first number is the last domid."""
         return int.from_bytes((self.xen / "domains").read_bytes()[:4], "little") + 1
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run a command in the namespaces, where ``/run/libvirt`` is that of this libvirtd."""
+        """Run a command in the namespaces, where ``/run/libvirt`` belongs to this libvirtd."""
         return self._run(self._inside(*command))
 
     def virsh(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -177,9 +177,9 @@ class Libvirtd:
         return self._run(["virsh", "-q", "-c", self.uri, *map(str, words)])
 
     def check(self, *words: str | Path) -> str:
-        """Run a virsh command that has to succeed; return what it prints.
+        """Run a virsh command that must succeed; return its output.
 
-        :raises RuntimeError: with what it says and the ends of the logs, when it fails.
+        :raises RuntimeError: with its error and the ends of the logs, when it fails.
         """
         done = self.virsh(*words)
         if done.returncode:
@@ -187,7 +187,7 @@ class Libvirtd:
         return done.stdout.strip()
 
     def inject(self, domain: str, what: str) -> None:
-        """Have something happen to a running domain that libvirt has no part in.
+        """Make something happen to a running domain without libvirt.
 
         :param what: ``poweroff``, ``reboot``, ``crash``, ``suspend`` or ``soft-reset`` of the guest, or ``death`` of
             the domain.
@@ -198,17 +198,17 @@ class Libvirtd:
         os.close(commands)
 
     def events(self) -> list[str]:
-        """Return what has happened since it was asked last, in order.
+        """Return the events since the last call, in order.
 
-        Lines of the stand-in are ``create NAME DOMID``, ``unpause DOMID`` and so on; of hooks
-        ``hook OPERATION SUBOPERATION NAME``, with `` id=DOMID`` behind it when the XML has one.
+        The stand-in writes ``create NAME DOMID``, ``unpause DOMID`` and so on; hooks write
+        ``hook OPERATION SUBOPERATION NAME``, followed by `` id=DOMID`` when the XML has one.
         """
         self._read_events()
         unread, self._unread = self._unread, []
         return unread
 
     def wait_for(self, event: str, timeout: float = TIMEOUT) -> list[str]:
-        """Wait for an event; return what has happened since events were asked for last, up to that event.
+        """Wait for an event; return the events since the last call, up to that one.
 
         :raises TimeoutError: with the ends of the logs.
         """
@@ -228,12 +228,12 @@ class Libvirtd:
         return file.read_text(errors="replace") if file.exists() else ""
 
     def device_model_log(self, domain: str) -> str:
-        """Return what the domain's device models have printed."""
+        """Return the output of the domain's device models."""
         file = self.xen / f"qemu-dm-{domain}.log"
         return file.read_text(errors="replace") if file.exists() else ""
 
     def report(self, problem: str) -> str:
-        """Return a problem with the ends of all logs behind it."""
+        """Return a problem, followed by the ends of all logs."""
         self._read_events()
         parts = [problem, "--- events:", *self._seen[-20:], "--- libvirtd:", *self.log().splitlines()[-20:]]
         for file in sorted(self.xen.glob("qemu-dm-*.log")):
@@ -287,7 +287,7 @@ class Libvirtd:
                 found, _, _ = select.select([self._ready.fileno(), ended], [], [], TIMEOUT)
                 if self._ready.fileno() not in found:
                     raise RuntimeError(self.report(f"{name} does not start"))
-                if b"READY=1" in self._ready.recv(100):  # not an earlier one's STOPPING=1
+                if b"READY=1" in self._ready.recv(100):  # not STOPPING=1 of an earlier one
                     return
         finally:
             os.close(ended)
@@ -349,6 +349,6 @@ def _child(nsenter: subprocess.Popen[bytes]) -> int:
 
 
 def compile_c(library: Path, *sources: str) -> None:
-    """Make a shared library of C files that are beside this one."""
+    """Compile C files of this folder to a shared library."""
     command = ["gcc", "-std=gnu11", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(library)]
     subprocess.run([*command, *(str(SOURCES / source) for source in sources)], check=True, timeout=TIMEOUT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real libvirtd, with all it keeps in folders of its own: nothing of the host's libvirt is touched."""
+"""The real libvirtd with its own folders: it does not touch the host's libvirt."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SECONDS = 20
 
 
 class PrivateLibvirtd:
-    """libvirtd in mount and network namespaces of its own; ends with the process that started it. Needs root.
+    """libvirtd in its own mount and network namespaces; ends with the process that started it. Needs root.
 
-    :ivar socket: where it listens.
+    :ivar socket: path of the socket that it listens on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,5 +60,5 @@ class PrivateLibvirtd:
             self._process.wait()
 
     def uri(self, driver: str, path: str, socket: Path | None = None) -> str:
-        """A connection URI for a driver of this libvirtd, on another socket if there is one in front."""
+        """Return a connection URI for a driver of this libvirtd; `socket` is that of a proxy in front, if any."""
         return f"{driver}+unix://{path}?socket={socket or self.socket}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bench itself: what libvirtd.py promises of its processes and of this machine."""
+"""Tests of the bench: libvirtd.py's promises about its processes and this machine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver under the real libvirtd and its real libxl driver: which hooks run when, and what they and the device
-model leave in the ledger. What stands in for the rest is told in bench_host.py.
+"""The driver under the real libvirtd and its libxl driver: the order of hooks, and the ledger after them and after the
+device model. bench_host.py lists the stand-ins for the rest.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ def shared_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 @pytest.fixture
 def host(shared_host: Host) -> Iterator[Host]:
-    """A host with the domain db1, defined and shut off."""
+    """Return a host with the domain db1, defined and shut off."""
     yield shared_host
     shared_host.clean()
 
 
 @pytest.fixture
 def running(host: Host) -> Host:
-    """The same, with db1 running."""
+    """Return the host with db1 running."""
     host.libvirtd.check("start", "db1")
     host.libvirtd.events()
     return host
 
 
 def domid(host: Host) -> int:
-    """Of db1, which runs."""
+    """Return the domid of the running db1."""
     return int(host.libvirtd.check("domid", "db1"))
 
 
 def started(number: int, how: str = "create") -> list[str]:
-    """What happens in a start that succeeds."""
+    """Return the events of a successful start."""
     return [
         *PREPARE,
         *HELP,
@@ -64,12 +64,12 @@ def started(number: int, how: str = "create") -> list[str]:
 
 
 def ended(number: int) -> list[str]:
-    """What happens when libvirt puts away a domain that ran."""
+    """Return the events when libvirt cleans up after a domain that ran."""
     return [f"destroy {number}", f"hook stopped end db1 id={number}", "hook release end db1"]
 
 
 def failed(number: int, status: int) -> list[str]:
-    """What happens in a start whose device model fails."""
+    """Return the events of a start whose device model fails."""
     return [
         *PREPARE,
         *HELP,
@@ -145,7 +145,7 @@ def test_shutdown(running: Host) -> None:
 
 
 def test_a_guest_that_suspends_and_then_powers_off(running: Host) -> None:
-    """Only the second is an end: libvirt waits with a suspended guest for whoever suspended it."""
+    """Only the power-off is an end: libvirt leaves a suspended guest to whoever suspended it."""
     number = domid(running)
     running.libvirtd.inject("db1", "suspend")
     running.libvirtd.inject("db1", "poweroff")
@@ -172,7 +172,7 @@ def test_a_guest_that_is_to_start_again(running: Host, what: str) -> None:
 
 
 def test_a_soft_reset_ends_the_guest(running: Host) -> None:
-    """The guest's kernel starts another one (kexec): its device model is run again, with no hook before it."""
+    """The guest's kernel starts another one (kexec): its device model runs again, with no hook before it."""
     number = domid(running)
     running.libvirtd.inject("db1", "soft-reset")
     happened = running.libvirtd.wait_for("hook release end db1")
@@ -204,7 +204,7 @@ def test_save_and_restore(running: Host, managed: bool) -> None:
     assert running.state("db1") == ("mapped", old + 1, True)
     log = running.libvirtd.device_model_log("db1")[before:]
     assert f"xc_domain_memory_mapping({old + 1}, " in log
-    assert "hvmloader" not in log  # its tables are in the memory that came back
+    assert "hvmloader" not in log  # its tables are in the restored memory
 
 
 # --- starts that fail ---
@@ -259,7 +259,7 @@ def test_a_guest_whose_reboot_fails_stays_off(running: Host) -> None:
 
 
 def test_a_network_that_is_not_there(host: Host) -> None:
-    """What libvirt prepares right behind the hook is not followed by a release either, when it fails."""
+    """When a step right after the prepare hook fails, libvirt does not run the release hook either."""
     host.libvirtd.check("attach-interface", "db1", "network", "nowhere", "--config")
     try:
         assert host.libvirtd.virsh("start", "db1").returncode == 1
@@ -274,7 +274,7 @@ def test_a_network_that_is_not_there(host: Host) -> None:
 
 @pytest.mark.parametrize("script", ["10-other", "90-other"])
 def test_another_hook_that_refuses_what_ours_has_prepared(host: Host, script: str) -> None:
-    """libvirt runs all scripts, also behind one that failed, and no release follows: ours stays prepared."""
+    """All scripts run, even after one that failed, and no release follows: the start stays prepared."""
     host.script(script, "[ $2 != prepare ] || { echo not today >&2; exit 3; }\n")
     assert "not today" in host.libvirtd.virsh("start", "db1").stderr
     assert host.libvirtd.events() == PREPARE
@@ -335,7 +335,7 @@ def test_a_guest_that_ends_while_libvirtd_is_away(running: Host) -> None:
 
 
 def test_a_reconnect_that_fails_takes_nothing_from_the_guest(running: Host) -> None:
-    """libvirt then takes the guest for shut off, and runs the hooks of its end; it runs on."""
+    """After it, libvirt considers the guest shut off and runs the hooks of its end, but the guest keeps running."""
     number = domid(running)
     running.script("60-other", "[ $2 != reconnect ] || exit 3\n")
     running.libvirtd.restart()
@@ -359,7 +359,7 @@ def test_a_start_that_is_refused_takes_nothing_from_a_guest_that_libvirt_forgot(
 
 
 def test_autostart_after_a_power_failure(running: Host) -> None:
-    """Autostart is once in each boot of the host; the guests of the boot before are put away first."""
+    """Autostart runs once in each boot of the host; the starts of the boot before are put away first."""
     running.libvirtd.check("autostart", "db1")
     number, before = domid(running), len(running.log())
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvdimmd as a process, by itself and under socket activation, in front of a socket that stands for libvirtd."""
+"""nvdimmd as a process, by itself and under socket activation, with a socket in place of libvirtd."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def running(command: list[str], **env: str) -> Iterator[subprocess.Popen[bytes]]
 
 
 def connect(path: Path) -> socket.socket:
-    """Connect when the socket is there; nvdimmd takes a moment."""
+    """Connect once the socket exists; nvdimmd takes a moment."""
     deadline = time.monotonic() + 20
     while True:
         client = socket.socket(socket.AF_UNIX)
@@ -68,7 +68,7 @@ def connect(path: Path) -> socket.socket:
 
 
 def passes(client: socket.socket, listener: socket.socket) -> bool:
-    """Whether what the client says reaches libvirtd, and the other way round."""
+    """Return True when the client's data reach libvirtd, and libvirtd's the client."""
     client.sendall(GREETING)
     upstream, _ = listener.accept()
     with upstream:
@@ -141,7 +141,7 @@ def test_systemd_takes_the_units(tmp_path: Path, libvirt: str) -> None:
     names |= {"socket": options.rpc.socket, "socket_ro": options.rpc.socket_ro}
     for name, text in systemd_units.UNITS.items():
         (tmp_path / name).write_text(text.format(**names))
-    # what they go with
+    # the units that they refer to
     for name in (f"{libvirt}.socket", f"{libvirt}-ro.socket"):
         (tmp_path / name).write_text("[Socket]\nListenStream=/run/x\nService=nvdimmd.service\n")
     files = [str(tmp_path / name) for name in systemd_units.UNITS]

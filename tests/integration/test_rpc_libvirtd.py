@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""virsh and the real libvirtd with the proxy between them: neither can tell.
+"""virsh and the real libvirtd with the proxy between them: neither can tell the difference.
 
-Every session is had twice, straight and through the proxy, and recorded at the client; what it prints and each message
-have to be the same. Its test driver has domains, networks and events without a hypervisor, its storage driver streams.
+Every session runs twice, straight and through the proxy, and is recorded at the client; its output and all messages
+must be the same. libvirtd's test driver has domains, networks and events without a hypervisor, its storage driver
+streams.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """Stands in front of a socket and writes down what passes, of one connection after the other."""
+    """Stands in front of a socket and records the messages of one connection after the other."""
 
     def __init__(self, path: Path, upstream: Path) -> None:
         self.path = path
@@ -148,7 +149,7 @@ class Recorder:
 
 
 class Outcome(NamedTuple):
-    """All that is to be seen of a session."""
+    """Everything visible of a session."""
 
     status: int
     stdout: str
@@ -158,8 +159,9 @@ class Outcome(NamedTuple):
 
 
 def joined(messages: list[Recorded]) -> list[Recorded]:
-    """With the data of each stream in one piece at the end: libvirtd reads as much of a file at once as there is just
-    then, and may send it before its reply to the call.
+    """Return the messages with the data of each stream in one piece at the end.
+
+    The size of libvirtd's reads from a file varies, and it may send data before its reply to the call.
     """
     data: dict[Header, bytes] = {}
     others = []
@@ -172,7 +174,7 @@ def joined(messages: list[Recorded]) -> list[Recorded]:
 
 
 def as_it_was(procedure: int) -> Entry:
-    """A handler that changes nothing."""
+    """Return an entry whose handler changes nothing."""
 
     def handler(context: Context, arguments: bytes) -> Generator[Call | Work, Any, bytes]:
         same = yield Work(lambda: arguments)
@@ -211,7 +213,7 @@ class Host:
         return subprocess.run(["virsh", "-q", "-c", uri, script], capture_output=True, text=True, timeout=60)
 
     def events(self, commands: list[str]) -> str:
-        """What one virsh prints of what another does."""
+        """Return the events that one virsh prints while another runs commands."""
         with Recorder(self._folder / "recorder", self._upstream) as recorder:
             uri = self._libvirtd.uri("test", "/default", recorder.path)
             command = ["virsh", "-c", uri, "event", "--event", "lifecycle", "--loop", "--timeout", "20"]
@@ -230,7 +232,7 @@ Hosts = tuple[Host, Host]
 
 @pytest.fixture(params=[(), WITH_XML], ids=["passed", "handled"])
 def hosts(request: pytest.FixtureRequest, tmp_path: Path, libvirtd: PrivateLibvirtd) -> Iterator[Hosts]:
-    """Straight and through; in the latter, calls with domain XML pass or are handled."""
+    """Return hosts straight and through the proxy, where calls with domain XML pass or are handled."""
     table: Table = {procedure: as_it_was(procedure) for procedure in request.param}
     names = {name: str(tmp_path / name) for name in ("domain", "pool", "input", "folder")}
     for name in ("folder", "storage"):
@@ -246,7 +248,10 @@ def hosts(request: pytest.FixtureRequest, tmp_path: Path, libvirtd: PrivateLibvi
 
 
 def compare(straight: Outcome, through: Outcome, timed: set[int]) -> None:
-    """:param timed: procedures whose replies tell times."""
+    """Check that two sessions are the same.
+
+    :param timed: procedures whose replies contain times.
+    """
     assert TIMES.sub("TIME", through.stdout).splitlines() == TIMES.sub("TIME", straight.stdout).splitlines()
     assert (through.status, through.stderr) == (straight.status, straight.stderr)
     assert through.sent == straight.sent

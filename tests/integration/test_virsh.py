@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain virsh, through nvdimmd, to the real libvirtd and its libxl driver: what a user sees, and what not."""
+"""Plain virsh, through nvdimmd, to the real libvirtd and its libxl driver, as a user sees it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shared_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 @pytest.fixture
 def host(shared_host: Host) -> Iterator[Host]:
-    """A host with the domain db1, defined and shut off."""
+    """Return a host with the domain db1, defined and shut off."""
     shared_host.define("db1", 1)
     yield shared_host
     shared_host.clean()
@@ -268,7 +268,7 @@ def test_nvdimmd_ends_and_comes_back_under_a_guest(host: Host, number: int) -> N
     host.check("start", "db1")
     before = host.state("db1")
     host.libvirtd.end("nvdimmd", number)
-    if number == signal.SIGTERM:  # a crash leaves the socket, which systemd would go on holding
+    if number == signal.SIGTERM:  # a crash leaves the socket, which systemd would keep open
         assert NAMESPACE in host.check("dumpxml", "db1")
     host.start_nvdimmd()
     assert host.state("db1") == before

@@ -30,7 +30,7 @@ Sample = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 class SlowBuilder(NativeAcpiBuilder):
-    """Tables that a QEMU has given, the first time."""
+    """Builds tables as if a QEMU had provided them the first time."""
 
     def __init__(self) -> None:
         self.seconds: Iterator[float | None] = iter([0.25])
@@ -46,7 +46,7 @@ def mapper() -> RecordingMapper:
 
 @pytest.fixture
 def driver(tmp_path: Path, mapper: RecordingMapper) -> XenNvdimmDriver:
-    """One domain that runs, and one that is off and in no pool."""
+    """Return a driver with a running domain, and one that is off and in no pool."""
     backing = MemoryBacking()
     driver = make_driver(tmp_path, backing, mapper, pools=Pools([POOL], any_path=True), acpi=SlowBuilder())
     driver.define(domain(A))
@@ -139,7 +139,7 @@ def test_a_host_on_which_nothing_happened_has_all_counters(tmp_path: Path) -> No
 def test_the_file_is_whole_and_for_all_to_read(
     driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
-    """And the guest that has ended meanwhile does not run in it."""
+    """A guest that has ended meanwhile is not counted as running."""
     file = tmp_path / "out/nvdimm.prom"
     file.parent.mkdir()
     file.write_text("old")
@@ -156,7 +156,7 @@ def test_a_folder_that_is_not_there_is_an_error(driver: XenNvdimmDriver, tmp_pat
 
 
 def test_without_the_library_the_error_names_its_package() -> None:
-    """Here it is installed: an interpreter that does not find it is made."""
+    """The library is installed here, so an interpreter runs that does not find it."""
     script = (
         "import sys; sys.modules['prometheus_client'] = None\n"
         "from nvdimm_driver.errors import ConfigError\n"

@@ -274,7 +274,7 @@ def test_current_memory_above_the_ram_becomes_the_ram() -> None:
 
 
 def test_features_that_libvirt_adds_stay() -> None:
-    """libxlDomainDefPostParse turns PAE on in every x86_64 HVM guest."""
+    """In every x86_64 HVM guest, libxlDomainDefPostParse turns PAE on."""
     stored = read("guest.libvirt").replace("<acpi/>\n", "<acpi/>\n    <pae/>\n")
     restored = restore(stored)
     assert "<features>\n    <pae/>\n  </features>" in restored
