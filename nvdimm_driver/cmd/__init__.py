@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry points: the programs that libvirt, libxl and the operator run."""
+"""The programs that libvirt, libxl, systemd and the operator run."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Nvdimmctl(App):
-    """The application: the options common to all commands, and the one place that prints errors."""
+    """The application: it has the options of all commands, and prints the errors."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -31,11 +31,15 @@ class Nvdimmctl(App):
 
     def build_option_parser(self, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
         parser = super().build_option_parser(*args, **kwargs)
-        parser.add_argument("--config-file", action="append", help="configuration file instead of the standard ones")
+        parser.add_argument(
+            "--config-file",
+            action="append",
+            help="Read this configuration file instead of the standard ones. Can be repeated.",
+        )
         return parser
 
     def run_subcommand(self, argv: list[str]) -> int:
-        """Run one command; cliff would print a NvdimmError without its hint and always exit 1."""
+        """Run a command and return its exit status; cliff would print an NvdimmError without its hint and return 1."""
         try:
             command_class, name, rest = self.command_manager.find_command(argv)
         except ValueError:
@@ -60,5 +64,5 @@ class Nvdimmctl(App):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nvdimmctl``."""
-    gc.disable()  # a command is short, and a list of 10,000 NVDIMMs makes a hundred thousand objects that all stay
+    gc.disable()  # commands are short, and a list of 10,000 NVDIMMs makes a hundred thousand objects that all stay
     return Nvdimmctl().run(list(sys.argv[1:] if argv is None else argv))

@@ -150,13 +150,13 @@ def test_provision_makes_a_backing_that_a_domain_can_have(operator: Operator) ->
     path = operator.fs.root / "new.img"
     done = operator.run("provision", "--pool", "main", "new.img", "--size", "16M")
     assert printed(done.stdout) == (str(path), SIZE, LABEL)
-    advice = f"{path}: advice: Linux makes namespaces of multiples of 16 MiB only\n"
+    advice = f"{path}: advice: Linux makes namespaces only in multiples of 16 MiB\n"
     assert done.stderr == advice, "no bar where there is no terminal"
     assert fit(operator, path) == bytes(SIZE)
     path.write_bytes(b"x" * SIZE)
     again = operator.run("provision", path, "--size", "16MiB", "--label-size", "0")
     assert printed(again.stdout) == (str(path), SIZE, 0)
-    assert f"{path} was there already" in again.stderr
+    assert f"{path} exists already and keeps its contents" in again.stderr
     assert path.read_bytes() == b"x" * SIZE
 
 
@@ -178,7 +178,7 @@ def test_an_interrupted_provision_goes_on(operator: Operator) -> None:
     words = ("provision", path, "--size", "64M")
     said = operator.interrupt(*words, steps=3)
     assert f"{path}: interrupted, writing zeros: " in said
-    assert "of 64 MiB done (the same command goes on from there)" in said
+    assert "of 64 MiB done (repeat the command to continue from there)" in said
     already = written(path)
     assert 8 * MIB <= already < 64 * MIB
     with open(path, "r+b") as file:
@@ -330,7 +330,7 @@ def test_a_running_domain_keeps_what_it_has(operator: Operator) -> None:
     assert "db1 is running or starting" in operator.run("export", "--force", "db1", copy, status=4).stderr
     assert "--running" in operator.run("export", "db1", copy, status=4).stderr
     done = operator.run("export", "--running", "db1", copy)
-    assert "a domain was running with it" in done.stderr
+    assert "a domain was running with it: the copy may have" in done.stderr
     assert "exists already" in operator.run("export", "--running", "db1", copy, status=5).stderr
     operator.run("export", "--running", "--force", "db1", copy)
     assert copy.read_bytes() == path.read_bytes()

@@ -19,7 +19,7 @@ PIECES = (
 REGION = Region("region0", SPA, GIB, (NAMESPACE,), PIECES)
 
 
-def test_a_picture_for_a_terminal() -> None:
+def test_a_map_for_a_terminal() -> None:
     assert memory_map.text([REGION], 66) == (
         "region0: 1 GiB at 0x100000000\n"
         "[        ........aaaaaaaa........b...............aaaaaaaa........]\n"
@@ -33,7 +33,7 @@ def test_a_narrow_terminal_still_has_a_bar() -> None:
     assert len(memory_map.text([REGION], 0).splitlines()[1]) == 40
 
 
-def test_a_picture_as_svg() -> None:
+def test_a_map_as_svg() -> None:
     root = ElementTree.fromstring(memory_map.svg([REGION, REGION]))
     titles = [each.text for each in root.iter("{http://www.w3.org/2000/svg}title")]
     assert titles.count("db<1> slot 0: /mnt/pmem0/a, 256 MiB, 2 extents, mapped") == 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of nvdimmctl.
 
-``nvdimmctl --help`` imports them all: what a command needs is imported where it is used, and not with its module.
+``nvdimmctl --help`` imports all of these modules, so a command imports what it needs in the function that uses it.
 """

@@ -8,31 +8,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvdimm_driver.cmd.ctl.base import Action, find
+from nvdimm_driver.cmd.ctl.base import DOMAIN_HELP, Action, find
 from nvdimm_driver.cmd.ctl.domain_file import FILE_HELP, domain_in, driver_for, host_option, read_file
 
 TABLE_GROUPS = {
-    "nvdimm": "for the NVDIMMs: what the guest gets of the driver",
-    "qemu": "what QEMU has beside them for such a machine; the guest has its own firmware's instead",
-    "guest": "all that the running guest has",
+    "nvdimm": "the tables for the NVDIMMs, which the driver gives to the guest",
+    "qemu": "QEMU's other tables for such a machine; the guest has its own firmware's instead",
+    "guest": "all tables of the running guest",
 }
 
 
 class AcpiDump(Action):
-    """Print the ACPI tables of a domain's NVDIMMs as acpidump does, decode them, or write them to files."""
+    """Print or write the ACPI tables for a domain's NVDIMMs, by default in the format of acpidump."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument(
-            "domain", metavar="FILE|DOMAIN", help=f"{FILE_HELP}; or name, uuid or id of a defined domain"
-        )
+        parser.add_argument("domain", metavar="FILE|DOMAIN", help=f"{FILE_HELP}; or {DOMAIN_HELP}")
         host_option(parser)
-        parser.add_argument("--decode", action="store_true", help="print what the tables say")
-        parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write one file a table, as for iasl")
+        parser.add_argument("--decode", action="store_true", help="print the contents of the tables, decoded")
+        parser.add_argument(
+            "-o", "--output", metavar="DIR", type=Path, help="write one file per table into this folder, for iasl"
+        )
         parser.add_argument(
             "--all",
             action="store_true",
-            help="also the others that QEMU has for such a machine, and all that a running domain's guest has",
+            help="also QEMU's other tables for such a machine and, if the domain runs, all tables in its memory",
         )
         return parser
 
@@ -53,7 +53,7 @@ class AcpiDump(Action):
                 sys.stdout.write(render.acpidump(tables))
 
     def _groups(self, parsed_args: argparse.Namespace) -> dict[str, Sequence[bytes]]:
-        """Return the tables by name of :data:`TABLE_GROUPS`: the first group, or with ``--all`` every group."""
+        """Return the tables by name of :data:`TABLE_GROUPS`; without ``--all``, only the first group."""
         from nvdimm_driver.acpi.tables import split
         from nvdimm_driver.driver import load_driver
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on the bytes of NVDIMMs: provision, import, export, wipe."""
+"""Commands for the bytes of NVDIMMs: provision, import, export and wipe."""
 
 from __future__ import annotations
 
@@ -16,18 +16,25 @@ if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
     from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Pool, Record
 
+_PATH_HELP = "the absolute path of a backing's file or device"
+
 
 class Provision(Action):
-    """Create a backing before a domain is defined with it; print the XML element that a domain needs for it."""
+    """Make a backing before a domain is defined with it, and print the XML that a domain needs for it."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("path", metavar="PATH|NAME", help="file or device; with --pool, its name in the pool")
+        parser.add_argument(
+            "path", metavar="PATH|NAME", help="path of the file or device; with --pool, its name in the pool"
+        )
         parser.add_argument("--pool", help="make it in this pool")
         parser.add_argument(
-            "--size", type=size_argument, required=True, help="with the label area, such as 64GiB; a multiple of 2MiB"
+            "--size",
+            type=size_argument,
+            required=True,
+            help="size with the label area, such as 64GiB; rounded up to 2 MiB",
         )
-        _label_option(parser, "that of its pool by default, 0 for none")
+        _label_option(parser, "that of the pool")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -46,8 +53,7 @@ class Provision(Action):
             intake = driver.importer.provision(spec, watch)
         if not intake.creates and not intake.writes:
             print(
-                f"{path} was there already and is as it was, with all that is in it; 'nvdimmctl wipe {path}' "
-                "overwrites that",
+                f"{path} exists already and keeps its contents; 'nvdimmctl wipe {path}' overwrites them",
                 file=sys.stderr,
             )
         for line in render.advice(spec.visible_size):
@@ -56,21 +62,21 @@ class Provision(Action):
 
 
 class Import(Action):
-    """Take over a raw file, such as a KVM guest's, as the backing of an NVDIMM; print the XML element for a domain.
+    """Take over a raw file or device, such as a KVM guest's, as the backing of an NVDIMM, and print the XML for it.
 
-    A file or device that is in a pool stays where it is. Another file is copied into a pool.
+    A file or device that is in a pool stays where it is. Any other is copied into a pool.
     """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("source", metavar="SOURCE", help="file or block device")
-        parser.add_argument("--pool", help="copy it into this pool; may be left out when there is one only")
-        parser.add_argument("--name", help="of the copy, or of the pool's device; that of the source by default")
+        parser.add_argument("source", metavar="SOURCE", help="raw file or block device")
+        parser.add_argument("--pool", help="copy it into this pool; can be left out if there is only one pool")
         parser.add_argument(
-            "--size", type=size_argument, help="of the NVDIMM, with its label area; that of the source by default"
+            "--name", help="name of the copy, or of the pool's device to copy to (default: name of the source)"
         )
-        _label_option(parser, "what is found in the source by default, 0 for none")
-        parser.add_argument("--force", action="store_true", help="overwrite what a device has")
+        parser.add_argument("--size", type=size_argument, help="size with the label area (default: size of the source)")
+        _label_option(parser, "that found in the source")
+        parser.add_argument("--force", action="store_true", help="overwrite the contents of the device to copy to")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -83,7 +89,7 @@ class Import(Action):
         with watched(source) as watch:
             if pool is None:
                 if parsed_args.name:
-                    raise UsageError(f"{source} is in a pool and stays where it is: --name makes no sense")
+                    raise UsageError(f"{source} is in a pool and stays where it is", hint="leave --name out")
                 spec = driver.importer.import_in_place(source, *sizes, watch)
             else:
                 path = driver.pools.place(pool, parsed_args.name or os.path.basename(source))
@@ -92,15 +98,17 @@ class Import(Action):
 
 
 class Export(Action):
-    """Copy an NVDIMM into an ordinary file, which a KVM guest can use; verify the copy."""
+    """Copy an NVDIMM, with its labels, into an ordinary file, which a KVM guest can use, and verify the copy."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("source", metavar="DOMAIN[:SLOT]|PATH", help="domain, or the file or device of a backing")
-        parser.add_argument("destination", metavar="DESTINATION", help="file to write; parts that are zeros are holes")
-        parser.add_argument("--force", action="store_true", help="replace DESTINATION when it exists")
+        parser.add_argument("source", metavar="DOMAIN[:SLOT]|PATH", help=f"domain, or {_PATH_HELP}")
         parser.add_argument(
-            "--running", action="store_true", help="copy also while a domain runs with it and may change it meanwhile"
+            "destination", metavar="DESTINATION", help="file to write; parts that are zeros become holes"
+        )
+        parser.add_argument("--force", action="store_true", help="replace DESTINATION if it exists")
+        parser.add_argument(
+            "--running", action="store_true", help="copy even while a domain runs with it and may be changing it"
         )
         return parser
 
@@ -115,22 +123,20 @@ class Export(Action):
             )
         if running:
             print(
-                "a domain was running with it: what it wrote meanwhile may be in the copy, in part and in any order",
+                "a domain was running with it: the copy may have any part of what it wrote meanwhile, in any order",
                 file=sys.stderr,
             )
         print(f"{digest}  {destination}")
 
 
 class Wipe(Action):
-    """Overwrite NVDIMMs with zeros, their labels too. Claims stay as they are."""
+    """Overwrite NVDIMMs with zeros, labels too. Domains keep their claims to them."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("what", metavar="DOMAIN|PATH", help="domain, or the file or device of a backing")
-        parser.add_argument("--slot", type=int, help="only the NVDIMM in this slot of the domain")
-        parser.add_argument(
-            "--progress", action="store_true", help="print a line to standard error with each tenth that is done"
-        )
+        parser.add_argument("what", metavar="DOMAIN|PATH", help=f"domain, or {_PATH_HELP}")
+        parser.add_argument("--slot", type=int, help="wipe only the NVDIMM in this slot of the domain")
+        parser.add_argument("--progress", action="store_true", help="print a line to standard error at each tenth")
         yes_option(parser)
         return parser
 
@@ -139,13 +145,13 @@ class Wipe(Action):
         doomed: list[tuple[NvdimmSpec, BackingIdentity | None]]
         if os.path.isabs(parsed_args.what):
             if parsed_args.slot is not None:
-                raise UsageError("--slot is for a domain")
+                raise UsageError("--slot is only for a domain, not for a path", hint="leave --slot out")
             doomed = [(_whole(driver, parsed_args.what), None)]
         else:
             record = find(driver, parsed_args.what)
             doomed = [(item.spec, item.identity) for item in _items(record, parsed_args.slot)]
         paths = ", ".join(spec.path for spec, _ in doomed)
-        if not agreed(f"Overwrite all that is in {paths} with zeros?", parsed_args.yes):
+        if not agreed(f"Overwrite everything in {paths} with zeros?", parsed_args.yes):
             return 1
         for spec, identity in doomed:
             try:
@@ -154,18 +160,23 @@ class Wipe(Action):
             except NotFoundError as error:
                 if spec.path == parsed_args.what:
                     raise
-                # Not what was named: status 3 says that there is nothing to wipe, and other NVDIMMs may be left.
-                raise BackingError(error.message, hint="'nvdimmctl check' mends what has gone or was moved") from error
+                # Not exit status 3, which means that there is nothing to wipe: the domain may have other NVDIMMs.
+                raise BackingError(error.message, hint="if it was moved, 'nvdimmctl check' finds it") from error
             print(f"{spec.path} is all zeros")
         return 0
 
 
 def _label_option(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--label-size", metavar="SIZE", type=size_argument, help=f"of the label area; {default}")
+    parser.add_argument(
+        "--label-size",
+        metavar="SIZE",
+        type=size_argument,
+        help=f"size of the label area, 0 for none (default: {default})",
+    )
 
 
 def _placed(driver: XenNvdimmDriver, pool: str | None, path: str) -> str:
-    """Return the absolute path of an argument, which is a name in the pool when one is given."""
+    """Return the absolute path of an argument, which is a name in the pool if a pool is given."""
     if pool is None:
         return os.path.abspath(path)
     if "/" in path:
@@ -174,7 +185,7 @@ def _placed(driver: XenNvdimmDriver, pool: str | None, path: str) -> str:
 
 
 def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool | None:
-    """Return the pool to copy a file into; None when it stays where it is."""
+    """Return the pool to copy a file into; None when the file stays where it is."""
     there = driver.pools.of(source)
     if name is not None:
         pool = driver.pools.named(name)
@@ -184,12 +195,14 @@ def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool
         return None
     if len(pools) > 1:
         names = ", ".join(pool.name for pool in pools)
-        raise UsageError(f"{source} is in none of the pools {names}", hint="--pool says into which it is to be copied")
+        raise UsageError(
+            f"{source} is in none of the pools {names}", hint="choose the pool to copy it into with --pool"
+        )
     return pools[0]
 
 
 def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
-    """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or a path names."""
+    """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or an absolute path names."""
     if os.path.isabs(word):
         return _whole(driver, word)
     name, colon, slot = word.rpartition(":")
@@ -216,7 +229,7 @@ def _items(record: Record, slot: int | None) -> list[Allocation]:
 
 
 def _whole(driver: XenNvdimmDriver, path: str) -> NvdimmSpec:
-    """Return an NVDIMM that is all of a file or device."""
+    """Return an NVDIMM of all the bytes of a file or device."""
     from nvdimm_driver.model import NvdimmSpec
     from nvdimm_driver.plugins import backing_of
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base classes and helpers of nvdimmctl's commands."""
+"""Base classes, arguments and functions that nvdimmctl's commands share."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ if TYPE_CHECKING:
 
 Rows = tuple[Sequence[str], list[tuple[Any, ...]]]
 Fields = tuple[Sequence[str], Sequence[Any]]
+DOMAIN_HELP = "name or uuid of a domain with NVDIMMs, or its id while it runs"
 
 
 class Action(Command):
-    """A command that changes something and prints what it did."""
+    """A command that does something and prints what it did."""
 
     app: Nvdimmctl
 
 
 class _Sizes:
-    """Option of commands that print sizes: in bytes, or with units for people."""
+    """A command that prints sizes: in bytes for scripts, or with units for people."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)  # type: ignore[misc]
-        parser.add_argument("-u", "--human", action="store_true", help="print sizes with units, and not in bytes")
+        parser.add_argument(
+            "-u", "--human", action="store_true", help="print sizes with units, such as 64 GiB, instead of in bytes"
+        )
         return parser
 
 
@@ -52,17 +55,20 @@ class Showing(_Sizes, ShowOne):
 
 
 def domain_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that names a domain."""
-    parser.add_argument("domain", metavar="DOMAIN", help="name, uuid or id")
+    """Add the argument DOMAIN."""
+    parser.add_argument("domain", metavar="DOMAIN", help=DOMAIN_HELP)
 
 
 def yes_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that answers the question of a command that asks first."""
+    """Add ``--yes`` to a command that asks first."""
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
 
 
 def size_argument(text: str) -> int:
-    """Return the bytes of a size argument."""
+    """Return the bytes of an argument that is a size.
+
+    :raises ArgumentTypeError: when it is not a size.
+    """
     from nvdimm_driver import sizes
     from nvdimm_driver.errors import ConfigError
 
@@ -73,7 +79,7 @@ def size_argument(text: str) -> int:
 
 
 def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
-    """Return the driver, after it released starts that are over and restarted missing label servers."""
+    """Return the driver, after it has cleaned up starts that are over and restarted label servers that are gone."""
     from nvdimm_driver.driver import load_driver
 
     driver = load_driver(app.conf)
@@ -83,7 +89,7 @@ def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
 
 
 def find(driver: XenNvdimmDriver, key: str) -> Record:
-    """Return the domain with that name, uuid or, while it runs, domid.
+    """Return the domain of that name, uuid or, while it runs, id.
 
     :raises NotFoundError: when the ledger has none.
     """
@@ -98,7 +104,7 @@ def find(driver: XenNvdimmDriver, key: str) -> Record:
 
 
 def agreed(question: str, yes: bool) -> bool:
-    """Return whether the operator agrees, by ``--yes`` or when asked."""
+    """Return True when the operator agrees, by ``--yes`` or by the answer to the question."""
     if yes:
         return True
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)

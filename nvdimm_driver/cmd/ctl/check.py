@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nvdimmctl check``: find inconsistencies, and repair them."""
+"""``nvdimmctl check``: list inconsistencies, and repair them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
 
 ROUNDS = 5
-"""How many rounds of repair there are at most: a repair may uncover another inconsistency."""
+"""How often check repairs and looks again: a repair may uncover other inconsistencies."""
 
 
 class Check(Listing):
-    """List inconsistencies between the ledger, the backings, the marks on the backings, and Xen."""
+    """List inconsistencies between the ledger, the backings, their marks, and Xen.
+
+    The exit status is 1 if any inconsistency is left.
+    """
 
     status = 0
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
+        parser.add_argument(
+            "--repair", action="store_true", help="repair what can be repaired, as the column Remedy says"
+        )
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:
-        """Return status 1 when an inconsistency is left."""
+        """Return 1 when an inconsistency is left."""
         return int(super().run(parsed_args)) or self.status
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:

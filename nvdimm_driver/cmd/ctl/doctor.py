@@ -20,16 +20,16 @@ _COLOURS = {"PASS": 32, "NOTE": 36, "WARN": 33, "FAIL": 31}
 
 
 class Doctor(Lister):
-    """Report the state of everything that domains with NVDIMMs need, and what to do about problems; change nothing.
+    """Check everything on the host that domains with NVDIMMs need. Nothing is changed.
 
-    The exit status is 1 when anything is found to FAIL.
+    The exit status is 1 if any check is FAIL.
     """
 
     app: Nvdimmctl
 
     @property
     def formatter_namespace(self) -> str:
-        """The formatters of cliff, and :class:`Lines`."""
+        """Return the namespace of cliff's own formatters and :class:`Lines`."""
         return "nvdimm_driver.doctor_formats"
 
     @property
@@ -57,7 +57,7 @@ class Doctor(Lister):
 
 
 class Lines(ListFormatter):
-    """Prints a line for each check as soon as it is done, and a second line for its hint."""
+    """A formatter that prints a line per check as soon as it is done, and the hint on a second line."""
 
     def add_argument_group(self, parser: argparse.ArgumentParser) -> None:
         """Add no options."""

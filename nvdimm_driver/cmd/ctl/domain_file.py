@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base class and helpers of commands that read a domain XML file."""
+"""Base class and functions of the commands that take a domain XML file."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
     from nvdimm_driver.model import DomainSpec
 
-FILE_HELP = "domain XML file; - for standard input"
+FILE_HELP = "domain XML file, or - for standard input"
 
 
 class FileAction(Action):
-    """A command with one domain XML file."""
+    """A command that takes one domain XML file."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("file", help=FILE_HELP)
+        parser.add_argument("file", metavar="FILE", help=FILE_HELP)
         return parser
 
 
 def host_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names a host file."""
+    """Add ``--host``."""
     parser.add_argument(
         "--host",
         metavar="HOSTFILE",
-        help="plan for the host that this file describes ('nvdimmctl host' prints it) instead of this machine",
+        help="use the host that this file describes, as 'nvdimmctl host' prints it, instead of this machine",
     )
 
 
 def read_file(file: str) -> str:
-    """Return the text of a file; ``-`` is standard input.
+    """Return the text of a file, or of standard input for ``-``.
 
-    :raises NotFoundError: when there is none.
+    :raises NotFoundError: when there is no such file.
     :raises ConfigError: when it cannot be read.
     """
     try:
@@ -53,7 +53,7 @@ def read_file(file: str) -> str:
 
 
 def domain_in(xml: str, file: str, options: cfg.ConfigOpts) -> DomainSpec:
-    """Return the domain that a file of domain XML describes, rewritten or as the user wrote it.
+    """Return the domain that a domain XML file describes, rewritten or as the user wrote it.
 
     :raises DomainXmlError: when it is not a Xen domain with NVDIMMs.
     """
@@ -67,7 +67,7 @@ def domain_in(xml: str, file: str, options: cfg.ConfigOpts) -> DomainSpec:
 
 
 def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDriver:
-    """Return the driver of this host, or one that only plans, for the host that a host file describes."""
+    """Return the driver of this host, or a driver that only plans, for the host that a file describes."""
     from nvdimm_driver.driver import driver_class, load_driver
 
     if host_file is None:

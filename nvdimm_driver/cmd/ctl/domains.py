@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on domains and their NVDIMMs: list, show, release."""
+"""Commands for domains and their NVDIMMs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class List(Listing):
 
 
 class Show(Showing):
-    """Show everything that is known about one domain."""
+    """Show everything that is known of one domain."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -50,9 +50,9 @@ class Show(Showing):
 
 
 class Release(Action):
-    """Give up a domain's claim to its backings.
+    """Give up a domain's claim to its backings, so that other domains can have them.
 
-    Their bytes stay as they are, unless their pool says wipe_on_release or they are to be deleted.
+    The bytes stay as they are, unless --delete is given or the pool has wipe_on_release.
     """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on the host: describe it, register the driver, unregister it."""
+"""Commands for the host: describe it, install the driver and remove it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nvdimm_driver.cmd.ctl.base import Action
 
 
 class HostFile(Action):
-    """Print the host's pmem namespaces as the file that 'plan --host' takes."""
+    """Print a description of this host, as the file that 'plan --host' takes."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.backing.host_file import read_host
@@ -20,7 +20,7 @@ class HostFile(Action):
 
 
 class Register(Action):
-    """Install the libvirt hook, the device model and the folders. Can be repeated."""
+    """Install libvirt's hook, the device model, the state folder and nvdimmd. Can be repeated."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd import register
@@ -42,7 +42,7 @@ class Unregister(Action):
 
         del parsed_args
         running: list[str] = []
-        # Not what the options say now: the guests were started with what is registered.
+        # The guests were started with the registered state folder, whatever the options say now.
         self.app.conf.set_override("state_dir", register.registered_state_dir(self.app.conf))
         if Path(self.app.conf.state_dir).exists():
             driver = load_driver(self.app.conf)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that watch domains with NVDIMMs: monitor and metrics."""
+"""Commands that watch domains with NVDIMMs: events and metrics."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ POLL_SECONDS = 0.5
 
 
 class Monitor(Action):
-    """Print the events of domains with NVDIMMs, one JSON object a line, until interrupted."""
+    """Print the events of domains with NVDIMMs as they happen, one JSON object per line, until interrupted."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("--domain", metavar="DOMAIN", help="only of the domain of that name, uuid or id")
         parser.add_argument(
-            "--event", action="append", choices=sorted(KINDS), help="only events of this kind; can be repeated"
+            "--domain", metavar="DOMAIN", help="print only events of the domain of that name, uuid or id"
+        )
+        parser.add_argument(
+            "--event", action="append", choices=sorted(KINDS), help="print only events of this kind; can be repeated"
         )
         parser.add_argument(
             "--since",
             metavar="ID",
-            type=_number,
-            help="begin behind the event of that number, 0 for all that are kept; without it, with what happens now",
+            type=_event_id,
+            help="begin after the event with this id, 0 for all events that are kept (default: only new events)",
         )
         parser.add_argument(
-            "--no-follow", action="store_true", help="end when there is no more; without --since, print all there is"
+            "--no-follow",
+            action="store_true",
+            help="end after the last event; without --since, print all events that are kept",
         )
-        parser.add_argument("--timeout", metavar="SECONDS", type=float, help="end after so many seconds")
+        parser.add_argument("--timeout", metavar="SECONDS", type=float, help="end after this many seconds")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -52,12 +56,12 @@ class Monitor(Action):
 
 
 class Metrics(Action):
-    """Print metrics in the text format of Prometheus, or write them to a file."""
+    """Print metrics in Prometheus' text format, or write them to a file."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument(
-            "-o", "--output", metavar="FILE", help="write to this file, whole or not at all, instead of standard output"
+            "-o", "--output", metavar="FILE", help="write to this file, atomically, instead of to standard output"
         )
         return parser
 
@@ -75,16 +79,16 @@ class Metrics(Action):
 
 
 def line(event: Event) -> str:
-    """Return the line that monitor prints for an event."""
+    """Return an event as monitor prints it."""
     import json
 
     return json.dumps({"id": event.id, "time": utc(event.time), **event.fields()}, ensure_ascii=False)
 
 
 def _watch(ledger: Ledger, wanted: argparse.Namespace) -> None:
-    """Print events as they occur.
+    """Print events as they happen.
 
-    :raises BrokenPipeError: when nobody reads them any more.
+    :raises BrokenPipeError: when the reader of standard output is gone.
     """
     deadline = None if wanted.timeout is None else time.monotonic() + wanted.timeout
     last = wanted.since
@@ -109,8 +113,11 @@ def _is_wanted(event: Event, wanted: argparse.Namespace) -> bool:
     return wanted.domain is None or wanted.domain in (event.name, event.uuid, str(event.domid))
 
 
-def _number(text: str) -> int:
-    number = int(text)
+def _event_id(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
     if number < 0:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not the id of an event")
     return number

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands for Nova's compute service and for the operator who configures it."""
+"""Commands for Nova's compute service, which runs them, and for the operators who configure it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = ("Name", "Label", "Resource class", "Pool", "Path", "Size", "Align", "
 
 
 class NovaInventory(Listing):
-    """List the backings that nova.conf names in pmem_namespaces, as Nova reports them; check that they can be used."""
+    """List the backings that nova.conf names in pmem_namespaces, and check that instances can have them."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -20,7 +20,7 @@ class NovaInventory(Listing):
             "--pmem-namespaces",
             metavar="VALUE",
             action="append",
-            help="what to list instead of what nova.conf says, in the form of its option; can be repeated",
+            help="list these instead of what nova.conf says, in the format of its option; can be repeated",
         )
         parser.add_argument(
             "--nova-config",
@@ -60,13 +60,14 @@ def _entries(parsed_args: argparse.Namespace) -> list[str]:
     """Return the entries of pmem_namespaces, from the command line or from Nova's configuration."""
     if parsed_args.pmem_namespaces is not None:
         if parsed_args.nova_config:
-            raise UsageError("--pmem-namespaces and --nova-config both say what to list", hint="leave one out")
+            raise UsageError("--pmem-namespaces and --nova-config exclude each other", hint="leave one out")
         return [entry for value in parsed_args.pmem_namespaces for entry in value.split(",") if entry.strip()]
     from nvdimm_driver.nova.conf import read
 
     conf = read(parsed_args.nova_config)
     if not conf.files:
         raise NotFoundError(
-            "there is no nova.conf here", hint="name it with --nova-config, or say --pmem-namespaces LABEL:NAME"
+            "there is no nova.conf on this host",
+            hint="give its path with --nova-config, or use --pmem-namespaces LABEL:NAME",
         )
     return list(conf.pmem_namespaces)

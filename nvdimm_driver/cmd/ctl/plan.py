@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nvdimmctl plan``: show what defining and starting a domain would do."""
+"""``nvdimmctl plan``: print everything that defining and starting a domain would do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nvdimm_driver.cmd.ctl.domain_file import FileAction, domain_in, driver_for,
 
 
 class ShowPlan(FileAction):
-    """Print everything that defining and starting a domain would do; change nothing."""
+    """Print everything that defining and starting a domain would do, and change nothing."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         host_option(parser)
-        parser.add_argument("--json", action="store_true", help="print JSON, sizes and addresses in bytes")
+        parser.add_argument("--json", action="store_true", help="print JSON, with sizes and addresses in bytes")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:

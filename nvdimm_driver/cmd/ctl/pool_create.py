@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nvdimmctl pool create``: run the commands that an operator would run, and print each one first."""
+"""``nvdimmctl pool create``: run the commands that make a pool, and print each one before it runs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,35 @@ if TYPE_CHECKING:
 
 
 class PoolCreate(Action):
-    """Create a pool: a namespace, for fsdax a file system on it that is mounted with DAX at boot, and its section."""
+    """Make a pool: the namespace, for fsdax a file system that is mounted with DAX at boot, and the configuration."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("name", metavar="NAME", help="name of the pool: lower-case letters, digits, - _ and .")
         where = parser.add_mutually_exclusive_group()
-        where.add_argument("--region", help="region to make a namespace in; not needed if just one has room")
-        where.add_argument("--namespace", help="namespace to take, with all that is on it lost; needs --force")
-        parser.add_argument("--size", metavar="SIZE", help="of the namespace, such as 512GiB (default: all there is)")
+        where.add_argument("--region", help="make a namespace in this region; not needed if only one region has room")
+        where.add_argument("--namespace", help="use this namespace; everything on it is lost; needs --force")
+        parser.add_argument(
+            "--size",
+            metavar="SIZE",
+            help="size of the namespace, such as 512GiB (default: the largest free extent, or all of --namespace)",
+        )
         parser.add_argument(
             "--kind",
             choices=("fsdax", "devdax", "pmem"),
             default="fsdax",
-            help="files on a DAX file system (the default), or the whole namespace for one NVDIMM",
+            help="fsdax (the default): files on a DAX file system; devdax, pmem: the whole namespace for one NVDIMM",
         )
-        parser.add_argument("--file-system", choices=("ext4", "xfs"), default="ext4", help="for fsdax (default: ext4)")
-        parser.add_argument("--mount-point", metavar="PATH", help="for fsdax (default: /mnt/NAME)")
-        parser.add_argument("--quota", metavar="SIZE", help="how much of it domains may have (default: all)")
-        parser.add_argument("--force", action="store_true", help="what is on the namespace may be lost")
-        parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+        parser.add_argument(
+            "--file-system",
+            choices=("ext4", "xfs"),
+            default="ext4",
+            help="file system of a fsdax pool (default: ext4)",
+        )
+        parser.add_argument("--mount-point", metavar="PATH", help="mount point of a fsdax pool (default: /mnt/NAME)")
+        parser.add_argument("--quota", metavar="SIZE", help="how much of the pool domains may have (default: all)")
+        parser.add_argument("--force", action="store_true", help="allow the loss of what is on the namespace")
+        parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -93,29 +102,32 @@ def _wish(args: argparse.Namespace) -> Wish:
 
 
 def _check(driver: XenNvdimmDriver, wish: Wish, config_file: Sequence[str] | None) -> None:
-    """Check early what would otherwise fail only after everything else is done.
+    """Check what would otherwise fail only after the namespace is made.
 
-    :raises InUseError: when there is such a pool, or another has that folder.
+    :raises ConfigError: when ``--config-file`` is given, or the mount point is not an absolute path.
+    :raises InUseError: when the pool exists, or its mount point is in another pool or not empty.
     """
     import os
 
     if config_file:
         raise ConfigError(
-            "'pool create' writes to the standard configuration, which --config-file leaves out", hint="leave it out"
+            "'pool create' writes to the standard configuration, which --config-file replaces",
+            hint="leave --config-file out",
         )
     if any(pool.name == wish.name for pool in driver.pools):
         raise InUseError(
-            f"there is a pool {wish.name} already", hint="take another name; 'nvdimmctl pool show' shows it"
+            f"there is a pool {wish.name} already",
+            hint=f"choose another name; 'nvdimmctl pool show {wish.name}' shows the existing pool",
         )
     if wish.kind != "fsdax":
         return
     if not os.path.isabs(wish.mount_point):
-        raise ConfigError(f"--mount-point {wish.mount_point} is not absolute", hint="write the whole path")
+        raise ConfigError(f"--mount-point {wish.mount_point} is not absolute", hint="give an absolute path")
     other = driver.pools.of(wish.mount_point)
     if other is not None:
-        raise InUseError(f"{wish.mount_point} is in pool {other.name}", hint="take another --mount-point")
+        raise InUseError(f"{wish.mount_point} is in pool {other.name}", hint="choose another --mount-point")
     if os.path.ismount(wish.mount_point) or (os.path.isdir(wish.mount_point) and os.listdir(wish.mount_point)):
-        raise InUseError(f"{wish.mount_point} is not empty", hint="take another --mount-point")
+        raise InUseError(f"{wish.mount_point} is not empty", hint="choose another --mount-point")
 
 
 def _host(driver: XenNvdimmDriver) -> PoolHost:
@@ -151,7 +163,7 @@ def _text(step: RunCommand | WriteFile) -> str:
 
 
 def _do(step: RunCommand | WriteFile, wish: Wish) -> str:
-    """Carry out a step; return what a command printed."""
+    """Run a command and return its output, or write a file."""
     from pathlib import Path
 
     from nvdimm_driver.pools.create import RunCommand
@@ -168,7 +180,7 @@ def _do(step: RunCommand | WriteFile, wish: Wish) -> str:
 
 
 def _pretend(step: RunCommand | WriteFile, wish: Wish) -> str:
-    """Return what a command would print."""
+    """Return what a command would print; run none but systemd-escape, which changes nothing."""
     from nvdimm_driver.pools.create import RunCommand
 
     if isinstance(step, RunCommand) and step.words[0] == "ndctl":

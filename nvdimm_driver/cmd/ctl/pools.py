@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on pools, where guests' persistent memory comes from: list and show."""
+"""Commands for pools, which guests' persistent memory comes from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nvdimm_driver.errors import BackingError
 
 
 class PoolList(Listing):
-    """List the pools with their capacity, free space and health."""
+    """List the pools, with their free space and their health."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
         from nvdimm_driver.cmd.ctl import render
@@ -25,19 +25,21 @@ class PoolList(Listing):
 
 
 class PoolShow(Showing):
-    """Show everything about one pool: its namespaces, its health, and the domains that use it."""
+    """Show a pool with its namespaces, its problems and its NVDIMMs, or draw a map of it."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("pool", metavar="POOL", help="name of the pool, as in 'nvdimmctl pool list'")
+        parser.add_argument("pool", metavar="POOL", help="name of the pool, as 'nvdimmctl pool list' prints it")
         parser.add_argument(
-            "--map", action="store_true", help="print a picture of the regions it is on, and what is where in them"
+            "--map",
+            action="store_true",
+            help="print a map of the regions that the pool is on, with the place of each NVDIMM",
         )
-        parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the picture to this file, as SVG")
+        parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the map to this file, as SVG")
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:
-        """Print a map, or the table that cliff prints."""
+        """Print or write the map, or have cliff print the table."""
         if not (parsed_args.map or parsed_args.output):
             return int(super().run(parsed_args))
         from nvdimm_driver.cmd.ctl import memory_map

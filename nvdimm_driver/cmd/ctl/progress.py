@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress of long work: a bar on a terminal, or lines, and the message when the work is interrupted."""
+"""Progress of long commands: a bar on a terminal, and the message when the user interrupts the command."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watched(name: str, *, lines: bool = False) -> Iterator[Watch]:
-    """Yield a callback for progress, which is shown on standard error when that is a terminal.
+    """Report progress on standard error if that is a terminal.
 
-    :param name: of what is worked on.
-    :param lines: a line a tenth, wherever standard error goes.
-    :raises InterruptedWork: when the user interrupts it.
+    :param name: name of the file or domain that is worked on.
+    :param lines: print a line at each tenth, even if standard error is not a terminal.
+    :raises InterruptedWork: when the user interrupts the work.
     """
     work = _Lines(name) if lines else _Bars(name) if sys.stderr.isatty() else _Work(name)
     try:
         yield work.begin
     except KeyboardInterrupt as error:
-        raise InterruptedWork(f"{name}: interrupted, {work}", hint="the same command goes on from there") from error
+        raise InterruptedWork(
+            f"{name}: interrupted, {work}", hint="repeat the command to continue from there"
+        ) from error
     finally:
         work.end()
 
 
 class _Work:
-    """Progress that is not shown."""
+    """Progress that is recorded and not shown."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -59,7 +61,7 @@ class _Work:
 
 
 class _Lines(_Work):
-    """Progress as a line for each tenth of a part."""
+    """Progress that is shown as a line for each tenth of a part."""
 
     def begin(self, what: str) -> Progress:
         self._tenths = 0
@@ -74,7 +76,7 @@ class _Lines(_Work):
 
 
 class _Bars(_Work):
-    """Progress as a bar for each part."""
+    """Progress that is shown as a bar for each part."""
 
     def __init__(self, name: str) -> None:
         from rich.console import Console

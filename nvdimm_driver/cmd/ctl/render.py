@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output of nvdimmctl: text for people, JSON with raw numbers for scripts."""
+"""The output of nvdimmctl: text for people, JSON with raw numbers for scripts."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from nvdimm_driver.sizes import human
 
 POOL_COLUMNS = ("Name", "Kind", "Capacity", "Free", "Largest free", "Used", "Health")
 LINUX_NAMESPACE_ALIGN = 16 * MIB
-"""Linux: arch/powerpc and x86 memremap_compat_align() and SUBSECTION_SIZE; what ndctl rounds namespaces to."""
+"""What ndctl rounds namespaces to (Linux: arch/powerpc and x86 memremap_compat_align() and SUBSECTION_SIZE)."""
 
 
 def size_column(readable: bool) -> Callable[[int], int | str]:
-    """Return the function that formats sizes: in bytes for scripts, with units for people."""
+    """Return the function that formats sizes: with units for people, or in bytes for scripts."""
     return human if readable else int
 
 
 def xml_diff(before: str, after: str) -> str:
-    """Return what rewriting changes, as a unified diff."""
+    """Return what the rewriting changes, as a unified diff."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "domain XML", "for libxl", lineterm="", n=1)
     return "\n".join(lines)
 
@@ -51,12 +51,12 @@ def plan_json(plan: Plan) -> str:
 
 
 def acpidump(tables: Sequence[bytes]) -> str:
-    """Return tables in the text form of acpidump(8), which acpixtract(8) reads."""
+    """Return tables in the text format of acpidump(8), which acpixtract(8) reads."""
     return "".join(_hexdump(table) for table in tables)
 
 
 def write_tables(tables: Sequence[bytes], folder: Path) -> Iterator[Path]:
-    """Write each table to a file, ``nfit.dat``, ``ssdt1.dat``, …; yield the paths."""
+    """Write one file per table, ``nfit.dat``, ``ssdt1.dat``, …; yield their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, int] = {}
     for table in tables:
@@ -68,34 +68,34 @@ def write_tables(tables: Sequence[bytes], folder: Path) -> Iterator[Path]:
 
 
 def state(record: Record, item: Allocation) -> str:
-    """Return the state of an NVDIMM in one word."""
+    """Return the state of an NVDIMM, as the column State has it."""
     if not item.ready:
         return f"provisioning {item.written}%"
     return "free" if record.start is None else record.start.state
 
 
 def advice(visible: int) -> Iterator[str]:
-    """Yield advice on an NVDIMM of which a guest sees so many bytes."""
+    """Yield advice on the size, in bytes, that a guest sees."""
     if visible % LINUX_NAMESPACE_ALIGN:
-        yield f"advice: Linux makes namespaces of multiples of {human(LINUX_NAMESPACE_ALIGN)} only"
+        yield f"advice: Linux makes namespaces only in multiples of {human(LINUX_NAMESPACE_ALIGN)}"
 
 
 def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
-    """Return what happens to a domain's backings when it is released."""
+    """Return what happens to each backing when the domain gives up its claim."""
     wiped = {each.spec.path for each in driver.wiper.to_wipe(item)}
-    told = []
+    lines = []
     for allocation in item.allocations:
         path = allocation.spec.path
         steps = ["overwritten with zeros (wipe_on_release)"] if path in wiped else []
         steps += ["deleted"] if delete and os.path.isfile(path) else []
-        told.append(f"{path}: {' and '.join(steps) or 'kept as it is'}")
-    return "; ".join(told)
+        lines.append(f"{path}: {' and '.join(steps) or 'kept as it is'}")
+    return "; ".join(lines)
 
 
 def record(
     driver: XenNvdimmDriver, item: Record, size: Callable[[int], int | str]
 ) -> tuple[Sequence[str], Sequence[Any]]:
-    """Return names and values of everything known about a domain; addresses are in bytes."""
+    """Return names and values of everything that is known of a domain; addresses are in bytes."""
     start = item.start
     nvdimms = [
         {
@@ -125,7 +125,7 @@ def record(
 
 
 def pool_row(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Any, ...]:
-    """Return the row of a pool, with the columns :data:`POOL_COLUMNS`."""
+    """Return a pool's values for :data:`POOL_COLUMNS`."""
     values = dict(zip(*pool(usage, size), strict=True))
     return (
         *(values[name] for name in ("name", "kind", "capacity", "free", "largest_free", "used")),
@@ -134,22 +134,22 @@ def pool_row(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Any, .
 
 
 def pool(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Sequence[str], Sequence[Any]]:
-    """Return names and values of everything known about a pool."""
+    """Return names and values of everything that is known of a pool."""
     pool, space = usage.pool, usage.space
 
-    def told(count: int | None) -> int | str | None:
+    def size_or_none(count: int | None) -> int | str | None:
         return None if count is None else size(count)
 
     values = {
         "name": pool.name,
         "kind": pool.kind,
         "paths": list(pool.paths),
-        "capacity": told(space.capacity if space else None),
-        "free": told(usage.free),
-        "largest_free": told(space.largest_free if space else None),
+        "capacity": size_or_none(space.capacity if space else None),
+        "free": size_or_none(usage.free),
+        "largest_free": size_or_none(space.largest_free if space else None),
         "used": size(usage.used),
-        "quota": told(pool.quota),
-        "alignment": told(space.alignment if space else None),
+        "quota": size_or_none(pool.quota),
+        "alignment": size_or_none(space.alignment if space else None),
         "alignsize": size(pool.alignsize),
         "label_size": size(pool.label_size),
         "wipe_on_release": pool.wipe_on_release,
@@ -174,7 +174,7 @@ def pool(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Sequence[s
 
 
 def _health(driver: XenNvdimmDriver, item: Allocation) -> dict[str, Any]:
-    """Return the bad blocks of a backing, or why they cannot be told."""
+    """Return a backing's bad blocks, or the reason why they cannot be found."""
     if not item.ready:
         return {"bad_blocks": [], "problem": None}
     try:
@@ -197,7 +197,7 @@ def _backings(plan: Plan) -> Iterator[str]:
         assumed = " (assumed: not written yet)" if intake.assumed else ""
         for extent in location.extents:
             yield f"    offset {extent.offset:#x}: SPA {extent.spa:#x}, {human(extent.length)}{assumed}"
-        yield from (f"    warning: bad at {offset:#x}, {human(length)}" for offset, length in bad)
+        yield from (f"    warning: bad blocks at offset {offset:#x}, {human(length)}" for offset, length in bad)
 
 
 def _layout(plan: Plan) -> Iterator[str]:

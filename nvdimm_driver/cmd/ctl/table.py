@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table format of lists: cliff's, and for long lists a faster one that looks the same."""
+"""The table formatter of lists: cliff's own and, for many rows, a faster one with the same output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MANY = 1000
 
 
 class TableFormatter(table.TableFormatter):
-    """cliff's table formatter, which takes longer for 10,000 lines than the rest of the command."""
+    """cliff's table formatter, replaced for many rows: for 10,000 it takes longer than the rest of the command."""
 
     def emit_list(
         self,

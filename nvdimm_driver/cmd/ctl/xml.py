@@ -10,7 +10,7 @@ from nvdimm_driver.cmd.ctl.domain_file import FileAction, read_file
 
 
 class Rewrite(FileAction):
-    """Print the XML that libvirt's libxl driver gets for a domain XML with NVDIMMs."""
+    """Rewrite a domain XML with NVDIMMs for libvirt's libxl driver, and print it."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.xml.hooks import XmlHooks
@@ -19,7 +19,7 @@ class Rewrite(FileAction):
 
 
 class Restore(FileAction):
-    """Print what the user wrote for a rewritten domain XML."""
+    """Restore the user's domain XML from a rewritten one, and print it."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.xml.hooks import XmlHooks
