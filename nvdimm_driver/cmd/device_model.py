@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``nvdimm-device-model``: map a domain's NVDIMMs into it, then become QEMU.
 
-libxl runs it as the domain's emulator, when the guest's memory is built and before the guest runs; when it fails,
-the creation of the domain fails. libvirt also runs it with ``-help`` to learn what QEMU can do. It has to start
-fast: it reads what the libvirt hook has prepared, and imports no more than that takes.
+libxl runs it as the domain's emulator, after the guest's memory is built and before the guest runs. When it fails, the
+creation of the domain fails. libvirt also runs it with ``-help`` to learn what QEMU can do. It has to start fast, so
+it reads what the libvirt hook has prepared, and imports no more than it needs for that.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 class Log:
-    """Writes events and steps to a file and, for libxl's log of the device model, to stderr.
+    """A writer of events and steps: to a file and, for libxl's log of the device model, to stderr.
 
     :param form: as in :func:`.events.log_line`.
-    :param level: the least serious that is written, one of :data:`LEVELS`.
-    :ivar failed: it was told that the start has failed.
-    :ivar debugging: it writes the steps.
+    :param level: the least serious level to write, one of :data:`LEVELS`.
+    :ivar failed: True after an event ``start-failed``.
+    :ivar debugging: True when it writes steps.
     """
 
     def __init__(self, path: str, form: str = "text", level: str = "INFO") -> None:
@@ -51,7 +51,7 @@ class Log:
             self._write(event.level, event.fields())
 
     def debug(self, message: str, *values: object) -> None:
-        """Write a step; do nothing unless steps are wanted."""
+        """Write a step; cheap when steps are not written."""
         if self.debugging:
             self._write("DEBUG", {"msg": message % values})
 
@@ -61,7 +61,7 @@ class Log:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
-        except OSError as error:  # a full disk is no reason for a guest not to start
+        except OSError as error:  # a full disk must not keep a guest from starting
             print(f"nvdimm-device-model: {self.path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
@@ -75,11 +75,11 @@ def main(
     log_level: str = "INFO",
     mapper: str = "domctl",
 ) -> NoReturn:
-    """Entry point of the script that ``nvdimmctl register`` writes; one of an earlier version leaves options out.
+    """Entry point of the script that ``nvdimmctl register`` writes; a script of an earlier version leaves options out.
 
-    :param argv: as libxl gives it to a device model.
-    :param qemu: what to become when no domain is named.
-    :param mapper: name of the plug-in that maps.
+    :param argv: the command line that libxl gives to a device model.
+    :param qemu: the program to become when the command line has no domid.
+    :param mapper: name of the mapper plug-in.
     """
     domid = _domid(argv)
     if domid is None:
@@ -102,7 +102,7 @@ def main(
 
 
 def _mapper(name: str) -> Mapper:
-    """Return the mapper of that name; make the shipped one without a search, which would take longer than all else."""
+    """Return the mapper of that name; import the driver's own directly: a search takes longer than all the rest."""
     if name == "domctl":
         from nvdimm_driver.xen.domctl import DomctlMapper
 
@@ -124,20 +124,20 @@ def attach(
     restored: bool = False,
     log: Log | None = None,
 ) -> str:
-    """Map what was prepared for the domain, and deliver its ACPI tables.
+    """Map what was prepared for the domain, and deliver its tables.
 
-    :param prepare: prepares a start by the domain's uuid, when no hook has: xl runs none.
+    :param prepare: prepares a start, by the domain's uuid, if no hook has done it: xl runs none.
     :param serve: starts a label server, by state folder, domid and uuid.
-    :param restored: the guest comes out of a saved image: its tables, and its page for a label server, are in the
-        memory that came back, and no firmware runs that would take new ones.
-    :param log: is told each step.
+    :param restored: the guest is restored from a saved image. Its tables, and its page for a label server, are in the
+        restored memory, and no firmware runs that would read new tables.
+    :param log: gets each step.
     :returns: the QEMU to become.
-    :raises NvdimmError: nothing is mapped then, and the reason is in the ledger.
+    :raises NvdimmError: when anything fails; then nothing is mapped, and the reason is in the ledger.
     """
     log = log or Log(os.devnull)
     uuid = mapper.uuid(domid)
     if uuid is None:
-        missing = XenError(f"domid {domid} has no uuid in xenstore", hint="is it a domain that libvirt started?")
+        missing = XenError(f"domid {domid} has no uuid in xenstore", hint="start the domain with libvirt")
         ledger.record_failure("", missing, domid)
         raise missing
     try:
@@ -179,9 +179,9 @@ def attach(
 
 
 def _find_start(uuid: str, domid: int, ledger: Ledger, prepare: Callable[[str], None], log: Log) -> PreparedStart:
-    """Return what was prepared for the domain; prepare it now when no hook has.
+    """Return the prepared start of the domain; prepare it now if no hook has.
 
-    :raises LedgerError: when the domain has its NVDIMMs already.
+    :raises LedgerError: when the domain has its NVDIMMs already, or the ledger has no start after it was prepared.
     """
     start = ledger.find_prepared(uuid)
     if start is None and ledger.has_mapped(uuid, domid):
@@ -194,7 +194,9 @@ def _find_start(uuid: str, domid: int, ledger: Ledger, prepare: Callable[[str], 
         prepare(uuid)
         start = ledger.find_prepared(uuid)
     if start is None:
-        raise LedgerError(f"the start of domain {uuid} was prepared, and is not in the ledger", hint="try again")
+        raise LedgerError(
+            f"the start of domain {uuid} was prepared but is not in the ledger", hint="start the domain again"
+        )
     log.debug("found the prepared start of domain %s, domid %d", start.name, domid)
     return start
 
@@ -211,7 +213,7 @@ def _guard(uuid: str, domid: int, start: PreparedStart, ledger: Ledger, mapper: 
 
 
 def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[int, float]:
-    """Map; return the number of hypercalls and the seconds that took."""
+    """Map the frames; return the number of hypercalls and the seconds that they took."""
     if log.debugging:
         for gfn, mfn, count in start.mappings:
             log.debug("map gfn %#x to mfn %#x, %d frames", gfn, mfn, count)
@@ -241,12 +243,12 @@ def _read(path: str) -> bytes:
 
 
 def _domid(argv: Sequence[str]) -> int | None:
-    """Return the domid that libxl names; None for a run that only prints something."""
+    """Return the domid that libxl gives; None for a run that only prints something."""
     return int(argv[argv.index("-xen-domid") + 1]) if "-xen-domid" in argv else None
 
 
 def _age_ms() -> int:
-    """Return the milliseconds since this process started (proc(5): starttime, in clock ticks since boot)."""
+    """Return the milliseconds since this process began (proc(5): starttime, in clock ticks since boot)."""
     with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
         started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return round((time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1000)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The libxl hook: ``50-nvdimm NAME OPERATION SUBOPERATION EXTRA``, domain XML on stdin (libvirt.org/hooks.html).
 
-libvirt holds the domain's lock while it runs, and shows its stderr to whoever starts the domain when it fails.
+libvirt holds the domain's lock while the hook runs. When it fails, the client that starts the domain gets its stderr.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 
 MARK = b"urn:nvdimm-driver:"
-"""Every rewritten domain XML has it. A domain without it has no NVDIMMs, and nothing is imported for it."""
+"""In every rewritten XML. Other domains are not the driver's: the hook ends before it imports anything for them."""
 
 
 def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
-    """Run one hook operation; return the hook's exit status."""
+    """Run one hook operation; return its exit status."""
     _, name, operation, *_ = [*(sys.argv if argv is None else argv), "", ""]
     if name == "Domain-0" or operation not in ("prepare", "release"):
         return 0
@@ -54,7 +54,7 @@ def _run(operation: str, name: str, xml: str) -> int:
         print(f"nvdimm-driver: {error}", file=sys.stderr)
         return 1
     if fault:
-        # A start that failed in the device model reaches libvirt as libxl's error alone: tell its log why.
+        # libvirt gets only libxl's error for a start that failed in the device model: give its log the reason.
         print(f"nvdimm-driver: domain {name} did not start: {fault}", file=sys.stderr)
         return 1
     return 0

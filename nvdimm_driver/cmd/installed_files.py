@@ -8,17 +8,18 @@ from pathlib import Path
 from nvdimm_driver.errors import ConfigError
 
 MARK = "# written by nvdimm_driver: change its options, not this file"
-"""Each of these files has this line; a file without it belongs to somebody else."""
+"""In each of these files; a file without it belongs to somebody else."""
+NOT_OURS = "nvdimm_driver did not write it"
 
 
 def install(path: Path, text: str, mode: int) -> str:
-    """Write a file, whole or not at all; return what was done.
+    """Write a file atomically; return a line that says what was done.
 
-    :raises ConfigError: when a file that is not ours is in the way.
+    :raises ConfigError: when the path has a file without :data:`MARK`.
     """
     if path.exists():
         if MARK not in path.read_text(encoding="utf-8"):
-            raise ConfigError(f"{path} exists and is not ours", hint="move it away")
+            raise ConfigError(f"{path} exists, and {NOT_OURS}", hint="move it away, and try again")
         if path.read_text(encoding="utf-8") == text:
             return f"unchanged {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,10 +31,10 @@ def install(path: Path, text: str, mode: int) -> str:
 
 
 def remove(path: Path) -> str:
-    """Delete a file that :func:`install` wrote; return what was done."""
+    """Delete a file that :func:`install` has written; return a line that says what was done."""
     if not path.exists():
         return f"not there {path}"
     if MARK not in path.read_text(encoding="utf-8"):
-        return f"left alone, not ours: {path}"
+        return f"left alone {path}: {NOT_OURS}"
     path.unlink()
     return f"removed {path}"

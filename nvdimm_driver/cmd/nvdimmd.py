@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nvdimmd``: a proxy between libvirt's clients and libvirtd, with which NVDIMMs work for every client."""
+"""``nvdimmd``: the proxy between libvirt's clients and libvirtd, which makes NVDIMMs work for every client."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def _serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # read at each use: a new pool is there at once, as it is for the hook
+    # load the options at each use: a new pool works at once, as it does for the hook
     interceptor = Interceptor(lambda: load_driver(conf.load(files)), XmlHooks.from_conf(options))
     rpc = options.rpc
     upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
@@ -71,7 +71,7 @@ async def _serve(
 
 
 def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
-    """Return a function that writes metrics for Prometheus; None when ``textfile`` is not set.
+    """Return the function that writes metrics for Prometheus; None if the operator wants none.
 
     :raises ConfigError: when prometheus_client is not installed.
     """
@@ -83,7 +83,7 @@ def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
 
 
 async def repeat(write: Callable[[], None] | None, seconds: float, stop: asyncio.Event) -> None:
-    """Write metrics at an interval until stopped; log an error when it differs from the last one."""
+    """Write metrics at this interval until `stop`; log an error unless it is the same as the last time."""
     told = ""
     while write and not stop.is_set():
         try:
@@ -102,7 +102,7 @@ def _first(direct: str, usual: str) -> str:
 
 
 def may_write(group: str) -> Callable[[Peer], bool]:
-    """Return a check of who may connect for more than reading: root, and members of a group.
+    """Return the function that admits clients which may write: root, and members of a group.
 
     :raises ConfigError: when there is no such group.
     """
@@ -119,12 +119,15 @@ def may_write(group: str) -> Callable[[Peer], bool]:
 
 @contextmanager
 def sockets(options: cfg.ConfigOpts) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Yield the sockets to serve, the second for clients that only read: systemd's, or our own, removed at the end."""
+    """Yield the sockets to serve, the second for read-only clients: systemd's, or our own, which go at the end.
+
+    :raises ConfigError: when systemd has passed one socket only, or another program serves a path.
+    """
     inherited = activated()
     if inherited:
         if len(inherited) != 2:
             raise ConfigError(
-                "systemd handed over one socket of two", hint="start nvdimmd.socket and nvdimmd-ro.socket"
+                "systemd passed only one of the two sockets", hint="systemctl start nvdimmd.socket nvdimmd-ro.socket"
             )
         with inherited[False] as clients, inherited[True] as readers:
             yield clients, readers
@@ -135,7 +138,7 @@ def sockets(options: cfg.ConfigOpts) -> Iterator[tuple[socket.socket, socket.soc
 
 
 def activated() -> dict[bool, socket.socket]:
-    """Return the sockets that systemd passed (sd_listen_fds(3)); the key True is the one for clients that only read."""
+    """Return the sockets that systemd has passed (sd_listen_fds(3)); the key True is for read-only clients."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
@@ -146,13 +149,15 @@ def activated() -> dict[bool, socket.socket]:
 
 @contextmanager
 def bound(path: str, mode: int, gid: int) -> Iterator[socket.socket]:
-    """Yield a listening socket in the file system; delete it at the end, as a stale one would cut off every client.
+    """Yield a listening socket at a path, and delete it at the end: a stale one would cut off every client.
 
-    :raises ConfigError: when somebody serves it already.
+    :raises ConfigError: when another program serves the path.
     """
     with socket.socket(socket.AF_UNIX) as listener:
         if _is_served(path):
-            raise ConfigError(f"{path} is served by another program", hint="is nvdimmd or virtxend running?")
+            raise ConfigError(
+                f"{path} is served by another program", hint="stop that program, such as virtxend or another nvdimmd"
+            )
         Path(path).unlink(missing_ok=True)
         previous = os.umask(0o777)
         try:
@@ -178,7 +183,7 @@ def _is_served(path: str) -> bool:
 
 
 def notify(state: str) -> None:
-    """Notify systemd (sd_notify(3)); do nothing without systemd."""
+    """Send a state to systemd (sd_notify(3)), if systemd has started this process."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:

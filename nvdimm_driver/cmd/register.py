@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Install the driver into libvirt's libxl driver, and remove it again."""
+"""Install the driver into libvirt's libxl driver, and remove it."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ main(
 
 
 def register(conf: cfg.ConfigOpts) -> Iterator[str]:
-    """Install; yield a line for each thing that was done.
+    """Install the driver; yield a line for each thing that was done.
 
-    :raises ConfigError: when a file that is not ours is in the way, or QEMU is missing.
+    :raises ConfigError: when QEMU is missing, or a file that ``register`` did not write is in the way.
     """
     if not os.access(conf.xen.qemu, os.X_OK):
         raise ConfigError(
@@ -61,7 +61,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         hook = install(script.path, script.text, 0o755)
         yield hook
         if not hook.startswith("unchanged"):
-            yield "restart libvirtd (or virtxend), which looks for hooks when it starts: systemctl restart libvirtd"
+            yield "restart libvirtd (or virtxend), which looks for hooks only at its start: systemctl restart libvirtd"
         yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
         raise ConfigError(f"cannot install: {error}", hint="run as root") from error
@@ -70,7 +70,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
 def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
     """Remove what :func:`register` installed; yield a line for each thing that was done.
 
-    :param running: names of the domains with NVDIMMs that run.
+    :param running: names of the running domains with NVDIMMs.
     :raises InUseError: while a domain with NVDIMMs runs: its reboot would fail.
     """
     if running:
@@ -89,7 +89,7 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
 
 
 def registered_state_dir(conf: cfg.ConfigOpts) -> str:
-    """Return the state folder that the registered device model uses; the configured one when none is registered."""
+    """Return the state folder of the registered device model; the configured one if none is registered."""
     try:
         text = Path(conf.xen.device_model).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -103,13 +103,13 @@ def _ledger(conf: cfg.ConfigOpts) -> str:
 
 
 def libvirt_hook(conf: cfg.ConfigOpts) -> Script:
-    """Return the hook script that :func:`register` installs."""
+    """Return the hook that :func:`register` installs."""
     path = Path(conf.libvirt.hooks_dir) / "libxl.d" / HOOK_NAME
     return Script("hook", path, HOOK.format(python=sys.executable, mark=MARK), MARK)
 
 
 def device_model(conf: cfg.ConfigOpts) -> Script:
-    """Return the device-model script that :func:`register` installs."""
+    """Return the device model that :func:`register` installs."""
     text = DEVICE_MODEL.format(
         python=sys.executable,
         mark=MARK,

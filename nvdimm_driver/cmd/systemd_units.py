@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvdimmd as a systemd service: its units, and how they are installed and removed."""
+"""The systemd units of nvdimmd: their texts, their installation and their removal."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nvdimm_driver.errors import ConfigError
 BOOTED = Path("/run/systemd/system")
 """Exists when systemd is the init system (sd_booted(3))."""
 PACKAGED = Path("/usr/lib/systemd/system")
-"""The folder of a package's units; units in the operator's folder override them (systemd.unit(5))."""
+"""The folder of packages' units; those in the operator's folder override them (systemd.unit(5))."""
 UNITS = {
     "nvdimmd.socket": """\
 {mark}
 [Unit]
-Description=libvirt clients of Xen domains with NVDIMMs
+Description=Socket for libvirt clients of Xen domains with NVDIMMs
 
 [Socket]
 ListenStream={socket}
@@ -35,7 +35,7 @@ WantedBy=sockets.target
     "nvdimmd-ro.socket": """\
 {mark}
 [Unit]
-Description=libvirt clients of Xen domains with NVDIMMs, read-only
+Description=Socket for libvirt clients of Xen domains with NVDIMMs, read-only
 BindsTo=nvdimmd.socket
 After=nvdimmd.socket
 
@@ -51,7 +51,7 @@ WantedBy=sockets.target
     "nvdimmd.service": """\
 {mark}
 [Unit]
-Description=NVDIMMs for Xen domains: between libvirt clients and libvirtd
+Description=Proxy between libvirt clients and libvirtd for Xen domains with NVDIMMs
 Wants={libvirt}.socket
 After={libvirt}.socket {libvirt}-ro.socket local-fs.target
 Requires=nvdimmd.socket nvdimmd-ro.socket
@@ -63,8 +63,8 @@ SyslogIdentifier=nvdimmd
 Restart=always
 RestartSec=1
 LimitNOFILE=16384
-# It writes files on whatever file systems the operator has for NVDIMMs, makes them immutable (LINUX_IMMUTABLE), reads
-# the page tables (SYS_ADMIN), locks pages (IPC_LOCK), and starts a QEMU as nobody (SETUID, SETGID, SETPCAP) and ends it
+# It writes files on any file system that the operator uses for NVDIMMs, makes them immutable (LINUX_IMMUTABLE), reads
+# page tables (SYS_ADMIN), locks pages (IPC_LOCK), and starts a QEMU as nobody (SETUID, SETGID, SETPCAP) and kills it
 # (KILL).
 CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_IPC_LOCK CAP_KILL
 CapabilityBoundingSet=CAP_LINUX_IMMUTABLE
@@ -89,9 +89,9 @@ UMask=0077
 """,
 }
 MODULAR = "virtxend"
-"""libvirt's modular daemon for Xen: when it is enabled, its sockets occupy the paths that ours need."""
+"""libvirt's modular daemon for Xen. If it is enabled, its sockets have the paths that nvdimmd's need."""
 MOVED = {"virtxend.socket": "libvirt_direct_socket", "virtxend-ro.socket": "libvirt_direct_socket_ro"}
-"""The sockets of that daemon, and the options that say where they are moved."""
+"""The socket units of the modular daemon, each with the option that has its new path."""
 DROP_IN = """\
 {mark}
 [Socket]
@@ -99,7 +99,8 @@ ListenStream=
 ListenStream={path}
 """
 DEFAULT_URI = (
-    "clients that name no URI go past nvdimmd: virsh -c xen:///system, or uri_default in /etc/libvirt/libvirt.conf"
+    "clients that name no URI bypass nvdimmd: use virsh -c xen:///system, or write "
+    'uri_default = "xen:///system" into /etc/libvirt/libvirt.conf'
 )
 
 
@@ -115,13 +116,13 @@ def texts(conf: cfg.ConfigOpts, python: str, libvirt: str) -> dict[str, str]:
 
 
 def enable(conf: cfg.ConfigOpts, python: str) -> Iterator[str]:
-    """Install the units, unless a package installed the same, and start them; yield a line for each thing done.
+    """Install the units, unless a package has the same, and start them; yield a line for each thing that was done.
 
     :param python: the interpreter to run nvdimmd with.
-    :raises ConfigError: when systemctl fails; the units are removed again then.
+    :raises ConfigError: when systemctl fails; then the units are removed again.
     """
     if not BOOTED.is_dir():
-        yield f"no systemd here: for plain virsh, run '{python} -I -m nvdimm_driver.cmd.nvdimmd' as a service"
+        yield f"no systemd on this host: run '{python} -I -m nvdimm_driver.cmd.nvdimmd' as a service"
         return
     folder = Path(conf.rpc.unit_dir)
     modular = _is("enabled", f"{MODULAR}.socket")
@@ -147,9 +148,9 @@ def enable(conf: cfg.ConfigOpts, python: str) -> Iterator[str]:
 
 
 def disable(conf: cfg.ConfigOpts) -> Iterator[str]:
-    """Stop the units and remove those that are not a package's; yield a line for each thing done.
+    """Stop the units and remove those that no package has installed; yield a line for each thing that was done.
 
-    :raises ConfigError: when systemctl fails; what is left goes when it is repeated.
+    :raises ConfigError: when systemctl fails; repeat it to remove what is left.
     """
     folder = Path(conf.rpc.unit_dir)
     drop_ins = [path for path in (_drop_in(folder, unit) for unit in MOVED) if path.exists()]
@@ -165,10 +166,11 @@ def disable(conf: cfg.ConfigOpts) -> Iterator[str]:
 
 
 def place(path: Path, packaged: Path, text: str) -> str:
-    """Make systemd find a unit with this text; return what was done.
+    """Make systemd find a unit with this text; return a line that says what was done.
 
-    :param path: in the operator's folder: nothing is left there when the package's says the same.
-    :raises ConfigError: when a file that is not ours is in the way.
+    :param path: path in the operator's folder; no file stays there if the packaged unit has the same text.
+    :param packaged: path of the packaged unit, which may not exist.
+    :raises ConfigError: when `path` has a file that nvdimm_driver did not write.
     """
     is_packaged = packaged.exists() and packaged.read_text(encoding="utf-8") == text
     if is_packaged and not path.exists():
@@ -178,15 +180,16 @@ def place(path: Path, packaged: Path, text: str) -> str:
 
 
 def is_enabled() -> bool | None:
-    """Return whether nvdimmd starts at boot; None on a host without systemd."""
+    """Return True when systemd starts nvdimmd at boot; None on a host without systemd."""
     return _is("enabled", "nvdimmd.socket") if BOOTED.is_dir() else None
 
 
 def _reload(modular: bool) -> None:
-    """Make systemd reload the units.
+    """Make systemd read the units again.
 
-    :param modular: where the modular daemon listens has changed. A running one would keep systemd from opening its
-        sockets, and what systemd deletes when it closes them is what its units say then.
+    :param modular: the paths of the modular daemon's sockets have changed. It stops before the reload: a running daemon
+        would keep systemd from opening the sockets, and when systemd closes them, it deletes the paths that their
+        units have at that moment.
     """
     units = [*MOVED]
     if modular:
@@ -210,5 +213,5 @@ def _systemctl(*arguments: str) -> None:
     done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(
-            f"'systemctl {' '.join(arguments)}' failed: {done.stderr.strip()}", hint="'journalctl -xe' says more"
+            f"'systemctl {' '.join(arguments)}' failed: {done.stderr.strip()}", hint="'journalctl -xe' has the details"
         )

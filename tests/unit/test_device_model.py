@@ -41,7 +41,7 @@ def driver(tmp_path: Path, mapper: RecordingMapper) -> XenNvdimmDriver:
 
 
 def no_server(state_dir: str, domid: int, uuid: str) -> None:
-    raise AssertionError("none is needed")
+    raise AssertionError("this guest needs no label server")
 
 
 def fault(driver: XenNvdimmDriver) -> str:
@@ -148,7 +148,7 @@ def test_missing_tables_are_an_error_with_their_path(
 def test_a_guest_with_labels_gets_its_page_and_a_label_server(
     tmp_path: Path, mapper: RecordingMapper, restored: bool
 ) -> None:
-    """A restored one has its page. The ledger tells whether the labels are those the guest was started with."""
+    """A restored guest has its page already. The ledger records the labels that the guest was started with."""
     driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
     labelled = domain(A, label_size=MIB)
     driver.define(labelled)
@@ -187,7 +187,7 @@ def test_without_its_label_server_a_guest_does_not_start(tmp_path: Path, mapper:
 
 
 def test_a_run_without_a_domain_becomes_qemu(tmp_path: Path) -> None:
-    """libvirt asks the emulator for -help; no ledger is needed for that."""
+    """libvirt runs the emulator with -help, which needs no ledger."""
     script = (
         "from nvdimm_driver.cmd.device_model import main\n"
         f"main(['nvdimm-device-model', 'hello'], state_dir='/nonexistent', log_file={str(tmp_path / 'log')!r}, "
@@ -198,7 +198,7 @@ def test_a_run_without_a_domain_becomes_qemu(tmp_path: Path) -> None:
 
 
 def test_it_imports_little() -> None:
-    """Of what takes long to import, nothing (the whole of it is to start in less than three bare interpreters)."""
+    """Nothing that is slow to import: the program has to start in less time than three bare interpreters."""
     script = (
         "import sys; before = set(sys.modules)\n"
         "import nvdimm_driver.cmd.device_model, nvdimm_driver.xen.domctl\n"
@@ -212,7 +212,7 @@ def test_it_imports_little() -> None:
 def test_a_guest_whose_label_server_was_killed_gets_another(
     tmp_path: Path, mapper: RecordingMapper, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not one that has its own. Here there is no Xen: that is logged, and no error of whoever looks."""
+    """A guest that has a server gets no other. There is no Xen here: that is logged and raises nothing."""
     driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
     labelled = domain(A, label_size=MIB)
     driver.define(labelled)

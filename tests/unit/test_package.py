@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package says twice is the same, and its completion knows which commands take a domain."""
+"""Texts that the package repeats are the same, and its completion knows which commands take a domain."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ def test_a_unit_of_other_options_goes_when_the_package_has_what_is_wanted(tmp_pa
     assert systemd_units.place(own, theirs, f"{MARK}\ndefault\n") == f"removed {own}"
     assert not own.exists()
     own.write_text("somebody else's\n")
-    with pytest.raises(ConfigError, match="is not ours"):
+    with pytest.raises(ConfigError, match="nvdimm_driver did not write it"):
         systemd_units.place(own, theirs, f"{MARK}\ndefault\n")

@@ -71,7 +71,7 @@ def test_somebody_elses_file_is_not_overwritten(options: cfg.ConfigOpts, tmp_pat
     other = tmp_path / "libexec/dm"
     other.parent.mkdir()
     other.write_text("#!/bin/sh\n")
-    with pytest.raises(ConfigError, match=f"{other} exists and is not ours"):
+    with pytest.raises(ConfigError, match=f"{other} exists, and nvdimm_driver did not write it"):
         list(register(options))
     assert other.read_text() == "#!/bin/sh\n"
 
