@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All checks of a host, in the order in which an operator fixes it: from the machine up to the domains."""
+"""All checks of a host, in the order in which an operator repairs it: from the machine up to the domains."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Check = tuple[str, Callable[[], Finding | Iterable[Finding]]]
 
 @dataclass(frozen=True)
 class Installed:
-    """The files that registering installs.
+    """The files and units that ``nvdimmctl register`` installs.
 
-    :ivar hook: for libvirt.
-    :ivar enabled: nvdimmd is started at boot; None on a host without systemd.
+    :ivar hook: libvirt's hook.
+    :ivar enabled: True when systemd starts nvdimmd at boot; None on a host without systemd.
     """
 
     hook: programs.Script
@@ -52,7 +52,7 @@ def examine(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Finding]:
 
 
 def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
-    """Yield each check, with the name under which its failure is reported."""
+    """Yield all checks, each with the name that its finding has when the check cannot be done."""
     yield "plug-ins", lambda: _plugins(conf)
     yield "Xen", hypervisor.check
     yield "namespaces", pmem.check_namespaces
@@ -74,7 +74,7 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
 
 
 def _plugins(conf: cfg.ConfigOpts) -> Finding:
-    """Check that the driver and the XML hooks which the options name are there."""
+    """Check that the driver and the XML hooks that the options name can be loaded, and every backing."""
     driver_class(conf)
     XmlHooks.from_conf(conf)
     hooks = ", ".join(conf.xml_hooks) or "none"
@@ -95,7 +95,7 @@ def _pools(conf: cfg.ConfigOpts) -> Iterator[Finding]:
 
 
 def _builder(conf: cfg.ConfigOpts) -> AcpiBuilder:
-    """Return the configured builder without its cache, to find out whether QEMU builds tables now."""
+    """Return the configured builder, without its cache: the check is that QEMU gives tables now."""
     if conf.acpi.builder == "qemu":
         return QemuAcpiBuilder(conf.acpi.qemu)
     builder: AcpiBuilder = plugin_loader.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf)

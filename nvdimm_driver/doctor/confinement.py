@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AppArmor and SELinux: do they let libvirt's daemon run the hook and the device model?"""
+"""AppArmor and SELinux: check that libvirt's daemon may run the hook and the device model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nvdimm_driver.doctor.finding import Finding, noted, passed, warned
 
 DAEMONS = ("virtxend", "libvirtd")
 _STARTTIME = 19
-"""Behind the name in /proc/PID/stat: in clock ticks since boot (proc(5))."""
+"""Index of the start time among the fields after the name in /proc/PID/stat: clock ticks since boot (proc(5))."""
 _EXECUTABLE = (
     "/bin",
     "/sbin",
@@ -28,10 +28,10 @@ _EXECUTABLE = (
 
 @dataclass(frozen=True)
 class Daemon:
-    """libvirt's daemon, while it runs.
+    """libvirt's running daemon.
 
-    :ivar started: seconds since the epoch.
-    :ivar label: that the security module has put on it, such as ``libvirtd (enforce)``.
+    :ivar started: start time, in seconds since the epoch.
+    :ivar label: its label in the security module, such as ``libvirtd (enforce)``.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Daemon:
 
 
 def find_daemon(proc: Path = Path("/proc")) -> Daemon | None:
-    """Return the running daemon that has the libxl driver; prefer the modular one."""
+    """Return the running daemon that has the libxl driver, the modular one first; None if there is none."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     found = {}
     for folder in proc.glob("[0-9]*"):
         name = _text(folder / "comm")
-        fields = _text(folder / "stat").rpartition(")")[2].split()  # none when it has just ended
+        fields = _text(folder / "stat").rpartition(")")[2].split()  # none when the process has just ended
         if name in DAEMONS and len(fields) > _STARTTIME:
             started = booted + int(fields[_STARTTIME]) / os.sysconf("SC_CLK_TCK")
             found[name] = Daemon(name, started, _text(folder / "attr/current"))
@@ -58,9 +58,15 @@ def check_apparmor(daemon: Daemon | None, device_model: str, root: Path = Path("
     if _text(root / "sys/module/apparmor/parameters/enabled") != "Y":
         return passed(check, "is off")
     if daemon is None:
-        return noted(check, "is on; libvirt's daemon does not run, so that its profile cannot be told", "start it")
+        return noted(
+            check,
+            "is on; libvirt's daemon does not run, so its profile is unknown",
+            "start it: systemctl start libvirtd (or virtxend)",
+        )
     if not daemon.label:
-        return noted(check, f"is on, and does not say whether it confines {daemon.name}", "run as root")
+        return noted(
+            check, f"is on; the label of {daemon.name} cannot be read, so its profile is unknown", "run as root"
+        )
     if not daemon.label.endswith("(enforce)"):
         return passed(check, f"does not confine {daemon.name}: {daemon.label}")
     profile = f"usr.sbin.{daemon.name}"
@@ -68,17 +74,17 @@ def check_apparmor(daemon: Daemon | None, device_model: str, root: Path = Path("
     rules = "\n".join(_rules(path) for path in (folder / profile, folder / "local" / profile))
     missing = missing_rules(rules, device_model)
     if not missing:
-        return passed(check, f"confines {daemon.name}, and its profile allows what is needed")
+        return passed(check, f"confines {daemon.name}, and the profile allows what the driver needs")
     return warned(
         check,
-        f"confines {daemon.name}, whose profile does not have: {' '.join(missing)}",
-        f"add it to /etc/apparmor.d/local/{profile}, apparmor_parser -r /etc/apparmor.d/{profile}, and restart "
-        f"{daemon.name}",
+        f"confines {daemon.name}, and the profile lacks: {' '.join(missing)}",
+        f"add that to /etc/apparmor.d/local/{profile}; then: apparmor_parser -r /etc/apparmor.d/{profile} && "
+        f"systemctl restart {daemon.name}",
     )
 
 
 def missing_rules(rules: str, device_model: str) -> list[str]:
-    """Return the rules that a profile lacks, as lines to add."""
+    """Return the rules that the driver needs and a profile lacks, as lines to add."""
     missing = []
     if not re.search(r"^\s*capability\s*(?:[^,]*\blinux_immutable\b[^,]*)?,", rules, re.MULTILINE):
         missing.append("capability linux_immutable,")
@@ -88,15 +94,15 @@ def missing_rules(rules: str, device_model: str) -> list[str]:
 
 
 def check_selinux(root: Path = Path("/")) -> Finding:
-    """Check SELinux, for which no policy is shipped."""
+    """Check that SELinux is not enforcing: the driver has no policy for it."""
     enforcing = _text(root / "sys/fs/selinux/enforce")
     if enforcing != "1":
         return passed("SELinux", "is permissive" if enforcing == "0" else "is off")
     return warned(
         "SELinux",
         "is enforcing, and the driver has no policy for it",
-        "when a start fails, 'ausearch -m avc -ts recent' tells what was denied, and 'audit2allow -M nvdimm' makes a "
-        "policy of it",
+        "if a start fails, 'ausearch -m avc -ts recent' lists what was denied, and 'audit2allow -M nvdimm' makes a "
+        "policy from that list",
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a file system that is mounted with DAX use it?"""
+"""Check that a file system really uses DAX."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _ATTRIBUTES = struct.Struct("=8xQ")  # struct statx (include/uapi/linux/stat.h):
 def has_dax(folder: str) -> bool:
     """Return True when a new file in the folder is in persistent memory itself, not in the page cache (statx(2)).
 
-    A mount with ``-o dax`` does not say that. The file has no name, and is gone when this returns.
+    The mount option ``-o dax`` does not prove that. The file has no name, and is gone when this returns.
 
-    :raises OSError: when none can be made.
+    :raises OSError: when no file can be made.
     """
     fd = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
     try:

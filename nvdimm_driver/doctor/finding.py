@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings of the checks of a host."""
+"""The finding of a check of the host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nvdimm_driver.errors import NvdimmError
 
 
 class Result(StrEnum):
-    """The results of virt-host-validate; a NOTE is neither good nor bad."""
+    """The result of a check, named as by virt-host-validate; a NOTE is neither good nor bad."""
 
     PASS = "PASS"
     NOTE = "NOTE"
@@ -20,10 +20,10 @@ class Result(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding.
+    """The finding of one check.
 
-    :ivar check: what.
-    :ivar message: how it is.
+    :ivar check: name of the check.
+    :ivar message: the state of what was checked.
     :ivar hint: what to do about it; may be empty.
     """
 
@@ -34,27 +34,27 @@ class Finding:
 
 
 def passed(check: str, message: str) -> Finding:
-    """Return a finding for something that is as it should be."""
+    """Return a PASS: it is as it should be."""
     return Finding(check, Result.PASS, message)
 
 
 def noted(check: str, message: str, hint: str = "") -> Finding:
-    """Return a finding that is neither good nor bad."""
+    """Return a NOTE: it is good to know."""
     return Finding(check, Result.NOTE, message, hint)
 
 
 def warned(check: str, message: str, hint: str = "") -> Finding:
-    """Return a finding for something that works with limits, or may fail."""
+    """Return a WARN: it works, but not as well as it could, or it may fail later."""
     return Finding(check, Result.WARN, message, hint)
 
 
 def failed(check: str, message: str, hint: str = "") -> Finding:
-    """Return a finding for something that keeps domains with NVDIMMs from working."""
+    """Return a FAIL: domains with NVDIMMs cannot work like this."""
     return Finding(check, Result.FAIL, message, hint)
 
 
 def could_not(check: str, error: NvdimmError | OSError) -> Finding:
-    """Return a finding for a check that failed with this error."""
+    """Return a FAIL for a check that could not be done because of this error."""
     if isinstance(error, NvdimmError):
         return failed(check, error.message, error.hint)
     return failed(check, str(error), "run as root" if isinstance(error, PermissionError) else "")

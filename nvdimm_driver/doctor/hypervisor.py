@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of Xen and dom0."""
+"""Check Xen, and dom0."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FALSE = ("0", "no", "off", "false", "disable")  # xen/common/kernel.c:parse_boo
 
 @dataclass(frozen=True)
 class Hypervisor:
-    """Facts that Xen reports about itself.
+    """What Xen reports about itself.
 
-    :ivar capabilities: of the platform, XEN_SYSCTL_PHYSCAP_* of xen/include/public/sysctl.h.
-    :ivar command_line: that it was booted with.
+    :ivar capabilities: the platform's, XEN_SYSCTL_PHYSCAP_* of xen/include/public/sysctl.h.
+    :ivar command_line: Xen's command line at boot.
     """
 
     version: str
@@ -28,16 +28,16 @@ class Hypervisor:
 
 
 def check(root: Path = Path("/")) -> Iterator[Finding]:
-    """Check Xen and dom0.
+    """Run all checks of Xen and dom0.
 
-    :param root: where ``sys``, ``proc``, ``dev`` and ``usr`` are.
+    :param root: folder that has ``sys``, ``proc``, ``dev`` and ``usr``.
     """
     try:
         version = running_version(str(root))
     except (XenError, OSError) as error:
         yield could_not("Xen", error)
         for name in ("dom0", "memory type", "toolstack library", "HAP", "mmio-relax"):
-            yield failed(name, "cannot be told without Xen")
+            yield failed(name, "cannot be checked without Xen")
         return
     yield passed("Xen", f"version {version}")
     kind = _text(root / "sys/hypervisor/guest_type")
@@ -49,64 +49,63 @@ def check(root: Path = Path("/")) -> Iterator[Finding]:
     except XenError as error:
         yield could_not("toolstack library", error)
         for name in ("HAP", "mmio-relax"):
-            yield failed(name, "cannot be told without the toolstack library")
+            yield failed(name, "cannot be checked without the toolstack library")
         return
-    yield passed("toolstack library", f"libxenctrl.so.{version} is the one of the Xen that runs")
+    yield passed("toolstack library", f"libxenctrl.so.{version} is that of the running Xen")
     yield check_hap(found)
     yield check_mmio_relax(found, kind)
 
 
 def check_dom0(capabilities: str, kind: str) -> Finding:
-    """Check that this is dom0, and tell which kind.
+    """Check that this is dom0, and report its kind.
 
-    :param capabilities: /proc/xen/capabilities; empty when it is not there.
-    :param kind: /sys/hypervisor/guest_type.
+    :param capabilities: content of /proc/xen/capabilities; empty if that does not exist.
+    :param kind: content of /sys/hypervisor/guest_type.
     """
     if "control_d" not in capabilities.split():
         return failed(
             "dom0",
             "this is not dom0: /proc/xen/capabilities has no control_d",
-            "run it in dom0; if it is there, mount -t xenfs xenfs /proc/xen",
+            "run nvdimmctl in dom0; if this is dom0: mount -t xenfs xenfs /proc/xen",
         )
     return passed("dom0", f"{kind or 'of unknown kind'}")
 
 
 def check_hap(xen: Hypervisor) -> Finding:
-    """Check for hardware assisted paging, into whose page tables NVDIMMs are mapped."""
+    """Check for hardware assisted paging: NVDIMMs are mapped into the second level of page tables."""
     if xen.capabilities & HAP:
-        return passed("HAP", "hardware assisted paging is there")
+        return passed("HAP", "hardware assisted paging is available")
     return failed(
         "HAP",
         "Xen has no hardware assisted paging",
-        "turn on EPT (Intel) or NPT (AMD) in the firmware, and take hap=0 off Xen's command line",
+        "turn on EPT (Intel) or NPT (AMD) in the firmware, and remove hap=0 from Xen's command line",
     )
 
 
 def check_memory_type() -> Finding:
-    """Report the memory type of mapped NVDIMMs. Stock Xen honours no pinned type, and no Xen says whether it does."""
+    """Report the memory type of guests' NVDIMMs. Xen does not say if it honours a pinned type; stock Xen does not."""
     return warned(
         "memory type",
-        "stock Xen (4.7 and later) maps NVDIMMs uncacheable into guests: their accesses are correct and durable, and "
-        "slow",
-        "nothing to be done on this host; the driver asks Xen for write-back, which only a changed Xen grants",
+        "stock Xen (4.7 and later) maps NVDIMMs uncacheable into guests: accesses are correct and durable, but slow",
+        "nothing to do on this host: the driver asks Xen for write-back, which only a modified Xen grants",
     )
 
 
 def check_mmio_relax(xen: Hypervisor, kind: str) -> Finding:
-    """Report how dom0 itself maps persistent memory (xen/arch/x86/mm.c:get_page_from_l1e)."""
+    """Check that dom0's own mappings of persistent memory can be cached (xen/arch/x86/mm.c:get_page_from_l1e)."""
     if kind != "PV":
         return noted("mmio-relax", f"makes no difference to a dom0 that is {kind or 'of unknown kind'}")
     if has_mmio_relax(xen.command_line):
         return passed("mmio-relax", "on: dom0's own mappings of persistent memory can be cached")
     return noted(
         "mmio-relax",
-        "off: a PV dom0 maps persistent memory uncacheable, and writes zeros to new NVDIMMs slowly",
-        "put mmio-relax on Xen's command line (GRUB_CMDLINE_XEN) and reboot; guests are as before",
+        "off: a PV dom0 maps persistent memory uncacheable, and so writes zeros to new NVDIMMs slowly",
+        "add mmio-relax to Xen's command line (GRUB_CMDLINE_XEN) and reboot; it makes no difference to guests",
     )
 
 
 def has_mmio_relax(command_line: str) -> bool:
-    """Return whether the option is on; the last one on the command line counts."""
+    """Return True when the option is on; the last one on the command line counts."""
     on = False
     for word in command_line.split():
         name, _, value = word.partition("=")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the ledger against Xen and against the backings."""
+"""Check the ledger against Xen and against the backings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _XEN, _BACKINGS, _SERVERS = "ledger, Xen", "ledger, backings", "label servers"
 def check(
     path: Path, backings: Sequence[Backing], mapper: Mapper, label_server: Callable[[str], bool]
 ) -> Iterator[Finding]:
-    """Check that the ledger can be read, and agrees with Xen and the backings.
+    """Check that the ledger can be read, and that it is right.
 
-    :param path: of the ledger.
-    :param label_server: whether the domain of that uuid has one that runs.
+    :param path: path of the ledger.
+    :param label_server: returns True when the label server of the domain with that uuid runs.
     """
     if not path.exists():
         yield failed("ledger", f"there is no {path}", "'nvdimmctl register' makes it")
@@ -41,7 +41,7 @@ def check(
             yield from check_label_servers(records, label_server)
             return
     for name in (_XEN, _BACKINGS, _SERVERS):
-        yield failed(name, "cannot be told without the ledger")
+        yield failed(name, "cannot be checked without the ledger")
 
 
 def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]:
@@ -59,30 +59,30 @@ def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]
     for record, domid in gone:
         yield warned(
             _XEN,
-            f"domain {record.name} runs as domid {domid} by the ledger, and Xen does not have it",
-            "'nvdimmctl list' puts away what is left of it",
+            f"domain {record.name} runs as domid {domid} according to the ledger, but Xen does not have it",
+            "'nvdimmctl list' cleans up what is left of it",
         )
     if not gone:
-        yield passed(_XEN, f"{len(running)} domains run, by both")
+        yield passed(_XEN, f"{len(running)} domains run, according to both")
 
 
 def check_backings(records: Sequence[Record], backings: Sequence[Backing]) -> Iterator[Finding]:
-    """Check that each NVDIMM's backing exists, is fit, and is the one that was provisioned."""
+    """Check that each NVDIMM's backing exists, is usable, and is the one that was provisioned."""
     found = [(record, item) for record in records for item in record.allocations]
     wrong = [finding for record, item in found if (finding := check_backing(record, item, backings))]
     yield from wrong
     if not wrong:
-        yield passed(_BACKINGS, f"{len(found)} NVDIMMs are where the ledger has them")
+        yield passed(_BACKINGS, f"{len(found)} NVDIMMs have the backings that the ledger records")
 
 
 def check_backing(record: Record, item: Allocation, backings: Sequence[Backing]) -> Finding | None:
-    """Return a finding for the backing of one NVDIMM; None when nothing is wrong."""
+    """Return what is wrong with the backing of an NVDIMM; None when nothing is."""
     path = item.spec.path
     if item.identity is None:
         return warned(
             _BACKINGS,
-            f"domain {record.name}: {path} is being written ({item.written}%), or that was interrupted",
-            "if nobody is at it, define the domain once more",
+            f"domain {record.name}: {path} is being written ({item.written}% done), or that was interrupted",
+            "if no define is running, define the domain again",
         )
     try:
         check_identity(path, backing_of(backings, path).locate(item.spec).identity, item.identity)
@@ -98,4 +98,4 @@ def check_label_servers(records: Sequence[Record], label_server: Callable[[str],
     for record in gone:
         yield warned(_SERVERS, f"domain {record.name}: its label server is gone", "'nvdimmctl list' starts another")
     if not gone:
-        yield passed(_SERVERS, f"{len(served)} guests have one, and none lacks it")
+        yield passed(_SERVERS, f"{len(served)} guests need one and have it")

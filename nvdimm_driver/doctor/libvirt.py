@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of libvirt's daemon and of nvdimmd, made as a client makes calls."""
+"""Check libvirt's daemon, and nvdimmd in front of it, as a client of theirs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nvdimm_driver.rpc.xdr import LibvirtError, Packer, RemoteError, Unpacker
 
 URI = "xen:///system"
 TIMEOUT = 30.0
-"""Seconds to wait for an answer; libvirtd and a socket-activated nvdimmd may have to start first."""
+"""Seconds to wait for an answer: libvirtd, and an nvdimmd that its socket starts, may have to start first."""
 _RECEIVE = 65536
 
 _DOMAIN = """<domain type='xen'>
@@ -31,16 +31,16 @@ _NVDIMM = (
 )
 _TABLE = "<acpi><table type='{}'>/nvdimmctl-doctor</table></acpi>"
 _TABLE_TYPES = ("rawset", "slic")
-"""libvirt's names for the tables that libxl passes with ``acpi_firmware``, the newer name first."""
+"""libvirt's names for the tables that libxl gives a guest by ``acpi_firmware``, the newer name first."""
 
 
 class Connection:
     """A connection to a libvirt daemon's socket, with ``xen:///system`` open.
 
     :param timeout: seconds for each answer.
-    :raises OSError: also when nobody answers in time.
+    :raises OSError: when it cannot connect, or gets no answer in time.
     :raises LibvirtError: with the daemon's reason.
-    :raises ProtocolError: when what answers is not libvirt.
+    :raises ProtocolError: when the answer is not libvirt's protocol.
     """
 
     def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
@@ -50,7 +50,7 @@ class Connection:
         self._socket.settimeout(timeout)
         try:
             self._socket.connect(path)
-            # whom it lets in without a password it tells here; nothing else is answered before
+            # the daemon lists the authentication methods, none among them; it answers no other call before this
             self.call(Procedure.AUTH_LIST)
             self.call(Procedure.CONNECT_OPEN, bytes(Packer().optional_string(URI).uint32(0)))
         except BaseException:
@@ -70,17 +70,17 @@ class Connection:
         self.close()
 
     def version(self) -> tuple[int, int, int]:
-        """Return libvirt's version."""
+        """Return libvirt's version: major, minor, release."""
         number = Unpacker(self.call(Procedure.CONNECT_GET_LIB_VERSION)).uint64()
         return number // 1_000_000, number // 1000 % 1000, number % 1000
 
     def to_native(self, xml: str) -> str:
-        """Return the xl configuration of a domain. Nothing is defined."""
+        """Return xl's configuration for a domain XML. Nothing is defined."""
         arguments = bytes(Packer().string("xen-xl").string(xml).uint32(0))
         return Unpacker(self.call(Procedure.CONNECT_DOMAIN_XML_TO_NATIVE, arguments)).string()
 
     def call(self, procedure: int, payload: bytes = b"") -> bytes:
-        """Make a call and return the reply."""
+        """Make a call; return the payload of its reply."""
         self._serial += 1
         header = wire.Header(wire.PROGRAM, wire.VERSION, procedure, wire.CALL, self._serial, wire.OK)
         self._socket.sendall(wire.pack(header, payload))
@@ -96,27 +96,29 @@ class Connection:
         while (message := self._reader.next_message()) is None:
             data = self._socket.recv(_RECEIVE)
             if not data:
-                raise ConnectionResetError("the connection was closed")
+                raise ConnectionResetError("the daemon closed the connection")
             self._reader.receive(data)
         return message
 
 
 def check_libvirt(path: str) -> Iterator[Finding]:
-    """Check libvirt's daemon: its libxl driver, its version, and the ACPI tables that it takes from users.
+    """Check that libvirt's daemon has the libxl driver; report its version, and the ACPI tables it takes from users.
 
-    :param path: of its socket.
+    :param path: path of its socket.
     """
     try:
         with Connection(path) as connection:
             yield passed("libvirt", f"{'.'.join(map(str, connection.version()))}, with its Xen driver")
             yield check_table_type(connection)
     except (OSError, LibvirtError, ProtocolError) as error:
-        yield _unreachable("libvirt", path, error, "start libvirtd (or virtxend), with its driver for Xen")
-        yield failed("ACPI table type", "cannot be told without libvirt")
+        yield _unreachable(
+            "libvirt", path, error, "install libvirt's Xen driver, and run: systemctl start libvirtd (or virtxend)"
+        )
+        yield failed("ACPI table type", "cannot be checked without libvirt")
 
 
 def check_table_type(connection: Connection) -> Finding:
-    """Report the name by which libvirt takes a guest's own ACPI tables; the driver's do not go through libvirt."""
+    """Report the type that libvirt gives to a guest's own ACPI tables; the driver's do not go through libvirt."""
     check = "ACPI table type"
     for name in _TABLE_TYPES:
         try:
@@ -126,39 +128,39 @@ def check_table_type(connection: Connection) -> Finding:
         if "acpi_firmware" in config:
             return noted(
                 check,
-                f"libvirt takes a guest's own tables as <os><acpi><table type='{name}'>; those of NVDIMMs are put "
-                "with them by the device model",
+                f"libvirt takes a guest's own tables as <os><acpi><table type='{name}'>; the device model adds those "
+                "of NVDIMMs",
             )
-    return noted(check, "libvirt takes no tables of a guest's own; those of NVDIMMs do not need that")
+    return noted(check, "libvirt takes no tables of a guest's own; those of NVDIMMs do not go through libvirt")
 
 
 def check_nvdimmd(path: str, device_model: str, timeout: float = TIMEOUT) -> Finding:
     """Check that nvdimmd answers clients and rewrites a domain with an NVDIMM. Nothing is defined.
 
-    :param path: of its socket.
+    :param path: path of its socket.
     """
-    hint = "systemctl start nvdimmd.socket; 'nvdimmctl register' installs it; journalctl -u nvdimmd"
+    hint = "systemctl start nvdimmd.socket; 'nvdimmctl register' installs it, 'journalctl -u nvdimmd' has its log"
     try:
         with Connection(path, timeout) as connection:
             config = connection.to_native(_DOMAIN.format(table="", devices=_NVDIMM))
     except (OSError, LibvirtError, ProtocolError) as error:
         return _unreachable("nvdimmd", path, error, hint)
     if device_model not in config:
-        return failed("nvdimmd", f"{path} is served, and not by nvdimmd: NVDIMMs are not rewritten", hint)
+        return failed("nvdimmd", f"{path} is served, but not by nvdimmd: NVDIMMs are not rewritten", hint)
     return passed("nvdimmd", f"rewrites domains for clients of {path}")
 
 
 def check_service(enabled: bool | None) -> Finding:
     """Check that nvdimmd starts at boot.
 
-    :param enabled: nvdimmd.socket is; None on a host without systemd.
+    :param enabled: True when nvdimmd.socket is enabled; None on a host without systemd.
     """
     check = "nvdimmd, boot"
     if enabled is None:
-        return noted(check, "there is no systemd here to start it", "have it started at boot, before clients come")
+        return noted(check, "no systemd on this host starts it", "start it at boot, before libvirt's clients")
     if enabled:
         return passed(check, "nvdimmd.socket is enabled")
-    return warned(check, "nvdimmd.socket is not enabled, and is gone after a boot", "repeat 'nvdimmctl register'")
+    return warned(check, "nvdimmd.socket is not enabled: it does not start at boot", "repeat 'nvdimmctl register'")
 
 
 def _unreachable(check: str, path: str, error: OSError | LibvirtError | ProtocolError, hint: str) -> Finding:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of Nova's configuration, where there is one."""
+"""Check Nova's configuration, if the host has one, for what keeps instances from getting their NVDIMMs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Find = Callable[[Sequence[Configured]], tuple[NovaNamespace, ...]]
 
 
 def check(conf: NovaConf, find: Find, installed: str | None) -> Iterator[Finding]:
-    """Check Nova's configuration on a host whose nova-compute uses the compute driver.
+    """Run all checks of Nova; without a configuration of Nova, there is no finding.
 
-    :param find: looks for configured namespaces in the pools; raises NvdimmError.
+    :param find: finds the configured namespaces in the pools; raises NvdimmError.
     :param installed: version of Nova; None when this Python has none.
     """
     if not conf.files:
@@ -38,7 +38,7 @@ def check(conf: NovaConf, find: Find, installed: str | None) -> Iterator[Finding
 
 
 def nova_version() -> str | None:
-    """Return the version of the Nova that this Python has; None without Nova."""
+    """Return the version of Nova in this Python; None without one."""
     try:
         return version("nova")
     except PackageNotFoundError:
@@ -49,13 +49,13 @@ def _check_compute_driver(conf: NovaConf) -> Finding:
     name = "Nova, compute_driver"
     if conf.compute_driver == DRIVER:
         return passed(name, DRIVER)
-    told = conf.compute_driver or "not set"
+    name_or_unset = conf.compute_driver or "not set"
     if not conf.compute_driver and not conf.pmem_namespaces:
         return noted(name, "not set: this host runs no nova-compute, or has its options elsewhere")
     return failed(
         name,
-        f"{told}: instances get no NVDIMMs on Xen",
-        f"compute_driver = {DRIVER} in [DEFAULT]; the sample is nova-compute-xen-nvdimm.conf",
+        f"{name_or_unset}: instances get no NVDIMMs on Xen",
+        f"set compute_driver = {DRIVER} in [DEFAULT]; nova-compute-xen-nvdimm.conf is a sample",
     )
 
 
@@ -64,8 +64,8 @@ def _check_version(installed: str | None) -> Finding:
     if installed is None:
         return noted(
             name,
-            "cannot be told: nova-compute has another Python than nvdimmctl",
-            "the environment that nova-compute runs in needs nvdimm_driver, too: pip install '.[nova]' in its source",
+            "unknown: nova-compute runs in another Python than nvdimmctl",
+            "nova-compute's Python needs nvdimm_driver, too: pip install '.[nova]' in the source of nvdimm_driver",
         )
     if installed.partition(".")[0] != str(RELEASE):
         return warned(
@@ -78,12 +78,12 @@ def _check_version(installed: str | None) -> Finding:
 
 
 def _check_virt_type(virt_type: str) -> Finding:
-    name, hint = "Nova, virt_type", "leave virt_type out of [libvirt]: the compute driver makes it xen"
+    name, hint = "Nova, virt_type", "remove virt_type from [libvirt]: the compute driver sets it to xen"
     if not virt_type:
-        return passed(name, "left to the compute driver, which makes it xen")
+        return passed(name, "left to the compute driver, which sets it to xen")
     if virt_type == "xen":
         return warned(
-            name, "xen: nova-compute reads it before it loads the compute driver, and may not start by that", hint
+            name, "xen: nova-compute reads it before it loads the compute driver, and may fail to start", hint
         )
     return failed(name, f"{virt_type}: nova-compute does not start", hint)
 
@@ -94,17 +94,19 @@ def _check_uri(uri: str) -> Finding:
         return passed(name, URI)
     return warned(
         name,
-        f"{uri}: may go past nvdimmd, and libvirt then refuses instances with NVDIMMs",
-        f"connection_uri = {URI} in [libvirt]; libvirt's clients find nvdimmd's socket first",
+        f"{uri}: may bypass nvdimmd; libvirt then refuses instances with NVDIMMs",
+        f"set connection_uri = {URI} in [libvirt]: libvirt's clients find nvdimmd's socket first",
     )
 
 
 def _check_namespaces(entries: Sequence[str], find: Find) -> Finding:
-    """Check the configured namespaces and their labels, as Nova maps different labels to one resource class."""
+    """Check the namespaces and their labels: Nova maps labels of other case or signs to the same resource class."""
     name = "Nova, pmem_namespaces"
     if not entries:
         return noted(
-            name, "none: Nova has no persistent memory here", "name some, as nova-compute-xen-nvdimm.conf does"
+            name,
+            "none: Nova has no persistent memory here",
+            "set pmem_namespaces in [libvirt]; nova-compute-xen-nvdimm.conf is a sample",
         )
     try:
         found = find(parse(entries))
@@ -112,8 +114,8 @@ def _check_namespaces(entries: Sequence[str], find: Find) -> Finding:
         return could_not(name, error)
     labels = {each.label: sum(other.label == each.label for other in found) for each in found}
     owned = sum(bool(each.domain) for each in found)
-    told = ", ".join(f"{count} of {label}" for label, count in labels.items())
-    return passed(name, f"{told}; domains have {owned}")
+    counts = ", ".join(f"{count} of {label}" for label, count in labels.items())
+    return passed(name, f"{counts}; {owned} of them belong to domains")
 
 
 def _check_filters(filters: Sequence[str]) -> Finding:
@@ -121,9 +123,9 @@ def _check_filters(filters: Sequence[str]) -> Finding:
     if _NUMA_FILTER in filters:
         return warned(
             name,
-            f"{_NUMA_FILTER} is enabled, and refuses every flavor with hw:pmem on Xen hosts: Nova takes such a flavor "
-            "for one with a NUMA cell, and Xen hosts report none",
-            "take it out of enabled_filters in [filter_scheduler] where the scheduler runs; flavors with NUMA "
+            f"{_NUMA_FILTER} is enabled, and refuses every flavor with hw:pmem on Xen hosts: Nova gives such a flavor "
+            "a NUMA cell, and Xen hosts report none",
+            "remove it from enabled_filters in [filter_scheduler] where the scheduler runs; flavors with NUMA "
             "properties on KVM hosts then need host aggregates",
         )
     if not filters:

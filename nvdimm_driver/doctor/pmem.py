@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the host's persistent memory and of the pools on it."""
+"""Check the host's persistent memory, and the pools on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DOMAINS = {
 
 
 def check_namespaces(sysfs: Path = inventory.SYSFS) -> Iterator[Finding]:
-    """Check the namespaces that Linux has."""
+    """Check the namespaces that are active in Linux."""
     try:
         found = inventory.namespaces(sysfs)
         health = [inventory.problems(each, sysfs) for each in found]
@@ -40,31 +40,29 @@ def check_namespaces(sysfs: Path = inventory.SYSFS) -> Iterator[Finding]:
         yield failed(
             "namespaces",
             "there is no active namespace of persistent memory",
-            "ndctl list -RNi shows what there is; 'nvdimmctl pool create' makes one",
+            "'ndctl list -RNi' lists regions and namespaces; 'nvdimmctl pool create NAME' makes a namespace",
         )
         return
-    yield passed("namespaces", f"{len(found)}, with {human(sum(each.data_size for each in found))}")
+    yield passed("namespaces", f"{len(found)} active, {human(sum(each.data_size for each in found))} in all")
     for each, problems in zip(found, health, strict=True):
         yield check_namespace(each, problems)
         yield check_persistence(each)
 
 
 def check_namespace(namespace: Namespace, problems: Sequence[str]) -> Finding:
-    """Check that a namespace can be used and is healthy.
+    """Check that a namespace is usable and healthy.
 
-    :param problems: that :func:`.inventory.problems` has found.
+    :param problems: those that :func:`.inventory.problems` has found.
     """
     what = f"{namespace.device}, {namespace.mode}, {human(namespace.data_size)}"
     if problems:
         return warned(
             namespace.name,
             f"{what}: {'; '.join(problems)}",
-            "ndctl list -DRNHM says more; move the data elsewhere before it is lost",
+            "'ndctl list -DRNHM' has the details; copy the data elsewhere before it is lost",
         )
     if namespace.mode == "sector":
-        return noted(
-            namespace.name, f"{what}: cannot be used, as its sectors move about", "take mode fsdax, if you can"
-        )
+        return noted(namespace.name, f"{what}: cannot be used, because its sectors move", "use mode fsdax if possible")
     return passed(namespace.name, what)
 
 
@@ -75,8 +73,8 @@ def check_persistence(namespace: Namespace) -> Finding:
         return passed(check, _DOMAINS[namespace.persistence_domain])
     return noted(
         check,
-        "the platform does not say what survives a power loss; guests are told that flushed stores do (ADR)",
-        "look it up in the documentation of the machine",
+        "the platform does not report what survives a power loss; guests are told that flushed stores do (ADR)",
+        "look it up in the machine's documentation",
     )
 
 
@@ -88,22 +86,22 @@ def check_pools(
     mountinfo: Path = Path("/proc/self/mountinfo"),
     dax: Callable[[str], bool] = has_dax,
 ) -> Iterator[Finding]:
-    """Check that there are pools and that each of them works.
+    """Check that there are pools, and that each of them works.
 
-    :param any_path: domains may have backings elsewhere, too.
-    :param dax: whether a new file in a folder is on DAX.
+    :param any_path: True when domains may have backings outside the pools, too.
+    :param dax: returns True when a new file in a folder is on DAX.
     """
     if not list(pools):
         if any_path:
-            yield noted("pools", "none, and domains may have any path: allow_any_path is set")
+            yield noted("pools", "none, but domains may have any path: allow_any_path is set")
         else:
             yield failed(
                 "pools",
-                "none is configured, so that domains can have no NVDIMMs",
-                "'nvdimmctl pool create' makes one, or write a section [pool:NAME]",
+                "none is configured, so domains can have no NVDIMMs",
+                "run 'nvdimmctl pool create NAME', or write a section [pool:NAME]",
             )
         return
-    with closing(Ledger(":memory:")) as ledger:  # who has what of it is not looked at
+    with closing(Ledger(":memory:")) as ledger:  # the owners of NVDIMMs do not matter here
         for pool in pools:
             yield from check_pool(pool, ledger, backings, mountinfo, dax)
 
@@ -125,20 +123,20 @@ def check_pool(
 
 
 def check_usage(usage: PoolUsage) -> Finding:
-    """Check that the pool has room for NVDIMMs."""
+    """Check that domains can have NVDIMMs in the pool."""
     check = f"pool {usage.pool.name}"
     if usage.space is None:
-        return failed(check, "; ".join(usage.problems), "correct what is wrong, or take it out of the configuration")
+        return failed(check, "; ".join(usage.problems), "correct that, or remove the pool from the configuration")
     what = f"{usage.pool.kind}, {human(usage.space.capacity)}"
     if usage.problems:
         return warned(
-            check, f"{what}: {'; '.join(usage.problems)}", f"'nvdimmctl pool show {usage.pool.name}' says more"
+            check, f"{what}: {'; '.join(usage.problems)}", f"'nvdimmctl pool show {usage.pool.name}' has the details"
         )
     return passed(check, what)
 
 
 def check_alignment(usage: PoolUsage) -> Finding:
-    """Check that 2 MiB pages of a guest can be 2 MiB pages of the device."""
+    """Check that the pool is aligned to 2 MiB, so that guests can be mapped in entries of 2 MiB."""
     check = f"pool {usage.pool.name}, alignment"
     alignment = usage.space.alignment if usage.space else 0
     if alignment >= SUPERPAGE:
@@ -146,12 +144,12 @@ def check_alignment(usage: PoolUsage) -> Finding:
     return warned(
         check,
         f"begins at a multiple of {human(alignment)}: guests are mapped in entries of 4 KiB",
-        "begin the partition at a multiple of 2 MiB, or make the namespace anew with --align=2M",
+        "begin the partition at a multiple of 2 MiB, or recreate the namespace with --align=2M",
     )
 
 
 def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) -> Iterator[Finding]:
-    """Check that each folder of the pool really uses DAX, and allocates in pieces of 2 MiB."""
+    """Check that each folder of the pool really is on DAX, and that its file system allocates in pieces of 2 MiB."""
     for path in pool.paths:
         check = f"pool {pool.name}, DAX"
         try:
@@ -160,9 +158,9 @@ def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) 
             else:
                 yield failed(
                     check,
-                    f"{path}: files go through the page cache, whatever its mount options say",
-                    "unmount it and mount it with -o dax; the kernel's log says why it does not use DAX (blocks of 4 "
-                    "KiB are needed, and no reflink before Linux 6.2)",
+                    f"{path}: files go through the page cache, whatever the mount options say",
+                    "unmount it and mount it with -o dax; dmesg says why it does not use DAX (it needs blocks of 4 KiB "
+                    "and, before Linux 6.2, no reflink)",
                 )
             device = os.stat(path).st_dev
             mount = next((each for each in inventory.mounts(mountinfo) if each.device == device), None)
@@ -174,7 +172,7 @@ def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) 
 
 
 def check_stripe(pool: Pool, mount: Mount) -> Finding:
-    """Check that the file system is set up to allocate in pieces of 2 MiB."""
+    """Check that the file system allocates in pieces of 2 MiB."""
     check = f"pool {pool.name}, file system"
     stripe = stripe_of(mount)
     if stripe and stripe % SUPERPAGE == 0:
@@ -183,12 +181,12 @@ def check_stripe(pool: Pool, mount: Mount) -> Finding:
     return warned(
         check,
         f"{mount.directory}: {mount.kind} does not allocate in pieces of 2 MiB: guests may get entries of 4 KiB",
-        f"make it anew, which deletes what is on it: {make.get(mount.kind, 'with a stripe of 2 MiB')}",
+        f"recreate it, which deletes everything on it: {make.get(mount.kind, 'with a stripe of 2 MiB')}",
     )
 
 
 def stripe_of(mount: Mount) -> int:
-    """Return the stripe of a file system in bytes, by its mount options; 0 when it has none.
+    """Return the bytes of the pieces that a file system allocates in, by its mount options; 0 when it has none.
 
     ext4 has ``stripe`` in blocks (fs/ext4/super.c:_ext4_show_options), which are of 4 KiB where there is DAX; XFS has
     ``sunit`` in sectors (fs/xfs/xfs_super.c:xfs_fs_show_options).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the files that 'nvdimmctl register' installs, and of the QEMUs that the driver runs."""
+"""Check the files that 'nvdimmctl register' has installed, and the QEMUs that the driver runs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SMALL = GuestLayout(512 * MIB, 4 * GIB, 1 << 40, (Placement(0, 8 * GIB, 16 * MI
 class Script:
     """A script that 'nvdimmctl register' installs.
 
-    :ivar name: of what it is.
-    :ivar text: that it should have.
-    :ivar mark: that a file of ours has in it.
+    :ivar name: what the file is, such as ``hook``.
+    :ivar text: the text that the file should have.
+    :ivar mark: a text that is in each file that register writes.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Script:
 
 
 def check_script(script: Script) -> Finding:
-    """Check that a script exists, is ours, is current, and can be run."""
+    """Check that the script exists, was written by register, is current, and can be run."""
     try:
         text = script.path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -42,38 +42,40 @@ def check_script(script: Script) -> Finding:
     except OSError as error:
         return could_not(script.name, error)
     if script.mark not in text:
-        return failed(script.name, f"{script.path} is not ours", f"move it away, and {_AGAIN}")
+        return failed(script.name, f"{script.path} was not written by nvdimm_driver", f"move it away, and {_AGAIN}")
     if not os.access(script.path, os.X_OK):
-        return failed(script.name, f"{script.path} cannot be executed", f"chmod 755 {script.path}")
+        return failed(script.name, f"{script.path} is not executable", f"chmod 755 {script.path}")
     python = text.partition("\n")[0].removeprefix("#!").partition(" ")[0]
     if not os.access(python, os.X_OK):
         return failed(script.name, f"{script.path}: its interpreter {python} is gone", _AGAIN)
     if text != script.text:
-        return warned(script.name, f"{script.path} is of another version of the driver, or of other options", _AGAIN)
+        return warned(
+            script.name, f"{script.path} is that of another version of the driver, or of other options", _AGAIN
+        )
     return passed(script.name, str(script.path))
 
 
 def check_hook_known(hook: Path, started: float | None) -> Finding:
-    """Check that libvirt runs the hook: it looks for hooks only when it starts (src/util/virhook.c).
+    """Check that libvirt will run the hook: it looks for hooks only when it starts (src/util/virhook.c).
 
-    :param started: when libvirt's daemon was started, in seconds since the epoch; None while it does not run.
+    :param started: start time of libvirt's daemon, in seconds since the epoch; None while it does not run.
     """
     check = "hook, libvirt"
     if not hook.exists():
         return failed(check, "there is no hook for libvirt to run", "'nvdimmctl register' installs it")
     if started is None:
-        return passed(check, "libvirt's daemon does not run now, and will find the hook when it starts")
+        return passed(check, "libvirt's daemon does not run now; it will find the hook when it starts")
     if hook.stat().st_mtime > started:
         return warned(
             check,
-            "libvirt's daemon was started before the hook was installed, and may not know of it",
+            "libvirt's daemon was started before the hook was installed, and may not run it",
             "restart it: systemctl restart libvirtd (or virtxend); guests are not disturbed",
         )
     return passed(check, "libvirt's daemon was started after the hook was installed")
 
 
 def check_qemu(path: str) -> Finding:
-    """Check that the QEMU exists that the device model becomes."""
+    """Check that the QEMU that the device model becomes can be run."""
     if os.access(path, os.X_OK):
         return passed("QEMU", path)
     return failed("QEMU", f"there is no QEMU at {path}", "install qemu-system-xen, or set [xen] qemu in the options")
@@ -82,7 +84,7 @@ def check_qemu(path: str) -> Finding:
 def check_tables(name: str, builder: AcpiBuilder) -> Finding:
     """Check that the ACPI builder makes the tables of a small guest.
 
-    :param builder: one that keeps nothing from earlier times.
+    :param builder: a builder without a cache.
     """
     started = time.monotonic()
     try:

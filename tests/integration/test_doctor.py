@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvdimmctl doctor on a machine without Xen, and where libvirt and the driver are real (bench_host.py)."""
+"""nvdimmctl doctor on a machine without Xen, and on a host with the real libvirt and driver (bench_host.py)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_lines_for_people_and_every_other_format(tmp_path: Path) -> None:
 
 
 def test_who_is_not_root_gets_an_answer() -> None:
-    """Not even the ledger's folder can be looked into: it is root's."""
+    """Only root can look into the ledger's folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -155,7 +155,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 def looked_at(host: Host) -> dict[str, dict[str, str]]:
     done = host.nvdimmctl("doctor", "-f", "json")
     assert "[\n" in done.stdout, done.stderr
-    found = rows(done.stdout[done.stdout.index("[\n") :])  # the stand-ins for Xen's libraries write there, too
+    found = rows(done.stdout[done.stdout.index("[\n") :])  # the stand-ins for Xen's libraries print to stdout, too
     assert done.returncode == int(any(row["Result"] == "FAIL" for row in found.values())), done.stderr
     return found
 
@@ -186,7 +186,7 @@ def test_what_is_right_passes(host: Host) -> None:
 
 def test_a_running_domain_is_in_both(host: Host) -> None:
     host.check("start", "db1")
-    assert looked_at(host)["ledger, Xen"]["Message"] == "1 domains run, by both"
+    assert looked_at(host)["ledger, Xen"]["Message"] == "1 domains run, according to both"
     host.check("destroy", "db1")
 
 

@@ -74,10 +74,10 @@ def test_files_that_are_not_what_they_were(xen: XenHost) -> None:
     found = problems(check(xen), "")
     expected = {
         MOVED: "moved to /mnt/pmem0/folder/other",
-        SHORT: f"it is {8 << 20} bytes too short",
+        SHORT: "it is 8 MiB too short",
         RESTORED: "it is not the backing that was provisioned: its inode is ",
         GONE: "it is not there",
-        "/mnt/pmem0/copy": f"slot {FILES.index(COPIED)}, which is {COPIED}",
+        "/mnt/pmem0/copy": f"slot {FILES.index(COPIED)}, but that is {COPIED}",
     }
     assert found.keys() == expected.keys()
     for path, problem in expected.items():
@@ -119,10 +119,12 @@ def test_a_ledger_that_is_not_of_now(xen: XenHost) -> None:
     assert (later["Path"], later["Done"]) == ("/mnt/pmem0/later.img", "yes")
     rows.remove(later)
     assert problems(rows, "").keys() == set(FILES)
-    assert all("it is frozen" in row["Problem"] and "shut the guest with domid" in row["Remedy"] for row in rows)
+    assert all(
+        "it is immutable" in row["Problem"] and "shut down the guest with domid" in row["Remedy"] for row in rows
+    )
     assert frozen(xen) == {True}
     xen.check(f"{operator.VIRSH} destroy {NAME}")
-    assert all("it is frozen" in problem for problem in problems(check(xen, "--repair"), "yes").values())
+    assert all("it is immutable" in problem for problem in problems(check(xen, "--repair"), "yes").values())
     assert frozen(xen) == {False}
 
     xen.check(
@@ -130,7 +132,7 @@ def test_a_ledger_that_is_not_of_now(xen: XenHost) -> None:
         f'db = sqlite3.connect("{LEDGER}"); db.execute("UPDATE attachment SET boot_id = 1"); db.commit()\''
     )
     (ended,) = problems(check(xen, "--repair"), "yes").items()
-    assert (ended[0], "is over, and not put away" in ended[1]) == ("", True)
+    assert (ended[0], "is over, but was not cleaned up" in ended[1]) == ("", True)
     assert operator.show(xen, NAME)["state"] == "off"
     operator.remove(xen, "later")
     xen.check("rm /mnt/pmem0/later.img")

@@ -61,7 +61,7 @@ def test_a_healthy_host_while_a_guest_runs(xen: XenHost) -> None:
     assert found["dom0"]["Message"] == "PV"
     assert found["namespace0.0"]["Message"].startswith("pmem0, fsdax")
     assert found["ledger, backings"]["Message"].startswith(f"{len(listed)} NVDIMMs")
-    assert found["ledger, Xen"]["Message"] == "1 domains run, by both"
+    assert found["ledger, Xen"]["Message"] == "1 domains run, according to both"
 
 
 def test_lines_for_people(xen: XenHost) -> None:

@@ -47,7 +47,7 @@ def test_a_daemon_of_which_nothing_is_known(apparmor: Path) -> None:
 def test_a_profile_that_does_not_allow_what_is_needed(apparmor: Path) -> None:
     found = check_apparmor(ENFORCED, DEVICE_MODEL, apparmor)
     assert found.result == Result.WARN
-    assert found.message.endswith("does not have: capability linux_immutable,")
+    assert found.message.endswith("the profile lacks: capability linux_immutable,")
     write(apparmor, "etc/apparmor.d/local/usr.sbin.libvirtd", "capability linux_immutable,\n")
     assert check_apparmor(ENFORCED, DEVICE_MODEL, apparmor).result == Result.PASS
     found = check_apparmor(ENFORCED, "/opt/dm", apparmor)
@@ -60,7 +60,7 @@ def test_rules_that_allow_it(rule: str) -> None:
 
 
 def test_the_profile_of_debian() -> None:
-    """That of this machine's libvirt-daemon-system."""
+    """The profile in this machine's libvirt-daemon-system."""
     rules = Path("/etc/apparmor.d/usr.sbin.libvirtd").read_text()
     assert missing_rules(rules, DEVICE_MODEL) == ["capability linux_immutable,"]
 

@@ -21,7 +21,7 @@ def test_without_xen_all_that_depends_on_it_fails(tmp_path: Path) -> None:
     assert found[0].check == "Xen"
     assert "boot this machine into Xen" in found[0].hint
     assert [each.check for each in found[1:]] == ["dom0", "memory type", "toolstack library", "HAP", "mmio-relax"]
-    assert {each.message for each in found[1:]} == {"cannot be told without Xen"}
+    assert {each.message for each in found[1:]} == {"cannot be checked without Xen"}
 
 
 def test_with_a_library_of_another_version(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_with_a_library_of_another_version(tmp_path: Path) -> None:
     assert found["memory type"].result == Result.WARN
     assert found["toolstack library"].result == Result.FAIL
     assert "Xen 4.98 is running" in found["toolstack library"].message
-    assert found["HAP"].message == found["mmio-relax"].message == "cannot be told without the toolstack library"
+    assert found["HAP"].message == found["mmio-relax"].message == "cannot be checked without the toolstack library"
     assert found["HAP"].result == found["mmio-relax"].result == Result.FAIL
 
 

@@ -17,14 +17,14 @@ PATH = "/mnt/pmem0/a"
 
 
 class DeafMapper(RecordingMapper):
-    """Does not reach Xen."""
+    """A mapper that does not reach Xen."""
 
     def is_alive(self, domid: int, uuid: str) -> bool:
         raise XenError("not running on Xen", hint="boot it")
 
 
 class Host:
-    """A ledger with one domain that runs as domid 7, and all that it is compared with."""
+    """A ledger with a domain that runs as domid 7, and everything that the ledger is compared with."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,7 +66,7 @@ def test_all_is_consistent(host: Host) -> None:
     found = host.look()
     assert results(found) == ALL_PASS
     assert found["ledger"].message == "1 domains, 1 NVDIMMs"
-    assert found["ledger, Xen"].message == "1 domains run, by both"
+    assert found["ledger, Xen"].message == "1 domains run, according to both"
 
 
 def test_a_domain_that_xen_does_not_have(host: Host) -> None:

@@ -24,7 +24,7 @@ def test_the_service(enabled: bool | None, result: Result) -> None:
 
 
 class Daemon:
-    """Answers one client, as a libvirt that reads ACPI tables of one type, or as nvdimmd in front of it."""
+    """A daemon for one client: a libvirt that takes ACPI tables of one type, or nvdimmd in front of it."""
 
     def __init__(self, table_type: str = "", device_model: str = "", refuses: int = 0) -> None:
         self.table_type = table_type

@@ -44,7 +44,7 @@ def test_what_is_right_passes() -> None:
     found = findings(RIGHT)
     assert {each.result for each in found.values()} == {Result.PASS}
     assert len(found) == 6
-    assert found["Nova, pmem_namespaces"].message == "2 of 6GB, 1 of 16GB; domains have 1"
+    assert found["Nova, pmem_namespaces"].message == "2 of 6GB, 1 of 16GB; 1 of them belong to domains"
 
 
 def test_a_host_without_nova_hears_nothing() -> None:
@@ -64,7 +64,7 @@ def test_a_host_without_nova_hears_nothing() -> None:
         ({"compute_driver": "", "pmem_namespaces": ()}, "compute_driver", Result.NOTE, "no nova-compute"),
         ({"virt_type": "kvm"}, "virt_type", Result.FAIL, "kvm: nova-compute does not start"),
         ({"virt_type": "xen"}, "virt_type", Result.WARN, "before it loads the compute driver"),
-        ({"connection_uri": "xen+unix:///system?socket=/s"}, "connection_uri", Result.WARN, "may go past nvdimmd"),
+        ({"connection_uri": "xen+unix:///system?socket=/s"}, "connection_uri", Result.WARN, "may bypass nvdimmd"),
         ({"connection_uri": ""}, "connection_uri", Result.PASS, "xen:///system"),
         ({"pmem_namespaces": ()}, "pmem_namespaces", Result.NOTE, "none"),
         ({"pmem_namespaces": ("6gb:ns0",)}, "pmem_namespaces", Result.FAIL, "'6gb' is not a label"),

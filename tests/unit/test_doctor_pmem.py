@@ -21,7 +21,7 @@ MOUNT = Mount(1, "/mnt/pmem0", "ext4", ("rw", "dax=always", "stripe=512"))
 
 
 class FsdaxInMemory(MemoryBacking):
-    """For pools of kind fsdax."""
+    """A backing in memory for pools of kind fsdax."""
 
     name = "fsdax"
 
@@ -54,7 +54,7 @@ def test_a_healthy_host(tmp_path: Path) -> None:
         ("namespace0.0", Result.PASS),
         ("namespace0.0, power loss", Result.PASS),
     ]
-    assert found[0].message == "1, with 1 GiB"
+    assert found[0].message == "1 active, 1 GiB in all"
     assert found[1].message == "pmem0, fsdax, 1 GiB"
 
 

@@ -18,7 +18,7 @@ MARK = "# ours"
 
 @pytest.fixture
 def script(tmp_path: Path) -> Script:
-    """One that is installed as it should be."""
+    """A script that is installed as it should be."""
     made = Script("hook", tmp_path / "50-nvdimm", f"#!{sys.executable} -I\n{MARK}\n", MARK)
     made.path.write_text(made.text)
     made.path.chmod(0o755)
@@ -33,8 +33,8 @@ def test_a_script_that_is_right(script: Script) -> None:
     ("spoil", "result", "message"),
     [
         (lambda path: path.unlink(), Result.FAIL, "there is no"),
-        (lambda path: path.write_text("#!/bin/sh\n"), Result.FAIL, "is not ours"),
-        (lambda path: path.chmod(0o644), Result.FAIL, "cannot be executed"),
+        (lambda path: path.write_text("#!/bin/sh\n"), Result.FAIL, "was not written by nvdimm_driver"),
+        (lambda path: path.chmod(0o644), Result.FAIL, "is not executable"),
         (lambda path: path.write_text(f"#!/gone/python3 -I\n{MARK}\n"), Result.FAIL, "interpreter /gone/python3"),
         (lambda path: path.write_text(path.read_text() + "more\n"), Result.WARN, "of another version"),
         (lambda path: (path.unlink(), path.mkdir()), Result.FAIL, "Is a directory"),

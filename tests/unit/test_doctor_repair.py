@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What check finds on a host in memory; tests/lab has the same on real files, and what mending does to them."""
+"""The inconsistencies that check finds on a host in memory; tests/lab has them, and their repair, on real files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def driver(tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper) -> X
 
 
 def mend(driver: XenNvdimmDriver) -> list[Inconsistency]:
-    """Mend what is found; return what is left."""
+    """Repair what is found; return what is left."""
     for finding in look(driver):
         assert finding.mend, finding
         finding.mend()
@@ -72,7 +72,7 @@ def test_a_lost_ledger_is_made_again(
 
 
 def test_a_ledger_that_is_behind(driver: XenNvdimmDriver) -> None:
-    """As one from a backup that has only the first NVDIMM."""
+    """A ledger from a backup, which has only the first NVDIMM."""
     before = driver.ledger.find_domain(UUID)
     assert before
     driver.ledger.store(UUID, before.name, before.ram, before.allocations[:1], dsm=before.dsm)
@@ -102,14 +102,14 @@ def test_a_file_that_is_gone(driver: XenNvdimmDriver, backing: MemoryBacking) ->
 
 
 def test_provisioning_that_a_power_loss_has_cut(driver: XenNvdimmDriver) -> None:
-    """The ledger has the intent, and nothing of the file is there: it was to get its name at the end."""
+    """The ledger has the intent, and the file does not exist: it gets its name only at the end."""
     other = dataclasses.replace(domain((C, 64 * MIB)), uuid=OTHER_UUID, name="db2")
     driver.ledger.store(OTHER_UUID, "db2", 512 * MIB, [Allocation(OTHER_UUID, other.nvdimms[0])])
     driver.ledger.record_progress(OTHER_UUID, 0, 42)
     (found,) = look(driver)
     assert (found.domain, found.path, found.mend) == ("db2", C, None)
     assert found.problem == "it is not provisioned (42% of it is written), and no other domain can have its path"
-    assert "define the domain again, or 'nvdimmctl release' the domain" in found.remedy
+    assert found.remedy == "unless a define is running, define the domain again, or run: nvdimmctl release db2"
     with pytest.raises(InUseError, match="belongs to domain db2"):
         driver.define(domain((A, 64 * MIB), (B, 32 * MIB), (C, 64 * MIB)))
     driver.define(other)
@@ -124,7 +124,7 @@ def test_a_copy_with_a_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> 
     backing.files["/mnt/pmem0/copy"] = (500, 64 * MIB)
     backing.marks["/mnt/pmem0/copy"] = backing.marks[A]
     (finding,) = look(driver)
-    assert (finding.path, finding.remedy) == ("/mnt/pmem0/copy", "take the mark away")
+    assert (finding.path, finding.remedy) == ("/mnt/pmem0/copy", "remove the mark")
     assert A in finding.problem
     assert mend(driver) == []
     assert set(backing.marks) == {A, B}
@@ -133,14 +133,14 @@ def test_a_copy_with_a_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> 
 def test_a_file_without_or_with_a_wrong_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     del backing.marks[A]
     backing.marks[B] = b"scribble"
-    assert [each.remedy for each in look(driver)] == ["mark it", "mark it"]
+    assert [each.remedy for each in look(driver)] == ["write its mark", "write its mark"]
     assert mend(driver) == []
 
 
 def test_a_mark_of_nobody_that_cannot_be_read(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     backing.files["/mnt/pmem0/c"] = (500, MIB)
     backing.marks["/mnt/pmem0/c"] = b"scribble"
-    assert [each.remedy for each in look(driver)] == ["take the mark away"]
+    assert [each.remedy for each in look(driver)] == ["remove the mark"]
     assert mend(driver) == []
 
 
@@ -162,7 +162,7 @@ def test_a_start_that_is_over(driver: XenNvdimmDriver, backing: MemoryBacking, m
     driver.ledger.finish_mapping(UUID)
     assert look(driver) == []
     del mapper.alive[7]
-    assert [each.problem for each in look(driver)] == ["its start as domid 7 is over, and not put away"]
+    assert [each.problem for each in look(driver)] == ["its start as domid 7 is over, but was not cleaned up"]
     assert mend(driver) == []
     assert backing.frozen == set()
 
@@ -180,11 +180,11 @@ def test_a_frozen_file_that_no_start_has(
 def test_a_frozen_file_of_a_guest_that_may_be_running_stays_so(
     driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper, uuid: str | None
 ) -> None:
-    """The ledger was lost while it ran, or it is dying."""
+    """The ledger was lost while the guest ran, or the guest is dying."""
     backing.frozen.add(A)
     mapper.alive[3] = uuid  # type: ignore[assignment]
     (finding,) = look(driver)
-    assert (finding.mend, finding.remedy) == (None, "shut the guest with domid 3 down first: it may be its own")
+    assert (finding.mend, finding.remedy) == (None, "shut down the guest with domid 3 first: it may own the file")
 
 
 def test_a_pool_that_cannot_be_looked_at(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
