@@ -13,7 +13,8 @@ DEB_SOURCES := setup.py pyproject.toml README.md NEWS.rst $(shell find debian do
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
-# Two at a time, what each prints in one piece; then the lab, which has the machine for itself, whatever the others found.
+# Two targets at a time, each with its output in one piece. The lab is last, because it needs the machine for itself. It
+# runs even when other tests have failed.
 test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready images check doc deb
 	@status=0; set -x; \
@@ -21,7 +22,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/lab $(SELECTED) || status=$$?; \
 	exit $$status
 
-# With those of the lab that 'test' leaves out for the time they take.
+# Also run the lab's slow tests, which 'test' leaves out.
 thorough: SELECTED := -m ''
 thorough: test
 
@@ -39,7 +40,7 @@ docs: doc
 
 deb: $(DEB)
 
-# In a copy: the tools write into the source, and the package beside it.
+# Build in a copy: the tools write into the source folder, and put the package beside it.
 $(DEB): build/deb/.ready $(DEB_SOURCES)
 	rm -rf build/deb/source
 	mkdir -p build/deb/source dist
@@ -62,7 +63,7 @@ lab: $(VENV)/.ready
 sample: $(VENV)/.ready
 	$(BIN)/oslo-config-generator --namespace nvdimm_driver --output-file etc/nvdimm-driver.conf
 
-# Debian's packages first: without python3-venv there is no virtual environment.
+# Install Debian's packages first: the virtual environment needs python3-venv.
 $(VENV)/.ready: setup.py pyproject.toml bindep.txt nvdimm_driver/xen/abi.py
 	$(APT) update -q
 	$(APT) install -q -y --no-install-recommends $$(cat bindep.txt)

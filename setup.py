@@ -6,7 +6,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildPy(build_py):
-    """Makes the module of C declarations in its package: ``cffi_modules=`` would leave editable installs without it."""
+    """A build that writes the module of C declarations: ``cffi_modules=`` would not do so for editable installs."""
 
     def run(self) -> None:
         ffi = runpy.run_path("nvdimm_driver/xen/abi.py")["ffi"]
@@ -20,7 +20,7 @@ setup(
     description="Persistent memory (vNVDIMM) for Xen HVM guests managed by libvirt",
     license="Apache-2.0",
     packages=[*find_packages(include=["nvdimm_driver*"]), "nova.virt.nvdimm_ext"],
-    # Into Nova's own package: it looks for compute drivers nowhere else.
+    # In Nova's own package: Nova looks for compute drivers nowhere else.
     package_dir={"nova.virt.nvdimm_ext": "shim/nova/virt/nvdimm_ext"},
     python_requires=">=3.11",
     cmdclass={"build_py": BuildPy},
@@ -46,7 +46,7 @@ setup(
             "oslotest",
             "pytest",
             "requests-mock",
-            "SQLAlchemy<2.1",  # with 2.1, Nova's own fixture of a database does not come up
+            "SQLAlchemy<2.1",  # with 2.1, Nova's own database fixture fails
             "testscenarios",
             "testtools",
             "wsgi-intercept",

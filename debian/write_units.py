@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write the units that 'nvdimmctl register' makes of the default options: with those it then writes none."""
+"""Write the units of the default options into the package. With these options, 'nvdimmctl register' writes none."""
 
 import sys
 from pathlib import Path

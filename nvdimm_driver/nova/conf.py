@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of Nova's own configuration that the driver reads. Nova need not be installed."""
+"""The options of Nova's own configuration that the driver needs. Nova need not be installed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SCHEDULER = [cfg.ListOpt("enabled_filters", default=[])]
 
 @dataclass(frozen=True)
 class NovaConf:
-    """Nova's options, by their names; empty when the files do not set them.
+    """Options of Nova, by their names; empty when the files do not set them.
 
-    :ivar files: that were read.
-    :ivar enabled_filters: of the scheduler.
+    :ivar files: the files that were read.
+    :ivar enabled_filters: the scheduler's.
     """
 
     files: tuple[str, ...]
@@ -37,7 +37,7 @@ class NovaConf:
 def read(files: Sequence[str] | None = None) -> NovaConf:
     """Read Nova's configuration as nova-compute does.
 
-    :param files: instead of the standard ones, which are nova.conf and nova-compute.conf in /etc/nova.
+    :param files: files to read instead of the standard ones, nova.conf and nova-compute.conf in /etc/nova.
     :raises ConfigError: when a file cannot be read.
     """
     conf = cfg.ConfigOpts()
@@ -61,4 +61,4 @@ def read(files: Sequence[str] | None = None) -> NovaConf:
             enabled_filters=tuple(conf.filter_scheduler.enabled_filters),
         )
     except (cfg.Error, OSError) as error:
-        raise ConfigError(f"nova's configuration: {error}") from error
+        raise ConfigError(f"Nova's configuration: {error}") from error

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backings that nova.conf names in ``[libvirt] pmem_namespaces``, in the form that nova-compute needs.
+"""The backings that nova.conf names in ``[libvirt] pmem_namespaces``, as Nova's compute service needs them.
 
-Nova calls a backing a namespace, and reports to placement how many it has of each label. It emits an NVDIMM for one in
-a fixed form (nova/virt/libvirt/config.py: LibvirtConfigGuestVPMEM): all of the size that it is told, with a label area
-of 2 MiB in it, and the alignment that it is told.
+Nova calls a backing a namespace, and reports to placement how many it has of each label. The NVDIMM that it emits for
+one has a fixed form (nova/virt/libvirt/config.py: LibvirtConfigGuestVPMEM): the size and the alignment that the compute
+driver reports, and 2 MiB of that size as a label area.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from nvdimm_driver.errors import BackingError, ConfigError, NotFoundError
 from nvdimm_driver.model import MIB, SUPERPAGE, NvdimmSpec, Pool
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
 
@@ -30,8 +31,8 @@ _FORM = "pmem_namespaces = LABEL:NAME|NAME,LABEL:NAME, such as 6GB:ns0|ns1,16GB:
 class Configured:
     """A configured backing.
 
-    :ivar label: that flavors ask for, as in ``hw:pmem``.
-    :ivar name: of the backing in its pool, with the pool's and a slash before it where that is needed.
+    :ivar label: the label that flavors ask for with ``hw:pmem``.
+    :ivar name: name of the backing in its pool, or ``POOL/NAME``.
     """
 
     label: str
@@ -40,12 +41,12 @@ class Configured:
 
 @dataclass(frozen=True)
 class NovaNamespace:
-    """A backing in the form that nova-compute needs.
+    """A backing as Nova needs it.
 
-    :ivar resource_class: of placement.
-    :ivar path: absolute, as it will be in domain XML.
-    :ivar size: bytes that an instance's NVDIMM has, its label area included.
-    :ivar align: bytes; of its size and of where the guest has it.
+    :ivar resource_class: resource class in placement.
+    :ivar path: absolute path, as it will be in domain XML.
+    :ivar size: bytes of an instance's NVDIMM, its label area included.
+    :ivar align: bytes; alignment of its size and of its address in the guest.
     :ivar domain: uuid of the domain that has it; empty when it is free.
     """
 
@@ -62,7 +63,7 @@ class NovaNamespace:
 def parse(entries: Iterable[str]) -> tuple[Configured, ...]:
     """Read the entries of ``pmem_namespaces``, each ``LABEL:NAME|NAME…``.
 
-    :raises ConfigError: when one has another form, its label could not be asked for, or a name is there twice.
+    :raises ConfigError: when one has another form, no flavor could ask for its label, or a name is there twice.
     """
     found: dict[str, Configured] = {}
     for entry in entries:
@@ -76,7 +77,7 @@ def parse(entries: Iterable[str]) -> tuple[Configured, ...]:
             if name in found:
                 raise ConfigError(
                     f"pmem_namespaces: {name} is there twice, with labels {found[name].label} and {label}",
-                    hint="an instance has a namespace for itself: leave it once",
+                    hint="list it once: each namespace is for one instance",
                 )
             found[name] = Configured(label, name)
     return tuple(found.values())
@@ -86,15 +87,15 @@ def _check_label(label: str) -> None:
     if not _LABEL.fullmatch(label):
         raise ConfigError(
             f"pmem_namespaces: {label!r} is not a label",
-            hint="upper-case letters, digits and _ alone, here and in hw:pmem of flavors: Nova makes others into the "
-            "same resource class, schedules by that, and then boots the instance without the NVDIMM",
+            hint="use only upper-case letters, digits and _, here and in hw:pmem of flavors: Nova maps other labels to "
+            "the same resource class, schedules by that, and then boots the instance without the NVDIMM",
         )
 
 
 class Inventory:
-    """Finds configured backings in the operator's pools.
+    """The configured backings in the operator's pools.
 
-    :param served: a label server in dom0 has the label areas of domains that do not say (``[acpi] dsm = qemu``).
+    :param served: True when a domain gets a label server in dom0 unless its XML says otherwise (``[acpi] dsm = qemu``).
     """
 
     def __init__(self, pools: Pools, backings: Sequence[Backing], ledger: Ledger, *, served: bool) -> None:
@@ -104,11 +105,11 @@ class Inventory:
         self._served = served
 
     def find(self, configured: Iterable[Configured]) -> tuple[NovaNamespace, ...]:
-        """Return all configured backings in the form that nova-compute needs; change nothing.
+        """Return the configured backings as Nova needs them; nothing is changed.
 
-        :raises ConfigError: when a name is in more than one place, or a backing is there by two names.
+        :raises ConfigError: when a name is in more than one place, or two names are the same backing.
         :raises NotFoundError: when there is no such pool, or no backing of that name.
-        :raises BackingError: when a domain could not have it as it is.
+        :raises BackingError: when a domain could not use a backing as it is.
         """
         found: dict[str, NovaNamespace] = {}
         for each in configured:
@@ -117,7 +118,7 @@ class Inventory:
             if real in found:
                 raise ConfigError(
                     f"pmem_namespaces: {found[real].name} and {each.name} are both {real}",
-                    hint="an instance has a namespace for itself: leave it once",
+                    hint="list it once: each namespace is for one instance",
                 )
             found[real] = namespace
         return tuple(found.values())
@@ -129,13 +130,13 @@ class Inventory:
         spec = NvdimmSpec(0, path, backing.size(path) // step * step, LABEL_SIZE, SUPERPAGE)
         if spec.size <= LABEL_SIZE:
             raise BackingError(
-                f"{path}: is too small for Nova, whose label area alone has 2 MiB",
-                hint=f"nvdimmctl provision --pool {pool.name} makes a larger one",
+                f"{path}: is too small for Nova, which makes 2 MiB of it a label area",
+                hint=f"make a larger one: {_provision(pool)} NAME",
             )
         intake = backing.examine(spec)
         if intake.writes:
             raise BackingError(
-                f"{path}: is not provisioned: {intake.writes} bytes are still to be written",
+                f"{path}: is not provisioned: {human(intake.writes)} still to be written",
                 hint=f"nvdimmctl provision --size {spec.size} --label-size 2MiB {path}",
             )
         if self._served:
@@ -153,18 +154,20 @@ class Inventory:
         )
 
     def _place(self, word: str) -> tuple[Pool, str]:
-        """Return the pool and path of ``NAME`` or ``POOL/NAME``."""
+        """Return the pool and the path of ``NAME`` or ``POOL/NAME``."""
         first, slash, last = word.partition("/")
         pools, name = ([self._pools.named(first)], last) if slash else (list(self._pools), first)
         if "/" in name or name in ("", ".", ".."):
             raise ConfigError(f"pmem_namespaces: {word!r} is neither a name in a pool nor POOL/NAME", hint=_FORM)
         places = [(pool, path) for pool in pools for path in _candidates(pool, name) if self._exists(path)]
         if not places:
-            raise NotFoundError(f"pmem_namespaces: there is no {name} in {_told(pools)}", hint=_make(pools, name))
+            raise NotFoundError(
+                f"pmem_namespaces: there is no {name} in {_names(pools)}", hint=_how_to_make(pools, name)
+            )
         if len(places) > 1:
             raise ConfigError(
-                f"pmem_namespaces: {word} may be " + " or ".join(path for _, path in places),
-                hint="say POOL/NAME; within one pool, names have to differ",
+                f"pmem_namespaces: {word} is ambiguous: it may be " + " or ".join(path for _, path in places),
+                hint="write POOL/NAME; within a pool, names must differ",
             )
         return places[0]
 
@@ -180,13 +183,17 @@ def _candidates(pool: Pool, name: str) -> Iterator[str]:
             yield path
 
 
-def _told(pools: Sequence[Pool]) -> str:
+def _names(pools: Sequence[Pool]) -> str:
     if not pools:
         return "a pool: none is configured"
     return ("pool " if len(pools) == 1 else "any of the pools ") + ", ".join(pool.name for pool in pools)
 
 
-def _make(pools: Sequence[Pool], name: str) -> str:
+def _how_to_make(pools: Sequence[Pool], name: str) -> str:
     if not pools:
         return "'nvdimmctl pool create' makes one"
-    return f"nvdimmctl provision --pool {pools[0].name} --size SIZE --label-size 2MiB {name}"
+    return f"{_provision(pools[0])} {name}"
+
+
+def _provision(pool: Pool) -> str:
+    return f"nvdimmctl provision --pool {pool.name} --size SIZE --label-size 2MiB"

@@ -458,7 +458,7 @@ def test_what_nova_cannot_be_told(operator: Operator) -> None:
         (1, "6gb:ns0", "'6gb' is not a label"),
         (3, "6GB:ns0", "there is no ns0 in pool main (nvdimmctl provision --pool main"),
         (1, "6GB:sparse", f"{operator.fs.root}/sparse: "),
-        (1, "6GB:fallocated", f"fallocated: is not provisioned: {16 * MIB} bytes"),
+        (1, "6GB:fallocated", "fallocated: is not provisioned: 16 MiB still to be written"),
     ):
         assert says in operator.run("nova", "inventory", "--pmem-namespaces", entry, status=status).stderr
 

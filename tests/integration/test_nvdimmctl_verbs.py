@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every verb of nvdimmctl: what it prints for scripts, and its exit status when it cannot."""
+"""Every verb of nvdimmctl: its output for scripts, and its exit status when it fails."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ SCHEMAS: dict[str, Any] = {
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A host with a pool that is not there, and a domain with an NVDIMM in it."""
+    """A host with a pool whose folder does not exist, and a domain with an NVDIMM in it."""
     ledger = Ledger(str(tmp_path / "ledger.sqlite"))
     path = f"{tmp_path}/pmem/db1.img"
     identity = BackingIdentity("fsdax", "namespace", 0, 100, 1, 64 * MIB)
@@ -88,7 +88,7 @@ def nvdimmctl(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def fits(value: Any, schema: Any) -> bool:
-    """Whether a value has just the keys and the types that a schema has."""
+    """Return True when a value has exactly the keys and types of a schema."""
     if isinstance(schema, dict):
         return value.keys() == schema.keys() and all(fits(value[key], schema[key]) for key in schema)
     if isinstance(schema, list):
@@ -165,7 +165,7 @@ def test_nova_inventory_is_told_in_one_way_what_to_list(config: Path, tmp_path: 
     assert (done.returncode, done.stdout) == (2, "")
     done = nvdimmctl("--config-file", config, "nova", "inventory", "--nova-config", conf)
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"nova's configuration: Failed to find some config files: {conf}" in done.stderr
+    assert f"Nova's configuration: Failed to find some config files: {conf}" in done.stderr
     conf.touch()
     done = nvdimmctl("--config-file", config, "nova", "inventory", "--nova-config", conf, "-f", "json")
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), "none are configured"

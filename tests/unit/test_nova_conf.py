@@ -56,5 +56,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None) -
     file = tmp_path / "nova.conf"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(ConfigError, match=r"nova's configuration: .*nova\.conf"):
+    with pytest.raises(ConfigError, match=r"Nova's configuration: .*nova\.conf"):
         read([str(file)])

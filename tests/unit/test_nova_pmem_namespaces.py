@@ -154,13 +154,13 @@ def test_what_is_too_large_by_a_part_of_the_alignsize_is_not_all_used(host: Host
         ("X:none", NotFoundError, "there is no none in any of the pools main, other, raw"),
         ("X:main/b", NotFoundError, "there is no b in pool main"),
         ("X:nopool/a", NotFoundError, "no pool 'nopool'"),
-        ("X:a", ConfigError, "/main/a or "),
+        ("X:a", ConfigError, "pmem_namespaces: a is ambiguous: it may be "),
         ("X:main/sub/a", ConfigError, "neither a name in a pool nor POOL/NAME"),
         ("X:..", ConfigError, "neither a name in a pool nor POOL/NAME"),
         ("X:main/", ConfigError, "neither a name in a pool nor POOL/NAME"),
         ("X:b|other/b", ConfigError, "b and other/b are both"),
         ("X:small", BackingError, "/main/small: is too small for Nova"),
-        ("X:holes", BackingError, "/main/holes: is not provisioned: 4096 bytes are still to be written"),
+        ("X:holes", BackingError, "/main/holes: is not provisioned: 4 KiB still to be written"),
     ],
 )
 def test_what_nova_cannot_have_is_an_error(host: Host, entry: str, kind: type[NvdimmError], says: str) -> None:

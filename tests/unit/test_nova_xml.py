@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The domain XML that Nova emits for ``hw:pmem=6GB,16GB``, as it came from it: tests/nova/driver/test_libxl.py."""
+"""The domain XML that Nova emits for ``hw:pmem=6GB,16GB``, unchanged: tests/nova/driver/test_libxl.py."""
 
 from __future__ import annotations
 

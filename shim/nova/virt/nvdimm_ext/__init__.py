@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``compute_driver = nvdimm_ext.XenLibvirtDriver`` names: Nova puts ``nova.virt.`` before it, whatever it is
+"""The module of ``compute_driver = nvdimm_ext.XenLibvirtDriver``: Nova puts ``nova.virt.`` before every name
 (nova/virt/driver.py:load_compute_driver).
 """
 
