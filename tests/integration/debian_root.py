@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Debian 12 system to install into: the lab's, with a layer in memory that goes with it."""
+"""A Debian 12 system to install into: the lab's base, under an overlay in memory."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ exec sleep infinity
 
 
 class DebianRoot:
-    """The system, in a mount namespace of its own; ends with the process that started it. Needs root.
+    """The system, in a mount namespace of its own. It ends with the process that started it. Needs root.
 
-    :param base: an installed system, which stays as it is.
-    :param folder: an empty one.
-    :param binds: folders of this machine, by where they are in the system.
+    :param base: root folder of an installed system, which is not changed.
+    :param folder: an empty folder.
+    :param binds: folders of this machine, by their paths in the system.
     """
 
     def __init__(self, base: Path, folder: Path, binds: dict[str, Path]) -> None:
@@ -52,11 +52,11 @@ class DebianRoot:
         self._process.communicate()
 
     def path(self, inside: str) -> Path:
-        """Where this machine sees a file of the system."""
+        """Return the path by which this machine sees a file of the system."""
         return Path(f"/proc/{self._process.pid}/root{self._folder}/root{inside}")
 
     def run(self, command: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run a bash command in it, which has to end with that status."""
+        """Run a bash command in the system; it must end with that status."""
         inside = ["nsenter", "--mount", f"--target={self._process.pid}", "chroot", f"{self._folder}/root"]
         inside += ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "HOME=/root"]
         done = subprocess.run([*inside, "bash", "-c", command], capture_output=True, text=True, check=False)

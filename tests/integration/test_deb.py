@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Debian package in a Debian 12 system: installed, used with Debian's libraries, upgraded, removed."""
+"""The Debian package in a Debian 12 system: install it, use it with Debian's libraries, upgrade it, remove it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
 CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
 LEDGER = "/var/lib/nvdimm-driver/ledger.sqlite"
 LOG = "/var/log/nvdimm-driver.log"
-# The lab leaves out what a reader of documentation wants.
+# The lab's base excludes documentation.
 INSTALL = "dpkg -i --path-include='/usr/share/man/*' --path-include='/usr/share/doc/nvdimm-driver/*'"
 WITH_UNIT_TESTS = "tests,doc,etc,debian,setup.py,pyproject.toml,LICENSE,Makefile,*.md,NEWS.rst,.pre-commit-config.yaml"
-"""What of the project the unit tests read; the driver itself is the package's."""
+"""The files of the project that the unit tests read; the driver itself comes from the package."""
 UUID = "11111111-2222-3333-4444-555555555555"
 IN_LEDGER = """\
 from nvdimm_driver.state.ledger import Ledger
@@ -45,7 +45,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DebianRoot]:
-    """Debian 12, with the package."""
+    """Debian 12 with the package installed."""
     folder = tmp_path_factory.mktemp("debian")
     shutil.copy(build_package(), folder / "nvdimm-driver.deb")
     (folder / "tests").mkdir()
@@ -71,7 +71,7 @@ def in_ledger(system: DebianRoot, call: str) -> None:
 
 
 def complete(system: DebianRoot, *words: str) -> list[str]:
-    """What two tabs show after these words."""
+    """Return what two tabs show after these words."""
     system.path("/root/complete").write_text(COMPLETE)
     return system.run("bash /root/complete " + " ".join(f"'{word}'" for word in words)).stdout.split("\n")[:-1]
 
@@ -125,8 +125,9 @@ def test_the_log_is_rotated_under_a_program_that_has_it_open(system: DebianRoot)
 
 
 def test_the_unit_tests_pass_with_what_debian_has(system: DebianRoot) -> None:
-    """Of the virtual environment come pytest and what else is not in the system: it is last in the path. libpmem, which
-    the package only recommends, is this machine's.
+    """pytest and other modules that the system lacks come from the virtual environment, which is last in the path.
+
+    libpmem, which the package only recommends, is this machine's.
     """
     (libpmem,) = Path("/usr/lib").glob("*/libpmem.so.1")
     system.path(str(libpmem)).write_bytes(libpmem.read_bytes())
@@ -195,7 +196,7 @@ def test_removal_is_refused_while_a_domain_runs(registered: DebianRoot) -> None:
 
 
 def test_a_broken_option_file_does_not_keep_the_package_from_being_removed(registered: DebianRoot) -> None:
-    """The domain that runs is found all the same: the registered device model says where the ledger is."""
+    """The running domain is found all the same: the registered device model has the path of the ledger."""
     before = registered.path(CONF).read_text()
     registered.path(CONF).write_text("[DEFAULT]\nstate_dri = /var/lib/other\n")
     in_ledger(registered, "begin_start(uuid, [])")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nvdimmctl monitor`` and ``metrics`` of a host on which domains start and fail to start, under the real libvirtd."""
+"""``nvdimmctl monitor`` and ``metrics`` on a host where domains start and fail to start, under the real libvirtd."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def host(shared_host: Host) -> Iterator[Host]:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    """An empty ledger, of which ``conf`` tells."""
+    """An empty ledger, in the state folder that ``conf`` names."""
     (tmp_path / "conf").write_text(f"[DEFAULT]\nstate_dir={tmp_path}\n")
     return Ledger(str(tmp_path / "ledger.sqlite"))
 
 
 def monitor(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """The command on its own, on that ledger."""
+    """Start the command alone, on that ledger."""
     command = [str(NVDIMMCTL), "--config-file", str(folder / "conf"), "monitor", *words]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
@@ -70,7 +70,7 @@ def all_events(host: Host, *words: str) -> list[dict[str, Any]]:
 
 
 def metrics(host: Host) -> dict[str, float]:
-    """Values by name and labels, without the prefix. In a file: what stands in for libxenctrl prints its calls."""
+    """Return values by name and labels, without the prefix; from a file, because the stand-in for libxenctrl prints."""
     file = host.folder / "metrics.prom"
     done = host.nvdimmctl("metrics", "-o", str(file))
     assert (done.returncode, done.stderr) == (0, "")
@@ -172,7 +172,7 @@ def wait_until(condition: Any) -> None:
 
 
 def follow(folder: Path, ledger: Ledger, *words: str) -> subprocess.Popen[str]:
-    """A monitor that has printed its first event."""
+    """Return a monitor that has printed its first event."""
     ledger.record_event("undefined", UUID.format(1))
     process = monitor(folder, "--since", "0", *words)
     assert next_id(process) == 1
@@ -180,7 +180,7 @@ def follow(folder: Path, ledger: Ledger, *words: str) -> subprocess.Popen[str]:
 
 
 def next_id(process: subprocess.Popen[str]) -> int:
-    """The number of the event that it prints next."""
+    """Return the id of the next event that it prints."""
     assert process.stdout is not None
     assert select.select([process.stdout], [], [], DEADLINE)[0], "it printed nothing"
     return int(json.loads(process.stdout.readline())["id"])
@@ -197,7 +197,7 @@ def test_it_follows_until_it_is_interrupted(tmp_path: Path, ledger: Ledger) -> N
 
 
 def test_it_ends_when_nobody_reads(tmp_path: Path, ledger: Ledger) -> None:
-    """Also when there is nothing more to print."""
+    """Even when there is nothing more to print."""
     process = follow(tmp_path, ledger)
     assert process.stdout is not None
     assert process.stderr is not None

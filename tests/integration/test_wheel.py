@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel, as pip makes and installs it: with the module that is made at the build, and its entry points."""
+"""The wheel that pip builds and installs, with the module that the build makes, and with its entry points."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHERE = "import nvdimm_driver.xen._xen as made; print(made.__file__)"
 
 
 def test_what_pip_installs_runs(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # setuptools writes into it
+    source = tmp_path / "source"  # a copy, because setuptools writes into it
     shutil.copytree(PROJECT / "nvdimm_driver", source / "nvdimm_driver", ignore=shutil.ignore_patterns("_xen.py"))
     shutil.copytree(PROJECT / "shim", source / "shim")
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
