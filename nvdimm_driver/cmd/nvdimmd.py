@@ -84,15 +84,15 @@ def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
 
 async def repeat(write: Callable[[], None] | None, seconds: float, stop: asyncio.Event) -> None:
     """Write metrics at this interval until `stop`; log an error unless it is the same as the last time."""
-    told = ""
+    last_error = ""
     while write and not stop.is_set():
         try:
             await asyncio.to_thread(write)
-            told = ""
+            last_error = ""
         except Exception as error:
-            if str(error) != told:
+            if str(error) != last_error:
                 LOG.error("metrics: %s", error, exc_info=not isinstance(error, NvdimmError | OSError))
-            told = str(error)
+            last_error = str(error)
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), seconds)
 

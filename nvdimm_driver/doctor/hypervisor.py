@@ -16,7 +16,7 @@ _FALSE = ("0", "no", "off", "false", "disable")  # xen/common/kernel.c:parse_boo
 
 @dataclass(frozen=True)
 class Hypervisor:
-    """What Xen reports about itself.
+    """Xen's report about itself.
 
     :ivar capabilities: the platform's, XEN_SYSCTL_PHYSCAP_* of xen/include/public/sysctl.h.
     :ivar command_line: Xen's command line at boot.

@@ -92,8 +92,8 @@ class _Look:
                 return
             lacking = backing.lacking(item.spec)
             if lacking:
-                problem = f"it is {human(lacking)} too short: what was there is lost"
-                yield inconsistency(problem, "replace that with zeros", partial(self._complete, backing, record, item))
+                problem = f"it is {human(lacking)} too short: the missing bytes are lost"
+                yield inconsistency(problem, "replace them with zeros", partial(self._complete, backing, record, item))
                 return
             found = backing.locate(item.spec).identity
         except BackingError as error:

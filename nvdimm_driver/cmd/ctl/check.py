@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
 
 ROUNDS = 5
-"""How often check repairs and looks again: a repair may uncover other inconsistencies."""
+"""Rounds of repairing and looking again: a repair may uncover other inconsistencies."""
 
 
 class Check(Listing):

@@ -21,7 +21,7 @@ from nvdimm_driver.sizes import human
 
 POOL_COLUMNS = ("Name", "Kind", "Capacity", "Free", "Largest free", "Used", "Health")
 LINUX_NAMESPACE_ALIGN = 16 * MIB
-"""What ndctl rounds namespaces to (Linux: arch/powerpc and x86 memremap_compat_align() and SUBSECTION_SIZE)."""
+"""ndctl rounds namespaces to this (Linux: arch/powerpc and x86 memremap_compat_align() and SUBSECTION_SIZE)."""
 
 
 def size_column(readable: bool) -> Callable[[int], int | str]:
