@@ -190,9 +190,8 @@ def test_bad_blocks_are_told_and_warned_of(xen: XenHost) -> None:
     (start,) = (each["data_spa"] for each in namespaces if each["device"] == "pmem2")
     sector = (plan["locations"][0]["extents"][0]["spa"] + MIB - start) // 512
     xen.check(f"echo '{sector} 8' >/sys/block/pmem2/badblocks")
-    assert (
-        "warning: bad blocks at offset 0x100000, 4 KiB" in xen.check(f"{operator.NVDIMMCTL} plan /root/db2.xml").stdout
-    )
+    printed = xen.check(f"{operator.NVDIMMCTL} plan /root/db2.xml").stdout
+    assert "warning: bad blocks at offset 0x100000, 4 KiB" in printed
     first, second = operator.show(xen, "db2")["nvdimms"]
     assert (first["bad_blocks"], first["problem"]) == ([{"offset": MIB, "length": 4096}], None)
     assert (second["bad_blocks"], second["problem"]) == ([], None)

@@ -154,7 +154,7 @@ def test_what_is_too_large_by_a_part_of_the_alignsize_is_not_all_used(host: Host
         ("X:none", NotFoundError, "there is no none in any of the pools main, other, raw"),
         ("X:main/b", NotFoundError, "there is no b in pool main"),
         ("X:nopool/a", NotFoundError, "no pool 'nopool'"),
-        ("X:a", ConfigError, "pmem_namespaces: a is ambiguous: it may be "),
+        ("X:a", ConfigError, "/main/a or "),
         ("X:main/sub/a", ConfigError, "neither a name in a pool nor POOL/NAME"),
         ("X:..", ConfigError, "neither a name in a pool nor POOL/NAME"),
         ("X:main/", ConfigError, "neither a name in a pool nor POOL/NAME"),
