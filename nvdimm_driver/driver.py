@@ -17,9 +17,9 @@ from nvdimm_driver import logs, plugin_loader, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
 from nvdimm_driver.conf import configured_pools
-from nvdimm_driver.contents.checks import Checks
 from nvdimm_driver.contents.exporting import Exporter
 from nvdimm_driver.contents.importing import Importer
+from nvdimm_driver.contents.shared_checks import Checks
 from nvdimm_driver.contents.wiping import Wiper
 from nvdimm_driver.errors import ConfigError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m

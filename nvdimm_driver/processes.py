@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 _STARTTIME = 19
-"""Behind the name in ``stat``: clock ticks from the host's boot to the start of the process."""
+"""Index among the fields after the name in ``stat``: clock ticks from the host's boot to the start of the process."""
 
 
 def start_time(process: Path) -> float | None:

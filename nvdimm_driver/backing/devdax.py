@@ -11,9 +11,8 @@ from pathlib import Path
 from nvdimm_driver.backing import byteranges, extents, inventory
 from nvdimm_driver.backing.byteranges import MappedBytes
 from nvdimm_driver.backing.device import DeviceBacking
-from nvdimm_driver.backing.identity import no_label_server
 from nvdimm_driver.backing.inventory import Volume
-from nvdimm_driver.errors import BackingError
+from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import SUPERPAGE, Extent, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange
 
@@ -83,3 +82,12 @@ class DevdaxBacking(DeviceBacking):
 
     def check_labels(self, spec: NvdimmSpec) -> None:
         raise no_label_server(spec.path)
+
+
+def no_label_server(path: str) -> UnsupportedError:
+    """Return the error for a device-dax device whose NVDIMM is to have a label server."""
+    return UnsupportedError(
+        f"{path}: a QEMU cannot serve the labels of a device-dax device (dsm = qemu): Linux gives programs no way to "
+        "make its bytes durable (no fsync)",
+        hint="take dsm 'aml', whose stores are durable at once, or a file or raw namespace",
+    )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that a path still names the backing that was provisioned; the error for backings without a label server."""
+"""Check that a path still names the backing that was provisioned."""
 
 from __future__ import annotations
 
-from nvdimm_driver.errors import BackingError, UnsupportedError
+from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity
 from nvdimm_driver.sizes import human
 
@@ -40,12 +40,3 @@ def _two_sizes(one: int, other: int) -> tuple[str, str]:
     if one != other and human(one).replace(".00", "") == human(other).replace(".00", ""):
         return f"{one} bytes", f"{other} bytes"
     return human(one), human(other)
-
-
-def no_label_server(path: str) -> UnsupportedError:
-    """Return the error for a device-dax device whose NVDIMM is to have a label server."""
-    return UnsupportedError(
-        f"{path}: a QEMU cannot serve the labels of a device-dax device (dsm = qemu): Linux gives programs no way to "
-        "make its bytes durable (no fsync)",
-        hint="take dsm 'aml', whose stores are durable at once, or a file or raw namespace",
-    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nvdimm_driver.backing.devdax import no_label_server
 from nvdimm_driver.backing.host_file import HostDescription
-from nvdimm_driver.backing.identity import no_label_server
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec
 from nvdimm_driver.plugins import Backing

@@ -20,7 +20,7 @@ from oslo_config import cfg
 from nvdimm_driver import conf, logs
 from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, NvdimmError
-from nvdimm_driver.rpc.handler import Peer
+from nvdimm_driver.rpc.handler_types import Peer
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.proxy import Listener, serve
 from nvdimm_driver.xml.hooks import XmlHooks

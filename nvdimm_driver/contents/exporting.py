@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from nvdimm_driver.contents import copying, ordinary_files
-from nvdimm_driver.contents.checks import Checks, reporting_errors_of
+from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.model import NvdimmSpec, Watch
 from nvdimm_driver.plugins import backing_of
 from nvdimm_driver.state import ownership

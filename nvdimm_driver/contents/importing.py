@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from nvdimm_driver.contents import copying, ordinary_files
-from nvdimm_driver.contents.checks import Checks, reporting_errors_of
+from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, RefusedError
 from nvdimm_driver.labels import index_block
 from nvdimm_driver.model import PAGE, SUPERPAGE, Intake, NvdimmSpec, Watch

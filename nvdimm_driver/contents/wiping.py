@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from nvdimm_driver.contents import copying
-from nvdimm_driver.contents.checks import Checks, reporting_errors_of
+from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import NotFoundError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Watch
 from nvdimm_driver.plugins import backing_of

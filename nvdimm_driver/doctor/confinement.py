@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvdimm_driver.doctor.finding import Finding, noted, passed, warned
+from nvdimm_driver.processes import start_time
 
 DAEMONS = ("virtxend", "libvirtd")
-_STARTTIME = 19
-"""Index of the start time among the fields after the name in /proc/PID/stat: clock ticks since boot (proc(5))."""
 _EXECUTABLE = (
     "/bin",
     "/sbin",
@@ -41,13 +39,11 @@ class Daemon:
 
 def find_daemon(proc: Path = Path("/proc")) -> Daemon | None:
     """Return the running daemon that has the libxl driver, the modular one first; None if there is none."""
-    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     found = {}
     for folder in proc.glob("[0-9]*"):
         name = _text(folder / "comm")
-        fields = _text(folder / "stat").rpartition(")")[2].split()  # none when the process has just ended
-        if name in DAEMONS and len(fields) > _STARTTIME:
-            started = booted + int(fields[_STARTTIME]) / os.sysconf("SC_CLK_TCK")
+        started = start_time(folder) if name in DAEMONS else None  # None when the process has just ended
+        if started is not None:
             found[name] = Daemon(name, started, _text(folder / "attr/current"))
     return next((found[name] for name in DAEMONS if name in found), None)
 

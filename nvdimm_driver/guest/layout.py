@@ -220,7 +220,8 @@ def _check_request(placement: Placement, request: PlacementRequest) -> None:
     if placement != _at(request, placement.base if request.base is None else request.base):
         raise LayoutError(
             f"{_name(placement)} is not what is asked for now: {human(request.size)}, a label area of "
-            f"{human(request.label_size)}, node {'none' if request.node is None else request.node}, "
+            f"{human(request.label_size)} after a gap of {human(request.label_gap)}, "
+            f"node {'none' if request.node is None else request.node}, "
             f"base {'any' if request.base is None else hex(request.base)}",
             hint="define the domain again",
         )

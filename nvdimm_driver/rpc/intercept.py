@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
-from nvdimm_driver.rpc.handler import Call, Context, Entry, ReplyEntry, Table, Work
+from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.document import decode

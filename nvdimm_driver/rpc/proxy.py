@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nvdimm_driver.rpc.endpoint import CHUNK
-from nvdimm_driver.rpc.handler import Context, Peer, Table
+from nvdimm_driver.rpc.handler_types import Context, Peer, Table
 from nvdimm_driver.rpc.session import Session
 
 LOG = logging.getLogger(__name__)

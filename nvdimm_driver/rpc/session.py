@@ -13,7 +13,7 @@ from typing import Any
 from nvdimm_driver.errors import VIR_ERR_INTERNAL_ERROR, VIR_ERR_RPC, NvdimmError, ProtocolError
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.endpoint import End, close_all
-from nvdimm_driver.rpc.handler import Call, Context, Entry, ReplyEntry, Table, Work
+from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.wire import Header, Message
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
 

@@ -84,7 +84,8 @@ def _sharing(ledger: Ledger, identity: BackingIdentity) -> Iterator[Record]:
 def _owned(path: str, record: Record) -> InUseError:
     return InUseError(
         f"{path} belongs to domain {record.name} ({record.uuid})",
-        hint=f"if that domain is gone for good, 'nvdimmctl release {record.name}' frees the path and keeps its data",
+        hint=f"if that domain is gone for good, 'nvdimmctl release {record.name}' frees the path; it keeps the data, "
+        "unless the pool has wipe_on_release",
     )
 
 

@@ -13,7 +13,7 @@ from lxml import etree
 
 from nvdimm_driver.errors import NvdimmError, ProtocolError
 from nvdimm_driver.rpc import intercept
-from nvdimm_driver.rpc.handler import Call, Context, Peer, Work
+from nvdimm_driver.rpc.handler_types import Call, Context, Peer, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.wire import Message, Reader
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer

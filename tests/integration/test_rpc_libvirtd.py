@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 import pytest
 
 from nvdimm_driver.rpc import wire
-from nvdimm_driver.rpc.handler import Call, Context, Entry, Table, Work
+from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Table, Work
 from nvdimm_driver.rpc.wire import Header, Reader
 from tests.integration.private_libvirtd import PrivateLibvirtd
 from tests.unit.rpc_peers import ProxyThread

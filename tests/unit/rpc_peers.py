@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from nvdimm_driver.errors import UnsupportedError
 from nvdimm_driver.rpc import wire
-from nvdimm_driver.rpc.handler import Call, Context, Entry, Peer, ReplyEntry, Table, Work
+from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.proxy import Listener, serve
 from nvdimm_driver.rpc.wire import Header, Message, Reader, pack
 from nvdimm_driver.rpc.xdr import LibvirtError

@@ -128,10 +128,8 @@ def test_file_that_is_no_program(place: Path) -> None:
 
 def test_qemu_that_hangs_is_ended(place: Path) -> None:
     hanging = program(place, "hanging", f"echo $$ >{place}/pid; echo waiting >&2; exec sleep 600")
-    started = time.monotonic()
     with pytest.raises(AcpiError, match=r"did not answer .* in time: waiting"):
         QemuAcpiBuilder([hanging], timeout=0.5).build(ONE)
-    assert time.monotonic() - started < 5
     assert not is_running(int((place / "pid").read_text()))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.contents.checks import reporting_errors_of
+from nvdimm_driver.contents.shared_checks import reporting_errors_of
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import (
     BackingError,

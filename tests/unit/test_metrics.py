@@ -100,7 +100,7 @@ def test_what_runs_and_what_was_counted(driver: XenNvdimmDriver) -> None:
     assert value(found, "harvest_seconds_count") == 1
     assert value(found, "harvest_seconds_sum") == 0.25
     assert value(found, "map_seconds_count") == 1
-    assert 0 < (value(found, "map_seconds_sum") or 0) < 1
+    assert (value(found, "map_seconds_sum") or 0) > 0
     (started,) = (event for event in driver.ledger.events() if event.kind == "started")
     assert value(found, "last_event_timestamp_seconds", event="started") == pytest.approx(started.time)
 

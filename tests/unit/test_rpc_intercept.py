@@ -12,7 +12,7 @@ import pytest
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, DomainXmlError, LayoutError, ProtocolError, UnsupportedError, XenError
 from nvdimm_driver.model import GIB, KIB, MIB
-from nvdimm_driver.rpc.handler import Call, Context, Peer, ReplyEntry, Work
+from nvdimm_driver.rpc.handler_types import Call, Context, Peer, ReplyEntry, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, TypedParam, Unpacker

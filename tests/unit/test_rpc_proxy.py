@@ -14,7 +14,7 @@ import pytest
 
 from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED
 from nvdimm_driver.rpc import wire
-from nvdimm_driver.rpc.handler import Peer
+from nvdimm_driver.rpc.handler_types import Peer
 from nvdimm_driver.rpc.session import HANDLERS_MAX, OWN_SERIALS
 from nvdimm_driver.rpc.wire import Header, Message, pack
 from nvdimm_driver.rpc.xdr import RemoteError

@@ -68,7 +68,7 @@ def test_a_whole_life(driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path
     assert events[0].detail == {"nvdimms": 1, "bytes": 64 * MIB}
     assert events[2].detail["acpi_bytes"] == len(mapper.delivered[5])
     assert counters(driver)["starts", ""] == 1
-    assert 0 < counters(driver)["map_seconds", ""] < 1
+    assert counters(driver)["map_seconds", ""] > 0
     assert driver.ledger.last_event() == 5
     assert driver.ledger.events(4) != driver.ledger.events(5) == []
     assert driver.ledger.last_times()[0] == ("defined", events[0].time)

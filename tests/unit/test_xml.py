@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import time
+import socket
 from pathlib import Path
 
 import pytest
@@ -540,13 +540,16 @@ def test_what_xen_cannot_do_is_an_error(case: str) -> None:
         "<!DOCTYPE domain>",
         "<!DOCTYPE domain [<!ENTITY a 'x'><!ENTITY b '&a;&a;&a;'>]>",
         "<!DOCTYPE domain [<!ENTITY a SYSTEM 'file:///etc/hostname'>]>",
-        "<!DOCTYPE domain SYSTEM 'http://192.0.2.1/domain.dtd'>",
+        "<!DOCTYPE domain SYSTEM 'http://{address}/domain.dtd'>",
     ],
 )
 def test_entities_are_refused_and_nothing_is_fetched(doctype: str) -> None:
-    started = time.monotonic()
-    check_error(doctype + DOMAIN, DomainXmlError, "document type declaration")
-    assert time.monotonic() - started < 1
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        here = doctype.replace("{address}", f"127.0.0.1:{server.getsockname()[1]}")
+        check_error(here + DOMAIN, DomainXmlError, "document type declaration")
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 def test_the_deepest_xml_that_libvirt_reads_goes_through() -> None:
