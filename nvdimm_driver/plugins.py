@@ -284,7 +284,7 @@ class Backing(Plugin):
     # --- the record of the owner ---
 
     def mark(self, path: str, owner: bytes | None) -> None:
-        """Record the owner on the backing itself, which may be frozen; None removes the record. Devices have none."""
+        """Record the owner on the backing itself, immutable or not; None removes the record. Devices have none."""
 
     def survey(self, paths: Sequence[str]) -> Iterable[Surveyed]:
         """Return the files in a pool with these paths, and the owners recorded on them.

@@ -38,7 +38,7 @@ class Compute:
         self.driver.init_host(nova.conf.CONF.host)
 
     def inventory(self) -> dict[str, list[dict[str, Any]]]:
-        """What is found on the host, by resource class."""
+        """Return the namespaces of the host, by resource class."""
         found = self.driver._vpmems_by_rc
         return {
             name: [{"name": item.name, "path": item.devpath, "size": item.size} for item in items]
@@ -124,7 +124,7 @@ class Compute:
         return virt_driver.get_block_device_info(self.instance, objects.BlockDeviceMappingList(objects=[]))
 
     def _resources(self, names: list[str]) -> Any:
-        """What the resource tracker puts into an instance when it is claimed."""
+        """Return the resources that the resource tracker gives an instance when it is claimed."""
         found = {item.name: (name, item) for name, items in self.driver._vpmems_by_rc.items() for item in items}
         return objects.ResourceList(
             objects=[

@@ -32,7 +32,7 @@ DESIGN = (DOC / "design.rst").read_text(encoding="utf-8")
 COLUMNS = 100
 """As .editorconfig has it for pages."""
 NOT_LISTED = ("__init__.py", "_xen.py")
-"""What has no code of its own, and what setup.py makes."""
+"""Modules without code of their own, and those that setup.py makes."""
 CLIFF_HAS = {"--help", "--variable", "--quote", "--noindent", "--max-width", "--fit-width", "--print-empty", "--prefix"}
 CLIFF_HAS |= {"--sort-column", "--sort-ascending", "--sort-descending"}
 

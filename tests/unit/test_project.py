@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the project's own files say twice is the same."""
+"""Facts that the project's own files state twice agree."""
 
 from __future__ import annotations
 

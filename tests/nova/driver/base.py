@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of the compute driver have in common."""
+"""Base of the tests of the compute driver."""
 
 from __future__ import annotations
 

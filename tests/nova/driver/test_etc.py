@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator gets in etc/nova."""
+"""The files that an operator gets in etc/nova."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class LibxlTest(DriverTest):
         self.driver.init_host(HOST)
 
     def report(self) -> Any:
-        """What placement is told."""
+        """Return the inventory that placement gets."""
         tree = provider_tree.ProviderTree()
         tree.new_root(HOST, NODE, generation=0)
         self.driver.update_provider_tree(tree, HOST, allocations={})
@@ -145,7 +145,7 @@ class LibxlTest(DriverTest):
 
 
 class HostTest(LibxlTest):
-    """What libxl answers, and what Nova makes of it."""
+    """libxl's errors, and what Nova makes of them."""
 
     def test_what_hosts_are_made_of(self) -> None:
         found = self.driver.get_available_resource(HOST)
@@ -249,7 +249,7 @@ class XmlTest(LibxlTest):
 
 
 class LifeTest(LibxlTest):
-    """What becomes of an instance's persistent memory."""
+    """An instance's persistent memory through its life."""
 
     def test_a_guest_starts_and_has_it(self) -> None:
         instance = self.instance()

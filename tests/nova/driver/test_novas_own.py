@@ -41,7 +41,7 @@ ROWS = [
     {"Name": f"ns_{number}", "Path": f"/dev/dax0.{number}", "Size": size, "Align": 2 << 20}
     for number, size in enumerate((4292870144, 17177772032, 17177772032))
 ]
-"""What nvdimmctl says where Nova's tests have ndctl say the same."""
+"""nvdimmctl's output, in place of ndctl's in Nova's own tests."""
 
 
 @pytest.fixture(autouse=True)

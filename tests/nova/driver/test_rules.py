@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the driver decides by itself, without any host."""
+"""Decisions of the compute driver that need no host."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_whether_an_instance_goes_when_its_domain_ends(
 
 
 class MoveTest(CommandTest):
-    """What would lose persistent memory."""
+    """Operations that would lose persistent memory are refused."""
 
     def test_live_migration_is_refused_on_both_hosts(self) -> None:
         instance = make_instance("6GB", [])
@@ -221,7 +221,7 @@ class MoveTest(CommandTest):
 
 
 class ExtensionTest(DriverTest):
-    """What Nova is told of ``virt_type = xen``."""
+    """The capabilities that Nova gets for ``virt_type = xen``."""
 
     def test_nova_finds_the_driver(self) -> None:
         assert isinstance(virt_driver.load_compute_driver(None), nvdimm_ext.XenLibvirtDriver)

@@ -144,7 +144,7 @@ class NovaTestBase(base.ServersTestBase):
         return [spec.path for spec in domain.nvdimms] if domain else []
 
     def inventory(self, host: str) -> dict[str, int]:
-        """What placement has of a host's namespaces, by label."""
+        """Return placement's inventory of a host's namespaces, by label."""
         return self._by_label(
             {name: each["total"] for name, each in self._get_provider_inventory(self.compute_rp_uuids[host]).items()}
         )

@@ -77,7 +77,7 @@ class PmemHost:
 
     @property
     def bin(self) -> Path:
-        """What belongs on PATH."""
+        """Return the folder of programs for PATH."""
         return self.folder / "bin"
 
     def nvdimmctl(self, *words: object) -> str:

@@ -98,7 +98,7 @@ class Domain(libvirt.Domain):
 
 
 def _told(work: Callable[[], T]) -> T:
-    """What nvdimmd or the hook refuses is libvirt's error to its client."""
+    """A refusal of nvdimmd or the hook is libvirt's error to its client."""
     try:
         return work()
     except NvdimmError as error:

@@ -57,7 +57,7 @@ class EvacuationTest(NovaTestBase):
 
 
 class RefusedMoveTest(NovaTestBase):
-    """What would lose the data is refused before anything is done: they do not go with an instance."""
+    """Moves that would lose the data are refused before anything is done: NVDIMMs do not go with an instance."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -174,7 +174,7 @@ class LocalDeletionTest(NovaTestBase):
 
 
 class FailedStartTest(NovaTestBase):
-    """What a start that failed had is free for the next."""
+    """The namespaces of a start that failed are free for the next."""
 
     def test_it_is_free(self) -> None:
         self.pmem.provision("one", "ns0")
