@@ -302,11 +302,27 @@ def load(files: list[str] | None = None) -> cfg.ConfigOpts:
             conf.register_opts(opts, group=section)
         for group, opts in [*_registered(conf), *sections]:
             for opt in opts:
-                (conf if group is None else conf[group])[opt.dest]  # reading a value checks it
+                _check_value(conf, group, opt)
     except (cfg.Error, OSError) as error:
         raise ConfigError(f"configuration: {error}") from error
     _check_values(conf)
     return conf
+
+
+def _check_value(conf: cfg.ConfigOpts, group: str | None, opt: cfg.Opt) -> None:
+    """Check a value; reading it does that.
+
+    :raises ConfigError: when it is not one of the option's type.
+    """
+    try:
+        (conf if group is None else conf[group])[opt.dest]
+    except cfg.ConfigFileValueError as error:
+        where, _, reason = str(error).partition(" is not valid: ")
+        (file,) = re.findall(r"detail='(.*?)'", where) or [""]
+        raise ConfigError(
+            f"configuration: [{group or 'DEFAULT'}] {opt.name}: {reason or where}",
+            hint=f"correct it in {file}" if file else "",
+        ) from error
 
 
 def configured_pools(conf: cfg.ConfigOpts) -> tuple[Pool, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.errors import ConfigError, NvdimmError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -14,21 +14,24 @@ if TYPE_CHECKING:
 
     from nvdimm_driver.plugins import Plugin
 
-NAMESPACES = (
-    "nvdimm_driver.drivers",
-    "nvdimm_driver.xml_hooks",
-    "nvdimm_driver.backings",
-    "nvdimm_driver.acpi_builders",
-    "nvdimm_driver.mappers",
-)
-"""The groups of entry points in which plug-ins are registered."""
+NAMESPACES = {
+    "nvdimm_driver.drivers": ("Plugin", "[DEFAULT] driver"),
+    "nvdimm_driver.xml_hooks": ("XmlHook", "[DEFAULT] xml_hooks"),
+    "nvdimm_driver.backings": ("Backing", "kind of a pool"),
+    "nvdimm_driver.acpi_builders": ("AcpiBuilder", "[acpi] builder"),
+    "nvdimm_driver.mappers": ("Mapper", "[xen] mapper"),
+}
+"""The groups of entry points in which plug-ins are registered: the base class in plugins.py, the option that names one.
+
+The base class of drivers, which this module must not know, is checked by :func:`.driver.driver_class`.
+"""
 
 
 def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
     """Load the plug-in of that name and make it from the configuration.
 
     :param namespace: one of :data:`NAMESPACES`.
-    :raises ConfigError: when no installed package has it, or it cannot be imported.
+    :raises ConfigError: when no installed package has it, it cannot be imported, or cannot be made.
     """
     return _make(find(namespace, name), name, conf)
 
@@ -36,28 +39,31 @@ def load(namespace: str, name: str, conf: cfg.ConfigOpts) -> Any:
 def find(namespace: str, name: str) -> type[Plugin]:
     """Return the class of the plug-in of that name.
 
-    :raises ConfigError: when no installed package has it, or it cannot be imported.
+    :raises ConfigError: when no installed package has it, it cannot be imported, or is not of the base class.
     """
-    from stevedore import DriverManager
+    from stevedore import DriverManager, ExtensionManager
     from stevedore.exception import NoMatches
 
     try:
         manager: Any = DriverManager(namespace, name, on_load_failure_callback=_refuse)
     except NoMatches as error:
-        raise ConfigError(f"no plug-in {name!r} in {namespace}", hint="look at the option that names it") from error
-    found: type[Plugin] = manager.driver
-    return found
+        installed: Any = ExtensionManager(namespace, on_load_failure_callback=_refuse)
+        raise ConfigError(
+            f"{NAMESPACES[namespace][1]}: there is no plug-in {name!r} in {namespace}",
+            hint=f"installed are: {', '.join(sorted(installed.names()))}",
+        ) from error
+    return _checked(manager.driver, namespace, name)
 
 
 def load_all(namespace: str, conf: cfg.ConfigOpts) -> list[Any]:
     """Load every plug-in of a namespace, sorted by name, and make each from the configuration.
 
-    :raises ConfigError: when one cannot be imported.
+    :raises ConfigError: when one cannot be imported, is not of the base class, or cannot be made.
     """
     from stevedore import ExtensionManager
 
     manager: Any = ExtensionManager(namespace, on_load_failure_callback=_refuse)
-    return [_make(manager[name].plugin, name, conf) for name in sorted(manager.names())]
+    return [_make(_checked(manager[name].plugin, namespace, name), name, conf) for name in sorted(manager.names())]
 
 
 def options_of(name: str) -> list[cfg.Opt]:
@@ -77,10 +83,40 @@ def options_of(name: str) -> list[cfg.Opt]:
     return found
 
 
+def _checked(found: Any, namespace: str, name: str) -> type[Plugin]:
+    """Return a plug-in's class if it has the base class of its namespace and, being a backing, its own name.
+
+    :raises ConfigError: when it has not.
+    """
+    from nvdimm_driver import plugins
+
+    base = getattr(plugins, NAMESPACES[namespace][0])
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(
+            f"the plug-in {name} in {namespace} is {found!r}, which is not a {base.__name__}",
+            hint=f"it must be a class derived from nvdimm_driver.plugins.{base.__name__}",
+        )
+    if issubclass(found, plugins.Backing) and getattr(found, "name", None) != name:
+        raise ConfigError(
+            f"the plug-in {name} in {namespace} has the name {getattr(found, 'name', None)!r}",
+            hint="a backing has the name of its entry point",
+        )
+    return found
+
+
 def _make(plugin: type[Plugin], name: str, conf: cfg.ConfigOpts) -> Plugin:
-    if plugin.OPTIONS:
-        conf.register_opts(plugin.OPTIONS, group=name)
-    return plugin.from_conf(conf)
+    try:
+        if plugin.OPTIONS:
+            conf.register_opts(plugin.OPTIONS, group=name)
+        return plugin.from_conf(conf)
+    except NvdimmError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the plug-in {name} ({plugin.__module__}:{plugin.__qualname__}) cannot be used: "
+            f"{type(error).__name__}: {error}",
+            hint="correct its options, or install a version of its package for this nvdimm_driver",
+        ) from error
 
 
 def _refuse(manager: object, entry: EntryPoint, error: BaseException) -> NoReturn:

@@ -18,9 +18,9 @@ def install(path: Path, text: str, mode: int) -> str:
     :raises ConfigError: when the path has a file without :data:`MARK`.
     """
     if path.exists():
-        if MARK not in path.read_text(encoding="utf-8"):
+        if MARK not in path.read_text(encoding="utf-8", errors="replace"):
             raise ConfigError(f"{path} exists, and {NOT_OURS}", hint="move it away, and try again")
-        if path.read_text(encoding="utf-8") == text:
+        if path.read_text(encoding="utf-8", errors="replace") == text:
             return f"unchanged {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
@@ -34,7 +34,7 @@ def remove(path: Path) -> str:
     """Delete a file that :func:`install` has written; return a line that says what was done."""
     if not path.exists():
         return f"not there {path}"
-    if MARK not in path.read_text(encoding="utf-8"):
+    if MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return f"left alone {path}: {NOT_OURS}"
     path.unlink()
     return f"removed {path}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
@@ -94,8 +95,11 @@ def registered_state_dir(conf: cfg.ConfigOpts) -> str:
         text = Path(conf.xen.device_model).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return str(conf.state_dir)
-    found = re.search(r"^    state_dir=(['\"])(.*)\1,$", text, re.MULTILINE) if MARK in text else None
-    return found[2] if found else str(conf.state_dir)
+    found = re.search(r"^    state_dir=(.*),$", text, re.MULTILINE) if MARK in text else None
+    try:
+        return str(ast.literal_eval(found[1])) if found else str(conf.state_dir)
+    except (SyntaxError, ValueError):  # edited by hand
+        return str(conf.state_dir)
 
 
 def _ledger(conf: cfg.ConfigOpts) -> str:

@@ -122,6 +122,12 @@ class _Look:
                 backing = self._named(item.identity.kind if item.identity else "")
                 move = partial(backing.move, file.path, item.spec.path)
                 return inconsistency(f"it is not there; it was moved to {file.path}", "move it back", move)
+        if item.identity is not None and item.identity.inode == 0:  # its bytes have no file: they exist somewhere
+            return inconsistency(
+                "it is not there",
+                "enable or rename its device, or correct the options of its backing; or give it up: nvdimmctl release "
+                + quote(record.name),
+            )
         return inconsistency(
             "it is not there",
             "give up its contents: the next define makes a new backing, of zeros; restore a backup first, if any",

@@ -211,6 +211,18 @@ def test_a_broken_option_file_does_not_keep_the_package_from_being_removed(regis
     registered.run(f"{INSTALL} /folder/nvdimm-driver.deb && nvdimmctl register")
 
 
+def test_a_broken_option_file_that_names_other_places_keeps_the_package(registered: DebianRoot) -> None:
+    """Without the option file, removal would leave the hook there, which calls what is gone."""
+    before = registered.path(CONF).read_text()
+    registered.path(CONF).write_text("[DEFAULT]\nstate_dri = /x\n[libvirt]\nhooks_dir = /etc/libvirt/myhooks\n")
+    done = registered.run("dpkg --remove nvdimm-driver", status=1)
+    assert "there is no option state_dri in section [DEFAULT]" in done.stderr
+    assert "correct what is named above, then remove the package again" in done.stderr
+    assert registered.path(HOOK).exists()
+    registered.path(CONF).write_text(before)
+    registered.run(f"{INSTALL} /folder/nvdimm-driver.deb")
+
+
 def test_purge_takes_out_all_but_the_data_and_says_where_that_is(registered: DebianRoot) -> None:
     registered.path(LOG).write_text("a line\n")
     said = registered.run("dpkg --purge nvdimm-driver").stdout

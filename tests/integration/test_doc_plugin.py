@@ -87,7 +87,7 @@ def test_a_domain_gets_memory_of_a_backing_that_is_not_shipped(host: Host) -> No
     host.check("define", xml)
     (item,) = host.record("db1").allocations
     assert item.identity is not None
-    assert (item.identity.kind, item.identity.device) == ("setaside", "setaside-0x160000000")
+    assert (item.identity.kind, item.identity.device) == ("setaside", "setaside")
     assert item.spec.path == "/setaside/db1"
     host.check("start", "db1")
     assert host.record("db1").start is not None
@@ -106,6 +106,53 @@ def test_memory_of_that_backing_is_not_given_twice(host: Host) -> None:
         "has 128 MiB, the NVDIMM needs 192 MiB"
         in host.virsh("define", domain(host, "db4", 4, "/setaside/db2", 192)).stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("pieces", "start", "path", "size"),
+    [
+        ("db1:192MiB", "0x160000000", "/setaside/db1", 192),
+        ("db1:64MiB, db3:128MiB", "0x160200000", "/setaside/db3", 128),
+        ("dbx:64MiB, db2:128MiB", "0x160000000", "/setaside/dbx", 64),
+    ],
+    ids=["one larger piece", "moved", "renamed"],
+)
+def test_memory_that_is_cut_anew_is_not_given_twice(host: Host, pieces: str, start: str, path: str, size: int) -> None:
+    host.check("define", domain(host, "db1", 1, "/setaside/db1"))
+    host.check("define", domain(host, "db2", 2, "/setaside/db2", 128))
+    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    before = conf.read_text()
+    try:
+        changed = before.replace("db1:64MiB, db2:128MiB", pieces).replace("0x160000000", start)
+        assert changed != before
+        conf.write_text(changed.replace("paths = /setaside/db1, /setaside/db2", f"paths = {path}"))
+        host.nvdimmctl("check", "--repair")
+        refused = host.virsh("define", domain(host, "db3", 3, path, size))
+        assert re.search("belongs to domain db[12]", refused.stderr), refused
+    finally:
+        conf.write_text(before)
+        host.check("undefine", "db2")
+        assert host.nvdimmctl("release", "--yes", "db2").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("start = abc", "option start"),
+        ("pieces = db1", "'' is not a size"),
+    ],
+)
+def test_wrong_values_of_its_options_are_errors(host: Host, options: str, message: str) -> None:
+    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    before = conf.read_text()
+    name = options.split(" ", maxsplit=1)[0]
+    try:
+        conf.write_text(re.sub(rf"^{name} = .*$", options, before, flags=re.MULTILINE))
+        done = host.nvdimmctl("list")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    finally:
+        conf.write_text(before)
 
 
 def test_a_pool_of_it_knows_what_is_free(host: Host) -> None:

@@ -57,7 +57,10 @@ def test_a_section_in_which_nothing_is_said_is_no_pool(tmp_path: Path) -> None:
         ("[acpi]\ndsm = qemu\nbuilder = native\n", r"\[acpi\] dsm is qemu and \[acpi\] builder is native"),
         ("[acpi]\ndsm = magic\n", "magic"),
         ("[DEFAULT]\nlog_format = xml\n", "xml"),
-        ("[DEFAULT]\nlog_level = verbose\n", r"log_level.*DEBUG, INFO, WARNING, ERROR.*verbose"),
+        (
+            "[DEFAULT]\nlog_level = verbose\n",
+            r"^configuration: \[DEFAULT\] log_level: .*DEBUG, INFO, WARNING, ERROR.*verbose.* \(correct it in /.*conf\)$",
+        ),
         ("[metrics]\ntextfile = x.prom\n", "x.prom is not an absolute path"),
         ("[metrics]\ninterval = 0\n", "interval"),
         ("[layout]\ngap_gib = -1\n", "gap_gib"),

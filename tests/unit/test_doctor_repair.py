@@ -101,6 +101,20 @@ def test_a_file_that_is_gone(driver: XenNvdimmDriver, backing: MemoryBacking) ->
     assert look(driver) == []
 
 
+def test_a_device_that_is_gone_is_not_given_up(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    """Its bytes exist under another name: the next domain that gets them must be refused."""
+    record = driver.ledger.find_domain(UUID)
+    assert record
+    device, other = record.allocations
+    assert device.identity
+    device = dataclasses.replace(device, identity=dataclasses.replace(device.identity, inode=0))
+    driver.ledger.store(UUID, record.name, record.ram, [device, other], dsm=record.dsm)
+    del backing.files[A], backing.marks[A]
+    (found,) = look(driver)
+    assert (found.path, found.problem, found.mend) == (A, "it is not there", None)
+    assert f"nvdimmctl release {record.name}" in found.remedy
+
+
 def test_provisioning_that_a_power_loss_has_cut(driver: XenNvdimmDriver) -> None:
     """The ledger has the intent, and the file does not exist: it gets its name only at the end."""
     other = dataclasses.replace(domain((C, 64 * MIB)), uuid=OTHER_UUID, name="db2")

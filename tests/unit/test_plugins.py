@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 import pytest
+from stevedore import ExtensionManager
 
 from nvdimm_driver import conf
 from nvdimm_driver.driver import XenNvdimmDriver, load_driver
@@ -43,8 +46,14 @@ def test_the_shipped_xml_hook_can_be_loaded_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("[DEFAULT]\ndriver = kvm\n", "no plug-in 'kvm' in nvdimm_driver.drivers"),
-        ("[acpi]\nbuilder = none\n", "no plug-in 'none' in nvdimm_driver.acpi_builders"),
+        (
+            "[DEFAULT]\ndriver = kvm\n",
+            "driver: there is no plug-in 'kvm' in nvdimm_driver.drivers \\(installed are: xen\\)",
+        ),
+        (
+            "[acpi]\nbuilder = none\n",
+            "builder: there is no plug-in 'none' in nvdimm_driver.acpi_builders \\(installed are: ",
+        ),
     ],
 )
 def test_a_plug_in_that_is_not_installed_is_named(tmp_path: object, options: str, message: str) -> None:
@@ -53,3 +62,45 @@ def test_a_plug_in_that_is_not_installed_is_named(tmp_path: object, options: str
         out.write(f"[DEFAULT]\nstate_dir = {tmp_path}\n{options}")
     with pytest.raises(ConfigError, match=message):
         load_driver(conf.load([file]))
+
+
+PLUG_INS = """
+from nvdimm_driver.plugins import Backing, Mapper, XmlHook
+def function(): pass
+class Hook(XmlHook):
+    def describe(self): return ""
+    def rewrite(self, xml, device_model): return xml
+    def restore(self, xml): return xml
+class OtherName(Backing):
+    name = "other"
+class OldBacking(Backing):
+    name = "mine"
+"""
+
+
+@pytest.mark.parametrize(
+    ("namespace", "value", "message"),
+    [
+        ("xml_hooks", "function", "plug-in mine in nvdimm_driver.xml_hooks is .*, which is not a XmlHook"),
+        ("xml_hooks", "OldBacking", "which is not a XmlHook"),
+        ("mappers", "Hook", "which is not a Mapper"),
+        ("acpi_builders", "Hook", "which is not a AcpiBuilder"),
+        ("backings", "Hook", "which is not a Backing"),
+        ("backings", "OtherName", "plug-in mine in nvdimm_driver.backings has the name 'other'"),
+        ("backings", "OldBacking", "plug-in mine .*:OldBacking.* cannot be used: TypeError: .* areas"),
+    ],
+)
+def test_a_plug_in_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, namespace: str, value: str, message: str
+) -> None:
+    (tmp_path / "not_plug_ins.py").write_text(PLUG_INS)
+    info = tmp_path / "not_plug_ins-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: not-plug-ins\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[nvdimm_driver.{namespace}]\nmine = not_plug_ins:{value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ExtensionManager, "ENTRY_POINT_CACHE", {})
+    monkeypatch.delitem(sys.modules, "not_plug_ins", raising=False)
+    with pytest.raises(ConfigError, match=message):
+        load(f"nvdimm_driver.{namespace}", "mine", conf.load([]))
+    monkeypatch.delitem(sys.modules, "not_plug_ins", raising=False)

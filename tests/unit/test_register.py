@@ -93,5 +93,18 @@ def test_the_state_folder_is_that_of_the_registered_device_model(options: cfg.Co
     list(register(options))
     options.set_override("state_dir", f"{tmp_path}/other")
     assert registered_state_dir(options) == f"{tmp_path}/state"
+    options.set_override("state_dir", f'{tmp_path}/it\'s "odd" \\ here')
+    list(register(options))
+    odd = options.state_dir
+    options.set_override("state_dir", f"{tmp_path}/other")
+    assert registered_state_dir(options) == odd
     (tmp_path / "libexec/dm").write_text("somebody else's\n    state_dir='/x',\n")
     assert registered_state_dir(options) == f"{tmp_path}/other"
+
+
+def test_a_program_in_the_way_is_left_alone(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    (tmp_path / "libexec").mkdir(exist_ok=True)
+    (tmp_path / "libexec/dm").write_bytes(b"\x7fELF\xff\xfe")
+    with pytest.raises(ConfigError, match="nvdimm_driver did not write it"):
+        list(register(options))
+    assert (tmp_path / "libexec/dm").read_bytes() == b"\x7fELF\xff\xfe"
