@@ -48,6 +48,14 @@ def look(driver: XenNvdimmDriver) -> list[Inconsistency]:
     return list(_Look(driver).findings())
 
 
+def _find_device(record: Record) -> str:
+    """Return the remedy for a device that is gone or another: its bytes exist, and no other domain may get them."""
+    return (
+        "enable or rename its device, or correct the options of its backing; or give it up: nvdimmctl release "
+        + quote(record.name)
+    )
+
+
 class _Look:
     def __init__(self, driver: XenNvdimmDriver) -> None:
         self.driver = driver
@@ -101,7 +109,10 @@ class _Look:
             return
         if found != item.identity:
             problem = f"it is not the backing that was provisioned: {describe_differences(found, item.identity)}"
-            yield inconsistency(problem, "take it as it is now", partial(self._adopt, backing, record, item))
+            if found.inode == 0:
+                yield inconsistency(problem, _find_device(record))
+            else:
+                yield inconsistency(problem, "take it as it is now", partial(self._adopt, backing, record, item))
             return
         file = self.files.get(os.path.realpath(path))
         if file is not None and file.owner != owner_marks.pack(record, item):
@@ -122,12 +133,8 @@ class _Look:
                 backing = self._named(item.identity.kind if item.identity else "")
                 move = partial(backing.move, file.path, item.spec.path)
                 return inconsistency(f"it is not there; it was moved to {file.path}", "move it back", move)
-        if item.identity is not None and item.identity.inode == 0:  # its bytes have no file: they exist somewhere
-            return inconsistency(
-                "it is not there",
-                "enable or rename its device, or correct the options of its backing; or give it up: nvdimmctl release "
-                + quote(record.name),
-            )
+        if item.identity is not None and item.identity.inode == 0:
+            return inconsistency("it is not there", _find_device(record))
         return inconsistency(
             "it is not there",
             "give up its contents: the next define makes a new backing, of zeros; restore a backup first, if any",

@@ -399,7 +399,8 @@ class Ledger:
         try:
             return self._db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
-            raise LedgerError(f"cannot read {self.path}: {error}") from error
+            hint = "run as root" if "readonly" in str(error) else ""
+            raise LedgerError(f"cannot read {self.path}: {error}", hint=hint) from error
 
     def _write(
         self,

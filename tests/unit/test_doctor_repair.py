@@ -11,7 +11,7 @@ import pytest
 from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, Pool
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, Location, NvdimmSpec, Pool
 from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
 from tests.unit.test_pools_rules import domain
@@ -113,6 +113,23 @@ def test_a_device_that_is_gone_is_not_given_up(driver: XenNvdimmDriver, backing:
     (found,) = look(driver)
     assert (found.path, found.problem, found.mend) == (A, "it is not there", None)
     assert f"nvdimmctl release {record.name}" in found.remedy
+
+
+def test_another_device_is_not_taken(
+    driver: XenNvdimmDriver, backing: MemoryBacking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices get other names at a boot: the bytes under this one may be anybody's."""
+    there = backing.locate
+
+    def another(spec: NvdimmSpec) -> Location:
+        found = there(spec)
+        return dataclasses.replace(found, identity=dataclasses.replace(found.identity, inode=0, device="namespace9.0"))
+
+    monkeypatch.setattr(backing, "locate", another)
+    for found in look(driver):
+        assert "its namespace is namespace9.0" in found.problem
+        assert found.mend is None
+    assert len(look(driver)) == 2
 
 
 def test_provisioning_that_a_power_loss_has_cut(driver: XenNvdimmDriver) -> None:
