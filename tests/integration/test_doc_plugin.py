@@ -138,7 +138,7 @@ def test_memory_that_is_cut_anew_is_not_given_twice(host: Host, pieces: str, sta
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("start = abc", "option start"),
+        ("start = abc", "[setaside] start: invalid literal"),
         ("pieces = db1", "'' is not a size"),
     ],
 )
