@@ -144,6 +144,7 @@ def test_what_libvirt_stores_is_restored_and_rewritten_byte_for_byte(xen: XenHos
 
 @pytest.mark.thorough
 def test_its_bytes_are_there_after_a_reboot(xen: XenHost, guest: Guest) -> None:
+    guest.wait_report()
     before = xen.check("xl domid db1").stdout
     guest.reboot()
     assert xen.check("xl domid db1").stdout != before
