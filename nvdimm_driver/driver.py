@@ -256,8 +256,11 @@ class XenNvdimmDriver(plugins.Plugin):
         """Start a label server for each running guest whose own was killed."""
         self.starts.serve_labels()
 
-    def renew_label_servers(self) -> list[Record]:
-        """Replace the label servers that are older than the installed code; return their domains."""
+    def renew_label_servers(self) -> list[tuple[Record, bool]]:
+        """Replace the label servers that are older than the installed code; return their domains, and if that worked.
+
+        That of a domain that was redefined since its start stays.
+        """
         return self.starts.renew_label_servers()
 
     def find_bad_blocks(self, item: Allocation) -> tuple[tuple[int, int], ...]:

@@ -189,7 +189,9 @@ class BackingIdentity:
         """Return True when some byte belongs to both."""
         if self.device != other.device:
             return False
-        if self.inode or other.inode:
+        if bool(self.inode) != bool(other.inode):
+            return True  # a file, and the device that it is on
+        if self.inode:
             return (self.start, self.inode, self.generation) == (other.start, other.inode, other.generation)
         return self.start < other.start + other.size and other.start < self.start + self.size
 
@@ -247,12 +249,14 @@ class Surveyed:
 
     :ivar path: without symbolic links.
     :ivar owner: the owner recorded on it (:mod:`.state.owner_marks`); None without one.
-    :ivar frozen: True when it is frozen for a guest.
+    :ivar frozen: True when it has been frozen for a guest.
+    :ivar immutable: True when nothing in the host can change where its bytes are.
     """
 
     path: str
     owner: bytes | None
     frozen: bool
+    immutable: bool
 
 
 @dataclass(frozen=True)
@@ -459,3 +463,8 @@ class Record:
     def labels(self) -> str:
         """Hash of the domain's label areas: equal when two records have the same ones."""
         return hashlib.sha256(repr([item for item in self.allocations if item.spec.label_size]).encode()).hexdigest()
+
+    @property
+    def can_be_served(self) -> bool:
+        """Return True when a new label server could serve the guest: its label areas are as at its start."""
+        return self.start is not None and self.start.served == self.labels

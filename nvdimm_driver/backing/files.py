@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import FileExtent
-from nvdimm_driver.errors import BackingError
+from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.sizes import human
 
 HINTS = {
@@ -80,6 +80,16 @@ def hidden_name(path: str) -> str:
     """Return the path of a file until it is complete: ``.NAME.partial`` beside it, symbolic links resolved."""
     directory, name = os.path.split(os.path.realpath(path))
     return os.path.join(directory, f".{name}.partial")
+
+
+def check_name(path: str) -> None:
+    """Check that a file does not have a :func:`hidden_name`: an import of the other name would take it for its own.
+
+    :raises InUseError: when it has one.
+    """
+    name = os.path.basename(os.path.realpath(path))
+    if name == os.path.basename(hidden_name(name.removeprefix(".").removesuffix(".partial"))):
+        raise InUseError(f"{path}: is the name of a file whose import is not finished", hint="take another name")
 
 
 def unlink(path: str) -> bool:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 from nvdimm_driver.backing import byteranges, extents, freespace, inode, inventory
 from nvdimm_driver.backing.byteranges import FileBytes, MappedBytes
@@ -29,6 +32,9 @@ from nvdimm_driver.model import (
 from nvdimm_driver.plugins import Backing, ByteRange, unwatched
 from nvdimm_driver.sizes import human
 
+if TYPE_CHECKING:
+    from oslo_config import cfg
+
 _FILE_SYSTEMS = ("ext4", "xfs")
 _CHUNK = 4 << 20
 
@@ -36,6 +42,7 @@ _CHUNK = 4 << 20
 class FsdaxBacking(Backing):
     """An NVDIMM in a file.
 
+    :param lock: file in a folder of root's: who freezes or thaws a file locks it. None: this process is the only one.
     :param mountinfo: ``/proc/self/mountinfo`` or a file like it.
     :param cross_check: compares the extents of an open file with the page tables; raises BackingError.
     """
@@ -45,13 +52,19 @@ class FsdaxBacking(Backing):
     def __init__(
         self,
         *,
+        lock: Path | None = None,
         sysfs: Path = inventory.SYSFS,
         mountinfo: Path = Path("/proc/self/mountinfo"),
         cross_check: Callable[[int, Sequence[Extent]], None] = extents.cross_check,
     ) -> None:
+        self.lock = lock
         self.sysfs = sysfs
         self.mountinfo = mountinfo
         self.cross_check = cross_check
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
+        return cls(lock=Path(conf.state_dir) / "freeze.lock")
 
     def describe(self) -> str:
         return "a file on ext4 or XFS, mounted with -o dax on a namespace in fsdax mode"
@@ -192,7 +205,7 @@ class FsdaxBacking(Backing):
     def freeze(self, path: str) -> None:
         """Make the file immutable: not even root can then truncate, punch, reflink, rename or delete it."""
         path = os.path.realpath(path)
-        with opened(path, os.O_RDONLY) as fd:
+        with opened(path, os.O_RDONLY) as fd, self._locked():
             byteranges.check_unlocked(fd, path)
             inode.freeze(fd)
 
@@ -200,13 +213,13 @@ class FsdaxBacking(Backing):
         """Undo :meth:`freeze`. A file that was immutable before stays so."""
         path = os.path.realpath(path)
         if os.path.lexists(path):
-            with opened(path, os.O_RDONLY) as fd:
+            with opened(path, os.O_RDONLY) as fd, self._locked():
                 inode.thaw(fd)
 
     def mark(self, path: str, owner: bytes | None) -> None:
         path = os.path.realpath(path)
         if owner is not None or os.path.lexists(path):
-            with opened(path, os.O_RDONLY) as fd:
+            with opened(path, os.O_RDONLY) as fd, self._locked():
                 inode.mark(fd, owner)
 
     def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
@@ -218,7 +231,7 @@ class FsdaxBacking(Backing):
                 for path in (os.path.join(folder, name) for name in sorted(files)):
                     if os.path.isfile(path) and not os.path.islink(path):
                         with opened(path, os.O_RDONLY) as fd:
-                            yield Surveyed(path, inode.owner(fd), inode.is_frozen(fd))
+                            yield Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd))
 
     def lacking(self, spec: NvdimmSpec) -> int:
         return max(0, spec.size - os.stat(spec.path).st_size)
@@ -250,16 +263,19 @@ class FsdaxBacking(Backing):
         fs/namei.c:inode_permission).
         """
         path = os.path.realpath(spec.path)
-        with opened(path, os.O_RDONLY) as fd:
-            frozen = inode.is_frozen(fd)
-            inode.thaw(fd)
-            try:
-                with opened(path, os.O_RDWR) as writable:
-                    check_identity(path, self._identity(writable, self._volume(writable, path)), identity)
-                    return MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
-            finally:
-                if frozen:
-                    inode.freeze(fd)
+        with opened(path, os.O_RDONLY) as fd, self._locked(), inode.thawed(fd), opened(path, os.O_RDWR) as writable:
+            check_identity(path, self._identity(writable, self._volume(writable, path)), identity)
+            return MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other processes from freezing and thawing: two at once would leave a running guest's file mutable."""
+        if self.lock is None:
+            yield
+            return
+        with opened(str(self.lock), os.O_RDWR | os.O_CREAT) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
 
     def _volume(self, fd: int, path: str) -> Volume:
         """Return the volume that an open file or directory is on.
@@ -328,6 +344,7 @@ class FsdaxBacking(Backing):
 
     def _complete(self, path: str, size: int, progress: Progress) -> None:
         with opened(path, os.O_RDWR) as fd:
+            byteranges.lock(fd, path)  # no start meanwhile: XFS writes to a file that was made immutable, too
             self._write_zeros(fd, size, look(fd, path, size).unwritten, progress)
 
     def _write_zeros(self, fd: int, size: int, runs: Sequence[tuple[int, int]], progress: Progress) -> None:

@@ -2,7 +2,8 @@
 """A file's attributes beyond stat(2): flags, generation, extended attributes of XFS and ext4 (ioctl_iflags(2),
 ioctl_xfs_fsgetxattr(2), include/uapi/linux/fs.h).
 
-All functions take a descriptor, which may be read-only, and raise OSError as the system call does.
+All functions take a descriptor, which may be read-only, and raise OSError as the system call does. Of those that freeze
+and thaw, only one may work on a file at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 IMMUTABLE = 0x10  # FS_IMMUTABLE_FL
 XFLAG_REALTIME = 0x1
@@ -33,8 +36,13 @@ def generation(fd: int) -> int:
 
 
 def is_frozen(fd: int) -> bool:
-    """Return True when :func:`freeze` has made the file immutable."""
+    """Return True when :func:`freeze` has made the file immutable, also while :func:`thawed` undoes that."""
     return _FROZEN in os.listxattr(fd)
+
+
+def is_immutable(fd: int) -> bool:
+    """Return True when the file is immutable, whoever made it so."""
+    return bool(_get_int(fd, _FS_IOC_GETFLAGS) & IMMUTABLE)
 
 
 def freeze(fd: int) -> None:
@@ -43,17 +51,29 @@ def freeze(fd: int) -> None:
     A file that was not immutable before gets a mark, which only root can see and set: :func:`thaw` keeps an operator's
     own ``chattr +i``.
     """
-    flags = _get_int(fd, _FS_IOC_GETFLAGS)
-    if not flags & IMMUTABLE:
+    if not is_immutable(fd):
         os.setxattr(fd, _FROZEN, b"")
-        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", flags | IMMUTABLE))
+        _set_immutable(fd, True)
 
 
 def thaw(fd: int) -> None:
     """Undo :func:`freeze`; leave a file without its mark as it is."""
     if is_frozen(fd):
-        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", _get_int(fd, _FS_IOC_GETFLAGS) & ~IMMUTABLE))
+        _set_immutable(fd, False)
         os.removexattr(fd, _FROZEN)
+
+
+@contextmanager
+def thawed(fd: int) -> Iterator[None]:
+    """Make a frozen file mutable meanwhile. Its mark stays: if a process is killed here, the next one freezes it."""
+    frozen = is_frozen(fd)
+    if frozen:
+        _set_immutable(fd, False)
+    try:
+        yield
+    finally:
+        if frozen:
+            _set_immutable(fd, True)
 
 
 def owner(fd: int) -> bytes | None:
@@ -65,16 +85,11 @@ def mark(fd: int, text: bytes | None) -> None:
     """Record the owner on the file, where only root sees it; None removes the record. Thaw a frozen file meanwhile."""
     if text == owner(fd):
         return
-    frozen = is_frozen(fd)
-    thaw(fd)
-    try:
+    with thawed(fd):
         if text is None:
             os.removexattr(fd, _OWNER)
         else:
             os.setxattr(fd, _OWNER, text)
-    finally:
-        if frozen:
-            freeze(fd)
     os.fsync(fd)
 
 
@@ -87,6 +102,11 @@ def set_extent_size(fd: int, size: int) -> None:
     """Ask the file system to allocate in aligned pieces of ``size`` bytes; the file must have no extents yet."""
     flags, _, extents, project, cow = _FSXATTR.unpack(_get_xattr(fd))
     fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | XFLAG_EXTSIZE, size, extents, project, cow))
+
+
+def _set_immutable(fd: int, immutable: bool) -> None:
+    others = _get_int(fd, _FS_IOC_GETFLAGS) & ~IMMUTABLE
+    fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", others | (IMMUTABLE if immutable else 0)))
 
 
 def _get_int(fd: int, request: int) -> int:

@@ -226,7 +226,7 @@ def _record(options: cfg.ConfigOpts, uuid: str) -> Record:
     ledger = Ledger(_ledger_file(options))
     record = ledger.find_domain(uuid)
     ledger.close()
-    if record is None or record.start is None or record.start.served != record.labels:
+    if record is None or not record.can_be_served:
         raise LedgerError(f"domain {uuid} does not run with the NVDIMMs of its definition")
     return record
 

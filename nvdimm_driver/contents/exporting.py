@@ -28,7 +28,7 @@ class Exporter:
         """
         if not running:
             self._checks.check_off(spec.path, _RUNNING)
-        ownership.check_free(self._checks.ledger, destination, self._checks.identity(destination))
+        self._checks.check_unowned(destination)
         backing = backing_of(self._checks.backings, spec.path)
         with (
             reporting_errors_of(spec.path),
@@ -39,6 +39,7 @@ class Exporter:
             copying.verify(copy, digest, watch("verifying"))
         if not running:
             self._checks.check_off(spec.path, _RUNNING)
+        self._checks.check_unowned(destination)  # a domain may have taken it meanwhile
         ordinary_files.publish(destination, overwrite=overwrite)
         return digest
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from nvdimm_driver.backing.files import hidden_name
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, RefusedError
@@ -88,6 +89,7 @@ class Importer:
 
     def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> None:
         backing = backing_of(self._checks.backings, spec.path)
+        self._checks.check_unowned(hidden_name(spec.path))
         hidden = backing.allocate(spec)
         with backing.open_bytes(hidden, write=True) as target:
             self._checks.check_new(spec)  # from here on, a start fails as long as this is open
@@ -95,6 +97,9 @@ class Importer:
         backing.provision(hidden, watch("writing zeros"))
         with backing.open_bytes(hidden) as target:
             copying.verify(target, digest, watch("verifying"))
+        self._checks.check_new(spec)
+        if hidden != spec:
+            self._checks.check_unowned(hidden.path)
         backing.publish(spec)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from nvdimm_driver.backing.files import HINTS
+from nvdimm_driver.backing.files import HINTS, check_name
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
@@ -33,8 +33,16 @@ class Checks:
         :raises RefusedError: when it is in no pool, or a pool's rules forbid it.
         :raises InUseError: when a domain owns its path or its bytes.
         """
+        check_name(spec.path)
         self.pools.check_new([spec], self.ledger.domains())
-        ownership.check_free(self.ledger, spec.path, self.identity(spec.path))
+        self.check_unowned(spec.path)
+
+    def check_unowned(self, path: str) -> None:
+        """Check that no domain owns what is at a path, if anything.
+
+        :raises InUseError: when one does.
+        """
+        ownership.check_free(self.ledger, path, self.identity(path))
 
     def check_off(self, path: str, hint: str = "shut it down first") -> None:
         """Check that no domain runs with a backing.

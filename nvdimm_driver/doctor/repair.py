@@ -164,9 +164,14 @@ class _Look:
     def _file(self, file: Surveyed) -> Iterator[Inconsistency]:
         owner = self.owners.get(file.path)
         mark = self._mark(file)
-        started = {os.path.realpath(path) for each in self.records if each.start for path in each.start.paths}
-        if file.frozen and file.path not in started:
+        starts = [each.start for each in self.records if each.start]
+        states = {each.state for each in starts if file.path in map(os.path.realpath, each.paths)}
+        if file.frozen and not states:
             yield self._frozen(file, owner[0].name if owner else mark.name if mark else "", mark)
+        if states - {"preparing"} and not file.immutable:
+            freeze = partial(backing_of(self.driver.backings, file.path).freeze, file.path)
+            name = owner[0].name if owner else ""
+            yield Inconsistency(name, file.path, "a guest has it, and it is not immutable", "make it so", freeze)
         if owner is None and file.owner is not None:
             yield from self._unknown(file, mark)
 

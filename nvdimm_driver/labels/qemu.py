@@ -61,7 +61,8 @@ class QemuLabels:
         self._areas = areas
         self._running = ExitStack()
         self._qtest: Qtest | None = None
-        self._known: dict[int, bytes] = {}
+        self._known: dict[int, bytes] = {}  # by slot: what the backing has
+        self._unsynced: set[int] = set()  # slots whose last write may be incomplete or not durable
         self._copies: dict[int, tuple[int, int]] = {}  # by slot: a descriptor, and the label area's offset in it
         for placement in layout.nvdimms:
             if placement.slot in areas:
@@ -121,11 +122,17 @@ class QemuLabels:
         descriptor, start = self._copies[slot]
         before = self._known[slot]
         after = os.pread(descriptor, len(before), start)
-        changed = difference(before, after)
+        changed = range(len(after)) if slot in self._unsynced else difference(before, after)
         if not changed:
             return
-        self._areas[slot].write(changed.start, after[changed.start : changed.stop])
-        self._areas[slot].sync()
+        self._unsynced.add(slot)
+        try:
+            self._areas[slot].write(changed.start, after[changed.start : changed.stop])
+            self._areas[slot].sync()
+        except OSError:
+            self._known[slot] = self._areas[slot].read(0, len(after))  # which the guest shall read, too
+            raise
+        self._unsynced.remove(slot)
         self._known[slot] = after
 
     def _copy(self, slot: int, size: int) -> tuple[int, int]:

@@ -82,16 +82,17 @@ class LabelServers:
             os.close(descriptor)
         return descriptor is None
 
-    def kill_older_than(self, uuid: str, moment: float) -> bool:
-        """Kill the domain's label server if it started before a moment; its guest's requests wait in Xen meanwhile.
+    def is_older_than(self, uuid: str, moment: float) -> bool:
+        """Return True if the domain has a label server that started before a moment.
 
         :param moment: seconds since the epoch.
-        :returns: whether it was killed.
         """
-        doomed = [each for each in self._processes(uuid) if (start_time(each) or moment) < moment]
-        for process in doomed:
+        return any((start_time(each) or moment) < moment for each in self._processes(uuid))
+
+    def kill(self, uuid: str) -> None:
+        """Kill the domain's label server; its guest's requests wait in Xen until another is started."""
+        for process in list(self._processes(uuid)):
             _kill(int(process.name))
-        return bool(doomed)
 
     def start(self, domid: int, uuid: str) -> None:
         """Start a label server for a domain that has its page for requests; it serves when this returns.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nvdimm_driver import logs
+from nvdimm_driver.backing import files
 from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
@@ -62,6 +63,7 @@ class Definitions:
         self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
         created: list[NvdimmSpec] = []
         try:
+            ownership.check_paths(self.ledger, domain)  # of two that come at once, one at least sees the other
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
                 intake = backing.examine(spec)
@@ -123,6 +125,8 @@ class Definitions:
         return adopted
 
     def _check_allowed(self, domain: DomainSpec) -> None:
+        for spec in domain.nvdimms:
+            files.check_name(spec.path)
         ownership.check_paths(self.ledger, domain)
         self.pools.check(domain, self.ledger.domains())
 

@@ -99,15 +99,19 @@ class Starts:
         """Return the running domains whose label server is gone."""
         return [record for record in self.find_served() if not self.label_servers.is_running(record.uuid)]
 
-    def renew_label_servers(self) -> list[Record]:
-        """Replace the label servers that are older than the installed code; return their domains.
+    def renew_label_servers(self) -> list[tuple[Record, bool]]:
+        """Replace the label servers that are older than the installed code; return their domains, and if that worked.
 
-        After an upgrade, one of an earlier version cannot start another process in place of one that died.
+        After an upgrade, one of an earlier version cannot start another process in place of one that died. That of a
+        domain that was redefined since its start stays: another could not serve what the guest has.
         """
         installed = Path(__file__).stat().st_ctime
-        renewed = [each for each in self.find_served() if self.label_servers.kill_older_than(each.uuid, installed)]
+        old = [each for each in self.find_served() if self.label_servers.is_older_than(each.uuid, installed)]
+        for record in old:
+            if record.can_be_served:
+                self.label_servers.kill(record.uuid)
         self.serve_labels()
-        return renewed
+        return [(each, each.can_be_served and self.label_servers.is_running(each.uuid)) for each in old]
 
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed together with its watcher."""

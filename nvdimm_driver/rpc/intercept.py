@@ -82,9 +82,9 @@ class Interceptor:
         if wanted is None:
             return (yield from _call(procedure, payload, with_fds=True))
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
-        created = yield self._work(lambda driver: driver.define(domain))
         uuid = domain.uuid or ""
-        xml = self._hooks.rewrite(with_uuid(xml, uuid))
+        xml = self._hooks.rewrite(with_uuid(xml, uuid))  # first: it may refuse the XML
+        created = yield self._work(lambda driver: driver.define(domain))
         try:
             return (yield from _call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
         except LibvirtError as error:

@@ -14,17 +14,19 @@ from nvdimm_driver.state.ledger import Ledger
 
 
 def check_paths(ledger: Ledger, domain: DomainSpec) -> None:
-    """Check that no other domain has one of the domain's paths.
+    """Check that no other domain has one of the domain's paths, or the same path in other words without having bytes.
+
+    :func:`check_bytes` finds other words for what has bytes.
 
     :raises InUseError: when one has, or runs with the path even if it was redefined without it since.
     """
+    wanted = {path: spec.path for spec in domain.nvdimms for path in (spec.path, os.path.realpath(spec.path))}
     for record in ledger.domains():
         if record.uuid == domain.uuid:
             continue
-        owned = _paths(record)
-        for spec in domain.nvdimms:
-            if spec.path in owned:
-                raise _owned(spec.path, record)
+        unfinished = {os.path.realpath(item.spec.path) for item in record.allocations if not item.ready}
+        for path in wanted.keys() & (_paths(record) | unfinished):
+            raise _owned(wanted[path], record)
 
 
 def check_bytes(ledger: Ledger, uuid: str, identities: Mapping[str, BackingIdentity]) -> None:
@@ -50,6 +52,11 @@ def owners(ledger: Ledger, path: str, identity: BackingIdentity | None) -> tuple
     if identity is not None:
         found.update({record.uuid: record for record in _sharing(ledger, identity)})
     return tuple(found.values())
+
+
+def others(ledger: Ledger, record: Record, path: str, identity: BackingIdentity | None) -> list[Record]:
+    """Return the :func:`owners` that are not this domain."""
+    return [each for each in owners(ledger, path, identity) if each.uuid != record.uuid]
 
 
 def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> None:

@@ -40,8 +40,8 @@ LARGEST = PAGE - 20  # a request's header has 12 bytes, a label's offset and len
 class Served:
     """A label server and the areas behind it."""
 
-    def __init__(self, binary: str, kind: type[QemuLabels] = QemuLabels) -> None:
-        self.areas = {slot: MemoryBytes(bytes(range(256)) * (size // 256)) for slot, size in AREAS.items()}
+    def __init__(self, binary: str, kind: type[QemuLabels] = QemuLabels, area: type[MemoryBytes] = MemoryBytes) -> None:
+        self.areas = {slot: area(bytes(range(256)) * (size // 256)) for slot, size in AREAS.items()}
         self.labels = kind(LAYOUT, self.areas, [binary])
         self.labels.start()
 
@@ -163,6 +163,39 @@ def test_what_cannot_be_made_durable_fails_and_is_not_read(served: Served) -> No
     assert served.get(1, 0, 8) == (0, before)
     assert served.set(1, 0, b"8 bytes!") == 0
     assert served.areas[0].content[:8] == b"8 bytes!"
+
+
+class Unsynced(MemoryBytes):
+    """A label area whose next syncs fail, after the bytes were stored."""
+
+    failures = 0
+
+    def sync(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(5, "Input/output error")
+        super().sync()
+
+
+@pytest.mark.parametrize(("failures", "status"), [(1, 0), (2, 4)])
+def test_labels_that_were_stored_and_not_synced_are_read_as_they_are(failures: int, status: int) -> None:
+    served = Served(PLAIN_QEMU, area=Unsynced)
+    area = served.areas[0]
+    assert isinstance(area, Unsynced)
+    try:
+        area.failures = failures
+        assert served.set(1, 0, b"stored") == status
+        assert (area.synced == len(area.writes)) is (status == 0), "success means that they are durable"
+        assert served.get(1, 0, 6) == (0, bytes(area.content[:6]))
+        assert served.set(1, 2 * PAGE, b"later") == 0
+        assert area.synced == len(area.writes)
+        assert served.get(1, 0, 6) == (0, bytes(area.content[:6]))
+        assert area.content[2 * PAGE : 2 * PAGE + 5] == b"later"
+        written = len(area.writes)
+        assert served.set(1, 0, b"again!") == 0
+        assert area.writes[written:] == [(0, PAGE)], "and the whole area is written once only"
+    finally:
+        served.labels.close()
 
 
 class Unanswered(QemuLabels):

@@ -261,8 +261,8 @@ def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
     (below / "link").symlink_to(path)
     found = {each.path: each for each in fs.backing.survey([str(fs.root)])}
     assert found == {
-        path: Surveyed(path, b"yours", True),
-        f"{below}/plain": Surveyed(f"{below}/plain", None, False),
+        path: Surveyed(path, b"yours", True, True),
+        f"{below}/plain": Surveyed(f"{below}/plain", None, False, False),
     }
     fs.backing.mark(path, None)
     fs.backing.thaw(path)

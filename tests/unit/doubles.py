@@ -141,7 +141,7 @@ class MemoryBacking(Backing):
             raise BackingError(self.fail_space)
         for path in sorted(self.files):
             if any(path.startswith(f"{top}/") for top in paths):
-                yield Surveyed(path, self.marks.get(path), path in self.frozen)
+                yield Surveyed(path, self.marks.get(path), path in self.frozen, path in self.frozen)
 
     def freeze(self, path: str) -> None:
         self.frozen.add(path)

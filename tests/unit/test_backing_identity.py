@@ -52,3 +52,17 @@ def test_sizes_that_round_to_the_same_are_in_bytes(size: int) -> None:
 def test_a_backing_that_was_never_provisioned() -> None:
     with pytest.raises(BackingError, match="no backing was provisioned"):
         check_identity("/p", BEFORE, None)
+
+
+@pytest.mark.parametrize(
+    ("other", "shares"),
+    [
+        (BackingIdentity("plug-in", "ns", 0, 0, 0, GIB), True),
+        (BackingIdentity("plug-in", "another", 0, 0, 0, GIB), False),
+        (BackingIdentity("fsdax", "ns", 0, 12, 1, MIB), True),
+        (BackingIdentity("fsdax", "ns", 0, 12, 2, MIB), False),
+    ],
+)
+def test_a_file_shares_bytes_with_itself_and_with_the_device_it_is_on(other: BackingIdentity, shares: bool) -> None:
+    file = BackingIdentity("fsdax", "ns", 0, 12, 1, MIB)
+    assert (file.shares_bytes(other), other.shares_bytes(file)) == (shares, shares)

@@ -300,7 +300,7 @@ def test_what_was_put_in_the_place_of_a_domains_backing_is_neither_wiped_nor_del
     assert record is not None
     defined.backing.files[A] = (999, SIZE)
     with pytest.raises(BackingError, match="is not the backing that was provisioned"):
-        defined.wiper.wipe(spec(), watch, record.allocations[0].identity)
+        defined.wiper.wipe(record.allocations[0].spec, watch, record)
     with pytest.raises(BackingError, match="is not the backing that was provisioned"):
         defined.wiper.give_up(record, watch, delete=True)
     assert A in defined.backing.files

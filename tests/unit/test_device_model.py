@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from nvdimm_driver import conf
+from nvdimm_driver.cmd import label_server
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import GuardError, LedgerError, XenError
+from nvdimm_driver.labels.servers import MODULE, LabelServers
 from nvdimm_driver.model import MIB
 from tests.unit.doubles import (
     OTHER_UUID,
@@ -234,6 +238,46 @@ def test_a_guest_whose_label_server_was_killed_gets_another(
     caplog.clear()
     driver.serve_labels()
     assert caplog.text == ""
+
+
+class OldServers(LabelServers):
+    """Label servers that are all older than the code. A start does first what the real process does first."""
+
+    def is_older_than(self, uuid: str, moment: float) -> bool:
+        return super().is_older_than(uuid, moment + 3600)
+
+    def start(self, domid: int, uuid: str) -> None:
+        options = conf.load([])
+        options.set_override("state_dir", str(self.state_dir))
+        try:
+            label_server._record(options, uuid)
+        except LedgerError as error:
+            raise XenError(str(error)) from error
+
+
+def test_a_server_that_no_other_can_follow_is_not_killed(tmp_path: Path, mapper: RecordingMapper) -> None:
+    """Another one would refuse to serve a domain that was redefined since its start, and the guest would hang."""
+    driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
+    driver.starts.label_servers = OldServers(tmp_path)
+    labelled = domain(A, label_size=MIB)
+    driver.define(labelled)
+    driver.prepare(labelled)
+    attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, lambda *_: None)
+    lock = tmp_path / "domains" / UUID / "label-server"
+    hold = f"import fcntl, time; file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True)"
+    command = [sys.executable, "-c", f"{hold}; time.sleep(60)", MODULE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        assert server.stdout.readline() == b"\n"
+        try:
+            driver.define(domain(A, "/mnt/pmem0/b", label_size=MIB))
+            assert [(each.name, renewed) for each, renewed in driver.renew_label_servers()] == [("db1", False)]
+            assert server.poll() is None
+            driver.define(labelled)
+            assert [(each.name, renewed) for each, renewed in driver.renew_label_servers()] == [("db1", False)]
+            assert server.wait(10) == -signal.SIGKILL, "and it is only said to be renewed when another one serves"
+        finally:
+            server.kill()
 
 
 def test_label_areas_that_the_guest_writes_by_itself_are_not_cached(tmp_path: Path, mapper: RecordingMapper) -> None:

@@ -125,15 +125,17 @@ def test_one_that_is_older_than_the_installed_code_is_killed(tmp_path: Path) -> 
         for process in (server, other):
             assert process.stdout
             assert process.stdout.readline() == b"open\n"
-        assert not servers.kill_older_than(UUID, began - 3600)
-        assert not servers.kill_older_than(OTHER_UUID, time.time() + 3600)
+        assert not servers.is_older_than(UUID, began - 3600)
+        assert not servers.is_older_than(OTHER_UUID, time.time() + 3600)
+        assert servers.is_older_than(UUID, time.time() + 3600)
+        servers.kill(OTHER_UUID)
         assert (server.poll(), other.poll()) == (None, None)
         assert servers.is_running(UUID)
-        assert servers.kill_older_than(UUID, time.time() + 3600)
+        servers.kill(UUID)
         assert not servers.is_running(UUID), "the next one can start at once"
         assert server.wait(10) == -signal.SIGKILL
         assert other.poll() is None
-        assert not servers.kill_older_than(UUID, time.time() + 3600)
+        assert not servers.is_older_than(UUID, time.time() + 3600)
     finally:
         for process in (server, other):
             process.kill()

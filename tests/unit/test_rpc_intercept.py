@@ -275,6 +275,16 @@ def test_a_transient_domain_that_libvirt_refuses_leaves_nothing(
     assert backing.files == {}
 
 
+def test_a_transient_domain_that_cannot_be_rewritten_leaves_nothing(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    with pytest.raises(DomainXmlError):
+        proxy.call(CREATE_XML, Packer().string(xml("a").replace("<source>", "text<source>")).uint32(0))
+    assert driver.ledger.domains() == ()
+    assert backing.files == {}
+    assert proxy.libvirtd.defined == {}
+
+
 def test_a_failed_start_says_why(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     domain = proxy.define(xml("a"))
     driver.ledger.record_failure(UUID, XenError("an old reason"))

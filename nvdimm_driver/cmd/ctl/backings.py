@@ -14,7 +14,7 @@ from nvdimm_driver.errors import BackingError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
-    from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Pool, Record
+    from nvdimm_driver.model import Allocation, NvdimmSpec, Pool, Record
 
 _PATH_HELP = "the absolute path of a backing's file or device"
 
@@ -142,21 +142,21 @@ class Wipe(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         driver = up_to_date(self.app)
-        doomed: list[tuple[NvdimmSpec, BackingIdentity | None]]
+        owner: Record | None = None
         if os.path.isabs(parsed_args.what):
             if parsed_args.slot is not None:
                 raise UsageError("--slot is only for a domain, not for a path", hint="leave --slot out")
-            doomed = [(_whole(driver, parsed_args.what), None)]
+            doomed = [_whole(driver, parsed_args.what)]
         else:
-            record = find(driver, parsed_args.what)
-            doomed = [(item.spec, item.identity) for item in _items(record, parsed_args.slot)]
-        paths = ", ".join(spec.path for spec, _ in doomed)
+            owner = find(driver, parsed_args.what)
+            doomed = [item.spec for item in _items(owner, parsed_args.slot)]
+        paths = ", ".join(spec.path for spec in doomed)
         if not agreed(f"Overwrite everything in {paths} with zeros?", parsed_args.yes):
             return 1
-        for spec, identity in doomed:
+        for spec in doomed:
             try:
                 with watched(spec.path, lines=parsed_args.progress) as watch:
-                    driver.wiper.wipe(spec, watch, identity)
+                    driver.wiper.wipe(spec, watch, owner)
             except NotFoundError as error:
                 if spec.path == parsed_args.what:
                     raise

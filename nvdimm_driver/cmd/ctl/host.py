@@ -29,8 +29,12 @@ class Register(Action):
         del parsed_args
         for line in register.register(self.app.conf):
             print(line)
-        for record in load_driver(self.app.conf).renew_label_servers():
-            print(f"renewed the label server of {record.name}")
+        for record, renewed in load_driver(self.app.conf).renew_label_servers():
+            print(
+                f"renewed the label server of {record.name}"
+                if renewed
+                else f"did not renew the label server of {record.name}: shut that domain down soon, and start it again"
+            )
 
 
 class Unregister(Action):
