@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from oslo_config import cfg
@@ -15,8 +17,11 @@ from oslo_config import cfg
 from nvdimm_driver.cmd import systemd_units
 from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.doctor.programs import Script
+from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, InUseError
-from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.ledger import Ledger, host_boot_id
+
+LOG = logging.getLogger(__name__)
 
 HOOK_NAME = "50-nvdimm"
 HOOK = """#!{python} -I
@@ -87,6 +92,23 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
     yield f"kept {conf.state_dir}"
     for record in Ledger(_ledger(conf)).domains():
         yield from (f"kept {item.spec.path}, of domain {record.name}" for item in record.allocations)
+
+
+def find_running(conf: cfg.ConfigOpts) -> list[str]:
+    """Return the names of the running domains with NVDIMMs; put away the starts of those that are over.
+
+    A broken plug-in does not keep the driver from being removed. Then all domains count as running that were started
+    since the host's boot, and whose start was not put away.
+    """
+    if not os.path.exists(_ledger(conf)):
+        return []
+    try:
+        load_driver(conf).reconcile()
+    except ConfigError as error:
+        LOG.warning("%s", error)
+    with closing(Ledger(_ledger(conf))) as ledger:
+        starts = [(record.name, record.start) for record in ledger.started_domains()]
+    return [name for name, start in starts if start and start.boot_id == host_boot_id()]
 
 
 def registered_state_dir(conf: cfg.ConfigOpts) -> str:

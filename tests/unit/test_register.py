@@ -4,14 +4,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from oslo_config import cfg
 
 from nvdimm_driver import conf
-from nvdimm_driver.cmd.register import register, registered_state_dir, unregister
+from nvdimm_driver.cmd.register import find_running, register, registered_state_dir, unregister
 from nvdimm_driver.errors import ConfigError, InUseError
+from nvdimm_driver.state.ledger import Ledger
+from tests.unit.doubles import UUID
 
 
 @pytest.fixture
@@ -108,3 +111,18 @@ def test_a_program_in_the_way_is_left_alone(options: cfg.ConfigOpts, tmp_path: P
     with pytest.raises(ConfigError, match="nvdimm_driver did not write it"):
         list(register(options))
     assert (tmp_path / "libexec/dm").read_bytes() == b"\x7fELF\xff\xfe"
+
+
+def test_a_broken_plug_in_does_not_keep_the_driver_from_being_removed(
+    options: cfg.ConfigOpts, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it hide a running domain."""
+    assert find_running(options) == []
+    list(register(options))
+    options.set_override("driver", "broken")
+    with closing(Ledger(f"{options.state_dir}/ledger.sqlite")) as ledger:
+        ledger.store(UUID, "db1", 1 << 30, [])
+        assert find_running(options) == []
+        ledger.begin_start(UUID, [])
+        assert find_running(options) == ["db1"]
+    assert "there is no plug-in 'broken'" in caplog.text

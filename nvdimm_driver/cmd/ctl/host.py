@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from nvdimm_driver.cmd.ctl.base import Action
 
@@ -42,15 +41,9 @@ class Unregister(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd import register
-        from nvdimm_driver.driver import load_driver
 
         del parsed_args
-        running: list[str] = []
         # The guests were started with the registered state folder, whatever the options say now.
         self.app.conf.set_override("state_dir", register.registered_state_dir(self.app.conf))
-        if Path(self.app.conf.state_dir).exists():
-            driver = load_driver(self.app.conf)
-            driver.reconcile()
-            running = [record.name for record in driver.ledger.domains() if record.start]
-        for line in register.unregister(self.app.conf, running):
+        for line in register.unregister(self.app.conf, register.find_running(self.app.conf)):
             print(line)
