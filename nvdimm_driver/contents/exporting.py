@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from nvdimm_driver.backing.files import hidden_name
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.model import NvdimmSpec, Watch
@@ -28,7 +29,8 @@ class Exporter:
         """
         if not running:
             self._checks.check_off(spec.path, _RUNNING)
-        self._checks.check_unowned(destination)
+        for path in (destination, hidden_name(destination)):
+            self._checks.check_unowned(path)
         backing = backing_of(self._checks.backings, spec.path)
         with (
             reporting_errors_of(spec.path),

@@ -94,7 +94,7 @@ class Definitions:
             self.ledger.forget(uuid, kind="forgotten")
         else:
             self.ledger.store(uuid, record.name, record.ram, [], kind="forgotten")
-        ownership.unmark(self.backings, record.allocations)
+        ownership.unmark(self.ledger, self.backings, record.allocations)
 
     def adopt(self, domain: DomainSpec) -> Record:
         """Return the domain's record, after taking over NVDIMMs that were added or changed without :meth:`define`.
@@ -149,7 +149,7 @@ class Definitions:
             dsm=domain.dsm,
             kind="defined",
         )
-        ownership.mark(self.backings, self.ledger.find_domain(uuid), before)
+        ownership.mark(self.ledger, self.backings, self.ledger.find_domain(uuid), before)
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
         """Return a callback for the writing of zeros: it tells each percent to the ledger, each tenth to the log."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record
@@ -96,19 +96,24 @@ def _owned(path: str, record: Record) -> InUseError:
     )
 
 
-def mark(backings: Sequence[Backing], record: Record | None, before: Record | None) -> None:
+def mark(ledger: Ledger, backings: Sequence[Backing], record: Record | None, before: Record | None) -> None:
     """Record the owner on a domain's backings, and remove the record from those that it no longer has."""
     kept = record.allocations if record else ()
     for item in kept:
         if record:
             backing_of(backings, item.spec.path).mark(item.spec.path, owner_marks.pack(record, item))
     paths = {item.spec.path for item in kept}
-    unmark(backings, [item for item in (before.allocations if before else ()) if item.spec.path not in paths])
+    unmark(ledger, backings, [item for item in (before.allocations if before else ()) if item.spec.path not in paths])
 
 
-def unmark(backings: Sequence[Backing], items: Iterable[Allocation]) -> None:
-    """Remove the owner's record from backings."""
+def unmark(ledger: Ledger, backings: Sequence[Backing], items: Sequence[Allocation]) -> None:
+    """Remove the owner's record from backings that no domain has any more, by any name."""
+    if not items:
+        return
+    owned = {os.path.realpath(each.spec.path) for record in ledger.domains() for each in record.allocations}
     for item in items:
+        if os.path.realpath(item.spec.path) in owned:
+            continue
         for backing in backings:
             if backing.handles(item.spec.path):
                 backing.mark(item.spec.path, None)
@@ -121,4 +126,4 @@ def give_up(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None
     """
     check_off(record)
     ledger.forget(record.uuid, kind="forgotten")
-    unmark(backings, record.allocations)
+    unmark(ledger, backings, record.allocations)

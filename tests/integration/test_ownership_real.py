@@ -142,6 +142,26 @@ def test_an_import_leaves_a_domains_file_alone_that_has_the_name_of_its_own(
     assert not os.path.exists(host.path("db1.img"))
 
 
+def test_an_export_leaves_a_domains_file_alone_that_has_the_name_of_its_own(host: Host) -> None:
+    host.define("a.img")
+    hidden = ".copy.partial"
+    spec = host.domain(hidden, OTHER_UUID).nvdimms[0]
+    with open(host.path(hidden), "wb") as file:
+        file.write(DATA)
+    host.driver.ledger.store(OTHER_UUID, "y", 512 * MIB, [Allocation(OTHER_UUID, spec, host.backing.provision(spec))])
+    exported = host.domain("a.img").nvdimms[0]
+    with pytest.raises(InUseError, match="partial belongs to domain y"):
+        host.driver.exporter.export(exported, host.path("copy"), quiet, overwrite=False, running=False)
+    assert host.read(hidden) == DATA
+    assert not os.path.exists(host.path("copy"))
+
+
+def test_a_file_keeps_its_mark_when_its_domain_calls_it_by_another_name(host: Host) -> None:
+    host.define("a.img")
+    host.driver.define(host.domain("./a.img"))
+    assert look(host.driver) == []
+
+
 def test_no_domain_can_have_the_name_of_an_unfinished_import(host: Host) -> None:
     os.symlink(host.path(".db1.img.partial"), host.path("link"))
     for name in (".db1.img.partial", "link"):
@@ -186,6 +206,7 @@ def test_a_claim_by_another_name_of_a_domains_file_can_be_given_up_and_nothing_i
     host.driver.wiper.give_up(claim, quiet, delete=delete)
     assert host.driver.ledger.find_domain(UUID) is None
     assert host.read("y.img") == DATA
+    assert look(host.driver) == [], "and it has the mark of its owner"
 
 
 def test_a_file_that_another_domain_is_defined_with_now_is_refused_by_any_name(host: Host) -> None:
