@@ -274,8 +274,12 @@ class FsdaxBacking(Backing):
             yield
             return
         with opened(str(self.lock), os.O_RDWR | os.O_CREAT) as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock = os.dup(fd)  # below, an error is not one of this file
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
     def _volume(self, fd: int, path: str) -> Volume:
         """Return the volume that an open file or directory is on.

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing import inode
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.backing.inventory import Volume
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import InUseError
+from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
@@ -249,6 +250,17 @@ def test_check_finds_a_running_guests_file_that_is_mutable(host: Host) -> None:
     found.mend()
     assert is_immutable(host.path("a.img"))
     assert look(host.driver) == []
+
+
+def test_an_error_while_a_file_is_frozen_names_the_file(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.define("a.img")
+
+    def refused(fd: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(inode, "freeze", refused)
+    with pytest.raises(BackingError, match=rf"^{host.path('a.img')}: Operation not permitted"):
+        host.backing.freeze(host.path("a.img"))
 
 
 def mark(host: Host, number: int) -> None:
