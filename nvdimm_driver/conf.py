@@ -390,7 +390,12 @@ def _closest(word: str, words: Iterable[str]) -> str:
 
 
 def _check_values(conf: cfg.ConfigOpts) -> None:
-    """Check values that depend on each other."""
+    """Check values that depend on each other, and lists."""
+    for name in conf.xml_hooks:
+        if conf.xml_hooks.count(name) > 1:
+            raise ConfigError(
+                f"configuration: [DEFAULT] xml_hooks: {name} is in the list twice", hint="take one of them out"
+            )
     if conf.acpi.dsm == "qemu" and conf.acpi.builder != "qemu":
         raise ConfigError(
             f"configuration: [acpi] dsm is qemu and [acpi] builder is {conf.acpi.builder}",

@@ -423,6 +423,14 @@ def test_release_with_delete(operator: Operator) -> None:
     assert not path.exists()
 
 
+def test_release_of_a_file_that_is_missing_says_so(operator: Operator) -> None:
+    path = operator.fs.root / "a"
+    path.write_bytes(bytes(SIZE))
+    operator.claim("db1", path)
+    path.unlink()
+    assert f"{path}: missing" in operator.run("release", "--yes", "db1").stdout
+
+
 def test_what_nova_is_told(operator: Operator) -> None:
     one, two = operator.fs.root / "ns0", operator.fs.root / "ns1"
     for path in (one, two):

@@ -88,7 +88,8 @@ def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
         path = allocation.spec.path
         steps = ["overwritten with zeros (wipe_on_release)"] if path in wiped else []
         steps += ["deleted"] if delete and os.path.isfile(path) else []
-        lines.append(f"{path}: {' and '.join(steps) or 'kept as it is'}")
+        done = " and ".join(steps) or "kept as it is"
+        lines.append(f"{path}: {done if os.path.lexists(path) else 'missing'}")
     return "; ".join(lines)
 
 
