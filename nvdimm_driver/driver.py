@@ -220,6 +220,7 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises NvdimmError: the reason is in the ledger, too; nothing stays frozen.
         """
         uuid = uuid_of(domain)
+        domain = self.definitions.keep_slots(domain)
         try:
             self.reconcile()
             self.serve_labels()

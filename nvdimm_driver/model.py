@@ -33,6 +33,8 @@ SIZE_STEP = 2 * MIB
 (src/qemu/qemu_domain.c)."""
 MIN_LABEL_SIZE = 128 * KIB
 """QEMU: include/hw/mem/nvdimm.h:MIN_NAMESPACE_LABEL_SIZE; also in UEFI 2.10 §13.19.2."""
+MAX_NVDIMMS = 256
+"""QEMU: include/hw/acpi/acpi.h:ACPI_MAX_RAM_SLOTS. Slots are numbered from 0."""
 DSM = ("none", "aml", "qemu")
 """The server of the label areas of a guest's NVDIMMs: none, code in its ACPI tables, or a QEMU in dom0."""
 PERSISTENCE_DOMAINS = ("", "memory_controller", "cpu_cache")
@@ -116,6 +118,8 @@ class DomainSpec:
     :ivar emulator: the user's own ``<emulator>``, or None.
     :ivar nvdimms: in slot order, at least one.
     :ivar dsm: one of :data:`DSM`, or None for the default of the host's configuration.
+    :ivar unplaced: paths of the NVDIMMs whose slots the XML leaves open: they have the lowest free ones until
+        :meth:`.lifecycle.define.Definitions.keep_slots`.
     """
 
     name: str
@@ -124,6 +128,7 @@ class DomainSpec:
     emulator: str | None
     nvdimms: tuple[NvdimmSpec, ...]
     dsm: str | None = None
+    unplaced: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ from nvdimm_driver.acpi.aml import named_integers, string
 from nvdimm_driver.acpi.tables import PERSISTENT_MEMORY, Header, Nfit, RegionMapping, SpaRange, text, verify_table
 from nvdimm_driver.errors import AcpiError, LayoutError
 from nvdimm_driver.guest.p2m import DSM_GFN
-from nvdimm_driver.model import GIB, PAGE, GuestLayout
+from nvdimm_driver.model import GIB, MAX_NVDIMMS, PAGE, GuestLayout
 from nvdimm_driver.sizes import human
 
-MAX_NVDIMMS = 256
-"""QEMU: include/hw/acpi/acpi.h:ACPI_MAX_RAM_SLOTS. Slots are numbered from 0."""
 MAX_NODES = 128
 """QEMU: include/sysemu/numa.h:MAX_NODES."""
 MAX_TABLE_BYTES = 63 * PAGE

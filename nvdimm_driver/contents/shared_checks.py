@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from nvdimm_driver.backing.files import HINTS, check_name
-from nvdimm_driver.backing.identity import check_identity
+from nvdimm_driver.backing.identity import check_identity, identity_at
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
-from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.model import BackingIdentity, NvdimmSpec
+from nvdimm_driver.plugins import Backing
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
@@ -65,10 +65,7 @@ class Checks:
 
     def identity(self, path: str) -> BackingIdentity | None:
         """Return the identity of the backing at a path; None when there is none that a domain can have."""
-        try:
-            return backing_of(self.backings, path).locate(NvdimmSpec(0, path, PAGE)).identity
-        except BackingError:
-            return None
+        return identity_at(self.backings, path)
 
 
 @contextmanager

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files
+from nvdimm_driver.backing.identity import identity_at
 from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
 from nvdimm_driver.plugins import Backing, backing_of
@@ -37,7 +40,7 @@ class Definitions:
         :raises NvdimmError: any error that a define or start would raise.
         """
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
-        domain = self.identify_by_name(domain)
+        domain = self.keep_slots(self.identify_by_name(domain))
         self._check_allowed(domain)
         return self.planner.plan_define(domain, None if domain.uuid is None else self.ledger.find_domain(domain.uuid))
 
@@ -45,6 +48,31 @@ class Definitions:
         """Return the domain; if the XML has no uuid, with that of the ledger's domain of the same name, if any."""
         known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
         return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
+
+    def keep_slots(self, domain: DomainSpec) -> DomainSpec:
+        """Return the domain with the slots that its NVDIMMs have had so far, as far as its XML leaves them open.
+
+        The slot is in the NVDIMM's serial number, and so in the cookie of each namespace label: in another slot, the
+        guest would find no namespace. An NVDIMM is known by its bytes, and by its path when it has new ones. The others
+        get the lowest free slots, in document order as libvirt gives them.
+
+        :raises LayoutError: when the XML gives one of these slots to another NVDIMM.
+        """
+        record = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
+        if record is None or not domain.unplaced:
+            return domain
+        paths: dict[int, str] = {}
+        for path in sorted(domain.unplaced):
+            identity = identity_at(self.backings, path)
+            for item in record.allocations:
+                if identity is not None and item.identity == identity:
+                    paths.setdefault(item.spec.slot, path)
+        for path in sorted(domain.unplaced - {*paths.values()}):
+            for item in record.allocations:
+                if os.path.realpath(item.spec.path) == os.path.realpath(path):
+                    paths.setdefault(item.spec.slot, path)
+        kept = {path: slot for slot, path in paths.items()}
+        return replace(domain, nvdimms=slots.assign(domain, kept), unplaced=frozenset())
 
     def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[NvdimmSpec, ...]:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
@@ -56,6 +84,7 @@ class Definitions:
         """
         uuid = uuid_of(domain)
         plan = plan or self.plan(domain)
+        domain = replace(plan.domain, uuid=uuid)
         self._check_allowed(domain)
         before = self.ledger.find_domain(uuid)
         LOG.debug("define domain %s, %s", domain.name, uuid)

@@ -22,7 +22,7 @@ from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Ta
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.document import decode
-from nvdimm_driver.xml.edit_devices import attach, detach, is_nvdimm, update, with_uuid
+from nvdimm_driver.xml.edit_devices import attach, detach, is_nvdimm, update, with_slots, with_uuid
 from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import emulator_is, extract
 from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
@@ -83,8 +83,9 @@ class Interceptor:
             return (yield from _call(procedure, payload, with_fds=True))
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         uuid = domain.uuid or ""
-        xml = self._hooks.rewrite(with_uuid(xml, uuid))  # first: it may refuse the XML
-        created = yield self._work(lambda driver: driver.define(domain))
+        plan: Plan = yield self._work(lambda driver: driver.check(domain))
+        xml = self._hooks.rewrite(with_slots(with_uuid(xml, uuid), plan.domain))
+        created = yield self._work(lambda driver: driver.define(domain, plan))
         try:
             return (yield from _call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
         except LibvirtError as error:
@@ -272,7 +273,7 @@ class Interceptor:
             return reply
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
         before = yield from self._defined(domain.uuid)
-        xml = yield from self._taken_up(xml, domain)
+        xml = with_slots((yield from self._taken_up(xml, domain)), plan.domain)
         reply = yield from _call(procedure, bytes(Packer().string(self._hooks.rewrite(xml))) + flags)
         defined = Unpacker(reply).domain()
         try:

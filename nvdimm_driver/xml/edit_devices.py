@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Edits of one domain XML: add, remove or replace an NVDIMM, add a uuid; and the XML of a new NVDIMM. Pure."""
+"""Edits of one domain XML: add, remove or replace an NVDIMM, add a uuid or slots; the XML of a new NVDIMM. Pure."""
 
 from __future__ import annotations
 
 from nvdimm_driver.errors import DomainXmlError
-from nvdimm_driver.model import NvdimmSpec
+from nvdimm_driver.model import DomainSpec, NvdimmSpec
 from nvdimm_driver.xml.document import Element, may_have, parse, written
-from nvdimm_driver.xml.parse_domain import nvdimm_elements
+from nvdimm_driver.xml.parse_domain import nvdimm_elements, path_of
 
 BEHIND_MEMORY = ("crypto", "iommu", "vsock", "pstore")
 """Devices that libvirt writes after memory (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName)."""
@@ -23,6 +23,20 @@ def with_uuid(xml: str, uuid: str) -> str:
     if text.root.child("uuid") is not None:
         return xml
     text.insert_after(text.root.need("name"), Element("uuid", text=uuid))
+    return text.edited()
+
+
+def with_slots(xml: str, domain: DomainSpec) -> str:
+    """Return domain XML in which the ``<address>`` of each NVDIMM has its slot, as libvirt writes it for KVM.
+
+    :param domain: what :func:`.parse_domain.extract` returns for this XML.
+    """
+    text = parse(xml)
+    slots = {spec.path: spec.slot for spec in domain.nvdimms}
+    for element in nvdimm_elements(text.root):
+        if element.child("address") is None:
+            address = Element("address", {"type": "dimm", "slot": str(slots[path_of(element)])})
+            text.insert_after(element.children[-1], address)
     return text.edited()
 
 
@@ -73,11 +87,9 @@ def update(xml: str, device: str) -> str:
 
 
 def _same_backing(root: Element, device: str) -> Element:
-    source = parse(device).root.child("source")
-    path = "" if source is None else source.text_of("path")
+    path = path_of(parse(device).root)
     for element in nvdimm_elements(root):
-        own = element.child("source")
-        if own is not None and own.text_of("path") == path:
+        if path_of(element) == path:
             return element
     raise DomainXmlError(f"the domain has no NVDIMM with <source><path> {path!r}", hint="'virsh dumpxml' shows them")
 

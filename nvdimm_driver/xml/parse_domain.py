@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
-from nvdimm_driver.model import DSM, GIB, KIB, PAGE, DomainSpec, NvdimmSpec
+from nvdimm_driver.model import DSM, GIB, KIB, MAX_NVDIMMS, PAGE, DomainSpec, NvdimmSpec
 from nvdimm_driver.xml.document import Element, Text, may_have, parse
 from nvdimm_driver.xml.values import integer, scale, scaled
 
 OPTIONS = "urn:nvdimm-driver:options:1"
 """The namespace of the options that a user may put into ``<metadata>``."""
-MAX_NVDIMMS = 256
-"""QEMU's ACPI_MAX_RAM_SLOTS (hw/acpi/memory_hotplug.h)."""
 
 
 def extract(xml: str) -> DomainSpec | None:
@@ -109,6 +107,7 @@ def spec_of(root: Element) -> DomainSpec:
         emulator=(emulator.text.strip() or None) if emulator is not None else None,
         nvdimms=tuple(sorted(specs, key=lambda spec: spec.slot)),
         dsm=_dsm(root),
+        unplaced=frozenset(path_of(element) for element in elements if element.child("address") is None),
     )
 
 
@@ -182,9 +181,15 @@ def _check_current_memory(root: Element, ram: int) -> None:
         )
 
 
+def path_of(nvdimm: Element) -> str:
+    """Return the path of an NVDIMM's backing; empty when it has none."""
+    source = nvdimm.child("source")
+    return "" if source is None else source.text_of("path")
+
+
 def _nvdimm(element: Element, slot: int, nodes: int) -> NvdimmSpec:
     source, target = element.child("source"), element.child("target")
-    path = "" if source is None else source.text_of("path")
+    path = path_of(element)
     where = f"NVDIMM {path or f'in slot {slot}'}: "
     if source is None or not posixpath.isabs(path):
         raise DomainXmlError(

@@ -57,6 +57,10 @@ def nvdimms(host: Host) -> list[str]:
     return [Path(item.spec.path).name for item in host.record("db1").allocations]
 
 
+def slots(host: Host) -> dict[str, int]:
+    return {Path(item.spec.path).name: item.spec.slot for item in host.record("db1").allocations}
+
+
 def device(host: Host, name: str) -> Path:
     file = host.folder / "device.xml"
     file.write_text(NVDIMM.format(image(host, name)))
@@ -68,7 +72,8 @@ def device(host: Host, name: str) -> Path:
 
 def test_the_user_sees_what_the_user_wrote(host: Host) -> None:
     written = host.xml("db1", 1).read_text()
-    nvdimm = written[written.index("    <memory model") : written.index("  </devices>")]
+    nvdimm = written[written.index("    <memory model") : written.index("    </memory>\n  </devices>")]
+    nvdimm += "      <address type='dimm' slot='0'/>\n    </memory>\n"
     for flags in ([], ["--inactive"], ["--security-info"], ["--migratable"]):
         shown = host.check("dumpxml", "db1", *flags)
         assert nvdimm in shown
@@ -93,12 +98,26 @@ def test_edit_and_config_devices_change_the_definition(host: Host) -> None:
     done = host.libvirtd.run("env", f"EDITOR={editor}", "virsh", "-q", "-c", "xen:///system", "edit", "db1")
     assert done.returncode == 0, done.stderr
     assert nvdimms(host) == ["db1.img", "more.img"]
+    assert slots(host) == {"db1.img": 0, "more.img": 1}
     host.check("detach-device", "db1", device(host, "db1"), "--config")
-    assert nvdimms(host) == ["more.img"]
+    assert slots(host) == {"more.img": 1}
+    assert "<address type='dimm' slot='1'/>" in host.check("dumpxml", "db1")
     host.check("attach-device", "db1", device(host, "db1"), "--config")
-    assert nvdimms(host) == ["more.img", "db1.img"]
+    assert slots(host) == {"db1.img": 0, "more.img": 1}
     host.check("start", "db1")
     assert "running domain db1" in refused(host, "detach-device", "db1", device(host, "db1"), "--live")
+
+
+def test_a_slot_that_is_taken_is_refused(host: Host) -> None:
+    file = device(host, "more")
+    file.write_text(file.read_text().replace("</memory>", "<address type='dimm' slot='0'/></memory>"))
+    assert "both in slot 0" in refused(host, "attach-device", "db1", file, "--config")
+    without = re.sub(r"<address type='dimm'[^>]*>", "", host.check("dumpxml", "db1"))
+    both = host.folder / "both.xml"
+    both.write_text(without.replace("</devices>", f"{file.read_text()}</devices>"))
+    said = refused(host, "define", both)
+    assert f"{image(host, 'more')}: slot 0 is taken by {image(host, 'db1')}" in said
+    assert slots(host) == {"db1.img": 0}
 
 
 def test_a_definition_without_nvdimms_gives_them_up(host: Host) -> None:

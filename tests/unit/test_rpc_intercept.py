@@ -144,7 +144,10 @@ def test_define_rewrites_and_provisions(
     reply = proxy.call(procedure, packer if procedure == DEFINE else packer.uint32(1))
     domain = Unpacker(reply).domain()
     assert domain.uuid == UUID
-    assert proxy.libvirtd.defined[UUID] == rewrite(xml("a", "b"), DEVICE_MODEL)
+    in_slots = xml("a", "b")
+    for slot in (0, 1):
+        in_slots = in_slots.replace("</target></memory>", f"</target><address type='dimm' slot='{slot}'/></memory>", 1)
+    assert proxy.libvirtd.defined[UUID] == rewrite(in_slots, DEVICE_MODEL)
     assert set(backing.files) == {"/mnt/pmem0/a", "/mnt/pmem0/b"}
     record = driver.ledger.find_domain(UUID)
     assert record is not None

@@ -181,6 +181,7 @@ def test_extract_reads_everything() -> None:
             NvdimmSpec(0, "/dev/pmem1", 16 * GIB, alignsize=2 * MIB, base=0x8000000000, pmem=True),
             NvdimmSpec(1, "/mnt/pmem0/db1.img", 64 * GIB, label_size=128 * KIB),
         ),
+        unplaced=frozenset({"/mnt/pmem0/db1.img"}),
     )
     numa = extract(read("numa"))
     assert numa is not None

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slots of a domain's NVDIMMs: an NVDIMM that the domain has had keeps its slot. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from nvdimm_driver.errors import LayoutError
+from nvdimm_driver.model import MAX_NVDIMMS, DomainSpec, NvdimmSpec
+
+
+def assign(domain: DomainSpec, kept: Mapping[str, int]) -> tuple[NvdimmSpec, ...]:
+    """Return the domain's NVDIMMs in slot order, those that it leaves open in the slots that they keep or in free ones.
+
+    :param kept: slot of each NVDIMM that the domain has had and leaves open, by path.
+    :raises LayoutError: when the domain gives one of these slots to another NVDIMM.
+    """
+    given = {spec.slot: spec.path for spec in domain.nvdimms if spec.path not in domain.unplaced}
+    for path, slot in kept.items():
+        if slot in given:
+            raise LayoutError(
+                f"{given[slot]}: slot {slot} is taken by {path}, whose guest knows it by that slot",
+                hint="leave <address> out, or write another slot; to exchange slots, write the <address> of both",
+            )
+    free = iter(sorted({*range(MAX_NVDIMMS)} - {*given, *kept.values()}))
+    placed = [
+        replace(spec, slot=kept[spec.path] if spec.path in kept else next(free))
+        if spec.path in domain.unplaced
+        else spec
+        for spec in domain.nvdimms
+    ]
+    return tuple(sorted(placed, key=lambda spec: spec.slot))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import LayoutError
+from nvdimm_driver.lifecycle.slots import assign
+from nvdimm_driver.model import MIB, DomainSpec
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
+
+A, B, C = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/c"
+
+
+def unplaced(*paths: str, given: dict[str, int] | None = None, uuid: str | None = UUID) -> DomainSpec:
+    """Return a domain whose XML leaves the slots open, but for those given, as the parser does."""
+    taken = set((given or {}).values())
+    free = iter(sorted({*range(256)} - taken))
+    slots = {path: (given or {}).get(path, -1) for path in paths}
+    found = domain(*paths, uuid=uuid)
+    specs = [
+        dataclasses.replace(each, slot=slots[each.path] if slots[each.path] >= 0 else next(free))
+        for each in found.nvdimms
+    ]
+    specs.sort(key=lambda spec: spec.slot)
+    return dataclasses.replace(found, nvdimms=tuple(specs), unplaced=frozenset({*paths} - {*(given or {})}))
+
+
+def slots(driver: XenNvdimmDriver) -> dict[str, int]:
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    return {item.spec.path: item.spec.slot for item in record.allocations}
+
+
+@pytest.fixture
+def backing() -> MemoryBacking:
+    return MemoryBacking()
+
+
+@pytest.fixture
+def driver(tmp_path: Path, backing: MemoryBacking) -> XenNvdimmDriver:
+    return make_driver(tmp_path, backing, RecordingMapper())
+
+
+def test_the_lowest_free_slots_in_document_order() -> None:
+    assert [(each.path, each.slot) for each in assign(unplaced(A, B, C, given={C: 0}), {})] == [(C, 0), (A, 1), (B, 2)]
+
+
+def test_an_nvdimm_that_stays_keeps_its_slot(driver: XenNvdimmDriver) -> None:
+    driver.define(unplaced(A, B))
+    assert slots(driver) == {A: 0, B: 1}
+    driver.define(unplaced(B))
+    assert slots(driver) == {B: 1}
+    driver.define(unplaced(B, C))
+    assert slots(driver) == {B: 1, C: 0}
+    driver.define(unplaced(C, A, B))
+    assert slots(driver) == {B: 1, C: 0, A: 2}
+
+
+def test_the_plan_shows_the_slots_of_the_define(driver: XenNvdimmDriver) -> None:
+    driver.define(unplaced(A, B))
+    plan = driver.plan(unplaced(B, uuid=None))
+    assert [spec.slot for spec in plan.domain.nvdimms] == [1]
+    assert [each.slot for each in plan.layout.nvdimms] == [1]
+
+
+def test_a_start_of_a_definition_without_addresses_keeps_the_slots(driver: XenNvdimmDriver) -> None:
+    """Such as one that an earlier version has defined: its libvirt definition has none."""
+    driver.define(unplaced(A, B))
+    driver.define(unplaced(B))
+    driver.prepare(unplaced(B))
+    assert slots(driver) == {B: 1}
+
+
+def test_a_slot_that_another_one_keeps_is_refused(driver: XenNvdimmDriver) -> None:
+    driver.define(unplaced(A))
+    with pytest.raises(LayoutError, match=f"{B}: slot 0 is taken by {A}.*write another slot"):
+        driver.define(unplaced(A, B, given={B: 0}))
+    assert slots(driver) == {A: 0}
+
+
+def test_the_user_may_exchange_slots(driver: XenNvdimmDriver) -> None:
+    driver.define(unplaced(A, B))
+    driver.define(unplaced(A, B, given={A: 1, B: 0}))
+    assert slots(driver) == {A: 1, B: 0}
+
+
+def test_a_backing_is_known_by_its_bytes_under_a_new_path(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(unplaced(A, B))
+    backing.files[C] = backing.files.pop(B)
+    driver.define(unplaced(C))
+    assert slots(driver) == {C: 1}
+
+
+def test_bytes_go_before_paths(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(unplaced(A, B))
+    backing.files[C] = backing.files.pop(A)
+    driver.define(unplaced(A, B, C))
+    assert slots(driver) == {C: 0, B: 1, A: 2}
+
+
+def test_a_path_in_other_words_is_the_same_path(driver: XenNvdimmDriver) -> None:
+    driver.define(unplaced(A, B))
+    plan = driver.plan(unplaced("/mnt/pmem0/./b"))
+    assert [spec.slot for spec in plan.domain.nvdimms] == [1]
+    assert plan.domain.nvdimms[0].size == 64 * MIB
