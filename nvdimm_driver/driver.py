@@ -24,6 +24,7 @@ from nvdimm_driver.contents.wiping import Wiper
 from nvdimm_driver.errors import ConfigError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
+from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle.define import Definitions, uuid_of
 from nvdimm_driver.lifecycle.plan import HostFacts, Planner
 from nvdimm_driver.lifecycle.start import Starts
@@ -37,6 +38,7 @@ from nvdimm_driver.model import (
     Plan,
     Pool,
     Record,
+    Run,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
 from nvdimm_driver.pools.rules import Pools
@@ -237,6 +239,21 @@ class XenNvdimmDriver(plugins.Plugin):
                 )
                 logs.tell(found)
 
+    def check_restore(self, uuid: str) -> None:
+        """Check that the domain's guest, saved at the end of its last run, could go on now.
+
+        libvirt removes a managed save before it starts the domain from it, so this has to be asked before.
+
+        :raises NvdimmError: when it could not.
+        """
+        record = self.ledger.find_domain(uuid)
+        last = self.ledger.find_run(uuid)
+        if record is None or not record.allocations or last is None:
+            return
+        nvdimms = tuple(item.spec for item in record.allocations)
+        plan = self.planner.plan_start(DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm), record)
+        saved_guest.check_run(self._new_run(plan), last)
+
     def release(self, uuid: str) -> str:
         """Put away the domain's start. Can be repeated.
 
@@ -319,7 +336,8 @@ class XenNvdimmDriver(plugins.Plugin):
         try:
             self.starts.freeze(record.uuid, paths)
             plan = self.planner.plan_start(domain, record)
-            self._write_tables(record.uuid, plan.tables.tables)
+            run = self._new_run(plan)
+            self._write_tables(record.uuid, saved_guest.numbered(plan.tables.tables, run.number))
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
             self.ledger.finish_preparing(
                 record.uuid,
@@ -327,6 +345,7 @@ class XenNvdimmDriver(plugins.Plugin):
                 guest_frames,
                 plan.mappings,
                 plan.areas,
+                run=run,
                 served=record.labels if plan.layout.label_clients else "",
                 uncached=layout.label_frames(plan.layout),
                 detail={"nvdimms": len(domain.nvdimms), **p2m.summary(plan.mappings)},
@@ -335,6 +354,10 @@ class XenNvdimmDriver(plugins.Plugin):
             self.starts.put_away(record.uuid, paths)
             raise
         return plan
+
+    def _new_run(self, plan: Plan) -> Run:
+        paths = [spec.path for spec in plan.domain.nvdimms]
+        return Run(saved_guest.new_number(), saved_guest.describe(plan), saved_guest.times(self.backings, paths))
 
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         path = self.tables_file(uuid)

@@ -427,6 +427,19 @@ class Allocation:
         )
 
 
+class Run(NamedTuple):
+    """A run of a guest, from a start or a restore to its end, as a saved guest must find it again.
+
+    :ivar number: OEM revision of the NFIT in the guest's memory.
+    :ivar nvdimms: what the guest has: :func:`.lifecycle.saved_guest.describe`.
+    :ivar written: when its backings were last written by the host: :func:`.lifecycle.saved_guest.times`.
+    """
+
+    number: int
+    nvdimms: str
+    written: str
+
+
 @dataclass(frozen=True)
 class Start:
     """A start of a domain, from the first preparation until all of it is undone.

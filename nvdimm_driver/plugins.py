@@ -265,6 +265,13 @@ class Backing(Plugin):
     def thaw(self, path: str) -> None:
         """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone."""
 
+    def written_at(self, path: str) -> int:
+        """Return when a program of the host has last written the backing, in nanoseconds since the epoch.
+
+        What a guest writes does not count. The default is 0, for a backing of which nobody knows.
+        """
+        return 0
+
     def lacking(self, spec: NvdimmSpec) -> int:
         """Return how many bytes the backing is short."""
         return 0
@@ -427,6 +434,16 @@ class Mapper(Plugin):
 
         :param address: guest-physical address.
         """
+
+    def write(self, domid: int, address: int, data: bytes) -> None:
+        """Write bytes to the guest's RAM.
+
+        :param address: guest-physical address.
+        :raises UnsupportedError: when the mapper cannot: guests cannot be restored then.
+        """
+        from nvdimm_driver.errors import UnsupportedError
+
+        raise UnsupportedError(f"{self.describe()}: cannot write to the memory of domid {domid}")
 
     @abstractmethod
     def give_dsm_page(self, domid: int) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from nvdimm_driver.acpi.tables import Header, text, verify_table
 from nvdimm_driver.errors import AcpiError
@@ -23,12 +23,18 @@ def find(read: Read) -> tuple[bytes, ...]:
 
     :raises AcpiError: when there is no RSDP, or an address or a table is wrong.
     """
-    area = read(RSDP_AREA, RSDP_AREA_SIZE)
-    for offset in range(0, len(area), RSDP_ALIGN):
-        rsdp = area[offset : offset + 36]
-        if rsdp.startswith(b"RSD PTR ") and not sum(rsdp[:20]) & 0xFF:
-            return tables(rsdp, read)
-    raise AcpiError("the guest has no RSDP", hint="it has no ACPI, or its firmware has not made the tables yet")
+    return tables(_rsdp(read), read)
+
+
+def locate(read: Read, signature: bytes) -> tuple[int, bytes]:
+    """Return the address of a table in the memory of a guest, and the table.
+
+    :raises AcpiError: when there is none, or as :func:`find` does.
+    """
+    for address, table in _addressed(_rsdp(read), read):
+        if table[:4] == signature:
+            return address, table
+    raise AcpiError(f"the guest has no {text(signature)}")
 
 
 def tables(rsdp: bytes, read: Read) -> tuple[bytes, ...]:
@@ -38,19 +44,33 @@ def tables(rsdp: bytes, read: Read) -> tuple[bytes, ...]:
 
     :raises AcpiError: when an address or a table is wrong.
     """
+    found: list[bytes] = []
+    for _, table in _addressed(rsdp, read):
+        found.append(table)
+        if table[:4] == b"FACP":
+            found.append(_dsdt(table, read))
+    return tuple(found)
+
+
+def _rsdp(read: Read) -> bytes:
+    area = read(RSDP_AREA, RSDP_AREA_SIZE)
+    for offset in range(0, len(area), RSDP_ALIGN):
+        rsdp = area[offset : offset + 36]
+        if rsdp.startswith(b"RSD PTR ") and not sum(rsdp[:20]) & 0xFF:
+            return rsdp
+    raise AcpiError("the guest has no RSDP", hint="it has no ACPI, or its firmware has not made the tables yet")
+
+
+def _addressed(rsdp: bytes, read: Read) -> Iterator[tuple[int, bytes]]:
+    """Yield each table that the RSDT or XSDT names, behind its address."""
     root = _root(rsdp, read)
     entry = "<I" if root[:4] == b"RSDT" else "<Q"
-    found: list[bytes] = []
     try:
         entries = list(struct.iter_unpack(entry, root[Header.SIZE :]))
     except struct.error as error:
         raise AcpiError(f"{text(root[:4])} of {len(root)} bytes: not a whole number of addresses") from error
     for (address,) in entries:
-        table = _table(read, address)
-        found.append(table)
-        if table[:4] == b"FACP":
-            found.append(_dsdt(table, read))
-    return tuple(found)
+        yield address, _table(read, address)
 
 
 def _root(rsdp: bytes, read: Read) -> bytes:

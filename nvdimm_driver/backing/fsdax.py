@@ -209,6 +209,12 @@ class FsdaxBacking(Backing):
             byteranges.check_unlocked(fd, path)
             inode.freeze(fd)
 
+    def written_at(self, path: str) -> int:
+        try:
+            return os.stat(path).st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def thaw(self, path: str) -> None:
         """Undo :meth:`freeze`. A file that was immutable before stays so."""
         path = os.path.realpath(path)

@@ -129,7 +129,7 @@ def attach(
     :param prepare: prepares a start, by the domain's uuid, if no hook has done it: xl runs none.
     :param serve: starts a label server, by state folder, domid and uuid.
     :param restored: the guest is restored from a saved image. Its tables, and its page for a label server, are in the
-        restored memory, and no firmware runs that would read new tables.
+        restored memory, and no firmware runs that would read new tables. It must be as the guest was when it was saved.
     :param log: gets each step.
     :returns: the QEMU to become.
     :raises NvdimmError: when anything fails; then nothing is mapped, and the reason is in the ledger.
@@ -144,11 +144,15 @@ def attach(
         start = _find_start(uuid, domid, ledger, prepare, log)
         _guard(uuid, domid, start, ledger, mapper)
         log.debug("guards passed, mappings: %d", len(start.mappings))
-        tables = b"" if restored else _read(os.path.join(state_dir, "domains", uuid, "tables"))
+        tables = _read(os.path.join(state_dir, "domains", uuid, "tables"))
+        saved = _check_saved(uuid, domid, start, tables, ledger, mapper) if restored else None
         ledger.begin_mapping(uuid, domid)
         hypercalls, seconds = _map(domid, start, mapper, log)
         try:
-            if tables:
+            if saved:
+                mapper.write(domid, *saved)
+                log.debug("the saved guest is in its next run, %d", start.run[0])
+            else:
                 mapper.deliver(domid, tables)
                 log.debug("ACPI tables delivered: %d bytes", len(tables))
             if start.label_server:
@@ -160,7 +164,7 @@ def attach(
                 **p2m.summary(start.mappings),
                 "hypercalls": hypercalls,
                 "map_ms": round(seconds * 1000),
-                "acpi_bytes": len(tables),
+                "acpi_bytes": 0 if restored else len(tables),
                 "label_server": "yes" if start.label_server else "no",
                 "age_ms": _age_ms(),
             }
@@ -210,6 +214,19 @@ def _guard(uuid: str, domid: int, start: PreparedStart, ledger: Ledger, mapper: 
         guest_start_gfn=max(start.gfn_start, mapper.guest_end(domid)),
         guest_limit_gfn=start.gfn_limit,
     )
+
+
+def _check_saved(
+    uuid: str, domid: int, start: PreparedStart, tables: bytes, ledger: Ledger, mapper: Mapper
+) -> tuple[int, bytes]:
+    """Return what :func:`.saved_guest.check` does."""
+    from functools import partial
+
+    from nvdimm_driver.acpi.tables import split
+    from nvdimm_driver.lifecycle import saved_guest
+    from nvdimm_driver.model import Run
+
+    return saved_guest.check(partial(mapper.read, domid), split(tables), Run(*start.run), ledger.find_run(uuid))
 
 
 def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[int, float]:

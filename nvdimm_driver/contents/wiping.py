@@ -35,6 +35,8 @@ class Wiper:
         with reporting_errors_of(spec.path), backing.open_bytes(spec, write=True) as content:
             self._checks.check_off(spec.path)  # from here on, starts fail while this is open
             self._check_owner(owner, spec)
+            for record in ownership.owners(self._checks.ledger, spec.path, self._checks.identity(spec.path)):
+                self._checks.ledger.forget_run(record.uuid)
             copying.wipe(content, watch("wiping"))
 
     def own(self, record: Record) -> tuple[Allocation, ...]:

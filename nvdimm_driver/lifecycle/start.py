@@ -11,6 +11,7 @@ from pathlib import Path
 from nvdimm_driver import logs
 from nvdimm_driver.errors import InUseError, XenError
 from nvdimm_driver.labels.servers import LabelServers
+from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import Record, Start
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
 from nvdimm_driver.state.events import Event, failure
@@ -50,12 +51,13 @@ class Starts:
 
         :param kind: kind of the event to record; empty for none.
         """
+        written = saved_guest.times(self.backings, paths)  # while nothing in the host can write them
         for path in paths:
             LOG.debug("thaw %s", path)
             for backing in self.backings:
                 if backing.handles(path):
                     backing.thaw(path)
-        self.ledger.end_start(uuid, kind=kind)
+        self.ledger.end_start(uuid, written=written, kind=kind)
         record = self.ledger.find_domain(uuid)
         if record is not None and not record.allocations:
             self.ledger.forget(uuid)

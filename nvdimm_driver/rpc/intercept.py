@@ -85,6 +85,7 @@ class Interceptor:
         uuid = domain.uuid or ""
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
         xml = self._hooks.rewrite(with_slots(with_uuid(xml, uuid), plan.domain))
+        yield from self._check_saved(plan.domain, starts=True)
         created = yield self._work(lambda driver: driver.define(domain, plan))
         try:
             return (yield from _call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
@@ -174,10 +175,16 @@ class Interceptor:
     # --- a domain's life ---
 
     def start(self, procedure: int, payload: bytes) -> Steps:
-        """Pass the call; if the start fails because of the NVDIMMs, add the reason to the error."""
-        uuid = Unpacker(payload).domain().uuid
+        """Pass the call; if the start fails because of the NVDIMMs, add the reason to the error.
+
+        libvirt removes a managed save before it restores it: what would keep the guest from going on is asked first.
+        """
+        domain = Unpacker(payload).domain()
+        uuid = domain.uuid
         if (yield self._work(lambda driver: driver.clear_fault(uuid))) is None:
             return (yield from _call(procedure, payload))
+        if (yield from _has_managed_save(domain)):
+            yield self._work(lambda driver: driver.check_restore(uuid))
         try:
             return (yield from _call(procedure, payload))
         except LibvirtError as error:
@@ -268,10 +275,13 @@ class Interceptor:
         domain = self._accept(xml)
         if domain is None:
             reply = yield from _call(procedure, payload)
-            uuid = Unpacker(reply).domain().uuid
-            yield self._work(lambda driver: driver.drop_claims(uuid))
+            defined = Unpacker(reply).domain()
+            known = yield from self._record(defined)
+            if known is not None and not (yield from _has_managed_save(defined)):  # a saved guest has them still
+                yield self._work(lambda driver: driver.drop_claims(defined.uuid))
             return reply
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
+        yield from self._check_saved(plan.domain, starts=False)
         before = yield from self._defined(domain.uuid)
         xml = with_slots((yield from self._taken_up(xml, domain)), plan.domain)
         reply = yield from _call(procedure, bytes(Packer().string(self._hooks.rewrite(xml))) + flags)
@@ -292,6 +302,24 @@ class Interceptor:
         if domain.uuid is None and known.uuid is not None and (yield from self._defined(known.uuid)) is None:
             return with_uuid(xml, known.uuid)
         return xml
+
+    def _check_saved(self, domain: DomainSpec, *, starts: bool) -> Generator[Call | Work, Any, None]:
+        """Check what is defined or created in place of a domain that may have a managed save.
+
+        :raises UnsupportedError: when it has one and other NVDIMMs: its guest goes on with those that it had.
+        """
+        uuid = domain.uuid or ""
+        known = DomainRef(domain.name, uuid, -1)
+        record = yield from self._record(known)
+        if record is None or (yield from self._defined(uuid)) is None or not (yield from _has_managed_save(known)):
+            return
+        if domain.nvdimms != tuple(item.spec for item in record.allocations):
+            raise UnsupportedError(
+                f"domain {record.name} has a managed save, whose guest has other NVDIMMs than this definition",
+                hint="start the domain, or discard the saved guest: virsh managedsave-remove",
+            )
+        if starts:
+            yield self._work(lambda driver: driver.check_restore(uuid))
 
     def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
         """Return a domain's definition as libvirt has it."""
@@ -323,6 +351,11 @@ class Interceptor:
 def _call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
     reply: bytes = yield Call(procedure, payload, with_fds)
     return reply
+
+
+def _has_managed_save(domain: DomainRef) -> Generator[Call | Work, Any, bool]:
+    arguments = bytes(Packer().domain(domain).uint32(0))
+    return Unpacker((yield from _call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1
 
 
 def _xml_and_flags(payload: bytes) -> tuple[str, bytes]:

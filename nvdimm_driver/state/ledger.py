@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from nvdimm_driver.model import Allocation, Record
+    from nvdimm_driver.model import Allocation, Record, Run
     from nvdimm_driver.state.events import Value
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
 KEPT_EVENTS = 10_000
 """Older events are deleted."""
@@ -46,9 +46,10 @@ class PreparedStart:
     :ivar qemu: program that the device model becomes.
     :ivar label_server: the guest needs one.
     :ivar uncached: guest frames that must not be cached, as (gfn, count).
+    :ivar run: number, nvdimms and written of the :class:`.model.Run` that it begins.
     """
 
-    __slots__ = ("areas", "gfn_limit", "gfn_start", "label_server", "mappings", "name", "qemu", "uncached")
+    __slots__ = ("areas", "gfn_limit", "gfn_start", "label_server", "mappings", "name", "qemu", "run", "uncached")
 
     def __init__(
         self,
@@ -60,7 +61,9 @@ class PreparedStart:
         mappings: list[tuple[int, int, int]],
         areas: list[tuple[int, int]],
         uncached: list[tuple[int, int]],
+        run: tuple[int, str, str],
     ) -> None:
+        self.run = run
         self.uncached = uncached
         self.name = name
         self.qemu = qemu
@@ -175,6 +178,7 @@ class Ledger:
         mappings: Sequence[tuple[int, int, int]],
         areas: Sequence[tuple[int, int]],
         *,
+        run: Run,
         served: str = "",
         uncached: Sequence[tuple[int, int]] = (),
         detail: Mapping[str, Value] | None = None,
@@ -182,6 +186,7 @@ class Ledger:
         """Record that the start is prepared, with everything that the device model will do.
 
         :param guest_frames: first guest frame above the guest's RAM, first frame the guest cannot use.
+        :param run: the run that it will begin.
         :param served: as in :class:`.model.Start`.
         :param detail: detail of the event.
         """
@@ -189,8 +194,8 @@ class Ledger:
             [
                 (
                     "UPDATE attachment SET state = 'prepared', since = ?, qemu = ?, gfn_start = ?, gfn_limit = ?, "
-                    "served = ? WHERE uuid = ?",
-                    (int(time.time()), qemu, *guest_frames, served, uuid),
+                    "served = ?, number = ?, nvdimms = ?, written = ? WHERE uuid = ?",
+                    (int(time.time()), qemu, *guest_frames, served, *run, uuid),
                 ),
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
@@ -202,8 +207,8 @@ class Ledger:
     def find_prepared(self, uuid: str) -> PreparedStart | None:
         """Return the domain's start that was prepared in this boot of the host and is not mapped yet, or None."""
         rows = self._rows(
-            "SELECT name, qemu, gfn_start, gfn_limit, served FROM attachment JOIN domain USING (uuid) "
-            "WHERE uuid = ? AND state = 'prepared' AND boot_id = ?",
+            "SELECT name, qemu, gfn_start, gfn_limit, served, number, nvdimms, written FROM attachment "
+            "JOIN domain USING (uuid) WHERE uuid = ? AND state = 'prepared' AND boot_id = ? AND number IS NOT NULL",
             uuid,
             host_boot_id(),
         )
@@ -212,8 +217,19 @@ class Ledger:
         mappings = self._rows("SELECT gfn, mfn, count FROM mapping WHERE uuid = ? ORDER BY gfn", uuid)
         areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
         uncached = self._rows("SELECT gfn, count FROM uncached WHERE uuid = ?", uuid)
-        name, qemu, gfn_start, gfn_limit, served = rows[0]
-        return PreparedStart(name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached)
+        name, qemu, gfn_start, gfn_limit, served, *run = rows[0]
+        return PreparedStart(name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached, tuple(run))
+
+    def find_run(self, uuid: str) -> Run | None:
+        """Return the domain's last run, which may not be over; None when no version that numbers them has begun one."""
+        from nvdimm_driver.model import Run
+
+        rows = self._rows("SELECT number, nvdimms, written FROM run WHERE uuid = ?", uuid)
+        return Run(*rows[0]) if rows else None
+
+    def forget_run(self, uuid: str) -> None:
+        """Forget the domain's last run: a guest that was saved in it can go on no more."""
+        self._write([("DELETE FROM run WHERE uuid = ?", (uuid,))])
 
     def has_mapped(self, uuid: str, domid: int) -> bool:
         """Return True when the NVDIMMs were mapped into exactly this domid in this boot of the host."""
@@ -256,7 +272,7 @@ class Ledger:
         self._write([("UPDATE attachment SET ioreq_server = ? WHERE uuid = ?", (server, uuid))])
 
     def finish_mapping(self, uuid: str, seconds: float = 0.0, detail: Mapping[str, Value] | None = None) -> None:
-        """Record that the device model has mapped the NVDIMMs and the domain starts.
+        """Record that the device model has mapped the NVDIMMs, and that the domain starts: its run begins.
 
         :param seconds: how long mapping took.
         :param detail: detail of the event.
@@ -265,6 +281,11 @@ class Ledger:
             [
                 ("UPDATE attachment SET state = 'mapped', since = ? WHERE uuid = ?", (int(time.time()), uuid)),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
+                (
+                    "INSERT OR REPLACE INTO run SELECT uuid, number, nvdimms, written FROM attachment "
+                    "WHERE uuid = ? AND number IS NOT NULL",
+                    (uuid,),
+                ),
                 _count("starts"),
                 _count("map_seconds", seconds),
             ],
@@ -279,12 +300,20 @@ class Ledger:
         )
         return found[0], found[1]
 
-    def end_start(self, uuid: str, *, kind: str = "") -> None:
+    def end_start(self, uuid: str, *, written: str = "", kind: str = "") -> None:
         """Record that the start is over: nothing is frozen or mapped for it any more.
 
+        :param written: as in :class:`.model.Run`, for the run that the start has begun, if it has.
         :param kind: kind of the event to record; empty for none.
         """
-        self._write([("DELETE FROM attachment WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
+        own = "number = (SELECT number FROM attachment WHERE uuid = run.uuid)"
+        self._write(
+            [
+                (f"UPDATE run SET written = ? WHERE uuid = ? AND {own}", (written, uuid)),
+                ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
+            ],
+            self._event(kind, uuid),
+        )
 
     def record_failure(self, uuid: str, error: Exception, domid: int | None = None) -> None:
         """Record that a start failed, unless the error was recorded already on its way up.

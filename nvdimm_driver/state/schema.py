@@ -78,5 +78,16 @@ CREATE TABLE counter (
     PRIMARY KEY (name, label)
 ) STRICT;
 """,
+    """
+ALTER TABLE attachment ADD COLUMN number INTEGER;
+ALTER TABLE attachment ADD COLUMN nvdimms TEXT NOT NULL DEFAULT '';
+ALTER TABLE attachment ADD COLUMN written TEXT NOT NULL DEFAULT '';
+CREATE TABLE run (
+    uuid TEXT PRIMARY KEY REFERENCES domain(uuid) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    nvdimms TEXT NOT NULL,
+    written TEXT NOT NULL
+) STRICT;
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

@@ -132,6 +132,9 @@ class DomctlMapper(Mapper):
     def read(self, domid: int, address: int, length: int) -> bytes:
         return self.xen.read_memory(domid, address, length)
 
+    def write(self, domid: int, address: int, data: bytes) -> None:
+        self.xen.write_memory(domid, address, data)
+
     def give_dsm_page(self, domid: int) -> None:
         self.xen.populate_physmap_exact(domid, DSM_GFN, 1)
 

@@ -24,6 +24,7 @@ struct domain {
     uint8_t uuid[16];
     char name[64];
     int paused;
+    int booted;
     int shutdown_reason; /* or RUNS */
     int watched;
     pid_t device_model;
@@ -32,6 +33,7 @@ struct domain {
 
 struct domain_table {
     uint32_t last_domid;
+    uint32_t last_image;
     struct domain domains[DOMAINS];
 };
 
@@ -49,6 +51,14 @@ static inline struct domain_table *domain_table(void)
             table = memory;
     }
     return table;
+}
+
+/* A guest's memory below 4 GiB is a sparse file. */
+#define MEMORY_SIZE (1ull << 32)
+
+static inline void memory_path(char path[64], uint32_t domid)
+{
+    snprintf(path, 64, FOLDER "memory-%u", domid);
 }
 
 /* Domid 0 finds a free entry. */

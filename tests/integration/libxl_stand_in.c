@@ -11,6 +11,8 @@
  *   device-model-DOMID  FIFO; anything that a device model writes there means that it runs
  *   qemu-dm-NAME.log    its stdout and stderr
  *   userdata-DOMID-KEY  data that the toolstack keeps for a domain
+ *   memory-DOMID        the guest's memory, a sparse file
+ *   saved-NUMBER        the memory in a saved image
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -30,7 +32,15 @@
 
 #define KIB_PER_GIB (1 << 20)
 #define CPUS 4
-#define STATE "a guest's saved state"
+#define TABLES 0xfd001000 /* where the device model delivers ACPI tables */
+
+/* What is in a saved image; the memory is in a file of that number. */
+struct image {
+    char state[24];
+    unsigned number;
+};
+
+static const char STATE[24] = "a guest's saved state";
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static const libxl_event_hooks *hooks;
@@ -385,6 +395,57 @@ int libxl_userdata_retrieve(libxl_ctx *ctx, uint32_t domid, const char *key, uin
     return 0;
 }
 
+/* --- the guest's memory --- */
+
+static void copy_memory(const char *from, const char *to)
+{
+    char command[200];
+
+    snprintf(command, sizeof(command), "cp --sparse=always %s %s", from, to);
+    if (system(command))
+        abort();
+}
+
+static void add_checksum(uint8_t *table, size_t length, size_t at)
+{
+    uint8_t sum = 0;
+
+    for (size_t n = 0; n < length; n++)
+        sum += table[n];
+    table[at] -= sum;
+}
+
+/* Do what hvmloader does with the tables that it finds: an RSDT names them, and the RSDP in the BIOS area that one. */
+static void run_firmware(uint32_t domid)
+{
+    static const uint32_t rsdt_at = 0xe1000;
+    char path[64];
+    uint8_t *memory, *rsdp, *rsdt;
+    uint32_t count = 0, length;
+    int fd;
+
+    memory_path(path, domid);
+    fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    memory = mmap(NULL, MEMORY_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    close(fd);
+    if (memory == MAP_FAILED)
+        abort();
+    rsdp = memory + 0xe0000;
+    rsdt = memory + rsdt_at;
+    for (uint32_t at = TABLES; memcpy(&length, memory + at + 4, 4), length; at += length)
+        memcpy(rsdt + 36 + 4 * count++, &at, 4);
+    length = 36 + 4 * count;
+    memcpy(rsdt, "RSDT", 4);
+    memcpy(rsdt + 4, &length, 4);
+    add_checksum(rsdt, length, 9);
+    memcpy(rsdp, "RSD PTR ", 8);
+    memcpy(rsdp + 16, &rsdt_at, 4);
+    add_checksum(rsdp, 20, 8);
+    munmap(memory, MEMORY_SIZE);
+}
+
 /* --- domains --- */
 
 static void remove_domain(struct domain *domain)
@@ -398,6 +459,8 @@ static void remove_domain(struct domain *domain)
         unlink(path);
     }
     snprintf(path, sizeof(path), FOLDER "device-model-%u", domain->domid);
+    unlink(path);
+    memory_path(path, domain->domid);
     unlink(path);
     memset(domain, 0, sizeof(*domain));
 }
@@ -435,11 +498,13 @@ static struct domain *add_domain(const libxl_domain_config *config)
  * The order is libxl's: first the domain exists, paused, with its uuid in xenstore and its memory built. Then its
  * device model is run. When that fails, the domain is destroyed and the device model's error is returned
  * (tools/libs/light/libxl_create.c: domcreate_devmodel_started, domcreate_complete).
+ *
+ * restored: the number of the saved image, or 0
  */
-static int create(libxl_ctx *ctx, libxl_domain_config *config, uint32_t *domid, bool restored)
+static int create(libxl_ctx *ctx, libxl_domain_config *config, uint32_t *domid, unsigned restored)
 {
     struct domain *domain = config->c_info.type == LIBXL_DOMAIN_TYPE_HVM ? add_domain(config) : NULL;
-    char *json;
+    char *json, from[64], to[64];
     int rc;
 
     if (!domain)
@@ -448,6 +513,12 @@ static int create(libxl_ctx *ctx, libxl_domain_config *config, uint32_t *domid, 
     json = libxl_domain_config_to_json(ctx, config);
     rc = libxl_userdata_store(ctx, domain->domid, "libxl-json", (uint8_t *)json, strlen(json) + 1);
     free(json);
+    if (restored) {
+        snprintf(from, sizeof(from), FOLDER "saved-%u", restored);
+        memory_path(to, domain->domid);
+        copy_memory(from, to);
+        domain->booted = 1;
+    }
     if (!rc)
         rc = run_device_model(domain, config, restored);
     if (rc) {
@@ -462,27 +533,33 @@ static int create(libxl_ctx *ctx, libxl_domain_config *config, uint32_t *domid, 
 int libxl_domain_create_new(libxl_ctx *ctx, libxl_domain_config *config, uint32_t *domid,
                             const libxl_asyncop_how *how, const libxl_asyncprogress_how *console)
 {
-    return create(ctx, config, domid, false);
+    return create(ctx, config, domid, 0);
 }
 
 int libxl_domain_create_restore(libxl_ctx *ctx, libxl_domain_config *config, uint32_t *domid, int restore_fd,
                                 int send_back_fd, const libxl_domain_restore_params *params,
                                 const libxl_asyncop_how *how, const libxl_asyncprogress_how *console)
 {
-    char state[sizeof(STATE)] = "";
+    struct image image;
 
-    if (read(restore_fd, state, sizeof(state)) != sizeof(state) || strcmp(state, STATE))
+    if (read(restore_fd, &image, sizeof(image)) != sizeof(image) || memcmp(image.state, STATE, sizeof(STATE)))
         return ERROR_FAIL;
-    return create(ctx, config, domid, true);
+    return create(ctx, config, domid, image.number);
 }
 
 int libxl_domain_suspend(libxl_ctx *ctx, uint32_t domid, int fd, int flags, const libxl_asyncop_how *how)
 {
     struct domain *domain = find_domain(domid);
+    struct image image = { .number = ++domain_table()->last_image };
+    char from[64], to[64];
 
     event("save %u", domid);
-    if (!domain || write(fd, STATE, sizeof(STATE)) != sizeof(STATE))
+    memcpy(image.state, STATE, sizeof(STATE));
+    if (!domain || write(fd, &image, sizeof(image)) != sizeof(image))
         return ERROR_FAIL;
+    memory_path(from, domid);
+    snprintf(to, sizeof(to), FOLDER "saved-%u", image.number);
+    copy_memory(from, to);
     /* The guest has shut down for this reason, which libxl reports like any other; libvirt ignores it. */
     domain->shutdown_reason = LIBXL_SHUTDOWN_REASON_SUSPEND;
     raise_event(LIBXL_EVENT_TYPE_DOMAIN_SHUTDOWN, domain);
@@ -545,6 +622,12 @@ int libxl_domain_pause(libxl_ctx *ctx, uint32_t domid, const libxl_asyncop_how *
 
 int libxl_domain_unpause(libxl_ctx *ctx, uint32_t domid, const libxl_asyncop_how *how)
 {
+    struct domain *domain = find_domain(domid);
+
+    if (domain && !domain->booted)
+        run_firmware(domid);
+    if (domain)
+        domain->booted = 1;
     return set_paused("unpause", domid, 0);
 }
 

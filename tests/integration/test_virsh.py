@@ -218,6 +218,43 @@ def test_save_restore_and_managed_save(host: Host) -> None:
     assert host.state("db1")[0] == "mapped"
 
 
+def test_a_saved_guest_goes_on_only_with_what_it_had(host: Host) -> None:
+    host.check("start", "db1")
+    saved = host.folder / "saved"
+    host.check("save", "db1", saved)
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    assert "restore domain" in refused(host, "restore", saved)
+    assert "since it was saved, its domain was started" in host.log()
+    assert host.state("db1") == OFF
+    host.check("start", "db1")
+    host.check("save", "db1", saved)
+    host.check("restore", saved)
+
+
+def test_a_managed_save_is_not_lost_when_it_cannot_go_on(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.libvirtd.run("touch", image(host, "db1"))
+    said = refused(host, "start", "db1")
+    assert "the saved guest cannot go on" in said
+    assert f"{image(host, 'db1')} was written on the host at" in said
+    assert "managed save" in refused(host, "attach-device", "db1", device(host, "more"), "--config")
+    assert "Managed save:   yes" in host.check("dominfo", "db1")
+    host.check("managedsave-remove", "db1")
+    host.check("start", "db1")
+
+
+def test_a_saved_guest_keeps_what_its_definition_loses(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.check("detach-device", "db1", device(host, "db1"), "--config")
+    assert "nvdimm" not in host.check("dumpxml", "db1")
+    assert slots(host) == {"db1.img": 0}
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+
+
 def test_a_transient_domain(host: Host) -> None:
     file = host.xml("db2", 2)
     file.write_text("\n".join(line for line in file.read_text().splitlines() if "<uuid>" not in line))

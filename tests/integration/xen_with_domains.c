@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Built together with xen_stand_in.c: shows the domains of libxl_stand_in.c through libxenctrl and libxenstore.
+ * Built together with xen_stand_in.c: shows the domains of libxl_stand_in.c through libxenctrl and libxenstore, and
+ * their memory through libxenforeignmemory.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <xenctrl.h>
+#include <xenforeignmemory.h>
 #include <xenstore.h>
 
 #include "domain_table.h"
@@ -32,6 +34,29 @@ int xc_domain_maximum_gpfn(xc_interface *xch, uint32_t domid, xen_pfn_t *gfn)
         return 0;
     errno = ESRCH;
     return -1;
+}
+
+/* The frames are consecutive: the driver maps no others. */
+void *xenforeignmemory_map(xenforeignmemory_handle *handle, uint32_t domid, int protection, size_t pages,
+                           const xen_pfn_t gfns[], int errors[])
+{
+    char path[64];
+    int fd;
+    void *memory;
+
+    memset(errors, 0, pages * sizeof(*errors));
+    memory_path(path, domid);
+    fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0 || ftruncate(fd, MEMORY_SIZE))
+        return NULL;
+    memory = mmap(NULL, pages * 4096, protection, MAP_SHARED, fd, gfns[0] * 4096);
+    close(fd);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+int xenforeignmemory_unmap(xenforeignmemory_handle *handle, void *address, size_t pages)
+{
+    return munmap(address, pages * 4096);
 }
 
 /* Only /local/domain/N/vm exists, which libxl writes when it makes the domain (libxl_create.c:libxl__domain_make). */

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
+from nvdimm_driver.acpi.tables import Header, checksum, seal, split
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
 from nvdimm_driver.lifecycle.plan import HostFacts
@@ -42,6 +43,7 @@ class MemoryBacking(Backing):
 
     :ivar opened: ranges that :meth:`open_bytes` has returned for writing.
     :ivar filled: paths passed to :meth:`fill_holes`.
+    :ivar times: when each was last written, as :meth:`written_at` returns it.
     :ivar shift: bytes by which files start behind a multiple of 2 MiB.
     """
 
@@ -59,6 +61,7 @@ class MemoryBacking(Backing):
         self.filled: list[str] = []
         self.namespace = NAMESPACE
         self.shift = 0
+        self.times: dict[str, int] = {}
 
     def describe(self) -> str:
         return "files in memory"
@@ -149,6 +152,9 @@ class MemoryBacking(Backing):
     def thaw(self, path: str) -> None:
         self.frozen.discard(path)
 
+    def written_at(self, path: str) -> int:
+        return self.times.get(path, 0)
+
     def check_labels(self, spec: NvdimmSpec) -> None:
         pass
 
@@ -193,7 +199,10 @@ class TablesOfNative(AcpiBuilder):
 
 
 class RecordingMapper(Mapper):
-    """Knows the running domids; records what is mapped and delivered."""
+    """Knows the running domids; records what is mapped and delivered.
+
+    :ivar memory: by domid, the guest's memory as far as it matters, by address.
+    """
 
     def __init__(self, alive: dict[int, str] | None = None) -> None:
         self.alive = {} if alive is None else alive
@@ -201,6 +210,7 @@ class RecordingMapper(Mapper):
         self.uncached: dict[int, list[tuple[int, int]]] = {}
         self.delivered: dict[int, bytes] = {}
         self.dsm_pages: set[int] = set()
+        self.memory: dict[int, dict[int, bytes]] = {}
         self.fail: str = ""
         self.guest_frames = 0xFEFFF + 1
         self.ram_ranges = [(0, 4 * GIB // 4096)]
@@ -244,7 +254,31 @@ class RecordingMapper(Mapper):
         self.delivered[domid] = tables
 
     def read(self, domid: int, address: int, length: int) -> bytes:
-        raise XenError("there is no guest")
+        if domid not in self.memory:
+            raise XenError("there is no guest")
+        found = bytearray(length)
+        for start, data in self.memory[domid].items():
+            low, high = max(start, address), min(start + len(data), address + length)
+            if low < high:
+                found[low - address : high - address] = data[low - start : high - start]
+        return bytes(found)
+
+    def write(self, domid: int, address: int, data: bytes) -> None:
+        self.memory[domid][address] = data
+
+    def boot(self, domid: int) -> None:
+        """Do what the guest's firmware does: put the tables that were delivered where an operating system looks."""
+        tables = {0xFC000000 + 0x1000 * n: table for n, table in enumerate(split(self.delivered[domid]))}
+        header = Header(b"RSDT", 0, 1, 0, b"XEN   ", b"HVM     ", 0, b"HVML", 0)
+        rsdt = seal(header, b"".join(address.to_bytes(4, "little") for address in tables))
+        rsdp = bytearray(b"RSD PTR \0XEN   \0" + (0xFC00F000).to_bytes(4, "little"))
+        rsdp[8] = checksum(rsdp)
+        self.memory[domid] = {0xE0000: bytes(rsdp), 0xFC00F000: rsdt, **tables}
+
+    def restore(self, domid: int, uuid: str, image: dict[int, bytes]) -> None:
+        """Do what a restore does before it runs the device model."""
+        self.alive = {domid: uuid}
+        self.memory[domid] = dict(image)
 
     def give_dsm_page(self, domid: int) -> None:
         self.dsm_pages.add(domid)

@@ -16,7 +16,7 @@ from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import GuardError, LedgerError, XenError
 from nvdimm_driver.labels.servers import MODULE, LabelServers
-from nvdimm_driver.model import MIB
+from nvdimm_driver.model import MIB, Run
 from tests.unit.doubles import (
     OTHER_UUID,
     UUID,
@@ -98,7 +98,7 @@ def test_frames_of_another_start_are_refused(driver: XenNvdimmDriver, mapper: Re
     mappings = started(driver.ledger).mappings
     driver.ledger.store(OTHER_UUID, "db2", 1, [])
     driver.ledger.begin_start(OTHER_UUID, [])
-    driver.ledger.finish_preparing(OTHER_UUID, "/q", (0, 1), [mappings[0]], [])
+    driver.ledger.finish_preparing(OTHER_UUID, "/q", (0, 1), [mappings[0]], [], run=Run(2, "[]", "{}"))
     with pytest.raises(GuardError, match="db2"):
         attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
@@ -107,9 +107,11 @@ def test_frames_of_another_start_are_refused(driver: XenNvdimmDriver, mapper: Re
 def test_a_restored_guest_has_its_tables_already(
     driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
+    image = saved(driver, mapper, tmp_path)
+    mapper.restore(6, UUID, image)
     driver.prepare(domain(A))
-    attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server, restored=True)
-    assert list(mapper.mapped) == [5]
+    attach(6, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server, restored=True)
+    assert list(mapper.mapped) == [6]
     assert mapper.delivered == {}
 
 
@@ -149,6 +151,20 @@ def test_missing_tables_are_an_error_with_their_path(
     assert mapper.mapped == {}
 
 
+def saved(driver: XenNvdimmDriver, mapper: RecordingMapper, folder: Path) -> dict[int, bytes]:
+    """Start the domain, save its guest, and return the guest's memory."""
+    (domid,) = mapper.alive
+    driver.prepare_known(UUID)
+    attach(domid, driver.ledger, mapper, str(folder), driver.prepare_known, lambda *_: None)
+    mapper.boot(domid)
+    mapper.alive.clear()
+    driver.release(UUID)
+    mapper.mapped.clear()
+    mapper.delivered.clear()
+    mapper.dsm_pages.clear()
+    return mapper.memory.pop(domid)
+
+
 @pytest.mark.parametrize("restored", [False, True])
 def test_a_guest_with_labels_gets_its_page_and_a_label_server(
     tmp_path: Path, mapper: RecordingMapper, restored: bool
@@ -157,6 +173,8 @@ def test_a_guest_with_labels_gets_its_page_and_a_label_server(
     driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
     labelled = domain(A, label_size=MIB)
     driver.define(labelled)
+    if restored:
+        mapper.restore(5, UUID, saved(driver, mapper, tmp_path))
     driver.prepare(labelled)
     started: list[tuple[str, int, str, set[int]]] = []
 

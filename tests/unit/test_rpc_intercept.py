@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, DomainXmlError, LayoutError, ProtocolError, UnsupportedError, XenError
+from nvdimm_driver.errors import (
+    BackingError,
+    DomainXmlError,
+    LayoutError,
+    ProtocolError,
+    RefusedError,
+    UnsupportedError,
+    XenError,
+)
 from nvdimm_driver.model import GIB, KIB, MIB
 from nvdimm_driver.rpc.handler_types import Call, Context, Peer, ReplyEntry, Work
 from nvdimm_driver.rpc.intercept import Interceptor
@@ -45,6 +53,7 @@ class Libvirtd:
     def __init__(self) -> None:
         self.defined: dict[str, str] = {}
         self.running: set[str] = set()
+        self.saved: set[str] = set()
         self.calls: list[int] = []
         self.payloads: list[bytes] = []
         self.refuse: dict[int, str] = {}
@@ -73,6 +82,8 @@ class Libvirtd:
                 del self.defined[values.domain().uuid]
             case 136:
                 return bytes(Packer().string(f"native of {values.string()} {values.string()}"))
+            case 183:
+                return bytes(Packer().int32(int(values.domain().uuid in self.saved)))
             case 150:
                 return bytes(Packer().int32(int(values.domain().uuid in self.running)))
         return b""
@@ -296,7 +307,11 @@ def test_a_failed_start_says_why(proxy: Proxy, driver: XenNvdimmDriver) -> None:
         proxy.call(START, Packer().domain(domain))
     assert message(caught.value) == "libxenlight failed"
 
+    answer = proxy.libvirtd.answer
+
     def fail(call: Call) -> bytes:
+        if call.procedure != START:
+            return answer(call)
         driver.ledger.record_failure(UUID, XenError("xc_domain_memory_mapping: EPERM (look at xl dmesg)"))
         raise LibvirtError(RemoteError(1, 41, "libxenlight failed").pack())
 
@@ -306,10 +321,51 @@ def test_a_failed_start_says_why(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     assert message(caught.value) == "libxenlight failed: xc_domain_memory_mapping: EPERM (look at xl dmesg)"
 
 
+def test_a_managed_save_is_looked_at_before_libvirt_removes_it(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    domain = proxy.define(xml("a"))
+    driver.prepare_known(UUID)
+    driver.ledger.begin_mapping(UUID, 5)
+    driver.ledger.finish_mapping(UUID)
+    driver.release(UUID)
+    proxy.libvirtd.saved.add(UUID)
+    proxy.call(START, Packer().domain(domain))
+    backing.times["/mnt/pmem0/a"] = 1
+    proxy.libvirtd.calls.clear()
+    for call, packer in ((START, Packer().domain(domain)), (CREATE_XML, Packer().string(xml("a")).uint32(0))):
+        with pytest.raises(RefusedError, match="a was written on the host"):
+            proxy.call(call, packer)
+    assert not {START, CREATE_XML} & {*proxy.libvirtd.calls}
+
+
+def test_a_domain_with_a_managed_save_keeps_its_nvdimms(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    domain = proxy.define(xml("a", "b"))
+    proxy.libvirtd.saved.add(UUID)
+    proxy.define(xml("a", "b"))
+    for changed in (xml("a"), xml("a", "b", "c"), xml("a", "c")):
+        with pytest.raises(UnsupportedError, match="managed save, whose guest has other NVDIMMs"):
+            proxy.define(changed)
+    with pytest.raises(UnsupportedError, match="managed save"):
+        proxy.call(CREATE_XML, Packer().string(xml("a")).uint32(0))
+    with pytest.raises(UnsupportedError, match="managed save"):
+        proxy.call(Procedure.DOMAIN_DETACH_DEVICE_FLAGS, Packer().domain(domain).string(NVDIMM.format("a")).uint32(2))
+    proxy.define(xml())
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    assert [item.spec.path for item in record.allocations] == ["/mnt/pmem0/a", "/mnt/pmem0/b"]
+    proxy.libvirtd.saved.clear()
+    proxy.define(xml("a"))
+
+
 def test_a_reason_that_is_in_the_error_is_not_said_twice(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     domain = proxy.define(xml("a"))
 
+    answer = proxy.libvirtd.answer
+
     def fail(call: Call) -> bytes:
+        if call.procedure != START:
+            return answer(call)
         driver.ledger.record_failure(UUID, XenError("/mnt/pmem0/a is gone"))
         raise LibvirtError(RemoteError(70, 41, "hook failed: nvdimm-driver: /mnt/pmem0/a is gone").pack())
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.errors import LedgerError, XenError
-from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
+from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Run
 from nvdimm_driver.state.ledger import Ledger
 from tests.unit.doubles import OTHER_UUID, UUID, started
 
 SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
 READY = Allocation(UUID, SPEC, BackingIdentity("fsdax", "u", 1 << 20, 12, 2**32 - 1, 1 << 21), 1 << 40)
+RUN = Run(5, "[]", "{}")
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     ledger.begin_start(UUID, ["/mnt/pmem0/a"])
     assert ledger.find_prepared(UUID) is None
     ledger.finish_preparing(
-        UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], served="x"
+        UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], run=RUN, served="x"
     )
     start = started(ledger)
     assert (start.name, start.qemu, start.gfn_start, start.gfn_limit) == ("db1", "/qemu", 256, 1 << 34)
@@ -60,7 +61,9 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     ledger.begin_mapping(UUID, 7)
     assert ledger.find_prepared(UUID) is None
     ledger.record_failure(UUID, XenError("old"))
+    assert ledger.find_run(UUID) is None
     ledger.finish_mapping(UUID)
+    assert ledger.find_run(UUID) == RUN
     record = ledger.find_domain(UUID)
     assert record is not None
     assert record.start is not None
@@ -68,8 +71,24 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     assert record.start.paths == ("/mnt/pmem0/a",)
     assert ledger.frames_of_others(OTHER_UUID) == [("db1", 1024, 16), ("db1", 8192, 1)]
     assert ledger.frames_of_others(UUID) == []
-    ledger.end_start(UUID)
+    ledger.end_start(UUID, written="then")
     assert ledger.frames_of_others(OTHER_UUID) == []
+    assert ledger.find_run(UUID) == RUN._replace(written="then")
+    ledger.forget_run(UUID)
+    assert ledger.find_run(UUID) is None
+
+
+def test_a_start_that_maps_nothing_leaves_the_last_run(ledger: Ledger) -> None:
+    ledger.store(UUID, "db1", 5, [READY])
+    for number in (5, 6):
+        ledger.begin_start(UUID, ["/mnt/pmem0/a"])
+        run = Run(number, "[]", "{}")
+        ledger.finish_preparing(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], run=run)
+        if number == 5:
+            ledger.begin_mapping(UUID, 7)
+            ledger.finish_mapping(UUID)
+        ledger.end_start(UUID, written=f"end of {number}")
+    assert ledger.find_run(UUID) == Run(5, "[]", "end of 5")
 
 
 def test_a_new_start_has_no_reason_of_an_earlier_one(ledger: Ledger) -> None:
@@ -84,7 +103,7 @@ def test_a_new_start_has_no_reason_of_an_earlier_one(ledger: Ledger) -> None:
 def test_forget_drops_everything(ledger: Ledger) -> None:
     ledger.store(UUID, "db1", 5, [READY])
     ledger.begin_start(UUID, ["/a"])
-    ledger.finish_preparing(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], served="")
+    ledger.finish_preparing(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], run=RUN)
     ledger.forget(UUID)
     assert ledger.domains() == ()
     assert ledger.frames_of_others(OTHER_UUID) == []
@@ -94,7 +113,7 @@ def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
     path = str(tmp_path / "ledger.sqlite")
     ledger = Ledger(path)
     ledger._write([("PRAGMA user_version = 99", ())])
-    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 3"):
+    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 4"):
         Ledger(path)
 
 

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saved guest goes on only with the NVDIMMs that it had."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvdimm_driver.acpi.tables import Header, seal
+from nvdimm_driver.cmd.device_model import attach
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import AcpiError, RefusedError
+from nvdimm_driver.lifecycle import saved_guest
+from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
+
+A, B, C = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/c"
+Image = dict[int, bytes]
+
+
+class Bench:
+    """A driver whose domain is started, saved and restored."""
+
+    def __init__(self, folder: Path, dsm: str = "none") -> None:
+        self.folder = folder
+        self.backing = MemoryBacking()
+        self.mapper = RecordingMapper()
+        self.dsm = dsm
+        self.domid = 4
+
+    def driver(self) -> XenNvdimmDriver:
+        return make_driver(self.folder, self.backing, self.mapper, dsm=self.dsm)
+
+    def start(self) -> None:
+        self.domid += 1
+        self.mapper.alive = {self.domid: UUID}
+        self._attach(restored=False)
+        self.mapper.boot(self.domid)
+
+    def save(self) -> Image:
+        """Save the guest as libvirt does: its domain is destroyed, and the hook is told of that."""
+        image = dict(self.mapper.memory.pop(self.domid))
+        self.end()
+        return image
+
+    def end(self) -> None:
+        self.mapper.alive.clear()
+        self.driver().release(UUID)
+
+    def restore(self, image: Image, spec: DomainSpec | None = None) -> None:
+        """Restore a guest. libvirt gives the hook the definition in the image, which is the domain's by default."""
+        self.domid += 1
+        if spec is not None:
+            self.driver().prepare(spec)
+        self.mapper.restore(self.domid, UUID, image)
+        self._attach(restored=True)
+
+    def refused(self, image: Image, spec: DomainSpec | None = None) -> str:
+        with pytest.raises(RefusedError) as caught:
+            self.restore(image, spec)
+        assert self.domid not in self.mapper.mapped
+        self.end()
+        return str(caught.value)
+
+    def _attach(self, *, restored: bool) -> None:
+        driver = self.driver()
+        attach(
+            self.domid,
+            driver.ledger,
+            self.mapper,
+            str(self.folder),
+            driver.prepare_known,
+            lambda *_: None,
+            restored=restored,
+        )
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_a_guest_goes_on_again_and_again(bench: Bench) -> None:
+    bench.driver().define(domain(A, B))
+    bench.start()
+    numbers = set()
+    for _ in range(3):
+        image = bench.save()
+        (nfit,) = (data for data in image.values() if data[:4] == b"NFIT")
+        numbers.add(Header.parse(nfit).oem_revision)
+        assert not sum(nfit) & 0xFF
+        bench.restore(image)
+    assert len(numbers) == 3
+
+
+def test_an_image_is_good_only_once(bench: Bench) -> None:
+    """After the first restore, the guest has written to its NVDIMMs; the image does not know that."""
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    bench.restore(image)
+    bench.save()
+    assert "since it was saved, its domain was started" in bench.refused(image)
+
+
+def test_a_start_between_save_and_restore(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    bench.start()
+    bench.end()
+    assert "since it was saved, its domain was started" in bench.refused(image)
+
+
+def test_a_start_that_failed_does_no_harm(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    bench.mapper.fail = "map"
+    with pytest.raises(Exception, match="EPERM"):
+        bench.start()
+    bench.end()
+    bench.mapper.fail = ""
+    bench.restore(image)
+
+
+def test_an_nvdimm_that_was_detached_and_came_back_elsewhere(bench: Bench) -> None:
+    a, b, c = (NvdimmSpec(slot, path, 4 * MIB) for slot, path in enumerate((A, B, C)))
+    d = NvdimmSpec(1, "/mnt/pmem0/d", 256 * MIB)
+    whole = dataclasses.replace(domain(A), nvdimms=(a, d, c))
+    driver = bench.driver()
+    driver.define(dataclasses.replace(whole, nvdimms=(a, b, c)))
+    driver.define(dataclasses.replace(whole, nvdimms=(a, c)))
+    driver.define(whole)
+    bench.start()
+    image = bench.save()
+    bench.driver().define(dataclasses.replace(whole, nvdimms=(a, d)))
+    said = bench.refused(image, whole)
+    assert "slot 2: its base is 0x" in said
+    assert "and the guest knows 0x" in said
+
+
+def test_an_nvdimm_that_was_given_up_and_made_anew(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    driver = bench.driver()
+    driver.forget(UUID)
+    driver.define(domain(A))
+    assert "its NVDIMMs were given up" in bench.refused(image)
+
+
+def test_another_file_at_the_path(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    bench.backing.files[A] = (101, 64 * MIB)
+    bench.driver().define(domain(A))
+    assert "slot 0: its inode is 101, and the guest knows 100" in bench.refused(image)
+
+
+def test_a_file_that_was_written_meanwhile(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    bench.backing.times[A] = 5  # by a label server, while the guest ran
+    image = bench.save()
+    bench.backing.times[A] = 1_700_000_000_000_000_000
+    assert f"{A} was written on the host at 2023-11-14 22:13:20 UTC" in bench.refused(image)
+    bench.backing.times[A] = 5
+    bench.restore(image)
+
+
+def test_a_file_that_was_wiped_meanwhile(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    driver = bench.driver()
+    driver.wiper.wipe(domain(A).nvdimms[0], lambda _: lambda done, total: None)
+    assert "overwritten by nvdimmctl" in bench.refused(image)
+
+
+def test_another_server_of_labels(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, dsm="none")
+    bench.driver().define(domain(A, label_size=MIB))
+    bench.start()
+    image = bench.save()
+    bench.dsm = "aml"
+    assert "slot 0: its label server is aml, and the guest knows none" in bench.refused(image)
+
+
+def with_header(image: Image, **fields: Any) -> Image:
+    """Return a guest's memory in which the NFIT's header has other fields."""
+    return {
+        address: seal(dataclasses.replace(Header.parse(data), **fields), data[36:]) if data[:4] == b"NFIT" else data
+        for address, data in image.items()
+    }
+
+
+def test_a_guest_that_an_earlier_version_has_started(bench: Bench) -> None:
+    bench.driver().define(domain(A, B))
+    bench.start()
+    image = with_header(bench.save(), oem_revision=saved_guest.UNNUMBERED)
+    bench.driver().ledger.forget_run(UUID)
+    moved = dataclasses.replace(domain(A, B).nvdimms[0], slot=2)
+    assert "an NVDIMM in slot 0" in bench.refused(
+        image, dataclasses.replace(domain(A, B), nvdimms=(domain(A, B).nvdimms[1], moved))
+    )
+    bench.driver().define(domain(A, B))
+    bench.restore(image)
+    bench.save()
+    assert "its domain was started" in bench.refused(image)
+
+
+def test_a_guest_without_an_nfit(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    with pytest.raises(AcpiError, match="no RSDP"):
+        bench.restore({})
+    bench.end()
+    with pytest.raises(AcpiError, match="no NFIT"):
+        bench.restore(with_header(image, signature=b"OEM1"))
+
+
+def test_it_can_be_asked_before_libvirt_removes_the_image(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.driver().check_restore(UUID)
+    bench.start()
+    bench.save()
+    bench.driver().check_restore(UUID)
+    bench.backing.times[A] = 7
+    with pytest.raises(RefusedError, match="was written on the host"):
+        bench.driver().check_restore(UUID)
+    assert bench.driver().ledger.find_domain("00000000-0000-0000-0000-000000000000") is None
+    bench.driver().check_restore("00000000-0000-0000-0000-000000000000")
+
+
+def test_numbers_differ_and_fit() -> None:
+    numbers = {saved_guest.new_number() for _ in range(50)}
+    assert len(numbers) == 50
+    assert all(saved_guest.UNNUMBERED < number < 1 << 32 for number in numbers)
