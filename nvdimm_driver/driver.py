@@ -186,10 +186,20 @@ class XenNvdimmDriver(plugins.Plugin):
         return record
 
     def check_ram(self, uuid: str, ram: int) -> None:
-        """Check that a defined domain could have that much RAM.
+        """Check that a defined domain could have that much RAM from its next start on.
 
         :param ram: bytes.
-        :raises LayoutError: when it reaches the NVDIMMs, which keep their guest addresses.
+        :raises LayoutError: when its NVDIMMs do not fit beside it, wherever those go whose base no user gave.
+        """
+        record = self.ledger.find_domain(uuid)
+        if record is not None:
+            self.planner.check_ram(record, ram)
+
+    def check_running_ram(self, uuid: str, ram: int) -> None:
+        """Check that a running domain could have that much RAM now.
+
+        :param ram: bytes.
+        :raises LayoutError: when it reaches the NVDIMMs, which keep their places until the next start.
         """
         record = self.ledger.find_domain(uuid)
         if record is None or not record.allocations:
@@ -198,9 +208,9 @@ class XenNvdimmDriver(plugins.Plugin):
         first = min(guest.nvdimms, key=lambda placement: placement.base)
         if guest.highmem_end > first.base:
             raise LayoutError(
-                f"domain {record.name}: RAM of {human(ram)} reaches up to {guest.highmem_end:#x}, and its NVDIMM in "
-                f"slot {first.slot} is at {first.base:#x}",
-                hint="NVDIMMs keep their guest addresses; to get new ones, define the domain with a new uuid",
+                f"domain {record.name} runs: RAM of {human(ram)} reaches up to {guest.highmem_end:#x}, and its NVDIMM "
+                f"in slot {first.slot} is at {first.base:#x}",
+                hint="raise the RAM of its next start: virsh setmaxmem --config",
             )
 
     def identify(self, domain: DomainSpec) -> DomainSpec:

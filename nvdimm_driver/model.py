@@ -120,6 +120,7 @@ class DomainSpec:
     :ivar dsm: one of :data:`DSM`, or None for the default of the host's configuration.
     :ivar unplaced: paths of the NVDIMMs whose slots the XML leaves open: they have the lowest free ones until
         :meth:`.lifecycle.define.Definitions.keep_slots`.
+    :ivar pci_devices: number of the host's PCI devices that it gets.
     """
 
     name: str
@@ -129,6 +130,7 @@ class DomainSpec:
     nvdimms: tuple[NvdimmSpec, ...]
     dsm: str | None = None
     unplaced: frozenset[str] = frozenset()
+    pci_devices: int = 0
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,8 @@ class Placement:
     :ivar handle: NFIT device handle, as QEMU assigns it: slot + 1.
     :ivar base: guest-physical address of its first byte.
     :ivar size: visible bytes.
-    :ivar label_gap: bytes between the visible ones and the label area.
+    :ivar label_gap: bytes of the backing between the visible ones and the label area.
+    :ivar label_at: guest-physical address of the label area, if that is not as far behind the data as in the backing.
     """
 
     slot: int
@@ -308,6 +311,7 @@ class Placement:
     label_size: int = 0
     node: int | None = None
     label_gap: int = 0
+    label_at: int | None = None
 
     @property
     def handle(self) -> int:
@@ -319,13 +323,18 @@ class Placement:
 
     @property
     def label_base(self) -> int:
-        """Guest-physical address reserved for the label area: as far behind the data as in the backing."""
-        return self.end + self.label_gap
+        """Guest-physical address of the label area, when it is mapped into the guest."""
+        return self.end + self.label_gap if self.label_at is None else self.label_at
+
+    @property
+    def label_pages(self) -> tuple[int, int]:
+        """Guest-physical addresses of the first page of the label area, and behind its last one."""
+        return self.label_base // PAGE * PAGE, align_up(self.label_base + self.label_size, PAGE)
 
     @property
     def space_end(self) -> int:
-        """Address behind all that is reserved for the NVDIMM: a multiple of 4 KiB, as a backing's size is."""
-        return self.label_base + self.label_size if self.label_size else self.end
+        """Address behind the data and a label area as far behind it as in the backing; a multiple of 4 KiB."""
+        return self.end + self.label_gap + self.label_size if self.label_size else self.end
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ from nvdimm_driver.acpi.aml import (
     while_,
 )
 from nvdimm_driver.model import PAGE, Placement
-from nvdimm_driver.sizes import align_up
 
 FAMILY = UUID("4309ac30-0d11-11e4-9191-0800200c9a66")
 """UUID of the Intel family of NVDIMM functions."""
@@ -79,10 +78,7 @@ def reservation(placements: Sequence[Placement]) -> bytes:
     #     Name (_UID, "NVDIMM labels")
     #     Name (_CRS, ResourceTemplate () { QWordMemory (…) … })
     # }
-    areas = []
-    for placement in placements:
-        start = placement.label_base // PAGE * PAGE
-        areas.append(qword_memory(start, align_up(placement.label_base + placement.label_size - start, PAGE)))
+    areas = [qword_memory(start, end - start) for start, end in (placement.label_pages for placement in placements)]
     return device(
         "NVRS",
         name("_HID", integer(_EISA_PNP0C02)),

@@ -47,13 +47,11 @@ def check_layout(layout: GuestLayout) -> None:
             )
         if placement.base < end:
             raise LayoutError(f"{what}: base {placement.base:#x} overlaps {before}")
-        if placement.space_end > layout.limit:
-            raise LayoutError(
-                f"{what}: end {placement.space_end:#x} is beyond the guest's address limit, {layout.limit:#x}"
-            )
+        if placement.end > layout.limit:
+            raise LayoutError(f"{what}: end {placement.end:#x} is beyond the guest's address limit, {layout.limit:#x}")
         if not 0 <= (placement.node or 0) < MAX_NODES:
             raise LayoutError(f"{what}: NUMA node {placement.node}; 0 to {MAX_NODES - 1} are possible")
-        end, before = placement.space_end, f"the {what}"
+        end, before = placement.end, f"the {what}"
     slot, count = Counter(placement.slot for placement in layout.nvdimms).most_common(1)[0]
     if count > 1:
         raise LayoutError(f"{count} NVDIMMs are in slot {slot}")

@@ -2,19 +2,20 @@
 """Layout of a guest's physical address space: the place of each NVDIMM, and the machine frames mapped there. Pure.
 
 Xen's HVM guests have RAM from 0 to 0xF0000000 and the rest of it from 4 GiB on (xen/include/public/hvm/e820.h:
-HVM_BELOW_4G_RAM_END). hvmloader puts 64-bit PCI BARs right above the RAM and ignores pmem, and Linux PV drivers look
-for free address space there, too. So NVDIMMs start after a gap.
+HVM_BELOW_4G_RAM_END). If a guest's PCI BARs do not all fit below 4 GiB, hvmloader puts 64-bit ones right above the RAM
+and knows nothing of NVDIMMs (tools/firmware/hvmloader/pci.c:pci_setup). Linux PV drivers look for free address space
+there, too. So NVDIMMs start after a gap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from nvdimm_driver.errors import LayoutError
-from nvdimm_driver.model import GIB, PAGE, SUPERPAGE, Extent, Gfn, GuestLayout, Mapping, Mfn, Placement
-from nvdimm_driver.sizes import align_up, human, units
+from nvdimm_driver.model import GIB, MIB, PAGE, SUPERPAGE, Extent, Gfn, GuestLayout, Mapping, Mfn, Placement
+from nvdimm_driver.sizes import align_up, human
 
 RAM_BELOW_4G_END = 0xF0000000
 """xen/include/public/hvm/e820.h:HVM_BELOW_4G_RAM_END; the PCI hole is from here to 4 GiB."""
@@ -22,6 +23,11 @@ MAX_ADDRESS_BITS = 48
 """Address bits that four levels of EPT or NPT translate; Xen builds no fifth."""
 MIN_GAP = GIB
 """A gap is not shrunk below this: hvmloader's 64-bit BARs always need some room."""
+BASE_STEPS = (GIB, 128 * MIB, SUPERPAGE)
+"""Alignments of chosen bases, the best first. With 1 GiB, a guest can map an NVDIMM in pages of 1 GiB. With 128 MiB, no
+two NVDIMMs share a memory section of Linux, which before 5.3 could use only one of the two."""
+HYPERTRANSPORT_SIZE = 12 * GIB
+"""Bytes that AMD reserves for HyperTransport."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,9 @@ class PlacementRequest:
     :ivar label_gap: bytes of the backing between the visible part and the label area.
     :ivar alignsize: the base is a multiple of it; None when not given.
     :ivar first_spa: SPA of the backing's first byte.
-    :ivar base: guest-physical base that the user fixed or that an earlier define chose, or None.
+    :ivar base: guest-physical base that it must have, or None.
     :ivar node: guest NUMA node, or None.
+    :ivar kept: base that an earlier define chose, or None. It stays as long as it is possible.
     """
 
     slot: int
@@ -45,6 +52,7 @@ class PlacementRequest:
     first_spa: int
     base: int | None
     node: int | None
+    kept: int | None = None
 
 
 def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int) -> GuestLayout:
@@ -64,8 +72,9 @@ def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int) -> Gues
 def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, gap: int) -> GuestLayout:
     """Choose a base for every NVDIMM that has none, and check the bases of the others.
 
-    The same input gives the same layout. A base is a multiple of ``alignsize`` and, where that allows it, congruent
-    modulo 2 MiB to the backing's first SPA, so that Xen can use 2 MiB entries.
+    The same input gives the same layout. What an earlier define chose stays if it is still possible. Otherwise the new
+    base is the same modulo 1 GiB, because the guest's own data may need that alignment (Linux:
+    drivers/nvdimm/pfn_devs.c:nd_pfn_validate). Other bases are chosen as :func:`_congruence` says.
 
     :param ram: guest RAM, bytes.
     :param address_bits: the guest's physical address width.
@@ -77,18 +86,74 @@ def place(ram: int, requests: Sequence[PlacementRequest], *, address_bits: int, 
     fixed = around(ram, [_at(request, request.base or 0) for request in given], address_bits=address_bits)
     check(fixed, given, address_bits=address_bits)
     wanted = [request for request in ordered if request.base is None]
-    for tried in _gaps(gap):
-        chosen = _first_fit(wanted, fixed.nvdimms, start=align_up(fixed.highmem_end + tried, GIB), limit=fixed.limit)
+    for staying in (_staying(wanted, fixed, min(gap, MIN_GAP)), ()):
+        chosen = _choose(wanted, (*fixed.nvdimms, *staying), fixed, gap)
         if chosen is not None:
             layout = around(ram, (*fixed.nvdimms, *chosen), address_bits=address_bits)
             check(layout, ordered, address_bits=address_bits)
             return layout
+    reserved = " and ".join(map(_span, _hypertransport(fixed.limit)))
+    outside = f"outside of {reserved}, which AMD reserves for HyperTransport, " if reserved else ""
     raise LayoutError(
         f"{len(wanted)} NVDIMMs, {human(sum(request.size for request in wanted))} in all, do not fit between the end "
         f"of the guest's RAM at {fixed.highmem_end:#x} and the end of its physical address space at {fixed.limit:#x}, "
-        f"even with a gap of only {human(tried)} above the RAM",
+        f"{outside}even with a gap of only {human(min(_gaps(gap)))} above the RAM",
         hint="give the guest less RAM or smaller NVDIMMs, or run it on a CPU with more physical address bits",
     )
+
+
+def place_labels(guest: GuestLayout) -> GuestLayout:
+    """Return the layout with a place for each label area that is mapped into the guest.
+
+    That is the place right behind the data, as in the backing. If another NVDIMM has it, as it may with bases that the
+    user gave, it is the first free one above the lowest NVDIMM, or else one above the RAM.
+
+    :raises LayoutError: when there is none.
+    """
+    taken = [(each.base, each.end) for each in guest.nvdimms]
+    moved = []
+    for placement in guest.label_areas:
+        if _obstacle(*placement.label_pages, taken) is None and placement.space_end <= guest.limit:
+            taken.append(placement.label_pages)
+        else:
+            moved.append(placement)
+    placed = list(guest.nvdimms)
+    for placement in moved:
+        base = _label_place(placement, guest, taken)
+        found = replace(placement, label_at=base + placement.label_base % PAGE)
+        taken.append(found.label_pages)
+        placed[placed.index(placement)] = found
+    return replace(guest, nvdimms=tuple(placed))
+
+
+def advice(guest: GuestLayout, *, pci_devices: int = 0) -> Iterator[str]:
+    """Yield what may go wrong with the places of NVDIMMs, on some hosts or in some guests.
+
+    :param pci_devices: number of the host's PCI devices that the guest gets.
+    """
+    lowest = min(
+        *(each.base for each in guest.nvdimms), *(each.label_pages[0] for each in guest.label_areas), guest.limit
+    )
+    room = lowest - guest.highmem_end
+    if room < MIN_GAP or pci_devices:
+        yield (
+            f"{human(room)} are free between the RAM and the NVDIMMs: if the PCI BARs of the guest do not all fit "
+            f"below 4 GiB, hvmloader puts 64-bit ones there, from {guest.highmem_end:#x} on, and does not know where "
+            "the NVDIMMs are; if the BARs need more, give the NVDIMMs higher bases"
+        )
+    for placement in guest.nvdimms:
+        for reserved in _hypertransport(guest.limit):
+            if _obstacle(placement.base, placement.end, [reserved]) is not None:
+                yield (
+                    f"{_name(placement)} overlaps {_span(reserved)}, which AMD reserves for HyperTransport: on an AMD "
+                    "host the guest may not reach it there; give it another base, or none"
+                )
+        if placement.base % SUPERPAGE:
+            yield (
+                f"{_name(placement)} is not at a multiple of {human(SUPERPAGE)}: Linux since 5.7 makes no namespace in "
+                "fsdax or devdax mode on it; with <alignsize unit='MiB'>2</alignsize> it is, but if its backing is "
+                "not, Xen maps it in entries of 4 KiB"
+            )
 
 
 def check(layout: GuestLayout, requests: Sequence[PlacementRequest], *, address_bits: int) -> None:
@@ -110,10 +175,10 @@ def check(layout: GuestLayout, requests: Sequence[PlacementRequest], *, address_
         _check_request(placement, request)
         _check_range(placement, space)
     for left, right in pairwise(sorted(space.nvdimms, key=lambda placement: placement.base)):
-        if right.base < left.space_end:
+        if right.base < left.end:
             raise LayoutError(
                 f"{_name(left)} and {_name(right)} overlap from {right.base:#x} on",
-                hint="change or leave out the base of one of them",
+                hint="define the domain again, with another base for one of them, or none",
             )
 
 
@@ -122,10 +187,8 @@ def label_frames(space: GuestLayout) -> tuple[tuple[Gfn, int], ...]:
 
     They must not be cached: the code that serves label areas there (:mod:`.acpi.label_methods`) flushes no caches.
     """
-    return tuple(
-        (Gfn(each.label_base // PAGE), units(each.space_end, PAGE) - each.label_base // PAGE)
-        for each in space.label_areas
-    )
+    pages = [each.label_pages for each in space.label_areas]
+    return tuple((Gfn(start // PAGE), (end - start) // PAGE) for start, end in pages)
 
 
 def mappings(placement: Placement, extents: Sequence[Extent], *, labels: bool = False) -> tuple[Mapping, ...]:
@@ -136,9 +199,10 @@ def mappings(placement: Placement, extents: Sequence[Extent], *, labels: bool = 
     :param labels: also map the pages of the label area, which may begin and end inside a page.
     :raises LayoutError: when the extents are not whole pages, have a gap, or do not reach the end.
     """
-    wanted = [(0, placement.size)]
+    wanted = [(0, placement.size, placement.base)]  # from offset, to offset, guest-physical address
     if labels:
-        wanted.append(((placement.label_base - placement.base) // PAGE * PAGE, placement.space_end - placement.base))
+        offset = (placement.size + placement.label_gap) // PAGE * PAGE
+        wanted.append((offset, placement.space_end - placement.base, placement.label_pages[0]))
     end = wanted[-1][1]
     result: list[Mapping] = []
     done = 0
@@ -153,11 +217,11 @@ def mappings(placement: Placement, extents: Sequence[Extent], *, labels: bool = 
                 hint="the backing has a hole or is not aligned to pages of the persistent memory: create it again",
             )
         done += extent.length
-        for first, last in wanted:
+        for first, last, address in wanted:
             low, high = max(first, extent.offset), min(last, done)
             if low < high:
-                mfn = (extent.spa + low - extent.offset) // PAGE
-                _append(result, Mapping(Gfn((placement.base + low) // PAGE), Mfn(mfn), (high - low) // PAGE))
+                gfn, mfn = (address + low - first) // PAGE, (extent.spa + low - extent.offset) // PAGE
+                _append(result, Mapping(Gfn(gfn), Mfn(mfn), (high - low) // PAGE))
     if done < end:
         raise LayoutError(
             f"the extents of the backing of {_name(placement)} end at offset {done:#x}, and {end:#x} bytes are needed",
@@ -182,16 +246,47 @@ def _gaps(gap: int) -> Iterator[int]:
         yield gap
 
 
-def _first_fit(
-    requests: Sequence[PlacementRequest], taken: Sequence[Placement], *, start: int, limit: int
+def _staying(requests: Sequence[PlacementRequest], fixed: GuestLayout, gap: int) -> list[Placement]:
+    """Return the places that earlier defines chose and that are still possible, with a gap above the RAM."""
+    found: list[Placement] = []
+    for request in requests:
+        if request.kept is None or request.kept % (request.alignsize or PAGE):
+            continue
+        placement = _at(request, request.kept)
+        taken = [(each.base, each.end) for each in (*fixed.nvdimms, *found)]
+        inside = fixed.highmem_end + gap <= placement.base and placement.end <= fixed.limit
+        if inside and _obstacle(placement.base, placement.end, taken) is None:
+            found.append(placement)
+    return found
+
+
+def _choose(
+    requests: Sequence[PlacementRequest], taken: Sequence[Placement], space: GuestLayout, gap: int
 ) -> list[Placement] | None:
-    """Place each after the one before it, around the fixed ones; return None if the address space ends first."""
+    """Return a place for each request: that in `taken`, or else a new one; None when they do not fit."""
+    staying = {placement.slot: placement for placement in taken}
+    new = [request for request in requests if request.slot not in staying]
+    for tried in _gaps(gap):
+        start = align_up(space.highmem_end + tried, GIB)
+        for step in BASE_STEPS:
+            chosen = _first_fit(new, taken, start=start, limit=space.limit, step=step)
+            if chosen is not None:
+                return [*(staying[each.slot] for each in requests if each.slot in staying), *chosen]
+    return None
+
+
+def _first_fit(
+    requests: Sequence[PlacementRequest], taken: Sequence[Placement], *, start: int, limit: int, step: int
+) -> list[Placement] | None:
+    """Place each after the one before it, around those in `taken`; return None if the address space ends first.
+
+    Each gets room for its label area behind it, whoever serves that.
+    """
+    obstacles = [*_hypertransport(limit), *((each.base, each.space_end) for each in taken)]
     chosen: list[Placement] = []
     for request in requests:
-        modulus, remainder = _congruence(request)
-        placement = _at(request, align_up(start - remainder, modulus) + remainder)
-        while (obstacle := _overlapped(placement, taken)) is not None:
-            placement = _at(request, align_up(obstacle.space_end - remainder, modulus) + remainder)
+        room = _at(request, 0).space_end
+        placement = _at(request, _first_free(start, room, *_congruence(request, step), obstacles))
         if placement.space_end > limit:
             return None
         chosen.append(placement)
@@ -199,17 +294,59 @@ def _first_fit(
     return chosen
 
 
-def _overlapped(placement: Placement, others: Sequence[Placement]) -> Placement | None:
-    return next(
-        (other for other in others if other.base < placement.space_end and placement.base < other.space_end), None
-    )
+def _first_free(start: int, size: int, modulus: int, remainder: int, taken: Sequence[tuple[int, int]]) -> int:
+    """Return the first address from `start` on, congruent to `remainder`, with so many bytes that nothing has."""
+    base = align_up(start - remainder, modulus) + remainder
+    while (end := _obstacle(base, base + size, taken)) is not None:
+        base = align_up(end - remainder, modulus) + remainder
+    return base
 
 
-def _congruence(request: PlacementRequest) -> tuple[int, int]:
-    """Return (modulus, remainder) of a base that is to be chosen."""
+def _hypertransport(limit: int) -> list[tuple[int, int]]:
+    """Return the ranges below `limit` that AMD reserves for HyperTransport.
+
+    DMA does not reach the one below 1 TiB, for which QEMU keeps it free (hw/i386/pc.c: AMD_HT_START). CPUs reach no
+    memory there before Zen, and none in the last part of their address space since (Linux:
+    tools/testing/selftests/kvm/lib/x86/processor.c:vm_compute_max_gfn; xen/arch/x86/dom0_build.c).
+    """
+    return [(end - HYPERTRANSPORT_SIZE, end) for end in sorted({1 << 40, limit}) if 1 << 40 <= end <= limit]
+
+
+def _span(part: tuple[int, int]) -> str:
+    return f"{part[0]:#x} - {part[1] - 1:#x}"
+
+
+def _obstacle(start: int, end: int, taken: Sequence[tuple[int, int]]) -> int | None:
+    """Return the end of a range that shares an address with ``start … end-1``, or None."""
+    return next((stop for first, stop in taken if first < end and start < stop), None)
+
+
+def _congruence(request: PlacementRequest, step: int) -> tuple[int, int]:
+    """Return (modulus, remainder) of a base that is to be chosen: the first of these that ``alignsize`` allows.
+
+    * As far behind a multiple of the step as the base was that an earlier define chose.
+    * As far as the backing begins behind a multiple of 2 MiB, so that Xen can use 2 MiB entries. It uses no larger ones
+      for such a mapping (xen/arch/x86/mm/p2m.c:mmio_order).
+    * A multiple of the step.
+    """
     align = request.alignsize or PAGE
-    remainder = request.first_spa % SUPERPAGE
-    return max(align, SUPERPAGE), 0 if remainder % align else remainder
+    modulus = max(align, step)
+    remainders = (*(() if request.kept is None else (request.kept % modulus,)), request.first_spa % SUPERPAGE, 0)
+    return modulus, next(remainder for remainder in remainders if remainder % align == 0)
+
+
+def _label_place(placement: Placement, guest: GuestLayout, taken: Sequence[tuple[int, int]]) -> int:
+    """Return the address of free pages for a label area whose own place is taken."""
+    start, end = placement.label_pages
+    for lowest in (min(each.base for each in guest.nvdimms), guest.highmem_end + MIN_GAP):
+        base = _first_free(lowest, end - start, PAGE, 0, [*_hypertransport(guest.limit), *taken])
+        if base + end - start <= guest.limit:
+            return base
+    raise LayoutError(
+        f"the label area of {_name(placement)}, {human(placement.label_size)}, has no place in the guest's physical "
+        f"address space, which ends at {guest.limit:#x}",
+        hint="define the domain again, with other bases or none, or have its labels served by a QEMU (dsm='qemu')",
+    )
 
 
 def _at(request: PlacementRequest, base: int) -> Placement:
@@ -235,7 +372,7 @@ def _check_request(placement: Placement, request: PlacementRequest) -> None:
         if value % align:
             raise LayoutError(
                 f"{_name(placement)} {what} at {value:#x}, which is not a multiple of {human(align)}",
-                hint="change or leave out its base, or give it another <alignsize>",
+                hint="define the domain again, with another base or none, or with another <alignsize>",
             )
 
 
@@ -244,12 +381,12 @@ def _check_range(placement: Placement, space: GuestLayout) -> None:
         raise LayoutError(
             f"{_name(placement)} overlaps the guest's RAM of {human(space.ram)} or its PCI hole: "
             f"the first address above both is {space.highmem_end:#x}",
-            hint="change or leave out its base, or give the guest less RAM",
+            hint="define the domain again, with another base or none, or with less RAM",
         )
-    if placement.space_end > space.limit:
+    if placement.end > space.limit:
         raise LayoutError(
             f"{_name(placement)} ends beyond the guest's physical address space, which ends at {space.limit:#x}",
-            hint="change or leave out its base, or run the guest on a CPU with more physical address bits",
+            hint="define the domain again, with another base or none, or use a CPU with more physical address bits",
         )
 
 

@@ -85,7 +85,7 @@ class Planner:
         """
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
         locations = self._locate_or_assume(domain, intakes)
-        guest = self._lay_out(domain, locations, _kept_bases(domain, locations, before))
+        guest = self._lay_out(domain, locations, _wanted_bases(domain), _kept_bases(domain, locations, before))
         return self._plan(domain, locations, guest, self._build_tables(guest), intakes)
 
     def settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> Plan:
@@ -94,12 +94,13 @@ class Planner:
         Backings are located and checked again. Tables are built again only if the guest's layout differs from the one
         that was assumed.
 
-        :param before: the domain as the ledger knew it; NVDIMMs that it had then keep their bases.
+        :param before: the domain as the ledger knew it; NVDIMMs that it had then keep their bases if that is possible
+            and the user gives no others.
         :raises BackingError: when a backing is not fit.
         :raises NvdimmError: when the domain cannot be started.
         """
         locations = tuple(self._locate(spec) for spec in domain.nvdimms)
-        guest = self._lay_out(domain, locations, _kept_bases(domain, locations, before))
+        guest = self._lay_out(domain, locations, _wanted_bases(domain), _kept_bases(domain, locations, before))
         tables = plan.tables if guest == plan.layout else self._build_tables(guest)
         return self._plan(domain, locations, guest, tables)
 
@@ -126,9 +127,28 @@ class Planner:
         guest = layout.around(ram, placements, address_bits=self.host.address_bits)
         return self._complete(guest, record.dsm, [item.identity for item in record.allocations if item.identity])
 
-    def _lay_out(self, domain: DomainSpec, locations: Sequence[Location], bases: dict[int, int | None]) -> GuestLayout:
+    def check_ram(self, record: Record, ram: int) -> None:
+        """Check that a defined domain could be defined with `ram` bytes of RAM; bases that no user chose may change.
+
+        :raises LayoutError: when its NVDIMMs do not fit.
+        """
+        requests = [_request(item.spec, item.base or 0, item.spec.base, item.base) for item in record.allocations]
+        layout.place(ram, requests, address_bits=self.host.address_bits, gap=self.gap)
+
+    def _lay_out(
+        self,
+        domain: DomainSpec,
+        locations: Sequence[Location],
+        bases: dict[int, int | None],
+        kept: dict[int, int | None] | None = None,
+    ) -> GuestLayout:
+        """Return the guest's layout.
+
+        :param bases: by slot, the bases that NVDIMMs must have.
+        :param kept: by slot, the bases that others keep if that is possible.
+        """
         requests = [
-            _request(spec, location, bases.get(spec.slot))
+            _request(spec, location.extents[0].spa, bases.get(spec.slot), (kept or {}).get(spec.slot))
             for spec, location in zip(domain.nvdimms, locations, strict=True)
         ]
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
@@ -142,11 +162,11 @@ class Planner:
         return guest
 
     def _complete(self, guest: GuestLayout, dsm: str | None, identities: Sequence[BackingIdentity]) -> GuestLayout:
-        """Fill in dsm and persistence_domain, which only the ACPI tables need."""
+        """Fill in who serves labels, the places of label areas, and the persistence domain."""
         used = {identity.device for identity in identities}
         domains = {area.persistence_domain for backing in self.backings for area in backing.areas() if area.uid in used}
         weakest = min(domains, key=PERSISTENCE_DOMAINS.index, default="")
-        return replace(guest, dsm=dsm or self.dsm, persistence_domain=weakest)
+        return layout.place_labels(replace(guest, dsm=dsm or self.dsm, persistence_domain=weakest))
 
     def _build_tables(self, guest: GuestLayout) -> AcpiTables:
         began = time.monotonic()
@@ -252,18 +272,24 @@ def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Recor
     }
 
 
+def _wanted_bases(domain: DomainSpec) -> dict[int, int | None]:
+    """Return, by slot, the bases that the user gave."""
+    return {spec.slot: spec.base for spec in domain.nvdimms}
+
+
 def _flat(parts: Sequence[Sequence[Mapping]]) -> tuple[Mapping, ...]:
     return tuple(mapping for part in parts for mapping in part)
 
 
-def _request(spec: NvdimmSpec, location: Location, base: int | None) -> layout.PlacementRequest:
+def _request(spec: NvdimmSpec, first_spa: int, base: int | None, kept: int | None) -> layout.PlacementRequest:
     return layout.PlacementRequest(
         slot=spec.slot,
         size=spec.visible_size,
         label_size=spec.label_size,
         label_gap=spec.label_gap,
         alignsize=spec.alignsize,
-        first_spa=location.extents[0].spa,
-        base=base if base is not None else spec.base,
+        first_spa=first_spa,
+        base=base,
         node=spec.node,
+        kept=kept,
     )

@@ -56,6 +56,10 @@ LAYOUTS = {
         Placement(2, 72 * GIB, 64 * MIB, 2 * MIB),
         Placement(3, 74 * GIB, 64 * MIB, 129 * KIB),
     ),
+    "labels of NVDIMMs that touch": layout(
+        Placement(0, 0x100000000, 510 * MIB, 128 * KIB, label_gap=2 * MIB - 128 * KIB),
+        Placement(1, 0x11FE00000, 510 * MIB, 128 * KIB, label_gap=2 * MIB - 128 * KIB),
+    ),
     "nodes": layout(Placement(0, 68 * GIB, GIB, node=1), Placement(1, 70 * GIB, GIB, 128 * KIB, 0)),
     "last node": layout(Placement(0, 68 * GIB, GIB, node=127)),
     "flushed from the caches": replace(row(2), persistence_domain="cpu_cache"),

@@ -56,6 +56,13 @@ def test_pages_that_a_label_area_touches_are_reserved(label_kib: int) -> None:
     assert struct.pack("<QQQQQ", 0, base, last, 0, last + 1 - base) in reserved
 
 
+def test_a_label_area_elsewhere_is_served_and_reserved_there() -> None:
+    size, elsewhere = 128 * KIB, 80 * GIB
+    moved = replace(NVDIMM, label_at=elsewhere)
+    assert struct.pack("<QQQQQ", 0, elsewhere, elsewhere + size - 1, 0, size) in label_methods.reservation([moved])
+    assert label_methods.dsm(moved) == label_methods.dsm(replace(NVDIMM, base=elsewhere - NVDIMM.size))
+
+
 class Machine:
     """ACPICA's interpreter with the table loaded; its memory starts as zeros."""
 

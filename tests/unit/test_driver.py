@@ -10,11 +10,22 @@ from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.tables import Nfit, PlatformCapabilities
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, InUseError, LayoutError, LedgerError, NvdimmError, XenError
-from nvdimm_driver.model import GIB, KIB, MIB, AcpiTables, BackingIdentity, GuestLayout, Namespace, NvdimmSpec, Progress
+from nvdimm_driver.model import (
+    GIB,
+    KIB,
+    MIB,
+    AcpiTables,
+    BackingIdentity,
+    DomainSpec,
+    GuestLayout,
+    Namespace,
+    NvdimmSpec,
+    Progress,
+)
 from nvdimm_driver.plugins import unwatched
 from tests.unit.doubles import NAMESPACE, OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
 
-A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
+A, B, C = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/c"
 
 
 @pytest.fixture
@@ -305,10 +316,120 @@ def test_frames_in_ram_are_refused(driver: XenNvdimmDriver, backing: MemoryBacki
     assert backing.frozen == set()
 
 
-def test_ram_that_grew_into_an_nvdimm_is_refused(driver: XenNvdimmDriver) -> None:
+def based(base: int | None, *, ram: int = 512 * MIB) -> DomainSpec:
+    """Return a domain with an NVDIMM that has that base in its XML."""
+    plain = domain(A, ram=ram)
+    return dataclasses.replace(plain, nvdimms=(dataclasses.replace(plain.nvdimms[0], base=base),))
+
+
+def chosen(driver: XenNvdimmDriver) -> list[int | None]:
+    """Return the bases in the ledger."""
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    return [item.base for item in record.allocations]
+
+
+def test_the_base_that_a_redefinition_gives_wins(driver: XenNvdimmDriver) -> None:
+    for base, expected in ((None, 68), (80, 80), (90, 90), (None, 90)):
+        asked = based(None if base is None else base * GIB)
+        assert [each.base for each in driver.plan(asked).layout.nvdimms] == [expected * GIB]
+        driver.define(asked)
+        assert chosen(driver) == [expected * GIB]
+    driver.prepare(based(None))
+    assert started(driver.ledger).mappings[0][0] == 90 * GIB // 4096
+
+
+def test_a_guest_that_runs_keeps_its_places_when_it_is_redefined(
+    driver: XenNvdimmDriver, mapper: RecordingMapper
+) -> None:
     driver.define(domain(A))
-    with pytest.raises(LayoutError):
-        driver.prepare(domain(A, ram=200 * GIB))
+    driver.prepare(domain(A))
+    before = started(driver.ledger)
+    driver.ledger.begin_mapping(UUID, 5)
+    driver.ledger.finish_mapping(UUID)
+    mapper.alive[5] = UUID
+    driver.define(based(80 * GIB))
+    assert chosen(driver) == [80 * GIB]
+    with driver.ledger._db as database:
+        assert database.execute("SELECT gfn FROM mapping").fetchall() == [(before.mappings[0][0],)]
+
+
+def test_a_base_that_an_earlier_version_chose_stays(driver: XenNvdimmDriver) -> None:
+    """It was a multiple of 2 MiB, and might be in the HyperTransport range."""
+    driver.define(domain(A, B))
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    for old in ([68 * GIB, 68 * GIB + 64 * MIB], [68 * GIB, 1014 * GIB + 2 * MIB]):
+        items = [dataclasses.replace(item, base=base) for item, base in zip(record.allocations, old, strict=True)]
+        driver.ledger.store(UUID, "db1", record.ram, items)
+        driver.define(domain(A, B))
+        assert chosen(driver) == old
+        driver.define(domain(A, B, C))
+        assert chosen(driver)[:2] == old
+        driver.prepare(domain(A, B, C))
+        assert {gfn * 4096 for gfn, *_ in started(driver.ledger).mappings} > set(old)
+        driver.release(UUID)
+        driver.reconcile()
+
+
+def test_a_start_takes_the_base_of_the_ledger_not_of_the_xml(driver: XenNvdimmDriver) -> None:
+    """An earlier version ignored the base of a redefinition: guests have the one of the ledger until the next one."""
+    driver.define(based(80 * GIB))
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    driver.ledger.store(
+        UUID, "db1", record.ram, [dataclasses.replace(item, base=70 * GIB) for item in record.allocations]
+    )
+    driver.prepare(based(80 * GIB))
+    assert started(driver.ledger).mappings[0][0] == 70 * GIB // 4096
+
+
+def test_an_nvdimm_makes_room_for_ram_that_grew(driver: XenNvdimmDriver) -> None:
+    driver.define(domain(A))
+    driver.check_ram(UUID, 200 * GIB)
+    driver.prepare(domain(A, ram=200 * GIB))
+    assert chosen(driver) == [265 * GIB]
+    assert started(driver.ledger).mappings[0][0] == 265 * GIB // 4096
+
+
+def test_ram_that_grew_into_an_nvdimm_with_a_base_of_the_users_is_refused(driver: XenNvdimmDriver) -> None:
+    driver.define(based(80 * GIB))
+    for refused in (
+        lambda: driver.check_ram(UUID, 200 * GIB),
+        lambda: driver.define(based(80 * GIB, ram=200 * GIB)),
+        lambda: driver.prepare(based(80 * GIB, ram=200 * GIB)),
+    ):
+        with pytest.raises(LayoutError, match=r"at 0x1400000000\) overlaps the guest's RAM of 200 GiB") as caught:
+            refused()
+        assert "another base or none" in caught.value.hint
+    driver.define(based(None, ram=200 * GIB))
+    assert chosen(driver) == [265 * GIB]
+
+
+def test_nvdimms_that_touch_have_their_labels_served_by_aml(
+    tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    driver = make_driver(tmp_path, backing, mapper, dsm="aml")
+    plain = domain(A, B, label_size=128 * KIB)
+    size = plain.nvdimms[0].visible_size
+    asked = dataclasses.replace(
+        plain,
+        nvdimms=tuple(
+            dataclasses.replace(spec, base=4 * GIB + number * size) for number, spec in enumerate(plain.nvdimms)
+        ),
+    )
+    driver.define(asked)
+    driver.prepare(asked)
+    start = started(driver.ledger)
+    label = 128 * KIB
+    assert [(gfn * 4096, count * 4096) for gfn, _, count in start.mappings] == [
+        (4 * GIB, size),
+        (4 * GIB + size, size + label),  # the data and the label area of the second one
+        (4 * GIB + 2 * size + label, label),
+    ]
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    assert driver.tables_file(UUID).read_bytes().endswith(driver.build_tables(record).tables[1])
 
 
 def test_release_thaws_when_the_domain_is_gone(

@@ -26,8 +26,9 @@ def request(
     first_spa: int = 0,
     base: int | None = None,
     node: int | None = None,
+    kept: int | None = None,
 ) -> PlacementRequest:
-    return PlacementRequest(slot, size, label_size, label_gap, alignsize, first_spa, base, node)
+    return PlacementRequest(slot, size, label_size, label_gap, alignsize, first_spa, base, node, kept)
 
 
 def place(ram: int, requests: list[PlacementRequest], *, address_bits: int, gap: int = 64 * GIB) -> GuestLayout:
@@ -70,13 +71,65 @@ def test_a_label_area_has_its_room_behind_what_is_visible() -> None:
     guest = place(GIB, [labelled, request(1, MIB)], address_bits=40)
     first, second = guest.nvdimms
     assert first.label_base == first.base + 16 * MIB - 128 * KIB
-    assert first.space_end == second.base == first.base + 16 * MIB
-    with pytest.raises(LayoutError, match="overlap"):
-        place(GIB, [replace(labelled, base=first.base), request(1, MIB, base=first.end)], address_bits=40)
-    limit = (1 << 40) - 16 * MIB
-    place(GIB, [replace(labelled, base=limit)], address_bits=40)
+    assert first.space_end == first.base + 16 * MIB
+    assert second.base == 69 * GIB
+    beside = request(1, GIB - 14 * MIB, base=68 * GIB + 14 * MIB)
+    assert bases(place(GIB, [labelled, beside], address_bits=40))[0] == 69 * GIB
+    tight = request(0, GIB, label_size=128 * KIB, label_gap=0)
+    assert bases(place(GIB, [tight, request(1)], address_bits=40)) == [68 * GIB, 70 * GIB]
+
+
+LABEL = 128 * KIB
+TOUCHING = [
+    request(0, 510 * MIB, label_size=LABEL, label_gap=2 * MIB - LABEL, alignsize=2 * MIB, base=0x100000000),
+    request(1, 510 * MIB, label_size=LABEL, label_gap=2 * MIB - LABEL, alignsize=2 * MIB, base=0x11FE00000),
+]
+"""Bases that QEMU gives to the two NVDIMMs of libvirt's memory-hotplug-nvdimm tests when they have labels."""
+
+
+def labels_of(guest: GuestLayout, dsm: str = "aml") -> list[int]:
+    return [placement.label_base for placement in layout.place_labels(replace(guest, dsm=dsm)).nvdimms]
+
+
+@pytest.mark.parametrize("dsm", ["none", "qemu", "aml"])
+def test_nvdimms_with_labels_may_touch(dsm: str) -> None:
+    guest = place(GIB, TOUCHING, address_bits=40)
+    assert bases(guest) == [0x100000000, 0x11FE00000]
+    assert layout.place_labels(replace(guest, dsm=dsm)).nvdimms[1] == guest.nvdimms[1]
+
+
+def test_a_label_area_goes_elsewhere_when_its_own_place_is_taken() -> None:
+    guest = place(GIB, TOUCHING, address_bits=40)
+    second = guest.nvdimms[1]
+    assert labels_of(guest) == [second.end, second.label_base]
+    assert second.end + LABEL <= second.label_base
+    odd = [replace(TOUCHING[0], label_size=LABEL + KIB, label_gap=2 * MIB - LABEL - KIB), TOUCHING[1]]
+    moved = layout.place_labels(replace(place(GIB, odd, address_bits=40), dsm="aml"))
+    assert moved.nvdimms[0].label_base == second.end + 3 * KIB
+    assert layout.label_frames(moved)[0] == (second.end // PAGE, LABEL // PAGE + 1)
+
+
+def test_the_pages_of_a_moved_label_area_are_those_of_the_backing() -> None:
+    first, second = layout.place_labels(replace(place(GIB, TOUCHING, address_bits=40), dsm="aml")).nvdimms
+    data, label = layout.mappings(first, [Extent(0, 5 * GIB, 512 * MIB)], labels=True)
+    assert data == (first.base // PAGE, 5 * GIB // PAGE, 510 * MIB // PAGE)
+    assert label == (second.end // PAGE, (5 * GIB + 512 * MIB - LABEL) // PAGE, LABEL // PAGE)
+
+
+def test_a_label_area_has_a_place_at_the_end_of_the_address_space() -> None:
+    last = request(0, 14 * MIB, label_size=LABEL, base=(1 << 40) - 14 * MIB)
+    guest = place(GIB, [last], address_bits=40)
+    assert labels_of(guest) == [5 * GIB]
     with pytest.raises(LayoutError, match="beyond the guest's physical address space"):
-        place(GIB, [replace(labelled, base=limit + 2 * MIB)], address_bits=40)
+        place(GIB, [replace(last, base=(1 << 40) - 12 * MIB)], address_bits=40)
+
+
+def test_a_label_area_without_a_place_is_refused() -> None:
+    guest = place(GIB, [request(0, 60 * GIB, label_size=LABEL, base=4 * GIB)], address_bits=36)
+    labels_of(guest, "qemu")
+    with pytest.raises(LayoutError, match=r"the label area of the NVDIMM in slot 0 .* has no place") as caught:
+        labels_of(guest)
+    assert "dsm='qemu'" in caught.value.hint
 
 
 def test_the_pages_of_a_label_area_are_mapped_where_they_are_in_the_backing() -> None:
@@ -109,6 +162,7 @@ def test_the_pages_of_a_label_area_are_mapped_where_they_are_in_the_backing() ->
         (0x140011000, 64 * KIB, 68 * GIB),  # it cannot be both
         (0x140001000, 2 * MIB, 68 * GIB),
         (0x140001000, 16 * GIB, 80 * GIB),
+        (0x148000000, None, 68 * GIB),  # Xen makes no entries of 1 GiB, so the guest's alignment counts
         (0x140200000, 16 * GIB, 80 * GIB),
     ],
 )
@@ -140,12 +194,92 @@ def test_the_address_space_ends_at_48_bits() -> None:
 
 def test_the_users_bases_are_honoured_and_the_others_go_around_them() -> None:
     requests = [request(0), request(1, base=68 * GIB + MIB), request(2), request(3, base=5 * GIB)]
-    assert bases(place(GIB, requests, address_bits=40)) == [
-        69 * GIB + 2 * MIB,
-        68 * GIB + MIB,
-        70 * GIB + 2 * MIB,
-        5 * GIB,
+    assert bases(place(GIB, requests, address_bits=40)) == [70 * GIB, 68 * GIB + MIB, 71 * GIB, 5 * GIB]
+
+
+@pytest.mark.parametrize(("bits", "first", "step"), [(39, 68, GIB), (38, 68, 128 * MIB), (36, 36, 4 * MIB)])
+def test_bases_are_multiples_of_1_gib_or_128_mib_where_there_is_room(bits: int, first: int, step: int) -> None:
+    small = [request(slot, 4 * MIB) for slot in range(256)]
+    assert bases(place(GIB, small, address_bits=bits)) == [first * GIB + slot * step for slot in range(256)]
+
+
+def test_the_hypertransport_range_stays_free() -> None:
+    assert bases(place(GIB, [request(0, 1024 * GIB)], address_bits=46)) == [1024 * GIB]
+    assert bases(place(GIB, [request(0, 944 * GIB), request(1)], address_bits=46)) == [68 * GIB, 1024 * GIB]
+    assert bases(place(GIB, [request(0, 945 * GIB)], address_bits=40)) == [36 * GIB]  # with a smaller gap
+    with pytest.raises(LayoutError, match="outside of 0xfd00000000 - 0xffffffffff, which AMD reserves"):
+        place(GIB, [request(0, 1008 * GIB)], address_bits=40)
+
+
+def test_the_end_of_a_large_address_space_stays_free_too() -> None:
+    assert bases(place(GIB, [request(0, 15 * 1024 * GIB - 12 * GIB, kept=GIB)], address_bits=44)) == [1024 * GIB]
+    with pytest.raises(LayoutError, match="and 0xffd00000000 - 0xfffffffffff, which AMD reserves"):
+        place(GIB, [request(0, 15 * 1024 * GIB - 11 * GIB)], address_bits=44)
+
+
+def test_the_user_may_give_a_base_in_the_hypertransport_range() -> None:
+    guest = place(GIB, [request(0, base=1015 * GIB), request(1, base=1024 * GIB)], address_bits=46)
+    assert bases(guest) == [1015 * GIB, 1024 * GIB]
+    (line,) = layout.advice(guest)
+    assert "slot 0" in line
+    assert "HyperTransport" in line
+
+
+def test_advice_says_how_much_room_hvmloader_has() -> None:
+    assert [*layout.advice(place(4 * GIB, [request(base=5 * GIB + 256 * MIB)], address_bits=40))] == []
+    (line,) = layout.advice(place(GIB, [request(base=4 * GIB)], address_bits=40))
+    assert line.startswith("0 B are free between the RAM and the NVDIMMs")
+    (line,) = layout.advice(place(4 * GIB, [request()], address_bits=40), pci_devices=1)
+    assert line.startswith("64.75 GiB are free")
+    assert "from 0x110000000 on" in line
+
+
+def test_advice_says_that_linux_needs_2_mib() -> None:
+    (line,) = layout.advice(place(GIB, [request(first_spa=PAGE), request(1)], address_bits=40))
+    assert "slot 0" in line
+    assert "not at a multiple of 2 MiB" in line
+
+
+# --- bases of earlier defines ---
+
+
+def test_a_base_of_an_earlier_define_stays_whatever_rule_chose_it() -> None:
+    kept = [
+        request(0, 64 * MIB, kept=68 * GIB + 2 * MIB),
+        request(1, 64 * MIB, kept=68 * GIB + 66 * MIB, first_spa=PAGE),
+        request(2, 1024 * GIB, kept=69 * GIB),  # across the HyperTransport range
     ]
+    assert bases(place(GIB, kept, address_bits=46)) == [item.kept for item in kept]
+    more = [*kept, request(3, 64 * MIB)]
+    assert bases(place(GIB, more, address_bits=46)) == [*(item.kept for item in kept), 1093 * GIB]
+
+
+def test_a_base_moves_when_the_ram_comes_nearer_than_1_gib_and_is_the_same_modulo_1_gib() -> None:
+    kept = [request(0, 64 * MIB, kept=68 * GIB + 6 * MIB), request(1, 64 * MIB, kept=70 * GIB + 256 * MIB)]
+    assert bases(place(66 * GIB, kept, address_bits=46)) == [68 * GIB + 6 * MIB, 70 * GIB + 256 * MIB]
+    assert bases(place(68 * GIB, kept, address_bits=46)) == [133 * GIB + 6 * MIB, 70 * GIB + 256 * MIB]
+    assert bases(place(200 * GIB, kept, address_bits=46)) == [265 * GIB + 6 * MIB, 265 * GIB + 256 * MIB]
+    assert bases(place(GIB, [request(0, base=68 * GIB + 6 * MIB), request(1, kept=68 * GIB)], address_bits=46)) == [
+        68 * GIB + 6 * MIB,
+        70 * GIB,
+    ]
+    assert bases(place(GIB, [request(0, 2 * MIB, kept=68 * GIB + MIB, alignsize=2 * MIB)], address_bits=46)) == [
+        68 * GIB
+    ]
+
+
+def test_bases_move_only_if_all_fit_then() -> None:
+    kept = [request(0, 20 * GIB, kept=12 * GIB), request(1, 20 * GIB, kept=32 * GIB)]
+    assert bases(place(16 * GIB, kept, address_bits=36)) == [21 * GIB, 41 * GIB]
+    with pytest.raises(LayoutError, match="do not fit"):
+        place(24 * GIB, kept, address_bits=36)
+    with pytest.raises(LayoutError, match="overlaps the guest's RAM"):
+        place(16 * GIB, [replace(kept[0], base=12 * GIB), kept[1]], address_bits=36)
+
+
+def test_a_gap_that_the_operator_has_set_to_0_holds_for_earlier_bases_too() -> None:
+    assert bases(place(GIB, [request(kept=4 * GIB)], address_bits=46, gap=0)) == [4 * GIB]
+    assert bases(place(GIB, [request(kept=4 * GIB)], address_bits=46)) == [68 * GIB]
 
 
 def test_an_nvdimm_may_begin_where_another_ends() -> None:
@@ -173,6 +307,7 @@ def test_an_nvdimm_may_begin_where_another_ends() -> None:
         ([request(0, base=5 * GIB), request(1, base=6 * GIB - PAGE)], "overlap from 0x17ffff000 on"),
         ([request(0, base=5 * GIB), request(1, base=5 * GIB)], "overlap"),
         ([request(0), request(0, base=5 * GIB)], "slots 0, 0, its layout"),
+        ([request(0), request(0)], "slots 0, 0, its layout"),
         ([request(size=0)], "the guest would see nothing"),
         ([request(size=0, base=5 * GIB)], "the guest would see nothing"),
         ([request(size=PAGE + 1)], "ends at"),
@@ -247,6 +382,8 @@ def requests_of(draw: st.DrawFn, *, fixed: bool) -> list[PlacementRequest]:
                 alignsize=alignsize,
                 first_spa=draw(st.integers(0, 1 << 36)) * PAGE,
                 base=draw(st.integers(0, (1 << 40) // align)) * align if fixed and draw(st.booleans()) else None,
+                kept=draw(st.none() | st.integers(0, 1 << 28).map(lambda page: page * PAGE)) if fixed else None,
+                **draw(st.sampled_from([{}, {"label_size": 128 * KIB}, {"label_size": 130 * KIB, "label_gap": MIB}])),
             )
         )
     return requests
@@ -270,10 +407,24 @@ def test_a_layout_is_refused_or_right(ram: int, requests: list[PlacementRequest]
         assert placement.base % (item.alignsize or PAGE) == 0
         if item.base is not None:
             assert placement.base == item.base
+        elif item.kept is not None:
+            assert placement.base == item.kept or placement.base % SUPERPAGE in (
+                *(item.kept % SUPERPAGE, item.first_spa % SUPERPAGE, 0),
+            )
         elif item.first_spa % min(item.alignsize or PAGE, SUPERPAGE) == 0 and (item.alignsize or 0) <= SUPERPAGE:
             assert (placement.base - item.first_spa) % SUPERPAGE == 0
     for left, right in pairwise(sorted(guest.nvdimms, key=lambda placement: placement.base)):
         assert left.end <= right.base
+    try:
+        labelled = layout.place_labels(replace(guest, dsm="aml"))
+    except LayoutError:
+        return
+    used = [(each.base, each.end) for each in labelled.nvdimms] + [each.label_pages for each in labelled.label_areas]
+    for before, after in pairwise(sorted(used)):
+        assert before[1] <= after[0]
+        assert after[1] <= guest.limit
+    for each in labelled.label_areas:
+        assert (each.label_base - each.end - each.label_gap) % PAGE == 0
 
 
 @given(st.integers(1, 256 * GIB // PAGE), requests_of(fixed=False))
