@@ -219,7 +219,7 @@ class Interceptor:
         return (yield from _call(procedure, payload))
 
     def set_memory(self, procedure: int, payload: bytes) -> Steps:
-        """Refuse RAM that would reach the NVDIMMs, or would be populated on demand at the next start."""
+        """Refuse RAM that leaves no room for the NVDIMMs, or would be populated on demand at the next start."""
         values = Unpacker(payload)
         domain, size = values.domain(), values.uint64() * KIB
         flags = MEMORY_FLAGS[procedure] if procedure in MEMORY_FLAGS else values.uint32()
@@ -228,7 +228,11 @@ class Interceptor:
         if record is None or not record.allocations:
             return (yield from _call(procedure, payload))
         if flags & MEM_MAXIMUM:
-            yield self._work(lambda driver: driver.check_ram(record.uuid, size))
+            live = flags & AFFECT_LIVE or (record.start is not None and not flags & AFFECT_CONFIG)
+            if live:
+                yield self._work(lambda driver: driver.check_running_ram(record.uuid, size))
+            if flags & AFFECT_CONFIG or not live:
+                yield self._work(lambda driver: driver.check_ram(record.uuid, size))
         elif size < record.ram and (flags & AFFECT_CONFIG or (not flags & AFFECT_LIVE and record.start is None)):
             raise UnsupportedError(
                 f"domain {domain.name} has NVDIMMs, and {size // KIB} KiB is less than its RAM: it would start with "

@@ -296,12 +296,41 @@ def renamed(host: Host) -> Path:
 
 
 def test_memory_stays_clear_of_the_nvdimms(host: Host) -> None:
-    assert "reaches up to" in refused(host, "setmaxmem", "db1", "200G", "--config")
+    assert "NVDIMMs, 4 MiB in all, do not fit" in refused(host, "setmaxmem", "db1", "5000000G", "--config")
     assert "populated on demand" in refused(host, "setmem", "db1", "256M", "--config")
     host.check("setmaxmem", "db1", "1G", "--config")
     host.check("setmem", "db1", "1G", "--config")
     host.check("start", "db1")
     assert host.state("db1")[0] == "mapped"
+
+
+def test_ram_that_reaches_an_nvdimm_moves_it_at_the_next_start(host: Host) -> None:
+    before = bases(host)
+    host.check("setmaxmem", "db1", "100G", "--config")
+    host.check("setmem", "db1", "100G", "--config")
+    assert bases(host) == before
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+    assert bases(host)[0] > 164 << 30 > before[0]
+    assert "domain db1 runs: RAM of 200 GiB reaches" in refused(host, "setmaxmem", "db1", "200G", "--live")
+
+
+def test_the_base_that_is_shown_is_the_one_that_counts(host: Host) -> None:
+    file = host.folder / "based.xml"
+    plain = host.check("dumpxml", "db1", "--inactive")
+    for base in ("0x1400000000", "0x1800000000"):
+        file.write_text(
+            plain.replace("<address type='dimm' slot='0'/>", f"<address type='dimm' slot='0' base='{base}'/>")
+        )
+        host.check("define", file)
+        assert f"base='{base}'" in host.check("dumpxml", "db1")
+        assert [hex(found) for found in bases(host)] == [base]
+    host.check("start", "db1")
+    assert "overlaps the guest's RAM of 200 GiB" in refused(host, "setmaxmem", "db1", "200G", "--config")
+
+
+def bases(host: Host) -> list[int]:
+    return [item.base or 0 for item in host.record("db1").allocations]
 
 
 def test_migration_is_refused(host: Host) -> None:

@@ -480,12 +480,36 @@ def test_a_forged_emulator_is_refused_in_a_domain_that_comes(proxy: Proxy, proce
     assert proxy.libvirtd.calls == []
 
 
-def test_ram_stays_clear_of_the_nvdimms_and_is_never_populated_on_demand(proxy: Proxy) -> None:
+ADDRESS = "<address type='dimm' slot='0' base='0x1400000000'/>"
+
+
+def test_ram_of_the_next_start_may_move_nvdimms_and_that_of_a_running_guest_may_not(
+    proxy: Proxy, driver: XenNvdimmDriver
+) -> None:
     domain = proxy.define(xml("a"))
-    ref = Packer().domain
-    with pytest.raises(LayoutError, match="reaches up to"):
-        proxy.call(30, ref(domain).uint64(200 * GIB // KIB))
-    with pytest.raises(LayoutError, match="reaches up to"):
+
+    def set_maximum(procedure: int, *flags: int) -> bytes:
+        packer = Packer().domain(domain).uint64(200 * GIB // KIB)
+        return proxy.call(procedure, packer.uint32(4 | flags[0]) if flags else packer)
+
+    set_maximum(30)
+    set_maximum(204, CONFIG)
+    spec = extract(xml("a"))
+    assert spec is not None
+    driver.prepare(spec)
+    set_maximum(204, CONFIG)
+    for arguments in ((30,), (204, 0), (204, LIVE), (204, LIVE | CONFIG)):
+        with pytest.raises(LayoutError, match="domain db1 runs: RAM of 200 GiB reaches up to") as caught:
+            set_maximum(*arguments)
+        assert "virsh setmaxmem --config" in caught.value.hint
+    assert proxy.libvirtd.calls[-3:] == [30, 204, 204]
+
+
+def test_ram_stays_clear_of_the_nvdimms_and_is_never_populated_on_demand(proxy: Proxy) -> None:
+    domain = proxy.define(xml("a").replace("</memory></devices>", f"{ADDRESS}</memory></devices>"))
+    with pytest.raises(LayoutError, match="overlaps the guest's RAM of 200 GiB"):
+        proxy.call(30, Packer().domain(domain).uint64(200 * GIB // KIB))
+    with pytest.raises(LayoutError, match="overlaps the guest's RAM of 200 GiB"):
         proxy.call(204, Packer().domain(domain).uint64(200 * GIB // KIB).uint32(4 | CONFIG))
     proxy.call(30, Packer().domain(domain).uint64(GIB // KIB))
     for flags in (CONFIG, 0):
