@@ -108,7 +108,14 @@ def spec_of(root: Element) -> DomainSpec:
         nvdimms=tuple(sorted(specs, key=lambda spec: spec.slot)),
         dsm=_dsm(root),
         unplaced=frozenset(path_of(element) for element in elements if element.child("address") is None),
+        pci_devices=_pci_devices(root),
     )
+
+
+def _pci_devices(root: Element) -> int:
+    """Return how many PCI devices of the host the domain names, also as network interfaces."""
+    kinds = [(child.tag, child.attributes.get("type")) for child in root.need("devices").children]
+    return kinds.count(("hostdev", "pci")) + kinds.count(("interface", "hostdev"))
 
 
 def _dsm(root: Element) -> str | None:

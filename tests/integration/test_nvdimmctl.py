@@ -37,11 +37,24 @@ def test_plan_says_all_that_would_happen() -> None:
         assert line in out
 
 
+def test_plan_gives_advice_on_the_room_for_pci_bars() -> None:
+    def advice(old: str, new: str) -> str:
+        xml = GUEST.read_text()
+        assert old in xml
+        return nvdimmctl("plan", "-", "--host", HOST, text=xml.replace(old, new, 1)).stdout
+
+    device = "<hostdev mode='subsystem' type='pci'><source><address bus='1'/></source></hostdev>"
+    base = "<address type='dimm' slot='0' base='0x100000000'/>"
+    assert "hvmloader puts" not in advice("", "")
+    assert "  advice: 64 GiB are free between the RAM and the NVDIMMs: " in advice("<devices>", f"<devices>{device}")
+    assert "  advice: 0 B are free between the RAM and the NVDIMMs: " in advice("</target>", f"</target>{base}")
+
+
 def test_plan_json_has_raw_numbers() -> None:
     plan = json.loads(nvdimmctl("plan", "--json", GUEST, "--host", HOST).stdout)
     assert plan["cost"] == {"superpage_entries": 48, "page_entries": 0, "hypercalls": 2}
-    assert [item["base"] for item in plan["layout"]["nvdimms"]] == [0x1100000000, 0x1104000000]
-    assert plan["mappings"][1] == {"gfn": 0x1104000, "mfn": 412316860416 >> 12, "frames": 8192}
+    assert [item["base"] for item in plan["layout"]["nvdimms"]] == [0x1100000000, 0x1140000000]
+    assert plan["mappings"][1] == {"gfn": 0x1140000, "mfn": 412316860416 >> 12, "frames": 8192}
     assert bytes.fromhex(plan["tables"][0])[:4] == b"NFIT"
 
 

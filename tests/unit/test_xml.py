@@ -188,6 +188,16 @@ def test_extract_reads_everything() -> None:
     assert (numa.ram, numa.emulator, numa.nvdimms[0].node) == (4 * GIB, "/usr/bin/qemu-system-x86_64", 1)
 
 
+def test_pci_devices_of_the_host_are_counted() -> None:
+    devices = (
+        "<hostdev mode='subsystem' type='pci' managed='yes'/><hostdev mode='subsystem' type='usb'/>"
+        "<interface type='hostdev'/><interface type='bridge'/>"
+    )
+    found = extract(domain(NVDIMM + devices))
+    assert found is not None
+    assert found.pci_devices == 2
+
+
 def test_a_uuid_is_read_in_lower_case_and_never_invented() -> None:
     found = extract(domain(uuid="<uuid>5D7C1A860C2C4C5A8A3E9A4C39B2A111</uuid>"))
     assert found is not None

@@ -14,7 +14,7 @@ from typing import Any
 from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
-from nvdimm_driver.guest import p2m
+from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
 from nvdimm_driver.pools.usage import PoolUsage
 from nvdimm_driver.sizes import human
@@ -206,6 +206,7 @@ def _layout(plan: Plan) -> Iterator[str]:
     for item in plan.layout.nvdimms:
         yield f"  {item.base:#x} - {item.end - 1:#x}: slot {item.slot}, handle {item.handle:#x}, {human(item.size)}"
         yield from (f"    {line}" for line in advice(item.size))
+    yield from (f"  advice: {line}" for line in layout.advice(plan.layout, pci_devices=plan.domain.pci_devices))
 
 
 def _mappings(plan: Plan) -> Iterator[str]:
