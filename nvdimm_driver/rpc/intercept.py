@@ -85,7 +85,7 @@ class Interceptor:
         uuid = domain.uuid or ""
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
         xml = self._hooks.rewrite(with_slots(with_uuid(xml, uuid), plan.domain))
-        yield from self._check_saved(plan.domain, starts=True)
+        yield from self._check_saved(plan, starts=True)
         created = yield self._work(lambda driver: driver.define(domain, plan))
         try:
             return (yield from _call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
@@ -285,7 +285,7 @@ class Interceptor:
                 yield self._work(lambda driver: driver.drop_claims(defined.uuid))
             return reply
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
-        yield from self._check_saved(plan.domain, starts=False)
+        yield from self._check_saved(plan, starts=False)
         before = yield from self._defined(domain.uuid)
         xml = with_slots((yield from self._taken_up(xml, domain)), plan.domain)
         reply = yield from _call(procedure, bytes(Packer().string(self._hooks.rewrite(xml))) + flags)
@@ -307,11 +307,13 @@ class Interceptor:
             return with_uuid(xml, known.uuid)
         return xml
 
-    def _check_saved(self, domain: DomainSpec, *, starts: bool) -> Generator[Call | Work, Any, None]:
+    def _check_saved(self, plan: Plan, *, starts: bool) -> Generator[Call | Work, Any, None]:
         """Check what is defined or created in place of a domain that may have a managed save.
 
-        :raises UnsupportedError: when it has one and other NVDIMMs: its guest goes on with those that it had.
+        :raises UnsupportedError: when it has one and other NVDIMMs, or the same in other places: its guest goes on with
+            those that it had.
         """
+        domain = plan.domain
         uuid = domain.uuid or ""
         known = DomainRef(domain.name, uuid, -1)
         record = yield from self._record(known)
@@ -322,6 +324,13 @@ class Interceptor:
                 f"domain {record.name} has a managed save, whose guest has other NVDIMMs than this definition",
                 hint="start the domain, or discard the saved guest: virsh managedsave-remove",
             )
+        for item, place in zip(record.allocations, plan.layout.nvdimms, strict=True):
+            if item.base not in (None, place.base):
+                raise UnsupportedError(
+                    f"domain {record.name} has a managed save, whose guest has the NVDIMM in slot {place.slot} at "
+                    f"{item.base:#x}; with this definition it would be at {place.base:#x}",
+                    hint="start the domain, or discard the saved guest: virsh managedsave-remove",
+                )
         if starts:
             yield self._work(lambda driver: driver.check_restore(uuid))
 

@@ -358,6 +358,19 @@ def test_a_domain_with_a_managed_save_keeps_its_nvdimms(proxy: Proxy, driver: Xe
     proxy.define(xml("a"))
 
 
+def test_a_domain_with_a_managed_save_keeps_the_places_of_its_nvdimms(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    proxy.define(xml("a"))
+    proxy.libvirtd.saved.add(UUID)
+    proxy.define(xml("a", ram=2 * GIB))
+    with pytest.raises(UnsupportedError, match=r"the NVDIMM in slot 0 at 0x1100000000; .* would be at 0x4240000000"):
+        proxy.define(xml("a", ram=200 * GIB))
+    proxy.libvirtd.saved.clear()
+    proxy.define(xml("a", ram=200 * GIB))
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    assert record.allocations[0].base == 265 * GIB
+
+
 def test_a_reason_that_is_in_the_error_is_not_said_twice(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     domain = proxy.define(xml("a"))
 
