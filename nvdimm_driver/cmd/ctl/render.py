@@ -44,6 +44,7 @@ def plan_json(plan: Plan) -> str:
     """Return a plan as JSON for scripts; tables are hexadecimal."""
     larger, smaller, hypercalls = p2m.cost(plan.mappings)
     out = asdict(plan)
+    out["domain"]["unplaced"] = sorted(plan.domain.unplaced)
     out["mappings"] = [mapping._asdict() for mapping in plan.mappings]
     out["cost"] = {"superpage_entries": larger, "page_entries": smaller, "hypercalls": hypercalls}
     out["tables"] = [table.hex() for table in plan.tables.tables]
