@@ -51,6 +51,7 @@ def describe(plan: Plan) -> str:
                 "size": placement.size,
                 "label area": spec.label_size,
                 "label server": plan.layout.dsm if spec.label_size else "none",
+                "label address": hex(placement.label_base) if placement in plan.layout.label_areas else "none",
                 "kind": identity.kind,
                 "namespace": identity.device,
                 "offset in the namespace": identity.start,

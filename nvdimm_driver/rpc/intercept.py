@@ -190,6 +190,16 @@ class Interceptor:
         except LibvirtError as error:
             raise (yield from self._explained(error, uuid)) from error
 
+    def restore(self, procedure: int, payload: bytes) -> Steps:
+        """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error."""
+        last = yield self._work(lambda driver: driver.ledger.last_event())
+        try:
+            return (yield from _call(procedure, payload))
+        except LibvirtError as error:
+            events = yield self._work(lambda driver: driver.ledger.events(last))
+            failed = [event.uuid for event in events if event.kind == "start-failed"]
+            raise (yield from self._explained(error, failed[-1] if failed else "")) from error
+
     def undefine(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""
         reply = yield from _call(procedure, payload)
@@ -413,6 +423,7 @@ TABLE: Mapping[Procedure, Row] = {
     Procedure.DOMAIN_DEFINE_XML: Row(Interceptor.define),
     Procedure.DOMAIN_DETACH_DEVICE: Row(Interceptor.detach_device),
     Procedure.DOMAIN_GET_XML_DESC: Row(Interceptor.got_xml, read_only=True, is_reply=True),
+    Procedure.DOMAIN_RESTORE: Row(Interceptor.restore),
     Procedure.DOMAIN_SET_MAX_MEMORY: Row(Interceptor.set_memory),
     Procedure.DOMAIN_SET_MEMORY: Row(Interceptor.set_memory),
     Procedure.DOMAIN_UNDEFINE: Row(Interceptor.undefine),
@@ -423,6 +434,7 @@ TABLE: Mapping[Procedure, Row] = {
     Procedure.DOMAIN_CREATE_WITH_FLAGS: Row(Interceptor.start),
     Procedure.DOMAIN_SET_MEMORY_FLAGS: Row(Interceptor.set_memory),
     Procedure.DOMAIN_UNDEFINE_FLAGS: Row(Interceptor.undefine),
+    Procedure.DOMAIN_RESTORE_FLAGS: Row(Interceptor.restore),
     Procedure.DOMAIN_SET_METADATA: Row(Interceptor.set_metadata),
     Procedure.DOMAIN_GET_METADATA: Row(Interceptor.get_metadata, read_only=True),
     Procedure.DOMAIN_MIGRATE_BEGIN3_PARAMS: Row(Interceptor.migrate),
@@ -438,7 +450,6 @@ PASSED: Mapping[str, str] = {
     "connect_get_domain_capabilities": "its XML is about the host",
     "domain_migrate_confirm3_params": "it ends a migration, and a domain with NVDIMMs cannot begin one",
     "domain_migrate_finish3_params": "it ends a migration, and a domain with NVDIMMs cannot begin one",
-    "domain_restore_flags": "the libxl driver refuses other XML for the domain",
     "domain_save_flags": "the libxl driver refuses other XML for the domain",
 }
 """Procedures that can carry domain XML, that the libxl driver implements, and that pass all the same: why.
