@@ -393,6 +393,7 @@ class Plan:
     :ivar mappings: of all NVDIMMs.
     :ivar areas: areas of the domain's backings, as (first MFN, frames); every mapping lies in one.
     :ivar bad_blocks: in slot order, the known bad ranges of each backing, as (offset in it, bytes).
+    :ivar misplaced_labels: in slot order, why the guest would find no namespaces on an NVDIMM with labels, or nothing.
     """
 
     domain: DomainSpec
@@ -403,6 +404,7 @@ class Plan:
     areas: tuple[tuple[int, int], ...]
     tables: AcpiTables
     bad_blocks: tuple[tuple[tuple[int, int], ...], ...] = ()
+    misplaced_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from nvdimm_driver.acpi import aml, label_methods
 from nvdimm_driver.acpi.tables import (
+    NVDIMM_VENDOR,
     PERSISTENT_MEMORY,
     ControlRegion,
     Header,
@@ -14,6 +15,7 @@ from nvdimm_driver.acpi.tables import (
     SpaRange,
     Structure,
     seal,
+    serial_number,
 )
 from nvdimm_driver.acpi.verify import OEM_TABLE_ID, check_layout, check_space, check_tables
 from nvdimm_driver.errors import ConfigError
@@ -106,7 +108,7 @@ def _structures(placement: Placement) -> tuple[Structure, ...]:
         ),
         ControlRegion(
             index=control_index,
-            vendor=0x8086,
+            vendor=NVDIMM_VENDOR,
             device=1,
             revision=1,
             subsystem_vendor=0,
@@ -116,7 +118,7 @@ def _structures(placement: Placement) -> tuple[Structure, ...]:
             manufacturing_location=0,
             manufacturing_date=0,
             reserved=0,
-            serial=0x123456 + placement.slot,
+            serial=serial_number(placement.slot),
             interface_code=0x301,  # byte addressable, energy backed
             block_windows=0,
             window=bytes(48),

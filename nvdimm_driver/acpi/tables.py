@@ -16,6 +16,9 @@ from nvdimm_driver.errors import AcpiError
 PERSISTENT_MEMORY = uuid.UUID("66f0d379-b4f3-4074-ac43-0d3318b78cdb")
 """Address range type of byte-addressable persistent memory (ACPI 6.5, table 5.125)."""
 
+NVDIMM_VENDOR = 0x8086
+"""Vendor of an NVDIMM of QEMU (hw/acpi/nvdimm.c:nvdimm_build_structure_dcr), and of the driver."""
+
 _CHECKSUM_OFFSET = 9
 _T = TypeVar("_T", bound="Structure")
 
@@ -23,6 +26,11 @@ _T = TypeVar("_T", bound="Structure")
 def checksum(data: bytes | bytearray) -> int:
     """Return the byte that, added to the sum of ``data``, makes it 0 modulo 256."""
     return -sum(data) & 0xFF
+
+
+def serial_number(slot: int) -> int:
+    """Return the serial number of an NVDIMM of QEMU (hw/acpi/nvdimm.c:nvdimm_slot_to_sn), and of the driver."""
+    return 0x123456 + slot
 
 
 @dataclass(frozen=True)

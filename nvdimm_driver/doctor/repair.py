@@ -114,6 +114,8 @@ class _Look:
             else:
                 yield inconsistency(problem, "take it as it is now", partial(self._adopt, backing, record, item))
             return
+        if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
+            yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
         file = self.files.get(os.path.realpath(path))
         if file is not None and file.owner != owner_marks.pack(record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection of the label area at the end of an NVDIMM by its namespace index block. Pure.
+"""Label areas: found at the end of an NVDIMM by their namespace index block, and the labels in them. Pure.
 
 UEFI 2.10 §13.19.2: a label storage area starts with two index blocks, one of which is valid; the labels follow.
 """
@@ -30,6 +30,26 @@ def label_area_size(tail: bytes) -> int:
     """
     sizes = [size for start in _found(tail) if (size := _area_size(tail, start))]
     return min(sizes, default=0)
+
+
+def used_labels(area: bytes) -> Iterator[bytes]:
+    """Yield the labels of namespaces in a label area: those that its current index block says are in use."""
+    blocks = [start for start in _found(area[: 2 * _MAX_INDEX]) if _area_size(area, start) == len(area)]
+    if not blocks:
+        return
+    start = max(blocks, key=lambda each: _sequence(area, each, blocks))
+    _, _, power, _, _, _, _, labels, count, *_ = _INDEX.unpack_from(area, start)
+    size = 128 << power
+    for number in range(count):
+        free = area[start + _INDEX.size + number // 8] >> number % 8 & 1
+        if not free:
+            yield area[labels + number * size : labels + (number + 1) * size]
+
+
+def _sequence(area: bytes, start: int, blocks: list[int]) -> int:
+    """Return 1 for the current one of two index blocks: the numbers go 1, 2, 3, 1 (Linux: label.c:best_seq)."""
+    own, *others = [_INDEX.unpack_from(area, each)[3] for each in (start, *(set(blocks) - {start}))]
+    return int(all(own == other % 3 + 1 for other in others))
 
 
 def _found(tail: bytes) -> Iterator[int]:

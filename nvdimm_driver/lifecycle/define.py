@@ -106,6 +106,9 @@ class Definitions:
             self.discard(created)
             self._roll_back(uuid, before)
             raise
+        for spec, problem in zip(domain.nvdimms, plan.misplaced_labels, strict=True):
+            if problem:
+                logs.tell(Event("misplaced-labels", uuid, domain.name, None, {"path": spec.path, "problem": problem}))
         return tuple(created)
 
     def discard(self, created: Sequence[NvdimmSpec]) -> None:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import bad_parts
+from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.guest import layout, mapping_guards
+from nvdimm_driver.labels import namespace_labels
 from nvdimm_driver.model import (
     PAGE,
     PERSISTENCE_DOMAINS,
@@ -86,7 +88,9 @@ class Planner:
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
         locations = self._locate_or_assume(domain, intakes)
         guest = self._lay_out(domain, locations, _wanted_bases(domain), _kept_bases(domain, locations, before))
-        return self._plan(domain, locations, guest, self._build_tables(guest), intakes)
+        plan = self._plan(domain, locations, guest, self._build_tables(guest), intakes)
+        found = (self.find_misplaced_labels(spec) for spec in domain.nvdimms)
+        return replace(plan, misplaced_labels=tuple(found))
 
     def settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> Plan:
         """Return the plan of :meth:`plan_define`, updated now that the backings are provisioned.
@@ -120,6 +124,33 @@ class Planner:
         :raises BackingError: when it cannot be located.
         """
         return bad_parts(self._backing(spec).locate(spec).extents, self.host.bad_ranges())
+
+    def find_misplaced_labels(self, spec: NvdimmSpec) -> str:
+        """Return why a guest would find no namespaces on an NVDIMM that has labels; empty when it would, or may."""
+        slots = self._slots_of_labels(spec)
+        if slots is None or spec.slot in slots:
+            return ""
+        made = "in slot " + " or ".join(map(str, sorted(slots))) if slots else "on another make of NVDIMM"
+        return (
+            f"its labels were made {made}, and in slot {spec.slot} the guest finds none of its namespaces: do not make "
+            "new ones there, they would overwrite the data"
+        )
+
+    def find_slot_of_labels(self, spec: NvdimmSpec) -> int | None:
+        """Return the slot in which a guest finds the namespaces of an NVDIMM; None when there are none, or no slot."""
+        return min(self._slots_of_labels(spec) or (), default=None)
+
+    def _slots_of_labels(self, spec: NvdimmSpec) -> frozenset[int] | None:
+        """Return the slots that the labels of an NVDIMM were made for; None when there are none, or nobody can say."""
+        if not spec.label_size:
+            return None
+        try:
+            with self._backing(spec).open_bytes(spec) as content:
+                area = content.read(spec.size - spec.label_size, spec.label_size)
+        except (NvdimmError, OSError) as error:
+            LOG.debug("labels of %s cannot be read: %s", spec.path, error)
+            return None
+        return namespace_labels.slots_of(area)
 
     def layout_around(self, record: Record, ram: int) -> GuestLayout:
         """Return the layout of a defined domain as it would be with `ram` bytes of RAM."""

@@ -28,7 +28,13 @@ KINDS = {
     "label-server-gone": "WARNING",
 }
 """The events that the ledger keeps, each with its log level."""
-LOGGED = {"dying": "WARNING", "bad-blocks": "WARNING", "hook-failed": "ERROR", "label-server-failed": "ERROR"}
+LOGGED = {
+    "dying": "WARNING",
+    "bad-blocks": "WARNING",
+    "misplaced-labels": "WARNING",
+    "hook-failed": "ERROR",
+    "label-server-failed": "ERROR",
+}
 """Events that only the log has, if their level is above INFO."""
 
 

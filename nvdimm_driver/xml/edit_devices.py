@@ -12,9 +12,12 @@ BEHIND_MEMORY = ("crypto", "iommu", "vsock", "pstore")
 """Devices that libvirt writes after memory (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName)."""
 
 
-def memory_device(spec: NvdimmSpec) -> str:
-    """Return the ``<memory>`` element for an NVDIMM with that path, size and label area."""
-    return written(_memory_element(spec.path, spec.size, spec.label_size))
+def memory_device(spec: NvdimmSpec, slot: int | None = None) -> str:
+    """Return the ``<memory>`` element for an NVDIMM with that path, size and label area, and with a slot if given."""
+    element = _memory_element(spec.path, spec.size, spec.label_size)
+    if slot is not None:
+        element.children.append(_address(slot))
+    return written(element)
 
 
 def with_uuid(xml: str, uuid: str) -> str:
@@ -35,8 +38,7 @@ def with_slots(xml: str, domain: DomainSpec) -> str:
     slots = {spec.path: spec.slot for spec in domain.nvdimms}
     for element in nvdimm_elements(text.root):
         if element.child("address") is None:
-            address = Element("address", {"type": "dimm", "slot": str(slots[path_of(element)])})
-            text.insert_after(element.children[-1], address)
+            text.insert_after(element.children[-1], _address(slots[path_of(element)]))
     return text.edited()
 
 
@@ -92,6 +94,10 @@ def _same_backing(root: Element, device: str) -> Element:
         if path_of(element) == path:
             return element
     raise DomainXmlError(f"the domain has no NVDIMM with <source><path> {path!r}", hint="'virsh dumpxml' shows them")
+
+
+def _address(slot: int) -> Element:
+    return Element("address", {"type": "dimm", "slot": str(slot)})
 
 
 def _memory_element(path: str, size: int, label_size: int) -> Element:

@@ -94,7 +94,7 @@ class Import(Action):
             else:
                 path = driver.pools.place(pool, parsed_args.name or os.path.basename(source))
                 spec = driver.importer.import_copy(source, path, *sizes, watch, overwrite=parsed_args.force)
-        print(memory_device(spec))
+        print(memory_device(spec, driver.planner.find_slot_of_labels(spec)))
 
 
 class Export(Action):

@@ -207,6 +207,9 @@ def _layout(plan: Plan) -> Iterator[str]:
     for item in plan.layout.nvdimms:
         yield f"  {item.base:#x} - {item.end - 1:#x}: slot {item.slot}, handle {item.handle:#x}, {human(item.size)}"
         yield from (f"    {line}" for line in advice(item.size))
+    for spec, problem in zip(plan.domain.nvdimms, plan.misplaced_labels, strict=False):
+        if problem:
+            yield f"  warning: {spec.path}: {problem}"
     yield from (f"  advice: {line}" for line in layout.advice(plan.layout, pci_devices=plan.domain.pci_devices))
 
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot that labels were made for. tests/lab/test_slots_and_saves.py has those that a real Linux has made."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.doctor import repair
+from nvdimm_driver.labels.namespace_labels import slots_of
+from nvdimm_driver.model import KIB, MIB
+from tests.unit.doubles import MemoryBacking, RecordingMapper, domain, make_driver
+from tests.unit.label_areas import area_with_namespaces, cookie, label_area
+
+AREA = 128 * KIB
+A = "/mnt/pmem0/a"
+
+
+@pytest.mark.parametrize("slot", [0, 1, 255])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_label_tells_its_slot(slot: int, version: int) -> None:
+    assert slots_of(area_with_namespaces(AREA, cookie(slot, version=version))) == frozenset({slot})
+
+
+def test_an_area_without_namespaces_tells_none() -> None:
+    assert slots_of(bytes(AREA)) is None
+    assert slots_of(label_area(AREA)) is None
+    assert slots_of(area_with_namespaces(AREA)) is None
+    assert slots_of(area_with_namespaces(AREA, cookie(3))[: AREA // 2]) is None
+
+
+def test_labels_of_another_make_and_of_two_slots() -> None:
+    assert slots_of(area_with_namespaces(AREA, 12345)) == frozenset()
+    assert slots_of(area_with_namespaces(AREA, cookie(1), cookie(4), 12345)) == frozenset({1, 4})
+
+
+def test_plan_and_check_say_that_the_guest_would_find_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backing = MemoryBacking()
+    driver = make_driver(tmp_path, backing, RecordingMapper())
+    wanted = domain(A, label_size=AREA)
+    driver.importer.provision(wanted.nvdimms[0], lambda _: lambda done, total: None)
+    backing.contents[A] = bytearray(64 * MIB - AREA) + area_with_namespaces(AREA, cookie(1))
+    said = "its labels were made in slot 1, and in slot 0 the guest finds none of its namespaces"
+    (problem,) = driver.plan(wanted).misplaced_labels
+    assert problem.startswith(said)
+    driver.define(wanted)
+    assert "misplaced-labels" in caplog.text
+    assert [each.problem.startswith(said) for each in repair.look(driver) if "slot" in each.remedy] == [True]
+    assert driver.planner.find_slot_of_labels(wanted.nvdimms[0]) == 1
+    moved = dataclasses.replace(wanted, nvdimms=(dataclasses.replace(wanted.nvdimms[0], slot=1),))
+    assert driver.plan(moved).misplaced_labels == ("",)
+    driver.define(moved)
+    assert repair.look(driver) == []
+
+
+def test_labels_of_another_make_are_told_apart(tmp_path: Path) -> None:
+    backing = MemoryBacking()
+    driver = make_driver(tmp_path, backing, RecordingMapper())
+    wanted = domain(A, label_size=AREA)
+    driver.define(wanted)
+    backing.contents[A] = bytearray(64 * MIB - AREA) + area_with_namespaces(AREA, 5)
+    assert "made on another make of NVDIMM" in driver.plan(wanted).misplaced_labels[0]
+    assert driver.planner.find_slot_of_labels(wanted.nvdimms[0]) is None
