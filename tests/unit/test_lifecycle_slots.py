@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import LayoutError
 from nvdimm_driver.lifecycle.slots import assign
 from nvdimm_driver.model import MIB, DomainSpec
+from nvdimm_driver.state.schema import SCHEMAS
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
 A, B, C = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/c"
@@ -107,3 +109,29 @@ def test_a_path_in_other_words_is_the_same_path(driver: XenNvdimmDriver) -> None
     plan = driver.plan(unplaced("/mnt/pmem0/./b"))
     assert [spec.slot for spec in plan.domain.nvdimms] == [1]
     assert plan.domain.nvdimms[0].size == 64 * MIB
+
+
+def test_a_ledger_of_the_version_before_keeps_slots_bases_and_sizes(tmp_path: Path, backing: MemoryBacking) -> None:
+    """Its domains have no addresses in libvirt, and bases that this version would not choose."""
+    backing.files = {A: (100, 64 * MIB), B: (101, 64 * MIB)}
+    rows = {A: (0, 100, 0x1100000000), B: (1, 101, 0x1104000000)}
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as database:
+        database.executescript("".join(SCHEMAS[:3]))
+        database.execute("INSERT INTO domain (uuid, name, ram) VALUES (?, 'db1', ?)", (UUID, 512 * MIB))
+        for path, (slot, inode, base) in rows.items():
+            database.execute(
+                "INSERT INTO allocation VALUES "
+                "(?, ?, ?, ?, 0, NULL, NULL, NULL, 0, 'memory', 'ns-0', 0, ?, 1, ?, ?, 100)",
+                (UUID, slot, path, 64 * MIB, inode, 64 * MIB, base),
+            )
+        database.execute("PRAGMA user_version = 3")
+    driver = make_driver(tmp_path, backing, RecordingMapper())
+    driver.prepare(unplaced(A, B))
+    driver.release(UUID)
+    for wanted in (unplaced(A, B), unplaced(B), unplaced(B, C)):
+        driver.define(wanted)
+        record = driver.ledger.find_domain(UUID)
+        assert record is not None
+        item = next(each for each in record.allocations if each.spec.path == B)
+        assert (item.spec.slot, item.spec.size, item.base) == (1, 64 * MIB, 0x1104000000)
+    assert slots(driver) == {C: 0, B: 1}
