@@ -25,6 +25,8 @@ EIGHT_BIT = ("iso8859-", "cp125", "koi8-")
 _TEXT_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord("\r"): "&#13;"}
 _ATTRIBUTE_ESCAPES = {ord("\t"): "&#9;", ord("\n"): "&#10;"}
 """Escapes of libxml2 (xmlNodeDump), which writes libvirt's metadata."""
+_QUOTES = {ord('"'): "&quot;", ord("'"): "&apos;"}
+"""Escapes that libvirt adds in what it writes itself (src/util/virbuffer.c:virBufferEscapeString)."""
 
 
 def decode(data: bytes) -> str:
@@ -145,15 +147,16 @@ def written(element: Element) -> str:
 
 def _format(element: Element, newline: str, quote: str) -> str:
     """Return an element as libvirt writes it: 2 more spaces per level; single quotes, in metadata double ones."""
-    escapes = _TEXT_ESCAPES | _ATTRIBUTE_ESCAPES | {ord(quote): "&quot;" if quote == '"' else "&apos;"}
+    in_text = _TEXT_ESCAPES if quote == '"' else _TEXT_ESCAPES | _QUOTES
+    in_attributes = in_text | _ATTRIBUTE_ESCAPES | {ord('"'): "&quot;"}
     attributes = "".join(
-        f" {name}={quote}{value.translate(escapes)}{quote}" for name, value in element.attributes.items()
+        f" {name}={quote}{value.translate(in_attributes)}{quote}" for name, value in element.attributes.items()
     )
     inner = newline and newline + "  "
     if element.children:
         content = "".join([inner + _format(child, inner, quote) for child in element.children]) + newline
     else:
-        content = element.text.translate(_TEXT_ESCAPES) if element.text.strip() else ""
+        content = element.text.translate(in_text) if element.text.strip() else ""
     if not content:
         return f"<{element.tag}{attributes}/>"
     return f"<{element.tag}{attributes}>{content}</{element.tag}>"

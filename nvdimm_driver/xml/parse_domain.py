@@ -15,6 +15,7 @@ from uuid import UUID
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
 from nvdimm_driver.model import DSM, GIB, KIB, MAX_NVDIMMS, PAGE, DomainSpec, NvdimmSpec
 from nvdimm_driver.xml.document import Element, Text, may_have, parse
+from nvdimm_driver.xml.nvdimm_element import check_known
 from nvdimm_driver.xml.values import integer, scale, scaled
 
 OPTIONS = "urn:nvdimm-driver:options:1"
@@ -89,6 +90,7 @@ def spec_of(root: Element) -> DomainSpec:
     _check_hvm(root)
     ram = ram_of(root)
     _check_current_memory(root, ram)
+    _check_other_memory(root)
     elements = nvdimm_elements(root)
     if len(elements) > MAX_NVDIMMS:
         raise UnsupportedError(
@@ -97,7 +99,7 @@ def spec_of(root: Element) -> DomainSpec:
         )
     nodes = max(1, len(_cells(root)))
     slots = _slots(elements)
-    specs = [_nvdimm(element, slot, nodes) for element, slot in zip(elements, slots, strict=True)]
+    specs = [_nvdimm(element, slot, nodes, root) for element, slot in zip(elements, slots, strict=True)]
     _check_paths(specs)
     emulator = root.need("devices").child("emulator")
     return DomainSpec(
@@ -194,7 +196,18 @@ def path_of(nvdimm: Element) -> str:
     return "" if source is None else source.text_of("path")
 
 
-def _nvdimm(element: Element, slot: int, nodes: int) -> NvdimmSpec:
+def _check_other_memory(root: Element) -> None:
+    for element in root.need("devices").children:
+        model = element.attributes.get("model")
+        if element.tag == "memory" and model != "nvdimm":
+            what = "<memory> without a model" if model is None else f"<memory model={model!r}>"
+            raise UnsupportedError(
+                f"{what} in <devices>: on Xen, NVDIMMs are the only memory devices",
+                hint="remove it; to give the guest more RAM, change <memory> of the domain",
+            )
+
+
+def _nvdimm(element: Element, slot: int, nodes: int, root: Element) -> NvdimmSpec:
     source, target = element.child("source"), element.child("target")
     path = path_of(element)
     where = f"NVDIMM {path or f'in slot {slot}'}: "
@@ -203,11 +216,13 @@ def _nvdimm(element: Element, slot: int, nodes: int) -> NvdimmSpec:
             f"{where}<source><path> is {path!r}, which is not an absolute path",
             hint="give the absolute path of the backing file or device, such as /mnt/pmem0/db1.img",
         )
+    check_known(element, where)
     if target is None or target.child("size") is None:
         raise DomainXmlError(
             f"{where}<target><size> is missing", hint="write <target><size unit='GiB'>…</size></target>"
         )
     _check_supported(element, target, where)
+    _check_not_private(root, element, where)
 
     size = scaled(target.need("size"), f"{where}<target><size>")
     label, node = target.child("label"), target.child("node")
@@ -234,11 +249,6 @@ def _check_supported(element: Element, target: Element, where: str) -> None:
         raise DomainXmlError(f"{where}access is {access!r}", hint="write access='shared'")
     if discard not in ("yes", "no"):
         raise DomainXmlError(f"{where}discard is {discard!r}", hint="leave discard out")
-    if access == "private":
-        raise UnsupportedError(
-            f"{where}access='private' is not supported on Xen: a mapping of machine frames is always shared",
-            hint="write access='shared'; to keep the backing unchanged, give the guest a copy of it",
-        )
     if discard == "yes":
         raise UnsupportedError(
             f"{where}discard='yes' is not supported: the driver never discards data in persistent memory",
@@ -253,6 +263,39 @@ def _check_supported(element: Element, target: Element, where: str) -> None:
         raise UnsupportedError(
             f"{where}<uuid> is for NVDIMMs of pSeries guests, which Xen does not have", hint="remove <uuid>"
         )
+
+
+def _check_not_private(root: Element, element: Element, where: str) -> None:
+    asking = _asking_for_private(root, element)
+    if asking is not None:
+        raise UnsupportedError(
+            f"{where}{asking} is not supported on Xen: a mapping of machine frames is always shared",
+            hint="write access='shared' in the NVDIMM's <memory>; to keep the backing unchanged, give the guest a copy "
+            "of it",
+        )
+
+
+def _asking_for_private(root: Element, element: Element) -> str | None:
+    """Return what makes an NVDIMM private: itself, else its NUMA cell, else the domain; None when nothing does.
+
+    The first of these that says anything counts (src/qemu/qemu_command.c:qemuBuildMemoryBackendProps).
+    """
+    cell, access = _cell_of(root, element), root.child("memoryBacking")
+    access = None if access is None else access.child("access")
+    wishes = {
+        "access='private'": element.attributes.get("access"),
+        "memAccess='private' of its <cpu><numa><cell>": None if cell is None else cell.attributes.get("memAccess"),
+        "<memoryBacking><access mode='private'/>": None if access is None else access.attributes.get("mode"),
+    }
+    what, wish = next(((what, wish) for what, wish in wishes.items() if wish is not None), ("", None))
+    return what if wish == "private" else None
+
+
+def _cell_of(root: Element, element: Element) -> Element | None:
+    """Return the NUMA cell of an NVDIMM: that of its node, or of node 0; None when there are no cells."""
+    target = element.need("target")
+    node = (target.text_of("node") or "0").strip()
+    return next((cell for at, cell in enumerate(_cells(root)) if cell.attributes.get("id", str(at)) == node), None)
 
 
 def _alignsize(source: Element, where: str) -> int | None:

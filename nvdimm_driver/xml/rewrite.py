@@ -13,18 +13,19 @@
       </devices>
     </nvdimm:domain>
 
-The rest of the text stays the same, byte for byte: elements are cut out and inserted where libvirt would put them,
-in libvirt's format, so that each direction undoes the other exactly. This needs the positions of elements in the text,
-which expat gives and lxml does not. DTDs are refused, so there are no entities and nothing to fetch.
+The record has elements as libvirt shows them, with sizes in KiB. The rest of the text stays the same, byte for byte:
+elements are cut out and inserted where libvirt would put them, in libvirt's format, so that rewriting what was restored
+gives the same text again. This needs the positions of elements in the text, which expat gives and lxml does not. DTDs
+are refused, so there are no entities and nothing to fetch.
 """
 
 from __future__ import annotations
 
 from nvdimm_driver import plugins
 from nvdimm_driver.errors import DomainXmlError
-from nvdimm_driver.model import KIB
 from nvdimm_driver.xml.document import Element, may_have, parse
 from nvdimm_driver.xml.edit_devices import BEHIND_MEMORY
+from nvdimm_driver.xml.nvdimm_element import as_libvirt_shows, in_kib
 from nvdimm_driver.xml.parse_domain import nvdimm_elements, parse_xen, ram_of, spec_of
 from nvdimm_driver.xml.values import scaled
 
@@ -80,11 +81,11 @@ def rewrite(xml: str, device_model: str) -> str:
     kept = Element("devices")
 
     if (limit := root.child("maxMemory")) is not None:
-        record.children.append(limit)
+        record.children.append(in_kib(limit))
         text.cut(limit)
     for element in _memory_to_change(root, spec.ram):
-        record.children.append(element)
-        text.replace(element, _in_kib(element, spec.ram))
+        record.children.append(in_kib(element))
+        text.replace(element, in_kib(element, spec.ram))
     features = root.child("features")
     if features is None:
         record.attributes["added"] = "acpi"
@@ -101,10 +102,10 @@ def rewrite(xml: str, device_model: str) -> str:
         kept.children.append(emulator)
         text.replace(emulator, ours)
     for nvdimm in nvdimm_elements(root):
-        kept.children.append(nvdimm)
+        kept.children.append(as_libvirt_shows(nvdimm))
         text.cut(nvdimm)
+        _check_plain(nvdimm)
     record.children.append(kept)
-    _check_plain(record)
 
     metadata = root.child("metadata")
     if metadata is None:
@@ -115,7 +116,7 @@ def rewrite(xml: str, device_model: str) -> str:
 
 
 def restore(xml: str) -> str:
-    """Return what the user wrote, as far as libvirt has kept it; values that libvirt has filled in stay.
+    """Return what the user asked for, as libvirt would show it; values that libvirt has filled in stay.
 
     :returns: the same string when it is not a rewritten domain of type ``xen``.
     :raises DomainXmlError: when the XML cannot be parsed or our metadata in it is broken.
@@ -131,14 +132,14 @@ def restore(xml: str) -> str:
     text.cut(record if len(metadata.children) > 1 else metadata)
     limit, memory = record.child("maxMemory"), root.child("memory")
     if limit is not None and memory is not None:
-        text.insert_before(memory, limit)
+        text.insert_before(memory, in_kib(limit))
     elif limit is not None:  # never in XML from libvirt, which always writes <memory>
-        text.insert_after(root.last(_BEFORE_METADATA), limit)
+        text.insert_after(root.last(_BEFORE_METADATA), in_kib(limit))
     for tag in ("memory", "currentMemory"):
         now, then = root.child(tag), record.child(tag)
         # a value changed since (virsh setmaxmem, setmem) is newer than the record
         if now is not None and then is not None and scaled(now, f"<{tag}>") == ram_of(root):
-            text.replace(now, then)
+            text.replace(now, in_kib(then))
     features = root.child("features")
     if record.attributes.get("added") == "acpi" and features is not None:
         acpi = features.child("acpi")
@@ -150,7 +151,9 @@ def restore(xml: str) -> str:
         text.replace(emulator, own)
     elif emulator is not None:
         text.cut(emulator)
-    nvdimms, added = [element for element in kept.children if element.tag == "memory"], nvdimm_elements(root)
+    # records of earlier versions have the units that the user wrote
+    nvdimms = [as_libvirt_shows(element) for element in kept.children if element.tag == "memory"]
+    added = nvdimm_elements(root)
     before = [element for element in devices.children if element.tag not in BEHIND_MEMORY]
     if not before:
         raise DomainXmlError("<devices> of a rewritten domain has no <emulator> in it", hint="define the domain again")
@@ -200,12 +203,6 @@ def _check_plain(element: Element) -> None:
         raise DomainXmlError(f"<{element.tag}> has both text, {text!r}, and elements in it", hint="remove one of them")
     for child in element.children:
         _check_plain(child)
-
-
-def _in_kib(element: Element, size: int) -> Element:
-    """Return the element with another size, its attributes in libvirt's order."""
-    others = {name: value for name, value in element.attributes.items() if name != "unit"}
-    return Element(element.tag, others | {"unit": "KiB"}, text=str(size // KIB))
 
 
 def _mentions(element: Element) -> bool:

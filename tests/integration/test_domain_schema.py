@@ -7,6 +7,7 @@ driver; only the domain's type differs.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -166,3 +167,31 @@ def test_all_forms_of_any_domain_are_valid(schema: etree.RelaxNG, xml: str) -> N
     rewritten = rewrite(xml, DEVICE_MODEL)
     for form in (xml, rewritten, restore(rewritten)):
         schema.assertValid(etree.fromstring(form.encode()))
+
+
+def memory_of(xml: str) -> list[str]:
+    """Return the lines of a domain's ``<maxMemory>`` and NVDIMMs, as they are in the text."""
+    return re.findall(r" *<maxMemory.*?</maxMemory>| *<memory model='nvdimm'.*?</memory>", xml, re.DOTALL)
+
+
+WRITTEN = [
+    "<memory discard='no' model='nvdimm' access='shared'><alias name='ua-x'/><target><label><size unit='MB'>1</size>"
+    "</label><node>0</node><size unit='b'>67108865</size></target><source><pmem/><alignsize unit='MiB'>2</alignsize>"
+    '<path>/mnt/it\'s &quot;"&amp;</path></source><address base="0X180000000" slot="3" type="dimm"/></memory>',
+    "<memory model='nvdimm'><source><path>/a</path></source><target><size unit='G'>1</size></target>"
+    "<alias name='nvdimm0'/><address slot='1' type='dimm' base='0x0'/></memory>",
+]
+
+
+@pytest.mark.parametrize("device", WRITTEN)
+def test_an_nvdimm_is_shown_as_libvirt_itself_shows_it(tmp_path: Path, device: str) -> None:
+    nova = read("nova")
+    first = nova.index('    <memory model="nvdimm"')
+    xml = nova[:first] + device + nova[nova.index('    <memballoon model="xen"') :]
+    xml = xml.replace('<maxMemory slots="2">25169920', '<maxMemory unit="GiB" slots="2">24')
+    numa = "<cpu><numa><cell id='0' cpus='0-1' memory='2097152'/></numa></cpu>"
+    xml = xml.replace("<memory>2097152</memory>", "<memory>8388608</memory>" + numa)
+    file = tmp_path / "domain.xml"
+    ours = memory_of(restore(through_libvirt(rewrite(xml, DEVICE_MODEL), file)))
+    assert len(ours) == 2
+    assert ours == memory_of(through_libvirt(xml, file))

@@ -91,10 +91,20 @@ def tidy(xml: str) -> etree._Element:
     return root
 
 
+KIB_OF = {None: 1, "k": 1, "KiB": 1, "MiB": 1 << 10, "G": 1 << 20, "g": 1 << 20, "GiB": 1 << 20}
+
+
 def meaning(xml: str) -> list[bytes]:
-    """Return the domain's parts, whatever the order of elements of different kinds."""
+    """Return the domain's parts, whatever the order of elements of different kinds, and the unit of memory."""
     root = tidy(xml)
-    for parent in (root, devices_of(root)):
+    for element in root.iter("memory", "currentMemory", "maxMemory", "size", "alignsize"):
+        if element.text:
+            unit = element.get("unit")
+            # libvirt rounds up to KiB; MB is the only unit here that is not a multiple of it
+            number = -(-int(element.text) * 1000**2 // 1024) if unit == "MB" else int(element.text) * KIB_OF[unit]
+            element.text = str(number)
+            element.set("unit", "KiB")
+    for parent in (root, devices_of(root), *root.iterfind("devices/memory/source"), *root.iterfind("devices/memory")):
         parent[:] = sorted(parent, key=lambda child: (child.tag, child.get("model", "")))
     return [etree.tostring(part, method="c14n") for part in root]
 
@@ -236,11 +246,9 @@ def test_a_rewritten_domain_of_another_type_passes_untouched() -> None:
     assert extract(stored) is None
 
 
-def test_the_users_acpi_table_and_other_memory_models_stay() -> None:
-    other = "<memory model='virtio-pmem'><source><path>/a</path></source><target><size>1</size></target></memory>"
-    xml = read("guest").replace("<console", other + "<console")
+def test_the_users_acpi_table_stays() -> None:
+    xml = read("guest")
     rewritten = rewrite(xml, DEVICE_MODEL)
-    assert other in rewritten
     assert "<acpi>\n      <table type='slic'>/etc/xen/slic.bin</table>\n    </acpi>" in rewritten
     assert meaning(restore(rewritten)) == meaning(xml)
 
@@ -306,8 +314,8 @@ def test_the_device_model_cannot_run_itself() -> None:
 
 
 def test_text_next_to_elements_is_an_error_not_a_loss() -> None:
-    text = DOMAIN.replace("</path>", "<a/></path>")
-    with pytest.raises(DomainXmlError, match="<path> has both text, "):
+    text = DOMAIN.replace("<target>", "<target>64 MiB")
+    with pytest.raises(DomainXmlError, match="<target> has both text, '64 MiB', and elements"):
         rewrite(text, DEVICE_MODEL)
 
 
@@ -527,6 +535,136 @@ UNSUPPORTED_XML = {
 }
 
 
+PRIVATE_CELL = cells("id='1' memory='1' memAccess='private'", "id='0' memory='1'")
+PRIVATE_BACKING = "<memoryBacking><access mode='private'/></memoryBacking>"
+ON_NODE_1 = "<size>65536</size><node>1</node>"
+UNSUPPORTED_XML |= {
+    "private memory of the domain": (
+        domain(nvdimm(), memoryBacking=PRIVATE_BACKING),
+        "/mnt/pmem0/a.img: <memoryBacking><access mode='private'/> is not supported",
+    ),
+    "private cell": (domain(nvdimm(size=ON_NODE_1), cpu=PRIVATE_CELL), "a.img: memAccess='private' of its <cpu>"),
+    "private cell in a shared domain": (
+        domain(nvdimm(size=ON_NODE_1), cpu=PRIVATE_CELL, memoryBacking=PRIVATE_BACKING.replace("private", "shared")),
+        "memAccess='private'",
+    ),
+    "private first cell without a number, NVDIMM without a node": (
+        domain(nvdimm(), cpu=cells("memory='1' memAccess='private'")),
+        "memAccess='private'",
+    ),
+    "private NVDIMM in a shared cell": (
+        domain(nvdimm().replace("'nvdimm'", "'nvdimm' access='private'"), cpu=cells("memory='1' memAccess='shared'")),
+        "access='private' is not supported",
+    ),
+    "dimm": (
+        domain(NVDIMM + "<memory model='dimm'><target><size>1</size></target></memory>"),
+        "<memory model='dimm'> in <devices>",
+    ),
+    "sgx-epc": (
+        domain(NVDIMM + "<memory model='sgx-epc'><target><size>1</size></target></memory>"),
+        "<memory model='sgx-epc'> in <devices>",
+    ),
+    "no model": (
+        domain(NVDIMM + "<memory><target><size>1</size></target></memory>"),
+        "<memory> without a model in <devices>",
+    ),
+}
+WRONG_XML |= {
+    "attribute": (domain(NVDIMM.replace("access=", "acces=")), "a.img: <memory> has the attribute acces, which an"),
+    "attribute of a size": (domain(nvdimm(size="<size Unit='MiB'>64</size>")), "<size> has the attribute Unit"),
+    "attribute of the address": (
+        domain(nvdimm(more="<address type='dimm' slot='0' Base='0x180000000'/>")),
+        "<address> has the attribute Base",
+    ),
+    "attribute of a namespace": (
+        domain(nvdimm().replace("<target>", "<target xmlns:a='urn:a' a:b='c'>")),
+        "<target> has the attribute",
+    ),
+    "element": (domain(nvdimm(more="<foo/>")), "<memory> has <foo>, which an NVDIMM does not have there"),
+    "element in source": (domain(nvdimm(source="<alignSize>4</alignSize>")), "<source> has <alignSize>"),
+    "element in target": (
+        domain(nvdimm(size="<size>65536</size><lable><size>128</size></lable>")),
+        "<target> has <lable>, which an NVDIMM does not have there (remove it, or correct its spelling; <target> can "
+        "have <size>, <node>, <label>, <readonly>)",
+    ),
+    "element in a size": (domain(nvdimm(size="<size>65536<a/></size>")), "<size> has <a>"),
+    "element of virtio-mem": (domain(nvdimm(size="<size>65536</size><requested>0</requested>")), "has <requested>"),
+    "two sizes": (domain(nvdimm(size="<size>65536</size><size>1</size>")), "<target> has 2 <size>"),
+    "two labels": (
+        domain(nvdimm(size="<size>65536</size>" + "<label><size>128</size></label>" * 2)),
+        "<target> has 2 <label>",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("element", "cpu", "backing"),
+    [
+        (nvdimm(), "", ""),
+        (NVDIMM, "", PRIVATE_BACKING),
+        (NVDIMM, cells("memory='1' memAccess='private'"), PRIVATE_BACKING),
+        (nvdimm(), cells("memory='1' memAccess='shared'"), PRIVATE_BACKING),
+        (nvdimm(size=ON_NODE_1), cells("memory='1' memAccess='private'", "memory='1'"), ""),
+        (nvdimm(), "", "<memoryBacking><source type='memfd'/></memoryBacking>"),
+    ],
+)
+def test_the_first_of_nvdimm_cell_and_domain_says_whether_it_is_private(element: str, cpu: str, backing: str) -> None:
+    assert extract(domain(element, cpu=cpu, memoryBacking=backing)) is not None
+
+
+def shown(device: str) -> str:
+    """Return what a user sees of an NVDIMM after a define."""
+    xml = restore(rewrite(DOMAIN.replace(NVDIMM, device), DEVICE_MODEL))
+    return xml[xml.index("    <memory model") : xml.index("  </devices>")]
+
+
+def test_an_nvdimm_is_shown_as_libvirt_shows_it() -> None:
+    written = (
+        '<memory discard="no" model="nvdimm" access="shared">'
+        '<address base="0X180000000" slot="3" type="dimm"/><alias name="ua-x"/>'
+        '<target><label><size unit="MB">1</size></label><node> 0 </node><size unit="b">67108865</size></target>'
+        '<source><pmem>yes</pmem><alignsize unit="MiB">2</alignsize><path>/mnt/it\'s</path></source></memory>'
+    )
+    assert (
+        shown(written)
+        == """    <memory model='nvdimm' access='shared' discard='no'>
+      <source>
+        <path>/mnt/it&apos;s</path>
+        <alignsize unit='KiB'>2048</alignsize>
+        <pmem/>
+      </source>
+      <target>
+        <size unit='KiB'>65537</size>
+        <node>0</node>
+        <label>
+          <size unit='KiB'>977</size>
+        </label>
+      </target>
+      <alias name='ua-x'/>
+      <address type='dimm' slot='3' base='0x180000000'/>
+    </memory>
+"""
+    )
+    assert "alias" not in shown(nvdimm(more="<alias name='nvdimm0'/>"))
+    assert "base" not in shown(nvdimm(more="<address type='dimm' slot='0' base='0x0'/>"))
+
+
+def test_a_record_of_an_earlier_version_is_shown_in_kib() -> None:
+    stored = read("guest.libvirt")
+    earlier = stored.replace('<size unit="KiB">67108864<', '<size unit="GiB">64<')
+    earlier = earlier.replace('slots="2" unit="KiB">209715200', 'slots="2" unit="GiB">200')
+    assert earlier.count("GiB") == 2
+    assert restore(earlier) == read("guest.restored")
+    assert rewrite(earlier, DEVICE_MODEL) == stored
+
+
+def test_what_an_earlier_version_kept_of_an_unknown_part_is_shown_and_refused() -> None:
+    stored = rewrite(DOMAIN, DEVICE_MODEL).replace('access="shared"', 'acces="private"')
+    assert "acces='private'" in restore(stored)
+    with pytest.raises(DomainXmlError, match="the attribute acces"):
+        extract(restore(stored))
+
+
 def check_error(xml: str, kind: type[NvdimmError], text: str) -> None:
     for function in (extract, lambda xml: rewrite(xml, DEVICE_MODEL)):
         with pytest.raises(kind) as caught:
@@ -564,9 +702,11 @@ def test_entities_are_refused_and_nothing_is_fetched(doctype: str) -> None:
 
 
 def test_the_deepest_xml_that_libvirt_reads_goes_through() -> None:
-    depth = 256 - 3
-    xml = DOMAIN.replace(NVDIMM, nvdimm(more="<a>" * depth + "</a>" * depth))
-    assert extract(restore(rewrite(xml, DEVICE_MODEL).replace("<a>", "").replace("</a>", "").replace("<a/>", "")))
+    depth = 256 - 2
+    xml = domain(metadata="<metadata>" + "<a>" * depth + "</a>" * depth + "</metadata>")
+    assert extract(restore(rewrite(xml, DEVICE_MODEL)))
+    with pytest.raises(DomainXmlError, match="nested more than 256 deep"):
+        extract(xml.replace("<metadata>", "<metadata><a>").replace("</metadata>", "</a></metadata>"))
 
 
 # --- properties ---
@@ -664,6 +804,12 @@ def test_restoring_keeps_the_meaning(xml: str) -> None:
     assert "model='nvdimm'" not in rewritten
     assert meaning(restore(rewritten)) == meaning(xml)
     assert extract(restore(rewritten)) == extract(xml)
+
+
+@given(domains())
+def test_what_is_shown_does_not_change_again(xml: str) -> None:
+    shown = restore(rewrite(xml, DEVICE_MODEL))
+    assert restore(rewrite(shown, DEVICE_MODEL)) == shown
 
 
 @given(domains())
