@@ -24,13 +24,12 @@ setup(
     package_dir={"nova.virt.nvdimm_ext": "shim/nova/virt/nvdimm_ext"},
     python_requires=">=3.11",
     cmdclass={"build_py": BuildPy},
-    install_requires=["cffi", "cliff", "oslo.config", "prometheus_client", "rich", "stevedore"],
+    install_requires=["cffi", "cliff", "lxml", "oslo.config", "prometheus_client", "rich", "stevedore"],
     extras_require={
         "test": [
             "hypothesis",
             "import-linter",
             "libvirt-python",
-            "lxml",
             "lxml-stubs",
             "mypy",
             "pytest",

@@ -13,6 +13,8 @@ VIR_ERR_XML_ERROR = 27
 VIR_ERR_RPC = 39
 VIR_ERR_OPERATION_INVALID = 55
 VIR_ERR_CONFIG_UNSUPPORTED = 67
+VIR_ERR_XML_INVALID_SCHEMA = 92
+VIR_ERR_DEVICE_MISSING = 99
 
 
 class NvdimmError(Exception):
@@ -40,6 +42,18 @@ class DomainXmlError(NvdimmError):
     """The domain XML is invalid."""
 
     libvirt_code = VIR_ERR_XML_ERROR
+
+
+class SchemaError(NvdimmError):
+    """The domain XML was to be validated, and does not match libvirt's schema."""
+
+    libvirt_code = VIR_ERR_XML_INVALID_SCHEMA
+
+
+class DeviceMissingError(NvdimmError):
+    """The domain has no such NVDIMM."""
+
+    libvirt_code = VIR_ERR_DEVICE_MISSING
 
 
 class UnsupportedError(NvdimmError):

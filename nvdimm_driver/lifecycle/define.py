@@ -14,6 +14,7 @@ from nvdimm_driver.backing.identity import identity_at
 from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.plan import Planner
+from nvdimm_driver.lifecycle.redefine import check_kept
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
@@ -42,7 +43,9 @@ class Definitions:
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
         domain = self.keep_slots(self.identify_by_name(domain))
         self._check_allowed(domain)
-        return self.planner.plan_define(domain, None if domain.uuid is None else self.ledger.find_domain(domain.uuid))
+        before = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
+        check_kept(domain, before, self.backings, self.planner.host.bad_ranges())
+        return self.planner.plan_define(domain, before)
 
     def identify_by_name(self, domain: DomainSpec) -> DomainSpec:
         """Return the domain; if the XML has no uuid, with that of the ledger's domain of the same name, if any."""

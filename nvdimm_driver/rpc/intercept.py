@@ -22,10 +22,20 @@ from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Ta
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.document import decode
-from nvdimm_driver.xml.edit_devices import attach, detach, is_nvdimm, update, with_slots, with_uuid
+from nvdimm_driver.xml.edit_devices import (
+    attach,
+    detach,
+    is_nvdimm,
+    update,
+    uuid_with_max_memory,
+    with_slots,
+    with_uuid,
+    without_max_memory,
+)
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import emulator_is, extract
+from nvdimm_driver.xml.parse_domain import emulator_is, extract, has_nvdimms
 from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
+from nvdimm_driver.xml.schema import check_schema
 
 LOG = logging.getLogger(__name__)
 
@@ -36,6 +46,7 @@ MIGRATE_PARAMS_MAX = 64
 AFFECT_LIVE, AFFECT_CONFIG = 1, 2
 XML_SECURE, XML_INACTIVE = 1, 2
 MEM_MAXIMUM = 4
+START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0
 METADATA_ELEMENT = 2
 MIGRATE_DEST_XML = "destination_xml"
 # include/libvirt/virterror.h
@@ -78,6 +89,7 @@ class Interceptor:
     def create(self, procedure: int, payload: bytes) -> Steps:
         """Provision the NVDIMMs before libvirt gets the rewritten XML: the guest runs before the reply."""
         xml, flags = _xml_and_flags(payload)
+        yield from _validate(procedure, xml, flags)
         wanted = self._accept(xml)
         if wanted is None:
             return (yield from _call(procedure, payload, with_fds=True))
@@ -135,9 +147,11 @@ class Interceptor:
         values.end()
         if not is_nvdimm(device):
             return (yield from _call(procedure, payload))
-        live = bool(flags & AFFECT_LIVE)
-        if not flags & (AFFECT_LIVE | AFFECT_CONFIG):
-            live = Unpacker((yield from _call(Procedure.DOMAIN_IS_ACTIVE, bytes(Packer().domain(domain))))).int32() == 1
+        active = yield from _ask(Procedure.DOMAIN_IS_ACTIVE, domain)
+        live = bool(flags & AFFECT_LIVE) or (active and not flags & AFFECT_CONFIG)
+        persistent = yield from _ask(Procedure.DOMAIN_IS_PERSISTENT, domain)
+        if (live and not active) or (flags & AFFECT_CONFIG and not persistent):
+            return (yield from _call(procedure, payload))  # libvirtd refuses it, whatever the device
         if live:
             raise UnsupportedError(
                 f"an NVDIMM cannot be {what} the running domain {domain.name}",
@@ -286,9 +300,10 @@ class Interceptor:
 
     def _define(self, procedure: int, payload: bytes) -> Steps:
         xml, flags = _xml_and_flags(payload)
+        yield from _validate(procedure, xml, flags)
         domain = self._accept(xml)
         if domain is None:
-            reply = yield from _call(procedure, payload)
+            reply = yield from _call(procedure, (yield from self._without_remains(payload)))
             defined = Unpacker(reply).domain()
             known = yield from self._record(defined)
             if known is not None and not (yield from _has_managed_save(defined)):  # a saved guest has them still
@@ -309,6 +324,17 @@ class Interceptor:
                 yield from _call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
             raise
         return reply
+
+    def _without_remains(self, payload: bytes) -> Generator[Call | Work, Any, bytes]:
+        """Return a definition without NVDIMMs; if the domain had some, without the ``<maxMemory>`` of that time.
+
+        The libxl driver takes no domain with ``<maxMemory>``. For a domain that never had NVDIMMs, it says so.
+        """
+        xml, flags = _xml_and_flags(payload)
+        uuid = uuid_with_max_memory(xml)
+        if uuid is None or (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
+            return payload
+        return bytes(Packer().string(without_max_memory(xml))) + flags
 
     def _taken_up(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, str]:
         """Return the XML; if it has no uuid, with that of the undefined domain of its name, which owns the NVDIMMs."""
@@ -381,6 +407,21 @@ def _has_managed_save(domain: DomainRef) -> Generator[Call | Work, Any, bool]:
     return Unpacker((yield from _call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1
 
 
+def _ask(procedure: Procedure, domain: DomainRef) -> Generator[Call | Work, Any, bool]:
+    """Return the answer to a question of libvirt's about a domain."""
+    return Unpacker((yield from _call(procedure, bytes(Packer().domain(domain))))).int32() == 1
+
+
+def _validate(procedure: int, xml: str, flags: bytes) -> Generator[Call | Work, Any, None]:
+    """Validate XML with NVDIMMs if the client asks for it; libvirt validates what it gets, which is other XML.
+
+    :raises SchemaError: when it is not valid.
+    """
+    flag = VALIDATE.get(procedure, 0)
+    if flag and Unpacker(flags).uint32() & flag and has_nvdimms(xml):
+        yield Work(lambda: check_schema(xml))
+
+
 def _xml_and_flags(payload: bytes) -> tuple[str, bytes]:
     """Return the XML that a call begins with, and its flags as on the wire; domain_define_xml has none."""
     values = Unpacker(payload)
@@ -410,6 +451,12 @@ class Row(NamedTuple):
 
 LIVE_DEVICE_CALLS = (Procedure.DOMAIN_ATTACH_DEVICE, Procedure.DOMAIN_DETACH_DEVICE)
 """Device calls without flags."""
+VALIDATE: Mapping[int, int] = {
+    Procedure.DOMAIN_CREATE_XML: START_VALIDATE,
+    Procedure.DOMAIN_CREATE_XML_WITH_FILES: START_VALIDATE,
+    Procedure.DOMAIN_DEFINE_XML_FLAGS: DEFINE_VALIDATE,
+}
+"""The flag with which a client asks for validation."""
 MEMORY_FLAGS: Mapping[int, int] = {
     Procedure.DOMAIN_SET_MAX_MEMORY: MEM_MAXIMUM,
     Procedure.DOMAIN_SET_MEMORY: AFFECT_LIVE,

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from nvdimm_driver.errors import DomainXmlError
-from nvdimm_driver.model import DomainSpec, NvdimmSpec
+from nvdimm_driver.errors import DeviceMissingError
+from nvdimm_driver.model import KIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.xml.document import Element, may_have, parse, written
-from nvdimm_driver.xml.parse_domain import nvdimm_elements, path_of
+from nvdimm_driver.xml.nvdimm_element import as_libvirt_shows
+from nvdimm_driver.xml.parse_domain import nvdimm_elements, parse_xen, path_of, uuid_of
+from nvdimm_driver.xml.values import scaled
 
 BEHIND_MEMORY = ("crypto", "iommu", "vsock", "pstore")
 """Devices that libvirt writes after memory (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName)."""
+
+_SHOWN = "'virsh dumpxml' shows them"
 
 
 def memory_device(spec: NvdimmSpec, slot: int | None = None) -> str:
@@ -69,31 +73,89 @@ def attach(xml: str, device: str) -> str:
 
 
 def detach(xml: str, device: str) -> str:
-    """Return domain XML without the NVDIMM that has the same backing as this one.
+    """Return domain XML without the NVDIMM that this XML describes.
 
-    :raises DomainXmlError: when there is none.
+    As in libvirt (src/conf/domain_conf.c:virDomainMemoryFindByDefInternal), path and size must be the same, and node,
+    address and alias if they are given. So must the label area be.
+
+    :raises DeviceMissingError: when the domain has no such NVDIMM.
+    :raises DomainXmlError: when something in the XML is invalid.
     """
-    text = parse(xml)
-    text.cut(_same_backing(text.root, device))
+    text, wanted = parse(xml), parse(device).root
+    found = _same_backing(text.root, wanted)
+    for what, asked, own in _traits(wanted, found):
+        if asked not in (None, own):
+            raise DeviceMissingError(
+                f"device not found: the NVDIMM {path_of(found)} has another {what}: {own or 'none'}, and not {asked}",
+                hint=_SHOWN,
+            )
+    text.cut(found)
     return text.edited()
 
 
 def update(xml: str, device: str) -> str:
     """Return domain XML with this NVDIMM in place of the one that has the same backing.
 
-    :raises DomainXmlError: when there is none.
+    :raises DeviceMissingError: when there is none.
     """
-    text = parse(xml)
-    text.replace(_same_backing(text.root, device), parse(device).root)
+    text, new = parse(xml), parse(device).root
+    text.replace(_same_backing(text.root, new), new)
     return text.edited()
 
 
-def _same_backing(root: Element, device: str) -> Element:
-    path = path_of(parse(device).root)
+def uuid_with_max_memory(xml: str) -> str | None:
+    """Return the uuid of a domain of type ``xen`` that has ``<maxMemory>``; None for any other XML.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    text = parse_xen(xml, "maxMemory")
+    if text is None or text.root.child("maxMemory") is None:
+        return None
+    return uuid_of(text.root)
+
+
+def without_max_memory(xml: str) -> str:
+    """Return domain XML without ``<maxMemory>``, which the libxl driver takes of no domain."""
+    text = parse(xml)
+    for element in text.root.children:
+        if element.tag == "maxMemory":
+            text.cut(element)
+    return text.edited()
+
+
+def _same_backing(root: Element, device: Element) -> Element:
+    path = path_of(device)
     for element in nvdimm_elements(root):
         if path_of(element) == path:
             return element
-    raise DomainXmlError(f"the domain has no NVDIMM with <source><path> {path!r}", hint="'virsh dumpxml' shows them")
+    raise DeviceMissingError(f"device not found: the domain has no NVDIMM with <source><path> {path!r}", hint=_SHOWN)
+
+
+def _traits(wanted: Element, own: Element) -> list[tuple[str, str | None, str | None]]:
+    """Return by what an NVDIMM is found: its name, the value asked for, None for any, and the NVDIMM's own."""
+    one, other = wanted.need("target"), own.need("target")
+    asked, found = as_libvirt_shows(wanted), as_libvirt_shows(own)
+    place = asked.child("address") if found.child("address") is not None else None
+    return [
+        ("size", _size(one.need("size")), _size(other.need("size"))),
+        ("label area", _label_size(one), _label_size(other)),
+        ("node", asked.need("target").text_of("node") or None, found.need("target").text_of("node") or "0"),
+        *((name, _attribute(place, name), _attribute(found.child("address"), name)) for name in ("slot", "base")),
+        ("alias", _attribute(asked.child("alias"), "name"), _attribute(found.child("alias"), "name")),
+    ]
+
+
+def _label_size(target: Element) -> str | None:
+    label = target.child("label")
+    return None if label is None else _size(label.need("size"))
+
+
+def _size(element: Element) -> str:
+    return f"{scaled(element, f'<{element.tag}>') // KIB} KiB"
+
+
+def _attribute(element: Element | None, name: str) -> str | None:
+    return None if element is None else element.attributes.get(name)
 
 
 def _address(slot: int) -> Element:

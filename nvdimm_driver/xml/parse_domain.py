@@ -32,9 +32,27 @@ def extract(xml: str) -> DomainSpec | None:
     :raises UnsupportedError: when it asks for something that Xen or this driver cannot do.
     """
     text = parse_xen(xml, "nvdimm")
-    if text is None or not nvdimm_elements(text.root):
-        return None
-    return spec_of(text.root)
+    return spec_of(text.root) if text is not None and nvdimm_elements(text.root) else None
+
+
+def has_nvdimms(xml: str) -> bool:
+    """Return True for the XML of a domain of type ``xen`` that has NVDIMMs, whatever is wrong with them.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    text = parse_xen(xml, "nvdimm")
+    return text is not None and bool(nvdimm_elements(text.root))
+
+
+def why_none(xml: str) -> str:
+    """Return why :func:`extract` finds no NVDIMMs in XML."""
+    root = parse(xml).root
+    kind = root.attributes.get("type")
+    if root.tag != "domain":
+        return f"its root element is <{root.tag}>, and not <domain>"
+    if kind != "xen":
+        return f"it {f'is of type {kind!r}' if kind else 'has no type'}: write <domain type='xen'>"
+    return "it has no <memory model='nvdimm'> in <devices>"
 
 
 def emulator_is(xml: str, path: str) -> bool:
@@ -76,6 +94,22 @@ def ram_of(root: Element) -> int:
     return sum(parts)
 
 
+def uuid_of(root: Element) -> str | None:
+    """Return the uuid of a domain in lower case; None when it has none.
+
+    :raises DomainXmlError: when it is not a UUID.
+    """
+    element = root.child("uuid")
+    if element is None:
+        return None
+    try:
+        return str(UUID(element.text.strip()))
+    except ValueError:
+        raise DomainXmlError(
+            f"<uuid> is {element.text!r}, which is not a UUID", hint="write 32 hexadecimal digits"
+        ) from None
+
+
 def parse_xen(xml: str, word: str) -> Text | None:
     """Parse the XML of a domain of type ``xen``; return None for other XML, and for XML without the word."""
     if not may_have(xml, word):
@@ -104,7 +138,7 @@ def spec_of(root: Element) -> DomainSpec:
     emulator = root.need("devices").child("emulator")
     return DomainSpec(
         name=name,
-        uuid=_uuid(root),
+        uuid=uuid_of(root),
         ram=ram,
         emulator=(emulator.text.strip() or None) if emulator is not None else None,
         nvdimms=tuple(sorted(specs, key=lambda spec: spec.slot)),
@@ -147,18 +181,6 @@ def _in_namespace(element: Element, ancestors: Sequence[Element | None], uri: st
         each.attributes[declaration] for each in (element, *ancestors) if each and declaration in each.attributes
     ]
     return declared[:1] == [uri]
-
-
-def _uuid(root: Element) -> str | None:
-    element = root.child("uuid")
-    if element is None:
-        return None
-    try:
-        return str(UUID(element.text.strip()))
-    except ValueError:
-        raise DomainXmlError(
-            f"<uuid> is {element.text!r}, which is not a UUID", hint="write 32 hexadecimal digits"
-        ) from None
 
 
 def _check_hvm(root: Element) -> None:

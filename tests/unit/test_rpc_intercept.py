@@ -12,10 +12,13 @@ import pytest
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import (
     BackingError,
+    ConfigError,
+    DeviceMissingError,
     DomainXmlError,
     LayoutError,
     ProtocolError,
     RefusedError,
+    SchemaError,
     UnsupportedError,
     XenError,
 )
@@ -28,6 +31,7 @@ from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, restore, rewrite
+from nvdimm_driver.xml.schema import check_schema
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
@@ -54,6 +58,7 @@ class Libvirtd:
         self.defined: dict[str, str] = {}
         self.running: set[str] = set()
         self.saved: set[str] = set()
+        self.transient: set[str] = set()
         self.calls: list[int] = []
         self.payloads: list[bytes] = []
         self.refuse: dict[int, str] = {}
@@ -65,7 +70,7 @@ class Libvirtd:
         if call.procedure in self.refuse:
             raise LibvirtError(RemoteError(1, 41, self.refuse[call.procedure]).pack())
         match call.procedure:
-            case 11 | 350 | 10:
+            case 11 | 350 | 10 | 309:
                 text = decode(values.encoded())
                 spec = extract(restore(text))
                 uuid = UUID if spec is None or spec.uuid is None else spec.uuid
@@ -84,6 +89,8 @@ class Libvirtd:
                 return bytes(Packer().string(f"native of {values.string()} {values.string()}"))
             case 183:
                 return bytes(Packer().int32(int(values.domain().uuid in self.saved)))
+            case 151:
+                return bytes(Packer().int32(int(values.domain().uuid not in self.transient)))
             case 150:
                 return bytes(Packer().int32(int(values.domain().uuid in self.running)))
         return b""
@@ -399,14 +406,16 @@ def test_config_attach_and_detach_change_the_definition(
     proxy.call(160, Packer().domain(domain).string(NVDIMM.format("b")).uint32(CONFIG))
     assert [item.spec.path for item in domxml_specs(driver)] == ["/mnt/pmem0/a", "/mnt/pmem0/b"]
     assert proxy.xml(domain).count("model='nvdimm'") == 2
-    larger = NVDIMM.format("b").replace("65536", "32768")
+    larger = NVDIMM.format("b").replace("65536", "98304")
     proxy.call(174, Packer().domain(domain).string(larger).uint32(CONFIG))
-    assert [item.spec.size for item in domxml_specs(driver)] == [64 * MIB, 32 * MIB]
+    assert [item.spec.size for item in domxml_specs(driver)] == [64 * MIB, 96 * MIB]
     proxy.call(161, Packer().domain(domain).string(NVDIMM.format("a")).uint32(CONFIG))
     assert [item.spec.path for item in domxml_specs(driver)] == ["/mnt/pmem0/b"]
     assert set(backing.files) == {"/mnt/pmem0/a", "/mnt/pmem0/b"}
-    with pytest.raises(DomainXmlError, match="no NVDIMM with"):
-        proxy.call(161, Packer().domain(domain).string(NVDIMM.format("c")).uint32(CONFIG))
+    for procedure in (161, 174):
+        with pytest.raises(DeviceMissingError, match="device not found: the domain has no NVDIMM with") as caught:
+            proxy.call(procedure, Packer().domain(domain).string(NVDIMM.format("c")).uint32(CONFIG))
+        assert caught.value.libvirt_code == 99
 
 
 def domxml_specs(driver: XenNvdimmDriver) -> list[Any]:
@@ -425,6 +434,77 @@ def test_live_changes_are_refused(proxy: Proxy, procedure: int, flags: int | Non
     packer = Packer().domain(domain).string(NVDIMM.format("a"))
     with pytest.raises(UnsupportedError, match=r"running domain db1.*--config"):
         proxy.call(procedure, packer if flags is None else packer.uint32(flags))
+
+
+@pytest.mark.parametrize(
+    ("procedure", "flags"), [(8, None), (13, None), (160, LIVE), (161, LIVE | CONFIG), (174, LIVE)]
+)
+def test_a_live_change_of_a_domain_that_is_off_is_libvirtds_to_refuse(
+    proxy: Proxy, procedure: int, flags: int | None
+) -> None:
+    domain = proxy.define(xml("a"))
+    proxy.libvirtd.refuse[procedure] = "Requested operation is not valid: domain is not running"
+    packer = Packer().domain(domain).string(NVDIMM.format("a"))
+    with pytest.raises(LibvirtError) as caught:
+        proxy.call(procedure, packer if flags is None else packer.uint32(flags))
+    assert message(caught.value) == "Requested operation is not valid: domain is not running"
+
+
+def test_a_transient_domain_does_not_get_a_definition_by_a_change(proxy: Proxy) -> None:
+    proxy.call(CREATE_XML, Packer().string(xml("a")).uint32(0))
+    proxy.libvirtd.running.add(UUID)
+    proxy.libvirtd.transient.add(UUID)
+    proxy.libvirtd.refuse[160] = "transient domains do not have any persistent config"
+    domain = DomainRef("db1", UUID, 1)
+    with pytest.raises(LibvirtError) as caught:
+        proxy.call(160, Packer().domain(domain).string(NVDIMM.format("b")).uint32(CONFIG))
+    assert "transient" in message(caught.value)
+    assert 11 not in proxy.libvirtd.calls
+
+
+LIMIT = "<maxMemory slots='2' unit='GiB'>4</maxMemory>"
+
+
+def test_the_last_nvdimm_takes_max_memory_with_it(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    limited = xml("a").replace("<memory>", LIMIT + "<memory>", 1)
+    domain = proxy.define(limited)
+    assert "<maxMemory" in proxy.xml(domain)
+    proxy.call(161, Packer().domain(domain).string(NVDIMM.format("a")).uint32(CONFIG))
+    assert "maxMemory" not in proxy.libvirtd.defined[UUID]
+    assert driver.ledger.find_domain(UUID) is None
+    proxy.define(limited)
+    proxy.define(limited.replace(NVDIMM.format("a"), ""))
+    assert "maxMemory" not in proxy.libvirtd.defined[UUID]
+
+
+def test_max_memory_of_a_domain_that_never_had_nvdimms_is_libvirts_to_refuse(proxy: Proxy) -> None:
+    text = xml().replace("<memory>", LIMIT + "<memory>", 1)
+    proxy.define(text)
+    assert proxy.libvirtd.defined[UUID] == text
+
+
+@pytest.mark.parametrize(("procedure", "flag"), [(CREATE_XML, 16), (309, 16), (DEFINE_FLAGS, 1)])
+def test_xml_is_validated_when_the_client_asks_for_it(proxy: Proxy, procedure: int, flag: int) -> None:
+    wrong = xml("a").replace("</target>", "<lable><size>128</size></lable></target>")
+    with pytest.raises(SchemaError, match=r"^XML document failed to validate against schema: Unable to") as caught:
+        proxy.call(procedure, Packer().string(wrong).uint32(flag))
+    assert caught.value.libvirt_code == 92
+    with pytest.raises(DomainXmlError, match="<target> has <lable>"):
+        proxy.call(procedure, Packer().string(wrong).uint32(0))
+    assert proxy.libvirtd.defined == {}
+    proxy.call(procedure, Packer().string(xml("a")).uint32(flag))
+    assert proxy.libvirtd.defined
+
+
+def test_xml_without_nvdimms_is_libvirts_to_validate(proxy: Proxy) -> None:
+    wrong = xml().replace("<devices>", "<devices><nvdimm/>")
+    proxy.call(DEFINE_FLAGS, Packer().string(wrong).uint32(1))
+    assert proxy.libvirtd.defined[UUID] == wrong
+
+
+def test_a_schema_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read /nonexistent\.rng"):
+        check_schema(xml("a"), Path("/nonexistent.rng"))
 
 
 def test_the_current_state_of_a_domain_that_is_off_is_its_definition(proxy: Proxy) -> None:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from nvdimm_driver.contents.importing import new_nvdimm
-from nvdimm_driver.errors import BackingError, DomainXmlError, NvdimmError, UnsupportedError
+from nvdimm_driver.errors import BackingError, DeviceMissingError, DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.xml.document import decode
-from nvdimm_driver.xml.edit_devices import attach, is_nvdimm, memory_device
-from nvdimm_driver.xml.parse_domain import emulator_is, extract
+from nvdimm_driver.xml.edit_devices import attach, detach, is_nvdimm, memory_device
+from nvdimm_driver.xml.parse_domain import emulator_is, extract, why_none
 from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, is_rewritten, mentions, restore, rewrite
 
 DATA = Path(__file__).parent.parent / "data" / "domxml"
@@ -858,6 +858,67 @@ def test_an_nvdimm_of_ones_own(size: int, label_size: int, printed: str) -> None
     found = extract(attach(domain, device))
     assert found is not None
     assert found.nvdimms == (spec,)
+
+
+FULL = (
+    "<memory model='nvdimm' access='shared'><source><path>/a</path><pmem/></source>"
+    "<target><size unit='MiB'>64</size><node>0</node><label><size>128</size></label></target>"
+    "<alias name='ua-a'/><address type='dimm' slot='3' base='0x180000000'/></memory>"
+)
+SHORT = "<memory model='nvdimm'><source><path>/a</path></source><target><size>65536</size></target>{}</memory>"
+ADDRESS = "<address type='dimm' slot='{}'/>"
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        FULL,
+        SHORT.format(""),
+        FULL.replace("unit='MiB'>64", "unit='KB'>67108"),
+        FULL.replace("<pmem/>", "").replace("shared", "private"),
+        SHORT.format("<alias name='nvdimm0'/>"),
+        SHORT.format("<address type='dimm' slot='3'/>"),
+    ],
+)
+def test_an_nvdimm_is_detached_by_all_that_is_given(device: str) -> None:
+    assert detach(domain(NVDIMM + FULL), device) == domain()
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"),
+    [
+        (SHORT.replace("/a", "/b").format(""), r"no NVDIMM with <source><path> '/b' \('virsh dumpxml' shows them\)"),
+        (SHORT.replace("65536", "65537").format(""), "NVDIMM /a has another size: 65536 KiB, and not 65537 KiB"),
+        (FULL.replace("<size>128<", "<size>256<"), "another label area: 128 KiB, and not 256 KiB"),
+        (FULL.replace("<node>0", "<node>1"), "another node: 0, and not 1"),
+        (FULL.replace("slot='3'", "slot='4'"), "another slot: 3, and not 4"),
+        (FULL.replace("0x180000000", "0x190000000"), "another base: 0x180000000, and not 0x190000000"),
+        (FULL.replace("ua-a", "ua-b"), "another alias: ua-a, and not ua-b"),
+    ],
+)
+def test_an_nvdimm_that_is_another_is_not_detached(device: str, problem: str) -> None:
+    with pytest.raises(DeviceMissingError, match=f"^device not found: .*{problem}"):
+        detach(domain(NVDIMM + FULL), device)
+
+
+def test_an_address_counts_only_if_the_nvdimm_has_one_in_the_definition() -> None:
+    assert detach(domain(NVDIMM + SHORT.format("")), SHORT.format(ADDRESS.format(7))) == domain()
+    with pytest.raises(DeviceMissingError, match="another label area: none, and not 128 KiB"):
+        detach(domain(SHORT.format("")), FULL)
+
+
+@pytest.mark.parametrize(
+    ("xml", "why"),
+    [
+        (DOMAIN.replace("'xen'", "'kvm'"), "it is of type 'kvm': write <domain type='xen'>"),
+        (DOMAIN.replace(" type='xen'", ""), "it has no type: write <domain type='xen'>"),
+        (NVDIMM, "its root element is <memory>, and not <domain>"),
+        (DOMAIN.replace(NVDIMM, ""), "it has no <memory model='nvdimm'> in <devices>"),
+    ],
+)
+def test_why_xml_has_no_nvdimms_for_xen_is_said(xml: str, why: str) -> None:
+    assert extract(xml) is None
+    assert why_none(xml) == why
 
 
 def test_sizes_of_an_nvdimm_of_ones_own() -> None:

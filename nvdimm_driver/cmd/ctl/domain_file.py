@@ -58,11 +58,12 @@ def domain_in(xml: str, file: str, options: cfg.ConfigOpts) -> DomainSpec:
     :raises DomainXmlError: when it is not a Xen domain with NVDIMMs.
     """
     from nvdimm_driver.xml.hooks import XmlHooks
-    from nvdimm_driver.xml.parse_domain import extract
+    from nvdimm_driver.xml.parse_domain import extract, why_none
 
-    domain = extract(XmlHooks.from_conf(options).restore(xml))
+    xml = XmlHooks.from_conf(options).restore(xml)
+    domain = extract(xml)
     if domain is None:
-        raise DomainXmlError(f"{file} is not a Xen domain with NVDIMMs", hint="no <memory model='nvdimm'> in it")
+        raise DomainXmlError(f"{file} is not a Xen domain with NVDIMMs", hint=why_none(xml))
     return domain
 
 

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A redefinition keeps the guest's bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import RefusedError, UnsupportedError
+from nvdimm_driver.model import KIB, MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.plugins import ByteRange
+from tests.unit.doubles import NAMESPACE, MemoryBacking, RecordingMapper, domain, make_driver
+from tests.unit.label_areas import label_area
+
+A = "/mnt/pmem0/a"
+LABEL = 128 * KIB
+
+
+class Host:
+    """A driver, and a domain with one NVDIMM of 64 MiB on a larger file."""
+
+    def __init__(self, folder: Path, label_size: int, alignsize: int | None = None) -> None:
+        self.backing = MemoryBacking()
+        self.backing.files[A] = (100, 128 * MIB)
+        self.driver = make_driver(folder, self.backing, RecordingMapper())
+        self.domain = domain(A, label_size=label_size)
+        self.domain = self.changed(alignsize=alignsize)
+        self.content = self.backing.contents.setdefault(A, bytearray(128 * MIB))
+        self.driver.define(self.domain)
+
+    def changed(self, **values: int | None) -> DomainSpec:
+        """Return the domain with another NVDIMM."""
+        (nvdimm,) = self.domain.nvdimms
+        return replace(self.domain, nvdimms=(replace(nvdimm, **values),))  # type: ignore[arg-type]
+
+    def redefine(self, **values: int | None) -> NvdimmSpec:
+        changed = self.changed(**values)
+        self.driver.define(changed, self.driver.check(changed))
+        return changed.nvdimms[0]
+
+
+def test_an_nvdimm_does_not_get_smaller(tmp_path: Path) -> None:
+    host = Host(tmp_path, 0)
+    with pytest.raises(RefusedError, match=r"/a: has 64 MiB and would have 62 MiB: the guest would lose its end"):
+        host.redefine(size=62 * MIB)
+    (record,) = host.driver.ledger.domains()
+    assert record.allocations[0].spec.size == 64 * MIB
+
+
+def test_an_nvdimm_without_labels_can_grow(tmp_path: Path) -> None:
+    host = Host(tmp_path, 0)
+    host.content[64 * MIB - 1] = 1
+    assert host.redefine(size=128 * MIB).size == 128 * MIB
+
+
+@pytest.mark.parametrize("values", [{"label_size": 2 * LABEL}, {"label_size": 0}, {"size": 128 * MIB}])
+@pytest.mark.parametrize("valid", [(True, True), (False, True)])
+def test_labels_stay_where_they_are(tmp_path: Path, values: dict[str, int], valid: tuple[bool, bool]) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[64 * MIB - LABEL : 64 * MIB] = label_area(LABEL, valid=valid)
+    with pytest.raises(RefusedError, match=r"/a: its label area, 128 KiB at 0x3fe0000, is in use, and would"):
+        host.redefine(**values)
+    host.redefine(base=0x2000000000)
+
+
+@pytest.mark.parametrize("values", [{"label_size": 2 * LABEL}, {"label_size": 0}, {"size": 128 * MIB}])
+def test_a_label_area_without_labels_can_change(tmp_path: Path, values: dict[str, int]) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[0] = host.content[64 * MIB - 2 * LABEL - 1] = 1
+    host.redefine(**values)
+
+
+@pytest.mark.parametrize("at", [32 * MIB, 64 * MIB - LABEL - 1])
+def test_a_label_area_does_not_come_to_lie_over_data(tmp_path: Path, at: int) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[at] = 1
+    with pytest.raises(RefusedError, match=r"the end of the guest's data, .* at 0x2000000, is in use, .* of 32 MiB"):
+        host.redefine(label_size=32 * MIB)
+
+
+def test_a_new_label_area_does_not_come_to_lie_over_data(tmp_path: Path) -> None:
+    host = Host(tmp_path, 0)
+    host.content[64 * MIB - LABEL] = 1
+    with pytest.raises(RefusedError, match="the end of the guest's data, 128 KiB at 0x3fe0000"):
+        host.redefine(label_size=LABEL)
+
+
+def test_a_new_alignsize_does_not_hide_data(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[62 * MIB] = 1
+    with pytest.raises(RefusedError, match="the end of the guest's data, 1920 KiB at 0x3e00000"):
+        host.redefine(alignsize=2 * MIB)
+
+
+def test_bytes_between_data_and_labels_are_nobodys(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL, alignsize=2 * MIB)
+    host.content[62 * MIB] = 1
+    host.redefine(alignsize=4 * KIB)
+
+
+def test_wiped_bytes_are_not_in_use(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[64 * MIB - LABEL : 64 * MIB] = label_area(LABEL)
+    (record,) = host.driver.ledger.domains()
+    host.driver.wiper.wipe(record.allocations[0].spec, lambda name: lambda done, total: None, record)
+    host.redefine(label_size=2 * LABEL)
+
+
+def test_without_the_nvdimm_first_anything_goes(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[64 * MIB - LABEL : 64 * MIB] = label_area(LABEL)
+    host.driver.define(domain("/mnt/pmem0/b"))
+    assert host.redefine(size=32 * MIB, label_size=0).size == 32 * MIB
+    assert any(host.content[64 * MIB - LABEL : 64 * MIB])
+
+
+def test_another_file_at_the_path_is_another_nvdimm(tmp_path: Path) -> None:
+    host = Host(tmp_path, 0)
+    host.backing.files[A] = (101, 128 * MIB)
+    host.redefine(size=32 * MIB)
+
+
+def test_an_enlarged_file_is_the_same(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[64 * MIB - LABEL] = 1
+    host.backing.files[A] = (100, 192 * MIB)
+    with pytest.raises(RefusedError, match="its label area"):
+        host.redefine(size=128 * MIB)
+
+
+class Unreadable(MemoryBacking):
+    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        raise UnsupportedError("not from the host")
+
+
+def test_bytes_that_the_host_cannot_read_are_in_use(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL)
+    unreadable = Unreadable()
+    unreadable.files = host.backing.files
+    driver: XenNvdimmDriver = make_driver(tmp_path, unreadable, RecordingMapper())
+    driver.plan(host.domain)
+    with pytest.raises(RefusedError, match="its label area"):
+        driver.plan(host.changed(label_size=0))
+
+
+class Broken(MemoryBacking):
+    def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        raise AssertionError("a read of device-dax ends the process")
+
+
+def test_bad_blocks_are_in_use_and_not_read(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL)
+    broken = Broken()
+    broken.files = host.backing.files
+    bad = ((NAMESPACE.data_spa + 64 * MIB - LABEL, 512),)
+    driver = make_driver(tmp_path, broken, RecordingMapper(), bad=bad)
+    with pytest.raises(RefusedError, match="its label area"):
+        driver.plan(host.changed(label_size=0))
