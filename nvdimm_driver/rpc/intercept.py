@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
+from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED, DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.procedure import Procedure
@@ -33,7 +33,7 @@ from nvdimm_driver.xml.edit_devices import (
     without_max_memory,
 )
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import emulator_is, extract, has_nvdimms
+from nvdimm_driver.xml.parse_domain import emulator_is, extract, has_nvdimms, other_type
 from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
 from nvdimm_driver.xml.schema import check_schema
 
@@ -92,7 +92,7 @@ class Interceptor:
         yield from _validate(procedure, xml, flags)
         wanted = self._accept(xml)
         if wanted is None:
-            return (yield from _call(procedure, payload, with_fds=True))
+            return (yield from _pass(procedure, payload, xml, with_fds=True))
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         uuid = domain.uuid or ""
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
@@ -113,7 +113,7 @@ class Interceptor:
         values.end()
         if self._accept(xml) is not None:
             payload = bytes(Packer().string(kind).string(self._hooks.rewrite(xml)).uint32(flags))
-        return (yield from _call(procedure, payload))
+        return (yield from _pass(procedure, payload, xml))
 
     # --- XML that goes out ---
 
@@ -303,7 +303,7 @@ class Interceptor:
         yield from _validate(procedure, xml, flags)
         domain = self._accept(xml)
         if domain is None:
-            reply = yield from _call(procedure, (yield from self._without_remains(payload)))
+            reply = yield from _pass(procedure, (yield from self._without_remains(payload)), xml)
             defined = Unpacker(reply).domain()
             known = yield from self._record(defined)
             if known is not None and not (yield from _has_managed_save(defined)):  # a saved guest has them still
@@ -405,6 +405,18 @@ def _call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
 def _has_managed_save(domain: DomainRef) -> Generator[Call | Work, Any, bool]:
     arguments = bytes(Packer().domain(domain).uint32(0))
     return Unpacker((yield from _call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1
+
+
+def _pass(procedure: int, payload: bytes, xml: str, *, with_fds: bool = False) -> Steps:
+    """Make a call with the client's domain XML; if it fails for NVDIMMs of another type of domain, name the type."""
+    try:
+        return (yield from _call(procedure, payload, with_fds=with_fds))
+    except LibvirtError as error:
+        told, kind = RemoteError.unpack(error.payload), other_type(xml)
+        if told.code != VIR_ERR_CONFIG_UNSUPPORTED or kind is None:
+            raise
+        message = f"{told.message} (the domain is of type {kind!r}; for Xen, write <domain type='xen'>)"
+        raise LibvirtError(told._replace(message=message).pack()) from error
 
 
 def _ask(procedure: Procedure, domain: DomainRef) -> Generator[Call | Work, Any, bool]:

@@ -44,6 +44,16 @@ def has_nvdimms(xml: str) -> bool:
     return text is not None and bool(nvdimm_elements(text.root))
 
 
+def other_type(xml: str) -> str | None:
+    """Return the type of a domain that has NVDIMMs and is not of type ``xen``; None for any other XML.
+
+    :raises DomainXmlError: when the XML cannot be parsed.
+    """
+    root = parse(xml).root if may_have(xml, "nvdimm") else Element("")
+    kind = root.attributes.get("type", "")
+    return kind if root.tag == "domain" and kind != "xen" and nvdimm_elements(root) else None
+
+
 def why_none(xml: str) -> str:
     """Return why :func:`extract` finds no NVDIMMs in XML."""
     root = parse(xml).root

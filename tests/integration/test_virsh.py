@@ -74,6 +74,7 @@ def test_the_user_sees_what_the_user_wrote(host: Host) -> None:
     written = host.xml("db1", 1).read_text()
     nvdimm = written[written.index("    <memory model") : written.index("    </memory>\n  </devices>")]
     nvdimm += "      <address type='dimm' slot='0'/>\n    </memory>\n"
+    nvdimm = nvdimm.replace("<size unit='MiB'>4<", "<size unit='KiB'>4096<")  # as libvirt shows it
     for flags in ([], ["--inactive"], ["--security-info"], ["--migratable"]):
         shown = host.check("dumpxml", "db1", *flags)
         assert nvdimm in shown
@@ -118,6 +119,148 @@ def test_a_slot_that_is_taken_is_refused(host: Host) -> None:
     said = refused(host, "define", both)
     assert f"{image(host, 'more')}: slot 0 is taken by {image(host, 'db1')}" in said
     assert slots(host) == {"db1.img": 0}
+
+
+def edit(host: Host, *sed: str) -> subprocess.CompletedProcess[str]:
+    """Run 'virsh edit' with sed(1) as the editor."""
+    editor = host.folder / "editor"
+    scripts = " ".join(f"-e '{each}'" for each in sed)
+    editor.write_text(f"""#!/bin/sh\nsed -i {scripts} "$1"\n""")
+    editor.chmod(0o755)
+    return host.libvirtd.run("env", f"EDITOR={editor}", "virsh", "-q", "-c", "xen:///system", "edit", "db1")
+
+
+def test_a_device_is_found_as_on_kvm(host: Host) -> None:
+    other = device(host, "db1")
+    other.write_text(other.read_text().replace("'MiB'>4<", "'MiB'>6<"))
+    said = refused(host, "detach-device", "db1", other, "--config")
+    assert "device not found: the NVDIMM" in said
+    assert "another size: 4096 KiB, and not 6144 KiB" in said
+    assert nvdimms(host) == ["db1.img"]
+
+
+@pytest.mark.parametrize("command", ["attach-device", "detach-device", "update-device"])
+def test_a_live_change_of_a_domain_that_is_off_is_refused_as_on_kvm(host: Host, command: str) -> None:
+    file = device(host, "more" if command == "attach-device" else "db1")
+    for flags in (["--live"], ["--live", "--config"]):
+        said = refused(host, command, "db1", file, *flags)
+        assert "Requested operation is not valid: domain is not running" in said
+    assert nvdimms(host) == ["db1.img"]
+
+
+def test_a_persistent_change_of_a_domain_that_is_off_is_one_of_its_definition(host: Host) -> None:
+    assert "domain is not running" in refused(host, "attach-device", "db1", device(host, "more"))
+    host.check("attach-device", "db1", device(host, "more"), "--persistent")
+    host.check("update-device", "db1", device(host, "more"), "--persistent")
+    assert nvdimms(host) == ["db1.img", "more.img"]
+    host.check("detach-device", "db1", device(host, "more"), "--persistent")
+    host.check("detach-device", "db1", device(host, "db1"), "--current")
+    assert host.nvdimmctl("list", "-f", "value").stdout == ""
+
+
+def test_a_transient_domain_has_no_definition_to_change(host: Host) -> None:
+    host.check("create", host.xml("db2", 2))
+    assert "transient" in refused(host, "attach-device", "db2", device(host, "more"), "--config")
+    assert host.check("list", "--all", "--transient", "--name") == "db2"
+    host.check("destroy", "db2")
+
+
+def limited(host: Host, *, with_nvdimm: bool = True) -> Path:
+    """Return a file with the XML of db1 and a <maxMemory>."""
+    file = host.xml("db1", 1)
+    text = file.read_text().replace(
+        "  <memory unit", "  <maxMemory slots='4' unit='GiB'>4</maxMemory>\n  <memory unit", 1
+    )
+    file.write_text(text if with_nvdimm else re.sub(" *<memory model.*</memory>\n", "", text, flags=re.DOTALL))
+    return file
+
+
+def test_the_last_nvdimm_goes_by_detaching_editing_or_redefining(host: Host) -> None:
+    host.check("define", limited(host))
+    host.check("detach-device", "db1", device(host, "db1"), "--config")
+    assert host.nvdimmctl("list", "-f", "value").stdout == ""
+    host.check("define", limited(host))
+    assert "<maxMemory slots='4' unit='KiB'>4194304</maxMemory>" in host.check("dumpxml", "db1")
+    done = edit(host, "/<memory model/,/<.memory>/d")
+    assert done.returncode == 0, done.stderr
+    assert host.nvdimmctl("list", "-f", "value").stdout == ""
+    host.check("define", limited(host))
+    host.check("define", limited(host, with_nvdimm=False))
+    shown = host.check("dumpxml", "db1")
+    assert "nvdimm" not in shown
+    assert "maxMemory" not in shown
+    assert "db1.img" in host.files()
+
+
+def test_define_and_edit_validate_as_on_kvm(host: Host) -> None:
+    wrong = host.xml("db2", 2)
+    wrong.write_text(wrong.read_text().replace("</target>", "<lable><size>128</size></lable></target>"))
+    assert "XML document failed to validate against schema" in refused(host, "define", wrong, "--validate")
+    assert "XML document failed to validate against schema" in refused(host, "create", wrong, "--validate")
+    assert "<target> has <lable>" in refused(host, "define", wrong)
+    host.check("define", host.xml("db2", 2), "--validate")
+    host.check("undefine", "db2")
+    done = edit(host, 's/<memory model=.nvdimm./& acces="private"/')
+    assert done.stderr == "error: Failed.\n"  # what virsh says where it cannot ask
+    assert "acces=" not in host.check("dumpxml", "db1")
+    assert edit(host, "s/db1.img/more.img/").returncode == 0
+    assert nvdimms(host) == ["more.img"]
+
+
+def test_virt_xml_changes_the_size_that_is_shown(host: Host) -> None:
+    command = ["virt-xml", "--connect", "xen:///system", "db1", "--edit", "--memdev", "target.size=8", "--define"]
+    host.check("detach-device", "db1", device(host, "db1"), "--config")
+    host.libvirtd.run("truncate", "-s", "8M", image(host, "db1"))
+    host.libvirtd.run("fallocate", "-l", "8M", image(host, "db1"))
+    host.check("attach-device", "db1", device(host, "db1"), "--config")
+    done = host.libvirtd.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert host.record("db1").allocations[0].spec.size == 8 << 20
+
+
+def test_an_nvdimm_gets_smaller_only_on_purpose(host: Host) -> None:
+    host.libvirtd.run("sh", "-c", f"yes | dd of={image(host, 'db1')} bs=4096 count=1024 iflag=fullblock conv=notrunc")
+    before = host.sum("db1")
+    smaller = device(host, "db1")
+    smaller.write_text(smaller.read_text().replace("'MiB'>4<", "'MiB'>2<"))
+    said = refused(host, "update-device", "db1", smaller, "--config")
+    assert "has 4 MiB and would have 2 MiB: the guest would lose its end (keep size, label and alignsize; to" in said
+    labelled = device(host, "db1")
+    label = "</size><label><size unit='KiB'>128</size></label>"
+    labelled.write_text(labelled.read_text().replace("</size>", label))
+    assert "the end of the guest's data, 128 KiB at 0x3e0000, is in use" in refused(
+        host, "update-device", "db1", labelled, "--config"
+    )
+    assert host.record("db1").allocations[0].spec.size == 4 << 20
+
+    host.nvdimmctl("export", "db1", str(host.folder / "saved.img"))
+    host.check("detach-device", "db1", device(host, "db1"), "--config")
+    smaller = device(host, "db1")
+    smaller.write_text(smaller.read_text().replace("'MiB'>4<", "'MiB'>2<"))
+    host.check("attach-device", "db1", smaller, "--config")
+    assert host.record("db1").allocations[0].spec.size == 2 << 20
+    assert host.sum("db1") == before == hashlib.sha256((host.folder / "saved.img").read_bytes()).hexdigest()
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+
+
+@pytest.mark.parametrize("kind", ["kvm", "qemu"])
+def test_a_type_that_was_left_in_is_named(host: Host, kind: str) -> None:
+    file = host.xml("db2", 2)
+    file.write_text(file.read_text().replace("type='xen'", f"type='{kind}'"))
+    for command in ("define", "create"):
+        assert f"(the domain is of type '{kind}'; for Xen, write <domain type='xen'>)" in refused(host, command, file)
+    assert f"it is of type '{kind}': write <domain type='xen'>" in host.nvdimmctl("plan", str(file)).stderr
+
+
+def test_another_memory_device_is_named_by_define_and_plan(host: Host) -> None:
+    file = host.xml("db2", 2)
+    dimm = "<memory model='dimm'><target><size>524288</size><node>0</node></target></memory>"
+    file.write_text(file.read_text().replace("</devices>", f"{dimm}</devices>"))
+    assert "<memory model='dimm'> in <devices>: on Xen, NVDIMMs are the only memory devices" in refused(
+        host, "define", file
+    )
+    assert "<memory model='dimm'> in <devices>" in host.nvdimmctl("plan", str(file)).stderr
 
 
 def test_a_definition_without_nvdimms_gives_them_up(host: Host) -> None:

@@ -62,13 +62,14 @@ class Libvirtd:
         self.calls: list[int] = []
         self.payloads: list[bytes] = []
         self.refuse: dict[int, str] = {}
+        self.code = 1
 
     def answer(self, call: Call) -> bytes:
         self.calls.append(call.procedure)
         self.payloads.append(call.payload)
         values = Unpacker(call.payload)
         if call.procedure in self.refuse:
-            raise LibvirtError(RemoteError(1, 41, self.refuse[call.procedure]).pack())
+            raise LibvirtError(RemoteError(self.code, 41, self.refuse[call.procedure]).pack())
         match call.procedure:
             case 11 | 350 | 10 | 309:
                 text = decode(values.encoded())
@@ -500,6 +501,23 @@ def test_xml_without_nvdimms_is_libvirts_to_validate(proxy: Proxy) -> None:
     wrong = xml().replace("<devices>", "<devices><nvdimm/>")
     proxy.call(DEFINE_FLAGS, Packer().string(wrong).uint32(1))
     assert proxy.libvirtd.defined[UUID] == wrong
+
+
+@pytest.mark.parametrize("procedure", [DEFINE, CREATE_XML])
+def test_a_type_that_was_left_in_is_named(proxy: Proxy, procedure: int) -> None:
+    proxy.libvirtd.refuse[procedure] = "memory devices are not supported by this driver"
+    proxy.libvirtd.code = 67
+    with pytest.raises(LibvirtError) as caught:
+        proxy.call(procedure, Packer().string(xml("a").replace("'xen'", "'kvm'")).uint32(0))
+    assert message(caught.value) == (
+        "memory devices are not supported by this driver (the domain is of type 'kvm'; for Xen, write <domain "
+        "type='xen'>)"
+    )
+    for text, code in ((xml("a").replace("'xen'", "'kvm'"), 1), (xml().replace("'xen'", "'kvm'"), 67)):
+        proxy.libvirtd.code = code
+        with pytest.raises(LibvirtError) as caught:
+            proxy.call(procedure, Packer().string(text).uint32(0))
+        assert message(caught.value) == "memory devices are not supported by this driver"
 
 
 def test_a_schema_that_is_not_there_is_named(tmp_path: Path) -> None:
