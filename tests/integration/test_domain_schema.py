@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from nvdimm_driver.errors import UnsupportedError
+from nvdimm_driver.errors import SchemaError, UnsupportedError
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import restore, rewrite
+from nvdimm_driver.xml.schema import SCHEMA, check_schema
 
 DATA = Path(__file__).parent.parent / "data" / "domxml"
-SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
 NAMES = ["guest", "nova", "numa"]
 
@@ -90,6 +90,18 @@ def test_memory_that_is_set_later_is_seen(tmp_path: Path) -> None:
     assert "<currentMemory unit='KiB'>1048576</currentMemory>" in restore(stored)
     with pytest.raises(UnsupportedError, match="currentMemory"):
         extract(restore(stored))
+
+
+@pytest.mark.parametrize("wrong", ["<lable/>", "<size>1</size>", "text"])
+def test_what_is_not_valid_is_said_in_libvirts_words(tmp_path: Path, wrong: str) -> None:
+    xml = of_type(read("numa"), "xen", "test").replace("<node>1", f"{wrong}<node>1")
+    file = tmp_path / "domain.xml"
+    file.write_text(xml)
+    command = ["virsh", "-q", "-c", "test:///default", "define", "--validate", file]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stderr
+    with pytest.raises(SchemaError) as caught:
+        check_schema(xml)
+    assert said == f"error: Failed to define domain from {file}\nerror: {caught.value.message}\n\n"
 
 
 # --- properties ---
