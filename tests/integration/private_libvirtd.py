@@ -21,6 +21,7 @@ START = """\
 for folder in /run /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt; do
     mount -t tmpfs none $folder
 done
+echo 'user = "root"' >/etc/libvirt/qemu.conf
 exec libvirtd -f "$1/libvirtd.conf" -p "$1/libvirtd.pid"
 """
 SECONDS = 20

@@ -97,7 +97,7 @@ def test_what_is_not_valid_is_said_in_libvirts_words(tmp_path: Path, wrong: str)
     xml = of_type(read("numa"), "xen", "test").replace("<node>1", f"{wrong}<node>1")
     file = tmp_path / "domain.xml"
     file.write_text(xml)
-    command = ["virsh", "-q", "-c", "test:///default", "define", "--validate", file]
+    command = ["virsh", "-q", "-c", "test:///default", "define", "--validate", str(file)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stderr
     with pytest.raises(SchemaError) as caught:
         check_schema(xml)
