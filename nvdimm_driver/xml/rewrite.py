@@ -21,6 +21,8 @@ are refused, so there are no entities and nothing to fetch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nvdimm_driver import plugins
 from nvdimm_driver.errors import DomainXmlError
 from nvdimm_driver.xml.document import Element, may_have, parse
@@ -132,14 +134,14 @@ def restore(xml: str) -> str:
     text.cut(record if len(metadata.children) > 1 else metadata)
     limit, memory = record.child("maxMemory"), root.child("memory")
     if limit is not None and memory is not None:
-        text.insert_before(memory, in_kib(limit))
+        text.insert_before(memory, _shown(in_kib, limit))
     elif limit is not None:  # never in XML from libvirt, which always writes <memory>
-        text.insert_after(root.last(_BEFORE_METADATA), in_kib(limit))
+        text.insert_after(root.last(_BEFORE_METADATA), _shown(in_kib, limit))
     for tag in ("memory", "currentMemory"):
         now, then = root.child(tag), record.child(tag)
         # a value changed since (virsh setmaxmem, setmem) is newer than the record
         if now is not None and then is not None and scaled(now, f"<{tag}>") == ram_of(root):
-            text.replace(now, in_kib(then))
+            text.replace(now, _shown(in_kib, then))
     features = root.child("features")
     if record.attributes.get("added") == "acpi" and features is not None:
         acpi = features.child("acpi")
@@ -152,7 +154,7 @@ def restore(xml: str) -> str:
     elif emulator is not None:
         text.cut(emulator)
     # records of earlier versions have the units that the user wrote
-    nvdimms = [as_libvirt_shows(element) for element in kept.children if element.tag == "memory"]
+    nvdimms = [_shown(as_libvirt_shows, element) for element in kept.children if element.tag == "memory"]
     added = nvdimm_elements(root)
     before = [element for element in devices.children if element.tag not in BEHIND_MEMORY]
     if not before:
@@ -180,6 +182,14 @@ def mentions(xml: str) -> bool:
     :raises DomainXmlError: when the XML cannot be parsed.
     """
     return may_have(xml, NAMESPACE) and _mentions(parse(xml).root)
+
+
+def _shown(form: Callable[[Element], Element], element: Element) -> Element:
+    """Return a kept element in libvirt's form; as it is when it has an invalid size, so that the user sees that."""
+    try:
+        return form(element)
+    except DomainXmlError:
+        return element
 
 
 def _memory_to_change(root: Element, ram: int) -> list[Element]:

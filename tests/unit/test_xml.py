@@ -658,6 +658,14 @@ def test_a_record_of_an_earlier_version_is_shown_in_kib() -> None:
     assert rewrite(earlier, DEVICE_MODEL) == stored
 
 
+def test_a_broken_record_is_shown_as_it_is_and_refused() -> None:
+    stored = read("guest.libvirt").replace('"KiB">67108864<', '"KiB">much<').replace('"KiB">209715200<', '"XiB">1<')
+    assert "<size unit='KiB'>much</size>" in restore(stored)
+    assert "<maxMemory slots='2' unit='XiB'>1</maxMemory>" in restore(stored)
+    with pytest.raises(DomainXmlError, match="<size> is 'much'"):
+        extract(restore(stored))
+
+
 def test_what_an_earlier_version_kept_of_an_unknown_part_is_shown_and_refused() -> None:
     stored = rewrite(DOMAIN, DEVICE_MODEL).replace('access="shared"', 'acces="private"')
     assert "acces='private'" in restore(stored)
