@@ -73,7 +73,7 @@ class XmlHook(Plugin):
 
     @abstractmethod
     def restore(self, xml: str) -> str:
-        """Return the XML that the user wrote; byte for byte the same when nothing was rewritten."""
+        """Return the XML that the user wrote, or XML that means the same; unchanged when nothing was rewritten."""
 
     def may_restore(self, reply: bytes) -> bool:
         """Return False for a reply of libvirt without XML that :meth:`restore` would change.

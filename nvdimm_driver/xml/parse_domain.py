@@ -254,10 +254,12 @@ def _nvdimm(element: Element, slot: int, nodes: int, root: Element) -> NvdimmSpe
             f"{where}<target><size> is missing", hint="write <target><size unit='GiB'>…</size></target>"
         )
     _check_supported(element, target, where)
-    _check_not_private(root, element, where)
+    number = target.child("node")
+    node = None if number is None else integer(number.text, f"{where}<node>", limit=nodes - 1)
+    _check_not_private(root, element, node or 0, where)
 
     size = scaled(target.need("size"), f"{where}<target><size>")
-    label, node = target.child("label"), target.child("node")
+    label = target.child("label")
     try:
         return NvdimmSpec.of_size(
             size,
@@ -266,7 +268,7 @@ def _nvdimm(element: Element, slot: int, nodes: int, root: Element) -> NvdimmSpe
             label_size=None if label is None else scaled(label.need("size"), f"{where}<label><size>"),
             alignsize=_alignsize(source, where),
             base=_base(element, where),
-            node=None if node is None else integer(node.text, f"{where}<node>", limit=nodes - 1),
+            node=node,
             pmem=source.child("pmem") is not None,
         )
     except ValueError as error:
@@ -297,8 +299,8 @@ def _check_supported(element: Element, target: Element, where: str) -> None:
         )
 
 
-def _check_not_private(root: Element, element: Element, where: str) -> None:
-    asking = _asking_for_private(root, element)
+def _check_not_private(root: Element, element: Element, node: int, where: str) -> None:
+    asking = _asking_for_private(root, element, node)
     if asking is not None:
         raise UnsupportedError(
             f"{where}{asking} is not supported on Xen: a mapping of machine frames is always shared",
@@ -307,13 +309,13 @@ def _check_not_private(root: Element, element: Element, where: str) -> None:
         )
 
 
-def _asking_for_private(root: Element, element: Element) -> str | None:
-    """Return what makes an NVDIMM private: itself, else its NUMA cell, else the domain; None when nothing does.
+def _asking_for_private(root: Element, element: Element, node: int) -> str | None:
+    """Return what makes an NVDIMM private: itself, else the cell of its node, else the domain; None when nothing does.
 
     The first of these that says anything counts (src/qemu/qemu_command.c:qemuBuildMemoryBackendProps).
     """
-    cell, access = _cell_of(root, element), root.child("memoryBacking")
-    access = None if access is None else access.child("access")
+    cell, backing = _cell(root, node), root.child("memoryBacking")
+    access = None if backing is None else backing.child("access")
     wishes = {
         "access='private'": element.attributes.get("access"),
         "memAccess='private' of its <cpu><numa><cell>": None if cell is None else cell.attributes.get("memAccess"),
@@ -323,11 +325,12 @@ def _asking_for_private(root: Element, element: Element) -> str | None:
     return what if wish == "private" else None
 
 
-def _cell_of(root: Element, element: Element) -> Element | None:
-    """Return the NUMA cell of an NVDIMM: that of its node, or of node 0; None when there are no cells."""
-    target = element.need("target")
-    node = (target.text_of("node") or "0").strip()
-    return next((cell for at, cell in enumerate(_cells(root)) if cell.attributes.get("id", str(at)) == node), None)
+def _cell(root: Element, node: int) -> Element | None:
+    """Return the NUMA cell of a node; None when there is none."""
+    for position, cell in enumerate(_cells(root)):
+        if integer(cell.attributes.get("id", str(position)), "the id of a <cpu><numa><cell>") == node:
+            return cell
+    return None
 
 
 def _alignsize(source: Element, where: str) -> int | None:

@@ -544,6 +544,10 @@ UNSUPPORTED_XML |= {
         "/mnt/pmem0/a.img: <memoryBacking><access mode='private'/> is not supported",
     ),
     "private cell": (domain(nvdimm(size=ON_NODE_1), cpu=PRIVATE_CELL), "a.img: memAccess='private' of its <cpu>"),
+    "private cell, another way of writing its number": (
+        domain(nvdimm(size="<size>65536</size><node> 01</node>"), cpu=PRIVATE_CELL.replace("id='1'", "id='001'")),
+        "memAccess='private'",
+    ),
     "private cell in a shared domain": (
         domain(nvdimm(size=ON_NODE_1), cpu=PRIVATE_CELL, memoryBacking=PRIVATE_BACKING.replace("private", "shared")),
         "memAccess='private'",
