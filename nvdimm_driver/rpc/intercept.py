@@ -92,6 +92,7 @@ class Interceptor:
         yield from _validate(procedure, xml, flags)
         wanted = self._accept(xml)
         if wanted is None:
+            payload = yield from self._without_remains(payload)
             return (yield from _pass(procedure, payload, xml, with_fds=True))
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         uuid = domain.uuid or ""
@@ -326,7 +327,7 @@ class Interceptor:
         return reply
 
     def _without_remains(self, payload: bytes) -> Generator[Call | Work, Any, bytes]:
-        """Return a definition without NVDIMMs; if the domain had some, without the ``<maxMemory>`` of that time.
+        """Return a call with XML without NVDIMMs; if the domain had some, without the ``<maxMemory>`` of that time.
 
         The libxl driver takes no domain with ``<maxMemory>``. For a domain that never had NVDIMMs, it says so.
         """

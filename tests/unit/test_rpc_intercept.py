@@ -473,9 +473,10 @@ def test_the_last_nvdimm_takes_max_memory_with_it(proxy: Proxy, driver: XenNvdim
     proxy.call(161, Packer().domain(domain).string(NVDIMM.format("a")).uint32(CONFIG))
     assert "maxMemory" not in proxy.libvirtd.defined[UUID]
     assert driver.ledger.find_domain(UUID) is None
-    proxy.define(limited)
-    proxy.define(limited.replace(NVDIMM.format("a"), ""))
-    assert "maxMemory" not in proxy.libvirtd.defined[UUID]
+    for procedure in (CREATE_XML, DEFINE, DEFINE_FLAGS):
+        proxy.define(limited)
+        proxy.call(procedure, Packer().string(limited.replace(NVDIMM.format("a"), "")).uint32(0))
+        assert "maxMemory" not in proxy.libvirtd.defined[UUID]
 
 
 def test_max_memory_of_a_domain_that_never_had_nvdimms_is_libvirts_to_refuse(proxy: Proxy) -> None:
