@@ -31,23 +31,23 @@ def _run(operation: str, name: str, xml: str) -> int:
     from nvdimm_driver.driver import load_driver
     from nvdimm_driver.errors import NvdimmError
     from nvdimm_driver.state.events import Event, failure
+    from nvdimm_driver.xml.document import parse
     from nvdimm_driver.xml.hooks import XmlHooks
-    from nvdimm_driver.xml.parse_domain import extract
+    from nvdimm_driver.xml.parse_domain import extract, uuid_of
 
     uuid = ""
     try:
         options = conf.load()
         logs.to_file("hook", options)
         logging.getLogger(__name__).debug("the hook is called: %s of domain %s", operation, name)
-        domain = extract(XmlHooks.from_conf(options).restore(xml))
-        if domain is None:
-            return 0
-        uuid = domain.uuid or ""
+        uuid = uuid_of(parse(xml).root) or ""
         driver = load_driver(options)
         if operation == "prepare":
-            driver.prepare(domain)
+            domain = extract(XmlHooks.from_conf(options).restore(xml), stored=True)
+            if domain is not None:
+                driver.prepare(domain)
             return 0
-        fault = driver.release(uuid)
+        fault = driver.release(uuid)  # whatever is wrong with its XML
     except (NvdimmError, OSError) as error:
         if not (isinstance(error, NvdimmError) and error.recorded):
             logs.tell(Event("hook-failed", uuid, name, None, {"operation": operation, **failure(error)}))

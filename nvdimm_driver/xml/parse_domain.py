@@ -22,17 +22,19 @@ OPTIONS = "urn:nvdimm-driver:options:1"
 """The namespace of the options that a user may put into ``<metadata>``."""
 
 
-def extract(xml: str) -> DomainSpec | None:
+def extract(xml: str, *, stored: bool = False) -> DomainSpec | None:
     """Return the domain and its NVDIMMs, from domain XML as the user wrote it.
 
     Rewritten XML has its NVDIMMs in the metadata: restore it first (:mod:`.rewrite`).
 
+    :param stored: libvirt has stored it: an unknown part of an NVDIMM, which an earlier version let through and which
+        never meant anything, is no error.
     :returns: None when it has no NVDIMMs or is not a domain of type ``xen``.
     :raises DomainXmlError: when the XML cannot be parsed or has an invalid value.
     :raises UnsupportedError: when it asks for something that Xen or this driver cannot do.
     """
     text = parse_xen(xml, "nvdimm")
-    return spec_of(text.root) if text is not None and nvdimm_elements(text.root) else None
+    return spec_of(text.root, stored=stored) if text is not None and nvdimm_elements(text.root) else None
 
 
 def has_nvdimms(xml: str) -> bool:
@@ -128,7 +130,7 @@ def parse_xen(xml: str, word: str) -> Text | None:
     return text if text.root.tag == "domain" and text.root.attributes.get("type") == "xen" else None
 
 
-def spec_of(root: Element) -> DomainSpec:
+def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
     """Return the domain of a parsed domain XML; raise what :func:`extract` raises."""
     name = root.need("name").text
     _check_hvm(root)
@@ -144,6 +146,8 @@ def spec_of(root: Element) -> DomainSpec:
     nodes = max(1, len(_cells(root)))
     slots = _slots(elements)
     specs = [_nvdimm(element, slot, nodes, root) for element, slot in zip(elements, slots, strict=True)]
+    for element in () if stored else elements:
+        check_known(element, f"NVDIMM {path_of(element)}: ")
     _check_paths(specs)
     emulator = root.need("devices").child("emulator")
     return DomainSpec(
@@ -248,7 +252,6 @@ def _nvdimm(element: Element, slot: int, nodes: int, root: Element) -> NvdimmSpe
             f"{where}<source><path> is {path!r}, which is not an absolute path",
             hint="give the absolute path of the backing file or device, such as /mnt/pmem0/db1.img",
         )
-    check_known(element, where)
     if target is None or target.child("size") is None:
         raise DomainXmlError(
             f"{where}<target><size> is missing", hint="write <target><size unit='GiB'>…</size></target>"

@@ -670,11 +670,12 @@ def test_a_broken_record_is_shown_as_it_is_and_refused() -> None:
         extract(restore(stored))
 
 
-def test_what_an_earlier_version_kept_of_an_unknown_part_is_shown_and_refused() -> None:
+def test_what_an_earlier_version_kept_of_an_unknown_part_is_shown_and_refused_in_a_new_definition() -> None:
     stored = rewrite(DOMAIN, DEVICE_MODEL).replace('access="shared"', 'acces="private"')
     assert "acces='private'" in restore(stored)
     with pytest.raises(DomainXmlError, match="the attribute acces"):
         extract(restore(stored))
+    assert extract(restore(stored), stored=True) == extract(DOMAIN)
 
 
 def check_error(xml: str, kind: type[NvdimmError], text: str) -> None:
