@@ -13,7 +13,7 @@ from typing import Any
 
 from oslo_config import cfg, types
 
-from nvdimm_driver import plugin_loader, sizes
+from nvdimm_driver import conf_files, plugin_loader, sizes
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, Pool
@@ -291,12 +291,7 @@ def load(files: list[str] | None = None) -> cfg.ConfigOpts:
     for group, opts in GROUPS[:-1]:
         conf.register_opts(opts, group=group)
     try:
-        conf(
-            args=[],
-            project="nvdimm-driver",
-            default_config_files=files,
-            default_config_dirs=None if files is None else [],
-        )
+        conf_files.read(conf, "nvdimm-driver", files)
         sections = _check_names(conf)
         for section, opts in sections:
             conf.register_opts(opts, group=section)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from nvdimm_driver.host_text import ESCAPED
 from nvdimm_driver.state.events import Event, log_line, logfmt
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ def to_file(program: str, conf: cfg.ConfigOpts) -> None:
 
     :raises OSError: when it cannot be written.
     """
-    _to(logging.FileHandler(conf.log_file), LineFormatter(program, conf.log_format), conf.log_level)
+    _to(
+        logging.FileHandler(conf.log_file, encoding="utf-8", errors=ESCAPED),
+        LineFormatter(program, conf.log_format),
+        conf.log_level,
+    )
 
 
 def to_journal(program: str, conf: cfg.ConfigOpts) -> None:

@@ -1,14 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of the host, as ``/proc/PID`` shows them (proc(5))."""
+"""Processes of the host: programs that are run, and processes as ``/proc/PID`` shows them (proc(5))."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from nvdimm_driver.host_text import decode, read
 
 _STARTTIME = 19
 """Index among the fields after the name in ``stat``: clock ticks from the host's boot to the start of the process."""
+
+
+def run(
+    words: Sequence[str], *, timeout: float | None = None, folder: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program without input until it ends; return its status and what it has printed.
+
+    :param timeout: seconds.
+    :param folder: its working directory.
+    :raises OSError: when it cannot be started.
+    :raises subprocess.TimeoutExpired: when it takes longer.
+    """
+    done = subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, cwd=folder, check=False
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, decode(done.stdout), decode(done.stderr))
 
 
 def start_time(process: Path) -> float | None:
@@ -17,7 +37,7 @@ def start_time(process: Path) -> float | None:
     :param process: its folder, ``/proc/PID``.
     """
     try:
-        fields = (process / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = read(process / "stat").rpartition(")")[2].split()
     except OSError:
         return None
     if len(fields) <= _STARTTIME:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from nvdimm_driver.acpi import tables
 from nvdimm_driver.errors import AcpiError
+from nvdimm_driver.host_text import read
+from nvdimm_driver.processes import run
 
 _WITH_CODE = (b"DSDT", b"SSDT")
 _TIMEOUT = 60
@@ -33,12 +35,10 @@ def _disassemble(table: bytes, program: str) -> str:
         path = Path(folder) / "table.aml"
         path.write_bytes(table)
         try:
-            run = subprocess.run(
-                [program, "-d", path.name], cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-            )
+            done = run([program, "-d", path.name], timeout=_TIMEOUT, folder=folder)
         except subprocess.TimeoutExpired as error:
             raise AcpiError(f"{program} -d took longer than {_TIMEOUT} s") from error
         source = path.with_suffix(".dsl")
-        if run.returncode or not source.exists():
-            raise AcpiError(f"{program} -d failed with status {run.returncode}: {run.stdout}{run.stderr}")
-        return source.read_text(encoding="utf-8", errors="replace")
+        if done.returncode or not source.exists():
+            raise AcpiError(f"{program} -d failed with status {done.returncode}: {done.stdout}{done.stderr}")
+        return read(source)

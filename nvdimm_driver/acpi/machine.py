@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from nvdimm_driver.acpi.qtest import Qtest
 from nvdimm_driver.errors import AcpiError, ConfigError
+from nvdimm_driver.host_text import decode
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
 from nvdimm_driver.sizes import align_up
 
@@ -200,5 +201,5 @@ def _firmware() -> Iterator[int]:
 
 
 def _complaint(stderr: bytes) -> str:
-    lines = stderr.decode(errors="replace").splitlines()
+    lines = decode(stderr).splitlines()
     return " / ".join(line for line in lines if line and _NO_QTEST not in line) or "it wrote nothing to stderr"

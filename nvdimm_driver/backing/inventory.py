@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvdimm_driver import host_text
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PERSISTENCE_DOMAINS, Extent, Namespace, Space
 from nvdimm_driver.sizes import human
@@ -252,7 +253,7 @@ def _text(attribute: Path) -> str:
 
 def _read(attribute: Path) -> str | None:
     try:
-        return attribute.read_text().strip()
+        return host_text.read(attribute).strip()
     except PermissionError as error:
         raise BackingError(f"{attribute}: {error.strerror}", hint="only root may see physical addresses") from error
     except OSError as error:
@@ -286,9 +287,12 @@ def mounts(mountinfo: Path) -> tuple[Mount, ...]:
     """
     text = _read(mountinfo)
     result = []
-    for line in (text or "").splitlines():
+    # The kernel escapes blanks and newlines in names, and nothing else that Python takes for a space or a line's end.
+    for line in (text or "").split("\n"):
         left, _, right = line.partition(" - ")
-        numbers, directory = left.split()[2], left.split()[4]
+        if not right:
+            continue
+        numbers, directory = left.split(" ")[2], left.split(" ")[4]
         major, _, minor = numbers.partition(":")
         kind, _, options = right.split(" ", 2)  # the source may be empty
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), directory)

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 
+from nvdimm_driver import host_text
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
 from nvdimm_driver.guest import mapping_guards, p2m
 from nvdimm_driver.state.events import Event, failure, log_line, logfmt
@@ -59,7 +60,7 @@ class Log:
         print(f"nvdimm-device-model: {logfmt(fields)}", file=sys.stderr, flush=True)
         line = log_line(time.time(), "device-model", level, fields, self.form)
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors=host_text.ESCAPED) as file:
                 file.write(f"{line}\n")
         except OSError as error:  # a full disk must not keep a guest from starting
             print(f"nvdimm-device-model: {self.path}: {error.strerror}", file=sys.stderr, flush=True)
@@ -266,6 +267,5 @@ def _domid(argv: Sequence[str]) -> int | None:
 
 def _age_ms() -> int:
     """Return the milliseconds since this process began (proc(5): starttime, in clock ticks since boot)."""
-    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-        started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    started = int(host_text.read("/proc/self/stat").rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return round((time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1000)

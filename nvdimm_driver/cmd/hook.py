@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from nvdimm_driver.host_text import decode
+
 MARK = b"urn:nvdimm-driver:"
 """In every rewritten XML. Other domains are not the driver's: the hook ends before it imports anything for them."""
 
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
     text = sys.stdin.buffer.read() if xml is None else xml
     if MARK not in text:
         return 0
-    return _run(operation, name, text.decode())
+    return _run(operation, name, decode(text))
 
 
 def _run(operation: str, name: str, xml: str) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.host_text import read
 
 MARK = "# written by nvdimm_driver: change its options, not this file"
 """In each of these files; a file without it belongs to somebody else."""
@@ -18,9 +19,9 @@ def install(path: Path, text: str, mode: int) -> str:
     :raises ConfigError: when the path has a file without :data:`MARK`.
     """
     if path.exists():
-        if MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        if MARK not in read(path):
             raise ConfigError(f"{path} exists, and {NOT_OURS}", hint="move it away, and try again")
-        if path.read_text(encoding="utf-8", errors="replace") == text:
+        if read(path) == text:
             return f"unchanged {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
@@ -34,7 +35,7 @@ def remove(path: Path) -> str:
     """Delete a file that :func:`install` has written; return a line that says what was done."""
     if not path.exists():
         return f"not there {path}"
-    if MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if MARK not in read(path):
         return f"left alone {path}: {NOT_OURS}"
     path.unlink()
     return f"removed {path}"

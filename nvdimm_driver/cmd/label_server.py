@@ -25,6 +25,7 @@ from oslo_config import cfg
 from nvdimm_driver import conf, logs, plugin_loader
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
 from nvdimm_driver.guest.p2m import DSM_GFN
+from nvdimm_driver.host_text import decode, escaped
 from nvdimm_driver.labels.qemu import PORT, PORT_SIZE, QemuLabels, failure
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.model import PAGE, GuestLayout, Record
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             said = pipe.read(1 << 16)
         if said == SERVING:
             return 0
-        print(said.decode() or "it died", file=sys.stderr)
+        print(decode(said) or "it died", file=sys.stderr)
         return 1
     os.close(ours)
     os.setsid()
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = _record(options, uuid)
         supervise(partial(serve, options, backings, int(domid), record), theirs, partial(_tell, options, uuid))
     except (NvdimmError, OSError) as error:
-        os.write(theirs, str(error).encode())
+        os.write(theirs, escaped(str(error)).encode())
         return 1
     return 0
 
@@ -121,7 +122,7 @@ def _fork(serve: Callable[[Callable[[], None]], None]) -> tuple[int, bytes]:
         serve(lambda: _report(theirs, SERVING))
     except Exception as error:
         LOG.error("%s", error, exc_info=not isinstance(error, NvdimmError | OSError))
-        _report(theirs, str(error).encode())
+        _report(theirs, escaped(str(error)).encode())
         os._exit(1)
     os._exit(0)
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from cliff.app import App
 from cliff.commandmanager import CommandManager
 
+from nvdimm_driver.host_text import ESCAPED
+
 if TYPE_CHECKING:
     from oslo_config import cfg
 
@@ -64,5 +66,6 @@ class Nvdimmctl(App):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nvdimmctl``."""
+    sys.stdout.reconfigure(errors=ESCAPED)  # type: ignore[union-attr]
     gc.disable()  # commands are short, and a list of 10,000 NVDIMMs makes a hundred thousand objects that all stay
     return Nvdimmctl().run(list(sys.argv[1:] if argv is None else argv))

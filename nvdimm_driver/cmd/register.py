@@ -14,6 +14,7 @@ from pathlib import Path
 
 from oslo_config import cfg
 
+from nvdimm_driver import host_text
 from nvdimm_driver.cmd import systemd_units
 from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.doctor.programs import Script
@@ -114,8 +115,8 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
 def registered_state_dir(conf: cfg.ConfigOpts) -> str:
     """Return the state folder of the registered device model; the configured one if none is registered."""
     try:
-        text = Path(conf.xen.device_model).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = host_text.read(conf.xen.device_model)
+    except OSError:
         return str(conf.state_dir)
     found = re.search(r"^    state_dir=(.*),$", text, re.MULTILINE) if MARK in text else None
     try:

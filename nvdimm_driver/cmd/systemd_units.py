@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from oslo_config import cfg
 
+from nvdimm_driver import host_text
 from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.processes import run
 
 BOOTED = Path("/run/systemd/system")
 """Exists when systemd is the init system (sd_booted(3))."""
@@ -172,7 +173,7 @@ def place(path: Path, packaged: Path, text: str) -> str:
     :param packaged: path of the packaged unit, which may not exist.
     :raises ConfigError: when `path` has a file that nvdimm_driver did not write.
     """
-    is_packaged = packaged.exists() and packaged.read_text(encoding="utf-8") == text
+    is_packaged = packaged.exists() and host_text.read(packaged) == text
     if is_packaged and not path.exists():
         return f"unchanged {packaged}"
     done = install(path, text, 0o644)
@@ -206,11 +207,11 @@ def _drop_in(folder: Path, unit: str) -> Path:
 
 
 def _is(state: str, unit: str) -> bool:
-    return subprocess.run(["systemctl", f"is-{state}", unit], capture_output=True, check=False).returncode == 0
+    return run(["systemctl", f"is-{state}", unit]).returncode == 0
 
 
 def _systemctl(*arguments: str) -> None:
-    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False)
+    done = run(["systemctl", *arguments])
     if done.returncode:
         raise ConfigError(
             f"'systemctl {' '.join(arguments)}' failed: {done.stderr.strip()}", hint="'journalctl -xe' has the details"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvdimm_driver.doctor.finding import Finding, noted, passed, warned
+from nvdimm_driver.host_text import read
 from nvdimm_driver.processes import start_time
 
 DAEMONS = ("virtxend", "libvirtd")
@@ -109,6 +110,6 @@ def _rules(path: Path) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+        return read(path).strip("\0\n ")
     except OSError:
         return ""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
 from nvdimm_driver.errors import XenError
+from nvdimm_driver.host_text import read
 from nvdimm_driver.xen.libxenctrl import HAP, Xen, running_version
 
 _FALSE = ("0", "no", "off", "false", "disable")  # xen/common/kernel.c:parse_bool
@@ -118,6 +119,6 @@ def has_mmio_relax(command_line: str) -> bool:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
+        return read(path).strip()
     except OSError:
         return ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from nvdimm_driver.acpi.tables import Header
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
 from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.host_text import read
 from nvdimm_driver.model import GIB, MIB, GuestLayout, Placement
 from nvdimm_driver.plugins import AcpiBuilder
 
@@ -36,7 +37,7 @@ class Script:
 def check_script(script: Script) -> Finding:
     """Check that the script exists, was written by register, is current, and can be run."""
     try:
-        text = script.path.read_text(encoding="utf-8", errors="replace")
+        text = read(script.path)
     except FileNotFoundError:
         return failed(script.name, f"there is no {script.path}", "'nvdimmctl register' installs it")
     except OSError as error:

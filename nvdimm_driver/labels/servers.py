@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nvdimm_driver.errors import XenError
-from nvdimm_driver.processes import start_time
+from nvdimm_driver.processes import run, start_time
 
 MODULE = "nvdimm_driver.cmd.label_server"
 KILL_SECONDS = 10.0
@@ -101,9 +101,7 @@ class LabelServers:
         """
         command = [sys.executable, "-I", "-m", MODULE, str(domid), uuid]
         try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS, check=False
-            )
+            done = run(command, timeout=START_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise XenError(
                 f"the label server of domid {domid} did not start in {START_SECONDS:.0f} s",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from oslo_config import cfg
 
+from nvdimm_driver import conf_files
 from nvdimm_driver.errors import ConfigError
 
 _LIBVIRT = [
@@ -45,13 +46,7 @@ def read(files: Sequence[str] | None = None) -> NovaConf:
     conf.register_opts(_LIBVIRT, group="libvirt")
     conf.register_opts(_SCHEDULER, group="filter_scheduler")
     try:
-        conf(
-            args=[],
-            project="nova",
-            prog="nova-compute",
-            default_config_files=None if files is None else list(files),
-            default_config_dirs=None if files is None else [],
-        )
+        conf_files.read(conf, "nova", files, prog="nova-compute")
         return NovaConf(
             files=tuple(conf.config_file) + tuple(conf.config_dir),
             compute_driver=conf.compute_driver,

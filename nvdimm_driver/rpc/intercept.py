@@ -237,7 +237,7 @@ class Interceptor:
         for param in values.typed_params(MIGRATE_PARAMS_MAX):
             if param.field != MIGRATE_DEST_XML:
                 continue
-            xml = decode(str(param.value).encode())
+            xml = decode(str(param.value).encode(errors="surrogateescape"))
             if extract(self._hooks.restore(xml)) is not None:
                 raise _cannot_migrate("the domain that comes")
             self._accept(xml)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nvdimm_driver.errors import ProtocolError
+from nvdimm_driver.host_text import decode, escaped
 from nvdimm_driver.rpc.wire import FRAME_MAX
 
 STRING_MAX = 4194304
@@ -80,11 +81,11 @@ class Packer:
         return self.uint32(len(value)).fixed(value)
 
     def string(self, value: str) -> Packer:
-        """Append a string; surrogates in it become question marks.
+        """Append a string. What is not UTF-8 in it is escaped.
 
         :raises ProtocolError: when libvirt would not take it.
         """
-        encoded = value.encode("utf-8", "replace")
+        encoded = escaped(value).encode()
         if len(encoded) > STRING_MAX or b"\0" in encoded:
             raise ProtocolError(
                 f"RPC string {value[:40]!r} of {len(encoded)} bytes: the limit is {STRING_MAX}, without NULs"
@@ -165,10 +166,8 @@ class Unpacker:
         return self.fixed(size)
 
     def string(self) -> str:
-        try:
-            return self.encoded().decode()
-        except UnicodeDecodeError as error:
-            raise self._wrong(f"a string that is not UTF-8: {error.reason}") from None
+        """Return a string, which need not be UTF-8: libvirtd's errors quote names of files."""
+        return decode(self.encoded())
 
     def encoded(self) -> bytes:
         """Return a string that declares its own encoding, as XML does."""

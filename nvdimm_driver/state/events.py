@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import time
 
+from nvdimm_driver.host_text import escaped
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,7 +90,7 @@ def unheard(event: Event) -> None:
 
 def failure(error: Exception) -> dict[str, Value]:
     """Return the detail of an event that reports an error."""
-    return {"error": type(error).__name__, "message": str(error)}
+    return {"error": type(error).__name__, "message": escaped(str(error))}
 
 
 def utc(seconds: float) -> str:
@@ -111,7 +113,7 @@ def log_line(seconds: float, program: str, level: str, fields: Mapping[str, Valu
         import json
 
         head = {"time": utc(seconds), "program": program, "pid": os.getpid(), "level": level}
-        return json.dumps({**head, **fields}, ensure_ascii=False)
+        return escaped(json.dumps({**head, **fields}, ensure_ascii=False))
     return f"{utc(seconds)} {program}[{os.getpid()}] {level} {logfmt(fields)}"
 
 

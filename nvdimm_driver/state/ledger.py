@@ -12,6 +12,7 @@ import sqlite3
 import time
 
 from nvdimm_driver.errors import LedgerError, NvdimmError
+from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state.events import Event, failure, unheard
 
 TYPE_CHECKING = False
@@ -326,7 +327,7 @@ class Ledger:
             error.recorded = True
         self._write(
             [
-                ("UPDATE domain SET fault = ? WHERE uuid = ?", (str(error), uuid)),
+                ("UPDATE domain SET fault = ? WHERE uuid = ?", (escaped(str(error)), uuid)),
                 _count("start_failures", label=type(error).__name__),
             ],
             self._event("start-failed", uuid, failure(error), domid),
@@ -445,19 +446,27 @@ class Ledger:
                 self._db.execute(sql, values)
             if begin:
                 self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeEncodeError) as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise LedgerError(f"cannot write {self.path}: {error}") from error
+            raise self._unwritten(error) from error
         if event is not None:
             self._tell(event)
+
+    def _unwritten(self, error: sqlite3.Error | UnicodeEncodeError) -> LedgerError:
+        """Return the error for a transaction that failed."""
+        if isinstance(error, UnicodeEncodeError):
+            return LedgerError(
+                f"{self.path} cannot have '{escaped(error.object)}': it is not UTF-8", hint="rename the file"
+            )
+        return LedgerError(f"cannot write {self.path}: {error}")
 
 
 def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:
     """Return the statements that write an event. SQLite makes the JSON: importing json takes longer than the rest."""
     if event is None:
         return []
-    pairs = [part for pair in event.detail.items() for part in pair]
+    pairs = [escaped(part) if isinstance(part, str) else part for pair in event.detail.items() for part in pair]
     return [
         (
             "INSERT INTO event (time, kind, uuid, name, domid, detail) "

@@ -12,6 +12,7 @@ import errno
 import os
 
 from nvdimm_driver.errors import XenError
+from nvdimm_driver.host_text import decode, read
 from nvdimm_driver.sizes import human
 
 TYPE_CHECKING = False
@@ -149,7 +150,7 @@ class Xen:
         """Return the command line that the hypervisor was booted with."""
         text = ffi.new("char[]", COMMAND_LINE_SIZE)
         self._call("xc_version", "command line", XENVER_COMMANDLINE, text)
-        return bytes(ffi.string(text, COMMAND_LINE_SIZE)).decode(errors="replace")
+        return decode(bytes(ffi.string(text, COMMAND_LINE_SIZE)))
 
     def maximum_gfn(self, domid: int) -> int | None:
         """Return the highest guest frame that the domain has; None when the hypervisor does not know the domain.
@@ -262,5 +263,4 @@ def installed_versions(root: str = "/") -> list[str]:
 
 
 def _read(folder: str, name: str) -> str:
-    with open(os.path.join(folder, name), encoding="ascii") as file:
-        return file.read().strip()
+    return read(os.path.join(folder, name)).strip()

@@ -7,6 +7,7 @@ import errno
 import os
 
 from nvdimm_driver.errors import XenError
+from nvdimm_driver.host_text import decode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Xenstore:
                 return None
             raise _error("xs_read", path)
         try:
-            return bytes(ffi.buffer(value, length[0])).decode(errors="replace")
+            return decode(bytes(ffi.buffer(value, length[0])))
         finally:
             self._libc.free(value)
 

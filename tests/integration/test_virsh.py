@@ -84,6 +84,23 @@ def test_the_user_sees_what_the_user_wrote(host: Host) -> None:
     assert host.sum("db1") == hashlib.sha256(bytes(4 << 20)).hexdigest()
 
 
+def test_a_mount_point_that_is_not_utf8_disturbs_nothing(host: Host) -> None:
+    """As from: mount -t tmpfs none $'/run/gr\\366sse'."""
+    mountinfo = host.libvirtd.folder / "run/mountinfo"
+    before = mountinfo.read_bytes()
+    stray = b"2 0 0:99 / /run/gr\xf6sse rw - tmpfs none rw\n3 0 0:98 / /run/a\xc2\x85b rw - tmpfs none rw\n"
+    mountinfo.write_bytes(stray + before)
+    try:
+        host.define("db2", 2)
+        host.check("start", "db2")
+        host.check("destroy", "db2")
+        for line in host.nvdimmctl("doctor").stdout.splitlines():
+            assert "codec" not in line
+        assert host.nvdimmctl("check").returncode == 0
+    finally:
+        mountinfo.write_bytes(before)
+
+
 def test_who_only_reads_sees_it_too(host: Host) -> None:
     done = host.libvirtd.run("virsh", "-q", "-r", "-c", "xen:///system", "dumpxml", "db1")
     assert "<memory model='nvdimm'" in done.stdout

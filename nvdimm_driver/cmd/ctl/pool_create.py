@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nvdimm_driver.cmd.ctl.base import Action
 from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
+from nvdimm_driver.processes import run
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
@@ -133,13 +134,13 @@ def _check(driver: XenNvdimmDriver, wish: Wish, config_file: Sequence[str] | Non
 def _host(driver: XenNvdimmDriver) -> PoolHost:
     from pathlib import Path
 
-    from nvdimm_driver import conf
+    from nvdimm_driver import conf, host_text
     from nvdimm_driver.backing import inventory, ndctl
     from nvdimm_driver.cmd.systemd_units import BOOTED
     from nvdimm_driver.pools.create import PoolHost
 
     kind = Path("/sys/hypervisor/guest_type")
-    pv = kind.exists() and kind.read_text().strip() == "PV"
+    pv = kind.exists() and host_text.read(kind).strip() == "PV"
     taken = {item.identity.device for record in driver.ledger.domains() for item in record.allocations if item.identity}
     used = {each.name for each in inventory.mounted()}
     used |= {each.name for each in inventory.namespaces() if each.uid in taken}
@@ -192,10 +193,8 @@ def _pretend(step: RunCommand | WriteFile, wish: Wish) -> str:
 
 
 def _run(words: tuple[str, ...]) -> str:
-    import subprocess
-
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = run(words)
     except FileNotFoundError as error:
         raise ConfigError(f"there is no {words[0]} on this host", hint=f"apt install {_package(words[0])}") from error
     if done.returncode:

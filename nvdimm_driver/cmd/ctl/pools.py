@@ -9,6 +9,7 @@ from shutil import get_terminal_size
 
 from nvdimm_driver.cmd.ctl.base import Fields, Listing, Rows, Showing
 from nvdimm_driver.errors import BackingError
+from nvdimm_driver.host_text import ESCAPED
 
 
 class PoolList(Listing):
@@ -53,7 +54,7 @@ class PoolShow(Showing):
         its_own = set(usage.space.namespaces)
         regions = [each for each in host_map(driver.ledger, driver.backings) if its_own & set(each.namespaces)]
         if parsed_args.output:
-            parsed_args.output.write_text(memory_map.svg(regions), encoding="utf-8")
+            parsed_args.output.write_text(memory_map.svg(regions), encoding="utf-8", errors=ESCAPED)
         if parsed_args.map:
             print(memory_map.text(regions, get_terminal_size().columns))
         return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from nova import utils
 
+from nvdimm_driver.host_text import decode
 from nvdimm_driver.nova.compute.compatibility import expect
 
 NOT_FOUND = 3
@@ -52,12 +53,12 @@ def run(*words: str, tell: Callable[[str], None] = _ignore) -> str:
             raise CommandFailed(words, 127, str(error)) from error
         with process:
             for raw in process.stderr or ():
-                said = raw.decode(errors="replace").strip()
+                said = decode(raw).strip()
                 tell(said)
         if process.returncode:
             raise CommandFailed(words, process.returncode, said)
         printed.seek(0)
-        return printed.read().decode()
+        return decode(printed.read())
 
 
 def rows(*words: str) -> list[dict[str, Any]]:
