@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from nvdimm_driver.contents.exporting import Exporter
 from nvdimm_driver.contents.importing import Importer
 from nvdimm_driver.contents.shared_checks import Checks
 from nvdimm_driver.contents.wiping import Wiper
-from nvdimm_driver.errors import ConfigError, LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.errors import ConfigError, FullDiskError, LayoutError, LedgerError, NvdimmError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
@@ -121,8 +122,10 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises LedgerError: when there is no ledger and none can be created.
         """
         state_dir = Path(conf.state_dir)
+        ledger = Ledger(str(state_dir / "ledger.sqlite"), logs.tell)
+        ledger.reserve.keep()
         return cls(
-            ledger=Ledger(str(state_dir / "ledger.sqlite"), logs.tell),
+            ledger=ledger,
             state_dir=state_dir,
             backings=plugin_loader.load_all("nvdimm_driver.backings", conf),
             acpi=plugin_loader.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
@@ -371,10 +374,17 @@ class XenNvdimmDriver(plugins.Plugin):
 
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         path = self.tables_file(uuid)
-        temporary = path.with_suffix(".new")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary.write_bytes(b"".join(tables))
-            os.replace(temporary, path)
-        except OSError as error:
-            raise LedgerError(f"cannot write {path}: {error.strerror}", hint="is the disk full?") from error
+        self.ledger.reserve.spend(lambda: _replace(path, b"".join(tables)))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file of the driver's own, all of it or nothing."""
+    temporary = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise FullDiskError(f"cannot write {path}: the disk is full", hint="make room, and try again") from error
+        raise LedgerError(f"cannot write {path}: {error.strerror}") from error

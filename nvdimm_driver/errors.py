@@ -106,6 +106,14 @@ class LedgerError(NvdimmError):
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
+class FullDiskError(LedgerError):
+    """The file system of the ledger is full."""
+
+
+class DamagedLedgerError(LedgerError):
+    """The ledger's file is damaged."""
+
+
 class NotFoundError(NvdimmError):
     """There is no domain, pool or file of that name."""
 

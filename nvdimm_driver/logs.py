@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.host_text import ESCAPED
@@ -23,21 +24,35 @@ def tell(event: Event) -> None:
 
 
 def to_file(program: str, conf: cfg.ConfigOpts) -> None:
-    """Make this process log to the operator's log file.
-
-    :raises OSError: when it cannot be written.
-    """
-    _to(
-        logging.FileHandler(conf.log_file, encoding="utf-8", errors=ESCAPED),
-        LineFormatter(program, conf.log_format),
-        conf.log_level,
-    )
+    """Make this process log to the operator's log file, or to stderr when that cannot be written."""
+    handler: logging.Handler
+    try:
+        handler = _File(conf.log_file, encoding="utf-8", errors=ESCAPED)
+    except OSError as error:
+        _complain(conf.log_file, error)
+        handler = logging.StreamHandler()
+    _to(handler, LineFormatter(program, conf.log_format), conf.log_level)
 
 
 def to_journal(program: str, conf: cfg.ConfigOpts) -> None:
     """Make this process log to stderr, for the journal, which adds time and program to lines of text by itself."""
     form = LineFormatter(program, conf.log_format) if conf.log_format == "json" else BareFormatter()
     _to(logging.StreamHandler(), form, conf.log_level)
+
+
+class _File(logging.FileHandler):
+    """A log file. A line that cannot be written, as on a full disk, is lost: no guest waits for a log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        _complain(self.baseFilename, error)
+
+
+def _complain(path: str, error: OSError) -> None:
+    print(f"nvdimm-driver: cannot log to {path}: {error.strerror}", file=sys.stderr)
 
 
 class BareFormatter(logging.Formatter):

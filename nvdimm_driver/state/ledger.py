@@ -11,9 +11,10 @@ import os
 import sqlite3
 import time
 
-from nvdimm_driver.errors import LedgerError, NvdimmError
+from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError, NvdimmError
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state.events import Event, failure, unheard
+from nvdimm_driver.state.reserve import Reserve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ SCHEMA_VERSION = 4
 """How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
 KEPT_EVENTS = 10_000
 """Older events are deleted."""
+FEW_BYTES = 64 << 10
+"""With fewer free bytes, a disk is full: SQLite's index of the write-ahead log alone takes 32 KiB."""
+REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
+"""Hint for a damaged ledger."""
 ALLOCATION_COLUMNS = (
     "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
     "kind, device, start, inode, generation, file_size, base, written"
@@ -81,11 +86,13 @@ class Ledger:
     :param path: file in an existing folder; ``:memory:`` for a ledger that is not kept.
     :param tell: called with each event after it is written.
     :raises LedgerError: from every method, when the file cannot be read or written.
+    :ivar reserve: space for what a start needs; whoever wants it kept calls its ``keep``.
     """
 
     def __init__(self, path: str, tell: Callable[[Event], None] = unheard) -> None:
         self.path = path
         self._tell = tell
+        self.reserve = Reserve(f"{path}-reserve")
         try:
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
         except sqlite3.Error as error:
@@ -148,18 +155,18 @@ class Ledger:
 
     def record_progress(self, uuid: str, slot: int, percent: int) -> None:
         """Record what percentage of an NVDIMM is written."""
-        self._write([("UPDATE allocation SET written = ? WHERE uuid = ? AND slot = ?", (percent, uuid, slot))])
+        self._note([("UPDATE allocation SET written = ? WHERE uuid = ? AND slot = ?", (percent, uuid, slot))])
 
     def forget(self, uuid: str, *, kind: str = "") -> None:
         """Delete the domain with its allocations and its start; its events stay.
 
         :param kind: kind of the event to record; empty for none.
         """
-        self._write([("DELETE FROM domain WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
+        self._write_start([("DELETE FROM domain WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
     def begin_start(self, uuid: str, paths: Sequence[str]) -> None:
         """Record that a start begins and which paths will be frozen for it; clear the domain's fault."""
-        self._write(
+        self._write_start(
             [
                 ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
@@ -191,7 +198,7 @@ class Ledger:
         :param served: as in :class:`.model.Start`.
         :param detail: detail of the event.
         """
-        self._write(
+        self._write_start(
             [
                 (
                     "UPDATE attachment SET state = 'prepared', since = ?, qemu = ?, gfn_start = ?, gfn_limit = ?, "
@@ -254,7 +261,7 @@ class Ledger:
 
     def begin_mapping(self, uuid: str, domid: int) -> None:
         """Record that the device model is about to map."""
-        self._write(
+        self._write_start(
             [
                 (
                     "UPDATE attachment SET state = 'mapping', domid = ?, since = ? WHERE uuid = ?",
@@ -270,7 +277,7 @@ class Ledger:
 
     def record_ioreq_server(self, uuid: str, server: int) -> None:
         """Record the id of the ioreq server that the domain's label server has created."""
-        self._write([("UPDATE attachment SET ioreq_server = ? WHERE uuid = ?", (server, uuid))])
+        self._write_start([("UPDATE attachment SET ioreq_server = ? WHERE uuid = ?", (server, uuid))])
 
     def finish_mapping(self, uuid: str, seconds: float = 0.0, detail: Mapping[str, Value] | None = None) -> None:
         """Record that the device model has mapped the NVDIMMs, and that the domain starts: its run begins.
@@ -278,7 +285,7 @@ class Ledger:
         :param seconds: how long mapping took.
         :param detail: detail of the event.
         """
-        self._write(
+        self._write_start(
             [
                 ("UPDATE attachment SET state = 'mapped', since = ? WHERE uuid = ?", (int(time.time()), uuid)),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
@@ -308,7 +315,7 @@ class Ledger:
         :param kind: kind of the event to record; empty for none.
         """
         own = "number = (SELECT number FROM attachment WHERE uuid = run.uuid)"
-        self._write(
+        self._write_start(
             [
                 (f"UPDATE run SET written = ? WHERE uuid = ? AND {own}", (written, uuid)),
                 ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
@@ -325,7 +332,7 @@ class Ledger:
             if error.recorded:
                 return
             error.recorded = True
-        self._write(
+        self._note(
             [
                 ("UPDATE domain SET fault = ? WHERE uuid = ?", (escaped(str(error)), uuid)),
                 _count("start_failures", label=type(error).__name__),
@@ -335,15 +342,15 @@ class Ledger:
 
     def clear_fault(self, uuid: str) -> None:
         """Clear the reason why the domain's last start failed."""
-        self._write([("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,))])
+        self._note([("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,))])
 
     def count_harvest(self, seconds: float) -> None:
         """Count one harvest of ACPI tables from a QEMU, and the time that it took."""
-        self._write([_count("harvests"), _count("harvest_seconds", seconds)])
+        self._note([_count("harvests"), _count("harvest_seconds", seconds)])
 
     def record_event(self, kind: str, uuid: str, detail: Mapping[str, Value] | None = None) -> None:
         """Record an event that changes nothing else in the ledger."""
-        self._write([], self._event(kind, uuid, detail))
+        self._note([], self._event(kind, uuid, detail))
 
     def events(self, after: int = 0) -> list[Event]:
         """Return the events whose id is greater than `after`, in order."""
@@ -426,11 +433,32 @@ class Ledger:
             os.close(folder)
 
     def _rows(self, sql: str, *values: Any) -> list[Any]:
+        """Return what a query finds. On a full disk, SQLite has no room for its index of the write-ahead log."""
+        return self.reserve.spend(lambda: self._read(sql, values))
+
+    def _read(self, sql: str, values: Sequence[Any]) -> list[Any]:
         try:
             return self._db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
-            hint = "run as root" if "readonly" in str(error) else ""
-            raise LedgerError(f"cannot read {self.path}: {error}", hint=hint) from error
+            raise self._failed("read", error) from error
+
+    def _write_start(self, statements: Sequence[tuple[str, Sequence[Any]]], event: Event | None = None) -> None:
+        """Write what a start or its end needs, from the reserve if the disk is full; the event only if it fits, too."""
+        try:
+            self.reserve.spend(lambda: self._write(statements, event))
+        except FullDiskError:
+            if event is None:
+                raise
+            self._write(statements)
+            self._tell(event)
+
+    def _note(self, statements: Sequence[tuple[str, Sequence[Any]]], event: Event | None = None) -> None:
+        """Write what nothing depends on; if that fails, only tell the event."""
+        try:
+            self._write(statements, event)
+        except LedgerError:
+            if event is not None:
+                self._tell(event)
 
     def _write(
         self,
@@ -449,17 +477,29 @@ class Ledger:
         except (sqlite3.Error, UnicodeEncodeError) as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise self._unwritten(error) from error
+            raise self._failed("write", error) from error
         if event is not None:
             self._tell(event)
 
-    def _unwritten(self, error: sqlite3.Error | UnicodeEncodeError) -> LedgerError:
-        """Return the error for a transaction that failed."""
+    def _failed(self, what: str, error: sqlite3.Error | UnicodeEncodeError) -> LedgerError:
+        """Return the error for a query or a transaction that failed."""
         if isinstance(error, UnicodeEncodeError):
             return LedgerError(
                 f"{self.path} cannot have '{escaped(error.object)}': it is not UTF-8", hint="rename the file"
             )
-        return LedgerError(f"cannot write {self.path}: {error}")
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended code
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return DamagedLedgerError(f"{self.path} is damaged: {error}", hint=REBUILD)
+        if code == sqlite3.SQLITE_FULL or (code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and self._is_full()):
+            return FullDiskError(f"cannot {what} {self.path}: the disk is full", hint="make room, and try again")
+        return LedgerError(
+            f"cannot {what} {self.path}: {error}", hint="run as root" if "readonly" in str(error) else ""
+        )
+
+    def _is_full(self) -> bool:
+        """Return True when SQLite's "disk I/O error" and "unable to open" are those of a full disk."""
+        status = os.statvfs(os.path.dirname(self.path) or ".")
+        return status.f_bfree * status.f_frsize < FEW_BYTES
 
 
 def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Space that is kept for the ledger, so that a guest can be started when the disk is full.
+
+Imports nothing heavy: the device model, which has to start fast, uses it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nvdimm_driver.errors import FullDiskError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+SIZE = 16 << 20
+"""A start takes some 200 KiB, and 30 bytes more for each extent of its backings."""
+SLICE = 1 << 20
+"""Bytes that are given back at a time. Other programs may take them before the start does: then it gets the next."""
+
+
+class Reserve:
+    """A file of allocated blocks in the ledger's file system; their content is not used.
+
+    :param path: path of the file, which need not exist.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def size(self) -> int:
+        """Return how many bytes are kept."""
+        try:
+            return os.stat(self.path).st_size
+        except OSError:
+            return 0
+
+    def keep(self) -> None:
+        """Allocate what is missing, if the file system has twice the room for that."""
+        missing = SIZE - self.size()
+        try:
+            if missing > 0 and _free(os.path.dirname(self.path)) > 2 * missing:
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    os.posix_fallocate(fd, 0, SIZE)
+                finally:
+                    os.close(fd)
+        except OSError:
+            return  # 'nvdimmctl doctor' reports it
+
+    def give_back(self) -> bool:
+        """Give a slice back to the file system; return False when there is none left."""
+        size = self.size()
+        if not size:
+            return False
+        try:
+            os.truncate(self.path, max(0, size - SLICE))
+        except OSError:
+            return False
+        return True
+
+    def spend(self, work: Callable[[], T]) -> T:
+        """Do something that a start needs, and give back slices while the disk is too full for it.
+
+        :param work: can be repeated after an error.
+        :raises FullDiskError: when there is no slice left.
+        """
+        while True:
+            try:
+                return work()
+            except FullDiskError:
+                if not self.give_back():
+                    raise
+
+
+def _free(folder: str) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
