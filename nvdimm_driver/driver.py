@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -240,7 +240,9 @@ class XenNvdimmDriver(plugins.Plugin):
             self.reconcile()
             self.serve_labels()
             self.starts.require_ended(uuid)
-            plan = self._prepare(self.definitions.adopt(domain), domain)
+            record = self.definitions.adopt(domain)
+            self.definitions.check_marks(domain)
+            plan = self._prepare(record, domain)
         except NvdimmError as error:
             self.ledger.record_failure(uuid, error)
             raise
@@ -328,6 +330,18 @@ class XenNvdimmDriver(plugins.Plugin):
         if start is None or start.domid is None:
             return ()
         return find(partial(self.planner.mapper.read, start.domid))
+
+    def take_up_running(self, record: Record, domid: int, frozen: Collection[str]) -> None:
+        """Write the start of a running guest into the ledger, which has lost it.
+
+        :param frozen: files that are frozen for it, without symbolic links.
+        :raises BackingError: when one of them is not the domain's any more.
+        """
+        items = [item for item in record.allocations if os.path.realpath(item.spec.path) in frozen]
+        mappings, areas = self.planner.map_running(record, items)
+        served = record.labels if self.starts.label_servers.is_running(record.uuid) else ""
+        paths = [item.spec.path for item in items]
+        self.ledger.take_up_running(record.uuid, domid, paths, mappings, areas, served=served)
 
     def prepare_known(self, uuid: str) -> None:
         """Prepare a start for which no hook has run, such as that of a domain that ``xl`` has created.

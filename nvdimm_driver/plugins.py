@@ -293,6 +293,13 @@ class Backing(Plugin):
     def mark(self, path: str, owner: bytes | None) -> None:
         """Record the owner on the backing itself, immutable or not; None removes the record. Devices have none."""
 
+    def inspect(self, path: str) -> Surveyed | None:
+        """Return the owner that is recorded on the file at a path, and whether a guest has it; None without a file.
+
+        :raises BackingError: when it cannot be read.
+        """
+        return None
+
     def survey(self, paths: Sequence[str]) -> Iterable[Surveyed]:
         """Return the files in a pool with these paths, and the owners recorded on them.
 

@@ -228,6 +228,13 @@ class FsdaxBacking(Backing):
             with opened(path, os.O_RDONLY) as fd, self._locked():
                 inode.mark(fd, owner)
 
+    def inspect(self, path: str) -> Surveyed | None:
+        path = os.path.realpath(path)
+        if not os.path.isfile(path):
+            return None
+        with opened(path, os.O_RDONLY) as fd:
+            return Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd))
+
     def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
         for top in map(os.path.realpath, paths):
             with opened(top, os.O_RDONLY | os.O_DIRECTORY) as fd:
@@ -235,9 +242,9 @@ class FsdaxBacking(Backing):
             for folder, folders, files in os.walk(top):
                 folders[:] = [each for each in folders if os.stat(os.path.join(folder, each)).st_dev == device]
                 for path in (os.path.join(folder, name) for name in sorted(files)):
-                    if os.path.isfile(path) and not os.path.islink(path):
-                        with opened(path, os.O_RDONLY) as fd:
-                            yield Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd))
+                    found = None if os.path.islink(path) else self.inspect(path)
+                    if found:
+                        yield found
 
     def lacking(self, spec: NvdimmSpec) -> int:
         return max(0, spec.size - os.stat(spec.path).st_size)

@@ -61,7 +61,12 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         if not state_dir.is_dir():
             state_dir.mkdir(parents=True, mode=0o700)
             yield f"created {state_dir}"
-        Ledger(_ledger(conf)).close()
+        with closing(Ledger(_ledger(conf))) as ledger:
+            ledger.reserve.keep()
+        log_dir = Path(conf.log_file).parent
+        if not log_dir.is_dir():
+            log_dir.mkdir(parents=True)
+            yield f"created {log_dir}"
         script = device_model(conf)
         yield install(script.path, script.text, 0o755)
         script = libvirt_hook(conf)

@@ -43,6 +43,7 @@ class Checks:
         :raises InUseError: when one does.
         """
         ownership.check_free(self.ledger, path, self.identity(path))
+        ownership.check_marks(self.ledger, self.backings, "", [path])
 
     def check_off(self, path: str, hint: str = "shut it down first") -> None:
         """Check that no domain runs with a backing.

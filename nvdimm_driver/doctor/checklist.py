@@ -13,7 +13,7 @@ from oslo_config import cfg
 from nvdimm_driver import plugin_loader
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.conf import configured_pools
-from nvdimm_driver.doctor import confinement, hypervisor, ledger, libvirt, nova, pmem, programs
+from nvdimm_driver.doctor import confinement, hypervisor, ledger, libvirt, nova, pmem, programs, storage
 from nvdimm_driver.doctor.finding import Finding, could_not, passed, warned
 from nvdimm_driver.driver import driver_class
 from nvdimm_driver.errors import LedgerError, NvdimmError
@@ -69,6 +69,8 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "nvdimmd, boot", lambda: libvirt.check_service(installed.enabled)
     yield "AppArmor", lambda: confinement.check_apparmor(daemon, conf.xen.device_model)
     yield "SELinux", confinement.check_selinux
+    yield "log", lambda: storage.check_log(Path(conf.log_file))
+    yield "state folder", lambda: storage.check_state(Path(conf.state_dir) / "ledger.sqlite")
     yield "ledger", lambda: _records(conf)
     yield "Nova", lambda: _nova(conf)
 

@@ -30,6 +30,7 @@ def check(
     else:
         try:
             with closing(Ledger(str(path))) as ledger:
+                ledger.check_integrity()
                 records = ledger.domains()
         except NvdimmError as error:
             yield could_not("ledger", error)

@@ -169,7 +169,7 @@ class _Look:
         starts = [each.start for each in self.records if each.start]
         states = {each.state for each in starts if file.path in map(os.path.realpath, each.paths)}
         if file.frozen and not states:
-            yield self._frozen(file, owner[0].name if owner else mark.name if mark else "", mark)
+            yield self._frozen(file, owner[0] if owner else None, mark)
         if states - {"preparing"} and not file.immutable:
             freeze = partial(backing_of(self.driver.backings, file.path).freeze, file.path)
             name = owner[0].name if owner else ""
@@ -182,12 +182,21 @@ class _Look:
         """Domid and uuid of Xen's guests; this asks Xen for each possible domid."""
         return self.driver.starts.mapper.guests()
 
-    def _frozen(self, file: Surveyed, name: str, mark: Mark | None) -> Inconsistency:
+    def _frozen(self, file: Surveyed, owner: Record | None, mark: Mark | None) -> Inconsistency:
+        name = owner.name if owner else mark.name if mark else ""
         inconsistency = partial(Inconsistency, name, file.path, "it is immutable, but no known start needs that")
         for domid, uuid in self._guests:
+            if owner is not None and mark is not None and owner.uuid == mark.uuid == uuid:
+                take_up = partial(self.driver.take_up_running, owner, domid, self._frozen_of(mark.uuid))
+                return inconsistency(f"write into the ledger that the guest with domid {domid} has it", take_up)
             if mark is None or uuid in (None, mark.uuid):
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
         return inconsistency("make it mutable", partial(backing_of(self.driver.backings, file.path).thaw, file.path))
+
+    def _frozen_of(self, uuid: str) -> set[str]:
+        """Return the frozen files that have the mark of a domain."""
+        marks = {file.path: self._mark(file) for file in self.files.values() if file.frozen}
+        return {path for path, mark in marks.items() if mark and mark.uuid == uuid}
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)

@@ -159,10 +159,18 @@ class Definitions:
             raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
         return adopted
 
+    def check_marks(self, domain: DomainSpec) -> None:
+        """Check that no file of the domain is another's that the ledger does not know.
+
+        :raises InUseError: when one is.
+        """
+        ownership.check_marks(self.ledger, self.backings, domain.uuid or "", [spec.path for spec in domain.nvdimms])
+
     def _check_allowed(self, domain: DomainSpec) -> None:
         for spec in domain.nvdimms:
             files.check_name(spec.path)
         ownership.check_paths(self.ledger, domain)
+        self.check_marks(domain)
         self.pools.check(domain, self.ledger.domains())
 
     def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> None:

@@ -118,6 +118,26 @@ class Planner:
         guest = self._lay_out(domain, locations, {item.spec.slot: item.base for item in record.allocations})
         return self._plan(domain, locations, guest, self._build_tables(guest))
 
+    def map_running(
+        self, record: Record, items: Sequence[Allocation]
+    ) -> tuple[tuple[Mapping, ...], tuple[tuple[int, int], ...]]:
+        """Return the mappings of NVDIMMs that a running guest has, and the areas that they are in.
+
+        Their backings are frozen, so the frames are those of its start.
+
+        :param items: NVDIMMs of the domain.
+        :raises BackingError: also when a backing is not the one that was provisioned.
+        """
+        guest = self.layout_around(record, record.ram)
+        placements = {placement.slot: placement for placement in guest.nvdimms}
+        mappings, devices = [], set()
+        for item in items:
+            placement, location = placements[item.spec.slot], self._locate_same(item)
+            mappings.append(layout.mappings(placement, location.extents, labels=placement in guest.label_areas))
+            devices.add(location.identity.device)
+        areas = {area.frames for backing in self.backings for area in backing.areas() if area.uid in devices}
+        return _flat(mappings), tuple(sorted(areas))
+
     def find_bad_blocks(self, spec: NvdimmSpec) -> tuple[tuple[int, int], ...]:
         """Return the known bad blocks of a backing, as (offset in it, bytes).
 

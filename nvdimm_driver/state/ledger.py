@@ -7,6 +7,7 @@ they are made.
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import time
@@ -30,6 +31,7 @@ KEPT_EVENTS = 10_000
 """Older events are deleted."""
 FEW_BYTES = 64 << 10
 """With fewer free bytes, a disk is full: SQLite's index of the write-ahead log alone takes 32 KiB."""
+FOREIGN = "PRAGMA foreign_key_check"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
 ALLOCATION_COLUMNS = (
@@ -102,6 +104,17 @@ class Ledger:
         self._write([("PRAGMA foreign_keys = ON", ())], begin="")
         if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
             self._create()
+
+    def check_integrity(self) -> None:
+        """Check all of the file.
+
+        :raises DamagedLedgerError: when it is damaged.
+        """
+        found = [str(row[0]) for row in self._rows("PRAGMA integrity_check(3)")]
+        if found == ["ok"]:
+            found = [f"{table} refers to a {parent} that is not there" for table, _, parent, _ in self._rows(FOREIGN)]
+        if found:
+            raise DamagedLedgerError(f"{self.path} is damaged: {'; '.join(found)}", hint=REBUILD)
 
     def close(self) -> None:
         """Close the file."""
@@ -298,6 +311,35 @@ class Ledger:
                 _count("map_seconds", seconds),
             ],
             self._event("started", uuid, detail),
+        )
+
+    def take_up_running(
+        self,
+        uuid: str,
+        domid: int,
+        paths: Sequence[str],
+        mappings: Sequence[tuple[int, int, int]],
+        areas: Sequence[tuple[int, int]],
+        *,
+        served: str,
+    ) -> None:
+        """Record the start of a domain that runs, after the ledger has lost it.
+
+        :param paths: backings that are frozen for it.
+        :param served: as in :class:`.model.Start`.
+        """
+        self._write(
+            [
+                ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
+                (
+                    "INSERT INTO attachment (uuid, state, domid, boot_id, since, served) "
+                    "VALUES (?, 'mapped', ?, ?, ?, ?)",
+                    (uuid, domid, host_boot_id(), int(time.time()), served),
+                ),
+                *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
+                *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
+                *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
+            ]
         )
 
     def count_mapped(self) -> tuple[int, int]:
@@ -500,6 +542,24 @@ class Ledger:
         """Return True when SQLite's "disk I/O error" and "unable to open" are those of a full disk."""
         status = os.statvfs(os.path.dirname(self.path) or ".")
         return status.f_bfree * status.f_frsize < FEW_BYTES
+
+
+def set_aside(path: str) -> str:
+    """Rename a damaged ledger, so that the next who opens it makes a new one; return its new name.
+
+    :raises LedgerError: when it cannot be renamed.
+    """
+    aside = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    try:
+        if os.path.exists(aside):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        # The write-ahead log first: it must not be taken for that of the new ledger.
+        for suffix in ("-wal", "-shm", ""):
+            if os.path.exists(path + suffix):
+                os.rename(path + suffix, aside + suffix)
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be renamed to {aside}: {error.strerror}", hint="try again") from error
+    return aside
 
 
 def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:

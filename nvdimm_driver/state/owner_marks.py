@@ -48,4 +48,6 @@ def unpack(path: str, data: bytes) -> Mark:
         spec = NvdimmSpec(path=path, **found["nvdimm"])
         return Mark(found["uuid"], found["name"], found["ram"], found["dsm"], spec, found["base"])
     except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(f"{path}: its mark cannot be read: {error}") from error
+        raise LedgerError(
+            f"{path}: its mark cannot be read: {error}", hint="'nvdimmctl check --repair' removes it"
+        ) from error

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from nvdimm_driver.errors import InUseError
-from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record
+from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.owner_marks import Mark
 
 
 def check_paths(ledger: Ledger, domain: DomainSpec) -> None:
@@ -66,6 +67,49 @@ def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> N
     """
     for record in owners(ledger, path, identity):
         raise _owned(path, record)
+
+
+def check_marks(ledger: Ledger, backings: Sequence[Backing], uuid: str, paths: Iterable[str]) -> None:
+    """Check that no file is, by its mark or because it is frozen, that of a domain which the ledger does not know.
+
+    A ledger that was lost, rebuilt or restored from a backup knows less than the files.
+
+    :param uuid: of the domain that is to have the files; empty for none.
+    :raises InUseError: when one is.
+    """
+    for path in paths:
+        for file in filter(None, (_inspect(backing, path) for backing in backings if backing.handles(path))):
+            mark = None if file.owner is None else owner_marks.unpack(path, file.owner)
+            if mark is not None and mark.uuid == uuid:
+                continue
+            if mark is not None and not _has_elsewhere(ledger, mark, file.path):
+                raise InUseError(
+                    f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that",
+                    hint="'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
+                    f"'nvdimmctl release {mark.name}' then frees the file",
+                )
+            if file.frozen and not any(file.path in _frozen(record) for record in ledger.started_domains()):
+                raise InUseError(
+                    f"{path} is immutable for a guest that the ledger does not know", hint="see 'nvdimmctl check'"
+                )
+
+
+def _inspect(backing: Backing, path: str) -> Surveyed | None:
+    try:
+        return backing.inspect(path)
+    except BackingError:
+        return None  # no file that a domain could have
+
+
+def _has_elsewhere(ledger: Ledger, mark: Mark, path: str) -> bool:
+    """Return True if the NVDIMM that a mark names is another file: the marked one is a copy."""
+    record = ledger.find_domain(mark.uuid)
+    items = record.allocations if record else ()
+    return any(item.spec.slot == mark.spec.slot and os.path.realpath(item.spec.path) != path for item in items)
+
+
+def _frozen(record: Record) -> set[str]:
+    return set(map(os.path.realpath, record.start.paths)) if record.start else set()
 
 
 def check_off(record: Record, hint: str = "shut it down first") -> None:

@@ -146,6 +146,11 @@ class MemoryBacking(Backing):
             if any(path.startswith(f"{top}/") for top in paths):
                 yield Surveyed(path, self.marks.get(path), path in self.frozen, path in self.frozen)
 
+    def inspect(self, path: str) -> Surveyed | None:
+        if path not in self.files:
+            return None
+        return Surveyed(path, self.marks.get(path), path in self.frozen, path in self.frozen)
+
     def freeze(self, path: str) -> None:
         self.frozen.add(path)
 

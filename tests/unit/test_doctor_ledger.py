@@ -125,6 +125,19 @@ def test_without_a_ledger_nothing_passes_and_none_is_made(tmp_path: Path) -> Non
     assert not path.exists()
 
 
+def test_a_ledger_that_is_damaged_in_its_middle(host: Host) -> None:
+    path = host.folder / "ledger.sqlite"
+    host.driver.ledger.close()
+    content = bytearray(path.read_bytes())
+    page = int.from_bytes(content[16:18], "big")
+    content[4 * page : 4 * page + 64] = bytes(range(64))
+    path.write_bytes(content)
+    found = host.look()
+    assert found["ledger"].result == Result.FAIL
+    assert f"{path} is damaged: " in found["ledger"].message
+    assert "'nvdimmctl check --repair' keeps the damaged file" in found["ledger"].hint
+
+
 def test_a_ledger_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_text("no database\n" * 100)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
@@ -207,15 +208,94 @@ def test_a_frozen_file_that_no_start_has(
     assert backing.frozen == set()
 
 
-@pytest.mark.parametrize("uuid", [UUID, None])
 def test_a_frozen_file_of_a_guest_that_may_be_running_stays_so(
-    driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper, uuid: str | None
+    driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
 ) -> None:
     """The ledger was lost while the guest ran, or the guest is dying."""
     backing.frozen.add(A)
-    mapper.alive[3] = uuid  # type: ignore[assignment]
+    mapper.alive[3] = None  # type: ignore[assignment]
     (finding,) = look(driver)
     assert (finding.mend, finding.remedy) == (None, "shut down the guest with domid 3 first: it may own the file")
+
+
+def test_a_frozen_file_of_a_guest_that_runs_stays_so_and_its_start_is_known_again(
+    driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    """The ledger was lost while the guest ran, or the guest is dying."""
+    backing.frozen.add(A)
+    mapper.alive[3] = UUID
+    (finding,) = look(driver)
+    assert (finding.path, finding.remedy) == (A, "write into the ledger that the guest with domid 3 has it")
+    assert mend(driver) == []
+    assert backing.frozen == {A}
+    record = driver.ledger.find_domain(UUID)
+    assert record
+    assert record.start
+    assert (record.start.domid, record.start.state, record.start.paths) == (3, "mapped", (A,))
+
+
+def test_a_ledger_that_is_lost_while_guests_run_is_made_again_with_their_starts(
+    tmp_path: Path, driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    """Until then, and after, nobody gets their files or frames."""
+    whole, other = domain((A, 64 * MIB), (B, 32 * MIB)), domain((A, 64 * MIB))
+    other = dataclasses.replace(other, uuid=OTHER_UUID, name="db2")
+    driver.prepare(whole)
+    mapper.alive[7] = UUID
+    driver.ledger.begin_mapping(UUID, 7)
+    driver.ledger.finish_mapping(UUID)
+    frames = driver.ledger.frames_of_others(OTHER_UUID)
+    (tmp_path / "new").mkdir()
+    new = make_driver(tmp_path / "new", backing, mapper, pools=Pools([POOL]))
+    for refused in (new.plan, new.define, new.prepare):
+        with pytest.raises(InUseError, match=rf"{A} has the mark of domain db1 .*nvdimmctl check --repair"):
+            refused(other)
+    assert _repair(new)
+    assert look(new) == []
+    with pytest.raises(InUseError, match=f"{A} belongs to domain db1"):
+        new.define(other)
+    assert backing.frozen == {A, B}
+    assert new.ledger.frames_of_others(OTHER_UUID) == frames
+    with pytest.raises(InUseError, match="running or starting"):
+        new.forget(UUID)
+    with pytest.raises(InUseError, match="already has its NVDIMMs, as domid 7"):
+        new.prepare(whole)
+    del mapper.alive[7]
+    new.release(UUID)
+    assert backing.frozen == set()
+    new.prepare(whole)
+    assert new.ledger.find_domain(UUID).allocations == driver.ledger.find_domain(UUID).allocations  # type: ignore[union-attr]
+
+
+def test_a_frozen_file_without_a_mark_is_nobodys(
+    driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    """Its guest was redefined without it while it ran, and then the ledger was lost."""
+    backing.files[C] = (105, 64 * MIB)
+    backing.frozen.add(C)
+    mapper.alive[3] = OTHER_UUID
+    with pytest.raises(InUseError, match=f"{C} is immutable for a guest that the ledger does not know"):
+        driver.define(domain((A, 64 * MIB), (B, 32 * MIB), (C, 64 * MIB)))
+    (finding,) = look(driver)
+    assert finding.remedy == "shut down the guest with domid 3 first: it may own the file"
+    mapper.alive.clear()
+    assert mend(driver) == []
+    driver.define(domain((A, 64 * MIB), (B, 32 * MIB), (C, 64 * MIB)))
+
+
+def test_a_ledger_from_a_backup_starts_nobody_with_anothers_file(
+    driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    """It says that db1 has the file, which db1 gave up since, and db2 took."""
+    before = driver.ledger.find_domain(UUID)
+    assert before
+    driver.define(domain((B, 32 * MIB)))
+    driver.define(dataclasses.replace(domain((A, 64 * MIB)), uuid=OTHER_UUID, name="db2"))
+    driver.ledger.forget(OTHER_UUID)
+    driver.ledger.store(UUID, before.name, before.ram, before.allocations, dsm=before.dsm)
+    with pytest.raises(InUseError, match=f"{A} has the mark of domain db2"):
+        driver.prepare(domain((A, 64 * MIB), (B, 32 * MIB)))
+    assert backing.frozen == set()
 
 
 def test_a_pool_that_cannot_be_looked_at(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:

@@ -35,6 +35,11 @@ import sys
 from nvdimm_driver.cmd.hook import main
 sys.exit(main(["50-nvdimm", "db1", "prepare", "begin", "-"], b"<domain><x:y xmlns:x='urn:nvdimm-driver:x'/></domain>"))
 """
+LOST = """
+[DEFAULT]
+state_dir = {folder}
+log_file = {folder}/missing/log
+"""
 OLD_SCRIPT = """
 import sys
 from nvdimm_driver.cmd.device_model import main
@@ -239,3 +244,12 @@ def test_a_script_of_an_earlier_version_runs(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (ConfigError.exit_code, "")
     assert " ERROR event=start-failed " in (tmp_path / "log").read_text()
+
+
+def test_a_log_whose_folder_is_missing_fails_nothing(tmp_path: Path) -> None:
+    """The lines go to stderr: libvirt and libxl keep that."""
+    (tmp_path / "conf").write_text(LOST.format(folder=tmp_path))
+    command = [sys.executable, "-c", LOGGING.format(where="to_file"), str(tmp_path / "conf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"cannot log to {tmp_path}/missing/log: No such file or directory\n" in done.stderr
+    assert "ERROR of nvdimm_driver.lifecycle" in done.stderr

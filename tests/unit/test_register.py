@@ -39,6 +39,12 @@ def test_register_says_what_it_did_and_can_be_repeated(options: cfg.ConfigOpts, 
     assert os.stat(tmp_path / "state").st_mode & 0o777 == 0o700
 
 
+def test_register_makes_the_folders_of_state_and_log(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    options.set_override("log_file", f"{tmp_path}/logs/nvdimm.log")
+    assert f"created {tmp_path}/logs" in list(register(options))
+    assert (tmp_path / "state/ledger.sqlite-reserve").stat().st_size == 16 << 20
+
+
 def test_the_installed_scripts_run(options: cfg.ConfigOpts, tmp_path: Path) -> None:
     list(register(options))
     hook = tmp_path / "hooks/libxl.d/50-nvdimm"
