@@ -33,11 +33,12 @@ class Reserve:
         self.path = path
 
     def size(self) -> int:
-        """Return how many bytes are kept."""
+        """Return how many bytes are kept. A copy of the file, as from a backup, may have holes."""
         try:
-            return os.stat(self.path).st_size
+            status = os.stat(self.path)
         except OSError:
             return 0
+        return min(status.st_size, status.st_blocks * 512)
 
     def keep(self) -> None:
         """Allocate what is missing, if the file system has twice the room for that."""
@@ -54,14 +55,12 @@ class Reserve:
 
     def give_back(self) -> bool:
         """Give a slice back to the file system; return False when there is none left."""
-        size = self.size()
-        if not size:
-            return False
         try:
+            size = os.stat(self.path).st_size
             os.truncate(self.path, max(0, size - SLICE))
         except OSError:
             return False
-        return True
+        return size > 0
 
     def spend(self, work: Callable[[], T]) -> T:
         """Do something that a start needs, and give back slices while the disk is too full for it.

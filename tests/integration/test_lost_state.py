@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A full disk, a log without a folder, a damaged ledger: under the real libvirtd and its libxl driver, without Xen."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.bench_host import Host
+
+FILL = "cat /dev/zero >>{state}/filler 2>/dev/null; sync -f {state}"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """Return a host with the domain db1, which runs."""
+    made = Host(tmp_path)
+    try:
+        made.define("db1", 1)
+        made.check("start", "db1")
+        yield made
+    finally:
+        made.libvirtd.close()
+
+
+def rows(host: Host, *words: str) -> list[dict[str, str]]:
+    """Return what an nvdimmctl command prints, behind what the stand-in for Xen's libraries does."""
+    found: list[dict[str, str]] = json.loads(
+        re.sub(r"\A(?:\w+\(.*\)\n)*", "", host.nvdimmctl(*words, "-f", "json").stdout)
+    )
+    return found
+
+
+def doctor(host: Host) -> dict[str, dict[str, str]]:
+    return {row["Check"]: row for row in rows(host, "doctor")}
+
+
+def test_a_guest_reboots_on_a_full_disk(host: Host) -> None:
+    """That of the ledger and the tables."""
+    state = host.folder / "state"
+    small = f"cp -a {state} {state}.old && mount -t tmpfs -o size=48m none {state} && cp -a {state}.old/. {state}"
+    done = host.libvirtd.run("sh", "-c", f"{small} && rm {state}/ledger.sqlite-reserve")
+    assert done.returncode == 0, done.stderr
+    assert rows(host, "list")[0]["Domain"] == "db1"
+    host.libvirtd.events()
+    for domid in (2, 3):
+        host.libvirtd.run("sh", "-c", FILL.format(state=state))
+        host.libvirtd.inject("db1", "reboot")
+        host.libvirtd.wait_for(f"hook started begin db1 id={domid}")
+    (row,) = rows(host, "list")
+    assert "mapped" in row.values()
+    found = doctor(host)
+    assert found["state folder"]["Result"] == "WARN"
+    assert "are kept for starts" in found["state folder"]["Message"]
+    file = host.xml("db2", 2)
+    done = host.virsh("define", file)
+    assert done.returncode == 0 or "the disk is full (make room, and try again)" in done.stderr
+    host.check("destroy", "db1")
+
+
+def test_a_guest_starts_without_the_folder_of_the_log(host: Host) -> None:
+    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf.write_text(conf.read_text().replace("/nvdimm-driver.log", "/missing/nvdimm-driver.log"))
+    host.check("destroy", "db1")
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+    found = doctor(host)
+    assert found["log"]["Result"] == "WARN"
+    assert "there is no folder" in found["log"]["Message"]
+
+
+def test_a_ledger_that_is_damaged_while_a_guest_runs(host: Host) -> None:
+    before, sum_before = host.record("db1"), host.sum("db1")
+    ledger = host.folder / "state/ledger.sqlite"
+    ledger.write_bytes(b"scribble" * 4096)
+    for command in ("list", "check"):
+        failed = host.nvdimmctl(command)
+        assert failed.returncode == 1
+        assert "is damaged: file is not a database" in failed.stdout + failed.stderr
+        assert "'nvdimmctl check --repair' keeps the damaged file" in failed.stdout + failed.stderr
+    thief = host.xml("db2", 2)
+    thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
+    assert "is damaged" in host.virsh("define", thief).stderr
+    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf.write_text(conf.read_text() + f"[pool:main]\nkind=bench\npaths={host.folder}/pmem\n")
+
+    done = rows(host, "check", "--repair")
+    assert [row["Done"] for row in done] == ["yes"] * 3, done
+    assert host.nvdimmctl("check").returncode == 0
+    (aside,) = ledger.parent.glob("ledger.sqlite.damaged-*")
+    assert aside.read_bytes().startswith(b"scribble")
+
+    after = host.record("db1")
+    assert after.allocations == before.allocations
+    assert after.start
+    assert before.start
+    assert (after.start.domid, after.start.paths) == (before.start.domid, before.start.paths)
+    assert host.state("db1") == ("mapped", before.start.domid, True)
+    assert "db1.img belongs to domain db1" in host.virsh("define", thief).stderr
+    assert host.nvdimmctl("release", "--yes", "db1").returncode == 4
+    host.libvirtd.events()
+    host.libvirtd.inject("db1", "reboot")
+    host.libvirtd.wait_for("hook started begin db1 id=2")
+    host.check("destroy", "db1")
+    assert host.state("db1") == ("", None, False)
+    assert host.sum("db1") == sum_before
+
+
+def test_an_empty_ledger_gives_nothing_away(host: Host) -> None:
+    """The file was deleted, and somebody defines a domain before check --repair."""
+    for name in ("", "-wal", "-shm"):
+        (host.folder / f"state/ledger.sqlite{name}").unlink(missing_ok=True)
+    thief = host.xml("db2", 2)
+    thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
+    assert "has the mark of domain db1" in host.virsh("define", thief).stderr
