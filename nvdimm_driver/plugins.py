@@ -367,11 +367,36 @@ def backing_of(backings: Sequence[Backing], path: str) -> Backing:
     for backing in backings:
         if backing.handles(path):
             return backing
+    _check_there(path)
     from nvdimm_driver.errors import BackingError
 
     raise BackingError(
         f"{path}: cannot be the backing of an NVDIMM", hint="; ".join(backing.describe() for backing in backings)
     )
+
+
+def _check_there(path: str) -> None:
+    """Check that a file or device is at a path, or could be.
+
+    :raises BackingError: when its folder is missing, when it is a folder, or when the path leads nowhere.
+    """
+    from nvdimm_driver.errors import BackingError
+
+    if os.path.isdir(path):
+        raise BackingError(f"{path}: is a folder", hint="name a file in it, which need not exist yet")
+    folder = os.path.dirname(os.path.realpath(path))
+    while not os.path.lexists(folder) and not os.path.lexists(os.path.dirname(folder)):
+        folder = os.path.dirname(folder)  # the first that is missing
+    if not os.path.lexists(folder):
+        raise BackingError(
+            f"{path}: there is no folder {folder}", hint="mount the file system that it is on, or make the folder"
+        )
+    if not os.path.isdir(folder):
+        raise BackingError(f"{path}: {folder} is not a folder", hint="correct the path")
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise BackingError(f"{path}: {error.strerror}", hint="name a file or a device") from error
 
 
 class AcpiBuilder(Plugin):

@@ -13,9 +13,16 @@ from typing import NamedTuple
 from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.host_text import escaped
 from nvdimm_driver.sizes import human
 
+NAME_MAX = 255
+"""Bytes in the name of a file (limits.h)."""
+PATH_MAX = 4095
+"""Bytes in a path."""
 HINTS = {
+    errno.ENOENT: "is its file system mounted?",
+    errno.ENAMETOOLONG: "take a shorter name",
     errno.EPERM: "is it immutable (lsattr, chattr -i)?",
     errno.EACCES: "only root may use backings",
     errno.ENOSPC: "make room, or ask for less",
@@ -33,11 +40,16 @@ class ExaminedFile(NamedTuple):
 
 
 def is_new(path: str) -> bool:
-    """Return True when there is no such file, or an empty one."""
+    """Return True when there is no such file, or an empty one.
+
+    :raises BackingError: when there cannot be one.
+    """
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return True
+    except OSError as error:
+        raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
     return stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_nlink == 1
 
 
@@ -82,14 +94,48 @@ def hidden_name(path: str) -> str:
     return os.path.join(directory, f".{name}.partial")
 
 
-def check_name(path: str) -> None:
-    """Check that a file does not have a :func:`hidden_name`: an import of the other name would take it for its own.
+def check_copy_name(path: str) -> None:
+    """Check that a file's :func:`hidden_name` is not too long.
 
-    :raises InUseError: when it has one.
+    :raises BackingError: when it is.
     """
     name = os.path.basename(os.path.realpath(path))
+    longest = NAME_MAX - len("..partial")
+    _check_length(path, name, longest, ": the file is .NAME.partial until it is complete")
+
+
+def check_name(path: str) -> None:
+    """Check that a backing can have a path.
+
+    It must not be a :func:`hidden_name`: an import of the other name would take it for its own.
+
+    :raises InUseError: when it is one.
+    :raises BackingError: when it is too long, is not UTF-8, which domain XML is, or is a link to nothing.
+    """
+    name = os.path.basename(os.path.realpath(path))
+    _check_length(path, name, NAME_MAX)
+    if escaped(path) != path:
+        raise BackingError(f"{path}: is not UTF-8, and domain XML has to be", hint="rename it")
     if name == os.path.basename(hidden_name(name.removeprefix(".").removesuffix(".partial"))):
         raise InUseError(f"{path}: is the name of a file whose import is not finished", hint="take another name")
+    if os.path.islink(path) and not os.path.lexists(os.path.realpath(path)):
+        raise BackingError(
+            f"{path}: is a symbolic link to {os.path.realpath(path)}, and nothing is there",
+            hint="mount the file system of that path, or name the path itself to make a new file",
+        )
+
+
+def _check_length(path: str, name: str, longest: int, reason: str = "") -> None:
+    length = len(os.fsencode(name))
+    if length > longest:
+        raise BackingError(
+            f"{path}: its name has {length} bytes, and may have {longest}{reason}", hint="take a shorter name"
+        )
+    if len(os.fsencode(path)) > PATH_MAX:
+        raise BackingError(
+            f"{path[:80]}…: the path has {len(os.fsencode(path))} bytes, and may have {PATH_MAX}",
+            hint="take a shorter path",
+        )
 
 
 def unlink(path: str) -> bool:

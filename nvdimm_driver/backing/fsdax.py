@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Self
 
 from nvdimm_driver.backing import byteranges, extents, freespace, inode, inventory
 from nvdimm_driver.backing.byteranges import FileBytes, MappedBytes
-from nvdimm_driver.backing.files import check_size, hidden_name, is_new, look, opened, sync_directory, unlink
+from nvdimm_driver.backing.files import (
+    check_copy_name,
+    check_size,
+    hidden_name,
+    is_new,
+    look,
+    opened,
+    sync_directory,
+    unlink,
+)
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import Mount, Volume, space_of
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
@@ -143,6 +152,7 @@ class FsdaxBacking(Backing):
 
     def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
         """Create ``.NAME.partial`` beside the path, of that size, with unwritten extents only."""
+        check_copy_name(spec.path)
         hidden = replace(spec, path=hidden_name(spec.path))
         if os.path.lexists(hidden.path) and os.stat(hidden.path, follow_symlinks=False).st_size != spec.size:
             self.discard(hidden)  # left by another import

@@ -119,8 +119,9 @@ def volume_of(device: int, path: str, sysfs: Path = SYSFS) -> Volume:
         name = node.resolve().name if node.exists() else "no block device"
         raise BackingError(
             f"{path}: is on {name} (device {number}), not on persistent memory",
-            hint="a backing has to be on a pmem namespace's own block device (/dev/pmemN) or a partition of it; "
-            "device-mapper, md, loop and other disks are not supported; 'nvdimmctl host' shows the namespaces",
+            hint="if it should be on another file system, mount that; a backing has to be on a pmem namespace's own "
+            "block device (/dev/pmemN) or a partition of it; device-mapper, md, loop and other disks are not "
+            "supported; 'nvdimmctl host' shows the namespaces",
         )
     return volume
 

@@ -83,6 +83,7 @@ class Importer:
                 )
             spec = new_nvdimm(path, size, found if label_size is None else label_size)
             self._checks.check_new(spec)
+            backing_of(self._checks.backings, path)
             _check_overwrite(path, overwrite)
             self._copy_in(content, spec, watch)
         return spec

@@ -7,7 +7,7 @@ import os
 import stat
 
 from nvdimm_driver.backing.byteranges import FileBytes
-from nvdimm_driver.backing.files import hidden_name, is_new, opened, sync_directory
+from nvdimm_driver.backing.files import check_copy_name, hidden_name, is_new, opened, sync_directory
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError, UnsupportedError
 
 _MAGIC = {
@@ -57,6 +57,7 @@ def open_destination(path: str, size: int, *, overwrite: bool) -> FileBytes:
     :param size: bytes.
     :raises RefusedError: when the destination exists and may not be overwritten, or is not a file.
     """
+    check_copy_name(path)
     _check_destination(path, overwrite)
     hidden = hidden_name(path)
     with opened(hidden, os.O_RDWR | os.O_CREAT) as fd:

@@ -78,7 +78,7 @@ def reporting_errors_of(path: str) -> Iterator[None]:
     try:
         yield
     except BackingError as error:
-        if path in error.message:
+        if error.message.startswith("/"):  # it names a path
             raise
         raise BackingError(f"{path}: {error.message}", hint=error.hint) from error
     except OSError as error:

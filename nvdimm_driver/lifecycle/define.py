@@ -13,7 +13,7 @@ from nvdimm_driver.backing import files
 from nvdimm_driver.backing.identity import identity_at
 from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.lifecycle import slots
-from nvdimm_driver.lifecycle.plan import Planner
+from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
 from nvdimm_driver.plugins import Backing, backing_of
@@ -169,6 +169,7 @@ class Definitions:
     def _check_allowed(self, domain: DomainSpec) -> None:
         for spec in domain.nvdimms:
             files.check_name(spec.path)
+        check_distinct(domain.nvdimms, lambda one, other: os.path.realpath(one.path) == os.path.realpath(other.path))
         ownership.check_paths(self.ledger, domain)
         self.check_marks(domain)
         self.pools.check(domain, self.ledger.domains())

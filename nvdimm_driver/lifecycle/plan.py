@@ -10,10 +10,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import bad_parts
-from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.errors import DomainXmlError, NvdimmError
 from nvdimm_driver.guest import layout, mapping_guards
 from nvdimm_driver.labels import namespace_labels
 from nvdimm_driver.model import (
@@ -245,6 +246,12 @@ class Planner:
         assumed = [intake.assumed for intake in intakes] or [False] * len(locations)
         known = [part for part, is_assumed in zip(mappings, assumed, strict=True) if not is_assumed]
         areas = self._areas(domain)
+        identities = {
+            spec: location.identity
+            for spec, location, is_assumed in zip(domain.nvdimms, locations, assumed, strict=True)
+            if not is_assumed
+        }
+        check_distinct(tuple(identities), lambda one, other: identities[one].shares_bytes(identities[other]))
         self._guard(domain, guest, _flat(known), areas)
         bad = self.host.bad_ranges()
         bad_blocks = tuple(
@@ -309,6 +316,19 @@ class Planner:
 
     def _backing(self, spec: NvdimmSpec) -> Backing:
         return backing_of(self.backings, spec.path)
+
+
+def check_distinct(nvdimms: Sequence[NvdimmSpec], same: Callable[[NvdimmSpec, NvdimmSpec], bool]) -> None:
+    """Check that no two NVDIMMs of a domain have the same bytes.
+
+    :raises DomainXmlError: when two have.
+    """
+    for one, other in combinations(nvdimms, 2):
+        if same(one, other):
+            raise DomainXmlError(
+                f"the NVDIMMs in slots {one.slot} and {other.slot} have the same bytes: {one.path} and {other.path}",
+                hint="give each a backing of its own, or remove one",
+            )
 
 
 def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:

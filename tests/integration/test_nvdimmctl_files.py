@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -506,3 +508,112 @@ def test_exit_statuses(operator: Operator) -> None:
         assert done.stdout == "", words
         assert done.stderr, words
     assert {path.name for path in operator.fs.files()} == {"a"}
+
+
+# --- names at their limits ---
+
+DOMAIN = """<domain type='xen'><name>d</name><uuid>{uuid}</uuid><memory unit='MiB'>512</memory>
+<os><type arch='x86_64' machine='xenfv'>hvm</type></os><devices>{nvdimms}</devices></domain>"""
+NVDIMM = "<memory model='nvdimm'><source><path>{}</path></source><target><size unit='MiB'>16</size></target></memory>"
+LONG, COPY = "x" * 256, "y" * 247
+NO_FOLDER = (1, "there is no folder {root}/missing (mount the file system that it is on, or make the folder)")
+FOLDER = (1, "{root}/folder: is a folder (name a file in it, which need not exist yet)")
+TOO_LONG = (1, "its name has 256 bytes, and may have 255 (take a shorter name)")
+TOO_LONG_TO_COPY = "bytes, and may have 246: the file is .NAME.partial until it is complete (take a shorter name)"
+NOTHING = (1, "{root}/link: is a symbolic link to {root}/gone.img, and nothing is there (mount the file system of that")
+MISSING = (3, "there is no such file")
+LIMITS = {
+    LONG: {"plan": TOO_LONG, "provision": TOO_LONG, "import": MISSING, "export": MISSING, "wipe": MISSING}
+    | {"copy": TOO_LONG, "to": (1, f"256 {TOO_LONG_TO_COPY}")},
+    COPY: {"import": MISSING, "export": MISSING, "wipe": MISSING}
+    | {"copy": (1, f"247 {TOO_LONG_TO_COPY}"), "to": (1, f"247 {TOO_LONG_TO_COPY}")},
+    "missing/a.img": dict.fromkeys(("plan", "provision", "import", "export", "wipe"), NO_FOLDER)
+    | {"to": (3, "{root}/missing: there is no such folder")},
+    "missing/b/a.img": dict.fromkeys(("plan", "provision", "import", "export", "wipe"), NO_FOLDER),
+    "folder": dict.fromkeys(("plan", "provision", "import", "export", "wipe", "copy"), FOLDER)
+    | {"to": (5, "{root}/folder: is not a file")},
+    "link": {"plan": NOTHING, "provision": NOTHING, "copy": NOTHING}
+    | {"import": MISSING, "export": MISSING, "wipe": MISSING},
+    "loop": dict.fromkeys(("plan", "provision", "import", "export", "wipe"), (1, "loop: Too many levels of symbolic")),
+    "real.img/a": dict.fromkeys(("plan", "provision", "import", "export", "wipe"), (1, "real.img is not a folder")),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS, ids=lambda name: name[:16])
+def test_names_at_their_limits_have_errors_that_say_what_is_wrong(operator: Operator, name: str) -> None:
+    root, path = operator.fs.root, operator.fs.root / name
+    source = operator.folder / "source"
+    source.write_bytes(os.urandom(SIZE))
+    operator.run("provision", root / "real.img", "--size", "16MiB")
+    (root / "folder").mkdir(exist_ok=True)
+    for link, target in (("link", "gone.img"), ("loop", "loop")):
+        (root / link).unlink(missing_ok=True)
+        os.symlink(root / target, root / link)
+    before = sorted(os.listdir(root))
+    commands: dict[str, tuple[object, ...]] = {
+        "plan": ("plan", "-"),
+        "provision": ("provision", path, "--size", "16MiB"),
+        "import": ("import", path),
+        "copy": ("import", source, "--name", name),
+        "to": ("export", root / "real.img", path),
+        "export": ("export", path, operator.folder / "out"),
+        "wipe": ("wipe", "--yes", path),
+    }
+    xml = DOMAIN.format(uuid=UUID, nvdimms=NVDIMM.format(path))
+    for command, (status, message) in LIMITS[name].items():
+        done = operator.run(*commands[command], status=status, text=xml)
+        assert message.format(root=root) in done.stderr, command
+    assert sorted(os.listdir(root)) == before
+    for link in ("link", "loop"):
+        (root / link).unlink()
+
+
+def test_a_path_that_is_too_long(operator: Operator) -> None:
+    path = f"{operator.fs.root}/{'a/' * 2100}f"
+    done = operator.run("provision", path, "--size", "16MiB", status=1)
+    assert f"…: the path has {len(path)} bytes, and may have 4095 (take a shorter path)" in done.stderr
+
+
+def test_a_name_that_is_not_utf8_is_for_no_domain(operator: Operator) -> None:
+    path = os.fsdecode(os.fsencode(operator.fs.root) + b"/gr\xf6sse")
+    done = operator.run("provision", path, "--size", "16MiB", status=1)
+    assert r"gr\udcf6sse: is not UTF-8, and domain XML has to be (rename it)" in done.stderr
+
+
+@pytest.mark.parametrize("other", ["{root}/link.img", "/{root}/a.img", "{root}/folder/../a.img"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_one_file_twice_in_a_domain_is_not_called_a_bug(operator: Operator, other: str, exists: bool) -> None:
+    root = operator.fs.root
+    (root / "folder").mkdir(exist_ok=True)
+    if exists:
+        operator.run("provision", root / "a.img", "--size", "16MiB")
+    link = root / "link.img"
+    os.symlink(root / "a.img", link)
+    if "link" in other and not exists:
+        link.unlink()
+        os.symlink(root, link)
+        other = "{root}/link.img/a.img"
+    xml = DOMAIN.format(uuid=UUID, nvdimms=NVDIMM.format(root / "a.img") + NVDIMM.format(other.format(root=root)))
+    done = operator.run("plan", "-", status=1, text=xml)
+    link.unlink()
+    assert re.search("the NVDIMMs in slots 0 and 1 have the same (bytes|<source><path>)", done.stderr)
+    assert "give each a backing of its own, or remove one" in done.stderr
+
+
+@pytest.mark.parametrize("instead", ["folder", "link", "nothing", "no folder"])
+def test_a_domain_is_released_whatever_is_at_its_path(operator: Operator, instead: str) -> None:
+    folder = operator.fs.root / "inside"
+    folder.mkdir(exist_ok=True)
+    path = folder / "a.img"
+    operator.run("provision", path, "--size", "16MiB")
+    operator.claim("db1", path)
+    path.unlink()
+    if instead == "folder":
+        path.mkdir()
+    elif instead == "link":
+        os.symlink("gone", path)
+    elif instead == "no folder":
+        folder.rmdir()
+    operator.run("release", "--yes", "db1")
+    assert operator.ledger().domains() == ()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -101,6 +101,38 @@ def test_a_mount_point_that_is_not_utf8_disturbs_nothing(host: Host) -> None:
         mountinfo.write_bytes(before)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("x" * 256, "its name has 256 bytes, and may have 255"),
+        ("missing/db2.img", "there is no folder {pmem}/missing (mount the file system that it is on"),
+        ("lost+found", "{pmem}/lost+found: is a folder"),
+        ("link", "{pmem}/link: is a symbolic link to {pmem}/gone, and nothing is there"),
+        ("to-db1", "belongs to domain db1"),
+        ("./db1.img", "belongs to domain db1"),
+    ],
+    ids=lambda text: text[:16],
+)
+def test_a_define_says_what_is_wrong_with_a_name(host: Host, name: str, says: str) -> None:
+    pmem = host.folder / "pmem"
+    host.libvirtd.run("ln", "-sfn", f"{pmem}/gone", f"{pmem}/link")
+    host.libvirtd.run("ln", "-sfn", f"{pmem}/db1.img", f"{pmem}/to-db1")
+    before = host.files()
+    file = host.xml("db2", 2)
+    file.write_text(file.read_text().replace(f"{pmem}/db2.img", f"{pmem}/{name}"))
+    assert says.format(pmem=pmem) in refused(host, "define", file)
+    assert host.files() == before
+    assert "db2" not in host.check("list", "--all", "--name")
+    host.libvirtd.run("rm", f"{pmem}/link", f"{pmem}/to-db1")
+
+
+def test_a_define_with_one_file_twice_is_refused(host: Host) -> None:
+    more = device(host, "db1")
+    more.write_text(more.read_text().replace(f"{host.folder}/pmem", f"/{host.folder}/pmem"))
+    assert "the NVDIMMs in slots 0 and 1 have the same" in refused(host, "attach-device", "db1", more, "--config")
+    assert nvdimms(host) == ["db1.img"]
+
+
 def test_who_only_reads_sees_it_too(host: Host) -> None:
     done = host.libvirtd.run("virsh", "-q", "-r", "-c", "xen:///system", "dumpxml", "db1")
     assert "<memory model='nvdimm'" in done.stdout
