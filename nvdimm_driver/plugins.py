@@ -395,6 +395,8 @@ def _check_there(path: str) -> None:
         raise BackingError(f"{path}: {folder} is not a folder", hint="correct the path")
     try:
         os.stat(path)
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise BackingError(f"{path}: {error.strerror}", hint="name a file or a device") from error
 
