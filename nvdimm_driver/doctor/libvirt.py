@@ -12,11 +12,13 @@ from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, pass
 from nvdimm_driver.errors import ProtocolError
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.procedure import Procedure
-from nvdimm_driver.rpc.xdr import LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 
 URI = "xen:///system"
 TIMEOUT = 30.0
 """Seconds to wait for an answer: libvirtd, and an nvdimmd that its socket starts, may have to start first."""
+XML_INACTIVE = 2
+"""VIR_DOMAIN_XML_INACTIVE (include/libvirt/libvirt-domain.h)."""
 _RECEIVE = 65536
 
 _DOMAIN = """<domain type='xen'>
@@ -78,6 +80,16 @@ class Connection:
         """Return xl's configuration for a domain XML. Nothing is defined."""
         arguments = bytes(Packer().string("xen-xl").string(xml).uint32(0))
         return Unpacker(self.call(Procedure.CONNECT_DOMAIN_XML_TO_NATIVE, arguments)).string()
+
+    def domains(self) -> list[DomainRef]:
+        """Return all domains, defined or running."""
+        reply = Unpacker(self.call(Procedure.CONNECT_LIST_ALL_DOMAINS, bytes(Packer().int32(1).uint32(0))))
+        return [reply.domain() for _ in range(reply.uint32())]
+
+    def xml(self, domain: DomainRef, *, inactive: bool) -> str:
+        """Return the XML of a domain as libvirt has it: of its definition, or of its guest, if that runs."""
+        arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE if inactive else 0))
+        return Unpacker(self.call(Procedure.DOMAIN_GET_XML_DESC, arguments)).string()
 
     def call(self, procedure: int, payload: bytes = b"") -> bytes:
         """Make a call; return the payload of its reply."""

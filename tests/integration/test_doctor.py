@@ -63,10 +63,21 @@ def test_a_machine_without_xen_fails_and_says_what_to_do(tmp_path: Path) -> None
     assert done.stderr == ""
     found = rows(done.stdout)
     assert {name for name, row in found.items() if row["Result"] == "PASS"} == {
-        *("plug-ins", "ACPI tables", "AppArmor", "SELinux")
+        *("plug-ins", "ACPI tables", "AppArmor", "SELinux", "log")
     }
     assert {name for name, row in found.items() if row["Result"] == "NOTE"} <= {"nvdimmd, boot"}
-    for name in ("Xen", "namespaces", "pools", "QEMU", "hook", "device model", "libvirt", "nvdimmd", "ledger"):
+    for name in (
+        "Xen",
+        "namespaces",
+        "pools",
+        "QEMU",
+        "hook",
+        "device model",
+        "libvirt",
+        "nvdimmd",
+        "state folder",
+        "ledger",
+    ):
         assert found[name]["Result"] == "FAIL"
         assert found[name]["Hint"]
     assert found["nvdimmd"]["Message"] == f"{tmp_path}/socket: No such file or directory"

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.bench_host import Host
+from tests.integration.loop_pmem import run
+from tests.unit.fake_sysfs import FakeSysfs
 
 FILL = "cat /dev/zero >>{state}/filler 2>/dev/null; sync -f {state}"
 
@@ -108,6 +112,57 @@ def test_a_ledger_that_is_damaged_while_a_guest_runs(host: Host) -> None:
     host.check("destroy", "db1")
     assert host.state("db1") == ("", None, False)
     assert host.sum("db1") == sum_before
+
+
+@pytest.fixture
+def device(host: Host) -> Iterator[str]:
+    """Return a block device that looks like a raw namespace."""
+    image = host.folder / "raw"
+    image.touch()
+    os.truncate(image, 4 << 20)
+    loop = run("losetup", "--find", "--show", image).strip()
+    sysfs = FakeSysfs(host.folder / "sys")
+    namespace = sysfs.namespace("namespace1.0", mode="raw", spa=0x1_5000_0000, size=4 << 20)
+    number = os.stat(loop).st_rdev
+    sysfs.disk("pmem1", namespace, number, 4 << 20)
+    path = host.folder / "pmem1"
+    os.mknod(path, stat.S_IFBLK | 0o600, number)
+    yield str(path)
+    host.virsh("destroy", "db3")
+    run("losetup", "--detach", loop)
+
+
+def test_a_device_stays_its_domains_when_the_ledger_is_made_again(host: Host, device: str) -> None:
+    """Devices have no marks: libvirt's definitions say whose they are."""
+    owner, thief = host.xml("db3", 3), host.xml("db4", 4)
+    for file in (owner, thief):
+        file.write_text(re.sub("<path>.*</path>", f"<path>{device}</path>", file.read_text()))
+    host.check("define", owner)
+    host.check("start", "db3")
+    before = host.record("db3")
+    ledger = host.folder / "state/ledger.sqlite"
+    ledger.write_bytes(b"scribble" * 4096)
+    done = rows(host, "check", "--repair")
+    assert [(row["Path"], row["Problem"]) for row in done if row["Domain"] == "db3"] == [
+        (device, "libvirt's definition has it, and the ledger does not know whose it is"),
+        (device, "the guest with domid 2 has it, and the ledger does not know that"),
+    ]
+    after = host.record("db3")
+    assert after.allocations == before.allocations
+    assert after.start
+    assert (after.start.domid, after.start.state, after.start.paths) == (2, "mapped", (device,))
+    assert f"{device} belongs to domain db3" in host.virsh("define", thief).stderr
+    assert host.nvdimmctl("release", "--yes", "db3").returncode == 4
+    assert not [row for row in rows(host, "check") if row["Domain"] == "db3"]
+
+
+def test_without_libvirt_nobody_knows_whose_a_device_is(host: Host, device: str) -> None:
+    (host.folder / "state/ledger.sqlite").write_bytes(b"scribble" * 4096)
+    host.libvirtd.stop()
+    done = rows(host, "check", "--repair")
+    assert "libvirt cannot be asked whose the devices are" in done[-1]["Problem"]
+    assert "before any domain is defined" in done[-1]["Remedy"]
+    host.libvirtd.start()
 
 
 def test_an_empty_ledger_gives_nothing_away(host: Host) -> None:

@@ -15,7 +15,7 @@ class FakeSysfs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.region = root / REGION
-        self.region.mkdir(parents=True)
+        self.region.mkdir(parents=True, exist_ok=True)
 
     def device(self, path: Path, **attributes: object) -> Path:
         path.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.cmd.ctl.base import Listing, Rows
-from nvdimm_driver.errors import DamagedLedgerError, NvdimmError
+from nvdimm_driver.errors import ConfigError, DamagedLedgerError, NvdimmError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from oslo_config import cfg
 
     from nvdimm_driver.doctor.repair import Inconsistency
@@ -18,10 +21,6 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger.sqlite"
 COLUMNS = ("Domain", "Path", "Problem", "Remedy", "Done")
-DEVICES = (
-    "Devices have no marks: before any domain is defined with a device, define those again that have one "
-    "(virsh dumpxml, virsh define)"
-)
 ROUNDS = 5
 """Rounds of repairing and looking again: a repair may uncover other inconsistencies."""
 
@@ -46,8 +45,6 @@ class Check(Listing):
         return int(super().run(parsed_args)) or self.status
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
-        from nvdimm_driver.doctor.repair import look
-
         try:
             driver, rows = _open(self.app.conf, repair=parsed_args.repair)
         except DamagedLedgerError as error:
@@ -55,8 +52,9 @@ class Check(Listing):
                 raise
             self.status = 1
             return COLUMNS, [("", str(Path(self.app.conf.state_dir) / LEDGER), error.message, error.hint, "")]
-        rows += _repair(driver) if parsed_args.repair else []
-        left = look(driver)
+        find = partial(_find, driver, self.app.conf, is_new=bool(rows))
+        rows += _repair(find) if parsed_args.repair else []
+        left = find()
         known = {row[:3] for row in rows}
         rows += [(*_columns(each), "") for each in left if _columns(each)[:3] not in known]
         self.status = 1 if left else 0
@@ -80,19 +78,35 @@ def _open(conf: cfg.ConfigOpts, *, repair: bool) -> tuple[XenNvdimmDriver, list[
             raise
         path = str(Path(conf.state_dir) / LEDGER)
         aside = set_aside(path)
-        remedy = f"it is {aside} now; this one is made from the marks. {DEVICES}"
+        remedy = f"it is {aside} now; this one is made from the marks, and for devices from libvirt's definitions"
         return load_driver(conf), [("", path, error.message, remedy, "yes")]
     return driver, []
 
 
-def _repair(driver: XenNvdimmDriver) -> list[tuple[str, ...]]:
-    """Repair everything that can be repaired; return a row for each repair."""
-    from nvdimm_driver.doctor.repair import look
+def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, *, is_new: bool) -> list[Inconsistency]:
+    """Find all inconsistencies.
 
+    :param is_new: the ledger was made just now: it is an inconsistency when libvirt cannot say whose the devices are.
+    """
+    from nvdimm_driver.doctor import device_claims
+    from nvdimm_driver.doctor.repair import Inconsistency, look
+    from nvdimm_driver.xml.hooks import XmlHooks
+
+    direct = conf.rpc.libvirt_direct_socket
+    socket = direct if Path(direct).exists() else conf.rpc.libvirt_socket
+    found = look(driver)
+    try:
+        return [*found, *device_claims.look(driver, XmlHooks.from_conf(conf).restore, socket)]
+    except ConfigError as error:
+        return [*found, Inconsistency("", "", error.message, error.hint)] if is_new else found
+
+
+def _repair(find: Callable[[], list[Inconsistency]]) -> list[tuple[str, ...]]:
+    """Repair everything that can be repaired; return a row for each repair."""
     rows: list[tuple[str, ...]] = []
     failed: set[Inconsistency] = set()
     for _ in range(ROUNDS):
-        todo = [each for each in look(driver) if each.mend and each not in failed]
+        todo = [each for each in find() if each.mend and each not in failed]
         if not todo:
             break
         for finding in todo:

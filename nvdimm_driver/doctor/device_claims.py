@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find claims that only libvirt still knows, after the ledger was lost: those to devices, which have no marks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from nvdimm_driver.doctor.libvirt import Connection
+from nvdimm_driver.doctor.repair import Inconsistency
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import ConfigError, DomainXmlError, NvdimmError, ProtocolError
+from nvdimm_driver.model import DomainSpec
+from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
+from nvdimm_driver.xml.parse_domain import extract
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A domain that libvirt knows.
+
+    :ivar domid: None while it is off.
+    :ivar defined: its definition.
+    :ivar running: the XML of its guest; None while it is off.
+    """
+
+    domid: int | None
+    defined: DomainSpec
+    running: DomainSpec | None
+
+
+def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) -> list[Inconsistency]:
+    """Find the claims to memory without marks that libvirt knows, and the ledger does not; change nothing.
+
+    :param restore: restores domain XML that libvirt has.
+    :param socket: of libvirt's daemon.
+    :raises ConfigError: when the host has such memory, and libvirt cannot be asked.
+    """
+    if not any(_is_unmarked(backing) and backing.areas() for backing in driver.backings):
+        return []
+    try:
+        with Connection(socket) as connection:
+            known = list(_domains(connection, restore))
+    except (OSError, LibvirtError, ProtocolError) as error:
+        reason = RemoteError.unpack(error.payload).message if isinstance(error, LibvirtError) else error
+        raise ConfigError(
+            f"{socket}: libvirt cannot be asked whose the devices are: {reason}",
+            hint="start libvirtd (or virtxend), and run 'nvdimmctl check --repair' again before any domain is defined",
+        ) from error
+    return [found for domain in known for found in (*_claims(driver, domain), *_starts(driver, domain))]
+
+
+def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[_Known]:
+    """Yield the domains with NVDIMMs."""
+    for domain in connection.domains():
+        try:
+            defined = extract(restore(connection.xml(domain, inactive=True)))
+            running = extract(restore(connection.xml(domain, inactive=False))) if domain.id >= 0 else None
+        except DomainXmlError as error:
+            LOG.warning("domain %s: %s", domain.name, error)
+            continue
+        wanted = defined or running
+        if wanted:
+            yield _Known(domain.id if running else None, wanted, running)
+
+
+def _claims(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
+    owned = {os.path.realpath(item.spec.path) for record in driver.ledger.domains() for item in record.allocations}
+    for spec in domain.defined.nvdimms:
+        if os.path.realpath(spec.path) not in owned and _is_device(driver, spec.path):
+            yield Inconsistency(
+                domain.defined.name,
+                spec.path,
+                "libvirt's definition has it, and the ledger does not know whose it is",
+                "write it into the ledger",
+                partial(driver.definitions.adopt, domain.defined),
+            )
+
+
+def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
+    if domain.running is None or domain.domid is None:
+        return
+    record = driver.ledger.find_domain(domain.running.uuid or "")
+    if record is None:
+        return  # until its claims are in the ledger
+    known = {os.path.realpath(path) for path in (record.start.paths if record.start else ())}
+    owned = {os.path.realpath(item.spec.path) for item in record.allocations}
+    has = {os.path.realpath(spec.path) for spec in domain.running.nvdimms if _is_device(driver, spec.path)} & owned
+    for path in sorted(has - known):
+        yield Inconsistency(
+            record.name,
+            path,
+            f"the guest with domid {domain.domid} has it, and the ledger does not know that",
+            "write its start into the ledger",
+            partial(driver.take_up_running, record, domain.domid, has | known),
+        )
+
+
+def _is_device(driver: XenNvdimmDriver, path: str) -> bool:
+    try:
+        return _is_unmarked(backing_of(driver.backings, path))
+    except NvdimmError:
+        return False
+
+
+def _is_unmarked(backing: Backing) -> bool:
+    """Return True for a kind of backing that records no owner."""
+    return type(backing).mark is Backing.mark
