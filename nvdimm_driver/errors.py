@@ -107,7 +107,7 @@ class LedgerError(NvdimmError):
 
 
 class FullDiskError(LedgerError):
-    """The file system of the ledger is full."""
+    """The file system of the ledger is full, as far as SQLite can tell."""
 
 
 class DamagedLedgerError(LedgerError):

@@ -29,8 +29,8 @@ SCHEMA_VERSION = 4
 """How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
 KEPT_EVENTS = 10_000
 """Older events are deleted."""
-FEW_BYTES = 64 << 10
-"""With fewer free bytes, a disk is full: SQLite's index of the write-ahead log alone takes 32 KiB."""
+FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""SQLite's errors on a full disk; the second, which it calls "disk I/O error", is for the index of its write-ahead log."""
 FOREIGN = "PRAGMA foreign_key_check"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
@@ -529,19 +529,17 @@ class Ledger:
             return LedgerError(
                 f"{self.path} cannot have '{escaped(error.object)}': it is not UTF-8", hint="rename the file"
             )
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended code
+        extended = getattr(error, "sqlite_errorcode", 0)
+        code = extended & 0xFF
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return DamagedLedgerError(f"{self.path} is damaged: {error}", hint=REBUILD)
-        if code == sqlite3.SQLITE_FULL or (code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and self._is_full()):
+        if extended in FULL:
             return FullDiskError(f"cannot {what} {self.path}: the disk is full", hint="make room, and try again")
-        return LedgerError(
-            f"cannot {what} {self.path}: {error}", hint="run as root" if "readonly" in str(error) else ""
-        )
-
-    def _is_full(self) -> bool:
-        """Return True when SQLite's "disk I/O error" and "unable to open" are those of a full disk."""
-        status = os.statvfs(os.path.dirname(self.path) or ".")
-        return status.f_bfree * status.f_frsize < FEW_BYTES
+        if "readonly" in str(error) or not os.access(os.path.dirname(self.path) or ".", os.W_OK):
+            return LedgerError(f"cannot {what} {self.path}: {error}", hint="run as root")
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):  # a file beside it cannot be made or written
+            return FullDiskError(f"cannot {what} {self.path}: {error}", hint="is the disk full?")
+        return LedgerError(f"cannot {what} {self.path}: {error}")
 
 
 def set_aside(path: str) -> str:

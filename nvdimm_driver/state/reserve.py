@@ -56,10 +56,17 @@ class Reserve:
     def give_back(self) -> bool:
         """Give a slice back to the file system; return False when there is none left."""
         try:
-            size = os.stat(self.path).st_size
-            os.truncate(self.path, max(0, size - SLICE))
+            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return False
+        try:
+            size = os.fstat(fd).st_size
+            os.ftruncate(fd, max(0, size - SLICE))
+            os.fsync(fd)  # a journal may hold freed blocks back until it is written
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
         return size > 0
 
     def spend(self, work: Callable[[], T]) -> T:
