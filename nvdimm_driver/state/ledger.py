@@ -30,7 +30,7 @@ SCHEMA_VERSION = 4
 KEPT_EVENTS = 10_000
 """Older events are deleted."""
 FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
-"""SQLite's errors on a full disk; the second, which it calls "disk I/O error", is for the index of its write-ahead log."""
+"""SQLite's errors on a full disk. It calls the second, for the index of its write-ahead log, "disk I/O error"."""
 FOREIGN = "PRAGMA foreign_key_check"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
