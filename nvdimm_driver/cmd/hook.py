@@ -43,13 +43,12 @@ def _run(operation: str, name: str, xml: str) -> int:
         logs.to_file("hook", options)
         logging.getLogger(__name__).debug("the hook is called: %s of domain %s", operation, name)
         uuid = uuid_of(parse(xml).root) or ""
-        driver = load_driver(options)
         if operation == "prepare":
             domain = extract(XmlHooks.from_conf(options).restore(xml), stored=True)
             if domain is not None:
-                driver.prepare(domain)
+                load_driver(options).prepare(domain)
             return 0
-        fault = driver.release(uuid)  # whatever is wrong with its XML
+        fault = load_driver(options).release(uuid)  # whatever is wrong with its XML
     except (NvdimmError, OSError) as error:
         if not (isinstance(error, NvdimmError) and error.recorded):
             logs.tell(Event("hook-failed", uuid, name, None, {"operation": operation, **failure(error)}))

@@ -95,7 +95,8 @@ def check_run(begun: Run, last: Run | None) -> None:
     """
     if last is None:
         raise _refused(
-            "since it was saved, its domain was started, or its NVDIMMs were given up, or overwritten by nvdimmctl"
+            "since it was saved, its domain was started, its NVDIMMs were given up or overwritten by nvdimmctl, or the "
+            "ledger was made anew"
         )
     if last.nvdimms != begun.nvdimms:
         raise _refused("; ".join(_differences(json.loads(last.nvdimms), json.loads(begun.nvdimms))))
