@@ -360,8 +360,8 @@ class XenNvdimmDriver(plugins.Plugin):
     def _prepare(self, record: Record, domain: DomainSpec) -> Plan:
         """Freeze the domain's backings and prepare its start. A failure here thaws them; an earlier one must not."""
         paths = [spec.path for spec in domain.nvdimms]
+        start = self.starts.freeze(record.uuid, paths)
         try:
-            self.starts.freeze(record.uuid, paths)
             plan = self.planner.plan_start(domain, record)
             run = self._new_run(plan)
             self._write_tables(record.uuid, saved_guest.numbered(plan.tables.tables, run.number))
@@ -378,7 +378,7 @@ class XenNvdimmDriver(plugins.Plugin):
                 detail={"nvdimms": len(domain.nvdimms), **p2m.summary(plan.mappings)},
             )
         except BaseException:
-            self.starts.put_away(record.uuid, paths)
+            self.starts.put_away(start)
             raise
         return plan
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, NewType, Self
 
+from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.sizes import align_up, human, units
 
 Gfn = NewType("Gfn", int)
@@ -258,12 +259,14 @@ class Surveyed:
     :ivar owner: the owner recorded on it (:mod:`.state.owner_marks`); None without one.
     :ivar frozen: True when it has been frozen for a guest.
     :ivar immutable: True when nothing in the host can change where its bytes are.
+    :ivar error: why the file cannot be read; then nothing else is known of it. None when it can.
     """
 
     path: str
     owner: bytes | None
     frozen: bool
     immutable: bool
+    error: NvdimmError | None = None
 
 
 @dataclass(frozen=True)
@@ -470,6 +473,11 @@ class Start:
     since: int
     paths: tuple[str, ...]
     served: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, int | None, str, int]:
+        """Values that another start of the domain does not have, nor this one after its next step."""
+        return self.uuid, self.state, self.domid, self.boot_id, self.since
 
 
 @dataclass(frozen=True)

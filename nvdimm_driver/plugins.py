@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without the 8 ms that importing typing takes
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from typing import ClassVar, Self
 
     from oslo_config import cfg
@@ -271,6 +271,14 @@ class Backing(Plugin):
         What a guest writes does not count. The default is 0, for a backing of which nobody knows.
         """
         return 0
+
+    def thaw_unless(self, path: str, needed: Callable[[BackingIdentity | None], bool]) -> None:
+        """Undo :meth:`freeze`, unless the backing is needed.
+
+        :param needed: returns True when a start needs what is at the path, which has that identity, if any.
+        """
+        if not needed(None):
+            self.thaw(path)
 
     def lacking(self, spec: NvdimmSpec) -> int:
         """Return how many bytes the backing is short."""

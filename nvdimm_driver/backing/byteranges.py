@@ -7,12 +7,11 @@ Bytes that were written are in the persistent memory when ``sync`` returns. No b
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 from collections.abc import Callable
 
-from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PAGE
 from nvdimm_driver.plugins import ByteRange
 from nvdimm_driver.sizes import align_up, human
@@ -138,27 +137,28 @@ class DirectBytes(ByteRange):
             return first, buffer[:] if whole else buffer[begin - first : begin - first + length]
 
 
-def lock(fd: int, path: str) -> None:
-    """Lock a backing against writes by other processes, until the file is closed.
+class LockedBytes(ByteRange):
+    """Another byte range, which is locked until it is closed.
 
-    :raises InUseError: when another process has it locked.
+    :param unlock: called after the other range is closed.
     """
-    _lock(fd, fcntl.LOCK_EX, path)
 
+    def __init__(self, content: ByteRange, unlock: Callable[[], None]) -> None:
+        self.size = content.size
+        self._content = content
+        self._unlock = unlock
 
-def check_unlocked(fd: int, path: str) -> None:
-    """Check that no process has locked a backing to overwrite it.
+    def sync(self) -> None:
+        self._content.sync()
 
-    :raises InUseError: when one has.
-    """
-    _lock(fd, fcntl.LOCK_SH, path)
-    fcntl.flock(fd, fcntl.LOCK_UN)
+    def close(self) -> None:
+        try:
+            self._content.close()
+        finally:
+            self._unlock()
 
+    def _read(self, offset: int, length: int) -> bytes:
+        return self._content.read(offset, length)
 
-def _lock(fd: int, operation: int, path: str) -> None:
-    try:
-        fcntl.flock(fd, operation | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InUseError(
-            f"{path}: is being overwritten", hint="by another nvdimmctl: wait until it ends, or stop it"
-        ) from error
+    def _write(self, offset: int, data: bytes) -> None:
+        self._content.write(offset, data)

@@ -8,10 +8,11 @@ import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nvdimm_driver.backing import byteranges, extents, inventory
+from nvdimm_driver.backing import extents, inventory
 from nvdimm_driver.backing.byteranges import MappedBytes
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.inventory import Volume
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import SUPERPAGE, Extent, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange
@@ -32,9 +33,10 @@ class DevdaxBacking(DeviceBacking):
         self,
         *,
         sysfs: Path = inventory.SYSFS,
+        locks: Locks | None = None,
         cross_check: Callable[[int, Sequence[Extent], int], None] = extents.cross_check,
     ) -> None:
-        super().__init__(sysfs=sysfs)
+        super().__init__(sysfs=sysfs, locks=locks)
         self.cross_check = cross_check
 
     def describe(self) -> str:
@@ -72,8 +74,6 @@ class DevdaxBacking(DeviceBacking):
             persist = Pmdk().persist
         fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW)
         try:
-            if write:
-                byteranges.lock(fd, path)
             namespace = self.volume(path, os.fstat(fd).st_rdev).namespace
             step = inventory.dax_alignment(namespace, self.sysfs)
             return MappedBytes(fd, 0, size, write=write, step=step, persist=persist)

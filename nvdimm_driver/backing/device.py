@@ -7,15 +7,21 @@ import errno
 import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
-from nvdimm_driver.backing import byteranges, extents, inventory
+from nvdimm_driver.backing import extents, inventory
+from nvdimm_driver.backing.byteranges import LockedBytes
 from nvdimm_driver.backing.inventory import Volume, space_of
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.errors import BackingError, NotFoundError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec, Space
 from nvdimm_driver.plugins import Backing, ByteRange
 from nvdimm_driver.sizes import human
+
+if TYPE_CHECKING:
+    from oslo_config import cfg
 
 
 class DeviceBacking(Backing):
@@ -26,8 +32,13 @@ class DeviceBacking(Backing):
 
     mode: str
 
-    def __init__(self, *, sysfs: Path = inventory.SYSFS) -> None:
+    def __init__(self, *, sysfs: Path = inventory.SYSFS, locks: Locks | None = None) -> None:
         self.sysfs = sysfs
+        self.locks = locks or Locks(None)
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
+        return cls(locks=Locks(Path(conf.state_dir) / "locks"))
 
     def handles(self, path: str) -> bool:
         try:
@@ -58,7 +69,7 @@ class DeviceBacking(Backing):
 
     @abstractmethod
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
-        """Open the bytes of a device that :meth:`open_bytes` has checked.
+        """Open the bytes of a device that :meth:`open_bytes` has checked and, to write, locked.
 
         :raises OSError: when the device cannot be opened.
         """
@@ -86,12 +97,13 @@ class DeviceBacking(Backing):
         size = self.size(path)
         if spec.size > size:
             raise _too_small(path, size, spec.size)
-        if write:
-            self.examine(spec)
-        try:
-            return self.open_range(path, spec.size, write=write)
-        except OSError as error:
-            raise BackingError(f"{path}: {error.strerror}") from error
+        if not write:
+            return self._open(path, spec.size, write=False)
+        self.examine(spec)
+        with ExitStack() as lock:
+            with _opened(path) as fd:
+                lock.enter_context(self.locks.writing(fd, path))
+            return LockedBytes(self._open(path, spec.size, write=True), lock.pop_all().close)
 
     def locate(self, spec: NvdimmSpec) -> Location:
         volume, extent = self._find(spec)
@@ -102,7 +114,13 @@ class DeviceBacking(Backing):
         """Check only that no process overwrites the device: the kernel does not move a namespace."""
         path = os.path.realpath(path)
         with _opened(path) as fd:
-            byteranges.check_unlocked(fd, path)
+            self.locks.check_unwritten(fd, path)
+
+    def _open(self, path: str, size: int, *, write: bool) -> ByteRange:
+        try:
+            return self.open_range(path, size, write=write)
+        except OSError as error:
+            raise BackingError(f"{path}: {error.strerror}") from error
 
     def _find(self, spec: NvdimmSpec) -> tuple[Volume, Extent]:
         path = os.path.realpath(spec.path)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from nvdimm_driver.backing import extents
@@ -20,6 +22,9 @@ NAME_MAX = 255
 """Bytes in the name of a file (limits.h)."""
 PATH_MAX = 4095
 """Bytes in a path."""
+_AT_FDCWD = -100  # fcntl.h
+_RENAME_NOREPLACE = 1  # linux/fs.h
+
 HINTS = {
     errno.ENOENT: "is its file system mounted?",
     errno.ENAMETOOLONG: "take a shorter name",
@@ -27,6 +32,8 @@ HINTS = {
     errno.EACCES: "only root may use backings",
     errno.ENOSPC: "make room, or ask for less",
     errno.EROFS: "mount it read-write",
+    errno.EAGAIN: "another program has a lease on it (fcntl F_SETLEASE), which the kernel ends within "
+    "/proc/sys/fs/lease-break-time seconds: try again then",
     errno.EIO: "look at the kernel's log; 'nvdimmctl show' and 'pool show' list bad blocks",
 }
 """Hints for errors of the system, by errno."""
@@ -116,7 +123,7 @@ def check_name(path: str) -> None:
     _check_length(path, name, NAME_MAX)
     if escaped(path) != path:
         raise BackingError(f"{path}: is not UTF-8, and domain XML has to be", hint="rename it")
-    if name == os.path.basename(hidden_name(name.removeprefix(".").removesuffix(".partial"))):
+    if len(name) > len("..partial") and name.startswith(".") and name.endswith(".partial"):
         raise InUseError(f"{path}: is the name of a file whose import is not finished", hint="take another name")
     if os.path.islink(path) and not os.path.lexists(os.path.realpath(path)):
         raise BackingError(
@@ -152,20 +159,56 @@ def unlink(path: str) -> bool:
     return True
 
 
+def lease_break_seconds() -> int:
+    """Return the time after which the kernel ends a lease of another program (fcntl F_SETLEASE) that is in the way."""
+    try:
+        return int(Path("/proc/sys/fs/lease-break-time").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 45  # the kernel's default
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename a file, in one step; unlike rename(2), fail when the target exists.
+
+    Between link(2) and unlink(2), a file would have two names, and be refused if the process were killed there.
+
+    :raises OSError: when the target exists, or the file cannot be renamed.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), source, None, target)
+
+
 @contextmanager
-def opened(path: str, flags: int) -> Iterator[int]:
+def opened(path: str, flags: int, *, patience: float = 0.0) -> Iterator[int]:
     """Yield a descriptor of a path that is not a symbolic link; it is closed afterwards.
 
+    :param patience: seconds to wait for another program that has a lease on the file. The first try already makes the
+        kernel ask for the lease, and end it after :func:`lease_break_seconds`.
     :raises BackingError: naming the path, for every OSError, also of the block.
     """
     try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fd = _open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, patience)
         try:
             yield fd
         finally:
             os.close(fd)
     except OSError as error:
         raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
+
+
+def _open(path: str, flags: int, patience: float) -> int:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return os.open(path, flags, 0o600)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
 
 
 def sync_directory(path: str) -> None:

@@ -3,28 +3,30 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from nvdimm_driver.backing import byteranges, extents, freespace, inode, inventory
-from nvdimm_driver.backing.byteranges import FileBytes, MappedBytes
+from nvdimm_driver.backing import extents, freespace, inode, inventory
+from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes
 from nvdimm_driver.backing.files import (
     check_copy_name,
     check_size,
     hidden_name,
     is_new,
+    lease_break_seconds,
     look,
     opened,
+    rename_new,
     sync_directory,
     unlink,
 )
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import Mount, Volume, space_of
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import (
     SUPERPAGE,
@@ -51,7 +53,7 @@ _CHUNK = 4 << 20
 class FsdaxBacking(Backing):
     """An NVDIMM in a file.
 
-    :param lock: file in a folder of root's: who freezes or thaws a file locks it. None: this process is the only one.
+    :param locks: None: this process is the only one.
     :param mountinfo: ``/proc/self/mountinfo`` or a file like it.
     :param cross_check: compares the extents of an open file with the page tables; raises BackingError.
     """
@@ -61,19 +63,19 @@ class FsdaxBacking(Backing):
     def __init__(
         self,
         *,
-        lock: Path | None = None,
+        locks: Locks | None = None,
         sysfs: Path = inventory.SYSFS,
         mountinfo: Path = Path("/proc/self/mountinfo"),
         cross_check: Callable[[int, Sequence[Extent]], None] = extents.cross_check,
     ) -> None:
-        self.lock = lock
+        self.locks = locks or Locks(None)
         self.sysfs = sysfs
         self.mountinfo = mountinfo
         self.cross_check = cross_check
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
-        return cls(lock=Path(conf.state_dir) / "freeze.lock")
+        return cls(locks=Locks(Path(conf.state_dir) / "locks"))
 
     def describe(self) -> str:
         return "a file on ext4 or XFS, mounted with -o dax on a namespace in fsdax mode"
@@ -169,16 +171,16 @@ class FsdaxBacking(Backing):
             if os.path.lexists(hidden):
                 if is_new(path):
                     unlink(path)
+                _unlink_second_name(path)
                 try:
-                    os.link(hidden, path)
+                    rename_new(hidden, path)
                 except FileExistsError as error:
-                    if not os.path.samefile(hidden, path):
-                        raise InUseError(f"{path}: exists now", hint="take another name") from error
-                os.unlink(hidden)
+                    raise InUseError(f"{path}: exists now", hint="take another name") from error
             os.fsync(parent)
 
     def fill_holes(self, spec: NvdimmSpec) -> None:
         path = os.path.realpath(spec.path)
+        _unlink_second_name(path)
         with opened(path, os.O_RDWR) as fd:
             self._volume(fd, path)
             check_size(path, os.fstat(fd).st_size, spec.size)
@@ -187,12 +189,12 @@ class FsdaxBacking(Backing):
     def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
         path = os.path.realpath(spec.path)
         self.size(path)
-        with opened(path, os.O_RDWR if write else os.O_RDONLY) as fd:
+        with opened(path, os.O_RDWR if write else os.O_RDONLY) as fd, ExitStack() as lock:
             if write:
-                byteranges.lock(fd, path)
+                lock.enter_context(self.locks.writing(fd, path))
                 self._volume(fd, path)
             check_size(path, os.fstat(fd).st_size, spec.size)
-            return FileBytes(os.dup(fd), spec.size)
+            return LockedBytes(FileBytes(os.dup(fd), spec.size), lock.pop_all().close)
 
     def discard(self, spec: NvdimmSpec) -> None:
         path = os.path.realpath(spec.path)
@@ -215,8 +217,9 @@ class FsdaxBacking(Backing):
     def freeze(self, path: str) -> None:
         """Make the file immutable: not even root can then truncate, punch, reflink, rename or delete it."""
         path = os.path.realpath(path)
-        with opened(path, os.O_RDONLY) as fd, self._locked():
-            byteranges.check_unlocked(fd, path)
+        patience = lease_break_seconds()
+        with opened(path, os.O_RDONLY, patience=patience) as fd, self.locks.freezing(fd, path):
+            self.locks.check_unwritten(fd, path)
             inode.freeze(fd)
 
     def written_at(self, path: str) -> int:
@@ -227,34 +230,45 @@ class FsdaxBacking(Backing):
 
     def thaw(self, path: str) -> None:
         """Undo :meth:`freeze`. A file that was immutable before stays so."""
+        self.thaw_unless(path, lambda identity: False)
+
+    def thaw_unless(self, path: str, needed: Callable[[BackingIdentity | None], bool]) -> None:
+        """Undo :meth:`freeze`, unless the file is needed. Ask for that with the lock, which :meth:`freeze` takes.
+
+        A lease on the file is not waited for: one domain's file must not keep another domain from starting.
+        """
         path = os.path.realpath(path)
         if os.path.lexists(path):
-            with opened(path, os.O_RDONLY) as fd, self._locked():
-                inode.thaw(fd)
+            with opened(path, os.O_RDONLY) as fd, self.locks.freezing(fd, path):
+                if inode.is_frozen(fd) and not needed(self._identity_if_fit(fd, path)):
+                    inode.thaw(fd)
 
     def mark(self, path: str, owner: bytes | None) -> None:
         path = os.path.realpath(path)
         if owner is not None or os.path.lexists(path):
-            with opened(path, os.O_RDONLY) as fd, self._locked():
-                inode.mark(fd, owner)
+            with opened(path, os.O_RDONLY) as fd:
+                with self.locks.freezing(fd, path):
+                    inode.mark(fd, owner)
+                os.fsync(fd)  # without the lock: it may take long
 
     def inspect(self, path: str) -> Surveyed | None:
         path = os.path.realpath(path)
         if not os.path.isfile(path):
             return None
-        with opened(path, os.O_RDONLY) as fd:
-            return Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd))
+        found = _surveyed(path)
+        if found.error is not None:
+            raise found.error
+        return found
 
     def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
         for top in map(os.path.realpath, paths):
             with opened(top, os.O_RDONLY | os.O_DIRECTORY) as fd:
                 device = os.fstat(fd).st_dev
             for folder, folders, files in os.walk(top):
-                folders[:] = [each for each in folders if os.stat(os.path.join(folder, each)).st_dev == device]
+                folders[:] = [each for each in folders if _device_of(os.path.join(folder, each)) == device]
                 for path in (os.path.join(folder, name) for name in sorted(files)):
-                    found = None if os.path.islink(path) else self.inspect(path)
-                    if found:
-                        yield found
+                    if os.path.isfile(path) and not os.path.islink(path):
+                        yield _surveyed(path)
 
     def lacking(self, spec: NvdimmSpec) -> int:
         return max(0, spec.size - os.stat(spec.path).st_size)
@@ -267,8 +281,7 @@ class FsdaxBacking(Backing):
 
     def move(self, source: str, target: str) -> None:
         try:
-            os.link(source, target)  # unlike rename, fails when the target exists
-            os.unlink(source)
+            rename_new(source, target)
         except OSError as error:
             raise BackingError(
                 f"{source}: cannot be moved to {target}: {error.strerror}", hint="move it by hand"
@@ -286,23 +299,14 @@ class FsdaxBacking(Backing):
         fs/namei.c:inode_permission).
         """
         path = os.path.realpath(spec.path)
-        with opened(path, os.O_RDONLY) as fd, self._locked(), inode.thawed(fd), opened(path, os.O_RDWR) as writable:
+        with (
+            opened(path, os.O_RDONLY) as fd,
+            self.locks.freezing(fd, path),
+            inode.thawed(fd),
+            opened(path, os.O_RDWR) as writable,
+        ):
             check_identity(path, self._identity(writable, self._volume(writable, path)), identity)
             return MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes from freezing and thawing: two at once would leave a running guest's file mutable."""
-        if self.lock is None:
-            yield
-            return
-        with opened(str(self.lock), os.O_RDWR | os.O_CREAT) as fd:
-            lock = os.dup(fd)  # below, an error is not one of this file
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
 
     def _volume(self, fd: int, path: str) -> Volume:
         """Return the volume that an open file or directory is on.
@@ -343,6 +347,13 @@ class FsdaxBacking(Backing):
             self.name, volume.namespace.uid, volume.start, status.st_ino, inode.generation(fd), status.st_size
         )
 
+    def _identity_if_fit(self, fd: int, path: str) -> BackingIdentity | None:
+        """Return the identity of an open file; None when it cannot be a backing."""
+        try:
+            return self._identity(fd, self._volume(fd, path))
+        except BackingError:
+            return None
+
     def _create(self, path: str, size: int, progress: Progress) -> None:
         directory, name = os.path.split(path)
 
@@ -370,8 +381,8 @@ class FsdaxBacking(Backing):
         os.posix_fallocate(fd, 0, size)
 
     def _complete(self, path: str, size: int, progress: Progress) -> None:
-        with opened(path, os.O_RDWR) as fd:
-            byteranges.lock(fd, path)  # no start meanwhile: XFS writes to a file that was made immutable, too
+        # no start meanwhile: XFS writes to a file that was made immutable, too
+        with opened(path, os.O_RDWR) as fd, self.locks.writing(fd, path):
             self._write_zeros(fd, size, look(fd, path, size).unwritten, progress)
 
     def _write_zeros(self, fd: int, size: int, runs: Sequence[tuple[int, int]], progress: Progress) -> None:
@@ -385,3 +396,26 @@ class FsdaxBacking(Backing):
                 done += written
                 progress(done, size)
         os.fsync(fd)
+
+
+def _unlink_second_name(path: str) -> None:
+    """Delete the hidden name of a file that has its own name, too: an import of 0.1.0 was killed between the two."""
+    hidden = hidden_name(path)
+    if os.path.lexists(hidden) and os.path.lexists(path) and os.path.samefile(hidden, path):
+        unlink(hidden)
+
+
+def _device_of(folder: str) -> int | None:
+    try:
+        return os.stat(folder).st_dev
+    except OSError:  # it is gone
+        return None
+
+
+def _surveyed(path: str) -> Surveyed:
+    """Examine a file of a pool. One that cannot be opened, as with a lease on it, must not hide the others."""
+    try:
+        with opened(path, os.O_RDONLY) as fd:
+            return Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd))
+    except BackingError as error:
+        return Surveyed(path, None, False, False, error)

@@ -3,20 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
-from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.model import BackingIdentity
 from nvdimm_driver.sizes import human
-
-
-def identity_at(backings: Sequence[Backing], path: str) -> BackingIdentity | None:
-    """Return the identity of the backing at a path; None when there is none that a domain can have."""
-    try:
-        return backing_of(backings, path).locate(NvdimmSpec(0, path, PAGE)).identity
-    except BackingError:
-        return None
 
 
 def check_identity(path: str, found: BackingIdentity, expected: BackingIdentity | None) -> None:

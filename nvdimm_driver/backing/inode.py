@@ -82,15 +82,19 @@ def owner(fd: int) -> bytes | None:
 
 
 def mark(fd: int, text: bytes | None) -> None:
-    """Record the owner on the file, where only root sees it; None removes the record. Thaw a frozen file meanwhile."""
+    """Record the owner on the file, where only root sees it; None removes the record. Thaw a frozen file meanwhile.
+
+    A file that an earlier call, which was killed, has left mutable is frozen again. The caller has to sync the file.
+    """
     if text == owner(fd):
+        if is_frozen(fd):
+            _set_immutable(fd, True)
         return
     with thawed(fd):
         if text is None:
             os.removexattr(fd, _OWNER)
         else:
             os.setxattr(fd, _OWNER, text)
-    os.fsync(fd)
 
 
 def xflags(fd: int) -> int:

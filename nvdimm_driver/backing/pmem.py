@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 
-from nvdimm_driver.backing import byteranges, inventory
+from nvdimm_driver.backing import inventory
 from nvdimm_driver.backing.byteranges import DirectBytes
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.identity import check_identity
@@ -54,8 +54,6 @@ class PmemBacking(DeviceBacking):
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
         # not O_EXCL: the next check, with O_EXCL, would find the device in use
         fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_DIRECT | os.O_NOFOLLOW)
-        if write:
-            byteranges.lock(fd, path)
         return DirectBytes(fd, 0, size)
 
     def check_labels(self, spec: NvdimmSpec) -> None:

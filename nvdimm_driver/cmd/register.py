@@ -14,12 +14,14 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import host_text
+from nvdimm_driver import host_text, plugin_loader
 from nvdimm_driver.cmd import systemd_units
 from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.doctor.programs import Script
 from nvdimm_driver.driver import load_driver
-from nvdimm_driver.errors import ConfigError, InUseError
+from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
+from nvdimm_driver.labels.servers import LabelServers
+from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.state.ledger import Ledger, host_boot_id
 
 LOG = logging.getLogger(__name__)
@@ -103,18 +105,31 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
 def find_running(conf: cfg.ConfigOpts) -> list[str]:
     """Return the names of the running domains with NVDIMMs; put away the starts of those that are over.
 
-    A broken plug-in does not keep the driver from being removed. Then all domains count as running that were started
-    since the host's boot, and whose start was not put away.
+    A broken plug-in, or a start that cannot be put away, does not keep the driver from being removed.
+
+    :raises InUseError: when there are starts since the host's boot, and Xen cannot be asked which of them are over.
     """
     if not os.path.exists(_ledger(conf)):
         return []
     try:
         load_driver(conf).reconcile()
-    except ConfigError as error:
+    except NvdimmError as error:
         LOG.warning("%s", error)
     with closing(Ledger(_ledger(conf))) as ledger:
-        starts = [(record.name, record.start) for record in ledger.started_domains()]
-    return [name for name, start in starts if start and start.boot_id == host_boot_id()]
+        started = [
+            each.name for each in ledger.started_domains() if each.start and each.start.boot_id == host_boot_id()
+        ]
+        if not started:
+            return []
+        try:
+            mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
+            over = {each.name for each in Starts(ledger, (), mapper, LabelServers(conf.state_dir)).find_stale()}
+        except NvdimmError as error:
+            raise InUseError(
+                f"domains with NVDIMMs may be running: {', '.join(started)}; Xen cannot be asked: {error.message}",
+                hint="shut them down; after a reboot of the host, they count as off",
+            ) from error
+    return [name for name in started if name not in over]
 
 
 def registered_state_dir(conf: cfg.ConfigOpts) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from nvdimm_driver.backing.files import HINTS, check_name
-from nvdimm_driver.backing.identity import check_identity, identity_at
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import BackingIdentity, NvdimmSpec
-from nvdimm_driver.plugins import Backing
+from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
+from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
@@ -58,15 +58,15 @@ class Checks:
         """Check that a backing, if it exists, has that identity.
 
         :param identity: None accepts every backing.
-        :raises BackingError: when it has another.
+        :raises BackingError: when it has another, or cannot be located.
         """
-        found = self.identity(path)
-        if found is not None and identity is not None:
-            check_identity(path, found, identity)
+        backing = backing_of(self.backings, path)
+        if identity is not None and backing.exists(path):
+            check_identity(path, backing.locate(NvdimmSpec(0, path, PAGE)).identity, identity)
 
     def identity(self, path: str) -> BackingIdentity | None:
         """Return the identity of the backing at a path; None when there is none that a domain can have."""
-        return identity_at(self.backings, path)
+        return ownership.identity_at(self.backings, path)
 
 
 @contextmanager

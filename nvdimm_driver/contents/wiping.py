@@ -40,11 +40,18 @@ class Wiper:
             copying.wipe(content, watch("wiping"))
 
     def own(self, record: Record) -> tuple[Allocation, ...]:
-        """Return the domain's NVDIMMs without those that belong to another domain, too.
+        """Return the domain's NVDIMMs without those that :meth:`find_owner` finds another owner for."""
+        return tuple(each for each in record.allocations if self.find_owner(record, each) is None)
+
+    def find_owner(self, record: Record, item: Allocation) -> Record | None:
+        """Return the other domain that was provisioned with what this domain has only begun to claim, if any.
 
         A define that was interrupted can leave a claim to another domain's file, by another name of it.
         """
-        return tuple(each for each in record.allocations if not self._others(record, each.spec))
+        if item.ready:
+            return None
+        found = ownership.owners_of_bytes(self._checks.ledger, record, self._checks.identity(item.spec.path))
+        return found[0] if found else None
 
     def to_wipe(self, record: Record) -> tuple[Allocation, ...]:
         """Return the domain's :meth:`own` NVDIMMs that are in pools with ``wipe_on_release``."""
@@ -56,13 +63,17 @@ class Wiper:
 
         :param record: the domain as the operator has seen it.
         :param delete: delete the :meth:`own` files, too; devices stay.
-        :raises InUseError: while the domain runs, or when it was changed since.
+        :raises InUseError: while the domain runs, when it was changed since, or when what is to be wiped or deleted is
+            another domain's, too.
         """
         ownership.check_off(self._find_unchanged(record))
-        for item in self.to_wipe(record):
+        wiped, deleted = self.to_wipe(record), self.own(record) if delete else ()
+        for item in (*wiped, *deleted):  # all, before the first of them is wiped
+            self._check_owner(record, item.spec)
+        for item in wiped:
             with suppress(NotFoundError):
                 self.wipe(item.spec, watch, record)
-        for item in self.own(record) if delete else ():
+        for item in deleted:
             self._check_owner(record, item.spec)
             backing_of(self._checks.backings, item.spec.path).discard(item.spec)
         ownership.give_up(

@@ -165,17 +165,35 @@ class _Look:
 
     def _file(self, file: Surveyed) -> Iterator[Inconsistency]:
         owner = self.owners.get(file.path)
+        if file.error is not None:
+            problem = file.error.message.removeprefix(f"{file.path}: ")
+            yield Inconsistency(owner[0].name if owner else "", file.path, problem, file.error.hint)
+            return
         mark = self._mark(file)
-        starts = [each.start for each in self.records if each.start]
-        states = {each.state for each in starts if file.path in map(os.path.realpath, each.paths)}
-        if file.frozen and not states:
+        users = self._users(file)
+        if file.frozen and not users:
             yield self._frozen(file, owner[0] if owner else None, mark)
-        if states - {"preparing"} and not file.immutable:
-            freeze = partial(backing_of(self.driver.backings, file.path).freeze, file.path)
-            name = owner[0].name if owner else ""
-            yield Inconsistency(name, file.path, "a guest has it, and it is not immutable", "make it so", freeze)
+        for user in users:
+            if user.start and self.driver.starts.is_running(user.start) and not file.immutable:
+                freeze = partial(self._freeze, file.path)
+                yield Inconsistency(
+                    user.name, file.path, "a guest has it, and it is not immutable", "make it so", freeze
+                )
         if owner is None and file.owner is not None:
             yield from self._unknown(file, mark)
+
+    def _users(self, file: Surveyed) -> list[Record]:
+        """Return the domains whose starts have a file."""
+        started = [each for each in self.records if each.start]
+        if not started or (file.immutable and not file.frozen):
+            return []
+        identity = ownership.identity_at(self.driver.backings, file.path)
+        return [each for each in started if ownership.runs_with(each, file.path, identity)]
+
+    def _freeze(self, path: str) -> None:
+        """Freeze a guest's file; thaw it again if the guest has ended meanwhile, and its start is put away."""
+        backing_of(self.driver.backings, path).freeze(path)
+        self.driver.starts.thaw(path)
 
     @cached_property
     def _guests(self) -> list[tuple[int, str | None]]:
@@ -191,7 +209,7 @@ class _Look:
                 return inconsistency(f"write into the ledger that the guest with domid {domid} has it", take_up)
             if mark is None or uuid in (None, mark.uuid):
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
-        return inconsistency("make it mutable", partial(backing_of(self.driver.backings, file.path).thaw, file.path))
+        return inconsistency("make it mutable", partial(self.driver.starts.thaw, file.path))
 
     def _frozen_of(self, uuid: str) -> set[str]:
         """Return the frozen files that have the mark of a domain."""

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files
-from nvdimm_driver.backing.identity import identity_at
 from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
@@ -66,7 +65,7 @@ class Definitions:
             return domain
         paths: dict[int, str] = {}
         for path in sorted(domain.unplaced):
-            identity = identity_at(self.backings, path)
+            identity = ownership.identity_at(self.backings, path)
             for item in record.allocations:
                 if identity is not None and item.identity == identity:
                     paths.setdefault(item.spec.slot, path)
@@ -88,14 +87,14 @@ class Definitions:
         uuid = uuid_of(domain)
         plan = plan or self.plan(domain)
         domain = replace(plan.domain, uuid=uuid)
-        self._check_allowed(domain)
+        held = self._check_allowed(domain)
         before = self.ledger.find_domain(uuid)
         LOG.debug("define domain %s, %s", domain.name, uuid)
         wanted = [Allocation(uuid, spec) for spec in domain.nvdimms]
         self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
         created: list[NvdimmSpec] = []
         try:
-            ownership.check_paths(self.ledger, domain)  # of two that come at once, one at least sees the other
+            ownership.check_paths(self.ledger, domain, held)  # of two that come at once, one at least sees the other
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
                 intake = backing.examine(spec)
@@ -123,13 +122,8 @@ class Definitions:
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""
         record = self.ledger.find_domain(uuid)
-        if record is None:
-            return
-        if record.start is None:
-            self.ledger.forget(uuid, kind="forgotten")
-        else:
-            self.ledger.store(uuid, record.name, record.ram, [], kind="forgotten")
-        ownership.unmark(self.ledger, self.backings, record.allocations)
+        if record is not None:
+            ownership.drop(self.ledger, self.backings, record)
 
     def adopt(self, domain: DomainSpec) -> Record:
         """Return the domain's record, after taking over NVDIMMs that were added or changed without :meth:`define`.
@@ -166,20 +160,25 @@ class Definitions:
         """
         ownership.check_marks(self.ledger, self.backings, domain.uuid or "", [spec.path for spec in domain.nvdimms])
 
-    def _check_allowed(self, domain: DomainSpec) -> None:
+    def _check_allowed(self, domain: DomainSpec) -> set[str]:
+        """Check that the domain may have its paths; return those that it has already."""
+        before = self.ledger.find_domain(domain.uuid) if domain.uuid else None
+        held = ownership.held(self.backings, before)
         for spec in domain.nvdimms:
-            files.check_name(spec.path)
+            if spec.path not in held:  # 0.1.0 allowed every name
+                files.check_name(spec.path)
         check_distinct(domain.nvdimms, lambda one, other: os.path.realpath(one.path) == os.path.realpath(other.path))
-        ownership.check_paths(self.ledger, domain)
+        ownership.check_paths(self.ledger, domain, held)
         self.check_marks(domain)
         self.pools.check(domain, self.ledger.domains())
+        return held
 
     def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> None:
         """Record identities, bases and owners, after everything is provisioned."""
         uuid = uuid_of(domain)
         settled = self.planner.settle(plan, domain, before)
         identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, settled.locations, strict=True)}
-        ownership.check_bytes(self.ledger, uuid, identities)
+        ownership.check_bytes(self.ledger, uuid, identities, before.allocations if before else ())
         self.ledger.store(
             uuid,
             domain.name,

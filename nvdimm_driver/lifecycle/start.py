@@ -6,14 +6,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from nvdimm_driver import logs
-from nvdimm_driver.errors import InUseError, XenError
+from nvdimm_driver.errors import InUseError, NvdimmError, XenError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import Record, Start
+from nvdimm_driver.model import BackingIdentity, Record, Start
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
+from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.ledger import Ledger, host_boot_id
 
@@ -39,34 +41,44 @@ class Starts:
         self.mapper = mapper
         self.label_servers = label_servers
 
-    def freeze(self, uuid: str, paths: Sequence[str]) -> None:
-        """Begin a start: freeze its backings until :meth:`put_away`."""
-        self.ledger.begin_start(uuid, paths)
-        for path in paths:
-            LOG.debug("freeze %s", path)
-            backing_of(self.backings, path).freeze(path)
+    def freeze(self, uuid: str, paths: Sequence[str]) -> Start:
+        """Begin a start: freeze its backings until :meth:`put_away`. On failure, nothing stays frozen."""
+        start = self.ledger.begin_start(uuid, paths)
+        try:
+            for path in paths:
+                LOG.debug("freeze %s", path)
+                backing_of(self.backings, path).freeze(path)
+        except BaseException:
+            self.put_away(start)
+            raise
+        return start
 
-    def put_away(self, uuid: str, paths: Sequence[str], *, kind: str = "") -> None:
-        """End a start: undo :meth:`freeze`. Can be repeated.
+    def put_away(self, start: Start, *, kind: str = "") -> None:
+        """End a start: undo :meth:`freeze`. Can be repeated, also when another start of the domain has begun since.
 
         :param kind: kind of the event to record; empty for none.
         """
-        written = saved_guest.times(self.backings, paths)  # while nothing in the host can write them
-        for path in paths:
-            LOG.debug("thaw %s", path)
-            for backing in self.backings:
-                if backing.handles(path):
-                    backing.thaw(path)
-        self.ledger.end_start(uuid, written=written, kind=kind)
-        record = self.ledger.find_domain(uuid)
-        if record is not None and not record.allocations:
-            self.ledger.forget(uuid)
+        written = saved_guest.times(self.backings, start.paths)  # while nothing in the host can write them
+        for path in start.paths:
+            self.thaw(path, over=start)
+        self.ledger.end_start(start, written=written, kind=kind)
+        self.ledger.forget_unused(start.uuid)
+
+    def thaw(self, path: str, over: Start | None = None) -> None:
+        """Undo the freezing of a backing, unless a start in the ledger has it.
+
+        :param over: a start that does not count.
+        """
+        LOG.debug("thaw %s", path)
+        for backing in self.backings:
+            if backing.handles(path):
+                backing.thaw_unless(path, partial(self._is_needed, path, over))
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen has the domain after RELEASE_SECONDS."""
         if record.start is None or not self._has_ended(record.start):
             return False
-        self.put_away(record.uuid, record.start.paths, kind="released")
+        self.put_away(record.start, kind="released")
         return True
 
     def find_stale(self) -> list[Record]:
@@ -74,27 +86,28 @@ class Starts:
         return [
             record
             for record in self.ledger.started_domains()
-            if record.start and not _is_pending(record.start) and not self._is_running(record.start)
+            if record.start and not _is_pending(record.start) and not self.is_running(record.start)
         ]
 
     def reconcile(self) -> None:
-        """Put away the starts whose domains are gone."""
+        """Put away the starts whose domains are gone. One that cannot be put away now is logged, and kept."""
         stale = self.find_stale()
         LOG.debug("reconcile: starts to put away: %d", len(stale))
         for record in stale:
-            if record.start is not None:
-                LOG.debug("put away the last start of domain %s, which is over", record.name)
-                self.put_away(record.uuid, record.start.paths, kind="put-away")
+            if record.start is None:
+                continue
+            LOG.debug("put away the last start of domain %s, which is over", record.name)
+            try:
+                self.put_away(record.start, kind="put-away")
+            except NvdimmError as error:
+                logs.tell(Event("put-away-failed", record.uuid, record.name, record.start.domid, failure(error)))
 
     def find_served(self) -> list[Record]:
         """Return the running domains that have a label server, or have lost it."""
         return [
             record
             for record in self.ledger.started_domains()
-            if record.start
-            and record.start.served
-            and record.start.state == "mapped"
-            and self._is_running(record.start)
+            if record.start and record.start.served and record.start.state == "mapped" and self.is_running(record.start)
         ]
 
     def find_unserved(self) -> list[Record]:
@@ -145,13 +158,23 @@ class Starts:
     def _has_ended(self, start: Start) -> bool:
         """Return True once Xen no longer has the domain; False if it still does after RELEASE_SECONDS."""
         deadline = time.monotonic() + RELEASE_SECONDS
-        while self._is_running(start):
+        while self.is_running(start):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
         return True
 
-    def _is_running(self, start: Start) -> bool:
+    def _is_needed(self, path: str, over: Start | None, identity: BackingIdentity | None) -> bool:
+        """Return True when a start that is not over has what is at a path."""
+        return any(
+            record.start is not None
+            and (over is None or record.start.key != over.key)
+            and ownership.runs_with(record, path, identity)
+            for record in self.ledger.started_domains()
+        )
+
+    def is_running(self, start: Start) -> bool:
+        """Return True while Xen has the domain of the start."""
         return (
             start.domid is not None
             and start.boot_id == host_boot_id()

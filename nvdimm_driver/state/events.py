@@ -34,6 +34,7 @@ LOGGED = {
     "dying": "WARNING",
     "bad-blocks": "WARNING",
     "misplaced-labels": "WARNING",
+    "put-away-failed": "ERROR",
     "hook-failed": "ERROR",
     "label-server-failed": "ERROR",
 }

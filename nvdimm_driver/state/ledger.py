@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from nvdimm_driver.model import Allocation, Record, Run
+    from nvdimm_driver.model import Allocation, Record, Run, Start
     from nvdimm_driver.state.events import Value
 
 SCHEMA_VERSION = 4
@@ -177,19 +177,49 @@ class Ledger:
         """
         self._write_start([("DELETE FROM domain WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
-    def begin_start(self, uuid: str, paths: Sequence[str]) -> None:
-        """Record that a start begins and which paths will be frozen for it; clear the domain's fault."""
-        self._write_start(
+    def give_up(self, uuid: str, *, kind: str = "") -> None:
+        """Delete the domain's allocations, and the domain, unless it has a start.
+
+        :param kind: kind of the event to record; empty for none.
+        """
+        self._write(
             [
-                ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
+                ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
+                ("DELETE FROM domain WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)", (uuid,)),
+            ],
+            self._event(kind, uuid),
+        )
+
+    def forget_unused(self, uuid: str) -> None:
+        """Delete the domain if it has neither allocations nor a start."""
+        unused = "uuid NOT IN (SELECT uuid FROM allocation) AND uuid NOT IN (SELECT uuid FROM attachment)"
+        self._write_start([(f"DELETE FROM domain WHERE uuid = ? AND {unused}", (uuid,))])
+
+    def begin_start(self, uuid: str, paths: Sequence[str]) -> Start:
+        """Record that a start begins and which paths will be frozen for it; clear the domain's fault.
+
+        :raises LedgerError: when another process has deleted the domain.
+        """
+        from nvdimm_driver.model import Start
+
+        start = Start(uuid, "preparing", None, host_boot_id(), int(time.time()), tuple(sorted(paths)))
+        begun = self._write_start(
+            [
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
+                ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
                 (
                     "INSERT INTO attachment (uuid, state, boot_id, since) VALUES (?, 'preparing', ?, ?)",
-                    (uuid, host_boot_id(), int(time.time())),
+                    (uuid, start.boot_id, start.since),
                 ),
                 *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
-            ]
+            ],
+            guarded=True,
         )
+        if not begun:
+            raise LedgerError(
+                f"domain {uuid} was deleted from the ledger while it was started", hint="define it again, and start it"
+            )
+        return start
 
     def finish_preparing(
         self,
@@ -210,12 +240,13 @@ class Ledger:
         :param run: the run that it will begin.
         :param served: as in :class:`.model.Start`.
         :param detail: detail of the event.
+        :raises LedgerError: when another process has put this start away, or prepared another.
         """
-        self._write_start(
+        prepared = self._write_start(
             [
                 (
                     "UPDATE attachment SET state = 'prepared', since = ?, qemu = ?, gfn_start = ?, gfn_limit = ?, "
-                    "served = ?, number = ?, nvdimms = ?, written = ? WHERE uuid = ?",
+                    "served = ?, number = ?, nvdimms = ?, written = ? WHERE uuid = ? AND state = 'preparing'",
                     (int(time.time()), qemu, *guest_frames, served, *run, uuid),
                 ),
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
@@ -223,7 +254,10 @@ class Ledger:
                 *[("INSERT INTO uncached VALUES (?, ?, ?)", (uuid, *run)) for run in uncached],
             ],
             self._event("prepared", uuid, detail),
+            guarded=True,
         )
+        if not prepared:
+            raise _undone(uuid)
 
     def find_prepared(self, uuid: str) -> PreparedStart | None:
         """Return the domain's start that was prepared in this boot of the host and is not mapped yet, or None."""
@@ -273,15 +307,13 @@ class Ledger:
         )
 
     def begin_mapping(self, uuid: str, domid: int) -> None:
-        """Record that the device model is about to map."""
-        self._write_start(
-            [
-                (
-                    "UPDATE attachment SET state = 'mapping', domid = ?, since = ? WHERE uuid = ?",
-                    (domid, int(time.time()), uuid),
-                )
-            ]
-        )
+        """Record that the device model is about to map.
+
+        :raises LedgerError: when another process has put the start away.
+        """
+        statement = "UPDATE attachment SET state = 'mapping', domid = ?, since = ? WHERE uuid = ? AND domid IS NULL"
+        if not self._write_start([(statement, (domid, int(time.time()), uuid))], guarded=True):
+            raise _undone(uuid)
 
     def find_ioreq_server(self, uuid: str) -> int | None:
         """Return Xen's id of the ioreq server that the domain's label server has created; None before."""
@@ -297,10 +329,14 @@ class Ledger:
 
         :param seconds: how long mapping took.
         :param detail: detail of the event.
+        :raises LedgerError: when another process has put the start away.
         """
-        self._write_start(
+        mapped = self._write_start(
             [
-                ("UPDATE attachment SET state = 'mapped', since = ? WHERE uuid = ?", (int(time.time()), uuid)),
+                (
+                    "UPDATE attachment SET state = 'mapped', since = ? WHERE uuid = ? AND state = 'mapping'",
+                    (int(time.time()), uuid),
+                ),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
                 (
                     "INSERT OR REPLACE INTO run SELECT uuid, number, nvdimms, written FROM attachment "
@@ -311,7 +347,10 @@ class Ledger:
                 _count("map_seconds", seconds),
             ],
             self._event("started", uuid, detail),
+            guarded=True,
         )
+        if not mapped:
+            raise _undone(uuid)
 
     def take_up_running(
         self,
@@ -350,19 +389,24 @@ class Ledger:
         )
         return found[0], found[1]
 
-    def end_start(self, uuid: str, *, written: str = "", kind: str = "") -> None:
-        """Record that the start is over: nothing is frozen or mapped for it any more.
+    def end_start(self, start: Start, *, written: str = "", kind: str = "") -> None:
+        """Record that this start is over: nothing is frozen or mapped for it any more.
+
+        Another start of the domain stays, and no event is recorded then: it may have begun meanwhile.
 
         :param written: as in :class:`.model.Run`, for the run that the start has begun, if it has.
         :param kind: kind of the event to record; empty for none.
         """
-        own = "number = (SELECT number FROM attachment WHERE uuid = run.uuid)"
+        own = "uuid = ? AND state = ? AND domid IS ? AND boot_id = ? AND since = ?"
+        begun = "number = (SELECT number FROM attachment WHERE uuid = run.uuid)"
         self._write_start(
             [
-                (f"UPDATE run SET written = ? WHERE uuid = ? AND {own}", (written, uuid)),
-                ("DELETE FROM attachment WHERE uuid = ?", (uuid,)),
+                (f"UPDATE attachment SET written = ? WHERE {own}", (written, *start.key)),
+                (f"UPDATE run SET written = ? WHERE uuid = ? AND {begun}", (written, start.uuid)),
+                ("DELETE FROM attachment WHERE uuid = ?", (start.uuid,)),
             ],
-            self._event(kind, uuid),
+            self._event(kind, start.uuid, domid=start.domid),
+            guarded=True,
         )
 
     def record_failure(self, uuid: str, error: Exception, domid: int | None = None) -> None:
@@ -484,15 +528,19 @@ class Ledger:
         except sqlite3.Error as error:
             raise self._failed("read", error) from error
 
-    def _write_start(self, statements: Sequence[tuple[str, Sequence[Any]]], event: Event | None = None) -> None:
+    def _write_start(
+        self, statements: Sequence[tuple[str, Sequence[Any]]], event: Event | None = None, *, guarded: bool = False
+    ) -> bool:
         """Write what a start or its end needs, from the reserve if the disk is full; the event only if it fits, too."""
         try:
-            self.reserve.spend(lambda: self._write(statements, event))
+            return self.reserve.spend(lambda: self._write(statements, event, guarded=guarded))
         except FullDiskError:
             if event is None:
                 raise
-            self._write(statements)
-            self._tell(event)
+            written = self._write(statements, guarded=guarded)
+            if written:
+                self._tell(event)
+            return written
 
     def _note(self, statements: Sequence[tuple[str, Sequence[Any]]], event: Event | None = None) -> None:
         """Write what nothing depends on; if that fails, only tell the event."""
@@ -508,12 +556,20 @@ class Ledger:
         event: Event | None = None,
         *,
         begin: str = "BEGIN IMMEDIATE",
-    ) -> None:
+        guarded: bool = False,
+    ) -> bool:
+        """Execute the statements in one transaction, and record the event.
+
+        :param guarded: do nothing, and return False, when the first statement changes no row.
+        """
         try:
             if begin:
                 self._db.execute(begin)
-            for sql, values in [*statements, *_recording(event)]:
-                self._db.execute(sql, values)
+            for number, (sql, values) in enumerate([*statements, *_recording(event)]):
+                changed = self._db.execute(sql, values).rowcount
+                if guarded and number == 0 and changed != 1:
+                    self._db.execute("ROLLBACK")
+                    return False
             if begin:
                 self._db.execute("COMMIT")
         except (sqlite3.Error, UnicodeEncodeError) as error:
@@ -522,6 +578,7 @@ class Ledger:
             raise self._failed("write", error) from error
         if event is not None:
             self._tell(event)
+        return True
 
     def _failed(self, what: str, error: sqlite3.Error | UnicodeEncodeError) -> LedgerError:
         """Return the error for a query or a transaction that failed."""
@@ -540,6 +597,13 @@ class Ledger:
         if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):  # a file beside it cannot be made or written
             return FullDiskError(f"cannot {what} {self.path}: {error}", hint="is the disk full?")
         return LedgerError(f"cannot {what} {self.path}: {error}")
+
+
+def _undone(uuid: str) -> LedgerError:
+    return LedgerError(
+        f"the start of domain {uuid} was undone by another process, or another start of it has begun",
+        hint="start the domain again",
+    )
 
 
 def set_aside(path: str) -> str:

@@ -4,60 +4,88 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 
 from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
+from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
 
 
-def check_paths(ledger: Ledger, domain: DomainSpec) -> None:
+def identity_at(backings: Sequence[Backing], path: str) -> BackingIdentity | None:
+    """Return the identity of the backing at a path; None when there is none that a domain can have."""
+    try:
+        return backing_of(backings, path).locate(NvdimmSpec(0, path, PAGE)).identity
+    except BackingError:
+        return None
+
+
+def held(backings: Sequence[Backing], record: Record | None) -> set[str]:
+    """Return the domain's paths at which the bytes are that were provisioned for it: no other domain can have them."""
+    return {
+        item.spec.path
+        for item in (record.allocations if record else ())
+        if item.identity and _shares([item], identity_at(backings, item.spec.path))
+    }
+
+
+def check_paths(ledger: Ledger, domain: DomainSpec, held: Container[str] = ()) -> None:
     """Check that no other domain has one of the domain's paths, or the same path in other words without having bytes.
 
     :func:`check_bytes` finds other words for what has bytes.
 
+    :param held: paths that the domain has already, by :func:`held`.
     :raises InUseError: when one has, or runs with the path even if it was redefined without it since.
     """
-    wanted = {path: spec.path for spec in domain.nvdimms for path in (spec.path, os.path.realpath(spec.path))}
     for record in ledger.domains():
-        if record.uuid == domain.uuid:
-            continue
-        unfinished = {os.path.realpath(item.spec.path) for item in record.allocations if not item.ready}
-        for path in wanted.keys() & (_paths(record) | unfinished):
-            raise _owned(wanted[path], record)
+        for spec in domain.nvdimms:
+            if record.uuid != domain.uuid and spec.path not in held and _has(record, spec.path, None):
+                raise _owned(spec.path, record)
 
 
-def check_bytes(ledger: Ledger, uuid: str, identities: Mapping[str, BackingIdentity]) -> None:
+def check_bytes(
+    ledger: Ledger, uuid: str, identities: Mapping[str, BackingIdentity], before: Sequence[Allocation] = ()
+) -> None:
     """Check that no other domain has the same bytes under another path (a bind mount, a second device node).
 
     :param uuid: of the domain.
     :param identities: of the domain's backings, by path.
+    :param before: the domain's NVDIMMs until now.
     :raises InUseError: when one has.
     """
     for path, identity in identities.items():
-        for record in _sharing(ledger, identity):
-            if record.uuid != uuid:
-                raise _owned(path, record)
+        for record in _others(ledger, uuid, before, path, identity):
+            raise _owned(path, record)
 
 
 def owners(ledger: Ledger, path: str, identity: BackingIdentity | None) -> tuple[Record, ...]:
-    """Return the domains that have the path, run with it, or have bytes of that identity under any path.
+    """Return the domains that have what is at a path, or run with it.
 
     :param identity: of the backing; None when it cannot be determined.
     """
-    real = os.path.realpath(path)
-    found = {record.uuid: record for record in ledger.domains() if real in map(os.path.realpath, _paths(record))}
-    if identity is not None:
-        found.update({record.uuid: record for record in _sharing(ledger, identity)})
-    return tuple(found.values())
+    return tuple(record for record in ledger.domains() if _has(record, path, identity))
 
 
 def others(ledger: Ledger, record: Record, path: str, identity: BackingIdentity | None) -> list[Record]:
-    """Return the :func:`owners` that are not this domain."""
-    return [each for each in owners(ledger, path, identity) if each.uuid != record.uuid]
+    """Return the :func:`owners` that are not this domain.
+
+    A domain that has what was provisioned for it is the owner, whatever others claim by name.
+    """
+    return _others(ledger, record.uuid, record.allocations, path, identity)
+
+
+def owners_of_bytes(ledger: Ledger, record: Record, identity: BackingIdentity | None) -> list[Record]:
+    """Return the domains that are not this one, and were provisioned with bytes of that identity."""
+    return [each for each in ledger.domains() if each.uuid != record.uuid and _shares(each.allocations, identity)]
+
+
+def runs_with(record: Record, path: str, identity: BackingIdentity | None) -> bool:
+    """Return True when a domain's start has what is at a path."""
+    paths = record.start.paths if record.start else ()
+    items = [item for item in record.allocations if item.spec.path in paths]
+    return _means(items, set(paths), path, identity)
 
 
 def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> None:
@@ -121,15 +149,36 @@ def check_off(record: Record, hint: str = "shut it down first") -> None:
         raise InUseError(f"domain {record.name} is running or starting", hint=hint)
 
 
-def _paths(record: Record) -> set[str]:
-    paths = {item.spec.path for item in record.allocations}
-    return paths if record.start is None else paths.union(record.start.paths)
+def _others(
+    ledger: Ledger, uuid: str, items: Sequence[Allocation], path: str, identity: BackingIdentity | None
+) -> list[Record]:
+    found = [record for record in ledger.domains() if record.uuid != uuid]
+    if _shares([item for item in items if item.spec.path == path], identity):
+        return [record for record in found if _shares(record.allocations, identity)]
+    return [record for record in found if _has(record, path, identity)]
 
 
-def _sharing(ledger: Ledger, identity: BackingIdentity) -> Iterator[Record]:
-    for record in ledger.domains():
-        if any(item.identity is not None and item.identity.shares_bytes(identity) for item in record.allocations):
-            yield record
+def _has(record: Record, path: str, identity: BackingIdentity | None) -> bool:
+    names = {item.spec.path for item in record.allocations}.union(record.start.paths if record.start else ())
+    return _means(record.allocations, names, path, identity)
+
+
+def _means(items: Sequence[Allocation], names: Set[str], path: str, identity: BackingIdentity | None) -> bool:
+    """Return True when a domain's claims are to what is at a path.
+
+    A claim to bytes that are known is to these, wherever its path leads now: its owner can turn a symbolic link. Any
+    other claim is to what its path leads to.
+
+    :param items: the domain's NVDIMMs.
+    :param names: all paths that it claims, those of the NVDIMMs too.
+    """
+    real = os.path.realpath(path)
+    leading = names - {item.spec.path for item in items if item.identity}
+    return _shares(items, identity) or not names.isdisjoint((path, real)) or real in map(os.path.realpath, leading)
+
+
+def _shares(items: Sequence[Allocation], identity: BackingIdentity | None) -> bool:
+    return identity is not None and any(item.identity and item.identity.shares_bytes(identity) for item in items)
 
 
 def _owned(path: str, record: Record) -> InUseError:
@@ -143,24 +192,23 @@ def _owned(path: str, record: Record) -> InUseError:
 def mark(ledger: Ledger, backings: Sequence[Backing], record: Record | None, before: Record | None) -> None:
     """Record the owner on a domain's backings, and remove the record from those that it no longer has."""
     kept = record.allocations if record else ()
+    paths = {item.spec.path for item in kept}
+    dropped = [item for item in (before.allocations if before else ()) if item.spec.path not in paths]
+    _unmark(ledger.domains(), backings, dropped)
     for item in kept:
         if record:
             backing_of(backings, item.spec.path).mark(item.spec.path, owner_marks.pack(record, item))
-    paths = {item.spec.path for item in kept}
-    unmark(ledger, backings, [item for item in (before.allocations if before else ()) if item.spec.path not in paths])
 
 
-def unmark(ledger: Ledger, backings: Sequence[Backing], items: Sequence[Allocation]) -> None:
-    """Remove the owner's record from backings that no domain has any more, by any name."""
-    if not items:
-        return
-    owned = {os.path.realpath(each.spec.path) for record in ledger.domains() for each in record.allocations}
-    for item in items:
-        if os.path.realpath(item.spec.path) in owned:
-            continue
-        for backing in backings:
-            if backing.handles(item.spec.path):
-                backing.mark(item.spec.path, None)
+def drop(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
+    """Give up a domain's claim to its backings, whether it runs or not.
+
+    The marks go first. If this process is killed before the ledger is written, the domain has its backings still, and
+    'check --repair' marks them again. In the other order, it would give the domain what it has given up.
+    """
+    others = [each for each in ledger.domains() if each.uuid != record.uuid]
+    _unmark(others, backings, record.allocations)
+    ledger.give_up(record.uuid, kind="forgotten")
 
 
 def give_up(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
@@ -169,5 +217,17 @@ def give_up(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None
     :raises InUseError: while it runs.
     """
     check_off(record)
-    ledger.forget(record.uuid, kind="forgotten")
-    unmark(ledger, backings, record.allocations)
+    drop(ledger, backings, record)
+
+
+def _unmark(records: Sequence[Record], backings: Sequence[Backing], items: Sequence[Allocation]) -> None:
+    """Remove the owner's record from backings that none of these domains has, by any name."""
+    for item in items:
+        path, identity = item.spec.path, identity_at(backings, item.spec.path)
+        replaced = item.identity is not None and identity is not None and not _shares([item], identity)
+        owned = any(_shares(each.allocations, identity) if identity else _has(each, path, None) for each in records)
+        if replaced or owned:
+            continue
+        for backing in backings:
+            if backing.handles(path):
+                backing.mark(path, None)

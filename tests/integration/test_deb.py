@@ -192,7 +192,7 @@ def test_removal_is_refused_while_a_domain_runs(registered: DebianRoot) -> None:
     for how in ("--remove", "--purge"):
         assert "db $(x)1 (shut them down first)" in registered.run(f"dpkg {how} nvdimm-driver", status=1).stderr
     assert registered.path(HOOK).exists()
-    in_ledger(registered, "end_start(uuid)")
+    in_ledger(registered, "end_start(ledger.find_domain(uuid).start)")
 
 
 def test_a_broken_option_file_does_not_keep_the_package_from_being_removed(registered: DebianRoot) -> None:
@@ -202,7 +202,7 @@ def test_a_broken_option_file_does_not_keep_the_package_from_being_removed(regis
     in_ledger(registered, "begin_start(uuid, [])")
     assert "db $(x)1 (shut them down first)" in registered.run("dpkg --remove nvdimm-driver", status=1).stderr
     assert registered.path(HOOK).exists()
-    in_ledger(registered, "end_start(uuid)")
+    in_ledger(registered, "end_start(ledger.find_domain(uuid).start)")
     done = registered.run("dpkg --remove nvdimm-driver")
     assert "there is no option state_dri in section [DEFAULT] (did you mean state_dir?)" in done.stderr
     assert f"removed {HOOK}" in done.stdout

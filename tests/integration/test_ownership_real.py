@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
-from multiprocessing import Process
+from contextlib import contextmanager, nullcontext
+from multiprocessing import Event, Process
+from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 
 import pytest
@@ -14,10 +18,23 @@ import pytest
 from nvdimm_driver.backing import inode
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.backing.inventory import Volume
+from nvdimm_driver.backing.locks import Locks
+from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
+from nvdimm_driver.model import (
+    KIB,
+    MIB,
+    SUPERPAGE,
+    Allocation,
+    BackingIdentity,
+    DomainSpec,
+    NvdimmSpec,
+    Pool,
+    Progress,
+    Record,
+)
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -51,7 +68,7 @@ class Host:
         """Return the driver as another process has it."""
         shipped = self.fs.backing
         self.backing = Backing(
-            lock=self.folder / "freeze.lock",
+            locks=Locks(self.folder / "locks"),
             sysfs=shipped.sysfs,
             mountinfo=shipped.mountinfo,
             cross_check=shipped.cross_check,
@@ -80,8 +97,68 @@ class Host:
         self.driver.ledger.begin_mapping(UUID, 7)
         self.driver.ledger.finish_mapping(UUID)
 
+    def evil(self, uuid: str = OTHER_UUID, *, running: bool = False) -> Path:
+        """Define a domain whose owner has a folder in the pool, and a link to his own file there; return the link."""
+        folder = Path(self.path("evil"))
+        folder.mkdir()
+        link = folder / "link"
+        link.symlink_to(folder / "f.img")
+        spec = DomainSpec("evil", uuid, 512 * MIB, None, (NvdimmSpec(0, str(link), SIZE),))
+        self.driver.define(spec)
+        if running:
+            self.mapper.alive[9] = uuid
+            self.driver.prepare(spec)
+            self.driver.ledger.begin_mapping(uuid, 9)
+            self.driver.ledger.finish_mapping(uuid)
+        return link
+
+    def record(self, uuid: str = UUID) -> Record:
+        record = self.driver.ledger.find_domain(uuid)
+        assert record
+        return record
+
+    def mark(self, name: str) -> bytes | None:
+        """Return the owner's mark of a file."""
+        with open(self.path(name), "rb") as file:
+            return inode.owner(file.fileno())
+
     def read(self, name: str) -> bytes:
         return Path(self.path(name)).read_bytes()
+
+
+def turn(link: Path, target: str) -> None:
+    link.unlink()
+    link.symlink_to(target)
+
+
+@contextmanager
+def another_user(work: Callable[[int], object], path: str) -> Iterator[None]:
+    """Let another user open a file to read it, and do something with the descriptor."""
+    ready, told = os.pipe()
+
+    def run_as_nobody() -> None:
+        os.chdir(os.path.dirname(path))  # he may not search pytest's folders above
+        os.setgid(65534)
+        os.setuid(65534)
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        work(os.open(os.path.basename(path), os.O_RDONLY))
+        os.write(told, b"x")
+        time.sleep(600)
+
+    process = Process(target=run_as_nobody, daemon=True)
+    process.start()
+    assert os.read(ready, 1)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+        os.close(ready)
+        os.close(told)
+
+
+def lease(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
 
 def quiet(what: str) -> Progress:
@@ -115,7 +192,14 @@ def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
 @pytest.fixture(params=list(MKFS))
 def fs(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
     yield file_systems[request.param]
-    file_systems[request.param].clear()
+    empty(file_systems[request.param])
+
+
+def empty(file_system: FileSystem) -> None:
+    """Delete everything, whatever a test has left frozen."""
+    for each in [each for each in file_system.root.rglob("*") if each.is_file() and not each.is_symlink()]:
+        run("chattr", "-i", each)
+    run("find", file_system.root, "-mindepth", "1", "-delete")
 
 
 @pytest.fixture
@@ -217,6 +301,151 @@ def test_a_file_that_another_domain_is_defined_with_now_is_refused_by_any_name(h
         host.driver.check(host.domain("./y.img"))
 
 
+def test_a_link_that_is_turned_to_a_file_does_not_keep_it_from_being_wiped_on_release(
+    tmp_path: Path, fs: FileSystem
+) -> None:
+    """Before, the wipe was left out, and the link's owner could have the bytes."""
+    host = Host(tmp_path, fs, wipe=True)
+    host.define("a.img")
+    turn(host.evil(), host.path("a.img"))
+    assert render.fate(host.driver, host.record(), delete=False) == (
+        f"{host.path('a.img')}: overwritten with zeros (wipe_on_release)"
+    )
+    host.driver.wiper.give_up(host.record(), quiet, delete=False)
+    assert host.driver.ledger.find_domain(UUID) is None
+    assert host.read("a.img") == bytes(SIZE)
+
+
+def test_a_link_that_is_turned_to_a_file_does_not_keep_it_from_its_owner(host: Host) -> None:
+    host.define("a.img")
+    turn(host.evil(), host.path("a.img"))
+    host.driver.define(host.domain("a.img", ram=600 * MIB))
+    host.driver.wiper.wipe(host.record().allocations[0].spec, quiet, host.record())
+    assert host.read("a.img") == bytes(SIZE)
+    assert host.mark("a.img")
+    host.driver.forget(UUID)
+    assert host.mark("a.img") is None
+
+
+def test_what_release_says_of_a_file_that_a_link_was_turned_to_is_so(host: Host) -> None:
+    host.define("a.img")
+    turn(host.evil(), host.path("a.img"))
+    assert render.fate(host.driver, host.record(), delete=True) == f"{host.path('a.img')}: deleted"
+    host.driver.wiper.give_up(host.record(), quiet, delete=True)
+    assert not os.path.exists(host.path("a.img"))
+
+
+@pytest.mark.parametrize("how", ["release", "release --delete", "wipe"])
+def test_the_owner_of_a_link_that_is_turned_cannot_have_another_domains_file_wiped(
+    tmp_path: Path, fs: FileSystem, how: str
+) -> None:
+    host = Host(tmp_path, fs, wipe=how == "release")
+    host.define("a.img")
+    turn(host.evil(), host.path("a.img"))
+    evil = host.record(OTHER_UUID)
+    works: dict[str, Callable[[], None]] = {
+        "release": lambda: host.driver.wiper.give_up(evil, quiet, delete=False),
+        "release --delete": lambda: host.driver.wiper.give_up(evil, quiet, delete=True),
+        "wipe": lambda: host.driver.wiper.wipe(evil.allocations[0].spec, quiet, evil),
+    }
+    with pytest.raises(InUseError, match="belongs to domain x, too"):
+        works[how]()
+    host.driver.forget(OTHER_UUID)
+    assert host.read("a.img") == DATA
+    assert host.mark("a.img")
+
+
+def test_a_link_that_is_turned_to_a_file_that_cannot_be_located_has_it_neither_wiped_nor_deleted(
+    tmp_path: Path, fs: FileSystem
+) -> None:
+    host = Host(tmp_path, fs, wipe=True)
+    link = host.evil()
+    with open(host.path("holes.img"), "wb") as file:
+        file.seek(SIZE - 4)
+        file.write(b"here")
+    turn(link, host.path("holes.img"))
+    with pytest.raises(BackingError, match="hole"):
+        host.driver.wiper.give_up(host.record(OTHER_UUID), quiet, delete=True)
+    assert host.read("holes.img").endswith(b"here")
+
+
+def test_a_define_under_way_with_a_link_does_not_keep_a_file_from_its_owner(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define("a.img")
+    link = host.evil()
+    nvdimms = (NvdimmSpec(0, f"{link.parent}/big", SIZE), NvdimmSpec(1, str(link), SIZE))
+    evil = DomainSpec("evil", OTHER_UUID, 512 * MIB, None, nvdimms)
+    plan = host.driver.check(evil)
+    provision = host.driver.backings[0].provision
+
+    def turned(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        if spec.slot == 0:
+            turn(link, host.path("a.img"))
+            host.another().define(host.domain("a.img", ram=600 * MIB))
+        return provision(spec, progress)
+
+    monkeypatch.setattr(host.driver.backings[0], "provision", turned)
+    with pytest.raises(InUseError, match="belongs to domain x"):
+        host.driver.define(evil, plan)
+    assert host.record().ram == 600 * MIB
+
+
+def test_a_file_keeps_its_mark_when_its_domain_calls_it_by_a_bind_mount(host: Host, tmp_path: Path) -> None:
+    bind = tmp_path / "bind"
+    bind.mkdir()
+    host.define("a.img")
+    host.pools = Pools([Pool("main", "fsdax", (str(host.fs.root), str(bind)), None, SUPERPAGE, 128 * KIB, False)])
+    run("mount", "--bind", host.fs.root, bind)
+    try:
+        driver = host.another()
+        driver.define(DomainSpec("x", UUID, 512 * MIB, None, (NvdimmSpec(0, f"{bind}/a.img", SIZE),)))
+        assert host.mark("a.img")
+    finally:
+        run("umount", bind)
+
+
+def test_a_domain_with_the_name_of_an_unfinished_import_still_starts_with_other_ram(host: Host) -> None:
+    """0.1.0 let a domain have such a name; 'virsh setmaxmem' bypasses the define."""
+    spec = host.domain(".db1.img.partial").nvdimms[0]
+    Path(spec.path).write_bytes(DATA)
+    host.driver.ledger.store(UUID, "x", 512 * MIB, [Allocation(UUID, spec, host.backing.provision(spec), 1 << 38)])
+    host.driver.prepare(host.domain(".db1.img.partial", ram=600 * MIB))
+    assert is_immutable(spec.path)
+
+
+def test_the_name_of_an_unfinished_import_is_refused_in_every_working_directory(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvdimmd works in /, where Debian has a link initrd.img."""
+    (tmp_path / "initrd.img").symlink_to("boot/initrd.img-6.1.0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InUseError, match="a file whose import is not finished"):
+        host.driver.define(host.domain(".initrd.img.partial"))
+
+
+def test_a_killed_redefinition_without_nvdimms_gives_nothing_up_that_check_gives_back(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define("a.img")
+
+    def dies(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        driver = host.another()
+        driver.ledger.give_up = dies  # type: ignore[method-assign]
+        driver.drop_claims(UUID)
+
+    killed(work)
+    (found,) = look(host.driver)
+    assert found.problem == "it has no mark", "the domain has its file still"
+    with pytest.raises(InUseError, match="belongs to domain x"):
+        host.driver.check(host.domain("./a.img", OTHER_UUID))
+    host.another().drop_claims(UUID)
+    assert look(host.driver) == []
+
+
 # --- whether it stays where it is ---
 
 
@@ -315,3 +544,282 @@ def test_a_partial_import_is_owned_by_nobody_and_is_taken_up_again(host: Host, t
     host.driver.importer.import_copy(str(source), host.path("db1.img"), None, 0, quiet)
     assert host.read("db1.img") == DATA
     assert [each.name for each in host.fs.files()] == ["db1.img"]
+
+
+def test_a_file_that_is_published_has_one_name_at_every_moment(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(DATA)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a process that is killed between link and unlink leaves a file with two names")
+
+    monkeypatch.setattr(os, "link", refused)
+    host.driver.importer.import_copy(str(source), host.path("a.img"), None, 0, quiet)
+    assert host.read("a.img") == DATA
+    assert [each.name for each in host.fs.files()] == ["a.img"]
+    host.backing.move(host.path("a.img"), host.path("b.img"))
+    Path(host.path("a.img")).write_bytes(b"other")
+    with pytest.raises(BackingError, match=r"cannot be moved to .*: File exists"):
+        host.backing.move(host.path("b.img"), host.path("a.img"))
+    assert (host.read("a.img"), host.read("b.img")) == (b"other", DATA)
+
+
+def test_an_import_that_was_killed_between_two_names_is_completed_as_the_error_says(host: Host, tmp_path: Path) -> None:
+    """Earlier versions could leave both names."""
+    source = tmp_path / "source"
+    source.write_bytes(DATA)
+    Path(host.path("a.img")).write_bytes(DATA)
+    os.link(host.path("a.img"), host.path(".a.img.partial"))
+    with pytest.raises(NvdimmError, match="imports it as it is"):
+        host.driver.importer.import_copy(str(source), host.path("a.img"), None, 0, quiet)
+    host.driver.importer.import_in_place(host.path("a.img"), None, 0, quiet)
+    assert [each.name for each in host.fs.files()] == ["a.img"]
+    assert host.read("a.img") == DATA
+
+
+# --- starts that end, and others that begin ---
+
+
+def test_a_start_that_begins_while_another_process_puts_the_last_one_away_is_kept(host: Host) -> None:
+    """'nvdimmctl list' has found the start of domid 7 over; before it thaws the file, the guest runs as domid 8."""
+    host.run(host.domain("a.img"))
+    host.mapper.alive.clear()
+    hook, backing = host.another(), host.driver.backings[0]
+    thaw = backing.thaw_unless
+
+    def late(path: str, needed: Callable[[BackingIdentity | None], bool]) -> None:
+        hook.release(UUID)
+        hook.prepare(host.domain("a.img"))
+        host.mapper.alive[8] = UUID
+        hook.ledger.begin_mapping(UUID, 8)
+        hook.ledger.finish_mapping(UUID)
+        thaw(path, needed)
+
+    backing.thaw_unless = late  # type: ignore[method-assign]
+    host.driver.reconcile()
+    start = host.record().start
+    assert start
+    assert (start.state, start.domid, is_immutable(host.path("a.img"))) == ("mapped", 8, True)
+    with pytest.raises(InUseError, match="is running or starting"):
+        host.another().wiper.wipe(host.record().allocations[0].spec, quiet, host.record())
+
+
+def after(begin: EventType, host: Host, work: Callable[[XenNvdimmDriver], object]) -> None:
+    begin.wait()
+    work(host.another())
+
+
+def test_a_start_and_a_reconcile_that_wait_for_the_same_lock_both_succeed(host: Host) -> None:
+    """Before, the start could be undone, or fail with SQLite's words."""
+
+    def reboot(driver: XenNvdimmDriver) -> None:
+        driver.release(UUID)
+        driver.prepare(host.domain("a.img"))
+
+    for _ in range(4):
+        host.run(host.domain("a.img"))
+        host.mapper.alive.clear()
+        works: tuple[Callable[[XenNvdimmDriver], object], ...] = (
+            lambda driver: driver.reconcile(),
+            reboot,
+        )
+        begin = Event()
+        processes = [Process(target=after, args=(begin, host, work)) for work in works]
+        for each in processes:
+            each.start()
+        with open(host.path("a.img"), "rb") as file, host.backing.locks.freezing(file.fileno(), file.name):
+            begin.set()
+            time.sleep(0.3)
+        for each in processes:
+            each.join()
+            assert each.exitcode == 0
+        start = host.record().start
+        assert start
+        assert (start.state, is_immutable(host.path("a.img"))) == ("prepared", True)
+        host.driver.starts.put_away(start)
+
+
+def test_a_failed_start_with_a_link_that_is_turned_leaves_a_running_guests_file_frozen(host: Host) -> None:
+    host.run(host.domain("a.img"))
+    link = host.evil()
+    turn(link, host.path("a.img"))
+    with pytest.raises(BackingError, match="is not the backing that was provisioned"):
+        host.driver.prepare(DomainSpec("evil", OTHER_UUID, 512 * MIB, None, (NvdimmSpec(0, str(link), SIZE),)))
+    assert is_immutable(host.path("a.img"))
+    assert host.record(OTHER_UUID).start is None
+
+
+def test_the_end_of_a_guest_with_a_link_that_is_turned_leaves_a_running_guests_file_frozen(host: Host) -> None:
+    host.run(host.domain("a.img"))
+    turn(host.evil(running=True), host.path("a.img"))
+    del host.mapper.alive[9]
+    host.driver.release(OTHER_UUID)
+    assert is_immutable(host.path("a.img"))
+    assert host.record(OTHER_UUID).start is None
+
+
+def test_a_define_freezes_a_file_again_that_a_killed_define_has_left_mutable(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.run(host.domain("a.img"))
+    set_immutable = inode._set_immutable
+
+    def dies(fd: int, immutable: bool) -> None:
+        if immutable:
+            os.kill(os.getpid(), signal.SIGKILL)
+        set_immutable(fd, immutable)
+
+    monkeypatch.setattr(inode, "_set_immutable", dies)
+    killed(lambda: host.another().define(host.domain("a.img", ram=600 * MIB)))
+    monkeypatch.undo()
+    assert not is_immutable(host.path("a.img")), "the test has hit the moment"
+    host.another().define(host.domain("a.img", ram=600 * MIB))
+    assert is_immutable(host.path("a.img"))
+
+
+def test_check_freezes_no_file_for_a_guest_that_is_off(host: Host) -> None:
+    """A release was killed after it had thawed the file."""
+    host.run(host.domain("a.img"))
+    host.mapper.alive.clear()
+    host.backing.thaw(host.path("a.img"))
+    (found,) = look(host.driver)
+    assert "is over, but was not cleaned up" in found.problem
+    assert found.mend
+    found.mend()
+    assert not is_immutable(host.path("a.img"))
+
+
+def test_a_repair_freezes_no_file_for_a_guest_that_has_ended_meanwhile(host: Host) -> None:
+    host.run(host.domain("a.img"))
+    host.backing.thaw(host.path("a.img"))
+    (found,) = look(host.driver)
+    host.mapper.alive.clear()
+    host.another().release(UUID)
+    assert found.mend
+    found.mend()
+    assert not is_immutable(host.path("a.img"))
+
+
+def test_check_freezes_no_file_that_a_link_was_turned_to(host: Host) -> None:
+    host.define("a.img")
+    turn(host.evil(running=True), host.path("a.img"))
+    for each in look(host.driver):
+        if each.mend:
+            with pytest.raises(InUseError) if "not the backing" in each.problem else nullcontext():
+                each.mend()
+    assert not is_immutable(host.path("a.img"))
+    assert is_immutable(host.path("evil/f.img"))
+
+
+# --- other users, other file systems ---
+
+
+def test_a_lease_on_the_file_of_a_guest_that_is_off_keeps_no_other_domain_from_starting(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.define("b.img")
+    evil = host.evil(running=True).parent
+    host.mapper.alive.clear()
+    for each in (evil, evil / "f.img"):
+        run("chattr", "-i", evil / "f.img")
+        os.chown(each, 65534, 65534)
+    with another_user(lease, str(evil / "f.img")):
+        host.driver.prepare(host.domain("b.img"))
+        assert is_immutable(host.path("b.img"))
+        assert "put-away-failed domain=evil" in caplog.text
+        assert "another program has a lease on it" in caplog.text
+    host.driver.reconcile()
+    assert host.record(OTHER_UUID).start is None
+
+
+def test_a_lease_on_a_file_hides_no_other_file_from_check(host: Host) -> None:
+    host.run(host.domain("b.img"))
+    host.backing.thaw(host.path("b.img"))
+    Path(host.path("c.txt")).write_bytes(b"x")
+    os.chown(host.path("c.txt"), 65534, 65534)
+    with another_user(lease, host.path("c.txt")):
+        found = {(os.path.basename(each.path), each.problem) for each in look(host.driver)}
+    assert found == {
+        ("b.img", "a guest has it, and it is not immutable"),
+        ("c.txt", "Resource temporarily unavailable"),
+    }
+
+
+def test_a_start_waits_until_the_kernel_ends_a_lease(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Path("/proc/sys/fs/lease-break-time")
+    before = setting.read_text()
+    host.define("a.img")
+    os.chown(host.path("a.img"), 65534, 65534)
+    setting.write_text("1")
+    try:
+        with another_user(lease, host.path("a.img")):
+            host.driver.prepare(host.domain("a.img"))
+    finally:
+        setting.write_text(before)
+    assert is_immutable(host.path("a.img"))
+
+
+def test_a_lock_by_a_reader_keeps_nobody_from_a_file(host: Host) -> None:
+    """qemu-img makes files that everybody may read."""
+    path = host.path("a.img")
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, SIZE)
+    os.chmod(path, 0o644)
+    with another_user(lambda fd: fcntl.flock(fd, fcntl.LOCK_EX), path):
+        host.driver.define(host.domain("a.img"))
+        host.driver.wiper.wipe(host.record().allocations[0].spec, quiet, host.record())
+        host.driver.prepare(host.domain("a.img"))
+    assert is_immutable(path)
+    assert not list((host.folder / "locks").glob("write-*")), "the writers' locks are gone"
+
+
+def test_a_killed_writer_leaves_no_lock(host: Host) -> None:
+    host.define("a.img")
+    spec = host.record().allocations[0].spec
+
+    def work() -> None:
+        content = host.another().backings[0].open_bytes(spec, write=True)
+        content.write(0, b"x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed(work)
+    assert list((host.folder / "locks").glob("write-*"))
+    host.backing.freeze(spec.path)
+    host.backing.thaw(spec.path)
+    host.backing.open_bytes(spec, write=True).close()
+    assert not list((host.folder / "locks").glob("write-*"))
+
+
+def test_who_overwrites_a_file_is_named(host: Host) -> None:
+    host.define("a.img")
+    spec = host.record().allocations[0].spec
+    with (
+        host.backing.open_bytes(spec, write=True),
+        pytest.raises(InUseError, match=rf"a\.img: is being overwritten by process {os.getpid()} \("),
+    ):
+        host.backing.freeze(spec.path)
+
+
+def test_a_frozen_file_system_keeps_no_guest_of_another_one_from_starting(
+    tmp_path: Path, file_systems: dict[str, FileSystem]
+) -> None:
+    one, other = Host(tmp_path, file_systems["ext4"]), Host(tmp_path, file_systems["xfs"])
+    one.define("a.img")
+    other.define("b.img", OTHER_UUID)
+    run("fsfreeze", "-f", one.fs.root)
+    stuck = Process(target=one.backing.mark, args=(one.path("a.img"), b"new"), daemon=True)
+    try:
+        stuck.start()
+        while not list((tmp_path / "locks").glob("freeze-*")):
+            time.sleep(0.01)
+        other.backing.freeze(other.path("b.img"))
+        assert is_immutable(other.path("b.img"))
+        with pytest.raises(InUseError, match=rf"a\.img: process {stuck.pid} \(.*\) has been freezing or thawing"):
+            one.backing.thaw(one.path("a.img"))
+    finally:
+        run("fsfreeze", "-u", one.fs.root)
+        stuck.join()
+        empty(one.fs)
+        empty(other.fs)

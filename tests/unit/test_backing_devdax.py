@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.backing.devdax import DevdaxBacking
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import GIB, MIB, BackingIdentity, Extent, NvdimmSpec
 from tests.unit.fake_sysfs import UUID, FakeSysfs
@@ -24,7 +25,7 @@ class Host:
         seed = sysfs.holder("dax0.1", "namespace0.0")
         self.dax = sysfs.dax("dax0.0", seed, os.stat(NODE).st_rdev, spa=SPA, size=SIZE, driver=driver)
         self.checked: list[tuple[Sequence[Extent], int]] = []
-        self.backing = DevdaxBacking(sysfs=sysfs.root, cross_check=self.cross_check)
+        self.backing = DevdaxBacking(sysfs=sysfs.root, locks=Locks(folder / "locks"), cross_check=self.cross_check)
 
     def cross_check(self, fd: int, extents: Sequence[Extent], window: int) -> None:
         assert os.fstat(fd).st_rdev == os.stat(NODE).st_rdev

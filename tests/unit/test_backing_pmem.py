@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.backing.pmem import PmemBacking
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import MIB, PAGE, BackingIdentity, Extent, NvdimmSpec
@@ -112,9 +113,9 @@ def test_a_device_that_is_in_use(sysfs: FakeSysfs, loop: str, tmp_path: Path) ->
     assert backing(sysfs).locate(NvdimmSpec(0, loop, 2 * MIB))
 
 
-def test_its_bytes(sysfs: FakeSysfs, loop: str) -> None:
+def test_its_bytes(sysfs: FakeSysfs, loop: str, tmp_path: Path) -> None:
     sysfs.raw(number(loop), spa=SPA, size=SIZE)
-    device, spec = backing(sysfs), NvdimmSpec(0, loop, 32 * MIB)
+    device, spec = PmemBacking(sysfs=sysfs.root, locks=Locks(tmp_path / "locks")), NvdimmSpec(0, loop, 32 * MIB)
     assert device.size(loop) == SIZE
     assert device.allocate(spec) == spec
     with device.open_bytes(spec, write=True) as content:

@@ -132,3 +132,27 @@ def test_a_broken_plug_in_does_not_keep_the_driver_from_being_removed(
         ledger.begin_start(UUID, [])
         assert find_running(options) == ["db1"]
     assert "there is no plug-in 'broken'" in caplog.text
+
+
+def start_db1(options: cfg.ConfigOpts) -> None:
+    """Register, and record a start as domid 7, which the mappers of these tests do not have."""
+    list(register(options))
+    with closing(Ledger(f"{options.state_dir}/ledger.sqlite")) as ledger:
+        ledger.store(UUID, "db1", 1 << 30, [])
+        ledger.begin_start(UUID, [])
+        ledger.begin_mapping(UUID, 7)
+
+
+def test_with_a_broken_plug_in_xen_is_asked_which_domains_run(options: cfg.ConfigOpts) -> None:
+    start_db1(options)
+    options.set_override("driver", "broken")
+    options.set_override("mapper", "dry-run", group="xen")
+    assert find_running(options) == []
+
+
+def test_if_xen_cannot_be_asked_unregister_says_so_and_what_helps(options: cfg.ConfigOpts) -> None:
+    start_db1(options)
+    options.set_override("mapper", "broken", group="xen")
+    with pytest.raises(InUseError, match=r"may be running: db1; Xen cannot be asked: .*'broken'") as raised:
+        find_running(options)
+    assert "after a reboot of the host, they count as off" in raised.value.hint

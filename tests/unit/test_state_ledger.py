@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nvdimm_driver.errors import LedgerError, XenError
-from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Run
+from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Run, Start
 from nvdimm_driver.state.ledger import Ledger
 from tests.unit.doubles import OTHER_UUID, UUID, started
 
@@ -71,7 +72,7 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     assert record.start.paths == ("/mnt/pmem0/a",)
     assert ledger.frames_of_others(OTHER_UUID) == [("db1", 1024, 16), ("db1", 8192, 1)]
     assert ledger.frames_of_others(UUID) == []
-    ledger.end_start(UUID, written="then")
+    ledger.end_start(record.start, written="then")
     assert ledger.frames_of_others(OTHER_UUID) == []
     assert ledger.find_run(UUID) == RUN._replace(written="then")
     ledger.forget_run(UUID)
@@ -87,7 +88,10 @@ def test_a_start_that_maps_nothing_leaves_the_last_run(ledger: Ledger) -> None:
         if number == 5:
             ledger.begin_mapping(UUID, 7)
             ledger.finish_mapping(UUID)
-        ledger.end_start(UUID, written=f"end of {number}")
+        record = ledger.find_domain(UUID)
+        assert record is not None
+        assert record.start is not None
+        ledger.end_start(record.start, written=f"end of {number}")
     assert ledger.find_run(UUID) == Run(5, "[]", "end of 5")
 
 
@@ -135,3 +139,63 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     workers = [subprocess.Popen([sys.executable, "-c", script, path, str(n)]) for n in range(8)]
     assert [worker.wait() for worker in workers] == [0] * 8
     assert len(Ledger(path).domains()) == 160
+
+
+def start_of(ledger: Ledger) -> Start:
+    record = ledger.find_domain(UUID)
+    assert record is not None
+    assert record.start is not None
+    return record.start
+
+
+def test_the_end_of_a_start_leaves_the_next_start_alone(ledger: Ledger) -> None:
+    """A process that found the first over can be slower than the guest's reboot."""
+    ledger.store(UUID, "db1", 5, [READY])
+    ledger.begin_start(UUID, ["/a"])
+    ledger.begin_mapping(UUID, 7)
+    over = start_of(ledger)
+    ledger.end_start(over, kind="released")
+    new = ledger.begin_start(UUID, ["/a"])
+    assert start_of(ledger) == new
+    ledger.end_start(over, kind="put-away")
+    assert start_of(ledger) == new
+    assert [each.kind for each in ledger.events()] == ["released"]
+    ledger.forget_unused(UUID)
+    ledger.begin_mapping(UUID, 8)
+    ledger.end_start(new)
+    assert start_of(ledger).domid == 8
+
+
+def test_a_step_of_a_start_that_is_undone_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(LedgerError, match="was deleted from the ledger while it was started"):
+        ledger.begin_start(UUID, ["/a"])
+    ledger.store(UUID, "db1", 5, [READY])
+    start = ledger.begin_start(UUID, ["/a"])
+    ledger.end_start(start)
+    steps: tuple[Callable[[], None], ...] = (
+        lambda: ledger.finish_preparing(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], run=RUN),
+        lambda: ledger.begin_mapping(UUID, 7),
+        lambda: ledger.finish_mapping(UUID),
+    )
+    for step in steps:
+        with pytest.raises(LedgerError, match="was undone by another process"):
+            step()
+    assert ledger.events() == []
+    assert ledger.counters() == []
+
+
+def test_a_domain_that_gives_up_its_nvdimms_keeps_its_start(ledger: Ledger) -> None:
+    ledger.store(UUID, "db1", 5, [READY])
+    start = ledger.begin_start(UUID, ["/a"])
+    ledger.give_up(UUID)
+    record = ledger.find_domain(UUID)
+    assert record is not None
+    assert (record.allocations, record.start) == ((), start)
+    ledger.end_start(start)
+    ledger.forget_unused(UUID)
+    assert ledger.find_domain(UUID) is None
+    ledger.store(UUID, "db1", 5, [READY])
+    ledger.forget_unused(UUID)
+    assert ledger.find_domain(UUID) is not None
+    ledger.give_up(UUID)
+    assert ledger.find_domain(UUID) is None

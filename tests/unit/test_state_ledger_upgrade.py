@@ -99,7 +99,7 @@ def test_what_it_means_is_the_same(tmp_path: Path, dump: Path) -> None:
     assert ledger.find_domain(FIRST) == Record(FIRST, "db1", 4 * GIB, dsm, "", ALLOCATIONS, start)
     waiting = Allocation(SECOND, NvdimmSpec(0, "/mnt/pmem0/two.img", 2 << 20), written=40)
     assert ledger.find_domain(SECOND) == Record(SECOND, "db two", GIB, None, "no QEMU", (waiting,), None)
-    ledger.end_start(FIRST)
+    ledger.end_start(start)
     ledger.store(FIRST, "db1", 4 * GIB, ALLOCATIONS[:1], dsm="aml")
     record = ledger.find_domain(FIRST)
     assert record is not None

@@ -86,9 +86,10 @@ def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
     wiped = {each.spec.path for each in driver.wiper.to_wipe(item)}
     lines = []
     for allocation in item.allocations:
-        path = allocation.spec.path
+        path, owner = allocation.spec.path, driver.wiper.find_owner(item, allocation)
         steps = ["overwritten with zeros (wipe_on_release)"] if path in wiped else []
-        steps += ["deleted"] if delete and os.path.isfile(path) else []
+        steps += ["deleted"] if delete and owner is None and os.path.isfile(path) else []
+        steps += [f"kept as it is, because it belongs to domain {owner.name}"] if owner else []
         done = " and ".join(steps) or "kept as it is"
         lines.append(f"{path}: {done if os.path.lexists(path) else 'missing'}")
     return "; ".join(lines)

@@ -159,7 +159,7 @@ class PmemHost:
     def stop(self, uuid: str) -> None:
         record = self.driver.ledger.find_domain(uuid)
         if record is not None and record.start is not None:
-            self.driver.starts.put_away(uuid, record.start.paths)
+            self.driver.starts.put_away(record.start)
 
     def close(self) -> None:
         """Leave the file system as it was."""

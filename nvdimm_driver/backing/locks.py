@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Locks of backings, in a folder of root's.
+
+A lock on a backing itself (flock) would not do: everybody who may read the backing can hold it for ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nvdimm_driver.errors import BackingError, InUseError
+
+FREEZE_SECONDS = 5.0
+"""How long freezing and thawing wait for another process that freezes or thaws on the same file system."""
+
+
+class Locks:
+    """The locks of all backings of the host.
+
+    :param folder: created if it does not exist; only root may have access. None: this process is the only one.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    @contextmanager
+    def freezing(self, fd: int, path: str) -> Iterator[None]:
+        """Keep other processes from freezing and thawing on the file system of an open file meanwhile.
+
+        Two at once would leave a running guest's file mutable. There is one lock for each file system, because a
+        process that changes a file on a frozen file system (fsfreeze) waits there, and cannot be killed.
+
+        :raises InUseError: when another process has that lock for FREEZE_SECONDS.
+        """
+        if self._folder is None:
+            yield
+            return
+        file = self._folder / f"freeze-{_number(os.fstat(fd).st_dev)}"
+        lock = self._open(file)
+        try:
+            deadline = time.monotonic() + FREEZE_SECONDS
+            while not _take(lock):
+                if time.monotonic() > deadline:
+                    raise InUseError(
+                        f"{path}: {_holder(file)} has been freezing or thawing a file of this file system for "
+                        f"{FREEZE_SECONDS:.0f} s",
+                        hint="is the file system frozen? fsfreeze -u thaws it",
+                    )
+                time.sleep(0.02)
+            yield
+        finally:
+            os.close(lock)
+
+    @contextmanager
+    def writing(self, fd: int, path: str) -> Iterator[None]:
+        """Keep other processes from writing to an open file or device meanwhile, and starts from freezing it.
+
+        :raises InUseError: when another process writes to it.
+        """
+        if self._folder is None:
+            yield
+            return
+        file = self._writer(fd)
+        lock = self._open(file)
+        try:
+            while not _take(lock) or not _is_at(lock, file):
+                if _is_at(lock, file):
+                    raise _overwritten(path, file)
+                os.close(lock)  # its holder has just deleted it
+                lock = self._open(file)
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+        finally:
+            os.close(lock)
+
+    def check_unwritten(self, fd: int, path: str) -> None:
+        """Check that no process is :meth:`writing` to an open file or device.
+
+        :raises InUseError: when one is.
+        """
+        if self._folder is None:
+            return
+        file = self._writer(fd)
+        try:
+            lock = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _overwritten(path, file) from error
+        finally:
+            os.close(lock)
+
+    def _writer(self, fd: int) -> Path:
+        assert self._folder is not None
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            return self._folder / f"write-{_number(status.st_dev)}-{status.st_ino}"
+        kind = "block" if stat.S_ISBLK(status.st_mode) else "char"
+        return self._folder / f"write-{kind}-{_number(status.st_rdev)}"
+
+    def _open(self, file: Path) -> int:
+        try:
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            return os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise BackingError(f"{file}: {error.strerror}", hint="run as root; is the disk full?") from error
+
+
+def _number(device: int) -> str:
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def _take(lock: int) -> bool:
+    """Take a lock and write this process's number into it; return False while another process has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    with suppress(OSError):  # on a full disk, the number is missing in an error message
+        os.pwrite(lock, f"{os.getpid():<10}".encode(), 0)
+    return True
+
+
+def _is_at(lock: int, file: Path) -> bool:
+    """Return True when a descriptor is of the file that has that name now."""
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(file: Path) -> str:
+    """Return for people which process has a lock."""
+    try:
+        process = int(file.read_bytes())
+        return f"process {process} ({Path(f'/proc/{process}/comm').read_text(encoding='utf-8').strip()})"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def _overwritten(path: str, file: Path) -> InUseError:
+    return InUseError(
+        f"{path}: is being overwritten by {_holder(file)}",
+        hint="a define, an import or a wipe: wait until it ends, or stop it",
+    )
