@@ -74,9 +74,10 @@ class _Look:
     def findings(self) -> Iterator[Inconsistency]:
         yield from self.unseen
         for record in self.driver.starts.find_stale():
-            domid = record.start.domid if record.start else None
-            problem = f"its start as domid {domid} is over, but was not cleaned up"
-            yield Inconsistency(record.name, "", problem, "clean it up", self.driver.reconcile)
+            if record.start:
+                problem = f"its start as domid {record.start.domid} is over, but was not cleaned up"
+                put_away = partial(self.driver.starts.put_away, record.start, kind="put-away")
+                yield Inconsistency(record.name, "", problem, "clean it up", put_away)
         for record in self.driver.starts.find_unserved():
             yield Inconsistency(record.name, "", "its label server is gone", "start another", self.driver.serve_labels)
         for record in self.records:
