@@ -9,8 +9,8 @@ from typing import Self
 
 from oslo_config import cfg
 
-from nvdimm_driver.backing.byteranges import FileBytes
 from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress
 from nvdimm_driver.plugins import ByteRange, unwatched
 
@@ -27,7 +27,12 @@ class LoopBacking(FsdaxBacking):
     name = "bench"  # the first by name that handles a path is taken
 
     def __init__(self, folder: Path, steps: Path) -> None:
-        super().__init__(sysfs=folder / "sys", mountinfo=folder / "mountinfo", cross_check=lambda fd, located: None)
+        super().__init__(
+            locks=Locks(folder / "locks"),
+            sysfs=folder / "sys",
+            mountinfo=folder / "mountinfo",
+            cross_check=lambda fd, located: None,
+        )
         self.steps = steps
 
     @classmethod
@@ -58,7 +63,6 @@ class SlowBytes(ByteRange):
     """A byte range of which each read is a step."""
 
     def __init__(self, opened: ByteRange, backing: LoopBacking) -> None:
-        assert isinstance(opened, FileBytes)
         self.size = opened.size
         self.opened = opened
         self.backing = backing
