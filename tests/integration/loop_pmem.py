@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.model import MIB, Location
 from tests.unit.fake_sysfs import FakeSysfs
 
@@ -38,7 +39,12 @@ class FileSystem:
         sysfs.fsdax(self.device, spa=SPA, size=IMAGE)
         self.mountinfo = folder / "mountinfo"
         self.mount("rw,dax=always")
-        self.backing = FsdaxBacking(sysfs=sysfs.root, mountinfo=self.mountinfo, cross_check=lambda fd, found: None)
+        self.backing = FsdaxBacking(
+            locks=Locks(folder / "locks"),
+            sysfs=sysfs.root,
+            mountinfo=self.mountinfo,
+            cross_check=lambda fd, found: None,
+        )
         # Free space that is not zero shows what was not written.
         self.path.write_bytes(b"stale" * (64 * MIB // 5))
         run("sync", "-f", self.path)
