@@ -88,9 +88,11 @@ class ByteRange(ABC):
     """An open range of bytes, which stays open when this process gives up its privileges.
 
     :ivar size: bytes of the range. Offsets count from its start.
+    :ivar identity: identity of the backing that is open, whatever its path leads to by now; None when it is not known.
     """
 
     size: int
+    identity: BackingIdentity | None = None
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes.

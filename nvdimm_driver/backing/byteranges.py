@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import PAGE
+from nvdimm_driver.model import PAGE, BackingIdentity
 from nvdimm_driver.plugins import ByteRange
 from nvdimm_driver.sizes import align_up, human
 
@@ -143,8 +143,9 @@ class LockedBytes(ByteRange):
     :param unlock: called after the other range is closed.
     """
 
-    def __init__(self, content: ByteRange, unlock: Callable[[], None]) -> None:
+    def __init__(self, content: ByteRange, unlock: Callable[[], None], identity: BackingIdentity | None = None) -> None:
         self.size = content.size
+        self.identity = identity
         self._content = content
         self._unlock = unlock
 

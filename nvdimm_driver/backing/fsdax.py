@@ -190,11 +190,12 @@ class FsdaxBacking(Backing):
         path = os.path.realpath(spec.path)
         self.size(path)
         with opened(path, os.O_RDWR if write else os.O_RDONLY) as fd, ExitStack() as lock:
+            identity = None
             if write:
                 lock.enter_context(self.locks.writing(fd, path))
-                self._volume(fd, path)
+                identity = self._identity(fd, self._volume(fd, path))
             check_size(path, os.fstat(fd).st_size, spec.size)
-            return LockedBytes(FileBytes(os.dup(fd), spec.size), lock.pop_all().close)
+            return LockedBytes(FileBytes(os.dup(fd), spec.size), lock.pop_all().close, identity)
 
     def discard(self, spec: NvdimmSpec) -> None:
         path = os.path.realpath(spec.path)

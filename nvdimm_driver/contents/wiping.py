@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.contents import copying
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import InUseError, NotFoundError
@@ -34,8 +35,8 @@ class Wiper:
         backing = backing_of(self._checks.backings, spec.path)
         with reporting_errors_of(spec.path), backing.open_bytes(spec, write=True) as content:
             self._checks.check_off(spec.path)  # from here on, starts fail while this is open
-            self._check_owner(owner, spec)
-            for record in ownership.owners(self._checks.ledger, spec.path, self._checks.identity(spec.path)):
+            self._check_owner(owner, spec, content.identity)
+            for record in ownership.owners(self._checks.ledger, spec.path, content.identity):
                 self._checks.ledger.forget_run(record.uuid)
             copying.wipe(content, watch("wiping"))
 
@@ -80,10 +81,11 @@ class Wiper:
             self._checks.ledger, self._checks.backings, self._checks.ledger.find_domain(record.uuid) or record
         )
 
-    def _check_owner(self, record: Record | None, spec: NvdimmSpec) -> None:
+    def _check_owner(self, record: Record | None, spec: NvdimmSpec, opened: BackingIdentity | None = None) -> None:
         """Check that an NVDIMM is the domain's, nobody else's, and the one that was provisioned.
 
         :param record: the domain as the operator has seen it; None accepts everything.
+        :param opened: identity of what is open; a symbolic link can be turned before and after it is opened.
         :raises InUseError: when the domain was changed since, or the NVDIMM is another domain's, too.
         :raises BackingError: when it is another backing.
         """
@@ -94,6 +96,8 @@ class Wiper:
             raise InUseError(f"{spec.path} belongs to domain {other.name}, too", hint="see 'nvdimmctl check'")
         (identity,) = (item.identity for item in record.allocations if item.spec == spec)
         self._checks.check_same(spec.path, identity)
+        if opened is not None and identity is not None:
+            check_identity(spec.path, opened, identity)
 
     def _find_unchanged(self, record: Record) -> Record:
         """Return the domain's record of now.

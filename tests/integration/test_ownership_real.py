@@ -35,7 +35,7 @@ from nvdimm_driver.model import (
     Progress,
     Record,
 )
-from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver
@@ -367,6 +367,26 @@ def test_a_link_that_is_turned_to_a_file_that_cannot_be_located_has_it_neither_w
     with pytest.raises(BackingError, match="hole"):
         host.driver.wiper.give_up(host.record(OTHER_UUID), quiet, delete=True)
     assert host.read("holes.img").endswith(b"here")
+
+
+def test_a_link_that_is_turned_while_it_is_opened_has_no_other_file_wiped(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define("a.img")
+    link = host.evil()
+    evil, backing = host.record(OTHER_UUID), host.driver.backings[0]
+    open_bytes = backing.open_bytes
+
+    def turned(spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        turn(link, host.path("a.img"))
+        opened = open_bytes(spec, write=write)
+        turn(link, f"{link.parent}/f.img")
+        return opened
+
+    monkeypatch.setattr(backing, "open_bytes", turned)
+    with pytest.raises(BackingError, match="is not the backing that was provisioned"):
+        host.driver.wiper.wipe(evil.allocations[0].spec, quiet, evil)
+    assert host.read("a.img") == DATA
 
 
 def test_a_define_under_way_with_a_link_does_not_keep_a_file_from_its_owner(
