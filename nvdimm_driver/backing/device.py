@@ -8,6 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -99,11 +100,11 @@ class DeviceBacking(Backing):
             raise _too_small(path, size, spec.size)
         if not write:
             return self._open(path, spec.size, write=False)
-        self.examine(spec)
+        identity = self.locate(replace(spec, path=path)).identity  # not of what a symbolic link leads to by now
         with ExitStack() as lock:
             with _opened(path) as fd:
                 lock.enter_context(self.locks.writing(fd, path))
-            return LockedBytes(self._open(path, spec.size, write=True), lock.pop_all().close)
+            return LockedBytes(self._open(path, spec.size, write=True), lock.pop_all().close, identity)
 
     def locate(self, spec: NvdimmSpec) -> Location:
         volume, extent = self._find(spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 
 from nvdimm_driver.backing import inventory
 from nvdimm_driver.backing.byteranges import DirectBytes
@@ -61,7 +62,7 @@ class PmemBacking(DeviceBacking):
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
         path = os.path.realpath(spec.path)
-        check_identity(path, self.locate(spec).identity, identity)
+        check_identity(path, self.locate(replace(spec, path=path)).identity, identity)
         try:
             fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_NOFOLLOW)
         except OSError as error:

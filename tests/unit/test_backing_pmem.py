@@ -11,7 +11,7 @@ import pytest
 from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.backing.pmem import PmemBacking
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
-from nvdimm_driver.model import MIB, PAGE, BackingIdentity, Extent, NvdimmSpec
+from nvdimm_driver.model import MIB, PAGE, BackingIdentity, Extent, Location, NvdimmSpec
 from tests.unit.fake_sysfs import FakeSysfs
 
 SPA = 0x1_4000_0000
@@ -20,7 +20,15 @@ SIZE = 64 * MIB
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    image = tmp_path_factory.mktemp("loop") / "image"
+    yield from attached(tmp_path_factory.mktemp("loop") / "image")
+
+
+@pytest.fixture
+def other_loop(tmp_path: Path) -> Iterator[str]:
+    yield from attached(tmp_path / "image")
+
+
+def attached(image: Path) -> Iterator[str]:
     image.touch()
     os.truncate(image, SIZE)
     found = subprocess.run(["losetup", "--show", "-f", str(image)], capture_output=True, text=True, check=True)
@@ -119,6 +127,7 @@ def test_its_bytes(sysfs: FakeSysfs, loop: str, tmp_path: Path) -> None:
     assert device.size(loop) == SIZE
     assert device.allocate(spec) == spec
     with device.open_bytes(spec, write=True) as content:
+        assert content.identity == device.locate(spec).identity
         content.write(10, b"here")
         content.write(32 * MIB - 4, b"last")
         content.sync()
@@ -134,6 +143,27 @@ def test_its_bytes(sysfs: FakeSysfs, loop: str, tmp_path: Path) -> None:
     with open(loop, "rb") as file:
         assert os.pread(file.fileno(), 4, 32 * MIB - 4) == b"last"
     device.publish(spec)
+
+
+def test_a_link_that_is_turned_while_labels_are_opened_does_not_open_another_device(
+    sysfs: FakeSysfs, loop: str, other_loop: str, tmp_path: Path
+) -> None:
+    sysfs.raw(number(loop), spa=SPA, size=SIZE)
+    namespace = sysfs.namespace("namespace1.0", mode="raw", spa=SPA + SIZE, size=SIZE)
+    sysfs.disk("pmem1", namespace, number(other_loop), SIZE)
+    link = tmp_path / "link"
+    link.symlink_to(other_loop)
+    spec = NvdimmSpec(0, str(link), 32 * MIB, MIB)
+    own = backing(sysfs).locate(NvdimmSpec(0, loop, 32 * MIB)).identity
+
+    class Turned(PmemBacking):
+        def locate(self, spec: NvdimmSpec) -> Location:
+            link.unlink()
+            link.symlink_to(loop)
+            return super().locate(spec)
+
+    with pytest.raises(BackingError, match="is not the backing that was provisioned"):
+        Turned(sysfs=sysfs.root).open_labels(spec, own)
 
 
 def test_bytes_that_are_not_there(sysfs: FakeSysfs, loop: str) -> None:
