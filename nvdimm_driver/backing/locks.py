@@ -66,7 +66,7 @@ class Locks:
         if self._folder is None:
             yield
             return
-        file = self._writer(fd)
+        file = _writer(self._folder, fd)
         lock = self._open(file)
         try:
             while not _take(lock) or not _is_at(lock, file):
@@ -88,7 +88,7 @@ class Locks:
         """
         if self._folder is None:
             return
-        file = self._writer(fd)
+        file = _writer(self._folder, fd)
         try:
             lock = os.open(file, os.O_RDONLY)
         except FileNotFoundError:
@@ -100,20 +100,21 @@ class Locks:
         finally:
             os.close(lock)
 
-    def _writer(self, fd: int) -> Path:
-        assert self._folder is not None
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode):
-            return self._folder / f"write-{_number(status.st_dev)}-{status.st_ino}"
-        kind = "block" if stat.S_ISBLK(status.st_mode) else "char"
-        return self._folder / f"write-{kind}-{_number(status.st_rdev)}"
-
     def _open(self, file: Path) -> int:
         try:
             file.parent.mkdir(mode=0o700, exist_ok=True)
             return os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise BackingError(f"{file}: {error.strerror}", hint="run as root; is the disk full?") from error
+
+
+def _writer(folder: Path, fd: int) -> Path:
+    """Return the file that a writer to an open file or device locks."""
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return folder / f"write-{_number(status.st_dev)}-{status.st_ino}"
+    kind = "block" if stat.S_ISBLK(status.st_mode) else "char"
+    return folder / f"write-{kind}-{_number(status.st_rdev)}"
 
 
 def _number(device: int) -> str:
