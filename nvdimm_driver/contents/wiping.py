@@ -36,7 +36,8 @@ class Wiper:
         with reporting_errors_of(spec.path), backing.open_bytes(spec, write=True) as content:
             self._checks.check_off(spec.path)  # from here on, starts fail while this is open
             self._check_owner(owner, spec, content.identity)
-            for record in ownership.owners(self._checks.ledger, spec.path, content.identity):
+            found = content.identity or self._checks.identity(spec.path)
+            for record in ownership.owners(self._checks.ledger, spec.path, found):
                 self._checks.ledger.forget_run(record.uuid)
             copying.wipe(content, watch("wiping"))
 

@@ -118,15 +118,28 @@ class Starts:
         """Replace the label servers that are older than the installed code; return their domains, and if that worked.
 
         After an upgrade, one of an earlier version cannot start another process in place of one that died. That of a
-        domain that was redefined since its start stays: another could not serve what the guest has.
+        domain that was redefined since its start stays, or whose label areas cannot be opened now: another could not
+        serve what the guest has.
         """
         installed = Path(__file__).stat().st_ctime
         old = [each for each in self.find_served() if self.label_servers.is_older_than(each.uuid, installed)]
-        for record in old:
-            if record.can_be_served:
-                self.label_servers.kill(record.uuid)
+        killed = {each.uuid for each in old if each.can_be_served and self._can_open_labels(each)}
+        for uuid in killed:
+            self.label_servers.kill(uuid)
         self.serve_labels()
-        return [(each, each.can_be_served and self.label_servers.is_running(each.uuid)) for each in old]
+        return [(each, each.uuid in killed and self.label_servers.is_running(each.uuid)) for each in old]
+
+    def _can_open_labels(self, record: Record) -> bool:
+        """Return True when another label server could open the domain's label areas now; log why not."""
+        try:
+            for item in record.allocations:
+                if item.spec.label_size and item.identity:
+                    backing_of(self.backings, item.spec.path).open_labels(item.spec, item.identity).close()
+        except NvdimmError as error:
+            domid = record.start.domid if record.start else None
+            logs.tell(Event("label-server-failed", record.uuid, record.name, domid, failure(error)))
+            return False
+        return True
 
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed together with its watcher."""

@@ -14,9 +14,10 @@ from nvdimm_driver import conf
 from nvdimm_driver.cmd import label_server
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import GuardError, LedgerError, XenError
+from nvdimm_driver.errors import BackingError, GuardError, LedgerError, XenError
 from nvdimm_driver.labels.servers import MODULE, LabelServers
-from nvdimm_driver.model import MIB, Run
+from nvdimm_driver.model import MIB, BackingIdentity, NvdimmSpec, Run
+from nvdimm_driver.plugins import ByteRange
 from tests.unit.doubles import (
     OTHER_UUID,
     UUID,
@@ -274,9 +275,26 @@ class OldServers(LabelServers):
             raise XenError(str(error)) from error
 
 
-def test_a_server_that_no_other_can_follow_is_not_killed(tmp_path: Path, mapper: RecordingMapper) -> None:
-    """Another one would refuse to serve a domain that was redefined since its start, and the guest would hang."""
-    driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="qemu", acpi=TablesOfNative())
+class BrokenLabels(MemoryBacking):
+    """A backing whose label areas cannot be opened, when it is told so."""
+
+    broken_labels = ""
+
+    def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
+        if self.broken_labels:
+            raise BackingError(self.broken_labels)
+        return super().open_labels(spec, identity)
+
+
+def test_a_server_that_no_other_can_follow_is_not_killed(
+    tmp_path: Path, mapper: RecordingMapper, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another one would refuse to serve a domain that was redefined since its start, and the guest would hang.
+
+    It could not serve one either whose label areas cannot be opened.
+    """
+    backing = BrokenLabels()
+    driver = make_driver(tmp_path, backing, mapper, dsm="qemu", acpi=TablesOfNative())
     driver.starts.label_servers = OldServers(tmp_path)
     labelled = domain(A, label_size=MIB)
     driver.define(labelled)
@@ -289,6 +307,11 @@ def test_a_server_that_no_other_can_follow_is_not_killed(tmp_path: Path, mapper:
         assert server.stdout
         assert server.stdout.readline() == b"\n"
         try:
+            backing.broken_labels = "the pool is mounted elsewhere"
+            assert [(each.name, renewed) for each, renewed in driver.renew_label_servers()] == [("db1", False)]
+            assert server.poll() is None
+            assert "the pool is mounted elsewhere" in caplog.text
+            backing.broken_labels = ""
             driver.define(domain(A, "/mnt/pmem0/b", label_size=MIB))
             assert [(each.name, renewed) for each, renewed in driver.renew_label_servers()] == [("db1", False)]
             assert server.poll() is None
