@@ -160,11 +160,12 @@ def unlink(path: str) -> bool:
 
 
 def lease_break_seconds() -> int:
-    """Return the time after which the kernel ends a lease of another program (fcntl F_SETLEASE) that is in the way."""
+    """Return a time in which the kernel ends a lease of another program (fcntl F_SETLEASE) that is in the way."""
     try:
-        return int(Path("/proc/sys/fs/lease-break-time").read_text(encoding="ascii"))
+        seconds = int(Path("/proc/sys/fs/lease-break-time").read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return 45  # the kernel's default
+        seconds = 45  # the kernel's default
+    return seconds + 2  # it counts in ticks, and looks only at the next open (fs/locks.c:__break_lease)
 
 
 def rename_new(source: str, target: str) -> None:
