@@ -63,14 +63,16 @@ class Definitions:
         record = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
         if record is None or not domain.unplaced:
             return domain
+        placed = {os.path.realpath(spec.path) for spec in domain.nvdimms if spec.path not in domain.unplaced}
+        items = [item for item in record.allocations if os.path.realpath(item.spec.path) not in placed]
         paths: dict[int, str] = {}
         for path in sorted(domain.unplaced):
             identity = ownership.identity_at(self.backings, path)
-            for item in record.allocations:
+            for item in items:
                 if identity is not None and item.identity == identity:
                     paths.setdefault(item.spec.slot, path)
         for path in sorted(domain.unplaced - {*paths.values()}):
-            for item in record.allocations:
+            for item in items:
                 if os.path.realpath(item.spec.path) == os.path.realpath(path):
                     paths.setdefault(item.spec.slot, path)
         kept = {path: slot for slot, path in paths.items()}

@@ -98,7 +98,7 @@ def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> N
 
 
 def check_marks(ledger: Ledger, backings: Sequence[Backing], uuid: str, paths: Iterable[str]) -> None:
-    """Check that no file is, by its mark or because it is frozen, that of a domain which the ledger does not know.
+    """Check that no file is, by its mark or because it is frozen, another domain's, which the ledger may not know.
 
     A ledger that was lost, rebuilt or restored from a backup knows less than the files.
 
@@ -110,12 +110,8 @@ def check_marks(ledger: Ledger, backings: Sequence[Backing], uuid: str, paths: I
             mark = None if file.owner is None else owner_marks.unpack(path, file.owner)
             if mark is not None and mark.uuid == uuid:
                 continue
-            if mark is not None and not _has_elsewhere(ledger, mark, file.path):
-                raise InUseError(
-                    f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that",
-                    hint="'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
-                    f"'nvdimmctl release {mark.name}' then frees the file",
-                )
+            if mark is not None:
+                _check_mark(ledger, mark, path, file.path)
             if file.frozen and not any(file.path in _frozen(record) for record in ledger.started_domains()):
                 raise InUseError(
                     f"{path} is immutable for a guest that the ledger does not know", hint="see 'nvdimmctl check'"
@@ -129,11 +125,22 @@ def _inspect(backing: Backing, path: str) -> Surveyed | None:
         return None  # no file that a domain could have
 
 
-def _has_elsewhere(ledger: Ledger, mark: Mark, path: str) -> bool:
-    """Return True if the NVDIMM that a mark names is another file: the marked one is a copy."""
+def _check_mark(ledger: Ledger, mark: Mark, path: str, file: str) -> None:
+    """Check that the NVDIMM that a file's mark names is another file, and the marked one a copy of it.
+
+    :param path: of the file, as it was given.
+    :param file: its path without symbolic links.
+    """
     record = ledger.find_domain(mark.uuid)
-    items = record.allocations if record else ()
-    return any(item.spec.slot == mark.spec.slot and os.path.realpath(item.spec.path) != path for item in items)
+    items = [item for item in (record.allocations if record else ()) if item.spec.slot == mark.spec.slot]
+    if record and any(os.path.realpath(item.spec.path) == file for item in items):
+        raise _owned(path, record)
+    if not items:
+        raise InUseError(
+            f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that",
+            hint="'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
+            f"'nvdimmctl release {mark.name}' then frees the file",
+        )
 
 
 def _frozen(record: Record) -> set[str]:

@@ -8,7 +8,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,9 +19,9 @@ FILL = "cat /dev/zero >>{state}/filler 2>/dev/null; sync -f {state}"
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Return a host with the domain db1, which runs."""
-    made = Host(tmp_path)
+    made = Host(tmp_path_factory.mktemp("host"))  # a socket's path is short
     try:
         made.define("db1", 1)
         made.check("start", "db1")

@@ -102,6 +102,7 @@ class Host:
         folder = Path(self.path("evil"))
         folder.mkdir()
         link = folder / "link"
+        (folder / "f.img").write_bytes(bytes(SIZE))
         link.symlink_to(folder / "f.img")
         spec = DomainSpec("evil", uuid, 512 * MIB, None, (NvdimmSpec(0, str(link), SIZE),))
         self.driver.define(spec)
@@ -665,7 +666,7 @@ def test_a_failed_start_with_a_link_that_is_turned_leaves_a_running_guests_file_
     host.run(host.domain("a.img"))
     link = host.evil()
     turn(link, host.path("a.img"))
-    with pytest.raises(BackingError, match="is not the backing that was provisioned"):
+    with pytest.raises(InUseError, match="evil/link belongs to domain x"):
         host.driver.prepare(DomainSpec("evil", OTHER_UUID, 512 * MIB, None, (NvdimmSpec(0, str(link), SIZE),)))
     assert is_immutable(host.path("a.img"))
     assert host.record(OTHER_UUID).start is None
