@@ -22,7 +22,7 @@ from nvdimm_driver.contents.exporting import Exporter
 from nvdimm_driver.contents.importing import Importer
 from nvdimm_driver.contents.shared_checks import Checks
 from nvdimm_driver.contents.wiping import Wiper
-from nvdimm_driver.errors import ConfigError, FullDiskError, LayoutError, LedgerError, NvdimmError
+from nvdimm_driver.errors import ConfigError, FullDiskError, LayoutError, LedgerError, NvdimmError, UnsupportedError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
@@ -34,6 +34,7 @@ from nvdimm_driver.model import (
     PAGE,
     AcpiTables,
     Allocation,
+    BackingIdentity,
     DomainSpec,
     NvdimmSpec,
     Plan,
@@ -112,7 +113,8 @@ class XenNvdimmDriver(plugins.Plugin):
         self.definitions = Definitions(ledger, backings, self.planner, pools)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
         checks = Checks(ledger, backings, pools)
-        self.importer, self.exporter, self.wiper = Importer(checks), Exporter(checks), Wiper(checks)
+        self.importer, self.exporter = Importer(checks), Exporter(checks)
+        self.wiper = Wiper(checks, self._spoil_runs)
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
@@ -261,13 +263,35 @@ class XenNvdimmDriver(plugins.Plugin):
 
         :raises NvdimmError: when it could not.
         """
-        record = self.ledger.find_domain(uuid)
+        self.reconcile()
+        self.starts.require_ended(uuid)
         last = self.ledger.find_run(uuid)
-        if record is None or not record.allocations or last is None:
-            return
-        nvdimms = tuple(item.spec for item in record.allocations)
-        plan = self.planner.plan_start(DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm), record)
-        saved_guest.check_run(self._new_run(plan), last)
+        if last is None:
+            return  # a version that numbered no runs has saved it
+        saved_guest.check_available(last, self.backings)
+        nvdimms = tuple(NvdimmSpec(slot, path, PAGE) for path, slot in saved_guest.paths_of(last).items())
+        ownership.check_paths(self.ledger, DomainSpec("", uuid, 0, None, nvdimms))
+
+    def check_redefinition(self, plan: Plan) -> None:
+        """Check that a domain whose guest is saved is defined with the NVDIMMs that this guest had, in their places.
+
+        :raises UnsupportedError: when it is not.
+        """
+        uuid = uuid_of(plan.domain)
+        record, last = self.ledger.find_domain(uuid), self.ledger.find_run(uuid)
+        if last is not None:
+            differing = saved_guest.differences(last, plan)
+        else:
+            items = record.allocations if record else ()
+            had = [(item.spec, item.base) for item in items]
+            now = [(spec, at.base) for spec, at in zip(plan.domain.nvdimms, plan.layout.nvdimms, strict=True)]
+            differing = "" if had == now else "they are not those of the ledger"
+        if differing:
+            raise UnsupportedError(
+                f"domain {plan.domain.name} has a managed save, whose guest has other NVDIMMs than this definition: "
+                f"{differing}",
+                hint="start the domain, or discard the saved guest: virsh managedsave-remove",
+            )
 
     def release(self, uuid: str) -> str:
         """Put away the domain's start. Can be repeated.
@@ -382,9 +406,21 @@ class XenNvdimmDriver(plugins.Plugin):
             raise
         return plan
 
+    def _spoil_runs(self, identity: BackingIdentity, uuid: str | None = None) -> None:
+        """Record that no guest which was saved with bytes of a backing can go on: something else writes them now.
+
+        :param uuid: of the domain whose own guest does not count.
+        """
+        for each, run in self.ledger.runs().items():
+            if each != uuid and saved_guest.has_bytes_of(run, identity):
+                self.ledger.spoil_run(each)
+
     def _new_run(self, plan: Plan) -> Run:
-        paths = [spec.path for spec in plan.domain.nvdimms]
-        return Run(saved_guest.new_number(), saved_guest.describe(plan), saved_guest.times(self.backings, paths))
+        """Return the run that a start of this plan begins; guests of other domains that had its bytes have no more."""
+        for location in plan.locations:
+            self._spoil_runs(location.identity, plan.domain.uuid)
+        nvdimms = saved_guest.describe(plan)
+        return Run(saved_guest.new_number(), nvdimms, saved_guest.times(self.backings, nvdimms))
 
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         path = self.tables_file(uuid)

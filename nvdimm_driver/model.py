@@ -444,7 +444,8 @@ class Allocation:
 class Run(NamedTuple):
     """A run of a guest, from a start or a restore to its end, as a saved guest must find it again.
 
-    :ivar number: OEM revision of the NFIT in the guest's memory.
+    :ivar number: OEM revision of the NFIT in the guest's memory; 0 when no guest may go on after this run, because
+        something else has written to its NVDIMMs since.
     :ivar nvdimms: what the guest has: :func:`.lifecycle.saved_guest.describe`.
     :ivar written: when its backings were last written by the host: :func:`.lifecycle.saved_guest.times`.
     """

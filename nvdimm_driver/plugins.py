@@ -267,10 +267,11 @@ class Backing(Plugin):
     def thaw(self, path: str) -> None:
         """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone."""
 
-    def written_at(self, path: str) -> int:
+    def written_at(self, path: str) -> int | None:
         """Return when a program of the host has last written the backing, in nanoseconds since the epoch.
 
-        What a guest writes does not count. The default is 0, for a backing of which nobody knows.
+        What a guest writes does not count. The default is 0, for a backing of which nobody knows; None when it is not
+        there.
         """
         return 0
 

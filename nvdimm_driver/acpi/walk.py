@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from nvdimm_driver.acpi.tables import Header, text, verify_table
 from nvdimm_driver.errors import AcpiError
@@ -16,6 +16,8 @@ Read = Callable[[int, int], bytes]
 RSDP_AREA, RSDP_AREA_SIZE, RSDP_ALIGN = 0xE0000, 0x20000, 16
 """Area in which a BIOS puts the RSDP (ACPI 6.5 §5.2.5.1)."""
 _MAX_TABLE = 1 << 20
+_MAX_TOGETHER = 4 << 20
+_MAX_TABLES = 64
 
 
 def find(read: Read) -> tuple[bytes, ...]:
@@ -31,9 +33,9 @@ def locate(read: Read, signature: bytes) -> tuple[int, bytes]:
 
     :raises AcpiError: when there is none, or as :func:`find` does.
     """
-    for address, table in _addressed(_rsdp(read), read):
-        if table[:4] == signature:
-            return address, table
+    for address in _addresses(_rsdp(read), read):
+        if read(address, 4) == signature:
+            return address, _table(read, address)
     raise AcpiError(f"the guest has no {text(signature)}")
 
 
@@ -45,10 +47,12 @@ def tables(rsdp: bytes, read: Read) -> tuple[bytes, ...]:
     :raises AcpiError: when an address or a table is wrong.
     """
     found: list[bytes] = []
-    for _, table in _addressed(rsdp, read):
-        found.append(table)
-        if table[:4] == b"FACP":
-            found.append(_dsdt(table, read))
+    for address in _addresses(rsdp, read):
+        found.append(_table(read, address))
+        if found[-1][:4] == b"FACP":
+            found.append(_dsdt(found[-1], read))
+        if sum(map(len, found)) > _MAX_TOGETHER:
+            raise AcpiError(f"the tables have more than {human(_MAX_TOGETHER)} together, which is not plausible")
     return tuple(found)
 
 
@@ -61,16 +65,17 @@ def _rsdp(read: Read) -> bytes:
     raise AcpiError("the guest has no RSDP", hint="it has no ACPI, or its firmware has not made the tables yet")
 
 
-def _addressed(rsdp: bytes, read: Read) -> Iterator[tuple[int, bytes]]:
-    """Yield each table that the RSDT or XSDT names, behind its address."""
+def _addresses(rsdp: bytes, read: Read) -> list[int]:
+    """Return the address of each table that the RSDT or XSDT names."""
     root = _root(rsdp, read)
     entry = "<I" if root[:4] == b"RSDT" else "<Q"
     try:
         entries = list(struct.iter_unpack(entry, root[Header.SIZE :]))
     except struct.error as error:
         raise AcpiError(f"{text(root[:4])} of {len(root)} bytes: not a whole number of addresses") from error
-    for (address,) in entries:
-        yield address, _table(read, address)
+    if len(entries) > _MAX_TABLES:
+        raise AcpiError(f"{text(root[:4])} names {len(entries)} tables; at most {_MAX_TABLES} are plausible")
+    return [address for (address,) in entries]
 
 
 def _root(rsdp: bytes, read: Read) -> bytes:

@@ -223,11 +223,11 @@ class FsdaxBacking(Backing):
             self.locks.check_unwritten(fd, path)
             inode.freeze(fd)
 
-    def written_at(self, path: str) -> int:
+    def written_at(self, path: str) -> int | None:
         try:
             return os.stat(path).st_mtime_ns
         except FileNotFoundError:
-            return 0
+            return None
 
     def thaw(self, path: str) -> None:
         """Undo :meth:`freeze`. A file that was immutable before stays so."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from nvdimm_driver.backing.identity import check_identity
@@ -15,10 +16,14 @@ from nvdimm_driver.state import ownership
 
 
 class Wiper:
-    """Wipes NVDIMMs, and releases those of a domain."""
+    """Wipes NVDIMMs, and releases those of a domain.
 
-    def __init__(self, checks: Checks) -> None:
+    :param spoil_runs: called with the identity of what is overwritten.
+    """
+
+    def __init__(self, checks: Checks, spoil_runs: Callable[[BackingIdentity], None]) -> None:
         self._checks = checks
+        self._spoil_runs = spoil_runs
 
     def wipe(self, spec: NvdimmSpec, watch: Watch, owner: Record | None = None) -> None:
         """Overwrite an NVDIMM with zeros, its label area too, durably. Its owner keeps it.
@@ -36,9 +41,8 @@ class Wiper:
         with reporting_errors_of(spec.path), backing.open_bytes(spec, write=True) as content:
             self._checks.check_off(spec.path)  # from here on, starts fail while this is open
             self._check_owner(owner, spec, content.identity)
-            found = content.identity or self._checks.identity(spec.path)
-            for record in ownership.owners(self._checks.ledger, spec.path, found):
-                self._checks.ledger.forget_run(record.uuid)
+            if found := content.identity or self._checks.identity(spec.path):
+                self._spoil_runs(found)
             copying.wipe(content, watch("wiping"))
 
     def own(self, record: Record) -> tuple[Allocation, ...]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files
-from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.errors import BackingError, LayoutError, LedgerError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept
@@ -78,11 +78,14 @@ class Definitions:
         kept = {path: slot for slot, path in paths.items()}
         return replace(domain, nvdimms=slots.assign(domain, kept), unplaced=frozenset())
 
-    def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[NvdimmSpec, ...]:
+    def define(
+        self, domain: DomainSpec, plan: Plan | None = None, *, kept: Sequence[Allocation] = ()
+    ) -> tuple[NvdimmSpec, ...]:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
         :param plan: returned by :meth:`plan`; None to plan now. Anything that may have changed since is checked again.
+        :param kept: NVDIMMs that the domain keeps besides.
         :returns: the NVDIMMs whose backings were created.
         :raises NvdimmError: nothing has changed then, except that unwritten parts of existing files hold real zeros.
         """
@@ -92,7 +95,7 @@ class Definitions:
         held = self._check_allowed(domain)
         before = self.ledger.find_domain(uuid)
         LOG.debug("define domain %s, %s", domain.name, uuid)
-        wanted = [Allocation(uuid, spec) for spec in domain.nvdimms]
+        wanted = [*(Allocation(uuid, spec) for spec in domain.nvdimms), *kept]
         self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
         created: list[NvdimmSpec] = []
         try:
@@ -104,7 +107,7 @@ class Definitions:
                 backing.provision(spec, self._progress(domain, spec))
                 if intake.creates:
                     created.append(spec)
-            self._settle(plan, domain, before)
+            self._settle(plan, domain, before, kept)
         except BaseException:
             LOG.debug("define of domain %s failed: roll it back", domain.name)
             self.discard(created)
@@ -133,15 +136,17 @@ class Definitions:
         Domain XML that was rewritten by hand and then defined or edited never went through :meth:`define`. Provisioned
         backings are taken over as they are; none is created here, because libvirt waits with a lock held.
 
+        The domain keeps what the XML lacks: it may be that of a saved image, and the definition has others.
+
         :raises BackingError: when a backing is not provisioned.
+        :raises LayoutError: when it keeps an NVDIMM in a slot in which the XML has another.
         """
         uuid = uuid_of(domain)
         record = self.ledger.find_domain(uuid)
         wanted = (domain.ram, domain.name, domain.dsm)
-        if record is not None and (record.ram, record.name, record.dsm) == wanted:
-            known = {item.spec: item for item in record.allocations if item.ready}
-            if all(spec in known for spec in domain.nvdimms) and len(known) == len(domain.nvdimms):
-                return record
+        ready = {item.spec for item in record.allocations if item.ready} if record else set()
+        if record and (record.ram, record.name, record.dsm) == wanted and {*domain.nvdimms} <= ready:
+            return record
         for spec in domain.nvdimms:
             intake = self._backing(spec).examine(spec)
             if intake.creates or intake.writes:
@@ -149,7 +154,7 @@ class Definitions:
                     f"domain {domain.name}: {spec.path} is not provisioned: {human(intake.writes)} still to be written",
                     hint="define the domain with virsh, through nvdimmd",
                 )
-        self.define(domain)
+        self.define(domain, kept=_others(domain, record))
         adopted = self.ledger.find_domain(uuid)
         if adopted is None:
             raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
@@ -175,7 +180,7 @@ class Definitions:
         self.pools.check(domain, self.ledger.domains())
         return held
 
-    def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> None:
+    def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> None:
         """Record identities, bases and owners, after everything is provisioned."""
         uuid = uuid_of(domain)
         settled = self.planner.settle(plan, domain, before)
@@ -186,10 +191,13 @@ class Definitions:
             domain.name,
             domain.ram,
             [
-                Allocation(uuid, spec, location.identity, placement.base)
-                for spec, location, placement in zip(
-                    domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
-                )
+                *(
+                    Allocation(uuid, spec, location.identity, placement.base)
+                    for spec, location, placement in zip(
+                        domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
+                    )
+                ),
+                *kept,
             ],
             dsm=domain.dsm,
             kind="defined",
@@ -223,6 +231,25 @@ class Definitions:
             self.ledger.forget(uuid)
         else:
             self.ledger.store(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
+
+
+def _others(domain: DomainSpec, record: Record | None) -> list[Allocation]:
+    """Return the domain's NVDIMMs in the ledger that are not in its XML.
+
+    :raises LayoutError: when the XML has another in the slot of one.
+    """
+    wanted = {os.path.realpath(spec.path) for spec in domain.nvdimms}
+    items = record.allocations if record else ()
+    others = [item for item in items if os.path.realpath(item.spec.path) not in wanted]
+    slots = {spec.slot: spec for spec in domain.nvdimms}
+    for item in others:
+        if item.spec.slot in slots:
+            raise LayoutError(
+                f"domain {domain.name} starts with {slots[item.spec.slot].path} in slot {item.spec.slot}, and its "
+                f"definition has {item.spec.path} there",
+                hint="for a saved guest, detach that one from the definition first",
+            )
+    return others
 
 
 def uuid_of(domain: DomainSpec) -> str:

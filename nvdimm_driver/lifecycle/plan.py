@@ -17,6 +17,7 @@ from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.errors import DomainXmlError, NvdimmError
 from nvdimm_driver.guest import layout, mapping_guards
 from nvdimm_driver.labels import namespace_labels
+from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import (
     PAGE,
     PERSISTENCE_DOMAINS,
@@ -33,6 +34,7 @@ from nvdimm_driver.model import (
     NvdimmSpec,
     Plan,
     Record,
+    Run,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
 from nvdimm_driver.sizes import align_up, human
@@ -88,7 +90,7 @@ class Planner:
         """
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
         locations = self._locate_or_assume(domain, intakes)
-        guest = self._lay_out(domain, locations, _wanted_bases(domain), _kept_bases(domain, locations, before))
+        guest = self._lay_out(domain, locations, _wanted_bases(domain), self._kept_bases(domain, locations, before))
         plan = self._plan(domain, locations, guest, self._build_tables(guest), intakes)
         found = (self.find_misplaced_labels(spec) for spec in domain.nvdimms)
         return replace(plan, misplaced_labels=tuple(found))
@@ -105,18 +107,21 @@ class Planner:
         :raises NvdimmError: when the domain cannot be started.
         """
         locations = tuple(self._locate(spec) for spec in domain.nvdimms)
-        guest = self._lay_out(domain, locations, _wanted_bases(domain), _kept_bases(domain, locations, before))
+        guest = self._lay_out(domain, locations, _wanted_bases(domain), self._kept_bases(domain, locations, before))
         tables = plan.tables if guest == plan.layout else self._build_tables(guest)
         return self._plan(domain, locations, guest, tables)
 
     def plan_start(self, domain: DomainSpec, record: Record) -> Plan:
         """Return the plan for a start of a defined domain.
 
+        :param record: has each NVDIMM of the domain, and may have others.
         :raises BackingError: also when a backing is not the one that was provisioned.
         :raises NvdimmError: when the domain cannot be started.
         """
-        locations = tuple(self._locate_same(item) for item in record.allocations)
-        guest = self._lay_out(domain, locations, {item.spec.slot: item.base for item in record.allocations})
+        items = {item.spec: item for item in record.allocations}
+        wanted = [items[spec] for spec in domain.nvdimms]
+        locations = tuple(self._locate_same(item) for item in wanted)
+        guest = self._lay_out(domain, locations, {item.spec.slot: item.base for item in wanted})
         return self._plan(domain, locations, guest, self._build_tables(guest))
 
     def map_running(
@@ -186,6 +191,12 @@ class Planner:
         """
         requests = [_request(item.spec, item.base or 0, item.spec.base, item.base) for item in record.allocations]
         layout.place(ram, requests, address_bits=self.host.address_bits, gap=self.gap)
+
+    def _kept_bases(
+        self, domain: DomainSpec, locations: Sequence[Location], before: Record | None
+    ) -> dict[int, int | None]:
+        last = None if domain.uuid is None else self.ledger.find_run(domain.uuid)
+        return _kept_bases(domain, locations, before, last)
 
     def _lay_out(
         self,
@@ -331,10 +342,17 @@ def check_distinct(nvdimms: Sequence[NvdimmSpec], same: Callable[[NvdimmSpec, Nv
             )
 
 
-def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:
-    """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same."""
+def _kept_bases(
+    domain: DomainSpec, locations: Sequence[Location], before: Record | None, last: Run | None
+) -> dict[int, int | None]:
+    """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same.
+
+    Those that the guest of the last run had go before those of a definition since: it may be saved.
+    """
     known = {} if before is None else {item.spec.slot: item for item in before.allocations}
-    return {
+    pairs = zip(domain.nvdimms, locations, strict=True)
+    had = saved_guest.bases(last, domain.ram, [(spec.slot, spec.visible_size, at.identity) for spec, at in pairs])
+    return dict[int, int | None](had) or {
         spec.slot: known[spec.slot].base
         for spec, location in zip(domain.nvdimms, locations, strict=True)
         if spec.slot in known

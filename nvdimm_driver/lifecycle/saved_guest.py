@@ -19,8 +19,9 @@ from typing import Any
 from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, SpaRange, seal
 from nvdimm_driver.acpi.walk import Read, locate
 from nvdimm_driver.errors import RefusedError
-from nvdimm_driver.model import Plan, Run
+from nvdimm_driver.model import MAX_NVDIMMS, BackingIdentity, Plan, Run
 from nvdimm_driver.plugins import Backing
+from nvdimm_driver.state.ownership import identity_at
 
 UNNUMBERED = 1
 """OEM revision of an NFIT as QEMU makes it: the guest was started by a version that gave no numbers."""
@@ -38,33 +39,86 @@ def numbered(tables: Sequence[bytes], number: int) -> tuple[bytes, ...]:
 
 
 def describe(plan: Plan) -> str:
-    """Return what the guest of a plan has, one NVDIMM after the other, as JSON: equal for the same bytes in the same
-    places.
-    """
+    """Return what the guest of a plan has, as JSON: its RAM in bytes, and its NVDIMMs with their bytes and places."""
     nvdimms = []
     for spec, placement, location in zip(plan.domain.nvdimms, plan.layout.nvdimms, plan.locations, strict=True):
-        identity = location.identity
         nvdimms.append(
             {
                 "slot": spec.slot,
+                "path": spec.path,
                 "base": hex(placement.base),
                 "size": placement.size,
                 "label area": spec.label_size,
                 "label server": plan.layout.dsm if spec.label_size else "none",
                 "label address": hex(placement.label_base) if placement in plan.layout.label_areas else "none",
-                "kind": identity.kind,
-                "namespace": identity.device,
-                "offset in the namespace": identity.start,
-                "inode": identity.inode,
-                "inode generation": identity.generation,
+                **_bytes(location.identity),
             }
         )
-    return json.dumps(nvdimms)
+    return json.dumps({"ram": plan.layout.ram, "nvdimms": nvdimms})
 
 
-def times(backings: Sequence[Backing], paths: Sequence[str]) -> str:
-    """Return when a program of the host has last written each backing, as JSON."""
-    return json.dumps({path: _written_at(backings, path) for path in sorted(paths)})
+def times(backings: Sequence[Backing], nvdimms: str) -> str:
+    """Return when a program of the host has last written each backing, by slot, as JSON.
+
+    :param nvdimms: as :func:`describe` returns them.
+    """
+    return json.dumps({str(each["slot"]): _written_at(backings, each["path"]) for each in _nvdimms(nvdimms)})
+
+
+def times_at_end(backings: Sequence[Backing], run: Run) -> str:
+    """Return the :func:`times` of a run that is over; for a backing that is not there now, that of its begin.
+
+    The file system may not be mounted yet, and its file is immutable still.
+    """
+    found = {slot: time for slot, time in json.loads(times(backings, run.nvdimms)).items() if time is not None}
+    return json.dumps({**json.loads(run.written), **found})
+
+
+def bases(last: Run | None, ram: int, wanted: Sequence[tuple[int, int, BackingIdentity]]) -> dict[int, int]:
+    """Return, by slot, the bases that the guest of the last run has, if it has each of these NVDIMMs and that RAM.
+
+    :param wanted: slot, visible bytes and identity of each.
+    """
+    had = {} if last is None else {each["slot"]: each for each in _nvdimms(last.nvdimms)}
+    same = all(
+        slot in had and had[slot]["size"] == size and _bytes(identity).items() <= had[slot].items()
+        for slot, size, identity in wanted
+    )
+    if last is None or not same or json.loads(last.nvdimms)["ram"] != ram:
+        return {}
+    return {slot: int(had[slot]["base"], 16) for slot, _, _ in wanted}
+
+
+def paths_of(run: Run) -> dict[str, int]:
+    """Return the slot of each backing of a run, by path."""
+    return {each["path"]: each["slot"] for each in _nvdimms(run.nvdimms)}
+
+
+def has_bytes_of(run: Run, identity: BackingIdentity) -> bool:
+    """Return True if the guest of a run may have bytes of a backing."""
+    wanted = _bytes(identity)
+    places = ("namespace",) if not identity.inode else tuple(wanted)
+    return any(all(each[name] == wanted[name] for name in places) for each in _nvdimms(run.nvdimms))
+
+
+def check_available(last: Run, backings: Sequence[Backing]) -> None:
+    """Check that the NVDIMMs of a run are still there, with the same bytes.
+
+    :raises RefusedError: when something differs.
+    """
+    now = []
+    for each in _nvdimms(last.nvdimms):
+        identity = identity_at(backings, each["path"])
+        if identity is None:
+            raise _refused(f"{each['path']} is not there, or is not fit any more")
+        now.append({**each, **_bytes(identity)})
+    nvdimms = json.dumps({"ram": 0, "nvdimms": now})
+    check_run(Run(last.number, nvdimms, times(backings, nvdimms)), last if last.number else None)
+
+
+def differences(last: Run, plan: Plan) -> str:
+    """Return what the guest of a plan has otherwise than that of the last run; empty when nothing."""
+    return "; ".join(_differences(_nvdimms(last.nvdimms), _nvdimms(describe(plan))))
 
 
 def check(read: Read, tables: Sequence[bytes], begun: Run, last: Run | None) -> tuple[int, bytes]:
@@ -95,28 +149,33 @@ def check_run(begun: Run, last: Run | None) -> None:
     """
     if last is None:
         raise _refused(
-            "since it was saved, its domain was started, its NVDIMMs were given up or overwritten by nvdimmctl, or the "
-            "ledger was made anew"
+            "since it was saved, its domain was started, its NVDIMMs were given up, overwritten by nvdimmctl or had by "
+            "another guest, or the ledger was made anew"
         )
-    if last.nvdimms != begun.nvdimms:
-        raise _refused("; ".join(_differences(json.loads(last.nvdimms), json.loads(begun.nvdimms))))
+    if differing := "; ".join(_differences(_nvdimms(last.nvdimms), _nvdimms(begun.nvdimms))):
+        raise _refused(differing)
     before, now = json.loads(last.written), json.loads(begun.written)
-    for path in sorted(now):
-        if before.get(path) != now[path]:
-            raise _refused(f"{path} was written on the host at {_time(now[path])}, after the guest was saved")
+    for path, slot in paths_of(begun).items():
+        time = now[str(slot)]
+        if before.get(str(slot)) != time:
+            when = f" at {_time(time)}" if time else ""
+            raise _refused(f"{path} was written on the host{when}, after the guest was saved")
 
 
 def _check_places(saved: bytes, prepared: bytes) -> None:
     had, has = _places(saved), _places(prepared)
     if had != has:
-        raise _refused("; ".join(_differences(had, has)))
+        raise _refused("; ".join(_differences(had, has)) or "its NFIT has an NVDIMM twice")
 
 
 def _places(nfit: bytes) -> list[dict[str, Any]]:
     """Return where a guest has its NVDIMMs, by its NFIT."""
     table = Nfit.parse(nfit)
     ranges = {each.index: each for each in table.of(SpaRange)}
-    found = [(each.handle - 1, ranges.get(each.spa_index)) for each in table.of(RegionMapping)]
+    mappings = table.of(RegionMapping)
+    if len(mappings) > MAX_NVDIMMS:
+        raise _refused(f"its NFIT has {len(mappings)} NVDIMMs, and {MAX_NVDIMMS} are possible")
+    found = [(each.handle - 1, ranges.get(each.spa_index)) for each in mappings]
     return [
         {"slot": slot, "base": hex(each.base), "visible size": each.length}
         for slot, each in sorted(found, key=lambda pair: pair[0])
@@ -134,7 +193,7 @@ def _differences(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Ite
             yield f"the domain has an NVDIMM in slot {slot} now, and the guest has none there"
         else:
             for name, value in has[slot].items():
-                if had[slot].get(name) != value:
+                if name != "path" and had[slot].get(name) != value:
                     yield f"slot {slot}: its {name} is {value}, and the guest knows {had[slot].get(name)}"
 
 
@@ -142,7 +201,23 @@ def _numbered(table: bytes, number: int) -> bytes:
     return seal(replace(Header.parse(table), oem_revision=number), table[Header.SIZE :])
 
 
-def _written_at(backings: Sequence[Backing], path: str) -> int:
+def _nvdimms(description: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(description)["nvdimms"]
+    return found
+
+
+def _bytes(identity: BackingIdentity) -> dict[str, Any]:
+    """Return what tells a backing's bytes from others, whatever its size."""
+    return {
+        "kind": identity.kind,
+        "namespace": identity.device,
+        "offset in the namespace": identity.start,
+        "inode": identity.inode,
+        "inode generation": identity.generation,
+    }
+
+
+def _written_at(backings: Sequence[Backing], path: str) -> int | None:
     return next((backing.written_at(path) for backing in backings if backing.handles(path)), 0)
 
 

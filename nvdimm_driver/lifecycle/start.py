@@ -58,10 +58,12 @@ class Starts:
 
         :param kind: kind of the event to record; empty for none.
         """
-        written = saved_guest.times(self.backings, start.paths)  # while nothing in the host can write them
+        begun = self.ledger.find_begun(start)
+        if begun is not None:
+            self.ledger.note_end(start, saved_guest.times_at_end(self.backings, begun))
         for path in start.paths:
             self.thaw(path, over=start)
-        self.ledger.end_start(start, written=written, kind=kind)
+        self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
 
     def thaw(self, path: str, over: Start | None = None) -> None:

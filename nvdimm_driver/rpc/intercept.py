@@ -46,6 +46,7 @@ MIGRATE_PARAMS_MAX = 64
 AFFECT_LIVE, AFFECT_CONFIG = 1, 2
 XML_SECURE, XML_INACTIVE = 1, 2
 MEM_MAXIMUM = 4
+START_FORCE_BOOT = 1 << 3
 START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0
 METADATA_ELEMENT = 2
 MIGRATE_DEST_XML = "destination_xml"
@@ -194,12 +195,17 @@ class Interceptor:
 
         libvirt removes a managed save before it restores it: what would keep the guest from going on is asked first.
         """
-        domain = Unpacker(payload).domain()
-        uuid = domain.uuid
-        if (yield self._work(lambda driver: driver.clear_fault(uuid))) is None:
+        values = Unpacker(payload)
+        domain = values.domain()
+        uuid, flags = domain.uuid, values.uint32() if procedure == Procedure.DOMAIN_CREATE_WITH_FLAGS else 0
+        record: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
+        if record is None:
             return (yield from _call(procedure, payload))
         if (yield from _has_managed_save(domain)):
-            yield self._work(lambda driver: driver.check_restore(uuid))
+            if not flags & START_FORCE_BOOT:
+                yield self._work(lambda driver: driver.check_restore(uuid))
+        elif not record.allocations:  # it was kept for a saved guest
+            yield self._work(lambda driver: driver.drop_claims(uuid))
         try:
             return (yield from _call(procedure, payload))
         except LibvirtError as error:
@@ -350,24 +356,13 @@ class Interceptor:
         :raises UnsupportedError: when it has one and other NVDIMMs, or the same in other places: its guest goes on with
             those that it had.
         """
-        domain = plan.domain
-        uuid = domain.uuid or ""
-        known = DomainRef(domain.name, uuid, -1)
-        record = yield from self._record(known)
-        if record is None or (yield from self._defined(uuid)) is None or not (yield from _has_managed_save(known)):
+        uuid = plan.domain.uuid or ""
+        known = DomainRef(plan.domain.name, uuid, -1)
+        if (yield from self._record(known)) is None or (yield from self._defined(uuid)) is None:
             return
-        if domain.nvdimms != tuple(item.spec for item in record.allocations):
-            raise UnsupportedError(
-                f"domain {record.name} has a managed save, whose guest has other NVDIMMs than this definition",
-                hint="start the domain, or discard the saved guest: virsh managedsave-remove",
-            )
-        for item, place in zip(record.allocations, plan.layout.nvdimms, strict=True):
-            if item.base not in (None, place.base):
-                raise UnsupportedError(
-                    f"domain {record.name} has a managed save, whose guest has the NVDIMM in slot {place.slot} at "
-                    f"{item.base:#x}; with this definition it would be at {place.base:#x}",
-                    hint="start the domain, or discard the saved guest: virsh managedsave-remove",
-                )
+        if not (yield from _has_managed_save(known)):
+            return
+        yield self._work(lambda driver: driver.check_redefinition(plan))
         if starts:
             yield self._work(lambda driver: driver.check_restore(uuid))
 

@@ -34,6 +34,8 @@ FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 FOREIGN = "PRAGMA foreign_key_check"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
+OWN_START = "uuid = ? AND state = ? AND domid IS ? AND boot_id = ? AND since = ?"
+"""A start, by :attr:`.model.Start.key`."""
 ALLOCATION_COLUMNS = (
     "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
     "kind, device, start, inode, generation, file_size, base, written"
@@ -191,8 +193,10 @@ class Ledger:
         )
 
     def forget_unused(self, uuid: str) -> None:
-        """Delete the domain if it has neither allocations nor a start."""
-        unused = "uuid NOT IN (SELECT uuid FROM allocation) AND uuid NOT IN (SELECT uuid FROM attachment)"
+        """Delete the domain if it has neither allocations nor a start, nor a run from which a guest may be saved."""
+        unused = " AND ".join(
+            f"uuid NOT IN (SELECT uuid FROM {table})" for table in ("allocation", "attachment", "run")
+        )
         self._write_start([(f"DELETE FROM domain WHERE uuid = ? AND {unused}", (uuid,))])
 
     def begin_start(self, uuid: str, paths: Sequence[str]) -> Start:
@@ -282,9 +286,30 @@ class Ledger:
         rows = self._rows("SELECT number, nvdimms, written FROM run WHERE uuid = ?", uuid)
         return Run(*rows[0]) if rows else None
 
-    def forget_run(self, uuid: str) -> None:
-        """Forget the domain's last run: a guest that was saved in it can go on no more."""
-        self._write([("DELETE FROM run WHERE uuid = ?", (uuid,))])
+    def runs(self) -> dict[str, Run]:
+        """Return the last run of each domain that has one, by uuid."""
+        from nvdimm_driver.model import Run
+
+        return {uuid: Run(*run) for uuid, *run in self._rows("SELECT uuid, number, nvdimms, written FROM run")}
+
+    def spoil_run(self, uuid: str) -> None:
+        """Record that a guest which was saved in the domain's last run can go on no more."""
+        self._write([("UPDATE run SET number = 0 WHERE uuid = ?", (uuid,))])
+
+    def find_begun(self, start: Start) -> Run | None:
+        """Return the run of a start whose end is not noted yet; None when it has none, or is not the domain's start."""
+        from nvdimm_driver.model import Run
+
+        rows = self._rows(
+            f"SELECT number, nvdimms, written FROM attachment WHERE {OWN_START} AND number IS NOT NULL AND ended = 0",
+            *start.key,
+        )
+        return Run(*rows[0]) if rows else None
+
+    def note_end(self, start: Start, written: str) -> None:
+        """Record when the backings of a start that is over were last written, before anything in the host can write."""
+        statement = f"UPDATE attachment SET written = ?, ended = 1 WHERE {OWN_START} AND ended = 0"
+        self._write_start([(statement, (written, *start.key))])
 
     def has_mapped(self, uuid: str, domid: int) -> bool:
         """Return True when the NVDIMMs were mapped into exactly this domid in this boot of the host."""
@@ -389,20 +414,18 @@ class Ledger:
         )
         return found[0], found[1]
 
-    def end_start(self, start: Start, *, written: str = "", kind: str = "") -> None:
+    def end_start(self, start: Start, *, kind: str = "") -> None:
         """Record that this start is over: nothing is frozen or mapped for it any more.
 
         Another start of the domain stays, and no event is recorded then: it may have begun meanwhile.
 
-        :param written: as in :class:`.model.Run`, for the run that the start has begun, if it has.
         :param kind: kind of the event to record; empty for none.
         """
-        own = "uuid = ? AND state = ? AND domid IS ? AND boot_id = ? AND since = ?"
-        begun = "number = (SELECT number FROM attachment WHERE uuid = run.uuid)"
+        written = "SELECT written FROM attachment WHERE uuid = run.uuid AND number = run.number"
         self._write_start(
             [
-                (f"UPDATE attachment SET written = ? WHERE {own}", (written, *start.key)),
-                (f"UPDATE run SET written = ? WHERE uuid = ? AND {begun}", (written, start.uuid)),
+                (f"UPDATE attachment SET ended = 1 WHERE {OWN_START}", start.key),
+                (f"UPDATE run SET written = coalesce(({written}), written) WHERE uuid = ?", (start.uuid,)),
                 ("DELETE FROM attachment WHERE uuid = ?", (start.uuid,)),
             ],
             self._event(kind, start.uuid, domid=start.domid),

@@ -437,6 +437,27 @@ def test_a_managed_save_is_not_lost_when_it_cannot_go_on(host: Host) -> None:
     host.check("start", "db1")
 
 
+def test_a_definition_that_changes_under_the_guest_does_not_cost_its_managed_save(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("attach-device", "db1", device(host, "more"), "--config")
+    host.check("managedsave", "db1")
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+    assert slots(host) == {"db1.img": 0, "more.img": 1}
+    host.check("destroy", "db1")
+    host.check("start", "db1")
+    assert "more.img" in host.check("dumpxml", "db1")
+
+
+def test_a_boot_that_is_forced_asks_nothing_of_the_managed_save(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.libvirtd.run("touch", image(host, "db1"))
+    assert "the saved guest cannot go on" in refused(host, "start", "db1")
+    host.check("start", "db1", "--force-boot")
+    assert host.state("db1")[0] == "mapped"
+
+
 def test_a_saved_guest_keeps_what_its_definition_loses(host: Host) -> None:
     host.check("start", "db1")
     host.check("managedsave", "db1")

@@ -157,8 +157,8 @@ class MemoryBacking(Backing):
     def thaw(self, path: str) -> None:
         self.frozen.discard(path)
 
-    def written_at(self, path: str) -> int:
-        return self.times.get(path, 0)
+    def written_at(self, path: str) -> int | None:
+        return self.times.get(path)
 
     def check_labels(self, spec: NvdimmSpec) -> None:
         pass
@@ -273,12 +273,12 @@ class RecordingMapper(Mapper):
 
     def boot(self, domid: int) -> None:
         """Do what the guest's firmware does: put the tables that were delivered where an operating system looks."""
-        tables = {0xFC000000 + 0x1000 * n: table for n, table in enumerate(split(self.delivered[domid]))}
+        tables = {0xFC000000 + 0x10000 * n: table for n, table in enumerate(split(self.delivered[domid]))}
         header = Header(b"RSDT", 0, 1, 0, b"XEN   ", b"HVM     ", 0, b"HVML", 0)
         rsdt = seal(header, b"".join(address.to_bytes(4, "little") for address in tables))
-        rsdp = bytearray(b"RSD PTR \0XEN   \0" + (0xFC00F000).to_bytes(4, "little"))
+        rsdp = bytearray(b"RSD PTR \0XEN   \0" + (0xFC0F0000).to_bytes(4, "little"))
         rsdp[8] = checksum(rsdp)
-        self.memory[domid] = {0xE0000: bytes(rsdp), 0xFC00F000: rsdt, **tables}
+        self.memory[domid] = {0xE0000: bytes(rsdp), 0xFC0F0000: rsdt, **tables}
 
     def restore(self, domid: int, uuid: str, image: dict[int, bytes]) -> None:
         """Do what a restore does before it runs the device model."""

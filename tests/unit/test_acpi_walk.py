@@ -47,6 +47,23 @@ def test_all_tables_of_a_guest_are_found() -> None:
     assert find(reader(regions)) == (regions[FADT], regions[DSDT], regions[OTHER])
 
 
+def test_more_tables_than_there_can_be_are_not_read() -> None:
+    regions = {RSDP: memory(XSDT)[RSDP], ROOT: table(b"XSDT", struct.pack("<Q", ROOT) * 65)}
+    with pytest.raises(AcpiError, match="names 65 tables; at most 64 are plausible"):
+        find(reader(regions))
+
+
+def test_tables_that_are_large_together_are_not_kept() -> None:
+    large = table(b"SSDT", bytes((1 << 20) - 36))
+    regions = memory(table(b"XSDT", struct.pack("<Q", OTHER) * 10)) | {OTHER: large}
+
+    def read(address: int, length: int) -> bytes:
+        return large[:length] if address == OTHER else reader(memory(regions[ROOT]))(address, length)
+
+    with pytest.raises(AcpiError, match="more than 4.00 MiB together|more than 4 MiB together"):
+        find(read)
+
+
 @pytest.mark.parametrize(
     ("address", "content", "reason"),
     [

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvdimm_driver.acpi.tables import Header, seal
+from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, seal
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import AcpiError, RefusedError
+from nvdimm_driver.errors import AcpiError, InUseError, LayoutError, RefusedError
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
-from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
+from nvdimm_driver.model import GIB, MIB, DomainSpec, NvdimmSpec
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
 A, B, C = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/c"
 Image = dict[int, bytes]
@@ -30,6 +32,7 @@ class Bench:
         self.mapper = RecordingMapper()
         self.dsm = dsm
         self.domid = 4
+        self.had: dict[int, int | None] = {}
 
     def driver(self) -> XenNvdimmDriver:
         return make_driver(self.folder, self.backing, self.mapper, dsm=self.dsm)
@@ -37,6 +40,7 @@ class Bench:
     def start(self) -> None:
         self.domid += 1
         self.mapper.alive = {self.domid: UUID}
+        self.had = self.bases()
         self._attach(restored=False)
         self.mapper.boot(self.domid)
 
@@ -64,6 +68,11 @@ class Bench:
         assert self.domid not in self.mapper.mapped
         self.end()
         return str(caught.value)
+
+    def bases(self) -> dict[int, int | None]:
+        """Return the bases of the domain's NVDIMMs, by slot."""
+        record = self.driver().ledger.find_domain(UUID)
+        return {item.spec.slot: item.base for item in record.allocations} if record else {}
 
     def _attach(self, *, restored: bool) -> None:
         driver = self.driver()
@@ -136,9 +145,117 @@ def test_an_nvdimm_that_was_detached_and_came_back_elsewhere(bench: Bench) -> No
     bench.start()
     image = bench.save()
     bench.driver().define(dataclasses.replace(whole, nvdimms=(a,)))
-    said = bench.refused(image, whole)
-    assert "slot 2: its base is 0x" in said
-    assert "and the guest knows 0x" in said
+    bench.driver().check_restore(UUID)
+    bench.restore(image, whole)
+    assert bench.bases() == {0: bench.had[0], 2: bench.had[2]}
+
+
+def test_a_definition_that_changed_under_the_running_guest(bench: Bench) -> None:
+    """libvirt restores with the definition in the image, and keeps the other one for the next start."""
+    for change in (domain(A, B, C), domain(A), domain(A, B, ram=200 * GIB), None):
+        bench.driver().define(domain(A, B))
+        bench.start()
+        if change is None:
+            bench.driver().drop_claims(UUID)
+        else:
+            bench.driver().define(change)
+        image = bench.save()
+        bench.driver().check_restore(UUID)
+        bench.restore(image, domain(A, B))
+        assert bench.bases().items() >= bench.had.items()
+        bench.end()
+
+
+def test_an_nvdimm_that_was_attached_since_stays_the_domains(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    bench.driver().define(domain(A, B))
+    bench.restore(image, domain(A))
+    assert set(bench.bases()) == {0, 1}
+    bench.save()
+    bench.driver().define(domain(A))
+    taken = dataclasses.replace(domain(A).nvdimms[0], path=B)
+    bench.driver().define(dataclasses.replace(domain(A), nvdimms=(taken,)))
+    with pytest.raises(LayoutError, match=f"starts with {A} in slot 0, and its definition has {B} there"):
+        bench.driver().prepare(domain(A))
+
+
+def test_another_guest_that_had_the_nvdimm_meanwhile(bench: Bench) -> None:
+    bench.driver().define(domain(A, B))
+    bench.start()
+    image = bench.save()
+    driver = bench.driver()
+    driver.define(domain(A))
+    other = domain(B, uuid=OTHER_UUID, name="db2")
+    driver.define(other)
+    driver.prepare(other)
+    record = driver.ledger.find_domain(OTHER_UUID)
+    assert record is not None
+    assert record.start is not None
+    driver.starts.put_away(record.start)
+    driver.forget(OTHER_UUID)
+    with pytest.raises(RefusedError, match="had by another guest"):
+        driver.check_restore(UUID)
+    assert "had by another guest" in bench.refused(image, domain(A, B))
+
+
+def test_an_nvdimm_that_another_domain_has_now(bench: Bench) -> None:
+    bench.driver().define(domain(A, B))
+    bench.start()
+    bench.save()
+    bench.driver().define(domain(A))
+    bench.driver().define(domain(B, uuid=OTHER_UUID, name="db2"))
+    with pytest.raises(InUseError, match=f"{B} belongs to domain db2"):
+        bench.driver().check_restore(UUID)
+
+
+def test_an_end_that_is_cut_off_after_the_files_are_mutable(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    driver = bench.driver()
+    driver.starts.thaw = lambda path, over=None: sys.exit()  # type: ignore[method-assign]
+    image = dict(bench.mapper.memory.pop(bench.domid))
+    bench.mapper.alive.clear()
+    with pytest.raises(SystemExit):
+        driver.release(UUID)
+    bench.backing.times[A] = 9
+    assert "was written on the host at 1970" in bench.refused(image)
+
+
+def test_an_end_that_nobody_was_told_of(bench: Bench) -> None:
+    """A label server has written labels in this run, and the hook gave up waiting for Xen."""
+    bench.driver().define(domain(A))
+    bench.start()
+    bench.backing.times[A] = 9
+    image = dict(bench.mapper.memory.pop(bench.domid))
+    with pytest.raises(InUseError, match="which Xen still has"):
+        bench.driver().check_restore(UUID)
+    bench.mapper.alive.clear()
+    bench.driver().check_restore(UUID)
+    bench.restore(image)
+
+
+def test_an_end_while_the_file_system_is_not_mounted(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.backing.times[A] = 9
+    bench.start()
+    del bench.backing.times[A]
+    image = bench.save()
+    bench.backing.times[A] = 9
+    bench.restore(image)
+
+
+def test_an_nfit_with_more_nvdimms_than_there_can_be(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    (nfit,) = (data for data in image.values() if data[:4] == b"NFIT")
+    table = Nfit.parse(nfit)
+    many = dataclasses.replace(table, structures=table.structures + table.of(RegionMapping) * 300).to_bytes()
+    twice = dataclasses.replace(table, structures=table.structures + table.of(RegionMapping)).to_bytes()
+    for forged, reason in ((many, "has 301 NVDIMMs, and 256 are possible"), (twice, "has an NVDIMM twice")):
+        assert reason in bench.refused({at: forged if data == nfit else data for at, data in image.items()})
 
 
 def test_an_nvdimm_that_was_given_up_and_made_anew(bench: Bench) -> None:
@@ -201,7 +318,8 @@ def test_a_guest_that_an_earlier_version_has_started(bench: Bench) -> None:
     bench.driver().define(domain(A, B))
     bench.start()
     image = with_header(bench.save(), oem_revision=saved_guest.UNNUMBERED)
-    bench.driver().ledger.forget_run(UUID)
+    with sqlite3.connect(bench.folder / "ledger.sqlite") as database:
+        database.execute("DELETE FROM run")
     moved = dataclasses.replace(domain(A, B).nvdimms[0], slot=2)
     assert "an NVDIMM in slot 0" in bench.refused(
         image, dataclasses.replace(domain(A, B), nvdimms=(domain(A, B).nvdimms[1], moved))

@@ -72,11 +72,14 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     assert record.start.paths == ("/mnt/pmem0/a",)
     assert ledger.frames_of_others(OTHER_UUID) == [("db1", 1024, 16), ("db1", 8192, 1)]
     assert ledger.frames_of_others(UUID) == []
-    ledger.end_start(record.start, written="then")
+    ledger.note_end(record.start, "then")
+    ledger.note_end(record.start, "later")
+    assert ledger.find_begun(record.start) is None
+    ledger.end_start(record.start)
     assert ledger.frames_of_others(OTHER_UUID) == []
     assert ledger.find_run(UUID) == RUN._replace(written="then")
-    ledger.forget_run(UUID)
-    assert ledger.find_run(UUID) is None
+    ledger.spoil_run(UUID)
+    assert ledger.runs() == {UUID: RUN._replace(number=0, written="then")}
 
 
 def test_a_start_that_maps_nothing_leaves_the_last_run(ledger: Ledger) -> None:
@@ -91,7 +94,8 @@ def test_a_start_that_maps_nothing_leaves_the_last_run(ledger: Ledger) -> None:
         record = ledger.find_domain(UUID)
         assert record is not None
         assert record.start is not None
-        ledger.end_start(record.start, written=f"end of {number}")
+        ledger.note_end(record.start, f"end of {number}")
+        ledger.end_start(record.start)
     assert ledger.find_run(UUID) == Run(5, "[]", "end of 5")
 
 
