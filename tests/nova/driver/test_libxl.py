@@ -232,12 +232,14 @@ class XmlTest(LibxlTest):
         disk = self.driver._get_volume_config(connection, {"bus": "xen", "dev": "xvdb", "type": "disk"})
         assert disk.driver_name == "qemu"
 
-    def test_it_is_defined_and_comes_back_as_it_was_with_slots(self) -> None:
+    def test_it_is_defined_and_comes_back_as_libvirt_shows_it(self) -> None:
         xml = self.xml(self.instance())
         guest = self.driver._host.write_instance_config(xml)
         sent, shown = (etree.fromstring(each).findall("devices/memory") for each in (xml, guest.get_xml_desc()))
         for slot, each in enumerate(sent):
             etree.SubElement(each, "address", type="dimm", slot=str(slot))
+            for size in each.iter("size", "alignsize"):
+                size.set("unit", size.get("unit", "KiB"))
         assert [etree.tostring(each, method="c14n") for each in _stripped(sent)] == [
             etree.tostring(each, method="c14n") for each in _stripped(shown)
         ]
