@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 static size_t length;
-static char *persistent, *ordinary;
+static char *persistent, *ordinary, *result;
 
 static void fill(char *buffer, int seed)
 {
@@ -30,20 +30,21 @@ static void must(int good, const char *what)
 {
     if (!good) {
         printf("cannot %s: %s\n", what, strerror(errno));
+        sprintf(result, "cannot %s: %s", what, strerror(errno));
         exit(3);
     }
 }
 
-static void told(const char *direction, long done)
+static void failed(long done)
 {
     if (done < 0)
-        printf("%s: ERROR %s\n", direction, strerror(errno));
-    else if ((size_t)done != length)
-        printf("%s: ERROR only %ld bytes\n", direction, done);
+        sprintf(result, "ERROR %s", strerror(errno));
+    else
+        sprintf(result, "ERROR only %ld bytes", done);
 }
 
 /* The first wrong byte, how many there are, and what is there instead. */
-static void compare(const char *direction, const char *found, const char *right)
+static void compare(const char *found, const char *right)
 {
     size_t wrong = 0, first = 0;
 
@@ -51,10 +52,10 @@ static void compare(const char *direction, const char *found, const char *right)
         if (found[n] != right[n])
             wrong++, first = n;
     if (wrong)
-        printf("%s: WRONG BYTES %zu of %zu, from %zu on %02x instead of %02x\n", direction, wrong, length, first,
-               found[first] & 255, right[first] & 255);
+        sprintf(result, "WRONG BYTES %zu of %zu, from %zu on %02x instead of %02x", wrong, length, first,
+                found[first] & 255, right[first] & 255);
     else
-        printf("%s: WORKS\n", direction);
+        strcpy(result, "WORKS");
 }
 
 static void disk_to_memory(int disk)
@@ -66,9 +67,9 @@ static void disk_to_memory(int disk)
     memset(persistent, 0xaa, length);
     done = pread(disk, persistent, length, 0);
     if (done != (long)length)
-        told("read", done);
+        failed(done);
     else
-        compare("read", persistent, ordinary);
+        compare(persistent, ordinary);
 }
 
 static void memory_to_disk(int disk)
@@ -80,43 +81,43 @@ static void memory_to_disk(int disk)
     fill(persistent, 8);
     done = pwrite(disk, persistent, length, 0);
     if (done != (long)length) {
-        told("write", done);
+        failed(done);
         return;
     }
     must(pread(disk, ordinary, length, 0) == (long)length, "read the disk");
-    compare("write", ordinary, persistent);
+    compare(ordinary, persistent);
 }
 
-/* A process whose disk never answers cannot be killed, so do not wait for it. */
+/* Return the status of a child that has done the step. One whose disk never answers cannot be killed, so do not wait for
+ * it; it has no output open, which others would wait for. */
 static int within(const char *direction, void (*step)(int), int disk, int seconds)
 {
-    int status;
-    pid_t child;
+    int status = 0;
+    pid_t child = fork();
 
-    fflush(stdout);
-    child = fork();
     must(child >= 0, "fork");
     if (!child) {
+        for (int each = 0; each < 3; each++)
+            close(each);
         step(disk);
-        exit(0);
+        _exit(0);
     }
-    for (int tenths = 0; tenths < seconds * 10; tenths++) {
-        if (waitpid(child, &status, WNOHANG) == child)
-            return WIFEXITED(status) && !WEXITSTATUS(status);
+    sprintf(result, "HANG, no answer within %d s", seconds);
+    for (int tenths = 0; tenths < seconds * 10 && waitpid(child, &status, WNOHANG) != child; tenths++)
         nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
-    }
-    printf("%s: HANG, no answer within %d s\n", direction, seconds);
-    return 1;
+    printf("%s: %s\n", direction, result);
+    return status;
 }
 
 int main(int argc, char **argv)
 {
-    int file, disk, seconds, good;
+    int file, disk, seconds, status;
 
     if (argc != 5)
         return 2;
     length = atol(argv[3]);
     seconds = atoi(argv[4]);
+    result = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     file = open(argv[1], O_RDWR | O_CREAT, 0600);
     must(file >= 0 && !posix_fallocate(file, 0, length), argv[1]);
     disk = open(argv[2], O_RDWR | O_DIRECT);
@@ -124,7 +125,8 @@ int main(int argc, char **argv)
     persistent = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     ordinary = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     must(persistent != MAP_FAILED && ordinary != MAP_FAILED, "map memory");
-    good = within("read", disk_to_memory, disk, seconds);
-    good &= within("write", memory_to_disk, disk, seconds);
-    return !good;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    status = within("read", disk_to_memory, disk, seconds);
+    status |= within("write", memory_to_disk, disk, seconds);
+    return !!status;
 }
