@@ -490,6 +490,13 @@ class Mapper(Plugin):
 
         raise UnsupportedError(f"{self.describe()}: cannot write to the memory of domid {domid}")
 
+    def copy_disk_buffers(self, domid: int) -> None:
+        """Have the guest copy what its Xen disks transfer through RAM. By default, nothing is done.
+
+        Xen grants no frame of an NVDIMM to a backend, so a disk that the guest reads or writes with a buffer in one
+        would fail. Linux copies for a disk that is not ``trusted`` (xen-blkfront, since XSA-403).
+        """
+
     @abstractmethod
     def give_dsm_page(self, domid: int) -> None:
         """Add the page to the guest through which it talks to a label server."""

@@ -156,6 +156,7 @@ def attach(
             else:
                 mapper.deliver(domid, tables)
                 log.debug("ACPI tables delivered: %d bytes", len(tables))
+            mapper.copy_disk_buffers(domid)
             if start.label_server:
                 if not restored:
                     mapper.give_dsm_page(domid)

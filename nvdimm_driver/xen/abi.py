@@ -70,9 +70,10 @@ int xentoolcore_restrict_all(domid_t);
 struct xs_handle *xs_open(unsigned long flags);
 void xs_close(struct xs_handle *);
 void *xs_read(struct xs_handle *, uint32_t transaction, const char *path, unsigned *length);
+char **xs_directory(struct xs_handle *, uint32_t transaction, const char *path, unsigned *number);
 _Bool xs_write(struct xs_handle *, uint32_t transaction, const char *path, const void *, unsigned length);
 
-/* the C library: the caller frees what xs_read returns; prctl(2), statx(2) */
+/* the C library: the caller frees what xs_read and xs_directory return; prctl(2), statx(2) */
 void free(void *);
 int prctl(int option, ...);
 int statx(int folder, const char *path, int flags, unsigned mask, struct statx *);

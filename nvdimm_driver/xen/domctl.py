@@ -138,6 +138,11 @@ class DomctlMapper(Mapper):
     def give_dsm_page(self, domid: int) -> None:
         self.xen.populate_physmap_exact(domid, DSM_GFN, 1)
 
+    def copy_disk_buffers(self, domid: int) -> None:
+        folder = f"/local/domain/{domid}/device/vbd"
+        for disk in self.xenstore.names(folder):
+            self.xenstore.write(f"{folder}/{disk}/trusted", "0")
+
     def close(self) -> None:
         """Close the open connections. Can be repeated; the mapper can be used again."""
         xen, self._xen = self._xen, None

@@ -74,5 +74,8 @@ class _RecordingXenstore(Xenstore):
     def read(self, path: str) -> str | None:
         return None
 
+    def names(self, path: str) -> list[str]:
+        return []
+
     def write(self, path: str, value: str) -> None:
         self._calls.append(("xenstore_write", path, value))

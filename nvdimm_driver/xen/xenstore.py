@@ -67,6 +67,23 @@ class Xenstore:
         finally:
             self._libc.free(value)
 
+    def names(self, path: str) -> list[str]:
+        """Return the names of what is directly below the path; none when there is no such path.
+
+        :raises XenError: when it cannot be read.
+        """
+        number = ffi.new("unsigned *")
+        ffi.errno = 0
+        found = self._lib.xs_directory(self._handle, NO_TRANSACTION, path.encode(), number)
+        if not found:
+            if ffi.errno == errno.ENOENT:
+                return []
+            raise _error("xs_directory", path)
+        try:
+            return [ffi.string(found[each]).decode(errors="replace") for each in range(number[0])]
+        finally:
+            self._libc.free(found)
+
     def write(self, path: str, value: str) -> None:
         """Set the value at the path; create missing parents.
 

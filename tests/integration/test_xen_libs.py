@@ -162,6 +162,7 @@ CALLS = [
     ),
     ("s.write('/a/b', 'ä')", "xs_write(0, /a/b, ä, 2)", "None"),
     ("s.read('/a/b')", "xs_read(0, /a/b)", "value of /a/b"),
+    ("s.names('/a/b')", "xs_directory(0, /a/b)", "['one', 'two']"),
 ]
 
 
@@ -199,6 +200,7 @@ def test_guest_memory_is_mapped_by_page_and_unmapped(stand_ins: Path) -> None:
         ("None", "xc_interface_open", "EACCES", "only root"),
         ("None", "xs_open", "ECONNREFUSED", "start xenstored"),
         ("s.read('/a')", "xs_read", "EACCES", "/a"),
+        ("s.names('/a')", "xs_directory", "EACCES", "/a"),
         ("s.write('/a', 'b')", "xs_write", "EACCES", "/a"),
     ],
 )
@@ -243,6 +245,7 @@ def test_a_domain_that_is_gone(stand_ins: Path) -> None:
 
 def test_a_path_that_is_not_in_xenstore(stand_ins: Path) -> None:
     assert "= None" in run(stand_ins, "s.read('/a')", FAIL="xs_read", ERRNO=errno.ENOENT)
+    assert "= []" in run(stand_ins, "s.names('/a')", FAIL="xs_directory", ERRNO=errno.ENOENT)
 
 
 def test_a_mapping_with_a_page_missing_is_an_error_and_unmapped(stand_ins: Path) -> None:

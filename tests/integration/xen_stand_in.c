@@ -151,6 +151,20 @@ void xs_close(struct xs_handle *handle)
     CALLED("");
 }
 
+__attribute__((weak)) char **xs_directory(struct xs_handle *handle, xs_transaction_t transaction, const char *path,
+                                          unsigned *number)
+{
+    char **names;
+
+    if (CALLED("%u, %s", transaction, path))
+        return NULL;
+    names = malloc(2 * sizeof(*names) + 8);
+    names[0] = strcpy((char *)(names + 2), "one");
+    names[1] = strcpy(names[0] + 4, "two");
+    *number = 2;
+    return names;
+}
+
 __attribute__((weak)) void *xs_read(struct xs_handle *handle, xs_transaction_t transaction, const char *path,
                                     unsigned *length)
 {

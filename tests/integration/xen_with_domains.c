@@ -59,6 +59,12 @@ int xenforeignmemory_unmap(xenforeignmemory_handle *handle, void *address, size_
     return munmap(address, pages * 4096);
 }
 
+char **xs_directory(struct xs_handle *handle, xs_transaction_t transaction, const char *path, unsigned *number)
+{
+    errno = ENOENT;
+    return NULL;
+}
+
 /* Only /local/domain/N/vm exists, which libxl writes when it makes the domain (libxl_create.c:libxl__domain_make). */
 void *xs_read(struct xs_handle *handle, xs_transaction_t transaction, const char *path, unsigned *length)
 {

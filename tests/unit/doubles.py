@@ -215,6 +215,7 @@ class RecordingMapper(Mapper):
         self.uncached: dict[int, list[tuple[int, int]]] = {}
         self.delivered: dict[int, bytes] = {}
         self.dsm_pages: set[int] = set()
+        self.copying: set[int] = set()
         self.memory: dict[int, dict[int, bytes]] = {}
         self.fail: str = ""
         self.guest_frames = 0xFEFFF + 1
@@ -257,6 +258,9 @@ class RecordingMapper(Mapper):
         if self.fail == "deliver":
             raise XenError("ENOMEM", hint="no")
         self.delivered[domid] = tables
+
+    def copy_disk_buffers(self, domid: int) -> None:
+        self.copying.add(domid)
 
     def read(self, domid: int, address: int, length: int) -> bytes:
         if domid not in self.memory:

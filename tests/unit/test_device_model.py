@@ -61,6 +61,7 @@ def test_it_maps_delivers_and_names_the_qemu(driver: XenNvdimmDriver, mapper: Re
     prepared = started(driver.ledger)
     assert attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server) == "/usr/bin/real-qemu"
     assert mapper.mapped == {5: prepared.mappings}
+    assert mapper.copying == {5}
     assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
     record = driver.ledger.find_domain(UUID)
     assert record is not None

@@ -117,6 +117,10 @@ class FakeXenstore(Xenstore):
     def read(self, path: str) -> str | None:
         return self.entries.get(path)
 
+    def names(self, path: str) -> list[str]:
+        below = [entry.removeprefix(f"{path}/") for entry in self.entries if entry.startswith(f"{path}/")]
+        return sorted({entry.partition("/")[0] for entry in below})
+
     def write(self, path: str, value: str) -> None:
         self.entries[path] = value
 
@@ -284,6 +288,19 @@ def test_a_domain_lives_while_xen_has_it_and_it_is_not_another(
 def test_uuid_is_what_xenstore_has() -> None:
     assert mapper(FakeXen(), {f"/local/domain/{DOMID}/vm": f"/vm/{UUID}"}).uuid(DOMID) == UUID
     assert mapper(FakeXen()).uuid(DOMID) is None
+
+
+def test_a_guest_copies_what_all_its_xen_disks_transfer() -> None:
+    """Xen grants no frame of an NVDIMM: without a copy, a disk with a buffer in one fails."""
+    disks = f"/local/domain/{DOMID}/device/vbd"
+    entries = {
+        f"{disks}/51712/trusted": "1",
+        f"{disks}/51728/state": "1",
+        f"/local/domain/{DOMID}1/device/vbd/51712/trusted": "1",
+    }
+    mapper(FakeXen(), entries).copy_disk_buffers(DOMID)
+    assert (entries[f"{disks}/51712/trusted"], entries[f"{disks}/51728/trusted"]) == ("0", "0")
+    assert entries[f"/local/domain/{DOMID}1/device/vbd/51712/trusted"] == "1"
 
 
 def test_deliver_puts_tables_where_hvmloader_is_told() -> None:
