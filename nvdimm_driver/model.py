@@ -122,6 +122,7 @@ class DomainSpec:
     :ivar unplaced: paths of the NVDIMMs whose slots the XML leaves open: they have the lowest free ones until
         :meth:`.lifecycle.define.Definitions.keep_slots`.
     :ivar pci_devices: number of the host's PCI devices that it gets.
+    :ivar emulated: QEMU's names of the devices that do not reach its NVDIMMs (:mod:`.guest.direct_io`).
     """
 
     name: str
@@ -132,6 +133,7 @@ class DomainSpec:
     dsm: str | None = None
     unplaced: frozenset[str] = frozenset()
     pci_devices: int = 0
+    emulated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

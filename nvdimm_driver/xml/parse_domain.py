@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
+from nvdimm_driver.guest import direct_io
 from nvdimm_driver.model import DSM, GIB, KIB, MAX_NVDIMMS, PAGE, DomainSpec, NvdimmSpec
 from nvdimm_driver.xml.document import Element, Text, may_have, parse
 from nvdimm_driver.xml.nvdimm_element import check_known
 from nvdimm_driver.xml.values import integer, scale, scaled
 
+XEN_ARGUMENTS = "http://libvirt.org/schemas/domain/xen/1.0"
+"""The namespace of ``<commandline>``, which has arguments for QEMU."""
 OPTIONS = "urn:nvdimm-driver:options:1"
 """The namespace of the options that a user may put into ``<metadata>``."""
 
@@ -159,6 +162,7 @@ def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
         dsm=_dsm(root),
         unplaced=frozenset(path_of(element) for element in elements if element.child("address") is None),
         pci_devices=_pci_devices(root),
+        emulated=_emulated(root),
     )
 
 
@@ -166,6 +170,15 @@ def _pci_devices(root: Element) -> int:
     """Return how many PCI devices of the host the domain names, also as network interfaces."""
     kinds = [(child.tag, child.attributes.get("type")) for child in root.need("devices").children]
     return kinds.count(("hostdev", "pci")) + kinds.count(("interface", "hostdev"))
+
+
+def _emulated(root: Element) -> tuple[str, ...]:
+    """Return QEMU's names of the devices that do not reach the NVDIMMs: of SCSI disks, and in QEMU's arguments."""
+    targets = [disk.child("target") for disk in root.need("devices").children if disk.tag == "disk"]
+    scsi = [target for target in targets if target and target.attributes.get("dev", "").startswith("sd")]
+    given = [element for element in root.children if _in_namespace(element, (root,), XEN_ARGUMENTS)]
+    arguments = [each.attributes.get("value", "") for element in given for each in element.children]
+    return (*([direct_io.SCSI] if scsi else []), *direct_io.devices(arguments))
 
 
 def _dsm(root: Element) -> str | None:

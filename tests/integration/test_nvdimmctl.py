@@ -50,6 +50,10 @@ def test_plan_gives_advice_on_the_room_for_pci_bars() -> None:
     assert "  advice: 0 B are free between the RAM and the NVDIMMs: " in advice("</target>", f"</target>{base}")
 
 
+def test_plan_says_which_devices_do_not_reach_the_nvdimms() -> None:
+    assert "  advice: QEMU emulates virtio-blk-pci and " in nvdimmctl("plan", GUEST, "--host", HOST).stdout
+
+
 def test_plan_json_has_raw_numbers() -> None:
     plan = json.loads(nvdimmctl("plan", "--json", GUEST, "--host", HOST).stdout)
     assert plan["cost"] == {"superpage_entries": 48, "page_entries": 0, "hypercalls": 2}

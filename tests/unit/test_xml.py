@@ -208,6 +208,21 @@ def test_pci_devices_of_the_host_are_counted() -> None:
     assert found.pci_devices == 2
 
 
+def test_devices_that_do_not_reach_the_nvdimms_are_found() -> None:
+    disks = (
+        "<disk type='file'><target dev='sda' bus='scsi'/></disk><disk type='file'><target dev='xvda'/></disk><disk/>"
+    )
+    found = extract(domain(NVDIMM + disks))
+    assert found is not None
+    assert found.emulated == ("lsi53c895a",)
+    arguments = "".join(f"<x:arg value='{value}'/>" for value in ("-device", "nvme,drive=a", "-device", "ide-hd"))
+    uri = "http://libvirt.org/schemas/domain/xen/1.0"
+    for form, names in ((f"<x:commandline xmlns:x='{uri}'>", ("nvme",)), ("<x:commandline xmlns:x='urn:other'>", ())):
+        found = extract(DOMAIN.replace("</domain>", f"{form}{arguments}</x:commandline></domain>"))
+        assert found is not None
+        assert found.emulated == names
+
+
 def test_a_uuid_is_read_in_lower_case_and_never_invented() -> None:
     found = extract(domain(uuid="<uuid>5D7C1A860C2C4C5A8A3E9A4C39B2A111</uuid>"))
     assert found is not None

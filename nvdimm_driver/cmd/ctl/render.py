@@ -14,7 +14,7 @@ from typing import Any
 from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
-from nvdimm_driver.guest import layout, p2m
+from nvdimm_driver.guest import direct_io, layout, p2m
 from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
 from nvdimm_driver.pools.usage import PoolUsage
 from nvdimm_driver.sizes import human
@@ -212,6 +212,7 @@ def _layout(plan: Plan) -> Iterator[str]:
         if problem:
             yield f"  warning: {spec.path}: {problem}"
     yield from (f"  advice: {line}" for line in layout.advice(plan.layout, pci_devices=plan.domain.pci_devices))
+    yield from (f"  advice: {line}" for line in direct_io.advice(plan.domain.emulated))
 
 
 def _mappings(plan: Plan) -> Iterator[str]:
