@@ -26,6 +26,7 @@ DOM0_MODULES = (
 DOM0_MODULE_PREFIXES = ("xen", "virtio_")
 DOM0_INITRD_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 GUEST_MODULES = ("nd_pmem", "nd_btt", "nfit", "nd_e820")
+GUEST_DISK_MODULES = ("virtio_pci", "virtio_blk", "xen_blkfront")
 GUEST_TOOLS = ("/usr/bin/ndctl", "/sbin/mkfs.ext4")
 # Addresses, in a guest of 128 MiB or more, of Linux's setup, the kernel that unpacks itself, and then the initramfs.
 SETUP_ADDRESS, KERNEL_ADDRESS, INITRD_ADDRESS = 0x90000, 0x100000, 0x5000000
@@ -85,6 +86,11 @@ class Images:
     def guest_tools(self) -> Path:
         """A second initramfs: ndctl, mkfs.ext4, and a program that makes a guest hostile."""
         return self.folder / "guest-tools.gz"
+
+    @property
+    def guest_disk_drivers(self) -> Path:
+        """A third initramfs: drivers of disks, and a program that tests direct I/O; the kernel has NVMe built in."""
+        return self.folder / "guest-disk-drivers.gz"
 
     @property
     def guest_tools_disk(self) -> Path:
@@ -183,6 +189,7 @@ def _make(base: Base, images: Images) -> None:
     make_guest_disk(images, images.guest_disk)
     _make_tools(images.guest_tools, base.root)
     make_guest_disk(images, images.guest_tools_disk, "", images.guest_tools)
+    _make_disk_drivers(images.guest_disk_drivers, guest_modules.closure(GUEST_DISK_MODULES))
     other_initrd = images.folder / "other-initrd.gz"
     _make_initrd(other_initrd, SOURCES / "guest-init", busybox, ModuleTree.of(base.other_kernel).closure(GUEST_MODULES))
     make_disk(images.other_guest_disk, _only(base.other_kernel, "boot/vmlinuz-*"), [other_initrd])
@@ -230,11 +237,26 @@ def _make_initrd(target: Path, init: Path, busybox: Path, modules: Sequence[Path
     shutil.copy(busybox, tree / "bin" / "busybox")
     shutil.copy(init, tree / "init")
     (tree / "init").chmod(0o755)
+    _add_modules(tree / "modules", modules)
+    _pack(tree, target)
+
+
+def _make_disk_drivers(target: Path, modules: Sequence[Path]) -> None:
+    """Make an initramfs of `directio.c` and of modules that are loaded after those of the first one."""
+    tree = target.with_suffix(".tree")
+    for folder in ("bin", "modules"):
+        (tree / folder).mkdir(parents=True)
+    run_tool(["gcc", "-O2", "-Wall", "-Werror", "-static", "-o", tree / "bin/directio", SOURCES / "directio.c"])
+    _add_modules(tree / "modules", modules, "disk-")
+    _pack(tree, target)
+
+
+def _add_modules(folder: Path, modules: Sequence[Path], prefix: str = "") -> None:
+    """Copy modules, unpacked, under names that have their order."""
     for number, module in enumerate(modules):
-        target_file = tree / "modules" / f"{number:02}-{module.name.removesuffix('.xz')}"
+        target_file = folder / f"{prefix}{number:02}-{module.name.removesuffix('.xz')}"
         content = module.read_bytes()
         target_file.write_bytes(lzma.decompress(content) if module.suffix == ".xz" else content)
-    _pack(tree, target)
 
 
 def _make_tools(target: Path, root: Path) -> None:
