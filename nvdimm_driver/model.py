@@ -122,7 +122,7 @@ class DomainSpec:
     :ivar unplaced: paths of the NVDIMMs whose slots the XML leaves open: they have the lowest free ones until
         :meth:`.lifecycle.define.Definitions.keep_slots`.
     :ivar pci_devices: number of the host's PCI devices that it gets.
-    :ivar emulated: QEMU's names of the devices that do not reach its NVDIMMs (:mod:`.guest.direct_io`).
+    :ivar emulated: QEMU's names of the devices that do not reach its NVDIMMs (:mod:`.xml.direct_io`).
     """
 
     name: str

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
-from nvdimm_driver.guest import direct_io
 from nvdimm_driver.model import DSM, GIB, KIB, MAX_NVDIMMS, PAGE, DomainSpec, NvdimmSpec
+from nvdimm_driver.xml import direct_io
 from nvdimm_driver.xml.document import Element, Text, may_have, parse
 from nvdimm_driver.xml.nvdimm_element import check_known
 from nvdimm_driver.xml.values import integer, scale, scaled

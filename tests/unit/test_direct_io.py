@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from nvdimm_driver.guest import direct_io
+from nvdimm_driver.xml import direct_io
 
 
 @pytest.mark.parametrize(

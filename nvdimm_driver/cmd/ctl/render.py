@@ -14,10 +14,11 @@ from typing import Any
 from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
-from nvdimm_driver.guest import direct_io, layout, p2m
+from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
 from nvdimm_driver.pools.usage import PoolUsage
 from nvdimm_driver.sizes import human
+from nvdimm_driver.xml import direct_io
 
 POOL_COLUMNS = ("Name", "Kind", "Capacity", "Free", "Largest free", "Used", "Health")
 LINUX_NAMESPACE_ALIGN = 16 * MIB
