@@ -28,9 +28,8 @@ HANGS = (f"HANG, no answer within {SECONDS} s",) * 2
 
 def wrong(length: int) -> tuple[str, str]:
     """Return what is printed if a read leaves the buffer as it was, and a write writes zeros."""
-    return tuple(
-        f"WRONG BYTES {length} of {length}, from 0 on {found}" for found in ("aa instead of 03", "00 instead of 09")
-    )
+    count = f"WRONG BYTES {length} of {length}, from 0 on"
+    return f"{count} aa instead of 03", f"{count} 00 instead of 09"
 
 
 @pytest.fixture(scope="module", params=["", pytest.param("swiotlb=force", marks=pytest.mark.thorough)])
