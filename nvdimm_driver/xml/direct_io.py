@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices of a guest that may lose what they transfer to and from an NVDIMM. Pure.
 
-A program transfers directly with O_DIRECT and a buffer that is a mapping of a file on a DAX file system, and so does a
-kernel that uses the NVDIMM as RAM. QEMU knows the guest's RAM alone: what it emulates then reads zeros and writes
-nothing, and reports no error. Linux copies through RAM where a device reaches 4 GiB only, as IDE does; NVDIMMs are
-above.
+A program transfers directly with O_DIRECT and a buffer that is a mapping of a file on a DAX file system. QEMU knows the
+guest's RAM alone: a device that it emulates reads zeros from an NVDIMM and writes nothing to it, and reports no error.
+NVDIMMs are above 4 GiB: for a device with 32-bit addresses, Linux copies through RAM, or fails.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def advice(names: Sequence[str]) -> Iterator[str]:
     """Yield what may go wrong with these devices of a guest."""
     if names:
         yield (
-            f"QEMU emulates {', '.join(dict.fromkeys(names))} and does not reach the NVDIMMs: O_DIRECT with a buffer "
-            "in one, or its use as RAM (system-ram), loses bytes without an error; use Xen disks (bus='xen'), or boot "
-            "the guest's Linux with swiotlb=force"
+            f"QEMU emulates {', '.join(dict.fromkeys(names))} and does not reach the NVDIMMs: direct I/O (O_DIRECT) with "
+            "a buffer in one loses bytes without an error; use Xen disks (bus='xen'), or boot the guest's Linux with "
+            "swiotlb=force"
         )
