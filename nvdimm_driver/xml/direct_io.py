@@ -37,7 +37,7 @@ def advice(names: Sequence[str]) -> Iterator[str]:
     """Yield what may go wrong with these devices of a guest."""
     if names:
         yield (
-            f"QEMU emulates {', '.join(dict.fromkeys(names))} and does not reach the NVDIMMs: direct I/O (O_DIRECT) with "
-            "a buffer in one loses bytes without an error; use Xen disks (bus='xen'), or boot the guest's Linux with "
-            "swiotlb=force"
+            f"QEMU emulates {', '.join(dict.fromkeys(names))} and does not reach the NVDIMMs: direct I/O (O_DIRECT) "
+            "with a buffer in one loses bytes without an error; use Xen disks (bus='xen'), or boot the guest's Linux "
+            "with swiotlb=force"
         )
