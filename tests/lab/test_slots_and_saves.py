@@ -74,6 +74,11 @@ def test_a_labelled_nvdimm_keeps_its_slot(driver_host: XenHost, guest: Guest) ->
     assert f"warning: {FILE}: its labels were made in slot 1, and in slot 0 the guest finds none" in planned
     assert "warning:" not in driver_host.check(f"{operator.NVDIMMCTL} plan /root/{NAME}.xml").stdout
     driver_host.check(f"{operator.NVDIMMCTL} check")
+    driver_host.write(
+        "/root/other.xml", shown.replace("<size unit='KiB'>128</size>", "<size unit='KiB'>256</size>").encode()
+    )
+    refused = driver_host.run(f"{operator.VIRSH} define /root/other.xml")
+    assert f"{FILE}: its label area, 128 KiB at 0x21e0000, is in use" in refused.stderr
     assert [item["slot"] for item in operator.show(driver_host, NAME)["nvdimms"]] == [1]
     operator.start(driver_host, NAME)
     assert guest.wait_report(boot=2).problems == ()
