@@ -12,8 +12,9 @@ from nvdimm_driver.cmd.device_model import Log, attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, LedgerError, XenError
 from nvdimm_driver.model import MIB
+from nvdimm_driver.state.database import KEPT_EVENTS
 from nvdimm_driver.state.events import Event
-from nvdimm_driver.state.ledger import KEPT_EVENTS, Ledger
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.schema import SCHEMAS
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
 

@@ -11,7 +11,8 @@ import pytest
 
 from nvdimm_driver.errors import LedgerError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Start
-from nvdimm_driver.state.ledger import SCHEMA_VERSION, Ledger
+from nvdimm_driver.state.database import SCHEMA_VERSION
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.schema import SCHEMAS
 
 DUMPS = sorted((Path(__file__).parents[1] / "data/ledger").glob("*.sql"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nvdimm_driver.cmd.ctl.base import DOMAIN_HELP, Action, find
@@ -62,9 +63,11 @@ class AcpiDump(Action):
             driver = load_driver(self.app.conf)
             record = find(driver, parsed_args.domain)
             started = driver.tables_file(record.uuid)
-            if started.exists() and not parsed_args.all:
-                return {"nvdimm": split(started.read_bytes())}
+            delivered = split(started.read_bytes()) if started.exists() else []
+            if delivered and not parsed_args.all:
+                return {"nvdimm": delivered}
             built = driver.build_tables(record)
+            built = replace(built, tables=tuple(delivered) or built.tables)  # those delivered have the run's number
             running = driver.read_guest_tables(record) if parsed_args.all else ()
         else:
             domain = domain_in(read_file(parsed_args.domain), parsed_args.domain, self.app.conf)

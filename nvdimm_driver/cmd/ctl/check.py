@@ -68,7 +68,7 @@ def _open(conf: cfg.ConfigOpts, *, repair: bool) -> tuple[XenNvdimmDriver, list[
     :raises DamagedLedgerError: when it is damaged and may not be replaced.
     """
     from nvdimm_driver.driver import load_driver
-    from nvdimm_driver.state.ledger import set_aside
+    from nvdimm_driver.state.database import set_aside
 
     try:
         driver = load_driver(conf)

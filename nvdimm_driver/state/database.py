@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file of the ledger: opened, upgraded, read and written, also on a full disk and when it is damaged.
+
+The device model uses it and must start fast: the schema is imported only where it is needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import time
+
+from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError
+from nvdimm_driver.host_text import escaped
+from nvdimm_driver.state.events import Event, unheard
+from nvdimm_driver.state.reserve import Reserve
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+SCHEMA_VERSION = 4
+"""How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
+KEPT_EVENTS = 10_000
+"""Older events are deleted."""
+FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""SQLite's errors on a full disk. It calls the second, for the index of its write-ahead log, "disk I/O error"."""
+FOREIGN = "PRAGMA foreign_key_check"
+REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
+"""Hint for a damaged ledger."""
+
+
+class Database:
+    """The file of the ledger, created if it does not exist. Every method is one transaction.
+
+    :param path: file in an existing folder; ``:memory:`` for a ledger that is not kept.
+    :param tell: called with each event after it is written.
+    :raises LedgerError: from every method, when the file cannot be read or written.
+    :ivar reserve: space for what a start needs; whoever wants it kept calls its ``keep``.
+    """
+
+    def __init__(self, path: str, tell: Callable[[Event], None] = unheard) -> None:
+        self.path = path
+        self._tell = tell
+        self.reserve = Reserve(f"{path}-reserve")
+        try:
+            self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"cannot open {self.path}: {error}", hint="run 'nvdimmctl register' as root first"
+            ) from error
+        self._write([("PRAGMA foreign_keys = ON", ())], begin="")
+        if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
+            self._create()
+
+    def check_integrity(self) -> None:
+        """Check all of the file.
+
+        :raises DamagedLedgerError: when it is damaged.
+        """
+        found = [str(row[0]) for row in self._rows("PRAGMA integrity_check(3)")]
+        if found == ["ok"]:
+            found = [f"{table} refers to a {parent} that is not there" for table, _, parent, _ in self._rows(FOREIGN)]
+        if found:
+            raise DamagedLedgerError(f"{self.path} is damaged: {'; '.join(found)}", hint=REBUILD)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _create(self) -> None:
+        from nvdimm_driver.state.schema import SCHEMAS
+
+        found = self._rows("PRAGMA user_version")[0][0]
+        if found > SCHEMA_VERSION:
+            raise LedgerError(
+                f"{self.path} has schema version {found}, this nvdimm_driver knows {SCHEMA_VERSION}",
+                hint="a newer nvdimm_driver wrote it: install that version again",
+            )
+        # If two processes turn on WAL at the same time, SQLite fails one with "locked", whatever the timeout.
+        import fcntl
+
+        folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            found = self._rows("PRAGMA user_version")[0][0]
+            if found == SCHEMA_VERSION:
+                return  # another process was first
+            self._write([("PRAGMA journal_mode = WAL", ())], begin="")
+            statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
+            self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
+        finally:
+            os.close(folder)
+
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        """Return what a query finds. On a full disk, SQLite has no room for its index of the write-ahead log."""
+        return self.reserve.spend(lambda: self._read(sql, values))
+
+    def _read(self, sql: str, values: Sequence[Any]) -> list[Any]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._failed("read", error) from error
+
+    def _write_start(
+        self, statements: Sequence[tuple[str, Sequence[Any]]], event: Event | None = None, *, guarded: bool = False
+    ) -> bool:
+        """Write what a start or its end needs, from the reserve if the disk is full; the event only if it fits, too."""
+        try:
+            return self.reserve.spend(lambda: self._write(statements, event, guarded=guarded))
+        except FullDiskError:
+            if event is None:
+                raise
+            written = self._write(statements, guarded=guarded)
+            if written:
+                self._tell(event)
+            return written
+
+    def _note(self, statements: Sequence[tuple[str, Sequence[Any]]], event: Event | None = None) -> None:
+        """Write what nothing depends on; if that fails, only tell the event."""
+        try:
+            self._write(statements, event)
+        except LedgerError:
+            if event is not None:
+                self._tell(event)
+
+    def _write(
+        self,
+        statements: Sequence[tuple[str, Sequence[Any]]],
+        event: Event | None = None,
+        *,
+        begin: str = "BEGIN IMMEDIATE",
+        guarded: bool = False,
+    ) -> bool:
+        """Execute the statements in one transaction, and record the event.
+
+        :param guarded: do nothing, and return False, when the first statement changes no row.
+        """
+        try:
+            if begin:
+                self._db.execute(begin)
+            for number, (sql, values) in enumerate([*statements, *_recording(event)]):
+                changed = self._db.execute(sql, values).rowcount
+                if guarded and number == 0 and changed != 1:
+                    self._db.execute("ROLLBACK")
+                    return False
+            if begin:
+                self._db.execute("COMMIT")
+        except (sqlite3.Error, UnicodeEncodeError) as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise self._failed("write", error) from error
+        if event is not None:
+            self._tell(event)
+        return True
+
+    def _failed(self, what: str, error: sqlite3.Error | UnicodeEncodeError) -> LedgerError:
+        """Return the error for a query or a transaction that failed."""
+        if isinstance(error, UnicodeEncodeError):
+            return LedgerError(
+                f"{self.path} cannot have '{escaped(error.object)}': it is not UTF-8", hint="rename the file"
+            )
+        extended = getattr(error, "sqlite_errorcode", 0)
+        code = extended & 0xFF
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return DamagedLedgerError(f"{self.path} is damaged: {error}", hint=REBUILD)
+        if extended in FULL:
+            return FullDiskError(f"cannot {what} {self.path}: the disk is full", hint="make room, and try again")
+        if "readonly" in str(error) or not os.access(os.path.dirname(self.path) or ".", os.W_OK):
+            return LedgerError(f"cannot {what} {self.path}: {error}", hint="run as root")
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):  # a file beside it cannot be made or written
+            return FullDiskError(f"cannot {what} {self.path}: {error}", hint="is the disk full?")
+        return LedgerError(f"cannot {what} {self.path}: {error}")
+
+
+def set_aside(path: str) -> str:
+    """Rename a damaged ledger, so that the next who opens it makes a new one; return its new name.
+
+    :raises LedgerError: when it cannot be renamed.
+    """
+    aside = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    try:
+        if os.path.exists(aside):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        # The write-ahead log first: it must not be taken for that of the new ledger.
+        for suffix in ("-wal", "-shm", ""):
+            if os.path.exists(path + suffix):
+                os.rename(path + suffix, aside + suffix)
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be renamed to {aside}: {error.strerror}", hint="try again") from error
+    return aside
+
+
+def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:
+    """Return the statements that write an event. SQLite makes the JSON: importing json takes longer than the rest."""
+    if event is None:
+        return []
+    pairs = [escaped(part) if isinstance(part, str) else part for pair in event.detail.items() for part in pair]
+    return [
+        (
+            "INSERT INTO event (time, kind, uuid, name, domid, detail) "
+            f"VALUES (?, ?, ?, ?, ?, json_object({', '.join('?' * len(pairs))}))",
+            (time.time(), event.kind, event.uuid, event.name, event.domid, *pairs),
+        ),
+        ("DELETE FROM event WHERE id <= (SELECT max(id) FROM event) - ?", (KEPT_EVENTS,)),
+    ]
