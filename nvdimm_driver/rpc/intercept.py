@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED, DomainXmlError, NvdimmError, UnsupportedError
+from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
+from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, has_managed_save, pass_xml, validate, xml_and_flags
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.document import decode
@@ -33,9 +34,8 @@ from nvdimm_driver.xml.edit_devices import (
     without_max_memory,
 )
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import emulator_is, extract, has_nvdimms, other_type
+from nvdimm_driver.xml.parse_domain import emulator_is, extract
 from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
-from nvdimm_driver.xml.schema import check_schema
 
 LOG = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ AFFECT_LIVE, AFFECT_CONFIG = 1, 2
 XML_SECURE, XML_INACTIVE = 1, 2
 MEM_MAXIMUM = 4
 START_FORCE_BOOT = 1 << 3
-START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0
 METADATA_ELEMENT = 2
 MIGRATE_DEST_XML = "destination_xml"
 # include/libvirt/virterror.h
@@ -55,7 +54,6 @@ FROM_DOMAIN, NO_DOMAIN, NO_DOMAIN_METADATA = 20, 42, 80
 
 MARK = NAMESPACE.encode()
 
-Steps = Generator[Call | Work, Any, bytes]
 T = TypeVar("T")
 
 
@@ -89,12 +87,12 @@ class Interceptor:
 
     def create(self, procedure: int, payload: bytes) -> Steps:
         """Provision the NVDIMMs before libvirt gets the rewritten XML: the guest runs before the reply."""
-        xml, flags = _xml_and_flags(payload)
-        yield from _validate(procedure, xml, flags)
+        xml, flags = xml_and_flags(payload)
+        yield from validate(procedure, xml, flags)
         wanted = self._accept(xml)
         if wanted is None:
             payload = yield from self._without_remains(payload)
-            return (yield from _pass(procedure, payload, xml, with_fds=True))
+            return (yield from pass_xml(procedure, payload, xml, with_fds=True))
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         uuid = domain.uuid or ""
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
@@ -102,7 +100,7 @@ class Interceptor:
         yield from self._check_saved(plan, starts=True)
         created = yield self._work(lambda driver: driver.define(domain, plan))
         try:
-            return (yield from _call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
+            return (yield from call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
         except LibvirtError as error:
             explained = yield from self._explained(error, uuid)
             yield self._work(lambda driver: driver.undo(uuid, created))
@@ -115,7 +113,7 @@ class Interceptor:
         values.end()
         if self._accept(xml) is not None:
             payload = bytes(Packer().string(kind).string(self._hooks.rewrite(xml)).uint32(flags))
-        return (yield from _pass(procedure, payload, xml))
+        return (yield from pass_xml(procedure, payload, xml))
 
     # --- XML that goes out ---
 
@@ -148,12 +146,12 @@ class Interceptor:
         flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
         values.end()
         if not is_nvdimm(device):
-            return (yield from _call(procedure, payload))
-        active = yield from _ask(Procedure.DOMAIN_IS_ACTIVE, domain)
+            return (yield from call(procedure, payload))
+        active = yield from ask(Procedure.DOMAIN_IS_ACTIVE, domain)
         live = bool(flags & AFFECT_LIVE) or (active and not flags & AFFECT_CONFIG)
-        persistent = yield from _ask(Procedure.DOMAIN_IS_PERSISTENT, domain)
+        persistent = yield from ask(Procedure.DOMAIN_IS_PERSISTENT, domain)
         if (live and not active) or (flags & AFFECT_CONFIG and not persistent):
-            return (yield from _call(procedure, payload))  # libvirtd refuses it, whatever the device
+            return (yield from call(procedure, payload))  # libvirtd refuses it, whatever the device
         if live:
             raise UnsupportedError(
                 f"an NVDIMM cannot be {what} the running domain {domain.name}",
@@ -176,7 +174,7 @@ class Interceptor:
                 f"metadata of {NAMESPACE} is nvdimm_driver's own",
                 hint="change the <memory model='nvdimm'> elements of the domain",
             )
-        return (yield from _call(procedure, payload))
+        return (yield from call(procedure, payload))
 
     def get_metadata(self, procedure: int, payload: bytes) -> Steps:
         """Hide our metadata from clients."""
@@ -186,7 +184,7 @@ class Interceptor:
             if values.int32() == METADATA_ELEMENT and values.optional_string() == NAMESPACE:
                 message = "metadata not found: Requested metadata element is not present"
                 raise LibvirtError(RemoteError(NO_DOMAIN_METADATA, FROM_DOMAIN, message).pack())
-        return (yield from _call(procedure, payload))
+        return (yield from call(procedure, payload))
 
     # --- a domain's life ---
 
@@ -200,14 +198,14 @@ class Interceptor:
         uuid, flags = domain.uuid, values.uint32() if procedure == Procedure.DOMAIN_CREATE_WITH_FLAGS else 0
         record: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
         if record is None:
-            return (yield from _call(procedure, payload))
-        if (yield from _has_managed_save(domain)):
+            return (yield from call(procedure, payload))
+        if (yield from has_managed_save(domain)):
             if not flags & START_FORCE_BOOT:
                 yield self._work(lambda driver: driver.check_restore(uuid))
         elif not record.allocations:  # it was kept for a saved guest
             yield self._work(lambda driver: driver.drop_claims(uuid))
         try:
-            return (yield from _call(procedure, payload))
+            return (yield from call(procedure, payload))
         except LibvirtError as error:
             raise (yield from self._explained(error, uuid)) from error
 
@@ -215,7 +213,7 @@ class Interceptor:
         """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error."""
         last = yield self._work(lambda driver: driver.ledger.last_event())
         try:
-            return (yield from _call(procedure, payload))
+            return (yield from call(procedure, payload))
         except LibvirtError as error:
             events = yield self._work(lambda driver: driver.ledger.events(last))
             failed = [event.uuid for event in events if event.kind == "start-failed"]
@@ -223,7 +221,7 @@ class Interceptor:
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""
-        reply = yield from _call(procedure, payload)
+        reply = yield from call(procedure, payload)
         record = yield from self._record(Unpacker(payload).domain())
         if record is not None:
             paths = ", ".join(item.spec.path for item in record.allocations)
@@ -235,7 +233,7 @@ class Interceptor:
         record = yield from self._record(Unpacker(payload).domain())
         if record is not None and record.allocations:
             raise _cannot_migrate(f"domain {record.name}")
-        return (yield from _call(procedure, payload))
+        return (yield from call(procedure, payload))
 
     def migrate_in(self, procedure: int, payload: bytes) -> Steps:
         """Refuse a migration to this host of a domain with NVDIMMs, or with XML that no domain may be defined with."""
@@ -247,7 +245,7 @@ class Interceptor:
             if extract(self._hooks.restore(xml)) is not None:
                 raise _cannot_migrate("the domain that comes")
             self._accept(xml)
-        return (yield from _call(procedure, payload))
+        return (yield from call(procedure, payload))
 
     def set_memory(self, procedure: int, payload: bytes) -> Steps:
         """Refuse RAM that leaves no room for the NVDIMMs, or would be populated on demand at the next start."""
@@ -257,7 +255,7 @@ class Interceptor:
         values.end()
         record = yield from self._record(domain)
         if record is None or not record.allocations:
-            return (yield from _call(procedure, payload))
+            return (yield from call(procedure, payload))
         if flags & MEM_MAXIMUM:
             live = flags & AFFECT_LIVE or (record.start is not None and not flags & AFFECT_CONFIG)
             if live:
@@ -270,7 +268,7 @@ class Interceptor:
                 "memory populated on demand, which Xen does not do together with mapped frames",
                 hint="change the maximum instead: virsh setmaxmem",
             )
-        return (yield from _call(procedure, payload))
+        return (yield from call(procedure, payload))
 
     # --- shared by handlers ---
 
@@ -306,29 +304,29 @@ class Interceptor:
         return domain
 
     def _define(self, procedure: int, payload: bytes) -> Steps:
-        xml, flags = _xml_and_flags(payload)
-        yield from _validate(procedure, xml, flags)
+        xml, flags = xml_and_flags(payload)
+        yield from validate(procedure, xml, flags)
         domain = self._accept(xml)
         if domain is None:
-            reply = yield from _pass(procedure, (yield from self._without_remains(payload)), xml)
+            reply = yield from pass_xml(procedure, (yield from self._without_remains(payload)), xml)
             defined = Unpacker(reply).domain()
             known = yield from self._record(defined)
-            if known is not None and not (yield from _has_managed_save(defined)):  # a saved guest has them still
+            if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
                 yield self._work(lambda driver: driver.drop_claims(defined.uuid))
             return reply
         plan: Plan = yield self._work(lambda driver: driver.check(domain))
         yield from self._check_saved(plan, starts=False)
         before = yield from self._defined(domain.uuid)
         xml = with_slots((yield from self._taken_up(xml, domain)), plan.domain)
-        reply = yield from _call(procedure, bytes(Packer().string(self._hooks.rewrite(xml))) + flags)
+        reply = yield from call(procedure, bytes(Packer().string(self._hooks.rewrite(xml))) + flags)
         defined = Unpacker(reply).domain()
         try:
             yield self._work(lambda driver: driver.define(replace(domain, uuid=defined.uuid), plan))
         except (NvdimmError, OSError):
             if before is None:
-                yield from _call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(defined)))
+                yield from call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(defined)))
             else:
-                yield from _call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
+                yield from call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
             raise
         return reply
 
@@ -337,7 +335,7 @@ class Interceptor:
 
         The libxl driver takes no domain with ``<maxMemory>``. For a domain that never had NVDIMMs, it says so.
         """
-        xml, flags = _xml_and_flags(payload)
+        xml, flags = xml_and_flags(payload)
         uuid = uuid_with_max_memory(xml)
         if uuid is None or (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
             return payload
@@ -360,7 +358,7 @@ class Interceptor:
         known = DomainRef(plan.domain.name, uuid, -1)
         if (yield from self._record(known)) is None or (yield from self._defined(uuid)) is None:
             return
-        if not (yield from _has_managed_save(known)):
+        if not (yield from has_managed_save(known)):
             return
         yield self._work(lambda driver: driver.check_redefinition(plan))
         if starts:
@@ -369,7 +367,7 @@ class Interceptor:
     def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
         """Return a domain's definition as libvirt has it."""
         arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE | XML_SECURE))
-        reply = yield from _call(Procedure.DOMAIN_GET_XML_DESC, arguments)
+        reply = yield from call(Procedure.DOMAIN_GET_XML_DESC, arguments)
         return Unpacker(reply).string()
 
     def _defined(self, uuid: str | None) -> Generator[Call | Work, Any, str | None]:
@@ -377,7 +375,7 @@ class Interceptor:
         if uuid is None:
             return None
         try:
-            found = Unpacker((yield from _call(Procedure.DOMAIN_LOOKUP_BY_UUID, bytes(Packer().uuid(uuid))))).domain()
+            found = Unpacker((yield from call(Procedure.DOMAIN_LOOKUP_BY_UUID, bytes(Packer().uuid(uuid))))).domain()
         except LibvirtError as error:
             if RemoteError.unpack(error.payload).code == NO_DOMAIN:
                 return None
@@ -391,49 +389,6 @@ class Interceptor:
         if record is None or not record.fault or record.fault in (told.message or ""):
             return error
         return LibvirtError(told._replace(message=f"{told.message}: {record.fault}").pack())
-
-
-def _call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
-    reply: bytes = yield Call(procedure, payload, with_fds)
-    return reply
-
-
-def _has_managed_save(domain: DomainRef) -> Generator[Call | Work, Any, bool]:
-    arguments = bytes(Packer().domain(domain).uint32(0))
-    return Unpacker((yield from _call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1
-
-
-def _pass(procedure: int, payload: bytes, xml: str, *, with_fds: bool = False) -> Steps:
-    """Make a call with the client's domain XML; if it fails for NVDIMMs of another type of domain, name the type."""
-    try:
-        return (yield from _call(procedure, payload, with_fds=with_fds))
-    except LibvirtError as error:
-        told, kind = RemoteError.unpack(error.payload), other_type(xml)
-        if told.code != VIR_ERR_CONFIG_UNSUPPORTED or kind is None:
-            raise
-        message = f"{told.message} (the domain is of type {kind!r}; for Xen, write <domain type='xen'>)"
-        raise LibvirtError(told._replace(message=message).pack()) from error
-
-
-def _ask(procedure: Procedure, domain: DomainRef) -> Generator[Call | Work, Any, bool]:
-    """Return the answer to a question of libvirt's about a domain."""
-    return Unpacker((yield from _call(procedure, bytes(Packer().domain(domain))))).int32() == 1
-
-
-def _validate(procedure: int, xml: str, flags: bytes) -> Generator[Call | Work, Any, None]:
-    """Validate XML with NVDIMMs if the client asks for it; libvirt validates what it gets, which is other XML.
-
-    :raises SchemaError: when it is not valid.
-    """
-    flag = VALIDATE.get(procedure, 0)
-    if flag and Unpacker(flags).uint32() & flag and has_nvdimms(xml):
-        yield Work(lambda: check_schema(xml))
-
-
-def _xml_and_flags(payload: bytes) -> tuple[str, bytes]:
-    """Return the XML that a call begins with, and its flags as on the wire; domain_define_xml has none."""
-    values = Unpacker(payload)
-    return decode(values.encoded()), values.rest()
 
 
 def _cannot_migrate(domain: str) -> UnsupportedError:
@@ -459,12 +414,6 @@ class Row(NamedTuple):
 
 LIVE_DEVICE_CALLS = (Procedure.DOMAIN_ATTACH_DEVICE, Procedure.DOMAIN_DETACH_DEVICE)
 """Device calls without flags."""
-VALIDATE: Mapping[int, int] = {
-    Procedure.DOMAIN_CREATE_XML: START_VALIDATE,
-    Procedure.DOMAIN_CREATE_XML_WITH_FILES: START_VALIDATE,
-    Procedure.DOMAIN_DEFINE_XML_FLAGS: DEFINE_VALIDATE,
-}
-"""The flag with which a client asks for validation."""
 MEMORY_FLAGS: Mapping[int, int] = {
     Procedure.DOMAIN_SET_MAX_MEMORY: MEM_MAXIMUM,
     Procedure.DOMAIN_SET_MEMORY: AFFECT_LIVE,

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls to libvirtd that handlers make: the client's own, and questions about a domain."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import Any
+
+from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED
+from nvdimm_driver.rpc.handler_types import Call, Work
+from nvdimm_driver.rpc.procedure import Procedure
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.xml.document import decode
+from nvdimm_driver.xml.parse_domain import has_nvdimms, other_type
+from nvdimm_driver.xml.schema import check_schema
+
+START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0  # include/libvirt/libvirt-domain.h
+
+Steps = Generator[Call | Work, Any, bytes]
+
+VALIDATE: Mapping[int, int] = {
+    Procedure.DOMAIN_CREATE_XML: START_VALIDATE,
+    Procedure.DOMAIN_CREATE_XML_WITH_FILES: START_VALIDATE,
+    Procedure.DOMAIN_DEFINE_XML_FLAGS: DEFINE_VALIDATE,
+}
+"""The flag with which a client asks for validation."""
+
+
+def call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
+    """Make a call, and return the reply."""
+    reply: bytes = yield Call(procedure, payload, with_fds)
+    return reply
+
+
+def has_managed_save(domain: DomainRef) -> Generator[Call | Work, Any, bool]:
+    """Return True if a defined domain has a managed save."""
+    arguments = bytes(Packer().domain(domain).uint32(0))
+    return Unpacker((yield from call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1
+
+
+def pass_xml(procedure: int, payload: bytes, xml: str, *, with_fds: bool = False) -> Steps:
+    """Make a call with the client's domain XML; if it fails for NVDIMMs of another type of domain, name the type."""
+    try:
+        return (yield from call(procedure, payload, with_fds=with_fds))
+    except LibvirtError as error:
+        told, kind = RemoteError.unpack(error.payload), other_type(xml)
+        if told.code != VIR_ERR_CONFIG_UNSUPPORTED or kind is None:
+            raise
+        message = f"{told.message} (the domain is of type {kind!r}; for Xen, write <domain type='xen'>)"
+        raise LibvirtError(told._replace(message=message).pack()) from error
+
+
+def ask(procedure: Procedure, domain: DomainRef) -> Generator[Call | Work, Any, bool]:
+    """Return the answer to a question of libvirt's about a domain."""
+    return Unpacker((yield from call(procedure, bytes(Packer().domain(domain))))).int32() == 1
+
+
+def validate(procedure: int, xml: str, flags: bytes) -> Generator[Call | Work, Any, None]:
+    """Validate XML with NVDIMMs if the client asks for it; libvirt validates what it gets, which is other XML.
+
+    :raises SchemaError: when it is not valid.
+    """
+    flag = VALIDATE.get(procedure, 0)
+    if flag and Unpacker(flags).uint32() & flag and has_nvdimms(xml):
+        yield Work(lambda: check_schema(xml))
+
+
+def xml_and_flags(payload: bytes) -> tuple[str, bytes]:
+    """Return the XML that a call begins with, and its flags as on the wire; domain_define_xml has none."""
+    values = Unpacker(payload)
+    return decode(values.encoded()), values.rest()
