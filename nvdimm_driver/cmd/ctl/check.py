@@ -88,7 +88,7 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, *, is_new: bool) -> lis
 
     :param is_new: the ledger was made just now: it is an inconsistency when libvirt cannot say whose the devices are.
     """
-    from nvdimm_driver.doctor import device_claims
+    from nvdimm_driver.doctor import repair_device_claims
     from nvdimm_driver.doctor.repair import Inconsistency, look
     from nvdimm_driver.xml.hooks import XmlHooks
 
@@ -96,7 +96,7 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, *, is_new: bool) -> lis
     socket = direct if Path(direct).exists() else conf.rpc.libvirt_socket
     found = look(driver)
     try:
-        return [*found, *device_claims.look(driver, XmlHooks.from_conf(conf).restore, socket)]
+        return [*found, *repair_device_claims.look(driver, XmlHooks.from_conf(conf).restore, socket)]
     except ConfigError as error:
         return [*found, Inconsistency("", "", error.message, error.hint)] if is_new else found
 
