@@ -112,9 +112,8 @@ class XenNvdimmDriver(plugins.Plugin):
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.definitions = Definitions(ledger, backings, self.planner, pools)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
-        checks = Checks(ledger, backings, pools)
-        self.importer, self.exporter = Importer(checks), Exporter(checks)
-        self.wiper = Wiper(checks, self._spoil_runs)
+        checks = Checks(ledger, backings, pools, self._spoil_runs)
+        self.importer, self.exporter, self.wiper = Importer(checks), Exporter(checks), Wiper(checks)
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nvdimm_driver.backing.files import HINTS, check_name
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
-from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
@@ -20,9 +20,18 @@ class Checks:
     """The checks that import, export and wiping share.
 
     Reconcile the ledger with the running domains before each call.
+
+    :param overwritten: called with the identity of what is about to be overwritten.
     """
 
-    def __init__(self, ledger: Ledger, backings: Sequence[Backing], pools: Pools) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        backings: Sequence[Backing],
+        pools: Pools,
+        overwritten: Callable[[BackingIdentity], None],
+    ) -> None:
+        self._overwritten = overwritten
         self.ledger = ledger
         self.backings = backings
         self.pools = pools
@@ -63,6 +72,11 @@ class Checks:
         backing = backing_of(self.backings, path)
         if identity is not None and backing.exists(path):
             check_identity(path, backing.locate(NvdimmSpec(0, path, PAGE)).identity, identity)
+
+    def tell_overwritten(self, path: str, content: ByteRange) -> None:
+        """Tell that all bytes of an open range are about to be overwritten: no saved guest may go on with them."""
+        if identity := content.identity or self.identity(path):
+            self._overwritten(identity)
 
     def identity(self, path: str) -> BackingIdentity | None:
         """Return the identity of the backing at a path; None when there is none that a domain can have."""

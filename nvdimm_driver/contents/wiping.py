@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 
 from nvdimm_driver.backing.identity import check_identity
@@ -16,14 +15,10 @@ from nvdimm_driver.state import ownership
 
 
 class Wiper:
-    """Wipes NVDIMMs, and releases those of a domain.
+    """Wipes NVDIMMs, and releases those of a domain."""
 
-    :param spoil_runs: called with the identity of what is overwritten.
-    """
-
-    def __init__(self, checks: Checks, spoil_runs: Callable[[BackingIdentity], None]) -> None:
+    def __init__(self, checks: Checks) -> None:
         self._checks = checks
-        self._spoil_runs = spoil_runs
 
     def wipe(self, spec: NvdimmSpec, watch: Watch, owner: Record | None = None) -> None:
         """Overwrite an NVDIMM with zeros, its label area too, durably. Its owner keeps it.
@@ -41,8 +36,7 @@ class Wiper:
         with reporting_errors_of(spec.path), backing.open_bytes(spec, write=True) as content:
             self._checks.check_off(spec.path)  # from here on, starts fail while this is open
             self._check_owner(owner, spec, content.identity)
-            if found := content.identity or self._checks.identity(spec.path):
-                self._spoil_runs(found)
+            self._checks.tell_overwritten(spec.path, content)
             copying.wipe(content, watch("wiping"))
 
     def own(self, record: Record) -> tuple[Allocation, ...]:

@@ -297,6 +297,19 @@ def test_a_file_that_was_wiped_meanwhile(bench: Bench) -> None:
     assert "overwritten by nvdimmctl" in bench.refused(image)
 
 
+def test_a_device_that_was_overwritten_while_it_was_nobodys(bench: Bench) -> None:
+    bench.backing.files[B] = (101, 64 * MIB)
+    bench.driver().define(domain(A, B))
+    bench.start()
+    bench.save()
+    driver = bench.driver()
+    driver.define(domain(A))
+    wanted = domain(B).nvdimms[0]
+    driver.importer._checks.tell_overwritten(B, bench.backing.open_bytes(wanted, write=True))
+    with pytest.raises(RefusedError, match="overwritten by nvdimmctl"):
+        driver.check_restore(UUID)
+
+
 def test_another_server_of_labels(tmp_path: Path) -> None:
     bench = Bench(tmp_path, dsm="none")
     bench.driver().define(domain(A, label_size=MIB))
