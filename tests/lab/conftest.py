@@ -19,8 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort tests by host, as only one can run: the shared host, then hosts of one test, then the one with systemd."""
-    hosts = ("host", "fresh_host", "systemd_host")
+    """Sort tests by host, as only one can run: the shared host, then hosts of one test, then the one with systemd.
+
+    On the shared host, tests that need no driver go first: they find it as it has started.
+    """
+    hosts = ("driver_host", "fresh_host", "systemd_host")
 
     def order(item: pytest.Item) -> int:
         names = getattr(item, "fixturenames", ())
