@@ -13,7 +13,7 @@ from tests.lab.guest import Guest
 from tests.lab.host import XenHost
 
 pytestmark = pytest.mark.lab
-NAME, FIRST, FILE = "kept", "/mnt/pmem0/first.img", "/mnt/pmem0/kept.img"
+NAME, FIRST, FILE = "kept", "/mnt/pmem0/kept-first.img", "/mnt/pmem0/kept.img"
 SIZE_MIB, LABEL_KIB, ALIGN_MIB = 34, 128, 16
 BASE = 5 << 30  # a save goes through all frames up to the guest's last one
 DISK = "/tmp/guest-tools.img"
