@@ -206,14 +206,17 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises LayoutError: when it reaches the NVDIMMs, which keep their places until the next start.
         """
         record = self.ledger.find_domain(uuid)
-        if record is None or not record.allocations:
+        if record is None or not (record.allocations or record.start):
             return
-        guest = self.planner.layout_around(record, ram)
-        first = min(guest.nvdimms, key=lambda placement: placement.base)
-        if guest.highmem_end > first.base:
+        guest, last = self.planner.layout_around(record, ram), self.ledger.find_run(uuid)
+        if last is not None and record.start is not None:  # the definition may have changed since the start
+            slot, base = saved_guest.lowest(last)
+        else:
+            slot, base = min(((each.slot, each.base) for each in guest.nvdimms), key=lambda pair: pair[1])
+        if guest.highmem_end > base:
             raise LayoutError(
                 f"domain {record.name} runs: RAM of {human(ram)} reaches up to {guest.highmem_end:#x}, and its NVDIMM "
-                f"in slot {first.slot} is at {first.base:#x}",
+                f"in slot {slot} is at {base:#x}",
                 hint="raise the RAM of its next start: virsh setmaxmem --config",
             )
 
@@ -267,9 +270,11 @@ class XenNvdimmDriver(plugins.Plugin):
         last = self.ledger.find_run(uuid)
         if last is None:
             return  # a version that numbered no runs has saved it
-        saved_guest.check_available(last, self.backings)
+        record = self.ledger.find_domain(uuid)
+        identities = saved_guest.check_available(last, self.backings, (record and record.dsm) or self.planner.dsm)
         nvdimms = tuple(NvdimmSpec(slot, path, PAGE) for path, slot in saved_guest.paths_of(last).items())
         ownership.check_paths(self.ledger, DomainSpec("", uuid, 0, None, nvdimms))
+        ownership.check_bytes(self.ledger, uuid, identities, record.allocations if record else ())
 
     def check_redefinition(self, plan: Plan) -> None:
         """Check that a domain whose guest is saved is defined with the NVDIMMs that this guest had, in their places.
@@ -362,7 +367,8 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         items = [item for item in record.allocations if os.path.realpath(item.spec.path) in frozen]
         mappings, areas = self.planner.map_running(record, items)
-        served = record.labels if self.starts.label_servers.is_running(record.uuid) else ""
+        had = replace(record, allocations=tuple(items))
+        served = had.labels if self.starts.label_servers.is_running(record.uuid) else ""
         paths = [item.spec.path for item in items]
         self.ledger.take_up_running(record.uuid, domid, paths, mappings, areas, served=served)
 
@@ -388,6 +394,7 @@ class XenNvdimmDriver(plugins.Plugin):
             plan = self.planner.plan_start(domain, record)
             run = self._new_run(plan)
             self._write_tables(record.uuid, saved_guest.numbered(plan.tables.tables, run.number))
+            has = replace(record, allocations=tuple(each for each in record.allocations if each.spec in domain.nvdimms))
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
             self.ledger.finish_preparing(
                 record.uuid,
@@ -396,7 +403,7 @@ class XenNvdimmDriver(plugins.Plugin):
                 plan.mappings,
                 plan.areas,
                 run=run,
-                served=record.labels if plan.layout.label_clients else "",
+                served=has.labels if plan.layout.label_clients else "",
                 uncached=layout.label_frames(plan.layout),
                 detail={"nvdimms": len(domain.nvdimms), **p2m.summary(plan.mappings)},
             )
@@ -412,7 +419,7 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         for each, run in self.ledger.runs().items():
             if each != uuid and saved_guest.has_bytes_of(run, identity):
-                self.ledger.spoil_run(each)
+                self.ledger.spoil_run(each, run.number)
 
     def _new_run(self, plan: Plan) -> Run:
         """Return the run that a start of this plan begins; guests of other domains that had its bytes have no more."""

@@ -500,9 +500,16 @@ class Record:
     start: Start | None
 
     @property
+    def started(self) -> tuple[Allocation, ...]:
+        """The NVDIMMs that its start has, as they are defined now; those it has in the ledger while it has no start."""
+        if self.start is None:
+            return self.allocations
+        return tuple(item for item in self.allocations if item.spec.path in self.start.paths)
+
+    @property
     def labels(self) -> str:
-        """Hash of the domain's label areas: equal when two records have the same ones."""
-        return hashlib.sha256(repr([item for item in self.allocations if item.spec.label_size]).encode()).hexdigest()
+        """Hash of the label areas of :attr:`started`: equal when two records have the same ones."""
+        return hashlib.sha256(repr([item for item in self.started if item.spec.label_size]).encode()).hexdigest()
 
     @property
     def can_be_served(self) -> bool:

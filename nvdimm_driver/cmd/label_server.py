@@ -184,7 +184,7 @@ def open_areas(record: Record, backings: Sequence[Backing]) -> dict[int, ByteRan
     """Open the label areas of a domain, by slot."""
     return {
         item.spec.slot: backing_of(backings, item.spec.path).open_labels(item.spec, item.identity)
-        for item in record.allocations
+        for item in record.started
         if item.spec.label_size and item.identity
     }
 
@@ -243,7 +243,7 @@ def _tell(options: cfg.ConfigOpts, uuid: str, kind: str, detail: Mapping[str, Va
 
 def _layout(record: Record) -> GuestLayout:
     """Return the part of the guest's layout that a label server's QEMU needs."""
-    placements = tuple(item.placement for item in record.allocations)
+    placements = tuple(item.placement for item in record.started)
     return GuestLayout(record.ram, 0, 0, placements, dsm="qemu")
 
 

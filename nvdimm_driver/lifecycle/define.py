@@ -10,11 +10,20 @@ from dataclasses import replace
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files
-from nvdimm_driver.errors import BackingError, LayoutError, LedgerError
+from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept
-from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Plan, Progress, Record
+from nvdimm_driver.model import (
+    MAX_NVDIMMS,
+    Allocation,
+    DomainSpec,
+    GuestLayout,
+    NvdimmSpec,
+    Plan,
+    Progress,
+    Record,
+)
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.sizes import human
@@ -139,13 +148,11 @@ class Definitions:
         The domain keeps what the XML lacks: it may be that of a saved image, and the definition has others.
 
         :raises BackingError: when a backing is not provisioned.
-        :raises LayoutError: when it keeps an NVDIMM in a slot in which the XML has another.
         """
         uuid = uuid_of(domain)
         record = self.ledger.find_domain(uuid)
         wanted = (domain.ram, domain.name, domain.dsm)
-        ready = {item.spec for item in record.allocations if item.ready} if record else set()
-        if record and (record.ram, record.name, record.dsm) == wanted and {*domain.nvdimms} <= ready:
+        if record and (record.ram, record.name, record.dsm) == wanted and self._is_settled(domain, record):
             return record
         for spec in domain.nvdimms:
             intake = self._backing(spec).examine(spec)
@@ -159,6 +166,15 @@ class Definitions:
         if adopted is None:
             raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
         return adopted
+
+    def _is_settled(self, domain: DomainSpec, record: Record) -> bool:
+        """Return True if the ledger has all NVDIMMs of the domain as they are to be started."""
+        items = {item.spec: item for item in record.allocations if item.ready and item.base is not None}
+        if not {*domain.nvdimms} <= items.keys():
+            return False
+        identities = [identity for spec in domain.nvdimms if (identity := items[spec].identity)]
+        had = self.planner.bases_of_run(domain, identities)
+        return all(items[spec].base == had.get(spec.slot, items[spec].base) for spec in domain.nvdimms)
 
     def check_marks(self, domain: DomainSpec) -> None:
         """Check that no file of the domain is another's that the ledger does not know.
@@ -197,7 +213,7 @@ class Definitions:
                         domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
                     )
                 ),
-                *kept,
+                *(_placed(item, settled.layout) for item in kept),
             ],
             dsm=domain.dsm,
             kind="defined",
@@ -234,22 +250,25 @@ class Definitions:
 
 
 def _others(domain: DomainSpec, record: Record | None) -> list[Allocation]:
-    """Return the domain's NVDIMMs in the ledger that are not in its XML.
+    """Return the domain's NVDIMMs in the ledger that are not in its XML, in other slots than those of its XML.
 
-    :raises LayoutError: when the XML has another in the slot of one.
+    One whose slot the XML has for another is in the highest free slot until the next define or start.
     """
     wanted = {os.path.realpath(spec.path) for spec in domain.nvdimms}
     items = record.allocations if record else ()
     others = [item for item in items if os.path.realpath(item.spec.path) not in wanted]
-    slots = {spec.slot: spec for spec in domain.nvdimms}
-    for item in others:
-        if item.spec.slot in slots:
-            raise LayoutError(
-                f"domain {domain.name} starts with {slots[item.spec.slot].path} in slot {item.spec.slot}, and its "
-                f"definition has {item.spec.path} there",
-                hint="for a saved guest, detach that one from the definition first",
-            )
-    return others
+    taken = {spec.slot for spec in domain.nvdimms}
+    free = sorted({*range(MAX_NVDIMMS)} - taken - {item.spec.slot for item in others})
+    return [
+        replace(item, spec=replace(item.spec, slot=free.pop())) if item.spec.slot in taken else item for item in others
+    ]
+
+
+def _placed(item: Allocation, guest: GuestLayout) -> Allocation:
+    """Return an NVDIMM that the guest does not have now, without its base if the guest has another one there."""
+    at = item.placement
+    overlaps = any(each.base < at.end and at.base < each.end for each in guest.nvdimms)
+    return replace(item, base=None) if overlaps else item
 
 
 def uuid_of(domain: DomainSpec) -> str:

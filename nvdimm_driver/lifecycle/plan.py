@@ -34,7 +34,6 @@ from nvdimm_driver.model import (
     NvdimmSpec,
     Plan,
     Record,
-    Run,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
 from nvdimm_driver.sizes import align_up, human
@@ -180,9 +179,9 @@ class Planner:
 
     def layout_around(self, record: Record, ram: int) -> GuestLayout:
         """Return the layout of a defined domain as it would be with `ram` bytes of RAM."""
-        placements = tuple(item.placement for item in record.allocations)
-        guest = layout.around(ram, placements, address_bits=self.host.address_bits)
-        return self._complete(guest, record.dsm, [item.identity for item in record.allocations if item.identity])
+        items = [item for item in record.started if item.base is not None]
+        guest = layout.around(ram, [item.placement for item in items], address_bits=self.host.address_bits)
+        return self._complete(guest, record.dsm, [item.identity for item in items if item.identity])
 
     def check_ram(self, record: Record, ram: int) -> None:
         """Check that a defined domain could be defined with `ram` bytes of RAM; bases that no user chose may change.
@@ -192,11 +191,23 @@ class Planner:
         requests = [_request(item.spec, item.base or 0, item.spec.base, item.base) for item in record.allocations]
         layout.place(ram, requests, address_bits=self.host.address_bits, gap=self.gap)
 
+    def bases_of_run(self, domain: DomainSpec, identities: Sequence[BackingIdentity]) -> dict[int, int]:
+        """Return, by slot, the bases that the guest of the domain's last run has, as far as its RAM leaves them free.
+
+        That guest may be saved. They go before bases that a definition has chosen since.
+        """
+        last = None if domain.uuid is None else self.ledger.find_run(domain.uuid)
+        pairs = zip(domain.nvdimms, identities, strict=True)
+        had = saved_guest.bases(last, [(spec.slot, spec.visible_size, identity) for spec, identity in pairs])
+        end = layout.around(domain.ram, (), address_bits=self.host.address_bits).highmem_end
+        free = {slot: base for slot, base in had.items() if base >= end + min(self.gap, layout.MIN_GAP)}
+        return {spec.slot: free[spec.slot] for spec in domain.nvdimms if spec.base is None and spec.slot in free}
+
     def _kept_bases(
         self, domain: DomainSpec, locations: Sequence[Location], before: Record | None
     ) -> dict[int, int | None]:
-        last = None if domain.uuid is None else self.ledger.find_run(domain.uuid)
-        return _kept_bases(domain, locations, before, last)
+        had = self.bases_of_run(domain, [location.identity for location in locations])
+        return {**_kept_bases(domain, locations, before), **had}
 
     def _lay_out(
         self,
@@ -342,17 +353,10 @@ def check_distinct(nvdimms: Sequence[NvdimmSpec], same: Callable[[NvdimmSpec, Nv
             )
 
 
-def _kept_bases(
-    domain: DomainSpec, locations: Sequence[Location], before: Record | None, last: Run | None
-) -> dict[int, int | None]:
-    """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same.
-
-    Those that the guest of the last run had go before those of a definition since: it may be saved.
-    """
+def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:
+    """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same."""
     known = {} if before is None else {item.spec.slot: item for item in before.allocations}
-    pairs = zip(domain.nvdimms, locations, strict=True)
-    had = saved_guest.bases(last, domain.ram, [(spec.slot, spec.visible_size, at.identity) for spec, at in pairs])
-    return dict[int, int | None](had) or {
+    return {
         spec.slot: known[spec.slot].base
         for spec, location in zip(domain.nvdimms, locations, strict=True)
         if spec.slot in known

@@ -25,6 +25,8 @@ from nvdimm_driver.state.ownership import identity_at
 
 UNNUMBERED = 1
 """OEM revision of an NFIT as QEMU makes it: the guest was started by a version that gave no numbers."""
+UNCOMPARED = ("path", "backing size")
+"""What may differ: the same bytes may be found at another path, and more behind them."""
 _REMEDY = "put back what differs, or boot the guest anew: virsh managedsave-remove, then virsh start"
 
 
@@ -51,6 +53,7 @@ def describe(plan: Plan) -> str:
                 "label area": spec.label_size,
                 "label server": plan.layout.dsm if spec.label_size else "none",
                 "label address": hex(placement.label_base) if placement in plan.layout.label_areas else "none",
+                "backing size": location.identity.size,
                 **_bytes(location.identity),
             }
         )
@@ -74,19 +77,23 @@ def times_at_end(backings: Sequence[Backing], run: Run) -> str:
     return json.dumps({**json.loads(run.written), **found})
 
 
-def bases(last: Run | None, ram: int, wanted: Sequence[tuple[int, int, BackingIdentity]]) -> dict[int, int]:
-    """Return, by slot, the bases that the guest of the last run has, if it has each of these NVDIMMs and that RAM.
+def bases(last: Run | None, wanted: Sequence[tuple[int, int, BackingIdentity]]) -> dict[int, int]:
+    """Return, by slot, the bases of those of these NVDIMMs that the guest of the last run has.
 
     :param wanted: slot, visible bytes and identity of each.
     """
     had = {} if last is None else {each["slot"]: each for each in _nvdimms(last.nvdimms)}
-    same = all(
-        slot in had and had[slot]["size"] == size and _bytes(identity).items() <= had[slot].items()
+    return {
+        slot: int(had[slot]["base"], 16)
         for slot, size, identity in wanted
-    )
-    if last is None or not same or json.loads(last.nvdimms)["ram"] != ram:
-        return {}
-    return {slot: int(had[slot]["base"], 16) for slot, _, _ in wanted}
+        if slot in had and had[slot]["size"] == size and _bytes(identity).items() <= had[slot].items()
+    }
+
+
+def lowest(run: Run) -> tuple[int, int]:
+    """Return the slot of the guest's NVDIMM with the lowest base, and that base."""
+    base, slot = min((int(each["base"], 16), each["slot"]) for each in _nvdimms(run.nvdimms))
+    return slot, base
 
 
 def paths_of(run: Run) -> dict[str, int]:
@@ -96,24 +103,27 @@ def paths_of(run: Run) -> dict[str, int]:
 
 def has_bytes_of(run: Run, identity: BackingIdentity) -> bool:
     """Return True if the guest of a run may have bytes of a backing."""
-    wanted = _bytes(identity)
-    places = ("namespace",) if not identity.inode else tuple(wanted)
-    return any(all(each[name] == wanted[name] for name in places) for each in _nvdimms(run.nvdimms))
+    return any(_identity(each).shares_bytes(identity) for each in _nvdimms(run.nvdimms))
 
 
-def check_available(last: Run, backings: Sequence[Backing]) -> None:
-    """Check that the NVDIMMs of a run are still there, with the same bytes.
+def check_available(last: Run, backings: Sequence[Backing], dsm: str) -> dict[str, BackingIdentity]:
+    """Check that the NVDIMMs of a run are still there, with the same bytes; return their identities, by path.
 
+    :param dsm: server of the label areas from now on.
     :raises RefusedError: when something differs.
     """
+    found: dict[str, BackingIdentity] = {}
     now = []
     for each in _nvdimms(last.nvdimms):
         identity = identity_at(backings, each["path"])
         if identity is None:
             raise _refused(f"{each['path']} is not there, or is not fit any more")
-        now.append({**each, **_bytes(identity)})
+        found[each["path"]] = identity
+        served = {"label server": dsm} if each["label area"] else {}
+        now.append({**each, **served, **_bytes(identity)})
     nvdimms = json.dumps({"ram": 0, "nvdimms": now})
     check_run(Run(last.number, nvdimms, times(backings, nvdimms)), last if last.number else None)
+    return found
 
 
 def differences(last: Run, plan: Plan) -> str:
@@ -137,7 +147,7 @@ def check(read: Read, tables: Sequence[bytes], begun: Run, last: Run | None) -> 
     _check_places(nfit, prepared)
     number = Header.parse(nfit).oem_revision
     if number != UNNUMBERED or last is not None:
-        check_run(begun, last if last is not None and last.number == number else None)
+        check_run(begun, last if last is not None and last.number == number > UNNUMBERED else None)
     return address, _numbered(nfit, begun.number)
 
 
@@ -193,7 +203,7 @@ def _differences(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Ite
             yield f"the domain has an NVDIMM in slot {slot} now, and the guest has none there"
         else:
             for name, value in has[slot].items():
-                if name != "path" and had[slot].get(name) != value:
+                if name not in UNCOMPARED and had[slot].get(name) != value:
                     yield f"slot {slot}: its {name} is {value}, and the guest knows {had[slot].get(name)}"
 
 
@@ -215,6 +225,17 @@ def _bytes(identity: BackingIdentity) -> dict[str, Any]:
         "inode": identity.inode,
         "inode generation": identity.generation,
     }
+
+
+def _identity(nvdimm: dict[str, Any]) -> BackingIdentity:
+    return BackingIdentity(
+        nvdimm["kind"],
+        nvdimm["namespace"],
+        nvdimm["offset in the namespace"],
+        nvdimm["inode"],
+        nvdimm["inode generation"],
+        nvdimm["backing size"],
+    )
 
 
 def _written_at(backings: Sequence[Backing], path: str) -> int | None:

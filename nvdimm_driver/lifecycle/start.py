@@ -134,7 +134,7 @@ class Starts:
     def _can_open_labels(self, record: Record) -> bool:
         """Return True when another label server could open the domain's label areas now; log why not."""
         try:
-            for item in record.allocations:
+            for item in record.started:
                 if item.spec.label_size and item.identity:
                     backing_of(self.backings, item.spec.path).open_labels(item.spec, item.identity).close()
         except NvdimmError as error:

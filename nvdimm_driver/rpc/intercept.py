@@ -34,7 +34,7 @@ from nvdimm_driver.xml.edit_devices import (
     without_max_memory,
 )
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import emulator_is, extract
+from nvdimm_driver.xml.parse_domain import emulator_is, extract, has_nvdimms
 from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
 
 LOG = logging.getLogger(__name__)
@@ -199,11 +199,10 @@ class Interceptor:
         record: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
         if record is None:
             return (yield from call(procedure, payload))
-        if (yield from has_managed_save(domain)):
-            if not flags & START_FORCE_BOOT:
-                yield self._work(lambda driver: driver.check_restore(uuid))
-        elif not record.allocations:  # it was kept for a saved guest
-            yield self._work(lambda driver: driver.drop_claims(uuid))
+        if not flags & START_FORCE_BOOT and (yield from has_managed_save(domain)):
+            yield self._work(lambda driver: driver.check_restore(uuid))
+        elif not has_nvdimms(self._hooks.restore((yield from self._definition(domain)))):
+            yield self._work(lambda driver: driver.drop_claims(uuid))  # they were kept for a saved guest
         try:
             return (yield from call(procedure, payload))
         except LibvirtError as error:
@@ -231,7 +230,7 @@ class Interceptor:
     def migrate(self, procedure: int, payload: bytes) -> Steps:
         """Refuse to migrate a domain with NVDIMMs."""
         record = yield from self._record(Unpacker(payload).domain())
-        if record is not None and record.allocations:
+        if record is not None and (record.allocations or record.start):
             raise _cannot_migrate(f"domain {record.name}")
         return (yield from call(procedure, payload))
 
@@ -254,7 +253,7 @@ class Interceptor:
         flags = MEMORY_FLAGS[procedure] if procedure in MEMORY_FLAGS else values.uint32()
         values.end()
         record = yield from self._record(domain)
-        if record is None or not record.allocations:
+        if record is None or not (record.allocations or record.start):
             return (yield from call(procedure, payload))
         if flags & MEM_MAXIMUM:
             live = flags & AFFECT_LIVE or (record.start is not None and not flags & AFFECT_CONFIG)

@@ -248,9 +248,9 @@ class Ledger(Database):
 
         return {uuid: Run(*run) for uuid, *run in self._rows("SELECT uuid, number, nvdimms, written FROM run")}
 
-    def spoil_run(self, uuid: str) -> None:
-        """Record that a guest which was saved in the domain's last run can go on no more."""
-        self._write([("UPDATE run SET number = 0 WHERE uuid = ?", (uuid,))])
+    def spoil_run(self, uuid: str, number: int) -> None:
+        """Record that a guest which was saved in this run of the domain, if it is the last one, can go on no more."""
+        self._write([("UPDATE run SET number = 0 WHERE uuid = ? AND number = ?", (uuid, number))])
 
     def find_begun(self, start: Start) -> Run | None:
         """Return the run of a start whose end is not noted yet; None when it has none, or is not the domain's start."""
@@ -292,7 +292,9 @@ class Ledger(Database):
 
         :raises LedgerError: when another process has put the start away.
         """
-        statement = "UPDATE attachment SET state = 'mapping', domid = ?, since = ? WHERE uuid = ? AND domid IS NULL"
+        statement = (
+            "UPDATE attachment SET state = 'mapping', domid = ?, since = ?, ended = 0 WHERE uuid = ? AND domid IS NULL"
+        )
         if not self._write_start([(statement, (domid, int(time.time()), uuid))], guarded=True):
             raise _undone(uuid)
 

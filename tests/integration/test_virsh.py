@@ -449,6 +449,16 @@ def test_a_definition_that_changes_under_the_guest_does_not_cost_its_managed_sav
     assert "more.img" in host.check("dumpxml", "db1")
 
 
+def test_claims_that_were_kept_for_a_saved_guest_go_with_it(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.check("detach-device", "db1", device(host, "db1"), "--config")
+    host.check("managedsave-remove", "db1")
+    assert slots(host) == {"db1.img": 0}
+    host.virsh("start", "db1")  # it fails: the bench has no device model for a domain without NVDIMMs
+    assert host.nvdimmctl("list", "-f", "value").stdout == ""
+
+
 def test_a_boot_that_is_forced_asks_nothing_of_the_managed_save(host: Host) -> None:
     host.check("start", "db1")
     host.check("managedsave", "db1")

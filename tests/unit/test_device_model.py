@@ -313,7 +313,7 @@ def test_a_server_that_no_other_can_follow_is_not_killed(
             assert server.poll() is None
             assert "the pool is mounted elsewhere" in caplog.text
             backing.broken_labels = ""
-            driver.define(domain(A, "/mnt/pmem0/b", label_size=MIB))
+            driver.define(domain(A, label_size=2 * MIB))
             assert [(each.name, renewed) for each, renewed in driver.renew_label_servers()] == [("db1", False)]
             assert server.poll() is None
             driver.define(labelled)

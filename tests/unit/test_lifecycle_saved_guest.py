@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sqlite3
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import AcpiError, InUseError, LayoutError, RefusedError
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import GIB, MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.model import GIB, MIB, BackingIdentity, DomainSpec, NvdimmSpec
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
 A, B, C = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/c"
@@ -177,8 +178,68 @@ def test_an_nvdimm_that_was_attached_since_stays_the_domains(bench: Bench) -> No
     bench.driver().define(domain(A))
     taken = dataclasses.replace(domain(A).nvdimms[0], path=B)
     bench.driver().define(dataclasses.replace(domain(A), nvdimms=(taken,)))
-    with pytest.raises(LayoutError, match=f"starts with {A} in slot 0, and its definition has {B} there"):
-        bench.driver().prepare(domain(A))
+    bench.driver().prepare(domain(A))
+    record = bench.driver().ledger.find_domain(UUID)
+    assert record is not None
+    assert {item.spec.path: item.spec.slot for item in record.allocations} == {A: 0, B: 255}, "out of the way, and kept"
+    assert [item.spec.path for item in record.started] == [A]
+
+
+def test_bases_that_a_definition_has_chosen_since(bench: Bench) -> None:
+    """They come after those that the saved guest knows, also when the definition has one more NVDIMM by now."""
+    bench.driver().define(domain(A, B))
+    bench.start()
+    bench.driver().define(domain(A, B, ram=200 * GIB))
+    bench.driver().define(domain(A, B, C))
+    image = bench.save()
+    bench.driver().check_restore(UUID)
+    bench.restore(image, domain(A, B))
+    assert bench.bases().items() >= bench.had.items()
+    bench.end()
+    bench.driver().define(domain(A, B, ram=200 * GIB))
+    moved = bench.bases()
+    bench.driver().define(domain(A, B, ram=200 * GIB))
+    assert bench.bases() == moved
+
+
+def test_another_partition_of_the_same_namespace_spoils_nothing(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    bench.save()
+    driver = bench.driver()
+    run = driver.ledger.find_run(UUID)
+    assert run is not None
+    device = BackingIdentity("pmem", "ns-9", 0, 0, 0, 64 * MIB)
+    raw = json.loads(run.nvdimms)
+    raw["nvdimms"][0] |= saved_guest._bytes(device)
+    run = run._replace(nvdimms=json.dumps(raw))
+    assert saved_guest.has_bytes_of(run, dataclasses.replace(device, start=32 * MIB))
+    assert not saved_guest.has_bytes_of(run, dataclasses.replace(device, start=64 * MIB))
+
+
+def test_a_label_server_serves_what_the_guest_has(tmp_path: Path) -> None:
+    """An NVDIMM that was attached since the save may become another domain's while the guest runs."""
+    bench = Bench(tmp_path, dsm="none")
+    bench.driver().define(domain(A, label_size=MIB))
+    bench.start()
+    image = bench.save()
+    bench.driver().define(domain(A, B, label_size=MIB))
+    bench.restore(image, domain(A, label_size=MIB))
+    record = bench.driver().ledger.find_domain(UUID)
+    assert record is not None
+    assert {item.spec.path for item in record.allocations} == {A, B}
+    assert [item.spec.path for item in record.started] == [A]
+
+
+def test_live_ram_is_checked_against_what_the_guest_has(bench: Bench) -> None:
+    bench.driver().define(domain(A))
+    bench.start()
+    bench.driver().define(domain(A, ram=200 * GIB))
+    with pytest.raises(LayoutError, match="its NVDIMM in slot 0 is at 0x1100000000"):
+        bench.driver().check_running_ram(UUID, 150 * GIB)
+    bench.driver().drop_claims(UUID)
+    with pytest.raises(LayoutError, match="its NVDIMM in slot 0 is at 0x1100000000"):
+        bench.driver().check_running_ram(UUID, 150 * GIB)
 
 
 def test_another_guest_that_had_the_nvdimm_meanwhile(bench: Bench) -> None:

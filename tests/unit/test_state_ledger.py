@@ -78,7 +78,9 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     ledger.end_start(record.start)
     assert ledger.frames_of_others(OTHER_UUID) == []
     assert ledger.find_run(UUID) == RUN._replace(written="then")
-    ledger.spoil_run(UUID)
+    ledger.spoil_run(UUID, 6)
+    assert ledger.find_run(UUID) == RUN._replace(written="then")
+    ledger.spoil_run(UUID, 5)
     assert ledger.runs() == {UUID: RUN._replace(number=0, written="then")}
 
 
