@@ -206,13 +206,15 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises LayoutError: when it reaches the NVDIMMs, which keep their places until the next start.
         """
         record = self.ledger.find_domain(uuid)
-        if record is None or not (record.allocations or record.start):
+        if record is None:
             return
         guest, last = self.planner.layout_around(record, ram), self.ledger.find_run(uuid)
+        places = [(each.base, each.slot) for each in guest.nvdimms]
         if last is not None and record.start is not None:  # the definition may have changed since the start
-            slot, base = saved_guest.lowest(last)
-        else:
-            slot, base = min(((each.slot, each.base) for each in guest.nvdimms), key=lambda pair: pair[1])
+            places = saved_guest.places(last)
+        if not places:  # a version that numbered no runs has started it, and it was redefined without NVDIMMs
+            return
+        base, slot = min(places)
         if guest.highmem_end > base:
             raise LayoutError(
                 f"domain {record.name} runs: RAM of {human(ram)} reaches up to {guest.highmem_end:#x}, and its NVDIMM "
@@ -239,8 +241,8 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises NvdimmError: the reason is in the ledger, too; nothing stays frozen.
         """
         uuid = uuid_of(domain)
-        domain = self.definitions.keep_slots(domain)
         try:
+            domain = self.definitions.keep_slots(domain)
             self.reconcile()
             self.serve_labels()
             self.starts.require_ended(uuid)

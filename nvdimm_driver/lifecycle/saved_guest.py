@@ -90,10 +90,9 @@ def bases(last: Run | None, wanted: Sequence[tuple[int, int, BackingIdentity]]) 
     }
 
 
-def lowest(run: Run) -> tuple[int, int]:
-    """Return the slot of the guest's NVDIMM with the lowest base, and that base."""
-    base, slot = min((int(each["base"], 16), each["slot"]) for each in _nvdimms(run.nvdimms))
-    return slot, base
+def places(run: Run) -> list[tuple[int, int]]:
+    """Return base and slot of each NVDIMM that the guest of a run has."""
+    return [(int(each["base"], 16), each["slot"]) for each in _nvdimms(run.nvdimms)]
 
 
 def paths_of(run: Run) -> dict[str, int]:

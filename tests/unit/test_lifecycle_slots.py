@@ -84,6 +84,16 @@ def test_a_slot_that_another_one_keeps_is_refused(driver: XenNvdimmDriver) -> No
     assert slots(driver) == {A: 0}
 
 
+def test_a_start_that_is_refused_for_a_slot_is_recorded(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    driver.define(unplaced(A))
+    backing.files[B] = (101, 64 * MIB)
+    with pytest.raises(LayoutError, match="slot 0 is taken"):
+        driver.prepare(unplaced(A, B, given={B: 0}))
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    assert "slot 0 is taken" in record.fault
+
+
 def test_the_user_may_exchange_slots(driver: XenNvdimmDriver) -> None:
     driver.define(unplaced(A, B))
     driver.define(unplaced(A, B, given={A: 1, B: 0}))
