@@ -41,7 +41,7 @@ def numbered(tables: Sequence[bytes], number: int) -> tuple[bytes, ...]:
 
 
 def describe(plan: Plan) -> str:
-    """Return what the guest of a plan has, as JSON: its RAM in bytes, and its NVDIMMs with their bytes and places."""
+    """Return what the guest of a plan has, as JSON: its NVDIMMs, with their bytes and places."""
     nvdimms = []
     for spec, placement, location in zip(plan.domain.nvdimms, plan.layout.nvdimms, plan.locations, strict=True):
         nvdimms.append(
@@ -57,7 +57,7 @@ def describe(plan: Plan) -> str:
                 **_bytes(location.identity),
             }
         )
-    return json.dumps({"ram": plan.layout.ram, "nvdimms": nvdimms})
+    return json.dumps(nvdimms)
 
 
 def times(backings: Sequence[Backing], nvdimms: str) -> str:
@@ -120,7 +120,7 @@ def check_available(last: Run, backings: Sequence[Backing], dsm: str) -> dict[st
         found[each["path"]] = identity
         served = {"label server": dsm} if each["label area"] else {}
         now.append({**each, **served, **_bytes(identity)})
-    nvdimms = json.dumps({"ram": 0, "nvdimms": now})
+    nvdimms = json.dumps(now)
     check_run(Run(last.number, nvdimms, times(backings, nvdimms)), last if last.number else None)
     return found
 
@@ -211,7 +211,7 @@ def _numbered(table: bytes, number: int) -> bytes:
 
 
 def _nvdimms(description: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(description)["nvdimms"]
+    found: list[dict[str, Any]] = json.loads(description)
     return found
 
 

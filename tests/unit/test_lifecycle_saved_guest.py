@@ -211,7 +211,7 @@ def test_another_partition_of_the_same_namespace_spoils_nothing(bench: Bench) ->
     assert run is not None
     device = BackingIdentity("pmem", "ns-9", 0, 0, 0, 64 * MIB)
     raw = json.loads(run.nvdimms)
-    raw["nvdimms"][0] |= saved_guest._bytes(device)
+    raw[0] |= saved_guest._bytes(device)
     run = run._replace(nvdimms=json.dumps(raw))
     assert saved_guest.has_bytes_of(run, dataclasses.replace(device, start=32 * MIB))
     assert not saved_guest.has_bytes_of(run, dataclasses.replace(device, start=64 * MIB))
