@@ -191,4 +191,4 @@ def _gauge(
 def _state(record: Record, item: Allocation) -> str:
     if not item.ready:
         return "provisioning"
-    return "free" if record.start is None else record.start.state
+    return record.start.state if record.start and item in record.started else "free"

@@ -46,7 +46,8 @@ PERSISTENCE_DOMAINS = ("", "memory_controller", "cpu_cache")
 class NvdimmSpec:
     """One ``<memory model='nvdimm'>`` that the user asked for.
 
-    :ivar slot: DIMM slot; the user's, or the lowest free one in document order.
+    :ivar slot: DIMM slot; the user's, or the lowest free one in document order. In the ledger, a multiple of 256 more
+        while the NVDIMM is :attr:`set_aside`.
     :ivar path: absolute path of the backing file or device.
     :ivar size: bytes, including the label area, a multiple of 2 MiB (libvirt rounds up to it for QEMU).
     :ivar label_size: bytes of the label storage area, at the end of ``size``; 0 without labels.
@@ -103,6 +104,16 @@ class NvdimmSpec:
         """Bytes that the guest sees as persistent memory: exactly as many as QEMU shows for the same XML."""
         align = self.alignsize or PAGE
         return (self.size - self.label_size) // align * align
+
+    @property
+    def own_slot(self) -> int:
+        """The slot that guests know it by."""
+        return self.slot % MAX_NVDIMMS
+
+    @property
+    def set_aside(self) -> bool:
+        """Return True while another NVDIMM of the domain, one of a restored guest, has its slot."""
+        return self.slot != self.own_slot
 
     @property
     def label_gap(self) -> int:
@@ -501,9 +512,9 @@ class Record:
 
     @property
     def started(self) -> tuple[Allocation, ...]:
-        """The NVDIMMs that its start has, as they are defined now; those it has in the ledger while it has no start."""
+        """The NVDIMMs that its start has, as they are defined now; those that one would have while it has no start."""
         if self.start is None:
-            return self.allocations
+            return tuple(item for item in self.allocations if not item.spec.set_aside)
         return tuple(item for item in self.allocations if item.spec.path in self.start.paths)
 
     @property

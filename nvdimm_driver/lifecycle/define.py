@@ -15,7 +15,6 @@ from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept
 from nvdimm_driver.model import (
-    MAX_NVDIMMS,
     Allocation,
     DomainSpec,
     GuestLayout,
@@ -79,11 +78,11 @@ class Definitions:
             identity = ownership.identity_at(self.backings, path)
             for item in items:
                 if identity is not None and item.identity == identity:
-                    paths.setdefault(item.spec.slot, path)
+                    paths.setdefault(item.spec.own_slot, path)
         for path in sorted(domain.unplaced - {*paths.values()}):
             for item in items:
                 if os.path.realpath(item.spec.path) == os.path.realpath(path):
-                    paths.setdefault(item.spec.slot, path)
+                    paths.setdefault(item.spec.own_slot, path)
         kept = {path: slot for slot, path in paths.items()}
         return replace(domain, nvdimms=slots.assign(domain, kept), unplaced=frozenset())
 
@@ -161,11 +160,25 @@ class Definitions:
                     f"domain {domain.name}: {spec.path} is not provisioned: {human(intake.writes)} still to be written",
                     hint="define the domain with virsh, through nvdimmd",
                 )
-        self.define(domain, kept=_others(domain, record))
+        self.define(domain, kept=self._others(domain, record))
         adopted = self.ledger.find_domain(uuid)
         if adopted is None:
             raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
         return adopted
+
+    def _others(self, domain: DomainSpec, record: Record | None) -> list[Allocation]:
+        """Return the domain's NVDIMMs in the ledger that are not in its XML, by any path.
+
+        One whose slot the XML has for another is set aside until a definition or a start has it again.
+        """
+        wanted = {os.path.realpath(spec.path) for spec in domain.nvdimms}
+        identities = [ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms]
+        others = [
+            item
+            for item in (record.allocations if record else ())
+            if os.path.realpath(item.spec.path) not in wanted and not (item.identity and item.identity in identities)
+        ]
+        return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
 
     def _is_settled(self, domain: DomainSpec, record: Record) -> bool:
         """Return True if the ledger has all NVDIMMs of the domain as they are to be started."""
@@ -249,23 +262,13 @@ class Definitions:
             self.ledger.store(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
 
 
-def _others(domain: DomainSpec, record: Record | None) -> list[Allocation]:
-    """Return the domain's NVDIMMs in the ledger that are not in its XML, in other slots than those of its XML.
-
-    One whose slot the XML has for another is in the highest free slot until the next define or start.
-    """
-    wanted = {os.path.realpath(spec.path) for spec in domain.nvdimms}
-    items = record.allocations if record else ()
-    others = [item for item in items if os.path.realpath(item.spec.path) not in wanted]
-    taken = {spec.slot for spec in domain.nvdimms}
-    free = sorted({*range(MAX_NVDIMMS)} - taken - {item.spec.slot for item in others})
-    return [
-        replace(item, spec=replace(item.spec, slot=free.pop())) if item.spec.slot in taken else item for item in others
-    ]
-
-
 def _placed(item: Allocation, guest: GuestLayout) -> Allocation:
-    """Return an NVDIMM that the guest does not have now, without its base if the guest has another one there."""
+    """Return an NVDIMM that the guest does not have now, without its base if the guest has another one there.
+
+    One that is set aside cannot be in a guest together with the others, and keeps its base.
+    """
+    if item.spec.set_aside:
+        return item
     at = item.placement
     overlaps = any(each.base < at.end and at.base < each.end for each in guest.nvdimms)
     return replace(item, base=None) if overlaps else item

@@ -153,12 +153,12 @@ class Planner:
     def find_misplaced_labels(self, spec: NvdimmSpec) -> str:
         """Return why a guest would find no namespaces on an NVDIMM that has labels; empty when it would, or may."""
         slots = self._slots_of_labels(spec)
-        if slots is None or spec.slot in slots:
+        if slots is None or spec.own_slot in slots:
             return ""
         made = "in slot " + " or ".join(map(str, sorted(slots))) if slots else "on another make of NVDIMM"
         return (
-            f"its labels were made {made}, and in slot {spec.slot} the guest finds none of its namespaces: do not make "
-            "new ones there, they would overwrite the data"
+            f"its labels were made {made}, and in slot {spec.own_slot} the guest finds none of its namespaces: do not "
+            "make new ones there, they would overwrite the data"
         )
 
     def find_slot_of_labels(self, spec: NvdimmSpec) -> int | None:
@@ -188,7 +188,8 @@ class Planner:
 
         :raises LayoutError: when its NVDIMMs do not fit.
         """
-        requests = [_request(item.spec, item.base or 0, item.spec.base, item.base) for item in record.allocations]
+        items = [item for item in record.allocations if not item.spec.set_aside]
+        requests = [_request(item.spec, item.base or 0, item.spec.base, item.base) for item in items]
         layout.place(ram, requests, address_bits=self.host.address_bits, gap=self.gap)
 
     def bases_of_run(self, domain: DomainSpec, identities: Sequence[BackingIdentity]) -> dict[int, int]:
@@ -355,14 +356,13 @@ def check_distinct(nvdimms: Sequence[NvdimmSpec], same: Callable[[NvdimmSpec, Nv
 
 def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:
     """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same."""
-    known = {} if before is None else {item.spec.slot: item for item in before.allocations}
-    return {
-        spec.slot: known[spec.slot].base
+    items = () if before is None else before.allocations
+    known = {(item.spec.own_slot, item.spec.visible_size, item.identity): item.base for item in items}
+    wanted = {
+        spec.slot: (spec.slot, spec.visible_size, location.identity)
         for spec, location in zip(domain.nvdimms, locations, strict=True)
-        if spec.slot in known
-        and known[spec.slot].identity == location.identity
-        and known[spec.slot].spec.visible_size == spec.visible_size
     }
+    return {slot: known[key] for slot, key in wanted.items() if key in known}
 
 
 def _wanted_bases(domain: DomainSpec) -> dict[int, int | None]:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 
 from nvdimm_driver.errors import LayoutError
-from nvdimm_driver.model import MAX_NVDIMMS, DomainSpec, NvdimmSpec
+from nvdimm_driver.model import MAX_NVDIMMS, Allocation, DomainSpec, NvdimmSpec
 
 
 def assign(domain: DomainSpec, kept: Mapping[str, int]) -> tuple[NvdimmSpec, ...]:
@@ -31,3 +32,19 @@ def assign(domain: DomainSpec, kept: Mapping[str, int]) -> tuple[NvdimmSpec, ...
         for spec in domain.nvdimms
     ]
     return tuple(sorted(placed, key=lambda spec: spec.slot))
+
+
+def set_aside(items: Sequence[Allocation], taken: Collection[int]) -> list[Allocation]:
+    """Return NVDIMMs that a domain has besides those of its guest, with numbers that tell the slots that they had.
+
+    :param taken: slots of the guest. Where one has the slot of an item, the item's number is a multiple of 256 more.
+    """
+    numbers = {*taken, *(item.spec.slot for item in items)}
+    moved = []
+    for item in items:
+        number = item.spec.slot
+        if number in taken:
+            number = next(each for each in count(number, MAX_NVDIMMS) if each not in numbers)
+            numbers.add(number)
+        moved.append(replace(item, spec=replace(item.spec, slot=number)))
+    return moved

@@ -3,14 +3,19 @@ from __future__ import annotations
 
 import dataclasses
 import sqlite3
+from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import LayoutError
 from nvdimm_driver.lifecycle.slots import assign
-from nvdimm_driver.model import MIB, DomainSpec
+from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.schema import SCHEMAS
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
@@ -35,6 +40,18 @@ def slots(driver: XenNvdimmDriver) -> dict[str, int]:
     record = driver.ledger.find_domain(UUID)
     assert record is not None
     return {item.spec.path: item.spec.slot for item in record.allocations}
+
+
+def placed(driver: XenNvdimmDriver) -> dict[str, tuple[int, int | None]]:
+    """Return slot and base of each NVDIMM in the ledger, by path."""
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    return {item.spec.path: (item.spec.slot, item.base) for item in record.allocations}
+
+
+def before_base(driver: XenNvdimmDriver) -> int | None:
+    """Return the base of the domain's first NVDIMM."""
+    return next(iter(placed(driver).values()))[1]
 
 
 @pytest.fixture
@@ -145,3 +162,123 @@ def test_a_ledger_of_the_version_before_keeps_slots_bases_and_sizes(tmp_path: Pa
         item = next(each for each in record.allocations if each.spec.path == B)
         assert (item.spec.slot, item.spec.size, item.base) == (1, 64 * MIB, 0x1104000000)
     assert slots(driver) == {C: 0, B: 1}
+
+
+def test_the_slot_comes_back_after_a_restore_of_another_nvdimm_in_it(driver: XenNvdimmDriver) -> None:
+    """The definition, made by an earlier version, has no addresses; the saved image has another NVDIMM in slot 0."""
+    driver.define(unplaced(A))
+    driver.define(unplaced(B, C))
+    before = placed(driver)
+    assert slots(driver) == {B: 0, C: 1}
+    for _ in range(2):
+        driver.prepare(unplaced(A))
+        driver.release(UUID)
+        assert slots(driver) == {A: 0, B: 256, C: 1}
+        driver.prepare(unplaced(B, C))
+        driver.release(UUID)
+        assert placed(driver).items() >= before.items()
+        assert slots(driver) == {A: 256, B: 0, C: 1}
+    driver.define(unplaced(B, C))
+    assert placed(driver) == before
+
+
+class Copying(MemoryBacking):
+    """Keeps the ledger as it is whenever a backing is provisioned or marked, and so as a kill would leave it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.copies: list[Path] = []
+        self.numbers = count()
+
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        self._copy()
+        return super().provision(spec, progress)
+
+    def mark(self, path: str, owner: bytes | None) -> None:
+        self._copy()
+        super().mark(path, owner)
+
+    def _copy(self) -> None:
+        self.copies.append(self.folder / f"copy-{next(self.numbers)}")
+        self.copies[-1].mkdir()
+        source = sqlite3.connect(self.folder / "ledger.sqlite")
+        with closing(source), closing(sqlite3.connect(self.copies[-1] / "ledger.sqlite")) as target:
+            source.backup(target)
+
+
+def test_a_slot_comes_back_after_a_kill(tmp_path: Path) -> None:
+    """While the restored guest's NVDIMM is provisioned, and before it is marked."""
+    backing = Copying(tmp_path)
+    driver = make_driver(tmp_path, backing, RecordingMapper())
+    driver.define(unplaced(A))
+    driver.define(unplaced(B))
+    before = placed(driver)
+    backing.copies.clear()
+    driver.prepare(unplaced(A))
+    driver.release(UUID)
+    copies = [*backing.copies]
+    assert len(copies) == 3, "provision A, mark A and B"
+    for folder in copies:
+        after = make_driver(folder, backing, RecordingMapper())
+        assert slots(after) == {A: 0, B: 256}
+        after.prepare(unplaced(B))
+        assert placed(after).items() >= before.items()
+
+
+def test_a_slot_comes_back_after_the_ledger_was_made_anew(tmp_path: Path, backing: MemoryBacking) -> None:
+    """From the marks, which also have the numbers of NVDIMMs that are set aside."""
+    pools = Pools([Pool("main", "memory", ("/mnt/pmem0",), None, MIB, 0, False)])
+    first = make_driver(tmp_path, backing, RecordingMapper(), pools=pools)
+    first.define(unplaced(A))
+    first.define(unplaced(B))
+    before = placed(first)
+    first.prepare(unplaced(A))
+    first.release(UUID)
+    (tmp_path / "new").mkdir()
+    driver = make_driver(tmp_path / "new", backing, RecordingMapper(), pools=pools)
+    for finding in look(driver):
+        assert finding.mend
+        finding.mend()
+    assert look(driver) == []
+    assert slots(driver) == {A: 0, B: 256}
+    driver.prepare(unplaced(B))
+    assert placed(driver).items() >= before.items()
+
+
+def test_what_is_set_aside_is_in_no_guest(driver: XenNvdimmDriver) -> None:
+    driver.define(unplaced(A))
+    fixed = dataclasses.replace(unplaced(B).nvdimms[0], base=before_base(driver))
+    driver.define(dataclasses.replace(unplaced(B), nvdimms=(fixed,)))
+    driver.prepare(unplaced(A))
+    driver.release(UUID)
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    assert [item.spec.path for item in record.started] == [A]
+    assert driver.build_tables(record).tables
+    driver.check_ram(UUID, 1024 * MIB)
+    driver.prepare_known(UUID)
+    assert [item.spec.path for item in record.allocations] == [A, B]
+
+
+def test_several_that_are_set_aside_from_one_slot(driver: XenNvdimmDriver) -> None:
+    for path in (A, B, C):
+        driver.define(unplaced(path))
+        driver.forget(UUID)
+    driver.define(unplaced(A))
+    driver.prepare(unplaced(B))
+    driver.release(UUID)
+    driver.prepare(unplaced(C))
+    driver.release(UUID)
+    assert slots(driver) == {A: 256, B: 512, C: 0}
+    driver.prepare(unplaced(B))
+    assert slots(driver) == {A: 256, B: 0, C: 512}
+
+
+def test_a_renamed_nvdimm_of_a_restored_guest_is_not_set_aside_from_itself(
+    driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    driver.define(unplaced(A))
+    backing.files[B] = backing.files.pop(A)
+    driver.prepare(unplaced(B, given={B: 0}))
+    assert slots(driver) == {B: 0}

@@ -73,7 +73,7 @@ def state(record: Record, item: Allocation) -> str:
     """Return the state of an NVDIMM, as the column State has it."""
     if not item.ready:
         return f"provisioning {item.written}%"
-    return "free" if record.start is None else record.start.state
+    return record.start.state if record.start and item in record.started else "free"
 
 
 def advice(visible: int) -> Iterator[str]:
