@@ -32,7 +32,30 @@ class Nvdimmctl(App):
         self.conf: cfg.ConfigOpts
 
     def build_option_parser(self, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
-        parser = super().build_option_parser(*args, **kwargs)
+        """Return the parser of the options of all commands.
+
+        Cliff's own has ``--log-file``, with which somebody who may run one command as root could write any file, and
+        takes abbreviations.
+        """
+        del kwargs
+        parser = argparse.ArgumentParser(description=args[0], add_help=False, allow_abbrev=False)
+        parser.set_defaults(log_file=None, debug=False)  # cliff asks for them
+        parser.add_argument("--version", action="version", version=f"nvdimmctl {args[1]}")
+        verbosity = parser.add_mutually_exclusive_group()
+        verbosity.add_argument(
+            "-v",
+            "--verbose",
+            action="count",
+            dest="verbose_level",
+            default=self.DEFAULT_VERBOSE_LEVEL,
+            help="Log each step to standard error.",
+        )
+        verbosity.add_argument(
+            "-q", "--quiet", action="store_const", dest="verbose_level", const=0, help="Log only warnings and errors."
+        )
+        parser.add_argument(
+            "-h", "--help", action="store_true", dest="deferred_help", help="Print help, also that of a command."
+        )
         parser.add_argument(
             "--config-file",
             action="append",

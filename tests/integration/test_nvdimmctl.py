@@ -120,3 +120,17 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 def test_a_domain_without_nvdimms_has_no_plan() -> None:
     done = nvdimmctl("plan", "-", "--host", HOST, text="<domain type='xen'><name>a</name></domain>", status=1)
     assert "not a Xen domain with NVDIMMs" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--log-file={}", "--log-f={}", "--debug"])
+@pytest.mark.parametrize("command", ["plan", "host", "nova inventory --pmem-namespaces"])
+def test_no_option_writes_a_file(tmp_path: Path, command: str, option: str) -> None:
+    """Whoever may run one command as root could write any file with cliff's own ``--log-file``."""
+    file = tmp_path / "file"
+    done = nvdimmctl(*command.split(), option.format(file), status=2)
+    assert "usage: nvdimmctl" in done.stderr
+    assert not file.exists()
+
+
+def test_no_option_is_abbreviated(tmp_path: Path) -> None:
+    assert "usage: nvdimmctl" in nvdimmctl("list", f"--config={tmp_path}", status=2).stderr

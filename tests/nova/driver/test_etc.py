@@ -29,6 +29,34 @@ FILTERS = ETC / "rootwrap.d"
 ROOTWRAP = "[DEFAULT]\nfilters_path = {filters}\nexec_dirs = {bin}\nuse_syslog = False\n"
 
 
+HOSTILE = [
+    "--log-file=/etc/nologin",
+    "--log-f=/etc/nologin",
+    "--config-file=/tmp/conf",
+    "--config=/tmp/conf",
+    "--debug",
+    "--verbose",
+    "-v",
+    "-h",
+    "--",
+    "-",
+    "/etc/shadow",
+    "../../etc/shadow",
+    "''",
+]
+"""Arguments with which a program that runs as root could be made to read or write another file."""
+ALLOWED = [
+    "nova inventory --pmem-namespaces '6GB:ns0|ns1,16GB:main/ns2' -f json",
+    f"wipe --yes --progress {UUID}",
+    f"release --yes {UUID}",
+]
+
+
+def ends(line: str) -> list[int]:
+    """Return where the words of a line end."""
+    return [at for at in range(1, len(line) + 1) if not line[at - 1].isspace() and line[at : at + 1].strip() == ""]
+
+
 def allowed(*words: str) -> bool:
     try:
         return wrapper.match_filter(wrapper.load_filters([str(FILTERS)]), list(words), ["/bin"]) is not None
@@ -36,16 +64,9 @@ def allowed(*words: str) -> bool:
         return isinstance(error, wrapper.FilterMatchNotExecutable)  # there is no nvdimmctl in /bin
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "nvdimmctl nova inventory --pmem-namespaces '6GB:ns0|ns1,16GB:main/ns2' -f json",
-        f"nvdimmctl wipe --yes --progress {UUID}",
-        f"nvdimmctl release --yes {UUID}",
-    ],
-)
+@pytest.mark.parametrize("line", ALLOWED)
 def test_what_the_driver_runs_is_allowed(line: str) -> None:
-    assert allowed(*shlex.split(line))
+    assert allowed("nvdimmctl", *shlex.split(line))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +81,25 @@ def test_what_the_driver_runs_is_allowed(line: str) -> None:
         "nvdimmctl export db1 /tmp/x",
         "nvdimmctl nova inventory --nova-config /etc/shadow -f json",
         f"/tmp/nvdimmctl/x release --yes {UUID}",
+        *(f"nvdimmctl nova inventory --pmem-namespaces {each} -f json" for each in HOSTILE),
+        *(
+            f"nvdimmctl {line}"
+            for each in HOSTILE
+            for line in (f"wipe --yes --progress {each}", f"release --yes {each}")
+        ),
+        *(f"nvdimmctl {line} {each}" for each in HOSTILE for line in ALLOWED),
+        *(f"nvdimmctl {each} {line}" for each in HOSTILE for line in ALLOWED),
+        *(line[:end] + "'\n'" + line[end:] for line in map("nvdimmctl {}".format, ALLOWED) for end in ends(line)),
+        f"nvdimmctl release --yes 'x\n{UUID}'",
+        f"nvdimmctl release --yes {UUID[:-1]}",
+        "nvdimmctl nova inventory --pmem-namespaces '6GB:ns0\n' -f json",
+        "nvdimmctl nova inventory --pmem-namespaces '6GB:ns0 --log-file=/etc/nologin' -f json",
+        "nvdimmctl nova inventory --pmem-namespaces 6GB:ns0 -f shell",
+        "nvdimmctl nova inventory --pmem-namespaces 6GB:ns0 --format json",
+        "nvdimmctl help release",
+        "nvdimmctl complete",
+        "nvdimmctl",
+        "",
     ],
 )
 def test_nothing_else_is(line: str) -> None:
