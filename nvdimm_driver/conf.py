@@ -139,6 +139,13 @@ POOL_OPTS = [
 ]
 POOL_PREFIX = "pool:"
 """The names of the pools' sections begin with it."""
+EMULATORS = (
+    "/usr/libexec/xen-qemu-system-i386",  # Debian: qemu-system-xen
+    "/usr/lib/xen/bin/qemu-system-i386",  # Xen's own build
+    "/usr/bin/qemu-system-i386",
+    "/usr/bin/qemu-system-x86_64",
+)
+"""The QEMUs of distributions."""
 XEN_OPTS = [
     cfg.StrOpt(
         "device_model",
@@ -151,6 +158,12 @@ XEN_OPTS = [
         default="/usr/libexec/xen-qemu-system-i386",
         help="The QEMU that the device model becomes, unless the domain names its own emulator. A change applies from "
         "a guest's next start.",
+    ),
+    cfg.ListOpt(
+        "emulators",
+        default=list(EMULATORS),
+        help="QEMUs that a domain may name as its <emulator>, apart from 'qemu'. They run as root, so any other is "
+        "refused, and so is a file that somebody else than root can change. The path counts as it is written.",
     ),
     cfg.StrOpt(
         "mapper",
@@ -396,6 +409,11 @@ def _check_values(conf: cfg.ConfigOpts) -> None:
             f"configuration: [acpi] dsm is qemu and [acpi] builder is {conf.acpi.builder}",
             hint="dsm=qemu needs the tables of builder=qemu; use dsm=aml with others",
         )
+    for path in conf.xen.emulators:
+        if not os.path.isabs(path):
+            raise ConfigError(
+                f"configuration: [xen] emulators: {path} is not an absolute path", hint="write the whole path"
+            )
     if conf.metrics.textfile and not os.path.isabs(conf.metrics.textfile):
         raise ConfigError(
             f"configuration: [metrics] textfile: {conf.metrics.textfile} is not an absolute path",

@@ -27,6 +27,7 @@ from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle.define import Definitions, uuid_of
+from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.plan import HostFacts, Planner
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import (
@@ -83,7 +84,7 @@ def driver_class(conf: cfg.ConfigOpts) -> type[XenNvdimmDriver]:
 class XenNvdimmDriver(plugins.Plugin):
     """NVDIMMs of Xen domains, from definition to release.
 
-    :param qemu: program that a domain's device model becomes, unless the domain names its own emulator.
+    :param emulators: programs that a domain's device model may become.
     :param gap: bytes of guest-physical space to keep free above the RAM.
     :param dsm: default for domains that do not specify who serves label areas: one of :data:`.model.DSM`.
     :param pools: pools that domains may have their backings in.
@@ -98,7 +99,7 @@ class XenNvdimmDriver(plugins.Plugin):
         acpi: AcpiBuilder,
         mapper: Mapper,
         host: HostFacts,
-        qemu: str,
+        emulators: Emulators,
         gap: int,
         dsm: str,
         pools: Pools,
@@ -107,7 +108,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.state_dir = state_dir
         self.backings = backings
         self.acpi = acpi
-        self.qemu = qemu
+        self.emulators = emulators
         self.pools = pools
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.definitions = Definitions(ledger, backings, self.planner, pools)
@@ -132,7 +133,7 @@ class XenNvdimmDriver(plugins.Plugin):
             acpi=plugin_loader.load("nvdimm_driver.acpi_builders", conf.acpi.builder, conf),
             mapper=plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf),
             host=HostFacts(physical_address_bits(), bad_ranges),
-            qemu=conf.xen.qemu,
+            emulators=Emulators.from_conf(conf),
             gap=conf.layout.gap_gib * GIB,
             dsm=conf.acpi.dsm,
             pools=Pools(configured_pools(conf), any_path=conf.allow_any_path),
@@ -146,6 +147,7 @@ class XenNvdimmDriver(plugins.Plugin):
 
         :raises NvdimmError: any error that a define or start would raise.
         """
+        self.emulators.check(domain)
         return self.definitions.plan(domain)
 
     def check(self, domain: DomainSpec) -> Plan:
@@ -242,13 +244,14 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         uuid = uuid_of(domain)
         try:
+            qemu = self.emulators.choose(domain)
             domain = self.definitions.keep_slots(domain)
             self.reconcile()
             self.serve_labels()
             self.starts.require_ended(uuid)
             record = self.definitions.adopt(domain)
             self.definitions.check_marks(domain)
-            plan = self._prepare(record, domain)
+            plan = self._prepare(record, domain, qemu)
         except NvdimmError as error:
             self.ledger.record_failure(uuid, error)
             raise
@@ -388,7 +391,7 @@ class XenNvdimmDriver(plugins.Plugin):
         nvdimms = tuple(item.spec for item in record.allocations if not item.spec.set_aside)
         self.prepare(DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm))
 
-    def _prepare(self, record: Record, domain: DomainSpec) -> Plan:
+    def _prepare(self, record: Record, domain: DomainSpec, qemu: str) -> Plan:
         """Freeze the domain's backings and prepare its start. A failure here thaws them; an earlier one must not."""
         paths = [spec.path for spec in domain.nvdimms]
         start = self.starts.freeze(record.uuid, paths)
@@ -400,7 +403,7 @@ class XenNvdimmDriver(plugins.Plugin):
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
             self.ledger.finish_preparing(
                 record.uuid,
-                domain.emulator or self.qemu,
+                qemu,
                 guest_frames,
                 plan.mappings,
                 plan.areas,

@@ -18,6 +18,7 @@ from nvdimm_driver.doctor.finding import Finding, could_not, passed, warned
 from nvdimm_driver.driver import driver_class
 from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
+from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.nova.conf import read as read_nova_conf
 from nvdimm_driver.nova.pmem_namespaces import Configured, Inventory, NovaNamespace
 from nvdimm_driver.plugins import AcpiBuilder
@@ -65,6 +66,7 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     started = daemon.started if daemon else None
     yield "hook, libvirt", lambda: programs.check_hook_known(installed.hook.path, started)
     yield "libvirt", lambda: _libvirt(conf)
+    yield "emulators", lambda: _emulators(conf)
     yield "nvdimmd", lambda: libvirt.check_nvdimmd(conf.rpc.socket, conf.xen.device_model)
     yield "nvdimmd, boot", lambda: libvirt.check_service(installed.enabled)
     yield "AppArmor", lambda: confinement.check_apparmor(daemon, conf.xen.device_model)
@@ -105,8 +107,16 @@ def _builder(conf: cfg.ConfigOpts) -> AcpiBuilder:
 
 
 def _libvirt(conf: cfg.ConfigOpts) -> Iterator[Finding]:
-    direct = conf.rpc.libvirt_direct_socket
-    return libvirt.check_libvirt(direct if Path(direct).exists() else conf.rpc.libvirt_socket)
+    return libvirt.check_libvirt(_libvirt_socket(conf))
+
+
+def _emulators(conf: cfg.ConfigOpts) -> Iterator[Finding]:
+    return libvirt.check_emulators(_libvirt_socket(conf), XmlHooks.from_conf(conf).restore, Emulators.from_conf(conf))
+
+
+def _libvirt_socket(conf: cfg.ConfigOpts) -> str:
+    direct = str(conf.rpc.libvirt_direct_socket)
+    return direct if Path(direct).exists() else str(conf.rpc.libvirt_socket)
 
 
 def _records(conf: cfg.ConfigOpts) -> Iterator[Finding]:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Self
 
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
-from nvdimm_driver.errors import ProtocolError
+from nvdimm_driver.errors import NvdimmError, ProtocolError
+from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.xml.parse_domain import extract
 
 URI = "xen:///system"
 TIMEOUT = 30.0
@@ -127,6 +129,31 @@ def check_libvirt(path: str) -> Iterator[Finding]:
             "libvirt", path, error, "install libvirt's Xen driver, and run: systemctl start libvirtd (or virtxend)"
         )
         yield failed("ACPI table type", "cannot be checked without libvirt")
+
+
+def check_emulators(path: str, restore: Callable[[str], str], emulators: Emulators) -> Iterator[Finding]:
+    """Check that each defined domain with NVDIMMs names a QEMU that it may have: others do not start.
+
+    :param path: path of the daemon's socket.
+    :param restore: restores domain XML that libvirt has.
+    """
+    check, wrong = "emulators", False
+    try:
+        with Connection(path) as connection:
+            texts = [(each.name, connection.xml(each, inactive=True)) for each in connection.domains()]
+    except (OSError, LibvirtError, ProtocolError):
+        yield failed(check, "cannot be checked without libvirt")
+        return
+    for name, xml in texts:
+        try:
+            domain = extract(restore(xml), stored=True)
+            if domain is not None:
+                emulators.check(domain)
+        except NvdimmError as error:
+            wrong = True
+            yield failed(check, f"{error.message}: domain {name} does not start", error.hint)
+    if not wrong:
+        yield passed(check, "domains with NVDIMMs name none that they may not have")
 
 
 def check_table_type(connection: Connection) -> Finding:

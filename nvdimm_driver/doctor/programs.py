@@ -10,8 +10,9 @@ from pathlib import Path
 
 from nvdimm_driver.acpi.tables import Header
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
-from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.errors import NvdimmError, RefusedError
 from nvdimm_driver.host_text import read
+from nvdimm_driver.lifecycle.emulators import check_program
 from nvdimm_driver.model import GIB, MIB, GuestLayout, Placement
 from nvdimm_driver.plugins import AcpiBuilder
 
@@ -76,10 +77,14 @@ def check_hook_known(hook: Path, started: float | None) -> Finding:
 
 
 def check_qemu(path: str) -> Finding:
-    """Check that the QEMU that the device model becomes can be run."""
-    if os.access(path, os.X_OK):
-        return passed("QEMU", path)
-    return failed("QEMU", f"there is no QEMU at {path}", "install qemu-system-xen, or set [xen] qemu in the options")
+    """Check that the QEMU that the device model becomes can be run, and that nobody but root can change it."""
+    try:
+        check_program(path)
+    except RefusedError as error:
+        return failed("QEMU", error.message, error.hint)
+    except NvdimmError as error:
+        return failed("QEMU", error.message, "install qemu-system-xen, or set [xen] qemu in the options")
+    return passed("QEMU", path)
 
 
 def check_tables(name: str, builder: AcpiBuilder) -> Finding:

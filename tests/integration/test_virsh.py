@@ -384,10 +384,13 @@ def test_a_start_that_fails_in_the_device_model_says_why(host: Host) -> None:
     assert host.state("db1") == OFF
 
 
-def test_an_emulator_that_is_not_there_is_named(host: Host) -> None:
-    file = host.xml("db2", 2)
-    file.write_text(file.read_text().replace("<devices>", "<devices><emulator>/nonexistent/qemu</emulator>"))
-    assert "cannot run /nonexistent/qemu: No such file" in refused(host, "create", file)
+def test_a_qemu_that_is_not_there_is_named(host: Host) -> None:
+    qemu = host.folder / "qemu"
+    qemu.rename(host.folder / "away")
+    try:
+        assert f"cannot run {qemu}: No such file" in refused(host, "create", host.xml("db2", 2))
+    finally:
+        (host.folder / "away").rename(qemu)
 
 
 def test_a_start_that_fails_for_another_reason_is_not_blamed_on_us(host: Host) -> None:

@@ -12,6 +12,7 @@ from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.tables import Header, checksum, seal, split
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
+from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.plan import HostFacts
 from nvdimm_driver.model import (
     GIB,
@@ -313,7 +314,7 @@ def make_driver(
         acpi=acpi or NativeAcpiBuilder(),
         mapper=mapper,
         host=HostFacts(46, lambda: bad),
-        qemu="/usr/bin/real-qemu",
+        emulators=Emulators("/usr/bin/real-qemu", ["/opt/qemu"], lambda path: None),
         gap=64 * GIB,
         dsm=dsm,
         pools=pools or Pools([], any_path=True),

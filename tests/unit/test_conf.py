@@ -62,6 +62,7 @@ def test_a_section_in_which_nothing_is_said_is_no_pool(tmp_path: Path) -> None:
             r"^configuration: \[DEFAULT\] log_level: .*DEBUG, INFO.*verbose.*correct it in /.*conf\)$",
         ),
         ("[DEFAULT]\nxml_hooks = libxl, libxl\n", "xml_hooks: libxl is in the list twice"),
+        ("[xen]\nemulators = /bin/a, qemu\n", r"\[xen\] emulators: qemu is not an absolute path"),
         ("[metrics]\ntextfile = x.prom\n", "x.prom is not an absolute path"),
         ("[metrics]\ninterval = 0\n", "interval"),
         ("[layout]\ngap_gib = -1\n", "gap_gib"),

@@ -76,6 +76,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
     from nvdimm_driver import plugin_loader
     from nvdimm_driver.backing.host_file import HostDescription
     from nvdimm_driver.backing.paper import PaperBacking
+    from nvdimm_driver.lifecycle.emulators import Emulators
     from nvdimm_driver.lifecycle.plan import HostFacts
     from nvdimm_driver.model import GIB
     from nvdimm_driver.pools.rules import Pools
@@ -90,7 +91,7 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
         acpi=plugin_loader.load("nvdimm_driver.acpi_builders", options.acpi.builder, options),
         mapper=DryRunMapper(),
         host=HostFacts(host.physical_address_bits),
-        qemu=options.xen.qemu,
+        emulators=Emulators.from_conf(options, lambda path: None),  # its files are not here
         gap=options.layout.gap_gib * GIB,
         dsm=options.acpi.dsm,
         pools=Pools([], any_path=True),

@@ -18,6 +18,7 @@ from pathlib import Path
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.conf import configured_pools, load
 from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.plan import HostFacts
 from nvdimm_driver.model import GIB, Location, NvdimmSpec, Record
 from nvdimm_driver.pools.rules import Pools
@@ -69,7 +70,7 @@ class PmemHost:
             acpi=NativeAcpiBuilder(),
             mapper=DryRunMapper(),
             host=HostFacts(46),
-            qemu="/usr/bin/qemu",
+            emulators=Emulators("/usr/bin/qemu", (), lambda path: None),
             gap=GIB,
             dsm="aml",
             pools=Pools(configured_pools(load([str(folder / "conf")]))),
