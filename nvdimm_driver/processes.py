@@ -11,6 +11,9 @@ from pathlib import Path
 
 from nvdimm_driver.host_text import decode, read
 
+FIRST_UID = 0x7000_0000
+"""User of the QEMUs that build tables, and group of all QEMUs without a guest; a domain's label server has the user
+``FIRST_UID + domid``. systemd's list of numbers (docs/UIDS-GIDS.md) has this range, up to 0x7FFF_FFFF, as unused."""
 _STARTTIME = 19
 """Index among the fields after the name in ``stat``: clock ticks from the host's boot to the start of the process."""
 

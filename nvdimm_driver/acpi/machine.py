@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from nvdimm_driver.acpi.qtest import Qtest
 from nvdimm_driver.errors import AcpiError, ConfigError
 from nvdimm_driver.host_text import decode
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
+from nvdimm_driver.processes import FIRST_UID
 from nvdimm_driver.sizes import align_up
 
 DEFAULT_BINARIES = (
@@ -64,12 +64,13 @@ class Machine:
     """Settings for running a QEMU.
 
     :ivar binary: its path.
-    :ivar user: the user that it runs as when the driver is root.
+    :ivar confined: this process has no privileges any more, and QEMU gets what it has. It is run directly: the kernel
+        then makes it not dumpable (:func:`.confinement.become`).
     :ivar timeout: seconds for its start and all commands; :meth:`.Qtest.give_time` restarts the count.
     """
 
     binary: str
-    user: str = "nobody"
+    confined: bool = False
     timeout: float = 30.0
 
     @contextmanager
@@ -95,14 +96,14 @@ class Machine:
     @contextmanager
     def _started(self, command: Sequence[str], descriptors: Sequence[int]) -> Iterator[Qtest]:
         ours, theirs = socket.socketpair()
-        with ours, theirs, tempfile.TemporaryFile() as stderr, _firmware() as firmware:
+        with ours, theirs, _anonymous_file("stderr") as stderr, _anonymous_file("firmware", _FIRMWARE_SIZE) as firmware:
             try:
                 process = subprocess.Popen(
-                    [*self._confinement(), *command, "-bios", f"/proc/self/fd/{firmware}"],
+                    [*self._confinement(), *command, "-bios", f"/proc/self/fd/{firmware.fileno()}"],
                     stdin=theirs.fileno(),
                     stdout=theirs.fileno(),
                     stderr=stderr,
-                    pass_fds=(firmware, *descriptors),
+                    pass_fds=(firmware.fileno(), *descriptors),
                     cwd="/",
                 )
             except OSError as error:
@@ -121,16 +122,14 @@ class Machine:
 
     def _confinement(self) -> list[str]:
         """Return the setpriv prefix: no privileges, no way to gain any, and SIGKILL when the driver's process dies."""
+        if self.confined:
+            return []
         setpriv = shutil.which("setpriv")
         if setpriv is None:
             raise ConfigError("setpriv, which starts QEMU without privileges, is missing", hint="install util-linux")
         confined = [setpriv, "--no-new-privs", "--pdeathsig", "KILL"]
         if os.geteuid() == 0:
-            try:
-                user = pwd.getpwnam(self.user)
-            except KeyError as error:
-                raise ConfigError(f"there is no user {self.user!r} for QEMU to run as") from error
-            confined += ["--reuid", str(user.pw_uid), "--regid", str(user.pw_gid), "--clear-groups"]
+            confined += ["--reuid", str(FIRST_UID), "--regid", str(FIRST_UID), "--clear-groups"]
         return [*confined, "--"]
 
 
@@ -189,15 +188,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-@contextmanager
-def _firmware() -> Iterator[int]:
-    """Yield the descriptor of an anonymous dummy firmware: it never runs, and a real one would need a package."""
-    descriptor = os.memfd_create("firmware")
-    try:
-        os.write(descriptor, bytes(_FIRMWARE_SIZE))
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _anonymous_file(name: str, size: int = 0) -> BinaryIO:
+    """Return a file of zeros in memory.
+
+    The firmware is one: it never runs, and a real one would need a package.
+    """
+    file = os.fdopen(os.memfd_create(name), "w+b", buffering=0)
+    file.write(bytes(size))
+    return file
 
 
 def _complaint(stderr: bytes) -> str:

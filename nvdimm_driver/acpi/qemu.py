@@ -40,7 +40,6 @@ class QemuAcpiBuilder(AcpiBuilder):
 
     :param binaries: names or paths of QEMUs (7.2 or later, i386 or x86_64), tried in order until one gives the tables.
     :param timeout: seconds that each may take.
-    :param user: the user that QEMU runs as when the driver is root.
     :param cache: stores the tables that QEMU gave.
     """
 
@@ -48,12 +47,10 @@ class QemuAcpiBuilder(AcpiBuilder):
         self,
         binaries: Sequence[str] = DEFAULT_BINARIES,
         timeout: float = 30.0,
-        user: str = "nobody",
         cache: TableCache | None = None,
     ) -> None:
         self._binaries = tuple(binaries)
         self._timeout = timeout
-        self._user = user
         self._cache = cache
 
     @classmethod
@@ -104,7 +101,7 @@ class QemuAcpiBuilder(AcpiBuilder):
             LOG.debug("ACPI tables of %s come from the cache", binary)
             return found, None
         started = time.monotonic()
-        with Machine(binary, self._user, self._timeout).run(layout) as qtest:
+        with Machine(binary, timeout=self._timeout).run(layout) as qtest:
             files = read_fw_cfg(qtest, "etc/acpi/") | read_fw_cfg(qtest, _SCRIPT)
         tables = split(link(files.pop(_SCRIPT, b""), files, {_DSM_FILE: DSM_ADDRESS}))
         seconds = time.monotonic() - started

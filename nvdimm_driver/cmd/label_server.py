@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pwd
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +24,13 @@ from nvdimm_driver import conf, logs, plugin_loader
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
 from nvdimm_driver.guest.p2m import DSM_GFN
 from nvdimm_driver.host_text import decode, escaped
+from nvdimm_driver.labels.confinement import become, end_processes, isolate, uid_of
 from nvdimm_driver.labels.qemu import PORT, PORT_SIZE, QemuLabels, failure
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.model import PAGE, GuestLayout, Record
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
-from nvdimm_driver.xen._xen import ffi
 from nvdimm_driver.xen.ioreq import IoreqServer
 
 if TYPE_CHECKING:
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-USER = "nobody"
 SERVING = b"serving"
 IDLE_SECONDS = 0.5
 LOCK_SECONDS = 10.0
@@ -49,7 +46,6 @@ LASTING_SECONDS = 60.0
 REFUSE_AFTER = 3
 """After this many early deaths, servers answer each request with an error; that needs neither QEMU nor backing."""
 GIVE_UP_AFTER = 10
-PR_SET_NO_NEW_PRIVS = 38
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before the first fork: a later child must not import what an upgrade has replaced since.
         backings = plugin_loader.load_all("nvdimm_driver.backings", options)
         record = _record(options, uuid)
-        supervise(partial(serve, options, backings, int(domid), record), theirs, partial(_tell, options, uuid))
+        try:
+            supervise(partial(serve, options, backings, int(domid), record), theirs, partial(_tell, options, uuid))
+        finally:
+            end_processes(uid_of(int(domid)))
     except (NvdimmError, OSError) as error:
         os.write(theirs, escaped(str(error)).encode())
         return 1
@@ -146,6 +145,7 @@ def serve(
     :param refuse: answer each request with an error.
     :param ready: called as soon as requests can arrive.
     """
+    end_processes(uid_of(domid))  # of a server that was killed
     page: Any = None
     labels: QemuLabels | None = None
 
@@ -167,12 +167,14 @@ def serve(
     counter = LabelServers(options.state_dir).count_requests(record.uuid)
     page = xen.map_page(DSM_GFN)
     if not refuse:
-        labels = QemuLabels(_layout(record), open_areas(record, backings), options.acpi.qemu)
-        labels.start()
+        labels = QemuLabels(_layout(record), open_areas(record, backings), options.acpi.qemu, confined=True)
     xen.take_over(server, PORT, PORT + PORT_SIZE - 1)
     LOG.debug("ioreq server %d gets the label requests of domid %d", server, domid)
     xen.restrict()
-    confine(USER)
+    isolate()
+    become(uid_of(domid))
+    if labels:
+        labels.start()
     ready()
     xen.serve(IDLE_SECONDS)
     logs.tell(Event("label-server-ended", record.uuid, record.name, domid, {}))
@@ -187,20 +189,6 @@ def open_areas(record: Record, backings: Sequence[Backing]) -> dict[int, ByteRan
         for item in record.started
         if item.spec.label_size and item.identity
     }
-
-
-def confine(user: str) -> None:
-    """Become that user, without capabilities and without a way to gain any."""
-    entry = pwd.getpwnam(user)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-    os.setgroups([])
-    os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-    os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
-    ffi.errno = 0
-    unused = ffi.cast("unsigned long", 0)
-    if ffi.dlopen(None).prctl(PR_SET_NO_NEW_PRIVS, ffi.cast("unsigned long", 1), unused, unused, unused):
-        raise OSError(ffi.errno, "prctl(PR_SET_NO_NEW_PRIVS)")
 
 
 def _take_lock(servers: LabelServers, uuid: str) -> None:

@@ -65,8 +65,8 @@ Restart=always
 RestartSec=1
 LimitNOFILE=16384
 # It writes files on any file system that the operator uses for NVDIMMs, makes them immutable (LINUX_IMMUTABLE), reads
-# page tables (SYS_ADMIN), locks pages (IPC_LOCK), and starts a QEMU as nobody (SETUID, SETGID, SETPCAP) and kills it
-# (KILL).
+# page tables and confines label servers (SYS_ADMIN), locks pages (IPC_LOCK), and starts QEMUs without privileges
+# (SETUID, SETGID, SETPCAP) and kills them (KILL).
 CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_IPC_LOCK CAP_KILL
 CapabilityBoundingSet=CAP_LINUX_IMMUTABLE
 CapabilityBoundingSet=CAP_SETGID CAP_SETPCAP CAP_SETUID CAP_SYS_ADMIN CAP_SYS_RAWIO
@@ -81,7 +81,7 @@ ProtectKernelModules=yes
 PrivateNetwork=yes
 PrivateTmp=yes
 RestrictAddressFamilies=AF_UNIX
-RestrictNamespaces=yes
+RestrictNamespaces=ipc mnt net
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 LockPersonality=yes

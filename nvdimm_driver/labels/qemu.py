@@ -47,6 +47,7 @@ class QemuLabels:
     :param areas: label areas, by slot.
     :param binaries: QEMUs, tried in order until one starts.
     :param timeout: seconds for the start of a QEMU and for each request.
+    :param confined: as for :class:`.Machine`.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class QemuLabels:
         areas: Mapping[int, ByteRange],
         binaries: Sequence[str] = DEFAULT_BINARIES,
         timeout: float = 10.0,
+        *,
+        confined: bool = False,
     ) -> None:
-        self._machines = [Machine(binary, timeout=timeout) for binary in installed(binaries)]
+        self._machines = [Machine(binary, confined, timeout) for binary in installed(binaries)]
         self._layout = layout
         self._areas = areas
         self._running = ExitStack()

@@ -2,7 +2,8 @@
 """Tables from real QEMUs: Debian's qemu-system-x86 (TCG) and qemu-system-xen (qtest). Both must be installed."""
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,26 +144,33 @@ def test_ssdt_for_a_label_server_is_qemus_own(name: str) -> None:
         assert xen.tables[1] == NativeAcpiBuilder().build(asked).tables[1]
 
 
-def test_what_a_qemu_has_given_is_kept_for_the_next_time(tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody can reach; pytest's own is its user's."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_what_a_qemu_has_given_is_kept_for_the_next_time(tmp_path: Path, open_folder: Path) -> None:
     """A build from the cache starts no QEMU; another layout or a replaced QEMU does."""
-    once = tmp_path / "once"
-    script = f'#!/bin/sh\necho >>{tmp_path}/starts\nexec {XEN_QEMU} "$@"\n'
+    once, record = open_folder / "once", open_folder / "starts"
+    script = f'#!/bin/sh\necho >>{record}\nexec {XEN_QEMU} "$@"\n'
     once.write_text(script)
     once.chmod(0o755)
-    (tmp_path / "starts").touch(0o666)
-    (tmp_path / "starts").chmod(0o666)
-    tmp_path.chmod(0o777)
-    builder = QemuAcpiBuilder([str(once)], user="root", cache=TableCache(tmp_path / "cache"))
+    record.touch()
+    record.chmod(0o666)
+    builder = QemuAcpiBuilder([str(once)], cache=TableCache(tmp_path / "cache"))
     first = builder.build(row(2))
-    starts = (tmp_path / "starts").read_text()
+    starts = record.read_text()
     assert builder.build(row(2)) == first
-    assert (tmp_path / "starts").read_text() == starts
+    assert record.read_text() == starts
     assert builder.build(replace(row(2), dsm="aml")) == first
-    assert (tmp_path / "starts").read_text() == starts
+    assert record.read_text() == starts
     assert builder.build(row(3)) != first
     once.write_text(script + "\n")
     assert builder.build(row(2)) == first
-    assert len((tmp_path / "starts").read_text()) == 3 * len(starts)
+    assert len(record.read_text()) == 3 * len(starts)
 
 
 def test_second_qemu_is_taken_when_the_first_fails(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nvdimm_driver.errors import AcpiError
 from nvdimm_driver.labels.qemu import QemuLabels, difference, failure
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
+from nvdimm_driver.processes import FIRST_UID
 from tests.fuzz.labels import run
 from tests.unit.doubles import MemoryBytes
 
@@ -249,7 +250,7 @@ def test_nothing_is_left_behind() -> None:
     pid = served.qemu()
     assert os.readlink(f"/proc/{pid}/exe").endswith("qemu-system-i386")
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    assert (status["NoNewPrivs"], int(status["CapEff"], 16), status["Uid"].split()[0]) == ("1", 0, "65534")
+    assert (status["NoNewPrivs"], int(status["CapEff"], 16), status["Uid"].split()[0]) == ("1", 0, str(FIRST_UID))
     served.labels.close()
     assert set(os.listdir("/proc/self/fd")) == descriptors
     assert not Path(f"/proc/{pid}").exists()

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 
 import pytest
 
+from nvdimm_driver.processes import FIRST_UID
 from tests.lab import operator
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
@@ -96,9 +98,14 @@ def test_the_one_that_serves_can_do_nothing_else(driver_host: XenHost, guest: Gu
     status = driver_host.check(f"cat /proc/{serving}/status").stdout
     fields = dict(line.split(":\t", 1) for line in status.splitlines())
     assert (fields["PPid"], fields["NoNewPrivs"], fields["Groups"].strip()) == (str(watching), "1", "")
-    assert set(fields["Uid"].split()) == {driver_host.check("id -u nobody").stdout.strip()}
+    domid = driver_host.check(f"{operator.VIRSH} domid {NAME}").stdout.strip()
+    assert set(fields["Uid"].split()) == {str(FIRST_UID + int(domid))}
     assert {int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {0}
     qemu = driver_host.check(f"pgrep -P {serving}").stdout.strip()
+    assert f"\nUid:\t{FIRST_UID + int(domid)}\t" in driver_host.check(f"cat /proc/{qemu}/status").stdout
+    for pid, user in itertools.product((serving, qemu), ("nobody", FIRST_UID + int(domid), FIRST_UID + 999)):
+        there = f"setpriv --reuid {user} --clear-groups ls /proc/{pid}/fd /proc/{pid}/root"
+        assert driver_host.run(there).returncode, "nobody looks into it, not even the same user"
     assert "label-size" in driver_host.check(f"tr '\\0' ' ' </proc/{qemu}/cmdline").stdout
     opened = driver_host.check(f"ls -l /proc/{qemu}/fd").stdout
     assert "/mnt/pmem0" not in opened

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Confinement of a guest's label server and of its QEMU, which parse what the guest writes.
+
+Each guest has a user of its own, as the device models of libxl's ``xen-qemuuser-range-base`` have. No account is
+needed: the numbers are in a range that nobody gives out (systemd: docs/UIDS-GIDS.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+from contextlib import suppress
+
+from nvdimm_driver.processes import FIRST_UID
+
+NAMESPACES = 0x00020000 | 0x08000000 | 0x40000000
+"""CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET."""
+MAX_PROCESSES = 64
+"""RLIMIT_NPROC counts threads, too; a QEMU without a guest has fewer than ten."""
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+_SYS_MOUNT_SETATTR = 442  # the same on all architectures
+_AT_RECURSIVE, _MOUNT_ATTR_RDONLY, _MS_PRIVATE = 0x8000, 0x1, 1 << 18
+
+
+class _MountAttributes(ctypes.Structure):
+    """``struct mount_attr`` (include/uapi/linux/mount.h)."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns")]
+
+
+def uid_of(domid: int) -> int:
+    """Return the user of a domain's label server, which no other running domain has."""
+    return FIRST_UID + domid
+
+
+def isolate() -> None:
+    """Leave the host's network and IPC objects, and see all its file systems read-only. Descriptors stay as they are.
+
+    :raises OSError: when the kernel refuses; it needs CAP_SYS_ADMIN, and Linux 5.12.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    _check(libc.unshare(NAMESPACES), "unshare")
+    wanted = _MountAttributes(set=_MOUNT_ATTR_RDONLY, propagation=_MS_PRIVATE)
+    size = ctypes.c_size_t(ctypes.sizeof(wanted))
+    _check(libc.syscall(_SYS_MOUNT_SETATTR, -1, b"/", _AT_RECURSIVE, ctypes.byref(wanted), size), "mount_setattr")
+
+
+def become(uid: int) -> None:
+    """Become a user without capabilities and without a way to gain any, whose processes nobody but root can look into.
+
+    The kernel clears the dumpable flag when a process changes its user. A program that the process then runs would have
+    it again, unless the real and the effective group differ (fs/exec.c:begin_new_exec; kernel/cred.c:commit_creds).
+
+    :raises OSError: when the kernel refuses.
+    """
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 1024, resource.RLIMIT_NPROC: MAX_PROCESSES}
+    for limit, value in limits.items():
+        resource.setrlimit(limit, (value, value))
+    os.setgroups([])
+    os.setresgid(uid, FIRST_UID, FIRST_UID)
+    os.setresuid(uid, uid, uid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0)):
+        _check(libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3), "prctl")
+
+
+def end_processes(uid: int) -> None:
+    """Kill all processes of a domain's user, such as a QEMU whose label server was killed.
+
+    The kernel forgets a parent-death signal when a program with another effective group is run.
+
+    :raises ValueError: when it is the user of no domain.
+    """
+    if uid <= FIRST_UID:
+        raise ValueError(f"uid {uid} is of no domain")
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        os.setresuid(uid, uid, uid)
+        with suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)  # kill(2): all that this user may signal, except for the caller
+    finally:
+        os._exit(0)
+
+
+def _check(result: int, call: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}")
