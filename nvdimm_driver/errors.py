@@ -135,6 +135,12 @@ class UsageError(NvdimmError):
     libvirt_code = VIR_ERR_INVALID_ARG
 
 
+class BusyError(NvdimmError):
+    """Too much is under way to begin more."""
+
+    libvirt_code = VIR_ERR_OPERATION_FAILED
+
+
 class InterruptedWork(NvdimmError):
     """The user has interrupted long work, which can be continued."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 
@@ -42,11 +43,21 @@ class Call:
     with_fds: bool = False
 
 
+class Pool(Enum):
+    """A kind of work. Each has threads of its own, so that none waits for one that takes longer."""
+
+    LEDGER = "reads or writes the ledger"
+    XML = "parses or writes XML"
+    HOST = "looks at backings, asks Xen, runs QEMU"
+    ZEROS = "writes zeros into backings"
+
+
 @dataclass(frozen=True)
 class Work:
     """A handler's request: run this function in a thread. It gets what the function returns or raises."""
 
     function: Callable[[], Any]
+    pool: Pool = Pool.LEDGER
 
 
 Handler = Callable[[Context, bytes], Generator[Call | Work, Any, bytes]]

@@ -18,24 +18,16 @@ from typing import Any, NamedTuple, TypeVar
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
-from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
-from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, has_managed_save, pass_xml, validate, xml_and_flags
+from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Pool, ReplyEntry, Table, Work
+from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, has_managed_save, pass_xml, validates, xml_and_flags
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.xml.client_xml import ClientDomain, check_metadata, read_device, read_domain
 from nvdimm_driver.xml.document import decode
-from nvdimm_driver.xml.edit_devices import (
-    attach,
-    detach,
-    is_nvdimm,
-    update,
-    uuid_with_max_memory,
-    with_slots,
-    with_uuid,
-    without_max_memory,
-)
+from nvdimm_driver.xml.edit_devices import attach, detach, update, with_slots, with_uuid, without_max_memory
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import emulator_is, extract, has_nvdimms
-from nvdimm_driver.xml.rewrite import NAMESPACE, is_rewritten, mentions
+from nvdimm_driver.xml.parse_domain import has_nvdimms
+from nvdimm_driver.xml.rewrite import NAMESPACE
 
 LOG = logging.getLogger(__name__)
 
@@ -88,32 +80,34 @@ class Interceptor:
     def create(self, procedure: int, payload: bytes) -> Steps:
         """Provision the NVDIMMs before libvirt gets the rewritten XML: the guest runs before the reply."""
         xml, flags = xml_and_flags(payload)
-        yield from validate(procedure, xml, flags)
-        wanted = self._accept(xml)
+        read = yield from self._read(xml, validate=validates(procedure, flags))
+        wanted = read.domain
         if wanted is None:
-            payload = yield from self._without_remains(payload)
-            return (yield from pass_xml(procedure, payload, xml, with_fds=True))
+            payload = yield from self._without_remains(payload, read)
+            return (yield from pass_xml(procedure, payload, read, with_fds=True))
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         uuid = domain.uuid or ""
-        plan: Plan = yield self._work(lambda driver: driver.check(domain))
-        xml = self._hooks.rewrite(with_slots(with_uuid(xml, uuid), plan.domain))
+        plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
+        rewritten = yield from self._rewritten(read.text, uuid, plan)
         yield from self._check_saved(plan, starts=True)
-        created = yield self._work(lambda driver: driver.define(domain, plan))
+        created = yield self._work(lambda driver: driver.define(domain, plan), _provisioning(plan))
         try:
-            return (yield from call(procedure, bytes(Packer().string(xml)) + flags, with_fds=True))
+            return (yield from call(procedure, bytes(Packer().string(rewritten)) + flags, with_fds=True))
         except LibvirtError as error:
             explained = yield from self._explained(error, uuid)
-            yield self._work(lambda driver: driver.undo(uuid, created))
+            yield self._work(lambda driver: driver.undo(uuid, created), Pool.HOST)
             raise explained from error
 
     def to_native(self, procedure: int, payload: bytes) -> Steps:
         """Rewrite the XML: the configuration in the reply names the device model, for xl to run."""
         values = Unpacker(payload)
-        kind, xml, flags = values.string(), decode(values.encoded()), values.uint32()
+        kind, xml, flags = values.string(), values.encoded(), values.uint32()
         values.end()
-        if self._accept(xml) is not None:
-            payload = bytes(Packer().string(kind).string(self._hooks.rewrite(xml)).uint32(flags))
-        return (yield from pass_xml(procedure, payload, xml))
+        read = yield from self._read(xml)
+        if read.domain is not None:
+            rewritten: str = yield Work(lambda: self._hooks.rewrite(read.text), Pool.XML)
+            payload = bytes(Packer().string(kind).string(rewritten).uint32(flags))
+        return (yield from pass_xml(procedure, payload, read))
 
     # --- XML that goes out ---
 
@@ -123,7 +117,7 @@ class Interceptor:
         values = Unpacker(reply)
         xml = values.string()
         values.end()
-        restored: str = yield Work(lambda: self._hooks.restore(xml))
+        restored = yield from self._restored(xml)
         return bytes(Packer().string(restored))
 
     # --- devices ---
@@ -142,10 +136,11 @@ class Interceptor:
 
     def _change(self, procedure: int, payload: bytes, what: str, edit: Callable[[str, str], str]) -> Steps:
         values = Unpacker(payload)
-        domain, device = values.domain(), decode(values.encoded())
+        domain, xml = values.domain(), values.encoded()
         flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
         values.end()
-        if not is_nvdimm(device):
+        device, is_nvdimm = yield Work(lambda: read_device(xml), Pool.XML)
+        if not is_nvdimm:
             return (yield from call(procedure, payload))
         active = yield from ask(Procedure.DOMAIN_IS_ACTIVE, domain)
         live = bool(flags & AFFECT_LIVE) or (active and not flags & AFFECT_CONFIG)
@@ -157,9 +152,9 @@ class Interceptor:
                 f"an NVDIMM cannot be {what} the running domain {domain.name}",
                 hint="--config changes the definition, which its next start takes",
             )
-        xml = yield from self._definition(domain)
-        arguments = bytes(Packer().string(edit(self._hooks.restore(xml), device)))
-        yield from self._define(Procedure.DOMAIN_DEFINE_XML, arguments)
+        before = yield from self._restored((yield from self._definition(domain)))
+        changed: str = yield Work(lambda: edit(before, device), Pool.XML)
+        yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)))
         return b""
 
     # --- metadata ---
@@ -168,12 +163,14 @@ class Interceptor:
         """Refuse metadata with our namespace in it: it would change NVDIMMs without the driver."""
         values = Unpacker(payload)
         values.domain()
-        is_element, value = values.int32() == METADATA_ELEMENT, values.optional_encoded() or b""
-        if MARK in payload or (is_element and mentions(decode(value))):
+        is_element, value = values.int32() == METADATA_ELEMENT, values.optional_encoded()
+        if MARK in payload:
             raise DomainXmlError(
                 f"metadata of {NAMESPACE} is nvdimm_driver's own",
                 hint="change the <memory model='nvdimm'> elements of the domain",
             )
+        if is_element and value is not None:
+            yield Work(lambda: check_metadata(value), Pool.XML)
         return (yield from call(procedure, payload))
 
     def get_metadata(self, procedure: int, payload: bytes) -> Steps:
@@ -200,9 +197,9 @@ class Interceptor:
         if record is None:
             return (yield from call(procedure, payload))
         if not flags & START_FORCE_BOOT and (yield from has_managed_save(domain)):
-            yield self._work(lambda driver: driver.check_restore(uuid))
-        elif not has_nvdimms(self._hooks.restore((yield from self._definition(domain)))):
-            yield self._work(lambda driver: driver.drop_claims(uuid))  # they were kept for a saved guest
+            yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
+        elif not (yield from self._has_nvdimms((yield from self._definition(domain)))):
+            yield self._work(lambda driver: driver.drop_claims(uuid), Pool.HOST)  # they were kept for a saved guest
         try:
             return (yield from call(procedure, payload))
         except LibvirtError as error:
@@ -240,10 +237,10 @@ class Interceptor:
         for param in values.typed_params(MIGRATE_PARAMS_MAX):
             if param.field != MIGRATE_DEST_XML:
                 continue
-            xml = decode(str(param.value).encode(errors="surrogateescape"))
-            if extract(self._hooks.restore(xml)) is not None:
+            xml = str(param.value).encode(errors="surrogateescape")
+            if (yield from self._has_nvdimms(decode(xml))):
                 raise _cannot_migrate("the domain that comes")
-            self._accept(xml)
+            yield from self._read(xml)
         return (yield from call(procedure, payload))
 
     def set_memory(self, procedure: int, payload: bytes) -> Steps:
@@ -258,9 +255,9 @@ class Interceptor:
         if flags & MEM_MAXIMUM:
             live = flags & AFFECT_LIVE or (record.start is not None and not flags & AFFECT_CONFIG)
             if live:
-                yield self._work(lambda driver: driver.check_running_ram(record.uuid, size))
+                yield self._work(lambda driver: driver.check_running_ram(record.uuid, size), Pool.HOST)
             if flags & AFFECT_CONFIG or not live:
-                yield self._work(lambda driver: driver.check_ram(record.uuid, size))
+                yield self._work(lambda driver: driver.check_ram(record.uuid, size), Pool.HOST)
         elif size < record.ram and (flags & AFFECT_CONFIG or (not flags & AFFECT_LIVE and record.start is None)):
             raise UnsupportedError(
                 f"domain {domain.name} has NVDIMMs, and {size // KIB} KiB is less than its RAM: it would start with "
@@ -271,56 +268,65 @@ class Interceptor:
 
     # --- shared by handlers ---
 
-    def _work(self, run: Callable[[XenNvdimmDriver], T]) -> Work:
+    def _work(self, run: Callable[[XenNvdimmDriver], T], pool: Pool = Pool.LEDGER) -> Work:
         def with_driver() -> T:
             driver = self._make_driver()
             with closing(driver.ledger):
                 return run(driver)
 
-        return Work(with_driver)
+        return Work(with_driver, pool)
 
     def _record(self, domain: DomainRef) -> Generator[Call | Work, Any, Record | None]:
         record: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(domain.uuid))
         return record
 
-    def _accept(self, xml: str) -> DomainSpec | None:
-        """Return the domain in a client's XML; None when it has no NVDIMMs.
+    def _read(self, xml: bytes, *, validate: bool = False) -> Generator[Call | Work, Any, ClientDomain]:
+        """Return what :func:`.client_xml.read_domain` does for a client's XML."""
+        device_model = self._hooks.device_model
+        read: ClientDomain = yield Work(lambda: read_domain(xml, device_model, validate=validate), Pool.XML)
+        return read
 
-        :raises DomainXmlError: also for XML that is already rewritten, or that names the device model: only the driver
-            writes these, and clients that connect through it never see them.
-        """
-        if is_rewritten(xml):
-            raise DomainXmlError(
-                f"the domain XML has nvdimm_driver's own metadata in it ({NAMESPACE})",
-                hint="'nvdimmctl restore' makes the XML to define of it",
-            )
-        domain = extract(xml)
-        if domain is None and emulator_is(xml, self._hooks.device_model):
-            raise DomainXmlError(
-                f"the domain has no NVDIMM and names the device model {self._hooks.device_model}",
-                hint="leave <emulator> out, or name a QEMU",
-            )
-        return domain
+    def _rewritten(self, xml: str, uuid: str | None, plan: Plan) -> Generator[Call | Work, Any, str]:
+        """Return a client's XML as libvirt gets it, with the slots of its plan and, if it has none, with a uuid."""
+
+        def rewrite() -> str:
+            identified = with_uuid(xml, uuid) if uuid else xml
+            return self._hooks.rewrite(with_slots(identified, plan.domain))
+
+        rewritten: str = yield Work(rewrite, Pool.XML)
+        return rewritten
+
+    def _restored(self, xml: str) -> Generator[Call | Work, Any, str]:
+        """Return libvirt's XML as its user wrote it."""
+        restored: str = yield Work(lambda: self._hooks.restore(xml), Pool.XML)
+        return restored
+
+    def _has_nvdimms(self, xml: str) -> Generator[Call | Work, Any, bool]:
+        """Return True if libvirt's XML is of a domain with NVDIMMs."""
+        found: bool = yield Work(lambda: has_nvdimms(self._hooks.restore(xml)), Pool.XML)
+        return found
 
     def _define(self, procedure: int, payload: bytes) -> Steps:
         xml, flags = xml_and_flags(payload)
-        yield from validate(procedure, xml, flags)
-        domain = self._accept(xml)
+        read = yield from self._read(xml, validate=validates(procedure, flags))
+        domain = read.domain
         if domain is None:
-            reply = yield from pass_xml(procedure, (yield from self._without_remains(payload)), xml)
+            reply = yield from pass_xml(procedure, (yield from self._without_remains(payload, read)), read)
             defined = Unpacker(reply).domain()
             known = yield from self._record(defined)
             if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
-                yield self._work(lambda driver: driver.drop_claims(defined.uuid))
+                yield self._work(lambda driver: driver.drop_claims(defined.uuid), Pool.HOST)
             return reply
-        plan: Plan = yield self._work(lambda driver: driver.check(domain))
+        plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
         yield from self._check_saved(plan, starts=False)
         before = yield from self._defined(domain.uuid)
-        xml = with_slots((yield from self._taken_up(xml, domain)), plan.domain)
-        reply = yield from call(procedure, bytes(Packer().string(self._hooks.rewrite(xml))) + flags)
+        rewritten = yield from self._rewritten(read.text, (yield from self._taken_up(domain)), plan)
+        reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
         defined = Unpacker(reply).domain()
         try:
-            yield self._work(lambda driver: driver.define(replace(domain, uuid=defined.uuid), plan))
+            yield self._work(
+                lambda driver: driver.define(replace(domain, uuid=defined.uuid), plan), _provisioning(plan)
+            )
         except (NvdimmError, OSError):
             if before is None:
                 yield from call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(defined)))
@@ -329,23 +335,24 @@ class Interceptor:
             raise
         return reply
 
-    def _without_remains(self, payload: bytes) -> Generator[Call | Work, Any, bytes]:
+    def _without_remains(self, payload: bytes, read: ClientDomain) -> Generator[Call | Work, Any, bytes]:
         """Return a call with XML without NVDIMMs; if the domain had some, without the ``<maxMemory>`` of that time.
 
         The libxl driver takes no domain with ``<maxMemory>``. For a domain that never had NVDIMMs, it says so.
         """
-        xml, flags = xml_and_flags(payload)
-        uuid = uuid_with_max_memory(xml)
+        _, flags = xml_and_flags(payload)
+        uuid = read.limited
         if uuid is None or (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
             return payload
-        return bytes(Packer().string(without_max_memory(xml))) + flags
+        xml: str = yield Work(lambda: without_max_memory(read.text), Pool.XML)
+        return bytes(Packer().string(xml)) + flags
 
-    def _taken_up(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, str]:
-        """Return the XML; if it has no uuid, with that of the undefined domain of its name, which owns the NVDIMMs."""
+    def _taken_up(self, domain: DomainSpec) -> Generator[Call | Work, Any, str | None]:
+        """Return the uuid for XML without one: that of the undefined domain of its name, which owns the NVDIMMs."""
         known: DomainSpec = yield self._work(lambda driver: driver.definitions.identify_by_name(domain))
         if domain.uuid is None and known.uuid is not None and (yield from self._defined(known.uuid)) is None:
-            return with_uuid(xml, known.uuid)
-        return xml
+            return known.uuid
+        return None
 
     def _check_saved(self, plan: Plan, *, starts: bool) -> Generator[Call | Work, Any, None]:
         """Check what is defined or created in place of a domain that may have a managed save.
@@ -361,7 +368,7 @@ class Interceptor:
             return
         yield self._work(lambda driver: driver.check_redefinition(plan))
         if starts:
-            yield self._work(lambda driver: driver.check_restore(uuid))
+            yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
 
     def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
         """Return a domain's definition as libvirt has it."""
@@ -388,6 +395,11 @@ class Interceptor:
         if record is None or not record.fault or record.fault in (told.message or ""):
             return error
         return LibvirtError(told._replace(message=f"{told.message}: {record.fault}").pack())
+
+
+def _provisioning(plan: Plan) -> Pool:
+    """Return the pool in which a define with this plan runs."""
+    return Pool.ZEROS if any(intake.creates or intake.writes for intake in plan.intakes) else Pool.HOST
 
 
 def _cannot_migrate(domain: str) -> UnsupportedError:

@@ -10,9 +10,7 @@ from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED
 from nvdimm_driver.rpc.handler_types import Call, Work
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
-from nvdimm_driver.xml.document import decode
-from nvdimm_driver.xml.parse_domain import has_nvdimms, other_type
-from nvdimm_driver.xml.schema import check_schema
+from nvdimm_driver.xml.client_xml import ClientDomain
 
 START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0  # include/libvirt/libvirt-domain.h
 
@@ -38,15 +36,15 @@ def has_managed_save(domain: DomainRef) -> Generator[Call | Work, Any, bool]:
     return Unpacker((yield from call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1
 
 
-def pass_xml(procedure: int, payload: bytes, xml: str, *, with_fds: bool = False) -> Steps:
+def pass_xml(procedure: int, payload: bytes, read: ClientDomain, *, with_fds: bool = False) -> Steps:
     """Make a call with the client's domain XML; if it fails for NVDIMMs of another type of domain, name the type."""
     try:
         return (yield from call(procedure, payload, with_fds=with_fds))
     except LibvirtError as error:
-        told, kind = RemoteError.unpack(error.payload), other_type(xml)
-        if told.code != VIR_ERR_CONFIG_UNSUPPORTED or kind is None:
+        told = RemoteError.unpack(error.payload)
+        if told.code != VIR_ERR_CONFIG_UNSUPPORTED or read.other_type is None:
             raise
-        message = f"{told.message} (the domain is of type {kind!r}; for Xen, write <domain type='xen'>)"
+        message = f"{told.message} (the domain is of type {read.other_type!r}; for Xen, write <domain type='xen'>)"
         raise LibvirtError(told._replace(message=message).pack()) from error
 
 
@@ -55,17 +53,13 @@ def ask(procedure: Procedure, domain: DomainRef) -> Generator[Call | Work, Any, 
     return Unpacker((yield from call(procedure, bytes(Packer().domain(domain))))).int32() == 1
 
 
-def validate(procedure: int, xml: str, flags: bytes) -> Generator[Call | Work, Any, None]:
-    """Validate XML with NVDIMMs if the client asks for it; libvirt validates what it gets, which is other XML.
-
-    :raises SchemaError: when it is not valid.
-    """
+def validates(procedure: int, flags: bytes) -> bool:
+    """Return True when the client asks for its XML to be validated."""
     flag = VALIDATE.get(procedure, 0)
-    if flag and Unpacker(flags).uint32() & flag and has_nvdimms(xml):
-        yield Work(lambda: check_schema(xml))
+    return bool(flag and Unpacker(flags).uint32() & flag)
 
 
-def xml_and_flags(payload: bytes) -> tuple[str, bytes]:
+def xml_and_flags(payload: bytes) -> tuple[bytes, bytes]:
     """Return the XML that a call begins with, and its flags as on the wire; domain_define_xml has none."""
     values = Unpacker(payload)
-    return decode(values.encoded()), values.rest()
+    return values.encoded(), values.rest()

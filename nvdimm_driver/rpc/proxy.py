@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from nvdimm_driver.rpc.endpoint import CHUNK
 from nvdimm_driver.rpc.handler_types import Context, Peer, Table
 from nvdimm_driver.rpc.session import Session
+from nvdimm_driver.rpc.workers import Workers
 
 LOG = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ async def serve(listeners: Sequence[Listener], stop: asyncio.Event) -> None:
     finally:
         server.stop_listening(listeners)
         server.abort()
+        server.workers.close()
 
 
 def peer_of(connection: socket.socket) -> Peer:
@@ -86,6 +88,7 @@ class _Server:
     """All sessions of the process."""
 
     def __init__(self) -> None:
+        self.workers = Workers()
         self._loop = asyncio.get_running_loop()
         self._buffer = memoryview(bytearray(CHUNK))
         self._sessions: set[Session] = set()
@@ -142,7 +145,8 @@ class _Server:
                 return
             with upstream:
                 context = Context(peer, listener.read_only)
-                await self._converse(Session(context, listener.table, connection, upstream, self._buffer))
+                session = Session(context, listener.table, connection, upstream, self._buffer, self.workers)
+                await self._converse(session)
 
     async def _converse(self, session: Session) -> None:
         self._sessions.add(session)

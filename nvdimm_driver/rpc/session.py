@@ -15,6 +15,7 @@ from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.endpoint import End, close_all
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.wire import Header, Message
+from nvdimm_driver.rpc.workers import Workers
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
 
 LOG = logging.getLogger(__name__)
@@ -51,12 +52,19 @@ class Session:
     """
 
     def __init__(
-        self, context: Context, table: Table, client: socket.socket, libvirtd: socket.socket, buffer: memoryview
+        self,
+        context: Context,
+        table: Table,
+        client: socket.socket,
+        libvirtd: socket.socket,
+        buffer: memoryview,
+        workers: Workers,
     ) -> None:
         self.near = End(client, buffer, self._client_readable, self._client_writable)
         self.far = End(libvirtd, buffer, self._libvirtd_readable, self._libvirtd_writable)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.context = context
+        self.workers = workers
         self._table = table
         self._calls = count()
         self._held: Message | None = None
@@ -260,14 +268,14 @@ class _Handling:
                 return self._pack(wire.OK, stop.value)
             try:
                 self._begin(request)
-            except (LibvirtError, ProtocolError) as error:
+            except (LibvirtError, NvdimmError) as error:
                 step, value = self._generator.throw, error
             else:
                 return None
 
     def _begin(self, request: Call | Work) -> None:
         if isinstance(request, Work):
-            asyncio.get_running_loop().run_in_executor(None, request.function).add_done_callback(self._worked)
+            self._session.workers.submit(request).add_done_callback(self._worked)
             return
         self._session.call(self, request, self._fds if request.with_fds else ())
         if request.with_fds:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from nvdimm_driver.errors import DeviceMissingError
 from nvdimm_driver.model import KIB, DomainSpec, NvdimmSpec
-from nvdimm_driver.xml.document import Element, may_have, parse, written
+from nvdimm_driver.xml.document import Element, parse, written
 from nvdimm_driver.xml.nvdimm_element import as_libvirt_shows
-from nvdimm_driver.xml.parse_domain import nvdimm_elements, parse_xen, path_of, uuid_of
+from nvdimm_driver.xml.parse_domain import nvdimm_elements, path_of
 from nvdimm_driver.xml.values import scaled
 
 BEHIND_MEMORY = ("crypto", "iommu", "vsock", "pstore")
@@ -46,21 +46,10 @@ def with_slots(xml: str, domain: DomainSpec) -> str:
     return text.edited()
 
 
-def is_nvdimm(device: str) -> bool:
-    """Return True for the XML of a device that is an NVDIMM.
-
-    :raises DomainXmlError: when the XML cannot be parsed.
-    """
-    if not may_have(device, "nvdimm"):
-        return False
-    root = parse(device).root
-    return root.tag == "memory" and root.attributes.get("model") == "nvdimm"
-
-
 def attach(xml: str, device: str) -> str:
     """Return domain XML, as the user wrote it, with one more NVDIMM after its others.
 
-    :param device: XML for which :func:`is_nvdimm` is True.
+    :param device: XML of an NVDIMM.
     """
     text = parse(xml)
     devices = text.root.need("devices")
@@ -101,17 +90,6 @@ def update(xml: str, device: str) -> str:
     text, new = parse(xml), parse(device).root
     text.replace(_same_backing(text.root, new), new)
     return text.edited()
-
-
-def uuid_with_max_memory(xml: str) -> str | None:
-    """Return the uuid of a domain of type ``xen`` that has ``<maxMemory>``; None for any other XML.
-
-    :raises DomainXmlError: when the XML cannot be parsed.
-    """
-    text = parse_xen(xml, "maxMemory")
-    if text is None or text.root.child("maxMemory") is None:
-        return None
-    return uuid_of(text.root)
 
 
 def without_max_memory(xml: str) -> str:

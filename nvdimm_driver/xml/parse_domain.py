@@ -49,16 +49,6 @@ def has_nvdimms(xml: str) -> bool:
     return text is not None and bool(nvdimm_elements(text.root))
 
 
-def other_type(xml: str) -> str | None:
-    """Return the type of a domain that has NVDIMMs and is not of type ``xen``; None for any other XML.
-
-    :raises DomainXmlError: when the XML cannot be parsed.
-    """
-    root = parse(xml).root if may_have(xml, "nvdimm") else Element("")
-    kind = root.attributes.get("type", "")
-    return kind if root.tag == "domain" and kind != "xen" and nvdimm_elements(root) else None
-
-
 def why_none(xml: str) -> str:
     """Return why :func:`extract` finds no NVDIMMs in XML."""
     root = parse(xml).root
@@ -70,17 +60,16 @@ def why_none(xml: str) -> str:
     return "it has no <memory model='nvdimm'> in <devices>"
 
 
-def emulator_is(xml: str, path: str) -> bool:
-    """Return True for domain XML whose ``<emulator>`` is that path.
+def emulator_of(root: Element) -> str | None:
+    """Return the path of the device model that a domain names; None when it names none."""
+    devices = root.child("devices")
+    emulator = None if devices is None else devices.child("emulator")
+    return None if emulator is None else emulator.text.strip() or None
 
-    :raises DomainXmlError: when the XML cannot be parsed.
-    """
-    if not may_have(xml, path):
-        return False
-    devices = parse(xml).root.child("devices")
-    return devices is not None and any(
-        child.tag == "emulator" and child.text.strip() == path for child in devices.children
-    )
+
+def is_xen(root: Element) -> bool:
+    """Return True for a domain of type ``xen``."""
+    return root.tag == "domain" and root.attributes.get("type") == "xen"
 
 
 def nvdimm_elements(root: Element) -> list[Element]:
@@ -130,7 +119,7 @@ def parse_xen(xml: str, word: str) -> Text | None:
     if not may_have(xml, word):
         return None
     text = parse(xml)
-    return text if text.root.tag == "domain" and text.root.attributes.get("type") == "xen" else None
+    return text if is_xen(text.root) else None
 
 
 def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
@@ -152,12 +141,12 @@ def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
     for element in () if stored else elements:
         check_known(element, f"NVDIMM {path_of(element)}: ")
     _check_paths(specs)
-    emulator = root.need("devices").child("emulator")
+    root.need("devices")
     return DomainSpec(
         name=name,
         uuid=uuid_of(root),
         ram=ram,
-        emulator=(emulator.text.strip() or None) if emulator is not None else None,
+        emulator=emulator_of(root),
         nvdimms=tuple(sorted(specs, key=lambda spec: spec.slot)),
         dsm=_dsm(root),
         unplaced=frozenset(path_of(element) for element in elements if element.child("address") is None),

@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 from nvdimm_driver import plugins
 from nvdimm_driver.errors import DomainXmlError
-from nvdimm_driver.xml.document import Element, may_have, parse
+from nvdimm_driver.xml.document import Element
 from nvdimm_driver.xml.edit_devices import BEHIND_MEMORY
 from nvdimm_driver.xml.nvdimm_element import as_libvirt_shows, in_kib
 from nvdimm_driver.xml.parse_domain import nvdimm_elements, parse_xen, ram_of, spec_of
@@ -167,21 +167,9 @@ def restore(xml: str) -> str:
     return text.edited()
 
 
-def is_rewritten(xml: str) -> bool:
-    """Return True for domain XML that :func:`rewrite` has made.
-
-    :raises DomainXmlError: when the XML cannot be parsed.
-    """
-    text = parse_xen(xml, NAMESPACE)
-    return text is not None and _record(text.root) is not None
-
-
-def mentions(xml: str) -> bool:
-    """Return True for XML with an attribute, such as a namespace declaration, whose value is :data:`NAMESPACE`.
-
-    :raises DomainXmlError: when the XML cannot be parsed.
-    """
-    return may_have(xml, NAMESPACE) and _mentions(parse(xml).root)
+def mentions(element: Element) -> bool:
+    """Return True if an attribute in it, such as a namespace declaration, has the value :data:`NAMESPACE`."""
+    return NAMESPACE in element.attributes.values() or any(map(mentions, element.children))
 
 
 def _shown(form: Callable[[Element], Element], element: Element) -> Element:
@@ -213,7 +201,3 @@ def _check_plain(element: Element) -> None:
         raise DomainXmlError(f"<{element.tag}> has both text, {text!r}, and elements in it", hint="remove one of them")
     for child in element.children:
         _check_plain(child)
-
-
-def _mentions(element: Element) -> bool:
-    return NAMESPACE in element.attributes.values() or any(map(_mentions, element.children))

@@ -17,10 +17,10 @@ from nvdimm_driver.rpc.handler_types import Call, Context, Peer, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.wire import Message, Reader
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
-from nvdimm_driver.xml.document import decode
+from nvdimm_driver.xml.client_xml import read_domain
 from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import extract
-from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, mentions, restore, rewrite
+from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, restore, rewrite
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
@@ -57,17 +57,14 @@ def _messages(pieces: list[bytes]) -> tuple[list[Message], bool]:
 def xml(data: bytes) -> None:
     """Check that only the driver's errors are raised, libxml2 parses what is written, and no record stays hidden."""
     try:
-        text = decode(data)
-        mentioned, rewritten = mentions(text), rewrite(text, DEVICE_MODEL)
+        read = read_domain(data, DEVICE_MODEL)
+        rewritten = rewrite(read.text, DEVICE_MODEL)
     except NvdimmError:
         return
-    seen = _name_spaces(data)
-    if seen is None:
-        return
-    assert mentioned or NAMESPACE not in seen, "hidden from the driver but not from libxml2"
-    if rewritten != text:
+    assert NAMESPACE not in (_name_spaces(data) or ()), "hidden from the driver but not from libxml2"
+    if rewritten != read.text:
         assert NAMESPACE in (_name_spaces(rewritten.encode()) or ()), "libxml2 does not take it"
-        assert extract(restore(rewritten)) == extract(text)
+        assert extract(restore(rewritten)) == read.domain
 
 
 def _name_spaces(data: bytes) -> set[str] | None:

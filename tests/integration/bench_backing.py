@@ -9,8 +9,13 @@ from typing import Self
 from oslo_config import cfg
 
 from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress
+from nvdimm_driver.plugins import unwatched
 
 MOUNTINFO = Path("/run/mountinfo")
+GATES = Path("/run/gates")
+"""Folder of FIFOs by name of a file: writing it waits until the test writes ``go`` or anything else, which fails."""
 
 
 class BenchBacking(FsdaxBacking):
@@ -26,3 +31,9 @@ class BenchBacking(FsdaxBacking):
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
         del conf
         return cls(mountinfo=MOUNTINFO, cross_check=lambda fd, located: None)
+
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        gate = GATES / Path(spec.path).name
+        if gate.exists() and gate.read_bytes() != b"go":
+            raise BackingError(f"{spec.path}: the test wants no bytes")
+        return super().provision(spec, progress)

@@ -335,6 +335,27 @@ def test_what_cannot_be_is_refused_before_libvirt_hears_of_it(host: Host) -> Non
     assert "db2.img" not in host.files()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<domain ", "<x:domain xmlns:x='urn:x' "),
+        ("<domain ", "<!DOCTYPE domain [<!ENTITY n 'urn:nvdimm'>]><domain "),
+    ],
+    ids=["prefix", "entity"],
+)
+def test_metadata_that_only_libvirt_would_find_are_refused(host: Host, old: str, new: str) -> None:
+    file = host.xml("db2", 2)
+    text = host.nvdimmctl("rewrite", str(file)).stdout.replace(old, new, 1)
+    if "ENTITY" in new:
+        file.write_text(text.replace(NAMESPACE, "&n;" + NAMESPACE[10:]))
+    else:
+        file.write_text(text.replace("</domain>", "</x:domain>"))
+    refused(host, "define", file)
+    assert "db2" not in host.check("list", "--all", "--name")
+    host.libvirtd.check("define", file)  # without nvdimmd, libvirt takes it
+    assert "nvdimm-device-model" in host.libvirtd.check("dumpxml", "db2")
+
+
 def test_xml_in_latin_1_is_taken_as_libvirt_takes_it(host: Host) -> None:
     file = host.xml("db2", 2)
     text = file.read_text().replace("<memory ", "<title>Größe</title><memory ", 1)

@@ -15,9 +15,9 @@ from nvdimm_driver.contents.importing import new_nvdimm
 from nvdimm_driver.errors import BackingError, DeviceMissingError, DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import GIB, KIB, MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.xml.document import decode
-from nvdimm_driver.xml.edit_devices import attach, detach, is_nvdimm, memory_device
-from nvdimm_driver.xml.parse_domain import emulator_is, extract, why_none
-from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, is_rewritten, mentions, restore, rewrite
+from nvdimm_driver.xml.edit_devices import attach, detach, memory_device
+from nvdimm_driver.xml.parse_domain import extract, why_none
+from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, restore, rewrite
 
 DATA = Path(__file__).parent.parent / "data" / "domxml"
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
@@ -38,6 +38,10 @@ DOMAIN = f"""<domain type='xen'>
   </devices>
 </domain>
 """
+
+
+def is_rewritten(xml: str) -> bool:
+    return restore(xml) != xml
 
 
 def read(name: str) -> str:
@@ -344,17 +348,6 @@ def test_an_element_in_metadata_of_the_same_name_but_not_ours_is_the_users() -> 
 def test_our_record_is_known_however_it_is_written(hidden: str) -> None:
     record = f"<metadata><nvdimm:domain xmlns:nvdimm='{hidden}'><devices/></nvdimm:domain></metadata>"
     assert is_rewritten(domain(metadata=record))
-    assert mentions(f"<a><b c='{hidden}'/></a>")
-
-
-def test_a_text_that_speaks_of_our_name_space_is_no_record() -> None:
-    assert not mentions(f"<a b='{NAMESPACE} '>{NAMESPACE}</a>")
-
-
-def test_an_nvdimm_and_the_device_model_are_known_however_they_are_written() -> None:
-    assert is_nvdimm("<memory model='nvd&#105;mm'/>")
-    assert emulator_is("<domain><devices><emulator>&#47;a/b </emulator></devices></domain>", "/a/b")
-    assert not emulator_is("<domain><title>/a/b</title><devices/></domain>", "/a/b")
 
 
 @pytest.mark.parametrize(
@@ -520,7 +513,7 @@ WRONG_XML = {
     "lone surrogate": (DOMAIN.replace("<name>g", "<name>\udc80"), "cannot be parsed"),
     "NUL": (DOMAIN.replace("<name>g", "<name>\0"), "cannot be parsed"),
     "too long": (DOMAIN + " " * 4 * MIB, "libvirt takes 4 MiB at most"),
-    "too many elements": (DOMAIN.replace("<os>", "<a/>" * 100_000 + "<os>"), "more than 100000 elements"),
+    "too many elements": (DOMAIN.replace("<os>", "<a/>" * 50_000 + "<os>"), "more than 50000 elements"),
     "too deep": (DOMAIN.replace(NVDIMM, nvdimm(more="<a>" * 300 + "</a>" * 300)), "nested more than 256 deep"),
 }
 

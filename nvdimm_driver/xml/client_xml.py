@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""XML as libvirt's clients send it: read once, and refused unless libvirt reads the same in it.
+
+The driver reads with expat, which gives positions in the text; libvirt reads with libxml2. What one of them finds and
+the other does not would pass the driver's checks and reach libvirt. So the elements that both find are compared, and
+what libvirt reads in more than one way (it looks for some names without their namespaces) is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lxml import etree
+
+from nvdimm_driver.errors import DomainXmlError
+from nvdimm_driver.model import DomainSpec
+from nvdimm_driver.xml.document import Element, decode, parse
+from nvdimm_driver.xml.parse_domain import emulator_of, is_xen, nvdimm_elements, spec_of, uuid_of
+from nvdimm_driver.xml.rewrite import NAMESPACE, mentions
+from nvdimm_driver.xml.schema import check_schema
+
+_ONCE = (
+    *("name", "uuid", "metadata", "maxMemory", "memory", "currentMemory", "memoryBacking", "os", "features", "cpu"),
+    "devices",
+)
+"""Elements of a domain of which libvirt takes the first or all (XPath), and the driver the first."""
+_TEXT_ONLY = ("name", "uuid", "maxMemory", "memory", "currentMemory")
+"""Elements of a domain, besides its emulator, of which libvirt takes the text of all in them (XPath's string()), and
+the driver their own."""
+
+
+@dataclass(frozen=True)
+class ClientDomain:
+    """Domain XML of a client.
+
+    :ivar text: the XML.
+    :ivar domain: the domain; None when it has no NVDIMMs or is not of type ``xen``.
+    :ivar other_type: the type of a domain with NVDIMMs that is not of type ``xen``.
+    :ivar limited: uuid of a domain of type ``xen`` that has ``<maxMemory>``.
+    """
+
+    text: str
+    domain: DomainSpec | None
+    other_type: str | None
+    limited: str | None
+
+
+def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> ClientDomain:
+    """Read the XML of a domain.
+
+    :param device_model: path of the program that rewritten domains have as their emulator.
+    :param validate: check the XML of a domain with NVDIMMs against libvirt's schema; libvirt checks what it gets.
+    :raises DomainXmlError: when it cannot be parsed, has an invalid value, or is not read alike by libvirt; also when
+        it is already rewritten, or names the device model: only the driver writes that, and clients never see it.
+    :raises SchemaError: when it does not match the schema.
+    :raises UnsupportedError: when it asks for something that Xen or this driver cannot do.
+    """
+    text, root = _parse(data)
+    _check_form(root)
+    _check_repeated(root)
+    _check_not_ours(root)
+    nvdimms, xen = bool(nvdimm_elements(root)) and root.tag == "domain", is_xen(root)
+    if nvdimms and xen and validate:
+        check_schema(text)
+    domain = spec_of(root) if nvdimms and xen else None
+    if domain is None and emulator_of(root) == device_model:
+        raise DomainXmlError(
+            f"the domain has no NVDIMM and names the device model {device_model}",
+            hint="leave <emulator> out, or name a QEMU",
+        )
+    other_type = root.attributes.get("type") if nvdimms and not xen else None
+    limited = uuid_of(root) if xen and root.child("maxMemory") is not None else None
+    return ClientDomain(text, domain, other_type, limited)
+
+
+def read_device(data: bytes) -> tuple[str, bool]:
+    """Return the XML of a device, and True if it is an NVDIMM.
+
+    :raises DomainXmlError: when it cannot be parsed, or is not read alike by libvirt.
+    """
+    text, root = _parse(data)
+    _check_form(root)
+    return text, root.tag == "memory" and root.attributes.get("model") == "nvdimm"
+
+
+def check_metadata(data: bytes) -> None:
+    """Check that metadata which a client adds to a domain are not the driver's own.
+
+    :raises DomainXmlError: when they are, cannot be parsed, or are not read alike by libvirt.
+    """
+    _check_not_ours(_parse(data)[1])
+
+
+def _parse(data: bytes) -> tuple[str, Element]:
+    text = decode(data)
+    root = parse(text).root
+    try:
+        # as libvirt parses it (src/util/virxml.c:virXMLParseHelper); a document type is refused above
+        options = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True, remove_pis=True)
+        theirs = etree.fromstring(data, options)
+    except (etree.LxmlError, ValueError) as error:
+        raise DomainXmlError(f"libxml2 cannot parse the XML: {error}", hint="'xmllint FILE' shows the place") from error
+    differing = _difference(root, theirs)
+    if differing is not None:
+        raise DomainXmlError(
+            f"<{differing.tag}> is read in two ways, by libxml2 and by expat", hint="write the XML plainly, in UTF-8"
+        )
+    return text, root
+
+
+def _difference(ours: Element, theirs: etree._Element) -> Element | None:
+    """Return the first element that libxml2 reads differently; None when there is none. Prefixes do not count."""
+    found = [(etree.QName(name).localname, value) for name, value in theirs.attrib.items()]
+    own = [(_local(name), value) for name, value in ours.attributes.items() if not _declares(name)]
+    text = (theirs.text or "") + "".join(child.tail or "" for child in theirs)
+    same = (_local(ours.tag), sorted(own), ours.text) == (etree.QName(theirs).localname, sorted(found), text)
+    if not same or len(ours.children) != len(theirs):
+        return ours
+    pairs = zip(ours.children, theirs, strict=True)
+    return next((differing for one, other in pairs if (differing := _difference(one, other)) is not None), None)
+
+
+def _check_form(root: Element) -> None:
+    """Check that names which the driver looks for mean the same to libvirt, which ignores some namespaces.
+
+    :raises DomainXmlError: for a prefix of the root or of an attribute, and for a default namespace.
+    """
+    if ":" in root.tag:
+        raise DomainXmlError(f"the root element <{root.tag}> has a prefix", hint=f"write <{_local(root.tag)}>")
+    for element in _plain(root):
+        for name in element.attributes:
+            if name == "xmlns" or (":" in name and not _declares(name)):
+                raise DomainXmlError(
+                    f"<{element.tag}> has the attribute {name}", hint="domain XML has no namespaces here: remove it"
+                )
+
+
+def _plain(element: Element) -> Iterator[Element]:
+    """Yield the elements of libvirt's own format: not those in metadata or, like QEMU's arguments, in a namespace."""
+    yield element
+    for child in element.children:
+        if child.tag not in ("metadata", "commandline") and ":" not in child.tag:
+            yield from _plain(child)
+
+
+def _check_repeated(root: Element) -> None:
+    for tag, count in Counter(child.tag for child in root.children if child.tag in _ONCE).items():
+        if count > 1:
+            raise DomainXmlError(f"the domain has {count} <{tag}>", hint="remove all but one of them")
+    devices = root.child("devices")
+    emulators = [] if devices is None else [child for child in devices.children if child.tag == "emulator"]
+    for child in [child for child in root.children if child.tag in _TEXT_ONLY] + emulators:
+        if child.children:
+            raise DomainXmlError(
+                f"<{child.tag}> has <{child.children[0].tag}> in it", hint=f"write only text into <{child.tag}>"
+            )
+
+
+def _check_not_ours(root: Element) -> None:
+    if mentions(root):
+        raise DomainXmlError(
+            f"the XML has nvdimm_driver's own metadata in it ({NAMESPACE})",
+            hint="change the <memory model='nvdimm'> elements instead; 'nvdimmctl restore' makes XML to define of this",
+        )
+
+
+def _declares(name: str) -> bool:
+    """Return True for the name of an attribute that declares a namespace."""
+    return name == "xmlns" or name.startswith("xmlns:")
+
+
+def _local(name: str) -> str:
+    return name.rpartition(":")[2]

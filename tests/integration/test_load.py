@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Defines that write zeros for hours keep nobody waiting: nvdimmd, the real libvirtd and its libxl driver."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.doctor.libvirt import Connection
+from nvdimm_driver.rpc import wire
+from nvdimm_driver.rpc.procedure import Procedure
+from nvdimm_driver.rpc.workers import ZEROS_MAX
+from nvdimm_driver.rpc.xdr import LibvirtError, Packer, RemoteError
+from nvdimm_driver.xml.document import MAX_PARTS
+from tests.integration.bench_host import Host
+
+DEFINES = [f"zeros{number}" for number in range(ZEROS_MAX)]
+GOOD = DEFINES[:2]
+"""Those that succeed in the end: the file system has no room for all."""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    host = Host(tmp_path_factory.mktemp("host"))
+    try:
+        yield host
+    finally:
+        open_gates(host)
+        host.libvirtd.close()
+
+
+class Client:
+    """A client that sends calls and does not wait for replies."""
+
+    def __init__(self, host: Host) -> None:
+        self.connection = Connection(str(host.libvirtd.folder / "run/libvirt/virtxend-sock"), timeout=3600)
+        self._reader = wire.Reader()
+        self._serial = 1000
+
+    @property
+    def socket(self) -> socket.socket:
+        return self.connection._socket
+
+    def send(self, procedure: int, payload: bytes) -> None:
+        self._serial += 1
+        header = wire.Header(wire.PROGRAM, wire.VERSION, procedure, wire.CALL, self._serial, wire.OK)
+        self.socket.sendall(wire.pack(header, payload))
+
+    def answered(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0)[0])
+
+    def replies(self, count: int) -> list[wire.Message]:
+        found: list[wire.Message] = []
+        while len(found) < count:
+            while (message := self._reader.next_message()) is None:
+                self._reader.receive(self.socket.recv(1 << 16))
+            found.append(message)
+        return found
+
+
+def gates(host: Host) -> Path:
+    return host.libvirtd.folder / "run/gates"
+
+
+def open_gates(host: Host) -> None:
+    """Let every define that waits go on, and fail but for the good ones; none waits any more."""
+    for gate in sorted(gates(host).glob("*")) if gates(host).exists() else ():
+        waiting = threading.Thread(target=gate.write_bytes, args=[b"go" if gate.stem in GOOD else b"fail"], daemon=True)
+        waiting.start()  # it waits until the define has its turn
+
+
+def wait_until_defined(host: Host) -> None:
+    while not {*DEFINES} <= {*host.libvirtd.check("list", "--all", "--name").split()}:
+        time.sleep(0.1)
+
+
+def test_zeros_keep_nobody_waiting(host: Host) -> None:
+    host.define("db1", 1)
+    host.define("db2", 2)
+    host.check("undefine", "db2")
+    gates(host).mkdir()
+    client = Client(host)
+    for number, name in enumerate(DEFINES):
+        os.mkfifo(gates(host) / f"{name}.img")
+        client.send(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(host.xml(name, 16 + number).read_text())))
+    wait_until_defined(host)
+
+    assert "<memory model='nvdimm'" in host.check("dumpxml", "db1")
+    assert "<memory model='nvdimm'" in host.check("dumpxml", DEFINES[-1])
+    assert {"db1", *DEFINES} <= {*host.check("list", "--all", "--name").split()}
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+    host.check("destroy", "db1")
+    host.define("db1", 1)
+    host.define("db2", 2)
+    assert host.virsh("start", DEFINES[-1]).returncode == 1
+    assert "db1" in host.nvdimmctl("list").stdout
+
+    refused = host.virsh("define", host.xml("db3", 3))
+    assert f"{ZEROS_MAX} domains are being provisioned, or wait for that" in refused.stderr
+    assert "db3" not in host.check("list", "--all", "--name")
+    assert not client.answered()
+
+    open_gates(host)
+    assert sorted(reply.header.status for reply in client.replies(ZEROS_MAX)) == [0, 0] + [1] * (ZEROS_MAX - 2)
+    client.socket.close()
+    assert {*host.check("list", "--all", "--name").split()} == {"Domain-0", "db1", "db2", *GOOD}
+    host.define("db3", 3)
+
+
+def test_large_xml_is_refused_without_a_word_of_libvirts(host: Host) -> None:
+    text = host.xml("large", 4).read_text().replace("<os>", "<a/>" * MAX_PARTS + "<os>")
+    with Connection(str(host.libvirtd.folder / "run/libvirt/virtxend-sock"), timeout=3600) as connection:
+        for procedure in (Procedure.DOMAIN_DEFINE_XML, Procedure.DOMAIN_CREATE_XML):
+            with pytest.raises(LibvirtError) as caught:
+                connection.call(procedure, bytes(Packer().string(text).uint32(0)))
+            assert "no domain needs that many" in (RemoteError.unpack(caught.value.payload).message or "")
