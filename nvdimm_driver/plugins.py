@@ -190,8 +190,35 @@ class Backing(Plugin):
     # --- backings that are made, moved or reserved ---
 
     def exists(self, path: str) -> bool:
-        """Return True when something exists at a path."""
-        return os.path.lexists(path)
+        """Return True when something exists at a path.
+
+        :raises BackingError: when nobody can say, as on a medium with errors.
+        """
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            from nvdimm_driver.errors import BackingError
+
+            raise BackingError(f"{path}: {error.strerror}", hint="look at the kernel's log") from error
+        return True
+
+    def check_home(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Check that what holds backings like this one is there, so that one which does not exist is gone for good.
+
+        The default refuses: a device that is not there has its bytes still.
+
+        :param path: of the backing.
+        :param identity: that it had, if it is known.
+        :raises BackingError: when it is not there: no file system is mounted, or another one.
+        """
+        if not self.exists(path):
+            from nvdimm_driver.errors import BackingError
+
+            raise BackingError(
+                f"{path}: its device is not there, and has its bytes still", hint="enable or rename the device"
+            )
 
     def size(self, path: str) -> int:
         """Return the size of an existing backing, in bytes.
@@ -384,6 +411,19 @@ def backing_of(backings: Sequence[Backing], path: str) -> Backing:
     raise BackingError(
         f"{path}: cannot be the backing of an NVDIMM", hint="; ".join(backing.describe() for backing in backings)
     )
+
+
+def backing_named(backings: Sequence[Backing], name: str) -> Backing:
+    """Return the backing of that name.
+
+    :raises BackingError: when no installed package has it.
+    """
+    for backing in backings:
+        if backing.name == name:
+            return backing
+    from nvdimm_driver.errors import BackingError
+
+    raise BackingError(f"there is no backing {name!r}", hint="install the plug-in that it was made with")
 
 
 def _check_there(path: str) -> None:

@@ -90,6 +90,22 @@ class FsdaxBacking(Backing):
     def areas(self) -> Sequence[Namespace]:
         return [each for each in inventory.namespaces(self.sysfs) if each.mode == "fsdax"]
 
+    def check_home(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Check that the folder of a file, or the next one above that exists, is on the file system that had the file.
+
+        A file system that was made anew on the same namespace is taken for the one before.
+        """
+        folder = os.path.realpath(path)
+        while not self.exists(folder) or not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            volume = self._volume(fd, folder)
+        if identity is not None and (volume.namespace.uid, volume.start) != (identity.device, identity.start):
+            raise BackingError(
+                f"{path}: {folder} is on {volume.namespace.name} now, which is not the namespace that had it",
+                hint="mount the file system that had it there",
+            )
+
     def examine(self, spec: NvdimmSpec) -> Intake:
         path = os.path.realpath(spec.path)
         if is_new(path):

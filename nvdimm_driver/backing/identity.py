@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity
 from nvdimm_driver.sizes import human
@@ -18,6 +20,14 @@ def check_identity(path: str, found: BackingIdentity, expected: BackingIdentity 
             f"{path} is not the backing that was provisioned: {describe_differences(found, expected)}",
             hint="put the old file back, or take the new one by defining the domain anew",
         )
+
+
+def check_same_bytes(path: str, found: BackingIdentity, expected: BackingIdentity) -> None:
+    """Refuse a backing that is not the expected one, whatever its size is now.
+
+    :raises BackingError: as :func:`check_identity` does.
+    """
+    check_identity(path, found, replace(expected, size=found.size))
 
 
 def describe_differences(found: BackingIdentity, expected: BackingIdentity | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nvdimm_driver.backing.files import HINTS, check_name
-from nvdimm_driver.backing.identity import check_identity
+from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
@@ -64,14 +64,14 @@ class Checks:
             ownership.check_off(record, hint)
 
     def check_same(self, path: str, identity: BackingIdentity | None) -> None:
-        """Check that a backing, if it exists, has that identity.
+        """Check that a backing, if it exists, has that identity, whatever its size is now.
 
         :param identity: None accepts every backing.
         :raises BackingError: when it has another, or cannot be located.
         """
         backing = backing_of(self.backings, path)
         if identity is not None and backing.exists(path):
-            check_identity(path, backing.locate(NvdimmSpec(0, path, PAGE)).identity, identity)
+            check_same_bytes(path, backing.locate(NvdimmSpec(0, path, PAGE)).identity, identity)
 
     def tell_overwritten(self, path: str, content: ByteRange) -> None:
         """Tell that all bytes of an open range are about to be overwritten: no saved guest may go on with them."""

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
-from nvdimm_driver.backing.identity import check_identity
+from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.contents import copying
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
-from nvdimm_driver.errors import InUseError, NotFoundError
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Watch
-from nvdimm_driver.plugins import backing_of
+from nvdimm_driver.plugins import Backing, ByteRange, backing_named, backing_of
 from nvdimm_driver.state import ownership
 
 
@@ -21,23 +23,16 @@ class Wiper:
         self._checks = checks
 
     def wipe(self, spec: NvdimmSpec, watch: Watch, owner: Record | None = None) -> None:
-        """Overwrite an NVDIMM with zeros, its label area too, durably. Its owner keeps it.
+        """Overwrite all of an NVDIMM's file or device with zeros, durably, whatever its size. Its owner keeps it.
 
         :param owner: the domain that it must still belong to, as it is; None to wipe whatever is at the path.
         :raises RefusedError: when it is in no pool.
-        :raises NotFoundError: when there is no such backing.
-        :raises BackingError: when it is not the one that was provisioned for the owner.
+        :raises NotFoundError: without an owner, when there is no such backing.
+        :raises BackingError: when it is not there, or not the one that was provisioned for the owner.
         :raises InUseError: when a domain runs with it, or it is not the owner's any more.
         """
-        self._checks.pools.check_place(spec.path)
-        self._check_owner(owner, spec)
-        self._checks.check_off(spec.path)  # a running domain's file cannot be opened for writing
-        backing = backing_of(self._checks.backings, spec.path)
-        with reporting_errors_of(spec.path), backing.open_bytes(spec, write=True) as content:
-            self._checks.check_off(spec.path)  # from here on, starts fail while this is open
-            self._check_owner(owner, spec, content.identity)
-            self._checks.tell_overwritten(spec.path, content)
-            copying.wipe(content, watch("wiping"))
+        with self._opened(spec, owner) as content:
+            _overwrite(spec, content, watch)
 
     def own(self, record: Record) -> tuple[Allocation, ...]:
         """Return the domain's NVDIMMs without those that :meth:`find_owner` finds another owner for."""
@@ -55,30 +50,73 @@ class Wiper:
 
     def to_wipe(self, record: Record) -> tuple[Allocation, ...]:
         """Return the domain's :meth:`own` NVDIMMs that are in pools with ``wipe_on_release``."""
-        pools = [(item, self._checks.pools.of(item.spec.path)) for item in self.own(record)]
-        return tuple(item for item, pool in pools if pool is not None and pool.wipe_on_release)
+        return tuple(item for item in self.own(record) if self._checks.pools.wipes(item.spec.path))
 
-    def give_up(self, record: Record, watch: Watch, *, delete: bool) -> None:
-        """Release a domain's backings, after wiping those of :meth:`to_wipe`.
+    def give_up(self, record: Record, watch: Watch, *, delete: bool, slot: int | None = None) -> None:
+        """Release a domain's backings, after wiping those of :meth:`to_wipe`. All is done, or no claim is given up.
 
         :param record: the domain as the operator has seen it.
         :param delete: delete the :meth:`own` files, too; devices stay.
+        :param slot: release only the NVDIMM in this slot.
         :raises InUseError: while the domain runs, when it was changed since, or when what is to be wiped or deleted is
             another domain's, too.
+        :raises BackingError: when what is to be wiped or deleted is not there, and may exist.
         """
         ownership.check_off(self._find_unchanged(record))
-        wiped, deleted = self.to_wipe(record), self.own(record) if delete else ()
-        for item in (*wiped, *deleted):  # all, before the first of them is wiped
+        chosen = in_slot(record, slot)
+        wiped, deleted = self.to_wipe(chosen), self.own(chosen) if delete else ()
+        here = [item for item in {*wiped, *deleted} if not self._is_gone(item)]
+        for item in here:  # all, before the first of them is wiped
             self._check_owner(record, item.spec)
-        for item in wiped:
-            with suppress(NotFoundError):
-                self.wipe(item.spec, watch, record)
-        for item in deleted:
-            self._check_owner(record, item.spec)
-            backing_of(self._checks.backings, item.spec.path).discard(item.spec)
-        ownership.give_up(
-            self._checks.ledger, self._checks.backings, self._checks.ledger.find_domain(record.uuid) or record
-        )
+        with ExitStack() as opened:  # until the claims are given up, no start can take what is wiped
+            contents = [(item, opened.enter_context(self._opened(item.spec, record))) for item in wiped if item in here]
+            for item, content in contents:
+                _overwrite(item.spec, content, watch)
+            for item in deleted:
+                if item in here:
+                    self._check_owner(record, item.spec)
+                    backing_of(self._checks.backings, item.spec.path).discard(item.spec)
+            now = self._checks.ledger.find_domain(record.uuid) or record
+            ownership.give_up(self._checks.ledger, self._checks.backings, now, in_slot(now, slot).allocations)
+
+    @contextmanager
+    def _opened(self, spec: NvdimmSpec, owner: Record | None) -> Iterator[ByteRange]:
+        """Open all of an NVDIMM's file or device, to overwrite it; no domain can start with it until it is closed."""
+        self._checks.pools.check_place(spec.path)
+        self._check_owner(owner, spec)
+        self._checks.check_off(spec.path)  # a running domain's file cannot be opened for writing
+        backing = backing_of(self._checks.backings, spec.path)
+        with reporting_errors_of(spec.path):
+            whole = replace(spec, size=self._size(backing, spec.path, owner))
+            with backing.open_bytes(whole, write=True) as content:
+                self._checks.check_off(spec.path)  # from here on, starts fail while this is open
+                self._check_owner(owner, spec, content.identity)
+                self._checks.tell_overwritten(spec.path, content)
+                yield content
+
+    def _size(self, backing: Backing, path: str, owner: Record | None) -> int:
+        try:
+            return backing.size(path)
+        except NotFoundError as error:
+            if owner is None:
+                raise
+            # Not exit status 3, which means that there is nothing to wipe: the domain may have other NVDIMMs.
+            raise _missing(path, error.message.removeprefix(f"{path}: ")) from error
+
+    def _is_gone(self, item: Allocation) -> bool:
+        """Return True when nothing of an NVDIMM can be left to wipe or to delete.
+
+        :raises BackingError: when it is not there, but it was, or what would hold it is not there either.
+        """
+        path, pool = item.spec.path, self._checks.pools.of(item.spec.path)
+        kind = item.identity.kind if item.identity else pool.kind if pool else ""
+        backing = backing_named(self._checks.backings, kind) if kind else backing_of(self._checks.backings, path)
+        if backing.exists(path):
+            return False
+        backing.check_home(path, item.identity)
+        if item.ready and pool is not None and pool.wipe_on_release:
+            raise _missing(path, f"it is not there, and pool {pool.name} has wipe_on_release")
+        return True
 
     def _check_owner(self, record: Record | None, spec: NvdimmSpec, opened: BackingIdentity | None = None) -> None:
         """Check that an NVDIMM is the domain's, nobody else's, and the one that was provisioned.
@@ -96,7 +134,7 @@ class Wiper:
         (identity,) = (item.identity for item in record.allocations if item.spec == spec)
         self._checks.check_same(spec.path, identity)
         if opened is not None and identity is not None:
-            check_identity(spec.path, opened, identity)
+            check_same_bytes(spec.path, opened, identity)
 
     def _find_unchanged(self, record: Record) -> Record:
         """Return the domain's record of now.
@@ -110,6 +148,23 @@ class Wiper:
 
     def _others(self, record: Record, spec: NvdimmSpec) -> list[Record]:
         return ownership.others(self._checks.ledger, record, spec.path, self._checks.identity(spec.path))
+
+
+def in_slot(record: Record, slot: int | None) -> Record:
+    """Return a domain with the NVDIMM in that slot only; with all for None."""
+    return replace(record, allocations=tuple(item for item in record.allocations if slot in (None, item.spec.slot)))
+
+
+def _overwrite(spec: NvdimmSpec, content: ByteRange, watch: Watch) -> None:
+    with reporting_errors_of(spec.path):
+        copying.wipe(content, watch("wiping"))
+
+
+def _missing(path: str, problem: str) -> BackingError:
+    return BackingError(
+        f"{path}: {problem}: nothing was overwritten, and the claim to it stays",
+        hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted, 'nvdimmctl check --repair' gives it up",
+    )
 
 
 def _nvdimms(record: Record) -> list[tuple[NvdimmSpec, BackingIdentity | None]]:

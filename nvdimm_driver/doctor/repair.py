@@ -14,7 +14,7 @@ from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.model import Allocation, Record, Surveyed
-from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks, ownership
 from nvdimm_driver.state.owner_marks import Mark
@@ -123,10 +123,7 @@ class _Look:
             yield inconsistency(problem, "write its mark", partial(backing.mark, path, owner_marks.pack(record, item)))
 
     def _named(self, kind: str) -> Backing:
-        for backing in self.driver.backings:
-            if backing.name == kind:
-                return backing
-        raise BackingError(f"there is no backing {kind!r}", hint="install the plug-in that it was made with")
+        return backing_named(self.driver.backings, kind)
 
     def _gone(self, record: Record, item: Allocation) -> Inconsistency:
         inconsistency = partial(Inconsistency, record.name, item.spec.path)

@@ -103,6 +103,7 @@ class Definitions:
         held = self._check_allowed(domain)
         before = self.ledger.find_domain(uuid)
         LOG.debug("define domain %s, %s", domain.name, uuid)
+        kept = [*kept, *(item for item in self._to_wipe(self._others(domain, before)) if item not in kept)]
         wanted = [*(Allocation(uuid, spec) for spec in domain.nvdimms), *kept]
         self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
         created: list[NvdimmSpec] = []
@@ -133,10 +134,16 @@ class Definitions:
             self._backing(spec).discard(spec)
 
     def drop_claims(self, uuid: str) -> None:
-        """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""
+        """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends.
+
+        A claim to what has to be overwritten before others may have it stays until it is released.
+        """
         record = self.ledger.find_domain(uuid)
         if record is not None:
-            ownership.drop(self.ledger, self.backings, record)
+            kept = self._to_wipe(record.allocations)
+            given_up = [item for item in record.allocations if item not in kept]
+            if given_up or not kept:
+                ownership.drop(self.ledger, self.backings, record, given_up)
 
     def adopt(self, domain: DomainSpec) -> Record:
         """Return the domain's record, after taking over NVDIMMs that were added or changed without :meth:`define`.
@@ -179,6 +186,10 @@ class Definitions:
             if os.path.realpath(item.spec.path) not in wanted and not (item.identity and item.identity in identities)
         ]
         return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
+
+    def _to_wipe(self, items: Sequence[Allocation]) -> list[Allocation]:
+        """Return those NVDIMMs whose bytes have to be overwritten before anybody else may have them."""
+        return [item for item in items if item.ready and self.pools.wipes(item.spec.path)]
 
     def _is_settled(self, domain: DomainSpec, record: Record) -> bool:
         """Return True if the ledger has all NVDIMMs of the domain as they are to be started."""

@@ -18,8 +18,8 @@ from nvdimm_driver.sizes import human
 
 _CHUNK = MIB
 _HINT = (
-    "keep size, label and alignsize; to change them all the same, save the bytes with 'nvdimmctl export', define the "
-    "domain without this NVDIMM, and then again with it"
+    "keep size, label and alignsize; to change them all the same, save the bytes with 'nvdimmctl export', give "
+    "the NVDIMM up with 'nvdimmctl release --slot', and then define the domain"
 )
 
 

@@ -39,6 +39,11 @@ class Pools:
         path = os.path.realpath(path)
         return next((pool for pool in self._pools if is_in(path, pool)), None)
 
+    def wipes(self, path: str) -> bool:
+        """Return True when what is at a path has to be overwritten before another domain may have it."""
+        pool = self.of(path)
+        return pool is not None and pool.wipe_on_release
+
     def check(self, domain: DomainSpec, records: Iterable[Record]) -> None:
         """Check that a domain may have its backings.
 

@@ -203,28 +203,35 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record | None, bef
     dropped = [item for item in (before.allocations if before else ()) if item.spec.path not in paths]
     _unmark(ledger.domains(), backings, dropped)
     for item in kept:
-        if record:
-            backing_of(backings, item.spec.path).mark(item.spec.path, owner_marks.pack(record, item))
+        path = item.spec.path
+        if record and _shares([item], identity_at(backings, path)):  # one that is not defined any more may be missing
+            backing_of(backings, path).mark(path, owner_marks.pack(record, item))
 
 
-def drop(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
-    """Give up a domain's claim to its backings, whether it runs or not.
+def drop(ledger: Ledger, backings: Sequence[Backing], record: Record, items: Sequence[Allocation]) -> None:
+    """Give up a domain's claims to some of its NVDIMMs, whether it runs or not.
 
     The marks go first. If this process is killed before the ledger is written, the domain has its backings still, and
     'check --repair' marks them again. In the other order, it would give the domain what it has given up.
     """
     others = [each for each in ledger.domains() if each.uuid != record.uuid]
-    _unmark(others, backings, record.allocations)
-    ledger.give_up(record.uuid, kind="forgotten")
+    _unmark(others, backings, items)
+    kept = [item for item in record.allocations if item not in items]
+    if kept:
+        ledger.store(record.uuid, record.name, record.ram, kept, dsm=record.dsm, kind="forgotten")
+    else:
+        ledger.give_up(record.uuid, kind="forgotten")
 
 
-def give_up(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
-    """Give up a domain's claim to its backings.
+def give_up(
+    ledger: Ledger, backings: Sequence[Backing], record: Record, items: Sequence[Allocation] | None = None
+) -> None:
+    """Give up a domain's claims to some of its NVDIMMs; to all of them for None.
 
     :raises InUseError: while it runs.
     """
     check_off(record)
-    drop(ledger, backings, record)
+    drop(ledger, backings, record, record.allocations if items is None else items)
 
 
 def _unmark(records: Sequence[Record], backings: Sequence[Backing], items: Sequence[Allocation]) -> None:

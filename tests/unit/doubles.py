@@ -131,6 +131,10 @@ class MemoryBacking(Backing):
     def exists(self, path: str) -> bool:
         return path in self.files
 
+    def check_home(self, path: str, identity: BackingIdentity | None = None) -> None:
+        if self.fail_space:
+            raise BackingError(self.fail_space)
+
     def mark(self, path: str, owner: bytes | None) -> None:
         self.marks.pop(path, None)
         if owner is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.contents.shared_checks import reporting_errors_of
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import (
     BackingError,
@@ -264,6 +265,7 @@ def test_what_the_system_says_is_told_with_the_path(defined: Host, tmp_path: Pat
             return opened
 
     backing = Broken()
+    backing.files[f"{B}1"] = (100, SIZE)
     wiper = make_driver(tmp_path, backing, RecordingMapper()).wiper
     with pytest.raises(BackingError, match=rf"{B}1: No space left on device .make room"):
         wiper.wipe(spec(f"{B}1"), watch)
@@ -346,14 +348,61 @@ def test_a_running_domain_gives_nothing_up(defined: Host) -> None:
     assert A in defined.backing.files
 
 
-def test_what_is_gone_can_be_given_up(tmp_path: Path) -> None:
-    host = Host(tmp_path, wipe=True)
+@pytest.mark.parametrize("delete", [False, True])
+def test_what_is_gone_can_be_given_up(tmp_path: Path, delete: bool) -> None:
+    host = Host(tmp_path)
     host.driver.define(domain(A, uuid=OTHER_UUID))
     del host.backing.files[A]
     record = host.driver.ledger.find_domain(OTHER_UUID)
     assert record is not None
+    host.wiper.give_up(record, watch, delete=delete)
+    assert host.driver.ledger.domains() == ()
+
+
+def test_what_is_gone_and_was_to_be_wiped_is_given_up_after_check(tmp_path: Path) -> None:
+    host = Host(tmp_path, wipe=True)
+    host.driver.define(domain(A))
+    del host.backing.files[A]
+    record = host.driver.ledger.find_domain(UUID)
+    assert record is not None
+    with pytest.raises(BackingError, match="it is not there, and pool main has wipe_on_release"):
+        host.wiper.give_up(record, watch, delete=False)
+    assert host.driver.ledger.find_domain(UUID) == record
+    (found,) = look(host.driver)
+    assert found.mend
+    found.mend()
+    record = host.driver.ledger.find_domain(UUID)
+    assert record is not None
     host.wiper.give_up(record, watch, delete=False)
     assert host.driver.ledger.domains() == ()
+
+
+def test_more_than_an_nvdimm_needs_is_wiped(tmp_path: Path) -> None:
+    """A device is larger than its NVDIMM, or a file has become so."""
+    host = Host(tmp_path, wipe=True)
+    host.backing.files[A] = (100, 2 * SIZE)
+    host.backing.contents[A] = bytearray(b"x" * 2 * SIZE)
+    host.driver.define(domain(A))
+    record = host.driver.ledger.find_domain(UUID)
+    assert record is not None
+    host.wiper.give_up(record, watch, delete=False)
+    assert host.backing.contents[A] == bytes(2 * SIZE)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_one_of_two_is_given_up(tmp_path: Path, slot: int) -> None:
+    host = Host(tmp_path, wipe=True)
+    host.driver.define(domain(A, B))
+    for path in (A, B):
+        host.fill(path, b"data")
+    record = host.driver.ledger.find_domain(UUID)
+    assert record is not None
+    host.wiper.give_up(record, watch, delete=False, slot=slot)
+    left = host.driver.ledger.find_domain(UUID)
+    assert left is not None
+    assert left.allocations == (record.allocations[1 - slot],)
+    assert host.backing.contents[(A, B)[slot]] == bytes(SIZE)
+    assert host.backing.contents[(B, A)[slot]] != bytes(SIZE)
 
 
 class DeviceTakenMeanwhile(MemoryBacking):

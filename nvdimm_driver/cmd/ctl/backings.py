@@ -8,13 +8,13 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from nvdimm_driver.cmd.ctl.base import Action, agreed, find, size_argument, up_to_date, yes_option
+from nvdimm_driver.cmd.ctl.base import Action, agreed, find, items_of, size_argument, up_to_date, yes_option
 from nvdimm_driver.cmd.ctl.progress import watched
-from nvdimm_driver.errors import BackingError, NotFoundError, UsageError
+from nvdimm_driver.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
-    from nvdimm_driver.model import Allocation, NvdimmSpec, Pool, Record
+    from nvdimm_driver.model import NvdimmSpec, Pool, Record
 
 _PATH_HELP = "the absolute path of a backing's file or device"
 
@@ -149,19 +149,13 @@ class Wipe(Action):
             doomed = [_whole(driver, parsed_args.what)]
         else:
             owner = find(driver, parsed_args.what)
-            doomed = [item.spec for item in _items(owner, parsed_args.slot)]
+            doomed = [item.spec for item in items_of(owner, parsed_args.slot)]
         paths = ", ".join(spec.path for spec in doomed)
         if not agreed(f"Overwrite everything in {paths} with zeros?", parsed_args.yes):
             return 1
         for spec in doomed:
-            try:
-                with watched(spec.path, lines=parsed_args.progress) as watch:
-                    driver.wiper.wipe(spec, watch, owner)
-            except NotFoundError as error:
-                if spec.path == parsed_args.what:
-                    raise
-                # Not exit status 3, which means that there is nothing to wipe: the domain may have other NVDIMMs.
-                raise BackingError(error.message, hint="if it was moved, 'nvdimmctl check' finds it") from error
+            with watched(spec.path, lines=parsed_args.progress) as watch:
+                driver.wiper.wipe(spec, watch, owner)
             print(f"{spec.path} is all zeros")
         return 0
 
@@ -212,20 +206,11 @@ def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
         if not colon or not slot.isdecimal():
             raise
         record, number = find(driver, name), int(slot)
-    items = _items(record, number)
+    items = items_of(record, number)
     if len(items) > 1:
         slots = ", ".join(f"{record.name}:{item.spec.slot}" for item in items)
         raise UsageError(f"domain {record.name} has {len(items)} NVDIMMs", hint=f"say which: {slots}")
     return items[0].spec
-
-
-def _items(record: Record, slot: int | None) -> list[Allocation]:
-    """Return a domain's NVDIMMs, or the one in a slot."""
-    items = [item for item in record.allocations if slot is None or item.spec.slot == slot]
-    if not items:
-        where = "" if slot is None else f" in slot {slot}"
-        raise NotFoundError(f"domain {record.name} has no NVDIMM{where}", hint=f"see 'nvdimmctl show {record.name}'")
-    return items
 
 
 def _whole(driver: XenNvdimmDriver, path: str) -> NvdimmSpec:

@@ -17,7 +17,7 @@ from nvdimm_driver.errors import NotFoundError
 if TYPE_CHECKING:
     from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
     from nvdimm_driver.driver import XenNvdimmDriver
-    from nvdimm_driver.model import Record
+    from nvdimm_driver.model import Allocation, Record
 
 Rows = tuple[Sequence[str], list[tuple[Any, ...]]]
 Fields = tuple[Sequence[str], Sequence[Any]]
@@ -101,6 +101,18 @@ def find(driver: XenNvdimmDriver, key: str) -> Record:
         if record.start is not None and key == str(record.start.domid):
             return record
     raise NotFoundError(f"no domain {key!r} with NVDIMMs", hint="'nvdimmctl list' shows all")
+
+
+def items_of(record: Record, slot: int | None) -> list[Allocation]:
+    """Return a domain's NVDIMMs, or the one in a slot.
+
+    :raises NotFoundError: when there is none.
+    """
+    items = [item for item in record.allocations if slot in (None, item.spec.slot)]
+    if not items:
+        where = "" if slot is None else f" in slot {slot}"
+        raise NotFoundError(f"domain {record.name} has no NVDIMM{where}", hint=f"see 'nvdimmctl show {record.name}'")
+    return items
 
 
 def agreed(question: str, yes: bool) -> bool:

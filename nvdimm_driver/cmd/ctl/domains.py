@@ -14,6 +14,7 @@ from nvdimm_driver.cmd.ctl.base import (
     agreed,
     domain_argument,
     find,
+    items_of,
     up_to_date,
     yes_option,
 )
@@ -59,19 +60,23 @@ class Release(Action):
         parser = super().get_parser(prog_name)
         domain_argument(parser)
         parser.add_argument("--delete", action="store_true", help="delete the files, too; devices stay")
+        parser.add_argument("--slot", type=int, help="give up only the NVDIMM in this slot of the domain")
         yes_option(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         from nvdimm_driver.cmd.ctl import render
         from nvdimm_driver.cmd.ctl.progress import watched
+        from nvdimm_driver.contents.wiping import in_slot
 
-        driver = up_to_date(self.app)
+        driver, slot = up_to_date(self.app), parsed_args.slot
         record = find(driver, parsed_args.domain)
-        fate = render.fate(driver, record, delete=parsed_args.delete)
+        if slot is not None:
+            items_of(record, slot)
+        fate = render.fate(driver, in_slot(record, slot), delete=parsed_args.delete)
         if not agreed(f"Give up {record.name}'s claim ({fate})?", parsed_args.yes):
             return 1
         with watched(record.name) as watch:
-            driver.wiper.give_up(record, watch, delete=parsed_args.delete)
-        print(f"{record.name} has no NVDIMMs any more. {fate}")
+            driver.wiper.give_up(record, watch, delete=parsed_args.delete, slot=slot)
+        print(f"{record.name} has no NVDIMM{'s' if slot is None else f' in slot {slot}'} any more. {fate}")
         return 0

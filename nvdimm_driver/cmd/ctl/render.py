@@ -92,7 +92,7 @@ def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
         steps += ["deleted"] if delete and owner is None and os.path.isfile(path) else []
         steps += [f"kept as it is, because it belongs to domain {owner.name}"] if owner else []
         done = " and ".join(steps) or "kept as it is"
-        lines.append(f"{path}: {done if os.path.lexists(path) else 'missing'}")
+        lines.append(f"{path}: {done if os.path.exists(path) else 'missing'}")
     return "; ".join(lines)
 
 

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a domain had in a pool with ``wipe_on_release`` is shown to nobody, on real ext4 and XFS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.cmd.ctl import render
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
+from tests.unit.doubles import OTHER_UUID, UUID
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture(params=list(MKFS))
+def fs(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
+    yield file_systems[request.param]
+    empty(file_systems[request.param])
+
+
+@pytest.fixture
+def host(tmp_path: Path, fs: FileSystem) -> Host:
+    return Host(tmp_path, fs, wipe=True)
+
+
+@contextmanager
+def not_mounted(host: Host) -> Iterator[None]:
+    """Hide the pool's file system behind another one, which is empty."""
+    run("mount", "-t", "tmpfs", "none", host.fs.root)
+    try:
+        yield
+    finally:
+        run("umount", host.fs.root)
+
+
+def two(*names: str) -> DomainSpec:
+    nvdimms = tuple(NvdimmSpec(slot, name, SIZE) for slot, name in enumerate(names))
+    return DomainSpec("x", UUID, 512 * MIB, None, nvdimms)
+
+
+def write(path: str, data: bytes = DATA) -> None:
+    with open(path, "r+b") as file:
+        file.write(data)
+
+
+def release(host: Host, *, delete: bool = False, slot: int | None = None) -> None:
+    host.driver.wiper.give_up(host.record(), quiet, delete=delete, slot=slot)
+
+
+def claims(host: Host) -> dict[int, str]:
+    record = host.driver.ledger.find_domain(UUID)
+    return {item.spec.slot: os.path.basename(item.spec.path) for item in record.allocations} if record else {}
+
+
+@pytest.mark.parametrize("how", ["release", "wipe"])
+def test_a_file_is_overwritten_to_its_end_after_its_nvdimm_was_redefined_smaller(
+    tmp_path: Path, fs: FileSystem, how: str
+) -> None:
+    host = Host(tmp_path, fs)
+    large = host.domain("a.img")
+    host.driver.define(replace(large, nvdimms=(replace(large.nvdimms[0], size=2 * SIZE),)))
+    write(host.path("a.img"), DATA * 2)
+    host.driver.drop_claims(UUID)  # this pool does not wipe yet
+    host = Host(tmp_path, fs, wipe=True)
+    host.driver.define(large)
+    if how == "release":
+        release(host)
+    else:
+        host.driver.wiper.wipe(host.record().allocations[0].spec, quiet, host.record())
+    assert host.read("a.img") == bytes(2 * SIZE)
+
+
+@pytest.mark.parametrize("size", [SIZE // 2, 2 * SIZE])
+def test_a_file_whose_size_was_changed_is_overwritten_to_its_end(host: Host, size: int) -> None:
+    host.define("a.img")
+    os.truncate(host.path("a.img"), size)
+    if size > SIZE:
+        write(host.path("a.img"), DATA * 2)
+    release(host)
+    assert host.read("a.img") == bytes(size)
+    assert claims(host) == {}
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_while_its_pool_is_not_mounted_nothing_is_released(host: Host, delete: bool) -> None:
+    host.define("a.img")
+    with not_mounted(host):
+        with pytest.raises(BackingError, match=r"a\.img|mnt"):
+            release(host, delete=delete)
+        assert render.fate(host.driver, host.record(), delete=delete) == f"{host.path('a.img')}: missing"
+    assert claims(host) == {0: "a.img"}
+    assert host.read("a.img") == DATA
+    release(host, delete=delete)
+    assert claims(host) == {}
+    assert delete or host.read("a.img") == bytes(SIZE)
+
+
+def test_a_claim_whose_define_was_cut_stays_while_its_pool_is_not_mounted(host: Host) -> None:
+    """The file may have bytes of the domain: an interrupted redefinition has forgotten that it was provisioned."""
+    host.define("a.img")
+    item = host.record().allocations[0]
+    host.driver.ledger.store(UUID, "x", 512 * MIB, [replace(item, identity=None)])
+    with not_mounted(host), pytest.raises(BackingError):
+        release(host)
+    assert claims(host) == {0: "a.img"}
+    release(host)
+    assert host.read("a.img") == bytes(SIZE)
+
+
+def test_a_file_that_is_not_there_is_released_only_after_check_has_given_it_up(host: Host) -> None:
+    host.define("a.img")
+    os.rename(host.path("a.img"), host.path("b.img"))
+    with pytest.raises(BackingError, match=r"it is not there, and pool main has wipe_on_release.*'nvdimmctl check'"):
+        release(host)
+    assert claims(host) == {0: "a.img"}
+    for each in look(host.driver):
+        assert each.mend
+        each.mend()
+    assert host.read("a.img") == DATA, "it was moved back"
+    os.unlink(host.path("a.img"))
+    with pytest.raises(BackingError, match="it is not there, and pool main has wipe_on_release"):
+        release(host)
+    for each in look(host.driver):
+        assert each.mend
+        each.mend()
+    release(host)
+    assert claims(host) == {}
+
+
+def test_what_can_be_read_is_not_overwritten_when_another_part_is_missing(host: Host) -> None:
+    """All of a release is done, or nothing: so it can be repeated."""
+    host.driver.define(two(host.path("a.img"), host.path("b.img")))
+    write(host.path("a.img"))
+    os.unlink(host.path("b.img"))
+    with pytest.raises(BackingError, match=r"b\.img: it is not there"):
+        release(host)
+    assert claims(host) == {0: "a.img", 1: "b.img"}
+    assert host.read("a.img") == DATA
+
+
+def test_what_a_domain_is_redefined_without_stays_its_own_until_it_is_overwritten(host: Host) -> None:
+    host.define("a.img")
+    host.driver.drop_claims(UUID)
+    host.driver.drop_claims(UUID)
+    assert claims(host) == {0: "a.img"}
+    with pytest.raises(InUseError, match="belongs to domain x"):
+        host.driver.define(host.domain("a.img", OTHER_UUID))
+    release(host)
+    host.driver.define(host.domain("a.img", OTHER_UUID))
+    assert host.read("a.img") == bytes(SIZE)
+
+
+def test_one_of_two_that_a_domain_is_redefined_without_stays_its_own(host: Host) -> None:
+    host.driver.define(two(host.path("a.img"), host.path("b.img")))
+    for name in ("a.img", "b.img"):
+        write(host.path(name))
+    host.driver.define(two(host.path("b.img")))
+    assert set(claims(host).values()) == {"a.img", "b.img"}
+    (slot,) = (slot for slot, name in claims(host).items() if name == "a.img")
+    with pytest.raises(InUseError, match="belongs to domain x"):
+        host.driver.define(host.domain("a.img", OTHER_UUID))
+    assert look(host.driver) == [], "its mark says so, too"
+    release(host, slot=slot)
+    assert set(claims(host).values()) == {"b.img"}
+    assert host.read("a.img") == bytes(SIZE)
+    assert host.read("b.img") == DATA
+    assert host.mark("a.img") is None
+    assert look(host.driver) == []
+
+
+def test_a_definition_that_calls_its_file_by_another_name_claims_it_once(host: Host) -> None:
+    host.define("a.img")
+    os.mkdir(host.path("folder"))
+    host.driver.define(two(host.path("folder/../a.img")))
+    assert set(claims(host).values()) == {"a.img"}
+    assert len(host.record().allocations) == 1
+
+
+def test_no_start_takes_what_is_already_overwritten_before_all_is(host: Host) -> None:
+    host.driver.define(two(host.path("a.img"), host.path("b.img")))
+    tried: list[str] = []
+
+    def watch(what: str) -> object:
+        def tell(done: int, total: int) -> None:
+            with pytest.raises(InUseError, match="is being overwritten"):
+                host.another().prepare(two(host.path("a.img")))
+            tried.append(what)
+
+        return tell
+
+    host.driver.wiper.give_up(host.record(), watch, delete=False)  # type: ignore[arg-type]
+    assert len(tried) == 2 * SIZE // MIB
