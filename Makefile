@@ -8,7 +8,7 @@ DEB := dist/nvdimm-driver_$(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog
 DEB_SOURCES := setup.py pyproject.toml README.md NEWS.rst $(shell find debian doc etc nvdimm_driver shim -type f \
 	! -path '*/__pycache__/*' ! -path 'doc/_build/*' ! -name _xen.py)
 
-.PHONY: demo test thorough check doc docs deb images lab sample clean
+.PHONY: demo test test-long thorough check doc docs deb images lab sample clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
@@ -25,6 +25,10 @@ test: $(VENV)/.ready
 # Also run the lab's slow tests, which 'test' leaves out.
 thorough: SELECTED := -m ''
 thorough: test
+
+# Run what takes hours: doc/reliability.rst says what, and has the figures.
+test-long: $(VENV)/.ready
+	$(BIN)/python -m pytest -s -m long -n 2 tests/integration
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

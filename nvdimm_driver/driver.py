@@ -371,8 +371,8 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises BackingError: when one of them is not the domain's any more.
         """
         items = [item for item in record.allocations if os.path.realpath(item.spec.path) in frozen]
-        mappings, areas = self.planner.map_running(record, items)
-        had = replace(record, allocations=tuple(items))
+        had = replace(record, allocations=tuple(items), start=None)  # a repair that was killed has begun with fewer
+        mappings, areas = self.planner.map_running(had, items)
         served = had.labels if self.starts.label_servers.is_running(record.uuid) else ""
         paths = [item.spec.path for item in items]
         self.ledger.take_up_running(record.uuid, domid, paths, mappings, areas, served=served)

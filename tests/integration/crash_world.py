@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host whose processes can be killed: real files on ext4 or XFS, a real ledger, and a hypervisor in a file.
+
+Each piece of work runs in a process of its own with a driver of its own, as programs of the driver do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+from zlib import crc32
+
+from nvdimm_driver.backing import inode
+from nvdimm_driver.cmd import device_model
+from nvdimm_driver.cmd.ctl.check import ROUNDS
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import InUseError, NvdimmError, XenError
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.pools.rules import Pools
+from tests.integration.loop_pmem import FileSystem, run
+from tests.unit.doubles import RecordingMapper, make_driver
+
+SIZE = 2 * MIB
+LABEL = 128 * KIB
+RAM = 512 * MIB
+X, NEIGHBOUR, STRANGER = (f"7c7b0e2e-4a6e-4f0e-9a3b-00000000000{digit}" for digit in "123")
+NEIGHBOURS_DOMID = 9
+
+T = TypeVar("T")
+
+
+def quiet(what: str) -> Progress:
+    del what
+    return unwatched
+
+
+class Hypervisor(RecordingMapper):
+    """Xen, with its state in a file. Each hypercall appends a line: so it is a system call of the process.
+
+    :param file: lines of JSON: a word, a domid, and more.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        super().__init__({})
+        for word, domid, *more in map(json.loads, file.read_text().splitlines()):
+            if word == "create":
+                self.alive[domid] = more[0]
+            elif word == "destroy":
+                self.alive.pop(domid, None)
+                self.mapped.pop(domid, None)
+            elif word == "map":
+                self.mapped.setdefault(domid, []).append((more[0], more[1], more[2]))
+            elif word == "unmap":
+                self.mapped.pop(domid, None)
+
+    def call(self, word: str, domid: int, *more: object) -> None:
+        """Append a call."""
+        with open(self.file, "ab", buffering=0) as file:
+            try:
+                file.write(json.dumps([word, domid, *more]).encode() + b"\n")
+            except OSError as error:
+                raise XenError(f"{word}: {error.strerror}") from error
+
+    def map(
+        self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
+    ) -> int:
+        try:
+            for mapping in mappings:
+                self.call("map", domid, *mapping)
+        except XenError:
+            self.call("unmap", domid)
+            raise
+        return len(mappings)
+
+    def unmap(
+        self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self.call("unmap", domid)
+
+    def deliver(self, domid: int, tables: bytes) -> None:
+        self.call("deliver", domid, sha256(tables).hexdigest())
+
+    def frames(self) -> dict[int, set[int]]:
+        """Return the machine frames of each guest."""
+        return {
+            domid: {mfn + n for _, mfn, count in mappings for n in range(count)}
+            for domid, mappings in self.mapped.items()
+        }
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An NVDIMM, as the ledger and its file have it."""
+
+    uuid: str
+    slot: int
+    path: str
+    size: int
+    base: int | None
+    inode: int
+    content: int
+
+
+class World:
+    """The host.
+
+    :param wipe: the pool has ``wipe_on_release``.
+    """
+
+    def __init__(self, folder: Path, fs: FileSystem, *, wipe: bool = False) -> None:
+        self.folder, self.fs, self.wipe = folder, fs, wipe
+        self.xen_file = folder / "xen"
+
+    def reset(self) -> None:
+        """Make the host new: no file, no ledger, no guest."""
+        for each in self.fs.root.rglob("*"):
+            if each.is_file() and not each.is_symlink():
+                with open(each, "rb") as file:
+                    inode._set_immutable(file.fileno(), False)
+        run("find", self.fs.root, "-mindepth", "1", "-delete")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(exist_ok=True)
+        self.xen_file.touch()
+
+    def xen(self) -> Hypervisor:
+        return Hypervisor(self.xen_file)
+
+    def driver(self) -> XenNvdimmDriver:
+        """Return a driver, as a process of its own has it."""
+        pool = Pool("main", "fsdax", (str(self.fs.root),), None, SUPERPAGE, LABEL, self.wipe)
+        backing: Any = self.fs.backing
+        return make_driver(self.folder, backing, self.xen(), pools=Pools([pool]))
+
+    def work(self, what: Callable[[XenNvdimmDriver], T]) -> Callable[[], T]:
+        """Return what a process does: something with a driver of its own."""
+
+        def with_driver() -> T:
+            driver = self.driver()
+            with closing(driver.ledger):
+                return what(driver)
+
+        return with_driver
+
+    def do(self, what: Callable[[XenNvdimmDriver], T]) -> T:
+        """Do something with a driver of its own, as another process does."""
+        return self.work(what)()
+
+    # --- what users and libvirt do ---
+
+    def path(self, name: str) -> str:
+        return str(self.fs.root / name)
+
+    def domain(self, uuid: str, *names: str, ram: int = RAM) -> DomainSpec:
+        """Return a domain with these files in slots 0, 1, …; ``-`` leaves a slot free. The first has labels."""
+        nvdimms = [
+            NvdimmSpec(slot, self.path(name), SIZE, 0 if slot else LABEL)
+            for slot, name in enumerate(names)
+            if name != "-"
+        ]
+        return DomainSpec(f"domain{uuid[-1]}", uuid, ram, None, tuple(nvdimms))
+
+    def define(self, domain: DomainSpec, driver: XenNvdimmDriver) -> tuple[NvdimmSpec, ...]:
+        """Do what virsh define does."""
+        return driver.define(domain, driver.check(domain))
+
+    def fill(self, *names: str) -> None:
+        """Write what only the guest could have written."""
+        for name in names:
+            with open(self.path(name), "r+b") as file:
+                file.write((name.encode() + b"'s own bytes.").ljust(32, b".") * (SIZE // 32))
+
+    def prepare(self, domain: DomainSpec, driver: XenNvdimmDriver) -> None:
+        """Do what the hook does before a start."""
+        driver.clear_fault(domain.uuid or "")
+        driver.prepare(domain)
+
+    def attach(self, domid: int, driver: XenNvdimmDriver) -> None:
+        """Do what the device model does before it becomes QEMU."""
+        mapper: Any = driver.planner.mapper
+        device_model.attach(domid, driver.ledger, mapper, str(self.folder), driver.prepare_known, _serve)
+
+    def start(self, domain: DomainSpec, domid: int) -> None:
+        """Start a domain."""
+        self.do(partial(self.prepare, domain))
+        self.xen().call("create", domid, domain.uuid)
+        self.do(partial(self.attach, domid))
+
+    def neighbour(self) -> None:
+        """Have another domain run."""
+        domain = self.domain(NEIGHBOUR, "n0", "n1")
+        self.do(partial(self.define, domain))
+        self.fill("n0", "n1")
+        self.start(domain, NEIGHBOURS_DOMID)
+
+    def defined(self, *names: str) -> None:
+        """Have the domain X defined, with bytes of its own."""
+        self.do(partial(self.define, self.domain(X, *names)))
+        self.fill(*(name for name in names if name != "-"))
+
+    # --- what is ---
+
+    def repair(self) -> list[tuple[str, str, str]]:
+        """Do what check --repair does; return what is left, as (path, problem, why it is not mended)."""
+        return self.do(repaired)
+
+    def kept(self) -> dict[tuple[str, str], Kept]:
+        """Return all NVDIMMs in the ledger whose backings are there, by uuid and path."""
+        return self.do(self.kept_by)
+
+    def given(self, driver: XenNvdimmDriver, names: Sequence[str]) -> list[str]:
+        """Return those of these files that a domain could have which the host does not know yet."""
+        found = []
+        for name in names:
+            with suppress(InUseError):
+                driver.check(self.domain(STRANGER, name))
+                found.append(name)
+        return found
+
+    def content(self, name: str) -> bytes:
+        return Path(self.path(name)).read_bytes()
+
+    def kept_by(self, driver: XenNvdimmDriver) -> dict[tuple[str, str], Kept]:
+        """Return what :meth:`kept` does."""
+        found = {}
+        for record in driver.ledger.domains():
+            for item in record.allocations:
+                path = Path(item.spec.path)
+                if item.identity is not None and path.exists():
+                    content = crc32(path.read_bytes())
+                    found[record.uuid, path.name] = Kept(
+                        record.uuid, item.spec.slot, path.name, item.spec.size, item.base, item.identity.inode, content
+                    )
+        return found
+
+    def is_immutable(self, name: str) -> bool:
+        with open(self.path(name), "rb") as file:
+            return inode.is_immutable(file.fileno())
+
+    def names(self) -> set[str]:
+        return set(os.listdir(self.fs.root)) - {"lost+found"}
+
+
+def repaired(driver: XenNvdimmDriver) -> list[tuple[str, str, str]]:
+    """Repair what can be repaired; return what is left, as :meth:`World.repair` does."""
+    failed = {}
+    for _ in range(ROUNDS):
+        todo = [each for each in look(driver) if each.mend and each not in failed]
+        if not todo:
+            break
+        for finding in todo:
+            try:
+                assert finding.mend
+                finding.mend()
+            except NvdimmError as error:
+                failed[finding] = str(error)
+    return [(each.path, each.problem, failed.get(each, each.remedy)) for each in look(driver)]
+
+
+def _serve(state_dir: str, domid: int, uuid: str) -> None:
+    raise AssertionError("no domain here has a label server")
