@@ -245,7 +245,7 @@ class XenNvdimmDriver(plugins.Plugin):
         uuid = uuid_of(domain)
         try:
             qemu = self.emulators.choose(domain)
-            domain = self.definitions.keep_slots(domain)
+            domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
             self.reconcile()
             self.serve_labels()
             self.starts.require_ended(uuid)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NewType, Self
 
 from nvdimm_driver.errors import NvdimmError
@@ -145,6 +145,11 @@ class DomainSpec:
     unplaced: frozenset[str] = frozenset()
     pci_devices: int = 0
     emulated: tuple[str, ...] = ()
+
+    def with_paths(self, paths: dict[str, str]) -> Self:
+        """Return the domain with other paths of its NVDIMMs, given by those that they have."""
+        nvdimms = tuple(replace(spec, path=paths[spec.path]) for spec in self.nvdimms)
+        return replace(self, nvdimms=nvdimms, unplaced=frozenset(paths[path] for path in self.unplaced))
 
 
 @dataclass(frozen=True)

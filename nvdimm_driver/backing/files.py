@@ -117,19 +117,14 @@ def check_name(path: str) -> None:
     It must not be a :func:`hidden_name`: an import of the other name would take it for its own.
 
     :raises InUseError: when it is one.
-    :raises BackingError: when it is too long, is not UTF-8, which domain XML is, or is a link to nothing.
+    :raises BackingError: when it is too long, or is not UTF-8, which domain XML is.
     """
-    name = os.path.basename(os.path.realpath(path))
+    name = os.path.basename(path)
     _check_length(path, name, NAME_MAX)
     if escaped(path) != path:
         raise BackingError(f"{path}: is not UTF-8, and domain XML has to be", hint="rename it")
     if len(name) > len("..partial") and name.startswith(".") and name.endswith(".partial"):
         raise InUseError(f"{path}: is the name of a file whose import is not finished", hint="take another name")
-    if os.path.islink(path) and not os.path.lexists(os.path.realpath(path)):
-        raise BackingError(
-            f"{path}: is a symbolic link to {os.path.realpath(path)}, and nothing is there",
-            hint="mount the file system of that path, or name the path itself to make a new file",
-        )
 
 
 def _check_length(path: str, name: str, longest: int, reason: str = "") -> None:

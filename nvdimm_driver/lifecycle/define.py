@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from nvdimm_driver import logs
-from nvdimm_driver.backing import files
+from nvdimm_driver.backing import files, paths
 from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
@@ -48,7 +47,7 @@ class Definitions:
         :raises NvdimmError: any error that a define or start would raise.
         """
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
-        domain = self.keep_slots(self.identify_by_name(domain))
+        domain = self.keep_slots(self.identify_by_name(resolved(domain)))
         self._check_allowed(domain)
         before = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
         check_kept(domain, before, self.backings, self.planner.host.bad_ranges())
@@ -60,7 +59,7 @@ class Definitions:
         return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
 
     def keep_slots(self, domain: DomainSpec) -> DomainSpec:
-        """Return the domain with the slots that its NVDIMMs have had so far, as far as its XML leaves them open.
+        """Return a :func:`resolved` domain with the slots that its NVDIMMs have had, where its XML leaves them open.
 
         The slot is in the NVDIMM's serial number, and so in the cookie of each namespace label: in another slot, the
         guest would find no namespace. An NVDIMM is known by its bytes, and by its path when it has new ones. The others
@@ -71,19 +70,19 @@ class Definitions:
         record = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
         if record is None or not domain.unplaced:
             return domain
-        placed = {os.path.realpath(spec.path) for spec in domain.nvdimms if spec.path not in domain.unplaced}
-        items = [item for item in record.allocations if os.path.realpath(item.spec.path) not in placed]
-        paths: dict[int, str] = {}
+        placed = {spec.path for spec in domain.nvdimms if spec.path not in domain.unplaced}
+        items = [item for item in record.allocations if item.spec.path not in placed]
+        found: dict[int, str] = {}
         for path in sorted(domain.unplaced):
             identity = ownership.identity_at(self.backings, path)
             for item in items:
                 if identity is not None and item.identity == identity:
-                    paths.setdefault(item.spec.own_slot, path)
-        for path in sorted(domain.unplaced - {*paths.values()}):
+                    found.setdefault(item.spec.own_slot, path)
+        for path in sorted(domain.unplaced - {*found.values()}):
             for item in items:
-                if os.path.realpath(item.spec.path) == os.path.realpath(path):
-                    paths.setdefault(item.spec.own_slot, path)
-        kept = {path: slot for slot, path in paths.items()}
+                if item.spec.path == path:
+                    found.setdefault(item.spec.own_slot, path)
+        kept = {path: slot for slot, path in found.items()}
         return replace(domain, nvdimms=slots.assign(domain, kept), unplaced=frozenset())
 
     def define(
@@ -178,12 +177,12 @@ class Definitions:
 
         One whose slot the XML has for another is set aside until a definition or a start has it again.
         """
-        wanted = {os.path.realpath(spec.path) for spec in domain.nvdimms}
+        wanted = {spec.path for spec in domain.nvdimms}
         identities = [ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms]
         others = [
             item
             for item in (record.allocations if record else ())
-            if os.path.realpath(item.spec.path) not in wanted and not (item.identity and item.identity in identities)
+            if item.spec.path not in wanted and not (item.identity and item.identity in identities)
         ]
         return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
 
@@ -200,6 +199,27 @@ class Definitions:
         had = self.planner.bases_of_run(domain, identities)
         return all(items[spec].base == had.get(spec.slot, items[spec].base) for spec in domain.nvdimms)
 
+    def resolve_for_start(self, domain: DomainSpec) -> DomainSpec:
+        """Return the domain with resolved paths, as :meth:`define` has recorded them.
+
+        Domain XML that an earlier version or a user has defined without :meth:`define` can have a symbolic link in a
+        path. It must lead to what the domain has, if the ledger knows the domain.
+
+        :raises BackingError: when it leads to something else.
+        """
+        record = self.ledger.find_domain(domain.uuid or "")
+        items = [item for item in (record.allocations if record else ()) if item.identity]
+        found = {spec.path: paths.resolve_new(spec.path) for spec in domain.nvdimms}
+        for path, real in found.items():
+            if real == path or not items:
+                continue
+            if not ownership.has_bytes(items, ownership.identity_at(self.backings, real)):
+                raise BackingError(
+                    f"{path} leads to {real} now, which is not the backing that was provisioned",
+                    hint="turn the symbolic link back, or define the domain again to give it the other backing",
+                )
+        return domain.with_paths(found)
+
     def check_marks(self, domain: DomainSpec) -> None:
         """Check that no file of the domain is another's that the ledger does not know.
 
@@ -214,7 +234,7 @@ class Definitions:
         for spec in domain.nvdimms:
             if spec.path not in held:  # 0.1.0 allowed every name
                 files.check_name(spec.path)
-        check_distinct(domain.nvdimms, lambda one, other: os.path.realpath(one.path) == os.path.realpath(other.path))
+        check_distinct(domain.nvdimms, lambda one, other: one.path == other.path)
         ownership.check_paths(self.ledger, domain, held)
         self.check_marks(domain)
         self.pools.check(domain, self.ledger.domains())
@@ -271,6 +291,14 @@ class Definitions:
             self.ledger.forget(uuid)
         else:
             self.ledger.store(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
+
+
+def resolved(domain: DomainSpec) -> DomainSpec:
+    """Return the domain with the paths that its NVDIMMs' paths lead to now.
+
+    :raises BackingError: when one is a symbolic link to nothing.
+    """
+    return domain.with_paths({spec.path: paths.resolve_new(spec.path) for spec in domain.nvdimms})
 
 
 def _placed(item: Allocation, guest: GuestLayout) -> Allocation:

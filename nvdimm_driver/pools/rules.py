@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
+from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import DomainSpec, NvdimmSpec, Pool, Record
 from nvdimm_driver.sizes import human
@@ -35,8 +36,7 @@ class Pools:
         raise NotFoundError(f"no pool {name!r}", hint="'nvdimmctl pool list' shows all")
 
     def of(self, path: str) -> Pool | None:
-        """Return the pool that a path is in, or None; nothing needs to be at the path."""
-        path = os.path.realpath(path)
+        """Return the pool that a resolved path is in, or None; nothing needs to be at the path."""
         return next((pool for pool in self._pools if is_in(path, pool)), None)
 
     def wipes(self, path: str) -> bool:
@@ -74,16 +74,16 @@ class Pools:
             raise RefusedError(f"{path} is in none of the host's pools", hint=self._where())
 
     def place(self, pool: Pool, name: str) -> str:
-        """Return the path of a file or device of that name in a pool.
+        """Return the resolved path of a file or device of that name in a pool.
 
         :raises NotFoundError: when the pool has devices, and none of that name.
         """
         for path in pool.paths:
             if os.path.isdir(path):
-                return os.path.join(path, name)
+                return resolve_new(os.path.join(path, name))
         for path in pool.paths:
             if os.path.basename(path) == name:
-                return path
+                return resolve_new(path)
         raise NotFoundError(
             f"pool {pool.name} has no device {name!r}",
             hint=f"it has {', '.join(os.path.basename(path) for path in pool.paths)}",
@@ -122,4 +122,5 @@ class Pools:
 def is_in(path: str, pool: Pool) -> bool:
     """Return True when a path without symbolic links is a device of the pool, or below one of its folders."""
     tops = [os.path.realpath(top) for top in pool.paths]
-    return any(path == top or path.startswith(top.rstrip("/") + "/") for top in tops)
+    below = any(path == top or path.startswith(top.rstrip("/") + "/") for top in tops)
+    return below and path == os.path.normpath(path)

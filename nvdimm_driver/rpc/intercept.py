@@ -9,12 +9,13 @@ return the reply.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
@@ -24,7 +25,16 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import ClientDomain, check_metadata, read_device, read_domain
 from nvdimm_driver.xml.document import decode
-from nvdimm_driver.xml.edit_devices import attach, detach, update, with_slots, with_uuid, without_max_memory
+from nvdimm_driver.xml.edit_devices import (
+    attach,
+    detach,
+    paths_in,
+    update,
+    with_paths,
+    with_slots,
+    with_uuid,
+    without_max_memory,
+)
 from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import has_nvdimms
 from nvdimm_driver.xml.rewrite import NAMESPACE
@@ -85,10 +95,11 @@ class Interceptor:
         if wanted is None:
             payload = yield from self._without_remains(payload, read)
             return (yield from pass_xml(procedure, payload, read, with_fds=True))
+        resolved, wanted = yield from self._resolved_domain(read.text, wanted)
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         uuid = domain.uuid or ""
         plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
-        rewritten = yield from self._rewritten(read.text, uuid, plan)
+        rewritten = yield from self._rewritten(resolved, uuid, plan)
         yield from self._check_saved(plan, starts=True)
         created = yield self._work(lambda driver: driver.define(domain, plan), _provisioning(plan))
         try:
@@ -153,7 +164,9 @@ class Interceptor:
                 hint="--config changes the definition, which its next start takes",
             )
         before = yield from self._restored((yield from self._definition(domain)))
-        changed: str = yield Work(lambda: edit(before, device), Pool.XML)
+        named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
+        found = yield from self._find_paths(named)
+        changed: str = yield Work(lambda: edit(with_paths(before, found), with_paths(device, found)), Pool.XML)
         yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)))
         return b""
 
@@ -317,10 +330,11 @@ class Interceptor:
             if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
                 yield self._work(lambda driver: driver.drop_claims(defined.uuid), Pool.HOST)
             return reply
+        resolved, domain = yield from self._resolved_domain(read.text, domain)
         plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
         yield from self._check_saved(plan, starts=False)
         before = yield from self._defined(domain.uuid)
-        rewritten = yield from self._rewritten(read.text, (yield from self._taken_up(domain)), plan)
+        rewritten = yield from self._rewritten(resolved, (yield from self._taken_up(domain)), plan)
         reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
         defined = Unpacker(reply).domain()
         try:
@@ -334,6 +348,20 @@ class Interceptor:
                 yield from call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
             raise
         return reply
+
+    def _resolved_domain(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, tuple[str, DomainSpec]]:
+        """Return a client's XML, and its domain, with the paths that those of its NVDIMMs lead to now.
+
+        libvirt keeps them: a user can turn a symbolic link of his own at any moment.
+        """
+        found = yield from self._find_paths([spec.path for spec in domain.nvdimms])
+        resolved: str = yield Work(lambda: with_paths(xml, found), Pool.XML)
+        return resolved, domain.with_paths(found)
+
+    def _find_paths(self, named: Iterable[str]) -> Generator[Call | Work, Any, dict[str, str]]:
+        """Return the paths that these lead to now, by these."""
+        found: dict[str, str] = yield Work(lambda: {path: resolve_new(path) for path in named}, Pool.HOST)
+        return found
 
     def _without_remains(self, payload: bytes, read: ClientDomain) -> Generator[Call | Work, Any, bytes]:
         """Return a call with XML without NVDIMMs; if the domain had some, without the ``<maxMemory>`` of that time.

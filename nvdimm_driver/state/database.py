@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
 KEPT_EVENTS = 10_000
 """Older events are deleted."""
@@ -89,6 +89,8 @@ class Database:
             if found == SCHEMA_VERSION:
                 return  # another process was first
             self._write([("PRAGMA journal_mode = WAL", ())], begin="")
+            self._db.create_function("real_path", 1, os.path.realpath)
+            self._db.create_function("real_paths", 1, _real_paths)
             statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
             self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
         finally:
@@ -191,6 +193,16 @@ def set_aside(path: str) -> str:
     except OSError as error:
         raise LedgerError(f"{path} cannot be renamed to {aside}: {error.strerror}", hint="try again") from error
     return aside
+
+
+def _real_paths(nvdimms: str) -> str:
+    """Return a description of NVDIMMs (:func:`.lifecycle.saved_guest.describe`) with paths without symbolic links."""
+    import json
+
+    found = json.loads(nvdimms) if nvdimms else None
+    if found is None:
+        return nvdimms
+    return json.dumps([{**each, "path": os.path.realpath(each["path"])} for each in found])
 
 
 def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:

@@ -27,7 +27,7 @@ def held(backings: Sequence[Backing], record: Record | None) -> set[str]:
     return {
         item.spec.path
         for item in (record.allocations if record else ())
-        if item.identity and _shares([item], identity_at(backings, item.spec.path))
+        if item.identity and has_bytes([item], identity_at(backings, item.spec.path))
     }
 
 
@@ -78,7 +78,7 @@ def others(ledger: Ledger, record: Record, path: str, identity: BackingIdentity 
 
 def owners_of_bytes(ledger: Ledger, record: Record, identity: BackingIdentity | None) -> list[Record]:
     """Return the domains that are not this one, and were provisioned with bytes of that identity."""
-    return [each for each in ledger.domains() if each.uuid != record.uuid and _shares(each.allocations, identity)]
+    return [each for each in ledger.domains() if each.uuid != record.uuid and has_bytes(each.allocations, identity)]
 
 
 def runs_with(record: Record, path: str, identity: BackingIdentity | None) -> bool:
@@ -160,8 +160,8 @@ def _others(
     ledger: Ledger, uuid: str, items: Sequence[Allocation], path: str, identity: BackingIdentity | None
 ) -> list[Record]:
     found = [record for record in ledger.domains() if record.uuid != uuid]
-    if _shares([item for item in items if item.spec.path == path], identity):
-        return [record for record in found if _shares(record.allocations, identity)]
+    if has_bytes([item for item in items if item.spec.path == path], identity):
+        return [record for record in found if has_bytes(record.allocations, identity)]
     return [record for record in found if _has(record, path, identity)]
 
 
@@ -181,10 +181,11 @@ def _means(items: Sequence[Allocation], names: Set[str], path: str, identity: Ba
     """
     real = os.path.realpath(path)
     leading = names - {item.spec.path for item in items if item.identity}
-    return _shares(items, identity) or not names.isdisjoint((path, real)) or real in map(os.path.realpath, leading)
+    return has_bytes(items, identity) or not names.isdisjoint((path, real)) or real in map(os.path.realpath, leading)
 
 
-def _shares(items: Sequence[Allocation], identity: BackingIdentity | None) -> bool:
+def has_bytes(items: Sequence[Allocation], identity: BackingIdentity | None) -> bool:
+    """Return True when one of the NVDIMMs was provisioned with bytes of that identity."""
     return identity is not None and any(item.identity and item.identity.shares_bytes(identity) for item in items)
 
 
@@ -204,7 +205,7 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record | None, bef
     _unmark(ledger.domains(), backings, dropped)
     for item in kept:
         path = item.spec.path
-        if record and _shares([item], identity_at(backings, path)):  # one that is not defined any more may be missing
+        if record and has_bytes([item], identity_at(backings, path)):  # one that is not defined any more may be missing
             backing_of(backings, path).mark(path, owner_marks.pack(record, item))
 
 
@@ -238,8 +239,8 @@ def _unmark(records: Sequence[Record], backings: Sequence[Backing], items: Seque
     """Remove the owner's record from backings that none of these domains has, by any name."""
     for item in items:
         path, identity = item.spec.path, identity_at(backings, item.spec.path)
-        replaced = item.identity is not None and identity is not None and not _shares([item], identity)
-        owned = any(_shares(each.allocations, identity) if identity else _has(each, path, None) for each in records)
+        replaced = item.identity is not None and identity is not None and not has_bytes([item], identity)
+        owned = any(has_bytes(each.allocations, identity) if identity else _has(each, path, None) for each in records)
         if replaced or owned:
             continue
         for backing in backings:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ledger's tables, and the SQL that upgrades each version of the schema to the next.
 
-doc/ledger.rst describes every column.
+doc/ledger.rst describes every column. ``real_path`` and ``real_paths`` are functions of :mod:`.state.database`.
 """
 
 SCHEMAS = (
@@ -89,6 +89,13 @@ CREATE TABLE run (
     nvdimms TEXT NOT NULL,
     written TEXT NOT NULL
 ) STRICT;
+""",
+    # Earlier versions kept paths as users wrote them, with symbolic links. What no identity tells apart stays as it is.
+    """
+UPDATE OR IGNORE allocation SET path = real_path(path) WHERE kind IS NOT NULL;
+UPDATE OR IGNORE frozen SET path = real_path(path);
+UPDATE run SET nvdimms = real_paths(nvdimms);
+UPDATE attachment SET nvdimms = real_paths(nvdimms);
 """,
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nvdimm_driver.errors import DeviceMissingError
 from nvdimm_driver.model import KIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.xml.document import Element, parse, written
@@ -43,6 +45,24 @@ def with_slots(xml: str, domain: DomainSpec) -> str:
     for element in nvdimm_elements(text.root):
         if element.child("address") is None:
             text.insert_after(element.children[-1], _address(slots[path_of(element)]))
+    return text.edited()
+
+
+def paths_in(xml: str) -> list[str]:
+    """Return the paths of the NVDIMMs in the XML of a domain or of an NVDIMM."""
+    return [path_of(element) for element in _nvdimms(parse(xml).root)]
+
+
+def with_paths(xml: str, paths: Mapping[str, str]) -> str:
+    """Return the XML of a domain or of an NVDIMM with other paths of NVDIMMs, given by those of :func:`paths_in`.
+
+    Where they are the same, not a byte changes.
+    """
+    text = parse(xml)
+    for element in _nvdimms(text.root):
+        old = path_of(element)
+        if paths[old] != old:
+            text.replace(element.need("source").need("path"), Element("path", text=paths[old]))
     return text.edited()
 
 
@@ -99,6 +119,10 @@ def without_max_memory(xml: str) -> str:
         if element.tag == "maxMemory":
             text.cut(element)
     return text.edited()
+
+
+def _nvdimms(root: Element) -> list[Element]:
+    return [root] if root.tag == "memory" else nvdimm_elements(root)
 
 
 def _same_backing(root: Element, device: Element) -> Element:

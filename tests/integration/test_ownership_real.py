@@ -98,7 +98,7 @@ class Host:
         self.driver.ledger.finish_mapping(UUID)
 
     def evil(self, uuid: str = OTHER_UUID, *, running: bool = False) -> Path:
-        """Define a domain whose owner has a folder in the pool, and a link to his own file there; return the link."""
+        """Define a domain whose owner has a folder in the pool, by a link to his file there; return the file's path."""
         folder = Path(self.path("evil"))
         folder.mkdir()
         link = folder / "link"
@@ -111,7 +111,7 @@ class Host:
             self.driver.prepare(spec)
             self.driver.ledger.begin_mapping(uuid, 9)
             self.driver.ledger.finish_mapping(uuid)
-        return link
+        return folder / "f.img"
 
     def record(self, uuid: str = UUID) -> Record:
         record = self.driver.ledger.find_domain(uuid)
@@ -127,9 +127,22 @@ class Host:
         return Path(self.path(name)).read_bytes()
 
 
-def turn(link: Path, target: str) -> None:
-    link.unlink()
-    link.symlink_to(target)
+def turn(path: Path, target: str) -> None:
+    """Put a folder in the place of a file's folder in which the file's name is a link; an immutable file stays."""
+    path.parent.rename(aside(path))
+    path.parent.mkdir()
+    path.symlink_to(target)
+
+
+def turn_back(path: Path) -> None:
+    """Undo :func:`turn`."""
+    path.unlink()
+    path.parent.rmdir()
+    aside(path).rename(path.parent)
+
+
+def aside(path: Path) -> Path:
+    return path.parent.with_name("aside")
 
 
 @contextmanager
@@ -251,7 +264,9 @@ def test_a_file_keeps_its_mark_when_its_domain_calls_it_by_another_name(host: Ho
 def test_no_domain_can_have_the_name_of_an_unfinished_import(host: Host) -> None:
     os.symlink(host.path(".db1.img.partial"), host.path("link"))
     for name in (".db1.img.partial", "link"):
-        with pytest.raises(InUseError, match="a file whose import is not finished"):
+        with pytest.raises(
+            (InUseError, BackingError), match=r"a file whose import is not finished|partial, and nothing is there"
+        ):
             host.driver.define(host.domain(name))
     os.unlink(host.path("link"))
     assert host.fs.files() == []
@@ -361,11 +376,11 @@ def test_a_link_that_is_turned_to_a_file_that_cannot_be_located_has_it_neither_w
     tmp_path: Path, fs: FileSystem
 ) -> None:
     host = Host(tmp_path, fs, wipe=True)
-    link = host.evil()
+    path = host.evil()
     with open(host.path("holes.img"), "wb") as file:
         file.seek(SIZE - 4)
         file.write(b"here")
-    turn(link, host.path("holes.img"))
+    turn(path, host.path("holes.img"))
     with pytest.raises(BackingError, match="hole"):
         host.driver.wiper.give_up(host.record(OTHER_UUID), quiet, delete=True)
     assert host.read("holes.img").endswith(b"here")
@@ -375,15 +390,16 @@ def test_a_link_that_is_turned_while_it_is_opened_has_no_other_file_wiped(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host.define("a.img")
-    link = host.evil()
+    path = host.evil()
     evil, backing = host.record(OTHER_UUID), host.driver.backings[0]
     open_bytes = backing.open_bytes
 
     def turned(spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
-        turn(link, host.path("a.img"))
-        opened = open_bytes(spec, write=write)
-        turn(link, f"{link.parent}/f.img")
-        return opened
+        turn(path, host.path("a.img"))
+        try:
+            return open_bytes(spec, write=write)
+        finally:
+            turn_back(path)
 
     monkeypatch.setattr(backing, "open_bytes", turned)
     with pytest.raises(BackingError, match="is not the backing that was provisioned"):
@@ -391,19 +407,19 @@ def test_a_link_that_is_turned_while_it_is_opened_has_no_other_file_wiped(
     assert host.read("a.img") == DATA
 
 
-def test_a_define_under_way_with_a_link_does_not_keep_a_file_from_its_owner(
+def test_a_define_under_way_with_a_folder_that_is_swapped_does_not_keep_a_file_from_its_owner(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host.define("a.img")
-    link = host.evil()
-    nvdimms = (NvdimmSpec(0, f"{link.parent}/big", SIZE), NvdimmSpec(1, str(link), SIZE))
+    path = host.evil()
+    nvdimms = (NvdimmSpec(0, f"{path.parent}/big", SIZE), NvdimmSpec(1, str(path), SIZE))
     evil = DomainSpec("evil", OTHER_UUID, 512 * MIB, None, nvdimms)
     plan = host.driver.check(evil)
     provision = host.driver.backings[0].provision
 
     def turned(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         if spec.slot == 0:
-            turn(link, host.path("a.img"))
+            turn(path, host.path("a.img"))
             host.another().define(host.domain("a.img", ram=600 * MIB))
         return provision(spec, progress)
 
@@ -665,10 +681,10 @@ def test_a_start_and_a_reconcile_that_wait_for_the_same_lock_both_succeed(host: 
 
 def test_a_failed_start_with_a_link_that_is_turned_leaves_a_running_guests_file_frozen(host: Host) -> None:
     host.run(host.domain("a.img"))
-    link = host.evil()
-    turn(link, host.path("a.img"))
-    with pytest.raises(InUseError, match="evil/link belongs to domain x"):
-        host.driver.prepare(DomainSpec("evil", OTHER_UUID, 512 * MIB, None, (NvdimmSpec(0, str(link), SIZE),)))
+    path = host.evil()
+    turn(path, host.path("a.img"))
+    with pytest.raises(BackingError, match=r"evil/f.img leads to .*a.img now"):
+        host.driver.prepare(DomainSpec("evil", OTHER_UUID, 512 * MIB, None, (NvdimmSpec(0, str(path), SIZE),)))
     assert is_immutable(host.path("a.img"))
     assert host.record(OTHER_UUID).start is None
 
@@ -732,7 +748,7 @@ def test_check_freezes_no_file_that_a_link_was_turned_to(host: Host) -> None:
             with pytest.raises(InUseError) if "not the backing" in each.problem else nullcontext():
                 each.mend()
     assert not is_immutable(host.path("a.img"))
-    assert is_immutable(host.path("evil/f.img"))
+    assert is_immutable(host.path("aside/f.img"))
 
 
 # --- other users, other file systems ---

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import GIB, KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Record
 from nvdimm_driver.pools.rules import Pools
@@ -30,10 +31,11 @@ def test_the_pool_of_a_path(tmp_path: Path) -> None:
     one, device = pool("one", tmp_path / "one"), pool("raw", "/dev/pmem1", "/dev/pmem2")
     pools = Pools([one, device])
     assert pools.of(f"{tmp_path}/one/new.img") == one
-    assert pools.of(f"{tmp_path}/link/sub/new.img") == one
+    assert pools.of(resolve(f"{tmp_path}/link/sub/new.img")) == one
     assert pools.of("/dev/pmem2") == device
     for outside in (f"{tmp_path}/ones", f"{tmp_path}/one/../x", f"{tmp_path}/one/out/x", "/dev/pmem3"):
-        assert pools.of(outside) is None
+        assert pools.of(resolve(outside)) is None
+    assert pools.of(f"{tmp_path}/one/../x") is None, "it is not resolved"
 
 
 def test_a_path_outside_is_refused_unless_any_may_be_had() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,31 @@ def test_an_upgrade_that_fails_leaves_what_was(tmp_path: Path) -> None:
         Ledger(path)
     assert content(path) == before
     assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (1,)
+
+
+def test_paths_of_earlier_versions_are_resolved_once(tmp_path: Path) -> None:
+    link, real = tmp_path / "link", tmp_path / "real"
+    link.symlink_to(real)
+    more = "".join(
+        f"UPDATE {table} SET {column} = replace({column}, '/mnt/pmem0/', '{link}/');"
+        for table, column in (
+            ("allocation", "path"),
+            ("frozen", "path"),
+            ("run", "nvdimms"),
+            ("attachment", "nvdimms"),
+        )
+    )
+    ledger = Ledger(old_ledger(tmp_path, Path(DUMPS[0].parent / "4.sql"), more))
+    record, run = ledger.find_domain(FIRST), ledger.find_run(FIRST)
+    assert record
+    assert record.start
+    assert run
+    begun = ledger.find_begun(record.start)
+    assert begun
+    path = f"{real}/db1.img"
+    assert record.allocations[0].spec.path == path
+    assert record.start.paths == (path,)
+    assert [json.loads(each.nvdimms)[0]["path"] for each in (run, begun)] == [path, path]
+    unfinished = ledger.find_domain(SECOND)
+    assert unfinished
+    assert unfinished.allocations[0].spec.path == f"{link}/two.img", "nobody knows which file it is"

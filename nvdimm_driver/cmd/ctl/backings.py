@@ -8,6 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from nvdimm_driver.backing.paths import resolve, resolve_new
 from nvdimm_driver.cmd.ctl.base import Action, agreed, find, items_of, size_argument, up_to_date, yes_option
 from nvdimm_driver.cmd.ctl.progress import watched
 from nvdimm_driver.errors import NotFoundError, UsageError
@@ -83,7 +84,7 @@ class Import(Action):
         from nvdimm_driver.xml.edit_devices import memory_device
 
         driver = up_to_date(self.app)
-        source = os.path.abspath(parsed_args.source)
+        source = resolve(parsed_args.source)
         sizes = parsed_args.size, parsed_args.label_size
         pool = _target_pool(driver, source, parsed_args.pool)
         with watched(source) as watch:
@@ -146,7 +147,7 @@ class Wipe(Action):
         if os.path.isabs(parsed_args.what):
             if parsed_args.slot is not None:
                 raise UsageError("--slot is only for a domain, not for a path", hint="leave --slot out")
-            doomed = [_whole(driver, parsed_args.what)]
+            doomed = [_whole(driver, resolve(parsed_args.what))]
         else:
             owner = find(driver, parsed_args.what)
             doomed = [item.spec for item in items_of(owner, parsed_args.slot)]
@@ -170,9 +171,9 @@ def _label_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _placed(driver: XenNvdimmDriver, pool: str | None, path: str) -> str:
-    """Return the absolute path of an argument, which is a name in the pool if a pool is given."""
+    """Return the resolved path of an argument, which is a name in the pool if a pool is given."""
     if pool is None:
-        return os.path.abspath(path)
+        return resolve_new(path)
     if "/" in path:
         raise UsageError(f"{path!r} is a path: with --pool, give a name")
     return driver.pools.place(driver.pools.named(pool), path)
@@ -198,7 +199,7 @@ def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool
 def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
     """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or an absolute path names."""
     if os.path.isabs(word):
-        return _whole(driver, word)
+        return _whole(driver, resolve(word))
     name, colon, slot = word.rpartition(":")
     try:
         record, number = find(driver, word), None

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.cmd.ctl.base import Action
 from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
 from nvdimm_driver.processes import run
@@ -124,7 +125,7 @@ def _check(driver: XenNvdimmDriver, wish: Wish, config_file: Sequence[str] | Non
         return
     if not os.path.isabs(wish.mount_point):
         raise ConfigError(f"--mount-point {wish.mount_point} is not absolute", hint="give an absolute path")
-    other = driver.pools.of(wish.mount_point)
+    other = driver.pools.of(resolve(wish.mount_point))
     if other is not None:
         raise InUseError(f"{wish.mount_point} is in pool {other.name}", hint="choose another --mount-point")
     if os.path.ismount(wish.mount_point) or (os.path.isdir(wish.mount_point) and os.listdir(wish.mount_point)):
