@@ -155,7 +155,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.reconcile()
         return self.plan(domain)
 
-    def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[NvdimmSpec, ...]:
+    def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[Allocation, ...]:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
@@ -165,7 +165,7 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         return self.definitions.define(domain, plan)
 
-    def undo(self, uuid: str, created: Sequence[NvdimmSpec]) -> None:
+    def undo(self, uuid: str, created: Sequence[Allocation]) -> None:
         """Undo :meth:`define` for a domain that libvirt then refused: delete the backings that it created.
 
         A domain that had all its backings before keeps its claim to them.
@@ -393,13 +393,13 @@ class XenNvdimmDriver(plugins.Plugin):
 
     def _prepare(self, record: Record, domain: DomainSpec, qemu: str) -> Plan:
         """Freeze the domain's backings and prepare its start. A failure here thaws them; an earlier one must not."""
-        paths = [spec.path for spec in domain.nvdimms]
-        start = self.starts.freeze(record.uuid, paths)
+        items = [item for item in record.allocations if item.spec in domain.nvdimms]
+        start = self.starts.freeze(record.uuid, items)
         try:
             plan = self.planner.plan_start(domain, record)
             run = self._new_run(plan)
             self._write_tables(record.uuid, saved_guest.numbered(plan.tables.tables, run.number))
-            has = replace(record, allocations=tuple(each for each in record.allocations if each.spec in domain.nvdimms))
+            has = replace(record, allocations=tuple(items))
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
             self.ledger.finish_preparing(
                 record.uuid,

@@ -237,9 +237,8 @@ class Backing(Plugin):
         """
         from nvdimm_driver.model import Space
 
-        in_use = {os.path.realpath(path) for path in taken}
         found = {path: self._whole(path) for path in map(os.path.realpath, paths)}
-        free = [each.identity.size for path, each in found.items() if path not in in_use]
+        free = [each.identity.size for path, each in found.items() if path not in taken]
         return Space(
             capacity=sum(each.identity.size for each in found.values()),
             free=sum(free),
@@ -259,8 +258,12 @@ class Backing(Plugin):
         del progress
         return self.locate(spec).identity
 
-    def discard(self, spec: NvdimmSpec) -> None:
-        """Delete what :meth:`provision` has created, with all its bytes; by default nothing."""
+    def discard(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+        """Delete what :meth:`provision` has created, with all its bytes; by default nothing.
+
+        :param identity: whose bytes it has to have; None when that is not known.
+        :raises BackingError: when something else is there, or it cannot be deleted.
+        """
 
     def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
         """Allocate a backing into which bytes will be copied. Can be repeated: bytes copied before stay.
@@ -283,16 +286,21 @@ class Backing(Plugin):
         :raises BackingError: when there is no room.
         """
 
-    def freeze(self, path: str) -> None:
+    def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Prevent the host from moving the backing's bytes. Can be repeated.
 
         The default does nothing, which is right only where nothing in the host can move them.
 
+        :param identity: whose bytes it has to have; None when that is not known.
+        :raises BackingError: when something else is there.
         :raises InUseError: while a program has it open to overwrite it.
         """
 
-    def thaw(self, path: str) -> None:
-        """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone."""
+    def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone, or something else is there.
+
+        :param identity: whose bytes it has to have; None when that is not known.
+        """
 
     def written_at(self, path: str) -> int | None:
         """Return when a program of the host has last written the backing, in nanoseconds since the epoch.
@@ -302,13 +310,18 @@ class Backing(Plugin):
         """
         return 0
 
-    def thaw_unless(self, path: str, needed: Callable[[BackingIdentity | None], bool]) -> None:
-        """Undo :meth:`freeze`, unless the backing is needed.
+    def thaw_unless(
+        self,
+        path: str,
+        needed: Callable[[BackingIdentity | None], bool],
+        identity: BackingIdentity | None = None,
+    ) -> None:
+        """Undo :meth:`freeze` as :meth:`thaw` does, unless the backing is needed.
 
         :param needed: returns True when a start needs what is at the path, which has that identity, if any.
         """
         if not needed(None):
-            self.thaw(path)
+            self.thaw(path, identity)
 
     def lacking(self, spec: NvdimmSpec) -> int:
         """Return how many bytes the backing is short."""
@@ -328,8 +341,12 @@ class Backing(Plugin):
 
     # --- the record of the owner ---
 
-    def mark(self, path: str, owner: bytes | None) -> None:
-        """Record the owner on the backing itself, immutable or not; None removes the record. Devices have none."""
+    def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
+        """Record the owner on the backing itself, immutable or not; None removes the record. Devices have none.
+
+        :param identity: whose bytes it has to have; None when that is not known. No record is removed from others.
+        :raises BackingError: when something else is there, which is to get a record.
+        """
 
     def inspect(self, path: str) -> Surveyed | None:
         """Return the owner that is recorded on the file at a path, and whether a guest has it; None without a file.

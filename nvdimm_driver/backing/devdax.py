@@ -13,6 +13,7 @@ from nvdimm_driver.backing.byteranges import MappedBytes
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.inventory import Volume
 from nvdimm_driver.backing.locks import Locks
+from nvdimm_driver.backing.paths import open_resolved
 from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import SUPERPAGE, Extent, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange
@@ -72,7 +73,7 @@ class DevdaxBacking(DeviceBacking):
             from nvdimm_driver.backing.pmdk import Pmdk
 
             persist = Pmdk().persist
-        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW)
+        fd = open_resolved(path, os.O_RDWR if write else os.O_RDONLY)
         try:
             namespace = self.volume(path, os.fstat(fd).st_rdev).namespace
             step = inventory.dax_alignment(namespace, self.sysfs)

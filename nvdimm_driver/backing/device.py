@@ -8,7 +8,6 @@ import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -16,6 +15,7 @@ from nvdimm_driver.backing import extents, inventory
 from nvdimm_driver.backing.byteranges import LockedBytes
 from nvdimm_driver.backing.inventory import Volume, space_of
 from nvdimm_driver.backing.locks import Locks
+from nvdimm_driver.backing.paths import is_gone, open_resolved, opened, resolve, status
 from nvdimm_driver.errors import BackingError, NotFoundError
 from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec, Space
 from nvdimm_driver.plugins import Backing, ByteRange
@@ -43,9 +43,10 @@ class DeviceBacking(Backing):
 
     def handles(self, path: str) -> bool:
         try:
-            return self.is_kind(os.stat(path).st_mode)
+            found = status(path)
         except OSError:  # as os.path.isfile does
             return False
+        return found is not None and self.is_kind(found.st_mode)
 
     def areas(self) -> Sequence[Namespace]:
         return [each for each in inventory.namespaces(self.sysfs) if each.mode == self.mode]
@@ -81,26 +82,24 @@ class DeviceBacking(Backing):
 
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
         """Return the room in a pool. Works for devices in use in the host too, which cannot be located."""
-        in_use = {os.path.realpath(path) for path in taken}
-        volumes = {path: self._identify(path)[0] for path in map(os.path.realpath, paths)}
-        free = [volume.size for path, volume in volumes.items() if path not in in_use]
+        volumes = {path: self._identify(path)[0] for path in map(resolve, paths)}
+        free = [volume.size for path, volume in volumes.items() if path not in taken]
         capacity = sum(volume.size for volume in volumes.values())
         return space_of(volumes.values(), capacity, sum(free), max(free, default=0))
 
     def size(self, path: str) -> int:
-        path = os.path.realpath(path)
-        if not os.path.exists(path):
+        if is_gone(path):
             raise NotFoundError(f"{path}: there is no such device")
         return self._identify(path)[0].size
 
     def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
-        path = os.path.realpath(spec.path)
+        path = spec.path
         size = self.size(path)
         if spec.size > size:
             raise _too_small(path, size, spec.size)
         if not write:
             return self._open(path, spec.size, write=False)
-        identity = self.locate(replace(spec, path=path)).identity  # not of what a symbolic link leads to by now
+        identity = self.locate(spec).identity
         with ExitStack() as lock:
             with _opened(path) as fd:
                 lock.enter_context(self.locks.writing(fd, path))
@@ -111,9 +110,9 @@ class DeviceBacking(Backing):
         identity = BackingIdentity(self.name, volume.namespace.uid, volume.start, 0, 0, volume.size)
         return Location(identity, (extent,))
 
-    def freeze(self, path: str) -> None:
+    def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Check only that no process overwrites the device: the kernel does not move a namespace."""
-        path = os.path.realpath(path)
+        del identity  # nothing is changed
         with _opened(path) as fd:
             self.locks.check_unwritten(fd, path)
 
@@ -124,7 +123,7 @@ class DeviceBacking(Backing):
             raise BackingError(f"{path}: {error.strerror}") from error
 
     def _find(self, spec: NvdimmSpec) -> tuple[Volume, Extent]:
-        path = os.path.realpath(spec.path)
+        path = spec.path
         volume, number = self._identify(path)
         with _opened(path) as fd:
             if os.fstat(fd).st_rdev != number:
@@ -138,13 +137,11 @@ class DeviceBacking(Backing):
 
     def _identify(self, path: str) -> tuple[Volume, int]:
         """Return volume and number of a device without opening it: a wrong mode is a better error than EBUSY."""
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise BackingError(f"{path}: {error.strerror}") from error
-        if not self.is_kind(status.st_mode):
+        with opened(path, os.O_PATH) as fd:
+            found = os.fstat(fd)
+        if not self.is_kind(found.st_mode):
             raise BackingError(f"{path}: is not {self.describe()}")
-        return self.volume(path, status.st_rdev), status.st_rdev
+        return self.volume(path, found.st_rdev), found.st_rdev
 
 
 def _too_small(path: str, size: int, needed: int) -> BackingError:
@@ -158,7 +155,7 @@ def _too_small(path: str, size: int, needed: int) -> BackingError:
 def _opened(path: str) -> Iterator[int]:
     try:
         # O_EXCL: EBUSY for a block device that a file system or another driver uses (open(2)).
-        fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = open_resolved(path, os.O_RDONLY | os.O_EXCL)
     except OSError as error:
         busy = error.errno == errno.EBUSY
         raise BackingError(

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are backings or will be: how they are opened, checked and named."""
+"""Files that are backings or will be: how they are checked and named."""
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import FileExtent
-from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.errors import BackingError, InUseError, RefusedError
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.sizes import human
 
@@ -22,21 +18,6 @@ NAME_MAX = 255
 """Bytes in the name of a file (limits.h)."""
 PATH_MAX = 4095
 """Bytes in a path."""
-_AT_FDCWD = -100  # fcntl.h
-_RENAME_NOREPLACE = 1  # linux/fs.h
-
-HINTS = {
-    errno.ENOENT: "is its file system mounted?",
-    errno.ENAMETOOLONG: "take a shorter name",
-    errno.EPERM: "is it immutable (lsattr, chattr -i)?",
-    errno.EACCES: "only root may use backings",
-    errno.ENOSPC: "make room, or ask for less",
-    errno.EROFS: "mount it read-write",
-    errno.EAGAIN: "another program has a lease on it (fcntl F_SETLEASE), which the kernel ends within "
-    "/proc/sys/fs/lease-break-time seconds: try again then",
-    errno.EIO: "look at the kernel's log; 'nvdimmctl show' and 'pool show' list bad blocks",
-}
-"""Hints for errors of the system, by errno."""
 
 
 class ExaminedFile(NamedTuple):
@@ -46,18 +27,34 @@ class ExaminedFile(NamedTuple):
     unwritten: tuple[tuple[int, int], ...]
 
 
-def is_new(path: str) -> bool:
-    """Return True when there is no such file, or an empty one.
+def is_new(found: os.stat_result | None) -> bool:
+    """Return True when there is no file, or an empty one: a new one may take its name.
 
-    :raises BackingError: when there cannot be one.
+    :param found: the status of what has the name; None when nothing has.
     """
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
-    return stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_nlink == 1
+    return found is None or (stat.S_ISREG(found.st_mode) and found.st_size == 0 and found.st_nlink == 1)
+
+
+def check_own(path: str, found: os.stat_result) -> None:
+    """Check that a file that an earlier copy has left is this user's own: others may read or write theirs.
+
+    :param found: its status.
+    :raises RefusedError: when it is not.
+    """
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1:
+        raise RefusedError(
+            f"{path}: is in the way, and is not the beginning of a copy of this user's",
+            hint="find out who has put it there, and delete it",
+        )
+
+
+def check_regular(fd: int, path: str) -> None:
+    """Check that an open file is a regular one.
+
+    :raises BackingError: when it is not.
+    """
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise BackingError(f"{path}: is not a regular file")
 
 
 def look(fd: int, path: str, size: int) -> ExaminedFile:
@@ -65,9 +62,8 @@ def look(fd: int, path: str, size: int) -> ExaminedFile:
 
     :raises BackingError: when the file cannot be its backing.
     """
+    check_regular(fd, path)
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise BackingError(f"{path}: is not a regular file")
     if status.st_nlink != 1:
         raise BackingError(
             f"{path}: has {status.st_nlink} hard links, and must have one",
@@ -96,8 +92,8 @@ def check_size(path: str, size: int, needed: int) -> None:
 
 
 def hidden_name(path: str) -> str:
-    """Return the path of a file until it is complete: ``.NAME.partial`` beside it, symbolic links resolved."""
-    directory, name = os.path.split(os.path.realpath(path))
+    """Return the path of a file until it is complete: ``.NAME.partial`` beside it."""
+    directory, name = os.path.split(path)
     return os.path.join(directory, f".{name}.partial")
 
 
@@ -106,7 +102,7 @@ def check_copy_name(path: str) -> None:
 
     :raises BackingError: when it is.
     """
-    name = os.path.basename(os.path.realpath(path))
+    name = os.path.basename(path)
     longest = NAME_MAX - len("..partial")
     _check_length(path, name, longest, ": the file is .NAME.partial until it is complete")
 
@@ -140,20 +136,6 @@ def _check_length(path: str, name: str, longest: int, reason: str = "") -> None:
         )
 
 
-def unlink(path: str) -> bool:
-    """Delete a file; return False when there is none.
-
-    :raises BackingError: when it cannot be deleted.
-    """
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise BackingError(f"{path}: cannot be deleted: {error.strerror}") from error
-    return True
-
-
 def lease_break_seconds() -> int:
     """Return a time in which the kernel ends a lease of another program (fcntl F_SETLEASE) that is in the way."""
     try:
@@ -161,53 +143,3 @@ def lease_break_seconds() -> int:
     except (OSError, ValueError):
         seconds = 45  # the kernel's default
     return seconds + 2  # it counts in ticks, and looks only at the next open (fs/locks.c:__break_lease)
-
-
-def rename_new(source: str, target: str) -> None:
-    """Rename a file, in one step; unlike rename(2), fail when the target exists.
-
-    Between link(2) and unlink(2), a file would have two names, and be refused if the process were killed there.
-
-    :raises OSError: when the target exists, or the file cannot be renamed.
-    """
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), source, None, target)
-
-
-@contextmanager
-def opened(path: str, flags: int, *, patience: float = 0.0) -> Iterator[int]:
-    """Yield a descriptor of a path that is not a symbolic link; it is closed afterwards.
-
-    :param patience: seconds to wait for another program that has a lease on the file. The first try already makes the
-        kernel ask for the lease, and end it after :func:`lease_break_seconds`.
-    :raises BackingError: naming the path, for every OSError, also of the block.
-    """
-    try:
-        fd = _open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, patience)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
-
-
-def _open(path: str, flags: int, patience: float) -> int:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return os.open(path, flags, 0o600)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)
-
-
-def sync_directory(path: str) -> None:
-    """Make changes of the directory that a file is in durable."""
-    with opened(os.path.dirname(path), os.O_DIRECTORY) as fd:
-        os.fsync(fd)

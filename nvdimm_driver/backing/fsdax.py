@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -14,19 +15,18 @@ from nvdimm_driver.backing import extents, freespace, inode, inventory
 from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes
 from nvdimm_driver.backing.files import (
     check_copy_name,
+    check_own,
+    check_regular,
     check_size,
     hidden_name,
     is_new,
     lease_break_seconds,
     look,
-    opened,
-    rename_new,
-    sync_directory,
-    unlink,
 )
-from nvdimm_driver.backing.identity import check_identity
+from nvdimm_driver.backing.identity import check_identity, check_same_bytes
 from nvdimm_driver.backing.inventory import Mount, Volume, space_of
 from nvdimm_driver.backing.locks import Locks
+from nvdimm_driver.backing.paths import Entry, entry, is_gone, opened, opened_again, reporting, resolve, status
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import (
     SUPERPAGE,
@@ -82,9 +82,10 @@ class FsdaxBacking(Backing):
 
     def handles(self, path: str) -> bool:
         """Return True for a regular file, and for a path without a file whose directory exists."""
-        path = os.path.realpath(path)
-        if os.path.lexists(path):
-            return os.path.isfile(path)
+        with suppress(OSError):
+            found = status(path)
+            if found is not None:
+                return stat.S_ISREG(found.st_mode)
         return os.path.isdir(os.path.dirname(path))
 
     def areas(self) -> Sequence[Namespace]:
@@ -95,7 +96,7 @@ class FsdaxBacking(Backing):
 
         A file system that was made anew on the same namespace is taken for the one before.
         """
-        folder = os.path.realpath(path)
+        folder = path
         while not self.exists(folder) or not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
@@ -107,12 +108,13 @@ class FsdaxBacking(Backing):
             )
 
     def examine(self, spec: NvdimmSpec) -> Intake:
-        path = os.path.realpath(spec.path)
-        if is_new(path):
-            directory = os.path.dirname(path)
-            with opened(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
-                volume = self._volume(fd, path)
-                free = os.fstatvfs(fd)
+        path = spec.path
+        with entry(path) as at:
+            creates = is_new(at.status())
+            if creates:
+                volume = self._volume(at.folder, path)
+                free = os.fstatvfs(at.folder)
+        if creates:
             if spec.size > free.f_bfree * free.f_frsize:
                 raise BackingError(
                     f"{path}: needs {human(spec.size)}, its file system has {human(free.f_bfree * free.f_frsize)} free",
@@ -131,8 +133,7 @@ class FsdaxBacking(Backing):
         behind. It also gets it when the user interrupts the work: the next call completes the file. An empty file is
         replaced. ENOSPC and other errors of the system leave everything as it was.
         """
-        intake = self.examine(spec)
-        path = os.path.realpath(spec.path)
+        intake, path = self.examine(spec), spec.path
         if intake.creates:
             self._create(path, spec.size, progress)
         elif intake.writes:
@@ -150,7 +151,7 @@ class FsdaxBacking(Backing):
         del taken  # the file system counts them
         capacity = free = largest = 0
         volumes: dict[int, Volume] = {}
-        for path in map(os.path.realpath, paths):
+        for path in map(resolve, paths):
             with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
                 device = os.fstat(fd).st_dev
                 if device in volumes:
@@ -163,47 +164,53 @@ class FsdaxBacking(Backing):
         return space_of(volumes.values(), capacity, free, largest)
 
     def size(self, path: str) -> int:
-        path = os.path.realpath(path)
-        if not os.path.isfile(path):
+        with reporting(path):
+            found = status(path)
+        if found is None or not stat.S_ISREG(found.st_mode):
             raise NotFoundError(f"{path}: there is no such file")
-        return os.stat(path).st_size
+        return found.st_size
 
     def allocate(self, spec: NvdimmSpec) -> NvdimmSpec:
         """Create ``.NAME.partial`` beside the path, of that size, with unwritten extents only."""
         check_copy_name(spec.path)
         hidden = replace(spec, path=hidden_name(spec.path))
-        if os.path.lexists(hidden.path) and os.stat(hidden.path, follow_symlinks=False).st_size != spec.size:
-            self.discard(hidden)  # left by another import
-        if self.examine(hidden).creates:
-            directory = os.path.dirname(hidden.path)
-            with opened(directory, os.O_DIRECTORY) as parent, opened(hidden.path, os.O_CREAT | os.O_RDWR) as fd:
-                self._allocate(fd, hidden.path, spec.size)
-                os.fsync(parent)
+        with entry(hidden.path) as at:
+            left = at.status()
+            if left is not None:
+                check_own(hidden.path, left)
+                if left.st_size != spec.size:
+                    at.unlink()  # of another import
+            if self.examine(hidden).creates:
+                with at.opened(os.O_CREAT | os.O_RDWR) as fd:
+                    self._allocate(fd, hidden.path, spec.size)
+                at.sync()
         return hidden
 
     def publish(self, spec: NvdimmSpec) -> None:
-        path, hidden = os.path.realpath(spec.path), hidden_name(spec.path)
-        with opened(os.path.dirname(path), os.O_DIRECTORY) as parent:
-            if os.path.lexists(hidden):
-                if is_new(path):
-                    unlink(path)
-                _unlink_second_name(path)
+        with entry(spec.path) as at:
+            hidden = at.beside(os.path.basename(hidden_name(spec.path)))
+            if hidden.status() is not None:
+                there = at.status()
+                if there is not None and is_new(there):
+                    at.unlink()
+                _unlink_second_name(hidden, at)
                 try:
-                    rename_new(hidden, path)
+                    hidden.rename_new(at)
                 except FileExistsError as error:
-                    raise InUseError(f"{path}: exists now", hint="take another name") from error
-            os.fsync(parent)
+                    raise InUseError(f"{spec.path}: exists now", hint="take another name") from error
+            at.sync()
 
     def fill_holes(self, spec: NvdimmSpec) -> None:
-        path = os.path.realpath(spec.path)
-        _unlink_second_name(path)
+        path = spec.path
+        with entry(path) as at:
+            _unlink_second_name(at.beside(os.path.basename(hidden_name(path))), at)
         with opened(path, os.O_RDWR) as fd:
             self._volume(fd, path)
             check_size(path, os.fstat(fd).st_size, spec.size)
             os.posix_fallocate(fd, 0, spec.size)
 
     def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
-        path = os.path.realpath(spec.path)
+        path = spec.path
         self.size(path)
         with opened(path, os.O_RDWR if write else os.O_RDONLY) as fd, ExitStack() as lock:
             identity = None
@@ -213,13 +220,23 @@ class FsdaxBacking(Backing):
             check_size(path, os.fstat(fd).st_size, spec.size)
             return LockedBytes(FileBytes(os.dup(fd), spec.size), lock.pop_all().close, identity)
 
-    def discard(self, spec: NvdimmSpec) -> None:
-        path = os.path.realpath(spec.path)
-        if unlink(path):
-            sync_directory(path)
+    def discard(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+        """Delete a regular file. Nobody but the folder's owner can put another in its place before it is deleted.
+
+        He could delete that, too: a name of it in his folder is all that goes.
+        """
+        path = spec.path
+        with reporting(path):
+            if status(path) is None:
+                return
+        with entry(path) as at, at.opened(os.O_RDONLY) as fd:
+            check_regular(fd, path)
+            self._check_same(fd, path, identity)
+            at.unlink()
+            at.sync()
 
     def locate(self, spec: NvdimmSpec) -> Location:
-        path = os.path.realpath(spec.path)
+        path = spec.path
         with opened(path, os.O_RDONLY) as fd:
             volume = self._volume(fd, path)
             found = look(fd, path, spec.size).found
@@ -231,46 +248,57 @@ class FsdaxBacking(Backing):
                 raise BackingError(f"{path}: {error.message}", hint=error.hint) from error
             return Location(self._identity(fd, volume), located)
 
-    def freeze(self, path: str) -> None:
-        """Make the file immutable: not even root can then truncate, punch, reflink, rename or delete it."""
-        path = os.path.realpath(path)
+    def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Make the file immutable: not even root can then truncate, punch, rename or delete it, or open it to write."""
         patience = lease_break_seconds()
         with opened(path, os.O_RDONLY, patience=patience) as fd, self.locks.freezing(fd, path):
+            check_regular(fd, path)
+            self._check_same(fd, path, identity)
             self.locks.check_unwritten(fd, path)
             inode.freeze(fd)
 
     def written_at(self, path: str) -> int | None:
-        try:
-            return os.stat(path).st_mtime_ns
-        except FileNotFoundError:
-            return None
+        with suppress(OSError):
+            found = status(path)
+            return None if found is None else found.st_mtime_ns
+        return None
 
-    def thaw(self, path: str) -> None:
+    def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Undo :meth:`freeze`. A file that was immutable before stays so."""
-        self.thaw_unless(path, lambda identity: False)
+        self.thaw_unless(path, lambda _: False, identity)
 
-    def thaw_unless(self, path: str, needed: Callable[[BackingIdentity | None], bool]) -> None:
+    def thaw_unless(
+        self,
+        path: str,
+        needed: Callable[[BackingIdentity | None], bool],
+        identity: BackingIdentity | None = None,
+    ) -> None:
         """Undo :meth:`freeze`, unless the file is needed. Ask for that with the lock, which :meth:`freeze` takes.
 
         A lease on the file is not waited for: one domain's file must not keep another domain from starting.
         """
-        path = os.path.realpath(path)
-        if os.path.lexists(path):
-            with opened(path, os.O_RDONLY) as fd, self.locks.freezing(fd, path):
-                if inode.is_frozen(fd) and not needed(self._identity_if_fit(fd, path)):
-                    inode.thaw(fd)
+        if is_gone(path):
+            return
+        with opened(path, os.O_RDONLY) as fd, self.locks.freezing(fd, path):
+            if inode.is_frozen(fd) and self._is(fd, path, identity) and not needed(self._find_identity(fd, path)):
+                inode.thaw(fd)
 
-    def mark(self, path: str, owner: bytes | None) -> None:
-        path = os.path.realpath(path)
-        if owner is not None or os.path.lexists(path):
-            with opened(path, os.O_RDONLY) as fd:
-                with self.locks.freezing(fd, path):
-                    inode.mark(fd, owner)
-                os.fsync(fd)  # without the lock: it may take long
+    def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
+        if owner is None and is_gone(path):
+            return
+        with opened(path, os.O_RDONLY) as fd:
+            if owner is None and not self._is(fd, path, identity):
+                return
+            check_regular(fd, path)
+            self._check_same(fd, path, identity)
+            with self.locks.freezing(fd, path):
+                inode.mark(fd, owner)
+            os.fsync(fd)  # without the lock: it may take long
 
     def inspect(self, path: str) -> Surveyed | None:
-        path = os.path.realpath(path)
-        if not os.path.isfile(path):
+        with reporting(path):
+            there = status(path)
+        if there is None or not stat.S_ISREG(there.st_mode):
             return None
         found = _surveyed(path)
         if found.error is not None:
@@ -278,7 +306,7 @@ class FsdaxBacking(Backing):
         return found
 
     def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
-        for top in map(os.path.realpath, paths):
+        for top in map(resolve, paths):
             with opened(top, os.O_RDONLY | os.O_DIRECTORY) as fd:
                 device = os.fstat(fd).st_dev
             for folder, folders, files in os.walk(top):
@@ -288,23 +316,23 @@ class FsdaxBacking(Backing):
                         yield _surveyed(path)
 
     def lacking(self, spec: NvdimmSpec) -> int:
-        return max(0, spec.size - os.stat(spec.path).st_size)
+        return max(0, spec.size - self.size(spec.path))
 
     def extend(self, spec: NvdimmSpec) -> None:
-        path = os.path.realpath(spec.path)
-        with opened(path, os.O_RDWR) as fd:
+        with opened(spec.path, os.O_RDWR) as fd:
             size = os.fstat(fd).st_size
             os.posix_fallocate(fd, size, spec.size - size)
 
     def move(self, source: str, target: str) -> None:
-        try:
-            rename_new(source, target)
-        except OSError as error:
-            raise BackingError(
-                f"{source}: cannot be moved to {target}: {error.strerror}", hint="move it by hand"
-            ) from error
-        sync_directory(target)
-        sync_directory(source)
+        with entry(source) as old, entry(target) as new:
+            try:
+                old.rename_new(new)
+            except OSError as error:
+                raise BackingError(
+                    f"{source}: cannot be moved to {target}: {error.strerror}", hint="move it by hand"
+                ) from error
+            new.sync()
+            old.sync()
 
     def check_labels(self, spec: NvdimmSpec) -> None:
         """Accept every file: stores to its mapping are durable after msync."""
@@ -315,15 +343,11 @@ class FsdaxBacking(Backing):
         An immutable file on DAX takes stores, but neither write nor open for writing (ext4_file_write_iter,
         fs/namei.c:inode_permission).
         """
-        path = os.path.realpath(spec.path)
-        with (
-            opened(path, os.O_RDONLY) as fd,
-            self.locks.freezing(fd, path),
-            inode.thawed(fd),
-            opened(path, os.O_RDWR) as writable,
-        ):
-            check_identity(path, self._identity(writable, self._volume(writable, path)), identity)
-            return MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
+        path = spec.path
+        with opened(path, os.O_RDONLY) as fd, self.locks.freezing(fd, path):
+            check_identity(path, self._identity(fd, self._volume(fd, path)), identity)
+            with inode.thawed(fd), opened_again(fd, os.O_RDWR) as writable:
+                return MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
 
     def _volume(self, fd: int, path: str) -> Volume:
         """Return the volume that an open file or directory is on.
@@ -364,26 +388,38 @@ class FsdaxBacking(Backing):
             self.name, volume.namespace.uid, volume.start, status.st_ino, inode.generation(fd), status.st_size
         )
 
-    def _identity_if_fit(self, fd: int, path: str) -> BackingIdentity | None:
-        """Return the identity of an open file; None when it cannot be a backing."""
+    def _find_identity(self, fd: int, path: str) -> BackingIdentity | None:
+        """Return the identity of an open file, also without DAX; None when it is not on a namespace."""
         try:
-            return self._identity(fd, self._volume(fd, path))
+            return self._identity(fd, inventory.volume_of(os.fstat(fd).st_dev, path, self.sysfs))
         except BackingError:
             return None
 
-    def _create(self, path: str, size: int, progress: Progress) -> None:
-        directory, name = os.path.split(path)
+    def _is(self, fd: int, path: str, identity: BackingIdentity | None) -> bool:
+        """Return True for an open file with the bytes of that identity, and for every one when it is None."""
+        found = self._find_identity(fd, path)
+        return identity is None or (found is not None and found.shares_bytes(identity))
 
+    def _check_same(self, fd: int, path: str, identity: BackingIdentity | None) -> None:
+        """Check that an open file, whatever its size, has the bytes of an identity; None accepts every file.
+
+        :raises BackingError: when it has not.
+        """
+        if identity is not None and not self._is(fd, path, identity):
+            check_same_bytes(path, self._identity(fd, self._volume(fd, path)), identity)
+
+    def _create(self, path: str, size: int, progress: Progress) -> None:
         def give_name() -> None:
             os.fsync(fd)
-            if os.path.lexists(path):
-                if not is_new(path):
+            there = at.status()
+            if there is not None:
+                if not is_new(there):
                     raise BackingError(f"{path}: someone else has written it meanwhile")
-                os.unlink(path)
-            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)  # fails when the name exists
-            os.fsync(parent)
+                at.unlink()
+            at.link(fd)
+            at.sync()
 
-        with opened(directory, os.O_TMPFILE | os.O_RDWR) as fd, opened(directory, os.O_DIRECTORY) as parent:
+        with entry(path) as at, at.beside(".").opened(os.O_TMPFILE | os.O_RDWR) as fd:
             self._allocate(fd, path, size)
             try:
                 self._write_zeros(fd, size, [(0, size)], progress)
@@ -415,11 +451,11 @@ class FsdaxBacking(Backing):
         os.fsync(fd)
 
 
-def _unlink_second_name(path: str) -> None:
+def _unlink_second_name(hidden: Entry, at: Entry) -> None:
     """Delete the hidden name of a file that has its own name, too: an import of 0.1.0 was killed between the two."""
-    hidden = hidden_name(path)
-    if os.path.lexists(hidden) and os.path.lexists(path) and os.path.samefile(hidden, path):
-        unlink(hidden)
+    one, other = hidden.status(), at.status()
+    if one is not None and other is not None and os.path.samestat(one, other):
+        hidden.unlink()
 
 
 def _device_of(folder: str) -> int | None:

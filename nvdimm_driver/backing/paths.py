@@ -7,9 +7,32 @@ that libvirt's definition has, is the one that the link led to when the domain w
 
 from __future__ import annotations
 
+import errno
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from nvdimm_driver.errors import BackingError
+
+HINTS = {
+    errno.ENOENT: "is its file system mounted?",
+    errno.ENAMETOOLONG: "take a shorter name",
+    errno.EPERM: "is it immutable (lsattr, chattr -i)?",
+    errno.EACCES: "only root may use backings",
+    errno.ENOSPC: "make room, or ask for less",
+    errno.EROFS: "mount it read-write",
+    errno.ELOOP: "a part of the path has become a symbolic link: put back what was there, or define the domain again",
+    errno.EAGAIN: "another program has a lease on it (fcntl F_SETLEASE), which the kernel ends within "
+    "/proc/sys/fs/lease-break-time seconds: try again then",
+    errno.EIO: "look at the kernel's log; 'nvdimmctl show' and 'pool show' list bad blocks",
+}
+"""Hints for errors of the system, by errno."""
+
+_OPENAT2 = 437  # the same on every architecture (include/uapi/asm-generic/unistd.h)
+_NO_LINKS = 0x04 | 0x08  # RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH (include/uapi/linux/openat2.h)
+_RENAME_NOREPLACE = 1  # include/uapi/linux/fs.h
 
 
 def resolve(path: str) -> str:
@@ -32,3 +55,192 @@ def resolve_new(path: str) -> str:
             hint="mount the file system of that path, or name the path itself to make a new file",
         )
     return real
+
+
+def open_resolved(path: str, flags: int, *, folder: int | None = None) -> int:
+    """Return a descriptor of what is at a resolved path; it never waits for a FIFO or a device.
+
+    :param folder: descriptor of the folder that a relative path is in.
+    :raises OSError: ELOOP when the path is not a resolved one, because a part of it is a symbolic link.
+    """
+    import ctypes
+
+    class How(ctypes.Structure):  # struct open_how
+        _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+    if ".." in path.split("/"):
+        raise OSError(errno.ELOOP, "has '..' in it", path)
+    if folder is None:
+        root = os.open("/", os.O_PATH)
+        try:
+            return open_resolved(path.lstrip("/") or ".", flags, folder=root)
+        finally:
+            os.close(root)
+    creates = flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE
+    if not flags & os.O_PATH:
+        flags |= os.O_NONBLOCK
+    how = How(flags | os.O_CLOEXEC, 0o600 if creates else 0, _NO_LINKS)
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(_OPENAT2, folder, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    if fd < 0:
+        raise _system_error(ctypes.get_errno(), path)
+    return int(fd)
+
+
+@contextmanager
+def opened(path: str, flags: int, *, patience: float = 0.0) -> Iterator[int]:
+    """Yield a descriptor of what is at a resolved path; it is closed afterwards.
+
+    :param patience: seconds to wait for another program that has a lease on the file. The first try already makes the
+        kernel ask for the lease, and end it after :func:`.files.lease_break_seconds`.
+    :raises BackingError: naming the path, for every OSError, also of the block.
+    """
+    with reporting(path):
+        fd = _open(path, flags, patience)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def opened_again(fd: int, flags: int) -> Iterator[int]:
+    """Yield another descriptor of an open file, with other flags; it is closed afterwards.
+
+    :raises OSError: when the file cannot be opened like that.
+    """
+    again = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+    try:
+        yield again
+    finally:
+        os.close(again)
+
+
+@contextmanager
+def reporting(path: str) -> Iterator[None]:
+    """Turn an OSError of the block into a BackingError that names the path.
+
+    :raises BackingError: for every OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
+
+
+def status(path: str) -> os.stat_result | None:
+    """Return the status of what is at a resolved path, without opening it; None when nothing is.
+
+    :raises OSError: when it cannot be determined, or the path has a symbolic link in it.
+    """
+    try:
+        fd = open_resolved(path, os.O_PATH)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def is_gone(path: str) -> bool:
+    """Return True when nothing is at a resolved path any more, or a symbolic link leads elsewhere."""
+    try:
+        return status(path) is None
+    except OSError as error:
+        return error.errno == errno.ELOOP
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name in an open folder, and so in this folder, whatever is at the folder's path by now.
+
+    All methods raise OSError as the system call does.
+
+    :ivar folder: descriptor of the folder.
+    """
+
+    folder: int
+    name: str
+
+    def status(self) -> os.stat_result | None:
+        """Return the status of what has the name, also of a symbolic link; None when nothing has."""
+        try:
+            return os.stat(self.name, dir_fd=self.folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def open(self, flags: int) -> int:
+        """Return a descriptor of what has the name, which must not be a symbolic link."""
+        return open_resolved(self.name, flags, folder=self.folder)
+
+    @contextmanager
+    def opened(self, flags: int) -> Iterator[int]:
+        """Yield a descriptor of what has the name, as :meth:`open` returns it; it is closed afterwards."""
+        fd = self.open(flags)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def unlink(self) -> None:
+        """Delete the name."""
+        os.unlink(self.name, dir_fd=self.folder)
+
+    def link(self, fd: int) -> None:
+        """Give the name to an open file without a name; fail if the name exists."""
+        os.link(f"/proc/self/fd/{fd}", self.name, dst_dir_fd=self.folder, follow_symlinks=True)
+
+    def rename_new(self, target: Entry) -> None:
+        """Give the file another name, in one step; unlike rename(2), fail when that exists.
+
+        Between link(2) and unlink(2), a file would have two names, and be refused if the process were killed there.
+        """
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        names = self.folder, os.fsencode(self.name), target.folder, os.fsencode(target.name)
+        if libc.renameat2(*names, _RENAME_NOREPLACE):
+            raise _system_error(ctypes.get_errno(), self.name)
+
+    def replace(self, target: Entry) -> None:
+        """Give the file another name, in one step, which it takes from another file."""
+        os.replace(self.name, target.name, src_dir_fd=self.folder, dst_dir_fd=target.folder)
+
+    def beside(self, name: str) -> Entry:
+        """Return another name in the same folder."""
+        return Entry(self.folder, name)
+
+    def sync(self) -> None:
+        """Make changes of names in the folder durable."""
+        os.fsync(self.folder)
+
+
+@contextmanager
+def entry(path: str) -> Iterator[Entry]:
+    """Yield the entry of a resolved path, which need not exist, in its folder, which must.
+
+    :raises BackingError: naming the path, for every OSError, also of the block.
+    """
+    folder, name = os.path.split(path)
+    with reporting(path):
+        fd = open_resolved(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield Entry(fd, name)
+        finally:
+            os.close(fd)
+
+
+def _open(path: str, flags: int, patience: float) -> int:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return open_resolved(path, flags)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _system_error(number: int, path: str) -> OSError:
+    return OSError(number, os.strerror(number), path)

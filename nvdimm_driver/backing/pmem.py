@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import replace
 
 from nvdimm_driver.backing import inventory
 from nvdimm_driver.backing.byteranges import DirectBytes
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import Volume
+from nvdimm_driver.backing.paths import open_resolved
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity, Extent, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange
@@ -54,17 +54,17 @@ class PmemBacking(DeviceBacking):
 
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
         # not O_EXCL: the next check, with O_EXCL, would find the device in use
-        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_DIRECT | os.O_NOFOLLOW)
+        fd = open_resolved(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_DIRECT)
         return DirectBytes(fd, 0, size)
 
     def check_labels(self, spec: NvdimmSpec) -> None:
         """Accept every device: writes with O_DIRECT are durable."""
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
-        path = os.path.realpath(spec.path)
-        check_identity(path, self.locate(replace(spec, path=path)).identity, identity)
+        path = spec.path
+        check_identity(path, self.locate(spec).identity, identity)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_NOFOLLOW)
+            fd = open_resolved(path, os.O_RDWR | os.O_DIRECT)
         except OSError as error:
             raise BackingError(f"{path}: cannot be opened to write labels: {error.strerror}") from error
         return DirectBytes(fd, spec.size - spec.label_size, spec.label_size)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from nvdimm_driver.backing.files import hidden_name
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.model import NvdimmSpec, Watch
@@ -29,20 +30,21 @@ class Exporter:
         """
         if not running:
             self._checks.check_off(spec.path, _RUNNING)
+        destination = resolve(destination)
         for path in (destination, hidden_name(destination)):
             self._checks.check_unowned(path)
         backing = backing_of(self._checks.backings, spec.path)
         with (
             reporting_errors_of(spec.path),
             backing.open_bytes(spec) as content,
-            ordinary_files.open_destination(destination, spec.size, overwrite=overwrite) as copy,
+            ordinary_files.opened_destination(destination, spec.size, overwrite=overwrite) as copy,
         ):
-            digest = copying.copy(content, copy, watch("copying"))
-            copying.verify(copy, digest, watch("verifying"))
-        if not running:
-            self._checks.check_off(spec.path, _RUNNING)
-        self._checks.check_unowned(destination)  # a domain may have taken it meanwhile
-        ordinary_files.publish(destination, overwrite=overwrite)
+            digest = copying.copy(content, copy.content, watch("copying"))
+            copying.verify(copy.content, digest, watch("verifying"))
+            if not running:
+                self._checks.check_off(spec.path, _RUNNING)
+            self._checks.check_unowned(destination)  # a domain may have taken it meanwhile
+            copy.publish()
         return digest
 
     def is_in_use(self, path: str) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nvdimm_driver.backing.byteranges import FileBytes
-from nvdimm_driver.backing.files import check_copy_name, hidden_name, is_new, opened, sync_directory
+from nvdimm_driver.backing.files import check_copy_name, check_own, hidden_name, is_new
+from nvdimm_driver.backing.paths import Entry, entry, opened, resolve
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError, UnsupportedError
 
 _MAGIC = {
@@ -30,7 +33,7 @@ def open_source(path: str) -> FileBytes:
     """
     if not os.path.exists(path):
         raise NotFoundError(f"{path}: there is no such file")
-    with opened(os.path.realpath(path), os.O_RDONLY) as fd:
+    with opened(resolve(path), os.O_RDONLY) as fd:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise BackingError(f"{path}: is neither a file nor a block device")
@@ -51,41 +54,68 @@ def check_raw(path: str, head: bytes) -> None:
         )
 
 
-def open_destination(path: str, size: int, *, overwrite: bool) -> FileBytes:
-    """Open a file for writing, named ``.NAME.partial`` until :func:`publish`. Continue an existing one of that size.
+class Destination:
+    """A file that is written as ``.NAME.partial`` until :meth:`publish`.
+
+    :ivar content: its bytes.
+    """
+
+    def __init__(self, path: str, at: Entry, hidden: Entry, content: FileBytes, *, overwrite: bool) -> None:
+        self._path = path
+        self._at = at
+        self._hidden = hidden
+        self._overwrite = overwrite
+        self.content = content
+
+    def publish(self) -> None:
+        """Give the file its name, durably. Without ``overwrite``, that takes the name from no file but an empty one.
+
+        :raises RefusedError: when the destination exists and may not be overwritten, or is not a file.
+        """
+        there = self._at.status()
+        _check_destination(self._path, there, self._overwrite)
+        if self._overwrite:
+            self._hidden.replace(self._at)
+        else:
+            if there is not None:
+                self._at.unlink()
+            try:
+                self._hidden.rename_new(self._at)
+            except FileExistsError as error:
+                raise _exists(self._path) from error
+        self._at.sync()
+
+
+@contextmanager
+def opened_destination(path: str, size: int, *, overwrite: bool) -> Iterator[Destination]:
+    """Yield a file to write in the folder of a resolved path; continue an existing ``.NAME.partial`` of that size.
+
+    The folder stays the same until the file has its name, whatever is at the folder's path by then.
 
     :param size: bytes.
     :raises RefusedError: when the destination exists and may not be overwritten, or is not a file.
     """
     check_copy_name(path)
-    _check_destination(path, overwrite)
-    hidden = hidden_name(path)
-    with opened(hidden, os.O_RDWR | os.O_CREAT) as fd:
-        if os.fstat(fd).st_size != size:
-            os.truncate(fd, 0)
-            os.truncate(fd, size)
-        return FileBytes(os.dup(fd), size)
+    if not os.path.isdir(os.path.dirname(path)):
+        raise NotFoundError(f"{os.path.dirname(path)}: there is no such folder")
+    with entry(path) as at:
+        _check_destination(path, at.status(), overwrite)
+        hidden = at.beside(os.path.basename(hidden_name(path)))
+        with hidden.opened(os.O_RDWR | os.O_CREAT) as fd:
+            check_own(hidden_name(path), os.fstat(fd))
+            if os.fstat(fd).st_size != size:
+                os.truncate(fd, 0)
+                os.truncate(fd, size)
+            with FileBytes(os.dup(fd), size) as content:
+                yield Destination(path, at, hidden, content, overwrite=overwrite)
 
 
-def publish(path: str, *, overwrite: bool) -> None:
-    """Give a file of :func:`open_destination` its name, durably.
-
-    :raises RefusedError: when the destination exists and may not be overwritten, or is not a file.
-    """
-    _check_destination(path, overwrite)
-    real = os.path.realpath(path)
-    try:
-        os.replace(hidden_name(path), real)
-    except OSError as error:
-        raise BackingError(f"{path}: {error.strerror}") from error
-    sync_directory(real)
-
-
-def _check_destination(path: str, overwrite: bool) -> None:
-    real = os.path.realpath(path)
-    if not os.path.isdir(os.path.dirname(real)):
-        raise NotFoundError(f"{os.path.dirname(real)}: there is no such folder")
-    if os.path.lexists(real) and not os.path.isfile(real):
+def _check_destination(path: str, there: os.stat_result | None, overwrite: bool) -> None:
+    if there is not None and not stat.S_ISREG(there.st_mode):
         raise RefusedError(f"{path}: is not a file", hint="name a file, which need not exist yet")
-    if not overwrite and not is_new(real):
-        raise RefusedError(f"{path}: exists already", hint="--force overwrites it")
+    if not overwrite and not is_new(there):
+        raise _exists(path)
+
+
+def _exists(path: str) -> RefusedError:
+    return RefusedError(f"{path}: exists already", hint="--force overwrites it")

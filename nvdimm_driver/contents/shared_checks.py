@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from nvdimm_driver.backing.files import HINTS, check_name
+from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.identity import check_same_bytes
+from nvdimm_driver.backing.paths import HINTS
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of

@@ -75,7 +75,7 @@ class Wiper:
             for item in deleted:
                 if item in here:
                     self._check_owner(record, item.spec)
-                    backing_of(self._checks.backings, item.spec.path).discard(item.spec)
+                    backing_of(self._checks.backings, item.spec.path).discard(item.spec, item.identity)
             now = self._checks.ledger.find_domain(record.uuid) or record
             ownership.give_up(self._checks.ledger, self._checks.backings, now, in_slot(now, slot).allocations)
 

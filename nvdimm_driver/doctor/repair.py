@@ -120,7 +120,9 @@ class _Look:
         file = self.files.get(os.path.realpath(path))
         if file is not None and file.owner != owner_marks.pack(record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"
-            yield inconsistency(problem, "write its mark", partial(backing.mark, path, owner_marks.pack(record, item)))
+            yield inconsistency(
+                problem, "write its mark", partial(backing.mark, path, owner_marks.pack(record, item), item.identity)
+            )
 
     def _named(self, kind: str) -> Backing:
         return backing_named(self.driver.backings, kind)
@@ -151,7 +153,7 @@ class _Look:
         ownership.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
         changed = replace(item, identity=identity)
         self._replace(record, changed)
-        backing.mark(item.spec.path, owner_marks.pack(record, changed))
+        backing.mark(item.spec.path, owner_marks.pack(record, changed), identity)
 
     def _replace(self, record: Record, item: Allocation) -> None:
         """Store an NVDIMM in the ledger, in place of the domain's NVDIMM in that slot."""

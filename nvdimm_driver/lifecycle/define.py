@@ -87,7 +87,7 @@ class Definitions:
 
     def define(
         self, domain: DomainSpec, plan: Plan | None = None, *, kept: Sequence[Allocation] = ()
-    ) -> tuple[NvdimmSpec, ...]:
+    ) -> tuple[Allocation, ...]:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
@@ -105,16 +105,16 @@ class Definitions:
         kept = [*kept, *(item for item in self._to_wipe(self._others(domain, before)) if item not in kept)]
         wanted = [*(Allocation(uuid, spec) for spec in domain.nvdimms), *kept]
         self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
-        created: list[NvdimmSpec] = []
+        created: list[Allocation] = []
         try:
             ownership.check_paths(self.ledger, domain, held)  # of two that come at once, one at least sees the other
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
                 intake = backing.examine(spec)
                 LOG.debug("provision %s: %s to write", spec.path, human(intake.writes))
-                backing.provision(spec, self._progress(domain, spec))
+                identity = backing.provision(spec, self._progress(domain, spec))
                 if intake.creates:
-                    created.append(spec)
+                    created.append(Allocation(uuid, spec, identity))
             self._settle(plan, domain, before, kept)
         except BaseException:
             LOG.debug("define of domain %s failed: roll it back", domain.name)
@@ -126,11 +126,14 @@ class Definitions:
                 logs.tell(Event("misplaced-labels", uuid, domain.name, None, {"path": spec.path, "problem": problem}))
         return tuple(created)
 
-    def discard(self, created: Sequence[NvdimmSpec]) -> None:
-        """Delete the backings that :meth:`define` has created."""
-        for spec in created:
-            LOG.debug("delete %s", spec.path)
-            self._backing(spec).discard(spec)
+    def discard(self, created: Sequence[Allocation]) -> None:
+        """Delete the backings that :meth:`define` has created.
+
+        :raises BackingError: when something else is in the place of one.
+        """
+        for item in created:
+            LOG.debug("delete %s", item.spec.path)
+            self._backing(item.spec).discard(item.spec, item.identity)
 
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends.

@@ -13,7 +13,7 @@ from nvdimm_driver import logs
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import BackingIdentity, Record, Start
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
@@ -41,13 +41,13 @@ class Starts:
         self.mapper = mapper
         self.label_servers = label_servers
 
-    def freeze(self, uuid: str, paths: Sequence[str]) -> Start:
+    def freeze(self, uuid: str, items: Sequence[Allocation]) -> Start:
         """Begin a start: freeze its backings until :meth:`put_away`. On failure, nothing stays frozen."""
-        start = self.ledger.begin_start(uuid, paths)
+        start = self.ledger.begin_start(uuid, [item.spec.path for item in items])
         try:
-            for path in paths:
-                LOG.debug("freeze %s", path)
-                backing_of(self.backings, path).freeze(path)
+            for item in items:
+                LOG.debug("freeze %s", item.spec.path)
+                backing_of(self.backings, item.spec.path).freeze(item.spec.path, item.identity)
         except BaseException:
             self.put_away(start)
             raise
@@ -61,20 +61,23 @@ class Starts:
         begun = self.ledger.find_begun(start)
         if begun is not None:
             self.ledger.note_end(start, saved_guest.times_at_end(self.backings, begun))
+        record = self.ledger.find_domain(start.uuid)
+        identities = {item.spec.path: item.identity for item in (record.allocations if record else ())}
         for path in start.paths:
-            self.thaw(path, over=start)
+            self.thaw(path, identities.get(path), over=start)
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
 
-    def thaw(self, path: str, over: Start | None = None) -> None:
+    def thaw(self, path: str, identity: BackingIdentity | None = None, over: Start | None = None) -> None:
         """Undo the freezing of a backing, unless a start in the ledger has it.
 
+        :param identity: of the backing, if it is known: something else at the path stays as it is.
         :param over: a start that does not count.
         """
         LOG.debug("thaw %s", path)
         for backing in self.backings:
             if backing.handles(path):
-                backing.thaw_unless(path, partial(self._is_needed, path, over))
+                backing.thaw_unless(path, partial(self._is_needed, path, over), identity)
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen has the domain after RELEASE_SECONDS."""

@@ -206,7 +206,7 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record | None, bef
     for item in kept:
         path = item.spec.path
         if record and has_bytes([item], identity_at(backings, path)):  # one that is not defined any more may be missing
-            backing_of(backings, path).mark(path, owner_marks.pack(record, item))
+            backing_of(backings, path).mark(path, owner_marks.pack(record, item), item.identity)
 
 
 def drop(ledger: Ledger, backings: Sequence[Backing], record: Record, items: Sequence[Allocation]) -> None:
@@ -245,4 +245,4 @@ def _unmark(records: Sequence[Record], backings: Sequence[Backing], items: Seque
             continue
         for backing in backings:
             if backing.handles(path):
-                backing.mark(path, None)
+                backing.mark(path, None, item.identity)

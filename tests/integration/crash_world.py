@@ -24,7 +24,7 @@ from nvdimm_driver.cmd.ctl.check import ROUNDS
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import FileSystem, run
@@ -170,7 +170,7 @@ class World:
         ]
         return DomainSpec(f"domain{uuid[-1]}", uuid, ram, None, tuple(nvdimms))
 
-    def define(self, domain: DomainSpec, driver: XenNvdimmDriver) -> tuple[NvdimmSpec, ...]:
+    def define(self, domain: DomainSpec, driver: XenNvdimmDriver) -> tuple[Allocation, ...]:
         """Do what virsh define does."""
         return driver.define(domain, driver.check(domain))
 

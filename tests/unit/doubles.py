@@ -118,7 +118,7 @@ class MemoryBacking(Backing):
             self.opened.append(found)
         return found
 
-    def discard(self, spec: NvdimmSpec) -> None:
+    def discard(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         del self.files[spec.path]
 
     def locate(self, spec: NvdimmSpec) -> Location:
@@ -135,7 +135,7 @@ class MemoryBacking(Backing):
         if self.fail_space:
             raise BackingError(self.fail_space)
 
-    def mark(self, path: str, owner: bytes | None) -> None:
+    def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
         self.marks.pop(path, None)
         if owner is not None:
             self.marks[path] = owner
@@ -156,10 +156,10 @@ class MemoryBacking(Backing):
             return None
         return Surveyed(path, self.marks.get(path), path in self.frozen, path in self.frozen)
 
-    def freeze(self, path: str) -> None:
+    def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
         self.frozen.add(path)
 
-    def thaw(self, path: str) -> None:
+    def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
         self.frozen.discard(path)
 
     def written_at(self, path: str) -> int | None:

@@ -5,7 +5,7 @@ import errno
 import itertools
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -168,14 +168,28 @@ def test_hard_links_are_refused(host: Host) -> None:
             act(host.spec())
 
 
-def test_symbolic_links_are_followed_once(host: Host) -> None:
+@pytest.mark.parametrize("name", ["link", "folder/real.img", "dangling", "../{}/real.img"])
+def test_symbolic_links_are_never_followed(host: Host, name: str) -> None:
     path = host.file("real.img")
     (host.folder / "link").symlink_to(path)
-    assert host.backing.locate(host.spec("link")) == host.backing.locate(host.spec("real.img"))
+    (host.folder / "folder").symlink_to(host.folder)
     (host.folder / "dangling").symlink_to(host.folder / "new.img")
-    host.backing.provision(host.spec("dangling"))
-    assert (host.folder / "new.img").stat().st_size == SIZE
-    assert (host.folder / "dangling").is_symlink()
+    spec = host.spec(name.format(host.folder.name))
+    works: list[Callable[[NvdimmSpec], object]] = [
+        host.backing.locate,
+        host.backing.provision,
+        host.backing.open_bytes,
+        host.backing.discard,
+        lambda spec: host.backing.freeze(spec.path),
+        lambda spec: host.backing.mark(spec.path, b"x"),
+    ]
+    for work in works:
+        with pytest.raises(BackingError, match="has become a symbolic link"):
+            work(spec)
+    host.backing.thaw(spec.path)
+    host.backing.mark(spec.path, None)
+    assert path.stat().st_size == SIZE
+    assert not (host.folder / "new.img").exists()
 
 
 def test_more_than_there_is_room_for(host: Host) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing.paths import Entry
 from nvdimm_driver.contents import ordinary_files
-from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError, UnsupportedError
+from nvdimm_driver.errors import BackingError, NotFoundError, NvdimmError, RefusedError, UnsupportedError
 from nvdimm_driver.model import MIB
 
 
@@ -51,13 +52,13 @@ def test_raw_images(head: bytes) -> None:
 def test_a_destination_is_gone_on_with(tmp_path: Path) -> None:
     path = str(tmp_path / "copy")
     for content in (bytes(4), b"mark"):
-        with ordinary_files.open_destination(path, MIB, overwrite=False) as copy:
-            assert (copy.size, copy.read(0, 4)) == (MIB, content)
-            copy.write(0, b"mark")
+        with ordinary_files.opened_destination(path, MIB, overwrite=False) as copy:
+            assert (copy.content.size, copy.content.read(0, 4)) == (MIB, content)
+            copy.content.write(0, b"mark")
     assert os.listdir(tmp_path) == [".copy.partial"]
-    with ordinary_files.open_destination(path, 2 * MIB, overwrite=False) as copy:
-        assert copy.read(0, 4) == bytes(4), "what was begun was of another size"
-    ordinary_files.publish(path, overwrite=False)
+    with ordinary_files.opened_destination(path, 2 * MIB, overwrite=False) as copy:
+        assert copy.content.read(0, 4) == bytes(4), "what was begun was of another size"
+        copy.publish()
     assert os.listdir(tmp_path) == ["copy"]
     assert os.stat(path).st_size == 2 * MIB
     assert os.stat(path).st_mode & 0o777 == 0o600
@@ -65,22 +66,73 @@ def test_a_destination_is_gone_on_with(tmp_path: Path) -> None:
 
 def test_a_destination_that_exists(tmp_path: Path) -> None:
     path = tmp_path / "copy"
-    with ordinary_files.open_destination(str(path), MIB, overwrite=False):
+    with ordinary_files.opened_destination(str(path), MIB, overwrite=False) as copy:
         path.write_bytes(b"of somebody else")
-    for attempt in (
-        lambda: ordinary_files.open_destination(str(path), MIB, overwrite=False),
-        lambda: ordinary_files.publish(str(path), overwrite=False),
-    ):
         with pytest.raises(RefusedError, match=r"exists already .--force"):
-            attempt()
+            copy.publish()
+    with pytest.raises(RefusedError, match=r"exists already .--force"):
+        open_copy(path)
     assert path.read_bytes() == b"of somebody else"
-    ordinary_files.publish(str(path), overwrite=True)
+    with ordinary_files.opened_destination(str(path), MIB, overwrite=True) as copy:
+        copy.publish()
     assert path.stat().st_size == MIB
+
+
+def test_a_file_that_is_made_at_the_last_moment_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename_new = tmp_path / "copy", Entry.rename_new
+
+    def late(source: Entry, target: Entry) -> None:
+        path.write_bytes(b"of somebody else")
+        rename_new(source, target)
+
+    monkeypatch.setattr(Entry, "rename_new", late)
+    with (
+        ordinary_files.opened_destination(str(path), MIB, overwrite=False) as copy,
+        pytest.raises(RefusedError, match=r"exists already .--force"),
+    ):
+        copy.publish()
+    assert path.read_bytes() == b"of somebody else"
+
+
+def test_a_folder_that_is_swapped_gets_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with ordinary_files.opened_destination(str(tmp_path / "folder/copy"), MIB, overwrite=True) as copy:
+        (tmp_path / "folder").rename(tmp_path / "aside")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder/copy").write_bytes(b"of somebody else")
+        copy.publish()
+    assert (tmp_path / "folder/copy").read_bytes() == b"of somebody else"
+    assert (tmp_path / "aside/copy").stat().st_size == MIB
+
+
+@pytest.mark.parametrize("kind", ["another user's", "hard link", "fifo", "link"])
+def test_what_somebody_has_put_in_the_place_of_an_unfinished_copy_is_refused(tmp_path: Path, kind: str) -> None:
+    hidden, victim = tmp_path / ".copy.partial", tmp_path / "victim"
+    victim.write_bytes(b"of somebody else")
+    if kind == "another user's":
+        hidden.write_bytes(bytes(MIB))
+        os.chown(hidden, 65534, 65534)
+    elif kind == "hard link":
+        hidden.hardlink_to(victim)
+    elif kind == "fifo":
+        os.mkfifo(hidden)
+    else:
+        hidden.symlink_to(victim)
+    with pytest.raises(NvdimmError, match=r"\.copy\.partial: is in the way|has become a symbolic link"):
+        open_copy(tmp_path / "copy")
+    assert victim.read_bytes() == b"of somebody else"
+
+
+def open_copy(path: Path) -> None:
+    with ordinary_files.opened_destination(str(path), MIB, overwrite=False):
+        pass
 
 
 def test_what_is_no_destination(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no such folder"):
-        ordinary_files.open_destination(str(tmp_path / "none/copy"), MIB, overwrite=True)
+        open_copy(tmp_path / "none/copy")
     for other in (tmp_path, Path("/dev/null")):
         with pytest.raises(RefusedError, match="is not a file"):
-            ordinary_files.open_destination(str(other), MIB, overwrite=True)
+            open_copy(other)

@@ -195,9 +195,9 @@ class Copying(MemoryBacking):
         self._copy()
         return super().provision(spec, progress)
 
-    def mark(self, path: str, owner: bytes | None) -> None:
+    def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
         self._copy()
-        super().mark(path, owner)
+        super().mark(path, owner, identity)
 
     def _copy(self) -> None:
         self.copies.append(self.folder / f"copy-{next(self.numbers)}")
