@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -189,6 +190,7 @@ class XenNvdimmDriver(plugins.Plugin):
         if record is None:
             raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
         ownership.give_up(self.ledger, self.backings, record)
+        self.remove_leftovers()
         return record
 
     def check_ram(self, uuid: str, ram: int) -> None:
@@ -312,11 +314,22 @@ class XenNvdimmDriver(plugins.Plugin):
             return record.fault if record else ""
         if not self.starts.release(record):
             logs.tell(Event("dying", uuid, record.name, record.start.domid, {}))
+        self.remove_leftovers()
         return record.fault
 
     def reconcile(self) -> None:
         """Put away the starts whose domains are gone."""
         self.starts.reconcile()
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Remove the files of domains that the ledger does not have any more: tables, counts of label requests."""
+        folder = self.state_dir / "domains"
+        found = os.listdir(folder) if folder.is_dir() else []
+        known = self.ledger.uuids()  # after the look at the folder: a domain is in the ledger before it has files
+        for uuid in found:
+            if uuid not in known and not self.starts.label_servers.is_running(uuid):
+                shutil.rmtree(folder / uuid, ignore_errors=True)
 
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed."""

@@ -4,17 +4,21 @@
 A byte that is not UTF-8 becomes a surrogate, as in Python's own names of files (PEP 383), so a name still opens its
 file. What goes out is UTF-8: there such a byte is shown as ``\\udcXX``.
 
-Imports nothing: the device model, which has to start fast, uses it.
+Imports nothing but os: the device model, which has to start fast, uses it.
 """
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from io import TextIOWrapper
     from pathlib import Path
 
 ESCAPED = "backslashreplace"
 """The ``errors`` of every stream and file that text goes out to."""
+LOG_MODE = 0o640
 
 
 def decode(data: bytes) -> str:
@@ -29,6 +33,14 @@ def read(path: str | Path) -> str:
     """
     with open(path, "rb") as file:
         return decode(file.read())
+
+
+def open_log(path: str) -> TextIOWrapper:
+    """Open a log file to append to it; a new one is for its owner and group alone: it names files and domains.
+
+    :raises OSError: when it cannot be written.
+    """
+    return open(path, "a", encoding="utf-8", errors=ESCAPED, opener=lambda name, flags: os.open(name, flags, LOG_MODE))
 
 
 def escaped(text: str) -> str:

@@ -7,10 +7,12 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from nvdimm_driver.host_text import ESCAPED
+from nvdimm_driver.host_text import open_log
 from nvdimm_driver.state.events import Event, log_line, logfmt
 
 if TYPE_CHECKING:
+    from io import TextIOWrapper
+
     from oslo_config import cfg
 
     from nvdimm_driver.state.events import Value
@@ -27,7 +29,7 @@ def to_file(program: str, conf: cfg.ConfigOpts) -> None:
     """Make this process log to the operator's log file, or to stderr when that cannot be written."""
     handler: logging.Handler
     try:
-        handler = _File(conf.log_file, encoding="utf-8", errors=ESCAPED)
+        handler = _File(conf.log_file)
     except OSError as error:
         _complain(conf.log_file, error)
         handler = logging.StreamHandler()
@@ -42,6 +44,9 @@ def to_journal(program: str, conf: cfg.ConfigOpts) -> None:
 
 class _File(logging.FileHandler):
     """A log file. A line that cannot be written, as on a full disk, is lost: no guest waits for a log."""
+
+    def _open(self) -> TextIOWrapper:
+        return open_log(self.baseFilename)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()

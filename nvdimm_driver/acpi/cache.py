@@ -20,6 +20,9 @@ LIMIT = 256
 """Maximum number of entries, of some 15 KB each; the least recently used ones are removed."""
 
 
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+
 class TableCache:
     """A folder with one file per entry. Any number of processes may use it at a time.
 
@@ -30,11 +33,14 @@ class TableCache:
         self.folder = folder
 
     def get(self, key: str) -> tuple[bytes, ...] | None:
-        """Return the tables of the key; None when there is no entry or it is damaged."""
+        """Return the tables of the key; None when there is no entry, or it is not as :meth:`put` has written it."""
         path = self.folder / key
         try:
-            tables = tuple(split(path.read_bytes()))
+            entry = path.read_bytes()
             os.utime(path)
+            if entry[:_DIGEST_SIZE] != _digest(key, entry[_DIGEST_SIZE:]):
+                raise AcpiError("its checksum is wrong")
+            tables = tuple(split(entry[_DIGEST_SIZE:]))
         except OSError:
             return None
         except AcpiError as error:
@@ -44,12 +50,13 @@ class TableCache:
 
     def put(self, key: str, tables: Sequence[bytes]) -> None:
         """Store tables under the key."""
+        content = b"".join(tables)
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".")
             try:
                 with open(descriptor, "wb") as file:
-                    file.write(b"".join(tables))
+                    file.write(_digest(key, content) + content)
                 os.replace(temporary, self.folder / key)
             except OSError:
                 os.unlink(temporary)
@@ -65,6 +72,11 @@ class TableCache:
         with suppress(FileNotFoundError):  # another process is pruning, too
             for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime_ns)[:-LIMIT]:
                 os.unlink(entry.path)
+
+
+def _digest(key: str, content: bytes) -> bytes:
+    """Return the checksum of an entry: whole tables of another entry, or of nobody, do not have it."""
+    return hashlib.sha256(f"{key}\n".encode() + content).digest()
 
 
 def key_of(binary: str, inputs: Sequence[str]) -> str:

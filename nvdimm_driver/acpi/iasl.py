@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disassembly of an ACPI table with ACPICA's ``iasl``, if it is installed."""
+"""Disassembly of an ACPI table with ACPICA's ``iasl``, if it is installed.
+
+A guest can write what it likes into its tables, and iasl is written in C. So root runs it as a user of its own, in
+namespaces in which it sees no network and no other process, with limits, and takes nothing from it but a file.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 from nvdimm_driver.acpi import tables
-from nvdimm_driver.errors import AcpiError
-from nvdimm_driver.host_text import read
-from nvdimm_driver.processes import run
+from nvdimm_driver.errors import AcpiError, ConfigError
+from nvdimm_driver.host_text import decode as decode_text
+from nvdimm_driver.model import MIB
+from nvdimm_driver.processes import FIRST_UID, run
+from nvdimm_driver.sizes import human
 
 _WITH_CODE = (b"DSDT", b"SSDT")
 _TIMEOUT = 60
+_UID = FIRST_UID + 0xFFFF
+"""User and group of iasl, which no domain's label server has: Xen's domids are less than 0x7FF0."""
+_OUTPUT_MAX = 32 * MIB
+_LIMITS = ("--as=1073741824", "--core=0", "--cpu=30", f"--fsize={_OUTPUT_MAX}", "--nofile=64")
 
 
 def decode(table: bytes, iasl: str = "iasl") -> str:
@@ -22,6 +34,7 @@ def decode(table: bytes, iasl: str = "iasl") -> str:
 
     :param iasl: name or path of the disassembler.
     :raises AcpiError: when the table is malformed or the disassembler fails.
+    :raises ConfigError: when the disassembler cannot be run without privileges.
     """
     head = tables.decode(table)
     program = shutil.which(iasl)
@@ -34,11 +47,46 @@ def _disassemble(table: bytes, program: str) -> str:
     with tempfile.TemporaryDirectory(prefix="nvdimm-iasl-") as folder:
         path = Path(folder) / "table.aml"
         path.write_bytes(table)
+        path.chmod(0o444)
+        if os.geteuid() == 0:
+            os.chown(folder, _UID, _UID)
         try:
-            done = run([program, "-d", path.name], timeout=_TIMEOUT, folder=folder)
+            done = run([*_confinement(), program, "-d", path.name], timeout=_TIMEOUT, folder=folder)
         except subprocess.TimeoutExpired as error:
             raise AcpiError(f"{program} -d took longer than {_TIMEOUT} s") from error
         source = path.with_suffix(".dsl")
         if done.returncode or not source.exists():
             raise AcpiError(f"{program} -d failed with status {done.returncode}: {done.stdout}{done.stderr}")
-        return read(source)
+        return _read(source)
+
+
+def _confinement() -> list[str]:
+    """Return the words that run a program with limits and, for root, without any privilege (util-linux)."""
+    words = [_tool("prlimit"), *_LIMITS]
+    if os.geteuid() == 0:
+        ids = ("--reuid", str(_UID), "--regid", str(_UID), "--clear-groups")
+        namespaces = ("--net", "--ipc", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child")
+        words = [_tool("unshare"), *namespaces, "--", _tool("setpriv"), "--no-new-privs", *ids, "--", *words]
+    return [*words, "--"]
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise ConfigError(f"{name}, which runs iasl without privileges, is missing", hint="install util-linux")
+    return path
+
+
+def _read(source: Path) -> str:
+    """Return what the disassembler has written; its folder is its own, and could have anything in it.
+
+    :raises AcpiError: when that is no ordinary file, or too long.
+    """
+    try:
+        with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > _OUTPUT_MAX:
+                raise AcpiError(f"iasl wrote no ordinary file of at most {human(_OUTPUT_MAX)}")
+            return decode_text(file.read(_OUTPUT_MAX))
+    except OSError as error:
+        raise AcpiError(f"cannot read what iasl wrote: {error.strerror}") from error

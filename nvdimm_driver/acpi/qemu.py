@@ -84,31 +84,43 @@ class QemuAcpiBuilder(AcpiBuilder):
         )
 
     def _build(self, binary: str, layout: GuestLayout) -> AcpiTables:
-        harvested, seconds = self._harvested(binary, layout)
-        chosen = [table for table in harvested if table[:4] == b"NFIT"]
-        if layout.label_clients:
-            chosen += [table for table in harvested if _is_nvdimm_ssdt(table)]
-        else:
-            chosen.append(ssdt(layout))
-        check_tables(layout, chosen)
-        return AcpiTables(tuple(chosen), tuple(table for table in harvested if table not in chosen), seconds)
-
-    def _harvested(self, binary: str, layout: GuestLayout) -> tuple[tuple[bytes, ...], float | None]:
-        """Return all tables that the QEMU has, and the seconds that this took; None for tables from the cache."""
         key = key_of(binary, [*arguments(layout), hex(DSM_ADDRESS)])
-        found = self._cache.get(key) if self._cache else None
-        if found is not None:
-            LOG.debug("ACPI tables of %s come from the cache", binary)
-            return found, None
+        kept = self._cache.get(key) if self._cache else None
+        if kept is not None:
+            try:
+                tables = _chosen(layout, kept)
+                LOG.debug("ACPI tables of %s come from the cache", binary)
+                return tables
+            except AcpiError as error:
+                LOG.warning("ACPI tables in the cache are wrong, and are taken from %s again: %s", binary, error)
         started = time.monotonic()
-        with Machine(binary, timeout=self._timeout).run(layout) as qtest:
-            files = read_fw_cfg(qtest, "etc/acpi/") | read_fw_cfg(qtest, _SCRIPT)
-        tables = split(link(files.pop(_SCRIPT, b""), files, {_DSM_FILE: DSM_ADDRESS}))
+        harvested = self._harvest(binary, layout)
         seconds = time.monotonic() - started
         LOG.debug("took ACPI tables from %s in %.3f s", binary, seconds)
+        tables = _chosen(layout, harvested, seconds)
         if self._cache:
-            self._cache.put(key, tables)
-        return tables, seconds
+            self._cache.put(key, harvested)
+        return tables
+
+    def _harvest(self, binary: str, layout: GuestLayout) -> tuple[bytes, ...]:
+        """Return all tables that the QEMU has."""
+        with Machine(binary, timeout=self._timeout).run(layout) as qtest:
+            files = read_fw_cfg(qtest, "etc/acpi/") | read_fw_cfg(qtest, _SCRIPT)
+        return split(link(files.pop(_SCRIPT, b""), files, {_DSM_FILE: DSM_ADDRESS}))
+
+
+def _chosen(layout: GuestLayout, harvested: Sequence[bytes], seconds: float | None = None) -> AcpiTables:
+    """Return a QEMU's tables, checked, those for the guest apart from the others.
+
+    :param seconds: time that the QEMU took; None for tables from the cache.
+    """
+    chosen = [table for table in harvested if table[:4] == b"NFIT"]
+    if layout.label_clients:
+        chosen += [table for table in harvested if _is_nvdimm_ssdt(table)]
+    else:
+        chosen.append(ssdt(layout))
+    check_tables(layout, chosen)
+    return AcpiTables(tuple(chosen), tuple(table for table in harvested if table not in chosen), seconds)
 
 
 def _is_nvdimm_ssdt(table: bytes) -> bool:

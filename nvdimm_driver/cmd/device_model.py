@@ -60,7 +60,7 @@ class Log:
         print(f"nvdimm-device-model: {logfmt(fields)}", file=sys.stderr, flush=True)
         line = log_line(time.time(), "device-model", level, fields, self.form)
         try:
-            with open(self.path, "a", encoding="utf-8", errors=host_text.ESCAPED) as file:
+            with host_text.open_log(self.path) as file:
                 file.write(f"{line}\n")
         except OSError as error:  # a full disk must not keep a guest from starting
             print(f"nvdimm-device-model: {self.path}: {error.strerror}", file=sys.stderr, flush=True)
@@ -88,7 +88,7 @@ def main(
     log = Log(log_file, log_format, log_level)
     try:
         xen, ledger = _mapper(mapper), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)
-        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, restored="-incoming" in argv, log=log)
+        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, restored=_is_restored(argv), log=log)
         log.debug("exec %s", qemu)
         try:
             os.execv(qemu, [qemu, *argv[1:]])
@@ -264,6 +264,11 @@ def _read(path: str) -> bytes:
 def _domid(argv: Sequence[str]) -> int | None:
     """Return the domid that libxl gives; None for a run that only prints something."""
     return int(argv[argv.index("-xen-domid") + 1]) if "-xen-domid" in argv else None
+
+
+def _is_restored(argv: Sequence[str]) -> bool:
+    """Return True when libxl gives the image of a saved guest: ``-incoming fd:N``. A domain's name can be an option."""
+    return any(argv[index + 1].startswith("fd:") for index, word in enumerate(argv[:-1]) if word == "-incoming")
 
 
 def _age_ms() -> int:

@@ -7,6 +7,7 @@ import ast
 import logging
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -69,6 +70,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         if not log_dir.is_dir():
             log_dir.mkdir(parents=True)
             yield f"created {log_dir}"
+        yield from _protect(Path(conf.log_file))
         script = device_model(conf)
         yield install(script.path, script.text, 0o755)
         script = libvirt_hook(conf)
@@ -79,6 +81,13 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
         raise ConfigError(f"cannot install: {error}", hint="run as root") from error
+
+
+def _protect(log_file: Path) -> Iterator[str]:
+    """Take the log, which names domains and files, from everybody but its owner and group: 0.1.0 made it for all."""
+    if log_file.is_file() and (mode := log_file.stat().st_mode) & stat.S_IRWXO:
+        log_file.chmod(stat.S_IMODE(mode) & ~stat.S_IRWXO)
+        yield f"changed {log_file}, which everybody could read"
 
 
 def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from nvdimm_driver.doctor.finding import Finding, failed, passed, warned
@@ -44,6 +45,12 @@ def check_state(ledger: Path) -> Finding:
 def check_log(file: Path) -> Finding:
     """Check that lines can be appended to the log. A start does not need that."""
     error = _append_error(file)
+    if error is None and file.exists() and file.stat().st_mode & stat.S_IRWXO:
+        return warned(
+            "log",
+            f"everybody on this host can read {file}, which names domains and files",
+            f"repeat 'nvdimmctl register', or: chmod o= {file}",
+        )
     if error is None:
         return passed("log", str(file))
     return warned(

@@ -19,6 +19,8 @@ MODES = {"fsdax": "fsdax", "devdax": "devdax", "pmem": "raw"}
 """The mode of the namespace for each kind of pool."""
 REGION_ALIGN = 16 * MIB
 """libnvdimm wants a region's size to be a multiple of this, unless its ``align`` says less (region_devs.c)."""
+MOUNT_OPTIONS = "dax=always,nosuid,nodev,noexec"
+"""The files are guests' bytes: nothing in them is for the host to run."""
 UNIT_FOLDER = "/etc/systemd/system"
 
 
@@ -200,7 +202,7 @@ def _mount(wish: Wish, host: PoolHost, uuid: str) -> Steps:
         yield RunCommand(("udevadm", "settle"))
         yield RunCommand(("systemctl", "enable", "--now", unit))
     else:
-        yield RunCommand(("mount", "-t", wish.file_system, "-o", "dax=always", f"UUID={uuid}", wish.mount_point))
+        yield RunCommand(("mount", "-t", wish.file_system, "-o", MOUNT_OPTIONS, f"UUID={uuid}", wish.mount_point))
     yield RunCommand(("chmod", "0700", wish.mount_point))
 
 
@@ -215,7 +217,7 @@ Before=libvirtd.service virtxend.service nvdimmd.service
 What={source}
 Where={wish.mount_point}
 Type={wish.file_system}
-Options=dax=always
+Options={MOUNT_OPTIONS}
 
 [Install]
 WantedBy=local-fs.target

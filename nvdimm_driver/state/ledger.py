@@ -148,6 +148,10 @@ class Ledger(Database):
             self._event(kind, uuid),
         )
 
+    def uuids(self) -> set[str]:
+        """Return the uuids of all domains."""
+        return {uuid for (uuid,) in self._rows("SELECT uuid FROM domain")}
+
     def forget_unused(self, uuid: str) -> None:
         """Delete the domain if it has neither allocations nor a start, nor a run from which a guest may be saved."""
         unused = " AND ".join(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.acpi.aml import named_integers
-from nvdimm_driver.acpi.cache import TableCache
+from nvdimm_driver.acpi.cache import TableCache, key_of
+from nvdimm_driver.acpi.machine import arguments
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.acpi.tables import (
@@ -22,6 +23,7 @@ from nvdimm_driver.acpi.tables import (
     Structure,
     verify_table,
 )
+from nvdimm_driver.acpi.verify import DSM_ADDRESS
 from nvdimm_driver.errors import AcpiError, ConfigError
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, SUPERPAGE, GuestLayout, NvdimmSpec, Placement
 
@@ -187,3 +189,19 @@ def test_nothing_is_left_behind() -> None:
     assert set(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_wrong_tables_in_the_cache_are_made_anew(tmp_path: Path) -> None:
+    """Whole tables, but of another layout."""
+    cache = TableCache(tmp_path / "cache")
+    builder = QemuAcpiBuilder([XEN_QEMU], cache=cache)
+    right, other = builder.build(row(2)), builder.build(row(3))
+    one, three = (key_of(XEN_QEMU, [*arguments(each), hex(DSM_ADDRESS)]) for each in (row(2), row(3)))
+    wrong = cache.get(three)
+    assert wrong is not None
+    cache.put(one, wrong)
+    assert builder.build(row(2)) == right
+    assert builder.build(row(3)) == other
+    kept = cache.get(one)
+    assert kept is not None
+    assert {*right.tables} & {*kept}

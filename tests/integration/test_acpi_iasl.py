@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ACPICA's own tools (Debian: acpica-tools) on the tables: iasl reads and compiles them, acpiexec runs the SSDT."""
 
+import os
 import re
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from nvdimm_driver.acpi import aml
 from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.acpi.native import NativeAcpiBuilder, ssdt
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
-from nvdimm_driver.acpi.tables import Header, Nfit, verify_table
+from nvdimm_driver.acpi.tables import Header, Nfit, seal, verify_table
+from nvdimm_driver.errors import AcpiError
 from nvdimm_driver.model import GIB, KIB, MIB, GuestLayout, Placement
 from nvdimm_driver.plugins import AcpiBuilder
+from nvdimm_driver.processes import FIRST_UID
 
 GAPS = (Placement(0, 68 * GIB, 64 * MIB), Placement(15, 70 * GIB, 64 * MIB, 128 * KIB), Placement(255, 72 * GIB, GIB))
 ALL = tuple(Placement(slot, (68 + slot) * GIB, GIB) for slot in range(256))
@@ -131,3 +135,55 @@ def test_decode_shows_asl_with_iasl_and_the_header_without() -> None:
     assert "Device (NV00)" in shown
     assert shown.startswith(decode(table, iasl="no-such-iasl") + "\n")
     assert decode(table, iasl="no-such-iasl").startswith("SSDT: ")
+
+
+HOSTILE = """#!/bin/sh
+# in place of iasl -d table.aml, what code of a guest could do once it has taken over iasl
+{
+    id -u; id -G; grep -E 'NoNewPrivs|CapEff|CapBnd' /proc/self/status; ls /sys/class/net | tr '\\n' ' '; echo
+    ls -d /proc/[0-9]* | wc -l; ulimit -v; ulimit -c
+} >told
+cat told
+%s
+exit 1
+"""
+
+
+def told(commands: str) -> str:
+    """Return the error that the driver has for such a program, which nobody can reach."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        program = Path(folder) / "iasl"
+        program.write_text(HOSTILE % commands)
+        program.chmod(0o755)
+        with pytest.raises(AcpiError) as caught:
+            decode(seal(Header(b"SSDT", 0, 2, 0, b"TEST  ", b"TEST    ", 1, b"TEST", 1), b""), str(program))
+    return caught.value.message
+
+
+def test_iasl_has_no_privileges() -> None:
+    lines = told("").split(": ", 1)[1].splitlines()
+    assert lines[:2] == [str(FIRST_UID + 0xFFFF)] * 2
+    assert lines[2:4] == ["CapEff:\t0000000000000000", lines[3]]
+    assert lines[4] == "NoNewPrivs:\t1"
+    assert int(lines[6]) < 8, "it sees processes of the host"
+    assert lines[7:9] == ["1048576", "0"]
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        "ln -s /etc/shadow table.dsl; exit 0",
+        "mkfifo table.dsl; exit 0",
+        "mkdir table.dsl; exit 0",
+        "ln told table.dsl; exit 0",
+    ],
+)
+def test_nothing_but_a_file_is_taken_from_iasl(commands: str) -> None:
+    message = told(commands)
+    assert "root:" not in message
+    assert "cannot read what iasl wrote" in message or "iasl wrote no ordinary file" in message
+
+
+def test_iasl_cannot_fill_the_disk() -> None:
+    assert "status" in told("exec head -c 40M /dev/zero >table.dsl")

@@ -632,3 +632,18 @@ def test_virt_install_makes_a_guest_with_an_nvdimm(host: Host) -> None:
     done: subprocess.CompletedProcess[str] = host.libvirtd.run(*command)
     assert done.returncode == 0, host.libvirtd.report(f"{done.stdout}{done.stderr}")
     assert host.state("db9")[0] == "mapped"
+
+
+@pytest.mark.parametrize("name", ["-incoming", "-help", "-xen-domid", "--version"])
+def test_a_domain_that_is_called_like_an_option_gets_its_tables(host: Host, name: str) -> None:
+    file = host.xml("db2", 2)
+    file.write_text(file.read_text().replace("<name>db2<", f"<name>{name}<"))
+    host.check("define", file)
+    uuid = re.findall("<uuid>(.*)</uuid>", file.read_text())[0]
+    host.check("start", uuid)
+    said = host.libvirtd.device_model_log(name)
+    assert "hvmloader/acpi/address" in said
+    assert "event=started" in said
+    host.check("destroy", uuid)
+    host.check("undefine", uuid)
+    host.nvdimmctl("release", "--yes", uuid)

@@ -31,13 +31,33 @@ def test_what_was_put_is_what_is_got(tmp_path: Path) -> None:
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("content", [b"", b"NFIT", TABLES[0][:-1], TABLES[0] + b"x", b"X" + TABLES[0][1:]])
+@pytest.mark.parametrize(
+    "content", [b"", b"NFIT", TABLES[0], b"".join(TABLES), bytes(32) + TABLES[0], bytes(31), bytes(32)]
+)
 def test_a_damaged_entry_is_none(tmp_path: Path, content: bytes) -> None:
     kept = TableCache(tmp_path)
     (tmp_path / "a").write_bytes(content)
     assert kept.get("a") is None
     kept.put("a", TABLES)
     assert kept.get("a") == TABLES
+
+
+@pytest.mark.parametrize("at", [0, 31, 32, 60, -1])
+def test_a_changed_byte_makes_an_entry_none(tmp_path: Path, at: int) -> None:
+    kept = TableCache(tmp_path)
+    kept.put("a", TABLES)
+    entry = bytearray((tmp_path / "a").read_bytes())
+    entry[at] ^= 1
+    (tmp_path / "a").write_bytes(entry)
+    assert kept.get("a") is None
+
+
+def test_whole_tables_of_another_entry_are_none(tmp_path: Path) -> None:
+    kept = TableCache(tmp_path)
+    kept.put("a", TABLES)
+    kept.put("b", (table(3),))
+    os.replace(tmp_path / "b", tmp_path / "a")
+    assert kept.get("a") is None
 
 
 def test_nothing_is_kept_where_nothing_can_be(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver import conf
-from nvdimm_driver.cmd import label_server
+from nvdimm_driver.cmd import device_model, label_server
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, LedgerError, XenError
@@ -332,3 +332,11 @@ def test_label_areas_that_the_guest_writes_by_itself_are_not_cached(tmp_path: Pa
     ((gfn, _, count),) = mapper.mapped[5]
     assert count == 64 * MIB // 4096
     assert mapper.uncached[5] == [(gfn + 63 * MIB // 4096, MIB // 4096)]
+
+
+@pytest.mark.parametrize("name", ["-incoming", "-xen-domid", "-help", "--version", "-S"])
+def test_a_domain_that_is_called_like_an_option(name: str) -> None:
+    words = ["dm", "-xen-domid", "7", "-no-shutdown", "-name", name, "-vnc", "none"]
+    assert (device_model._domid(words), device_model._is_restored(words)) == (7, False)
+    assert device_model._is_restored([*words, "-incoming", "fd:11", "-m", "512"])
+    assert not device_model._is_restored([*words, "-incoming"])

@@ -63,3 +63,12 @@ def test_a_log_that_cannot_be_written(tmp_path: Path, file: str, message: str) -
     assert found.result == Result.WARN
     assert message in found.message
     assert "starts go on" in found.message
+
+
+def test_a_log_that_everybody_can_read(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch(0o640)
+    assert check_log(log).result == Result.PASS
+    log.chmod(0o644)
+    found = check_log(log)
+    assert (found.result, found.hint) == (Result.WARN, f"repeat 'nvdimmctl register', or: chmod o= {log}")

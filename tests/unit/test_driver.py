@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -500,3 +501,36 @@ def test_a_start_with_bad_blocks_says_so(
     record = driver.ledger.find_domain(UUID)
     assert record is not None
     assert driver.find_bad_blocks(record.allocations[0]) == ((4096, 512), (MIB, 1024))
+
+
+def test_the_files_of_a_domain_go_with_it(driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path) -> None:
+    driver.define(domain(A))
+    driver.define(domain(B, uuid=OTHER_UUID, name="db2"))
+    for uuid in (UUID, OTHER_UUID):
+        driver.prepare_known(uuid)
+    assert {path.name for path in (tmp_path / "domains").iterdir()} == {UUID, OTHER_UUID}
+    for uuid, domid in ((UUID, 5), (OTHER_UUID, 6)):
+        driver.ledger.begin_mapping(uuid, domid)
+        mapper.alive[domid] = uuid
+    driver.reconcile()
+    mapper.alive.clear()
+    driver.release(UUID)
+    assert {path.name for path in (tmp_path / "domains").iterdir()} == {UUID, OTHER_UUID}, "defined ones keep them"
+    driver.forget(UUID)
+    assert [path.name for path in (tmp_path / "domains").iterdir()] == [OTHER_UUID]
+    driver.drop_claims(OTHER_UUID)
+    driver.reconcile()
+    assert [*(tmp_path / "domains").iterdir()] == []
+
+
+def test_the_files_of_a_guest_with_a_label_server_stay(driver: XenNvdimmDriver, tmp_path: Path) -> None:
+    """A label server holds a lock in its folder, whatever has become of the ledger."""
+    folder = tmp_path / "domains" / UUID
+    folder.mkdir(parents=True)
+    lock = driver.starts.label_servers.lock(UUID)
+    driver.reconcile()
+    assert folder.exists()
+    assert lock is not None
+    os.close(lock)
+    driver.reconcile()
+    assert not folder.exists()

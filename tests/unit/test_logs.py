@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -253,3 +254,17 @@ def test_a_log_whose_folder_is_missing_fails_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"cannot log to {tmp_path}/missing/log: No such file or directory\n" in done.stderr
     assert "ERROR of nvdimm_driver.lifecycle" in done.stderr
+
+
+def test_a_log_is_for_its_owner_and_group_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        options = tmp_path / "conf"
+        options.write_text(f"[DEFAULT]\nlog_file = {tmp_path}/hook\n")
+        command = [sys.executable, "-c", LOGGING.format(where="to_file"), str(options)]
+        subprocess.run(command, check=True, timeout=60)
+        Log(str(tmp_path / "device-model"), level="DEBUG").debug("a step")
+    finally:
+        os.umask(before)
+    for name in "hook", "device-model":
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640

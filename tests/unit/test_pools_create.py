@@ -72,7 +72,7 @@ def test_a_file_system_on_a_new_namespace() -> None:
         f"ndctl create-namespace -r region1 -n fast -s {512 * MIB} -m fsdax --map=mem",
         f"mkfs.ext4 -q -b 4096 -E stride=512,stripe_width=512 -m 0 -U {UUID} /dev/pmem1",
         "mkdir -p /mnt/fast",
-        f"mount -t ext4 -o dax=always UUID={UUID} /mnt/fast",
+        f"mount -t ext4 -o dax=always,nosuid,nodev,noexec UUID={UUID} /mnt/fast",
         "chmod 0700 /mnt/fast",
         f"/etc/conf.d/pool-fast.conf: {section}",
     ]
@@ -84,7 +84,12 @@ def test_systemd_mounts_it_at_boot() -> None:
     assert told[3] == "systemd-escape --path --suffix=mount /mnt/fast"
     unit = told[4]
     assert unit.startswith("/etc/systemd/system/mnt-fast.mount: ")
-    for line in (f"What=/dev/disk/by-uuid/{UUID}", "Where=/mnt/fast", "Type=xfs", "Options=dax=always"):
+    for line in (
+        f"What=/dev/disk/by-uuid/{UUID}",
+        "Where=/mnt/fast",
+        "Type=xfs",
+        "Options=dax=always,nosuid,nodev,noexec",
+    ):
         assert f"\n{line}\n" in unit
     assert told[5:8] == ["systemctl daemon-reload", "udevadm settle", "systemctl enable --now mnt-fast.mount"]
 

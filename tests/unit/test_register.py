@@ -156,3 +156,11 @@ def test_if_xen_cannot_be_asked_unregister_says_so_and_what_helps(options: cfg.C
     with pytest.raises(InUseError, match=r"may be running: db1; Xen cannot be asked: .*'broken'") as raised:
         find_running(options)
     assert "after a reboot of the host, they count as off" in raised.value.hint
+
+
+def test_a_log_that_everybody_could_read_is_protected(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    (tmp_path / "log").chmod(0o644)
+    assert f"changed {tmp_path}/log, which everybody could read" in list(register(options))
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o640
+    assert not [line for line in register(options) if line.startswith("changed")]

@@ -78,5 +78,6 @@ class Release(Action):
             return 1
         with watched(record.name) as watch:
             driver.wiper.give_up(record, watch, delete=parsed_args.delete, slot=slot)
+        driver.remove_leftovers()
         print(f"{record.name} has no NVDIMM{'s' if slot is None else f' in slot {slot}'} any more. {fate}")
         return 0
