@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -60,8 +61,8 @@ async def _serve(
     upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
     upstream_ro = _first(rpc.libvirt_direct_socket_ro, rpc.libvirt_socket_ro)
     listeners = [
-        Listener(clients, upstream, False, interceptor.table(), may_write(rpc.group)),
-        Listener(readers, upstream_ro, True, interceptor.table(read_only=True), lambda _: True),
+        Listener(clients, upstream, False, interceptor.table(), may_write(rpc.group, upstream)),
+        Listener(readers, upstream_ro, True, interceptor.table(read_only=True), partial(may_connect, upstream_ro)),
     ]
     writing = asyncio.create_task(repeat(metrics_writer(options), options.metrics.interval, stop))
     notify("READY=1")
@@ -101,9 +102,10 @@ def _first(direct: str, usual: str) -> str:
     return direct if Path(direct).exists() else usual
 
 
-def may_write(group: str) -> Callable[[Peer], bool]:
+def may_write(group: str, upstream: str) -> Callable[[Peer], bool]:
     """Return the function that admits clients which may write: root, and members of a group.
 
+    :param upstream: path of libvirtd's socket, which they must be able to open themselves.
     :raises ConfigError: when there is no such group.
     """
     try:
@@ -112,9 +114,24 @@ def may_write(group: str) -> Callable[[Peer], bool]:
         raise ConfigError(f"there is no group {group!r}", hint="set [rpc] group in the options") from None
 
     def allowed(peer: Peer) -> bool:
-        return peer.uid == 0 or gid in (peer.gid, *peer.groups)
+        return peer.uid == 0 or (gid in (peer.gid, *peer.groups) and may_connect(upstream, peer))
 
     return allowed
+
+
+def may_connect(path: str, peer: Peer) -> bool:
+    """Return True when a peer may open a socket itself, by its owner, group and mode (unix(7)), or none is there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return True  # the connection says why
+    if peer.uid == 0:
+        return True
+    if peer.uid == found.st_uid:
+        return bool(found.st_mode & stat.S_IWUSR)
+    if found.st_gid in (peer.gid, *peer.groups):
+        return bool(found.st_mode & stat.S_IWGRP)
+    return bool(found.st_mode & stat.S_IWOTH)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from oslo_config import cfg
 from nvdimm_driver import plugin_loader
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.conf import configured_pools
-from nvdimm_driver.doctor import confinement, hypervisor, ledger, libvirt, nova, pmem, programs, storage
+from nvdimm_driver.doctor import access, confinement, hypervisor, ledger, libvirt, nova, pmem, programs, storage
 from nvdimm_driver.doctor.finding import Finding, could_not, passed, warned
 from nvdimm_driver.driver import driver_class
 from nvdimm_driver.errors import LedgerError, NvdimmError
@@ -68,6 +68,7 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "libvirt", lambda: _libvirt(conf)
     yield "emulators", lambda: _emulators(conf)
     yield "nvdimmd", lambda: libvirt.check_nvdimmd(conf.rpc.socket, conf.xen.device_model)
+    yield access.CHECK, lambda: _access(conf)
     yield "nvdimmd, boot", lambda: libvirt.check_service(installed.enabled)
     yield "AppArmor", lambda: confinement.check_apparmor(daemon, conf.xen.device_model)
     yield "SELinux", confinement.check_selinux
@@ -117,6 +118,11 @@ def _emulators(conf: cfg.ConfigOpts) -> Iterator[Finding]:
 def _libvirt_socket(conf: cfg.ConfigOpts) -> str:
     direct = str(conf.rpc.libvirt_direct_socket)
     return direct if Path(direct).exists() else str(conf.rpc.libvirt_socket)
+
+
+def _access(conf: cfg.ConfigOpts) -> Iterator[Finding]:
+    modular = Path(conf.rpc.libvirt_direct_socket).exists()
+    return access.check_access(access.FOLDER / ("virtxend.conf" if modular else "libvirtd.conf"), conf.rpc.group)
 
 
 def _records(conf: cfg.ConfigOpts) -> Iterator[Finding]:
