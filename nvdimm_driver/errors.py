@@ -154,6 +154,12 @@ class ConfigError(NvdimmError):
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
+class PluginError(NvdimmError):
+    """A plug-in has failed with an error that is none of the driver's: a fault in the plug-in."""
+
+    libvirt_code = VIR_ERR_INTERNAL_ERROR
+
+
 class ProtocolError(NvdimmError):
     """A libvirt client or libvirtd sent something that is not libvirt RPC, or a message exceeds its limits."""
 

@@ -4,12 +4,13 @@
 A byte that is not UTF-8 becomes a surrogate, as in Python's own names of files (PEP 383), so a name still opens its
 file. What goes out is UTF-8: there such a byte is shown as ``\\udcXX``.
 
-Imports nothing but os: the device model, which has to start fast, uses it.
+Imports nothing but os and sys: the device model, which has to start fast, uses it.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 ESCAPED = "backslashreplace"
 """The ``errors`` of every stream and file that text goes out to."""
 LOG_MODE = 0o640
+
+
+def use_utf8() -> None:
+    """Run this program again with UTF-8 for names of files and text, unless the locale has that: call this first.
+
+    In the locale de_DE.ISO-8859-1, Python would open another file than the one that a domain XML names.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def decode(data: bytes) -> str:

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nvdimm_driver.errors import ConfigError, NvdimmError
+from nvdimm_driver.errors import ConfigError, NvdimmError, PluginError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -13,6 +18,8 @@ if TYPE_CHECKING:
     from oslo_config import cfg
 
     from nvdimm_driver.plugins import Plugin
+
+LOG = logging.getLogger(__name__)
 
 NAMESPACES = {
     "nvdimm_driver.drivers": ("Plugin", "[DEFAULT] driver"),
@@ -108,7 +115,7 @@ def _make(plugin: type[Plugin], name: str, conf: cfg.ConfigOpts) -> Plugin:
     try:
         if plugin.OPTIONS:
             conf.register_opts(plugin.OPTIONS, group=name)
-        return plugin.from_conf(conf)
+        return _guarded(plugin, name).from_conf(conf)
     except NvdimmError:
         raise
     except Exception as error:
@@ -117,6 +124,55 @@ def _make(plugin: type[Plugin], name: str, conf: cfg.ConfigOpts) -> Plugin:
             f"{type(error).__name__}: {error}",
             hint="correct its options, or install a version of its package for this nvdimm_driver",
         ) from error
+
+
+def _guarded(plugin: type[Plugin], name: str) -> type[Plugin]:
+    """Return the class with methods that raise only errors of the driver's and of the system; others name the plug-in.
+
+    That of a driver stays as it is: it is the driver's own code, but for what it overrides.
+    """
+    from nvdimm_driver import plugins
+
+    bases = plugins.XmlHook, plugins.Backing, plugins.AcpiBuilder, plugins.Mapper
+    if not issubclass(plugin, bases):
+        return plugin
+    found = {each: inspect.getattr_static(plugin, each) for each in dir(plugin) if not each.startswith("_")}
+    methods = {
+        each: _guard(method, f"{name} ({plugin.__module__}:{plugin.__qualname__})")
+        for each, method in found.items()
+        if inspect.isfunction(method) and not getattr(method, "__isabstractmethod__", False)
+    }
+    same = {"__module__": plugin.__module__, "__qualname__": plugin.__qualname__, "__doc__": plugin.__doc__}
+    return types.new_class(plugin.__name__, (plugin,), exec_body=lambda body: body.update(same | methods))
+
+
+def _guard(method: Callable[..., Any], plugin: str) -> Callable[..., Any]:
+    def raise_named(error: Exception) -> NoReturn:
+        LOG.debug("the plug-in %s has failed", plugin, exc_info=error)
+        raise PluginError(
+            f"the plug-in {plugin} has failed in {method.__name__}: {type(error).__name__}: {error}",
+            hint="correct or remove it; with -v, or log_level DEBUG, the log has the place",
+        ) from error
+
+    def iterate(items: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from items
+        except (NvdimmError, OSError):
+            raise
+        except Exception as error:
+            raise_named(error)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            found = method(*args, **kwargs)
+        except (NvdimmError, OSError):
+            raise
+        except Exception as error:
+            raise_named(error)
+        return iterate(found) if inspect.isgenerator(found) else found
+
+    return call
 
 
 def _refuse(manager: object, entry: EntryPoint, error: BaseException) -> NoReturn:

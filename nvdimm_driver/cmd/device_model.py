@@ -82,6 +82,7 @@ def main(
     :param qemu: the program to become when the command line has no domid.
     :param mapper: name of the mapper plug-in.
     """
+    host_text.use_utf8()
     domid = _domid(argv)
     if domid is None:
         os.execv(qemu, [qemu, *argv[1:]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from nvdimm_driver.host_text import decode
+from nvdimm_driver.host_text import decode, use_utf8
 
 MARK = b"urn:nvdimm-driver:"
 """In every rewritten XML. Other domains are not the driver's: the hook ends before it imports anything for them."""
@@ -17,6 +17,7 @@ MARK = b"urn:nvdimm-driver:"
 
 def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
     """Run one hook operation; return its exit status."""
+    use_utf8()
     _, name, operation, *_ = [*(sys.argv if argv is None else argv), "", ""]
     if name == "Domain-0" or operation not in ("prepare", "release"):
         return 0

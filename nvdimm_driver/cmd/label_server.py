@@ -23,7 +23,7 @@ from oslo_config import cfg
 from nvdimm_driver import conf, logs, plugin_loader
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
 from nvdimm_driver.guest.p2m import DSM_GFN
-from nvdimm_driver.host_text import decode, escaped
+from nvdimm_driver.host_text import decode, escaped, use_utf8
 from nvdimm_driver.labels.confinement import become, end_processes, isolate, uid_of
 from nvdimm_driver.labels.qemu import PORT, PORT_SIZE, QemuLabels, failure
 from nvdimm_driver.labels.servers import LabelServers
@@ -50,6 +50,7 @@ GIVE_UP_AFTER = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start in the background. Return 0 when requests are answered; else print the reason to stderr and return 1."""
+    use_utf8()
     _, domid, uuid = sys.argv if argv is None else argv
     ours, theirs = os.pipe()
     if os.fork():

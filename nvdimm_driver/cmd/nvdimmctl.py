@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cliff.app import App
 from cliff.commandmanager import CommandManager
 
-from nvdimm_driver.host_text import ESCAPED
+from nvdimm_driver.host_text import ESCAPED, use_utf8
 
 if TYPE_CHECKING:
     from oslo_config import cfg
@@ -89,6 +89,7 @@ class Nvdimmctl(App):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nvdimmctl``."""
+    use_utf8()
     sys.stdout.reconfigure(errors=ESCAPED)  # type: ignore[union-attr]
     gc.disable()  # commands are short, and a list of 10,000 NVDIMMs makes a hundred thousand objects that all stay
     return Nvdimmctl().run(list(sys.argv[1:] if argv is None else argv))

@@ -21,6 +21,7 @@ from oslo_config import cfg
 from nvdimm_driver import conf, logs
 from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, NvdimmError
+from nvdimm_driver.host_text import use_utf8
 from nvdimm_driver.rpc.handler_types import Peer
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.proxy import Listener, serve
@@ -35,6 +36,7 @@ BACKLOG = 1000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nvdimmd``; serves until SIGTERM or SIGINT."""
+    use_utf8()
     arguments = sys.argv[1:] if argv is None else argv
     try:
         files = list(arguments) or None

@@ -12,7 +12,8 @@ from stevedore import ExtensionManager
 
 from nvdimm_driver import conf
 from nvdimm_driver.driver import XenNvdimmDriver, load_driver
-from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.errors import BackingError, ConfigError, PluginError
+from nvdimm_driver.model import NvdimmSpec
 from nvdimm_driver.plugin_loader import NAMESPACES, find, load, options_of
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, XmlHook
 
@@ -104,3 +105,46 @@ def test_a_plug_in_that_is_none_is_named(
     with pytest.raises(ConfigError, match=message):
         load(f"nvdimm_driver.{namespace}", "mine", conf.load([]))
     monkeypatch.delitem(sys.modules, "not_plug_ins", raising=False)
+
+
+BROKEN = """
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.plugins import Backing
+class Mine(Backing):
+    name = "mine"
+    def describe(self): return {}["text"]
+    def handles(self, path): raise BackingError("of the driver")
+    def areas(self): return 1 // 0
+    def examine(self, spec): raise FileNotFoundError("of the system")
+    def locate(self, spec): raise RecursionError
+    def survey(self, paths):
+        yield paths
+        raise IndexError("later")
+"""
+
+
+def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_plug_in.py").write_text(BROKEN)
+    info = tmp_path / "broken_plug_in-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plug-in\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[nvdimm_driver.backings]\nmine = broken_plug_in:Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ExtensionManager, "ENTRY_POINT_CACHE", {})
+    mine = load("nvdimm_driver.backings", "mine", conf.load([]))
+    assert isinstance(mine, Backing)
+    named = r"the plug-in mine \(broken_plug_in:Mine\) has failed in "
+    with pytest.raises(PluginError, match=named + "describe: KeyError: 'text'"):
+        mine.describe()
+    with pytest.raises(PluginError, match=named + "areas: ZeroDivisionError"):
+        mine.areas()
+    with pytest.raises(BackingError, match="of the driver"):
+        mine.handles("/a")
+    with pytest.raises(FileNotFoundError, match="of the system"):
+        mine.examine(NvdimmSpec(0, "/a", 4096))
+    with pytest.raises(PluginError, match=named + "locate: RecursionError"):
+        mine.size("/a")
+    found = iter(mine.survey(["/a"]))
+    assert next(found) == ["/a"]  # type: ignore[comparison-overlap]
+    with pytest.raises(PluginError, match=named + "survey: IndexError: later"):
+        next(found)
