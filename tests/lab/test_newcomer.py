@@ -29,7 +29,8 @@ def test_install_and_make_a_pool(xen: XenHost) -> None:
     assert "pool main: ok" in printed
     assert re.search(r"\| main +\| fsdax .*\| ok +\|", printed)
     assert "[ .." in printed or "[..." in printed
-    assert "dax" in xen.check("findmnt -n -o OPTIONS /mnt/main").stdout
+    options = xen.check("findmnt -n -o OPTIONS /mnt/main").stdout.strip().split(",")
+    assert {"dax=always", "nosuid", "nodev", "noexec"} <= {*options}
 
 
 def test_all_is_well(xen: XenHost) -> None:

@@ -15,8 +15,9 @@ from tests.lab.host import XenHost
 pytestmark = pytest.mark.lab
 NAME, FILE = "doctor", "/mnt/pmem0/doctor.img"
 HOOK = "/etc/libvirt/hooks/libxl.d/50-nvdimm"
-NOTES = {"mmio-relax", "namespace0.0, power loss", "namespace1.0, power loss", "ACPI table type", "nvdimmd, boot"}
-"""PV without the option; an emulated NVDIMM whose platform says nothing; libvirt's way; no systemd in dom0."""
+NOTES = {"mmio-relax", "namespace0.0, power loss", "namespace1.0, power loss", "ACPI table type"}
+NOTES |= {"access", "nvdimmd, boot"}
+"""PV without the option; an emulated NVDIMM whose platform says nothing; libvirt's way; its defaults; no systemd."""
 HAS_DAX = "from nvdimm_driver.doctor.dax import has_dax; print(has_dax('/mnt/pmem0'), has_dax('/root'))"
 
 
