@@ -251,7 +251,7 @@ class Interceptor:
             if param.field != MIGRATE_DEST_XML:
                 continue
             xml = str(param.value).encode(errors="surrogateescape")
-            if (yield from self._has_nvdimms(decode(xml))):
+            if (yield Work(partial(self._comes_with_nvdimms, xml), Pool.XML)):
                 raise _cannot_migrate("the domain that comes")
             yield from self._read(xml)
         return (yield from call(procedure, payload))
@@ -278,6 +278,9 @@ class Interceptor:
                 hint="change the maximum instead: virsh setmaxmem",
             )
         return (yield from call(procedure, payload))
+
+    def _comes_with_nvdimms(self, xml: bytes) -> bool:
+        return has_nvdimms(self._hooks.restore(decode(xml)))
 
     # --- shared by handlers ---
 

@@ -24,8 +24,9 @@ OWN_SERIALS = 0xF0000000
 OWN_SERIALS_NUMBER = 1 << 28
 """Serials from here on belong to calls of handlers; a client's count up from 0."""
 
-HANDLERS_MAX = 32
-"""Most call handlers at work for one client; one reply handler may work besides them."""
+HANDLERS_MAX = 64
+"""Most call handlers at work for one client; one reply handler may work besides them. More than the defines that may
+wait for zeros: a client can make other calls meanwhile."""
 
 _REASON_MAX = 65536
 """Characters of an error, which may quote what a client sent and must fit into a libvirt string."""
@@ -44,7 +45,7 @@ class Session:
     """Passes whole messages, never part of one, and runs handlers.
 
     Reading from one side stops while anything is unwritten to the other. So a session buffers, in each direction, one
-    message (32 MiB) and one read (256 KiB), and one more message for each handler at work (at most 33).
+    message (32 MiB) and one read (256 KiB), and one more message for each handler at work (at most 65).
 
     :ivar near: the client. When it disconnects, its handlers run to their end before libvirtd is disconnected.
     :ivar far: libvirtd. When it disconnects, the client gets what libvirtd has sent, and is disconnected.

@@ -170,6 +170,8 @@ def may_have(xml: str, word: str) -> bool:
 def _declared(data: bytes) -> tuple[str | None, int]:
     """Return the encoding that the XML declaration names, and where the declaration ends; (None, 0) without one."""
     end = data.find(b"?>") + 2
+    if not data.removeprefix(codecs.BOM_UTF8).startswith(b"<?xml"):
+        return None, 0
     found: list[str | None] = []
     parser = expat.ParserCreate("utf-8")
     parser.XmlDeclHandler = lambda version, encoding, standalone: found.append(encoding)

@@ -107,6 +107,9 @@ def test_zeros_keep_nobody_waiting(host: Host) -> None:
     assert f"{ZEROS_MAX} domains are being provisioned, or wait for that" in refused.stderr
     assert "db3" not in host.check("list", "--all", "--name")
     assert not client.answered()
+    client.send(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(host.xml("db1", 1).read_text())))
+    (defined,) = client.replies(1)
+    assert defined.header.status == wire.OK
 
     open_gates(host)
     assert sorted(reply.header.status for reply in client.replies(ZEROS_MAX)) == [0, 0] + [1] * (ZEROS_MAX - 2)
