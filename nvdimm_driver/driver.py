@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -325,11 +326,12 @@ class XenNvdimmDriver(plugins.Plugin):
     def remove_leftovers(self) -> None:
         """Remove the files of domains that the ledger does not have any more: tables, counts of label requests."""
         folder = self.state_dir / "domains"
-        found = os.listdir(folder) if folder.is_dir() else []
+        found = [each.name for each in os.scandir(folder) if each.is_dir()] if folder.is_dir() else []
         known = self.ledger.uuids()  # after the look at the folder: a domain is in the ledger before it has files
         for uuid in found:
-            if uuid not in known and not self.starts.label_servers.is_running(uuid):
-                shutil.rmtree(folder / uuid, ignore_errors=True)
+            with suppress(OSError):  # a full disk, on which nothing may fail for this
+                if uuid not in known and not self.starts.label_servers.is_running(uuid):
+                    shutil.rmtree(folder / uuid)
 
     def serve_labels(self) -> None:
         """Start a label server for each running guest whose own was killed."""
