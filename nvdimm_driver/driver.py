@@ -29,6 +29,7 @@ from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle.define import Definitions, uuid_of
+from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.plan import HostFacts, Planner
 from nvdimm_driver.lifecycle.start import Starts
@@ -112,6 +113,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.acpi = acpi
         self.emulators = emulators
         self.pools = pools
+        self.locks = DomainLocks(state_dir / "locks", ledger.reserve)
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.definitions = Definitions(ledger, backings, self.planner, pools)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
@@ -249,12 +251,8 @@ class XenNvdimmDriver(plugins.Plugin):
         try:
             qemu = self.emulators.choose(domain)
             domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
-            self.reconcile()
-            self.serve_labels()
-            self.starts.require_ended(uuid)
-            record = self.definitions.adopt(domain)
-            self.definitions.check_marks(domain)
-            plan = self._prepare(record, domain, qemu)
+            with self.locks.starting(uuid):
+                plan = self._prepare_alone(domain, qemu)
         except NvdimmError as error:
             self.ledger.record_failure(uuid, error)
             raise
@@ -265,6 +263,16 @@ class XenNvdimmDriver(plugins.Plugin):
                     "bad-blocks", uuid, domain.name, None, {"path": spec.path, "bytes": size, "first": hex(bad[0][0])}
                 )
                 logs.tell(found)
+
+    def _prepare_alone(self, domain: DomainSpec, qemu: str) -> Plan:
+        """Do what :meth:`prepare` does, with the lock for the preparation of the domain's start."""
+        uuid = uuid_of(domain)
+        self.reconcile()
+        self.serve_labels()
+        self.starts.end_earlier(uuid)
+        record = self.definitions.adopt(domain)
+        self.definitions.check_marks(domain)
+        return self._prepare(record, domain, qemu)
 
     def check_restore(self, uuid: str) -> None:
         """Check that the domain's guest, saved at the end of its last run, could go on now.
@@ -390,7 +398,7 @@ class XenNvdimmDriver(plugins.Plugin):
         mappings, areas = self.planner.map_running(had, items)
         served = had.labels if self.starts.label_servers.is_running(record.uuid) else ""
         paths = [item.spec.path for item in items]
-        self.ledger.take_up_running(record.uuid, domid, paths, mappings, areas, served=served)
+        self.ledger.take_up_running(record.uuid, record.start, domid, paths, mappings, areas, served=served)
 
     def prepare_known(self, uuid: str) -> None:
         """Prepare a start for which no hook has run, such as that of a domain that ``xl`` has created.
@@ -417,7 +425,7 @@ class XenNvdimmDriver(plugins.Plugin):
             has = replace(record, allocations=tuple(items))
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
             self.ledger.finish_preparing(
-                record.uuid,
+                start,
                 qemu,
                 guest_frames,
                 plan.mappings,

@@ -480,9 +480,11 @@ class Start:
     :ivar state: ``preparing``, ``prepared``, ``mapping`` or ``mapped``.
     :ivar domid: None until the device model has run.
     :ivar boot_id: boot ID of the host at the start.
-    :ivar since: time when the state was entered, in seconds since the epoch.
+    :ivar since: when the state was entered, in seconds since the host's boot.
     :ivar paths: backings frozen for it.
     :ivar served: :attr:`Record.labels` of the domain when it was started, if it has a label server, else empty.
+    :ivar id: a random one, which no other start has; empty for one that version 0.1.0 has begun.
+    :ivar ended: True once it is known to be over: nothing can follow but its end.
     """
 
     uuid: str
@@ -492,11 +494,13 @@ class Start:
     since: int
     paths: tuple[str, ...]
     served: str = ""
+    id: str = ""
+    ended: bool = False
 
     @property
-    def key(self) -> tuple[str, str, int | None, str, int]:
+    def key(self) -> tuple[str, str, str]:
         """Values that another start of the domain does not have, nor this one after its next step."""
-        return self.uuid, self.state, self.domid, self.boot_id, self.since
+        return self.uuid, self.id, self.state
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.lock_files import holder, is_at, take
 
 FREEZE_SECONDS = 5.0
 """How long freezing and thawing wait for another process that freezes or thaws on the same file system."""
@@ -45,10 +46,10 @@ class Locks:
         lock = self._open(file)
         try:
             deadline = time.monotonic() + FREEZE_SECONDS
-            while not _take(lock):
+            while not take(lock):
                 if time.monotonic() > deadline:
                     raise InUseError(
-                        f"{path}: {_holder(file)} has been freezing or thawing a file of this file system for "
+                        f"{path}: {holder(file)} has been freezing or thawing a file of this file system for "
                         f"{FREEZE_SECONDS:.0f} s",
                         hint="is the file system frozen? fsfreeze -u thaws it",
                     )
@@ -69,8 +70,8 @@ class Locks:
         file = _writer(self._folder, fd)
         lock = self._open(file)
         try:
-            while not _take(lock) or not _is_at(lock, file):
-                if _is_at(lock, file):
+            while not take(lock) or not is_at(lock, file):
+                if is_at(lock, file):
                     raise _overwritten(path, file)
                 os.close(lock)  # its holder has just deleted it
                 lock = self._open(file)
@@ -121,36 +122,8 @@ def _number(device: int) -> str:
     return f"{os.major(device)}:{os.minor(device)}"
 
 
-def _take(lock: int) -> bool:
-    """Take a lock and write this process's number into it; return False while another process has it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    with suppress(OSError):  # on a full disk, the number is missing in an error message
-        os.pwrite(lock, f"{os.getpid():<10}".encode(), 0)
-    return True
-
-
-def _is_at(lock: int, file: Path) -> bool:
-    """Return True when a descriptor is of the file that has that name now."""
-    try:
-        return os.path.samestat(os.fstat(lock), os.stat(file))
-    except FileNotFoundError:
-        return False
-
-
-def _holder(file: Path) -> str:
-    """Return for people which process has a lock."""
-    try:
-        process = int(file.read_bytes())
-        return f"process {process} ({Path(f'/proc/{process}/comm').read_text(encoding='utf-8').strip()})"
-    except (OSError, ValueError):
-        return "another process"
-
-
 def _overwritten(path: str, file: Path) -> InUseError:
     return InUseError(
-        f"{path}: is being overwritten by {_holder(file)}",
+        f"{path}: is being overwritten by {holder(file)}",
         hint="a define, an import or a wipe: wait until it ends, or stop it",
     )

@@ -16,7 +16,8 @@ from nvdimm_driver import host_text
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
 from nvdimm_driver.guest import mapping_guards, p2m
 from nvdimm_driver.state.events import Event, failure, log_line, logfmt
-from nvdimm_driver.state.ledger import Ledger, PreparedStart
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.start_steps import PreparedStart
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def attach(
         log.debug("guards passed, mappings: %d", len(start.mappings))
         tables = _read(os.path.join(state_dir, "domains", uuid, "tables"))
         saved = _check_saved(uuid, domid, start, tables, ledger, mapper) if restored else None
-        ledger.begin_mapping(uuid, domid)
+        ledger.begin_mapping(start, domid)
         hypercalls, seconds = _map(domid, start, mapper, log)
         try:
             if saved:
@@ -171,7 +172,7 @@ def attach(
                 "label_server": "yes" if start.label_server else "no",
                 "age_ms": _age_ms(),
             }
-            ledger.finish_mapping(uuid, seconds, detail)
+            ledger.finish_mapping(start, seconds, detail)
         except NvdimmError:
             mapper.unmap(domid, start.mappings, start.uncached)
             raise

@@ -161,7 +161,7 @@ def serve(
     server = ledger.find_ioreq_server(record.uuid)
     if server is None:
         server = xen.create()
-        ledger.record_ioreq_server(record.uuid, server)
+        ledger.record_ioreq_server(record.uuid, domid, server)
     elif not xen.exists(server):
         return
     ledger.close()

@@ -23,7 +23,8 @@ from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.start import Starts
-from nvdimm_driver.state.ledger import Ledger, host_boot_id
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.start_steps import host_boot_id
 
 LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, war
 from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
-from nvdimm_driver.state.ledger import Ledger, host_boot_id
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.start_steps import host_boot_id
 
 _XEN, _BACKINGS, _SERVERS = "ledger, Xen", "ledger, backings", "label servers"
 

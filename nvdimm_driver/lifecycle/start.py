@@ -17,21 +17,27 @@ from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
-from nvdimm_driver.state.ledger import Ledger, host_boot_id
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.start_steps import host_boot_id, seconds_since_boot
 
 LOG = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 600
-"""A start prepared this long ago that has no device model yet is abandoned: libxl gives up after 60 s."""
+"""libxl gives up after 60 s."""
 RELEASE_SECONDS = 2.0
-"""Longest wait of a release until Xen no longer has the domain; libvirt holds the domain's lock meanwhile."""
+"""Libvirt holds the domain's lock meanwhile."""
 
 
 class Starts:
     """The starts in the ledger, each with its frozen backings.
 
     :param mapper: tells which domains Xen has.
+    :ivar abandoned_seconds: a start prepared this long ago that has no device model yet is abandoned.
+    :ivar release_seconds: longest wait of a release until Xen no longer has the domain.
     """
+
+    abandoned_seconds = ABANDONED_SECONDS
+    release_seconds = RELEASE_SECONDS
 
     def __init__(
         self, ledger: Ledger, backings: Sequence[Backing], mapper: Mapper, label_servers: LabelServers
@@ -56,11 +62,14 @@ class Starts:
     def put_away(self, start: Start, *, kind: str = "") -> None:
         """End a start: undo :meth:`freeze`. Can be repeated, also when another start of the domain has begun since.
 
+        Nothing is done for a start that has gone on meanwhile. Once its end is noted, it cannot go on any more.
+
         :param kind: kind of the event to record; empty for none.
         """
         begun = self.ledger.find_begun(start)
-        if begun is not None:
-            self.ledger.note_end(start, saved_guest.times_at_end(self.backings, begun))
+        if not self.ledger.note_end(start, begun and saved_guest.times_at_end(self.backings, begun)):
+            LOG.debug("the start of domain %s has gone on: it is not over", start.uuid)
+            return
         record = self.ledger.find_domain(start.uuid)
         identities = {item.spec.path: item.identity for item in (record.allocations if record else ())}
         for path in start.paths:
@@ -80,7 +89,7 @@ class Starts:
                 backing.thaw_unless(path, partial(self._is_needed, path, over), identity)
 
     def release(self, record: Record) -> bool:
-        """Put the domain's start away and return True; return False if Xen has the domain after RELEASE_SECONDS."""
+        """Put the domain's start away and return True; return False if Xen still has the domain."""
         if record.start is None or not self._has_ended(record.start):
             return False
         self.put_away(record.start, kind="released")
@@ -91,7 +100,7 @@ class Starts:
         return [
             record
             for record in self.ledger.started_domains()
-            if record.start and not _is_pending(record.start) and not self.is_running(record.start)
+            if record.start and not self._is_pending(record.start) and not self.is_running(record.start)
         ]
 
     def reconcile(self) -> None:
@@ -158,6 +167,19 @@ class Starts:
             except XenError as error:
                 logs.tell(Event("label-server-failed", record.uuid, record.name, at.domid, failure(error)))
 
+    def end_earlier(self, uuid: str) -> None:
+        """Put away the domain's earlier start, with the lock for the preparation of another.
+
+        One that was prepared, and whose device model has not come, is over: who starts a domain once more has given up
+        the start before. Should its device model come yet, it is refused.
+
+        :raises InUseError: when it is not over.
+        """
+        self.require_ended(uuid)
+        record = self.ledger.find_domain(uuid)
+        if record is not None and record.start is not None:
+            self.put_away(record.start, kind="put-away")
+
     def require_ended(self, uuid: str) -> None:
         """Check that the domain's last start is over: a guest that libvirt has lost track of still has its memory.
 
@@ -174,8 +196,8 @@ class Starts:
             )
 
     def _has_ended(self, start: Start) -> bool:
-        """Return True once Xen no longer has the domain; False if it still does after RELEASE_SECONDS."""
-        deadline = time.monotonic() + RELEASE_SECONDS
+        """Return True once Xen no longer has the domain; False if it still does after ``release_seconds``."""
+        deadline = time.monotonic() + self.release_seconds
         while self.is_running(start):
             if time.monotonic() > deadline:
                 return False
@@ -186,7 +208,7 @@ class Starts:
         """Return True when a start that is not over has what is at a path."""
         return any(
             record.start is not None
-            and (over is None or record.start.key != over.key)
+            and (over is None or (record.uuid, record.start.id) != (over.uuid, over.id))
             and ownership.runs_with(record, path, identity)
             for record in self.ledger.started_domains()
         )
@@ -199,7 +221,11 @@ class Starts:
             and self.mapper.is_alive(start.domid, start.uuid)
         )
 
+    def _is_pending(self, start: Start) -> bool:
+        """Return True for a start of this boot whose device model may still run.
 
-def _is_pending(start: Start) -> bool:
-    """Return True for a start of this boot whose device model may still run."""
-    return start.domid is None and start.boot_id == host_boot_id() and time.time() - start.since < ABANDONED_SECONDS
+        Versions before 0.2.0 noted the time of day, which is in the future of the clock that counts from the boot.
+        """
+        if start.domid is not None or start.ended or start.boot_id != host_boot_id():
+            return False
+        return 0 <= seconds_since_boot() - start.since < self.abandoned_seconds

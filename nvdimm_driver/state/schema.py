@@ -97,5 +97,21 @@ UPDATE OR IGNORE frozen SET path = real_path(path);
 UPDATE run SET nvdimms = real_paths(nvdimms);
 UPDATE attachment SET nvdimms = real_paths(nvdimms);
 """,
+    """
+ALTER TABLE attachment ADD COLUMN id TEXT NOT NULL DEFAULT '';
+CREATE TABLE intent (
+    uuid TEXT NOT NULL REFERENCES domain(uuid) ON DELETE CASCADE,
+    slot INTEGER NOT NULL,
+    path TEXT NOT NULL UNIQUE,
+    size INTEGER NOT NULL,
+    label_size INTEGER NOT NULL,
+    alignsize INTEGER,
+    fixed_base INTEGER,
+    node INTEGER,
+    pmem INTEGER NOT NULL,
+    written INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (uuid, slot)
+) STRICT;
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

@@ -37,7 +37,7 @@ from nvdimm_driver.model import (
 from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver
+from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver, map_prepared
 
 SIZE = 4 * MIB
 DATA = bytes(range(256)) * (SIZE // 256)
@@ -82,8 +82,7 @@ class Host:
         self.driver.define(domain)
         self.mapper.alive[7] = UUID
         self.driver.prepare(domain)
-        self.driver.ledger.begin_mapping(UUID, 7)
-        self.driver.ledger.finish_mapping(UUID)
+        map_prepared(self.driver.ledger, 7)
 
     def evil(self, uuid: str = OTHER_UUID, *, running: bool = False) -> Path:
         """Define a domain whose owner has a folder in the pool, by a link to his file there; return the file's path."""
@@ -97,8 +96,7 @@ class Host:
         if running:
             self.mapper.alive[9] = uuid
             self.driver.prepare(spec)
-            self.driver.ledger.begin_mapping(uuid, 9)
-            self.driver.ledger.finish_mapping(uuid)
+            map_prepared(self.driver.ledger, 9, uuid)
         return folder / "f.img"
 
     def record(self, uuid: str = UUID) -> Record:
@@ -623,8 +621,7 @@ def test_a_start_that_begins_while_another_process_puts_the_last_one_away_is_kep
         hook.release(UUID)
         hook.prepare(host.domain("a.img"))
         host.mapper.alive[8] = UUID
-        hook.ledger.begin_mapping(UUID, 8)
-        hook.ledger.finish_mapping(UUID)
+        map_prepared(hook.ledger, 8)
         thaw(path, needed, identity)
 
     backing.thaw_unless = late  # type: ignore[method-assign]

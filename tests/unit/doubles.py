@@ -32,7 +32,8 @@ from nvdimm_driver.model import (
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, ByteRange, Mapper, unwatched
 from nvdimm_driver.pools.rules import Pools
-from nvdimm_driver.state.ledger import Ledger, PreparedStart
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.start_steps import PreparedStart
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
 OTHER_UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000002"
@@ -308,11 +309,12 @@ def make_driver(
     acpi: AcpiBuilder | None = None,
     bad: tuple[tuple[int, int], ...] = (),
     pools: Pools | None = None,
+    ledger: type[Ledger] = Ledger,
 ) -> XenNvdimmDriver:
     """Return a driver whose state is in a folder of the test."""
     backing.namespace = namespace
     return XenNvdimmDriver(
-        ledger=Ledger(str(folder / "ledger.sqlite"), logs.tell),
+        ledger=ledger(str(folder / "ledger.sqlite"), logs.tell),
         state_dir=folder,
         backings=[backing],
         acpi=acpi or NativeAcpiBuilder(),
@@ -325,11 +327,18 @@ def make_driver(
     )
 
 
-def started(ledger: Ledger) -> PreparedStart:
+def started(ledger: Ledger, uuid: str = UUID) -> PreparedStart:
     """Return the prepared start of the domain."""
-    start = ledger.find_prepared(UUID)
+    start = ledger.find_prepared(uuid)
     assert start is not None
     return start
+
+
+def map_prepared(ledger: Ledger, domid: int, uuid: str = UUID) -> None:
+    """Take the prepared start of the domain to its last state, as the device model of that domid does."""
+    start = started(ledger, uuid)
+    ledger.begin_mapping(start, domid)
+    ledger.finish_mapping(start)
 
 
 def domain(

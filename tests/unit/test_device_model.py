@@ -99,8 +99,8 @@ def test_frames_of_another_start_are_refused(driver: XenNvdimmDriver, mapper: Re
     driver.prepare(domain(A))
     mappings = started(driver.ledger).mappings
     driver.ledger.store(OTHER_UUID, "db2", 1, [])
-    driver.ledger.begin_start(OTHER_UUID, [])
-    driver.ledger.finish_preparing(OTHER_UUID, "/q", (0, 1), [mappings[0]], [], run=Run(2, "[]", "{}"))
+    start = driver.ledger.begin_start(OTHER_UUID, [])
+    driver.ledger.finish_preparing(start, "/q", (0, 1), [mappings[0]], [], run=Run(2, "[]", "{}"))
     with pytest.raises(GuardError, match="db2"):
         attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}

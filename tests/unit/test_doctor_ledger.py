@@ -12,7 +12,7 @@ from nvdimm_driver.doctor.finding import Finding, Result
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import XenError
 from nvdimm_driver.model import Run
-from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
 
 PATH = "/mnt/pmem0/a"
 
@@ -36,10 +36,9 @@ class Host:
 
     def start(self, served: str = "") -> None:
         ledger = self.driver.ledger
-        ledger.begin_start(UUID, [PATH])
-        ledger.finish_preparing(UUID, "/qemu", (0, 1), [], [], run=Run(2, "[]", "{}"), served=served)
-        ledger.begin_mapping(UUID, 7)
-        ledger.finish_mapping(UUID)
+        start = ledger.begin_start(UUID, [PATH])
+        ledger.finish_preparing(start, "/qemu", (0, 1), [], [], run=Run(2, "[]", "{}"), served=served)
+        map_prepared(ledger, 7)
 
     def look(self, *, mapper: RecordingMapper | None = None, served: bool = True) -> dict[str, Finding]:
         found = ledger.check(

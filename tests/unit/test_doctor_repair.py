@@ -14,7 +14,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, Location, NvdimmSpec, Pool
 from nvdimm_driver.pools.rules import Pools
-from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver, map_prepared
 from tests.unit.test_pools_rules import domain
 
 POOL = Pool("main", "memory", ("/mnt/pmem0",), None, SUPERPAGE, 128 * KIB, False)
@@ -190,8 +190,7 @@ def test_another_file_in_its_place_is_taken(driver: XenNvdimmDriver, backing: Me
 def test_a_start_that_is_over(driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper) -> None:
     driver.prepare(domain((A, 64 * MIB), (B, 32 * MIB)))
     mapper.alive[7] = UUID
-    driver.ledger.begin_mapping(UUID, 7)
-    driver.ledger.finish_mapping(UUID)
+    map_prepared(driver.ledger, 7)
     assert look(driver) == []
     del mapper.alive[7]
     assert [each.problem for each in look(driver)] == ["its start as domid 7 is over, but was not cleaned up"]
@@ -242,8 +241,7 @@ def test_a_ledger_that_is_lost_while_guests_run_is_made_again_with_their_starts(
     other = dataclasses.replace(other, uuid=OTHER_UUID, name="db2")
     driver.prepare(whole)
     mapper.alive[7] = UUID
-    driver.ledger.begin_mapping(UUID, 7)
-    driver.ledger.finish_mapping(UUID)
+    map_prepared(driver.ledger, 7)
     frames = driver.ledger.frames_of_others(OTHER_UUID)
     (tmp_path / "new").mkdir()
     new = make_driver(tmp_path / "new", backing, mapper, pools=Pools([POOL]))

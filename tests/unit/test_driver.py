@@ -24,7 +24,17 @@ from nvdimm_driver.model import (
     Progress,
 )
 from nvdimm_driver.plugins import unwatched
-from tests.unit.doubles import NAMESPACE, OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
+from tests.unit.doubles import (
+    NAMESPACE,
+    OTHER_UUID,
+    UUID,
+    MemoryBacking,
+    RecordingMapper,
+    domain,
+    make_driver,
+    map_prepared,
+    started,
+)
 
 A, B, C = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/c"
 
@@ -346,8 +356,7 @@ def test_a_guest_that_runs_keeps_its_places_when_it_is_redefined(
     driver.define(domain(A))
     driver.prepare(domain(A))
     before = started(driver.ledger)
-    driver.ledger.begin_mapping(UUID, 5)
-    driver.ledger.finish_mapping(UUID)
+    map_prepared(driver.ledger, 5)
     mapper.alive[5] = UUID
     driver.define(based(80 * GIB))
     assert chosen(driver) == [80 * GIB]
@@ -438,8 +447,7 @@ def test_release_thaws_when_the_domain_is_gone(
 ) -> None:
     driver.define(domain(A))
     driver.prepare(domain(A))
-    driver.ledger.begin_mapping(UUID, 5)
-    driver.ledger.finish_mapping(UUID)
+    map_prepared(driver.ledger, 5)
     mapper.alive[5] = UUID
     driver.reconcile()
     assert backing.frozen == {A}
@@ -458,7 +466,7 @@ def test_release_thaws_when_the_domain_is_gone(
 def test_release_says_why_the_start_failed(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     driver.define(domain(A))
     driver.prepare(domain(A))
-    driver.ledger.begin_mapping(UUID, 5)
+    driver.ledger.begin_mapping(started(driver.ledger), 5)
     driver.ledger.record_failure(UUID, XenError("EPERM"))
     assert driver.release(UUID) == "EPERM"
     assert driver.release(UUID) == "EPERM"

@@ -13,8 +13,9 @@ from oslo_config import cfg
 from nvdimm_driver import conf
 from nvdimm_driver.cmd.register import find_running, register, registered_state_dir, unregister
 from nvdimm_driver.errors import ConfigError, InUseError
+from nvdimm_driver.model import Run
 from nvdimm_driver.state.ledger import Ledger
-from tests.unit.doubles import UUID
+from tests.unit.doubles import UUID, started
 
 
 @pytest.fixture
@@ -139,8 +140,9 @@ def start_db1(options: cfg.ConfigOpts) -> None:
     list(register(options))
     with closing(Ledger(f"{options.state_dir}/ledger.sqlite")) as ledger:
         ledger.store(UUID, "db1", 1 << 30, [])
-        ledger.begin_start(UUID, [])
-        ledger.begin_mapping(UUID, 7)
+        start = ledger.begin_start(UUID, [])
+        ledger.finish_preparing(start, "/qemu", (0, 1), [], [], run=Run(2, "[]", "{}"))
+        ledger.begin_mapping(started(ledger), 7)
 
 
 def test_with_a_broken_plug_in_xen_is_asked_which_domains_run(options: cfg.ConfigOpts) -> None:

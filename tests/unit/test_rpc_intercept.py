@@ -32,7 +32,7 @@ from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, restore, rewrite
 from nvdimm_driver.xml.schema import check_schema
-from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver, map_prepared
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
 HOOKS = XmlHooks([LibxlXmlHook()], DEVICE_MODEL)
@@ -334,8 +334,7 @@ def test_a_managed_save_is_looked_at_before_libvirt_removes_it(
 ) -> None:
     domain = proxy.define(xml("a"))
     driver.prepare_known(UUID)
-    driver.ledger.begin_mapping(UUID, 5)
-    driver.ledger.finish_mapping(UUID)
+    map_prepared(driver.ledger, 5)
     driver.release(UUID)
     proxy.libvirtd.saved.add(UUID)
     proxy.call(START, Packer().domain(domain))
@@ -369,8 +368,7 @@ def test_a_domain_with_a_managed_save_keeps_its_nvdimms(proxy: Proxy, driver: Xe
 def test_a_domain_with_a_managed_save_keeps_the_places_of_its_nvdimms(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     proxy.define(xml("a"))
     driver.prepare_known(UUID)
-    driver.ledger.begin_mapping(UUID, 5)
-    driver.ledger.finish_mapping(UUID)
+    map_prepared(driver.ledger, 5)
     driver.release(UUID)
     proxy.libvirtd.saved.add(UUID)
     proxy.define(xml("a", ram=2 * GIB))

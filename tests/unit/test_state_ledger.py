@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.errors import LedgerError, XenError
+from nvdimm_driver.errors import InUseError, LedgerError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Run, Start
 from nvdimm_driver.state.ledger import Ledger
-from tests.unit.doubles import OTHER_UUID, UUID, started
+from nvdimm_driver.state.start_steps import PreparedStart
+from tests.unit.doubles import OTHER_UUID, UUID, map_prepared, started
 
 SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
 READY = Allocation(UUID, SPEC, BackingIdentity("fsdax", "u", 1 << 20, 12, 2**32 - 1, 1 << 21), 1 << 40)
 RUN = Run(5, "[]", "{}")
+
+
+def prepare(ledger: Ledger, run: Run = RUN) -> None:
+    start = ledger.begin_start(UUID, ["/mnt/pmem0/a"])
+    ledger.finish_preparing(start, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], run=run)
 
 
 @pytest.fixture
@@ -50,20 +56,20 @@ def test_two_domains_never_have_the_same_path(ledger: Ledger) -> None:
 
 def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     ledger.store(UUID, "db1", 5, [READY])
-    ledger.begin_start(UUID, ["/mnt/pmem0/a"])
+    begun = ledger.begin_start(UUID, ["/mnt/pmem0/a"])
     assert ledger.find_prepared(UUID) is None
     ledger.finish_preparing(
-        UUID, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], run=RUN, served="x"
+        begun, "/qemu", (256, 1 << 34), [(512, 1024, 16), (4096, 8192, 1)], [(1024, 1 << 20)], run=RUN, served="x"
     )
     start = started(ledger)
     assert (start.name, start.qemu, start.gfn_start, start.gfn_limit) == ("db1", "/qemu", 256, 1 << 34)
     assert start.mappings == [(512, 1024, 16), (4096, 8192, 1)]
     assert start.areas == [(1024, 1 << 20)]
-    ledger.begin_mapping(UUID, 7)
+    ledger.begin_mapping(start, 7)
     assert ledger.find_prepared(UUID) is None
     ledger.record_failure(UUID, XenError("old"))
     assert ledger.find_run(UUID) is None
-    ledger.finish_mapping(UUID)
+    ledger.finish_mapping(start)
     assert ledger.find_run(UUID) == RUN
     record = ledger.find_domain(UUID)
     assert record is not None
@@ -87,12 +93,9 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
 def test_a_start_that_maps_nothing_leaves_the_last_run(ledger: Ledger) -> None:
     ledger.store(UUID, "db1", 5, [READY])
     for number in (5, 6):
-        ledger.begin_start(UUID, ["/mnt/pmem0/a"])
-        run = Run(number, "[]", "{}")
-        ledger.finish_preparing(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], run=run)
+        prepare(ledger, Run(number, "[]", "{}"))
         if number == 5:
-            ledger.begin_mapping(UUID, 7)
-            ledger.finish_mapping(UUID)
+            map_prepared(ledger, 7)
         record = ledger.find_domain(UUID)
         assert record is not None
         assert record.start is not None
@@ -112,8 +115,7 @@ def test_a_new_start_has_no_reason_of_an_earlier_one(ledger: Ledger) -> None:
 
 def test_forget_drops_everything(ledger: Ledger) -> None:
     ledger.store(UUID, "db1", 5, [READY])
-    ledger.begin_start(UUID, ["/a"])
-    ledger.finish_preparing(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], run=RUN)
+    prepare(ledger)
     ledger.forget(UUID)
     assert ledger.domains() == ()
     assert ledger.frames_of_others(OTHER_UUID) == []
@@ -123,7 +125,7 @@ def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
     path = str(tmp_path / "ledger.sqlite")
     ledger = Ledger(path)
     ledger._write([("PRAGMA user_version = 99", ())])
-    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 5"):
+    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 6"):
         Ledger(path)
 
 
@@ -157,17 +159,18 @@ def start_of(ledger: Ledger) -> Start:
 def test_the_end_of_a_start_leaves_the_next_start_alone(ledger: Ledger) -> None:
     """A process that found the first over can be slower than the guest's reboot."""
     ledger.store(UUID, "db1", 5, [READY])
-    ledger.begin_start(UUID, ["/a"])
-    ledger.begin_mapping(UUID, 7)
+    prepare(ledger)
+    ledger.begin_mapping(started(ledger), 7)
     over = start_of(ledger)
     ledger.end_start(over, kind="released")
     new = ledger.begin_start(UUID, ["/a"])
     assert start_of(ledger) == new
     ledger.end_start(over, kind="put-away")
     assert start_of(ledger) == new
-    assert [each.kind for each in ledger.events()] == ["released"]
+    assert [each.kind for each in ledger.events()] == ["prepared", "released"]
     ledger.forget_unused(UUID)
-    ledger.begin_mapping(UUID, 8)
+    ledger.finish_preparing(new, "/qemu", (0, 1), [], [], run=RUN)
+    ledger.begin_mapping(started(ledger), 8)
     ledger.end_start(new)
     assert start_of(ledger).domid == 8
 
@@ -178,16 +181,80 @@ def test_a_step_of_a_start_that_is_undone_is_refused(ledger: Ledger) -> None:
     ledger.store(UUID, "db1", 5, [READY])
     start = ledger.begin_start(UUID, ["/a"])
     ledger.end_start(start)
-    steps: tuple[Callable[[], None], ...] = (
-        lambda: ledger.finish_preparing(UUID, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], run=RUN),
-        lambda: ledger.begin_mapping(UUID, 7),
-        lambda: ledger.finish_mapping(UUID),
-    )
-    for step in steps:
-        with pytest.raises(LedgerError, match="was undone by another process"):
-            step()
+    assert_refused(lambda: ledger.finish_preparing(start, "/qemu", (0, 1), [(1, 1, 1)], [(1, 1)], run=RUN))
     assert ledger.events() == []
+    prepare(ledger)
+    prepared = started(ledger)
+    assert_refused(lambda: ledger.record_ioreq_server(UUID, 7, 3))
+    ledger.end_start(start_of(ledger))
+    assert_refused(lambda: ledger.begin_mapping(prepared, 7))
+    assert_refused(lambda: ledger.finish_mapping(prepared))
     assert ledger.counters() == []
+
+
+def assert_refused(step: Callable[[], None]) -> None:
+    with pytest.raises(LedgerError, match="was undone by another process"):
+        step()
+
+
+def test_a_start_does_not_take_the_place_of_another(ledger: Ledger) -> None:
+    ledger.store(UUID, "db1", 5, [READY])
+    start = ledger.begin_start(UUID, ["/a"])
+    with pytest.raises(InUseError, match="has another start, which has begun just now"):
+        ledger.begin_start(UUID, ["/b"])
+    assert start_of(ledger) == start
+
+
+def test_of_two_device_models_one_maps(ledger: Ledger) -> None:
+    """Both find what was prepared; also when the second finds what was prepared after the first was put away."""
+    ledger.store(UUID, "db1", 5, [READY])
+    prepare(ledger)
+    first, second = started(ledger), started(ledger)
+    ledger.begin_mapping(first, 7)
+    assert_refused(lambda: ledger.begin_mapping(second, 8))
+    ledger.record_ioreq_server(UUID, 7, 3)
+    assert_refused(lambda: ledger.record_ioreq_server(UUID, 8, 4))
+    assert ledger.find_ioreq_server(UUID) == 3
+    ledger.end_start(start_of(ledger))
+    prepare(ledger)
+    assert_refused(lambda: ledger.finish_mapping(first))
+    assert_refused(lambda: ledger.begin_mapping(first, 7))
+    ledger.begin_mapping(started(ledger), 8)
+    assert_refused(lambda: ledger.finish_mapping(first))
+
+
+def test_nothing_follows_once_an_end_is_noted(ledger: Ledger) -> None:
+    ledger.store(UUID, "db1", 5, [READY])
+    prepare(ledger)
+    found, prepared = start_of(ledger), started(ledger)
+    assert ledger.note_end(found)
+    assert ledger.note_end(found)
+    assert start_of(ledger).ended
+    assert ledger.find_prepared(UUID) is None
+    assert_refused(lambda: ledger.begin_mapping(prepared, 7))
+
+
+def test_a_start_that_goes_on_is_not_ended(ledger: Ledger) -> None:
+    """A process that found it abandoned is slower than its device model."""
+    ledger.store(UUID, "db1", 5, [READY])
+    prepare(ledger)
+    found = start_of(ledger)
+    ledger.begin_mapping(started(ledger), 7)
+    assert not ledger.note_end(found, "now")
+    ledger.end_start(found)
+    ledger.finish_mapping(PreparedStart((UUID, found.id, "prepared"), "", "", 0, 0, False, [], [], [], (0, "", "")))
+    assert start_of(ledger).state == "mapped"
+
+
+def test_a_running_guest_is_taken_up_only_in_place_of_the_start_that_was_looked_at(ledger: Ledger) -> None:
+    ledger.store(UUID, "db1", 5, [READY])
+    ledger.take_up_running(UUID, None, 7, ["/a"], [(1, 1, 1)], [(1, 1)], served="")
+    first = start_of(ledger)
+    assert_refused(lambda: ledger.take_up_running(UUID, None, 8, ["/a"], [], [], served=""))
+    ledger.take_up_running(UUID, first, 7, ["/a", "/b"], [(1, 1, 2)], [(1, 1)], served="")
+    assert start_of(ledger).paths == ("/a", "/b")
+    assert_refused(lambda: ledger.take_up_running(UUID, first, 7, ["/a"], [], [], served=""))
+    assert ledger.frames_of_others(OTHER_UUID) == [("db1", 1, 2)]
 
 
 def test_a_domain_that_gives_up_its_nvdimms_keeps_its_start(ledger: Ledger) -> None:

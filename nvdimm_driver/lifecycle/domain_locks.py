@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Locks of domains: what changes the claims of one, or prepares its start, is done by one process at a time."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from nvdimm_driver.errors import FullDiskError, InUseError, LedgerError
+from nvdimm_driver.lock_files import LockFile, holder
+from nvdimm_driver.state.reserve import Reserve
+
+WAIT_SECONDS = 5.0
+"""How long the second waits before it is told who is the first; libvirt may hold the domain's lock meanwhile."""
+
+
+class DomainLocks:
+    """The locks of all domains of the host.
+
+    There are two for each domain, because ``virsh create`` changes claims around a start.
+
+    :param folder: created if it does not exist; only root may have access.
+    :param reserve: space for the lock of a start when the disk is full.
+    :ivar seconds: how long to wait for another process.
+    """
+
+    def __init__(self, folder: Path, reserve: Reserve) -> None:
+        self._folder = folder
+        self._reserve = reserve
+        self.seconds = WAIT_SECONDS
+
+    def changing(self, uuid: str) -> LockFile:
+        """Take the lock for changes of the domain's claims: define, create, release, repair.
+
+        :returns: the lock, to be closed.
+        :raises InUseError: when another process still has it.
+        """
+        return self._take(f"define-{uuid}", f"domain {uuid} is being defined, created or released")
+
+    def starting(self, uuid: str) -> LockFile:
+        """Take the lock for the preparation of the domain's start.
+
+        :returns: the lock, to be closed.
+        :raises InUseError: when another process still has it.
+        """
+        return self._reserve.spend(lambda: self._take(f"start-{uuid}", f"a start of domain {uuid} is being prepared"))
+
+    def _take(self, name: str, what: str) -> LockFile:
+        file = self._folder / name
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return LockFile(file, self.seconds)
+        except BlockingIOError as error:
+            raise InUseError(f"{what} by {holder(file)}", hint="wait until that ends, or stop it") from error
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise FullDiskError(f"cannot make {file}: the disk is full", hint="make room, and try again") from error
+            raise LedgerError(f"cannot make {file}: {error.strerror}", hint="run as root") from error

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Locks between processes: files in a folder of root's, locked with flock(2), which the end of a process releases."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+
+class LockFile:
+    """A lock that this process has until :meth:`close`; its file is there as long as somebody has it.
+
+    :param file: in a folder that only root may write to.
+    :param seconds: how long to wait while another process has it.
+    :raises BlockingIOError: when another process still has it.
+    :raises OSError: when the file cannot be made.
+    """
+
+    def __init__(self, file: Path, seconds: float = 0.0) -> None:
+        self._file = file
+        deadline = time.monotonic() + seconds
+        while True:
+            self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if take(self._descriptor) and is_at(self._descriptor, file):
+                return
+            blocked = is_at(self._descriptor, file)  # else its holder has just deleted it
+            os.close(self._descriptor)
+            if not blocked:
+                continue
+            if time.monotonic() >= deadline:
+                raise BlockingIOError
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._descriptor >= 0:
+            self._file.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def take(lock: int) -> bool:
+    """Take a lock and write this process's number into it; return False while another process has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    with suppress(OSError):  # on a full disk, the number is missing in an error message
+        os.pwrite(lock, f"{os.getpid():<10}".encode(), 0)
+    return True
+
+
+def is_at(lock: int, file: Path) -> bool:
+    """Return True when a descriptor is of the file that has that name now."""
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def holder(file: Path) -> str:
+    """Return for people which process has a lock."""
+    try:
+        process = int(file.read_bytes())
+        return f"process {process} ({Path(f'/proc/{process}/comm').read_text(encoding='utf-8').strip()})"
+    except (OSError, ValueError):
+        return "another process"

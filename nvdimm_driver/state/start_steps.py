@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of starts in the ledger: the only place that changes the state of a start.
+
+``preparing`` → ``prepared`` → ``mapping`` → ``mapped``, and from each of them to its end. A step names the start, by
+its random id, and the state that it is in. It is refused if the start is in another one, is over, or is not the
+domain's start any more: of two processes that do the same step, one does it. The device model uses this module.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from nvdimm_driver.errors import InUseError, LedgerError
+from nvdimm_driver.state.database import Database
+from nvdimm_driver.state.events import Event
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from nvdimm_driver.model import Run, Start
+    from nvdimm_driver.state.events import Value
+
+THIS_START = "uuid = ? AND id = ? AND state = ?"
+"""A start in a state, by :attr:`.model.Start.key`."""
+
+
+def host_boot_id(path: str = "/proc/sys/kernel/random/boot_id") -> str:
+    """Return the kernel's id of this boot of the host."""
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()
+
+
+def seconds_since_boot() -> int:
+    """Return the seconds since the host's boot, those of its sleep too. Nobody can set this clock."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+class PreparedStart:
+    """A prepared start, as the device model needs it. Frames are 4 KiB.
+
+    :ivar key: as :attr:`.model.Start.key`.
+    :ivar mappings: (gfn, mfn, count).
+    :ivar areas: pmem data areas of the host as (mfn, count).
+    :ivar qemu: program that the device model becomes.
+    :ivar label_server: the guest needs one.
+    :ivar uncached: guest frames that must not be cached, as (gfn, count).
+    :ivar run: number, nvdimms and written of the :class:`.model.Run` that it begins.
+    """
+
+    __slots__ = (
+        "areas",
+        "gfn_limit",
+        "gfn_start",
+        "key",
+        "label_server",
+        "mappings",
+        "name",
+        "qemu",
+        "run",
+        "uncached",
+    )
+
+    def __init__(
+        self,
+        key: tuple[str, str, str],
+        name: str,
+        qemu: str,
+        gfn_start: int,
+        gfn_limit: int,
+        label_server: bool,
+        mappings: list[tuple[int, int, int]],
+        areas: list[tuple[int, int]],
+        uncached: list[tuple[int, int]],
+        run: tuple[int, str, str],
+    ) -> None:
+        self.key = key
+        self.run = run
+        self.uncached = uncached
+        self.name = name
+        self.qemu = qemu
+        self.gfn_start = gfn_start
+        self.gfn_limit = gfn_limit
+        self.label_server = label_server
+        self.mappings = mappings
+        self.areas = areas
+
+
+class StartSteps(Database):
+    """The starts of domains. Every method is one transaction.
+
+    :raises LedgerError: from every method, when the file cannot be read or written.
+    """
+
+    # --- steps ---
+
+    def begin_start(self, uuid: str, paths: Sequence[str]) -> Start:
+        """Record that a start begins and which paths will be frozen for it; clear the domain's fault.
+
+        :raises LedgerError: when another process has deleted the domain.
+        :raises InUseError: when the domain has a start, which has to be put away first.
+        """
+        from nvdimm_driver.model import Start
+
+        identifier = os.urandom(8).hex()
+        start = Start(
+            uuid, "preparing", None, host_boot_id(), seconds_since_boot(), tuple(sorted(paths)), id=identifier
+        )
+        begun = self._write_start(
+            [
+                (
+                    "INSERT INTO attachment (uuid, id, state, boot_id, since) SELECT uuid, ?, ?, ?, ? FROM domain "
+                    "WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)",
+                    (identifier, start.state, start.boot_id, start.since, uuid),
+                ),
+                ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
+                *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
+            ],
+            guarded=True,
+        )
+        if begun:
+            return start
+        if self._rows("SELECT 1 FROM domain WHERE uuid = ?", uuid):
+            raise InUseError(f"domain {uuid} has another start, which has begun just now", hint="see 'nvdimmctl list'")
+        raise LedgerError(
+            f"domain {uuid} was deleted from the ledger while it was started", hint="define it again, and start it"
+        )
+
+    def finish_preparing(
+        self,
+        start: Start,
+        qemu: str,
+        guest_frames: tuple[int, int],
+        mappings: Sequence[tuple[int, int, int]],
+        areas: Sequence[tuple[int, int]],
+        *,
+        run: Run,
+        served: str = "",
+        uncached: Sequence[tuple[int, int]] = (),
+        detail: Mapping[str, Value] | None = None,
+    ) -> None:
+        """Record that the start is prepared, with everything that the device model will do.
+
+        :param start: as :meth:`begin_start` has returned it.
+        :param guest_frames: first guest frame above the guest's RAM, first frame the guest cannot use.
+        :param run: the run that it will begin.
+        :param served: as in :class:`.model.Start`.
+        :param detail: detail of the event.
+        :raises LedgerError: when another process has put this start away.
+        """
+        uuid = start.uuid
+        self._advance(
+            start.key,
+            "prepared",
+            {
+                "qemu": qemu,
+                "gfn_start": guest_frames[0],
+                "gfn_limit": guest_frames[1],
+                "served": served,
+                "number": run.number,
+                "nvdimms": run.nvdimms,
+                "written": run.written,
+            },
+            [
+                *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
+                *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
+                *[("INSERT INTO uncached VALUES (?, ?, ?)", (uuid, *frames)) for frames in uncached],
+            ],
+            self._event("prepared", uuid, detail),
+        )
+
+    def begin_mapping(self, start: PreparedStart, domid: int) -> None:
+        """Record that the device model of that domid is about to map. Another one of the domain cannot do so, too.
+
+        :raises LedgerError: when another process has put the start away, or maps it.
+        """
+        self._advance(start.key, "mapping", {"domid": domid})
+
+    def finish_mapping(
+        self, start: PreparedStart, seconds: float = 0.0, detail: Mapping[str, Value] | None = None
+    ) -> None:
+        """Record that the device model has mapped the NVDIMMs, and that the domain starts: its run begins.
+
+        :param seconds: how long mapping took.
+        :param detail: detail of the event.
+        :raises LedgerError: when another process has put the start away.
+        """
+        uuid, identifier, _ = start.key
+        self._advance(
+            (uuid, identifier, "mapping"),
+            "mapped",
+            {},
+            [
+                ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
+                (
+                    "INSERT OR REPLACE INTO run SELECT uuid, number, nvdimms, written FROM attachment "
+                    "WHERE uuid = ? AND number IS NOT NULL",
+                    (uuid,),
+                ),
+                count("starts"),
+                count("map_seconds", seconds),
+            ],
+            self._event("started", uuid, detail),
+        )
+
+    def record_ioreq_server(self, uuid: str, domid: int, server: int) -> None:
+        """Record the id of the ioreq server that the label server of a running guest has created.
+
+        :raises LedgerError: when the domain does not run as that domid any more.
+        """
+        statement = (
+            "UPDATE attachment SET ioreq_server = ? WHERE uuid = ? AND domid = ? AND boot_id = ? "
+            "AND state IN ('mapping', 'mapped') AND ended = 0"
+        )
+        if not self._write_start([(statement, (server, uuid, domid, host_boot_id()))], guarded=True):
+            raise _undone(uuid)
+
+    def note_end(self, start: Start, written: str | None = None) -> bool:
+        """Record that a start is over: no other step of it can follow. Can be repeated.
+
+        :param written: when its backings were last written, before anything in the host can write to them again; None
+            when that is noted, or nobody needs it.
+        :returns: False when it is not over: it has gone on to another state meanwhile.
+        """
+        self._write_start(
+            [
+                (
+                    f"UPDATE attachment SET written = coalesce(?, written), ended = 1 WHERE {THIS_START} AND ended = 0",
+                    (written, *start.key),
+                )
+            ]
+        )
+        uuid, identifier, state = start.key
+        return not self._rows(
+            "SELECT 1 FROM attachment WHERE uuid = ? AND id = ? AND state != ?", uuid, identifier, state
+        )
+
+    def end_start(self, start: Start, *, kind: str = "") -> None:
+        """Forget a start that is over, after :meth:`note_end`: nothing is frozen or mapped for it any more.
+
+        Another start of the domain stays, and no event is recorded then: it may have begun meanwhile.
+
+        :param kind: kind of the event to record; empty for none.
+        """
+        written = "SELECT written FROM attachment WHERE uuid = run.uuid AND number = run.number"
+        self._write_start(
+            [
+                (f"UPDATE attachment SET ended = 1 WHERE {THIS_START}", start.key),
+                (f"UPDATE run SET written = coalesce(({written}), written) WHERE uuid = ?", (start.uuid,)),
+                ("DELETE FROM attachment WHERE uuid = ?", (start.uuid,)),
+            ],
+            self._event(kind, start.uuid, domid=start.domid),
+            guarded=True,
+        )
+
+    def take_up_running(
+        self,
+        uuid: str,
+        before: Start | None,
+        domid: int,
+        paths: Sequence[str],
+        mappings: Sequence[tuple[int, int, int]],
+        areas: Sequence[tuple[int, int]],
+        *,
+        served: str,
+    ) -> None:
+        """Record the start of a domain that runs, after the ledger has lost it, or a part of it.
+
+        :param before: the start that the ledger has.
+        :param paths: backings that are frozen for it.
+        :param served: as in :class:`.model.Start`.
+        :raises LedgerError: when the ledger has another start of the domain meanwhile.
+        """
+        free = "UPDATE domain SET uuid = uuid WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)"
+        taken_up = self._write_start(
+            [
+                (free, (uuid,)) if before is None else (f"DELETE FROM attachment WHERE {THIS_START}", before.key),
+                (
+                    "INSERT INTO attachment (uuid, id, state, domid, boot_id, since, served) "
+                    "VALUES (?, ?, 'mapped', ?, ?, ?, ?)",
+                    (uuid, os.urandom(8).hex(), domid, host_boot_id(), seconds_since_boot(), served),
+                ),
+                *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
+                *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
+                *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
+            ],
+            guarded=True,
+        )
+        if not taken_up:
+            raise _undone(uuid)
+
+    def _advance(
+        self,
+        key: tuple[str, str, str],
+        state: str,
+        values: Mapping[str, Value | None],
+        more: Sequence[tuple[str, Sequence[Any]]] = (),
+        event: Event | None = None,
+    ) -> None:
+        """Take a start to its next state.
+
+        :param values: of columns of the attachment.
+        :param more: statements to execute with it.
+        :raises LedgerError: when it is not in the state of the key any more.
+        """
+        columns = "".join(f", {name} = ?" for name in values)
+        statement = (
+            f"UPDATE attachment SET state = ?, since = ?{columns} WHERE {THIS_START} AND boot_id = ? AND ended = 0",
+            (state, seconds_since_boot(), *values.values(), *key, host_boot_id()),
+        )
+        if not self._write_start([statement, *more], event, guarded=True):
+            raise _undone(key[0])
+
+    # --- questions ---
+
+    def find_prepared(self, uuid: str) -> PreparedStart | None:
+        """Return the domain's start that was prepared in this boot of the host and is not mapped yet, or None."""
+        rows = self._rows(
+            "SELECT id, name, qemu, gfn_start, gfn_limit, served, number, nvdimms, written FROM attachment "
+            "JOIN domain USING (uuid) "
+            "WHERE uuid = ? AND state = 'prepared' AND boot_id = ? AND number IS NOT NULL AND ended = 0",
+            uuid,
+            host_boot_id(),
+        )
+        if not rows:
+            return None
+        mappings = self._rows("SELECT gfn, mfn, count FROM mapping WHERE uuid = ? ORDER BY gfn", uuid)
+        areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
+        uncached = self._rows("SELECT gfn, count FROM uncached WHERE uuid = ?", uuid)
+        identifier, name, qemu, gfn_start, gfn_limit, served, *run = rows[0]
+        key = uuid, identifier, "prepared"
+        return PreparedStart(key, name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached, tuple(run))
+
+    def find_run(self, uuid: str) -> Run | None:
+        """Return the domain's last run, which may not be over; None when no version that numbers them has begun one."""
+        from nvdimm_driver.model import Run
+
+        rows = self._rows("SELECT number, nvdimms, written FROM run WHERE uuid = ?", uuid)
+        return Run(*rows[0]) if rows else None
+
+    def runs(self) -> dict[str, Run]:
+        """Return the last run of each domain that has one, by uuid."""
+        from nvdimm_driver.model import Run
+
+        return {uuid: Run(*run) for uuid, *run in self._rows("SELECT uuid, number, nvdimms, written FROM run")}
+
+    def spoil_run(self, uuid: str, number: int) -> None:
+        """Record that a guest which was saved in this run of the domain, if it is the last one, can go on no more."""
+        self._write([("UPDATE run SET number = 0 WHERE uuid = ? AND number = ?", (uuid, number))])
+
+    def find_begun(self, start: Start) -> Run | None:
+        """Return the run of a start whose end is not noted yet; None when it has none, or is not the domain's start."""
+        from nvdimm_driver.model import Run
+
+        rows = self._rows(
+            f"SELECT number, nvdimms, written FROM attachment WHERE {THIS_START} AND number IS NOT NULL AND ended = 0",
+            *start.key,
+        )
+        return Run(*rows[0]) if rows else None
+
+    def has_mapped(self, uuid: str, domid: int) -> bool:
+        """Return True when the NVDIMMs were mapped into exactly this domid in this boot of the host."""
+        return bool(
+            self._rows(
+                "SELECT 1 FROM attachment WHERE uuid = ? AND state = 'mapped' AND domid = ? AND boot_id = ?",
+                uuid,
+                domid,
+                host_boot_id(),
+            )
+        )
+
+    def frames_of_others(self, uuid: str) -> list[tuple[str, int, int]]:
+        """Return the machine frames of all other domains' starts in this boot, as (domain name, mfn, count)."""
+        return self._rows(
+            "SELECT name, mfn, count FROM mapping JOIN attachment USING (uuid) JOIN domain USING (uuid) "
+            "WHERE uuid != ? AND boot_id = ?",
+            uuid,
+            host_boot_id(),
+        )
+
+    def find_ioreq_server(self, uuid: str) -> int | None:
+        """Return Xen's id of the ioreq server that the domain's label server has created; None before."""
+        rows = self._rows("SELECT ioreq_server FROM attachment WHERE uuid = ?", uuid)
+        return rows[0][0] if rows else None
+
+    def count_mapped(self) -> tuple[int, int]:
+        """Return how many domains have their NVDIMMs mapped, and how many frames are mapped in all."""
+        (found,) = self._rows(
+            "SELECT count(DISTINCT uuid), coalesce(sum(count), 0) FROM attachment LEFT JOIN mapping USING (uuid) "
+            "WHERE state = 'mapped'"
+        )
+        return found[0], found[1]
+
+    def _event(
+        self, kind: str, uuid: str, detail: Mapping[str, Value] | None = None, domid: int | None = None
+    ) -> Event | None:
+        """Return an event with the domain's current name and domid; None without a kind."""
+        if not kind:
+            return None
+        sql = "SELECT name, domid FROM domain LEFT JOIN attachment USING (uuid) WHERE uuid = ?"
+        rows = self._rows(sql, uuid) or [("", None)]
+        return Event(kind, uuid, rows[0][0], rows[0][1] if domid is None else domid, detail or {})
+
+
+def _undone(uuid: str) -> LedgerError:
+    return LedgerError(
+        f"the start of domain {uuid} was undone by another process, or another start of it has begun",
+        hint="start the domain again",
+    )
+
+
+def count(name: str, amount: float = 1, *, label: str = "") -> tuple[str, Sequence[Any]]:
+    """Return the statement that adds to a counter."""
+    return (
+        "INSERT INTO counter VALUES (?, ?, ?) ON CONFLICT (name, label) DO UPDATE SET value = value + excluded.value",
+        (name, label, float(amount)),
+    )
