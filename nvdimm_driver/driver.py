@@ -115,7 +115,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.pools = pools
         self.locks = DomainLocks(state_dir / "locks", ledger.reserve)
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
-        self.definitions = Definitions(ledger, backings, self.planner, pools)
+        self.definitions = Definitions(ledger, backings, self.planner, pools, self.locks)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
         checks = Checks(ledger, backings, pools, self._spoil_runs)
         self.importer, self.exporter, self.wiper = Importer(checks), Exporter(checks), Wiper(checks)
@@ -169,14 +169,20 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         return self.definitions.define(domain, plan)
 
-    def undo(self, uuid: str, created: Sequence[Allocation]) -> None:
-        """Undo :meth:`define` for a domain that libvirt then refused: delete the backings that it created.
+    def create(self, domain: DomainSpec, plan: Plan) -> tuple[Allocation, ...]:
+        """Do what :meth:`define` does, for a guest that is no definition's: what the definition has stays its own."""
+        return self.definitions.define(domain, plan, kept=self.definitions.others(domain))
 
-        A domain that had all its backings before keeps its claim to them.
+    def undo(self, uuid: str, before: Record | None, created: Sequence[Allocation]) -> None:
+        """Undo :meth:`define` or :meth:`create` for a domain that libvirt then refused: all is as it was before.
+
+        :param before: the domain as the ledger had it.
+        :param created: as they have returned it.
         """
-        if created:
-            self.forget(uuid)
-        self.definitions.discard(created)
+        now = self.ledger.find_domain(uuid)
+        if now is not None and now.start is not None and now.start != (before and before.start):
+            self.starts.release(now)
+        self.definitions.put_back(uuid, before, created)
 
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""

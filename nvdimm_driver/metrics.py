@@ -89,7 +89,7 @@ class DriverCollector(Collector):
             size[name] = 0
             count.update({(name, state): 0 for state in STATES})
         for record in records:
-            for item in record.allocations:
+            for item in record.claims:
                 pool = self._driver.pools.of(item.spec.path)
                 name = NO_POOL if pool is None else pool.name
                 count[name, _state(record, item)] += 1

@@ -509,6 +509,7 @@ class Record:
 
     :ivar dsm: as in :class:`DomainSpec`.
     :ivar fault: error of its last start; empty when that did not fail.
+    :ivar intents: what a define wants for it, while that is under way or after it was killed.
     """
 
     uuid: str
@@ -518,6 +519,17 @@ class Record:
     fault: str
     allocations: tuple[Allocation, ...]
     start: Start | None
+    intents: tuple[Allocation, ...] = ()
+
+    @property
+    def claims(self) -> tuple[Allocation, ...]:
+        """Its NVDIMMs, and what a define wants for it: no other domain can have these. At one path, the larger size."""
+        found = {item.spec.path: item for item in self.allocations}
+        for item in self.intents:
+            known = found.setdefault(item.spec.path, item)
+            if known.spec.size < item.spec.size:
+                found[item.spec.path] = replace(known, spec=replace(known.spec, size=item.spec.size))
+        return tuple(found.values())
 
     @property
     def started(self) -> tuple[Allocation, ...]:

@@ -36,7 +36,7 @@ class Wiper:
 
     def own(self, record: Record) -> tuple[Allocation, ...]:
         """Return the domain's NVDIMMs without those that :meth:`find_owner` finds another owner for."""
-        return tuple(each for each in record.allocations if self.find_owner(record, each) is None)
+        return tuple(each for each in record.claims if self.find_owner(record, each) is None)
 
     def find_owner(self, record: Record, item: Allocation) -> Record | None:
         """Return the other domain that was provisioned with what this domain has only begun to claim, if any.
@@ -131,7 +131,7 @@ class Wiper:
         self._find_unchanged(record)
         for other in self._others(record, spec):
             raise InUseError(f"{spec.path} belongs to domain {other.name}, too", hint="see 'nvdimmctl check'")
-        (identity,) = (item.identity for item in record.allocations if item.spec == spec)
+        (identity,) = (item.identity for item in record.claims if item.spec == spec)
         self._checks.check_same(spec.path, identity)
         if opened is not None and identity is not None:
             check_same_bytes(spec.path, opened, identity)
@@ -152,7 +152,9 @@ class Wiper:
 
 def in_slot(record: Record, slot: int | None) -> Record:
     """Return a domain with the NVDIMM in that slot only; with all for None."""
-    return replace(record, allocations=tuple(item for item in record.allocations if slot in (None, item.spec.slot)))
+    if slot is None:
+        return record
+    return replace(record, allocations=tuple(item for item in record.allocations if item.spec.slot == slot), intents=())
 
 
 def _overwrite(spec: NvdimmSpec, content: ByteRange, watch: Watch) -> None:
@@ -168,4 +170,4 @@ def _missing(path: str, problem: str) -> BackingError:
 
 
 def _nvdimms(record: Record) -> list[tuple[NvdimmSpec, BackingIdentity | None]]:
-    return [(item.spec, item.identity) for item in record.allocations]
+    return [(item.spec, item.identity) for item in record.claims]

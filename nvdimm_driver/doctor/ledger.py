@@ -70,7 +70,7 @@ def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]
 
 def check_backings(records: Sequence[Record], backings: Sequence[Backing]) -> Iterator[Finding]:
     """Check that each NVDIMM's backing exists, is usable, and is the one that was provisioned."""
-    found = [(record, item) for record in records for item in record.allocations]
+    found = [(record, item) for record in records for item in record.claims]
     wrong = [finding for record, item in found if (finding := check_backing(record, item, backings))]
     yield from wrong
     if not wrong:

@@ -86,10 +86,25 @@ class _Look:
                     yield from self._allocation(record, item)
                 else:
                     yield _unfinished(record, item)
+            yield from self._intents(record)
         for file in self.files.values():
             yield from self._file(file)
 
     # --- NVDIMMs in the ledger ---
+
+    def _intents(self, record: Record) -> Iterator[Inconsistency]:
+        """Yield what a define that was killed has left behind; one that is under way leaves nothing."""
+        if record.intents and not self.driver.locks.is_changing(record.uuid):
+            give_up = partial(self.driver.definitions.give_up_intents, record.uuid)
+            for item in record.intents:
+                yield Inconsistency(
+                    record.name,
+                    item.spec.path,
+                    f"a define that was interrupted wants it ({item.written}% of it is written), and no other domain "
+                    "can have its path",
+                    "give that up: the domain keeps what it had before; or define the domain again",
+                    give_up,
+                )
 
     def _allocation(self, record: Record, item: Allocation) -> Iterator[Inconsistency]:
         path = item.spec.path

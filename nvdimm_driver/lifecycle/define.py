@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files, paths
-from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
 from nvdimm_driver.lifecycle import slots
+from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept
 from nvdimm_driver.model import (
     Allocation,
+    BackingIdentity,
     DomainSpec,
     GuestLayout,
     NvdimmSpec,
@@ -35,7 +37,10 @@ LOG = logging.getLogger(__name__)
 class Definitions:
     """The domains that are defined, as the ledger has them."""
 
-    def __init__(self, ledger: Ledger, backings: Sequence[Backing], planner: Planner, pools: Pools) -> None:
+    def __init__(
+        self, ledger: Ledger, backings: Sequence[Backing], planner: Planner, pools: Pools, locks: DomainLocks
+    ) -> None:
+        self.locks = locks
         self.ledger = ledger
         self.backings = backings
         self.planner = planner
@@ -90,6 +95,9 @@ class Definitions:
     ) -> tuple[Allocation, ...]:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
+        What is wanted is written beside what the domain has, and takes its place in one transaction when all is
+        provisioned. Whoever calls this has the domain's lock (:meth:`.domain_locks.DomainLocks.changing`).
+
         :param domain: with its uuid.
         :param plan: returned by :meth:`plan`; None to plan now. Anything that may have changed since is checked again.
         :param kept: NVDIMMs that the domain keeps besides.
@@ -103,11 +111,17 @@ class Definitions:
         before = self.ledger.find_domain(uuid)
         LOG.debug("define domain %s, %s", domain.name, uuid)
         kept = [*kept, *(item for item in self._to_wipe(self._others(domain, before)) if item not in kept)]
-        wanted = [*(Allocation(uuid, spec) for spec in domain.nvdimms), *kept]
-        self.ledger.store(uuid, domain.name, domain.ram, wanted, dsm=domain.dsm)
+        found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
+        known = {path: identity for path, identity in found.items() if identity is not None}
+
+        def check() -> None:
+            ownership.check_paths(self.ledger, domain, held)
+            self._check_claims(domain, before, known)
+            self.pools.check(domain, self.ledger.domains(), [item.spec for item in kept])
+
+        self.ledger.begin_define(domain, check)
         created: list[Allocation] = []
         try:
-            ownership.check_paths(self.ledger, domain, held)  # of two that come at once, one at least sees the other
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
                 intake = backing.examine(spec)
@@ -118,22 +132,65 @@ class Definitions:
             self._settle(plan, domain, before, kept)
         except BaseException:
             LOG.debug("define of domain %s failed: roll it back", domain.name)
-            self.discard(created)
-            self._roll_back(uuid, before)
+            self.put_back(uuid, before, created)
             raise
         for spec, problem in zip(domain.nvdimms, plan.misplaced_labels, strict=True):
             if problem:
                 logs.tell(Event("misplaced-labels", uuid, domain.name, None, {"path": spec.path, "problem": problem}))
         return tuple(created)
 
-    def discard(self, created: Sequence[Allocation]) -> None:
-        """Delete the backings that :meth:`define` has created.
+    def put_back(self, uuid: str, before: Record | None, created: Sequence[Allocation]) -> None:
+        """Undo :meth:`define`: delete the backings that it created, and let the domain have what it had before.
 
-        :raises BackingError: when something else is in the place of one.
+        A backing that a start has stays, and the claim to it: a guest may have written to it.
+
+        :param before: the domain as it was.
         """
-        for item in created:
-            LOG.debug("delete %s", item.spec.path)
-            self._backing(item.spec).discard(item.spec, item.identity)
+        now = self.ledger.find_domain(uuid)
+        if now is None:
+            return
+        undeleted = {item.spec for item in created if not self._delete(item, now)}
+        had = before.allocations if before else ()
+        had_paths = {item.spec.path for item in had}
+        started = now.started if now.start else ()
+        left = [
+            item
+            for item in now.allocations
+            if item.spec.path not in had_paths and (item in started or item.spec in undeleted)
+        ]
+        items = (*had, *slots.set_aside(left, {item.spec.slot for item in had}))
+        ownership.unmark_dropped(self.ledger, self.backings, now, items)
+        if not before and not items:
+            self.ledger.give_up(uuid)
+        elif items == now.allocations:
+            self.ledger.give_up_intents(uuid)
+        else:
+            record = replace(before or now, allocations=items)
+            self.ledger.store(uuid, record.name, record.ram, items, dsm=record.dsm)
+            ownership.mark(self.backings, record)
+
+    def _delete(self, item: Allocation, record: Record) -> bool:
+        """Delete a backing that a define has created; return False when a start has it, or it cannot be deleted.
+
+        It is not deleted if it is another domain's, which may have created it at the same time by another path.
+        """
+        spec = item.spec
+        if record.start is not None and spec.path in record.start.paths:
+            return False
+        if ownership.owners_of_bytes(self.ledger, record, item.identity):
+            return True
+        LOG.debug("delete %s", spec.path)
+        try:
+            self._backing(spec).discard(spec, item.identity)
+        except (NvdimmError, OSError) as error:
+            LOG.error("%s stays, and domain %s has it: %s", spec.path, record.name, error)
+            return False
+        return True
+
+    def give_up_intents(self, uuid: str) -> None:
+        """Give up what a define that was killed wanted for a domain; what the domain has stays as it is."""
+        with self.locks.changing(uuid):
+            self.ledger.give_up_intents(uuid)
 
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends.
@@ -169,11 +226,16 @@ class Definitions:
                     f"domain {domain.name}: {spec.path} is not provisioned: {human(intake.writes)} still to be written",
                     hint="define the domain with virsh, through nvdimmd",
                 )
-        self.define(domain, kept=self._others(domain, record))
+        with self.locks.changing(uuid):
+            self.define(domain, kept=self.others(domain))
         adopted = self.ledger.find_domain(uuid)
         if adopted is None:
             raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
         return adopted
+
+    def others(self, domain: DomainSpec) -> list[Allocation]:
+        """Return the domain's NVDIMMs in the ledger that are not in its XML, to be kept besides."""
+        return self._others(domain, self.ledger.find_domain(uuid_of(domain)))
 
     def _others(self, domain: DomainSpec, record: Record | None) -> list[Allocation]:
         """Return the domain's NVDIMMs in the ledger that are not in its XML, by any path.
@@ -248,24 +310,40 @@ class Definitions:
         uuid = uuid_of(domain)
         settled = self.planner.settle(plan, domain, before)
         identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, settled.locations, strict=True)}
-        ownership.check_bytes(self.ledger, uuid, identities, before.allocations if before else ())
+        items = [
+            *(
+                Allocation(uuid, spec, location.identity, placement.base)
+                for spec, location, placement in zip(
+                    domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
+                )
+            ),
+            *(_placed(item, settled.layout) for item in kept),
+        ]
+        ownership.unmark_dropped(self.ledger, self.backings, before, items)
         self.ledger.store(
             uuid,
             domain.name,
             domain.ram,
-            [
-                *(
-                    Allocation(uuid, spec, location.identity, placement.base)
-                    for spec, location, placement in zip(
-                        domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
-                    )
-                ),
-                *(_placed(item, settled.layout) for item in kept),
-            ],
+            items,
             dsm=domain.dsm,
             kind="defined",
+            check=lambda: self._check_claims(domain, before, identities),
         )
-        ownership.mark(self.ledger, self.backings, self.ledger.find_domain(uuid), before)
+        ownership.mark(self.backings, Record(uuid, domain.name, domain.ram, domain.dsm, "", tuple(items), None))
+
+    def _check_claims(
+        self, domain: DomainSpec, before: Record | None, identities: Mapping[str, BackingIdentity]
+    ) -> None:
+        """Check that no other domain has these bytes, and that nobody has changed this one.
+
+        :param before: the domain as it was.
+        :raises InUseError: when another has, or somebody did.
+        """
+        uuid = uuid_of(domain)
+        now, had = self.ledger.find_domain(uuid), before.allocations if before else ()
+        if (now.allocations if now else ()) != had:
+            raise InUseError(f"domain {domain.name} was changed by another process meanwhile", hint="try again")
+        ownership.check_bytes(self.ledger, uuid, identities, had)
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
         """Return a callback for the writing of zeros: it tells each percent to the ledger, each tenth to the log."""
@@ -288,12 +366,6 @@ class Definitions:
 
     def _backing(self, spec: NvdimmSpec) -> Backing:
         return backing_of(self.backings, spec.path)
-
-    def _roll_back(self, uuid: str, before: Record | None) -> None:
-        if before is None:
-            self.ledger.forget(uuid)
-        else:
-            self.ledger.store(uuid, before.name, before.ram, before.allocations, dsm=before.dsm)
 
 
 def resolved(domain: DomainSpec) -> DomainSpec:

@@ -10,7 +10,7 @@ from nvdimm_driver.errors import FullDiskError, InUseError, LedgerError
 from nvdimm_driver.lock_files import LockFile, holder
 from nvdimm_driver.state.reserve import Reserve
 
-WAIT_SECONDS = 5.0
+WAIT_SECONDS = 2.0
 """How long the second waits before it is told who is the first; libvirt may hold the domain's lock meanwhile."""
 
 
@@ -36,6 +36,17 @@ class DomainLocks:
         :raises InUseError: when another process still has it.
         """
         return self._take(f"define-{uuid}", f"domain {uuid} is being defined, created or released")
+
+    def is_changing(self, uuid: str) -> bool:
+        """Return True while a process has the lock for changes of the domain's claims."""
+        file = self._folder / f"define-{uuid}"
+        try:
+            LockFile(file).close()
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False  # the folder is not there: nobody has a lock
+        return False
 
     def starting(self, uuid: str) -> LockFile:
         """Take the lock for the preparation of the domain's start.

@@ -44,21 +44,24 @@ class Pools:
         pool = self.of(path)
         return pool is not None and pool.wipe_on_release
 
-    def check(self, domain: DomainSpec, records: Iterable[Record]) -> None:
+    def check(self, domain: DomainSpec, records: Iterable[Record], kept: Sequence[NvdimmSpec] = ()) -> None:
         """Check that a domain may have its backings.
 
         :param records: records of all domains; that of this one does not count.
+        :param kept: NVDIMMs that the domain has besides.
         :raises RefusedError: when a backing is in no pool, its size is no multiple of its pool's alignsize, or a quota
             is exceeded.
         """
-        self.check_new(domain.nvdimms, [record for record in records if record.uuid != domain.uuid])
+        self.check_new(domain.nvdimms, [record for record in records if record.uuid != domain.uuid], kept)
 
-    def check_new(self, nvdimms: Sequence[NvdimmSpec], records: Iterable[Record]) -> None:
-        """Check that these NVDIMMs may be had in addition to those in the records.
+    def check_new(
+        self, nvdimms: Sequence[NvdimmSpec], records: Iterable[Record], kept: Sequence[NvdimmSpec] = ()
+    ) -> None:
+        """Check that these NVDIMMs may be had in addition to those in the records, and to those that are kept.
 
         :raises RefusedError: as :meth:`check` does.
         """
-        used = self._by_pool([item.spec for record in records for item in record.allocations])
+        used = self._by_pool([*kept, *(item.spec for record in records for item in record.claims)])
         wanted = self._by_pool(nvdimms)
         for spec in wanted.pop(None, []):
             self.check_place(spec.path)

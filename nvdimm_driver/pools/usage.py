@@ -117,7 +117,7 @@ def usage_of(pool: Pool, ledger: Ledger, backings: Sequence[Backing]) -> PoolUsa
             hint=f"'kind' is one of: {', '.join(each.name for each in backings)}",
         )
     owned = tuple(
-        (record, item) for record in ledger.domains() for item in record.allocations if is_in(item.spec.path, pool)
+        (record, item) for record in ledger.domains() for item in record.claims if is_in(item.spec.path, pool)
     )
     try:
         space = backing.space(pool.paths, [item.spec.path for _, item in owned])

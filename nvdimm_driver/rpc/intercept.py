@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import DomainXmlError, NvdimmError, UnsupportedError
+from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
+from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, has_managed_save, pass_xml, validates, xml_and_flags
@@ -97,16 +98,30 @@ class Interceptor:
             return (yield from pass_xml(procedure, payload, read, with_fds=True))
         resolved, wanted = yield from self._resolved_domain(read.text, wanted)
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
+        with (yield from self._changing(domain.uuid or "")):
+            plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
+            rewritten = yield from self._rewritten(resolved, domain.uuid, plan)
+            yield from self._check_saved(plan, starts=True)
+            arguments = bytes(Packer().string(rewritten)) + flags
+            return (yield from self._create(procedure, arguments, domain, plan))
+
+    def _create(self, procedure: int, arguments: bytes, domain: DomainSpec, plan: Plan) -> Steps:
+        """Provision the NVDIMMs, and make the call; if that fails, put back what the domain had before."""
         uuid = domain.uuid or ""
-        plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
-        rewritten = yield from self._rewritten(resolved, uuid, plan)
-        yield from self._check_saved(plan, starts=True)
-        created = yield self._work(lambda driver: driver.define(domain, plan), _provisioning(plan))
+        before: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
+        is_defined = (yield from self._defined(uuid)) is not None  # and its definition has its own NVDIMMs
+        created = yield self._work(
+            lambda driver: driver.create(domain, plan) if is_defined else driver.define(domain, plan),
+            _provisioning(plan),
+        )
         try:
-            return (yield from call(procedure, bytes(Packer().string(rewritten)) + flags, with_fds=True))
-        except LibvirtError as error:
-            explained = yield from self._explained(error, uuid)
-            yield self._work(lambda driver: driver.undo(uuid, created), Pool.HOST)
+            return (yield from call(procedure, arguments, with_fds=True))
+        except Exception as error:
+            explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
+            try:
+                yield self._work(lambda driver: driver.undo(uuid, before, created), Pool.HOST)
+            except (NvdimmError, OSError) as failed:
+                LOG.error("domain %s: what it had before its create failed cannot be put back: %s", uuid, failed)
             raise explained from error
 
     def to_native(self, procedure: int, payload: bytes) -> Steps:
@@ -212,7 +227,8 @@ class Interceptor:
         if not flags & START_FORCE_BOOT and (yield from has_managed_save(domain)):
             yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
         elif not (yield from self._has_nvdimms((yield from self._definition(domain)))):
-            yield self._work(lambda driver: driver.drop_claims(uuid), Pool.HOST)  # they were kept for a saved guest
+            with (yield from self._changing(uuid)):  # they were kept for a saved guest
+                yield self._work(lambda driver: driver.drop_claims(uuid), Pool.HOST)
         try:
             return (yield from call(procedure, payload))
         except LibvirtError as error:
@@ -240,7 +256,7 @@ class Interceptor:
     def migrate(self, procedure: int, payload: bytes) -> Steps:
         """Refuse to migrate a domain with NVDIMMs."""
         record = yield from self._record(Unpacker(payload).domain())
-        if record is not None and (record.allocations or record.start):
+        if record is not None and (record.claims or record.start):
             raise _cannot_migrate(f"domain {record.name}")
         return (yield from call(procedure, payload))
 
@@ -322,6 +338,11 @@ class Interceptor:
         found: bool = yield Work(lambda: has_nvdimms(self._hooks.restore(xml)), Pool.XML)
         return found
 
+    def _changing(self, uuid: str) -> Generator[Call | Work, Any, LockFile]:
+        """Take the lock for changes of a domain's claims: no other client defines it until this call is done."""
+        lock: LockFile = yield self._work(lambda driver: driver.locks.changing(uuid), Pool.HOST)
+        return lock
+
     def _define(self, procedure: int, payload: bytes) -> Steps:
         xml, flags = xml_and_flags(payload)
         read = yield from self._read(xml, validate=validates(procedure, flags))
@@ -331,26 +352,39 @@ class Interceptor:
             defined = Unpacker(reply).domain()
             known = yield from self._record(defined)
             if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
-                yield self._work(lambda driver: driver.drop_claims(defined.uuid), Pool.HOST)
+                with (yield from self._changing(defined.uuid)):
+                    yield self._work(lambda driver: driver.drop_claims(defined.uuid), Pool.HOST)
             return reply
         resolved, domain = yield from self._resolved_domain(read.text, domain)
-        plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
-        yield from self._check_saved(plan, starts=False)
-        before = yield from self._defined(domain.uuid)
-        rewritten = yield from self._rewritten(resolved, (yield from self._taken_up(domain)), plan)
-        reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
-        defined = Unpacker(reply).domain()
+        with ExitStack() as lock:
+            if domain.uuid is not None:
+                lock.enter_context((yield from self._changing(domain.uuid)))
+            plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
+            yield from self._check_saved(plan, starts=False)
+            before = yield from self._defined(domain.uuid)
+            rewritten = yield from self._rewritten(resolved, (yield from self._taken_up(domain)), plan)
+            reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
+            defined = Unpacker(reply).domain()
+            try:
+                if domain.uuid is None:
+                    lock.enter_context((yield from self._changing(defined.uuid)))
+                identified = replace(domain, uuid=defined.uuid)
+                yield self._work(lambda driver: driver.define(identified, plan), _provisioning(plan))
+            except Exception:
+                yield from self._put_back(defined, before)
+                raise
+            return reply
+
+    def _put_back(self, domain: DomainRef, before: str | None) -> Generator[Call | Work, Any, None]:
+        """Let libvirt have the definition of before; the client gets the error of ours that is the reason."""
         try:
-            yield self._work(
-                lambda driver: driver.define(replace(domain, uuid=defined.uuid), plan), _provisioning(plan)
-            )
-        except (NvdimmError, OSError):
             if before is None:
-                yield from call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(defined)))
+                yield from call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(domain)))
             else:
                 yield from call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
-            raise
-        return reply
+        except LibvirtError as error:
+            told = RemoteError.unpack(error.payload).message
+            LOG.error("domain %s: libvirt does not take its definition of before: %s", domain.name, told)
 
     def _resolved_domain(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, tuple[str, DomainSpec]]:
         """Return a client's XML, and its domain, with the paths that those of its NVDIMMs lead to now.
@@ -421,7 +455,10 @@ class Interceptor:
 
     def _explained(self, error: LibvirtError, uuid: str) -> Generator[Call | Work, Any, LibvirtError]:
         """Return the error, with the reason why the start failed if the ledger has one that is not in it yet."""
-        record: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
+        try:
+            record: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
+        except LedgerError:
+            return error
         told = RemoteError.unpack(error.payload)
         if record is None or not record.fault or record.fault in (told.message or ""):
             return error

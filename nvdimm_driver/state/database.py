@@ -135,14 +135,18 @@ class Database:
         *,
         begin: str = "BEGIN IMMEDIATE",
         guarded: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> bool:
         """Execute the statements in one transaction, and record the event.
 
         :param guarded: do nothing, and return False, when the first statement changes no row.
+        :param check: called in the transaction, before the statements: what it reads stays as it is until they are
+            executed, and if it raises, none is.
         """
         try:
             if begin:
                 self._db.execute(begin)
+            check()
             for number, (sql, values) in enumerate([*statements, *_recording(event)]):
                 changed = self._db.execute(sql, values).rowcount
                 if guarded and number == 0 and changed != 1:
@@ -151,9 +155,10 @@ class Database:
             if begin:
                 self._db.execute("COMMIT")
         except (sqlite3.Error, UnicodeEncodeError) as error:
+            raise self._failed("write", error) from error
+        finally:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise self._failed("write", error) from error
         if event is not None:
             self._tell(event)
         return True

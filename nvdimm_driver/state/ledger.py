@@ -7,23 +7,21 @@ model types are imported where they are made.
 
 from __future__ import annotations
 
-from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.start_steps import StartSteps, count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from nvdimm_driver.model import Allocation, Record
+    from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record
     from nvdimm_driver.state.events import Value
 
-ALLOCATION_COLUMNS = (
-    "slot, path, size, label_size, alignsize, fixed_base, node, pmem, "
-    "kind, device, start, inode, generation, file_size, base, written"
-)
+INTENT_COLUMNS = "slot, path, size, label_size, alignsize, fixed_base, node, pmem"
+ALLOCATION_COLUMNS = f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written"
 
 
 class Ledger(StartSteps):
@@ -54,10 +52,13 @@ class Ledger(StartSteps):
         *,
         dsm: str | None = None,
         kind: str = "",
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Store the domain and its allocations, replacing those it had.
+        """Store the domain and its allocations, replacing those it had, and what a define wants for it.
 
         :param kind: kind of the event to record; empty for none.
+        :param check: called in the transaction; raises what speaks against it.
+        :raises InUseError: when another domain has one of the paths, or a define wants it for another.
         """
         statements: list[tuple[str, Sequence[Any]]] = [
             (
@@ -65,6 +66,7 @@ class Ledger(StartSteps):
                 "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm",
                 (uuid, name, ram, dsm),
             ),
+            ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
             ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
         ]
         statements += [
@@ -76,11 +78,51 @@ class Ledger(StartSteps):
         ]
         size = sum(item.spec.size for item in allocations)
         event = Event(kind, uuid, name, None, {"nvdimms": len(allocations), "bytes": size}) if kind else None
-        self._write(statements, event)
+
+        def check_all() -> None:
+            self._check_paths(uuid, [item.spec.path for item in allocations])
+            check()
+
+        self._write(statements, event, check=check_all)
+
+    def begin_define(self, domain: DomainSpec, check: Callable[[], None]) -> None:
+        """Record what a define wants for a domain, beside what the domain has, until :meth:`store` or another call.
+
+        :param domain: with its uuid.
+        :param check: called in the transaction; raises what speaks against it.
+        """
+        uuid = domain.uuid
+        statements: list[tuple[str, Sequence[Any]]] = [
+            (
+                "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) ON CONFLICT (uuid) DO NOTHING",
+                (uuid, domain.name, domain.ram, domain.dsm),
+            ),
+            ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
+        ]
+        statements += [
+            (
+                f"INSERT INTO intent (uuid, {INTENT_COLUMNS}, written) VALUES (?{', ?' * 8}, 0)",
+                (uuid, *_wanted_values(spec)),
+            )
+            for spec in domain.nvdimms
+        ]
+        self._write(statements, check=check)
+
+    def give_up_intents(self, uuid: str) -> None:
+        """Delete what a define wanted for a domain, and the domain if it has nothing else."""
+        self._write_start([("DELETE FROM intent WHERE uuid = ?", (uuid,))])
+        self.forget_unused(uuid)
+
+    def _check_paths(self, uuid: str, paths: Sequence[str]) -> None:
+        for table in ("allocation", "intent"):
+            for path in paths:
+                sql = f"SELECT name, uuid FROM {table} JOIN domain USING (uuid) WHERE path = ? AND uuid != ?"
+                for name, other in self._rows(sql, path, uuid):
+                    raise InUseError(f"{path} belongs to domain {name} ({other})", hint="see 'nvdimmctl list'")
 
     def record_progress(self, uuid: str, slot: int, percent: int) -> None:
-        """Record what percentage of an NVDIMM is written."""
-        self._note([("UPDATE allocation SET written = ? WHERE uuid = ? AND slot = ?", (percent, uuid, slot))])
+        """Record what percentage of an NVDIMM is written that a define wants."""
+        self._note([("UPDATE intent SET written = ? WHERE uuid = ? AND slot = ?", (percent, uuid, slot))])
 
     def forget(self, uuid: str, *, kind: str = "") -> None:
         """Delete the domain with its allocations and its start; its events stay.
@@ -90,13 +132,14 @@ class Ledger(StartSteps):
         self._write_start([("DELETE FROM domain WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
     def give_up(self, uuid: str, *, kind: str = "") -> None:
-        """Delete the domain's allocations, and the domain, unless it has a start.
+        """Delete the domain's allocations, what a define wants for it, and the domain, unless it has a start.
 
         :param kind: kind of the event to record; empty for none.
         """
         self._write(
             [
                 ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
+                ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
                 ("DELETE FROM domain WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)", (uuid,)),
             ],
             self._event(kind, uuid),
@@ -107,9 +150,9 @@ class Ledger(StartSteps):
         return {uuid for (uuid,) in self._rows("SELECT uuid FROM domain")}
 
     def forget_unused(self, uuid: str) -> None:
-        """Delete the domain if it has neither allocations nor a start, nor a run from which a guest may be saved."""
+        """Delete the domain if it has and wants no NVDIMM, and has no start, nor a run whose guest may be saved."""
         unused = " AND ".join(
-            f"uuid NOT IN (SELECT uuid FROM {table})" for table in ("allocation", "attachment", "run")
+            f"uuid NOT IN (SELECT uuid FROM {table})" for table in ("allocation", "intent", "attachment", "run")
         )
         self._write_start([(f"DELETE FROM domain WHERE uuid = ? AND {unused}", (uuid,))])
 
@@ -166,7 +209,7 @@ class Ledger(StartSteps):
 
     def _records(self, uuids: str, *values: str) -> tuple[Record, ...]:
         """Return the domains whose uuids a query selects, with one query per table however many there are."""
-        from nvdimm_driver.model import Record, Start
+        from nvdimm_driver.model import Allocation, Record, Start
 
         def rows(columns: str, table: str, order: str) -> list[Any]:
             return self._rows(f"SELECT uuid, {columns} FROM {table} WHERE uuid IN ({uuids}) ORDER BY {order}", *values)
@@ -174,6 +217,9 @@ class Ledger(StartSteps):
         allocations: dict[str, list[Allocation]] = {}
         for uuid, *row in rows(ALLOCATION_COLUMNS, "allocation", "slot"):
             allocations.setdefault(uuid, []).append(_allocation(uuid, row))
+        intents: dict[str, list[Allocation]] = {}
+        for uuid, *wanted, written in rows(f"{INTENT_COLUMNS}, written", "intent", "slot"):
+            intents.setdefault(uuid, []).append(Allocation(uuid, _spec(wanted), written=written))
         frozen: dict[str, list[str]] = {}
         for uuid, path in rows("path", "frozen", "path"):
             frozen.setdefault(uuid, []).append(path)
@@ -186,14 +232,27 @@ class Ledger(StartSteps):
             )
         }
         return tuple(
-            Record(uuid, name, ram, dsm, fault, tuple(allocations.get(uuid, ())), starts.get(uuid))
+            Record(
+                *(uuid, name, ram, dsm, fault, tuple(allocations.get(uuid, ()))),
+                *(starts.get(uuid), tuple(intents.get(uuid, ()))),
+            )
             for uuid, name, ram, dsm, fault in rows("name, ram, dsm, fault", "domain", "name")
         )
 
 
+def _wanted_values(spec: NvdimmSpec) -> tuple[Any, ...]:
+    return spec.slot, spec.path, spec.size, spec.label_size, spec.alignsize, spec.base, spec.node, int(spec.pmem)
+
+
+def _spec(row: Sequence[Any]) -> NvdimmSpec:
+    from nvdimm_driver.model import NvdimmSpec
+
+    slot, path, size, label_size, alignsize, fixed_base, node, pmem = row
+    return NvdimmSpec(slot, path, size, label_size, alignsize, fixed_base, node, bool(pmem))
+
+
 def _allocation_values(item: Allocation) -> tuple[Any, ...]:
-    spec, identity = item.spec, item.identity
-    wanted = (spec.slot, spec.path, spec.size, spec.label_size, spec.alignsize, spec.base, spec.node, int(spec.pmem))
+    wanted, identity = _wanted_values(item.spec), item.identity
     if identity is None:
         return (*wanted, *[None] * 6, item.base, item.written)
     found = (identity.kind, identity.device, identity.start, identity.inode, identity.generation, identity.size)
@@ -201,9 +260,7 @@ def _allocation_values(item: Allocation) -> tuple[Any, ...]:
 
 
 def _allocation(uuid: str, row: Sequence[Any]) -> Allocation:
-    from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec
+    from nvdimm_driver.model import Allocation, BackingIdentity
 
-    slot, path, size, label_size, alignsize, fixed_base, node, pmem = row[:8]
     identity = None if row[8] is None else BackingIdentity(*row[8:14])
-    spec = NvdimmSpec(slot, path, size, label_size, alignsize, fixed_base, node, bool(pmem))
-    return Allocation(uuid, spec, identity, *row[14:])
+    return Allocation(uuid, _spec(row[:8]), identity, *row[14:])

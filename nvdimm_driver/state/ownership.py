@@ -85,7 +85,7 @@ def runs_with(record: Record, path: str, identity: BackingIdentity | None) -> bo
     """Return True when a domain's start has what is at a path."""
     paths = record.start.paths if record.start else ()
     items = [item for item in record.allocations if item.spec.path in paths]
-    return _means(items, set(paths), path, identity)
+    return _means(items, set(paths) - {item.spec.path for item in items if item.identity}, set(paths), path, identity)
 
 
 def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> None:
@@ -166,21 +166,25 @@ def _others(
 
 
 def _has(record: Record, path: str, identity: BackingIdentity | None) -> bool:
+    wanted = {item.spec.path for item in record.intents}
     names = {item.spec.path for item in record.allocations}.union(record.start.paths if record.start else ())
-    return _means(record.allocations, names, path, identity)
+    leading = names - {item.spec.path for item in record.allocations if item.identity}
+    return _means(record.allocations, leading | wanted, names | wanted, path, identity)
 
 
-def _means(items: Sequence[Allocation], names: Set[str], path: str, identity: BackingIdentity | None) -> bool:
+def _means(
+    items: Sequence[Allocation], leading: Set[str], names: Set[str], path: str, identity: BackingIdentity | None
+) -> bool:
     """Return True when a domain's claims are to what is at a path.
 
     A claim to bytes that are known is to these, wherever its path leads now: its owner can turn a symbolic link. Any
     other claim is to what its path leads to.
 
     :param items: the domain's NVDIMMs.
+    :param leading: paths that it claims without known bytes.
     :param names: all paths that it claims, those of the NVDIMMs too.
     """
     real = os.path.realpath(path)
-    leading = names - {item.spec.path for item in items if item.identity}
     return has_bytes(items, identity) or not names.isdisjoint((path, real)) or real in map(os.path.realpath, leading)
 
 
@@ -197,16 +201,24 @@ def _owned(path: str, record: Record) -> InUseError:
     )
 
 
-def mark(ledger: Ledger, backings: Sequence[Backing], record: Record | None, before: Record | None) -> None:
-    """Record the owner on a domain's backings, and remove the record from those that it no longer has."""
-    kept = record.allocations if record else ()
-    paths = {item.spec.path for item in kept}
-    dropped = [item for item in (before.allocations if before else ()) if item.spec.path not in paths]
-    _unmark(ledger.domains(), backings, dropped)
-    for item in kept:
+def mark(backings: Sequence[Backing], record: Record) -> None:
+    """Record the owner on a domain's backings."""
+    for item in record.allocations:
         path = item.spec.path
-        if record and has_bytes([item], identity_at(backings, path)):  # one that is not defined any more may be missing
+        if has_bytes([item], identity_at(backings, path)):  # one that is not defined any more may be missing
             backing_of(backings, path).mark(path, owner_marks.pack(record, item), item.identity)
+
+
+def unmark_dropped(
+    ledger: Ledger, backings: Sequence[Backing], record: Record | None, kept: Sequence[Allocation]
+) -> None:
+    """Remove the owner's record from those backings of a domain that it will not have any more.
+
+    This comes before the ledger is written, for the reason that :func:`drop` gives.
+    """
+    paths = {item.spec.path for item in kept}
+    dropped = [item for item in (record.allocations if record else ()) if item.spec.path not in paths]
+    _unmark([each for each in ledger.domains() if record and each.uuid != record.uuid], backings, dropped)
 
 
 def drop(ledger: Ledger, backings: Sequence[Backing], record: Record, items: Sequence[Allocation]) -> None:

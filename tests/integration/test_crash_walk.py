@@ -85,8 +85,9 @@ def _holds_one(world: World) -> None:
 
 def _create(world: World, driver: XenNvdimmDriver) -> None:
     """Do what virsh create does when libvirt refuses the domain."""
+    before = driver.ledger.find_domain(X)
     created = world.define(world.domain(X, "x0", "x1"), driver)
-    driver.undo(X, created)
+    driver.undo(X, before, created)
 
 
 def _provision(world: World, driver: XenNvdimmDriver) -> None:

@@ -136,20 +136,35 @@ def test_another_device_is_not_taken(
 def test_provisioning_that_a_power_loss_has_cut(driver: XenNvdimmDriver) -> None:
     """The ledger has the intent, and the file does not exist: it gets its name only at the end."""
     other = dataclasses.replace(domain((C, 64 * MIB)), uuid=OTHER_UUID, name="db2")
-    driver.ledger.store(OTHER_UUID, "db2", 512 * MIB, [Allocation(OTHER_UUID, other.nvdimms[0])])
+    driver.ledger.begin_define(other, lambda: None)
     driver.ledger.record_progress(OTHER_UUID, 0, 42)
+    with driver.locks.changing(OTHER_UUID):
+        assert look(driver) == [], "the define is under way"
     (found,) = look(driver)
-    assert (found.domain, found.path, found.mend) == ("db2", C, None)
-    assert found.problem == "it is not provisioned (42% of it is written), and no other domain can have its path"
-    assert found.remedy == "unless a define is running, define the domain again, or run: nvdimmctl release db2"
+    assert (found.domain, found.path) == ("db2", C)
+    assert found.problem == (
+        "a define that was interrupted wants it (42% of it is written), and no other domain can have its path"
+    )
     with pytest.raises(InUseError, match="belongs to domain db2"):
         driver.define(domain((A, 64 * MIB), (B, 32 * MIB), (C, 64 * MIB)))
     driver.define(other)
     assert look(driver) == []
-    driver.ledger.store(OTHER_UUID, "db2", 512 * MIB, [Allocation(OTHER_UUID, other.nvdimms[0])])
     driver.forget(OTHER_UUID)
-    assert look(driver) == []
+    driver.ledger.begin_define(other, lambda: None)
+    assert mend(driver) == []
+    assert driver.ledger.find_domain(OTHER_UUID) is None
     driver.define(domain((A, 64 * MIB), (B, 32 * MIB), (C, 64 * MIB)))
+
+
+def test_an_nvdimm_whose_contents_were_given_up(driver: XenNvdimmDriver) -> None:
+    other = dataclasses.replace(domain((C, 64 * MIB)), uuid=OTHER_UUID, name="db2")
+    driver.ledger.store(OTHER_UUID, "db2", 512 * MIB, [Allocation(OTHER_UUID, other.nvdimms[0])])
+    (found,) = look(driver)
+    assert (found.domain, found.path, found.mend) == ("db2", C, None)
+    assert found.problem == "it is not provisioned (0% of it is written), and no other domain can have its path"
+    assert found.remedy == "unless a define is running, define the domain again, or run: nvdimmctl release db2"
+    driver.define(other)
+    assert look(driver) == []
 
 
 def test_a_copy_with_a_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:

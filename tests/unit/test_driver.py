@@ -238,7 +238,7 @@ def test_others_see_how_far_a_define_is(
                 progress(done, 4 * MIB)
                 record = driver.ledger.find_domain(UUID)
                 assert record is not None
-                seen.extend((item.ready, item.written) for item in record.allocations)
+                seen.extend((item.ready, item.written) for item in record.intents)
             return super().provision(spec)
 
     with caplog.at_level("INFO"):
@@ -518,7 +518,7 @@ def test_the_files_of_a_domain_go_with_it(driver: XenNvdimmDriver, mapper: Recor
         driver.prepare_known(uuid)
     assert {path.name for path in (tmp_path / "domains").iterdir()} == {UUID, OTHER_UUID}
     for uuid, domid in ((UUID, 5), (OTHER_UUID, 6)):
-        driver.ledger.begin_mapping(uuid, domid)
+        driver.ledger.begin_mapping(started(driver.ledger, uuid), domid)
         mapper.alive[domid] = uuid
     driver.reconcile()
     mapper.alive.clear()

@@ -49,7 +49,7 @@ def test_replace_takes_the_place_of_what_was(ledger: Ledger) -> None:
 
 def test_two_domains_never_have_the_same_path(ledger: Ledger) -> None:
     ledger.store(UUID, "db1", 5, [READY])
-    with pytest.raises(LedgerError, match=r"UNIQUE.*allocation\.path"):
+    with pytest.raises(InUseError, match=r"/mnt/pmem0/a belongs to domain db1 \(7c7b0e2e"):
         ledger.store(OTHER_UUID, "db2", 5, [READY])
     assert ledger.find_domain(OTHER_UUID) is None
 

@@ -30,7 +30,7 @@ class List(Listing):
         rows = [
             (record.name, item.spec.slot, item.spec.path, size(item.spec.size), render.state(record, item))
             for record in up_to_date(self.app).ledger.domains()
-            for item in record.allocations
+            for item in record.claims
         ]
         return ("Domain", "Slot", "Path", "Size", "State"), rows
 

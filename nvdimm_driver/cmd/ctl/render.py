@@ -86,7 +86,7 @@ def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
     """Return what happens to each backing when the domain gives up its claim."""
     wiped = {each.spec.path for each in driver.wiper.to_wipe(item)}
     lines = []
-    for allocation in item.allocations:
+    for allocation in item.claims:
         path, owner = allocation.spec.path, driver.wiper.find_owner(item, allocation)
         steps = ["overwritten with zeros (wipe_on_release)"] if path in wiped else []
         steps += ["deleted"] if delete and owner is None and os.path.isfile(path) else []
@@ -111,7 +111,7 @@ def record(
             "identity": None if allocation.identity is None else asdict(allocation.identity),
             **_health(driver, allocation),
         }
-        for allocation in item.allocations
+        for allocation in item.claims
     ]
     values = {
         "name": item.name,
