@@ -110,9 +110,10 @@ def driver(tmp_path: Path, backing: MemoryBacking) -> XenNvdimmDriver:
 class Proxy:
     """Drives handlers as the real proxy does."""
 
-    def __init__(self, folder: Path, backing: MemoryBacking) -> None:
+    def __init__(self, folder: Path, backing: MemoryBacking, mapper: RecordingMapper | None = None) -> None:
         self.libvirtd = Libvirtd()
-        self.interceptor = Interceptor(lambda: make_driver(folder, backing, RecordingMapper()), HOOKS)
+        mapper = mapper or RecordingMapper()
+        self.interceptor = Interceptor(lambda: make_driver(folder, backing, mapper), HOOKS)
 
     def call(self, procedure: int, packer: Packer, *, read_only: bool = False) -> bytes:
         return self.handle(procedure, bytes(packer), read_only=read_only)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a domain has after a call of libvirt's clients that fails, is repeated, or meets another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import BackingError, InUseError, UnsupportedError
+from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress, Record
+from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.rpc.procedure import Procedure
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
+from tests.unit.test_rpc_intercept import Proxy, message, xml
+
+A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
+CREATE = Procedure.DOMAIN_CREATE_XML
+
+
+class Watched(MemoryBacking):
+    """Calls something while it writes zeros, once; counts how often it does so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], None] | None = None
+        self.provisioned = 0
+
+    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        self.provisioned += 1
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile:
+            meanwhile()
+        return super().provision(spec, progress)
+
+
+@pytest.fixture
+def backing() -> Watched:
+    return Watched()
+
+
+@pytest.fixture
+def driver(tmp_path: Path, backing: MemoryBacking) -> XenNvdimmDriver:
+    return make_driver(tmp_path, backing, RecordingMapper())
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, backing: MemoryBacking) -> Proxy:
+    return Proxy(tmp_path, backing, RecordingMapper({5: UUID}))
+
+
+def record(driver: XenNvdimmDriver) -> Record:
+    found = driver.ledger.find_domain(UUID)
+    assert found is not None
+    return found
+
+
+def create(proxy: Proxy, *files: str) -> bytes:
+    return proxy.call(CREATE, Packer().string(xml(*files)).uint32(0))
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["off", "running"])
+@pytest.mark.parametrize("file", ["b", "there"])
+def test_a_create_that_libvirt_refuses_takes_nothing(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking, runs: bool, file: str
+) -> None:
+    """Whether it would have a new file, or one that is there."""
+    backing.files["/mnt/pmem0/there"] = (107, 64 << 20)
+    proxy.define(xml("a"))
+    if runs:
+        driver.prepare(domain(A))
+        map_prepared(driver.ledger, 5)
+    before, marks, files = record(driver), dict(backing.marks), dict(backing.files)
+    proxy.libvirtd.refuse = {CREATE: "domain 'db1' is already active"}
+    with pytest.raises(LibvirtError) as refused:
+        create(proxy, file)
+    assert message(refused.value) == "domain 'db1' is already active"
+    assert record(driver) == before
+    assert (backing.marks, backing.files) == (marks, files)
+    with pytest.raises(InUseError, match="belongs to domain db1"):
+        driver.define(domain(A, uuid=OTHER_UUID, name="stranger"))
+
+
+def test_a_create_beside_a_definition_leaves_what_that_has(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    proxy.define(xml("a"))
+    (before,) = record(driver).allocations
+    create(proxy, "b")
+    items = {item.spec.path: item for item in record(driver).allocations}
+    assert items.keys() == {A, B}
+    assert (items[A].identity, items[A].base) == (before.identity, before.base)
+    proxy.define(xml("a"))
+    assert record(driver).allocations == (before,)
+
+
+def test_a_define_that_is_repeated_while_it_writes_zeros_is_told_so(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: Watched
+) -> None:
+    """A client's time-out is shorter than the work. The second must not undo what the first is doing."""
+
+    def again() -> None:
+        for call in (proxy.define, lambda text: create(proxy, "a")):
+            with pytest.raises(InUseError, match="is being defined, created or released by process"):
+                call(xml("a"))
+
+    backing.meanwhile = again
+    proxy.define(xml("a"))
+    assert backing.provisioned == 1
+    assert Procedure.DOMAIN_UNDEFINE not in proxy.libvirtd.calls
+    assert record(driver).allocations[0].ready
+    proxy.define(xml("a"))
+    assert record(driver).allocations[0].ready
+
+
+def test_the_error_of_a_define_is_told_also_if_libvirt_does_not_take_its_definition_back(
+    proxy: Proxy, backing: MemoryBacking
+) -> None:
+    backing.fail_provision = {A}
+    proxy.libvirtd.refuse = {Procedure.DOMAIN_UNDEFINE: "the daemon is tired"}
+    with pytest.raises(BackingError, match="no space"):
+        proxy.define(xml("a"))
+
+
+def test_a_domain_that_runs_with_nvdimms_cannot_be_migrated_whatever_its_definition(
+    proxy: Proxy, driver: XenNvdimmDriver
+) -> None:
+    proxy.define(xml("a"))
+    driver.prepare(domain(A))
+    map_prepared(driver.ledger, 5)
+    proxy.define(xml())
+    assert record(driver).allocations == ()
+    for procedure in (Procedure.DOMAIN_MIGRATE_BEGIN3_PARAMS, Procedure.DOMAIN_MIGRATE_PERFORM3_PARAMS):
+        with pytest.raises(UnsupportedError, match="cannot be migrated"):
+            proxy.call(procedure, Packer().domain(DomainRef("db1", UUID, 5)))
