@@ -129,7 +129,8 @@ def _make(plugin: type[Plugin], name: str, conf: cfg.ConfigOpts) -> Plugin:
 def _guarded(plugin: type[Plugin], name: str) -> type[Plugin]:
     """Return the class with methods that raise only errors of the driver's and of the system; others name the plug-in.
 
-    That of a driver stays as it is: it is the driver's own code, but for what it overrides.
+    The defaults of the base classes stay what they are, which tells what a plug-in overrides. A driver stays as it is,
+    too: it is the driver's own code, but for what it overrides.
     """
     from nvdimm_driver import plugins
 
@@ -140,7 +141,7 @@ def _guarded(plugin: type[Plugin], name: str) -> type[Plugin]:
     methods = {
         each: _guard(method, f"{name} ({plugin.__module__}:{plugin.__qualname__})")
         for each, method in found.items()
-        if inspect.isfunction(method) and not getattr(method, "__isabstractmethod__", False)
+        if inspect.isfunction(method) and method.__module__ != plugins.__name__
     }
     same = {"__module__": plugin.__module__, "__qualname__": plugin.__qualname__, "__doc__": plugin.__doc__}
     return types.new_class(plugin.__name__, (plugin,), exec_body=lambda body: body.update(same | methods))

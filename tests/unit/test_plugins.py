@@ -133,6 +133,7 @@ def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(ExtensionManager, "ENTRY_POINT_CACHE", {})
     mine = load("nvdimm_driver.backings", "mine", conf.load([]))
     assert isinstance(mine, Backing)
+    assert type(mine).mark is Backing.mark, "what is not overridden is known"
     named = r"the plug-in mine \(broken_plug_in:Mine\) has failed in "
     with pytest.raises(PluginError, match=named + "describe: KeyError: 'text'"):
         mine.describe()
