@@ -339,6 +339,27 @@ class Backing(Plugin):
 
         raise BackingError(f"{source}: cannot be moved to {target}", hint="it is a device")
 
+    def check_unwritten(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Check that no program of the host may write a frozen backing, by what it has opened before.
+
+        :param identity: whose bytes it has to have; None when that is not known.
+        :raises InUseError: when one may.
+        """
+
+    def is_shared(self, spec: NvdimmSpec) -> bool:
+        """Return True when a backing shares bytes with others, such as a reflink, that :meth:`unshare` can copy.
+
+        :raises BackingError: when that cannot be determined.
+        """
+        return False
+
+    def unshare(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+        """Copy what a backing that is not frozen shares with others, such as a reflink. Can be repeated.
+
+        :param identity: whose bytes it has to have; None when that is not known.
+        :raises BackingError: when there is no room.
+        """
+
     # --- the record of the owner ---
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:

@@ -26,6 +26,7 @@ from nvdimm_driver.sizes import human
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP_FLAG_SYNC = 0x1
 LAST = 0x1
+SHARED = 0x2000
 UNWRITTEN = 0x800
 MERGED = 0x1000
 FLAG_NAMES = {
@@ -39,7 +40,7 @@ FLAG_NAMES = {
     0x400: "DATA_TAIL",
     UNWRITTEN: "UNWRITTEN",
     MERGED: "MERGED",
-    0x2000: "SHARED",
+    SHARED: "SHARED",
 }
 _COPY = "make a plain copy of it: cp --reflink=never --sparse=never"
 _REASONS = {
@@ -51,7 +52,11 @@ _REASONS = {
     "DATA_INLINE": ("is inside the file system's metadata", _COPY),
     "DATA_TAIL": ("shares a block with another file's tail", _COPY),
     "UNWRITTEN": ("is allocated and not written", "it needs provisioning: define the domain again"),
-    "SHARED": ("shares its blocks with another file (reflink) or a snapshot", _COPY),
+    "SHARED": (
+        "shares its blocks with another file (reflink) or a snapshot",
+        "delete that file, or copy what is shared: of a domain's file, with 'nvdimmctl check --repair' while the "
+        "domain is off; of another, with 'cp --reflink=never --sparse=never'",
+    ),
 }
 
 _HEADER = struct.Struct("=QQIIII")  # struct fiemap: start, length, flags, mapped extents, extent count, reserved

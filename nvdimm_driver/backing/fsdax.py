@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from nvdimm_driver.backing import extents, freespace, inode, inventory
+from nvdimm_driver.backing import extents, freespace, inode, inventory, writers
 from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes
 from nvdimm_driver.backing.files import (
     check_copy_name,
@@ -256,6 +256,35 @@ class FsdaxBacking(Backing):
             self._check_same(fd, path, identity)
             self.locks.check_unwritten(fd, path)
             inode.freeze(fd)
+
+    def check_unwritten(self, path: str, identity: BackingIdentity | None = None) -> None:
+        with opened(path, os.O_RDONLY) as fd:
+            self._check_same(fd, path, identity)
+            if inode.has_writer(fd):
+                raise InUseError(
+                    f"{path}: {writers.describe(fd)} may write it, by what it has opened or mapped before, and so "
+                    "change or truncate it under the guest",
+                    hint="end that program, or have it close the file",
+                )
+
+    def is_shared(self, spec: NvdimmSpec) -> bool:
+        with opened(spec.path, os.O_RDONLY) as fd:
+            return any(each.flags & extents.SHARED for each in extents.fiemap(fd, os.fstat(fd).st_size))
+
+    def unshare(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+        """Write each shared part over itself: the file system copies it then, and both files keep their bytes.
+
+        FALLOC_FL_UNSHARE_RANGE does that too, but not with DAX before Linux 6.2.
+        """
+        path = spec.path
+        with opened(path, os.O_RDWR) as fd, self.locks.writing(fd, path):
+            self._check_same(fd, path, identity)
+            inode.set_copy_size(fd, SUPERPAGE)
+            size = os.fstat(fd).st_size
+            for each in extents.fiemap(fd, size):
+                for at in range(each.offset, min(each.end, size), _CHUNK) if each.flags & extents.SHARED else ():
+                    os.pwrite(fd, os.pread(fd, min(_CHUNK, each.end - at, size - at), at), at)
+            os.fsync(fd)
 
     def written_at(self, path: str) -> int | None:
         with suppress(OSError):

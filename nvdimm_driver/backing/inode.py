@@ -18,6 +18,7 @@ IMMUTABLE = 0x10  # FS_IMMUTABLE_FL
 XFLAG_REALTIME = 0x1
 XFLAG_EXTSIZE = 0x800
 XFLAG_DAX = 0x8000
+XFLAG_COWEXTSIZE = 0x10000
 
 # Their numbers encode a long; the argument is an int (fs/ioctl.c: ioctl_getflags).
 _FS_IOC_GETFLAGS = 0x80086601
@@ -76,6 +77,24 @@ def thawed(fd: int) -> Iterator[None]:
             _set_immutable(fd, True)
 
 
+def has_writer(fd: int) -> bool:
+    """Return True while a descriptor or a mapping exists through which a process may write the file.
+
+    XFS lets such a process change and truncate a file that was made immutable since. The kernel grants a lease to read
+    only without one (fs/locks.c:check_conflicting_open). Nobody breaks the lease of an immutable file: an open for
+    writing fails before.
+
+    :param fd: opened to read only.
+    :raises OSError: EINVAL when leases are turned off (/proc/sys/fs/leases-enable).
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
 def owner(fd: int) -> bytes | None:
     """Return the owner that :func:`mark` has recorded; None without one."""
     return os.getxattr(fd, _OWNER) if _OWNER in os.listxattr(fd) else None
@@ -106,6 +125,12 @@ def set_extent_size(fd: int, size: int) -> None:
     """Ask the file system to allocate in aligned pieces of ``size`` bytes; the file must have no extents yet."""
     flags, _, extents, project, cow = _FSXATTR.unpack(_get_xattr(fd))
     fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | XFLAG_EXTSIZE, size, extents, project, cow))
+
+
+def set_copy_size(fd: int, size: int) -> None:
+    """Ask XFS to copy shared extents in aligned pieces of ``size`` bytes, when they are written."""
+    flags, extent_size, extents, project, _ = _FSXATTR.unpack(_get_xattr(fd))
+    fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | XFLAG_COWEXTSIZE, extent_size, extents, project, size))
 
 
 def _set_immutable(fd: int, immutable: bool) -> None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from shlex import quote
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -18,6 +17,7 @@ from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks, ownership
 from nvdimm_driver.state.owner_marks import Mark
+from nvdimm_driver.state.words import word_for
 
 LOG = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _find_device(record: Record) -> str:
     """Return the remedy for a device that is gone or another: its bytes exist, and no other domain may get them."""
     return (
         "enable or rename its device, or correct the options of its backing; or give it up: nvdimmctl release "
-        + quote(record.name)
+        + word_for(record.name, record.uuid)
     )
 
 
@@ -118,6 +118,9 @@ class _Look:
             if lacking:
                 problem = f"it is {human(lacking)} too short: the missing bytes are lost"
                 yield inconsistency(problem, "replace them with zeros", partial(self._complete, backing, record, item))
+                return
+            if backing.is_shared(item.spec):
+                yield _shared(record, item, backing)
                 return
             found = backing.locate(item.spec).identity
         except BackingError as error:
@@ -262,11 +265,20 @@ class _Look:
             return None
 
 
+def _shared(record: Record, item: Allocation, backing: Backing) -> Inconsistency:
+    """Return a file that shares blocks with another: XFS lets a reflink be made of an immutable file, too."""
+    inconsistency = partial(Inconsistency, record.name, item.spec.path, "it shares blocks with another file (reflink)")
+    if record.start is not None:
+        return inconsistency("delete that file, whose reader sees what the guest writes")
+    return inconsistency("copy what is shared", partial(backing.unshare, item.spec, item.identity))
+
+
 def _unfinished(record: Record, item: Allocation) -> Inconsistency:
     """Return an NVDIMM that is not provisioned: a define is running or was interrupted, or its backing is gone."""
+    word = word_for(record.name, record.uuid)
     return Inconsistency(
         record.name,
         item.spec.path,
         f"it is not provisioned ({item.written}% of it is written), and no other domain can have its path",
-        f"unless a define is running, define the domain again, or run: nvdimmctl release {quote(record.name)}",
+        f"unless a define is running, define the domain again, or run: nvdimmctl release {word}",
     )

@@ -53,11 +53,24 @@ class Starts:
         try:
             for item in items:
                 LOG.debug("freeze %s", item.spec.path)
-                backing_of(self.backings, item.spec.path).freeze(item.spec.path, item.identity)
+                backing = backing_of(self.backings, item.spec.path)
+                backing.freeze(item.spec.path, item.identity)
+                self._check_unwritten(uuid, backing, item)
         except BaseException:
             self.put_away(start)
             raise
         return start
+
+    def _check_unwritten(self, uuid: str, backing: Backing, item: Allocation) -> None:
+        """Check that no program may write a frozen backing. The label server of the guest that has ended may: end it.
+
+        :raises InUseError: when one may.
+        """
+        try:
+            backing.check_unwritten(item.spec.path, item.identity)
+        except InUseError:
+            self.label_servers.kill(uuid)
+            backing.check_unwritten(item.spec.path, item.identity)
 
     def put_away(self, start: Start, *, kind: str = "") -> None:
         """End a start: undo :meth:`freeze`. Can be repeated, also when another start of the domain has begun since.

@@ -12,6 +12,7 @@ from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
+from nvdimm_driver.state.words import word_for
 
 
 def identity_at(backings: Sequence[Backing], path: str) -> BackingIdentity | None:
@@ -139,7 +140,7 @@ def _check_mark(ledger: Ledger, mark: Mark, path: str, file: str) -> None:
         raise InUseError(
             f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that",
             hint="'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
-            f"'nvdimmctl release {mark.name}' then frees the file",
+            f"'nvdimmctl release {word_for(mark.name, mark.uuid)}' then frees the file",
         )
 
 
@@ -194,10 +195,11 @@ def has_bytes(items: Sequence[Allocation], identity: BackingIdentity | None) -> 
 
 
 def _owned(path: str, record: Record) -> InUseError:
+    word = word_for(record.name, record.uuid)
     return InUseError(
         f"{path} belongs to domain {record.name} ({record.uuid})",
-        hint=f"if that domain is gone for good, 'nvdimmctl release {record.name}' frees the path; it keeps the data, "
-        "unless the pool has wipe_on_release",
+        hint=f"if that domain is gone for good, 'nvdimmctl release {word}' frees the path; it keeps the data, unless "
+        "the pool has wipe_on_release",
     )
 
 

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.errors import InUseError, RefusedError
+from nvdimm_driver.backing import inode
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import DATA, SIZE, Host, empty
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
 from tests.unit.doubles import OTHER_UUID
 
 
@@ -95,3 +99,234 @@ def test_another_domains_file_is_refused_whatever_its_path(host: Host, tmp_path:
     path = {"link": f"{tmp_path}/link", "prefix": f"{tmp_path}/prefix/a.img", "..": host.path("folder/../a.img")}[way]
     with pytest.raises(InUseError, match=r"a\.img belongs to domain x"):
         host.driver.define(mallory(path))
+
+
+# --- what is put in the place of a file afterwards ---
+
+
+class Swap:
+    """A domain's file, in whose place its folder's owner puts something else, and a victim's file.
+
+    :ivar path: of the domain's file.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.mounted = False
+        self.victim = Path(host.path("victim"))
+        self.victim.write_bytes(DATA)
+        folder = Path(host.path("evil"))
+        folder.mkdir()
+        self.path = folder / "f.img"
+        self.created = host.driver.define(mallory(self.path))
+
+    @property
+    def aside(self) -> Path:
+        return self.path.parent.with_name("aside")
+
+    def swap(self, kind: str) -> None:
+        """Put something in the place of the file, which is immutable while a guest has it."""
+        self.path.parent.rename(self.aside)
+        if kind == "folder is a link":
+            (self.victim.parent / "there").mkdir()
+            os.link(self.victim, self.victim.parent / "there/f.img")
+            os.unlink(self.victim)
+            self.victim = self.victim.parent / "there/f.img"
+            self.path.parent.symlink_to(self.victim.parent)
+            return
+        if kind == "gone":
+            return
+        self.path.parent.mkdir()
+        if kind == "link":
+            self.path.symlink_to(self.victim)
+        elif kind == "hard link":
+            os.link(self.victim, self.path)
+        elif kind == "renamed":
+            self.victim.rename(self.path)
+            self.victim = self.path
+        elif kind == "fifo":
+            os.mkfifo(self.path)
+        elif kind == "device":
+            os.mknod(self.path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+        elif kind == "folder":
+            self.path.mkdir()
+        elif kind == "bind mount":
+            self.path.touch()
+            run("mount", "--bind", self.victim, self.path)
+            self.mounted = True
+
+    def clean(self) -> None:
+        if self.mounted:
+            run("umount", self.path)
+
+    def check_victim(self) -> None:
+        """Check that nothing has changed the victim's file, or what has its name."""
+        assert self.victim.read_bytes() == DATA
+        with open(self.victim, "rb") as file:
+            assert inode.owner(file.fileno()) is None
+            assert not inode.is_immutable(file.fileno())
+
+
+KINDS = ["link", "folder is a link", "hard link", "renamed", "fifo", "device", "folder", "bind mount", "gone"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def swap(host: Host) -> Iterator[Swap]:
+    swap = Swap(host)
+    yield swap
+    swap.clean()
+
+
+def is_there(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def test_undo_deletes_nothing_else(swap: Swap, kind: str) -> None:
+    swap.swap(kind)
+    before = is_there(swap.path)
+    with pytest.raises(BackingError):
+        swap.host.driver.undo(OTHER_UUID, None, swap.created)
+    assert is_there(swap.path) == before
+    swap.check_victim()
+
+
+@pytest.mark.parametrize("delete", [True, False])
+def test_release_deletes_and_unmarks_nothing_else(swap: Swap, kind: str, delete: bool) -> None:
+    swap.swap(kind)
+    before = is_there(swap.path)
+    with suppress(BackingError):  # or there is nothing of it
+        swap.host.driver.wiper.give_up(swap.host.record(OTHER_UUID), quiet, delete=delete)
+    assert is_there(swap.path) == before
+    swap.check_victim()
+
+
+def test_wipe_overwrites_nothing_else(swap: Swap, kind: str) -> None:
+    record = swap.host.record(OTHER_UUID)
+    swap.swap(kind)
+    with pytest.raises((BackingError, NotFoundError)):
+        swap.host.driver.wiper.wipe(record.allocations[0].spec, quiet, record)
+    swap.check_victim()
+
+
+def test_a_start_freezes_nothing_else(swap: Swap, kind: str) -> None:
+    swap.swap(kind)
+    with pytest.raises(NvdimmError):
+        swap.host.driver.prepare(mallory(swap.path))
+    swap.check_victim()
+    items = swap.host.record(OTHER_UUID).allocations
+    with pytest.raises(BackingError):  # as after the last check
+        swap.host.driver.starts.freeze(OTHER_UUID, items)
+    swap.check_victim()
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "device", "folder", "bind mount", "gone"])
+def test_the_end_of_a_guest_thaws_nothing_else(swap: Swap, kind: str) -> None:
+    """An immutable file can be neither renamed nor given another name."""
+    swap.host.driver.prepare(mallory(swap.path))
+    with open(swap.victim, "rb") as file:
+        inode.freeze(file.fileno())  # for a guest that the ledger does not know
+    swap.swap(kind)
+    swap.host.driver.release(OTHER_UUID)
+    with open(swap.victim, "rb") as file:
+        assert inode.is_immutable(file.fileno())
+        inode.thaw(file.fileno())
+    swap.check_victim()
+    assert swap.host.record(OTHER_UUID).start is None
+
+
+def test_labels_of_nothing_else_are_opened(swap: Swap, kind: str) -> None:
+    (item,) = swap.host.record(OTHER_UUID).allocations
+    assert item.identity
+    swap.swap(kind)
+    with pytest.raises(BackingError):
+        swap.host.backing.open_labels(item.spec, item.identity)
+    swap.check_victim()
+
+
+@pytest.mark.parametrize("work", ["freeze", "mark", "unmark", "thaw", "discard", "unshare"])
+def test_the_last_step_compares_what_it_has_opened(swap: Swap, kind: str, work: str) -> None:
+    (item,) = swap.host.record(OTHER_UUID).allocations
+    backing, path = swap.host.backing, str(swap.path)
+    works: dict[str, Callable[[], object]] = {
+        "freeze": lambda: backing.freeze(path, item.identity),
+        "mark": lambda: backing.mark(path, b"mallory", item.identity),
+        "unmark": lambda: backing.mark(path, None, item.identity),
+        "thaw": lambda: backing.thaw(path, item.identity),
+        "discard": lambda: backing.discard(item.spec, item.identity),
+        "unshare": lambda: backing.unshare(item.spec, item.identity),
+    }
+    swap.swap(kind)
+    before = is_there(swap.path)
+    may_pass = work in ("unmark", "thaw") or (work, kind) == ("discard", "gone")
+    with suppress(BackingError) if may_pass else pytest.raises(BackingError):
+        works[work]()
+    assert is_there(swap.path) == before
+    swap.check_victim()
+
+
+def test_import_and_export_follow_no_link(host: Host, tmp_path: Path) -> None:
+    host.define("a.img")
+    victim, source = tmp_path / "victim", tmp_path / "source"
+    victim.write_bytes(b"of somebody else")
+    source.write_bytes(bytes(SIZE))
+    Path(host.path(".new.img.partial")).symlink_to(victim)
+    with pytest.raises(NvdimmError, match=r"partial: is in the way"):
+        host.driver.importer.import_copy(str(source), host.path("new.img"), None, 0, quiet)
+    (tmp_path / ".copy.partial").symlink_to(victim)
+    spec = host.domain("a.img").nvdimms[0]
+    with pytest.raises(NvdimmError, match=r"has become a symbolic link"):
+        host.driver.exporter.export(spec, str(tmp_path / "copy"), quiet, overwrite=True, running=False)
+    assert victim.read_bytes() == b"of somebody else"
+
+
+def test_an_import_does_not_go_on_with_a_file_of_another_user(host: Host, tmp_path: Path) -> None:
+    source, left = tmp_path / "source", Path(host.path(".new.img.partial"))
+    source.write_bytes(DATA)
+    left.write_bytes(bytes(SIZE))
+    os.chown(left, 65534, 65534)
+    with pytest.raises(RefusedError, match=r"partial: is in the way"):
+        host.driver.importer.import_copy(str(source), host.path("new.img"), None, 0, quiet)
+    assert left.read_bytes() == bytes(SIZE)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "hard link"])
+def test_a_define_takes_only_a_plain_file(host: Host, kind: str) -> None:
+    path = Path(host.path("x.img"))
+    Path(host.path("victim")).write_bytes(DATA)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.link(host.path("victim"), path)
+    with pytest.raises(BackingError):
+        host.driver.define(mallory(path))
+    assert host.read("victim") == DATA
+    assert host.driver.ledger.find_domain(OTHER_UUID) is None
+
+
+# --- a domain of an earlier version ---
+
+
+def test_a_definition_with_a_link_goes_on_while_the_link_leads_to_its_bytes(host: Host, tmp_path: Path) -> None:
+    """libvirt has the path as its user wrote it."""
+    link = tmp_path / "link"
+    link.symlink_to(host.fs.root)
+    host.define("a.img", OTHER_UUID)
+    host.define("b.img")
+    host.driver.prepare(mallory(link / "a.img"))
+    host.driver.release(OTHER_UUID)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.img").symlink_to(host.path("b.img"))
+    link.unlink()
+    link.symlink_to("folder")
+    with pytest.raises(BackingError, match=r"link/a\.img leads to .*b\.img now, which is not the backing"):
+        host.driver.prepare(mallory(link / "a.img"))
+    assert host.record(OTHER_UUID).allocations[0].spec.path == host.path("a.img")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nvdimm_driver.backing.paths import resolve, resolve_new
 from nvdimm_driver.cmd.ctl.base import Action, agreed, find, items_of, size_argument, up_to_date, yes_option
 from nvdimm_driver.cmd.ctl.progress import watched
-from nvdimm_driver.errors import NotFoundError, UsageError
+from nvdimm_driver.errors import UsageError
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
@@ -200,16 +200,12 @@ def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
     """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or an absolute path names."""
     if os.path.isabs(word):
         return _whole(driver, resolve(word))
-    name, colon, slot = word.rpartition(":")
-    try:
-        record, number = find(driver, word), None
-    except NotFoundError:
-        if not colon or not slot.isdecimal():
-            raise
-        record, number = find(driver, name), int(slot)
+    from nvdimm_driver.state.words import find_with_slot, word_for
+
+    record, number = find_with_slot(driver.ledger.domains(), word)
     items = items_of(record, number)
     if len(items) > 1:
-        slots = ", ".join(f"{record.name}:{item.spec.slot}" for item in items)
+        slots = ", ".join(f"{word_for(record.name, record.uuid)}:{item.spec.slot}" for item in items)
         raise UsageError(f"domain {record.name} has {len(items)} NVDIMMs", hint=f"say which: {slots}")
     return items[0].spec
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Rows = tuple[Sequence[str], list[tuple[Any, ...]]]
 Fields = tuple[Sequence[str], Sequence[Any]]
-DOMAIN_HELP = "name or uuid of a domain with NVDIMMs, or its id while it runs"
+DOMAIN_HELP = "uuid or name of a domain with NVDIMMs, or its id while it runs"
 
 
 class Action(Command):
@@ -89,18 +89,14 @@ def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
 
 
 def find(driver: XenNvdimmDriver, key: str) -> Record:
-    """Return the domain of that name, uuid or, while it runs, id.
+    """Return the domain of that uuid, name or, while it runs, id.
 
     :raises NotFoundError: when the ledger has none.
+    :raises UsageError: when it has several.
     """
-    records = driver.ledger.domains()
-    for record in records:
-        if key in (record.name, record.uuid):
-            return record
-    for record in records:
-        if record.start is not None and key == str(record.start.domid):
-            return record
-    raise NotFoundError(f"no domain {key!r} with NVDIMMs", hint="'nvdimmctl list' shows all")
+    from nvdimm_driver.state.words import find_named
+
+    return find_named(driver.ledger.domains(), key)
 
 
 def items_of(record: Record, slot: int | None) -> list[Allocation]:

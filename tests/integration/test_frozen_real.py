@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who can still write a frozen file, or read what a guest writes to it, on real ext4 and XFS."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.backing import inode
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.errors import BackingError, InUseError
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture(params=list(MKFS))
+def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
+    yield Host(tmp_path, file_systems[request.param])
+    empty(file_systems[request.param])
+
+
+@pytest.fixture
+def xfs(tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
+    yield Host(tmp_path, file_systems["xfs"])
+    empty(file_systems["xfs"])
+
+
+class Writer:
+    """A program that may write a file, by what it has opened or mapped."""
+
+    def __init__(self, path: str, way: str) -> None:
+        ready, told = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                fd = os.open(path, os.O_RDWR)
+                if way == "mapping":
+                    mapping = mmap.mmap(fd, SIZE)
+                    os.close(fd)
+                    assert len(mapping) == SIZE
+                os.write(told, b"x")
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(told)
+        assert os.read(ready, 1)
+        os.close(ready)
+
+    def end(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.mark.parametrize("way", ["descriptor", "mapping"])
+def test_a_file_that_a_program_may_write_is_for_no_guest(host: Host, way: str) -> None:
+    host.define("a.img")
+    child = Writer(host.path("a.img"), way)
+    with pytest.raises(InUseError, match=rf"a\.img: process {child.pid} .* may write it"):
+        host.driver.prepare(host.domain("a.img"))
+    child.end()
+    assert host.record().start is None
+    host.driver.prepare(host.domain("a.img"))
+
+
+def test_a_file_that_a_program_reads_is_for_a_guest(host: Host) -> None:
+    host.define("a.img")
+    with open(host.path("a.img"), "rb"):
+        host.driver.prepare(host.domain("a.img"))
+
+
+def test_xfs_lets_a_program_write_what_was_made_immutable_since(xfs: Host) -> None:
+    """The fact that the check is for; ext4 refuses the write."""
+    xfs.define("a.img")
+    with open(xfs.path("a.img"), "r+b", buffering=0) as file:
+        xfs.backing.freeze(xfs.path("a.img"))
+        os.pwrite(file.fileno(), b"changed", 0)
+        os.ftruncate(file.fileno(), 4096)
+    assert os.path.getsize(xfs.path("a.img")) == 4096
+    with open(xfs.path("a.img"), "rb") as file:
+        assert inode.is_immutable(file.fileno())
+        assert not inode.has_writer(file.fileno())
+
+
+def test_what_a_reflink_shares_is_copied_by_check(xfs: Host) -> None:
+    xfs.run(xfs.domain("a.img"))
+    with open(xfs.path("a.img"), "rb") as file:
+        inode.thaw(file.fileno())
+    Path(xfs.path("a.img")).write_bytes(DATA)
+    xfs.backing.freeze(xfs.path("a.img"))
+    run("cp", "--reflink=always", xfs.path("a.img"), xfs.path("clone"))  # XFS lets it be made of an immutable file
+    (found,) = look(xfs.driver)
+    assert (found.domain, found.mend) == ("x", None), "the guest has these blocks"
+    assert found.problem == "it shares blocks with another file (reflink)"
+    assert found.remedy == "delete that file, whose reader sees what the guest writes"
+
+    xfs.mapper.alive.clear()
+    xfs.driver.release(xfs.record().uuid)
+    with pytest.raises(BackingError, match="nvdimmctl check --repair"):
+        xfs.driver.prepare(xfs.domain("a.img"))
+    (found,) = look(xfs.driver)
+    assert (found.path, found.remedy) == (xfs.path("a.img"), "copy what is shared")
+    assert found.mend
+    found.mend()
+    assert look(xfs.driver) == []
+    identity = xfs.record().allocations[0].identity
+    assert xfs.backing.locate(xfs.domain("a.img").nvdimms[0]).identity == identity
+    assert xfs.read("a.img") == xfs.read("clone") == DATA
+    xfs.driver.prepare(xfs.domain("a.img"))
+
+
+def test_a_shared_file_is_not_copied_under_a_start(xfs: Host) -> None:
+    xfs.define("a.img")
+    run("cp", "--reflink=always", xfs.path("a.img"), xfs.path("clone"))
+    item = xfs.record().allocations[0]
+    with xfs.backing.open_bytes(item.spec, write=True), pytest.raises(InUseError, match="is being overwritten"):
+        xfs.backing.unshare(item.spec, item.identity)
