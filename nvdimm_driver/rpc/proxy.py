@@ -105,7 +105,8 @@ class _Server:
             self._loop.remove_reader(listener.socket)
 
     async def finish(self) -> None:
-        """Disconnect the clients, and wait for their handlers."""
+        """Disconnect the clients, and wait for their handlers; those that wait for zeros to be written fail."""
+        self.workers.stop()
         for session in self._sessions:
             session.near.close()
             session.settle()

@@ -15,7 +15,7 @@ from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.endpoint import End, close_all
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.wire import Header, Message
-from nvdimm_driver.rpc.workers import Workers
+from nvdimm_driver.rpc.workers import Workers, stopping
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
 
 LOG = logging.getLogger(__name__)
@@ -283,7 +283,7 @@ class _Handling:
             self._fds = ()
 
     def _worked(self, future: asyncio.Future[Any]) -> None:
-        error = future.exception()
+        error = stopping() if future.cancelled() else future.exception()
         if error:
             self.fail(error)
         else:

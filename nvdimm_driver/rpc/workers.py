@@ -17,19 +17,27 @@ ZEROS_MAX = 32
 """Most defines that write zeros, or wait for that. Others wait for seconds, and there is one for each call at most."""
 
 
+def stopping() -> BusyError:
+    """Return the error for what cannot be begun any more."""
+    return BusyError("nvdimmd stops, and provisions nothing more", hint="try again: it is started for the next client")
+
+
 class Workers:
     """The threads of all sessions. For the thread of the event loop alone."""
 
     def __init__(self) -> None:
         self._executors = {pool: ThreadPoolExecutor(THREADS[pool], f"nvdimmd-{pool.name.lower()}") for pool in Pool}
         self._zeros = 0
+        self._stopped = False
 
     def submit(self, work: Work) -> asyncio.Future[Any]:
-        """Run work in a thread of its pool, as soon as one is free.
+        """Run work in a thread of its pool, as soon as one is free. It is cancelled if :meth:`stop` comes first.
 
-        :raises BusyError: when too much is waiting already.
+        :raises BusyError: when too much is waiting already, or after :meth:`stop`.
         """
         if work.pool is Pool.ZEROS:
+            if self._stopped:
+                raise stopping()
             if self._zeros >= ZEROS_MAX:
                 raise BusyError(
                     f"{self._zeros} domains are being provisioned, or wait for that, which is the most at a time",
@@ -40,6 +48,11 @@ class Workers:
         if work.pool is Pool.ZEROS:
             future.add_done_callback(self._written)
         return future
+
+    def stop(self) -> None:
+        """Begin no more writing of zeros, which can take hours; cancel what waits for it."""
+        self._stopped = True
+        self._executors[Pool.ZEROS].shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Take no more work. What runs goes on to its end."""
