@@ -18,6 +18,7 @@ from oslo_config import cfg
 
 from nvdimm_driver import logs, plugin_loader, plugins
 from nvdimm_driver.acpi.walk import find
+from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.contents.exporting import Exporter
@@ -106,6 +107,7 @@ class XenNvdimmDriver(plugins.Plugin):
         gap: int,
         dsm: str,
         pools: Pools,
+        holders: Holders | None = None,
     ) -> None:
         self.ledger = ledger
         self.state_dir = state_dir
@@ -116,7 +118,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.locks = DomainLocks(state_dir / "locks", ledger.reserve)
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.definitions = Definitions(ledger, backings, self.planner, pools, self.locks)
-        self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir))
+        self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), holders or Holders(state_dir))
         checks = Checks(ledger, backings, pools, self._spoil_runs)
         self.importer, self.exporter, self.wiper = Importer(checks), Exporter(checks), Wiper(checks)
 
@@ -274,7 +276,7 @@ class XenNvdimmDriver(plugins.Plugin):
         """Do what :meth:`prepare` does, with the lock for the preparation of the domain's start."""
         uuid = uuid_of(domain)
         self.reconcile()
-        self.serve_labels()
+        self.restart_lost()
         self.starts.end_earlier(uuid)
         record = self.definitions.adopt(domain)
         self.definitions.check_marks(domain)
@@ -347,9 +349,10 @@ class XenNvdimmDriver(plugins.Plugin):
                 if uuid not in known and not self.starts.label_servers.is_running(uuid):
                     shutil.rmtree(folder / uuid)
 
-    def serve_labels(self) -> None:
-        """Start a label server for each running guest whose own was killed."""
+    def restart_lost(self) -> None:
+        """Start a label server and a holder for each running guest whose own was killed."""
         self.starts.serve_labels()
+        self.starts.hold_again()
 
     def renew_label_servers(self) -> list[tuple[Record, bool]]:
         """Replace the label servers that are older than the installed code; return their domains, and if that worked.
@@ -405,6 +408,7 @@ class XenNvdimmDriver(plugins.Plugin):
         served = had.labels if self.starts.label_servers.is_running(record.uuid) else ""
         paths = [item.spec.path for item in items]
         self.ledger.take_up_running(record.uuid, record.start, domid, paths, mappings, areas, served=served)
+        self.starts.hold_again()
 
     def prepare_known(self, uuid: str) -> None:
         """Prepare a start for which no hook has run, such as that of a domain that ``xl`` has created.
@@ -426,6 +430,8 @@ class XenNvdimmDriver(plugins.Plugin):
         start = self.starts.freeze(record.uuid, items)
         try:
             plan = self.planner.plan_start(domain, record)
+            located = zip(domain.nvdimms, plan.locations, strict=True)
+            self.starts.hold(record.uuid, record.name, [(spec.path, each.identity) for spec, each in located])
             run = self._new_run(plan)
             self._write_tables(record.uuid, saved_guest.numbered(plan.tables.tables, run.number))
             has = replace(record, allocations=tuple(items))

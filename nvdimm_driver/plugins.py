@@ -302,6 +302,15 @@ class Backing(Plugin):
         :param identity: whose bytes it has to have; None when that is not known.
         """
 
+    def hold(self, path: str, identity: BackingIdentity) -> int | None:
+        """Return a descriptor that keeps the host from taking the backing away; a process has it while a guest runs.
+
+        The default is None: programs of the host cannot open the backing, or nothing would be kept from being done.
+
+        :raises BackingError: when the backing has another identity, or is in use.
+        """
+        return None
+
     def written_at(self, path: str) -> int | None:
         """Return when a program of the host has last written the backing, in nanoseconds since the epoch.
 

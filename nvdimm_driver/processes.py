@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from nvdimm_driver.host_text import decode, read
@@ -14,6 +17,7 @@ from nvdimm_driver.host_text import decode, read
 FIRST_UID = 0x7000_0000
 """User of the QEMUs that build tables, and group of all QEMUs without a guest; a domain's label server has the user
 ``FIRST_UID + domid``. systemd's list of numbers (docs/UIDS-GIDS.md) has this range, up to 0x7FFF_FFFF, as unused."""
+KILL_SECONDS = 10.0
 _STARTTIME = 19
 """Index among the fields after the name in ``stat``: clock ticks from the host's boot to the start of the process."""
 
@@ -47,3 +51,19 @@ def start_time(process: Path) -> float | None:
         return None
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return booted + int(fields[_STARTTIME]) / os.sysconf("SC_CLK_TCK")
+
+
+def kill(pid: int, is_meant: Callable[[], bool] = lambda: True) -> None:
+    """Kill a process, and wait until it is dead: its locks are released and its files closed then.
+
+    :param is_meant: returns False when another process has the number by now; it is asked when that cannot happen any
+        more.
+    """
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            if is_meant():
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                select.select([descriptor], [], [], KILL_SECONDS)
+        finally:
+            os.close(descriptor)

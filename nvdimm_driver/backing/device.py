@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from nvdimm_driver.backing import extents, inventory
+from nvdimm_driver.backing import extents, holders, inventory
 from nvdimm_driver.backing.byteranges import LockedBytes
+from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import Volume, space_of
 from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.backing.paths import is_gone, open_resolved, opened, resolve, status
@@ -107,14 +108,25 @@ class DeviceBacking(Backing):
 
     def locate(self, spec: NvdimmSpec) -> Location:
         volume, extent = self._find(spec)
-        identity = BackingIdentity(self.name, volume.namespace.uid, volume.start, 0, 0, volume.size)
-        return Location(identity, (extent,))
+        return Location(self._identity(volume), (extent,))
 
     def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Check only that no process overwrites the device: the kernel does not move a namespace."""
         del identity  # nothing is changed
         with _opened(path) as fd:
             self.locks.check_unwritten(fd, path)
+
+    def hold(self, path: str, identity: BackingIdentity) -> int:
+        """Open the device exclusively: a block device can then be neither mounted, nor disabled, nor made anew.
+
+        Linux has nothing like it for a character device: the descriptor only shows who uses it.
+        """
+        with _opened(path, shared=False) as fd:
+            check_identity(path, self._identity(self.volume(path, os.fstat(fd).st_rdev)), identity)
+            return os.dup(fd)
+
+    def _identity(self, volume: Volume) -> BackingIdentity:
+        return BackingIdentity(self.name, volume.namespace.uid, volume.start, 0, 0, volume.size)
 
     def _open(self, path: str, size: int, *, write: bool) -> ByteRange:
         try:
@@ -152,15 +164,26 @@ def _too_small(path: str, size: int, needed: int) -> BackingError:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[int]:
+def _opened(path: str, *, shared: bool = True) -> Iterator[int]:
+    """Yield a descriptor of a device that nothing in the host uses.
+
+    :param shared: accept a block device that a holder has for a guest.
+    :raises BackingError: when something uses it, or it cannot be opened.
+    """
     try:
-        # O_EXCL: EBUSY for a block device that a file system or another driver uses (open(2)).
-        fd = open_resolved(path, os.O_RDONLY | os.O_EXCL)
+        try:
+            # EBUSY for a block device that a file system, another driver or a holder uses (open(2)).
+            fd = open_resolved(path, os.O_RDONLY | os.O_EXCL)
+        except OSError as error:
+            found = status(path) if shared and error.errno == errno.EBUSY else None
+            if found is None or not holders.is_held(found.st_rdev):
+                raise
+            fd = open_resolved(path, os.O_RDONLY)
     except OSError as error:
         busy = error.errno == errno.EBUSY
         raise BackingError(
             f"{path}: {'is in use in the host' if busy else error.strerror}",
-            hint="unmount it, or see what uses it: lsblk" if busy else "",
+            hint="unmount it, or see what uses it: lsblk, fuser -v" if busy else "",
         ) from error
     try:
         yield fd

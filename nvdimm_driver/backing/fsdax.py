@@ -286,6 +286,12 @@ class FsdaxBacking(Backing):
                     os.pwrite(fd, os.pread(fd, min(_CHUNK, each.end - at, size - at), at), at)
             os.fsync(fd)
 
+    def hold(self, path: str, identity: BackingIdentity) -> int:
+        """Open the file: its file system can then be neither unmounted nor made anew, as its device stays in use."""
+        with opened(path, os.O_RDONLY, patience=lease_break_seconds()) as fd:
+            check_identity(path, self._identity(fd, self._volume(fd, path)), identity)
+            return os.dup(fd)
+
     def written_at(self, path: str) -> int | None:
         with suppress(OSError):
             found = status(path)

@@ -50,7 +50,7 @@ class PmemBacking(DeviceBacking):
         return volume
 
     def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
-        """Accept every open device: O_EXCL has shown that nothing in the host uses it."""
+        """Accept every open device: O_EXCL has shown that nothing in the host but a holder uses it."""
 
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
         # not O_EXCL: the next check, with O_EXCL, would find the device in use

@@ -13,6 +13,7 @@ import sys
 import time
 
 from nvdimm_driver import host_text
+from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
 from nvdimm_driver.guest import mapping_guards, p2m
 from nvdimm_driver.state.events import Event, failure, log_line, logfmt
@@ -90,7 +91,8 @@ def main(
     log = Log(log_file, log_format, log_level)
     try:
         xen, ledger = _mapper(mapper), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)
-        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, restored=_is_restored(argv), log=log)
+        find, restored = Holders(state_dir).find, _is_restored(argv)
+        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, is_held=find, restored=restored, log=log)
         log.debug("exec %s", qemu)
         try:
             os.execv(qemu, [qemu, *argv[1:]])
@@ -124,6 +126,7 @@ def attach(
     prepare: Callable[[str], None],
     serve: Callable[[str, int, str], None],
     *,
+    is_held: Callable[[str], object] = str,
     restored: bool = False,
     log: Log | None = None,
 ) -> str:
@@ -131,6 +134,7 @@ def attach(
 
     :param prepare: prepares a start, by the domain's uuid, if no hook has done it: xl runs none.
     :param serve: starts a label server, by state folder, domid and uuid.
+    :param is_held: tells, by uuid, if a holder has the domain's backings open; true by default.
     :param restored: the guest is restored from a saved image. Its tables, and its page for a label server, are in the
         restored memory, and no firmware runs that would read new tables. It must be as the guest was when it was saved.
     :param log: gets each step.
@@ -145,6 +149,11 @@ def attach(
         raise missing
     try:
         start = _find_start(uuid, domid, ledger, prepare, log)
+        if not is_held(uuid):
+            raise LedgerError(
+                f"the process that holds the backings of domain {start.name} has died since its start was prepared",
+                hint="start the domain again",
+            )
         _guard(uuid, domid, start, ledger, mapper)
         log.debug("guards passed, mappings: %d", len(start.mappings))
         tables = _read(os.path.join(state_dir, "domains", uuid, "tables"))

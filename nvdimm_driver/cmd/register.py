@@ -16,6 +16,7 @@ from pathlib import Path
 from oslo_config import cfg
 
 from nvdimm_driver import host_text, plugin_loader
+from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.cmd import systemd_units
 from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.doctor.programs import Script
@@ -133,7 +134,8 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
             return []
         try:
             mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
-            over = {each.name for each in Starts(ledger, (), mapper, LabelServers(conf.state_dir)).find_stale()}
+            starts = Starts(ledger, (), mapper, LabelServers(conf.state_dir), Holders(conf.state_dir))
+            over = {each.name for each in starts.find_stale()}
         except NvdimmError as error:
             raise InUseError(
                 f"domains with NVDIMMs may be running: {', '.join(started)}; Xen cannot be asked: {error.message}",

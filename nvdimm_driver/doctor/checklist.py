@@ -12,6 +12,7 @@ from oslo_config import cfg
 
 from nvdimm_driver import plugin_loader
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
+from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.doctor import access, confinement, hypervisor, ledger, libvirt, nova, pmem, programs, storage
 from nvdimm_driver.doctor.finding import Finding, could_not, passed, warned
@@ -129,7 +130,8 @@ def _records(conf: cfg.ConfigOpts) -> Iterator[Finding]:
     state_dir = Path(conf.state_dir)
     backings = plugin_loader.load_all("nvdimm_driver.backings", conf)
     mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
-    return ledger.check(state_dir / "ledger.sqlite", backings, mapper, LabelServers(state_dir).is_running)
+    servers, holders = LabelServers(state_dir), Holders(state_dir)
+    return ledger.check(state_dir / "ledger.sqlite", backings, mapper, servers.is_running, holders.held)
 
 
 def _nova(conf: cfg.ConfigOpts) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,16 +15,21 @@ from nvdimm_driver.plugins import Backing, Mapper, backing_of
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import host_boot_id
 
-_XEN, _BACKINGS, _SERVERS = "ledger, Xen", "ledger, backings", "label servers"
+_XEN, _BACKINGS, _SERVERS, _HOLDERS = "ledger, Xen", "ledger, backings", "label servers", "holders"
 
 
 def check(
-    path: Path, backings: Sequence[Backing], mapper: Mapper, label_server: Callable[[str], bool]
+    path: Path,
+    backings: Sequence[Backing],
+    mapper: Mapper,
+    label_server: Callable[[str], bool],
+    held: Callable[[], Collection[str]],
 ) -> Iterator[Finding]:
     """Check that the ledger can be read, and that it is right.
 
     :param path: path of the ledger.
     :param label_server: returns True when the label server of the domain with that uuid runs.
+    :param held: returns the uuids of the domains that have a holder.
     """
     if not path.exists():
         yield failed("ledger", f"there is no {path}", "'nvdimmctl register' makes it")
@@ -41,8 +46,9 @@ def check(
             yield from check_starts(records, mapper)
             yield from check_backings(records, backings)
             yield from check_label_servers(records, label_server)
+            yield from check_holders(records, held())
             return
-    for name in (_XEN, _BACKINGS, _SERVERS):
+    for name in (_XEN, _BACKINGS, _SERVERS, _HOLDERS):
         yield failed(name, "cannot be checked without the ledger")
 
 
@@ -101,3 +107,17 @@ def check_label_servers(records: Sequence[Record], label_server: Callable[[str],
         yield warned(_SERVERS, f"domain {record.name}: its label server is gone", "'nvdimmctl list' starts another")
     if not gone:
         yield passed(_SERVERS, f"{len(served)} guests need one and have it")
+
+
+def check_holders(records: Sequence[Record], held: Collection[str]) -> Iterator[Finding]:
+    """Check that the backings of each guest are held."""
+    running = [record for record in records if (at := record.start) and at.state == "mapped"]
+    gone = [record for record in running if record.uuid not in held]
+    for record in gone:
+        yield warned(
+            _HOLDERS,
+            f"domain {record.name}: nothing holds its backings: they can be unmounted while the guest has them",
+            "'nvdimmctl list' holds them again",
+        )
+    if not gone:
+        yield passed(_HOLDERS, f"the backings of {len(running)} guests are held")

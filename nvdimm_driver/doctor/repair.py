@@ -78,8 +78,12 @@ class _Look:
                 problem = f"its start as domid {record.start.domid} is over, but was not cleaned up"
                 put_away = partial(self.driver.starts.put_away, record.start, kind="put-away")
                 yield Inconsistency(record.name, "", problem, "clean it up", put_away)
-        for record in self.driver.starts.find_unserved():
-            yield Inconsistency(record.name, "", "its label server is gone", "start another", self.driver.serve_labels)
+        starts = self.driver.starts
+        for record in starts.find_unserved():
+            yield Inconsistency(record.name, "", "its label server is gone", "start another", starts.serve_labels)
+        for record in starts.find_unheld():
+            problem = "nothing holds its backings: they can be unmounted and overwritten while the guest runs"
+            yield Inconsistency(record.name, "", problem, "hold them again", starts.hold_again)
         for record in self.records:
             for item in record.allocations:
                 if item.ready:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
-import signal
 import struct
 import subprocess
 import sys
@@ -15,10 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from nvdimm_driver.errors import XenError
-from nvdimm_driver.processes import run, start_time
+from nvdimm_driver.processes import kill, run, start_time
 
 MODULE = "nvdimm_driver.cmd.label_server"
-KILL_SECONDS = 10.0
 START_SECONDS = 40.0
 """Time that a label server may take to start; libxl waits 60 s for the device model, which waits for this."""
 
@@ -93,7 +90,7 @@ class LabelServers:
     def kill(self, uuid: str) -> None:
         """Kill the domain's label server; its guest's requests wait in Xen until another is started."""
         for process in list(self._processes(uuid)):
-            _kill(int(process.name))
+            kill(int(process.name))
 
     def start(self, domid: int, uuid: str) -> None:
         """Start a label server for a domain that has its page for requests; it serves when this returns.
@@ -125,17 +122,6 @@ class LabelServers:
 
     def _requests_file(self, uuid: str) -> Path:
         return self.state_dir / "domains" / uuid / "label-requests"
-
-
-def _kill(pid: int) -> None:
-    """Kill a process, and wait until it is dead and its locks are released."""
-    with suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(pid)
-        try:
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            select.select([descriptor], [], [], KILL_SECONDS)
-        finally:
-            os.close(descriptor)
 
 
 def _counts(content: bytes) -> tuple[int, int]:

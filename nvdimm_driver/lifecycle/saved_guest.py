@@ -100,6 +100,11 @@ def paths_of(run: Run) -> dict[str, int]:
     return {each["path"]: each["slot"] for each in _nvdimms(run.nvdimms)}
 
 
+def backings_of(run: Run) -> list[tuple[str, BackingIdentity]]:
+    """Return path and identity of each backing that the guest of a run has."""
+    return [(each["path"], _identity(each)) for each in _nvdimms(run.nvdimms)]
+
+
 def has_bytes_of(run: Run, identity: BackingIdentity) -> bool:
     """Return True if the guest of a run may have bytes of a backing."""
     return any(_identity(each).shares_bytes(identity) for each in _nvdimms(run.nvdimms))

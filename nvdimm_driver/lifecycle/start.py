@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts of domains: their backings are frozen until Xen no longer has the domain."""
+"""Starts of domains: their backings are frozen and held until Xen no longer has the domain."""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from nvdimm_driver import logs
+from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
@@ -40,16 +43,23 @@ class Starts:
     release_seconds = RELEASE_SECONDS
 
     def __init__(
-        self, ledger: Ledger, backings: Sequence[Backing], mapper: Mapper, label_servers: LabelServers
+        self,
+        ledger: Ledger,
+        backings: Sequence[Backing],
+        mapper: Mapper,
+        label_servers: LabelServers,
+        holders: Holders,
     ) -> None:
         self.ledger = ledger
         self.backings = backings
         self.mapper = mapper
         self.label_servers = label_servers
+        self.holders = holders
 
     def freeze(self, uuid: str, items: Sequence[Allocation]) -> Start:
         """Begin a start: freeze its backings until :meth:`put_away`. On failure, nothing stays frozen."""
         start = self.ledger.begin_start(uuid, [item.spec.path for item in items])
+        self.holders.kill(uuid, self.holders.find(uuid))  # of a start that is over
         try:
             for item in items:
                 LOG.debug("freeze %s", item.spec.path)
@@ -73,22 +83,50 @@ class Starts:
             backing.check_unwritten(item.spec.path, item.identity)
 
     def put_away(self, start: Start, *, kind: str = "") -> None:
-        """End a start: undo :meth:`freeze`. Can be repeated, also when another start of the domain has begun since.
+        """End a start: undo :meth:`freeze` and :meth:`hold`. Can be repeated, also when another start has begun since.
+
+        What cannot be thawed is let go nevertheless: to mend its file system, the operator has to unmount it.
 
         Nothing is done for a start that has gone on meanwhile. Once its end is noted, it cannot go on any more.
 
         :param kind: kind of the event to record; empty for none.
         """
+        holders = self.holders.find(start.uuid)  # a start that begins from now on has another one
         begun = self.ledger.find_begun(start)
         if not self.ledger.note_end(start, begun and saved_guest.times_at_end(self.backings, begun)):
             LOG.debug("the start of domain %s has gone on: it is not over", start.uuid)
             return
         record = self.ledger.find_domain(start.uuid)
         identities = {item.spec.path: item.identity for item in (record.allocations if record else ())}
-        for path in start.paths:
-            self.thaw(path, identities.get(path), over=start)
+        try:
+            for path in start.paths:
+                self.thaw(path, identities.get(path), over=start)
+        finally:
+            self._let_go(start, holders)
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
+
+    def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
+        """Start a holder of a domain's backings; return its process id.
+
+        :param backings: path and identity of each.
+        :raises BackingError: when one of them is not there or in use, or no holder can be started.
+        """
+        with ExitStack() as opened:
+            descriptors = []
+            for path, identity in backings:
+                descriptor = backing_of(self.backings, path).hold(path, identity)
+                if descriptor is not None:
+                    opened.callback(os.close, descriptor)
+                    descriptors.append(descriptor)
+            LOG.debug("hold the backings of domain %s: %d descriptors", name, len(descriptors))
+            return self.holders.start(uuid, name, descriptors)
+
+    def _let_go(self, start: Start, holders: Collection[int]) -> None:
+        """End these holders of a domain, unless its start in the ledger is another one."""
+        record = self.ledger.find_domain(start.uuid)
+        if record is None or record.start is None or record.start.id == start.id:
+            self.holders.kill(start.uuid, holders)
 
     def thaw(self, path: str, identity: BackingIdentity | None = None, over: Start | None = None) -> None:
         """Undo the freezing of a backing, unless a start in the ledger has it.
@@ -128,6 +166,7 @@ class Starts:
                 self.put_away(record.start, kind="put-away")
             except NvdimmError as error:
                 logs.tell(Event("put-away-failed", record.uuid, record.name, record.start.domid, failure(error)))
+        self._end_orphans()
 
     def find_served(self) -> list[Record]:
         """Return the running domains that have a label server, or have lost it."""
@@ -140,6 +179,53 @@ class Starts:
     def find_unserved(self) -> list[Record]:
         """Return the running domains whose label server is gone."""
         return [record for record in self.find_served() if not self.label_servers.is_running(record.uuid)]
+
+    def find_unheld(self) -> list[Record]:
+        """Return the running domains that no holder holds: it was killed, or an earlier version has started them."""
+        held = self.holders.held()
+        return [
+            record
+            for record in self.ledger.started_domains()
+            if record.uuid not in held
+            and record.start
+            and record.start.state == "mapped"
+            and self.is_running(record.start)
+        ]
+
+    def hold_again(self) -> None:
+        """Start a holder for each running guest that has none; log what cannot be held."""
+        for record in self.find_unheld():
+            try:
+                pid = self.hold(record.uuid, record.name, self._has(record))
+            except NvdimmError as error:
+                domid = record.start.domid if record.start else None
+                logs.tell(Event("hold-failed", record.uuid, record.name, domid, failure(error)))
+                continue
+            if self._is_over(record):  # who has put it away meanwhile did not know of this holder
+                self.holders.kill(record.uuid, [pid])
+            else:
+                self.ledger.record_event("holder-gone", record.uuid)
+
+    def _has(self, record: Record) -> list[tuple[str, BackingIdentity]]:
+        """Return path and identity of each backing that a running guest has."""
+        run = self.ledger.find_run(record.uuid)
+        if run is not None:
+            return saved_guest.backings_of(run)
+        return [(item.spec.path, item.identity) for item in record.started if item.identity]
+
+    def _is_over(self, record: Record) -> bool:
+        """Return True when the start of a record is over, or another one has begun."""
+        now = self.ledger.find_domain(record.uuid)
+        return not (now and now.start and now.start == record.start and self.is_running(now.start))
+
+    def _end_orphans(self) -> None:
+        """End the holders of domains that have no start, unless Xen has them: then the ledger has lost the start."""
+        held = self.holders.held()  # first: a start is in the ledger before its holder exists
+        orphans = held - {record.uuid for record in self.ledger.started_domains()}
+        guests = {uuid for _, uuid in self.mapper.guests()} if orphans else set()
+        if None not in guests:  # a domain that is dying has lost its uuid
+            for uuid in orphans - guests:
+                self.holders.kill(uuid, self.holders.find(uuid))
 
     def renew_label_servers(self) -> list[tuple[Record, bool]]:
         """Replace the label servers that are older than the installed code; return their domains, and if that worked.

@@ -28,6 +28,7 @@ KINDS = {
     "put-away": "INFO",
     "label-server-started": "INFO",
     "label-server-gone": "WARNING",
+    "holder-gone": "WARNING",
 }
 """The events that the ledger keeps, each with its log level."""
 LOGGED = {
@@ -37,6 +38,7 @@ LOGGED = {
     "put-away-failed": "ERROR",
     "hook-failed": "ERROR",
     "label-server-failed": "ERROR",
+    "hold-failed": "ERROR",
 }
 """Events that only the log has, if their level is above INFO."""
 

@@ -185,7 +185,7 @@ def test_what_is_right_passes(host: Host) -> None:
             "ACPI tables",
             "device model",
         ),
-        *("hook", "libvirt", "nvdimmd", "ledger", "ledger, Xen", "ledger, backings", "label servers"),
+        *("hook", "libvirt", "nvdimmd", "ledger", "ledger, Xen", "ledger, backings", "label servers", "holders"),
     ):
         assert found[name]["Result"] == "PASS", found[name]
     assert found["memory type"]["Result"] == "WARN"

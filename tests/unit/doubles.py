@@ -10,6 +10,7 @@ from pathlib import Path
 from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.tables import Header, checksum, seal, split
+from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
 from nvdimm_driver.lifecycle.emulators import Emulators
@@ -299,6 +300,32 @@ class RecordingMapper(Mapper):
         self.dsm_pages.add(domid)
 
 
+class RecordingHolders(Holders):
+    """Holders without processes.
+
+    :ivar running: by number, the uuid of the domain that it is of.
+    """
+
+    def __init__(self) -> None:
+        self.running: dict[int, str] = {}
+        self._next = 1
+
+    def start(self, uuid: str, name: str, descriptors: Sequence[int]) -> int:
+        self._next += 1
+        self.running[self._next] = uuid
+        return self._next
+
+    def held(self) -> set[str]:
+        return set(self.running.values())
+
+    def find(self, uuid: str) -> list[int]:
+        return [number for number, each in self.running.items() if each == uuid]
+
+    def kill(self, uuid: str, pids: Collection[int]) -> None:
+        for number in pids:
+            self.running.pop(number, None)
+
+
 def make_driver(
     folder: Path,
     backing: MemoryBacking,
@@ -310,6 +337,7 @@ def make_driver(
     bad: tuple[tuple[int, int], ...] = (),
     pools: Pools | None = None,
     ledger: type[Ledger] = Ledger,
+    holders: Holders | None = None,
 ) -> XenNvdimmDriver:
     """Return a driver whose state is in a folder of the test."""
     backing.namespace = namespace
@@ -324,6 +352,7 @@ def make_driver(
         gap=64 * GIB,
         dsm=dsm,
         pools=pools or Pools([], any_path=True),
+        holders=holders or RecordingHolders(),
     )
 
 

@@ -72,6 +72,17 @@ def test_it_maps_delivers_and_names_the_qemu(driver: XenNvdimmDriver, mapper: Re
     assert [event.detail[key] for key in ("extents", "superpages", "pages", "hypercalls")] == [1, 32, 0, 1]
 
 
+def test_a_start_whose_holder_has_died_maps_nothing(
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
+) -> None:
+    driver.prepare(domain(A))
+    find = driver.starts.holders.find
+    driver.starts.holders.kill(UUID, find(UUID))
+    with pytest.raises(LedgerError, match="the process that holds the backings of domain db1 has died"):
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server, is_held=find)
+    assert mapper.mapped == {}
+
+
 @pytest.mark.parametrize("step", ["map", "deliver"])
 def test_a_failure_leaves_nothing_mapped_and_is_kept(
     driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path, step: str
@@ -247,17 +258,17 @@ def test_a_guest_whose_label_server_was_killed_gets_another(
     assert record is not None
     lock = driver.starts.label_servers.lock(UUID)
     assert lock is not None
-    driver.serve_labels()
+    driver.restart_lost()
     assert (caplog.text, driver.label_server_state(record)) == ("", "running")
     os.close(lock)
-    driver.serve_labels()
+    driver.restart_lost()
     assert f"event=label-server-gone domain=db1 uuid={UUID} domid=5" in caplog.text
     assert "event=label-server-failed" in caplog.text
     assert "no label server for domid 5" in caplog.text
     assert driver.label_server_state(record) == "gone"
     mapper.alive.clear()
     caplog.clear()
-    driver.serve_labels()
+    driver.restart_lost()
     assert caplog.text == ""
 
 

@@ -40,9 +40,15 @@ class Host:
         ledger.finish_preparing(start, "/qemu", (0, 1), [], [], run=Run(2, "[]", "{}"), served=served)
         map_prepared(ledger, 7)
 
-    def look(self, *, mapper: RecordingMapper | None = None, served: bool = True) -> dict[str, Finding]:
+    def look(
+        self, *, mapper: RecordingMapper | None = None, served: bool = True, held: bool = True
+    ) -> dict[str, Finding]:
         found = ledger.check(
-            self.folder / "ledger.sqlite", [self.backing], mapper or self.mapper, lambda uuid: served and uuid == UUID
+            self.folder / "ledger.sqlite",
+            [self.backing],
+            mapper or self.mapper,
+            lambda uuid: served and uuid == UUID,
+            lambda: {UUID} if held else set(),
         )
         return {each.check: each for each in found}
 
@@ -58,7 +64,7 @@ def results(found: dict[str, Finding]) -> dict[str, Result]:
     return {name: each.result for name, each in found.items()}
 
 
-ALL_PASS = dict.fromkeys(("ledger", "ledger, Xen", "ledger, backings", "label servers"), Result.PASS)
+ALL_PASS = dict.fromkeys(("ledger", "ledger, Xen", "ledger, backings", "label servers", "holders"), Result.PASS)
 
 
 def test_all_is_consistent(host: Host) -> None:
@@ -117,9 +123,17 @@ def test_a_label_server_that_is_gone(host: Host) -> None:
     assert results(host.look(served=False)) == ALL_PASS | {"label servers": Result.WARN}
 
 
+def test_a_guest_whose_holder_was_killed(host: Host) -> None:
+    host.start()
+    found = host.look(held=False)
+    assert results(found) == ALL_PASS | {"holders": Result.WARN}
+    assert "db1: nothing holds its backings" in found["holders"].message
+
+
 def test_without_a_ledger_nothing_passes_and_none_is_made(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
-    found = {each.check: each for each in ledger.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True)}
+    looked = ledger.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True, set)
+    found = {each.check: each for each in looked}
     assert results(found) == dict.fromkeys(ALL_PASS, Result.FAIL)
     assert not path.exists()
 
@@ -140,6 +154,7 @@ def test_a_ledger_that_is_damaged_in_its_middle(host: Host) -> None:
 def test_a_ledger_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_text("no database\n" * 100)
-    found = {each.check: each for each in ledger.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True)}
+    looked = ledger.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True, set)
+    found = {each.check: each for each in looked}
     assert results(found) == dict.fromkeys(ALL_PASS, Result.FAIL)
     assert str(path) in found["ledger"].message

@@ -126,6 +126,7 @@ def test_debug_has_each_step_of_a_start_that_follows_a_crash(
         "placed slot 0 at 0x1100000000, 64 MiB",
         "ACPI tables are ready: 302 B, after N s",
         "guards passed, mappings: 1",
+        "hold the backings of domain db1: 0 descriptors",
         f"event=prepared domain=db1 uuid={UUID} domid=- nvdimms=1 extents=1 superpages=32 pages=0 hypercalls=1",
     ]
 

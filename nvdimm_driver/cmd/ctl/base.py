@@ -79,12 +79,12 @@ def size_argument(text: str) -> int:
 
 
 def up_to_date(app: Nvdimmctl) -> XenNvdimmDriver:
-    """Return the driver, after it has cleaned up starts that are over and restarted label servers that are gone."""
+    """Return the driver, after it has cleaned up starts that are over and restarted helpers of guests that are gone."""
     from nvdimm_driver.driver import load_driver
 
     driver = load_driver(app.conf)
     driver.reconcile()
-    driver.serve_labels()
+    driver.restart_lost()
     return driver
 
 

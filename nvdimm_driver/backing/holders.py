@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The holders of running guests: one process per guest, which has the guest's backings open.
+
+Xen does not tell Linux that a guest has frames of a file or device. An open file keeps its file system mounted; a block
+device that is open exclusively can be neither mounted nor given to a file system, and ndctl does not disable its
+namespace (open(2), O_EXCL). A holder is a process of its own, because QEMU may die while its guest runs on.
+
+Imports next to nothing: the device model uses it and must start fast.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.host_text import decode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+    from pathlib import Path
+
+PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "cmd", "holder.py")
+PROCESS_NAME = "nvdimm-holder"
+"""As lsof(8), fuser(1) and ps(1) show it; cmd/holder.py sets it."""
+_POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--")
+"""Without capabilities, so that nvdimmd, which has few, may see what it holds (ptrace(2), cap_issubset)."""
+START_SECONDS = 60.0
+
+
+class Holders:
+    """Starts, finds and ends the holders of the guests of one ledger.
+
+    :param state_dir: the driver's folder.
+    """
+
+    def __init__(self, state_dir: str | Path) -> None:
+        self._state_dir = os.path.realpath(state_dir)
+
+    def start(self, uuid: str, name: str, descriptors: Sequence[int]) -> int:
+        """Start a holder of these descriptors, which are held when this returns; the caller keeps its own.
+
+        :param name: of the domain, for people who look at the process.
+        :returns: its process id.
+        :raises BackingError: when it cannot be started.
+        """
+        import subprocess
+        import sys
+
+        program = [sys.executable, "-I", "-S", PROGRAM, self._state_dir, uuid, name]
+        null = subprocess.DEVNULL
+        try:
+            done = subprocess.run(
+                [*_POWERLESS, *program],
+                pass_fds=descriptors,
+                stdin=null,
+                stdout=subprocess.PIPE,
+                stderr=null,
+                timeout=START_SECONDS,
+                check=True,
+            )
+            return int(done.stdout)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise BackingError(
+                f"no process could be started that holds the backings of domain {name}: {error}",
+                hint=f"run it to see why: {' '.join([*_POWERLESS, *program[:4]])}",
+            ) from error
+
+    def held(self) -> set[str]:
+        """Return the uuids of the domains that have a holder."""
+        return {uuid for _, state_dir, uuid in _holders() if state_dir == self._state_dir}
+
+    def find(self, uuid: str) -> list[int]:
+        """Return the process ids of the holders of a domain; more than one, if two processes have started one."""
+        return [pid for pid, *rest in _holders() if rest == [self._state_dir, uuid]]
+
+    def kill(self, uuid: str, pids: Collection[int]) -> None:
+        """End those of these processes that are holders of a domain; what they held is free when this returns."""
+        from functools import partial
+
+        from nvdimm_driver.processes import kill
+
+        for pid in pids:
+            kill(pid, partial(self._is_of, uuid, pid))
+
+    def _is_of(self, uuid: str, pid: int) -> bool:
+        return _holder(pid) == (pid, self._state_dir, uuid)
+
+
+def is_held(number: int) -> bool:
+    """Return True when a holder has a block device open: then nothing else has it exclusively.
+
+    :param number: its device number.
+    """
+    return any(_has_open(pid, number) for pid, *_ in _holders())
+
+
+def _holders() -> Iterator[tuple[int, str, str]]:
+    """Yield process id, state folder and uuid of each holder of the host."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (found := _holder(int(name))):
+            yield found
+
+
+def _holder(pid: int) -> tuple[int, str, str] | None:
+    """Return process id, state folder and uuid of a holder; None if the process is none, or has ended.
+
+    Everybody chooses the command line of his own processes, and of programs with the set-user-ID bit that he runs.
+    """
+    folder = f"/proc/{pid}"
+    try:
+        with open(f"{folder}/cmdline", "rb", buffering=0) as file:
+            words = decode(file.read(1 << 16)).split("\0")
+        if len(words) < 7 or words[1:3] != ["-I", "-S"] or not words[3].endswith("/nvdimm_driver/cmd/holder.py"):
+            return None
+        program = os.path.basename(os.readlink(f"{folder}/exe"))
+        if os.stat(folder).st_uid != 0 or not program.startswith("python"):
+            return None
+    except OSError:
+        return None
+    return pid, words[4], words[5]
+
+
+def _has_open(pid: int, number: int) -> bool:
+    folder = f"/proc/{pid}/fd"
+    try:
+        found = [os.stat(f"{folder}/{name}") for name in os.listdir(folder)]
+    except OSError:  # it has ended
+        return False
+    return any(stat.S_ISBLK(each.st_mode) and each.st_rdev == number for each in found)

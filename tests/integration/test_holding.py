@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running guest keeps the host from doing to its backings: real ext4, XFS and block devices; Xen is a double."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.backing import holders
+from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.backing.holders import Holders
+from nvdimm_driver.backing.pmem import PmemBacking
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.plugins import Backing
+from nvdimm_driver.processes import kill
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver
+from tests.unit.fake_sysfs import FakeSysfs
+
+SIZE = 4 * MIB
+
+
+class Host:
+    """The driver with real holders; Xen is a double."""
+
+    def __init__(self, folder: Path, backing: Backing, path: str) -> None:
+        self.folder = folder
+        self.backing = backing
+        self.mapper = RecordingMapper({})
+        self.holders = Holders(folder)
+        self.domain = DomainSpec("db1", UUID, 512 * MIB, None, (NvdimmSpec(0, path, SIZE),))
+        self.driver = self.another()
+        self.driver.define(self.domain)
+
+    def another(self) -> XenNvdimmDriver:
+        """Return the driver as another process has it."""
+        return make_driver(self.folder, self.backing, self.mapper, holders=self.holders)  # type: ignore[arg-type]
+
+    def start(self, domid: int = 7) -> None:
+        """Start the domain, as libvirt does."""
+        self.driver.prepare(self.domain)
+        self.mapper.alive[domid] = UUID
+        self.driver.ledger.begin_mapping(UUID, domid)
+        self.driver.ledger.finish_mapping(UUID)
+
+    def end(self, domid: int = 7) -> None:
+        """End the domain, as libvirt reports it."""
+        del self.mapper.alive[domid]
+        self.driver.release(UUID)
+
+    def kinds(self) -> list[str]:
+        return [each.kind for each in self.driver.ledger.events()]
+
+
+def succeeds(*command: str | Path) -> bool:
+    return subprocess.run([str(each) for each in command], capture_output=True, check=False).returncode == 0
+
+
+def can_be_taken(device: str) -> bool:
+    """Return True when mount, mkfs, wipefs and ndctl may have the device: all of them open it so (open(2), O_EXCL)."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(params=list(MKFS))
+def fs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FileSystem]:
+    made = FileSystem(tmp_path, request.param)
+    yield made
+    if os.path.ismount(made.root):
+        made.clear()
+        run("umount", made.root)
+
+
+@pytest.fixture
+def host(fs: FileSystem, tmp_path: Path) -> Iterator[Host]:
+    """Yield a host with a domain whose NVDIMM is a file."""
+    fs.backing.name = FsdaxBacking.name
+    host = Host(tmp_path, fs.backing, str(fs.root / "a.img"))
+    yield host
+    host.holders.kill(UUID, host.holders.find(UUID))
+
+
+def device_of(fs: FileSystem) -> str:
+    return run("findmnt", "-no", "SOURCE", fs.root).strip()
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[Host]:
+    """Yield a host with a domain whose NVDIMM is a block device; the path is ``host.domain.nvdimms[0].path``."""
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, SIZE)
+    device = run("losetup", "--find", "--show", image).strip()
+    sysfs = FakeSysfs(tmp_path / "sys")
+    sysfs.raw(os.stat(device).st_rdev, size=SIZE)
+    host = Host(tmp_path, PmemBacking(sysfs=sysfs.root), device)
+    yield host
+    host.holders.kill(UUID, host.holders.find(UUID))
+    run("losetup", "--detach", device)
+
+
+def test_a_file_system_cannot_be_unmounted_while_a_guest_has_a_file_of_it(host: Host, fs: FileSystem) -> None:
+    device = device_of(fs)
+    host.driver.prepare(host.domain)
+    assert not succeeds("umount", fs.root), "held before the frames are mapped"
+    host.mapper.alive[7] = UUID
+    host.driver.ledger.begin_mapping(UUID, 7)
+    host.driver.ledger.finish_mapping(UUID)
+    assert not succeeds("umount", fs.root)
+    run("umount", "--lazy", fs.root)
+    assert not can_be_taken(device), "out of sight, and still the guest's"
+    assert not succeeds(*MKFS[fs.kind], device)
+
+
+def test_it_can_be_unmounted_as_soon_as_the_guest_has_ended(host: Host, fs: FileSystem) -> None:
+    device = device_of(fs)
+    host.start()
+    host.end()
+    assert host.holders.find(UUID) == []
+    run("umount", fs.root)
+    assert can_be_taken(device) or not Path(device).exists()
+
+
+def test_a_reboot_replaces_the_holder(host: Host, fs: FileSystem) -> None:
+    host.start()
+    (first,) = host.holders.find(UUID)
+    host.end()
+    host.start(8)
+    (second,) = host.holders.find(UUID)
+    assert first != second
+    assert not succeeds("umount", fs.root)
+
+
+def test_a_start_that_fails_holds_nothing(host: Host, fs: FileSystem) -> None:
+    (host.folder / "domains").write_text("in the way of the tables")
+    with pytest.raises(LedgerError, match="Not a directory"):
+        host.driver.prepare(host.domain)
+    assert host.holders.find(UUID) == []
+    run("umount", fs.root)
+
+
+def test_a_holder_that_was_killed_is_found_and_replaced(host: Host, fs: FileSystem) -> None:
+    """So is that of a guest which a version without holders has started."""
+    host.start()
+    assert look(host.driver) == []
+    (pid,) = host.holders.find(UUID)
+    kill(pid)
+    (found,) = look(host.driver)
+    assert "nothing holds its backings" in found.problem
+    assert found.mend
+    found.mend()
+    assert look(host.driver) == []
+    assert host.kinds()[-1] == "holder-gone"
+    assert not succeeds("umount", fs.root)
+    host.end()
+    assert host.holders.find(UUID) == []
+
+
+def test_another_file_at_the_path_is_not_held_for_the_guest(
+    host: Host, fs: FileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The holder was killed, and somebody has made the file anew before another was started."""
+    host.start()
+    (pid,) = host.holders.find(UUID)
+    kill(pid)
+    path = host.domain.nvdimms[0].path
+    run("chattr", "-i", path)
+    os.rename(path, f"{path}.old")
+    Path(path).write_bytes(bytes(SIZE))
+    host.driver.restart_lost()
+    assert host.holders.find(UUID) == []
+    assert "event=hold-failed" in caplog.text
+    assert "not the backing that was provisioned" in caplog.text
+
+
+def test_a_late_end_of_an_earlier_start_leaves_the_holder_of_the_next(host: Host) -> None:
+    """Another process finds the first start over, and puts it away when the next one has begun."""
+    host.start()
+    old = host.another().ledger.find_domain(UUID)
+    assert old
+    assert old.start
+    host.end()
+    host.start(8)
+    (pid,) = host.holders.find(UUID)
+    host.another().starts.put_away(old.start)
+    assert host.holders.find(UUID) == [pid]
+
+
+def test_a_holder_that_came_too_late_is_ended(host: Host, fs: FileSystem) -> None:
+    """A process was about to replace a holder when the guest ended; the next command finds what it left."""
+    host.start()
+    record = host.driver.ledger.find_domain(UUID)
+    assert record
+    identities = [item.identity for item in record.allocations if item.identity]
+    host.end()
+    host.driver.starts.hold(UUID, "db1", [(host.domain.nvdimms[0].path, identities[0])])
+    assert not succeeds("umount", fs.root)
+    host.mapper.alive[7] = UUID
+    host.driver.reconcile()
+    assert len(host.holders.find(UUID)) == 1, "the ledger has lost the start of a guest that runs"
+    host.mapper.alive.clear()
+    host.driver.reconcile()
+    run("umount", fs.root)
+
+
+def test_what_cannot_be_thawed_is_let_go(host: Host, fs: FileSystem) -> None:
+    """After a media error the kernel makes a file system read-only, and only fsck mends it."""
+    host.start()
+    run("mount", "-o", "remount,ro", fs.root)
+    del host.mapper.alive[7]
+    with pytest.raises(BackingError, match="Read-only"):
+        host.driver.release(UUID)
+    run("umount", fs.root)
+
+
+def test_the_holder_has_no_power_and_keeps_nothing_else(host: Host) -> None:
+    host.start()
+    (pid,) = host.holders.find(UUID)
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")} == {0}
+    assert status["Name"] == holders.PROCESS_NAME
+    opened = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    assert opened == {"/dev/null", host.domain.nvdimms[0].path}
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.getsid(pid) != os.getsid(0)
+
+
+def test_a_block_device_cannot_be_taken_while_a_guest_has_it(raw: Host) -> None:
+    device = raw.domain.nvdimms[0].path
+    assert can_be_taken(device)
+    raw.start()
+    assert not can_be_taken(device)
+    for command in (["mkfs.ext4", "-q", device], ["wipefs", "--all", device], ["mount", device, "/mnt"]):
+        assert not succeeds(*command), command
+    raw.end()
+    assert can_be_taken(device)
+
+
+def test_the_driver_itself_goes_on_with_a_device_that_is_held(raw: Host) -> None:
+    """A redefine of the running guest, and check, locate the device, and refuse what else is in use."""
+    raw.start()
+    raw.another().define(replace(raw.domain, ram=256 * MIB))
+    assert look(raw.driver) == []
+    (pid,) = raw.holders.find(UUID)
+    kill(pid)
+    raw.driver.restart_lost()
+    assert raw.holders.find(UUID) not in ([], [pid])
+    raw.end()
+    fd = os.open(raw.domain.nvdimms[0].path, os.O_RDONLY | os.O_EXCL)
+    with pytest.raises(BackingError, match="in use in the host"):
+        raw.driver.prepare(raw.domain)
+    os.close(fd)
+    raw.start(8)
+
+
+def test_a_process_of_another_user_is_no_holder(tmp_path: Path) -> None:
+    """Everybody may run a program with these arguments; also one that then runs as root."""
+    words = [holders.PROGRAM, str(tmp_path), OTHER_UUID, "x"]
+    python = subprocess.run(["readlink", "-f", "/usr/bin/python3"], capture_output=True, text=True, check=True)
+    fakes = [
+        subprocess.Popen(["sleep", "-I", "-S", *words], executable="/usr/bin/yes", stdout=subprocess.PIPE),
+        subprocess.Popen(
+            ["python3", "-I", "-S", *words], executable=python.stdout.strip(), user="nobody", stderr=subprocess.DEVNULL
+        ),
+    ]
+    try:
+        assert Holders(tmp_path).find(OTHER_UUID) == []
+    finally:
+        for each in fakes:
+            each.send_signal(signal.SIGKILL)
+            each.communicate()
