@@ -21,7 +21,7 @@ MAX_PROCESSES = 64
 """RLIMIT_NPROC counts threads, too; a QEMU without a guest has fewer than ten."""
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _SYS_MOUNT_SETATTR = 442  # the same on all architectures
-_AT_RECURSIVE, _MOUNT_ATTR_RDONLY, _MS_PRIVATE = 0x8000, 0x1, 1 << 18
+_AT_RECURSIVE, _MOUNT_ATTR_RDONLY, _MS_SLAVE = 0x8000, 0x1, 1 << 19
 
 
 class _MountAttributes(ctypes.Structure):
@@ -38,11 +38,13 @@ def uid_of(domid: int) -> int:
 def isolate() -> None:
     """Leave the host's network and IPC objects, and see all its file systems read-only. Descriptors stay as they are.
 
+    What the host unmounts goes here, too, if its mounts are shared, as systemd makes them; else it would stay in use.
+
     :raises OSError: when the kernel refuses; it needs CAP_SYS_ADMIN, and Linux 5.12.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(NAMESPACES), "unshare")
-    wanted = _MountAttributes(set=_MOUNT_ATTR_RDONLY, propagation=_MS_PRIVATE)
+    wanted = _MountAttributes(set=_MOUNT_ATTR_RDONLY, propagation=_MS_SLAVE)
     size = ctypes.c_size_t(ctypes.sizeof(wanted))
     _check(libc.syscall(_SYS_MOUNT_SETATTR, -1, b"/", _AT_RECURSIVE, ctypes.byref(wanted), size), "mount_setattr")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from nvdimm_driver.backing import holders
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.pmem import PmemBacking
+from nvdimm_driver.cmd.systemd_units import UNITS
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, LedgerError
@@ -235,6 +237,19 @@ def test_the_holder_has_no_power_and_keeps_nothing_else(host: Host) -> None:
     assert opened == {"/dev/null", host.domain.nvdimms[0].path}
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) != os.getsid(0)
+
+
+def test_nvdimmd_sees_what_it_holds(raw: Host) -> None:
+    """It has few capabilities, and the kernel lets it look into processes that have no more."""
+    raw.start()
+    number = os.stat(raw.domain.nvdimms[0].path).st_rdev
+    script = (
+        "from nvdimm_driver.backing import holders\n"
+        f"print(holders.Holders({str(raw.folder)!r}).find({UUID!r}), holders.is_held({number}))"
+    )
+    assert "CAP_SYS_PTRACE" not in UNITS["nvdimmd.service"]
+    few = ["setpriv", "--bounding-set=-all,+sys_admin,+kill,+dac_override", "--inh-caps=-all", "--"]
+    assert run(*few, sys.executable, "-c", script) == f"{raw.holders.find(UUID)} True\n"
 
 
 def test_a_block_device_cannot_be_taken_while_a_guest_has_it(raw: Host) -> None:

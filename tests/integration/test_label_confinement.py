@@ -130,6 +130,24 @@ def test_qemu_has_seccomp_where_it_is_built_in(served: Served) -> None:
     assert served.status(served.qemu)["Seccomp"] == ("2" if built_in else "0")
 
 
+def test_a_file_system_that_the_host_unmounts_is_not_kept(tmp_path: Path) -> None:
+    """Another guest's file system could not be made anew otherwise."""
+    outer, folder = tmp_path / "outer", tmp_path / "outer" / "mounted"
+    for each in (outer, folder):
+        each.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", each], check=True)
+        subprocess.run(["mount", "--make-shared", each], check=True)  # as systemd does with all
+    server = Served(XEN_QEMU)
+    try:
+        mounts = Path(f"/proc/{server.server}/mountinfo")
+        assert f" {folder} " in mounts.read_text()
+        subprocess.run(["umount", folder], check=True)
+        assert f" {folder} " not in mounts.read_text()
+    finally:
+        server.close()
+        subprocess.run(["umount", "--recursive", outer], check=True)
+
+
 def test_the_qemu_of_a_server_that_was_killed_is_ended_and_no_other() -> None:
     first, second = Served(XEN_QEMU), Served(XEN_QEMU, OTHER)
     try:

@@ -174,7 +174,9 @@ def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
     report = guest.next_boot(lose_power, timeout=400)
     assert report.problems == ()
     assert sorted((dimm.handle, bool(dimm.available_slots)) for dimm in report.dimms) == [(1, True), (2, False)]
+    holder = xen.check("pgrep -x nvdimm-holder").stdout
     xen.check("systemctl restart libvirtd")
+    assert xen.check("pgrep -x nvdimm-holder").stdout == holder
     assert operator.show(xen, "db2")["label_server"] == "running"
     assert xen.run("systemctl is-active nvdimmd.service").stdout.strip() == "inactive"
     assert [guest.sha256(disk, 0, 16 * MIB) for disk in operator.disks(report)] == seen
