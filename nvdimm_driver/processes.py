@@ -53,17 +53,20 @@ def start_time(process: Path) -> float | None:
     return booted + int(fields[_STARTTIME]) / os.sysconf("SC_CLK_TCK")
 
 
-def kill(pid: int, is_meant: Callable[[], bool] = lambda: True) -> None:
+def kill(pid: int, is_meant: Callable[[], bool] = lambda: True, *, patience: float = 0.0) -> None:
     """Kill a process, and wait until it is dead: its locks are released and its files closed then.
 
     :param is_meant: returns False when another process has the number by now; it is asked when that cannot happen any
         more.
+    :param patience: seconds in which it may end by itself.
     """
     with suppress(ProcessLookupError):
         descriptor = os.pidfd_open(pid)
+        end = select.poll()  # select(2) takes no descriptor above 1023, and nvdimmd may have as many clients
+        end.register(descriptor, select.POLLIN)
         try:
-            if is_meant():
+            if is_meant() and not end.poll(patience * 1000):
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                select.select([descriptor], [], [], KILL_SECONDS)
+                end.poll(KILL_SECONDS * 1000)
         finally:
             os.close(descriptor)

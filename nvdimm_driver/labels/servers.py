@@ -8,7 +8,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from nvdimm_driver.errors import XenError
 from nvdimm_driver.processes import kill, run, start_time
 
 MODULE = "nvdimm_driver.cmd.label_server"
+END_SECONDS = 3.0
+"""Time in which a label server sees that its domain is gone: it looks twice a second."""
 START_SECONDS = 40.0
 """Time that a label server may take to start; libxl waits 60 s for the device model, which waits for this."""
 
@@ -89,8 +91,17 @@ class LabelServers:
 
     def kill(self, uuid: str) -> None:
         """Kill the domain's label server; its guest's requests wait in Xen until another is started."""
-        for process in list(self._processes(uuid)):
-            kill(int(process.name))
+        for pid in self.find(uuid):
+            kill(pid)
+
+    def find(self, uuid: str) -> list[int]:
+        """Return the process ids of the domain's label server, and of the process that watches it."""
+        return [int(process.name) for process in self._processes(uuid)]
+
+    def end(self, pids: Collection[int]) -> None:
+        """Wait until these processes, whose domain is gone, have ended and their backings are closed."""
+        for pid in pids:
+            kill(pid, patience=END_SECONDS)
 
     def start(self, domid: int, uuid: str) -> None:
         """Start a label server for a domain that has its page for requests; it serves when this returns.

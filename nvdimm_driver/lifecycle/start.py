@@ -91,7 +91,8 @@ class Starts:
 
         :param kind: kind of the event to record; empty for none.
         """
-        holders = self.holders.find(start.uuid)  # a start that begins from now on has another one
+        # a start that begins from now on has others
+        holders, servers = self.holders.find(start.uuid), self.label_servers.find(start.uuid) if start.served else []
         begun = self.ledger.find_begun(start)
         if not self.ledger.note_end(start, begun and saved_guest.times_at_end(self.backings, begun)):
             LOG.debug("the start of domain %s has gone on: it is not over", start.uuid)
@@ -102,7 +103,7 @@ class Starts:
             for path in start.paths:
                 self.thaw(path, identities.get(path), over=start)
         finally:
-            self._let_go(start, holders)
+            self._let_go(start, holders, servers)
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
 
@@ -122,11 +123,12 @@ class Starts:
             LOG.debug("hold the backings of domain %s: %d descriptors", name, len(descriptors))
             return self.holders.start(uuid, name, descriptors)
 
-    def _let_go(self, start: Start, holders: Collection[int]) -> None:
-        """End these holders of a domain, unless its start in the ledger is another one."""
+    def _let_go(self, start: Start, holders: Collection[int], servers: Collection[int]) -> None:
+        """End these holders and label servers of a domain, unless its start in the ledger is another one."""
         record = self.ledger.find_domain(start.uuid)
         if record is None or record.start is None or record.start.id == start.id:
             self.holders.kill(start.uuid, holders)
+            self.label_servers.end(servers)
 
     def thaw(self, path: str, identity: BackingIdentity | None = None, over: Start | None = None) -> None:
         """Undo the freezing of a backing, unless a start in the ledger has it.

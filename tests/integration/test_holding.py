@@ -280,6 +280,17 @@ def test_the_driver_itself_goes_on_with_a_device_that_is_held(raw: Host) -> None
     raw.start(8)
 
 
+def test_a_start_after_one_that_was_killed_half_way_holds_the_device(raw: Host) -> None:
+    """The hook was killed when it had started the holder."""
+    raw.driver.prepare(raw.domain)
+    (first,) = raw.holders.find(UUID)
+    raw.driver = raw.another()
+    raw.start()
+    (second,) = raw.holders.find(UUID)
+    assert second != first
+    assert not can_be_taken(raw.domain.nvdimms[0].path)
+
+
 def test_a_process_of_another_user_is_no_holder(tmp_path: Path) -> None:
     """Everybody may run a program with these arguments; also one that then runs as root."""
     words = [holders.PROGRAM, str(tmp_path), OTHER_UUID, "x"]
