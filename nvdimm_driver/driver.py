@@ -378,6 +378,12 @@ class XenNvdimmDriver(plugins.Plugin):
             return None
         return "running" if self.starts.label_servers.is_running(record.uuid) else "gone"
 
+    def holder_state(self, record: Record) -> str | None:
+        """Return ``running`` or ``gone``; None for a domain that has no start."""
+        if record.start is None:
+            return None
+        return "running" if self.starts.holders.find(record.uuid) else "gone"
+
     def tables_file(self, uuid: str) -> Path:
         """Return the path of the tables of the domain's last start; the NFIT is the first table."""
         return self.state_dir / "domains" / uuid / "tables"

@@ -26,6 +26,7 @@ SCHEMAS: dict[str, Any] = {
         "ram": int,
         "dsm": None,
         "label_server": None,
+        "holder": None,
         "state": str,
         "domid": None,
         "frozen": [],

@@ -92,7 +92,7 @@ def test_a_holder_outlives_libvirtd_and_nvdimmd_and_a_lost_one_is_replaced(xen: 
     assert holders(xen) == before
     assert xen.run(f"{operator.NVDIMMCTL} check").stdout.strip() in ("", "[]")
     xen.check(f"kill -KILL {before[0]}")
-    operator.show(xen, NAME)
+    assert operator.show(xen, NAME)["holder"] == "running"
     (after,) = holders(xen)
     assert after != before[0]
     refused(xen, TAKEN)

@@ -227,7 +227,7 @@ def test_the_steps_that_debugging_shows_are_those_of_the_code() -> None:
 def test_every_metric_is_documented(tmp_path: Path) -> None:
     driver = make_driver(tmp_path, MemoryBacking(), RecordingMapper())
     families = [family.name for family in DriverCollector(driver).collect()]
-    assert len(families) == 13
+    assert len(families) == 14
     for name in families:
         assert f"``{name}" in MONITORING
 

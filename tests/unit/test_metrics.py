@@ -105,6 +105,12 @@ def test_what_runs_and_what_was_counted(driver: XenNvdimmDriver) -> None:
     assert value(found, "last_event_timestamp_seconds", event="started") == pytest.approx(started.time)
 
 
+def test_a_guest_that_nothing_holds_is_counted(driver: XenNvdimmDriver) -> None:
+    assert value(samples(render(driver)), "unheld_domains") == 0
+    driver.starts.holders.kill(UUID, driver.starts.holders.find(UUID))
+    assert value(samples(render(driver)), "unheld_domains") == 1
+
+
 def test_label_requests_are_those_of_domains_that_have_a_server(driver: XenNvdimmDriver) -> None:
     counter = driver.starts.label_servers.count_requests(UUID)
     counter.add(failed=False)
@@ -125,6 +131,7 @@ def test_a_host_on_which_nothing_happened_has_all_counters(tmp_path: Path) -> No
             (name, frozenset())
             for name in (
                 "running_domains",
+                "unheld_domains",
                 "mapped_bytes",
                 "starts_total",
                 "harvest_seconds_count",

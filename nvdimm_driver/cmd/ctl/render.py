@@ -119,6 +119,7 @@ def record(
         "ram": size(item.ram),
         "dsm": item.dsm,
         "label_server": driver.label_server_state(item),
+        "holder": driver.holder_state(item),
         "state": start.state if start else "off",
         "domid": start.domid if start else None,
         "frozen": list(start.paths) if start else [],
