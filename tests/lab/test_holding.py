@@ -47,6 +47,7 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
     nvdimms = [operator.nvdimm(FILE, 16), operator.nvdimm("/dev/pmem1", 128)]
     operator.define(driver_host, NAME, nvdimms)
     yield driver_host
+    driver_host.run(f"{operator.VIRSH} destroy {NAME}")
     operator.remove(driver_host, NAME)
     driver_host.check(f"rm {FILE}")
 
@@ -97,7 +98,7 @@ def test_a_holder_outlives_libvirtd_and_nvdimmd_and_a_lost_one_is_replaced(xen: 
     assert after != before[0]
     refused(xen, TAKEN)
     # a redefine of the running guest locates the device, which is held
-    xen.check(f"{operator.VIRSH} define /root/{NAME}.xml")
+    xen.check(f"{operator.VIRSH} dumpxml --inactive {NAME} >/root/again.xml && {operator.VIRSH} define /root/again.xml")
     xen.check(f"{operator.VIRSH} destroy {NAME}")
     assert holders(xen) == []
 
