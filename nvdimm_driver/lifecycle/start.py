@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing.holders import Holders
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
@@ -211,9 +212,9 @@ class Starts:
     def _has(self, record: Record) -> list[tuple[str, BackingIdentity]]:
         """Return path and identity of each backing that a running guest has."""
         run = self.ledger.find_run(record.uuid)
-        if run is not None:
-            return saved_guest.backings_of(run)
-        return [(item.spec.path, item.identity) for item in record.started if item.identity]
+        known = [(item.spec.path, item.identity) for item in record.started if item.identity]
+        has = known if run is None else saved_guest.backings_of(run)
+        return [(resolve(path), identity) for path, identity in has]  # earlier versions did not resolve them
 
     def _is_over(self, record: Record) -> bool:
         """Return True when the start of a record is over, or another one has begun."""

@@ -193,9 +193,9 @@ def test_symbolic_links_are_never_followed(host: Host, name: str) -> None:
 
 
 def test_more_than_there_is_room_for(host: Host) -> None:
-    free = os.statvfs(host.folder)
+    found = os.statvfs(host.folder)
     with pytest.raises(BackingError, match=r"needs \S+ \wiB, its file system has \S+ \wiB free"):
-        host.backing.examine(host.spec(size=(free.f_bfree + 1024) * free.f_frsize))
+        host.backing.examine(host.spec(size=(found.f_blocks + 1024) * found.f_frsize))
     assert os.listdir(host.folder) == []
 
 
