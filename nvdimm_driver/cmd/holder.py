@@ -10,7 +10,7 @@ import signal
 from contextlib import suppress
 
 
-def main() -> None:
+def hold() -> None:
     """Leave the caller's session and streams, and wait to be killed."""
     child = os.fork()
     if child:
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    hold()

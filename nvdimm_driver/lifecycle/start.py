@@ -218,8 +218,9 @@ class Starts:
 
     def _is_over(self, record: Record) -> bool:
         """Return True when the start of a record is over, or another one has begun."""
-        now = self.ledger.find_domain(record.uuid)
-        return not (now and now.start and now.start == record.start and self.is_running(now.start))
+        found = self.ledger.find_domain(record.uuid)
+        now = found.start if found else None
+        return not (now and record.start and now.id == record.start.id and self.is_running(now))
 
     def _end_orphans(self) -> None:
         """End the holders of domains that have no start, unless Xen has them: then the ledger has lost the start."""

@@ -25,7 +25,7 @@ from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.processes import kill
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver
+from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver, started
 from tests.unit.fake_sysfs import FakeSysfs
 
 SIZE = 4 * MIB
@@ -50,9 +50,14 @@ class Host:
     def start(self, domid: int = 7) -> None:
         """Start the domain, as libvirt does."""
         self.driver.prepare(self.domain)
+        self.map(domid)
+
+    def map(self, domid: int) -> None:
+        """Do what Xen and the device model do."""
         self.mapper.alive[domid] = UUID
-        self.driver.ledger.begin_mapping(UUID, domid)
-        self.driver.ledger.finish_mapping(UUID)
+        prepared = started(self.driver.ledger)
+        self.driver.ledger.begin_mapping(prepared, domid)
+        self.driver.ledger.finish_mapping(prepared)
 
     def end(self, domid: int = 7) -> None:
         """End the domain, as libvirt reports it."""
@@ -117,9 +122,7 @@ def test_a_file_system_cannot_be_unmounted_while_a_guest_has_a_file_of_it(host: 
     device = device_of(fs)
     host.driver.prepare(host.domain)
     assert not succeeds("umount", fs.root), "held before the frames are mapped"
-    host.mapper.alive[7] = UUID
-    host.driver.ledger.begin_mapping(UUID, 7)
-    host.driver.ledger.finish_mapping(UUID)
+    host.map(7)
     assert not succeeds("umount", fs.root)
     run("umount", "--lazy", fs.root)
     assert not can_be_taken(device), "out of sight, and still the guest's"
