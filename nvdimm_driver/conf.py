@@ -215,6 +215,12 @@ LIBVIRT_OPTS = [
         "another folder, it never runs that script, and the device model alone prepares starts of domains with "
         "NVDIMMs.",
     ),
+    cfg.StrOpt(
+        "apparmor_dir",
+        default="/etc/apparmor.d",
+        help="Folder of AppArmor's profiles. 'nvdimmctl register' adds to the profile of libvirt's daemon there, in "
+        "its file in local/, what the driver needs.",
+    ),
 ]
 RPC_OPTS = [
     cfg.StrOpt(

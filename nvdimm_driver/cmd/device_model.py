@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from nvdimm_driver import host_text
+from nvdimm_driver import apparmor, host_text
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
 from nvdimm_driver.guest import mapping_guards, p2m
@@ -88,6 +88,7 @@ def main(
     domid = _domid(argv)
     if domid is None:
         os.execv(qemu, [qemu, *argv[1:]])
+    apparmor.enter(apparmor.DEVICE_MODEL)
     log = Log(log_file, log_format, log_level)
     try:
         xen, ledger = _mapper(mapper), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)

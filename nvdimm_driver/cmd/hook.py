@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
 def _run(operation: str, name: str, xml: str) -> int:
     import logging
 
-    from nvdimm_driver import conf, logs
+    from nvdimm_driver import apparmor, conf, logs
     from nvdimm_driver.driver import load_driver
     from nvdimm_driver.errors import NvdimmError
     from nvdimm_driver.state.events import Event, failure
@@ -38,6 +38,7 @@ def _run(operation: str, name: str, xml: str) -> int:
     from nvdimm_driver.xml.hooks import XmlHooks
     from nvdimm_driver.xml.parse_domain import extract, uuid_of
 
+    apparmor.enter(apparmor.HOOK)
     uuid = ""
     try:
         options = conf.load()

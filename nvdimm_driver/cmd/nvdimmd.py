@@ -18,7 +18,7 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import conf, logs
+from nvdimm_driver import apparmor, conf, logs
 from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.host_text import use_utf8
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nvdimmd``; serves until SIGTERM or SIGINT."""
     use_utf8()
     arguments = sys.argv[1:] if argv is None else argv
+    apparmor.enter(apparmor.NVDIMMD)
     try:
         files = list(arguments) or None
         options = conf.load(files)

@@ -17,7 +17,7 @@ from oslo_config import cfg
 
 from nvdimm_driver import host_text, plugin_loader
 from nvdimm_driver.backing.holders import Holders
-from nvdimm_driver.cmd import systemd_units
+from nvdimm_driver.cmd import apparmor_rules, systemd_units
 from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.doctor.programs import Script
 from nvdimm_driver.driver import load_driver
@@ -80,6 +80,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         yield hook
         if not hook.startswith("unchanged"):
             yield "restart libvirtd (or virtxend), which looks for hooks only at its start: systemctl restart libvirtd"
+        yield from apparmor_rules.allow(conf)
         yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
         raise ConfigError(f"cannot install: {error}", hint="run as root") from error
@@ -103,6 +104,7 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
     try:
         for script in (libvirt_hook(conf), device_model(conf)):
             yield remove(script.path)
+        yield from apparmor_rules.forbid(conf)
         yield from systemd_units.disable(conf)
     except OSError as error:
         raise ConfigError(f"cannot remove: {error}", hint="run as root") from error

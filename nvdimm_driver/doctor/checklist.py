@@ -71,7 +71,9 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "nvdimmd", lambda: libvirt.check_nvdimmd(conf.rpc.socket, conf.xen.device_model)
     yield access.CHECK, lambda: _access(conf)
     yield "nvdimmd, boot", lambda: libvirt.check_service(installed.enabled)
-    yield "AppArmor", lambda: confinement.check_apparmor(daemon, conf.xen.device_model)
+    yield "AppArmor, nvdimm-driver", confinement.check_profiles
+    folder = Path(conf.libvirt.apparmor_dir)
+    yield "AppArmor, libvirt", lambda: confinement.check_apparmor(daemon, conf.xen.device_model, folder)
     yield "SELinux", confinement.check_selinux
     yield "log", lambda: storage.check_log(Path(conf.log_file))
     yield "state folder", lambda: storage.check_state(Path(conf.state_dir) / "ledger.sqlite")

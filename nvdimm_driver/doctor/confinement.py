@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AppArmor and SELinux: check that libvirt's daemon may run the hook and the device model."""
+"""AppArmor and SELinux: check that the driver's programs are confined, and that libvirt's daemon may run them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvdimm_driver import apparmor
 from nvdimm_driver.doctor.finding import Finding, noted, passed, warned
 from nvdimm_driver.host_text import read
 from nvdimm_driver.processes import start_time
@@ -49,10 +50,43 @@ def find_daemon(proc: Path = Path("/proc")) -> Daemon | None:
     return next((found[name] for name in DAEMONS if name in found), None)
 
 
-def check_apparmor(daemon: Daemon | None, device_model: str, root: Path = Path("/")) -> Finding:
-    """Check that AppArmor lets the hook make files immutable, and libvirt run the device model."""
-    check = "AppArmor"
-    if _text(root / "sys/module/apparmor/parameters/enabled") != "Y":
+def is_on(root: Path = Path("/")) -> bool:
+    """Return True if the kernel has AppArmor turned on."""
+    return _text(root / "sys/module/apparmor/parameters/enabled") == "Y"
+
+
+def profile_of(daemon: str) -> str:
+    """Return the name of the file with a daemon's profile."""
+    return f"usr.sbin.{daemon}"
+
+
+def check_profiles(root: Path = Path("/")) -> Finding:
+    """Check that AppArmor confines the driver's own programs."""
+    check = "AppArmor, nvdimm-driver"
+    if not is_on(root):
+        return passed(check, "is off")
+    try:
+        lines = read(root / "sys/kernel/security/apparmor/profiles").splitlines()
+    except OSError as error:
+        return noted(check, f"is on; its profiles cannot be listed: {error.strerror}", "run as root")
+    loose = [name for name in apparmor.PROFILES if f"{name} (enforce)" not in lines]
+    if not loose:
+        return passed(check, f"confines {', '.join(apparmor.PROFILES)}")
+    return warned(
+        check,
+        f"is on, and does not confine {', '.join(loose)}",
+        "install /etc/apparmor.d/nvdimm-driver, which the package has, and run: apparmor_parser -r "
+        "/etc/apparmor.d/nvdimm-driver && systemctl restart nvdimmd",
+    )
+
+
+def check_apparmor(daemon: Daemon | None, device_model: str, folder: Path, root: Path = Path("/")) -> Finding:
+    """Check that AppArmor lets libvirt's daemon run the hook under its own profile, and run the device model.
+
+    :param folder: that of AppArmor's profiles.
+    """
+    check = "AppArmor, libvirt"
+    if not is_on(root):
         return passed(check, "is off")
     if daemon is None:
         return noted(
@@ -66,25 +100,25 @@ def check_apparmor(daemon: Daemon | None, device_model: str, root: Path = Path("
         )
     if not daemon.label.endswith("(enforce)"):
         return passed(check, f"does not confine {daemon.name}: {daemon.label}")
-    profile = f"usr.sbin.{daemon.name}"
-    folder = root / "etc/apparmor.d"
+    profile = profile_of(daemon.name)
     rules = "\n".join(_rules(path) for path in (folder / profile, folder / "local" / profile))
     missing = missing_rules(rules, device_model)
     if not missing:
         return passed(check, f"confines {daemon.name}, and the profile allows what the driver needs")
     return warned(
-        check,
-        f"confines {daemon.name}, and the profile lacks: {' '.join(missing)}",
-        f"add that to /etc/apparmor.d/local/{profile}; then: apparmor_parser -r /etc/apparmor.d/{profile} && "
-        f"systemctl restart {daemon.name}",
+        check, f"confines {daemon.name}, and the profile lacks: {' '.join(missing)}", "repeat 'nvdimmctl register'"
     )
 
 
 def missing_rules(rules: str, device_model: str) -> list[str]:
-    """Return the rules that the driver needs and a profile lacks, as lines to add."""
+    """Return the rules that the driver needs and a profile lacks, as lines to add.
+
+    With CAP_LINUX_IMMUTABLE, which earlier versions asked for, the hook works under the daemon's own profile, too.
+    """
     missing = []
-    if not re.search(r"^\s*capability\s*(?:[^,]*\blinux_immutable\b[^,]*)?,", rules, re.MULTILINE):
-        missing.append("capability linux_immutable,")
+    enters = re.search(rf"^\s*change_profile\s*->\s*{apparmor.HOOK}\s*,", rules, re.MULTILINE)
+    if not enters and not re.search(r"^\s*capability\s*(?:[^,]*\blinux_immutable\b[^,]*)?,", rules, re.MULTILINE):
+        missing += [f"change_profile -> {apparmor.HOOK},", "signal (send) peer=nvdimm-*,"]
     if os.path.dirname(device_model) not in _EXECUTABLE and device_model not in rules:
         missing.append(f"{device_model} Ux,")
     return missing

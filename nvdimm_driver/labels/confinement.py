@@ -13,6 +13,7 @@ import resource
 import signal
 from contextlib import suppress
 
+from nvdimm_driver import apparmor
 from nvdimm_driver.processes import FIRST_UID
 
 NAMESPACES = 0x00020000 | 0x08000000 | 0x40000000
@@ -42,11 +43,14 @@ def isolate() -> None:
 
     :raises OSError: when the kernel refuses; it needs CAP_SYS_ADMIN, and Linux 5.12.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    _check(libc.unshare(NAMESPACES), "unshare")
-    wanted = _MountAttributes(set=_MOUNT_ATTR_RDONLY, propagation=_MS_SLAVE)
-    size = ctypes.c_size_t(ctypes.sizeof(wanted))
-    _check(libc.syscall(_SYS_MOUNT_SETATTR, -1, b"/", _AT_RECURSIVE, ctypes.byref(wanted), size), "mount_setattr")
+    _check(ctypes.CDLL(None, use_errno=True).unshare(NAMESPACES), "unshare")
+    _set_mounts(b"/", _AT_RECURSIVE, _MountAttributes(set=_MOUNT_ATTR_RDONLY, propagation=_MS_SLAVE))
+    _set_mounts(b"/proc", 0, _MountAttributes(clear=_MOUNT_ATTR_RDONLY))  # for its AppArmor profile
+
+
+def _set_mounts(path: bytes, flags: int, wanted: _MountAttributes) -> None:
+    libc, size = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t(ctypes.sizeof(wanted))
+    _check(libc.syscall(_SYS_MOUNT_SETATTR, -1, path, flags, ctypes.byref(wanted), size), "mount_setattr")
 
 
 def become(uid: int) -> None:
@@ -57,6 +61,7 @@ def become(uid: int) -> None:
 
     :raises OSError: when the kernel refuses.
     """
+    apparmor.enter(apparmor.LABEL_SERVER)
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 1024, resource.RLIMIT_NPROC: MAX_PROCESSES}
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))

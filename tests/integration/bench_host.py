@@ -48,6 +48,7 @@ builder = native
 group = root
 [libvirt]
 hooks_dir = /etc/libvirt/hooks
+apparmor_dir = {folder}/apparmor.d
 """
 DOMAIN = """<domain type='xen'>
   <name>{name}</name>

@@ -11,6 +11,7 @@ import pytest
 from oslo_config import cfg
 
 from nvdimm_driver import conf
+from nvdimm_driver.cmd.apparmor_rules import BEGIN, END
 from nvdimm_driver.cmd.register import find_running, register, registered_state_dir, unregister
 from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.model import Run
@@ -24,6 +25,7 @@ def options(tmp_path: Path) -> cfg.ConfigOpts:
     file.write_text(
         f"[DEFAULT]\nstate_dir={tmp_path}/state\nlog_file={tmp_path}/log\n"
         f"[xen]\ndevice_model={tmp_path}/libexec/dm\nqemu=/bin/echo\n[libvirt]\nhooks_dir={tmp_path}/hooks\n"
+        f"apparmor_dir={tmp_path}/apparmor.d\n"
     )
     return conf.load([str(file)])
 
@@ -166,3 +168,30 @@ def test_a_log_that_everybody_could_read_is_protected(options: cfg.ConfigOpts, t
     assert f"changed {tmp_path}/log, which everybody could read" in list(register(options))
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o640
     assert not [line for line in register(options) if line.startswith("changed")]
+
+
+def test_register_adds_to_the_profile_of_libvirtd_and_unregister_takes_it_away(
+    options: cfg.ConfigOpts, tmp_path: Path
+) -> None:
+    profile, local = tmp_path / "apparmor.d/usr.sbin.libvirtd", tmp_path / "apparmor.d/local/usr.sbin.libvirtd"
+    profile.parent.mkdir()
+    profile.write_text("profile libvirtd /usr/sbin/libvirtd {\n}\n")
+    local.parent.mkdir()
+    own = "  # an operator's\n  /srv/** r,\n"
+    local.write_text(own)
+    assert f"changed {local}" in list(register(options))
+    dm = options.xen.device_model
+    rules = f"  change_profile -> nvdimm-hook,\n  signal (send) peer=nvdimm-*,\n  {dm} Ux,\n"
+    assert local.read_text() == f"{own}{BEGIN}\n{rules}{END}\n"
+    assert f"changed {local}" not in list(register(options))
+    local.write_text(local.read_text() + "  /opt/** r,\n")
+    assert f"changed {local}" in list(unregister(options, []))
+    assert local.read_text() == f"{own}  /opt/** r,\n"
+
+
+def test_register_adds_nothing_to_a_profile_that_allows_it(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    profile = tmp_path / "apparmor.d/usr.sbin.virtxend"
+    profile.parent.mkdir()
+    profile.write_text(f"  change_profile -> nvdimm-hook,\n  {options.xen.device_model} Ux,\n")
+    list(register(options))
+    assert not (tmp_path / "apparmor.d/local").exists()
