@@ -65,9 +65,14 @@ def _confinement() -> list[str]:
     words = [_tool("prlimit"), *_LIMITS]
     if os.geteuid() == 0:
         ids = ("--reuid", str(_UID), "--regid", str(_UID), "--clear-groups")
-        namespaces = ("--net", "--ipc", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child")
-        words = [_tool("unshare"), *namespaces, "--", _tool("setpriv"), "--no-new-privs", *ids, "--", *words]
+        words = [*_namespaces(), _tool("setpriv"), "--no-new-privs", *ids, "--", *words]
     return [*words, "--"]
+
+
+def _namespaces() -> list[str]:
+    """Return the words that run a program in namespaces; none where root cannot make them, as in some containers."""
+    words = [_tool("unshare"), "--net", "--ipc", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child", "--"]
+    return words if run([*words, "true"]).returncode == 0 else []
 
 
 def _tool(name: str) -> str:

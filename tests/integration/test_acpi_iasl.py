@@ -187,3 +187,15 @@ def test_nothing_but_a_file_is_taken_from_iasl(commands: str) -> None:
 
 def test_iasl_cannot_fill_the_disk() -> None:
     assert "status" in told("exec head -c 40M /dev/zero >table.dsl")
+
+
+def test_where_root_cannot_make_namespaces_iasl_is_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root in a container: ``plan`` prints the driver's own tables there."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        (Path(folder) / "unshare").write_text("#!/bin/sh\necho unshare: Operation not permitted >&2\nexit 1\n")
+        (Path(folder) / "unshare").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        assert 'DefinitionBlock ("", "SSDT"' in decode(ssdt(layout(GAPS[:1])))
+        lines = told("").split(": ", 1)[1].splitlines()
+    assert lines[:2] == [str(FIRST_UID + 0xFFFF)] * 2
