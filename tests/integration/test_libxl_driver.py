@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import rewrite
 from tests.integration.bench_host import UUID, Host
@@ -323,6 +324,18 @@ def test_libvirtd_is_restarted_under_a_guest(running: Host) -> None:
     running.libvirtd.check("destroy", "db1")
     assert running.libvirtd.events() == ended(number)
     assert running.state("db1") == OFF
+
+
+def test_the_file_system_is_in_use_until_the_guest_has_ended(running: Host) -> None:
+    """By a process that outlives libvirtd."""
+    pmem, holders, uuid = str(running.folder / "pmem"), Holders(running.folder / "state"), UUID.format(1)
+    before = holders.find(uuid)
+    assert len(before) == 1
+    running.libvirtd.restart()
+    assert holders.find(uuid) == before
+    assert "busy" in running.libvirtd.run("umount", pmem).stderr
+    running.libvirtd.check("destroy", "db1")
+    assert holders.find(uuid) == []
 
 
 def test_a_guest_that_ends_while_libvirtd_is_away(running: Host) -> None:
