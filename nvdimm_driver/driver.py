@@ -46,6 +46,7 @@ from nvdimm_driver.model import (
     Pool,
     Record,
     Run,
+    Watch,
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper
 from nvdimm_driver.pools.rules import Pools
@@ -203,6 +204,16 @@ class XenNvdimmDriver(plugins.Plugin):
         ownership.give_up(self.ledger, self.backings, record)
         self.remove_leftovers()
         return record
+
+    def release_claims(self, record: Record, watch: Watch, *, delete: bool, slot: int | None = None) -> None:
+        """Release a domain's backings, as :meth:`.wiping.Wiper.give_up` does, while nobody defines or creates it.
+
+        :raises InUseError: also while another process does so.
+        :raises NvdimmError: also when the domain's start is over, and cannot be put away.
+        """
+        with self.locks.changing(record.uuid):
+            self.starts.put_away_if_over(record)
+            self.wiper.give_up(record, watch, delete=delete, slot=slot)
 
     def check_ram(self, uuid: str, ram: int) -> None:
         """Check that a defined domain could have that much RAM from its next start on.

@@ -21,6 +21,8 @@ TIMEOUT = 30.0
 """Seconds to wait for an answer: libvirtd, and an nvdimmd that its socket starts, may have to start first."""
 XML_INACTIVE = 2
 """VIR_DOMAIN_XML_INACTIVE (include/libvirt/libvirt-domain.h)."""
+NO_DOMAIN = 42
+"""VIR_ERR_NO_DOMAIN (include/libvirt/virterror.h)."""
 _RECEIVE = 65536
 
 _DOMAIN = """<domain type='xen'>
@@ -92,6 +94,16 @@ class Connection:
         """Return the XML of a domain as libvirt has it: of its definition, or of its guest, if that runs."""
         arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE if inactive else 0))
         return Unpacker(self.call(Procedure.DOMAIN_GET_XML_DESC, arguments)).string()
+
+    def has_managed_save(self, name: str, uuid: str) -> bool:
+        """Return True if libvirt has the image of a saved guest of a defined domain."""
+        arguments = bytes(Packer().domain(DomainRef(name, uuid, -1)).uint32(0))
+        try:
+            return Unpacker(self.call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments)).int32() == 1
+        except LibvirtError as error:
+            if RemoteError.unpack(error.payload).code == NO_DOMAIN:
+                return False
+            raise
 
     def call(self, procedure: int, payload: bytes = b"") -> bytes:
         """Make a call; return the payload of its reply."""

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError
 from nvdimm_driver.model import Allocation, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
@@ -181,7 +181,13 @@ class _Look:
         """Store an NVDIMM in the ledger, in place of the domain's NVDIMM in that slot."""
         known = self.driver.ledger.find_domain(record.uuid)
         others = [each for each in (known.allocations if known else ()) if each.spec.slot != item.spec.slot]
-        self.driver.ledger.store(record.uuid, record.name, record.ram, [*others, item], dsm=record.dsm)
+
+        def check() -> None:
+            if self.driver.ledger.find_domain(record.uuid) != known:
+                raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
+
+        items = [*others, item]
+        self.driver.ledger.store(record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check)
 
     # --- files in the pools ---
 

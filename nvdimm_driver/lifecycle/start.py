@@ -151,11 +151,15 @@ class Starts:
 
     def find_stale(self) -> list[Record]:
         """Return the domains whose start is over and not put away."""
-        return [
-            record
-            for record in self.ledger.started_domains()
-            if record.start and not self._is_pending(record.start) and not self.is_running(record.start)
-        ]
+        return [record for record in self.ledger.started_domains() if record.start and self._is_stale(record.start)]
+
+    def put_away_if_over(self, record: Record) -> None:
+        """Put the domain's start away if it is over; unlike :meth:`reconcile`, raise the error if that fails."""
+        if record.start is not None and self._is_stale(record.start):
+            self.put_away(record.start, kind="put-away")
+
+    def _is_stale(self, start: Start) -> bool:
+        return not self._is_pending(start) and not self.is_running(start)
 
     def reconcile(self) -> None:
         """Put away the starts whose domains are gone. One that cannot be put away now is logged, and kept."""

@@ -542,3 +542,22 @@ def test_the_files_of_a_guest_with_a_label_server_stay(driver: XenNvdimmDriver, 
     os.close(lock)
     driver.reconcile()
     assert not folder.exists()
+
+
+def test_a_release_says_why_a_start_that_is_over_cannot_be_put_away(tmp_path: Path, mapper: RecordingMapper) -> None:
+    class ReadOnly(MemoryBacking):
+        def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
+            raise BackingError(f"{path}: read-only file system")
+
+    driver = make_driver(tmp_path, ReadOnly(), mapper)
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    driver.starts.abandoned_seconds = 0
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    with pytest.raises(BackingError, match=f"{A}: read-only file system"):
+        driver.release_claims(record, lambda what: unwatched, delete=False)
+    driver.starts.abandoned_seconds = 600
+    driver.locks.seconds = 0.0
+    with driver.locks.changing(UUID), pytest.raises(InUseError, match="is being defined, created or released"):
+        driver.release_claims(record, lambda what: unwatched, delete=False)

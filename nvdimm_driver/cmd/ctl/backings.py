@@ -142,6 +142,8 @@ class Wipe(Action):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
+        from nvdimm_driver.cmd.ctl.saved_guests import warn_of_saved_guest
+
         driver = up_to_date(self.app)
         owner: Record | None = None
         if os.path.isabs(parsed_args.what):
@@ -151,6 +153,7 @@ class Wipe(Action):
         else:
             owner = find(driver, parsed_args.what)
             doomed = [item.spec for item in items_of(owner, parsed_args.slot)]
+            warn_of_saved_guest(self.app, driver, owner)
         paths = ", ".join(spec.path for spec in doomed)
         if not agreed(f"Overwrite everything in {paths} with zeros?", parsed_args.yes):
             return 1

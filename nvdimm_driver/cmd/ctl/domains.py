@@ -67,6 +67,7 @@ class Release(Action):
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         from nvdimm_driver.cmd.ctl import render
         from nvdimm_driver.cmd.ctl.progress import watched
+        from nvdimm_driver.cmd.ctl.saved_guests import warn_of_saved_guest
         from nvdimm_driver.contents.wiping import in_slot
 
         driver, slot = up_to_date(self.app), parsed_args.slot
@@ -74,10 +75,11 @@ class Release(Action):
         if slot is not None:
             items_of(record, slot)
         fate = render.fate(driver, in_slot(record, slot), delete=parsed_args.delete)
+        warn_of_saved_guest(self.app, driver, record)
         if not agreed(f"Give up {record.name}'s claim ({fate})?", parsed_args.yes):
             return 1
         with watched(record.name) as watch:
-            driver.wiper.give_up(record, watch, delete=parsed_args.delete, slot=slot)
+            driver.release_claims(record, watch, delete=parsed_args.delete, slot=slot)
         driver.remove_leftovers()
         print(f"{record.name} has no NVDIMM{'s' if slot is None else f' in slot {slot}'} any more. {fate}")
         return 0

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a domain keeps when a call of virsh's fails, with plain virsh through nvdimmd to the real libxl driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.bench_host import Host
+from tests.integration.test_virsh import image, refused
+
+MISSING = "<interface type='network'><source network='missing'/></interface></devices>"
+"""libvirt looks for the network of a start after the driver's hook has prepared it."""
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """Return a host with the domain db1, defined and shut off."""
+    host = Host(tmp_path)
+    try:
+        host.define("db1", 1)
+        yield host
+    finally:
+        host.libvirtd.close()
+
+
+def with_file(host: Host, name: str, *, starts: bool = True) -> Path:
+    """Return the XML of db1 with another file; libvirt cannot start it unless it starts."""
+    written = host.xml("db1", 1)
+    text = written.read_text().replace(str(image(host, "db1")), str(image(host, name)))
+    other = host.folder / f"db1-with-{name}.xml"
+    other.write_text(text if starts else text.replace("</devices>", MISSING))
+    return other
+
+
+def stranger(host: Host) -> Path:
+    """Return the XML of another domain with db1's file."""
+    written = host.xml("db2", 2)
+    written.write_text(written.read_text().replace(str(image(host, "db2")), str(image(host, "db1"))))
+    return written
+
+
+def is_immutable(host: Host, name: str) -> bool:
+    return "i" in host.libvirtd.run("lsattr", image(host, name)).stdout.split()[0]
+
+
+def test_a_create_that_libvirt_refuses_takes_nothing(host: Host) -> None:
+    """Neither from a domain that is off, nor from one that runs; the client gets libvirt's error."""
+    for runs in (False, True):
+        if runs:
+            host.check("start", "db1")
+        before = host.record("db1")
+        told = refused(host, "create", with_file(host, "new", starts=False))
+        assert ("is already active" if runs else "for network:///system") in told
+        assert host.record("db1") == before
+        assert "new.img" not in host.files()
+        assert "belongs to domain db1" in refused(host, "define", stranger(host))
+        assert host.nvdimmctl("check").returncode == 0
+
+
+def test_a_create_beside_a_definition_leaves_what_that_has(host: Host) -> None:
+    (before,) = host.record("db1").allocations
+    host.check("create", with_file(host, "new"))
+    assert host.state("db1") == ("mapped", host.state("db1")[1], False)
+    assert is_immutable(host, "new")
+    host.check("destroy", "db1")
+    assert "belongs to domain db1" in refused(host, "define", stranger(host))
+    host.check("start", "db1")
+    items = {item.spec.path: item for item in host.record("db1").allocations}
+    assert items[before.spec.path] == before
+    assert len(items) == 2
+
+
+def test_a_file_does_not_stay_frozen_for_a_start_that_never_came(host: Host) -> None:
+    host.check("define", with_file(host, "db1", starts=False))
+    refused(host, "start", "db1")
+    assert is_immutable(host, "db1"), "libvirt does not say that the start is over"
+    host.check("define", with_file(host, "new"))
+    host.check("start", "db1")
+    assert not is_immutable(host, "db1")
+    assert is_immutable(host, "new")
+
+
+def test_the_restore_of_an_older_guest_leaves_what_the_definition_has(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("save", "db1", host.folder / "saved")
+    host.check("define", with_file(host, "new"))
+    (before,) = host.record("db1").allocations
+    host.check("restore", host.folder / "saved")
+    assert host.state("db1")[0] == "mapped"
+    assert {item.spec.path for item in host.record("db1").allocations} == {
+        str(image(host, "db1")),
+        str(image(host, "new")),
+    }
+    host.check("destroy", "db1")
+    host.check("start", "db1")
+    items = {item.spec.path: item for item in host.record("db1").allocations}
+    assert items[before.spec.path] == before
+
+
+def test_wipe_and_release_say_that_there_is_a_saved_guest(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    for command in (("wipe", "db1"), ("release", "db1")):
+        assert "saved guest" not in host.nvdimmctl(*command).stderr, "it asks, and gets no answer"
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    for command in (("wipe", "db1"), ("release", "db1")):
+        assert "db1 has a saved guest (virsh managedsave), which cannot go on" in host.nvdimmctl(*command).stderr
+    host.libvirtd.stop()
+    assert "libvirt cannot be asked whether db1 has a saved guest" in host.nvdimmctl("release", "db1").stderr
+    assert len(host.record("db1").allocations) == 1
