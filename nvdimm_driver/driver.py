@@ -41,7 +41,6 @@ from nvdimm_driver.model import (
     Allocation,
     BackingIdentity,
     DomainSpec,
-    NvdimmSpec,
     Plan,
     Pool,
     Record,
@@ -294,7 +293,7 @@ class XenNvdimmDriver(plugins.Plugin):
         return self._prepare(record, domain, qemu)
 
     def check_restore(self, uuid: str) -> None:
-        """Check that the domain's guest, saved at the end of its last run, could go on now.
+        """Check that the domain's guest, saved at the end of its last run, could go on now: as a start will check.
 
         libvirt removes a managed save before it starts the domain from it, so this has to be asked before.
 
@@ -305,26 +304,31 @@ class XenNvdimmDriver(plugins.Plugin):
         last = self.ledger.find_run(uuid)
         if last is None:
             return  # a version that numbered no runs has saved it
+        domain = saved_guest.domain_of(last, uuid)
         record = self.ledger.find_domain(uuid)
-        identities = saved_guest.check_available(last, self.backings, (record and record.dsm) or self.planner.dsm)
-        nvdimms = tuple(NvdimmSpec(slot, path, PAGE) for path, slot in saved_guest.paths_of(last).items())
-        ownership.check_paths(self.ledger, DomainSpec("", uuid, 0, None, nvdimms))
+        known = domain or record
+        identities = saved_guest.check_available(last, self.backings, (known and known.dsm) or self.planner.dsm)
         ownership.check_bytes(self.ledger, uuid, identities, record.allocations if record else ())
+        if domain is not None:
+            saved_guest.check_plan(last, self.definitions.plan_start(domain))
 
     def check_redefinition(self, plan: Plan) -> None:
         """Check that a domain whose guest is saved is defined with the NVDIMMs that this guest had, in their places.
+
+        The definition may have other paths to the same bytes. The guest goes on with the paths that it had, so these
+        must lead there, too.
 
         :raises UnsupportedError: when it is not.
         """
         uuid = uuid_of(plan.domain)
         record, last = self.ledger.find_domain(uuid), self.ledger.find_run(uuid)
+        had: dict[str, BackingIdentity | None]
         if last is not None:
-            differing = saved_guest.differences(last, plan)
+            differing, had = saved_guest.differences(last, plan), dict(saved_guest.backings_of(last))
         else:
-            items = record.allocations if record else ()
-            had = [(item.spec, item.base) for item in items]
-            now = [(spec, at.base) for spec, at in zip(plan.domain.nvdimms, plan.layout.nvdimms, strict=True)]
-            differing = "" if had == now else "they are not those of the ledger"
+            items = record.started if record else ()
+            differing, had = _differences(items, plan), {item.spec.path: item.identity for item in items}
+        differing = differing or saved_guest.missing(had, self.backings)
         if differing:
             raise UnsupportedError(
                 f"domain {plan.domain.name} has a managed save, whose guest has other NVDIMMs than this definition: "
@@ -488,6 +492,16 @@ class XenNvdimmDriver(plugins.Plugin):
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         path = self.tables_file(uuid)
         self.ledger.reserve.spend(lambda: _replace(path, b"".join(tables)))
+
+
+def _differences(items: Sequence[Allocation], plan: Plan) -> str:
+    """Return what the NVDIMMs of a plan have otherwise than these, but for their paths; empty when nothing."""
+    had = [(replace(item.spec, path=""), item.base, item.identity) for item in items]
+    now = [
+        (replace(spec, path=""), at.base, location.identity)
+        for spec, at, location in zip(plan.domain.nvdimms, plan.layout.nvdimms, plan.locations, strict=True)
+    ]
+    return "" if had == now else "they are not those of the ledger"
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from nvdimm_driver import logs
@@ -46,17 +46,31 @@ class Definitions:
         self.planner = planner
         self.pools = pools
 
-    def plan(self, domain: DomainSpec) -> Plan:
+    def plan(self, domain: DomainSpec, *, kept: Sequence[Allocation] = ()) -> Plan:
         """Return the plan for a define and start of the domain; change nothing.
 
+        :param kept: NVDIMMs that the domain keeps besides.
         :raises NvdimmError: any error that a define or start would raise.
         """
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
         domain = self.keep_slots(self.identify_by_name(resolved(domain)))
-        self._check_allowed(domain)
-        before = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
-        check_kept(domain, before, self.backings, self.planner.host.bad_ranges())
+        uuid = domain.uuid or ""
+        before = self.ledger.find_domain(uuid)
+        self._check_allowed(domain, self._all_kept(domain, before, kept))
+        check_kept(domain, before, self.ledger.find_run(uuid), self.backings, self.planner.host.bad_ranges())
         return self.planner.plan_define(domain, before)
+
+    def plan_start(self, domain: DomainSpec) -> Plan:
+        """Return the plan of a start with this XML; change nothing.
+
+        :raises NvdimmError: any error that :meth:`adopt` or the start would raise.
+        """
+        domain = self.keep_slots(self.resolve_for_start(domain))
+        record = self.ledger.find_domain(uuid_of(domain))
+        if record is None or not self._is_current(domain, record):
+            return self._plan_adoption(domain, record)
+        self.check_marks(domain)
+        return self.planner.plan_start(domain, record)
 
     def identify_by_name(self, domain: DomainSpec) -> DomainSpec:
         """Return the domain; if the XML has no uuid, with that of the ledger's domain of the same name, if any."""
@@ -107,17 +121,17 @@ class Definitions:
         uuid = uuid_of(domain)
         plan = plan or self.plan(domain)
         domain = replace(plan.domain, uuid=uuid)
-        held = self._check_allowed(domain)
         before = self.ledger.find_domain(uuid)
+        kept = self._all_kept(domain, before, kept)
+        held = self._check_allowed(domain, kept)
         LOG.debug("define domain %s, %s", domain.name, uuid)
-        kept = [*kept, *(item for item in self._to_wipe(self._others(domain, before)) if item not in kept)]
         found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
         known = {path: identity for path, identity in found.items() if identity is not None}
 
         def check() -> None:
             ownership.check_paths(self.ledger, domain, held)
             self._check_claims(domain, before, known)
-            self.pools.check(domain, self.ledger.domains(), [item.spec for item in kept])
+            self._check_pools(domain, before, held, kept)
 
         self.ledger.begin_define(domain, check)
         created: list[Allocation] = []
@@ -216,9 +230,18 @@ class Definitions:
         """
         uuid = uuid_of(domain)
         record = self.ledger.find_domain(uuid)
-        wanted = (domain.ram, domain.name, domain.dsm)
-        if record and (record.ram, record.name, record.dsm) == wanted and self._is_settled(domain, record):
+        if record and self._is_current(domain, record):
             return record
+        plan = self._plan_adoption(domain, record)
+        with self.locks.changing(uuid):
+            self.define(domain, plan, kept=self.others(domain))
+        adopted = self.ledger.find_domain(uuid)
+        if adopted is None:
+            raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
+        return adopted
+
+    def _plan_adoption(self, domain: DomainSpec, record: Record | None) -> Plan:
+        """Return the plan for an :meth:`adopt` that changes the record; change nothing."""
         for spec in domain.nvdimms:
             intake = self._backing(spec).examine(spec)
             if intake.creates or intake.writes:
@@ -226,12 +249,7 @@ class Definitions:
                     f"domain {domain.name}: {spec.path} is not provisioned: {human(intake.writes)} still to be written",
                     hint="define the domain with virsh, through nvdimmd",
                 )
-        with self.locks.changing(uuid):
-            self.define(domain, kept=self.others(domain))
-        adopted = self.ledger.find_domain(uuid)
-        if adopted is None:
-            raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
-        return adopted
+        return self.plan(domain, kept=self._others(domain, record))
 
     def others(self, domain: DomainSpec) -> list[Allocation]:
         """Return the domain's NVDIMMs in the ledger that are not in its XML, to be kept besides."""
@@ -251,12 +269,18 @@ class Definitions:
         ]
         return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
 
+    def _all_kept(self, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> Sequence[Allocation]:
+        """Return NVDIMMs that the domain keeps besides those of its XML, and the others that have to be wiped first."""
+        return [*kept, *(item for item in self._to_wipe(self._others(domain, before)) if item not in kept)]
+
     def _to_wipe(self, items: Sequence[Allocation]) -> list[Allocation]:
         """Return those NVDIMMs whose bytes have to be overwritten before anybody else may have them."""
         return [item for item in items if item.ready and self.pools.wipes(item.spec.path)]
 
-    def _is_settled(self, domain: DomainSpec, record: Record) -> bool:
-        """Return True if the ledger has all NVDIMMs of the domain as they are to be started."""
+    def _is_current(self, domain: DomainSpec, record: Record) -> bool:
+        """Return True if the ledger has the domain, with all its NVDIMMs, as it is to be started."""
+        if (domain.ram, domain.name, domain.dsm) != (record.ram, record.name, record.dsm):
+            return False
         items = {item.spec: item for item in record.allocations if item.ready and item.base is not None}
         if not {*domain.nvdimms} <= items.keys():
             return False
@@ -292,8 +316,11 @@ class Definitions:
         """
         ownership.check_marks(self.ledger, self.backings, domain.uuid or "", [spec.path for spec in domain.nvdimms])
 
-    def _check_allowed(self, domain: DomainSpec) -> set[str]:
-        """Check that the domain may have its paths; return those that it has already."""
+    def _check_allowed(self, domain: DomainSpec, kept: Sequence[Allocation]) -> set[str]:
+        """Check that the domain may have its paths; return those that it has already.
+
+        :param kept: NVDIMMs that the domain keeps besides: they count in quotas.
+        """
         before = self.ledger.find_domain(domain.uuid) if domain.uuid else None
         held = ownership.held(self.backings, before)
         for spec in domain.nvdimms:
@@ -302,8 +329,22 @@ class Definitions:
         check_distinct(domain.nvdimms, lambda one, other: one.path == other.path)
         ownership.check_paths(self.ledger, domain, held)
         self.check_marks(domain)
-        self.pools.check(domain, self.ledger.domains())
+        self._check_pools(domain, before, held, kept)
         return held
+
+    def _check_pools(
+        self, domain: DomainSpec, before: Record | None, held: Container[str], kept: Sequence[Allocation]
+    ) -> None:
+        """Check what a domain gets anew against the pools, which may have changed since it got the rest.
+
+        :param held: paths that it has already.
+        :param kept: NVDIMMs that it keeps besides those of its XML.
+        """
+        items = before.allocations if before else ()
+        had = {item.spec.path: item.spec.size for item in items if item.spec.path in held}
+        new = tuple(spec for spec in domain.nvdimms if spec.size > had.get(spec.path, 0))
+        has = [*(spec for spec in domain.nvdimms if spec not in new), *(item.spec for item in kept)]
+        self.pools.check(replace(domain, nvdimms=new), self.ledger.domains(), has)
 
     def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> None:
         """Record identities, bases and owners, after everything is provisioned."""

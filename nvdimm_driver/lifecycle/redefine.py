@@ -7,13 +7,15 @@ An NVDIMM that is left out of the definition is given up as a whole, on purpose;
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from dataclasses import replace
 
 from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
-from nvdimm_driver.model import MIB, Allocation, BackingIdentity, DomainSpec, Location, NvdimmSpec, Record
+from nvdimm_driver.lifecycle.saved_guest import has_had
+from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Record, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.sizes import human
+from nvdimm_driver.state.ownership import identity_at
 
 _CHUNK = MIB
 _HINT = (
@@ -23,49 +25,54 @@ _HINT = (
 
 
 def check_kept(
-    domain: DomainSpec, before: Record | None, backings: Sequence[Backing], bad: Sequence[tuple[int, int]]
+    domain: DomainSpec,
+    before: Record | None,
+    last: Run | None,
+    backings: Sequence[Backing],
+    bad: Sequence[tuple[int, int]],
 ) -> None:
     """Check that a redefinition keeps each NVDIMM's size, and all of its bytes that are in use, for what they are.
 
-    A byte is in use if it is not 0: one that the guest has written, or one of its labels.
+    A byte is in use if it is not 0: one that the guest has written, or one of its labels. An NVDIMM may always be as
+    the domain's last guest had it: what a definition has made of it since, no guest knows.
 
     :param before: the domain as the ledger knows it.
+    :param last: the domain's last run.
     :param bad: known bad ranges of persistent memory, as (SPA, bytes). They are not read, and count as in use.
     :raises RefusedError: when an NVDIMM gets smaller, or bytes in use come to be label area, data or neither.
     """
-    for item in () if before is None else before.allocations:
-        for spec in domain.nvdimms:
-            if spec.path == item.spec.path:
-                _check_one(item, spec, backing_of(backings, spec.path), bad)
+    items = [item for item in (() if before is None else before.allocations) if item.identity is not None]
+    for spec in domain.nvdimms if items else ():
+        identity = identity_at(backings, spec.path)
+        for item in items:
+            if identity is None or item.identity is None or _place(identity) != _place(item.identity):
+                continue
+            if last is None or not has_had(last, spec, identity):
+                _check_one(replace(item.spec, path=spec.path), spec, backing_of(backings, spec.path), bad)
 
 
-def _check_one(item: Allocation, new: NvdimmSpec, backing: Backing, bad: Sequence[tuple[int, int]]) -> None:
-    old = item.spec
-    location = _same(item, backing)
-    if location is None:
-        return
+def _check_one(old: NvdimmSpec, new: NvdimmSpec, backing: Backing, bad: Sequence[tuple[int, int]]) -> None:
+    """Check a new definition of an NVDIMM.
+
+    :param old: the NVDIMM as it was, at its path of now.
+    """
     if new.size < old.size:
         raise RefusedError(
             f"{old.path}: has {human(old.size)} and would have {human(new.size)}: the guest would lose its end",
             hint=_HINT,
         )
+    try:
+        extents = backing.locate(old).extents
+    except BackingError:
+        return  # it is not fit, and the plan will say why
     for what, start, end in _given_up(old, new):
-        broken = any(first < end and start < first + size for first, size in bad_parts(location.extents, bad))
+        broken = any(first < end and start < first + size for first, size in bad_parts(extents, bad))
         if broken or _in_use(backing, old, start, end):
             raise RefusedError(
                 f"{old.path}: {what}, {human(end - start)} at {start:#x}, is in use, and would be something else with "
                 f"a size of {human(new.size)} and a label area of {human(new.label_size)}",
                 hint=_HINT,
             )
-
-
-def _same(item: Allocation, backing: Backing) -> Location | None:
-    """Return where an NVDIMM is; None when its backing is not the one that was provisioned, or is not fit."""
-    with suppress(BackingError):
-        location = backing.locate(item.spec)
-        if item.identity is not None and _place(location.identity) == _place(item.identity):
-            return location
-    return None
 
 
 def _place(identity: BackingIdentity) -> tuple[str, int, int, int]:

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, SpaRange, seal
 from nvdimm_driver.acpi.walk import Read, locate
 from nvdimm_driver.errors import RefusedError
-from nvdimm_driver.model import MAX_NVDIMMS, BackingIdentity, Plan, Run
+from nvdimm_driver.model import MAX_NVDIMMS, BackingIdentity, DomainSpec, NvdimmSpec, Plan, Run
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.state.ownership import identity_at
 
 UNNUMBERED = 1
 """OEM revision of an NFIT as QEMU makes it: the guest was started by a version that gave no numbers."""
-UNCOMPARED = ("path", "backing size")
-"""What may differ: the same bytes may be found at another path, and more behind them."""
+UNCOMPARED = ("path", "backing size", "domain", "definition")
+"""What may differ: the same bytes may be found at another path, and more behind them. How the domain was defined does
+not matter to its guest."""
 _REMEDY = "put back what differs, or boot the guest anew: virsh managedsave-remove, then virsh start"
 
 
@@ -41,9 +42,9 @@ def numbered(tables: Sequence[bytes], number: int) -> tuple[bytes, ...]:
 
 
 def describe(plan: Plan) -> str:
-    """Return what the guest of a plan has, as JSON: its NVDIMMs, with their bytes and places."""
-    nvdimms = []
-    for spec, placement, location in zip(plan.domain.nvdimms, plan.layout.nvdimms, plan.locations, strict=True):
+    """Return what the guest of a plan has, as JSON: its domain, and its NVDIMMs with their bytes and places."""
+    domain, nvdimms = plan.domain, []
+    for spec, placement, location in zip(domain.nvdimms, plan.layout.nvdimms, plan.locations, strict=True):
         nvdimms.append(
             {
                 "slot": spec.slot,
@@ -54,10 +55,35 @@ def describe(plan: Plan) -> str:
                 "label server": plan.layout.dsm if spec.label_size else "none",
                 "label address": hex(placement.label_base) if placement in plan.layout.label_areas else "none",
                 "backing size": location.identity.size,
+                "domain": {"name": domain.name, "ram": domain.ram, "dsm": domain.dsm},
+                "definition": {name: value for name, value in asdict(spec).items() if name != "path"},
                 **_bytes(location.identity),
             }
         )
     return json.dumps(nvdimms)
+
+
+def domain_of(run: Run, uuid: str) -> DomainSpec | None:
+    """Return the domain of a run as it was started: a saved guest of this run comes back with the same XML.
+
+    :returns: None when an earlier version has begun the run, and did not record that.
+    """
+    found = _nvdimms(run.nvdimms)
+    if not found or not all("domain" in each for each in found):
+        return None
+    nvdimms = tuple(NvdimmSpec(path=each["path"], **each["definition"]) for each in found)
+    domain = found[0]["domain"]
+    return DomainSpec(domain["name"], uuid, domain["ram"], None, nvdimms, domain["dsm"])
+
+
+def has_had(run: Run, spec: NvdimmSpec, identity: BackingIdentity) -> bool:
+    """Return True if the guest of a run had exactly this NVDIMM, at whatever path, and no one else has written it."""
+    domain = domain_of(run, "")
+    sizes = (spec.slot, spec.size, spec.label_size, spec.visible_size)
+    nvdimms = domain.nvdimms if domain else ()
+    had = {(each.slot, each.size, each.label_size, each.visible_size) for each in nvdimms}
+    same = any(_bytes(identity).items() <= each.items() for each in _nvdimms(run.nvdimms) if each["slot"] == spec.slot)
+    return run.number != 0 and sizes in had and same
 
 
 def times(backings: Sequence[Backing], nvdimms: str) -> str:
@@ -105,6 +131,18 @@ def backings_of(run: Run) -> list[tuple[str, BackingIdentity]]:
     return [(each["path"], _identity(each)) for each in _nvdimms(run.nvdimms)]
 
 
+def missing(had: Mapping[str, BackingIdentity | None], backings: Sequence[Backing]) -> str:
+    """Return which path of a saved guest no longer leads to its bytes; empty when all do.
+
+    :param had: by path, the backings of the guest, whose image has these paths.
+    """
+    for path, identity in had.items():
+        found = identity_at(backings, path)
+        if identity is None or found is None or not found.shares_bytes(identity):
+            return f"it has one by the path {path}, which is not there any more"
+    return ""
+
+
 def has_bytes_of(run: Run, identity: BackingIdentity) -> bool:
     """Return True if the guest of a run may have bytes of a backing."""
     return any(_identity(each).shares_bytes(identity) for each in _nvdimms(run.nvdimms))
@@ -128,6 +166,15 @@ def check_available(last: Run, backings: Sequence[Backing], dsm: str) -> dict[st
     nvdimms = json.dumps(now)
     check_run(Run(last.number, nvdimms, times(backings, nvdimms)), last if last.number else None)
     return found
+
+
+def check_plan(last: Run, plan: Plan) -> None:
+    """Check that the guest of a plan has the NVDIMMs of the last run, at the same places.
+
+    :raises RefusedError: when something differs.
+    """
+    if differing := differences(last, plan):
+        raise _refused(differing)
 
 
 def differences(last: Run, plan: Plan) -> str:

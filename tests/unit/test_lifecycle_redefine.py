@@ -12,10 +12,10 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import RefusedError, UnsupportedError
 from nvdimm_driver.model import KIB, MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange
-from tests.unit.doubles import NAMESPACE, MemoryBacking, RecordingMapper, domain, make_driver
+from tests.unit.doubles import NAMESPACE, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
 from tests.unit.label_areas import label_area
 
-A = "/mnt/pmem0/a"
+A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
 LABEL = 128 * KIB
 
 
@@ -25,21 +25,30 @@ class Host:
     def __init__(self, folder: Path, label_size: int, alignsize: int | None = None) -> None:
         self.backing = MemoryBacking()
         self.backing.files[A] = (100, 128 * MIB)
+        self.backing.next_inode = 102
         self.driver = make_driver(folder, self.backing, RecordingMapper())
         self.domain = domain(A, label_size=label_size)
         self.domain = self.changed(alignsize=alignsize)
         self.content = self.backing.contents.setdefault(A, bytearray(128 * MIB))
         self.driver.define(self.domain)
 
-    def changed(self, **values: int | None) -> DomainSpec:
+    def changed(self, **values: int | str | None) -> DomainSpec:
         """Return the domain with another NVDIMM."""
         (nvdimm,) = self.domain.nvdimms
         return replace(self.domain, nvdimms=(replace(nvdimm, **values),))  # type: ignore[arg-type]
 
-    def redefine(self, **values: int | None) -> NvdimmSpec:
+    def redefine(self, **values: int | str | None) -> NvdimmSpec:
         changed = self.changed(**values)
         self.driver.define(changed, self.driver.check(changed))
         return changed.nvdimms[0]
+
+
+def begin(host: Host) -> None:
+    """Let the domain's guest run, and end."""
+    start = started(host.driver.ledger)
+    host.driver.ledger.begin_mapping(start, 5)
+    host.driver.ledger.finish_mapping(start)
+    host.driver.release(UUID)
 
 
 def test_an_nvdimm_does_not_get_smaller(tmp_path: Path) -> None:
@@ -121,6 +130,31 @@ def test_another_file_at_the_path_is_another_nvdimm(tmp_path: Path) -> None:
     host = Host(tmp_path, 0)
     host.backing.files[A] = (101, 128 * MIB)
     host.redefine(size=32 * MIB)
+
+
+def test_a_new_path_does_not_hide_bytes(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[64 * MIB - LABEL] = 1
+    host.backing.files[B] = host.backing.files.pop(A)
+    host.backing.contents[B] = host.content
+    with pytest.raises(RefusedError, match=f"{B}: has 64 MiB and would have 62 MiB"):
+        host.redefine(path=B, size=62 * MIB)
+    with pytest.raises(RefusedError, match=f"{B}: its label area, 128 KiB at 0x3fe0000, is in use"):
+        host.redefine(path=B, label_size=0)
+
+
+def test_an_nvdimm_may_be_as_the_last_guest_had_it(tmp_path: Path) -> None:
+    """The definition has made it larger since, and no guest has seen that."""
+    host = Host(tmp_path, 0)
+    host.driver.prepare(host.domain)
+    begin(host)
+    host.redefine(size=128 * MIB)
+    assert host.redefine(size=64 * MIB).size == 64 * MIB
+    host.redefine(size=128 * MIB)
+    (record,) = host.driver.ledger.domains()
+    host.driver.wiper.wipe(record.allocations[0].spec, lambda name: lambda done, total: None, record)
+    with pytest.raises(RefusedError, match="the guest would lose its end"):
+        host.redefine(size=64 * MIB)
 
 
 def test_an_enlarged_file_is_the_same(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, seal
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import AcpiError, InUseError, LayoutError, RefusedError
+from nvdimm_driver.errors import AcpiError, InUseError, LayoutError, RefusedError, UnsupportedError
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import GIB, MIB, BackingIdentity, DomainSpec, NvdimmSpec
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
@@ -405,6 +405,29 @@ def test_a_guest_that_an_earlier_version_has_started(bench: Bench) -> None:
     bench.restore(image)
     bench.save()
     assert "its domain was started" in bench.refused(image)
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["this version", "an earlier version"])
+def test_a_redefinition_may_have_other_words_for_a_path(bench: Bench, numbered: bool) -> None:
+    """The saved guest comes back with its own, which must lead to the same bytes still."""
+    bench.driver().define(domain(A))
+    bench.start()
+    bench.save()
+    if not numbered:
+        with sqlite3.connect(bench.folder / "ledger.sqlite") as database:
+            database.execute("DELETE FROM run")
+    driver = bench.driver()
+    bench.backing.files[B] = bench.backing.files[A]  # as by a bind mount
+    driver.check_redefinition(driver.plan(domain(B)))
+    moved = bench.backing.files.pop(A)
+    with pytest.raises(UnsupportedError, match=f"by the path {A}, which is not there any more"):
+        driver.check_redefinition(driver.plan(domain(B)))
+    bench.backing.files[A] = (107, 64 * MIB)
+    with pytest.raises(UnsupportedError, match=f"by the path {A}, which"):
+        driver.check_redefinition(driver.plan(domain(B)))
+    bench.backing.files[A] = moved
+    with pytest.raises(UnsupportedError, match="managed save, whose guest has other NVDIMMs"):
+        driver.check_redefinition(driver.plan(domain(B, C)))
 
 
 def test_a_guest_without_an_nfit(bench: Bench) -> None:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import GIB, KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Record
 from nvdimm_driver.pools.rules import Pools
-from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
 
 
 def pool(name: str, *paths: object, quota: int | None = None, alignsize: int = SUPERPAGE) -> Pool:
@@ -52,6 +53,31 @@ def test_a_quota_counts_other_domains_and_not_what_the_domain_had() -> None:
     pools.check(domain(("/mnt/pmem0/a", 6 * MIB)), others)
     with pytest.raises(RefusedError, match="pool main: domains have 4 MiB of its quota of 10 MiB; 8 MiB more"):
         pools.check(domain(("/mnt/pmem0/a", 4 * MIB), ("/mnt/pmem0/d", 4 * MIB)), others)
+
+
+def test_a_quota_counts_what_the_domain_keeps_besides() -> None:
+    pools = Pools([pool("main", "/mnt/pmem0", quota=10 * MIB)])
+    wanted = domain(("/mnt/pmem0/a", 6 * MIB))
+    kept = NvdimmSpec(1, "/mnt/pmem0/b", 4 * MIB)
+    pools.check(wanted, [], [kept])
+    with pytest.raises(RefusedError, match="domains have 6 MiB of its quota of 10 MiB; 6 MiB more"):
+        pools.check(wanted, [], [kept, NvdimmSpec(2, "/mnt/pmem0/c", 2 * MIB)])
+
+
+def test_domains_keep_what_they_have_when_pools_change(tmp_path: Path) -> None:
+    """Also when a start has to adapt the ledger, here to other RAM."""
+    large = Pool("main", "memory", ("/mnt/pmem0",), None, SUPERPAGE, 0, False)
+    backing, mapper = MemoryBacking(), RecordingMapper()
+    had = domain(("/mnt/pmem0/a", 6 * MIB))
+    make_driver(tmp_path, backing, mapper, pools=Pools([large])).define(had)
+    for pools in ([], [replace(large, quota=4 * MIB)], [replace(large, alignsize=16 * MIB)]):
+        driver = make_driver(tmp_path, backing, mapper, pools=Pools(pools))
+        driver.define(had)
+        driver.prepare(replace(had, ram=had.ram + GIB * (2 + len(pools))))
+        driver.release(UUID)
+        for wanted in (domain(("/mnt/pmem0/a", 8 * MIB)), domain(("/mnt/pmem0/a", 6 * MIB), ("/mnt/pmem0/b", 2 * MIB))):
+            with pytest.raises(RefusedError, match=r"quota of 4 MiB|in none of the host's pools|not a multiple"):
+                driver.define(wanted)
 
 
 def test_sizes_are_multiples_of_the_pools_alignsize() -> None:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A managed save is asked about before libvirt removes it, in everything that its start will check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.bench_host import Host
+
+QUOTA = 8
+"""MiB of the pool that domains may have."""
+NVDIMM = """<memory model='nvdimm'>
+  <source><path>{}</path></source><target><size unit='MiB'>4</size></target>
+</memory>"""
+
+
+@pytest.fixture(scope="module")
+def shared_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    folder = tmp_path_factory.mktemp("host")
+    host = Host(folder, f"[pool:main]\nkind = bench\npaths = {folder}/pmem\nquota = {QUOTA << 20}\n")
+    try:
+        yield host
+    finally:
+        host.libvirtd.close()
+
+
+@pytest.fixture
+def host(shared_host: Host) -> Iterator[Host]:
+    """Return a host with the domain db1 on a file of twice its size, shut off."""
+    shared_host.libvirtd.run("dd", "if=/dev/zero", f"of={shared_host.folder}/pmem/db1.img", "bs=1M", "count=8")
+    shared_host.define("db1", 1)
+    yield shared_host
+    shared_host.clean()
+    for name in shared_host.check("list", "--all", "--name").split():
+        if name != "Domain-0":
+            shared_host.check("undefine", name, "--managed-save")
+            shared_host.nvdimmctl("release", "--yes", name)
+    shared_host.libvirtd.run("find", shared_host.folder / "pmem", "-name", "*.img", "-delete")
+
+
+def device(host: Host, name: str) -> Path:
+    file = host.folder / "device.xml"
+    file.write_text(NVDIMM.format(host.folder / f"pmem/{name}.img"))
+    return file
+
+
+def refused(host: Host, *words: str | Path) -> str:
+    done = host.virsh(*words)
+    assert done.returncode == 1, done
+    return done.stderr
+
+
+def is_saved(host: Host) -> bool:
+    return "Managed save:   yes" in host.check("dominfo", "db1")
+
+
+def resize(host: Host, mib: int) -> None:
+    file = host.xml("db1", 1)
+    file.write_text(file.read_text().replace("<size unit='MiB'>4<", f"<size unit='MiB'>{mib}<"))
+    host.check("define", file)
+
+
+def sizes(host: Host) -> dict[str, int]:
+    return {Path(item.spec.path).name: item.spec.size >> 20 for item in host.record("db1").allocations}
+
+
+def test_a_full_pool(host: Host) -> None:
+    """Another domain has got what the definition gave up under the running guest, and the guest needs it."""
+    host.check("attach-device", "db1", device(host, "more"), "--config")
+    host.check("start", "db1")
+    host.check("detach-device", "db1", device(host, "more"), "--config")
+    host.check("managedsave", "db1")
+    host.define("db2", 2)
+    said = refused(host, "start", "db1")
+    assert "pool main: domains have 8 MiB of its quota of 8 MiB; 4 MiB more is too much" in said
+    assert is_saved(host)
+    host.check("undefine", "db2")
+    host.nvdimmctl("release", "--yes", "db2")
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+    assert not is_saved(host)
+
+
+def test_an_nvdimm_that_the_definition_adds_counts_too(host: Host) -> None:
+    """The domain keeps it while the saved guest, which has another, runs."""
+    host.check("attach-device", "db1", device(host, "more"), "--config")
+    host.check("start", "db1")
+    host.check("detach-device", "db1", device(host, "more"), "--config")
+    host.check("attach-device", "db1", device(host, "other"), "--config")
+    host.check("managedsave", "db1")
+    said = refused(host, "start", "db1")
+    assert "pool main: domains have 8 MiB of its quota of 8 MiB; 4 MiB more is too much" in said
+    assert is_saved(host)
+
+
+def test_an_nvdimm_that_the_definition_has_made_larger(host: Host) -> None:
+    """The guest goes on with the size that it had, and boots with the larger one."""
+    host.check("start", "db1")
+    resize(host, 8)
+    host.check("managedsave", "db1")
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+    assert sizes(host) == {"db1.img": 4}
+    host.check("destroy", "db1")
+    host.check("start", "db1")
+    assert sizes(host) == {"db1.img": 8}
+
+
+def test_the_definition_may_be_made_again_as_the_saved_guest_is(host: Host) -> None:
+    host.check("start", "db1")
+    resize(host, 8)
+    host.check("managedsave", "db1")
+    resize(host, 4)
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    assert sizes(host) == {"db1.img": 4}
