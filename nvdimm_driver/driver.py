@@ -423,7 +423,7 @@ class XenNvdimmDriver(plugins.Plugin):
         :param frozen: files that are frozen for it, without symbolic links.
         :raises BackingError: when one of them is not the domain's any more.
         """
-        items = [item for item in record.allocations if os.path.realpath(item.spec.path) in frozen]
+        items = [item for item in record.allocations if item.spec.path in frozen]
         had = replace(record, allocations=tuple(items), start=None)  # a repair that was killed has begun with fewer
         mappings, areas = self.planner.map_running(had, items)
         served = had.labels if self.starts.label_servers.is_running(record.uuid) else ""

@@ -74,6 +74,7 @@ class Wiper:
                 _overwrite(item.spec, content, watch)
             for item in deleted:
                 if item in here:
+                    self._checks.pools.check_place(item.spec.path)
                     self._check_owner(record, item.spec)
                     backing_of(self._checks.backings, item.spec.path).discard(item.spec, item.identity)
             now = self._checks.ledger.find_domain(record.uuid) or record

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -60,9 +59,7 @@ class _Look:
     def __init__(self, driver: XenNvdimmDriver) -> None:
         self.driver = driver
         self.records = driver.ledger.domains()
-        self.owners = {
-            os.path.realpath(item.spec.path): (record, item) for record in self.records for item in record.allocations
-        }
+        self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
         self.unseen: list[Inconsistency] = []
         for pool in driver.pools:
@@ -139,7 +136,7 @@ class _Look:
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
-        file = self.files.get(os.path.realpath(path))
+        file = self.files.get(path)
         if file is not None and file.owner != owner_marks.pack(record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"
             yield inconsistency(

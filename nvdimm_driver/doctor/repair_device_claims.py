@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.doctor.libvirt import Connection
 from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -60,8 +60,8 @@ def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[
     """Yield the domains with NVDIMMs."""
     for domain in connection.domains():
         try:
-            defined = extract(restore(connection.xml(domain, inactive=True)))
-            running = extract(restore(connection.xml(domain, inactive=False))) if domain.id >= 0 else None
+            defined = _extract(restore(connection.xml(domain, inactive=True)))
+            running = _extract(restore(connection.xml(domain, inactive=False))) if domain.id >= 0 else None
         except DomainXmlError as error:
             LOG.warning("domain %s: %s", domain.name, error)
             continue
@@ -71,9 +71,9 @@ def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[
 
 
 def _claims(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
-    owned = {os.path.realpath(item.spec.path) for record in driver.ledger.domains() for item in record.allocations}
+    owned = {item.spec.path for record in driver.ledger.domains() for item in record.allocations}
     for spec in domain.defined.nvdimms:
-        if os.path.realpath(spec.path) not in owned and _is_device(driver, spec.path):
+        if spec.path not in owned and _is_device(driver, spec.path):
             yield Inconsistency(
                 domain.defined.name,
                 spec.path,
@@ -89,9 +89,9 @@ def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
     record = driver.ledger.find_domain(domain.running.uuid or "")
     if record is None:
         return  # until its claims are in the ledger
-    known = {os.path.realpath(path) for path in (record.start.paths if record.start else ())}
-    owned = {os.path.realpath(item.spec.path) for item in record.allocations}
-    has = {os.path.realpath(spec.path) for spec in domain.running.nvdimms if _is_device(driver, spec.path)} & owned
+    known = {*record.start.paths} if record.start else set()
+    owned = {item.spec.path for item in record.allocations}
+    has = {spec.path for spec in domain.running.nvdimms if _is_device(driver, spec.path)} & owned
     for path in sorted(has - known):
         yield Inconsistency(
             record.name,
@@ -100,6 +100,12 @@ def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
             "write its start into the ledger",
             partial(driver.take_up_running, record, domain.domid, has | known),
         )
+
+
+def _extract(xml: str) -> DomainSpec | None:
+    """Return the domain of libvirt's XML with resolved paths: an earlier version let it have others."""
+    domain = extract(xml)
+    return domain and domain.with_paths({spec.path: resolve(spec.path) for spec in domain.nvdimms})
 
 
 def _is_device(driver: XenNvdimmDriver, path: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files, paths
-from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
+from nvdimm_driver.errors import BackingError, DomainXmlError, InUseError, LedgerError, NvdimmError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
@@ -73,9 +73,19 @@ class Definitions:
         return self.planner.plan_start(domain, record)
 
     def identify_by_name(self, domain: DomainSpec) -> DomainSpec:
-        """Return the domain; if the XML has no uuid, with that of the ledger's domain of the same name, if any."""
+        """Return the domain; if the XML has no uuid, with that of the ledger's domain of the same name, if any.
+
+        :raises DomainXmlError: when there are several.
+        """
+        if domain.uuid is not None:
+            return domain
         known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
-        return replace(domain, uuid=known[0]) if domain.uuid is None and known else domain
+        if len(known) > 1:
+            raise DomainXmlError(
+                f"several domains named {domain.name} have NVDIMMs: {', '.join(known)}",
+                hint="write the <uuid> of the one that is meant into the XML, or a new one",
+            )
+        return replace(domain, uuid=known[0]) if known else domain
 
     def keep_slots(self, domain: DomainSpec) -> DomainSpec:
         """Return a :func:`resolved` domain with the slots that its NVDIMMs have had, where its XML leaves them open.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-from nvdimm_driver.backing.paths import resolve_new
+from nvdimm_driver.backing.paths import resolve, resolve_new
 from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import DomainSpec, NvdimmSpec, Pool, Record
 from nvdimm_driver.sizes import human
@@ -124,6 +124,6 @@ class Pools:
 
 def is_in(path: str, pool: Pool) -> bool:
     """Return True when a path without symbolic links is a device of the pool, or below one of its folders."""
-    tops = [os.path.realpath(top) for top in pool.paths]
+    tops = [resolve(top) for top in pool.paths]
     below = any(path == top or path.startswith(top.rstrip("/") + "/") for top in tops)
     return below and path == os.path.normpath(path)

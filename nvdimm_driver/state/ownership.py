@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Surveyed
@@ -84,9 +83,8 @@ def owners_of_bytes(ledger: Ledger, record: Record, identity: BackingIdentity | 
 
 def runs_with(record: Record, path: str, identity: BackingIdentity | None) -> bool:
     """Return True when a domain's start has what is at a path."""
-    paths = record.start.paths if record.start else ()
-    items = [item for item in record.allocations if item.spec.path in paths]
-    return _means(items, set(paths) - {item.spec.path for item in items if item.identity}, set(paths), path, identity)
+    paths = _frozen(record)
+    return path in paths or has_bytes([item for item in record.allocations if item.spec.path in paths], identity)
 
 
 def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> None:
@@ -134,7 +132,7 @@ def _check_mark(ledger: Ledger, mark: Mark, path: str, file: str) -> None:
     """
     record = ledger.find_domain(mark.uuid)
     items = [item for item in (record.allocations if record else ()) if item.spec.slot == mark.spec.slot]
-    if record and any(os.path.realpath(item.spec.path) == file for item in items):
+    if record and any(item.spec.path == file for item in items):
         raise _owned(path, record)
     if not items:
         raise InUseError(
@@ -145,7 +143,7 @@ def _check_mark(ledger: Ledger, mark: Mark, path: str, file: str) -> None:
 
 
 def _frozen(record: Record) -> set[str]:
-    return set(map(os.path.realpath, record.start.paths)) if record.start else set()
+    return set(record.start.paths) if record.start else set()
 
 
 def check_off(record: Record, hint: str = "shut it down first") -> None:
@@ -167,26 +165,9 @@ def _others(
 
 
 def _has(record: Record, path: str, identity: BackingIdentity | None) -> bool:
-    wanted = {item.spec.path for item in record.intents}
-    names = {item.spec.path for item in record.allocations}.union(record.start.paths if record.start else ())
-    leading = names - {item.spec.path for item in record.allocations if item.identity}
-    return _means(record.allocations, leading | wanted, names | wanted, path, identity)
-
-
-def _means(
-    items: Sequence[Allocation], leading: Set[str], names: Set[str], path: str, identity: BackingIdentity | None
-) -> bool:
-    """Return True when a domain's claims are to what is at a path.
-
-    A claim to bytes that are known is to these, wherever its path leads now: its owner can turn a symbolic link. Any
-    other claim is to what its path leads to.
-
-    :param items: the domain's NVDIMMs.
-    :param leading: paths that it claims without known bytes.
-    :param names: all paths that it claims, those of the NVDIMMs too.
-    """
-    real = os.path.realpath(path)
-    return has_bytes(items, identity) or not names.isdisjoint((path, real)) or real in map(os.path.realpath, leading)
+    """Return True when a domain's claims are to what is at a resolved path: by its bytes, or by its name."""
+    names = {item.spec.path for item in (*record.allocations, *record.intents)}
+    return has_bytes(record.allocations, identity) or path in names or path in _frozen(record)
 
 
 def has_bytes(items: Sequence[Allocation], identity: BackingIdentity | None) -> bool:

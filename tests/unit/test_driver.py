@@ -10,7 +10,16 @@ import pytest
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.tables import Nfit, PlatformCapabilities
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, GuardError, InUseError, LayoutError, LedgerError, NvdimmError, XenError
+from nvdimm_driver.errors import (
+    BackingError,
+    DomainXmlError,
+    GuardError,
+    InUseError,
+    LayoutError,
+    LedgerError,
+    NvdimmError,
+    XenError,
+)
 from nvdimm_driver.model import (
     GIB,
     KIB,
@@ -212,6 +221,13 @@ def test_a_plan_without_uuid_is_for_the_domain_of_that_name(driver: XenNvdimmDri
     driver.define(domain(A))
     driver.prepare(domain(A))
     assert [item.base for item in driver.plan(domain(A, uuid=None)).layout.nvdimms] == bases(driver)
+
+
+def test_xml_without_uuid_whose_name_two_domains_have_is_refused(driver: XenNvdimmDriver) -> None:
+    driver.define(domain(A))
+    driver.define(domain(B, uuid=OTHER_UUID))
+    with pytest.raises(DomainXmlError, match=f"several domains named db1 have NVDIMMs: {UUID}, {OTHER_UUID}"):
+        driver.plan(domain("/mnt/pmem0/c", uuid=None))
 
 
 def test_the_same_file_under_another_path_is_refused(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
