@@ -397,7 +397,7 @@ class XenNvdimmDriver(plugins.Plugin):
         """Return ``running`` or ``gone``; None for a domain that has no start."""
         if record.start is None:
             return None
-        return "running" if self.starts.holders.find(record.uuid) else "gone"
+        return "running" if self.starts.holders.has(record.uuid) else "gone"
 
     def tables_file(self, uuid: str) -> Path:
         """Return the path of the tables of the domain's last start; the NFIT is the first table."""

@@ -26,6 +26,7 @@ PROCESS_NAME = "nvdimm-holder"
 """As lsof(8), fuser(1) and ps(1) show it; cmd/holder.py sets it."""
 _POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--")
 """Without capabilities, so that nvdimmd, which has few, may see what it holds (ptrace(2), cap_issubset)."""
+_PROGRAM_NAME = b"/nvdimm_driver/cmd/holder.py"
 START_SECONDS = 60.0
 
 
@@ -71,6 +72,10 @@ class Holders:
         """Return the uuids of the domains that have a holder."""
         return {uuid for _, state_dir, uuid in _holders() if state_dir == self._state_dir}
 
+    def has(self, uuid: str) -> bool:
+        """Return True when a domain has a holder; fast for one that was just started."""
+        return any(rest == [self._state_dir, uuid] for _, *rest in _holders())
+
     def find(self, uuid: str) -> list[int]:
         """Return the process ids of the holders of a domain; more than one, if two processes have started one."""
         return [pid for pid, *rest in _holders() if rest == [self._state_dir, uuid]]
@@ -97,9 +102,9 @@ def is_held(number: int) -> bool:
 
 
 def _holders() -> Iterator[tuple[int, str, str]]:
-    """Yield process id, state folder and uuid of each holder of the host."""
-    for name in os.listdir("/proc"):
-        if name.isdigit() and (found := _holder(int(name))):
+    """Yield process id, state folder and uuid of each holder of the host, the last that was started first."""
+    for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):
+        if found := _holder(pid):
             yield found
 
 
@@ -110,9 +115,15 @@ def _holder(pid: int) -> tuple[int, str, str] | None:
     """
     folder = f"/proc/{pid}"
     try:
-        with open(f"{folder}/cmdline", "rb", buffering=0) as file:
-            words = decode(file.read(1 << 16)).split("\0")
-        if len(words) < 7 or words[1:3] != ["-I", "-S"] or not words[3].endswith("/nvdimm_driver/cmd/holder.py"):
+        descriptor = os.open(f"{folder}/cmdline", os.O_RDONLY)
+        try:
+            line = os.read(descriptor, 1 << 16)
+        finally:
+            os.close(descriptor)
+        if _PROGRAM_NAME not in line:  # of most processes, this is all that is asked
+            return None
+        words = decode(line).split("\0")
+        if len(words) < 7 or words[1:3] != ["-I", "-S"] or not words[3].endswith(_PROGRAM_NAME.decode()):
             return None
         program = os.path.basename(os.readlink(f"{folder}/exe"))
         if os.stat(folder).st_uid != 0 or not program.startswith("python"):

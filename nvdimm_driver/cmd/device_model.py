@@ -92,8 +92,8 @@ def main(
     log = Log(log_file, log_format, log_level)
     try:
         xen, ledger = _mapper(mapper), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)
-        find, restored = Holders(state_dir).find, _is_restored(argv)
-        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, is_held=find, restored=restored, log=log)
+        held, restored = Holders(state_dir).has, _is_restored(argv)
+        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, is_held=held, restored=restored, log=log)
         log.debug("exec %s", qemu)
         try:
             os.execv(qemu, [qemu, *argv[1:]])
@@ -127,7 +127,7 @@ def attach(
     prepare: Callable[[str], None],
     serve: Callable[[str, int, str], None],
     *,
-    is_held: Callable[[str], object] = str,
+    is_held: Callable[[str], bool] = bool,
     restored: bool = False,
     log: Log | None = None,
 ) -> str:

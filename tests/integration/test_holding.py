@@ -235,6 +235,8 @@ def test_the_holder_has_no_power_and_keeps_nothing_else(host: Host) -> None:
     assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")} == {0}
     assert status["Name"] == holders.PROCESS_NAME
     opened = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    assert host.holders.has(UUID)
+    assert not host.holders.has(OTHER_UUID)
     assert opened == {"/dev/null", host.domain.nvdimms[0].path}
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) != os.getsid(0)

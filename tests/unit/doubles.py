@@ -318,6 +318,9 @@ class RecordingHolders(Holders):
     def held(self) -> set[str]:
         return set(self.running.values())
 
+    def has(self, uuid: str) -> bool:
+        return uuid in self.running.values()
+
     def find(self, uuid: str) -> list[int]:
         return [number for number, each in self.running.items() if each == uuid]
 

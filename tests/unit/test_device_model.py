@@ -76,10 +76,10 @@ def test_a_start_whose_holder_has_died_maps_nothing(
     driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path
 ) -> None:
     driver.prepare(domain(A))
-    find = driver.starts.holders.find
-    driver.starts.holders.kill(UUID, find(UUID))
+    holders = driver.starts.holders
+    holders.kill(UUID, holders.find(UUID))
     with pytest.raises(LedgerError, match="the process that holds the backings of domain db1 has died"):
-        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server, is_held=find)
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server, is_held=holders.has)
     assert mapper.mapped == {}
 
 
