@@ -278,6 +278,7 @@ class Surveyed:
     :ivar frozen: True when it has been frozen for a guest.
     :ivar immutable: True when nothing in the host can change where its bytes are.
     :ivar error: why the file cannot be read; then nothing else is known of it. None when it can.
+    :ivar identity: of the file; None when it is not known.
     """
 
     path: str
@@ -285,6 +286,7 @@ class Surveyed:
     frozen: bool
     immutable: bool
     error: NvdimmError | None = None
+    identity: BackingIdentity | None = None
 
 
 @dataclass(frozen=True)

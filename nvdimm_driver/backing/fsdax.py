@@ -335,7 +335,7 @@ class FsdaxBacking(Backing):
             there = status(path)
         if there is None or not stat.S_ISREG(there.st_mode):
             return None
-        found = _surveyed(path)
+        found = self._survey(path)
         if found.error is not None:
             raise found.error
         return found
@@ -348,7 +348,7 @@ class FsdaxBacking(Backing):
                 folders[:] = [each for each in folders if _device_of(os.path.join(folder, each)) == device]
                 for path in (os.path.join(folder, name) for name in sorted(files)):
                     if os.path.isfile(path) and not os.path.islink(path):
-                        yield _surveyed(path)
+                        yield self._survey(path)
 
     def lacking(self, spec: NvdimmSpec) -> int:
         return max(0, spec.size - self.size(spec.path))
@@ -383,6 +383,15 @@ class FsdaxBacking(Backing):
             check_identity(path, self._identity(fd, self._volume(fd, path)), identity)
             with inode.thawed(fd), opened_again(fd, os.O_RDWR) as writable:
                 return MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
+
+    def _survey(self, path: str) -> Surveyed:
+        """Examine a file of a pool. One that cannot be opened, as with a lease on it, must not hide the others."""
+        try:
+            with opened(path, os.O_RDONLY) as fd:
+                identity = self._find_identity(fd, path)
+                return Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd), identity=identity)
+        except BackingError as error:
+            return Surveyed(path, None, False, False, error)
 
     def _volume(self, fd: int, path: str) -> Volume:
         """Return the volume that an open file or directory is on.
@@ -498,12 +507,3 @@ def _device_of(folder: str) -> int | None:
         return os.stat(folder).st_dev
     except OSError:  # it is gone
         return None
-
-
-def _surveyed(path: str) -> Surveyed:
-    """Examine a file of a pool. One that cannot be opened, as with a lease on it, must not hide the others."""
-    try:
-        with opened(path, os.O_RDONLY) as fd:
-            return Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd))
-    except BackingError as error:
-        return Surveyed(path, None, False, False, error)

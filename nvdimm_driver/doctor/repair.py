@@ -200,7 +200,7 @@ class _Look:
             yield self._frozen(file, owner[0] if owner else None, mark)
         for user in users:
             if user.start and self.driver.starts.is_running(user.start) and not file.immutable:
-                freeze = partial(self._freeze, file.path)
+                freeze = partial(self._freeze, file)
                 yield Inconsistency(
                     user.name, file.path, "a guest has it, and it is not immutable", "make it so", freeze
                 )
@@ -215,10 +215,10 @@ class _Look:
         identity = ownership.identity_at(self.driver.backings, file.path)
         return [each for each in started if ownership.runs_with(each, file.path, identity)]
 
-    def _freeze(self, path: str) -> None:
+    def _freeze(self, file: Surveyed) -> None:
         """Freeze a guest's file; thaw it again if the guest has ended meanwhile, and its start is put away."""
-        backing_of(self.driver.backings, path).freeze(path)
-        self.driver.starts.thaw(path)
+        backing_of(self.driver.backings, file.path).freeze(file.path, file.identity)
+        self.driver.starts.thaw(file.path, file.identity)
 
     @cached_property
     def _guests(self) -> list[tuple[int, str | None]]:
@@ -234,7 +234,7 @@ class _Look:
                 return inconsistency(f"write into the ledger that the guest with domid {domid} has it", take_up)
             if mark is None or uuid in (None, mark.uuid):
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
-        return inconsistency("make it mutable", partial(self.driver.starts.thaw, file.path))
+        return inconsistency("make it mutable", partial(self.driver.starts.thaw, file.path, file.identity))
 
     def _frozen_of(self, uuid: str) -> set[str]:
         """Return the frozen files that have the mark of a domain."""
@@ -243,7 +243,7 @@ class _Look:
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)
-        unmark = partial(backing.mark, file.path, None)
+        unmark = partial(backing.mark, file.path, None, file.identity)
         if mark is None:
             yield Inconsistency("", file.path, "its mark cannot be read", "remove the mark", unmark)
             return

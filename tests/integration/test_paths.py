@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.backing import inode
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -330,3 +331,25 @@ def test_a_definition_with_a_link_goes_on_while_the_link_leads_to_its_bytes(host
     with pytest.raises(BackingError, match=r"link/a\.img leads to .*b\.img now, which is not the backing"):
         host.driver.prepare(mallory(link / "a.img"))
     assert host.record(OTHER_UUID).allocations[0].spec.path == host.path("a.img")
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "renamed", "bind mount"])
+def test_a_repair_changes_nothing_that_came_after_it_was_found(swap: Swap, kind: str) -> None:
+    swap.host.driver.ledger.forget(OTHER_UUID)
+    with open(swap.path, "rb") as file:
+        inode.mark(file.fileno(), b"what no version wrote")
+        inode.freeze(file.fileno())
+    found = look(swap.host.driver)
+    assert sorted(each.remedy for each in found) == ["make it mutable", "remove the mark"]
+    with open(swap.victim, "rb") as file:
+        inode.mark(file.fileno(), b"of somebody else")
+    swap.swap(kind)
+    with open(swap.victim, "rb") as file:
+        inode.freeze(file.fileno())
+    for each in found:
+        assert each.mend
+        each.mend()
+    with open(swap.victim, "rb") as file:
+        assert inode.is_immutable(file.fileno())
+        assert inode.owner(file.fileno()) == b"of somebody else"
+        inode.thaw(file.fileno())
