@@ -86,11 +86,13 @@ class Host:
     :param folder: an empty folder.
     :param options: additional configuration of the driver.
     :param wheels: packages to install beside the driver.
+    :param conf: its other configuration.
     :ivar libvirtd: the running libvirtd, in whose namespaces all commands of the test run.
     """
 
-    def __init__(self, folder: Path, options: str = "", wheels: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, options: str = "", wheels: Sequence[Path] = (), conf: str = CONF) -> None:
         self.folder = folder
+        self._conf = conf
         self._options = options
         self._wheels = wheels
         for name in ("libvirtd", "pmem", "sys"):
@@ -167,6 +169,12 @@ class Host:
     def sum(self, name: str) -> str:
         """Return the SHA-256 of a domain's file."""
         return self.libvirtd.run("sha256sum", self.folder / f"pmem/{name}.img").stdout.split()[0]
+
+    def configure(self, conf: str = CONF) -> None:
+        """Write the configuration of the driver."""
+        file = self.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(conf.format(folder=self.folder) + self._options)
 
     def script(self, name: str, text: str) -> None:
         """Add a hook."""
@@ -246,9 +254,7 @@ class Host:
         (info / "entry_points.txt").write_text(entry)
         (self.folder / "qemu").write_text(QEMU)
         (self.folder / "qemu").chmod(0o755)
-        conf = self.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
-        conf.parent.mkdir()
-        conf.write_text(CONF.format(folder=self.folder) + self._options)
+        self.configure(self._conf)
         if self._wheels:
             pip: list[str | Path] = [
                 sys.executable,
