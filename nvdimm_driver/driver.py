@@ -172,8 +172,15 @@ class XenNvdimmDriver(plugins.Plugin):
         return self.definitions.define(domain, plan)
 
     def create(self, domain: DomainSpec, plan: Plan) -> tuple[Allocation, ...]:
-        """Do what :meth:`define` does, for a guest that is no definition's: what the definition has stays its own."""
+        """Do what :meth:`define` does, for a guest that libvirt may refuse: what the domain has besides stays its own.
+
+        That is what its definition has, or what it had before: until the guest runs, no other domain may take it.
+        """
         return self.definitions.define(domain, plan, kept=self.definitions.others(domain))
+
+    def give_up_others(self, domain: DomainSpec) -> None:
+        """Give up the claims that :meth:`create` has kept, of a domain without a definition."""
+        self.definitions.give_up_others(domain)
 
     def undo(self, uuid: str, before: Record | None, created: Sequence[Allocation]) -> None:
         """Undo :meth:`define` or :meth:`create` for a domain that libvirt then refused: all is as it was before.

@@ -261,6 +261,16 @@ class Definitions:
                 )
         return self.plan(domain, kept=self._others(domain, record))
 
+    def give_up_others(self, domain: DomainSpec) -> None:
+        """Give up the domain's claims to NVDIMMs that are not in its XML, but for those that have to be wiped first."""
+        record = self.ledger.find_domain(uuid_of(domain))
+        others = self._others(domain, record)
+        kept = [item.spec.path for item in self._to_wipe(others)]
+        paths = {item.spec.path for item in others}.difference(kept)
+        if record is not None and paths:
+            given_up = [item for item in record.allocations if item.spec.path in paths]
+            ownership.drop(self.ledger, self.backings, record, given_up)
+
     def others(self, domain: DomainSpec) -> list[Allocation]:
         """Return the domain's NVDIMMs in the ledger that are not in its XML, to be kept besides."""
         return self._others(domain, self.ledger.find_domain(uuid_of(domain)))

@@ -110,12 +110,9 @@ class Interceptor:
         uuid = domain.uuid or ""
         before: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
         is_defined = (yield from self._defined(uuid)) is not None  # and its definition has its own NVDIMMs
-        created = yield self._work(
-            lambda driver: driver.create(domain, plan) if is_defined else driver.define(domain, plan),
-            _provisioning(plan),
-        )
+        created = yield self._work(lambda driver: driver.create(domain, plan), _provisioning(plan))
         try:
-            return (yield from call(procedure, arguments, with_fds=True))
+            reply = yield from call(procedure, arguments, with_fds=True)
         except Exception as error:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
             try:
@@ -123,6 +120,12 @@ class Interceptor:
             except (NvdimmError, OSError) as failed:
                 LOG.error("domain %s: what it had before its create failed cannot be put back: %s", uuid, failed)
             raise explained from error
+        if not is_defined:
+            try:
+                yield self._work(lambda driver: driver.give_up_others(domain), Pool.HOST)
+            except (NvdimmError, OSError) as failed:
+                LOG.error("domain %s keeps NVDIMMs that it was created without: %s", uuid, failed)
+        return reply
 
     def to_native(self, procedure: int, payload: bytes) -> Steps:
         """Rewrite the XML: the configuration in the reply names the device model, for xl to run."""

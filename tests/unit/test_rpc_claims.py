@@ -12,6 +12,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress, Record
 from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.rpc.handler_types import Call
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
@@ -93,6 +94,33 @@ def test_a_create_beside_a_definition_leaves_what_that_has(proxy: Proxy, driver:
     assert (items[A].identity, items[A].base) == (before.identity, before.base)
     proxy.define(xml("a"))
     assert record(driver).allocations == (before,)
+
+
+def test_a_create_without_a_definition_gives_up_what_was_before_once_it_runs(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    """Not earlier: if libvirt refuses it, a stranger must not have taken it in between."""
+    create(proxy, "a")
+    proxy.libvirtd.defined.clear()  # it has ended
+    before, marks, tried = record(driver), dict(backing.marks), []
+
+    def answer(call: Call) -> bytes:
+        if call.procedure == CREATE:
+            with pytest.raises(InUseError, match="belongs to domain db1"):
+                driver.define(domain(A, uuid=OTHER_UUID, name="stranger"))
+            tried.append(call)
+        return answered(call)
+
+    answered = proxy.libvirtd.answer
+    proxy.libvirtd.answer = answer  # type: ignore[method-assign]
+    proxy.libvirtd.refuse = {CREATE: "no"}
+    with pytest.raises(LibvirtError):
+        create(proxy, "b")
+    assert (record(driver), backing.marks, len(tried)) == (before, marks, 1)
+    proxy.libvirtd.refuse = {}
+    create(proxy, "b")
+    assert [item.spec.path for item in record(driver).allocations] == [B]
+    assert backing.marks.keys() == {B}
 
 
 def test_a_define_that_is_repeated_while_it_writes_zeros_is_told_so(
