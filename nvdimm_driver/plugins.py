@@ -194,15 +194,7 @@ class Backing(Plugin):
 
         :raises BackingError: when nobody can say, as on a medium with errors.
         """
-        try:
-            os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as error:
-            from nvdimm_driver.errors import BackingError
-
-            raise BackingError(f"{path}: {error.strerror}", hint="look at the kernel's log") from error
-        return True
+        return exists(path)
 
     def check_home(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Check that what holds backings like this one is there, so that one which does not exist is gone for good.
@@ -315,7 +307,7 @@ class Backing(Plugin):
         """Return when a program of the host has last written the backing, in nanoseconds since the epoch.
 
         What a guest writes does not count. The default is 0, for a backing of which nobody knows; None when it is not
-        there.
+        there, or cannot be asked.
         """
         return 0
 
@@ -372,7 +364,9 @@ class Backing(Plugin):
     # --- the record of the owner ---
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
-        """Record the owner on the backing itself, immutable or not; None removes the record. Devices have none.
+        """Record the owner on the backing itself; None removes the record. Devices have none.
+
+        A frozen backing may keep the record that it has: it is written again once the backing is thawed.
 
         :param identity: whose bytes it has to have; None when that is not known. No record is removed from others.
         :raises BackingError: when something else is there, which is to get a record.
@@ -458,6 +452,22 @@ def backing_of(backings: Sequence[Backing], path: str) -> Backing:
     raise BackingError(
         f"{path}: cannot be the backing of an NVDIMM", hint="; ".join(backing.describe() for backing in backings)
     )
+
+
+def exists(path: str) -> bool:
+    """Return True when something exists at a path. Unlike :func:`os.path.lexists`, take no error for a "no".
+
+    :raises BackingError: when nobody can say, as on a medium with errors.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        from nvdimm_driver.errors import BackingError
+
+        raise BackingError(f"{path}: {error.strerror}", hint="look at the kernel's log") from error
+    return True
 
 
 def backing_named(backings: Sequence[Backing], name: str) -> Backing:
@@ -576,6 +586,19 @@ class Mapper(Plugin):
         from nvdimm_driver.errors import UnsupportedError
 
         raise UnsupportedError(f"{self.describe()}: cannot write to the memory of domid {domid}")
+
+    def announce(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> None:
+        """Let :meth:`frames_of_guests` tell which frames a guest has, or will have; none for no mappings.
+
+        What is announced ends with the domain. The default does nothing: the ledger alone tells who has which frames.
+        """
+
+    def frames_of_guests(self) -> list[tuple[int, int, int]]:
+        """Return the announced frames of all domains that the hypervisor has, as (domid, mfn, count).
+
+        :raises XenError: when they cannot be determined.
+        """
+        return []
 
     def copy_disk_buffers(self, domid: int) -> None:
         """Have the guest copy what its Xen disks transfer through RAM. By default, nothing is done.

@@ -101,19 +101,17 @@ def owner(fd: int) -> bytes | None:
 
 
 def mark(fd: int, text: bytes | None) -> None:
-    """Record the owner on the file, where only root sees it; None removes the record. Thaw a frozen file meanwhile.
+    """Record the owner on the file, where only root sees it; None removes the record. The caller has to sync the file.
 
-    A file that an earlier call, which was killed, has left mutable is frozen again. The caller has to sync the file.
+    A frozen file keeps the record that it has until it is thawed: whoever thawed it for that, and was killed, would
+    leave a running guest's file mutable. One that an earlier version has left so is frozen again.
     """
-    if text == owner(fd):
-        if is_frozen(fd):
-            _set_immutable(fd, True)
-        return
-    with thawed(fd):
-        if text is None:
-            os.removexattr(fd, _OWNER)
-        else:
-            os.setxattr(fd, _OWNER, text)
+    if is_frozen(fd):
+        _set_immutable(fd, True)
+    elif text is not None:
+        os.setxattr(fd, _OWNER, text)
+    elif owner(fd) is not None:
+        os.removexattr(fd, _OWNER)
 
 
 def xflags(fd: int) -> int:

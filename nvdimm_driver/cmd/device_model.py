@@ -160,6 +160,7 @@ def attach(
         tables = _read(os.path.join(state_dir, "domains", uuid, "tables"))
         saved = _check_saved(uuid, domid, start, tables, ledger, mapper) if restored else None
         ledger.begin_mapping(start, domid)
+        _announce(uuid, domid, start, ledger, mapper)
         hypercalls, seconds = _map(domid, start, mapper, log)
         try:
             if saved:
@@ -185,6 +186,7 @@ def attach(
             ledger.finish_mapping(start, seconds, detail)
         except NvdimmError:
             mapper.unmap(domid, start.mappings, start.uncached)
+            mapper.announce(domid, ())
             raise
     except OSError as error:
         unread = XenError(str(error))
@@ -224,10 +226,25 @@ def _guard(uuid: str, domid: int, start: PreparedStart, ledger: Ledger, mapper: 
         start.mappings,
         areas=start.areas,
         ram=mapper.ram(),
-        taken=ledger.frames_of_others(uuid),
+        taken=[*ledger.frames_of_others(uuid), *_frames_of_others(domid, mapper)],
         guest_start_gfn=max(start.gfn_start, mapper.guest_end(domid)),
         guest_limit_gfn=start.gfn_limit,
     )
+
+
+def _frames_of_others(domid: int, mapper: Mapper) -> list[tuple[str, int, int]]:
+    """Return the frames that other guests have, whatever the ledger knows of them."""
+    return [(f"with domid {each}", mfn, count) for each, mfn, count in mapper.frames_of_guests() if each != domid]
+
+
+def _announce(uuid: str, domid: int, start: PreparedStart, ledger: Ledger, mapper: Mapper) -> None:
+    """Announce the guest's frames, and look again: of two device models at once, at least one sees the other."""
+    mapper.announce(domid, start.mappings)
+    try:
+        _guard(uuid, domid, start, ledger, mapper)
+    except NvdimmError:
+        mapper.announce(domid, ())
+        raise
 
 
 def _check_saved(
@@ -249,7 +266,11 @@ def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[in
         for gfn, mfn, count in start.mappings:
             log.debug("map gfn %#x to mfn %#x, %d frames", gfn, mfn, count)
     began = time.monotonic()
-    hypercalls = mapper.map(domid, start.mappings, start.uncached)
+    try:
+        hypercalls = mapper.map(domid, start.mappings, start.uncached)
+    except NvdimmError:
+        mapper.announce(domid, ())
+        raise
     return hypercalls, time.monotonic() - began
 
 

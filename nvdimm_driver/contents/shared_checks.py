@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import HINTS
-from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import PAGE, BackingIdentity, NvdimmSpec
+from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
+from nvdimm_driver.model import PAGE, BackingIdentity, Extent, NvdimmSpec
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
@@ -23,6 +23,7 @@ class Checks:
     Reconcile the ledger with the running domains before each call.
 
     :param overwritten: called with the identity of what is about to be overwritten.
+    :param frames_of_guests: returns the frames that guests have, as (domid, mfn, count), whatever the ledger says.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class Checks:
         backings: Sequence[Backing],
         pools: Pools,
         overwritten: Callable[[BackingIdentity], None],
+        frames_of_guests: Callable[[], Sequence[tuple[int, int, int]]],
     ) -> None:
         self._overwritten = overwritten
+        self._frames_of_guests = frames_of_guests
         self.ledger = ledger
         self.backings = backings
         self.pools = pools
@@ -54,6 +57,7 @@ class Checks:
         """
         ownership.check_free(self.ledger, path, self.identity(path))
         ownership.check_marks(self.ledger, self.backings, "", [path])
+        self._check_unmapped(path)
 
     def check_off(self, path: str, hint: str = "shut it down first") -> None:
         """Check that no domain runs with a backing.
@@ -63,6 +67,30 @@ class Checks:
         """
         for record in ownership.owners(self.ledger, path, self.identity(path)):
             ownership.check_off(record, hint)
+        self._check_unmapped(path)
+
+    def _check_unmapped(self, path: str) -> None:
+        """Check that no guest of Xen's has frames of a backing; a device has no mark that would say so.
+
+        :raises InUseError: when one does.
+        """
+        guests = self._frames_of_guests()
+        for extent in self._extents(path) if guests else ():
+            first, end = extent.spa // PAGE, (extent.spa + extent.length) // PAGE
+            for domid, mfn, count in guests:
+                if mfn < end and first < mfn + count:
+                    raise InUseError(
+                        f"{path}: the guest with domid {domid} has it, and the ledger does not know that",
+                        hint="shut that guest down first, or let 'nvdimmctl check --repair' make the ledger again",
+                    )
+
+    def _extents(self, path: str) -> Sequence[Extent]:
+        """Return where the bytes at a path are; nothing when they are no backing's that a guest could have."""
+        try:
+            backing = backing_of(self.backings, path)
+            return backing.locate(NvdimmSpec(0, path, backing.size(path) // PAGE * PAGE)).extents
+        except NvdimmError:
+            return ()
 
     def check_same(self, path: str, identity: BackingIdentity | None) -> None:
         """Check that a backing, if it exists, has that identity, whatever its size is now.

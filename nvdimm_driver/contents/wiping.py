@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -33,6 +33,15 @@ class Wiper:
         """
         with self._opened(spec, owner) as content:
             _overwrite(spec, content, watch)
+
+    def owners(self, nvdimms: Sequence[NvdimmSpec]) -> list[Record]:
+        """Return the domains that have one of these NVDIMMs."""
+        found = [
+            record
+            for spec in nvdimms
+            for record in ownership.owners(self._checks.ledger, spec.path, self._checks.identity(spec.path))
+        ]
+        return list({record.uuid: record for record in found}.values())
 
     def own(self, record: Record) -> tuple[Allocation, ...]:
         """Return the domain's NVDIMMs without those that :meth:`find_owner` finds another owner for."""
@@ -122,14 +131,19 @@ class Wiper:
     def _check_owner(self, record: Record | None, spec: NvdimmSpec, opened: BackingIdentity | None = None) -> None:
         """Check that an NVDIMM is the domain's, nobody else's, and the one that was provisioned.
 
-        :param record: the domain as the operator has seen it; None accepts everything.
+        :param record: the domain as the operator has seen it; None accepts what is the domain's that the ledger has,
+            or nobody's.
         :param opened: identity of what is open; a symbolic link can be turned before and after it is opened.
         :raises InUseError: when the domain was changed since, or the NVDIMM is another domain's, too.
         :raises BackingError: when it is another backing.
         """
+        if record is not None:
+            self._find_unchanged(record)
+        owners = [record] if record else self.owners([spec])
+        for uuid in [owner.uuid for owner in owners] or [""]:
+            ownership.check_marks(self._checks.ledger, self._checks.backings, uuid, [spec.path])
         if record is None:
             return
-        self._find_unchanged(record)
         for other in self._others(record, spec):
             raise InUseError(f"{spec.path} belongs to domain {other.name}, too", hint="see 'nvdimmctl check'")
         (identity,) = (item.identity for item in record.claims if item.spec == spec)

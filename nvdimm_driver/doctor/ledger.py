@@ -96,6 +96,8 @@ def check_backing(record: Record, item: Allocation, backings: Sequence[Backing])
         check_identity(path, backing_of(backings, path).locate(item.spec).identity, item.identity)
     except NvdimmError as error:
         return failed(_BACKINGS, f"domain {record.name}: {error.message}", error.hint)
+    except OSError as error:
+        return failed(_BACKINGS, f"domain {record.name}: {path}: {error.strerror}")
     return None
 
 

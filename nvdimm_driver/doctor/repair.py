@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from nvdimm_driver.backing.identity import describe_differences
+from nvdimm_driver.backing.paths import HINTS, resolve
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, InUseError, LedgerError
-from nvdimm_driver.model import Allocation, Record, Surveyed
+from nvdimm_driver.errors import InUseError, LedgerError, NvdimmError
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks, ownership
@@ -64,8 +65,11 @@ class _Look:
         self.unseen: list[Inconsistency] = []
         for pool in driver.pools:
             try:
-                self.files |= {file.path: file for file in self._named(pool.kind).survey(pool.paths)}
-            except BackingError as error:
+                backing = self._named(pool.kind)
+                for path in pool.paths:
+                    backing.check_home(resolve(path))
+                self.files |= {file.path: file for file in backing.survey(pool.paths)}
+            except NvdimmError as error:
                 self.unseen.append(Inconsistency("", "", f"pool {pool.name}: {error.message}", error.hint))
 
     def findings(self) -> Iterator[Inconsistency]:
@@ -83,13 +87,11 @@ class _Look:
             yield Inconsistency(record.name, "", problem, "hold them again", starts.hold_again)
         for record in self.records:
             for item in record.allocations:
-                if item.ready:
-                    yield from self._allocation(record, item)
-                else:
-                    yield _unfinished(record, item)
+                yield from _guarded(record.name, item.spec.path, self._allocation(record, item))
             yield from self._intents(record)
         for file in self.files.values():
-            yield from self._file(file)
+            owner = self.owners.get(file.path)
+            yield from _guarded(owner[0].name if owner else "", file.path, self._file(file))
 
     # --- NVDIMMs in the ledger ---
 
@@ -108,40 +110,53 @@ class _Look:
                 )
 
     def _allocation(self, record: Record, item: Allocation) -> Iterator[Inconsistency]:
+        if not item.ready:
+            yield _unfinished(record, item)
+            return
         path = item.spec.path
         inconsistency = partial(Inconsistency, record.name, path)
-        try:
-            backing = self._named(item.identity.kind if item.identity else "")
-            if not backing.exists(path):
-                yield self._gone(record, item)
-                return
-            lacking = backing.lacking(item.spec)
-            if lacking:
-                problem = f"it is {human(lacking)} too short: the missing bytes are lost"
-                yield inconsistency(problem, "replace them with zeros", partial(self._complete, backing, record, item))
-                return
-            if backing.is_shared(item.spec):
-                yield _shared(record, item, backing)
-                return
-            found = backing.locate(item.spec).identity
-        except BackingError as error:
-            yield inconsistency(error.message.removeprefix(f"{path}: "), error.hint or "find out what has changed it")
+        backing = self._named(item.identity.kind if item.identity else "")
+        if not backing.exists(path):
+            backing.check_home(path, item.identity)
+            yield self._gone(record, item)
             return
+        if (lacking := backing.lacking(item.spec)) and self._is_still(item):
+            problem = f"it is {human(lacking)} too short: the missing bytes are lost"
+            yield inconsistency(problem, "replace them with zeros", partial(self._complete, backing, record, item))
+            return
+        if backing.is_shared(item.spec):
+            yield _shared(record, item, backing)
+            return
+        found = backing.locate(item.spec).identity
         if found != item.identity:
             problem = f"it is not the backing that was provisioned: {describe_differences(found, item.identity)}"
             if found.inode == 0:
                 yield inconsistency(problem, _find_device(record))
+            elif not _on_same_volume(found, item.identity):
+                yield inconsistency(problem, "mount the file system that had it there")
             else:
                 yield inconsistency(problem, "take it as it is now", partial(self._adopt, backing, record, item))
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
         file = self.files.get(path)
-        if file is not None and file.owner != owner_marks.pack(record, item):
+        if file is not None and not file.frozen and file.owner != owner_marks.pack(record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"
             yield inconsistency(
                 problem, "write its mark", partial(backing.mark, path, owner_marks.pack(record, item), item.identity)
             )
+
+    def _is_still(self, item: Allocation) -> bool:
+        """Return True when what is at an NVDIMM's path is its backing, by its bytes or by its mark, whatever its size.
+
+        A file that has no bytes any more can only be known by its mark.
+        """
+        found = ownership.identity_at(self.driver.backings, item.spec.path)
+        if found is not None:
+            return item.identity is not None and item.identity.shares_bytes(found)
+        file = self.files.get(item.spec.path)
+        mark = self._mark(file) if file else None
+        return mark is not None and (mark.uuid, mark.spec.slot) == (item.uuid, item.spec.slot)
 
     def _named(self, kind: str) -> Backing:
         return backing_named(self.driver.backings, kind)
@@ -252,7 +267,7 @@ class _Look:
         inconsistency = partial(Inconsistency, mark.name, file.path)
         if mark.spec.slot in slots:
             kept = slots[mark.spec.slot].spec.path
-            if backing.exists(kept):  # else it was moved, which _gone reports
+            if self._is_still(slots[mark.spec.slot]):  # else it was moved, or is behind another file system
                 yield inconsistency(
                     f"its mark says slot {mark.spec.slot}, but that is {kept}", "remove the mark", unmark
                 )
@@ -278,6 +293,22 @@ def _shared(record: Record, item: Allocation, backing: Backing) -> Inconsistency
     if record.start is not None:
         return inconsistency("delete that file, whose reader sees what the guest writes")
     return inconsistency("copy what is shared", partial(backing.unshare, item.spec, item.identity))
+
+
+def _guarded(name: str, path: str, found: Iterator[Inconsistency]) -> Iterator[Inconsistency]:
+    """Yield what is found of one NVDIMM or file; if that cannot be found out, yield why: others are not its concern."""
+    try:
+        yield from found
+    except NvdimmError as error:
+        problem = error.message.removeprefix(f"{path}: ")
+        yield Inconsistency(name, path, problem, error.hint or "find out what has changed it")
+    except OSError as error:
+        yield Inconsistency(name, path, error.strerror or str(error), HINTS.get(error.errno or 0, ""))
+
+
+def _on_same_volume(found: BackingIdentity, expected: BackingIdentity | None) -> bool:
+    """Return True when two files are on one file system, as far as an identity shows that."""
+    return expected is not None and (found.device, found.start) == (expected.device, expected.start)
 
 
 def _unfinished(record: Record, item: Allocation) -> Inconsistency:

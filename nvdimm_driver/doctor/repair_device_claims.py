@@ -62,7 +62,7 @@ def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[
         try:
             defined = _extract(restore(connection.xml(domain, inactive=True)))
             running = _extract(restore(connection.xml(domain, inactive=False))) if domain.id >= 0 else None
-        except DomainXmlError as error:
+        except (DomainXmlError, LibvirtError) as error:  # it may have ended meanwhile
             LOG.warning("domain %s: %s", domain.name, error)
             continue
         wanted = defined or running

@@ -14,11 +14,11 @@ from pathlib import Path
 from nvdimm_driver import logs
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.paths import resolve
-from nvdimm_driver.errors import InUseError, NvdimmError, XenError
+from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start
-from nvdimm_driver.plugins import Backing, Mapper, backing_of
+from nvdimm_driver.plugins import Backing, Mapper, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.ledger import Ledger
@@ -105,6 +105,7 @@ class Starts:
                 self.thaw(path, identities.get(path), over=start)
         finally:
             self._let_go(start, holders, servers)
+        ownership.settle_marks(self.ledger, self.backings, start)
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
 
@@ -136,8 +137,10 @@ class Starts:
 
         :param identity: of the backing, if it is known: something else at the path stays as it is.
         :param over: a start that does not count.
+        :raises BackingError: when that fails, or nobody can say what is at the path.
         """
         LOG.debug("thaw %s", path)
+        exists(path)  # on a medium with errors, no backing handles it
         for backing in self.backings:
             if backing.handles(path):
                 backing.thaw_unless(path, partial(self._is_needed, path, over), identity)
@@ -171,7 +174,7 @@ class Starts:
             LOG.debug("put away the last start of domain %s, which is over", record.name)
             try:
                 self.put_away(record.start, kind="put-away")
-            except NvdimmError as error:
+            except (NvdimmError, OSError) as error:
                 logs.tell(Event("put-away-failed", record.uuid, record.name, record.start.domid, failure(error)))
         self._end_orphans()
 
@@ -271,7 +274,7 @@ class Starts:
             self.ledger.record_event("label-server-gone", record.uuid)
             try:
                 self.label_servers.start(at.domid, record.uuid)
-            except XenError as error:
+            except (NvdimmError, OSError) as error:
                 logs.tell(Event("label-server-failed", record.uuid, record.name, at.domid, failure(error)))
 
     def end_earlier(self, uuid: str) -> None:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
-from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Surveyed
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError
+from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Start, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
@@ -105,16 +106,27 @@ def check_marks(ledger: Ledger, backings: Sequence[Backing], uuid: str, paths: I
     :raises InUseError: when one is.
     """
     for path in paths:
-        for file in filter(None, (_inspect(backing, path) for backing in backings if backing.handles(path))):
+        for file in _files(backings, path):
             mark = None if file.owner is None else owner_marks.unpack(path, file.owner)
             if mark is not None and mark.uuid == uuid:
                 continue
             if mark is not None:
-                _check_mark(ledger, mark, path, file.path)
-            if file.frozen and not any(file.path in _frozen(record) for record in ledger.started_domains()):
-                raise InUseError(
-                    f"{path} is immutable for a guest that the ledger does not know", hint="see 'nvdimmctl check'"
-                )
+                _check_mark(ledger, backings, mark, path, file.path)
+            _check_frozen(ledger, path, file)
+
+
+def _check_frozen(ledger: Ledger, path: str, file: Surveyed) -> None:
+    """Check that the ledger knows for which guest a file is frozen.
+
+    :raises InUseError: when it does not.
+    """
+    if file.frozen and not any(file.path in _frozen(record) for record in ledger.started_domains()):
+        raise InUseError(f"{path} is immutable for a guest that the ledger does not know", hint="see 'nvdimmctl check'")
+
+
+def _files(backings: Sequence[Backing], path: str) -> Iterator[Surveyed]:
+    """Return the file at a path as its backing sees it; nothing when there is none that a domain could have."""
+    return filter(None, (_inspect(backing, path) for backing in backings if backing.handles(path)))
 
 
 def _inspect(backing: Backing, path: str) -> Surveyed | None:
@@ -124,8 +136,8 @@ def _inspect(backing: Backing, path: str) -> Surveyed | None:
         return None  # no file that a domain could have
 
 
-def _check_mark(ledger: Ledger, mark: Mark, path: str, file: str) -> None:
-    """Check that the NVDIMM that a file's mark names is another file, and the marked one a copy of it.
+def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: str, file: str) -> None:
+    """Check that the NVDIMM that a file's mark names is another file with that mark, and the marked one a copy of it.
 
     :param path: of the file, as it was given.
     :param file: its path without symbolic links.
@@ -134,7 +146,7 @@ def _check_mark(ledger: Ledger, mark: Mark, path: str, file: str) -> None:
     items = [item for item in (record.allocations if record else ()) if item.spec.slot == mark.spec.slot]
     if record and any(item.spec.path == file for item in items):
         raise _owned(path, record)
-    if not items:
+    if not any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
         raise InUseError(
             f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that",
             hint="'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
@@ -185,11 +197,14 @@ def _owned(path: str, record: Record) -> InUseError:
 
 
 def mark(backings: Sequence[Backing], record: Record) -> None:
-    """Record the owner on a domain's backings."""
+    """Record the owner on those of a domain's backings that have another record, or were left mutable when frozen."""
     for item in record.allocations:
-        path = item.spec.path
-        if has_bytes([item], identity_at(backings, path)):  # one that is not defined any more may be missing
-            backing_of(backings, path).mark(path, owner_marks.pack(record, item), item.identity)
+        path, text = item.spec.path, owner_marks.pack(record, item)
+        if not has_bytes([item], identity_at(backings, path)):  # one that is not defined any more may be missing
+            continue
+        files = list(_files(backings, path))
+        if not files or any(file.owner != text or (file.frozen and not file.immutable) for file in files):
+            backing_of(backings, path).mark(path, text, item.identity)
 
 
 def unmark_dropped(
@@ -202,6 +217,27 @@ def unmark_dropped(
     paths = {item.spec.path for item in kept}
     dropped = [item for item in (record.allocations if record else ()) if item.spec.path not in paths]
     _unmark([each for each in ledger.domains() if record and each.uuid != record.uuid], backings, dropped)
+
+
+def settle_marks(ledger: Ledger, backings: Sequence[Backing], start: Start) -> None:
+    """Record on the backings of a start that is over what could not be recorded while they were frozen."""
+    record = ledger.find_domain(start.uuid)
+    if record is None:
+        return
+    mark(backings, record)
+    paths = {item.spec.path for item in record.allocations}
+    given_up = [path for path in start.paths if path not in paths and _is_marked(backings, path, start.uuid)]
+    _unmark(ledger.domains(), backings, [Allocation(start.uuid, NvdimmSpec(0, path, PAGE)) for path in given_up])
+
+
+def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int | None = None) -> bool:
+    """Return True when a file has the mark of a domain: of its NVDIMM in that slot, or of any for None."""
+    for file in _files(backings, path):
+        with suppress(LedgerError):  # it cannot be read: 'nvdimmctl check' removes it
+            found = None if file.owner is None else owner_marks.unpack(path, file.owner)
+            if found is not None and found.uuid == uuid and slot in (None, found.spec.slot):
+                return True
+    return False
 
 
 def drop(ledger: Ledger, backings: Sequence[Backing], record: Record, items: Sequence[Allocation]) -> None:
@@ -224,10 +260,14 @@ def give_up(
 ) -> None:
     """Give up a domain's claims to some of its NVDIMMs; to all of them for None.
 
-    :raises InUseError: while it runs.
+    :raises InUseError: while it runs, also if only a frozen file shows that.
     """
     check_off(record)
-    drop(ledger, backings, record, record.allocations if items is None else items)
+    items = record.allocations if items is None else items
+    for path in [item.spec.path for item in items]:
+        for file in _files(backings, path):
+            _check_frozen(ledger, path, file)
+    drop(ledger, backings, record, items)
 
 
 def _unmark(records: Sequence[Record], backings: Sequence[Backing], items: Sequence[Allocation]) -> None:

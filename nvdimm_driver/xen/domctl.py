@@ -8,7 +8,8 @@ from nvdimm_driver.guest import p2m
 from nvdimm_driver.guest.p2m import DSM_GFN, TABLES_GFN
 from nvdimm_driver.plugins import Mapper
 from nvdimm_driver.sizes import align_up, human, units
-from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, E820_RAM, PAGE, WRITE_BACK, Xen
+from nvdimm_driver.xen import frames_in_use
+from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, E820_RAM, PAGE, WRITE_BACK, Xen, hypervisor
 from nvdimm_driver.xen.xenstore import Xenstore
 
 TYPE_CHECKING = False
@@ -112,6 +113,19 @@ class DomctlMapper(Mapper):
         failures = self._undo(domid, mappings, mappings, guest_runs(mappings, uncached))
         if failures:
             raise XenError("; ".join(failures), hint=f"destroy domain {domid}: that drops its mappings and permissions")
+
+    def announce(self, domid: int, mappings: Sequence[Frames]) -> None:
+        frames_in_use.announce(self.xenstore, domid, [(mfn, count) for _, mfn, count in mappings])
+
+    def frames_of_guests(self) -> list[tuple[int, int, int]]:
+        if self._xenstore is None and hypervisor() != "xen":
+            return []  # without Xen, there are no guests, and the operator can prepare backings
+        return [
+            (domid, mfn, count)
+            for domid in frames_in_use.domids(self.xenstore)
+            for mfn, count in frames_in_use.read(self.xenstore, domid)
+            if self.xen.maximum_gfn(domid) is not None
+        ]
 
     def deliver(self, domid: int, tables: bytes) -> None:
         folder = f"/local/domain/{domid}/hvmloader/acpi"

@@ -229,16 +229,20 @@ class Xen:
         return XenError(f"{name}: {code} ({os.strerror(number)}): {what}", hint=hint or HINTS.get(number, ""))
 
 
+def hypervisor(root: str = "/") -> str:
+    """Return the kind of hypervisor that Linux runs on, ``xen`` among them; ``missing`` if it knows none."""
+    try:
+        return _read(os.path.join(root, "sys/hypervisor"), "type")
+    except FileNotFoundError:
+        return "missing"
+
+
 def running_version(root: str = "/") -> str:
     """Return MAJOR.MINOR of the running hypervisor.
 
     :raises XenError: when there is none, or it is older than 4.17.
     """
-    folder = os.path.join(root, "sys/hypervisor")
-    try:
-        kind = _read(folder, "type")
-    except FileNotFoundError:
-        kind = "missing"
+    folder, kind = os.path.join(root, "sys/hypervisor"), hypervisor(root)
     if kind != "xen":
         raise XenError(
             f"not running on Xen: {folder}/type is {kind}", hint="boot this machine into Xen and run it in dom0"

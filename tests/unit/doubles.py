@@ -138,6 +138,8 @@ class MemoryBacking(Backing):
             raise BackingError(self.fail_space)
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
+        if path in self.frozen:
+            return
         self.marks.pop(path, None)
         if owner is not None:
             self.marks[path] = owner
@@ -219,6 +221,7 @@ class RecordingMapper(Mapper):
     def __init__(self, alive: dict[int, str] | None = None) -> None:
         self.alive = {} if alive is None else alive
         self.mapped: dict[int, list[tuple[int, int, int]]] = {}
+        self.announced: dict[int, list[tuple[int, int]]] = {}
         self.uncached: dict[int, list[tuple[int, int]]] = {}
         self.delivered: dict[int, bytes] = {}
         self.dsm_pages: set[int] = set()
@@ -260,6 +263,12 @@ class RecordingMapper(Mapper):
     ) -> None:
         assert self.mapped.pop(domid) == list(mappings)
         assert self.uncached.pop(domid) == list(uncached)
+
+    def announce(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> None:
+        self.announced[domid] = [(mfn, count) for _, mfn, count in mappings]
+
+    def frames_of_guests(self) -> list[tuple[int, int, int]]:
+        return [(domid, *each) for domid in self.alive for each in self.announced.get(domid, ())]
 
     def deliver(self, domid: int, tables: bytes) -> None:
         if self.fail == "deliver":

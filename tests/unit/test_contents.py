@@ -57,9 +57,9 @@ class Host:
 
     def __init__(self, folder: Path, *, wipe: bool = False, quota: int | None = None) -> None:
         self.folder = folder
-        self.backing = MemoryBacking()
+        self.backing, self.mapper = MemoryBacking(), RecordingMapper()
         self.driver: XenNvdimmDriver = make_driver(
-            folder, self.backing, RecordingMapper(), pools=Pools([pool(wipe=wipe, quota=quota)])
+            folder, self.backing, self.mapper, pools=Pools([pool(wipe=wipe, quota=quota)])
         )
         self.importer, self.exporter, self.wiper = self.driver.importer, self.driver.exporter, self.driver.wiper
 
@@ -297,6 +297,29 @@ def test_what_runs_is_not_wiped(defined: Host) -> None:
         defined.wiper.wipe(spec(), watch)
     assert defined.backing.contents[A] == content
     assert defined.backing.opened == [], "its file is immutable"
+
+
+def test_what_a_guest_has_that_the_ledger_does_not_know_is_neither_wiped_nor_imported(
+    tmp_path: Path, defined: Host
+) -> None:
+    """A device has no mark, so nothing but Xen's own list shows whose it is after the ledger was lost."""
+    (extent,) = defined.backing.locate(spec()).extents
+    content = bytes(defined.backing.contents[A])
+    defined.driver.forget(UUID)
+    defined.mapper.alive[3] = OTHER_UUID
+    defined.mapper.announce(3, [(0, (extent.spa + extent.length) // 4096 - 1, 100)])
+    for work in (
+        lambda: defined.wiper.wipe(spec(), watch),
+        lambda: defined.importer.import_in_place(A, None, 0, watch),
+        lambda: defined.importer.provision(spec(), watch),
+        lambda: defined.exporter.export(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=False),
+    ):
+        with pytest.raises(InUseError, match="a: the guest with domid 3 has it, and the ledger does not know that"):
+            work()
+    assert defined.backing.contents[A] == content
+    defined.wiper.wipe(spec(B), watch)
+    del defined.mapper.alive[3]
+    defined.wiper.wipe(spec(), watch)
 
 
 def test_what_was_put_in_the_place_of_a_domains_backing_is_neither_wiped_nor_deleted(defined: Host) -> None:

@@ -92,6 +92,7 @@ def test_a_failure_leaves_nothing_mapped_and_is_kept(
     with pytest.raises(XenError, match=r"E\w+"):
         attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
+    assert mapper.announced[5] == []
     assert fault(driver).startswith("E")
 
 
@@ -115,6 +116,42 @@ def test_frames_of_another_start_are_refused(driver: XenNvdimmDriver, mapper: Re
     with pytest.raises(GuardError, match="db2"):
         attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     assert mapper.mapped == {}
+
+
+@pytest.mark.parametrize("uuid", [OTHER_UUID, UUID])
+def test_frames_of_a_guest_that_the_ledger_does_not_know_are_refused(
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path, uuid: str
+) -> None:
+    """The ledger was lost, or is that of another state_dir; or it is the same domain, twice."""
+    driver.prepare(domain(A))
+    mapper.alive[3] = uuid
+    mapper.announce(3, started(driver.ledger).mappings[:1])
+    with pytest.raises(GuardError, match="in use by the running domain with domid 3"):
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
+    assert mapper.mapped == {}
+    assert not mapper.announced.get(5)
+    del mapper.alive[3]
+    driver.prepare(domain(A))
+    attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
+    assert mapper.announced[5] == [each[1:] for each in mapper.mapped[5]]
+
+
+def test_of_two_device_models_at_once_one_sees_the_other(
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.prepare(domain(A))
+    announce = mapper.announce
+
+    def both(domid: int, mappings: list[tuple[int, int, int]]) -> None:
+        mapper.alive[3] = OTHER_UUID
+        announce(3, mappings)
+        announce(domid, mappings)
+
+    monkeypatch.setattr(mapper, "announce", both)
+    with pytest.raises(GuardError, match="in use by the running domain with domid 3"):
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
+    assert mapper.mapped == {}
+    assert mapper.announced[5] == []
 
 
 def test_a_restored_guest_has_its_tables_already(

@@ -114,7 +114,7 @@ def _repair(find: Callable[[], list[Inconsistency]]) -> list[tuple[str, ...]]:
                 if finding.mend:
                     finding.mend()
                 rows.append((*_columns(finding), "yes"))
-            except NvdimmError as error:
+            except (NvdimmError, OSError) as error:
                 failed.add(finding)
                 rows.append((*_columns(finding), f"no: {error}"))
     return rows

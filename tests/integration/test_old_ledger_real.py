@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger is lost or older than reality: the files say whose they are, at each way in, on real ext4 and XFS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.errors import BackingError, NvdimmError
+from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec, Record
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
+from tests.unit.doubles import OTHER_UUID, UUID
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture(params=list(MKFS))
+def fs(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
+    yield file_systems[request.param]
+    empty(file_systems[request.param])
+
+
+def another_state_dir(host: Host, name: str) -> Host:
+    folder = host.folder / name
+    folder.mkdir()
+    return Host(folder, host.fs, wipe=True)
+
+
+def running_with_an_old_ledger(host: Host, guest: DomainSpec) -> Host:
+    """Start a guest; return the host with a ledger that knows nothing of it."""
+    host.run(guest)
+    return another_state_dir(host, "lost")
+
+
+WAYS: dict[str, Callable[[Host, str], object]] = {
+    "define": lambda host, name: host.driver.define(host.domain(name, OTHER_UUID)),
+    "check": lambda host, name: host.driver.check(host.domain(name, OTHER_UUID)),
+    "start": lambda host, name: host.driver.prepare(host.domain(name, OTHER_UUID)),
+    "provision": lambda host, name: host.driver.importer.provision(NvdimmSpec(0, host.path(name), SIZE), quiet),
+    "import": lambda host, name: host.driver.importer.import_in_place(host.path(name), None, 0, quiet),
+    "wipe": lambda host, name: host.driver.wiper.wipe(NvdimmSpec(0, host.path(name), SIZE), quiet),
+    "export onto it": lambda host, name: host.driver.exporter.export(
+        NvdimmSpec(0, host.path("mine.img"), SIZE), host.path(name), quiet, overwrite=True, running=False
+    ),
+}
+
+
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_file_whose_owner_the_ledger_does_not_know_is_refused(
+    tmp_path: Path, fs: FileSystem, way: str, runs: bool
+) -> None:
+    host = Host(tmp_path, fs)
+    host.define("a.img")
+    if runs:
+        host.run(host.domain("a.img"))
+    lost = another_state_dir(host, "lost")
+    lost.define("mine.img", OTHER_UUID)
+    before = host.mark("a.img")
+    with pytest.raises(NvdimmError, match=r"has the mark of domain x .* the ledger does not know that"):
+        WAYS[way](lost, "a.img")
+    assert host.read("a.img") == DATA
+    assert host.mark("a.img") == before
+    assert is_immutable(host.path("a.img")) is runs
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_frozen_file_without_a_mark_is_refused(tmp_path: Path, fs: FileSystem, way: str) -> None:
+    """A version without marks has started the guest, or somebody has removed the mark."""
+    host = Host(tmp_path, fs)
+    host.define("a.img")
+    host.backing.mark(host.path("a.img"), None)
+    host.backing.freeze(host.path("a.img"))
+    lost = another_state_dir(host, "lost")
+    lost.define("mine.img", OTHER_UUID)
+    with pytest.raises(NvdimmError, match="is immutable for a guest that the ledger does not know"):
+        WAYS[way](lost, "a.img")
+    assert host.read("a.img") == DATA
+    assert is_immutable(host.path("a.img"))
+
+
+OLD: dict[str, Callable[[Host, Record], object]] = {
+    "release with a wipe": lambda host, record: host.driver.wiper.give_up(record, quiet, delete=False),
+    "release --delete": lambda host, record: host.driver.wiper.give_up(record, quiet, delete=True),
+    "wipe": lambda host, record: host.driver.wiper.wipe(record.allocations[0].spec, quiet, record),
+    "wipe the path": lambda host, record: host.driver.wiper.wipe(record.allocations[0].spec, quiet),
+    "start": lambda host, record: host.driver.prepare(host.domain("a.img")),
+    "define": lambda host, record: host.driver.define(host.domain("a.img", ram=600 * MIB)),
+}
+
+
+@pytest.mark.parametrize("knows_new_owner", [False, True])
+@pytest.mark.parametrize("way", list(OLD))
+def test_a_file_that_has_got_another_owner_since_the_backup_of_the_ledger_is_his(
+    tmp_path: Path, fs: FileSystem, way: str, knows_new_owner: bool
+) -> None:
+    """In the old ledger it is x's still, with the same inode; y may have had another file in that slot then."""
+    host = Host(tmp_path, fs)
+    host.define("a.img")
+    host.define("old.img", OTHER_UUID)
+    old = another_state_dir(host, "old")
+    for record in host.driver.ledger.domains():
+        if record.uuid == UUID or knows_new_owner:
+            old.driver.ledger.store(record.uuid, record.name, record.ram, record.allocations)
+    host.driver.forget(UUID)
+    host.driver.define(host.domain("a.img", OTHER_UUID))
+    with pytest.raises(NvdimmError, match=r"has the mark of domain y .* the ledger does not know that"):
+        OLD[way](old, old.record())
+    assert host.read("a.img") == DATA
+    assert host.mark("a.img")
+    assert not is_immutable(host.path("a.img"))
+
+
+def test_a_copy_of_a_file_with_its_mark_can_be_another_domains(tmp_path: Path, fs: FileSystem) -> None:
+    """As made by 'cp -a': the file that the mark means is another, and has the mark, too."""
+    host = Host(tmp_path, fs)
+    host.define("a.img")
+    run("cp", "-a", "--sparse=never", "--reflink=never", host.path("a.img"), host.path("copy.img"))
+    assert host.mark("copy.img") == host.mark("a.img")
+    host.driver.define(host.domain("copy.img", OTHER_UUID))
+    assert look(host.driver) == []
+
+
+def test_a_ledger_of_a_version_that_kept_no_identity_is_refused_nothing(tmp_path: Path, fs: FileSystem) -> None:
+    """The domain's own mark is enough."""
+    host = Host(tmp_path, fs, wipe=True)
+    host.define("a.img")
+    item = host.record().allocations[0]
+    host.driver.ledger.store(UUID, "x", 512 * MIB, [replace(item, identity=None)])
+    host.driver.wiper.give_up(host.record(), quiet, delete=True)
+    assert not os.path.exists(host.path("a.img"))
+    with pytest.raises(BackingError):
+        host.driver.backings[0].locate(item.spec)

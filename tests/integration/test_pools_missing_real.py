@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pools that are not there, or whose medium has errors: nothing of them is repaired, and other domains go on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.cmd.ctl.check import _repair
+from nvdimm_driver.doctor import ledger as doctor_ledger
+from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.pools.rules import Pools
+from tests.integration.loop_pmem import IMAGE, MKFS, SPA, FileSystem, run
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable
+from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.fake_sysfs import FakeSysfs
+
+OTHER_NAMESPACE = "6a1b2c3d-0000-4000-8000-000000000002"
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture
+def host(tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
+    """Domain x has two NVDIMMs on ext4."""
+    host = Host(tmp_path, file_systems["ext4"])
+    nvdimms = tuple(NvdimmSpec(slot, host.path(name), SIZE) for slot, name in enumerate(("a.img", "b.img")))
+    host.driver.define(DomainSpec("x", UUID, 512 * MIB, None, nvdimms))
+    for name in ("a.img", "b.img"):
+        Path(host.path(name)).write_bytes(DATA)
+    yield host
+    for each in file_systems.values():
+        empty(each)
+
+
+def repair(host: Host) -> list[Inconsistency]:
+    """Repair what can be; return what was found before."""
+    found = look(host.driver)
+    _repair(lambda: look(host.driver))
+    return found
+
+
+def both_on_pmem(folder: Path, one: FileSystem, other: FileSystem) -> Path:
+    """Return a sysfs in which two file systems are on two namespaces."""
+    sysfs = FakeSysfs(folder / "both")
+    sysfs.fsdax(one.device, spa=SPA, size=IMAGE)
+    spa = SPA + 2 * IMAGE
+    sysfs.namespace("namespace1.0", mode="memory", spa=spa, size=IMAGE, uuid=OTHER_NAMESPACE)
+    pfn = sysfs.holder("pfn1.1", "namespace1.0", mode="ram", resource=hex(spa), size=IMAGE)
+    sysfs.disk("pmem1", pfn, other.device)
+    return sysfs.root
+
+
+@contextmanager
+def covered(host: Host, other: FileSystem, what: str) -> Iterator[None]:
+    """Hide the file system of a host behind another one."""
+    with ExitStack() as covers:
+        if what == "another file system with DAX":
+            host.driver.backings[0].sysfs = both_on_pmem(host.folder, host.fs, other)  # type: ignore[attr-defined]
+            mounts = host.fs.mountinfo.read_text()
+            number = f"{os.major(other.device)}:{os.minor(other.device)}"
+            host.fs.mountinfo.write_text(f"{mounts}2 0 {number} / {host.fs.root} rw - xfs /dev/pmem1 rw,dax=always\n")
+            covers.callback(host.fs.mountinfo.write_text, mounts)
+        source = ("-t", "tmpfs", "none") if what == "an empty mount point" else ("--bind", other.root)
+        run("mount", *source, host.fs.root)
+        covers.callback(run, "umount", host.fs.root)
+        yield
+
+
+@pytest.mark.parametrize("what", ["an empty mount point", "another file system", "another file system with DAX"])
+@pytest.mark.parametrize("namesake", [False, True])
+@pytest.mark.parametrize("any_path", [False, True])
+def test_nothing_of_a_pool_that_is_not_there_is_repaired(
+    host: Host, file_systems: dict[str, FileSystem], what: str, namesake: bool, any_path: bool
+) -> None:
+    """Before, check gave the contents up, and the next definition chose other bases: NVDIMMs were swapped."""
+    if any_path:
+        host.pools = Pools([], any_path=True)
+        host.driver = host.another()
+    before = host.record()
+    with covered(host, file_systems["xfs"], what):
+        if namesake:
+            Path(host.path("a.img")).write_bytes(bytes(SIZE // 2))
+        found = repair(host)
+        if namesake:
+            assert host.read("a.img") == bytes(SIZE // 2)
+        pools = [each for each in found if each.problem.startswith("pool main: ")]
+        assert len(pools) == (0 if any_path or what == "another file system with DAX" else 1)
+        assert [(each.domain, os.path.basename(each.path)) for each in found if each not in pools] == [
+            ("x", "a.img"),
+            ("x", "b.img"),
+        ]
+        assert [each.mend for each in found] == [None] * len(found)
+    assert host.record() == before
+    assert look(host.driver) == []
+
+
+def test_a_file_that_was_truncated_to_nothing_is_completed_by_its_mark(host: Host) -> None:
+    os.truncate(host.path("a.img"), 0)
+    assert [(os.path.basename(each.path), each.remedy) for each in repair(host)] == [
+        ("a.img", "replace them with zeros")
+    ]
+    assert look(host.driver) == []
+    assert host.read("a.img") == bytes(SIZE)
+    assert host.read("b.img") == DATA
+
+
+def test_a_mark_stays_on_a_file_whose_path_has_a_file_of_another_file_system(
+    host: Host, file_systems: dict[str, FileSystem], tmp_path: Path
+) -> None:
+    """The pool's file system is mounted elsewhere, and a namesake is where the NVDIMM was."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (pool,) = host.pools
+    host.pools = Pools([replace(pool, name="two", paths=(str(elsewhere),))])
+    host.driver = host.another()
+    run("mount", "--bind", host.fs.root, elsewhere)
+    try:
+        with covered(host, file_systems["xfs"], "an empty mount point"):
+            for name in ("a.img", "b.img"):
+                Path(host.path(name)).write_bytes(bytes(SIZE))
+            assert [each.mend for each in repair(host)] == [None, None]
+    finally:
+        run("umount", elsewhere)
+    assert host.mark("a.img")
+    assert host.mark("b.img")
+
+
+def read_only(fs: FileSystem) -> None:
+    run("mount", "-o", "remount,ro", fs.root)
+
+
+def shut_down(fs: FileSystem) -> None:
+    """Do what the kernel does after an error of the medium: everything fails with EIO."""
+    run("xfs_io", "-x", "-c", "shutdown", fs.root)
+
+
+@pytest.mark.parametrize("breaks", [read_only, shut_down])
+@pytest.mark.parametrize("kind", list(MKFS))
+def test_a_pool_that_cannot_be_thawed_keeps_no_other_domain_from_anything(
+    tmp_path: Path, kind: str, breaks: Callable[[FileSystem], None]
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "works").mkdir()
+    fs, works = FileSystem(tmp_path / "broken", kind), FileSystem(tmp_path / "works", "ext4")
+    try:
+        works.backing.sysfs = both_on_pmem(tmp_path, fs, works)
+        works.mountinfo.write_text(works.mountinfo.read_text() + fs.mountinfo.read_text())
+        ended, other = Host(tmp_path, fs), Host(tmp_path, works)
+        ended.run(ended.domain("a.img", label_size=MIB))
+        breaks(fs)
+        ended.mapper.alive.clear()
+        for driver in (ended.another(), other.another()):  # with a backing for the broken pool, and with another
+            driver.reconcile()
+            driver.restart_lost()
+            assert look(driver)
+            _repair(lambda driver=driver: look(driver))  # type: ignore[misc]
+            list(doctor_ledger.check_backings(driver.ledger.domains(), driver.backings))
+            for pool in driver.pools:
+                driver.measure_pool(pool)
+        assert ended.record().start is not None, "it is put away when its file can be thawed"
+        other.driver.define(other.domain("b.img", OTHER_UUID))
+        other.driver.prepare(other.domain("b.img", OTHER_UUID))
+        assert is_immutable(other.path("b.img"))
+        if breaks is read_only:
+            run("mount", "-o", "remount,rw", fs.root)
+            ended.driver.reconcile()
+            assert ended.record().start is None
+            assert not is_immutable(ended.path("a.img"))
+        other.backing.thaw(other.path("b.img"))
+    finally:
+        for each in (fs, works):
+            run("umount", each.root)

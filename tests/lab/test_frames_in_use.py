@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last guard between guests is Xen's and xenstore's own list, and not the ledger alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.guest import Guest
+from tests.lab.host import XenHost
+
+pytestmark = pytest.mark.lab
+DEVICE, SIZE_MIB = "/dev/pmem1", 16
+LEDGER = "/var/lib/nvdimm-driver/ledger.sqlite"
+ONE, TWO = "frames1", "frames2"
+
+
+@pytest.fixture
+def guest(driver_host: XenHost) -> Iterator[Guest]:
+    """Yield a guest with a device, which has no mark; the ledger is lost while it runs."""
+    operator.define(driver_host, ONE, [operator.nvdimm(DEVICE, SIZE_MIB)])
+    operator.start(driver_host, ONE)
+    driver_host.check(f"mkdir /root/lost && mv {LEDGER}* /root/lost && {operator.NVDIMMCTL} list")
+    yield Guest(driver_host, ONE)
+    driver_host.check(f"rm -f {LEDGER}*; mv /root/lost/* $(dirname {LEDGER}) && rmdir /root/lost")
+    driver_host.check(f"{operator.VIRSH} destroy {ONE}")
+    for name in (ONE, TWO):
+        driver_host.run(f"{operator.VIRSH} undefine {name}; {operator.NVDIMMCTL} release --yes {name}")
+
+
+def test_no_two_guests_have_the_frames_of_a_device_after_the_ledger_was_lost(
+    driver_host: XenHost, guest: Guest
+) -> None:
+    domid = driver_host.check(f"xl domid {ONE}").stdout.strip()
+    announced = driver_host.check(f"xenstore-read /libxl/{domid}/nvdimm-driver/0").stdout
+    assert [int(word.split("+")[1], 16) for word in announced.split()] == [SIZE_MIB << 8]
+    assert driver_host.check(f"xenstore-ls -p /libxl/{domid} | grep nvdimm-driver").stdout.endswith("(n0)\n")
+
+    wiped = driver_host.run(f"{operator.NVDIMMCTL} wipe --yes {DEVICE}")
+    assert (wiped.returncode, f"the guest with domid {domid} has it" in wiped.stderr) == (4, True), wiped
+    operator.define(driver_host, TWO, [operator.nvdimm(DEVICE, SIZE_MIB)])
+    refused = driver_host.run(f"{operator.VIRSH} start {TWO}")
+    assert f"in use by the running domain with domid {domid}" in refused.stderr, refused
+    assert driver_host.run(f"xl domid {TWO}").returncode
+    assert guest.exists()
