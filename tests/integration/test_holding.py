@@ -21,7 +21,7 @@ from nvdimm_driver.cmd.systemd_units import UNITS
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, LedgerError
-from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.model import KIB, MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.processes import kill
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -267,8 +267,12 @@ def test_a_block_device_cannot_be_taken_while_a_guest_has_it(raw: Host) -> None:
 
 
 def test_the_driver_itself_goes_on_with_a_device_that_is_held(raw: Host) -> None:
-    """A redefine of the running guest, and check, locate the device, and refuse what else is in use."""
+    """A redefine of the running guest, check and a label server open the device, and refuse what else is in use."""
     raw.start()
+    (item,) = raw.driver.ledger.domains()[0].allocations
+    assert item.identity
+    with raw.backing.open_labels(replace(item.spec, label_size=128 * KIB), item.identity) as labels:
+        assert labels.read(0, 16) == bytes(16)
     raw.another().define(replace(raw.domain, ram=256 * MIB))
     assert look(raw.driver) == []
     (pid,) = raw.holders.find(UUID)
