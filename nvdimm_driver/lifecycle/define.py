@@ -166,7 +166,8 @@ class Definitions:
     def put_back(self, uuid: str, before: Record | None, created: Sequence[Allocation]) -> None:
         """Undo :meth:`define`: delete the backings that it created, and let the domain have what it had before.
 
-        A backing that a start has stays, and the claim to it: a guest may have written to it.
+        A backing that a start has stays, and the claim to it: a guest may have written to it. So does the claim to what
+        has to be overwritten, if a guest of the domain has run: it could have been with a device that existed before.
 
         :param before: the domain as it was.
         """
@@ -176,12 +177,11 @@ class Definitions:
         undeleted = {item.spec for item in created if not self._delete(item, now)}
         had = before.allocations if before else ()
         had_paths = {item.spec.path for item in had}
-        started = now.started if now.start else ()
-        left = [
-            item
-            for item in now.allocations
-            if item.spec.path not in had_paths and (item in started or item.spec in undeleted)
-        ]
+        kept = {item.spec for item in (now.started if now.start else ())} | undeleted
+        if self.ledger.find_run(uuid) is not None:
+            deleted = {item.spec for item in created} - undeleted
+            kept |= {item.spec for item in self._to_wipe(now.allocations)} - deleted
+        left = [item for item in now.allocations if item.spec.path not in had_paths and item.spec in kept]
         items = (*had, *slots.set_aside(left, {item.spec.slot for item in had}))
         ownership.unmark_dropped(self.ledger, self.backings, now, items)
         if not before and not items:

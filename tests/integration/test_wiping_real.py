@@ -206,3 +206,16 @@ def test_no_start_takes_what_is_already_overwritten_before_all_is(host: Host) ->
 
     host.driver.wiper.give_up(host.record(), watch, delete=False)  # type: ignore[arg-type]
     assert len(tried) == 2 * SIZE // MIB
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_domain_that_is_undone_keeps_what_its_guest_may_have_written(host: Host, ran: bool) -> None:
+    """A create failed after its guest had run; nothing deletes a device, or a file that existed before."""
+    Path(host.path("a.img")).write_bytes(bytes(SIZE))
+    if ran:
+        host.run(host.domain("a.img"))
+        host.mapper.alive.clear()
+    else:
+        host.driver.define(host.domain("a.img"))
+    host.driver.undo(UUID, None, ())
+    assert claims(host) == ({0: "a.img"} if ran else {})
