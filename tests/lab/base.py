@@ -19,6 +19,7 @@ RELEASE = "bookworm"
 OTHER_RELEASE = "trixie"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DOM0_PACKAGES = (
+    "apparmor",
     "daxctl",
     "e2fsprogs",
     "iproute2",
