@@ -290,7 +290,7 @@ def test_an_export_to_a_full_disk_goes_on_when_there_is_room(operator: Operator)
     run("mount", "-t", "tmpfs", "-o", "size=8M", "none", small)
     try:
         said = operator.run("export", path, small / "copy", status=1).stderr
-        assert f"{path}: No space left on device (make room" in said
+        assert f"{small / 'copy'}: No space left on device (make room" in said
         run("mount", "-o", "remount,size=32M", small)
         operator.run("export", path, small / "copy")
         assert (small / "copy").read_bytes() == path.read_bytes()
