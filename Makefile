@@ -28,7 +28,7 @@ thorough: test
 
 # Run what takes hours: doc/reliability.rst says what, and has the figures.
 test-long: $(VENV)/.ready
-	$(BIN)/python -m pytest -s -m long -n 2 tests/integration
+	$(BIN)/python -m pytest -s -m long -n 2 -o faulthandler_timeout=0 tests/integration
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -87,12 +87,16 @@ class Host:
     :param options: additional configuration of the driver.
     :param wheels: packages to install beside the driver.
     :param conf: its other configuration.
+    :param size: bytes of persistent memory; xen_stand_in.c has 1 GiB, from 2 MiB below SPA on.
     :ivar libvirtd: the running libvirtd, in whose namespaces all commands of the test run.
     """
 
-    def __init__(self, folder: Path, options: str = "", wheels: Sequence[Path] = (), conf: str = CONF) -> None:
+    def __init__(
+        self, folder: Path, options: str = "", wheels: Sequence[Path] = (), conf: str = CONF, size: int = SIZE
+    ) -> None:
         self.folder = folder
         self._conf = conf
+        self.size = size
         self._options = options
         self._wheels = wheels
         for name in ("libvirtd", "pmem", "sys"):
@@ -224,14 +228,14 @@ class Host:
         (self.folder / "boot_id").write_text("a boot\n")
         image = self.folder / "image"
         image.touch()
-        os.truncate(image, SIZE)
+        os.truncate(image, self.size)
         subprocess.run(["mkfs.ext4", "-q", "-b", "4096", image], check=True)
 
     def _show_pmem(self) -> None:
         sysfs = FakeSysfs(self.folder / "sys")
         done = self.libvirtd.run("stat", "-c", "%d", self.folder / "pmem")
         device = int(done.stdout)
-        sysfs.fsdax(device, spa=SPA, size=SIZE)
+        sysfs.fsdax(device, spa=SPA, size=self.size)
         for name, value in (("type", "xen"), ("version/major", "4"), ("version/minor", "17")):
             file = self.folder / "sys/hypervisor" / name
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -172,7 +172,17 @@ class World:
 
     def define(self, domain: DomainSpec, driver: XenNvdimmDriver) -> tuple[Allocation, ...]:
         """Do what virsh define does."""
-        return driver.define(domain, driver.check(domain))
+        with driver.locks.changing(domain.uuid or ""):
+            return driver.define(domain, driver.check(domain))
+
+    def create_refused(self, domain: DomainSpec, driver: XenNvdimmDriver) -> None:
+        """Do what virsh create does when libvirt refuses the domain; one that is defined keeps what it has."""
+        uuid = domain.uuid or ""
+        with driver.locks.changing(uuid):
+            plan = driver.check(domain)
+            before = driver.ledger.find_domain(uuid)
+            created = driver.create(domain, plan) if before else driver.define(domain, plan)
+            driver.undo(uuid, before, created)
 
     def fill(self, *names: str) -> None:
         """Write what only the guest could have written."""
@@ -239,7 +249,13 @@ class World:
                 if item.identity is not None and path.exists():
                     content = crc32(path.read_bytes())
                     found[record.uuid, path.name] = Kept(
-                        record.uuid, item.spec.slot, path.name, item.spec.size, item.base, item.identity.inode, content
+                        record.uuid,
+                        item.spec.own_slot,
+                        path.name,
+                        item.spec.size,
+                        item.base,
+                        item.identity.inode,
+                        content,
                     )
         return found
 

@@ -16,7 +16,7 @@
 
 #define FOLDER "/run/xen-stand-in/"
 
-#define DOMAINS 32
+#define DOMAINS 64
 #define RUNS (-1)
 
 struct domain {

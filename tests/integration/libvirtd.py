@@ -172,6 +172,17 @@ class Libvirtd:
         """Run a command in the namespaces, where ``/run/libvirt`` belongs to this libvirtd."""
         return self._run(self._inside(*command))
 
+    def begin(self, *command: str | Path) -> subprocess.Popen[str]:
+        """Begin a command in the namespaces, whose output its end will have, however long it takes."""
+        return subprocess.Popen(
+            self._inside(*command),
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
     def virsh(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """Run a virsh command, which may fail."""
         return self._run(["virsh", "-q", "-c", self.uri, *map(str, words)])
