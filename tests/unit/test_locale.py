@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.cmd import hook
+
 NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """Python takes ASCII for names of files with these, as it takes ISO-8859-1 in the locale de_DE.ISO-8859-1."""
 NAME = "gr\u00fcn"
-PROGRAMS = Path(__file__).parents[2] / "nvdimm_driver/cmd"
+PROGRAMS = Path(hook.__file__).parent
+"""Also where the package is installed, and the sources are not beside the tests."""
 XML = "<domain type='xen'><x:y xmlns:x='urn:nvdimm-driver:domain:1'/></domain>"
 
 
