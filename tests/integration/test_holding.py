@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -302,15 +301,13 @@ def test_a_process_of_another_user_is_no_holder(tmp_path: Path) -> None:
     """Everybody may run a program with these arguments; also one that then runs as root."""
     words = [holders.PROGRAM, str(tmp_path), OTHER_UUID, "x"]
     python = subprocess.run(["readlink", "-f", "/usr/bin/python3"], capture_output=True, text=True, check=True)
-    fakes = [
-        subprocess.Popen(["sleep", "-I", "-S", *words], executable="/usr/bin/yes", stdout=subprocess.PIPE),
-        subprocess.Popen(
-            ["python3", "-I", "-S", *words], executable=python.stdout.strip(), user="nobody", stderr=subprocess.DEVNULL
-        ),
-    ]
+    yes = subprocess.Popen(["sleep", "-I", "-S", *words], executable="/usr/bin/yes", stdout=subprocess.DEVNULL)
+    nobodys = ["setpriv", "--reuid=65534", "--", python.stdout.strip(), "-I", "-S", *words]
+    background = int(subprocess.check_output(nobodys, stderr=subprocess.DEVNULL))
     try:
+        assert Path(f"/proc/{background}/cmdline").read_text().split("\0")[3:7] == words
         assert Holders(tmp_path).find(OTHER_UUID) == []
     finally:
-        for each in fakes:
-            each.send_signal(signal.SIGKILL)
-            each.communicate()
+        kill(background)
+        yes.kill()
+        yes.wait()
