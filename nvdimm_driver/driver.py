@@ -376,6 +376,10 @@ class XenNvdimmDriver(plugins.Plugin):
         self.starts.serve_labels()
         self.starts.hold_again()
 
+    def hold_again(self) -> list[Record]:
+        """Start a holder of the backings for each running guest that has none; return their domains."""
+        return self.starts.hold_again()
+
     def renew_label_servers(self) -> list[tuple[Record, bool]]:
         """Replace the label servers that are older than the installed code; return their domains, and if that worked.
 

@@ -202,8 +202,9 @@ class Starts:
             and self.is_running(record.start)
         ]
 
-    def hold_again(self) -> None:
-        """Start a holder for each running guest that has none; log what cannot be held."""
+    def hold_again(self) -> list[Record]:
+        """Start a holder for each running guest that has none; return their domains, and log what cannot be held."""
+        held = []
         for record in self.find_unheld():
             try:
                 pid = self.hold(record.uuid, record.name, self._has(record))
@@ -215,6 +216,8 @@ class Starts:
                 self.holders.kill(record.uuid, [pid])
             else:
                 self.ledger.record_event("holder-gone", record.uuid)
+                held.append(record)
+        return held
 
     def _has(self, record: Record) -> list[tuple[str, BackingIdentity]]:
         """Return path and identity of each backing that a running guest has."""

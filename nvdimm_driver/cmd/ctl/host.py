@@ -28,7 +28,10 @@ class Register(Action):
         del parsed_args
         for line in register.register(self.app.conf):
             print(line)
-        for record, renewed in load_driver(self.app.conf).renew_label_servers():
+        driver = load_driver(self.app.conf)
+        for record in driver.hold_again():  # the version before may have held nothing
+            print(f"hold the backings of {record.name}, which runs")
+        for record, renewed in driver.renew_label_servers():
             print(
                 f"renewed the label server of {record.name}"
                 if renewed
