@@ -172,6 +172,13 @@ class Conversation(ABC):
             raise LabError(f"guest {self.name}: {verb} {arguments} has status {answer.returncode}: {answer.result}")
         return answer.result
 
+    def last_answer(self, name: str, timeout: float = 120) -> Answer:
+        """Return the last answer that a program in the guest has given under a name of its own.
+
+        :raises LabError: when none comes.
+        """
+        return self._wait(lambda: self._answers.get(name), timeout, f"answer of {name!r}")
+
     def sha256(self, device: str, offset: int, length: int, timeout: float = 300) -> str:
         """Return the SHA-256, in hex, of bytes of a block device, read from the device and not from the page cache."""
         return self.check("sha256", device, offset, length, timeout=timeout)

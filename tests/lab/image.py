@@ -89,7 +89,7 @@ class Images:
 
     @property
     def guest_disk_drivers(self) -> Path:
-        """A third initramfs: drivers of disks, and a program that tests direct I/O; the kernel has NVMe built in."""
+        """A third initramfs: drivers of disks, direct I/O's test, and a journal; the kernel has NVMe built in."""
         return self.folder / "guest-disk-drivers.gz"
 
     @property
@@ -242,11 +242,12 @@ def _make_initrd(target: Path, init: Path, busybox: Path, modules: Sequence[Path
 
 
 def _make_disk_drivers(target: Path, modules: Sequence[Path]) -> None:
-    """Make an initramfs of `directio.c` and of modules that are loaded after those of the first one."""
+    """Make an initramfs of `directio.c`, `journal.c`, and modules that are loaded after those of the first one."""
     tree = target.with_suffix(".tree")
     for folder in ("bin", "modules"):
         (tree / folder).mkdir(parents=True)
-    run_tool(["gcc", "-O2", "-Wall", "-Werror", "-static", "-o", tree / "bin/directio", SOURCES / "directio.c"])
+    for name in ("directio", "journal"):
+        run_tool(["gcc", "-O2", "-Wall", "-Werror", "-static", "-o", tree / "bin" / name, SOURCES / f"{name}.c"])
     _add_modules(tree / "modules", modules, "disk-")
     _pack(tree, target)
 

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host loses power at random moments: what a guest was told is durable is there, and so is everything else.
+
+Killing the emulated host keeps every store that reached its NVDIMMs, as on a platform whose caches are flushed when
+power fails. What dom0 had not written back to its own disk is lost.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.conftest import MakeHost
+from tests.lab.guest import Guest
+from tests.lab.host import GIB, Nvdimm, XenHost
+from tests.lab.image import make_guest_disk
+
+pytestmark = pytest.mark.lab
+NAME, DISK = "journal", "/root/journal-disk.img"
+MAP, BLOCK, LABELLED = (f"/mnt/pmem0/{name}.img" for name in ("map", "block", "labelled"))
+BYSTANDER, BYSTANDER_MIB = "/mnt/pmem0/bystander.img", 16
+LONGEST_SECONDS = 12.0
+JOURNALS = {"map": "/mnt/journal", "block": "/dev/pmem1"}
+"""The guest's journals: one in a mapping of a file on a DAX file system, one on a block device."""
+LABELS = (
+    "while :; do ndctl create-namespace -r region{0} -m raw; "
+    "ndctl destroy-namespace -f -r region{0} all; done >/tmp/labels.log 2>&1 &"
+)
+WORK = {
+    "define": f"{operator.VIRSH} define /root/other.xml; {operator.VIRSH} undefine other; "
+    f"{operator.NVDIMMCTL} release --yes --delete other",
+    "start": f"{operator.VIRSH} start started; {operator.VIRSH} destroy started",
+    "wipe": f"{operator.NVDIMMCTL} wipe --yes wiped",
+    "labels": "sleep 1",  # the guest writes them
+}
+"""What dom0 does again and again until it loses power."""
+
+
+def boot(host: XenHost) -> None:
+    """Start the host, with its file system and daemon."""
+    host.start()
+    host.check("mount -o dax /dev/pmem0 /mnt/pmem0")
+    operator.start_nvdimmd(host)
+
+
+def set_up(host: XenHost, disk: Path) -> Guest:
+    """Install the driver, define the domains, boot the guest for the first time, and make its file system."""
+    operator.install_driver(host)
+    operator.make_pmem(host)
+    host.put(disk, DISK)
+    with_labels = operator.nvdimm(LABELLED, 18, label_kib=128)
+    for name, nvdimms, dsm in (
+        (NAME, [operator.nvdimm(MAP, 64), operator.nvdimm(BLOCK, 16), with_labels], "qemu"),
+        ("other", [operator.nvdimm("/mnt/pmem0/other.img", 48)], None),
+        ("started", [operator.nvdimm("/mnt/pmem0/started.img", 16)], None),
+        ("wiped", [operator.nvdimm("/mnt/pmem0/wiped.img", 64)], None),
+        ("bystander", [operator.nvdimm(BYSTANDER, BYSTANDER_MIB)], None),
+    ):
+        xml = operator.domain_xml(name, nvdimms, ram_mib=256 if name == NAME else 128, disk=DISK, dsm=dsm)
+        host.write(f"/root/{name}.xml", xml.encode())
+        if name != "other":
+            host.check(f"{operator.VIRSH} define /root/{name}.xml")
+    host.check(f"dd if=/dev/urandom of={BYSTANDER} bs=1M count={BYSTANDER_MIB} conv=notrunc,fsync status=none")
+    guest = operator.start(host, NAME)
+    guest.wait_report()
+    guest.check("run", "ndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem", timeout=300)
+    guest.check("run", "mkfs.ext4 -q -b 4096 /dev/pmem0 && " + mount_command())
+    guest.check("run", "dd if=/dev/zero of=/mnt/journal bs=1M count=1 && sync")
+    number = labelled_region(guest)
+    guest.check("run", f"ndctl disable-region region{number} && ndctl init-labels nmem2; ndctl enable-region all")
+    host.check("sync")
+    return guest
+
+
+def mount_command() -> str:
+    """Return the command with which the guest mounts its file system."""
+    return "mkdir -p /mnt && mount -t ext4 -o dax /dev/pmem0 /mnt"
+
+
+def labelled_region(guest: Guest) -> str:
+    """Return the number of the guest's region that has labels."""
+    (region,) = (each for each in guest.report().regions if each.size == 16 << 20 and each.dimm == "nmem2")
+    return region.name.removeprefix("region")
+
+
+def work_until_cut(host: XenHost, guest: Guest, work: str, seconds: float) -> dict[str, int]:
+    """Have host and guest work, cut the power after that time; return what the guest's journals acknowledged."""
+    for name, file in JOURNALS.items():
+        guest.check("run", f"journal write {file} {name} {name} >/tmp/{name}.log 2>&1 &")
+    if work == "labels":
+        guest.check("run", LABELS.format(labelled_region(guest)))
+    host.check(f"setsid bash -c 'while :; do {WORK[work]}; done' >/tmp/work.log 2>&1 </dev/null &")
+    end = time.monotonic() + seconds
+    while True:
+        acknowledged = {name: int(guest.last_answer(name).result) for name in JOURNALS}
+        if time.monotonic() >= end:
+            break
+    host.power_cut()
+    return acknowledged
+
+
+def check_host(host: XenHost, places: list[tuple[int, str, str]], bystander: str) -> None:
+    """Check that the driver agrees with itself after a repair, and that nothing moved or changed."""
+    found = host.run(f"{operator.NVDIMMCTL} check --repair")
+    again = host.run(" && ".join(WORK["define"].split("; ")))
+    assert again.returncode == 0, (found, again)
+    left = host.run(f"{operator.NVDIMMCTL} check")
+    assert left.returncode == 0, (found, left)
+    assert nvdimms(host) == places
+    assert operator.host_sha256(host, BYSTANDER, 0, BYSTANDER_MIB << 20) == bystander
+
+
+def nvdimms(host: XenHost) -> list[tuple[int, str, str]]:
+    """Return slot, path and base of each NVDIMM of the guest."""
+    return [(each["slot"], each["path"], each["base"]) for each in operator.show(host, NAME)["nvdimms"]]
+
+
+def check_guest(guest: Guest, acknowledged: dict[str, int]) -> None:
+    """Check that the guest's journals have all that was acknowledged, and that its labels are whole."""
+    assert guest.wait_report().problems == ()
+    guest.check("run", mount_command())
+    for name, file in JOURNALS.items():
+        newest = int(guest.check("run", f"journal check {file}"))
+        assert newest >= acknowledged[name], f"{name}: {newest} is there, {acknowledged[name]} was acknowledged"
+    guest.check("run", "ndctl check-labels nmem2")
+
+
+@pytest.mark.parametrize("cuts", [3])
+def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts: int) -> None:
+    pmem = [Nvdimm(tmp_path / "pmem0.img", GIB), Nvdimm(tmp_path / "pmem1.img", 160 << 20)]
+    host = fresh_host(nvdimms=pmem, keep_disk=True)
+    disk = tmp_path / "guest.img"
+    images = host.images
+    make_guest_disk(images, disk, "", images.guest_tools, images.guest_disk_drivers)
+    host.start()
+    guest = set_up(host, disk)
+    places = nvdimms(host)
+    bystander = operator.host_sha256(host, BYSTANDER, 0, BYSTANDER_MIB << 20)
+    chance = random.Random(cuts)
+    for cut in range(cuts):
+        work = [*WORK][cut % len(WORK)]
+        seconds = chance.uniform(0, LONGEST_SECONDS)
+        acknowledged = work_until_cut(host, guest, work, seconds)
+        boot(host)
+        print(f"cut {cut + 1}: {work}, after {seconds:.1f} s, acknowledged {acknowledged}")
+        check_host(host, places, bystander)
+        guest = operator.start(host, NAME)
+        check_guest(guest, acknowledged)
+    host.stop()
