@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from tests.lab import operator
 from tests.lab.conftest import MakeHost
-from tests.lab.guest import Guest
+from tests.lab.guest import Guest, Report
 from tests.lab.host import GIB, Nvdimm, XenHost
 from tests.lab.image import make_guest_disk
 
@@ -24,11 +26,11 @@ NAME, DISK = "journal", "/root/journal-disk.img"
 MAP, BLOCK, LABELLED = (f"/mnt/pmem0/{name}.img" for name in ("map", "block", "labelled"))
 BYSTANDER, BYSTANDER_MIB = "/mnt/pmem0/bystander.img", 16
 LONGEST_SECONDS = 12.0
-JOURNALS = {"map": "/mnt/journal", "block": "/dev/pmem1"}
+JOURNALS = ("map", "block")
 """The guest's journals: one in a mapping of a file on a DAX file system, one on a block device."""
 LABELS = (
-    "while :; do ndctl create-namespace -r region{0} -m raw; "
-    "ndctl destroy-namespace -f -r region{0} all; done >/tmp/labels.log 2>&1 &"
+    "while :; do ndctl create-namespace -r {0} -m raw; ndctl destroy-namespace -f -r {0} all; done "
+    ">/tmp/labels.log 2>&1 &"
 )
 WORK = {
     "define": f"{operator.VIRSH} define /root/other.xml; {operator.VIRSH} undefine other; "
@@ -66,33 +68,60 @@ def set_up(host: XenHost, disk: Path) -> Guest:
             host.check(f"{operator.VIRSH} define /root/{name}.xml")
     host.check(f"dd if=/dev/urandom of={BYSTANDER} bs=1M count={BYSTANDER_MIB} conv=notrunc,fsync status=none")
     guest = operator.start(host, NAME)
-    guest.wait_report()
-    guest.check("run", "ndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem", timeout=300)
-    guest.check("run", "mkfs.ext4 -q -b 4096 /dev/pmem0 && " + mount_command())
+    seen = Seen.of(guest.wait_report())
+    namespace = seen.file_system.replace("/dev/pmem", "namespace") + ".0"
+    guest.check("run", f"ndctl create-namespace -f -e {namespace} -m fsdax --map=mem", timeout=300)
+    guest.check("run", f"mkfs.ext4 -q -b 4096 {seen.file_system} && {seen.mount}")
     guest.check("run", "dd if=/dev/zero of=/mnt/journal bs=1M count=1 && sync")
-    number = labelled_region(guest)
-    guest.check("run", f"ndctl disable-region region{number} && ndctl init-labels nmem2; ndctl enable-region all")
+    guest.check(
+        "run",
+        f"ndctl disable-region {seen.region} && ndctl init-labels {seen.dimm} && ndctl enable-region {seen.region}",
+    )
     host.check("sync")
     return guest
 
 
-def mount_command() -> str:
-    """Return the command with which the guest mounts its file system."""
-    return "mkdir -p /mnt && mount -t ext4 -o dax /dev/pmem0 /mnt"
+@dataclass(frozen=True)
+class Seen:
+    """The guest's names of its NVDIMMs, which are not in the order of the slots.
 
+    :ivar file_system: device with the file system, of slot 0.
+    :ivar block: device that is written as it is, of slot 1.
+    :ivar dimm: the NVDIMM with labels, in slot 2.
+    :ivar region: of the same.
+    """
 
-def labelled_region(guest: Guest) -> str:
-    """Return the number of the guest's region that has labels."""
-    (region,) = (each for each in guest.report().regions if each.size == 16 << 20 and each.dimm == "nmem2")
-    return region.name.removeprefix("region")
+    file_system: str
+    block: str
+    dimm: str
+    region: str
+
+    @classmethod
+    def of(cls, report: Report) -> Self:
+        """Return the names in a guest's report."""
+        assert report.problems == ()
+        (dimm,) = (each.name for each in report.dimms if each.handle == 3)
+        (region,) = (each.name for each in report.regions if each.dimm == dimm)
+        file_system, block, _ = operator.disks(report)
+        return cls(file_system, block, dimm, region)
+
+    @property
+    def mount(self) -> str:
+        """The command with which the guest mounts its file system."""
+        return f"mkdir -p /mnt && mount -t ext4 -o dax {self.file_system} /mnt"
+
+    def journal(self, name: str) -> str:
+        """Return the path of a journal."""
+        return {"map": "/mnt/journal", "block": self.block}[name]
 
 
 def work_until_cut(host: XenHost, guest: Guest, work: str, seconds: float) -> dict[str, int]:
     """Have host and guest work, cut the power after that time; return what the guest's journals acknowledged."""
-    for name, file in JOURNALS.items():
-        guest.check("run", f"journal write {file} {name} {name} >/tmp/{name}.log 2>&1 &")
+    seen = Seen.of(guest.report())
+    for name in JOURNALS:
+        guest.check("run", f"journal write {seen.journal(name)} {name} {name} >/tmp/{name}.log 2>&1 &")
     if work == "labels":
-        guest.check("run", LABELS.format(labelled_region(guest)))
+        guest.check("run", LABELS.format(seen.region))
     host.check(f"setsid bash -c 'while :; do {WORK[work]}; done' >/tmp/work.log 2>&1 </dev/null &")
     end = time.monotonic() + seconds
     while True:
@@ -121,15 +150,15 @@ def nvdimms(host: XenHost) -> list[tuple[int, str, str]]:
 
 def check_guest(guest: Guest, acknowledged: dict[str, int]) -> None:
     """Check that the guest's journals have all that was acknowledged, and that its labels are whole."""
-    assert guest.wait_report().problems == ()
-    guest.check("run", mount_command())
-    for name, file in JOURNALS.items():
-        newest = int(guest.check("run", f"journal check {file}"))
+    seen = Seen.of(guest.wait_report())
+    guest.check("run", seen.mount)
+    for name in JOURNALS:
+        newest = int(guest.check("run", f"journal check {seen.journal(name)}"))
         assert newest >= acknowledged[name], f"{name}: {newest} is there, {acknowledged[name]} was acknowledged"
-    guest.check("run", "ndctl check-labels nmem2")
+    guest.check("run", f"ndctl check-labels {seen.dimm}")
 
 
-@pytest.mark.parametrize("cuts", [3])
+@pytest.mark.parametrize("cuts", [3, pytest.param(200, marks=pytest.mark.long)])
 def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts: int) -> None:
     pmem = [Nvdimm(tmp_path / "pmem0.img", GIB), Nvdimm(tmp_path / "pmem1.img", 160 << 20)]
     host = fresh_host(nvdimms=pmem, keep_disk=True)
