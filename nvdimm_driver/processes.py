@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import signal
 import subprocess
 import time
@@ -62,11 +62,12 @@ def kill(pid: int, is_meant: Callable[[], bool] = lambda: True, *, patience: flo
     """
     with suppress(ProcessLookupError):
         descriptor = os.pidfd_open(pid)
-        end = select.poll()  # select(2) takes no descriptor above 1023, and nvdimmd may have as many clients
-        end.register(descriptor, select.POLLIN)
         try:
-            if is_meant() and not end.poll(patience * 1000):
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                end.poll(KILL_SECONDS * 1000)
+            # not select(2), which takes no descriptor above 1023, nor poll(2), which eventlet takes away
+            with selectors.DefaultSelector() as end:
+                end.register(descriptor, selectors.EVENT_READ)
+                if is_meant() and not end.select(patience):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    end.select(KILL_SECONDS)
         finally:
             os.close(descriptor)
