@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +28,7 @@ from nvdimm_driver.backing.identity import check_identity, check_same_bytes
 from nvdimm_driver.backing.inventory import Mount, Volume, space_of
 from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.backing.paths import Entry, entry, is_gone, opened, opened_again, reporting, resolve, status
+from nvdimm_driver.backing.walk import walk
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import (
     SUPERPAGE,
@@ -341,14 +343,8 @@ class FsdaxBacking(Backing):
         return found
 
     def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
-        for top in map(resolve, paths):
-            with opened(top, os.O_RDONLY | os.O_DIRECTORY) as fd:
-                device = os.fstat(fd).st_dev
-            for folder, folders, files in os.walk(top):
-                folders[:] = [each for each in folders if _device_of(os.path.join(folder, each)) == device]
-                for path in (os.path.join(folder, name) for name in sorted(files)):
-                    if os.path.isfile(path) and not os.path.islink(path):
-                        yield self._survey(path)
+        for path, error in chain.from_iterable(map(walk, map(resolve, paths))):
+            yield self._survey(path) if error is None else Surveyed(path, None, False, False, error)
 
     def lacking(self, spec: NvdimmSpec) -> int:
         return max(0, spec.size - self.size(spec.path))
@@ -500,10 +496,3 @@ def _unlink_second_name(hidden: Entry, at: Entry) -> None:
     one, other = hidden.status(), at.status()
     if one is not None and other is not None and os.path.samestat(one, other):
         hidden.unlink()
-
-
-def _device_of(folder: str) -> int | None:
-    try:
-        return os.stat(folder).st_dev
-    except OSError:  # it is gone
-        return None

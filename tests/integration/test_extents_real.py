@@ -259,10 +259,14 @@ def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
     below.mkdir()
     (below / "plain").touch()
     (below / "link").symlink_to(path)
+    plain = f"{below}/plain"
     found = {each.path: each for each in fs.backing.survey([str(fs.root)])}
+    of_plain = found[plain].identity
+    assert of_plain is not None
+    assert (of_plain.inode, of_plain.size) == (os.stat(plain).st_ino, 0)
     assert found == {
-        path: Surveyed(path, b"yours", True, True),
-        f"{below}/plain": Surveyed(f"{below}/plain", None, False, False),
+        path: Surveyed(path, b"yours", True, True, identity=location.identity),
+        plain: Surveyed(plain, None, False, False, identity=of_plain),
     }
     fs.backing.mark(path, None)
     fs.backing.thaw(path)
