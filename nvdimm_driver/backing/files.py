@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import FileExtent
+from nvdimm_driver.backing.paths import check_length
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.sizes import human
 
 NAME_MAX = 255
 """Bytes in the name of a file (limits.h)."""
-PATH_MAX = 4095
-"""Bytes in a path."""
 
 
 class ExaminedFile(NamedTuple):
@@ -129,11 +128,7 @@ def _check_length(path: str, name: str, longest: int, reason: str = "") -> None:
         raise BackingError(
             f"{path}: its name has {length} bytes, and may have {longest}{reason}", hint="take a shorter name"
         )
-    if len(os.fsencode(path)) > PATH_MAX:
-        raise BackingError(
-            f"{path[:80]}…: the path has {len(os.fsencode(path))} bytes, and may have {PATH_MAX}",
-            hint="take a shorter path",
-        )
+    check_length(path)
 
 
 def lease_break_seconds() -> int:

@@ -30,23 +30,41 @@ HINTS = {
 }
 """Hints for errors of the system, by errno."""
 
+PATH_MAX = 4095
+"""Bytes in a path (limits.h, without the terminating 0)."""
 _OPENAT2 = 437  # the same on every architecture (include/uapi/asm-generic/unistd.h)
 _NO_LINKS = 0x04 | 0x08  # RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH (include/uapi/linux/openat2.h)
 _RENAME_NOREPLACE = 1  # include/uapi/linux/fs.h
+
+
+def check_length(path: str) -> None:
+    """Check that the kernel takes a path of that length.
+
+    :raises BackingError: when it does not.
+    """
+    length = len(os.fsencode(path))
+    if length > PATH_MAX:
+        raise BackingError(
+            f"{path[:80]}…: the path has {length} bytes, and may have {PATH_MAX}", hint="take a shorter path"
+        )
 
 
 def resolve(path: str) -> str:
     """Return the path that a path leads to: absolute, without symbolic links, ``..`` and double slashes.
 
     Nothing needs to be there. Call this where a path comes in, and pass on only what it returns.
+
+    :raises BackingError: when it is too long. realpath(3) of Python takes time by the square of the length: hours for
+        a path that fills the largest domain XML.
     """
+    check_length(path)
     return os.path.realpath(path)
 
 
 def resolve_new(path: str) -> str:
     """Return the path that a path leads to, at which a backing will be made if there is none.
 
-    :raises BackingError: when the path is a symbolic link to nothing: its file system may not be mounted.
+    :raises BackingError: when it is too long, or a symbolic link to nothing: its file system may not be mounted.
     """
     real = resolve(path)
     if os.path.islink(path) and not os.path.lexists(real):
