@@ -56,6 +56,25 @@ def _find_device(record: Record) -> str:
     )
 
 
+_WHICH = "find the guest's own, and take the mark from each copy: setfattr -x trusted.nvdimm_driver.owner COPY"
+
+
+def _several(paths: list[str]) -> str:
+    return f"{' and '.join(paths)} have the same mark"
+
+
+def _set_mark(backing: Backing, path: str, text: bytes | None, identity: BackingIdentity | None) -> None:
+    """Write a file's mark, or remove it for None.
+
+    :raises InUseError: when the file keeps the mark that it has, as one does that is immutable for a guest.
+    """
+    backing.mark(path, text, identity)
+    found = backing.inspect(path)
+    if found is not None and found.owner != text:
+        why = "immutable for a guest" if found.frozen else "another file by now"
+        raise InUseError(f"{path} is {why}, and keeps its mark", hint="shut that guest down first, or try again")
+
+
 class _Look:
     def __init__(self, driver: XenNvdimmDriver) -> None:
         self.driver = driver
@@ -140,11 +159,10 @@ class _Look:
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
         file = self.files.get(path)
-        if file is not None and not file.frozen and file.owner != owner_marks.pack(record, item):
+        if file is not None and not file.frozen and not owner_marks.is_current(file.owner, record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"
-            yield inconsistency(
-                problem, "write its mark", partial(backing.mark, path, owner_marks.pack(record, item), item.identity)
-            )
+            mark = partial(_set_mark, backing, path, owner_marks.pack(record, item), item.identity)
+            yield inconsistency(problem, "write its mark", mark)
 
     def _is_still(self, item: Allocation) -> bool:
         """Return True when what is at an NVDIMM's path is its backing, by its bytes or by its mark, whatever its size.
@@ -163,12 +181,13 @@ class _Look:
 
     def _gone(self, record: Record, item: Allocation) -> Inconsistency:
         inconsistency = partial(Inconsistency, record.name, item.spec.path)
-        for file in self.files.values():
-            mark = self._mark(file)
-            if mark and (mark.uuid, mark.spec.slot) == (record.uuid, item.spec.slot) and file.path not in self.owners:
-                backing = self._named(item.identity.kind if item.identity else "")
-                move = partial(backing.move, file.path, item.spec.path)
-                return inconsistency(f"it is not there; it was moved to {file.path}", "move it back", move)
+        marked = self._marked(record.uuid, item.spec.slot)
+        if len(marked) == 1:
+            backing = self._named(item.identity.kind if item.identity else "")
+            move = partial(backing.move, marked[0], item.spec.path)
+            return inconsistency(f"it is not there; it was moved to {marked[0]}", "move it back", move)
+        if marked:
+            return inconsistency(f"it is not there; {_several(marked)}", _WHICH)
         if item.identity is not None and item.identity.inode == 0:
             return inconsistency("it is not there", _find_device(record))
         return inconsistency(
@@ -256,9 +275,28 @@ class _Look:
         marks = {file.path: self._mark(file) for file in self.files.values() if file.frozen}
         return {path for path, mark in marks.items() if mark and mark.uuid == uuid}
 
+    @cached_property
+    def _marks(self) -> dict[tuple[str, int], list[tuple[Surveyed, Mark]]]:
+        """The files that are no NVDIMM of the ledger and have a mark, by the uuid and slot in it."""
+        found: dict[tuple[str, int], list[tuple[Surveyed, Mark]]] = {}
+        for file in self.files.values():
+            if file.path not in self.owners and (mark := self._mark(file)):
+                found.setdefault((mark.uuid, mark.spec.slot), []).append((file, mark))
+        return found
+
+    def _marked(self, uuid: str, slot: int) -> list[str]:
+        """Return the files of which one is a domain's NVDIMM, by their marks; the others with its mark are copies.
+
+        A mark of an earlier version does not say on which file it was written.
+        """
+        found = self._marks.get((uuid, slot), [])
+        sure = [file.path for file, mark in found if file.frozen or mark.is_original(file.identity)]
+        maybe = [file.path for file, mark in found if not mark.is_copied(file.identity)]
+        return sure or maybe or [file.path for file, _ in found]
+
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)
-        unmark = partial(backing.mark, file.path, None, file.identity)
+        unmark = partial(_set_mark, backing, file.path, None, file.identity)
         if mark is None:
             yield Inconsistency("", file.path, "its mark cannot be read", "remove the mark", unmark)
             return
@@ -271,6 +309,13 @@ class _Look:
                 yield inconsistency(
                     f"its mark says slot {mark.spec.slot}, but that is {kept}", "remove the mark", unmark
                 )
+            return
+        marked = self._marked(mark.uuid, mark.spec.slot)
+        if file.path not in marked:
+            yield inconsistency(f"it has the mark of {marked[0]}, and is a copy", "remove the mark", unmark)
+            return
+        if len(marked) > 1:
+            yield inconsistency(_several(marked), _WHICH)
             return
         record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
         item = Allocation(mark.uuid, mark.spec, base=mark.base)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from nvdimm_driver.errors import LedgerError
-from nvdimm_driver.model import Allocation, NvdimmSpec, Record
+from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record
 
 VERSION = 1
 
@@ -18,6 +19,7 @@ class Mark:
 
     :ivar ram: the domain's RAM, bytes.
     :ivar base: guest-physical base.
+    :ivar file: inode and generation of the file that it was written on; None when an earlier version wrote it.
     """
 
     uuid: str
@@ -26,14 +28,33 @@ class Mark:
     dsm: str | None
     spec: NvdimmSpec
     base: int | None
+    file: tuple[int, int] | None = None
+
+    def is_copied(self, found: BackingIdentity | None) -> bool:
+        """Return True when the mark was written on another file than the one found: ``cp -a`` copies it, too."""
+        return found is not None and self.file not in (None, (found.inode, found.generation))
+
+    def is_original(self, found: BackingIdentity | None) -> bool:
+        """Return True when the mark was written on the file found."""
+        return found is not None and self.file == (found.inode, found.generation)
 
 
 def pack(record: Record, item: Allocation) -> bytes:
     """Return the mark of a domain's NVDIMM, without the path, which is that of the file it is read from."""
+    file = {"file": [item.identity.inode, item.identity.generation]} if item.identity else {}
+    return json.dumps({**_content(record, item), **file}).encode()
+
+
+def is_current(data: bytes | None, record: Record, item: Allocation) -> bool:
+    """Return True when a backing has the mark of a domain's NVDIMM, if only as an earlier version wrote it."""
+    return data in (pack(record, item), json.dumps(_content(record, item)).encode())
+
+
+def _content(record: Record, item: Allocation) -> dict[str, Any]:
     nvdimm = asdict(item.spec)
     del nvdimm["path"]
     domain = {"uuid": record.uuid, "name": record.name, "ram": record.ram, "dsm": record.dsm}
-    return json.dumps({"version": VERSION, **domain, "base": item.base, "nvdimm": nvdimm}).encode()
+    return {"version": VERSION, **domain, "base": item.base, "nvdimm": nvdimm}
 
 
 def unpack(path: str, data: bytes) -> Mark:
@@ -46,7 +67,11 @@ def unpack(path: str, data: bytes) -> Mark:
         if found["version"] != VERSION:
             raise ValueError(f"version {found['version']}")
         spec = NvdimmSpec(path=path, **found["nvdimm"])
-        return Mark(found["uuid"], found["name"], found["ram"], found["dsm"], spec, found["base"])
+        file: tuple[int, int] | None = None
+        if found.get("file"):
+            inode, generation = found["file"]
+            file = inode, generation
+        return Mark(found["uuid"], found["name"], found["ram"], found["dsm"], spec, found["base"], file)
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(
             f"{path}: its mark cannot be read: {error}", hint="'nvdimmctl check --repair' removes it"

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies that have a file's mark, as 'cp -a' makes them, when the ledger is lost; on real ext4 and XFS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.backing import inode
+from nvdimm_driver.cmd.ctl.check import _repair
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.errors import InUseError
+from nvdimm_driver.model import Allocation, Record
+from nvdimm_driver.state import owner_marks
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_ownership_real import Host, empty, is_immutable
+from tests.unit.doubles import OTHER_UUID
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture(params=list(MKFS))
+def host(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem], tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path, file_systems[request.param])
+    host.define("a.img", data=b"old" * 1000)
+    yield host
+    empty(file_systems[request.param])
+
+
+def copy(host: Host) -> None:
+    """Copy the file with its mark, under names before and after its own; the guest writes on."""
+    for name in ("a.bak", "z.bak"):
+        run("cp", "-a", "--sparse=never", "--reflink=never", host.path("a.img"), host.path(name))
+    with open(host.path("a.img"), "r+b") as file:
+        file.write(b"NEW" * 1000)
+
+
+def lose(host: Host) -> None:
+    host.driver.ledger.close()
+    for path in host.folder.glob("ledger.sqlite*"):
+        path.unlink()
+    host.driver = host.another()
+
+
+def repair(host: Host) -> list[tuple[str, ...]]:
+    return _repair(lambda: look(host.driver))
+
+
+def as_an_earlier_version_marks(host: Host, name: str) -> None:
+    record = host.record()
+    with open(host.path(name), "rb") as file:
+        inode.mark(file.fileno(), owner_marks.pack(record, _unidentified(record)))
+
+
+def _unidentified(record: Record) -> Allocation:
+    (item,) = record.allocations
+    return Allocation(item.uuid, item.spec, None, item.base, item.written)
+
+
+def test_a_lost_ledger_is_made_again_with_the_file_and_not_with_a_copy(host: Host) -> None:
+    copy(host)
+    lose(host)
+    repair(host)
+    assert look(host.driver) == []
+    (item,) = host.record().allocations
+    assert item.spec.path == host.path("a.img")
+    assert host.mark("a.img")
+    assert host.mark("a.bak") is host.mark("z.bak") is None
+    with pytest.raises(InUseError, match="belongs to domain x"):
+        host.driver.define(host.domain("a.img", OTHER_UUID))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_lost_ledger_is_made_again_with_the_file_that_a_guest_runs_with(host: Host, earlier: bool) -> None:
+    if earlier:
+        as_an_earlier_version_marks(host, "a.img")
+    copy(host)
+    host.mapper.alive[7] = host.record().uuid
+    host.driver.prepare(host.domain("a.img"))
+    with host.driver.ledger._db as database:  # the holder and the freezing stay
+        database.execute("UPDATE attachment SET state = 'mapped', domid = 7")
+    lose(host)
+    rows = repair(host)
+    assert look(host.driver) == [], rows
+    record = host.record()
+    assert [item.spec.path for item in record.allocations] == [host.path("a.img")]
+    assert record.start
+    assert record.start.domid == 7
+    assert is_immutable(host.path("a.img"))
+    assert host.mark("a.img")
+
+
+def test_marks_of_an_earlier_version_do_not_say_which_is_the_copy_and_nothing_is_repaired(host: Host) -> None:
+    as_an_earlier_version_marks(host, "a.img")
+    copy(host)
+    assert [each.path for each in look(host.driver)] == [
+        host.path("a.bak"),
+        host.path("z.bak"),
+    ]  # that of a.img is good
+    lose(host)
+    assert repair(host) == []
+    found = look(host.driver)
+    assert {each.path for each in found} == {host.path(name) for name in ("a.bak", "a.img", "z.bak")}
+    assert all(host.path("a.bak") in each.problem and host.path("a.img") in each.problem for each in found)
+    for name in ("a.bak", "z.bak"):  # as the remedy says
+        os.removexattr(host.path(name), "trusted.nvdimm_driver.owner")
+    repair(host)
+    assert look(host.driver) == []
+    assert host.record().allocations[0].spec.path == host.path("a.img")
+
+
+def test_a_copy_is_not_moved_to_where_its_file_was_when_there_is_another_copy(host: Host) -> None:
+    copy(host)
+    os.rename(host.path("a.img"), host.path("moved.img"))
+    repair(host)
+    assert look(host.driver) == []
+    assert host.read("a.img").startswith(b"NEW")
+
+
+def test_a_repair_that_did_nothing_does_not_say_that_it_did(host: Host) -> None:
+    copy(host)
+    host.backing.freeze(host.path("a.bak"))
+    host.mapper.alive[7] = None  # type: ignore[assignment]  # a guest that is dying
+    rows = [row for row in repair(host) if row[1] == host.path("a.bak")]
+    assert rows
+    assert all(row[-1].startswith("no: ") for row in rows), rows
+    host.backing.thaw(host.path("a.bak"))
