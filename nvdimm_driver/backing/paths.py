@@ -54,11 +54,14 @@ def resolve(path: str) -> str:
 
     Nothing needs to be there. Call this where a path comes in, and pass on only what it returns.
 
-    :raises BackingError: when it is too long. realpath(3) of Python takes time by the square of the length: hours for
+    :raises BackingError: when it is too long, or leads through too many links. realpath(3) of Python takes time by the square of the length: hours for
         a path that fills the largest domain XML.
     """
     check_length(path)
-    return os.path.realpath(path)
+    try:
+        return os.path.realpath(path)
+    except RecursionError:  # it calls itself for each link of a chain
+        raise BackingError(f"{path}: leads through too many symbolic links", hint="name the file itself") from None
 
 
 def resolve_new(path: str) -> str:

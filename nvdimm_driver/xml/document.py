@@ -19,9 +19,12 @@ MAX_PARTS = 50_000
 """Elements and attributes: several times what the largest domains have; bounds the time that hostile XML takes."""
 MAX_DEPTH = 256
 """libxml2's limit without XML_PARSE_HUGE, and so libvirt's (xmlParserMaxDepth)."""
+MAX_INDENT = 64
+"""Most white space that a new element takes over from the one beside it, of which it writes a copy in each line."""
 EIGHT_BIT = ("iso8859-", "cp125", "koi8-")
 """Eight-bit encodings whose lower half is ASCII, by the beginning of Python's name."""
 
+_SPACE = b" \t\r\n"
 _TEXT_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord("\r"): "&#13;"}
 _ATTRIBUTE_ESCAPES = {ord("\t"): "&#9;", ord("\n"): "&#10;"}
 """Escapes of libxml2 (xmlNodeDump), which writes libvirt's metadata."""
@@ -121,23 +124,30 @@ class Text:
             self.replace(parent, Element(parent.tag, parent.attributes, [new]), quote=quote)
 
     def edited(self) -> str:
+        """Return the XML with all edits made.
+
+        :raises DomainXmlError: when it is too long then for libvirt.
+        """
         parts, done = [], 0
         for start, end, new in sorted(self.edits, key=lambda edit: edit[:2]):
             parts += [self.data[done:start], new]
             done = end
-        return b"".join([*parts, self.data[done:]]).decode()
+        edited = b"".join([*parts, self.data[done:]])
+        _check_length(edited)
+        return edited.decode()
 
     def _space(self, element: Element) -> bytes:
         """Return the white space in front of an element."""
         start = element.start
-        while self.data[start - 1] in b" \t\r\n":
-            start -= 1
+        while self.data[start - 1] in _SPACE:
+            piece = self.data[max(0, start - 4096) : start]
+            start -= len(piece) - len(piece.rstrip(_SPACE))
         return self.data[start : element.start]
 
     def _newline(self, element: Element) -> str:
         """Return the line break and indent in front of an element; empty when it does not begin a line."""
         _, newline, indent = self._space(element).rpartition(b"\n")
-        return (newline + indent).decode() if newline else ""
+        return (newline + indent[:MAX_INDENT]).decode() if newline else ""
 
 
 def written(element: Element) -> str:
@@ -167,6 +177,14 @@ def may_have(xml: str, word: str) -> bool:
     return word in xml or "&#" in xml
 
 
+def _check_length(data: bytes) -> None:
+    if len(data) > MAX_BYTES:
+        raise DomainXmlError(
+            f"the domain XML has {human(len(data))}, and libvirt takes {human(MAX_BYTES)} at most",
+            hint="make it shorter",
+        )
+
+
 def _declared(data: bytes) -> tuple[str | None, int]:
     """Return the encoding that the XML declaration names, and where the declaration ends; (None, 0) without one."""
     end = data.find(b"?>") + 2
@@ -194,11 +212,7 @@ def parse(xml: str) -> Text:
     """
     # expat rejects what a lone surrogate becomes
     data = xml.encode(errors="surrogatepass")
-    if len(data) > MAX_BYTES:
-        raise DomainXmlError(
-            f"the domain XML has {human(len(data))}, and libvirt takes {human(MAX_BYTES)} at most",
-            hint="make it shorter",
-        )
+    _check_length(data)
     top = Element("")
     open_elements = [top]
     pieces: list[list[str]] = []

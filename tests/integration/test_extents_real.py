@@ -254,7 +254,7 @@ def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
     fs.backing.mark(path, b"mine")
     fs.backing.freeze(path)
     fs.backing.mark(path, b"yours")
-    assert inode_flags(fs.path) == "i", "frozen as before"
+    assert inode_flags(fs.path) == "i", "frozen as before, and so with the mark that it had"
     below = fs.root / "folder"
     below.mkdir()
     (below / "plain").touch()
@@ -265,7 +265,7 @@ def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
     assert of_plain is not None
     assert (of_plain.inode, of_plain.size) == (os.stat(plain).st_ino, 0)
     assert found == {
-        path: Surveyed(path, b"yours", True, True, identity=location.identity),
+        path: Surveyed(path, b"mine", True, True, identity=location.identity),
         plain: Surveyed(plain, None, False, False, identity=of_plain),
     }
     fs.backing.mark(path, None)
