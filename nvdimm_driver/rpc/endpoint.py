@@ -49,6 +49,7 @@ class End:
     ) -> None:
         self.reader = Reader()
         self.output: deque[memoryview | int] = deque()
+        self._bytes = 0
         self.open = True
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
         self._socket = connection
@@ -57,6 +58,10 @@ class End:
         self._readable = readable
         self._writable = writable
         self._reading = self._writing = False
+
+    def queued(self) -> int:
+        """Return how many bytes are queued; each message counts as 4 KiB more, and each descriptor as that."""
+        return self._bytes + 4096 * len(self.output)
 
     def listen(self, wanted: bool) -> None:
         """Start or stop calling ``readable``."""
@@ -107,6 +112,7 @@ class End:
             if sent == len(frame):
                 return
         self.output.append(memoryview(frame)[sent:])
+        self._bytes += len(frame) - sent
         self.output.extend(fds)
         if not self._writing:
             self.flush()
@@ -142,6 +148,7 @@ class End:
             self.output.popleft()
             return
         sent = self._socket.send(item)
+        self._bytes -= sent
         if sent == len(item):
             self.output.popleft()
         else:
@@ -159,4 +166,5 @@ class End:
     def _discard(self) -> None:
         close_all(item for item in self.output if isinstance(item, int))
         self.output.clear()
+        self._bytes = 0
         self._await_writable(False)

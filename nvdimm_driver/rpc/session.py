@@ -28,6 +28,9 @@ HANDLERS_MAX = 64
 """Most call handlers at work for one client; one reply handler may work besides them. More than the defines that may
 wait for zeros: a client can make other calls meanwhile."""
 
+BACKLOG_MAX = wire.FRAME_MAX
+"""Most bytes that wait for a client that does not read, while a call of a handler of his waits for libvirtd."""
+
 _REASON_MAX = 65536
 """Characters of an error, which may quote what a client sent and must fit into a libvirt string."""
 
@@ -45,7 +48,9 @@ class Session:
     """Passes whole messages, never part of one, and runs handlers.
 
     Reading from one side stops while anything is unwritten to the other. So a session buffers, in each direction, one
-    message (32 MiB) and one read (256 KiB), and one more message for each handler at work (at most 65).
+    message (32 MiB) and one read (256 KiB), and one more message for each handler at work (at most 65). But a handler
+    may hold the lock of a domain: its call is answered though the client does not read. Up to :data:`BACKLOG_MAX` more
+    is then kept for the client, and it is disconnected when that is not enough.
 
     :ivar near: the client. When it disconnects, its handlers run to their end before libvirtd is disconnected.
     :ivar far: libvirtd. When it disconnects, the client gets what libvirtd has sent, and is disconnected.
@@ -85,7 +90,7 @@ class Session:
         elif not (self.near.open or self._handlings or self.far.output):
             self.far.close()
         self.near.listen(self.far.open and not self.far.output and not self._held)
-        self.far.listen(not (self.near.output or self._changing))
+        self.far.listen(self._takes_from_libvirtd())
         if not (self.near.open or self.far.open or self._handlings or self.ended.done()):
             self.ended.set_result(None)
 
@@ -165,21 +170,33 @@ class Session:
         end.close()
 
     def _from_libvirtd(self) -> None:
-        while not (self.near.output or self._changing) and (message := self.far.reader.next_message()):
+        while self._takes_from_libvirtd() and (message := self.far.reader.next_message()):
             header = message.header
             if header.serial >= OWN_SERIALS and header.program == wire.PROGRAM and header.kind in wire.REPLIES:
                 close_all(message.fds)
                 if header.serial not in self._waiting:
                     raise ProtocolError(f"RPC reply with serial {header.serial:#x}: no call has this serial")
                 self._waiting.pop(header.serial).answer(message)
-            elif self.near.open:
-                if entry := self._reply_entry(message):
-                    self._changing = _Handling(self, message, entry.handler(self.context, message.arguments))
-                    self._begin(self._changing)
-                else:
-                    self.near.write(message.frame, message.fds)
-            else:
+                continue
+            self._check_backlog()
+            if not self.near.open:
                 self._stand_in(message)
+            elif entry := self._reply_entry(message):
+                self._changing = _Handling(self, message, entry.handler(self.context, message.arguments))
+                self._begin(self._changing)
+            else:
+                self.near.write(message.frame, message.fds)
+
+    def _takes_from_libvirtd(self) -> bool:
+        """Return True when the client can take a message of libvirtd's, or a handler waits for one."""
+        return not self._changing and (not self.near.output or bool(self._waiting))
+
+    def _check_backlog(self) -> None:
+        """Disconnect a client that does not read, before what is kept for it takes too much memory."""
+        if self._waiting and self.near.output and self.near.queued() > BACKLOG_MAX:
+            peer = self.context.peer
+            LOG.warning("client with uid %d, pid %d: disconnected, it reads no replies", peer.uid, peer.pid)
+            self.near.close()
 
     def _stand_in(self, message: Message) -> None:
         """Answer for a client that is gone: otherwise libvirtd would close the connection that its handlers use."""

@@ -15,7 +15,7 @@ import pytest
 from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.handler_types import Peer
-from nvdimm_driver.rpc.session import HANDLERS_MAX, OWN_SERIALS
+from nvdimm_driver.rpc.session import BACKLOG_MAX, HANDLERS_MAX, OWN_SERIALS
 from nvdimm_driver.rpc.wire import Header, Message, pack
 from nvdimm_driver.rpc.xdr import RemoteError
 from tests.fuzz.sessions import session
@@ -351,6 +351,38 @@ def test_descriptors_go_with_the_handlers_call(lines: Lines) -> None:
     assert near.expect().header.serial == 6
     for fd in fds:
         os.close(fd)
+
+
+# --- clients that do not read ---
+
+
+def test_a_handler_goes_on_though_its_client_does_not_read(lines: Lines) -> None:
+    """It may hold the lock of a domain, which others need."""
+    near, far = lines
+    near.send(call(TWICE, 1))
+    asked = far.expect()
+    events = [far.send(call(PLAIN, 0, wire.EVENT), bytes(300_000)) for _ in range(40)]
+    far.send(reply_to(asked.header), b"a")
+    asked = far.expect()
+    far.send(reply_to(asked.header))
+    assert [near.expect().frame for _ in events] == events
+    assert near.expect().header == reply_to(call(TWICE, 1))
+
+
+@pytest.mark.parametrize("procedure", [PLAIN, CHANGED])
+def test_a_client_that_never_reads_is_disconnected_and_its_handler_goes_on(
+    lines: Lines, procedure: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    near, far = lines
+    near.send(call(TWICE, 1))
+    asked = far.expect()
+    for _ in range(2 * BACKLOG_MAX // (1 << 20)):
+        far.send(call(procedure, 5, wire.REPLY), b"+" + bytes(1 << 20))
+    assert ping(far) == PING._replace(procedure=wire.KEEPALIVE_PONG)
+    assert "disconnected, it reads no replies" in caplog.text
+    far.send(reply_to(asked.header), b"a")
+    far.send(reply_to(far.expect().header))
+    assert far.receive() is None
 
 
 # --- disconnects ---
