@@ -54,8 +54,8 @@ def resolve(path: str) -> str:
 
     Nothing needs to be there. Call this where a path comes in, and pass on only what it returns.
 
-    :raises BackingError: when it is too long, or leads through too many links. realpath(3) of Python takes time by the square of the length: hours for
-        a path that fills the largest domain XML.
+    :raises BackingError: when it is too long, or leads through too many symbolic links. Python's realpath takes time by
+        the square of the length: hours for a path that fills the largest domain XML.
     """
     check_length(path)
     try:
