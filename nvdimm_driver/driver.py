@@ -148,6 +148,11 @@ class XenNvdimmDriver(plugins.Plugin):
     def describe(self) -> str:
         return "NVDIMMs of Xen HVM domains that libvirt's libxl driver runs"
 
+    def close(self) -> None:
+        """Close the ledger and the connections to Xen. Can be repeated; the driver can be used again."""
+        self.ledger.close()
+        self.planner.mapper.close()
+
     def plan(self, domain: DomainSpec) -> Plan:
         """Return the plan for a define and start of the domain; change nothing.
 

@@ -43,7 +43,7 @@ def write(make_driver: Callable[[], XenNvdimmDriver], path: str) -> None:
     :raises OSError: when it cannot be written.
     """
     driver = make_driver()
-    with closing(driver.ledger):
+    with closing(driver):
         driver.reconcile()
         text = render(driver)
     target = Path(path)

@@ -526,6 +526,9 @@ class Mapper(Plugin):
     Frames are plain tuples of ints: a mapping is (gfn, mfn, count), a range of the machine (mfn, count).
     """
 
+    def close(self) -> None:
+        """Close the open connections to Xen, if there are any. Can be repeated; the mapper can be used again."""
+
     @abstractmethod
     def ram(self) -> list[tuple[int, int]]:
         """Return the machine's RAM, as ranges of frames."""

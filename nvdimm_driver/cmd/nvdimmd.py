@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = list(arguments) or None
         options = conf.load(files)
         logs.to_journal("nvdimmd", options)
-        load_driver(options).ledger.close()
+        load_driver(options).close()
         with sockets(options) as (clients, readers):
             asyncio.run(_serve(options, files, clients, readers))
     except (NvdimmError, OSError) as error:

@@ -83,7 +83,6 @@ PrivateTmp=yes
 RestrictAddressFamilies=AF_UNIX
 RestrictNamespaces=ipc mnt net
 RestrictRealtime=yes
-RestrictSUIDSGID=yes
 LockPersonality=yes
 SystemCallArchitectures=native
 UMask=0077

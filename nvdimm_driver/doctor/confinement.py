@@ -118,7 +118,9 @@ def missing_rules(rules: str, device_model: str) -> list[str]:
     missing = []
     enters = re.search(rf"^\s*change_profile\s*->\s*{apparmor.HOOK}\s*,", rules, re.MULTILINE)
     if not enters and not re.search(r"^\s*capability\s*(?:[^,]*\blinux_immutable\b[^,]*)?,", rules, re.MULTILINE):
-        missing += [f"change_profile -> {apparmor.HOOK},", "signal (send) peer=nvdimm-*,"]
+        # libvirtd looks at its client nvdimmd in /proc
+        client = f"ptrace (read) peer={apparmor.NVDIMMD},"
+        missing += [f"change_profile -> {apparmor.HOOK},", "signal (send) peer=nvdimm-*,", client]
     if os.path.dirname(device_model) not in _EXECUTABLE and device_model not in rules:
         missing.append(f"{device_model} Ux,")
     return missing

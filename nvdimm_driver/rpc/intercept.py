@@ -306,7 +306,7 @@ class Interceptor:
     def _work(self, run: Callable[[XenNvdimmDriver], T], pool: Pool = Pool.LEDGER) -> Work:
         def with_driver() -> T:
             driver = self._make_driver()
-            with closing(driver.ledger):
+            with closing(driver):
                 return run(driver)
 
         return Work(with_driver, pool)

@@ -268,8 +268,8 @@ def test_a_file_says_whose_it_is(fs: FileSystem) -> None:
         path: Surveyed(path, b"mine", True, True, identity=location.identity),
         plain: Surveyed(plain, None, False, False, identity=of_plain),
     }
-    fs.backing.mark(path, None)
     fs.backing.thaw(path)
+    fs.backing.mark(path, None)
     assert fs.backing.locate(spec(fs)) == location
     fs.backing.mark(f"{fs.root}/nothing", None)
     with pytest.raises(BackingError, match="No such file"):

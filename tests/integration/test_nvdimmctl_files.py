@@ -523,7 +523,8 @@ TOO_LONG_TO_COPY = "bytes, and may have 246: the file is .NAME.partial until it 
 NOTHING = (1, "{root}/link: is a symbolic link to {root}/gone.img, and nothing is there (mount the file system of that")
 MISSING = (3, "there is no such file")
 LIMITS = {
-    LONG: {"plan": TOO_LONG, "provision": TOO_LONG, "import": MISSING, "export": MISSING, "wipe": MISSING}
+    LONG: {"plan": TOO_LONG, "provision": TOO_LONG}
+    | dict.fromkeys(("import", "export", "wipe"), (1, "File name too long (take a shorter name)"))
     | {"copy": TOO_LONG, "to": (1, f"256 {TOO_LONG_TO_COPY}")},
     COPY: {"import": MISSING, "export": MISSING, "wipe": MISSING}
     | {"copy": (1, f"247 {TOO_LONG_TO_COPY}"), "to": (1, f"247 {TOO_LONG_TO_COPY}")},

@@ -21,13 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort tests by host, as only one can run: the shared host, then hosts of one test, then the one with systemd.
 
-    On the shared host, tests that need no driver go first: they find it as it has started.
+    On the shared host, tests that need no driver go first: they find it as it has started. Then the main job: it finds
+    the file system as it was made, and so whole pieces of 2 MiB.
     """
     hosts = ("driver_host", "fresh_host", "systemd_host")
 
-    def order(item: pytest.Item) -> int:
+    def order(item: pytest.Item) -> tuple[int, bool]:
         names = getattr(item, "fixturenames", ())
-        return next((place for place, name in enumerate(hosts) if name in names), -1)
+        place = next((place for place, name in enumerate(hosts) if name in names), -1)
+        return place, item.path.name != "test_main_job.py"
 
     items.sort(key=order)
 

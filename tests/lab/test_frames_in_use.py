@@ -22,12 +22,13 @@ def guest(driver_host: XenHost) -> Iterator[Guest]:
     """Yield a guest with a device, which has no mark; the ledger is lost while it runs."""
     operator.define(driver_host, ONE, [operator.nvdimm(DEVICE, SIZE_MIB)])
     operator.start(driver_host, ONE)
+    driver_host.check("pkill nvdimm-holder")  # another guard: while it has the device, nobody else can open it
     driver_host.check(f"mkdir /root/lost && mv {LEDGER}* /root/lost && {operator.NVDIMMCTL} list")
     yield Guest(driver_host, ONE)
+    driver_host.run(f"{operator.VIRSH} undefine {TWO}; {operator.NVDIMMCTL} release --yes {TWO}")
     driver_host.check(f"rm -f {LEDGER}*; mv /root/lost/* $(dirname {LEDGER}) && rmdir /root/lost")
     driver_host.check(f"{operator.VIRSH} destroy {ONE}")
-    for name in (ONE, TWO):
-        driver_host.run(f"{operator.VIRSH} undefine {name}; {operator.NVDIMMCTL} release --yes {name}")
+    operator.remove(driver_host, ONE)
 
 
 def test_no_two_guests_have_the_frames_of_a_device_after_the_ledger_was_lost(

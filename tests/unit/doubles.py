@@ -229,10 +229,14 @@ class RecordingMapper(Mapper):
         self.memory: dict[int, dict[int, bytes]] = {}
         self.fail: str = ""
         self.guest_frames = 0xFEFFF + 1
+        self.closed = 0
         self.ram_ranges = [(0, 4 * GIB // 4096)]
 
     def describe(self) -> str:
         return "records"
+
+    def close(self) -> None:
+        self.closed += 1
 
     def ram(self) -> list[tuple[int, int]]:
         return self.ram_ranges

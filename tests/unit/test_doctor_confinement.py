@@ -58,7 +58,9 @@ def test_a_daemon_of_which_nothing_is_known(apparmor: Path) -> None:
 def test_a_profile_that_does_not_allow_what_is_needed(apparmor: Path) -> None:
     found = checked(ENFORCED, DEVICE_MODEL, apparmor)
     assert found.result == Result.WARN
-    assert found.message.endswith("the profile lacks: change_profile -> nvdimm-hook, signal (send) peer=nvdimm-*,")
+    assert found.message.endswith(
+        "the profile lacks: change_profile -> nvdimm-hook, signal (send) peer=nvdimm-*, ptrace (read) peer=nvdimmd,"
+    )
     assert found.hint == "repeat 'nvdimmctl register'"
     write(apparmor, "etc/apparmor.d/local/usr.sbin.libvirtd", "change_profile -> nvdimm-hook,\n")
     assert checked(ENFORCED, DEVICE_MODEL, apparmor).result == Result.PASS
@@ -86,7 +88,11 @@ def test_rules_that_allow_it(rule: str) -> None:
 def test_the_profile_of_debian() -> None:
     """The profile in this machine's libvirt-daemon-system."""
     rules = Path("/etc/apparmor.d/usr.sbin.libvirtd").read_text()
-    assert missing_rules(rules, DEVICE_MODEL) == ["change_profile -> nvdimm-hook,", "signal (send) peer=nvdimm-*,"]
+    assert missing_rules(rules, DEVICE_MODEL) == [
+        "change_profile -> nvdimm-hook,",
+        "signal (send) peer=nvdimm-*,",
+        "ptrace (read) peer=nvdimmd,",
+    ]
 
 
 @pytest.mark.parametrize(("enforce", "result"), [(None, Result.PASS), ("0", Result.PASS), ("1", Result.WARN)])

@@ -181,7 +181,9 @@ def test_register_adds_to_the_profile_of_libvirtd_and_unregister_takes_it_away(
     local.write_text(own)
     assert f"changed {local}" in list(register(options))
     dm = options.xen.device_model
-    rules = f"  change_profile -> nvdimm-hook,\n  signal (send) peer=nvdimm-*,\n  {dm} Ux,\n"
+    rules = (
+        f"  change_profile -> nvdimm-hook,\n  signal (send) peer=nvdimm-*,\n  ptrace (read) peer=nvdimmd,\n  {dm} Ux,\n"
+    )
     assert local.read_text() == f"{own}{BEGIN}\n{rules}{END}\n"
     assert f"changed {local}" not in list(register(options))
     local.write_text(local.read_text() + "  /opt/** r,\n")

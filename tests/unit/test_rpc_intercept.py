@@ -661,3 +661,18 @@ def test_a_client_that_only_reads_is_left_to_libvirtd() -> None:
     """Only reading calls are intercepted: a handler must not do what libvirtd would refuse."""
     interceptor = Interceptor(lambda: pytest.fail("no driver is needed"), HOOKS)
     assert set(interceptor.table(read_only=True)) == {Procedure.DOMAIN_GET_XML_DESC, Procedure.DOMAIN_GET_METADATA}
+
+
+def test_no_connection_to_xen_stays_open(tmp_path: Path, backing: MemoryBacking) -> None:
+    made: list[RecordingMapper] = []
+
+    def mapped_by() -> XenNvdimmDriver:
+        made.append(RecordingMapper())
+        return make_driver(tmp_path, backing, made[-1])
+
+    proxy = Proxy(tmp_path, backing)
+    proxy.interceptor = Interceptor(mapped_by, HOOKS)
+    domain = proxy.define(xml("a.img"))
+    proxy.call(START, Packer().domain(domain))
+    assert made
+    assert all(mapper.closed for mapper in made)

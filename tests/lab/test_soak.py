@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host that works for long: nothing of the driver's, libvirt's or Xen's grows from cycle to cycle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import operator
+from tests.lab.guest import install_guest
+from tests.lab.host import XenHost
+
+pytestmark = pytest.mark.lab
+MIB = 1 << 20
+NAMES = ("soak-one", "soak-two")
+BASE = 5 << 30  # a save goes through all frames up to the guest's last one
+MEASURE = """\
+import glob, json, os, sqlite3, subprocess
+def output(*command): return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+found = {}
+for name, file in (("nvdimmd", "/run/nvdimmd.pid"), ("libvirtd", "/run/libvirtd.pid")):
+    pid = open(file).read().strip()
+    found[name + " descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
+    found[name + " tasks"] = len(os.listdir(f"/proc/{pid}/task"))
+    status = dict(line.split(":", 1) for line in open(f"/proc/{pid}/status"))
+    found[name + " KiB"] = int(status["VmRSS"].split()[0])
+ledger = sqlite3.connect("file:/var/lib/nvdimm-driver/ledger.sqlite?mode=ro", uri=True)
+for (table,) in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+    if table not in ("event", "counter") and not table.startswith("sqlite_"):
+        found["ledger " + table] = ledger.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+found["xenstore"] = output("xenstore-ls", "-f", "/").count("\\n")
+found["event channels"] = output("/usr/lib/xen-4.17/bin/lsevtchn", "0").count("\\n")
+facts = dict(line.split(":", 1) for line in output("xl", "info").splitlines() if ":" in line)
+found["Xen's free MiB"] = int(next(value for key, value in facts.items() if key.strip() == "free_memory"))
+found["domains"] = output("xl", "list").count("\\n")
+found["locks"] = len(glob.glob("/var/lib/nvdimm-driver/locks/*"))
+found["folders of domains"] = len(glob.glob("/var/lib/nvdimm-driver/domains/*"))
+found["programs"] = output("ps", "-e").count("\\n")
+print(json.dumps(found))
+"""
+SPREAD = {"nvdimmd KiB": 4096, "libvirtd KiB": 4096, "Xen's free MiB": 1}
+"""By how much a measure may differ that allocators round; the others must be equal."""
+
+
+@pytest.fixture
+def xen(driver_host: XenHost) -> Iterator[XenHost]:
+    """Yield the host with a guest's disk and the script that measures."""
+    install_guest(driver_host)
+    driver_host.write("/root/measure.py", MEASURE.encode())
+    yield driver_host
+    driver_host.check(f"rm -f /root/measure.py {' '.join(f'/mnt/pmem0/{name}.img' for name in NAMES)}")
+
+
+def measure(xen: XenHost) -> dict[str, int]:
+    """Return what the host uses now, with no guest of the test defined."""
+    found = json.loads(xen.check("python3 /root/measure.py").stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def cycle(xen: XenHost, number: int) -> None:
+    """Run two guests from define to undefine: start, write, reboot, save, restore, destroy."""
+    guests = []
+    for place, name in enumerate(NAMES):
+        nvdimm = operator.nvdimm(f"/mnt/pmem0/{name}.img", 16)
+        nvdimm = nvdimm.replace("</memory>", f"<address type='dimm' slot='0' base='{BASE:#x}'/></memory>")
+        operator.define(xen, name, [nvdimm])
+        guests.append(operator.start(xen, name))
+        guests[place].wait_report()
+    for place, guest in enumerate(guests):
+        guest.write("/dev/pmem0", 0, MIB, 2 * number + place)
+    written = [guest.sha256("/dev/pmem0", 0, MIB) for guest in guests]
+    assert written[0] != written[1]
+    for guest in guests:
+        guest.reboot()
+    for guest in guests:
+        xen.check(f"{operator.VIRSH} managedsave {guest.name} && {operator.VIRSH} start {guest.name}")
+    assert [guest.sha256("/dev/pmem0", 0, MIB) for guest in guests] == written
+    for guest in guests:
+        xen.check(f"{operator.VIRSH} destroy {guest.name}")
+        operator.remove(xen, guest.name)
+
+
+@pytest.mark.parametrize("cycles", [2, pytest.param(500, marks=pytest.mark.long)])
+def test_nothing_grows(xen: XenHost, cycles: int) -> None:
+    cycle(xen, 0)
+    before = measure(xen)
+    for number in range(1, cycles + 1):
+        cycle(xen, number)
+    after = measure(xen)
+    print(json.dumps({"cycles": cycles, "before": before, "after": after}))
+    grown = {
+        name: (value, after[name]) for name, value in before.items() if abs(after[name] - value) > SPREAD.get(name, 0)
+    }
+    assert not grown
