@@ -37,7 +37,7 @@ found["Xen's free MiB"] = int(next(value for key, value in facts.items() if key.
 found["domains"] = output("xl", "list").count("\\n")
 found["locks"] = len(glob.glob("/var/lib/nvdimm-driver/locks/*"))
 found["folders of domains"] = len(glob.glob("/var/lib/nvdimm-driver/domains/*"))
-found["programs"] = output("ps", "-e").count("\\n")
+found["the driver's processes"] = output("ps", "-eo", "args").count("nvdimm_driver")
 print(json.dumps(found))
 """
 SPREAD = {"nvdimmd KiB": 4096, "libvirtd KiB": 4096, "Xen's free MiB": 1}
