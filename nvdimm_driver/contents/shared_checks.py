@@ -57,7 +57,7 @@ class Checks:
         """
         ownership.check_free(self.ledger, path, self.identity(path))
         ownership.check_marks(self.ledger, self.backings, "", [path])
-        self._check_unmapped(path)
+        self.check_unmapped(path)
 
     def check_off(self, path: str, hint: str = "shut it down first") -> None:
         """Check that no domain runs with a backing.
@@ -67,9 +67,9 @@ class Checks:
         """
         for record in ownership.owners(self.ledger, path, self.identity(path)):
             ownership.check_off(record, hint)
-        self._check_unmapped(path)
+        self.check_unmapped(path)
 
-    def _check_unmapped(self, path: str) -> None:
+    def check_unmapped(self, path: str) -> None:
         """Check that no guest of Xen's has frames of a backing; a device has no mark that would say so.
 
         :raises InUseError: when one does.

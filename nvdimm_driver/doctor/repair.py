@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -79,6 +79,7 @@ class _Look:
     def __init__(self, driver: XenNvdimmDriver) -> None:
         self.driver = driver
         self.records = driver.ledger.domains()
+        self.seen = {record.uuid: record for record in self.records}
         self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
         self.unseen: list[Inconsistency] = []
@@ -99,6 +100,10 @@ class _Look:
                 put_away = partial(self.driver.starts.put_away, record.start, kind="put-away")
                 yield Inconsistency(record.name, "", problem, "clean it up", put_away)
         starts = self.driver.starts
+        for record, domid in starts.find_moved():
+            problem = f"its guest runs with domid {domid}, and the ledger has an earlier start: it is from a backup"
+            take_up = partial(self._take_up_moved, record, domid)
+            yield Inconsistency(record.name, "", problem, "write the start into the ledger", take_up)
         for record in starts.find_unserved():
             yield Inconsistency(record.name, "", "its label server is gone", "start another", starts.serve_labels)
         for record in starts.find_unheld():
@@ -139,9 +144,12 @@ class _Look:
             backing.check_home(path, item.identity)
             yield self._gone(record, item)
             return
+        if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
+            yield self._anothers(record, item, mark)
+            return
         if (lacking := backing.lacking(item.spec)) and self._is_still(item):
             problem = f"it is {human(lacking)} too short: the missing bytes are lost"
-            yield inconsistency(problem, "replace them with zeros", partial(self._complete, backing, record, item))
+            yield inconsistency(problem, "replace them with zeros", self._change(record, self._complete, backing, item))
             return
         if backing.is_shared(item.spec):
             yield _shared(record, item, backing)
@@ -154,15 +162,14 @@ class _Look:
             elif not _on_same_volume(found, item.identity):
                 yield inconsistency(problem, "mount the file system that had it there")
             else:
-                yield inconsistency(problem, "take it as it is now", partial(self._adopt, backing, record, item))
+                yield inconsistency(problem, "take it as it is now", self._change(record, self._adopt, backing, item))
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
         file = self.files.get(path)
         if file is not None and not file.frozen and not owner_marks.is_current(file.owner, record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"
-            mark = partial(_set_mark, backing, path, owner_marks.pack(record, item), item.identity)
-            yield inconsistency(problem, "write its mark", mark)
+            yield inconsistency(problem, "write its mark", self._change(record, self._write_mark, backing, item))
 
     def _is_still(self, item: Allocation) -> bool:
         """Return True when what is at an NVDIMM's path is its backing, by its bytes or by its mark, whatever its size.
@@ -193,31 +200,95 @@ class _Look:
         return inconsistency(
             "it is not there",
             "give up its contents: the next define makes a new backing, of zeros; restore a backup first, if any",
-            partial(self._replace, record, replace(item, identity=None, written=0)),
+            self._change(
+                record, self._give_up_contents, self._named(item.identity.kind if item.identity else ""), item
+            ),
         )
 
-    def _complete(self, backing: Backing, record: Record, item: Allocation) -> None:
-        backing.extend(item.spec)
-        self._adopt(backing, record, item)
+    def _anothers(self, record: Record, item: Allocation, mark: Mark) -> Inconsistency:
+        """Return a file that the ledger says is a domain's, and that another one was given since: it has the mark."""
+        path = item.spec.path
+        problem = (
+            f"its mark says that it is domain {mark.name}'s ({mark.uuid}): {record.name} has given it up since the "
+            "ledger's backup was made, or it was put in the place of another file"
+        )
+        if record.start is not None:
+            return Inconsistency(record.name, path, problem, f"shut domain {record.name} down first")
+        if path not in self.files:
+            word = word_for(record.name, record.uuid)
+            return Inconsistency(record.name, path, problem, f"nvdimmctl release {word}: the file keeps its mark")
+        remedy = f"give up the claim of {record.name}, and write that of {mark.name} into the ledger"
+        return Inconsistency(record.name, path, problem, remedy, self._change(record, self._give_up, item))
 
-    def _adopt(self, backing: Backing, record: Record, item: Allocation) -> None:
+    # --- changes of the ledger ---
+
+    def _change(self, record: Record, change: Callable[..., None], *arguments: object) -> Callable[[], None]:
+        """Return the repair that changes what a domain has: nobody else changes it meanwhile, or has since it was seen.
+
+        :param change: is called with the domain as it is then, and the arguments.
+        """
+
+        def mend() -> None:
+            with self.driver.locks.changing(record.uuid):
+                now = self.driver.ledger.find_domain(record.uuid)
+                if not _is_as_seen(now, self.seen.get(record.uuid)):
+                    raise InUseError(f"domain {record.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
+                change(now or record, *arguments)
+                after = self.driver.ledger.find_domain(record.uuid)
+                self.seen.pop(record.uuid, None)
+                if after is not None:
+                    self.seen[record.uuid] = after
+
+        return mend
+
+    def _write_mark(self, record: Record, backing: Backing, item: Allocation) -> None:
+        self._check_mark(record, item)
+        _set_mark(backing, item.spec.path, owner_marks.pack(record, item), item.identity)
+
+    def _complete(self, record: Record, backing: Backing, item: Allocation) -> None:
+        self._check_mark(record, item)
+        backing.extend(item.spec)
+        self._adopt(record, backing, item)
+
+    def _adopt(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
+        self._check_mark(record, item)
         identity = backing.provision(item.spec)
         ownership.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
         changed = replace(item, identity=identity)
-        self._replace(record, changed)
+        self._store(record, [*_without(record, item), changed])
         backing.mark(item.spec.path, owner_marks.pack(record, changed), identity)
 
-    def _replace(self, record: Record, item: Allocation) -> None:
-        """Store an NVDIMM in the ledger, in place of the domain's NVDIMM in that slot."""
-        known = self.driver.ledger.find_domain(record.uuid)
-        others = [each for each in (known.allocations if known else ()) if each.spec.slot != item.spec.slot]
+    def _give_up_contents(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Let an NVDIMM have no backing: it is not provisioned any more."""
+        if backing.exists(item.spec.path):
+            raise InUseError(f"{item.spec.path} is there again", hint="repeat 'nvdimmctl check'")
+        self._store(record, [*_without(record, item), replace(item, identity=None, written=0)])
+
+    def _give_up(self, record: Record, item: Allocation) -> None:
+        """Give up a claim to what is another domain's, whose mark stays."""
+        ownership.check_off(record)
+        if kept := _without(record, item):
+            self._store(record, kept)
+        else:
+            self.driver.ledger.give_up(record.uuid, kind="forgotten")
+
+    def _check_mark(self, record: Record, item: Allocation) -> None:
+        """Check that a file is not another domain's by its mark.
+
+        :raises InUseError: when it is.
+        """
+        path = item.spec.path
+        if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
+            raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
+
+    def _store(self, record: Record, items: Sequence[Allocation]) -> None:
+        """Store what a domain has instead of what is in its record."""
 
         def check() -> None:
-            if self.driver.ledger.find_domain(record.uuid) != known:
+            if not _is_as_seen(self.driver.ledger.find_domain(record.uuid), record):
                 raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
 
-        items = [*others, item]
         self.driver.ledger.store(record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check)
 
     # --- files in the pools ---
@@ -270,6 +341,11 @@ class _Look:
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
         return inconsistency("make it mutable", partial(self.driver.starts.thaw, file.path, file.identity))
 
+    def _take_up_moved(self, record: Record, domid: int) -> None:
+        """Write into the ledger that a guest has the domain's frozen files, and the devices of its earlier start."""
+        devices = {path for path in (record.start.paths if record.start else ()) if path not in self.files}
+        self.driver.take_up_running(record, domid, self._frozen_of(record.uuid) | devices)
+
     def _frozen_of(self, uuid: str) -> set[str]:
         """Return the frozen files that have the mark of a domain."""
         marks = {file.path: self._mark(file) for file in self.files.values() if file.frozen}
@@ -296,7 +372,7 @@ class _Look:
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)
-        unmark = partial(_set_mark, backing, file.path, None, file.identity)
+        unmark = partial(self._unmark, backing, file)
         if mark is None:
             yield Inconsistency("", file.path, "its mark cannot be read", "remove the mark", unmark)
             return
@@ -320,7 +396,18 @@ class _Look:
         record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
         item = Allocation(mark.uuid, mark.spec, base=mark.base)
         problem = f"its mark says slot {mark.spec.slot} of {mark.name} ({mark.uuid}), which the ledger does not know"
-        yield inconsistency(problem, "write it into the ledger", partial(self._adopt, backing, record, item))
+        yield inconsistency(problem, "write it into the ledger", self._change(record, self._adopt, backing, item))
+
+    def _unmark(self, backing: Backing, file: Surveyed) -> None:
+        """Remove the mark of a file that no domain has.
+
+        :raises InUseError: when a domain has it now, or it has another mark.
+        """
+        ownership.check_free(self.driver.ledger, file.path, file.identity)
+        now = backing.inspect(file.path)
+        if now is None or now.owner != file.owner:
+            raise InUseError(f"{file.path} was changed meanwhile", hint="repeat 'nvdimmctl check'")
+        _set_mark(backing, file.path, None, file.identity)
 
     def _mark(self, file: Surveyed) -> Mark | None:
         if file.owner is None:
@@ -330,6 +417,19 @@ class _Look:
         except LedgerError as error:
             LOG.warning("%s", error)
             return None
+
+
+def _is_as_seen(now: Record | None, seen: Record | None) -> bool:
+    """Return True when a domain has what it had when it was seen; other repairs may have ended its start since."""
+    if now is None or seen is None:
+        return now is None and (seen is None or not seen.allocations)
+    claims = now.allocations == seen.allocations and now.intents in ((), seen.intents)
+    return claims and now.start in (None, seen.start)
+
+
+def _without(record: Record, item: Allocation) -> list[Allocation]:
+    """Return the domain's NVDIMMs but for the one in an NVDIMM's slot."""
+    return [each for each in record.allocations if each.spec.slot != item.spec.slot]
 
 
 def _shared(record: Record, item: Allocation, backing: Backing) -> Inconsistency:

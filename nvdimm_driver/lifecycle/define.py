@@ -191,7 +191,7 @@ class Definitions:
         else:
             record = replace(before or now, allocations=items)
             self.ledger.store(uuid, record.name, record.ram, items, dsm=record.dsm)
-            ownership.mark(self.backings, record)
+            ownership.mark(self.ledger, self.backings, record)
 
     def _delete(self, item: Allocation, record: Record) -> bool:
         """Delete a backing that a define has created; return False when a start has it, or it cannot be deleted.
@@ -390,7 +390,9 @@ class Definitions:
             kind="defined",
             check=lambda: self._check_claims(domain, before, identities),
         )
-        ownership.mark(self.backings, Record(uuid, domain.name, domain.ram, domain.dsm, "", tuple(items), None))
+        ownership.mark(
+            self.ledger, self.backings, Record(uuid, domain.name, domain.ram, domain.dsm, "", tuple(items), None)
+        )
 
     def _check_claims(
         self, domain: DomainSpec, before: Record | None, identities: Mapping[str, BackingIdentity]

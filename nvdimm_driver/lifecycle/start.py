@@ -300,12 +300,13 @@ class Starts:
         """
         record = self.ledger.find_domain(uuid)
         start = None if record is None else record.start
-        if record is None or start is None or start.domid is None:
+        if record is None or start is None or (start.domid is None and not self.is_running(start)):
             return
         if not self.release(record):
+            domid = self.find_domid(start) or start.domid
             raise InUseError(
-                f"domain {record.name} already has its NVDIMMs, as domid {start.domid}, which Xen still has",
-                hint=f"shut that guest down: xl shutdown {start.domid}",
+                f"domain {record.name} already has its NVDIMMs, as domid {domid}, which Xen still has",
+                hint=f"shut that guest down: xl shutdown {domid}",
             )
 
     def _has_ended(self, start: Start) -> bool:
@@ -327,12 +328,27 @@ class Starts:
         )
 
     def is_running(self, start: Start) -> bool:
-        """Return True while Xen has the domain of the start."""
-        return (
-            start.domid is not None
-            and start.boot_id == host_boot_id()
-            and self.mapper.is_alive(start.domid, start.uuid)
-        )
+        """Return True while Xen has the domain of the start, or the guest that the domain has now."""
+        return self.find_domid(start) is not None
+
+    def find_domid(self, start: Start) -> int | None:
+        """Return the domid by which Xen has the guest of a start; None when it is over.
+
+        It is another than the start's when the ledger came from a backup, and the domain was started since: a guest
+        with the domain's uuid has announced frames.
+        """
+        this_boot = start.boot_id == host_boot_id()
+        if start.domid is not None and this_boot and self.mapper.is_alive(start.domid, start.uuid):
+            return start.domid
+        with_frames = sorted({domid for domid, _, _ in self.mapper.frames_of_guests()})
+        return next((each for each in with_frames if self.mapper.uuid(each) == start.uuid.lower()), None)
+
+    def find_moved(self) -> list[tuple[Record, int]]:
+        """Return the domains whose guest has another domid than their start in the ledger says, and that domid."""
+        found = [(each, self.find_domid(each.start)) for each in self.ledger.started_domains() if each.start]
+        return [
+            (each, domid) for each, domid in found if domid is not None and each.start and each.start.domid != domid
+        ]
 
     def _is_pending(self, start: Start) -> bool:
         """Return True for a start of this boot whose device model may still run.

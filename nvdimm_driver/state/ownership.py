@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -13,6 +14,8 @@ from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
 from nvdimm_driver.state.words import word_for
+
+LOG = logging.getLogger(__name__)
 
 
 def identity_at(backings: Sequence[Backing], path: str) -> BackingIdentity | None:
@@ -154,6 +157,27 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
         )
 
 
+def find_anothers_mark(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> Mark | None:
+    """Return the mark by which a file is another domain's than that one; None for a copy of what that one has.
+
+    The ledger may be older than the mark: it came from a backup.
+    """
+    for file in _files(backings, path):
+        mark = _readable_mark(file)
+        if mark is not None and mark.uuid != uuid:
+            try:
+                _check_mark(ledger, backings, mark, path, file.path)
+            except InUseError:
+                return mark
+    return None
+
+
+def _readable_mark(file: Surveyed) -> Mark | None:
+    with suppress(LedgerError):  # it cannot be read: 'nvdimmctl check' removes it
+        return None if file.owner is None else owner_marks.unpack(file.path, file.owner)
+    return None
+
+
 def _frozen(record: Record) -> set[str]:
     return set(record.start.paths) if record.start else set()
 
@@ -196,11 +220,17 @@ def _owned(path: str, record: Record) -> InUseError:
     )
 
 
-def mark(backings: Sequence[Backing], record: Record) -> None:
-    """Record the owner on those of a domain's backings that have another record, or were left mutable when frozen."""
+def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
+    """Record the owner on those of a domain's backings that have another record, or were left mutable when frozen.
+
+    What is another domain's by its mark stays so, and 'nvdimmctl check' tells whose it is.
+    """
     for item in record.allocations:
         path, text = item.spec.path, owner_marks.pack(record, item)
         if not has_bytes([item], identity_at(backings, path)):  # one that is not defined any more may be missing
+            continue
+        if anothers := find_anothers_mark(ledger, backings, record.uuid, path):
+            LOG.warning("%s has the mark of domain %s (%s), and keeps it", path, anothers.name, anothers.uuid)
             continue
         files = list(_files(backings, path))
         if not files or any(file.owner != text or (file.frozen and not file.immutable) for file in files):
@@ -224,7 +254,7 @@ def settle_marks(ledger: Ledger, backings: Sequence[Backing], start: Start) -> N
     record = ledger.find_domain(start.uuid)
     if record is None:
         return
-    mark(backings, record)
+    mark(ledger, backings, record)
     paths = {item.spec.path for item in record.allocations}
     given_up = [path for path in start.paths if path not in paths and _is_marked(backings, path, start.uuid)]
     _unmark(ledger.domains(), backings, [Allocation(start.uuid, NvdimmSpec(0, path, PAGE)) for path in given_up])
@@ -232,12 +262,8 @@ def settle_marks(ledger: Ledger, backings: Sequence[Backing], start: Start) -> N
 
 def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int | None = None) -> bool:
     """Return True when a file has the mark of a domain: of its NVDIMM in that slot, or of any for None."""
-    for file in _files(backings, path):
-        with suppress(LedgerError):  # it cannot be read: 'nvdimmctl check' removes it
-            found = None if file.owner is None else owner_marks.unpack(path, file.owner)
-            if found is not None and found.uuid == uuid and slot in (None, found.spec.slot):
-                return True
-    return False
+    marks = [_readable_mark(file) for file in _files(backings, path)]
+    return any(each and each.uuid == uuid and slot in (None, each.spec.slot) for each in marks)
 
 
 def drop(ledger: Ledger, backings: Sequence[Backing], record: Record, items: Sequence[Allocation]) -> None:
@@ -271,12 +297,13 @@ def give_up(
 
 
 def _unmark(records: Sequence[Record], backings: Sequence[Backing], items: Sequence[Allocation]) -> None:
-    """Remove the owner's record from backings that none of these domains has, by any name."""
+    """Remove the owner's record from backings that none of these domains has, by any name; another owner's stays."""
     for item in items:
         path, identity = item.spec.path, identity_at(backings, item.spec.path)
         replaced = item.identity is not None and identity is not None and not has_bytes([item], identity)
         owned = any(has_bytes(each.allocations, identity) if identity else _has(each, path, None) for each in records)
-        if replaced or owned:
+        anothers = any(each and each.uuid != item.uuid for each in map(_readable_mark, _files(backings, path)))
+        if replaced or owned or anothers:
             continue
         for backing in backings:
             if backing.handles(path):

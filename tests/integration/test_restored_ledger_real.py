@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ledger from a backup is older than the files: on real ext4 and XFS, nobody gets what another domain has since."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.cmd.ctl.check import _repair
+from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.errors import InUseError, NvdimmError
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_ownership_real import DATA, Host, empty, is_immutable, quiet
+from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
+
+SECRET = b"of y" * 1024
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture(params=list(MKFS))
+def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
+    yield Host(tmp_path, file_systems[request.param])
+    empty(file_systems[request.param])
+
+
+def back_up(host: Host) -> None:
+    """Copy the ledger as the documentation says."""
+    source, copy = sqlite3.connect(host.folder / "ledger.sqlite"), sqlite3.connect(host.folder / "backup")
+    with source, copy:
+        source.backup(copy)
+    source.close()
+    copy.close()
+
+
+def restore(host: Host) -> None:
+    """Put the copy in the ledger's place; the driver is another process's from then on."""
+    holders = host.driver.starts.holders
+    host.driver.ledger.close()
+    for end in ("-wal", "-shm", ""):
+        (host.folder / f"ledger.sqlite{end}").unlink(missing_ok=True)
+    os.rename(host.folder / "backup", host.folder / "ledger.sqlite")
+    host.driver = host.another()
+    host.driver.starts.holders = holders
+
+
+def start(host: Host, uuid: str, domid: int, name: str = "a.img") -> None:
+    """Start a domain, with its frames announced as the device model does."""
+    host.mapper.alive[domid] = uuid
+    host.driver.prepare(host.domain(name, uuid))
+    prepared = host.driver.ledger.find_prepared(uuid)
+    assert prepared
+    host.mapper.announce(domid, prepared.mappings)
+    map_prepared(host.driver.ledger, domid, uuid)
+
+
+def repair(host: Host) -> list[Inconsistency]:
+    """Repair as 'check --repair' does; return what is left."""
+    _repair(lambda: look(host.driver))
+    return look(host.driver)
+
+
+def given_to_y_since(host: Host) -> None:
+    """Let the ledger say that a.img is x's, and its mark that it is y's, who has written to it."""
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    host.driver.forget(UUID)
+    host.define("a.img", OTHER_UUID, SECRET)
+    restore(host)
+
+
+# --- whose file it is ---
+
+
+def test_a_repair_gives_the_file_to_the_domain_that_has_the_mark(host: Host) -> None:
+    given_to_y_since(host)
+    (found,) = look(host.driver)
+    assert f"its mark says that it is domain y's ({OTHER_UUID})" in found.problem
+    assert repair(host) == []
+    assert OTHER_UUID.encode() in (host.mark("a.img") or b"")
+    assert [item.spec.path for item in host.record(OTHER_UUID).allocations] == [host.path("a.img")]
+    with pytest.raises(InUseError, match="belongs to domain y"):
+        host.driver.prepare(host.domain("a.img"))
+    assert host.read("a.img").startswith(SECRET)
+
+
+def test_a_repair_while_the_guest_of_the_domain_with_the_mark_runs_gives_it_the_file(host: Host) -> None:
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    host.driver.forget(UUID)
+    host.define("a.img", OTHER_UUID, SECRET)
+    start(host, OTHER_UUID, 9)
+    restore(host)
+    assert repair(host) == []
+    record = host.record(OTHER_UUID)
+    assert record.start
+    assert (record.start.domid, record.start.paths) == (9, (host.path("a.img"),))
+    assert is_immutable(host.path("a.img"))
+
+
+@pytest.mark.parametrize("way", ["release", "redefine", "drop"])
+def test_what_the_old_owner_gives_up_keeps_the_mark_of_the_new_one(host: Host, way: str) -> None:
+    given_to_y_since(host)
+    if way == "release":
+        host.driver.release_claims(host.record(), quiet, delete=False)
+    elif way == "redefine":
+        host.driver.define(host.domain("b.img"))
+    else:
+        host.driver.drop_claims(UUID)
+    assert OTHER_UUID.encode() in (host.mark("a.img") or b"")
+    with pytest.raises(InUseError, match="has the mark of domain y"):
+        host.driver.define(host.domain("a.img", "7c7b0e2e-4a6e-4f0e-9a3b-000000000003"))
+
+
+def test_the_end_of_an_old_start_keeps_the_mark_of_the_new_owner(host: Host) -> None:
+    """The backup was made while x ran with the file."""
+    host.driver.define(host.domain("a.img"))
+    start(host, UUID, 7)
+    back_up(host)
+    host.mapper.alive.clear()
+    host.driver.forget(UUID)
+    host.define("a.img", OTHER_UUID, SECRET)
+    restore(host)
+    host.driver.reconcile()
+    assert OTHER_UUID.encode() in (host.mark("a.img") or b"")
+    assert repair(host) == []
+    assert host.driver.ledger.find_domain(UUID) is None
+
+
+def test_a_repair_takes_no_file_of_another_domain_that_was_put_in_the_place_of_one(host: Host) -> None:
+    host.define("a.img", UUID)
+    host.define("b.img", OTHER_UUID, SECRET)
+    os.rename(host.path("b.img"), host.path("a.img"))
+    repair(host)
+    assert OTHER_UUID.encode() in (host.mark("a.img") or host.mark("b.img") or b"")
+    for name in ("a.img", "b.img"):
+        if os.path.exists(host.path(name)) and host.read(name).startswith(SECRET):
+            with pytest.raises(NvdimmError):
+                host.driver.prepare(host.domain(name))
+
+
+# --- what was changed since it was seen ---
+
+
+@pytest.mark.parametrize("before", ["gone", "another", "unmarked"])
+def test_a_repair_does_nothing_to_a_domain_that_was_redefined_since_it_looked(host: Host, before: str) -> None:
+    host.define("a.img")
+    if before == "unmarked":
+        os.removexattr(host.path("a.img"), "trusted.nvdimm_driver.owner")
+    else:
+        os.unlink(host.path("a.img"))
+    if before == "another":
+        Path(host.path("a.img")).write_bytes(DATA)
+    found = look(host.driver)
+    other = host.another()
+    with other.locks.changing(UUID):
+        other.define(host.domain("b.img"))
+    (mend,) = [each.mend for each in found if each.mend]
+    with pytest.raises(InUseError, match="was changed meanwhile"):
+        mend()
+    assert [item.spec.path for item in host.record().allocations] == [host.path("b.img")]
+
+
+def test_a_repair_waits_for_a_define_that_is_under_way_and_keeps_what_it_wants(host: Host) -> None:
+    host.define("a.img")
+    os.unlink(host.path("a.img"))
+    (found,) = look(host.driver)
+    assert found.mend
+    other = host.another()
+    host.driver.locks.seconds = 0
+    with other.locks.changing(UUID):
+        other.ledger.begin_define(host.domain("big.img"), lambda: None)
+        with pytest.raises(InUseError, match="is being defined"):
+            found.mend()
+        assert [item.spec.path for item in host.record().intents] == [host.path("big.img")]
+        with pytest.raises(InUseError, match="belongs to domain x"):
+            host.another().check(host.domain("big.img", OTHER_UUID))
+
+
+def test_a_repair_keeps_the_mark_of_a_copy_that_a_domain_was_given_since_it_looked(host: Host) -> None:
+    host.define("a.img")
+    Path(host.path("copy.img")).write_bytes(DATA)
+    os.setxattr(host.path("copy.img"), "trusted.nvdimm_driver.owner", host.mark("a.img") or b"")
+    (found,) = look(host.driver)
+    assert found.mend
+    assert found.remedy == "remove the mark"
+    host.another().define(host.domain("copy.img", OTHER_UUID))
+    with pytest.raises(InUseError, match="belongs to domain y"):
+        found.mend()
+    assert OTHER_UUID.encode() in (host.mark("copy.img") or b"")
+
+
+# --- guests that were started since ---
+
+
+@pytest.mark.parametrize("backup", ["running", "prepared"])
+def test_the_guest_of_a_later_start_keeps_its_frozen_file_its_holder_and_its_claim(host: Host, backup: str) -> None:
+    host.driver.define(host.domain("a.img"))
+    if backup == "running":
+        start(host, UUID, 7)
+    else:
+        host.driver.prepare(host.domain("a.img"))
+        host.driver.starts.abandoned_seconds = 0
+    back_up(host)
+    host.mapper.alive.clear()
+    host.driver.starts.abandoned_seconds = 0
+    host.driver.reconcile()
+    start(host, UUID, 8)
+    restore(host)
+    host.driver.starts.abandoned_seconds = 0
+    host.driver.reconcile()
+    host.driver.restart_lost()
+    assert is_immutable(host.path("a.img"))
+    assert host.driver.starts.holders.held() == {UUID}
+    with pytest.raises(InUseError):
+        host.driver.release_claims(host.record(), quiet, delete=True)
+    with pytest.raises(InUseError, match="as domid 8"):
+        host.driver.prepare(host.domain("a.img"))
+    assert "its guest runs with domid 8" in look(host.driver)[0].problem
+    assert repair(host) == []
+    record = host.record()
+    assert record.start
+    assert (record.start.domid, record.start.paths) == (8, (host.path("a.img"),))
+    host.mapper.alive.clear()
+    host.driver.reconcile()
+    assert not is_immutable(host.path("a.img"))
+
+
+@pytest.mark.parametrize("delete", [True, False])
+def test_nothing_of_a_guest_is_released_that_the_ledger_does_not_know_to_run(host: Host, delete: bool) -> None:
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    start(host, UUID, 8)
+    restore(host)
+    with pytest.raises(InUseError, match="domid 8"):
+        host.driver.release_claims(host.record(), quiet, delete=delete)
+    assert host.record().allocations
+    assert os.path.exists(host.path("a.img"))
