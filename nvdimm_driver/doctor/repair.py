@@ -382,9 +382,11 @@ class _Look:
         if mark.spec.slot in slots:
             kept = slots[mark.spec.slot].spec.path
             if self._is_still(slots[mark.spec.slot]):  # else it was moved, or is behind another file system
-                yield inconsistency(
-                    f"its mark says slot {mark.spec.slot}, but that is {kept}", "remove the mark", unmark
-                )
+                problem = f"its mark says slot {mark.spec.slot}, but that is {kept}"
+                if self.driver.pools.wipes(file.path) and mark.is_original(file.identity):
+                    yield inconsistency(f"{problem}: the domain's file was moved", _find_moved(mark, kept))
+                else:
+                    yield inconsistency(problem, "remove the mark", unmark)
             return
         marked = self._marked(mark.uuid, mark.spec.slot)
         if file.path not in marked:
@@ -430,6 +432,15 @@ def _is_as_seen(now: Record | None, seen: Record | None) -> bool:
 def _without(record: Record, item: Allocation) -> list[Allocation]:
     """Return the domain's NVDIMMs but for the one in an NVDIMM's slot."""
     return [each for each in record.allocations if each.spec.slot != item.spec.slot]
+
+
+def _find_moved(mark: Mark, kept: str) -> str:
+    """Return the remedy for a domain's file that was moved, and is to be overwritten before others may have it."""
+    word = word_for(mark.name, mark.uuid)
+    return (
+        f"delete it; or let the domain have it again: 'nvdimmctl release {word} --slot {mark.spec.slot}' gives up "
+        f"{kept}, and 'nvdimmctl check --repair' then writes this one into the ledger"
+    )
 
 
 def _shared(record: Record, item: Allocation, backing: Backing) -> Inconsistency:

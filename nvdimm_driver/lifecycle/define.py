@@ -57,6 +57,9 @@ class Definitions:
         uuid = domain.uuid or ""
         before = self.ledger.find_domain(uuid)
         self._check_allowed(domain, self._all_kept(domain, before, kept))
+        self._check_not_moved(
+            before, {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
+        )
         check_kept(domain, before, self.ledger.find_run(uuid), self.backings, self.planner.host.bad_ranges())
         return self.planner.plan_define(domain, before)
 
@@ -136,11 +139,10 @@ class Definitions:
         held = self._check_allowed(domain, kept)
         LOG.debug("define domain %s, %s", domain.name, uuid)
         found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
-        known = {path: identity for path, identity in found.items() if identity is not None}
 
         def check() -> None:
             ownership.check_paths(self.ledger, domain, held)
-            self._check_claims(domain, before, known)
+            self._check_claims(domain, before, found)
             self._check_pools(domain, before, held, kept)
 
         self.ledger.begin_define(domain, check)
@@ -395,18 +397,39 @@ class Definitions:
         )
 
     def _check_claims(
-        self, domain: DomainSpec, before: Record | None, identities: Mapping[str, BackingIdentity]
+        self, domain: DomainSpec, before: Record | None, identities: Mapping[str, BackingIdentity | None]
     ) -> None:
-        """Check that no other domain has these bytes, and that nobody has changed this one.
+        """Check that no other domain has these bytes, and that nobody has changed this one or moved its bytes.
 
         :param before: the domain as it was.
+        :param identities: of what is at the domain's paths; None where nothing is.
         :raises InUseError: when another has, or somebody did.
         """
         uuid = uuid_of(domain)
         now, had = self.ledger.find_domain(uuid), before.allocations if before else ()
         if (now.allocations if now else ()) != had:
             raise InUseError(f"domain {domain.name} was changed by another process meanwhile", hint="try again")
-        ownership.check_bytes(self.ledger, uuid, identities, had)
+        self._check_not_moved(before, identities)
+        known = {path: identity for path, identity in identities.items() if identity is not None}
+        ownership.check_bytes(self.ledger, uuid, known, had)
+
+    def _check_not_moved(self, before: Record | None, identities: Mapping[str, BackingIdentity | None]) -> None:
+        """Check that what has to be overwritten before others may have it is not given up for what has its path now.
+
+        Who owns the folder can move a file aside.
+
+        :param identities: of what is at the domain's paths; None where nothing is.
+        :raises BackingError: when it would be.
+        """
+        for item in self._to_wipe(before.allocations if before else ()):
+            path = item.spec.path
+            if path in identities and not any(ownership.has_bytes([item], each) for each in identities.values()):
+                raise BackingError(
+                    f"{path}: what was provisioned for the domain is not there, and has to be overwritten before "
+                    "others may have it (wipe_on_release)",
+                    hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted or replaced, 'nvdimmctl check "
+                    "--repair' lets the domain have another",
+                )
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
         """Return a callback for the writing of zeros: it tells each percent to the ledger, each tenth to the log."""

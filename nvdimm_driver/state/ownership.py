@@ -114,7 +114,7 @@ def check_marks(ledger: Ledger, backings: Sequence[Backing], uuid: str, paths: I
             if mark is not None and mark.uuid == uuid:
                 continue
             if mark is not None:
-                _check_mark(ledger, backings, mark, path, file.path)
+                _check_mark(ledger, backings, mark, path, file)
             _check_frozen(ledger, path, file)
 
 
@@ -139,22 +139,31 @@ def _inspect(backing: Backing, path: str) -> Surveyed | None:
         return None  # no file that a domain could have
 
 
-def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: str, file: str) -> None:
+def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: str, file: Surveyed) -> None:
     """Check that the NVDIMM that a file's mark names is another file with that mark, and the marked one a copy of it.
 
+    What was provisioned for a domain is no copy, though the domain has another file in its place now: it was moved.
+
     :param path: of the file, as it was given.
-    :param file: its path without symbolic links.
+    :param file: what is there.
+    :raises InUseError: when it is not.
     """
     record = ledger.find_domain(mark.uuid)
     items = [item for item in (record.allocations if record else ()) if item.spec.slot == mark.spec.slot]
-    if record and any(item.spec.path == file for item in items):
+    if record and any(item.spec.path == file.path for item in items):
         raise _owned(path, record)
-    if not any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
-        raise InUseError(
-            f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that",
-            hint="'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
-            f"'nvdimmctl release {word_for(mark.name, mark.uuid)}' then frees the file",
-        )
+    moved = bool(items) and mark.is_original(file.identity)
+    if not moved and any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
+        return
+    hint = (
+        f"it has {items[0].spec.path} in its place: 'nvdimmctl check' says what to do"
+        if moved
+        else "'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
+        f"'nvdimmctl release {word_for(mark.name, mark.uuid)}' then frees the file"
+    )
+    raise InUseError(
+        f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that", hint=hint
+    )
 
 
 def find_anothers_mark(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> Mark | None:
@@ -166,7 +175,7 @@ def find_anothers_mark(ledger: Ledger, backings: Sequence[Backing], uuid: str, p
         mark = _readable_mark(file)
         if mark is not None and mark.uuid != uuid:
             try:
-                _check_mark(ledger, backings, mark, path, file.path)
+                _check_mark(ledger, backings, mark, path, file)
             except InUseError:
                 return mark
     return None

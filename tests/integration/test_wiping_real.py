@@ -14,7 +14,8 @@ import pytest
 from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Progress
+from nvdimm_driver.plugins import unwatched
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
 from tests.unit.doubles import OTHER_UUID, UUID
@@ -219,3 +220,61 @@ def test_a_domain_that_is_undone_keeps_what_its_guest_may_have_written(host: Hos
         host.driver.define(host.domain("a.img"))
     host.driver.undo(UUID, None, ())
     assert claims(host) == ({0: "a.img"} if ran else {})
+
+
+def test_a_file_that_its_folders_owner_moves_is_not_exchanged_for_a_new_one(host: Host) -> None:
+    """Before, the define made a new file, and forgot the bytes that were to be overwritten."""
+    host.define("x.img")
+    os.rename(host.path("x.img"), host.path("y.img"))
+    for define in (host.driver.check, host.driver.define):
+        with pytest.raises(BackingError, match=r"x\.img: what was provisioned for the domain is not there"):
+            define(host.domain("x.img"))
+    assert not os.path.exists(host.path("x.img"))
+    with pytest.raises(InUseError, match=r"y\.img has the mark of domain x"):
+        host.driver.define(host.domain("y.img", OTHER_UUID))
+    host.driver.define(host.domain("y.img"))
+    assert claims(host) == {0: "y.img"}, "under its new name, the domain can have it"
+    assert host.read("y.img") == DATA
+
+
+def test_a_file_that_is_moved_while_its_domain_is_redefined_stays_its_own(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.define("x.img")
+    provision = host.backing.provision
+
+    def moved(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        os.rename(host.path("x.img"), host.path("y.img"))
+        return provision(spec, progress)
+
+    monkeypatch.setattr(host.backing, "provision", moved)
+    with pytest.raises(BackingError, match=r"x\.img: what was provisioned for the domain is not there"):
+        host.driver.define(host.domain("x.img", ram=600 * MIB))
+    (item,) = host.record().allocations
+    assert item.identity
+    assert item.identity.inode == os.stat(host.path("y.img")).st_ino
+    with pytest.raises(InUseError, match=r"y\.img has the mark of domain x"):
+        host.driver.define(host.domain("y.img", OTHER_UUID))
+    assert host.read("y.img") == DATA
+
+
+def test_a_file_that_was_hidden_while_its_claim_was_given_up_is_not_taken_for_a_copy(host: Host) -> None:
+    """Its mark tells the file on which it was written; 'check --repair' lets nobody have it."""
+    host.define("x.img")
+    os.rename(host.path("x.img"), host.path("y.img"))
+    (item,) = host.record().allocations
+    host.driver.ledger.store(UUID, "x", 512 * MIB, [replace(item, identity=None)])  # as a repair that did not see it
+    host.driver.define(host.domain("x.img"))
+    (found,) = look(host.driver)
+    assert found.path == host.path("y.img")
+    assert found.mend is None
+    assert f"gives up {host.path('x.img')}" in found.remedy
+    with pytest.raises(InUseError, match=r"y\.img has the mark of domain x .* the ledger does not know that"):
+        host.driver.define(host.domain("y.img", OTHER_UUID))
+    release(host, slot=0)
+    (found,) = look(host.driver)
+    assert found.mend
+    found.mend()
+    release(host)
+    assert host.read("y.img") == bytes(SIZE)
+    assert look(host.driver) == []
