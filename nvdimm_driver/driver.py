@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from nvdimm_driver import logs, plugin_loader, plugins
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.contents.exporting import Exporter
 from nvdimm_driver.contents.importing import Importer
@@ -226,15 +227,16 @@ class XenNvdimmDriver(plugins.Plugin):
             self.starts.put_away_if_over(record)
             self.wiper.give_up(record, watch, delete=delete, slot=slot)
 
-    def check_ram(self, uuid: str, ram: int) -> None:
+    def check_ram(self, uuid: str, paths: Iterable[str], ram: int) -> None:
         """Check that a defined domain could have that much RAM from its next start on.
 
+        :param paths: of the NVDIMMs in its definition; the ledger may have others that it keeps.
         :param ram: bytes.
         :raises LayoutError: when its NVDIMMs do not fit beside it, wherever those go whose base no user gave.
         """
         record = self.ledger.find_domain(uuid)
         if record is not None:
-            self.planner.check_ram(record, ram)
+            self.planner.check_ram(record, {resolve(path) for path in paths}, ram)
 
     def check_running_ram(self, uuid: str, ram: int) -> None:
         """Check that a running domain could have that much RAM now.
@@ -376,13 +378,9 @@ class XenNvdimmDriver(plugins.Plugin):
                 if uuid not in known and not self.starts.label_servers.is_running(uuid):
                     shutil.rmtree(folder / uuid)
 
-    def restart_lost(self) -> None:
-        """Start a label server and a holder for each running guest whose own was killed."""
+    def restart_lost(self) -> list[Record]:
+        """Start a label server and a holder for each running guest that has none; return who got a holder."""
         self.starts.serve_labels()
-        self.starts.hold_again()
-
-    def hold_again(self) -> list[Record]:
-        """Start a holder of the backings for each running guest that has none; return their domains."""
         return self.starts.hold_again()
 
     def renew_label_servers(self) -> list[tuple[Record, bool]]:

@@ -67,9 +67,14 @@ def resolve(path: str) -> str:
 def resolve_new(path: str) -> str:
     """Return the path that a path leads to, at which a backing will be made if there is none.
 
-    :raises BackingError: when it is too long, or a symbolic link to nothing: its file system may not be mounted.
+    :raises BackingError: when it is too long, a symbolic link that leads back to itself, or one to nothing: its file
+        system may not be mounted.
     """
     real = resolve(path)
+    if os.path.islink(real):
+        raise BackingError(
+            f"{path}: leads to {real}, a symbolic link that leads back to itself", hint="turn that link to the file"
+        )
     if os.path.islink(path) and not os.path.lexists(real):
         raise BackingError(
             f"{path}: is a symbolic link to {real}, and nothing is there",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -183,12 +183,13 @@ class Planner:
         guest = layout.around(ram, [item.placement for item in items], address_bits=self.host.address_bits)
         return self._complete(guest, record.dsm, [item.identity for item in items if item.identity])
 
-    def check_ram(self, record: Record, ram: int) -> None:
+    def check_ram(self, record: Record, paths: Container[str], ram: int) -> None:
         """Check that a defined domain could be defined with `ram` bytes of RAM; bases that no user chose may change.
 
+        :param paths: of the NVDIMMs in its definition: those that it keeps besides are not in its next guest.
         :raises LayoutError: when its NVDIMMs do not fit.
         """
-        items = [item for item in record.allocations if not item.spec.set_aside]
+        items = [item for item in record.allocations if item.spec.path in paths]
         requests = [_request(item.spec, item.base or 0, item.spec.base, item.base) for item in items]
         layout.place(ram, requests, address_bits=self.host.address_bits, gap=self.gap)
 

@@ -19,9 +19,10 @@ from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
 from nvdimm_driver.lock_files import LockFile
-from nvdimm_driver.model import KIB, DomainSpec, Plan, Record
+from nvdimm_driver.model import DomainSpec, Plan, Record
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, has_managed_save, pass_xml, validates, xml_and_flags
+from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import ClientDomain, check_metadata, read_device, read_domain
@@ -37,7 +38,7 @@ from nvdimm_driver.xml.edit_devices import (
     without_max_memory,
 )
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import has_nvdimms
+from nvdimm_driver.xml.parse_domain import DefinedMemory, has_nvdimms, memory_of
 from nvdimm_driver.xml.rewrite import NAMESPACE
 
 LOG = logging.getLogger(__name__)
@@ -46,9 +47,7 @@ MIGRATE_PARAMS_MAX = 64
 """REMOTE_DOMAIN_MIGRATE_PARAM_LIST_MAX."""
 
 # include/libvirt/libvirt-domain.h
-AFFECT_LIVE, AFFECT_CONFIG = 1, 2
 XML_SECURE, XML_INACTIVE = 1, 2
-MEM_MAXIMUM = 4
 START_FORCE_BOOT = 1 << 3
 METADATA_ELEMENT = 2
 MIGRATE_DEST_XML = "destination_xml"
@@ -277,26 +276,27 @@ class Interceptor:
 
     def set_memory(self, procedure: int, payload: bytes) -> Steps:
         """Refuse RAM that leaves no room for the NVDIMMs, or would be populated on demand at the next start."""
-        values = Unpacker(payload)
-        domain, size = values.domain(), values.uint64() * KIB
-        flags = MEMORY_FLAGS[procedure] if procedure in MEMORY_FLAGS else values.uint32()
-        values.end()
-        record = yield from self._record(domain)
+        asked = MemoryCall.unpack(procedure, payload)
+        record = yield from self._record(asked.domain)
         if record is None or not (record.allocations or record.start):
             return (yield from call(procedure, payload))
-        if flags & MEM_MAXIMUM:
-            live = flags & AFFECT_LIVE or (record.start is not None and not flags & AFFECT_CONFIG)
-            if live:
-                yield self._work(lambda driver: driver.check_running_ram(record.uuid, size), Pool.HOST)
-            if flags & AFFECT_CONFIG or not live:
-                yield self._work(lambda driver: driver.check_ram(record.uuid, size), Pool.HOST)
-        elif size < record.ram and (flags & AFFECT_CONFIG or (not flags & AFFECT_LIVE and record.start is None)):
-            raise UnsupportedError(
-                f"domain {domain.name} has NVDIMMs, and {size // KIB} KiB is less than its RAM: it would start with "
-                "memory populated on demand, which Xen does not do together with mapped frames",
-                hint="change the maximum instead: virsh setmaxmem",
-            )
+        runs = record.start is not None
+        if asked.is_maximum and asked.is_live(runs):
+            yield self._work(lambda driver: driver.check_running_ram(record.uuid, asked.size), Pool.HOST)
+        if asked.is_persistent(runs):
+            yield from self._check_next_ram(asked)
         return (yield from call(procedure, payload))
+
+    def _check_next_ram(self, asked: MemoryCall) -> Generator[Call | Work, Any, None]:
+        """Check the RAM of a domain's next start with its definition: the ledger may have more NVDIMMs than that."""
+        xml = yield from self._restored((yield from self._definition(asked.domain)))
+        defined: DefinedMemory | None = yield Work(lambda: memory_of(xml), Pool.XML)
+        if defined is None:
+            return
+        asked.check_populated(defined.ram)
+        if asked.is_maximum:
+            uuid, paths, size = asked.domain.uuid, defined.paths, asked.size
+            yield self._work(lambda driver: driver.check_ram(uuid, paths, size), Pool.HOST)
 
     def _comes_with_nvdimms(self, xml: bytes) -> bool:
         return has_nvdimms(self._hooks.restore(decode(xml)))
@@ -496,11 +496,6 @@ class Row(NamedTuple):
 
 LIVE_DEVICE_CALLS = (Procedure.DOMAIN_ATTACH_DEVICE, Procedure.DOMAIN_DETACH_DEVICE)
 """Device calls without flags."""
-MEMORY_FLAGS: Mapping[int, int] = {
-    Procedure.DOMAIN_SET_MAX_MEMORY: MEM_MAXIMUM,
-    Procedure.DOMAIN_SET_MEMORY: AFFECT_LIVE,
-}
-"""Memory calls without flags, and what they mean."""
 
 TABLE: Mapping[Procedure, Row] = {
     Procedure.DOMAIN_ATTACH_DEVICE: Row(Interceptor.attach_device),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
+from typing import NamedTuple
 from uuid import UUID
 
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
@@ -47,6 +48,29 @@ def has_nvdimms(xml: str) -> bool:
     """
     text = parse_xen(xml, "nvdimm")
     return text is not None and bool(nvdimm_elements(text.root))
+
+
+class DefinedMemory(NamedTuple):
+    """The memory of a definition with NVDIMMs.
+
+    :ivar ram: bytes.
+    :ivar paths: of its NVDIMMs, as they are written.
+    """
+
+    ram: int
+    paths: tuple[str, ...]
+
+
+def memory_of(xml: str) -> DefinedMemory | None:
+    """Return the memory of a domain with NVDIMMs, whatever else is wrong with them; None when it has none.
+
+    Between a change of the RAM and one of ``<currentMemory>``, the definition cannot be started.
+
+    :raises DomainXmlError: when the XML cannot be parsed, or has no RAM.
+    """
+    text = parse_xen(xml, "nvdimm")
+    nvdimms = [] if text is None else nvdimm_elements(text.root)
+    return DefinedMemory(ram_of(text.root), tuple(map(path_of, nvdimms))) if text is not None and nvdimms else None
 
 
 def why_none(xml: str) -> str:

@@ -112,3 +112,28 @@ def test_wipe_and_release_say_that_there_is_a_saved_guest(host: Host) -> None:
     host.libvirtd.stop()
     assert "libvirt cannot be asked whether db1 has a saved guest" in host.nvdimmctl("release", "db1").stderr
     assert len(host.record("db1").allocations) == 1
+
+
+def test_what_is_kept_until_it_is_wiped_does_not_count_beside_ram(tmp_path: Path) -> None:
+    """The definition has another NVDIMM at the same address, and then none."""
+    host = Host(tmp_path, f"[pool:main]\nkind = bench\npaths = {tmp_path}/pmem\nwipe_on_release = true\n")
+    try:
+        file = host.xml("db1", 1)
+        text = file.read_text().replace("</memory>\n  </devices>", "<address/></memory></devices>")
+        for name, slot in (("db1", 0), ("new", 1)):
+            address = f"<address type='dimm' slot='{slot}' base='0x1400000000'/>"
+            file.write_text(text.replace("<address/>", address).replace("db1.img", f"{name}.img"))
+            host.check("define", file)
+        assert len(host.record("db1").allocations) == 2
+        host.check("setmaxmem", "db1", "1G", "--config")
+        assert "overlaps the guest's RAM" in refused(host, "setmaxmem", "db1", "200G", "--config")
+        assert "populated on demand" in refused(host, "setmem", "db1", "512M", "--config")
+        host.check("setmem", "db1", "1G", "--config")
+        start, end = text.index("<memory model"), text.index("</devices>")
+        file.write_text(text[:start] + text[end:])
+        host.check("define", file)
+        assert len(host.record("db1").allocations) == 2
+        host.check("setmaxmem", "db1", "200G", "--config")
+        host.check("setmem", "db1", "256M", "--config")
+    finally:
+        host.libvirtd.close()

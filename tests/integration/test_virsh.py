@@ -108,6 +108,7 @@ def test_a_mount_point_that_is_not_utf8_disturbs_nothing(host: Host) -> None:
         ("missing/db2.img", "there is no folder {pmem}/missing (mount the file system that it is on"),
         ("lost+found", "{pmem}/lost+found: is a folder"),
         ("link", "{pmem}/link: is a symbolic link to {pmem}/gone, and nothing is there"),
+        ("loop", "{pmem}/loop: leads to {pmem}/loop, a symbolic link that leads back to itself"),
         ("to-db1", "belongs to domain db1"),
         ("./db1.img", "belongs to domain db1"),
     ],
@@ -117,13 +118,14 @@ def test_a_define_says_what_is_wrong_with_a_name(host: Host, name: str, says: st
     pmem = host.folder / "pmem"
     host.libvirtd.run("ln", "-sfn", f"{pmem}/gone", f"{pmem}/link")
     host.libvirtd.run("ln", "-sfn", f"{pmem}/db1.img", f"{pmem}/to-db1")
+    host.libvirtd.run("ln", "-sfn", "loop", f"{pmem}/loop")
     before = host.files()
     file = host.xml("db2", 2)
     file.write_text(file.read_text().replace(f"{pmem}/db2.img", f"{pmem}/{name}"))
     assert says.format(pmem=pmem) in refused(host, "define", file)
     assert host.files() == before
     assert "db2" not in host.check("list", "--all", "--name")
-    host.libvirtd.run("rm", f"{pmem}/link", f"{pmem}/to-db1")
+    host.libvirtd.run("rm", f"{pmem}/link", f"{pmem}/loop", f"{pmem}/to-db1")
 
 
 def test_a_define_with_one_file_twice_is_refused(host: Host) -> None:

@@ -412,7 +412,7 @@ def test_a_start_takes_the_base_of_the_ledger_not_of_the_xml(driver: XenNvdimmDr
 
 def test_an_nvdimm_makes_room_for_ram_that_grew(driver: XenNvdimmDriver) -> None:
     driver.define(domain(A))
-    driver.check_ram(UUID, 200 * GIB)
+    driver.check_ram(UUID, [A], 200 * GIB)
     driver.prepare(domain(A, ram=200 * GIB))
     assert chosen(driver) == [265 * GIB]
     assert started(driver.ledger).mappings[0][0] == 265 * GIB // 4096
@@ -421,7 +421,7 @@ def test_an_nvdimm_makes_room_for_ram_that_grew(driver: XenNvdimmDriver) -> None
 def test_ram_that_grew_into_an_nvdimm_with_a_base_of_the_users_is_refused(driver: XenNvdimmDriver) -> None:
     driver.define(based(80 * GIB))
     for refused in (
-        lambda: driver.check_ram(UUID, 200 * GIB),
+        lambda: driver.check_ram(UUID, [A], 200 * GIB),
         lambda: driver.define(based(80 * GIB, ram=200 * GIB)),
         lambda: driver.prepare(based(80 * GIB, ram=200 * GIB)),
     ):

@@ -13,7 +13,7 @@ from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import LayoutError
 from nvdimm_driver.lifecycle.slots import assign
-from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.model import GIB, MIB, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.schema import SCHEMAS
@@ -256,9 +256,28 @@ def test_what_is_set_aside_is_in_no_guest(driver: XenNvdimmDriver) -> None:
     assert record is not None
     assert [item.spec.path for item in record.started] == [A]
     assert driver.build_tables(record).tables
-    driver.check_ram(UUID, 1024 * MIB)
+    driver.check_ram(UUID, [A], 1024 * MIB)
     driver.prepare_known(UUID)
     assert [item.spec.path for item in record.allocations] == [A, B]
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_what_is_kept_until_it_is_wiped_takes_no_room_beside_ram(tmp_path: Path, slot: int) -> None:
+    """Also in another slot at the same address, or where the RAM will be."""
+    pool = Pool("main", "memory", ("/mnt/pmem0",), None, MIB, 0, True)
+    driver: XenNvdimmDriver = make_driver(tmp_path, MemoryBacking(), RecordingMapper(), pools=Pools([pool]))
+
+    def based(path: str, base: int) -> DomainSpec:
+        found = unplaced(path, given={path: slot if path == B else 0})
+        return dataclasses.replace(found, nvdimms=(dataclasses.replace(found.nvdimms[0], base=base),))
+
+    driver.define(based(A, 80 * GIB))
+    for base in (80 * GIB, 600 * GIB):
+        driver.define(based(B, base))
+        assert {*placed(driver)} == {A, B}
+        driver.check_ram(UUID, [B], base - 8 * GIB)
+        with pytest.raises(LayoutError, match="overlaps the guest's RAM"):
+            driver.check_ram(UUID, [B], base + 8 * GIB)
 
 
 def test_several_that_are_set_aside_from_one_slot(driver: XenNvdimmDriver) -> None:

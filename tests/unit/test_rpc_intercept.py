@@ -617,7 +617,7 @@ def test_ram_of_the_next_start_may_move_nvdimms_and_that_of_a_running_guest_may_
         with pytest.raises(LayoutError, match="domain db1 runs: RAM of 200 GiB reaches up to") as caught:
             set_maximum(*arguments)
         assert "virsh setmaxmem --config" in caught.value.hint
-    assert proxy.libvirtd.calls[-3:] == [30, 204, 204]
+    assert [each for each in proxy.libvirtd.calls if each != Procedure.DOMAIN_GET_XML_DESC][-3:] == [30, 204, 204]
 
 
 def test_ram_stays_clear_of_the_nvdimms_and_is_never_populated_on_demand(proxy: Proxy) -> None:
@@ -634,7 +634,7 @@ def test_ram_stays_clear_of_the_nvdimms_and_is_never_populated_on_demand(proxy: 
     proxy.call(204, Packer().domain(domain).uint64(512 * KIB).uint32(CONFIG))
     other = domain._replace(uuid="7c7b0e2e-4a6e-4f0e-9a3b-000000000009")
     proxy.call(204, Packer().domain(other).uint64(1).uint32(CONFIG))
-    assert proxy.libvirtd.calls[-4:] == [30, 31, 204, 204]
+    assert [each for each in proxy.libvirtd.calls if each != Procedure.DOMAIN_GET_XML_DESC][-4:] == [30, 31, 204, 204]
 
 
 def test_undefine_keeps_claim_and_data(

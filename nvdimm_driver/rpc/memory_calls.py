@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Libvirt's calls that change a domain's RAM: what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nvdimm_driver.errors import UnsupportedError
+from nvdimm_driver.model import KIB
+from nvdimm_driver.rpc.procedure import Procedure
+from nvdimm_driver.rpc.xdr import DomainRef, Unpacker
+
+# include/libvirt/libvirt-domain.h
+AFFECT_LIVE, AFFECT_CONFIG = 1, 2
+MEM_MAXIMUM = 4
+
+MEMORY_FLAGS: Mapping[int, int] = {
+    Procedure.DOMAIN_SET_MAX_MEMORY: MEM_MAXIMUM,
+    Procedure.DOMAIN_SET_MEMORY: AFFECT_LIVE,
+}
+"""Memory calls without flags, and what they mean."""
+
+
+@dataclass(frozen=True)
+class MemoryCall:
+    """A call that changes a domain's RAM, or the part of it that its guest has.
+
+    :ivar size: bytes.
+    :ivar flags: VIR_DOMAIN_MEM_*.
+    """
+
+    domain: DomainRef
+    size: int
+    flags: int
+
+    @classmethod
+    def unpack(cls, procedure: int, payload: bytes) -> MemoryCall:
+        """Return the call with these arguments."""
+        values = Unpacker(payload)
+        domain, size = values.domain(), values.uint64() * KIB
+        flags = MEMORY_FLAGS[procedure] if procedure in MEMORY_FLAGS else values.uint32()
+        values.end()
+        return cls(domain, size, flags)
+
+    @property
+    def is_maximum(self) -> bool:
+        """True when all of the RAM changes; False when it is the part that the guest has."""
+        return bool(self.flags & MEM_MAXIMUM)
+
+    def is_live(self, runs: bool) -> bool:
+        """Return True when the running guest changes."""
+        return bool(self.flags & AFFECT_LIVE) or (runs and not self.flags & AFFECT_CONFIG)
+
+    def is_persistent(self, runs: bool) -> bool:
+        """Return True when the definition changes."""
+        return bool(self.flags & AFFECT_CONFIG) or not self.is_live(runs)
+
+    def check_populated(self, ram: int) -> None:
+        """Check that the guest, which has NVDIMMs, would start with all of its RAM.
+
+        :param ram: bytes in its definition.
+        :raises UnsupportedError: when it would not.
+        """
+        if not self.is_maximum and self.size < ram:
+            raise UnsupportedError(
+                f"domain {self.domain.name} has NVDIMMs, and {self.size // KIB} KiB is less than its RAM: it would "
+                "start with memory populated on demand, which Xen does not do together with mapped frames",
+                hint="change the maximum instead: virsh setmaxmem",
+            )
