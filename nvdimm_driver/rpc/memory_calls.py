@@ -45,7 +45,7 @@ class MemoryCall:
 
     @property
     def is_maximum(self) -> bool:
-        """True when all of the RAM changes; False when it is the part that the guest has."""
+        """Return True when all of the RAM changes, and not only the part that the guest has."""
         return bool(self.flags & MEM_MAXIMUM)
 
     def is_live(self, runs: bool) -> bool:
