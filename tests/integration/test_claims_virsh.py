@@ -16,9 +16,9 @@ MISSING = "<interface type='network'><source network='missing'/></interface></de
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Return a host with the domain db1, defined and shut off."""
-    host = Host(tmp_path)
+    host = Host(tmp_path_factory.mktemp("host"))  # a socket's path has to be short
     try:
         host.define("db1", 1)
         yield host
@@ -114,9 +114,10 @@ def test_wipe_and_release_say_that_there_is_a_saved_guest(host: Host) -> None:
     assert len(host.record("db1").allocations) == 1
 
 
-def test_what_is_kept_until_it_is_wiped_does_not_count_beside_ram(tmp_path: Path) -> None:
+def test_what_is_kept_until_it_is_wiped_does_not_count_beside_ram(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The definition has another NVDIMM at the same address, and then none."""
-    host = Host(tmp_path, f"[pool:main]\nkind = bench\npaths = {tmp_path}/pmem\nwipe_on_release = true\n")
+    folder = tmp_path_factory.mktemp("host")  # as above
+    host = Host(folder, f"[pool:main]\nkind = bench\npaths = {folder}/pmem\nwipe_on_release = true\n")
     try:
         file = host.xml("db1", 1)
         text = file.read_text().replace("</memory>\n  </devices>", "<address/></memory></devices>")
