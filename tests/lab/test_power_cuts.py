@@ -158,8 +158,7 @@ def check_guest(guest: Guest, acknowledged: dict[str, int]) -> None:
     guest.check("run", f"ndctl check-labels {seen.dimm}")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("cuts", [3, 200])
+@pytest.mark.parametrize("cuts", [3, pytest.param(200, marks=pytest.mark.long)])
 def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts: int) -> None:
     pmem = [Nvdimm(tmp_path / "pmem0.img", GIB), Nvdimm(tmp_path / "pmem1.img", 160 << 20)]
     host = fresh_host(nvdimms=pmem, keep_disk=True)
