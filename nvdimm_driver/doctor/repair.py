@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -335,7 +335,7 @@ class _Look:
         inconsistency = partial(Inconsistency, name, file.path, "it is immutable, but no known start needs that")
         for domid, uuid in self._guests:
             if owner is not None and mark is not None and owner.uuid == mark.uuid == uuid:
-                take_up = partial(self.driver.take_up_running, owner, domid, self._frozen_of(mark.uuid))
+                take_up = partial(self._take_up, owner, domid, self._frozen_of(mark.uuid))
                 return inconsistency(f"write into the ledger that the guest with domid {domid} has it", take_up)
             if mark is None or uuid in (None, mark.uuid):
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
@@ -344,7 +344,14 @@ class _Look:
     def _take_up_moved(self, record: Record, domid: int) -> None:
         """Write into the ledger that a guest has the domain's frozen files, and the devices of its earlier start."""
         devices = {path for path in (record.start.paths if record.start else ()) if path not in self.files}
-        self.driver.take_up_running(record, domid, self._frozen_of(record.uuid) | devices)
+        self._take_up(record, domid, self._frozen_of(record.uuid) | devices)
+
+    def _take_up(self, record: Record, domid: int, paths: Collection[str]) -> None:
+        """Write into the ledger that a guest has these paths; what is repaired after that has seen it."""
+        self.driver.take_up_running(record, domid, paths)
+        now = self.driver.ledger.find_domain(record.uuid)
+        if now is not None and record.uuid in self.seen:
+            self.seen[record.uuid] = replace(self.seen[record.uuid], start=now.start)
 
     def _frozen_of(self, uuid: str) -> set[str]:
         """Return the frozen files that have the mark of a domain."""
