@@ -229,8 +229,7 @@ class Interceptor:
         if not flags & START_FORCE_BOOT and (yield from has_managed_save(domain)):
             yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
         elif not (yield from self._has_nvdimms((yield from self._definition(domain)))):
-            with (yield from self._changing(uuid)):  # they were kept for a saved guest
-                yield self._work(lambda driver: driver.drop_claims(uuid), Pool.HOST)
+            yield from self._drop_claims(uuid)  # they were kept for a saved guest
         try:
             return (yield from call(procedure, payload))
         except LibvirtError as error:
@@ -346,6 +345,13 @@ class Interceptor:
         lock: LockFile = yield self._work(lambda driver: driver.locks.changing(uuid), Pool.HOST)
         return lock
 
+    def _drop_claims(self, uuid: str) -> Generator[Call | Work, Any, None]:
+        """Give up the domain's claims, unless another client has defined it with NVDIMMs meanwhile."""
+        with (yield from self._changing(uuid)):
+            now = yield from self._defined(uuid)
+            if now is not None and not (yield from self._has_nvdimms(now)):
+                yield self._work(lambda driver: driver.drop_claims(uuid), Pool.HOST)
+
     def _define(self, procedure: int, payload: bytes) -> Steps:
         xml, flags = xml_and_flags(payload)
         read = yield from self._read(xml, validate=validates(procedure, flags))
@@ -355,8 +361,7 @@ class Interceptor:
             defined = Unpacker(reply).domain()
             known = yield from self._record(defined)
             if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
-                with (yield from self._changing(defined.uuid)):
-                    yield self._work(lambda driver: driver.drop_claims(defined.uuid), Pool.HOST)
+                yield from self._drop_claims(defined.uuid)
             return reply
         resolved, domain = yield from self._resolved_domain(read.text, domain)
         with ExitStack() as lock:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two clients' calls for one domain, step by step: the ledger has what libvirt's definition has, whoever is first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvdimm_driver.rpc.handler_types import Call, Entry
+from nvdimm_driver.rpc.procedure import Procedure
+from nvdimm_driver.rpc.xdr import DomainRef, Packer
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
+from tests.unit.test_rpc_intercept import CONTEXT, Proxy, xml
+
+
+class Client:
+    """A call that is at work."""
+
+    def __init__(self, proxy: Proxy, procedure: Procedure, packer: Packer) -> None:
+        self.proxy = proxy
+        entry = proxy.interceptor.table()[procedure]
+        assert isinstance(entry, Entry)
+        self.steps = entry.handler(CONTEXT, bytes(packer))
+        self.request = next(self.steps)
+
+    def step(self) -> None:
+        request = self.request
+        value = self.proxy.libvirtd.answer(request) if isinstance(request, Call) else request.function()
+        self.request = self.steps.send(value)
+
+    def until(self, procedure: Procedure) -> None:
+        """Work until a call of that procedure was answered."""
+        while not (isinstance(self.request, Call) and self.request.procedure == procedure):
+            self.step()
+        self.step()
+
+    def finish(self) -> None:
+        try:
+            while True:
+                self.step()
+        except StopIteration:
+            pass
+
+
+def claims(folder: Path, backing: MemoryBacking) -> list[str]:
+    record = make_driver(folder, backing, RecordingMapper()).ledger.find_domain(UUID)
+    return [item.spec.path for item in record.allocations] if record else []
+
+
+def test_a_define_without_nvdimms_leaves_those_of_a_define_that_came_after_it(tmp_path: Path) -> None:
+    backing = MemoryBacking()
+    proxy = Proxy(tmp_path, backing)
+    proxy.define(xml("a"))
+    one = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml()))
+    one.until(Procedure.DOMAIN_DEFINE_XML)
+    proxy.define(xml("a"))
+    one.finish()
+    assert claims(tmp_path, backing) == ["/mnt/pmem0/a"]
+
+
+def test_a_start_without_nvdimms_leaves_those_of_a_define_meanwhile(tmp_path: Path) -> None:
+    backing = MemoryBacking()
+    proxy = Proxy(tmp_path, backing)
+    proxy.define(xml("b"))
+    proxy.libvirtd.saved.add(UUID)
+    proxy.define(xml())  # the claim stays for the saved guest
+    proxy.libvirtd.saved.clear()
+    one = Client(proxy, Procedure.DOMAIN_CREATE, Packer().domain(DomainRef("db1", UUID, -1)))
+    one.until(Procedure.DOMAIN_GET_XML_DESC)
+    proxy.define(xml("a"))
+    one.finish()
+    assert claims(tmp_path, backing) == ["/mnt/pmem0/a"]
