@@ -28,6 +28,7 @@ def xen(driver_host: XenHost) -> Iterator[XenHost]:
     install_guest(driver_host)
     xml = operator.domain_xml(NAME, [operator.nvdimm(FILE, SIZE_MIB, label_kib=LABEL_KIB)], dsm="qemu")
     driver_host.write(f"/root/{NAME}.xml", xml.encode())
+    driver_host.check("rm -rf /var/lib/nvdimm-driver/acpi-cache")  # another test may have had these tables built
     driver_host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
     yield driver_host
     operator.remove(driver_host, NAME)
