@@ -23,12 +23,15 @@ test: $(VENV)/.ready
 	exit $$status
 
 # Also run the lab's slow tests, which 'test' leaves out.
-thorough: SELECTED := -m ''
+thorough: SELECTED := -m 'not long'
 thorough: test
 
-# Run what takes hours: doc/reliability.rst says what, and has the figures.
-test-long: $(VENV)/.ready
-	$(BIN)/python -m pytest -s -m long -n 2 -o faulthandler_timeout=0 tests/integration
+# Run what takes a day and more: doc/reliability.rst says what, and has the figures.
+test-long: $(VENV)/.ready images
+	@status=0; set -x; \
+	$(BIN)/python -m pytest -s -m long -n 2 -o faulthandler_timeout=0 tests/unit tests/integration || status=$$?; \
+	$(BIN)/python -m pytest -s -m long -o faulthandler_timeout=0 tests/lab || status=$$?; \
+	exit $$status
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
