@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from tests.waiting import HANG_SECONDS
+
 SOURCES = Path(__file__).parent
 DRIVER = Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_libxl.so")
 XEN_LIBRARIES = ("libxenctrl.so.4.17", "libxenforeignmemory.so.1", "libxenstore.so.4")
-TIMEOUT = 30.0
 
 PLACES = {
     "run": "/run",
@@ -97,7 +98,7 @@ class Libvirtd:
     def close(self) -> None:
         """End all processes. Can be repeated."""
         self._namespaces.kill()
-        self._namespaces.wait(TIMEOUT)
+        self._namespaces.wait(HANG_SECONDS)
         self._wait_for_all()
         self._ready.close()
         if self._events >= 0:
@@ -140,7 +141,7 @@ class Libvirtd:
         """Send a signal to a daemon that :meth:`serve` has started, and wait for its end."""
         daemon = self._served.pop(name)
         os.kill(_child(daemon), number)
-        daemon.wait(TIMEOUT)
+        daemon.wait(HANG_SECONDS)
 
     def stop(self) -> None:
         """Stop libvirtd; its domains keep running."""
@@ -218,7 +219,7 @@ class Libvirtd:
         unread, self._unread = self._unread, []
         return unread
 
-    def wait_for(self, event: str, timeout: float = TIMEOUT) -> list[str]:
+    def wait_for(self, event: str, timeout: float = HANG_SECONDS) -> list[str]:
         """Wait for an event; return the events since the last call, up to that one.
 
         :raises TimeoutError: with the ends of the logs.
@@ -284,9 +285,9 @@ class Libvirtd:
                 stdout=write,
             )
             os.close(write)
-            if not select.select([ready], [], [], TIMEOUT)[0] or not os.read(ready, 100):
+            if not select.select([ready], [], [], HANG_SECONDS)[0] or not os.read(ready, 100):
                 holder.kill()
-                raise RuntimeError(f"cannot make namespaces (as root?): exit status {holder.wait(TIMEOUT)}")
+                raise RuntimeError(f"cannot make namespaces (as root?): exit status {holder.wait(HANG_SECONDS)}")
             return holder
         finally:
             os.close(ready)
@@ -295,7 +296,7 @@ class Libvirtd:
         ended = os.pidfd_open(process.pid)
         try:
             while True:
-                found, _, _ = select.select([self._ready.fileno(), ended], [], [], TIMEOUT)
+                found, _, _ = select.select([self._ready.fileno(), ended], [], [], HANG_SECONDS)
                 if self._ready.fileno() not in found:
                     raise RuntimeError(self.report(f"{name} does not start"))
                 if b"READY=1" in self._ready.recv(100):  # not STOPPING=1 of an earlier one
@@ -307,7 +308,7 @@ class Libvirtd:
         if self._daemon is None:
             return
         try:
-            self._daemon.wait(TIMEOUT)
+            self._daemon.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(self.report("libvirtd does not end")) from error
         self._daemon = None
@@ -315,7 +316,7 @@ class Libvirtd:
     def _wait_for_all(self) -> None:
         self._wait_for_daemon()
         while self._served:
-            self._served.popitem()[1].wait(TIMEOUT)
+            self._served.popitem()[1].wait(HANG_SECONDS)
 
     def _run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         try:
@@ -325,7 +326,7 @@ class Libvirtd:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=TIMEOUT,
+                timeout=HANG_SECONDS,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -362,4 +363,4 @@ def _child(nsenter: subprocess.Popen[bytes]) -> int:
 def compile_c(library: Path, *sources: str) -> None:
     """Compile C files of this folder to a shared library."""
     command = ["gcc", "-std=gnu11", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(library)]
-    subprocess.run([*command, *(str(SOURCES / source) for source in sources)], check=True, timeout=TIMEOUT)
+    subprocess.run([*command, *(str(SOURCES / source) for source in sources)], check=True, timeout=HANG_SECONDS)

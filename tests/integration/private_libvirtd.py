@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Self
 
+from tests.waiting import HANG_SECONDS
+
 CONFIG = """\
 unix_sock_dir = "{folder}"
 unix_sock_rw_perms = "0700"
@@ -24,7 +26,6 @@ done
 echo 'user = "root"' >/etc/libvirt/qemu.conf
 exec libvirtd -f "$1/libvirtd.conf" -p "$1/libvirtd.pid"
 """
-SECONDS = 20
 
 
 class PrivateLibvirtd:
@@ -44,7 +45,7 @@ class PrivateLibvirtd:
         command += ["sh", "-ec", START, "sh", str(self._folder)]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while not self.socket.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
@@ -55,7 +56,7 @@ class PrivateLibvirtd:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         try:
-            self._process.wait(SECONDS)
+            self._process.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -19,6 +19,7 @@ from nvdimm_driver.errors import AcpiError
 from nvdimm_driver.model import GIB, KIB, MIB, GuestLayout, Placement
 from nvdimm_driver.plugins import AcpiBuilder
 from nvdimm_driver.processes import FIRST_UID
+from tests.waiting import HANG_SECONDS
 
 GAPS = (Placement(0, 68 * GIB, 64 * MIB), Placement(15, 70 * GIB, 64 * MIB, 128 * KIB), Placement(255, 72 * GIB, GIB))
 ALL = tuple(Placement(slot, (68 + slot) * GIB, GIB) for slot in range(256))
@@ -120,7 +121,7 @@ def test_acpiexec_loads_and_evaluates(tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
     assert "ACPI Error" not in run.stdout, run.stdout
     assert "ACPI Warning" not in run.stdout, run.stdout

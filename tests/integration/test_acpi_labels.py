@@ -17,6 +17,7 @@ from nvdimm_driver.acpi.native import NativeAcpiBuilder, ssdt
 from nvdimm_driver.acpi.tables import Header
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
 from tests.integration.test_acpi_iasl import compiled, recompiled
+from tests.waiting import HANG_SECONDS
 
 NVDIMM = Placement(0, 68 * GIB, 64 * MIB, 128 * KIB)
 UUID = label_methods.FAMILY.bytes_le.hex(" ")
@@ -92,7 +93,7 @@ class Machine:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=120,
+            timeout=HANG_SECONDS,
         )
         assert "Error" not in run.stdout, run.stdout
         assert "Warning" not in run.stdout, run.stdout

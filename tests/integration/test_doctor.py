@@ -19,6 +19,7 @@ from nvdimm_driver.doctor import libvirt
 from nvdimm_driver.doctor.finding import Result
 from tests.integration.bench_host import Host
 from tests.integration.private_libvirtd import PrivateLibvirtd
+from tests.waiting import HANG_SECONDS
 
 COLUMNS = {"Check", "Result", "Message", "Hint"}
 CONF = """
@@ -44,7 +45,7 @@ def doctor(folder: Path, *words: str, home: Path | None = None, options: str = "
     conf.write_text(CONF.format(folder=folder).replace("[DEFAULT]", f"[DEFAULT]\n{options}"))
     command = [str(Path(sys.executable).with_name("nvdimmctl")), "--config-file", str(conf), "doctor", *words]
     environment = {**os.environ, "HOME": str(home or folder)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS, env=environment)
     assert "Traceback" not in done.stderr
     return done
 

@@ -20,6 +20,7 @@ from nvdimm_driver.errors import SchemaError, UnsupportedError
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import restore, rewrite
 from nvdimm_driver.xml.schema import SCHEMA, check_schema
+from tests.waiting import HANG_SECONDS
 
 DATA = Path(__file__).parent.parent / "data" / "domxml"
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
@@ -42,7 +43,11 @@ def through_libvirt(xml: str, file: Path, *more: str) -> str:
     name = etree.fromstring(xml.encode()).findtext("name")
     commands = "; ".join([f"define {file}", *more, f"dumpxml --inactive {name}"])
     result = subprocess.run(
-        ["virsh", "-q", "-c", "test:///default", commands], capture_output=True, text=True, timeout=30, check=True
+        ["virsh", "-q", "-c", "test:///default", commands],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=True,
     )
     assert not result.stderr
     return of_type(result.stdout.strip() + "\n", "test", "xen")
@@ -62,7 +67,9 @@ def test_every_form_is_valid(schema: etree.RelaxNG, name: str, form: str) -> Non
 def test_virsh_takes_the_rewritten_form_with_validation(tmp_path: Path) -> None:
     file = tmp_path / "domain.xml"
     file.write_text(of_type(read("nova.rewritten"), "xen", "test"))
-    subprocess.run(["virsh", "-q", "-c", "test:///default", "define", "--validate", file], check=True, timeout=30)
+    subprocess.run(
+        ["virsh", "-q", "-c", "test:///default", "define", "--validate", file], check=True, timeout=HANG_SECONDS
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +105,7 @@ def test_what_is_not_valid_is_said_in_libvirts_words(tmp_path: Path, wrong: str)
     file = tmp_path / "domain.xml"
     file.write_text(xml)
     command = ["virsh", "-q", "-c", "test:///default", "define", "--validate", str(file)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stderr
+    said = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False).stderr
     with pytest.raises(SchemaError) as caught:
         check_schema(xml)
     assert said == f"error: Failed to define domain from {file}\nerror: {caught.value.message}\n\n"

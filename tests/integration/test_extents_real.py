@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from nvdimm_driver.backing.extents import LAST, MERGED, UNWRITTEN, FileExtent
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, NvdimmSpec, Surveyed
 from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.waiting import wait_until
 
 SIZE = 8 * MIB
 
@@ -213,10 +213,8 @@ def test_a_crash_leaves_nothing_behind(fs: FileSystem) -> None:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert fs.files() == before
-    deadline = time.monotonic() + 10  # XFS frees in the background
-    while (free - os.statvfs(fs.root).f_bfree) * 4 * KIB > SIZE // 2:
-        assert time.monotonic() < deadline, "the space of the unfinished file is not free again"
-        time.sleep(0.05)
+    # XFS frees in the background.
+    wait_until(lambda: (free - os.statvfs(fs.root).f_bfree) * 4 * KIB <= SIZE // 2, "the space of the unfinished file")
 
 
 def test_dax_by_the_files_own_flag(xfs: FileSystem) -> None:

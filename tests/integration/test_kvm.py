@@ -19,6 +19,7 @@ from nvdimm_driver.xml.edit_devices import detach
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import restore, rewrite
 from tests.integration.private_libvirtd import PrivateLibvirtd
+from tests.waiting import HANG_SECONDS
 
 DOMAIN = """\
 <domain type='qemu'>
@@ -60,7 +61,7 @@ def kvm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateLibvirtd]:
 def virsh(kvm: PrivateLibvirtd, *words: str | Path) -> str:
     """Return what virsh prints, errors too."""
     command = ["virsh", "-q", "-c", kvm.uri("qemu", "/system"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     return done.stdout + done.stderr
 
 

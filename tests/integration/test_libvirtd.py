@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.libvirtd import DRIVER, PLACES, SOURCES, Libvirtd
+from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 KILLED = """
@@ -61,8 +62,8 @@ def test_libvirtd_ends_with_a_test_run_that_is_killed(tmp_path: Path) -> None:
     assert run.stdin is not None
     assert run.stdout is not None
     libvirtd = os.pidfd_open(int(run.stdout.readline()))
-    run.communicate(timeout=10)
-    assert select.select([libvirtd], [], [], 10)[0], "libvirtd still runs"
+    run.communicate(timeout=HANG_SECONDS)
+    assert select.select([libvirtd], [], [], HANG_SECONDS)[0], "libvirtd still runs"
     os.close(libvirtd)
 
 

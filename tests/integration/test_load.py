@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 import select
 import socket
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,8 +32,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     try:
         yield host
     finally:
-        open_gates(host)
-        host.libvirtd.close()
+        with open_gates(host):
+            host.libvirtd.close()
 
 
 class Client:
@@ -69,11 +69,14 @@ def gates(host: Host) -> Path:
     return host.libvirtd.folder / "run/gates"
 
 
-def open_gates(host: Host) -> None:
-    """Let every define that waits go on, and fail but for the good ones; none waits any more."""
-    for gate in sorted(gates(host).glob("*")) if gates(host).exists() else ():
-        waiting = threading.Thread(target=gate.write_bytes, args=[b"go" if gate.stem in GOOD else b"fail"], daemon=True)
-        waiting.start()  # it waits until the define has its turn
+@contextmanager
+def open_gates(host: Host) -> Iterator[None]:
+    """Let every define that waits, or comes meanwhile, go on: the good ones succeed, the others fail."""
+    with ExitStack() as opened:
+        for path in sorted(gates(host).glob("*")):
+            gate = opened.enter_context(open(os.open(path, os.O_RDWR), "wb", buffering=0))
+            gate.write(b"go" if path.stem in GOOD else b"fail")  # it is there until the define has its turn
+        yield
 
 
 def wait_until_defined(host: Host) -> None:
@@ -111,8 +114,8 @@ def test_zeros_keep_nobody_waiting(host: Host) -> None:
     (defined,) = client.replies(1)
     assert defined.header.status == wire.OK
 
-    open_gates(host)
-    assert sorted(reply.header.status for reply in client.replies(ZEROS_MAX)) == [0, 0] + [1] * (ZEROS_MAX - 2)
+    with open_gates(host):
+        assert sorted(reply.header.status for reply in client.replies(ZEROS_MAX)) == [0, 0] + [1] * (ZEROS_MAX - 2)
     client.socket.close()
     assert {*host.check("list", "--all", "--name").split()} == {"Domain-0", "db1", "db2", *GOOD}
     host.define("db3", 3)

@@ -21,11 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nvdimm_driver.state.ledger import Ledger
 from tests.integration.bench_host import UUID, Host
+from tests.waiting import HANG_SECONDS, wait_until
 
 NVDIMMCTL = Path(sys.executable).with_name("nvdimmctl")
 LIFE = ["prepared", "started", "released"]
 MIB = 1 << 20
-DEADLINE = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +164,6 @@ def test_nvdimmd_keeps_a_file_for_prometheus(host: Host) -> None:
 # --- on its own ---
 
 
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.05)
-
-
 def follow(folder: Path, ledger: Ledger, *words: str) -> subprocess.Popen[str]:
     """Return a monitor that has printed its first event."""
     ledger.record_event("undefined", UUID.format(1))
@@ -182,7 +175,7 @@ def follow(folder: Path, ledger: Ledger, *words: str) -> subprocess.Popen[str]:
 def next_id(process: subprocess.Popen[str]) -> int:
     """Return the id of the next event that it prints."""
     assert process.stdout is not None
-    assert select.select([process.stdout], [], [], DEADLINE)[0], "it printed nothing"
+    assert select.select([process.stdout], [], [], HANG_SECONDS)[0], "it printed nothing"
     return int(json.loads(process.stdout.readline())["id"])
 
 
@@ -192,7 +185,7 @@ def test_it_follows_until_it_is_interrupted(tmp_path: Path, ledger: Ledger) -> N
         ledger.record_event("undefined", UUID.format(1))
         assert next_id(process) == number
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=DEADLINE)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out, err) == (0, "", "")
 
 
@@ -202,7 +195,7 @@ def test_it_ends_when_nobody_reads(tmp_path: Path, ledger: Ledger) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert process.wait(DEADLINE) == 141
+    assert process.wait(HANG_SECONDS) == 141
     assert process.stderr.read() == ""
     process.stderr.close()
 
@@ -210,7 +203,7 @@ def test_it_ends_when_nobody_reads(tmp_path: Path, ledger: Ledger) -> None:
 def test_without_since_it_begins_now(tmp_path: Path, ledger: Ledger) -> None:
     ledger.record_event("undefined", UUID.format(1))
     process = monitor(tmp_path, "--timeout", "1")
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + HANG_SECONDS
     while process.poll() is None:
         assert time.monotonic() < deadline
         ledger.record_event("forgotten", UUID.format(1))
@@ -223,7 +216,7 @@ def test_without_since_it_begins_now(tmp_path: Path, ledger: Ledger) -> None:
 @pytest.mark.parametrize("words", [["--since", "-1"], ["--since", "x"], ["--event", "lunch"], ["--timeout", "x"]])
 def test_bad_usage(tmp_path: Path, ledger: Ledger, words: list[str]) -> None:
     process = monitor(tmp_path, *words)
-    _, err = process.communicate(timeout=DEADLINE)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 2
     assert words[0] in err
 

@@ -26,6 +26,7 @@ from tests.integration.loop_backing import LoopBacking
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.unit.doubles import UUID
 from tests.unit.label_areas import label_area
+from tests.waiting import HANG_SECONDS
 
 PROJECT = Path(__file__).resolve().parents[2]
 NVDIMMCTL = Path(sys.executable).with_name("nvdimmctl")
@@ -80,13 +81,13 @@ class Operator:
         with subprocess.Popen(
             self.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment
         ) as process:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + HANG_SECONDS
             while marks.stat().st_size < steps:
                 assert process.poll() is None, process.communicate()
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
-            out, said = process.communicate(timeout=30)
+            out, said = process.communicate(timeout=HANG_SECONDS)
         marks.unlink()
         assert (process.returncode, out) == (130, "")
         assert "Traceback" not in said
@@ -198,7 +199,7 @@ def test_an_interruption_before_the_first_byte_leaves_nothing(operator: Operator
     ) as process:
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=HANG_SECONDS)
     assert process.returncode != 0
     assert not (operator.fs.root / "a").exists()
 

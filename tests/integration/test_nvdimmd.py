@@ -18,6 +18,7 @@ import pytest
 from nvdimm_driver import conf
 from nvdimm_driver.cmd import systemd_units
 from nvdimm_driver.cmd.installed_files import MARK
+from tests.waiting import HANG_SECONDS
 
 NVDIMMD = [sys.executable, "-m", "nvdimm_driver.cmd.nvdimmd"]
 GREETING = b"\0\0\0\x1c\x6b\x65\x65\x70\0\0\0\x01\0\0\0\x01\0\0\0\x02\0\0\0\0\0\0\0\0"
@@ -38,7 +39,7 @@ def libvirtd(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        listener.settimeout(20)
+        listener.settimeout(HANG_SECONDS)
         yield listener
 
 
@@ -53,10 +54,10 @@ def running(command: list[str], **env: str) -> Iterator[subprocess.Popen[bytes]]
 
 def connect(path: Path) -> socket.socket:
     """Connect once the socket exists; nvdimmd takes a moment."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_SECONDS
     while True:
         client = socket.socket(socket.AF_UNIX)
-        client.settimeout(20)
+        client.settimeout(HANG_SECONDS)
         try:
             client.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
@@ -72,7 +73,7 @@ def passes(client: socket.socket, listener: socket.socket) -> bool:
     client.sendall(GREETING)
     upstream, _ = listener.accept()
     with upstream:
-        upstream.settimeout(20)
+        upstream.settimeout(HANG_SECONDS)
         heard = upstream.recv(len(GREETING), socket.MSG_WAITALL)
         upstream.sendall(GREETING)
         return heard == GREETING == client.recv(len(GREETING), socket.MSG_WAITALL)
@@ -93,7 +94,7 @@ def test_by_itself_it_makes_its_sockets_and_takes_them_away(tmp_path: Path, conf
             assert passes(client, listener)
         assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("socket", "socket_ro")] == [0o660, 0o666]
         nvdimmd.send_signal(signal.SIGTERM)
-        assert nvdimmd.wait(20) == 0
+        assert nvdimmd.wait(HANG_SECONDS) == 0
     assert not (tmp_path / "socket").exists()
     assert not (tmp_path / "socket_ro").exists()
 
@@ -110,7 +111,7 @@ def test_a_moved_socket_of_virtxend_is_preferred(tmp_path: Path, config: Path) -
 
 def test_a_socket_that_somebody_serves_is_left_alone(tmp_path: Path, config: Path) -> None:
     with libvirtd(tmp_path / "socket"):
-        done = subprocess.run([*NVDIMMD, str(config)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*NVDIMMD, str(config)], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 1
     assert f"{tmp_path}/socket is served by another program" in done.stderr
 
@@ -124,7 +125,7 @@ def test_systemd_hands_over_sockets_and_hears_that_it_is_ready(tmp_path: Path, c
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service,
     ):
         service.bind(str(tmp_path / "notify"))
-        service.settimeout(20)
+        service.settimeout(HANG_SECONDS)
         with running(command, NOTIFY_SOCKET=str(tmp_path / "notify"), PYTHONPATH=os.pathsep.join(sys.path)):
             with connect(tmp_path / "rw") as client:
                 assert passes(client, listener)

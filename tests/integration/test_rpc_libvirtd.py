@@ -13,7 +13,6 @@ import re
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -25,6 +24,7 @@ from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Table, Work
 from nvdimm_driver.rpc.wire import Header, Reader
 from tests.integration.private_libvirtd import PrivateLibvirtd
 from tests.unit.rpc_peers import ProxyThread
+from tests.waiting import HANG_SECONDS, wait_until
 
 DOMAIN = """\
 <domain type='test'>
@@ -111,14 +111,11 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(HANG_SECONDS)
         self._listening.close()
 
     def wait_for_reply(self, procedure: int) -> None:
-        deadline = time.monotonic() + 10
-        while not any(message.header.procedure == procedure for message in self.received):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: any(message.header.procedure == procedure for message in self.received), "the reply")
 
     def _start(self, function: Any, *arguments: object) -> threading.Thread:
         self._threads.append(thread := threading.Thread(target=function, args=arguments))
@@ -210,7 +207,7 @@ class Host:
 
     def _run(self, uri: str, commands: list[str]) -> subprocess.CompletedProcess[str]:
         script = ";".join(commands).format(**self._names)
-        return subprocess.run(["virsh", "-q", "-c", uri, script], capture_output=True, text=True, timeout=60)
+        return subprocess.run(["virsh", "-q", "-c", uri, script], capture_output=True, text=True, timeout=HANG_SECONDS)
 
     def events(self, commands: list[str]) -> str:
         """Return the events that one virsh prints while another runs commands."""

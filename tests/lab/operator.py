@@ -67,7 +67,7 @@ def start_nvdimmd(host: XenHost) -> None:
     """Start nvdimmd, as 'systemctl start nvdimmd' does on a host with systemd."""
     host.check(
         f"setsid nvdimmd >>/var/log/nvdimmd.log 2>&1 </dev/null & echo $! >{NVDIMMD_PID}; "
-        f"for try in $(seq 200); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; "
+        f"for try in $(seq 600); do [ -S /run/libvirt/virtxend-sock ] && {VIRSH} uri && exit; "
         "kill -0 $! || break; sleep 0.5; done; "
         "cat /var/log/nvdimmd.log >&2; exit 1"
     )

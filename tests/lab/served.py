@@ -63,6 +63,6 @@ def serve(host: XenHost) -> None:
     host.write("/usr/local/bin/nvdimmctl", _CLIENT.encode(), 0o755)
     host.check(
         f"cd {_FOLDER} && setsid python3 server.py >server.log 2>&1 </dev/null & "
-        f"for try in $(seq 200); do [ -p {_FOLDER}/orders ] && exit; kill -0 $! || break; sleep 0.3; done; "
+        f"for try in $(seq 1000); do [ -p {_FOLDER}/orders ] && exit; kill -0 $! || break; sleep 0.3; done; "
         f"cat {_FOLDER}/server.log >&2; exit 1"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from tests.lab import operator
 from tests.lab.guest import Guest, pattern
 from tests.lab.host import XenHost
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 MIB = 1 << 20
@@ -160,9 +160,7 @@ def test_its_bytes_are_there_after_destroy_and_start(xen: XenHost, guest: Guest)
     assert again.wait_report().problems == ()
     same_bytes(xen, again)
     again.poweroff()
-    deadline = time.monotonic() + 30
-    while operator.show(xen, "db1")["state"] != "off":
-        assert time.monotonic() < deadline
+    wait_until(lambda: operator.show(xen, "db1")["state"] == "off", "the end of the guest")
     assert "i" not in xen.check(f"lsattr {FILE}").stdout.split()[0]
 
 

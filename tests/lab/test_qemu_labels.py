@@ -57,7 +57,7 @@ def processes(host: XenHost) -> list[int]:
 
 def wait_for_their_end(host: XenHost) -> None:
     """Wait until no label server runs; it polls for its domain twice a second."""
-    host.check(f"for try in $(seq 100); do {SERVER} >/dev/null || exit 0; sleep 0.1; done; exit 1")
+    host.check(f"for try in $(seq 3000); do {SERVER} >/dev/null || exit 0; sleep 0.1; done; exit 1")
 
 
 def label_sums(host: XenHost) -> list[str]:

@@ -139,7 +139,6 @@ def test_a_failing_device_model_leaves_nothing(xen: XenHost) -> None:
     finally:
         xen.check(f"rm {BREAKING_HOOK}")
     assert result.returncode != 0
-    assert result.seconds < 40
     reason = operator.show(xen, "owner")["last_fault"]
     assert "0x20000000000" in reason
     assert reason in xen.get(operator.LOG).decode()

@@ -147,14 +147,14 @@ def test_libvirtd_and_nvdimmd_restarted_under_a_running_guest(xen: XenHost, gues
     xen.check(
         f"mkfifo /root/orders; {operator.VIRSH} </root/orders >/root/said 2>&1 & "
         "sleep infinity >/root/orders & echo $! >/root/holder.pid; "
-        f"echo 'domstate {NAME}' >/root/orders; timeout 60 sh -c 'until grep running /root/said; do sleep 0.2; done'"
+        f"echo 'domstate {NAME}' >/root/orders; timeout 300 sh -c 'until grep running /root/said; do sleep 0.2; done'"
     )
     xen.check(f"kill -KILL $(cat {operator.NVDIMMD_PID})")
     operator.restart_libvirtd(xen, uri="xen+unix:///system?socket=/run/libvirt/libvirt-sock")
     operator.start_nvdimmd(xen)
     assert virsh(xen, f"domstate {NAME}").strip() == "running"
     xen.check(f"echo 'domstate {NAME}' >/root/orders; kill $(cat /root/holder.pid); rm /root/orders")
-    said = xen.check("timeout 60 sh -c 'while pgrep -x virsh >/dev/null; do sleep 0.1; done'; cat /root/said").stdout
+    said = xen.check("timeout 300 sh -c 'while pgrep -x virsh >/dev/null; do sleep 0.1; done'; cat /root/said").stdout
     assert "Reconnected to the hypervisor" in said
     assert said.count("running") == 2
     guest.check("report")

@@ -21,8 +21,7 @@ from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, ReplyEnt
 from nvdimm_driver.rpc.proxy import Listener, serve
 from nvdimm_driver.rpc.wire import Header, Message, Reader, pack
 from nvdimm_driver.rpc.xdr import LibvirtError
-
-SECONDS = 10.0
+from tests.waiting import HANG_SECONDS
 
 Requests = Generator[Call | Work, Any, bytes]
 
@@ -54,7 +53,7 @@ def broken(context: Context, arguments: bytes) -> Requests:
 def slow(context: Context, arguments: bytes) -> Requests:
     """Wait for the test in a thread, between two calls."""
     yield Call(SLOW, b"first")
-    result: bytes = yield Work(lambda: b"%d" % GATE.wait(10))
+    result: bytes = yield Work(lambda: b"%d" % GATE.wait(HANG_SECONDS))
     yield Call(SLOW, result)
     return b"done"
 
@@ -94,7 +93,7 @@ def changed(context: Context, reply: bytes) -> Requests:
     if reply == b"+unsupported":
         raise UnsupportedError("not that")
     if reply == b"+wait":
-        yield Work(lambda: WAITING.set() or GATE.wait(10))  # type: ignore[func-returns-value]
+        yield Work(lambda: WAITING.set() or GATE.wait(HANG_SECONDS))  # type: ignore[func-returns-value]
     return reply[::-1]
 
 
@@ -133,7 +132,7 @@ class Line:
     """One peer's socket. No operation waits longer than ten seconds."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(SECONDS)
+        connection.settimeout(HANG_SECONDS)
         self.socket = connection
         self._reader = Reader()
 
@@ -209,12 +208,12 @@ class ProxyThread:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._started.wait(SECONDS)
+        assert self._started.wait(HANG_SECONDS)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._thread.join(SECONDS)
+        self._thread.join(HANG_SECONDS)
         self._listening.close()
         assert not self._thread.is_alive()
 
@@ -226,7 +225,7 @@ class Proxy(ProxyThread):
         self.upstream = socket.socket(socket.AF_UNIX)
         self.upstream.bind(str(folder / "far"))
         self.upstream.listen(100)
-        self.upstream.settimeout(SECONDS)
+        self.upstream.settimeout(HANG_SECONDS)
         super().__init__(folder, folder / "far", table, allowed)
 
     def client(self) -> Line:

@@ -5,17 +5,18 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nvdimm_driver.acpi.machine import arguments
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
+from nvdimm_driver.acpi.qtest import Qtest
 from nvdimm_driver.errors import AcpiError, ConfigError, LayoutError
 from nvdimm_driver.model import GIB, KIB, MIB, GuestLayout, Placement
 from nvdimm_driver.processes import FIRST_UID
+from tests.waiting import wait_until
 
 
 def layout(*nvdimms: Placement) -> GuestLayout:
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 BUILD_ONE = """
 import sys
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
+from nvdimm_driver.acpi.qtest import Qtest
 from nvdimm_driver.model import GuestLayout, Placement
 nvdimm = Placement(0, 1 << 36, 1 << 26)
 QemuAcpiBuilder([sys.argv[1]]).build(GuestLayout(1 << 30, 1 << 32, 1 << 48, (nvdimm,)))
@@ -60,13 +62,6 @@ def is_running(pid: int) -> bool:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_arguments_of_plain_nvdimm() -> None:
@@ -127,10 +122,18 @@ def test_file_that_is_no_program(place: Path) -> None:
         QemuAcpiBuilder([str(path)]).build(ONE)
 
 
-def test_qemu_that_hangs_is_ended(place: Path) -> None:
-    hanging = program(place, "hanging", f"echo $$ >{place}/pid; echo waiting >&2; exec sleep 600")
+def test_qemu_that_hangs_is_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = program(
+        place, "hanging", f"echo waiting >&2; echo $$ >{place}/new; mv {place}/new {place}/pid; sleep 600"
+    )
+
+    def left_once_it_runs(_: Qtest) -> float:
+        wait_until((place / "pid").exists)
+        return 0.05
+
+    monkeypatch.setattr(Qtest, "_left", left_once_it_runs)
     with pytest.raises(AcpiError, match=r"did not answer .* in time: waiting"):
-        QemuAcpiBuilder([hanging], timeout=0.5).build(ONE)
+        QemuAcpiBuilder([hanging]).build(ONE)
     assert not is_running(int((place / "pid").read_text()))
 
 
@@ -155,10 +158,10 @@ def test_qemu_has_no_privileges(place: Path) -> None:
 def test_qemu_dies_when_we_are_killed(place: Path) -> None:
     hanging = program(place, "hanging", f"echo $$ >{place}/new; mv {place}/new {place}/pid; exec sleep 600")
     with subprocess.Popen([sys.executable, "-c", BUILD_ONE, hanging], cwd=ROOT) as builder:
-        wait_for((place / "pid").exists)
+        wait_until((place / "pid").exists)
         builder.kill()
     pid = int((place / "pid").read_text())
-    wait_for(lambda: not is_running(pid))
+    wait_until(lambda: not is_running(pid))
 
 
 def test_sandbox_is_asked_for_and_done_without_only_where_it_is_not_built_in(place: Path) -> None:

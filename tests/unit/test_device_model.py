@@ -28,6 +28,7 @@ from tests.unit.doubles import (
     make_driver,
     started,
 )
+from tests.waiting import HANG_SECONDS
 
 A = "/mnt/pmem0/a"
 TOO_SLOW = {"argparse", "cffi", "ctypes", "dataclasses", "enum", "json", "logging", "lxml", "oslo_config", "pathlib"}
@@ -366,7 +367,9 @@ def test_a_server_that_no_other_can_follow_is_not_killed(
             assert server.poll() is None
             driver.define(labelled)
             assert [(each.name, renewed) for each, renewed in driver.renew_label_servers()] == [("db1", False)]
-            assert server.wait(10) == -signal.SIGKILL, "and it is only said to be renewed when another one serves"
+            assert server.wait(HANG_SECONDS) == -signal.SIGKILL, (
+                "and it is only said to be renewed when another one serves"
+            )
         finally:
             server.kill()
 

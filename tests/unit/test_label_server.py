@@ -18,6 +18,7 @@ from nvdimm_driver.cmd.label_server import SERVING, _take_lock, supervise
 from nvdimm_driver.errors import AcpiError, XenError
 from nvdimm_driver.labels.servers import MODULE, LabelServers
 from tests.unit.doubles import OTHER_UUID, UUID
+from tests.waiting import HANG_SECONDS
 
 
 def supervised(serve: Callable[[bool, Callable[[], None]], None], happened: list[str] | None = None) -> bytes:
@@ -133,7 +134,7 @@ def test_one_that_is_older_than_the_installed_code_is_killed(tmp_path: Path) -> 
         assert servers.is_running(UUID)
         servers.kill(UUID)
         assert not servers.is_running(UUID), "the next one can start at once"
-        assert server.wait(10) == -signal.SIGKILL
+        assert server.wait(HANG_SECONDS) == -signal.SIGKILL
         assert other.poll() is None
         assert not servers.is_older_than(UUID, time.time() + 3600)
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.cmd import hook
+from tests.waiting import HANG_SECONDS
 
 NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """Python takes ASCII for names of files with these, as it takes ISO-8859-1 in the locale de_DE.ISO-8859-1."""
@@ -26,7 +27,7 @@ def run(folder: Path, code: str, *words: str) -> subprocess.CompletedProcess[byt
         env={"HOME": str(folder), **NO_UTF8},
         input=XML.encode(),
         capture_output=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

@@ -21,6 +21,7 @@ from nvdimm_driver.errors import ConfigError, XenError
 from nvdimm_driver.model import MIB
 from nvdimm_driver.state.ledger import Ledger
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, TablesOfNative, domain, make_driver
+from tests.waiting import HANG_SECONDS
 
 A = "/mnt/pmem0/a"
 LOGGING = """
@@ -263,7 +264,7 @@ def test_a_log_is_for_its_owner_and_group_alone(tmp_path: Path) -> None:
         options = tmp_path / "conf"
         options.write_text(f"[DEFAULT]\nlog_file = {tmp_path}/hook\n")
         command = [sys.executable, "-c", LOGGING.format(where="to_file"), str(options)]
-        subprocess.run(command, check=True, timeout=60)
+        subprocess.run(command, check=True, timeout=HANG_SECONDS)
         Log(str(tmp_path / "device-model"), level="DEBUG").debug("a step")
     finally:
         os.umask(before)

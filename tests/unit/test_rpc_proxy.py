@@ -6,7 +6,7 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from tests.unit.rpc_peers import (
     PING,
     PLAIN,
     REFUSED,
-    SECONDS,
     SLOW,
     STUBBORN,
     TABLE,
@@ -41,6 +40,7 @@ from tests.unit.rpc_peers import (
     open_fds,
     reply_to,
 )
+from tests.waiting import HANG_SECONDS, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -66,13 +66,6 @@ def lines(proxy: Proxy) -> Iterator[tuple[Line, Line]]:
 
 
 Lines = tuple[Line, Line]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def contents(fd: int) -> bytes:
@@ -266,7 +259,7 @@ def test_replies_stay_in_order_while_one_is_changed(lines: Lines) -> None:
     near.socket.settimeout(0.05)
     with pytest.raises(TimeoutError):
         near.receive()
-    near.socket.settimeout(SECONDS)
+    near.socket.settimeout(HANG_SECONDS)
     GATE.set()
     assert near.expect().payload == b"tiaw+"
     assert [near.expect().frame for _ in later] == later
@@ -277,7 +270,7 @@ def test_one_side_goes_while_a_reply_is_changed(lines: Lines, goes: int) -> None
     """The client still gets its reply; without a client, it is dropped."""
     far = lines[1]
     far.send(reply_to(call(CHANGED, 1)), b"+wait")
-    assert WAITING.wait(10)
+    assert WAITING.wait(HANG_SECONDS)
     lines[goes].socket.close()
     time.sleep(0.05)
     GATE.set()
@@ -329,7 +322,7 @@ def test_one_handler_too_many_waits_and_lets_others_pass_before_it(lines: Lines)
     far.socket.settimeout(0.05)
     with pytest.raises(TimeoutError):
         far.receive()
-    far.socket.settimeout(10)
+    far.socket.settimeout(HANG_SECONDS)
     far.send(reply_to(asked[0].header))
     assert far.expect().payload == b"LAST"
     assert far.expect().header.serial == 102
@@ -519,7 +512,7 @@ def test_a_client_that_waits_for_libvirtd_is_disconnected_when_nvdimmd_stops(tmp
         proxy.upstream.listen(0)
         other.connect(proxy.upstream.getsockname())  # the queue is full
         with proxy.client() as near:
-            assert attended.wait(SECONDS)
+            assert attended.wait(HANG_SECONDS)
             proxy.stop()
             proxy.upstream.accept()[0].close()
             with Line(proxy.upstream.accept()[0]) as far:
@@ -659,7 +652,7 @@ def test_a_slow_reader_stops_its_writer(lines: Lines, reverse: bool) -> None:
     assert sent < 4 << 20
     assert resident() - before < 8 << 20
     whole, rest = divmod(sent, len(frame))
-    sender.socket.settimeout(10)
+    sender.socket.settimeout(HANG_SECONDS)
     thread = threading.Thread(target=sender.socket.sendall, args=(frame[rest:] if rest else b"",))
     thread.start()
     assert all(receiver.expect().frame == frame for _ in range(whole + bool(rest)))
@@ -675,7 +668,7 @@ def test_one_who_reads_no_replies_gets_no_more_handlers(lines: Lines) -> None:
             near.send(call(REFUSED, sent))
             sent += 1
     assert sent < 10_000
-    near.socket.settimeout(10)
+    near.socket.settimeout(HANG_SECONDS)
     near.socket.shutdown(socket.SHUT_WR)
     assert [near.expect().header.serial for _ in range(100)] == list(range(100))
 

@@ -15,6 +15,7 @@ from nvdimm_driver.errors import BusyError
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Pool, Work
 from nvdimm_driver.rpc.workers import THREADS, ZEROS_MAX, Workers
 from tests.unit.rpc_peers import Proxy, call
+from tests.waiting import HANG_SECONDS
 
 
 def test_long_work_keeps_only_its_own_kind_waiting() -> None:
@@ -81,7 +82,7 @@ def test_handlers_that_wait_at_the_end_undo_what_they_did(tmp_path: Path) -> Non
             near.send(call(2, 99))
             assert far.expect().header.serial == 99, "all calls before it have begun"
             for _ in range(THREADS[Pool.ZEROS]):
-                assert begun.acquire(timeout=60)
+                assert begun.acquire(timeout=HANG_SECONDS)
             proxy.stop()
             assert near.receive() is None
             gate.set()

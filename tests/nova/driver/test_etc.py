@@ -23,6 +23,7 @@ from nvdimm_driver.nova.compute import command
 from nvdimm_driver.nova.compute.compatibility import NOTHING
 from nvdimm_driver.nova.compute.patches import accept_xen
 from tests.nova.driver.base import UUID, DriverTest
+from tests.waiting import HANG_SECONDS
 
 ETC = Path(__file__).parents[3] / "etc/nova"
 FILTERS = ETC / "rootwrap.d"
@@ -187,7 +188,9 @@ def started(tmp_path: Path, more: str, mode: str, path: str = "") -> subprocess.
     conf.write_text((ETC / "nova-compute-xen-nvdimm.conf").read_text() + more)
     environment = {**os.environ, "OS_NOVA_DISABLE_EVENTLET_PATCHING": mode, "PYTHONPATH": path}
     command_line = [sys.executable, "-W", "ignore", "-c", COMPUTE, "--config-file", str(conf)]
-    return subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command_line, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
 
 
 @pytest.mark.parametrize("mode", ["0", "1"], ids=["eventlet", "threads"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from nvdimm_driver.xml.parse_domain import extract
 from tests.integration.loop_pmem import FileSystem
 from tests.nova.functional.host import PmemHost
 from tests.nova.functional.libxl import XenConnection
+from tests.waiting import wait_until
 
 API_PASTE = Path(sys.prefix) / "etc/nova/api-paste.ini"
 
@@ -116,11 +116,8 @@ class NovaTestBase(base.ServersTestBase):
         return server
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """:raises AssertionError: when it does not become true."""
-        deadline = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        """:raises TimeoutError: when it does not become true."""
+        wait_until(condition)
 
     def settled(self, server: str) -> dict[str, Any]:
         """A server when nothing is being done to it any more."""
