@@ -21,7 +21,7 @@ from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, Unsup
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, Plan, Record
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Pool, ReplyEntry, Table, Work
-from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, has_managed_save, pass_xml, validates, xml_and_flags
+from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, find, has_managed_save, pass_xml, validates, xml_and_flags
 from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
@@ -52,7 +52,7 @@ START_FORCE_BOOT = 1 << 3
 METADATA_ELEMENT = 2
 MIGRATE_DEST_XML = "destination_xml"
 # include/libvirt/virterror.h
-FROM_DOMAIN, NO_DOMAIN, NO_DOMAIN_METADATA = 20, 42, 80
+FROM_DOMAIN, NO_DOMAIN_METADATA = 20, 80
 
 MARK = NAMESPACE.encode()
 
@@ -108,7 +108,9 @@ class Interceptor:
         """Provision the NVDIMMs, and make the call; if that fails, put back what the domain had before."""
         uuid = domain.uuid or ""
         before: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
-        is_defined = (yield from self._defined(uuid)) is not None  # and its definition has its own NVDIMMs
+        found = yield from find(uuid)
+        if found and (found.name != domain.name or (yield from ask(Procedure.DOMAIN_IS_ACTIVE, found))):
+            return (yield from call(procedure, arguments, with_fds=True))  # libvirt refuses it: nothing is changed
         created = yield self._work(lambda driver: driver.create(domain, plan), _provisioning(plan))
         try:
             reply = yield from call(procedure, arguments, with_fds=True)
@@ -119,7 +121,7 @@ class Interceptor:
             except (NvdimmError, OSError) as failed:
                 LOG.error("domain %s: what it had before its create failed cannot be put back: %s", uuid, failed)
             raise explained from error
-        if not is_defined:
+        if found is None:  # no definition has NVDIMMs of its own
             try:
                 yield self._work(lambda driver: driver.give_up_others(domain), Pool.HOST)
             except (NvdimmError, OSError) as failed:
@@ -451,15 +453,8 @@ class Interceptor:
 
     def _defined(self, uuid: str | None) -> Generator[Call | Work, Any, str | None]:
         """Return the domain's existing definition; None when there is none."""
-        if uuid is None:
-            return None
-        try:
-            found = Unpacker((yield from call(Procedure.DOMAIN_LOOKUP_BY_UUID, bytes(Packer().uuid(uuid))))).domain()
-        except LibvirtError as error:
-            if RemoteError.unpack(error.payload).code == NO_DOMAIN:
-                return None
-            raise
-        return (yield from self._definition(found))
+        found = None if uuid is None else (yield from find(uuid))
+        return None if found is None else (yield from self._definition(found))
 
     def _explained(self, error: LibvirtError, uuid: str) -> Generator[Call | Work, Any, LibvirtError]:
         """Return the error, with the reason why the start failed if the ledger has one that is not in it yet."""

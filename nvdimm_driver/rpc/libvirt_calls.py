@@ -12,6 +12,7 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import ClientDomain
 
+NO_DOMAIN = 42  # include/libvirt/virterror.h
 START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0  # include/libvirt/libvirt-domain.h
 
 Steps = Generator[Call | Work, Any, bytes]
@@ -51,6 +52,16 @@ def pass_xml(procedure: int, payload: bytes, read: ClientDomain, *, with_fds: bo
 def ask(procedure: Procedure, domain: DomainRef) -> Generator[Call | Work, Any, bool]:
     """Return the answer to a question of libvirt's about a domain."""
     return Unpacker((yield from call(procedure, bytes(Packer().domain(domain))))).int32() == 1
+
+
+def find(uuid: str) -> Generator[Call | Work, Any, DomainRef | None]:
+    """Return libvirt's domain of that uuid, which is defined or runs; None when there is none."""
+    try:
+        return Unpacker((yield from call(Procedure.DOMAIN_LOOKUP_BY_UUID, bytes(Packer().uuid(uuid))))).domain()
+    except LibvirtError as error:
+        if RemoteError.unpack(error.payload).code == NO_DOMAIN:
+            return None
+        raise
 
 
 def validates(procedure: int, flags: bytes) -> bool:

@@ -85,6 +85,32 @@ def test_a_create_that_libvirt_refuses_takes_nothing(
         driver.define(domain(A, uuid=OTHER_UUID, name="stranger"))
 
 
+@pytest.mark.parametrize(("runs", "name"), [(True, "db1"), (True, "evil"), (False, "evil")])
+def test_a_create_that_libvirt_has_to_refuse_changes_nothing_meanwhile(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: Watched, runs: bool, name: str
+) -> None:
+    """Of a domain that runs, or that has another name: its client may never come to read libvirt's error."""
+    proxy.define(xml("a"))
+    if runs:
+        driver.prepare(domain(A))
+        map_prepared(driver.ledger, 5)
+        proxy.libvirtd.running.add(UUID)
+    before, files, provisioned, seen = record(driver), dict(backing.files), backing.provisioned, []
+    proxy.libvirtd.refuse = {CREATE: "domain 'db1' is already active"}
+
+    def answer(call: Call) -> bytes:
+        if call.procedure == CREATE:
+            seen.append((record(driver), dict(backing.files)))
+        return answered(call)
+
+    answered = proxy.libvirtd.answer
+    proxy.libvirtd.answer = answer  # type: ignore[method-assign]
+    with pytest.raises(LibvirtError):
+        proxy.call(CREATE, Packer().string(xml("b", ram=1 << 30).replace("<name>db1", f"<name>{name}")).uint32(0))
+    assert seen == [(before, files)]
+    assert (record(driver), backing.files, backing.provisioned) == (before, files, provisioned)
+
+
 def test_a_create_beside_a_definition_leaves_what_that_has(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     proxy.define(xml("a"))
     (before,) = record(driver).allocations
