@@ -10,22 +10,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from nvdimm_driver.host_text import escaped, read
+
 
 class LockFile:
     """A lock that this process has until :meth:`close`; its file is there as long as somebody has it.
 
     :param file: in a folder that only root may write to.
     :param seconds: how long to wait while another process has it.
+    :param client: who the lock is for, as :func:`holder` tells it; empty for this process itself.
     :raises BlockingIOError: when another process still has it.
     :raises OSError: when the file cannot be made.
     """
 
-    def __init__(self, file: Path, seconds: float = 0.0) -> None:
+    def __init__(self, file: Path, seconds: float = 0.0, client: str = "") -> None:
         self._file = file
         deadline = time.monotonic() + seconds
         while True:
             self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if take(self._descriptor) and is_at(self._descriptor, file):
+            if take(self._descriptor, client) and is_at(self._descriptor, file):
                 return
             blocked = is_at(self._descriptor, file)  # else its holder has just deleted it
             os.close(self._descriptor)
@@ -49,14 +52,14 @@ class LockFile:
         self.close()
 
 
-def take(lock: int) -> bool:
-    """Take a lock and write this process's number into it; return False while another process has it."""
+def take(lock: int, client: str = "") -> bool:
+    """Take a lock and write into it who has it, for :func:`holder`; return False while another process has it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     with suppress(OSError):  # on a full disk, the number is missing in an error message
-        os.pwrite(lock, f"{os.getpid():<10}".encode(), 0)
+        os.ftruncate(lock, os.pwrite(lock, f"{os.getpid()}\n{client}".encode(), 0))
     return True
 
 
@@ -69,9 +72,17 @@ def is_at(lock: int, file: Path) -> bool:
 
 
 def holder(file: Path) -> str:
-    """Return for people which process has a lock."""
+    """Return for people which process has a lock, and for which client."""
     try:
-        process = int(file.read_bytes())
-        return f"process {process} ({Path(f'/proc/{process}/comm').read_text(encoding='utf-8').strip()})"
+        number, _, client = file.read_text(encoding="utf-8").partition("\n")
+        return f"{describe(int(number))}{client and f' for {client}'}"
     except (OSError, ValueError):
         return "another process"
+
+
+def describe(process: int) -> str:
+    """Return a process for people: its number and, while it runs, its name."""
+    try:
+        return f"process {process} ({escaped(read(f'/proc/{process}/comm')).strip()})"
+    except OSError:
+        return f"process {process}"

@@ -35,7 +35,16 @@ class DomainLocks:
         :returns: the lock, to be closed.
         :raises InUseError: when another process still has it.
         """
-        return self._take(f"define-{uuid}", f"domain {uuid} is being defined, created or released")
+        return self._change(uuid, self.seconds)
+
+    def try_changing(self, uuid: str, client: str) -> LockFile:
+        """Take the lock for changes of the domain's claims, and do not wait for it.
+
+        :param client: who it is for, to be told to others.
+        :returns: the lock, to be closed.
+        :raises InUseError: when it is taken.
+        """
+        return self._change(uuid, 0.0, client)
 
     def is_changing(self, uuid: str) -> bool:
         """Return True while a process has the lock for changes of the domain's claims."""
@@ -54,13 +63,17 @@ class DomainLocks:
         :returns: the lock, to be closed.
         :raises InUseError: when another process still has it.
         """
-        return self._reserve.spend(lambda: self._take(f"start-{uuid}", f"a start of domain {uuid} is being prepared"))
+        what = f"a start of domain {uuid} is being prepared"
+        return self._reserve.spend(lambda: self._take(f"start-{uuid}", what, self.seconds))
 
-    def _take(self, name: str, what: str) -> LockFile:
+    def _change(self, uuid: str, seconds: float, client: str = "") -> LockFile:
+        return self._take(f"define-{uuid}", f"domain {uuid} is being defined, created or released", seconds, client)
+
+    def _take(self, name: str, what: str, seconds: float, client: str = "") -> LockFile:
         file = self._folder / name
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return LockFile(file, self.seconds)
+            return LockFile(file, seconds, client)
         except BlockingIOError as error:
             raise InUseError(f"{what} by {holder(file)}", hint="wait until that ends, or stop it") from error
         except OSError as error:

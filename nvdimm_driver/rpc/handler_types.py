@@ -47,17 +47,22 @@ class Pool(Enum):
     """A kind of work. Each has threads of its own, so that none waits for one that takes longer."""
 
     LEDGER = "reads or writes the ledger"
-    XML = "parses or writes XML"
+    XML = "parses or writes XML that clients send"
+    DUMP = "restores XML that libvirt has, for dumpxml"
     HOST = "looks at backings, asks Xen, runs QEMU"
     ZEROS = "writes zeros into backings"
 
 
 @dataclass(frozen=True)
 class Work:
-    """A handler's request: run this function in a thread. It gets what the function returns or raises."""
+    """A handler's request: run this function in a thread. It gets what the function returns or raises.
+
+    :ivar delay: seconds to wait before, without a thread.
+    """
 
     function: Callable[[], Any]
     pool: Pool = Pool.LEDGER
+    delay: float = 0.0
 
 
 Handler = Callable[[Context, bytes], Generator[Call | Work, Any, bytes]]

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
+from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, Plan, Record
-from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Pool, ReplyEntry, Table, Work
+from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, find, has_managed_save, pass_xml, validates, xml_and_flags
+from nvdimm_driver.rpc.locking import changing
 from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
@@ -63,11 +65,13 @@ class Interceptor:
     """The handlers of calls.
 
     :param driver: makes a driver, in the thread that uses it; its ledger is closed afterwards.
+    :param client: whose call is handled.
     """
 
-    def __init__(self, driver: Callable[[], XenNvdimmDriver], hooks: XmlHooks) -> None:
+    def __init__(self, driver: Callable[[], XenNvdimmDriver], hooks: XmlHooks, client: Peer | None = None) -> None:
         self._make_driver = driver
         self._hooks = hooks
+        self._client = client
 
     def table(self, *, read_only: bool = False) -> Table:
         """Return the table for clients of the read-only socket, or of the other one."""
@@ -79,7 +83,7 @@ class Interceptor:
 
     def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
         LOG.debug("%s, called by uid %d, pid %d", Procedure(procedure).name.lower(), context.peer.uid, context.peer.pid)
-        return row.handler(self, procedure, payload)
+        return row.handler(Interceptor(self._make_driver, self._hooks, context.peer), procedure, payload)
 
     # --- XML that comes in ---
 
@@ -334,18 +338,18 @@ class Interceptor:
 
     def _restored(self, xml: str) -> Generator[Call | Work, Any, str]:
         """Return libvirt's XML as its user wrote it."""
-        restored: str = yield Work(lambda: self._hooks.restore(xml), Pool.XML)
+        restored: str = yield Work(lambda: self._hooks.restore(xml), Pool.DUMP)
         return restored
 
     def _has_nvdimms(self, xml: str) -> Generator[Call | Work, Any, bool]:
         """Return True if libvirt's XML is of a domain with NVDIMMs."""
-        found: bool = yield Work(lambda: has_nvdimms(self._hooks.restore(xml)), Pool.XML)
+        found: bool = yield Work(lambda: has_nvdimms(self._hooks.restore(xml)), Pool.DUMP)
         return found
 
     def _changing(self, uuid: str) -> Generator[Call | Work, Any, LockFile]:
         """Take the lock for changes of a domain's claims: no other client defines it until this call is done."""
-        lock: LockFile = yield self._work(lambda driver: driver.locks.changing(uuid), Pool.HOST)
-        return lock
+        locks: DomainLocks = yield self._work(lambda driver: driver.locks)
+        return (yield from changing(locks, uuid, self._client))
 
     def _drop_claims(self, uuid: str) -> Generator[Call | Work, Any, None]:
         """Give up the domain's claims, unless another client has defined it with NVDIMMs meanwhile."""

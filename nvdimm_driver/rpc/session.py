@@ -293,7 +293,7 @@ class _Handling:
 
     def _begin(self, request: Call | Work) -> None:
         if isinstance(request, Work):
-            self._session.workers.submit(request).add_done_callback(self._worked)
+            self._session.workers.submit(self._session, request).add_done_callback(self._worked)
             return
         self._session.call(self, request, self._fds if request.with_fds else ())
         if request.with_fds:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-from nvdimm_driver.rpc.handler_types import Call, Entry
+from nvdimm_driver.errors import InUseError, NvdimmError
+from nvdimm_driver.rpc.handler_types import Call, Entry, Work
+from nvdimm_driver.rpc.locking import LOCK_DELAYS
 from nvdimm_driver.rpc.procedure import Procedure
-from nvdimm_driver.rpc.xdr import DomainRef, Packer
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
 from tests.unit.test_rpc_intercept import CONTEXT, Proxy, xml
 
@@ -24,8 +27,12 @@ class Client:
 
     def step(self) -> None:
         request = self.request
-        value = self.proxy.libvirtd.answer(request) if isinstance(request, Call) else request.function()
-        self.request = self.steps.send(value)
+        try:
+            value = self.proxy.libvirtd.answer(request) if isinstance(request, Call) else request.function()
+        except (LibvirtError, NvdimmError) as error:
+            self.request = self.steps.throw(error)
+        else:
+            self.request = self.steps.send(value)
 
     def until(self, procedure: Procedure) -> None:
         """Work until a call of that procedure was answered."""
@@ -67,5 +74,32 @@ def test_a_start_without_nvdimms_leaves_those_of_a_define_meanwhile(tmp_path: Pa
     one = Client(proxy, Procedure.DOMAIN_CREATE, Packer().domain(DomainRef("db1", UUID, -1)))
     one.until(Procedure.DOMAIN_GET_XML_DESC)
     proxy.define(xml("a"))
+    one.finish()
+    assert claims(tmp_path, backing) == ["/mnt/pmem0/a"]
+
+
+def test_who_waits_for_a_domain_has_no_thread_meanwhile(tmp_path: Path) -> None:
+    """Each attempt ends at once, and the next one comes after a delay, for which no thread is kept."""
+    proxy = Proxy(tmp_path, MemoryBacking())
+    driver = make_driver(tmp_path, MemoryBacking(), RecordingMapper())
+    driver.locks.seconds = 3600.0
+    delays = []
+    with driver.locks.changing(UUID):
+        one = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml("a")))
+        with suppress(InUseError):
+            while True:
+                delays += [one.request.delay] if isinstance(one.request, Work) else []
+                one.step()
+    assert [delay for delay in delays if delay] == [delay for delay in LOCK_DELAYS if delay]
+    proxy.define(xml("a"))
+
+
+def test_who_waits_for_a_domain_gets_it_when_it_is_free(tmp_path: Path) -> None:
+    backing = MemoryBacking()
+    proxy = Proxy(tmp_path, backing)
+    with make_driver(tmp_path, backing, RecordingMapper()).locks.changing(UUID):
+        one = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml("a")))
+        while not (isinstance(one.request, Work) and one.request.delay):
+            one.step()
     one.finish()
     assert claims(tmp_path, backing) == ["/mnt/pmem0/a"]
