@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ESCAPED = "backslashreplace"
 """The ``errors`` of every stream and file that text goes out to."""
 LOG_MODE = 0o640
+_CONTROL = {each: f"\\x{each:02x}" for each in (*range(0x20), *range(0x7F, 0xA0)) if chr(each) not in "\t\n"}
 
 
 def use_utf8() -> None:
@@ -56,3 +57,8 @@ def open_log(path: str) -> TextIOWrapper:
 def escaped(text: str) -> str:
     """Return the text as it is shown: valid in UTF-8."""
     return text.encode("utf-8", ESCAPED).decode()
+
+
+def printable(text: str) -> str:
+    """Return the text as :func:`escaped`, and without control characters, which a terminal obeys: ``\\xNN``."""
+    return escaped(text).translate(_CONTROL)

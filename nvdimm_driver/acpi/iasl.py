@@ -2,7 +2,8 @@
 """Disassembly of an ACPI table with ACPICA's ``iasl``, if it is installed.
 
 A guest can write what it likes into its tables, and iasl is written in C. So root runs it as a user of its own, in
-namespaces in which it sees no network and no other process, with limits, and takes nothing from it but a file.
+namespaces in which it sees no network and no other process, with limits, and takes nothing from it but a file. What
+iasl copies from a table is shown without control characters: they would be the guest's orders to root's terminal.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from nvdimm_driver.acpi import tables
 from nvdimm_driver.errors import AcpiError, ConfigError
 from nvdimm_driver.host_text import decode as decode_text
+from nvdimm_driver.host_text import printable
 from nvdimm_driver.model import MIB
 from nvdimm_driver.processes import FIRST_UID, run
 from nvdimm_driver.sizes import human
@@ -56,7 +58,8 @@ def _disassemble(table: bytes, program: str) -> str:
             raise AcpiError(f"{program} -d took longer than {_TIMEOUT} s") from error
         source = path.with_suffix(".dsl")
         if done.returncode or not source.exists():
-            raise AcpiError(f"{program} -d failed with status {done.returncode}: {done.stdout}{done.stderr}")
+            said = printable(done.stdout + done.stderr)
+            raise AcpiError(f"{program} -d failed with status {done.returncode}: {said}")
         return _read(source)
 
 
@@ -92,6 +95,6 @@ def _read(source: Path) -> str:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > _OUTPUT_MAX:
                 raise AcpiError(f"iasl wrote no ordinary file of at most {human(_OUTPUT_MAX)}")
-            return decode_text(file.read(_OUTPUT_MAX))
+            return printable(decode_text(file.read(_OUTPUT_MAX)))
     except OSError as error:
         raise AcpiError(f"cannot read what iasl wrote: {error.strerror}") from error

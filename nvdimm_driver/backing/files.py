@@ -12,7 +12,7 @@ from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.backing.paths import check_length
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
-from nvdimm_driver.host_text import escaped
+from nvdimm_driver.host_text import escaped, printable
 from nvdimm_driver.sizes import human
 
 NAME_MAX = 255
@@ -112,12 +112,14 @@ def check_name(path: str) -> None:
     It must not be a :func:`hidden_name`: an import of the other name would take it for its own.
 
     :raises InUseError: when it is one.
-    :raises BackingError: when it is too long, or is not UTF-8, which domain XML is.
+    :raises BackingError: when it is too long, has a control character, or is not UTF-8, which domain XML is.
     """
     name = os.path.basename(path)
     _check_length(path, name, NAME_MAX)
     if escaped(path) != path:
         raise BackingError(f"{path}: is not UTF-8, and domain XML has to be", hint="rename it")
+    if "\t" in path or "\n" in path or printable(path) != path:
+        raise BackingError(f"{path!r}: has a control character", hint="rename it")
     if len(name) > len("..partial") and name.startswith(".") and name.endswith(".partial"):
         raise InUseError(f"{path}: is the name of a file whose import is not finished", hint="take another name")
 

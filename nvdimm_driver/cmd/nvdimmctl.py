@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cliff.app import App
 from cliff.commandmanager import CommandManager
 
+from nvdimm_driver.cmd.ctl.terminal import for_terminal
 from nvdimm_driver.host_text import ESCAPED, use_utf8
 
 if TYPE_CHECKING:
@@ -91,5 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nvdimmctl``."""
     use_utf8()
     sys.stdout.reconfigure(errors=ESCAPED)  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = for_terminal(sys.stdout), for_terminal(sys.stderr)
     gc.disable()  # commands are short, and a list of 10,000 NVDIMMs makes a hundred thousand objects that all stay
     return Nvdimmctl().run(list(sys.argv[1:] if argv is None else argv))

@@ -200,3 +200,10 @@ def test_where_root_cannot_make_namespaces_iasl_is_run_all_the_same(monkeypatch:
         assert 'DefinitionBlock ("", "SSDT"' in decode(ssdt(layout(GAPS[:1])))
         lines = told("").split(": ", 1)[1].splitlines()
     assert lines[:2] == [str(FIRST_UID + 0xFFFF)] * 2
+
+
+def test_a_guests_table_gives_the_terminal_no_orders() -> None:
+    header = Header(b"DSDT", 0, 2, 0, b"\x1b[2J\x9bm", b"\x1b]0;x\x07\r\n", 1, b"\x1b[8m", 1)
+    shown = decode(seal(header, b""))
+    assert "DefinitionBlock" in shown
+    assert all(character.isprintable() or character in "\n\t" for character in shown)

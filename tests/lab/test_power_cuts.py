@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+from uuid import uuid4
 
 import pytest
 
@@ -63,6 +64,7 @@ def set_up(host: XenHost, disk: Path) -> Guest:
         ("bystander", [operator.nvdimm(BYSTANDER, BYSTANDER_MIB)], None),
     ):
         xml = operator.domain_xml(name, nvdimms, ram_mib=256 if name == NAME else 128, disk=DISK, dsm=dsm)
+        xml = xml.replace(f"<name>{name}</name>", f"<name>{name}</name><uuid>{uuid4()}</uuid>")  # to define it again
         host.write(f"/root/{name}.xml", xml.encode())
         if name != "other":
             host.check(f"{operator.VIRSH} define /root/{name}.xml")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver import conf, logs
+from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.inventory import mounts
 from nvdimm_driver.cmd.device_model import Log
 from nvdimm_driver.doctor.repair import look
@@ -154,3 +155,10 @@ def test_nvdimmctl_prints_it_escaped(tmp_path: Path, language: str) -> None:
         [sys.executable, "-c", code, STRAY, "→"], env={"LC_ALL": language}, capture_output=True, check=True
     )
     assert done.stdout.decode().strip() in (f"{SHOWN} →", f"{SHOWN} \\u2192")
+
+
+@pytest.mark.parametrize("character", ["\n", "\t", "\x1b", "\x7f", "\x9b"])
+def test_a_backings_name_has_no_control_character(character: str) -> None:
+    """A terminal would obey it, and a line's end would make a second line of a log or list."""
+    with pytest.raises(BackingError, match=r"has a control character \(rename it"):
+        check_name(f"/mnt/pmem0/a{character}b.img")
