@@ -94,13 +94,14 @@ class FsdaxBacking(Backing):
         return [each for each in inventory.namespaces(self.sysfs) if each.mode == "fsdax"]
 
     def check_home(self, path: str, identity: BackingIdentity | None = None) -> None:
-        """Check that the folder of a file, or the next one above that exists, is on the file system that had the file.
+        """Check that the folder of a file, or that folder itself, is there and on the file system that had the file.
 
         A file system that was made anew on the same namespace is taken for the one before.
         """
-        folder = path
-        while not self.exists(folder) or not os.path.isdir(folder):
-            folder = os.path.dirname(folder)
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        if not self.exists(folder):
+            hint = f"mount it, or put it back where it was; if it is gone for good: mkdir -p {folder}"
+            raise BackingError(f"{path}: its folder is not there", hint=hint)
         with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
             volume = self._volume(fd, folder)
         if identity is not None and (volume.namespace.uid, volume.start) != (identity.device, identity.start):

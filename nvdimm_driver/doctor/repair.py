@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve
+from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import InUseError, LedgerError, NvdimmError
+from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.model import Allocation, BackingIdentity, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
@@ -63,23 +64,11 @@ def _several(paths: list[str]) -> str:
     return f"{' and '.join(paths)} have the same mark"
 
 
-def _set_mark(backing: Backing, path: str, text: bytes | None, identity: BackingIdentity | None) -> None:
-    """Write a file's mark, or remove it for None.
-
-    :raises InUseError: when the file keeps the mark that it has, as one does that is immutable for a guest.
-    """
-    backing.mark(path, text, identity)
-    found = backing.inspect(path)
-    if found is not None and found.owner != text:
-        why = "immutable for a guest" if found.frozen else "another file by now"
-        raise InUseError(f"{path} is {why}, and keeps its mark", hint="shut that guest down first, or try again")
-
-
 class _Look:
     def __init__(self, driver: XenNvdimmDriver) -> None:
         self.driver = driver
         self.records = driver.ledger.domains()
-        self.seen = {record.uuid: record for record in self.records}
+        self.changes = Changes(driver, self.records)
         self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
         self.unseen: list[Inconsistency] = []
@@ -102,7 +91,8 @@ class _Look:
         starts = self.driver.starts
         for record, domid in starts.find_moved():
             problem = f"its guest runs with domid {domid}, and the ledger has an earlier start: it is from a backup"
-            take_up = partial(self._take_up_moved, record, domid)
+            devices = {path for path in (record.start.paths if record.start else ()) if path not in self.files}
+            take_up = partial(self.changes.take_up, record, domid, self._frozen_of(record.uuid) | devices)
             yield Inconsistency(record.name, "", problem, "write the start into the ledger", take_up)
         for record in starts.find_unserved():
             yield Inconsistency(record.name, "", "its label server is gone", "start another", starts.serve_labels)
@@ -149,10 +139,12 @@ class _Look:
             return
         if (lacking := backing.lacking(item.spec)) and self._is_still(item):
             problem = f"it is {human(lacking)} too short: the missing bytes are lost"
-            yield inconsistency(problem, "replace them with zeros", self._change(record, self._complete, backing, item))
+            yield inconsistency(
+                problem, "replace them with zeros", self.changes.of(record, self.changes.complete, backing, item)
+            )
             return
         if backing.is_shared(item.spec):
-            yield _shared(record, item, backing)
+            yield self._shared(record, item, backing)
             return
         found = backing.locate(item.spec).identity
         if found != item.identity:
@@ -162,14 +154,18 @@ class _Look:
             elif not _on_same_volume(found, item.identity):
                 yield inconsistency(problem, "mount the file system that had it there")
             else:
-                yield inconsistency(problem, "take it as it is now", self._change(record, self._adopt, backing, item))
+                yield inconsistency(
+                    problem, "take it as it is now", self.changes.of(record, self.changes.adopt, backing, item)
+                )
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
         file = self.files.get(path)
         if file is not None and not file.frozen and not owner_marks.is_current(file.owner, record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"
-            yield inconsistency(problem, "write its mark", self._change(record, self._write_mark, backing, item))
+            yield inconsistency(
+                problem, "write its mark", self.changes.of(record, self.changes.write_mark, backing, item)
+            )
 
     def _is_still(self, item: Allocation) -> bool:
         """Return True when what is at an NVDIMM's path is its backing, by its bytes or by its mark, whatever its size.
@@ -179,31 +175,52 @@ class _Look:
         found = ownership.identity_at(self.driver.backings, item.spec.path)
         if found is not None:
             return item.identity is not None and item.identity.shares_bytes(found)
-        file = self.files.get(item.spec.path)
-        mark = self._mark(file) if file else None
-        return mark is not None and (mark.uuid, mark.spec.slot) == (item.uuid, item.spec.slot)
+        return self._has_mark_of(item)
+
+    def _shared(self, record: Record, item: Allocation, backing: Backing) -> Inconsistency:
+        """Return a file that shares blocks with another: XFS lets a reflink be made of an immutable file, too."""
+        problem = "it shares blocks with another file (reflink)"
+        inconsistency = partial(Inconsistency, record.name, item.spec.path, problem)
+        if record.start is not None:
+            return inconsistency("delete that file, whose reader sees what the guest writes")
+        return inconsistency("copy what is shared", self.changes.of(record, self.changes.unshare, backing, item))
 
     def _named(self, kind: str) -> Backing:
         return backing_named(self.driver.backings, kind)
 
     def _gone(self, record: Record, item: Allocation) -> Inconsistency:
+        """Return an NVDIMM that is not at its path. Its claim stays: its bytes may be where nobody looks."""
         inconsistency = partial(Inconsistency, record.name, item.spec.path)
-        marked = self._marked(record.uuid, item.spec.slot)
-        if len(marked) == 1:
+        moved = self._moved(item)
+        if len(moved) > 1:
+            return inconsistency(f"it is not there; {_several(moved)}", _WHICH)
+        if moved:
             backing = self._named(item.identity.kind if item.identity else "")
-            move = partial(backing.move, marked[0], item.spec.path)
-            return inconsistency(f"it is not there; it was moved to {marked[0]}", "move it back", move)
-        if marked:
-            return inconsistency(f"it is not there; {_several(marked)}", _WHICH)
+            move = self.changes.of(record, self.changes.move_back, backing, moved[0], item)
+            return inconsistency(f"it is not there; it was moved to {moved[0]}", "move it back", move)
         if item.identity is not None and item.identity.inode == 0:
             return inconsistency("it is not there", _find_device(record))
-        return inconsistency(
-            "it is not there",
-            "give up its contents: the next define makes a new backing, of zeros; restore a backup first, if any",
-            self._change(
-                record, self._give_up_contents, self._named(item.identity.kind if item.identity else ""), item
-            ),
+        give_up = self.changes.of(
+            record, self.changes.give_up_contents, self._named(item.identity.kind if item.identity else ""), item
         )
+        remedy = "give up its contents: the next define makes a new backing, of zeros; restore a backup first, if any"
+        return inconsistency("it is not there", remedy, give_up)
+
+    def _moved(self, item: Allocation) -> list[str]:
+        """Return where an NVDIMM's file is that is not at its path: by its identity, or else by its mark.
+
+        A file with the identity can be at another NVDIMM's path. One with the mark of that slot, which was written on
+        it, and another identity is a later NVDIMM of the domain.
+        """
+        if here := [path for path, file in self.files.items() if file.identity and _has_bytes(item, file)]:
+            return here
+        marked = self._marked(item.uuid, item.spec.slot)
+        return [path for path in marked if not self._is_later(self.files[path], item)]
+
+    def _is_later(self, file: Surveyed, item: Allocation) -> bool:
+        """Return True when a file with the mark of an NVDIMM is another one, which the domain was given since."""
+        mark = self._mark(file)
+        return mark is not None and mark.is_original(file.identity) and not _has_bytes(item, file)
 
     def _anothers(self, record: Record, item: Allocation, mark: Mark) -> Inconsistency:
         """Return a file that the ledger says is a domain's, and that another one was given since: it has the mark."""
@@ -214,82 +231,15 @@ class _Look:
         )
         if record.start is not None:
             return Inconsistency(record.name, path, problem, f"shut domain {record.name} down first")
+        had = self._find(mark.uuid, mark.spec.slot)
+        if had is not None and not self._is_still(had) and not self._is_later(self.files[path], had):
+            problem = f"what is there is {had.spec.path} of domain {mark.name} ({mark.uuid}), by its mark"
+            return Inconsistency(record.name, path, problem, f"have it moved back to {had.spec.path} first")
         if path not in self.files:
             word = word_for(record.name, record.uuid)
             return Inconsistency(record.name, path, problem, f"nvdimmctl release {word}: the file keeps its mark")
         remedy = f"give up the claim of {record.name}, and write that of {mark.name} into the ledger"
-        return Inconsistency(record.name, path, problem, remedy, self._change(record, self._give_up, item))
-
-    # --- changes of the ledger ---
-
-    def _change(self, record: Record, change: Callable[..., None], *arguments: object) -> Callable[[], None]:
-        """Return the repair that changes what a domain has: nobody else changes it meanwhile, or has since it was seen.
-
-        :param change: is called with the domain as it is then, and the arguments.
-        """
-
-        def mend() -> None:
-            with self.driver.locks.changing(record.uuid):
-                now = self.driver.ledger.find_domain(record.uuid)
-                if not _is_as_seen(now, self.seen.get(record.uuid)):
-                    raise InUseError(f"domain {record.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
-                change(now or record, *arguments)
-                after = self.driver.ledger.find_domain(record.uuid)
-                self.seen.pop(record.uuid, None)
-                if after is not None:
-                    self.seen[record.uuid] = after
-
-        return mend
-
-    def _write_mark(self, record: Record, backing: Backing, item: Allocation) -> None:
-        self._check_mark(record, item)
-        _set_mark(backing, item.spec.path, owner_marks.pack(record, item), item.identity)
-
-    def _complete(self, record: Record, backing: Backing, item: Allocation) -> None:
-        self._check_mark(record, item)
-        backing.extend(item.spec)
-        self._adopt(record, backing, item)
-
-    def _adopt(self, record: Record, backing: Backing, item: Allocation) -> None:
-        """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
-        self._check_mark(record, item)
-        identity = backing.provision(item.spec)
-        ownership.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
-        changed = replace(item, identity=identity)
-        self._store(record, [*_without(record, item), changed])
-        backing.mark(item.spec.path, owner_marks.pack(record, changed), identity)
-
-    def _give_up_contents(self, record: Record, backing: Backing, item: Allocation) -> None:
-        """Let an NVDIMM have no backing: it is not provisioned any more."""
-        if backing.exists(item.spec.path):
-            raise InUseError(f"{item.spec.path} is there again", hint="repeat 'nvdimmctl check'")
-        self._store(record, [*_without(record, item), replace(item, identity=None, written=0)])
-
-    def _give_up(self, record: Record, item: Allocation) -> None:
-        """Give up a claim to what is another domain's, whose mark stays."""
-        ownership.check_off(record)
-        if kept := _without(record, item):
-            self._store(record, kept)
-        else:
-            self.driver.ledger.give_up(record.uuid, kind="forgotten")
-
-    def _check_mark(self, record: Record, item: Allocation) -> None:
-        """Check that a file is not another domain's by its mark.
-
-        :raises InUseError: when it is.
-        """
-        path = item.spec.path
-        if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
-            raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
-
-    def _store(self, record: Record, items: Sequence[Allocation]) -> None:
-        """Store what a domain has instead of what is in its record."""
-
-        def check() -> None:
-            if not _is_as_seen(self.driver.ledger.find_domain(record.uuid), record):
-                raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
-
-        self.driver.ledger.store(record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check)
+        return Inconsistency(record.name, path, problem, remedy, self.changes.of(record, self.changes.give_up, item))
 
     # --- files in the pools ---
 
@@ -335,23 +285,11 @@ class _Look:
         inconsistency = partial(Inconsistency, name, file.path, "it is immutable, but no known start needs that")
         for domid, uuid in self._guests:
             if owner is not None and mark is not None and owner.uuid == mark.uuid == uuid:
-                take_up = partial(self._take_up, owner, domid, self._frozen_of(mark.uuid))
+                take_up = partial(self.changes.take_up, owner, domid, self._frozen_of(mark.uuid))
                 return inconsistency(f"write into the ledger that the guest with domid {domid} has it", take_up)
             if mark is None or uuid in (None, mark.uuid):
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
         return inconsistency("make it mutable", partial(self.driver.starts.thaw, file.path, file.identity))
-
-    def _take_up_moved(self, record: Record, domid: int) -> None:
-        """Write into the ledger that a guest has the domain's frozen files, and the devices of its earlier start."""
-        devices = {path for path in (record.start.paths if record.start else ()) if path not in self.files}
-        self._take_up(record, domid, self._frozen_of(record.uuid) | devices)
-
-    def _take_up(self, record: Record, domid: int, paths: Collection[str]) -> None:
-        """Write into the ledger that a guest has these paths; what is repaired after that has seen it."""
-        self.driver.take_up_running(record, domid, paths)
-        now = self.driver.ledger.find_domain(record.uuid)
-        if now is not None and record.uuid in self.seen:
-            self.seen[record.uuid] = replace(self.seen[record.uuid], start=now.start)
 
     def _frozen_of(self, uuid: str) -> set[str]:
         """Return the frozen files that have the mark of a domain."""
@@ -379,21 +317,25 @@ class _Look:
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)
-        unmark = partial(self._unmark, backing, file)
+        unmark = partial(self.changes.unmark, backing, file)
         if mark is None:
             yield Inconsistency("", file.path, "its mark cannot be read", "remove the mark", unmark)
             return
         known = next((each for each in self.records if each.uuid == mark.uuid), None)
-        slots = {item.spec.slot: item for item in known.allocations} if known else {}
+        if known and known.start and file.path in known.start.paths:
+            return  # given up by a definition, and its mark goes when the guest has ended
         inconsistency = partial(Inconsistency, mark.name, file.path)
-        if mark.spec.slot in slots:
-            kept = slots[mark.spec.slot].spec.path
-            if self._is_still(slots[mark.spec.slot]):  # else it was moved, or is behind another file system
-                problem = f"its mark says slot {mark.spec.slot}, but that is {kept}"
-                if self.driver.pools.wipes(file.path) and mark.is_original(file.identity):
-                    yield inconsistency(f"{problem}: the domain's file was moved", _find_moved(mark, kept))
-                else:
-                    yield inconsistency(problem, "remove the mark", unmark)
+        item = Allocation(mark.uuid, mark.spec, base=mark.base)
+        if known and (other := self._find(mark.uuid, mark.spec.slot)):
+            if not self._is_still(other) and not self._is_later(file, other):
+                return  # the other was moved, or is behind another file system
+            problem = f"its mark says slot {mark.spec.slot}, but that is {other.spec.path}"
+            if self._is_copy(file, mark, other):
+                yield inconsistency(problem, "remove the mark", unmark)
+            else:
+                beside = (backing, item, file.frozen or not self._has_mark_of(other))
+                adopt = self.changes.of(known, self.changes.adopt_beside, *beside)
+                yield inconsistency(problem, "let the domain have both", adopt)
             return
         marked = self._marked(mark.uuid, mark.spec.slot)
         if file.path not in marked:
@@ -403,20 +345,30 @@ class _Look:
             yield inconsistency(_several(marked), _WHICH)
             return
         record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
-        item = Allocation(mark.uuid, mark.spec, base=mark.base)
         problem = f"its mark says slot {mark.spec.slot} of {mark.name} ({mark.uuid}), which the ledger does not know"
-        yield inconsistency(problem, "write it into the ledger", self._change(record, self._adopt, backing, item))
+        yield inconsistency(
+            problem, "write it into the ledger", self.changes.of(record, self.changes.adopt, backing, item)
+        )
 
-    def _unmark(self, backing: Backing, file: Surveyed) -> None:
-        """Remove the mark of a file that no domain has.
+    def _is_copy(self, file: Surveyed, mark: Mark, other: Allocation) -> bool:
+        """Return True when a file has its mark from the NVDIMM that has the slot in the ledger.
 
-        :raises InUseError: when a domain has it now, or it has another mark.
+        A mark of an earlier version does not say on which file it was written. Then it is a copy if both have it.
         """
-        ownership.check_free(self.driver.ledger, file.path, file.identity)
-        now = backing.inspect(file.path)
-        if now is None or now.owner != file.owner:
-            raise InUseError(f"{file.path} was changed meanwhile", hint="repeat 'nvdimmctl check'")
-        _set_mark(backing, file.path, None, file.identity)
+        if mark.file is None or file.identity is None:
+            return not file.frozen and self._has_mark_of(other)
+        return mark.is_copied(file.identity)
+
+    def _has_mark_of(self, item: Allocation) -> bool:
+        """Return True when an NVDIMM's file has its mark."""
+        file = self.files.get(item.spec.path)
+        mark = self._mark(file) if file else None
+        return mark is not None and (mark.uuid, mark.spec.slot) == (item.uuid, item.spec.slot)
+
+    def _find(self, uuid: str, slot: int) -> Allocation | None:
+        """Return the NVDIMM that a domain has in a slot in the ledger."""
+        items = [item for record in self.records if record.uuid == uuid for item in record.allocations]
+        return next((item for item in items if item.spec.slot == slot), None)
 
     def _mark(self, file: Surveyed) -> Mark | None:
         if file.owner is None:
@@ -428,36 +380,6 @@ class _Look:
             return None
 
 
-def _is_as_seen(now: Record | None, seen: Record | None) -> bool:
-    """Return True when a domain has what it had when it was seen; other repairs may have ended its start since."""
-    if now is None or seen is None:
-        return now is None and (seen is None or not seen.allocations)
-    claims = now.allocations == seen.allocations and now.intents in ((), seen.intents)
-    return claims and now.start in (None, seen.start)
-
-
-def _without(record: Record, item: Allocation) -> list[Allocation]:
-    """Return the domain's NVDIMMs but for the one in an NVDIMM's slot."""
-    return [each for each in record.allocations if each.spec.slot != item.spec.slot]
-
-
-def _find_moved(mark: Mark, kept: str) -> str:
-    """Return the remedy for a domain's file that was moved, and is to be overwritten before others may have it."""
-    word = word_for(mark.name, mark.uuid)
-    return (
-        f"delete it; or let the domain have it again: 'nvdimmctl release {word} --slot {mark.spec.slot}' gives up "
-        f"{kept}, and 'nvdimmctl check --repair' then writes this one into the ledger"
-    )
-
-
-def _shared(record: Record, item: Allocation, backing: Backing) -> Inconsistency:
-    """Return a file that shares blocks with another: XFS lets a reflink be made of an immutable file, too."""
-    inconsistency = partial(Inconsistency, record.name, item.spec.path, "it shares blocks with another file (reflink)")
-    if record.start is not None:
-        return inconsistency("delete that file, whose reader sees what the guest writes")
-    return inconsistency("copy what is shared", partial(backing.unshare, item.spec, item.identity))
-
-
 def _guarded(name: str, path: str, found: Iterator[Inconsistency]) -> Iterator[Inconsistency]:
     """Yield what is found of one NVDIMM or file; if that cannot be found out, yield why: others are not its concern."""
     try:
@@ -467,6 +389,11 @@ def _guarded(name: str, path: str, found: Iterator[Inconsistency]) -> Iterator[I
         yield Inconsistency(name, path, problem, error.hint or "find out what has changed it")
     except OSError as error:
         yield Inconsistency(name, path, error.strerror or str(error), HINTS.get(error.errno or 0, ""))
+
+
+def _has_bytes(item: Allocation, file: Surveyed) -> bool:
+    """Return True when a file is what an NVDIMM was provisioned with."""
+    return ownership.has_bytes([item], file.identity)
 
 
 def _on_same_volume(found: BackingIdentity, expected: BackingIdentity | None) -> bool:

@@ -156,7 +156,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     if not moved and any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
         return
     hint = (
-        f"it has {items[0].spec.path} in its place: 'nvdimmctl check' says what to do"
+        f"it has {items[0].spec.path} in its place: 'nvdimmctl check --repair' lets it have both"
         if moved
         else "'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
         f"'nvdimmctl release {word_for(mark.name, mark.uuid)}' then frees the file"

@@ -12,7 +12,7 @@ import pytest
 
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
-from nvdimm_driver.errors import InUseError, NvdimmError
+from nvdimm_driver.errors import InUseError
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, Host, empty, is_immutable, quiet
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
@@ -138,15 +138,109 @@ def test_the_end_of_an_old_start_keeps_the_mark_of_the_new_owner(host: Host) -> 
 
 
 def test_a_repair_takes_no_file_of_another_domain_that_was_put_in_the_place_of_one(host: Host) -> None:
+    """By 'mv b.img a.img': what was in a.img is lost, and what was in b.img is y's still."""
     host.define("a.img", UUID)
     host.define("b.img", OTHER_UUID, SECRET)
     os.rename(host.path("b.img"), host.path("a.img"))
+    found = {each.domain: each for each in look(host.driver)}
+    assert f"it was moved to {host.path('a.img')}" in found["y"].problem
+    assert f"what is there is {host.path('b.img')} of domain y" in found["x"].problem
+    assert found["x"].mend is None
     repair(host)
-    assert OTHER_UUID.encode() in (host.mark("a.img") or host.mark("b.img") or b"")
+    assert host.read("b.img").startswith(SECRET)
+    assert OTHER_UUID.encode() in (host.mark("b.img") or b"")
+    assert not os.path.exists(host.path("a.img"))
+    assert [item.spec.path for item in host.record().allocations] == [host.path("a.img")]
+    host.driver.prepare(host.domain("b.img", OTHER_UUID))
+
+
+def test_a_file_without_a_mark_that_was_put_in_the_place_of_another_is_found_by_its_inode(host: Host) -> None:
+    host.define("a.img", UUID)
+    host.define("b.img", OTHER_UUID, SECRET)
+    host.backing.mark(host.path("b.img"), None)
+    os.rename(host.path("b.img"), host.path("a.img"))
+    repair(host)
+    assert host.read("b.img").startswith(SECRET)
+
+
+# --- what one domain was given since ---
+
+
+def redefined_since(host: Host, *, running: bool = False) -> None:
+    """Let the ledger say that x has a.img; since then it was defined with b.img, has written to it, and may run."""
+    host.define("a.img")
+    back_up(host)
+    host.define("b.img", data=SECRET)
+    if running:
+        start(host, UUID, 8, "b.img")
+    restore(host)
+
+
+def slots(host: Host) -> dict[int, str]:
+    return {item.spec.slot: os.path.basename(item.spec.path) for item in host.record().allocations}
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_domain_keeps_what_it_was_given_since_the_backup_and_what_it_had_then(host: Host, lost: bool) -> None:
+    redefined_since(host)
+    if lost:
+        os.unlink(host.path("a.img"))
+    assert [each.remedy for each in look(host.driver) if each.path == host.path("b.img")] == [
+        "let the domain have both"
+    ]
+    repair(host)
+    assert slots(host) == {0: "b.img", 256: "a.img"}
     for name in ("a.img", "b.img"):
-        if os.path.exists(host.path(name)) and host.read(name).startswith(SECRET):
-            with pytest.raises(NvdimmError):
-                host.driver.prepare(host.domain(name))
+        with pytest.raises(InUseError, match="belongs to domain x"):
+            host.driver.define(host.domain(name, OTHER_UUID))
+    start(host, UUID, 9, "b.img")
+    assert host.read("b.img").startswith(SECRET)
+
+
+def test_the_guest_that_runs_with_what_it_was_given_since_the_backup_is_taken_up(host: Host) -> None:
+    redefined_since(host, running=True)
+    assert repair(host) == []
+    record = host.record()
+    assert record.start
+    assert (record.start.domid, record.start.paths) == (8, (host.path("b.img"),))
+    assert slots(host) == {0: "b.img", 256: "a.img"}
+    assert is_immutable(host.path("b.img"))
+    assert host.driver.starts.holders.held() == {UUID}
+
+
+def test_of_two_files_that_were_marked_for_one_slot_the_domain_has_both(host: Host) -> None:
+    """Somebody moved its file aside, and it was defined again."""
+    host.define("a.img", data=SECRET)
+    os.rename(host.path("a.img"), host.path("z.img"))
+    host.define("a.img")
+    assert repair(host) == []
+    assert slots(host) == {0: "a.img", 256: "z.img"}
+    assert host.read("z.img").startswith(SECRET)
+
+
+def test_what_a_definition_gives_up_while_its_guest_runs_is_not_claimed_again(host: Host) -> None:
+    """Its mark stays as long as it is frozen."""
+    host.driver.define(host.domain("a.img"))
+    start(host, UUID, 7)
+    host.driver.define(host.domain("b.img"))
+    assert host.mark("a.img")
+    assert repair(host) == []
+    assert slots(host) == {0: "b.img"}
+    host.mapper.alive.clear()
+    host.driver.reconcile()
+    assert host.mark("a.img") is None
+
+
+def test_nothing_of_a_folder_that_was_moved_is_given_up(host: Host) -> None:
+    os.mkdir(host.path("folder"))
+    host.driver.define(host.domain("folder/a.img"))
+    before = host.record().allocations
+    os.rename(host.path("folder"), host.path("elsewhere"))
+    os.unlink(host.path("elsewhere/a.img"))
+    (left,) = repair(host)
+    assert left.problem == "its folder is not there"
+    assert "put it back where it was" in left.remedy
+    assert host.record().allocations == before
 
 
 # --- what was changed since it was seen ---

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Change what domains have, to repair it: nobody else changes a domain meanwhile, or has since it was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import InUseError
+from nvdimm_driver.lifecycle import slots
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Surveyed
+from nvdimm_driver.plugins import Backing
+from nvdimm_driver.state import owner_marks, ownership
+
+
+class Changes:
+    """The changes that repair one look's findings.
+
+    :param records: the domains as the look has seen them.
+    """
+
+    def __init__(self, driver: XenNvdimmDriver, records: Iterable[Record]) -> None:
+        self.driver = driver
+        self.seen = {record.uuid: record for record in records}
+
+    def of(self, record: Record, change: Callable[..., None], *arguments: object) -> Callable[[], None]:
+        """Return the repair that changes what a domain has.
+
+        :param change: is called with the domain as it is then, and the arguments.
+        """
+
+        def mend() -> None:
+            with self.driver.locks.changing(record.uuid):
+                now = self.driver.ledger.find_domain(record.uuid)
+                if not _is_as_seen(now, self.seen.get(record.uuid)):
+                    raise InUseError(f"domain {record.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
+                change(now or record, *arguments)
+                after = self.driver.ledger.find_domain(record.uuid)
+                self.seen.pop(record.uuid, None)
+                if after is not None:
+                    self.seen[record.uuid] = after
+
+        return mend
+
+    # --- of one NVDIMM ---
+
+    def write_mark(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Mark a file as the domain's."""
+        self._check_mark(record, item)
+        _set_mark(backing, item.spec.path, owner_marks.pack(record, item), item.identity)
+
+    def complete(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Write zeros for the bytes that a file has lost."""
+        self._check_mark(record, item)
+        backing.extend(item.spec)
+        self.adopt(record, backing, item)
+
+    def adopt(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
+        changed = self._provision(record, backing, item)
+        self._store(record, [*_without(record, item), changed])
+        backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
+
+    def adopt_beside(self, record: Record, backing: Backing, item: Allocation, has_slot: bool) -> None:
+        """Do what :meth:`adopt` does, for an NVDIMM whose slot the ledger has another in: the domain keeps both.
+
+        :param has_slot: the other one is set aside, and not this one.
+        """
+        changed = self._provision(record, backing, item)
+        first, kept = ([changed], record.allocations) if has_slot else (record.allocations, [changed])
+        items = [*first, *slots.set_aside(kept, [each.spec.slot for each in first])]
+        self._store(record, sorted(items, key=lambda each: each.spec.slot))
+        for each in items:
+            if each.spec.path == item.spec.path:
+                backing.mark(item.spec.path, owner_marks.pack(record, each), each.identity)
+
+    def move_back(self, record: Record, backing: Backing, source: str, item: Allocation) -> None:
+        """Move a file to the place that the ledger has it at."""
+        ownership.check_off(record)
+        backing.move(source, item.spec.path)
+
+    def unshare(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Copy the blocks that a file shares with another."""
+        ownership.check_off(record)
+        backing.unshare(item.spec, item.identity)
+
+    def give_up_contents(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Let an NVDIMM have no backing: it is not provisioned any more."""
+        if backing.exists(item.spec.path):
+            raise InUseError(f"{item.spec.path} is there again", hint="repeat 'nvdimmctl check'")
+        self._store(record, [*_without(record, item), replace(item, identity=None, written=0)])
+
+    def give_up(self, record: Record, item: Allocation) -> None:
+        """Give up a claim to what is another domain's, whose mark stays."""
+        ownership.check_off(record)
+        if kept := _without(record, item):
+            self._store(record, kept)
+        else:
+            self.driver.ledger.give_up(record.uuid, kind="forgotten")
+
+    def _provision(self, record: Record, backing: Backing, item: Allocation) -> Allocation:
+        """Provision what is there; return it with its identity.
+
+        :raises InUseError: when another domain has it.
+        """
+        self._check_mark(record, item)
+        identity = backing.provision(item.spec)
+        ownership.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
+        return replace(item, identity=identity)
+
+    def _check_mark(self, record: Record, item: Allocation) -> None:
+        """Check that a file is not another domain's by its mark.
+
+        :raises InUseError: when it is.
+        """
+        path = item.spec.path
+        if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
+            raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
+
+    def _store(self, record: Record, items: Sequence[Allocation]) -> None:
+        """Store what a domain has instead of what is in its record."""
+
+        def check() -> None:
+            if not _is_as_seen(self.driver.ledger.find_domain(record.uuid), record):
+                raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
+
+        self.driver.ledger.store(record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check)
+
+    # --- of starts, and of files that no domain has ---
+
+    def take_up(self, record: Record, domid: int, paths: Collection[str]) -> None:
+        """Write into the ledger that a guest has these paths; what is repaired after that has seen it."""
+        self.driver.take_up_running(record, domid, paths)
+        now = self.driver.ledger.find_domain(record.uuid)
+        if now is not None and record.uuid in self.seen:
+            self.seen[record.uuid] = replace(self.seen[record.uuid], start=now.start)
+
+    def unmark(self, backing: Backing, file: Surveyed) -> None:
+        """Remove the mark of a file that no domain has.
+
+        :raises InUseError: when a domain has it now, or it has another mark.
+        """
+        ownership.check_free(self.driver.ledger, file.path, file.identity)
+        now = backing.inspect(file.path)
+        if now is None or now.owner != file.owner:
+            raise InUseError(f"{file.path} was changed meanwhile", hint="repeat 'nvdimmctl check'")
+        _set_mark(backing, file.path, None, file.identity)
+
+
+def _set_mark(backing: Backing, path: str, text: bytes | None, identity: BackingIdentity | None) -> None:
+    """Write a file's mark, or remove it for None.
+
+    :raises InUseError: when the file keeps the mark that it has, as one does that is immutable for a guest.
+    """
+    backing.mark(path, text, identity)
+    found = backing.inspect(path)
+    if found is not None and found.owner != text:
+        why = "immutable for a guest" if found.frozen else "another file by now"
+        raise InUseError(f"{path} is {why}, and keeps its mark", hint="shut that guest down first, or try again")
+
+
+def _is_as_seen(now: Record | None, seen: Record | None) -> bool:
+    """Return True when a domain has what it had when it was seen; other repairs may have ended its start since."""
+    if now is None or seen is None:
+        return now is None and (seen is None or not seen.allocations)
+    claims = now.allocations == seen.allocations and now.intents in ((), seen.intents)
+    return claims and now.start in (None, seen.start)
+
+
+def _without(record: Record, item: Allocation) -> list[Allocation]:
+    """Return the domain's NVDIMMs but for the one in an NVDIMM's slot."""
+    return [each for each in record.allocations if each.spec.slot != item.spec.slot]
