@@ -28,7 +28,7 @@ def check_state(ledger: Path) -> Finding:
     if error is not None and kept:
         return warned(
             check,
-            f"{folder}: {error}; {human(kept)} are kept for starts, and a define fails",
+            f"{folder}: {error}; {human(kept)} are kept for starts, and a define may fail",
             "make room before they are used up",
         )
     if error is not None:
