@@ -25,7 +25,7 @@ from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_backing import LoopBacking
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.unit.doubles import UUID
-from tests.unit.label_areas import label_area
+from tests.unit.label_areas import area_with_namespaces, cookie
 from tests.waiting import HANG_SECONDS
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -211,9 +211,10 @@ def test_a_file_of_kvm_is_adopted_where_it_is(operator: Operator) -> None:
     with open(path, "wb") as file:
         os.truncate(path, SIZE)
         os.pwrite(file.fileno(), data, 4 * MIB)
-        os.pwrite(file.fileno(), label_area(256 * KIB), SIZE - 256 * KIB)
+        os.pwrite(file.fileno(), area_with_namespaces(256 * KIB, cookie(3)), SIZE - 256 * KIB)
     content = path.read_bytes()
     done = operator.run("import", path)
+    assert "<address type='dimm' slot='3'/>" in done.stdout
     assert printed(done.stdout) == (str(path), SIZE, 256 * KIB)
     assert fit(operator, path) == content
     assert printed(operator.run("import", path, "--label-size", "0").stdout) == (str(path), SIZE, 0)
@@ -226,17 +227,16 @@ def source_of(operator: Operator, size: int = SIZE) -> Path:
         os.truncate(path, size)
         os.pwrite(file.fileno(), os.urandom(3 * MIB), MIB)
         os.pwrite(file.fileno(), os.urandom(MIB), size - 2 * MIB)
-        os.pwrite(file.fileno(), label_area(LABEL), size - LABEL)
+        os.pwrite(file.fileno(), area_with_namespaces(LABEL, 12345), size - LABEL)
     return path
 
 
 def test_a_file_from_elsewhere_is_copied(operator: Operator) -> None:
     source = source_of(operator)
-    done = operator.run("import", source)
-    assert printed(done.stdout) == (f"{operator.fs.root}/source.img", SIZE, LABEL)
-    named = operator.run("import", source, "--pool", "main", "--name", "other")
-    assert printed(named.stdout) == (f"{operator.fs.root}/other", SIZE, LABEL)
-    for name in ("source.img", "other"):
+    for words, name in (((), "source.img"), (("--pool", "main", "--name", "other"), "other")):
+        done = operator.run("import", source, *words)
+        assert printed(done.stdout) == (f"{operator.fs.root}/{name}", SIZE, LABEL)
+        assert "made on another make of NVDIMM, and in slot 0 the guest finds none of its namespaces" in done.stderr
         assert fit(operator, operator.fs.root / name) == source.read_bytes()
         assert (operator.fs.root / name).stat().st_mode & 0o7777 == 0o600
     assert {path.name for path in operator.fs.files()} == {"source.img", "other"}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.backing.paths import resolve, resolve_new
@@ -95,7 +96,10 @@ class Import(Action):
             else:
                 path = driver.pools.place(pool, parsed_args.name or os.path.basename(source))
                 spec = driver.importer.import_copy(source, path, *sizes, watch, overwrite=parsed_args.force)
-        print(memory_device(spec, driver.planner.find_slot_of_labels(spec)))
+        slot = driver.planner.find_slot_of_labels(spec)
+        if problem := driver.planner.find_misplaced_labels(replace(spec, slot=slot or 0)):
+            print(f"warning: {spec.path}: {problem}", file=sys.stderr)
+        print(memory_device(spec, slot))
 
 
 class Export(Action):
