@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -38,6 +39,11 @@ _NVDIMM = (
 _TABLE = "<acpi><table type='{}'>/nvdimmctl-doctor</table></acpi>"
 _TABLE_TYPES = ("rawset", "slic")
 """libvirt's names for the tables that libxl gives a guest by ``acpi_firmware``, the newer name first."""
+
+
+def daemon_socket(direct: str, socket: str) -> str:
+    """Return the path of libvirt's own socket: the first one where nvdimmd has taken the place of the other."""
+    return direct if os.path.exists(direct) else socket
 
 
 class Connection:

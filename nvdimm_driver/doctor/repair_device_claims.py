@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find claims that only libvirt still knows, after the ledger was lost: those to devices, which have no marks."""
+"""Find claims to devices that libvirt knows otherwise than the ledger, which was lost or is from a backup.
+
+Devices have no marks that would say whose they are.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from nvdimm_driver.errors import ConfigError, DomainXmlError, NvdimmError, Proto
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
+from nvdimm_driver.state import ownership
+from nvdimm_driver.state.words import word_for
 from nvdimm_driver.xml.parse_domain import extract
 
 LOG = logging.getLogger(__name__)
@@ -36,7 +41,7 @@ class _Known:
 
 
 def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) -> list[Inconsistency]:
-    """Find the claims to memory without marks that libvirt knows, and the ledger does not; change nothing.
+    """Find the claims to memory without marks that libvirt and the ledger do not agree on; change nothing.
 
     :param restore: restores domain XML that libvirt has.
     :param socket: of libvirt's daemon.
@@ -53,7 +58,8 @@ def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) ->
             f"{socket}: libvirt cannot be asked whose the devices are: {reason}",
             hint="start libvirtd (or virtxend), and run 'nvdimmctl check --repair' again before any domain is defined",
         ) from error
-    return [found for domain in known for found in (*_claims(driver, domain), *_starts(driver, domain))]
+    checks = (_claims, _starts, _contested)
+    return [found for domain in known for check in checks for found in check(driver, domain)]
 
 
 def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[_Known]:
@@ -100,6 +106,27 @@ def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
             "write its start into the ledger",
             partial(driver.take_up_running, record, domain.domid, has | known),
         )
+
+
+def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
+    """Yield what libvirt says is one domain's, and the ledger another's: the operator has to say which is true."""
+    name = domain.defined.name
+    defined, running = (
+        {spec.path for spec in each.nvdimms} if each else set() for each in (domain.defined, domain.running)
+    )
+    for path in sorted(defined | running):
+        if not _is_device(driver, path):
+            continue
+        who = f"the guest with domid {domain.domid}" if path in running else "libvirt's definition"
+        for record in ownership.owners(driver.ledger, path, ownership.identity_at(driver.backings, path)):
+            if record.uuid != domain.defined.uuid:
+                yield Inconsistency(
+                    name,
+                    path,
+                    f"{who} has it, and the ledger says that it is domain {record.name}'s ({record.uuid})",
+                    f"if it is {record.name}'s: take it out of {name}'s definition; if it is {name}'s: 'nvdimmctl "
+                    f"release {word_for(record.name, record.uuid)}', without wipe_on_release in the pool's section",
+                )
 
 
 def _extract(xml: str) -> DomainSpec | None:

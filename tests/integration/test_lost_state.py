@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 import stat
 from collections.abc import Iterator
 
@@ -153,6 +154,37 @@ def test_a_device_stays_its_domains_when_the_ledger_is_made_again(host: Host, de
     assert f"{device} belongs to domain db3" in host.virsh("define", thief).stderr
     assert host.nvdimmctl("release", "--yes", "db3").returncode == 4
     assert not [row for row in rows(host, "check") if row["Domain"] == "db3"]
+
+
+def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(host: Host, device: str) -> None:
+    """Since the backup, db4 has given it up and db3 has got it."""
+    new, old = host.xml("db3", 3), host.xml("db4", 4)
+    for file in (new, old):
+        file.write_text(re.sub("<path>.*</path>", f"<path>{device}</path>", file.read_text()))
+    host.check("define", old)
+    ledger, backup = host.folder / "state/ledger.sqlite", host.folder / "backup"
+    with sqlite3.connect(ledger) as source, sqlite3.connect(backup) as copy:
+        source.backup(copy)
+    host.check("undefine", "db4")
+    assert host.nvdimmctl("release", "--yes", "db4").returncode == 0
+    host.check("define", new)
+    with open(device, "r+b") as content:
+        content.write(b"of db3" * 1000)
+    for end in ("-wal", "-shm"):
+        (host.folder / f"state/ledger.sqlite{end}").unlink(missing_ok=True)
+    os.rename(backup, ledger)
+    for way in (["wipe", "--yes", "db4"], ["wipe", "--yes", device]):
+        refused = host.nvdimmctl(*way)
+        assert refused.returncode != 0
+        assert "libvirt's definition has it, and the ledger says that it is domain db4's" in refused.stderr
+    (found,) = [row for row in rows(host, "check", "--repair") if row["Path"] == device]
+    assert found["Done"] == ""
+    assert "nvdimmctl release db4" in found["Remedy"]
+    assert host.nvdimmctl("release", "--yes", "db4").returncode == 0  # as the remedy says; its pool does not wipe
+    rows(host, "check", "--repair")
+    assert [item.spec.path for item in host.record("db3").allocations] == [device]
+    with open(device, "rb") as content:
+        assert content.read(6) == b"of db3"
 
 
 def test_without_libvirt_nobody_knows_whose_a_device_is(host: Host, device: str) -> None:

@@ -146,6 +146,7 @@ class Wipe(Action):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
+        from nvdimm_driver.cmd.ctl.device_claims import check_uncontested
         from nvdimm_driver.cmd.ctl.saved_guests import warn_of_saved_guest
 
         driver = up_to_date(self.app)
@@ -158,6 +159,7 @@ class Wipe(Action):
             owner = find(driver, parsed_args.what)
             doomed = [item.spec for item in items_of(owner, parsed_args.slot)]
             warn_of_saved_guest(self.app, driver, owner)
+        check_uncontested(driver, self.app.conf, [spec.path for spec in doomed])
         paths = ", ".join(spec.path for spec in doomed)
         if not agreed(f"Overwrite everything in {paths} with zeros?", parsed_args.yes):
             return 1

@@ -88,15 +88,12 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, *, is_new: bool) -> lis
 
     :param is_new: the ledger was made just now: it is an inconsistency when libvirt cannot say whose the devices are.
     """
-    from nvdimm_driver.doctor import repair_device_claims
+    from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
     from nvdimm_driver.doctor.repair import Inconsistency, look
-    from nvdimm_driver.xml.hooks import XmlHooks
 
-    direct = conf.rpc.libvirt_direct_socket
-    socket = direct if Path(direct).exists() else conf.rpc.libvirt_socket
     found = look(driver)
     try:
-        return [*found, *repair_device_claims.look(driver, XmlHooks.from_conf(conf).restore, socket)]
+        return [*found, *find_device_claims(driver, conf)]
     except ConfigError as error:
         return [*found, Inconsistency("", "", error.message, error.hint)] if is_new else found
 

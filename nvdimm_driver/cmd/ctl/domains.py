@@ -66,6 +66,7 @@ class Release(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         from nvdimm_driver.cmd.ctl import render
+        from nvdimm_driver.cmd.ctl.device_claims import check_uncontested
         from nvdimm_driver.cmd.ctl.progress import watched
         from nvdimm_driver.cmd.ctl.saved_guests import warn_of_saved_guest
         from nvdimm_driver.contents.wiping import in_slot
@@ -74,7 +75,9 @@ class Release(Action):
         record = find(driver, parsed_args.domain)
         if slot is not None:
             items_of(record, slot)
-        fate = render.fate(driver, in_slot(record, slot), delete=parsed_args.delete)
+        chosen = in_slot(record, slot)
+        check_uncontested(driver, self.app.conf, [item.spec.path for item in driver.wiper.to_wipe(chosen)])
+        fate = render.fate(driver, chosen, delete=parsed_args.delete)
         warn_of_saved_guest(self.app, driver, record)
         if not agreed(f"Give up {record.name}'s claim ({fate})?", parsed_args.yes):
             return 1

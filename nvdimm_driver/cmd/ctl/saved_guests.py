@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.errors import ProtocolError
@@ -34,13 +33,12 @@ def warn_of_saved_guest(app: Nvdimmctl, driver: XenNvdimmDriver, record: Record)
 
 def _has_managed_save(app: Nvdimmctl, record: Record) -> bool | None:
     """Return what libvirt says; None when it cannot be asked."""
-    from nvdimm_driver.doctor.libvirt import Connection
+    from nvdimm_driver.doctor.libvirt import Connection, daemon_socket
     from nvdimm_driver.rpc.xdr import LibvirtError
 
     options = app.conf.rpc
-    direct = options.libvirt_direct_socket
     try:
-        with Connection(direct if Path(direct).exists() else options.libvirt_socket, _TIMEOUT) as connection:
+        with Connection(daemon_socket(options.libvirt_direct_socket, options.libvirt_socket), _TIMEOUT) as connection:
             return connection.has_managed_save(record.name, record.uuid)
     except (OSError, LibvirtError, ProtocolError):
         return None
