@@ -35,7 +35,7 @@ class Changes:
                 now = self.driver.ledger.find_domain(record.uuid)
                 if not _is_as_seen(now, self.seen.get(record.uuid)):
                     raise InUseError(f"domain {record.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
-                change(now or record, *arguments)
+                change(now or replace(record, allocations=(), intents=(), start=None), *arguments)
                 after = self.driver.ledger.find_domain(record.uuid)
                 self.seen.pop(record.uuid, None)
                 if after is not None:

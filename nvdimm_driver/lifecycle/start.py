@@ -100,12 +100,13 @@ class Starts:
             return
         record = self.ledger.find_domain(start.uuid)
         identities = {item.spec.path: item.identity for item in (record.allocations if record else ())}
+        frozen = ownership.frozen_paths(self.backings, start.paths)
         try:
             for path in start.paths:
                 self.thaw(path, identities.get(path), over=start)
         finally:
             self._let_go(start, holders, servers)
-        ownership.settle_marks(self.ledger, self.backings, start)
+        ownership.settle_marks(self.ledger, self.backings, start, frozen)
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError
@@ -258,14 +258,23 @@ def unmark_dropped(
     _unmark([each for each in ledger.domains() if record and each.uuid != record.uuid], backings, dropped)
 
 
-def settle_marks(ledger: Ledger, backings: Sequence[Backing], start: Start) -> None:
-    """Record on the backings of a start that is over what could not be recorded while they were frozen."""
+def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:
+    """Return those of these paths that have a file which is frozen for a guest."""
+    return {path for path in paths if any(file.frozen for file in _files(backings, path))}
+
+
+def settle_marks(ledger: Ledger, backings: Sequence[Backing], start: Start, thawed: Collection[str]) -> None:
+    """Record on the backings of a start that is over what could not be recorded while they were frozen.
+
+    :param thawed: those that were frozen until now. The domain may have given up others and got them back since, which
+        a ledger from a backup does not know: they keep their marks.
+    """
     record = ledger.find_domain(start.uuid)
     if record is None:
         return
     mark(ledger, backings, record)
     paths = {item.spec.path for item in record.allocations}
-    given_up = [path for path in start.paths if path not in paths and _is_marked(backings, path, start.uuid)]
+    given_up = [path for path in thawed if path not in paths and _is_marked(backings, path, start.uuid)]
     _unmark(ledger.domains(), backings, [Allocation(start.uuid, NvdimmSpec(0, path, PAGE)) for path in given_up])
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.errors import InUseError
+from nvdimm_driver.model import NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import DATA, Host, empty, is_immutable, quiet
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
 SECRET = b"of y" * 1024
@@ -241,6 +243,34 @@ def test_nothing_of_a_folder_that_was_moved_is_given_up(host: Host) -> None:
     assert left.problem == "its folder is not there"
     assert "put it back where it was" in left.remedy
     assert host.record().allocations == before
+
+
+def test_the_end_of_an_old_start_keeps_the_mark_of_what_was_given_back_since(host: Host) -> None:
+    """The backup was made while x ran with a file that its definition did not have; since then it has it again."""
+    host.driver.define(host.domain("a.img"))
+    start(host, UUID, 7)
+    host.driver.define(host.domain("b.img"))
+    back_up(host)
+    host.mapper.alive.clear()
+    host.driver.reconcile()
+    host.define("a.img", UUID, SECRET)
+    restore(host)
+    host.driver.reconcile()
+    with pytest.raises(InUseError, match="has the mark of domain"):
+        host.driver.define(host.domain("a.img", OTHER_UUID))
+    repair(host)
+    assert host.path("a.img") in [item.spec.path for item in host.record().allocations]
+
+
+def test_a_repair_gives_a_domain_what_it_has_instead_of_what_another_has_since(host: Host) -> None:
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    host.driver.define(replace(host.domain("b.img"), nvdimms=(NvdimmSpec(1, host.path("b.img"), SIZE),)))
+    host.define("a.img", OTHER_UUID, SECRET)
+    restore(host)
+    assert repair(host) == []
+    assert [item.spec.path for item in host.record().allocations] == [host.path("b.img")]
+    assert [item.spec.path for item in host.record(OTHER_UUID).allocations] == [host.path("a.img")]
 
 
 # --- what was changed since it was seen ---
