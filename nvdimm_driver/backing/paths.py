@@ -89,11 +89,6 @@ def open_resolved(path: str, flags: int, *, folder: int | None = None) -> int:
     :param folder: descriptor of the folder that a relative path is in.
     :raises OSError: ELOOP when the path is not a resolved one, because a part of it is a symbolic link.
     """
-    import ctypes
-
-    class How(ctypes.Structure):  # struct open_how
-        _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
     if ".." in path.split("/"):
         raise OSError(errno.ELOOP, "has '..' in it", path)
     if folder is None:
@@ -105,9 +100,12 @@ def open_resolved(path: str, flags: int, *, folder: int | None = None) -> int:
     creates = flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE
     if not flags & os.O_PATH:
         flags |= os.O_NONBLOCK
-    how = How(flags | os.O_CLOEXEC, 0o600 if creates else 0, _NO_LINKS)
+    import ctypes
+    import struct
+
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0o600 if creates else 0, _NO_LINKS)  # struct open_how
     libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(_OPENAT2, folder, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    fd = libc.syscall(_OPENAT2, folder, os.fsencode(path), how, len(how))
     if fd < 0:
         raise _system_error(ctypes.get_errno(), path)
     return int(fd)
