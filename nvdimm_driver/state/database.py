@@ -46,7 +46,9 @@ class Database:
         self._tell = tell
         self.reserve = Reserve(f"{path}-reserve")
         try:
+            before = file_number(path)
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
+            self._number = before or file_number(path)
         except sqlite3.Error as error:
             raise LedgerError(
                 f"cannot open {self.path}: {error}", hint="run 'nvdimmctl register' as root first"
@@ -80,11 +82,8 @@ class Database:
                 hint="a newer nvdimm_driver wrote it: install that version again",
             )
         # If two processes turn on WAL at the same time, SQLite fails one with "locked", whatever the timeout.
-        import fcntl
-
-        folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        folder = _lock_folder(self.path)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
             found = self._rows("PRAGMA user_version")[0][0]
             if found == SCHEMA_VERSION:
                 return  # another process was first
@@ -154,6 +153,7 @@ class Database:
                     return False
             if begin:
                 self._db.execute("COMMIT")
+                self._check_same()
         except (sqlite3.Error, UnicodeEncodeError) as error:
             raise self._failed("write", error) from error
         finally:
@@ -162,6 +162,14 @@ class Database:
         if event is not None:
             self._tell(event)
         return True
+
+    def _check_same(self) -> None:
+        """Check that the file that was written is the ledger still, which this process may have opened long ago.
+
+        :raises LedgerError: when 'nvdimmctl check --repair' or somebody else has put another in its place.
+        """
+        if file_number(self.path) != self._number:
+            raise LedgerError(f"{self.path} was replaced by another process meanwhile", hint="try again")
 
     def _failed(self, what: str, error: sqlite3.Error | UnicodeEncodeError) -> LedgerError:
         """Return the error for a query or a transaction that failed."""
@@ -182,11 +190,37 @@ class Database:
         return LedgerError(f"cannot {what} {self.path}: {error}")
 
 
-def set_aside(path: str) -> str:
+def file_number(path: str) -> int | None:
+    """Return the number of the inode that a ledger's path leads to; None when nothing is there."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _lock_folder(path: str) -> int:
+    """Keep other processes from making or renaming a ledger, until the descriptor that is returned is closed."""
+    import fcntl
+
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    return folder
+
+
+def set_aside(path: str, number: int | None) -> str | None:
     """Rename a damaged ledger, so that the next who opens it makes a new one; return its new name.
 
+    :param number: the :func:`file_number` of the damaged one. None is returned when another process has replaced it.
     :raises LedgerError: when it cannot be renamed.
     """
+    folder = _lock_folder(path)
+    try:
+        return _rename(path) if file_number(path) == number else None
+    finally:
+        os.close(folder)
+
+
+def _rename(path: str) -> str:
     aside = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     try:
         if os.path.exists(aside):

@@ -9,6 +9,7 @@ import re
 import sqlite3
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.integration.bench_host import Host
 from tests.integration.loop_pmem import run
 from tests.unit.fake_sysfs import FakeSysfs
 
+PAGE = (Path(__file__).parents[2] / "doc/ledger.rst").read_text(encoding="utf-8").partition(".. list-table")[0]
 FILL = "cat /dev/zero >>{state}/filler 2>/dev/null; sync -f {state}"
 
 
@@ -185,6 +187,39 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
     assert [item.spec.path for item in host.record("db3").allocations] == [device]
     with open(device, "rb") as content:
         assert content.read(6) == b"of db3"
+
+
+def test_a_backup_of_the_ledger_is_restored_as_its_page_says(host: Host) -> None:
+    """Since the backup, the domain was shut down, redefined with another file, and started again."""
+    state = host.folder / "state"
+    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    with conf.open("a") as text:
+        text.write(f"[pool:main]\nkind = bench\npaths = {host.folder}/pmem\n")
+    with sqlite3.connect(state / "ledger.sqlite") as source, sqlite3.connect(host.folder / "backup") as copy:
+        source.backup(copy)  # sqlite3(1) does the same
+    host.check("destroy", "db1")
+    xml = host.xml("db1", 1)
+    xml.write_text(xml.read_text().replace("db1.img", "new.img"))
+    host.check("define", xml)
+    host.check("start", "db1")
+    before = host.record("db1")
+    host.libvirtd.stop()
+    commands = [line.strip() for line in PAGE.splitlines() if line.startswith(" " * 6)]
+    moves = [line for line in commands if not line.startswith(("systemctl", "nvdimmctl"))]
+    assert len(moves) == 5
+    script = "; ".join(moves).replace("/var/lib/nvdimm-driver", str(state)).replace("FILE", str(host.folder / "backup"))
+    host.libvirtd.run("sh", "-ec", script)
+    host.libvirtd.start()
+    rows(host, "check", "--repair")
+    assert rows(host, "check") == []
+    after = host.record("db1")
+    assert [(item.spec.slot, item.spec.path) for item in after.started] == [
+        (item.spec.slot, item.spec.path) for item in before.started
+    ]
+    assert after.start
+    assert before.start
+    assert (after.start.domid, after.start.paths) == (before.start.domid, before.start.paths)
+    assert len(after.allocations) == 2, "it may have the old file, too"
 
 
 def test_without_libvirt_nobody_knows_whose_a_device_is(host: Host, device: str) -> None:

@@ -8,13 +8,19 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from nvdimm_driver import driver as driver_module
+from nvdimm_driver.cmd.ctl import check
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
-from nvdimm_driver.errors import InUseError
-from nvdimm_driver.model import NvdimmSpec
+from nvdimm_driver.errors import InUseError, LedgerError
+from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress
+from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.state import database
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
@@ -322,6 +328,58 @@ def test_a_repair_keeps_the_mark_of_a_copy_that_a_domain_was_given_since_it_look
     with pytest.raises(InUseError, match="belongs to domain y"):
         found.mend()
     assert OTHER_UUID.encode() in (host.mark("copy.img") or b"")
+
+
+# --- ledgers that are replaced ---
+
+
+def conf(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the options for the ledger; the driver is that of the host."""
+    monkeypatch.setattr(driver_module, "load_driver", lambda conf: host.another())
+    return SimpleNamespace(state_dir=str(host.folder))
+
+
+def test_of_two_repairs_at_once_one_replaces_the_damaged_ledger(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has found the damage, too; the first has done all of its work before the second renames."""
+    host.define("a.img")
+    host.driver.ledger.close()
+    (host.folder / "ledger.sqlite").write_bytes(b"scribble" * 4096)
+    options, rename = conf(host, monkeypatch), database.set_aside
+
+    def late(path: str, number: int | None) -> str | None:
+        monkeypatch.setattr(database, "set_aside", rename)
+        first, done = check._open(options, repair=True)
+        assert done
+        _repair(lambda: look(first))
+        with first.locks.changing(OTHER_UUID):
+            first.ledger.begin_define(host.domain("b.img", OTHER_UUID), lambda: None)
+        first.ledger.close()
+        return rename(path, number)
+
+    monkeypatch.setattr(database, "set_aside", late)
+    second, done = check._open(options, repair=True)
+    assert done == []
+    assert {record.uuid for record in second.ledger.domains()} == {UUID, OTHER_UUID}
+    assert len([*host.folder.glob("ledger.sqlite.damaged-*")]) == 1
+
+
+def test_a_define_fails_whose_ledger_was_replaced_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would know of its claims: they are in the file that was renamed."""
+    provision = host.backing.provision
+
+    def replaced(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        path = str(host.folder / "ledger.sqlite")
+        assert database.set_aside(path, database.file_number(path))
+        host.another().define(host.domain("b.img", OTHER_UUID))
+        return provision(spec, progress)
+
+    monkeypatch.setattr(host.backing, "provision", replaced)
+    with pytest.raises(LedgerError, match="was replaced by another process"):
+        host.driver.define(host.domain("a.img"))
+    monkeypatch.undo()
+    host.driver = host.another()
+    assert repair(host) == []
+    assert host.driver.ledger.find_domain(OTHER_UUID)
 
 
 # --- guests that were started since ---

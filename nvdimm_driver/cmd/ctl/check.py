@@ -68,16 +68,19 @@ def _open(conf: cfg.ConfigOpts, *, repair: bool) -> tuple[XenNvdimmDriver, list[
     :raises DamagedLedgerError: when it is damaged and may not be replaced.
     """
     from nvdimm_driver.driver import load_driver
-    from nvdimm_driver.state.database import set_aside
+    from nvdimm_driver.state.database import file_number, set_aside
 
+    path = str(Path(conf.state_dir) / LEDGER)
+    number = file_number(path)
     try:
         driver = load_driver(conf)
         driver.ledger.check_integrity()
     except DamagedLedgerError as error:
         if not repair:
             raise
-        path = str(Path(conf.state_dir) / LEDGER)
-        aside = set_aside(path)
+        aside = set_aside(path, number)
+        if aside is None:
+            return _open(conf, repair=False)
         remedy = f"it is {aside} now; this one is made from the marks, and for devices from libvirt's definitions"
         return load_driver(conf), [("", path, error.message, remedy, "yes")]
     return driver, []
