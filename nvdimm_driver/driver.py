@@ -188,16 +188,17 @@ class XenNvdimmDriver(plugins.Plugin):
         """Give up the claims that :meth:`create` has kept, of a domain without a definition."""
         self.definitions.give_up_others(domain)
 
-    def undo(self, uuid: str, before: Record | None, created: Sequence[Allocation]) -> None:
-        """Undo :meth:`define` or :meth:`create` for a domain that libvirt then refused: all is as it was before.
+    def undo(self, uuid: str, before: Record | None, created: Sequence[Allocation], last: Run | None = None) -> None:
+        """Undo :meth:`create` after the start that it was for has failed: all is as before; a guest's bytes stay.
 
         :param before: the domain as the ledger had it.
-        :param created: as they have returned it.
+        :param created: as :meth:`create` has returned it.
+        :param last: the domain's last run, as the ledger had it.
         """
         now = self.ledger.find_domain(uuid)
         if now is not None and now.start is not None and now.start != (before and before.start):
             self.starts.release(now)
-        self.definitions.put_back(uuid, before, created)
+        self.definitions.put_back(uuid, before, created, last)
 
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""

@@ -23,6 +23,7 @@ from nvdimm_driver.model import (
     Plan,
     Progress,
     Record,
+    Run,
 )
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
@@ -134,7 +135,7 @@ class Definitions:
         uuid = uuid_of(domain)
         plan = plan or self.plan(domain)
         domain = replace(plan.domain, uuid=uuid)
-        before = self.ledger.find_domain(uuid)
+        before, last = self.ledger.find_domain(uuid), self.ledger.find_run(uuid)
         kept = self._all_kept(domain, before, kept)
         held = self._check_allowed(domain, kept)
         LOG.debug("define domain %s, %s", domain.name, uuid)
@@ -158,28 +159,34 @@ class Definitions:
             self._settle(plan, domain, before, kept)
         except BaseException:
             LOG.debug("define of domain %s failed: roll it back", domain.name)
-            self.put_back(uuid, before, created)
+            self.put_back(uuid, before, created, last)
             raise
         for spec, problem in zip(domain.nvdimms, plan.misplaced_labels, strict=True):
             if problem:
                 logs.tell(Event("misplaced-labels", uuid, domain.name, None, {"path": spec.path, "problem": problem}))
         return tuple(created)
 
-    def put_back(self, uuid: str, before: Record | None, created: Sequence[Allocation]) -> None:
+    def put_back(
+        self, uuid: str, before: Record | None, created: Sequence[Allocation], last: Run | None = None
+    ) -> None:
         """Undo :meth:`define`: delete the backings that it created, and let the domain have what it had before.
 
-        A backing that a start has stays, and the claim to it: a guest may have written to it. So does the claim to what
-        has to be overwritten, if a guest of the domain has run: it could have been with a device that existed before.
+        A backing that a start has stays, and the claim to it: a guest may have written to it. So does all that the
+        define has stored, if a guest has run since. So does the claim to what has to be overwritten, if a guest of the
+        domain has ever run: it could have been with a device that existed before.
 
         :param before: the domain as it was.
+        :param last: the domain's last run at that time.
         """
         now = self.ledger.find_domain(uuid)
         if now is None:
             return
-        undeleted = {item.spec for item in created if not self._delete(item, now)}
         had = before.allocations if before else ()
+        ran = now.allocations != had and self._has_run_since(uuid, last)
+        undeleted = {item.spec for item in created if ran or not self._delete(item, now)}
         had_paths = {item.spec.path for item in had}
-        kept = {item.spec for item in (now.started if now.start else ())} | undeleted
+        started = now.allocations if ran else now.started if now.start else ()
+        kept = {item.spec for item in started} | undeleted
         if self.ledger.find_run(uuid) is not None:
             deleted = {item.spec for item in created} - undeleted
             kept |= {item.spec for item in self._to_wipe(now.allocations)} - deleted
@@ -194,6 +201,11 @@ class Definitions:
             record = replace(before or now, allocations=items)
             self.ledger.store(uuid, record.name, record.ram, items, dsm=record.dsm)
             ownership.mark(self.ledger, self.backings, record)
+
+    def _has_run_since(self, uuid: str, last: Run | None) -> bool:
+        """Return True if a guest of the domain has run after the run `last`, which may be over, too."""
+        now = self.ledger.find_run(uuid)
+        return now is not None and (last is None or now.number != last.number)
 
     def _delete(self, item: Allocation, record: Record) -> bool:
         """Delete a backing that a define has created; return False when a start has it, or it cannot be deleted.

@@ -20,9 +20,21 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lock_files import LockFile
-from nvdimm_driver.model import DomainSpec, Plan, Record
+from nvdimm_driver.model import DomainSpec, Plan, Record, Run
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
-from nvdimm_driver.rpc.libvirt_calls import Steps, ask, call, find, has_managed_save, pass_xml, validates, xml_and_flags
+from nvdimm_driver.rpc.libvirt_calls import (
+    Steps,
+    ask,
+    call,
+    defined_xml,
+    definition,
+    find,
+    has_managed_save,
+    pass_xml,
+    put_back_definition,
+    validates,
+    xml_and_flags,
+)
 from nvdimm_driver.rpc.locking import changing
 from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
@@ -49,12 +61,11 @@ MIGRATE_PARAMS_MAX = 64
 """REMOTE_DOMAIN_MIGRATE_PARAM_LIST_MAX."""
 
 # include/libvirt/libvirt-domain.h
-XML_SECURE, XML_INACTIVE = 1, 2
 START_FORCE_BOOT = 1 << 3
 METADATA_ELEMENT = 2
 MIGRATE_DEST_XML = "destination_xml"
 # include/libvirt/virterror.h
-FROM_DOMAIN, NO_DOMAIN_METADATA = 20, 80
+FROM_DOMAIN, NO_DOMAIN_METADATA, OPERATION_INVALID = 20, 80, 55
 
 MARK = NAMESPACE.encode()
 
@@ -112,6 +123,7 @@ class Interceptor:
         """Provision the NVDIMMs, and make the call; if that fails, put back what the domain had before."""
         uuid = domain.uuid or ""
         before: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
+        last: Run | None = yield self._work(lambda driver: driver.ledger.find_run(uuid))
         found = yield from find(uuid)
         if found and (found.name != domain.name or (yield from ask(Procedure.DOMAIN_IS_ACTIVE, found))):
             return (yield from call(procedure, arguments, with_fds=True))  # libvirt refuses it: nothing is changed
@@ -120,8 +132,16 @@ class Interceptor:
             reply = yield from call(procedure, arguments, with_fds=True)
         except Exception as error:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
+            runs = isinstance(error, LibvirtError) and RemoteError.unpack(error.payload).code == OPERATION_INVALID
+
+            def undo(driver: XenNvdimmDriver) -> None:
+                if runs:  # its start is another client's, and goes on
+                    driver.definitions.put_back(uuid, before, created, last)
+                else:
+                    driver.undo(uuid, before, created, last)
+
             try:
-                yield self._work(lambda driver: driver.undo(uuid, before, created), Pool.HOST)
+                yield self._work(undo, Pool.HOST)
             except (NvdimmError, OSError) as failed:
                 LOG.error("domain %s: what it had before its create failed cannot be put back: %s", uuid, failed)
             raise explained from error
@@ -186,7 +206,7 @@ class Interceptor:
                 f"an NVDIMM cannot be {what} the running domain {domain.name}",
                 hint="--config changes the definition, which its next start takes",
             )
-        before = yield from self._restored((yield from self._definition(domain)))
+        before = yield from self._restored((yield from definition(domain)))
         named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
         found = yield from self._find_paths(named)
         changed: str = yield Work(lambda: edit(with_paths(before, found), with_paths(device, found)), Pool.XML)
@@ -234,7 +254,7 @@ class Interceptor:
             return (yield from call(procedure, payload))
         if not flags & START_FORCE_BOOT and (yield from has_managed_save(domain)):
             yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
-        elif not (yield from self._has_nvdimms((yield from self._definition(domain)))):
+        elif not (yield from self._has_nvdimms((yield from definition(domain)))):
             yield from self._drop_claims(uuid)  # they were kept for a saved guest
         try:
             return (yield from call(procedure, payload))
@@ -294,7 +314,7 @@ class Interceptor:
 
     def _check_next_ram(self, asked: MemoryCall) -> Generator[Call | Work, Any, None]:
         """Check the RAM of a domain's next start with its definition: the ledger may have more NVDIMMs than that."""
-        xml = yield from self._restored((yield from self._definition(asked.domain)))
+        xml = yield from self._restored((yield from definition(asked.domain)))
         defined: DefinedMemory | None = yield Work(lambda: memory_of(xml), Pool.XML)
         if defined is None:
             return
@@ -354,7 +374,7 @@ class Interceptor:
     def _drop_claims(self, uuid: str) -> Generator[Call | Work, Any, None]:
         """Give up the domain's claims, unless another client has defined it with NVDIMMs meanwhile."""
         with (yield from self._changing(uuid)):
-            now = yield from self._defined(uuid)
+            now = yield from defined_xml(uuid)
             if now is not None and not (yield from self._has_nvdimms(now)):
                 yield self._work(lambda driver: driver.drop_claims(uuid), Pool.HOST)
 
@@ -375,7 +395,7 @@ class Interceptor:
                 lock.enter_context((yield from self._changing(domain.uuid)))
             plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
             yield from self._check_saved(plan, starts=False)
-            before = yield from self._defined(domain.uuid)
+            before = yield from defined_xml(domain.uuid)
             rewritten = yield from self._rewritten(resolved, (yield from self._taken_up(domain)), plan)
             reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
             defined = Unpacker(reply).domain()
@@ -385,20 +405,9 @@ class Interceptor:
                 identified = replace(domain, uuid=defined.uuid)
                 yield self._work(lambda driver: driver.define(identified, plan), _provisioning(plan))
             except Exception:
-                yield from self._put_back(defined, before)
+                yield from put_back_definition(defined, before)
                 raise
             return reply
-
-    def _put_back(self, domain: DomainRef, before: str | None) -> Generator[Call | Work, Any, None]:
-        """Let libvirt have the definition of before; the client gets the error of ours that is the reason."""
-        try:
-            if before is None:
-                yield from call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(domain)))
-            else:
-                yield from call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
-        except LibvirtError as error:
-            told = RemoteError.unpack(error.payload).message
-            LOG.error("domain %s: libvirt does not take its definition of before: %s", domain.name, told)
 
     def _resolved_domain(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, tuple[str, DomainSpec]]:
         """Return a client's XML, and its domain, with the paths that those of its NVDIMMs lead to now.
@@ -429,7 +438,7 @@ class Interceptor:
     def _taken_up(self, domain: DomainSpec) -> Generator[Call | Work, Any, str | None]:
         """Return the uuid for XML without one: that of the undefined domain of its name, which owns the NVDIMMs."""
         known: DomainSpec = yield self._work(lambda driver: driver.definitions.identify_by_name(domain))
-        if domain.uuid is None and known.uuid is not None and (yield from self._defined(known.uuid)) is None:
+        if domain.uuid is None and known.uuid is not None and (yield from defined_xml(known.uuid)) is None:
             return known.uuid
         return None
 
@@ -441,24 +450,13 @@ class Interceptor:
         """
         uuid = plan.domain.uuid or ""
         known = DomainRef(plan.domain.name, uuid, -1)
-        if (yield from self._record(known)) is None or (yield from self._defined(uuid)) is None:
+        if (yield from self._record(known)) is None or (yield from defined_xml(uuid)) is None:
             return
         if not (yield from has_managed_save(known)):
             return
         yield self._work(lambda driver: driver.check_redefinition(plan))
         if starts:
             yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
-
-    def _definition(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
-        """Return a domain's definition as libvirt has it."""
-        arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE | XML_SECURE))
-        reply = yield from call(Procedure.DOMAIN_GET_XML_DESC, arguments)
-        return Unpacker(reply).string()
-
-    def _defined(self, uuid: str | None) -> Generator[Call | Work, Any, str | None]:
-        """Return the domain's existing definition; None when there is none."""
-        found = None if uuid is None else (yield from find(uuid))
-        return None if found is None else (yield from self._definition(found))
 
     def _explained(self, error: LibvirtError, uuid: str) -> Generator[Call | Work, Any, LibvirtError]:
         """Return the error, with the reason why the start failed if the ledger has one that is not in it yet."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -12,7 +13,10 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import ClientDomain
 
+LOG = logging.getLogger(__name__)
+
 NO_DOMAIN = 42  # include/libvirt/virterror.h
+XML_SECURE, XML_INACTIVE = 1, 2
 START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0  # include/libvirt/libvirt-domain.h
 
 Steps = Generator[Call | Work, Any, bytes]
@@ -62,6 +66,30 @@ def find(uuid: str) -> Generator[Call | Work, Any, DomainRef | None]:
         if RemoteError.unpack(error.payload).code == NO_DOMAIN:
             return None
         raise
+
+
+def definition(domain: DomainRef) -> Generator[Call | Work, Any, str]:
+    """Return a domain's definition as libvirt has it."""
+    arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE | XML_SECURE))
+    return Unpacker((yield from call(Procedure.DOMAIN_GET_XML_DESC, arguments))).string()
+
+
+def defined_xml(uuid: str | None) -> Generator[Call | Work, Any, str | None]:
+    """Return the domain's existing definition; None when there is none."""
+    found = None if uuid is None else (yield from find(uuid))
+    return None if found is None else (yield from definition(found))
+
+
+def put_back_definition(domain: DomainRef, before: str | None) -> Generator[Call | Work, Any, None]:
+    """Let libvirt have the definition of before; the client gets the error of ours that is the reason."""
+    try:
+        if before is None:
+            yield from call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(domain)))
+        else:
+            yield from call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
+    except LibvirtError as error:
+        told = RemoteError.unpack(error.payload).message
+        LOG.error("domain %s: libvirt does not take its definition of before: %s", domain.name, told)
 
 
 def validates(procedure: int, flags: bytes) -> bool:

@@ -6,13 +6,14 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.rpc.handler_types import Call, Entry, Work
 from nvdimm_driver.rpc.locking import LOCK_DELAYS
 from nvdimm_driver.rpc.procedure import Procedure
-from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
-from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver
-from tests.unit.test_rpc_intercept import CONTEXT, Proxy, xml
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
+from tests.unit.test_rpc_intercept import CONTEXT, Libvirtd, Proxy, xml
 
 
 class Client:
@@ -103,3 +104,30 @@ def test_who_waits_for_a_domain_gets_it_when_it_is_free(tmp_path: Path) -> None:
             one.step()
     one.finish()
     assert claims(tmp_path, backing) == ["/mnt/pmem0/a"]
+
+
+class Started(Libvirtd):
+    """A libvirtd that another client asks to start the domain just before it refuses a create."""
+
+    def __init__(self, driver: XenNvdimmDriver) -> None:
+        super().__init__()
+        self.driver = driver
+
+    def answer(self, call: Call) -> bytes:
+        if call.procedure == Procedure.DOMAIN_CREATE_XML:
+            self.driver.prepare(domain("/mnt/pmem0/a"))
+            raise LibvirtError(RemoteError(55, 10, "domain 'db1' is already active").pack())
+        return super().answer(call)
+
+
+def test_the_undo_of_a_refused_create_leaves_the_start_of_another_client(tmp_path: Path) -> None:
+    backing = MemoryBacking()
+    driver = make_driver(tmp_path, backing, RecordingMapper())
+    proxy = Proxy(tmp_path, backing)
+    proxy.libvirtd = Started(driver)
+    proxy.define(xml("a"))
+    with suppress(LibvirtError):
+        proxy.call(Procedure.DOMAIN_CREATE_XML, Packer().string(xml("a")).uint32(0))
+    prepared = driver.ledger.find_prepared(UUID)
+    assert prepared
+    driver.ledger.begin_mapping(prepared, 5)
