@@ -207,13 +207,14 @@ class XenNvdimmDriver(plugins.Plugin):
     def forget(self, uuid: str) -> Record:
         """Give up the domain's claim to its backings, whose bytes stay; return its last record.
 
-        :raises InUseError: while the domain runs.
-        :raises LedgerError: when there is no such domain.
+        :raises NvdimmError: when there is no such domain, or it runs, which perhaps only Xen knows.
         """
         self.reconcile()
         record = self.ledger.find_domain(uuid)
         if record is None:
             raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
+        ownership.check_off(record)
+        self.wiper.check_unmapped(record)
         ownership.give_up(self.ledger, self.backings, record)
         self.remove_leftovers()
         return record
@@ -380,9 +381,8 @@ class XenNvdimmDriver(plugins.Plugin):
                     shutil.rmtree(folder / uuid)
 
     def restart_lost(self) -> list[Record]:
-        """Start a label server and a holder for each running guest that has none; return who got a holder."""
-        self.starts.serve_labels()
-        return self.starts.hold_again()
+        """Do what :meth:`.Starts.restart_lost` does; return who got a holder."""
+        return self.starts.restart_lost()
 
     def renew_label_servers(self) -> list[tuple[Record, bool]]:
         """Replace the label servers that are older than the installed code; return their domains, and if that worked.
@@ -444,7 +444,7 @@ class XenNvdimmDriver(plugins.Plugin):
         served = had.labels if self.starts.label_servers.is_running(record.uuid) else ""
         paths = [item.spec.path for item in items]
         self.ledger.take_up_running(record.uuid, record.start, domid, paths, mappings, areas, served=served)
-        self.starts.hold_again()
+        self.restart_lost()
 
     def prepare_known(self, uuid: str) -> None:
         """Prepare a start for which no hook has run, such as that of a domain that ``xl`` has created.

@@ -73,7 +73,7 @@ class Wiper:
         """
         ownership.check_off(self._find_unchanged(record))
         chosen = in_slot(record, slot)
-        self._check_unmapped(chosen)
+        self.check_unmapped(chosen)
         wiped, deleted = self.to_wipe(chosen), self.own(chosen) if delete else ()
         here = [item for item in {*wiped, *deleted} if not self._is_gone(item)]
         for item in here:  # all, before the first of them is wiped
@@ -90,7 +90,7 @@ class Wiper:
             now = self._checks.ledger.find_domain(record.uuid) or record
             ownership.give_up(self._checks.ledger, self._checks.backings, now, in_slot(now, slot).allocations)
 
-    def _check_unmapped(self, record: Record) -> None:
+    def check_unmapped(self, record: Record) -> None:
         """Check that no guest of Xen's has frames of what was provisioned for a domain: the ledger may be an old one.
 
         :raises InUseError: when one has.

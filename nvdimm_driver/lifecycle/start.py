@@ -220,6 +220,31 @@ class Starts:
                 held.append(record)
         return held
 
+    def restart_lost(self) -> list[Record]:
+        """Start a label server and a holder for each running guest that has none; return who got a holder.
+
+        The frames of a guest are announced, too, if its device model, of an earlier version, did not.
+        """
+        try:
+            self._announce_again()
+        except NvdimmError as error:
+            LOG.warning("frames of guests cannot be announced: %s", error)
+        self.serve_labels()
+        return self.hold_again()
+
+    def _announce_again(self) -> None:
+        """Announce the frames of each running guest that has announced none."""
+        starts = [each.start for each in self.ledger.started_domains() if each.start and each.start.state == "mapped"]
+        announced = {domid for domid, _, _ in self.mapper.frames_of_guests()} if starts else set()
+        for start in starts:
+            domid = start.domid
+            if domid is None or domid in announced or self.find_domid(start) != domid:
+                continue
+            LOG.debug("announce the frames of domid %d again", domid)
+            self.mapper.announce(domid, self.ledger.mappings_of(start))
+            if not self.is_running(start):
+                self.mapper.announce(domid, ())  # libxl has deleted what was announced before
+
     def _has(self, record: Record) -> list[tuple[str, BackingIdentity]]:
         """Return path and identity of each backing that a running guest has."""
         run = self.ledger.find_run(record.uuid)

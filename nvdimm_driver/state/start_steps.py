@@ -371,6 +371,14 @@ class StartSteps(Database):
             )
         )
 
+    def mappings_of(self, start: Start) -> list[tuple[int, int, int]]:
+        """Return what a start maps, as (gfn, mfn, count); nothing when it is not the domain's start any more."""
+        return self._rows(
+            "SELECT gfn, mfn, count FROM mapping JOIN attachment USING (uuid) WHERE uuid = ? AND id = ? ORDER BY gfn",
+            start.uuid,
+            start.id,
+        )
+
     def frames_of_others(self, uuid: str) -> list[tuple[str, int, int]]:
         """Return the machine frames of all other domains' starts in this boot, as (domain name, mfn, count)."""
         return self._rows(

@@ -418,6 +418,35 @@ def test_the_guest_of_a_later_start_keeps_its_frozen_file_its_holder_and_its_cla
     assert not is_immutable(host.path("a.img"))
 
 
+def test_the_frames_of_a_guest_that_the_version_before_has_started_are_announced(host: Host) -> None:
+    """So a ledger from a backup finds the guest, and nothing of it is given up."""
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    host.mapper.alive[7] = UUID
+    host.driver.prepare(host.domain("a.img"))
+    map_prepared(host.driver.ledger, 7)
+    host.driver.restart_lost()
+    (start,) = [each.start for each in host.driver.ledger.started_domains() if each.start]
+    mapped = [(mfn, count) for _, mfn, count in host.driver.ledger.mappings_of(start)]
+    assert mapped
+    assert host.mapper.announced == {7: mapped}
+    restore(host)
+    with pytest.raises(InUseError, match="domid 7"):
+        host.driver.forget(UUID)
+    assert host.record().allocations
+
+
+def test_the_frames_of_a_guest_that_a_repair_takes_up_are_announced(host: Host) -> None:
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    host.mapper.alive[7] = UUID
+    host.driver.prepare(host.domain("a.img"))
+    map_prepared(host.driver.ledger, 7)
+    restore(host)
+    assert repair(host) == []
+    assert host.mapper.announced[7]
+
+
 @pytest.mark.parametrize("delete", [True, False])
 def test_nothing_of_a_guest_is_released_that_the_ledger_does_not_know_to_run(host: Host, delete: bool) -> None:
     host.driver.define(host.domain("a.img"))
