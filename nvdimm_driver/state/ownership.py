@@ -158,8 +158,8 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     hint = (
         f"it has {items[0].spec.path} in its place: 'nvdimmctl check --repair' lets it have both"
         if moved
-        else "'nvdimmctl check --repair' writes it into the ledger; if that domain is gone for good, "
-        f"'nvdimmctl release {word_for(mark.name, mark.uuid)}' then frees the file"
+        else "'nvdimmctl check --repair' writes it into the ledger, if a pool has the file; if that domain is gone for "
+        f"good, 'nvdimmctl release {word_for(mark.name, mark.uuid)}' then frees the file"
     )
     raise InUseError(
         f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that", hint=hint
