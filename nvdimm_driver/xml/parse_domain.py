@@ -248,7 +248,8 @@ def _check_current_memory(root: Element, ram: int) -> None:
         raise UnsupportedError(
             f"<currentMemory> is {current // KIB} KiB and the guest's RAM {ram // KIB} KiB: such a guest starts with "
             "memory populated on demand, which Xen does not combine with mapped frames",
-            hint=f"set <currentMemory> to {ram // KIB} KiB or leave it out",
+            hint=f"set <currentMemory> to {ram // KIB} KiB or leave it out; after 'virsh setmaxmem --config', 'virsh "
+            f"setmem DOMAIN {ram // KIB} --config' does that",
         )
 
 
