@@ -186,12 +186,17 @@ def _pci_devices(root: Element) -> int:
 
 
 def _emulated(root: Element) -> tuple[str, ...]:
-    """Return QEMU's names of the devices that do not reach the NVDIMMs: of SCSI disks, and in QEMU's arguments."""
-    targets = [disk.child("target") for disk in root.need("devices").children if disk.tag == "disk"]
-    scsi = [target for target in targets if target and target.attributes.get("dev", "").startswith("sd")]
+    """Return QEMU's names of the devices that do not reach the NVDIMMs: those of disks, and those in its arguments."""
+    disks = [disk for disk in root.need("devices").children if disk.tag == "disk"]
+    kinds = {
+        (target.attributes.get("dev", "")[:2], disk.attributes.get("device"))
+        for disk in disks
+        if (target := disk.child("target"))
+    }
+    names = {direct_io.DISKS[prefix] for prefix, device in kinds - {direct_io.IDE_CDROM} if prefix in direct_io.DISKS}
     given = [element for element in root.children if _in_namespace(element, (root,), XEN_ARGUMENTS)]
     arguments = [each.attributes.get("value", "") for element in given for each in element.children]
-    return (*([direct_io.SCSI] if scsi else []), *direct_io.devices(arguments))
+    return (*sorted(names), *direct_io.devices(arguments))
 
 
 def _dsm(root: Element) -> str | None:
