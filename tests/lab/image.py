@@ -27,9 +27,12 @@ DOM0_MODULE_PREFIXES = ("xen", "virtio_")
 DOM0_INITRD_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 GUEST_MODULES = ("nd_pmem", "nd_btt", "nfit", "nd_e820")
 GUEST_DISK_MODULES = ("virtio_pci", "virtio_blk", "xen_blkfront")
+ALL_DISK_MODULES = (*GUEST_DISK_MODULES, "crc32c_generic", "ext4", "nvme", "ata_piix", "ahci", "sd_mod")
 GUEST_TOOLS = ("/usr/bin/ndctl", "/sbin/mkfs.ext4")
 # Addresses, in a guest of 128 MiB or more, of Linux's setup, the kernel that unpacks itself, and then the initramfs.
 SETUP_ADDRESS, KERNEL_ADDRESS, INITRD_ADDRESS = 0x90000, 0x100000, 0x5000000
+COPY_ADDRESS = 0x600
+"""Of a boot sector that reads another one to its own place; above the BIOS's data."""
 SETUP_END = 0xE000
 """Bytes of Linux's setup with its heap and stack; the kernel's arguments follow."""
 EXTENTS = 510 - 4 * 12
@@ -93,6 +96,11 @@ class Images:
         return self.folder / "guest-disk-drivers.gz"
 
     @property
+    def full_guest_initrds(self) -> tuple[Path, Path]:
+        """The first and third initramfs for a guest with dom0's kernel, which has drivers of all disks."""
+        return self.folder / "full-initrd.gz", self.folder / "full-disk-drivers.gz"
+
+    @property
     def guest_tools_disk(self) -> Path:
         """The guest's disk with that initramfs, too; it takes longer to boot."""
         return self.folder / "guest-tools.img"
@@ -118,6 +126,11 @@ def build(cache: Path | None = None) -> Images:
 def make_guest_disk(images: Images, target: Path, linux_args: str = "", *more: Path) -> None:
     """Write the guest's disk to `target`; `linux_args` are for the kernel, `more` are additional initramfs."""
     make_disk(target, images.guest_kernel, (images.guest_initrd, *more), linux_args)
+
+
+def make_next_disk(target: Path, size: int) -> None:
+    """Write an empty raw disk to `target` from which the BIOS boots the disk after it; `size` in bytes."""
+    target.write_bytes(_assemble("next-disk.S", target, COPY=COPY_ADDRESS).ljust(size, b"\0"))
 
 
 def make_disk(target: Path, kernel: Path, initrds: Sequence[Path], linux_args: str = "") -> None:
@@ -155,16 +168,21 @@ def make_disk(target: Path, kernel: Path, initrds: Sequence[Path], linux_args: s
 
 
 def _boot_sector(target: Path, extents: bytes) -> bytes:
-    program, code = target.with_suffix(".o"), target.with_suffix(".boot")
-    symbols = {"LINUX": SETUP_ADDRESS >> 4, "STACK": SETUP_END, "EXTENTS": EXTENTS}
-    defined = (word for name, value in symbols.items() for word in ("--defsym", f"{name}={value}"))
-    run_tool(["as", "--32", *defined, "-o", program, SOURCES / "boot.S"])
-    run_tool(["ld", "-m", "elf_i386", "-Ttext=0x7c00", "--oformat=binary", "-o", code, program])
-    sector = bytearray(code.read_bytes())
+    sector = bytearray(_assemble("boot.S", target, LINUX=SETUP_ADDRESS >> 4, STACK=SETUP_END, EXTENTS=EXTENTS))
     sector[EXTENTS : EXTENTS + len(extents)] = extents
+    return bytes(sector)
+
+
+def _assemble(source: str, target: Path, **symbols: int) -> bytes:
+    """Return a boot sector of the recipe; files beside `target` are used meanwhile."""
+    program, code = target.with_suffix(".o"), target.with_suffix(".boot")
+    defined = (word for name, value in symbols.items() for word in ("--defsym", f"{name}={value}"))
+    run_tool(["as", "--32", *defined, "-o", program, SOURCES / source])
+    run_tool(["ld", "-m", "elf_i386", "-Ttext=0x7c00", "--oformat=binary", "-o", code, program])
+    sector = code.read_bytes()
     program.unlink()
     code.unlink()
-    return bytes(sector)
+    return sector
 
 
 def _padded(part: bytes) -> bytes:
@@ -186,6 +204,9 @@ def _make(base: Base, images: Images) -> None:
         images.dom0_initrd, SOURCES / "dom0-initramfs-init", busybox, dom0_modules.closure(DOM0_INITRD_MODULES)
     )
     _make_initrd(images.guest_initrd, SOURCES / "guest-init", busybox, guest_modules.closure(GUEST_MODULES))
+    full_initrd, full_drivers = images.full_guest_initrds
+    _make_initrd(full_initrd, SOURCES / "guest-init", busybox, dom0_modules.closure(GUEST_MODULES))
+    _make_disk_drivers(full_drivers, dom0_modules.closure(ALL_DISK_MODULES))
     make_guest_disk(images, images.guest_disk)
     _make_tools(images.guest_tools, base.root)
     make_guest_disk(images, images.guest_tools_disk, "", images.guest_tools)

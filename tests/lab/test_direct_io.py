@@ -10,20 +10,29 @@ import pytest
 from tests.lab import operator
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
-from tests.lab.image import make_guest_disk
+from tests.lab.image import make_disk, make_next_disk
+from tests.waiting import HANG_SECONDS
 
 pytestmark = pytest.mark.lab
 NAME, FILE, DISK = "direct", "/mnt/pmem0/direct.img", "/tmp/guest-direct.img"
-PAGE, LARGER, SECONDS = 4096, 65536, 10
+PAGE, LARGER, DISK_SIZE = 4096, 65536, 8 << 20
 # Behind xvdd, libxl has QEMU emulate no second disk with the same bytes.
 XEN_DISKS = """
 <disk type='block' device='disk'><driver name='phy'/><source dev='{loop}'/><target dev='xvde' bus='xen'/></disk>
 <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/tmp/direct-qemu'/>
 <target dev='xvdf' bus='xen'/></disk>
 """
+IDE_DISK = """
+<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/tmp/direct-ide'/>
+<target dev='hda' bus='ide'/></disk>
+"""
+AHCI_DISK = (
+    *("-device", "ahci,id=sata", "-drive", "file=/tmp/direct-ahci,if=none,id=ahci,format=raw"),
+    *("-device", "ide-hd,drive=ahci,bus=sata.0"),
+)
 WORKS = ("WORKS", "WORKS")
 FAILS = ("ERROR Input/output error", "ERROR Input/output error")
-HANGS = (f"HANG, no answer within {SECONDS} s",) * 2
+HANGS = ("HANG, the device needs a reset",) * 2
 
 
 def wrong(length: int) -> tuple[str, str]:
@@ -36,16 +45,22 @@ def wrong(length: int) -> tuple[str, str]:
 def guest(
     driver_host: XenHost, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Guest]:
-    """Yield a guest with a DAX file system on /mnt and two Xen disks, one of the kernel and one of QEMU."""
-    disk = tmp_path_factory.mktemp("disk") / "guest.img"
+    """Yield a guest with a DAX file system on /mnt, Xen disks of the kernel and of QEMU, and disks of IDE and AHCI."""
+    folder = tmp_path_factory.mktemp("disk")
     images = driver_host.images
     arguments = f"xen_emul_unplug=unnecessary {request.param}"
-    make_guest_disk(images, disk, arguments, images.guest_tools, images.guest_disk_drivers)
-    driver_host.put(disk, DISK)
-    driver_host.check("for each in kernel qemu virtio nvme later; do truncate -s 8M /tmp/direct-$each; done")
+    initrds = (*images.full_guest_initrds, images.guest_tools)
+    make_disk(folder / "guest.img", images.dom0_kernel, initrds, arguments)
+    driver_host.put(folder / "guest.img", DISK)
+    make_next_disk(folder / "next.img", DISK_SIZE)
+    for each in ("ide", "ahci"):
+        driver_host.put(folder / "next.img", f"/tmp/direct-{each}")
+    driver_host.check(f"for each in kernel qemu virtio nvme later; do truncate -s {DISK_SIZE} /tmp/direct-$each; done")
     loop = driver_host.check("losetup -f --show /tmp/direct-kernel").stdout.strip()
-    xml = operator.domain_xml(NAME, [operator.nvdimm(FILE, 64)], ram_mib=256, disk=DISK)
-    xml = xml.replace("</devices>", f"{XEN_DISKS.format(loop=loop)}</devices>")
+    xml = operator.domain_xml(NAME, [operator.nvdimm(FILE, 64)], ram_mib=384, disk=DISK)
+    xml = xml.replace("</devices>", f"{XEN_DISKS.format(loop=loop)}{IDE_DISK}</devices>")
+    ahci = "".join(f"<xen:arg value='{each}'/>" for each in AHCI_DISK)
+    xml = xml.replace("</xen:commandline>", f"{ahci}</xen:commandline>")
     driver_host.write(f"/root/{NAME}.xml", xml.encode())
     driver_host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
     started = operator.start(driver_host, NAME)
@@ -60,8 +75,14 @@ def guest(
 
 def direct_io(guest: Guest, disk: str, length: int) -> tuple[str, str]:
     """Return what reading and writing a disk did."""
-    read, write = guest.check("run", f"directio /mnt/buffer /dev/{disk} {length} {SECONDS}").split("\n")
+    read, write = guest.check("run", f"directio /mnt/buffer {disk} {length}", timeout=HANG_SECONDS).split("\n")
     return read.removeprefix("read: "), write.removeprefix("write: ")
+
+
+def wait_for_disks(guest: Guest, *disks: str) -> None:
+    """Return when the guest has these disks."""
+    for disk in disks:
+        guest.check("run", f"until [ -b /dev/{disk} ]; do sleep 0.2; done", timeout=HANG_SECONDS)
 
 
 def test_xen_disks_work(guest: Guest) -> None:
@@ -76,8 +97,22 @@ def test_a_xen_disk_that_is_attached_later_works_or_fails(driver_host: XenHost, 
     driver_host.check(
         f"{operator.VIRSH} attach-disk {NAME} /tmp/direct-later xvdg --driver qemu --subdriver raw --live"
     )
-    guest.check("run", "sleep 2")
+    wait_for_disks(guest, "xvdg")
     assert direct_io(guest, "xvdg", PAGE) == FAILS
+
+
+def disk_of(guest: Guest, driver: str) -> str:
+    """Return the name of the only disk of a driver of libata."""
+    return guest.check("run", f"ls /sys/bus/pci/drivers/{driver}/*/ata*/host*/target*/*/block")
+
+
+@pytest.mark.thorough
+def test_ide_fails_and_ahci_loses_bytes_unless_linux_copies(guest: Guest) -> None:
+    """IDE has 32-bit addresses, and the NVDIMM is above 4 GiB."""
+    copies = "swiotlb=force" in guest.report().cmdline
+    for length in (PAGE, LARGER):
+        assert direct_io(guest, disk_of(guest, "ata_piix"), length) == (WORKS if copies else FAILS)
+        assert direct_io(guest, disk_of(guest, "ahci"), length) == (WORKS if copies else wrong(length))
 
 
 @pytest.mark.thorough
@@ -90,7 +125,8 @@ def test_emulated_disks_lose_bytes_unless_linux_copies(driver_host: XenHost, gue
             f"device_add {device},drive=d{number}",
         ):
             driver_host.check(f"xl qemu-monitor-command {NAME} '{command}'")
-    guest.check("run", "echo 1 >/sys/bus/pci/rescan; sleep 3")
+    guest.check("run", "echo 1 >/sys/bus/pci/rescan")
+    wait_for_disks(guest, "vdb", "nvme0n1")
     copies = "swiotlb=force" in guest.report().cmdline
     assert direct_io(guest, "nvme0n1", LARGER) == (WORKS if copies else wrong(LARGER))
     assert direct_io(guest, "vdb", PAGE) == (WORKS if copies else wrong(PAGE))

@@ -2,9 +2,10 @@
 /*
  * Direct I/O between a disk and memory that is persistent memory.
  *
- * directio FILE DISK LENGTH SECONDS: maps FILE, which is on a DAX file system, and has it be the buffer with which DISK
+ * directio FILE DISK LENGTH: maps FILE, which is on a DAX file system, and has it be the buffer with which /dev/DISK
  * is read and written with O_DIRECT. Prints a line for each direction: what it did, compared with what an ordinary
- * buffer shows: WORKS, ERROR and its errno, HANG after SECONDS, or WRONG BYTES. The status is 0 if it printed both.
+ * buffer shows: WORKS, ERROR and its errno, WRONG BYTES, or HANG if the device says that it answers nothing any more.
+ * The status is 0 if it printed both.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -88,9 +89,26 @@ static void memory_to_disk(int disk)
     compare(ordinary, persistent);
 }
 
+/* Return true if a virtio device answers nothing until it is reset: bit 6 of its status (Virtio 1.2, 2.1). */
+static int needs_reset(const char *name)
+{
+    char path[64];
+    unsigned status = 0;
+    FILE *file;
+
+    snprintf(path, sizeof(path), "/sys/block/%s/device/status", name);
+    file = fopen(path, "r");
+    if (!file)
+        return 0;
+    if (fscanf(file, "%x", &status) != 1)
+        status = 0;
+    fclose(file);
+    return status & 0x40;
+}
+
 /* Return the status of a child that has done the step. One whose disk never answers cannot be killed, so do not wait for
  * it; it has no output open, which others would wait for. */
-static int within(const char *direction, void (*step)(int), int disk, int seconds)
+static int follow(const char *direction, void (*step)(int), int disk, const char *name)
 {
     int status = 0;
     pid_t child = fork();
@@ -102,31 +120,36 @@ static int within(const char *direction, void (*step)(int), int disk, int second
         step(disk);
         _exit(0);
     }
-    sprintf(result, "HANG, no answer within %d s", seconds);
-    for (int tenths = 0; tenths < seconds * 10 && waitpid(child, &status, WNOHANG) != child; tenths++)
+    while (waitpid(child, &status, WNOHANG) != child) {
+        if (needs_reset(name)) {
+            strcpy(result, "HANG, the device needs a reset");
+            break;
+        }
         nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
+    }
     printf("%s: %s\n", direction, result);
     return status;
 }
 
 int main(int argc, char **argv)
 {
-    int file, disk, seconds, status;
+    char path[64];
+    int file, disk, status;
 
-    if (argc != 5)
+    if (argc != 4)
         return 2;
     length = atol(argv[3]);
-    seconds = atoi(argv[4]);
     result = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     file = open(argv[1], O_RDWR | O_CREAT, 0600);
     must(file >= 0 && !posix_fallocate(file, 0, length), argv[1]);
-    disk = open(argv[2], O_RDWR | O_DIRECT);
-    must(disk >= 0, argv[2]);
+    snprintf(path, sizeof(path), "/dev/%s", argv[2]);
+    disk = open(path, O_RDWR | O_DIRECT);
+    must(disk >= 0, path);
     persistent = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     ordinary = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     must(persistent != MAP_FAILED && ordinary != MAP_FAILED, "map memory");
     setvbuf(stdout, NULL, _IOLBF, 0);
-    status = within("read", disk_to_memory, disk, seconds);
-    status |= within("write", memory_to_disk, disk, seconds);
+    status = follow("read", disk_to_memory, disk, argv[2]);
+    status |= follow("write", memory_to_disk, disk, argv[2]);
     return !!status;
 }
