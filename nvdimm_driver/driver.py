@@ -26,7 +26,15 @@ from nvdimm_driver.contents.exporting import Exporter
 from nvdimm_driver.contents.importing import Importer
 from nvdimm_driver.contents.shared_checks import Checks
 from nvdimm_driver.contents.wiping import Wiper
-from nvdimm_driver.errors import ConfigError, FullDiskError, LayoutError, LedgerError, NvdimmError, UnsupportedError
+from nvdimm_driver.errors import (
+    ConfigError,
+    FullDiskError,
+    InUseError,
+    LayoutError,
+    LedgerError,
+    NvdimmError,
+    UnsupportedError,
+)
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
@@ -465,6 +473,7 @@ class XenNvdimmDriver(plugins.Plugin):
         items = [item for item in record.allocations if item.spec in domain.nvdimms]
         start = self.starts.freeze(record.uuid, items)
         try:
+            self._check_unchanged(record.uuid, items)
             plan = self.planner.plan_start(domain, record)
             located = zip(domain.nvdimms, plan.locations, strict=True)
             self.starts.hold(record.uuid, record.name, [(spec.path, each.identity) for spec, each in located])
@@ -487,6 +496,15 @@ class XenNvdimmDriver(plugins.Plugin):
             self.starts.put_away(start)
             raise
         return plan
+
+    def _check_unchanged(self, uuid: str, items: Sequence[Allocation]) -> None:
+        """Check that a start, which a define sees from now on, has NVDIMMs as they are defined now.
+
+        :raises InUseError: when one was defined otherwise just before.
+        """
+        now = self.ledger.find_domain(uuid)
+        if now is None or not {*items} <= {*now.allocations}:
+            raise InUseError(f"domain {uuid} was defined anew while it was started", hint="start it again")
 
     def _spoil_runs(self, identity: BackingIdentity, uuid: str | None = None) -> None:
         """Record that no guest which was saved with bytes of a backing can go on: something else writes them now.

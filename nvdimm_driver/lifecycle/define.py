@@ -13,12 +13,11 @@ from nvdimm_driver.errors import BackingError, DomainXmlError, InUseError, Ledge
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
-from nvdimm_driver.lifecycle.redefine import check_kept
+from nvdimm_driver.lifecycle.redefine import check_kept, check_started
 from nvdimm_driver.model import (
     Allocation,
     BackingIdentity,
     DomainSpec,
-    GuestLayout,
     NvdimmSpec,
     Plan,
     Progress,
@@ -58,9 +57,9 @@ class Definitions:
         uuid = domain.uuid or ""
         before = self.ledger.find_domain(uuid)
         self._check_allowed(domain, self._all_kept(domain, before, kept))
-        self._check_not_moved(
-            before, {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
-        )
+        identities = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
+        self._check_not_moved(before, identities)
+        self._check_started(domain, before, identities)
         check_kept(domain, before, self.ledger.find_run(uuid), self.backings, self.planner.host.bad_ranges())
         return self.planner.plan_define(domain, before)
 
@@ -392,7 +391,7 @@ class Definitions:
                     domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
                 )
             ),
-            *(_placed(item, settled.layout) for item in kept),
+            *(slots.placed(item, settled.layout) for item in kept),
         ]
         ownership.unmark_dropped(self.ledger, self.backings, before, items)
         self.ledger.store(
@@ -422,8 +421,16 @@ class Definitions:
         if (now.allocations if now else ()) != had:
             raise InUseError(f"domain {domain.name} was changed by another process meanwhile", hint="try again")
         self._check_not_moved(before, identities)
+        self._check_started(domain, now, identities)
         known = {path: identity for path, identity in identities.items() if identity is not None}
         ownership.check_bytes(self.ledger, uuid, known, had)
+
+    def _check_started(
+        self, domain: DomainSpec, record: Record | None, identities: Mapping[str, BackingIdentity | None]
+    ) -> None:
+        """Do what :func:`.redefine.check_started` does, with the run of the domain's start."""
+        begun = self.ledger.find_begun(record.start) if record and record.start else None
+        check_started(domain, record, begun, identities)
 
     def _check_not_moved(self, before: Record | None, identities: Mapping[str, BackingIdentity | None]) -> None:
         """Check that what has to be overwritten before others may have it is not given up for what has its path now.
@@ -472,18 +479,6 @@ def resolved(domain: DomainSpec) -> DomainSpec:
     :raises BackingError: when one is a symbolic link to nothing.
     """
     return domain.with_paths({spec.path: paths.resolve_new(spec.path) for spec in domain.nvdimms})
-
-
-def _placed(item: Allocation, guest: GuestLayout) -> Allocation:
-    """Return an NVDIMM that the guest does not have now, without its base if the guest has another one there.
-
-    One that is set aside cannot be in a guest together with the others, and keeps its base.
-    """
-    if item.spec.set_aside:
-        return item
-    at = item.placement
-    overlaps = any(each.base < at.end and at.base < each.end for each in guest.nvdimms)
-    return replace(item, base=None) if overlaps else item
 
 
 def uuid_of(domain: DomainSpec) -> str:

@@ -6,12 +6,12 @@ An NVDIMM that is left out of the definition is given up as a whole, on purpose;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
-from nvdimm_driver.lifecycle.saved_guest import has_had
+from nvdimm_driver.lifecycle.saved_guest import backings_of, domain_of, has_had
 from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Record, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.sizes import human
@@ -49,6 +49,43 @@ def check_kept(
                 continue
             if last is None or not has_had(last, spec, identity):
                 _check_one(replace(item.spec, path=spec.path), spec, backing_of(backings, spec.path), bad)
+
+
+def check_started(
+    domain: DomainSpec, record: Record | None, begun: Run | None, identities: Mapping[str, BackingIdentity | None]
+) -> None:
+    """Check that a redefinition takes no part of an NVDIMM from a guest that runs or starts: it may write to all of it.
+
+    What is 0 now need not be 0 at its next start, and a definition is not compared with the bytes again then.
+
+    :param record: the domain as the ledger knows it.
+    :param begun: the run of its start, if the ledger has one.
+    :param identities: of what is at the domain's paths; None where nothing is.
+    :raises RefusedError: when a part of one would come to be label area, data or neither.
+    """
+    if record is None or record.start is None:
+        return
+    for old, had in _started_with(record, begun):
+        for new in domain.nvdimms:
+            identity = identities[new.path]
+            if identity is None or had is None or _place(identity) != _place(had):
+                continue
+            for what, start, end in _given_up(old, new):
+                raise RefusedError(
+                    f"{new.path}: domain {record.name} runs, and its guest may write to {what}, {human(end - start)} "
+                    f"at {start:#x}, which would be something else with a size of {human(new.size)} and a label area "
+                    f"of {human(new.label_size)}",
+                    hint="keep size, label and alignsize, or shut the domain down first",
+                )
+
+
+def _started_with(record: Record, begun: Run | None) -> list[tuple[NvdimmSpec, BackingIdentity | None]]:
+    """Return what the guest of a domain's start has: each NVDIMM, and the identity of its backing."""
+    started = None if begun is None else domain_of(begun, record.uuid)
+    if begun is None or started is None:  # an earlier version has begun it, or it is not prepared yet
+        return [(item.spec, item.identity) for item in record.started]
+    found = dict(backings_of(begun))
+    return [(spec, found[spec.path]) for spec in started.nvdimms]
 
 
 def _check_one(old: NvdimmSpec, new: NvdimmSpec, backing: Backing, bad: Sequence[tuple[int, int]]) -> None:

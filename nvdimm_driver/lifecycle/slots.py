@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import count
 
 from nvdimm_driver.errors import LayoutError
-from nvdimm_driver.model import MAX_NVDIMMS, Allocation, DomainSpec, NvdimmSpec
+from nvdimm_driver.model import MAX_NVDIMMS, Allocation, DomainSpec, GuestLayout, NvdimmSpec
 
 
 def assign(domain: DomainSpec, kept: Mapping[str, int]) -> tuple[NvdimmSpec, ...]:
@@ -48,3 +48,15 @@ def set_aside(items: Sequence[Allocation], taken: Collection[int]) -> list[Alloc
             numbers.add(number)
         moved.append(replace(item, spec=replace(item.spec, slot=number)))
     return moved
+
+
+def placed(item: Allocation, guest: GuestLayout) -> Allocation:
+    """Return an NVDIMM that the guest does not have now, without its base if the guest has another one there.
+
+    One that is set aside cannot be in a guest together with the others, and keeps its base.
+    """
+    if item.spec.set_aside:
+        return item
+    at = item.placement
+    overlaps = any(each.base < at.end and at.base < each.end for each in guest.nvdimms)
+    return replace(item, base=None) if overlaps else item

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, LedgerError, XenError
 from nvdimm_driver.labels.servers import MODULE, LabelServers
-from nvdimm_driver.model import MIB, BackingIdentity, NvdimmSpec, Run
+from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Run
 from nvdimm_driver.plugins import ByteRange
 from tests.unit.doubles import (
     OTHER_UUID,
@@ -216,6 +217,11 @@ def saved(driver: XenNvdimmDriver, mapper: RecordingMapper, folder: Path) -> dic
     return mapper.memory.pop(domid)
 
 
+def on_node(domain: DomainSpec) -> DomainSpec:
+    """Return a domain, redefined with its NVDIMMs on another NUMA node: that can be done while it runs."""
+    return replace(domain, nvdimms=tuple(replace(each, node=0) for each in domain.nvdimms))
+
+
 @pytest.mark.parametrize("restored", [False, True])
 def test_a_guest_with_labels_gets_its_page_and_a_label_server(
     tmp_path: Path, mapper: RecordingMapper, restored: bool
@@ -238,7 +244,7 @@ def test_a_guest_with_labels_gets_its_page_and_a_label_server(
     assert record is not None
     assert record.start is not None
     assert record.start.served == record.labels
-    driver.define(domain(A, label_size=2 * MIB))
+    driver.define(on_node(labelled))
     redefined = driver.ledger.find_domain(UUID)
     assert redefined is not None
     assert redefined.start == record.start
@@ -362,7 +368,7 @@ def test_a_server_that_no_other_can_follow_is_not_killed(
             assert server.poll() is None
             assert "the pool is mounted elsewhere" in caplog.text
             backing.broken_labels = ""
-            driver.define(domain(A, label_size=2 * MIB))
+            driver.define(on_node(labelled))
             assert [(each.name, renewed) for each, renewed in driver.renew_label_servers()] == [("db1", False)]
             assert server.poll() is None
             driver.define(labelled)

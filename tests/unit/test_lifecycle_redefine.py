@@ -10,8 +10,8 @@ import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import RefusedError, UnsupportedError
-from nvdimm_driver.model import KIB, MIB, DomainSpec, NvdimmSpec
-from nvdimm_driver.plugins import ByteRange
+from nvdimm_driver.model import KIB, MIB, BackingIdentity, DomainSpec, NvdimmSpec, Progress
+from nvdimm_driver.plugins import ByteRange, unwatched
 from tests.unit.doubles import NAMESPACE, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
 from tests.unit.label_areas import label_area
 
@@ -49,6 +49,42 @@ def begin(host: Host) -> None:
     host.driver.ledger.begin_mapping(start, 5)
     host.driver.ledger.finish_mapping(start)
     host.driver.release(UUID)
+
+
+@pytest.mark.parametrize("state", ["prepared", "mapping", "mapped"])
+def test_a_guest_that_runs_may_write_to_all_of_its_nvdimm(tmp_path: Path, state: str) -> None:
+    """The end is 0 now: what the guest writes there would be a label area at its next start."""
+    host = Host(tmp_path, 0)
+    host.driver.prepare(host.domain)
+    start = started(host.driver.ledger)
+    if state != "prepared":
+        host.driver.ledger.begin_mapping(start, 5)
+    if state == "mapped":
+        host.driver.ledger.finish_mapping(start)
+    labelled = host.changed(label_size=LABEL)
+    for refused in (host.driver.plan, host.driver.define):
+        with pytest.raises(RefusedError, match=r"/a: domain db1 runs, and its guest may write to the end of the guest"):
+            refused(labelled)
+    host.driver.define(domain(B))  # by way of a definition without it
+    with pytest.raises(RefusedError, match="domain db1 runs"):
+        host.driver.define(labelled)
+    host.driver.define(host.changed(node=0, size=128 * MIB))
+
+
+def test_a_start_that_begins_during_a_define_is_seen_before_that_is_stored(tmp_path: Path) -> None:
+    host = Host(tmp_path, 0)
+    labelled = host.changed(label_size=LABEL)
+    plan = host.driver.check(labelled)
+    provision = host.backing.provision
+
+    def meanwhile(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        host.driver.prepare(host.domain)
+        return provision(spec, progress)
+
+    host.backing.provision = meanwhile  # type: ignore[method-assign]
+    with pytest.raises(RefusedError, match="domain db1 runs"):
+        host.driver.define(labelled, plan)
+    assert [item.spec.label_size for item in host.driver.ledger.domains()[0].allocations] == [0]
 
 
 def test_an_nvdimm_does_not_get_smaller(tmp_path: Path) -> None:
