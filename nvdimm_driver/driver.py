@@ -326,8 +326,9 @@ class XenNvdimmDriver(plugins.Plugin):
         self.reconcile()
         self.starts.require_ended(uuid)
         last = self.ledger.find_run(uuid)
+        saved_guest.check_known(last, is_unnumbered=self.ledger.is_unnumbered(uuid))
         if last is None:
-            return  # a version that numbered no runs has saved it
+            return
         domain = saved_guest.domain_of(last, uuid)
         record = self.ledger.find_domain(uuid)
         known = domain or record
@@ -448,10 +449,14 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         items = [item for item in record.allocations if item.spec.path in frozen]
         had = replace(record, allocations=tuple(items), start=None)  # a repair that was killed has begun with fewer
-        mappings, areas = self.planner.map_running(had, items)
+        mappings, areas, nvdimms = self.planner.map_running(had, items)
+        last = self.ledger.find_run(record.uuid)
+        read = partial(self.planner.mapper.read, domid)
+        run, has_number = saved_guest.run_of_guest(read, nvdimms, last, self.backings)
         served = had.labels if self.starts.label_servers.is_running(record.uuid) else ""
         paths = [item.spec.path for item in items]
-        self.ledger.take_up_running(record.uuid, record.start, domid, paths, mappings, areas, served=served)
+        start = (record.uuid, record.start, domid, paths, mappings, areas)
+        self.ledger.take_up_running(*start, served=served, run=run, is_numbered=has_number)
         self.restart_lost()
 
     def prepare_known(self, uuid: str) -> None:
@@ -519,7 +524,7 @@ class XenNvdimmDriver(plugins.Plugin):
         """Return the run that a start of this plan begins; guests of other domains that had its bytes have no more."""
         for location in plan.locations:
             self._spoil_runs(location.identity, plan.domain.uuid)
-        nvdimms = saved_guest.describe(plan)
+        nvdimms = saved_guest.describe(plan.domain, plan.layout, plan.locations)
         return Run(saved_guest.new_number(), nvdimms, saved_guest.times(self.backings, nvdimms))
 
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:

@@ -125,23 +125,28 @@ class Planner:
 
     def map_running(
         self, record: Record, items: Sequence[Allocation]
-    ) -> tuple[tuple[Mapping, ...], tuple[tuple[int, int], ...]]:
-        """Return the mappings of NVDIMMs that a running guest has, and the areas that they are in.
+    ) -> tuple[tuple[Mapping, ...], tuple[tuple[int, int], ...], str]:
+        """Return the mappings of NVDIMMs that a running guest has, the areas that they are in, and their description.
 
         Their backings are frozen, so the frames are those of its start.
 
         :param items: NVDIMMs of the domain.
+        :returns: with the description of :func:`.saved_guest.describe`.
         :raises BackingError: also when a backing is not the one that was provisioned.
         """
         guest = self.layout_around(record, record.ram)
         placements = {placement.slot: placement for placement in guest.nvdimms}
+        locations = [self._locate_same(item) for item in items]
         mappings, devices = [], set()
-        for item in items:
-            placement, location = placements[item.spec.slot], self._locate_same(item)
+        for item, location in zip(items, locations, strict=True):
+            placement = placements[item.spec.slot]
             mappings.append(layout.mappings(placement, location.extents, labels=placement in guest.label_areas))
             devices.add(location.identity.device)
         areas = {area.frames for backing in self.backings for area in backing.areas() if area.uid in devices}
-        return _flat(mappings), tuple(sorted(areas))
+        specs = tuple(item.spec for item in items)
+        domain = DomainSpec(record.name, record.uuid, record.ram, None, specs, record.dsm)
+        had = replace(guest, nvdimms=tuple(placements[spec.slot] for spec in specs))
+        return _flat(mappings), tuple(sorted(areas)), saved_guest.describe(domain, had, locations)
 
     def find_bad_blocks(self, spec: NvdimmSpec) -> tuple[tuple[int, int], ...]:
         """Return the known bad blocks of a backing, as (offset in it, bytes).

@@ -10,6 +10,7 @@ NVDIMMs' contents in it, and addresses in them.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,10 +19,21 @@ from typing import Any
 
 from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, SpaRange, seal
 from nvdimm_driver.acpi.walk import Read, locate
-from nvdimm_driver.errors import RefusedError
-from nvdimm_driver.model import MAX_NVDIMMS, BackingIdentity, DomainSpec, NvdimmSpec, Plan, Run
+from nvdimm_driver.errors import NvdimmError, RefusedError
+from nvdimm_driver.model import (
+    MAX_NVDIMMS,
+    BackingIdentity,
+    DomainSpec,
+    GuestLayout,
+    Location,
+    NvdimmSpec,
+    Plan,
+    Run,
+)
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.state.ownership import identity_at
+
+LOG = logging.getLogger(__name__)
 
 UNNUMBERED = 1
 """OEM revision of an NFIT as QEMU makes it: the guest was started by a version that gave no numbers."""
@@ -41,10 +53,10 @@ def numbered(tables: Sequence[bytes], number: int) -> tuple[bytes, ...]:
     return tuple(_numbered(table, number) if table[:4] == b"NFIT" else table for table in tables)
 
 
-def describe(plan: Plan) -> str:
+def describe(domain: DomainSpec, layout: GuestLayout, locations: Sequence[Location]) -> str:
     """Return what the guest of a plan has, as JSON: its domain, and its NVDIMMs with their bytes and places."""
-    domain, nvdimms = plan.domain, []
-    for spec, placement, location in zip(domain.nvdimms, plan.layout.nvdimms, plan.locations, strict=True):
+    nvdimms = []
+    for spec, placement, location in zip(domain.nvdimms, layout.nvdimms, locations, strict=True):
         nvdimms.append(
             {
                 "slot": spec.slot,
@@ -52,8 +64,8 @@ def describe(plan: Plan) -> str:
                 "base": hex(placement.base),
                 "size": placement.size,
                 "label area": spec.label_size,
-                "label server": plan.layout.dsm if spec.label_size else "none",
-                "label address": hex(placement.label_base) if placement in plan.layout.label_areas else "none",
+                "label server": layout.dsm if spec.label_size else "none",
+                "label address": hex(placement.label_base) if placement in layout.label_areas else "none",
                 "backing size": location.identity.size,
                 "domain": {"name": domain.name, "ram": domain.ram, "dsm": domain.dsm},
                 "definition": {name: value for name, value in asdict(spec).items() if name != "path"},
@@ -179,7 +191,7 @@ def check_plan(last: Run, plan: Plan) -> None:
 
 def differences(last: Run, plan: Plan) -> str:
     """Return what the guest of a plan has otherwise than that of the last run; empty when nothing."""
-    return "; ".join(_differences(_nvdimms(last.nvdimms), _nvdimms(describe(plan))))
+    return "; ".join(_differences(_nvdimms(last.nvdimms), _nvdimms(describe(plan.domain, plan.layout, plan.locations))))
 
 
 def check(read: Read, tables: Sequence[bytes], begun: Run, last: Run | None) -> tuple[int, bytes]:
@@ -200,6 +212,44 @@ def check(read: Read, tables: Sequence[bytes], begun: Run, last: Run | None) -> 
     if number != UNNUMBERED or last is not None:
         check_run(begun, last if last is not None and last.number == number > UNNUMBERED else None)
     return address, _numbered(nfit, begun.number)
+
+
+def run_of_guest(read: Read, nvdimms: str, last: Run | None, backings: Sequence[Backing]) -> tuple[Run | None, bool]:
+    """Return which run of its domain a running guest is in, by the NFIT in its memory, and False if that has no number.
+
+    :param read: reads the guest's memory.
+    :param nvdimms: what the guest has, as far as the ledger knows: see :func:`describe`.
+    :param last: the last run that the ledger has.
+    :returns: no run when it cannot be read, or the guest has other NVDIMMs than these.
+    """
+    try:
+        _, nfit = locate(read, b"NFIT")
+        number, places = Header.parse(nfit).oem_revision, _places(nfit)
+    except NvdimmError as error:  # the firmware has not made the tables yet, or the guest has overwritten them
+        LOG.warning("the number of a guest's run cannot be read in its memory: %s", error)
+        return None, True
+    if number == UNNUMBERED:
+        return None, False
+    if last is not None and last.number == number:
+        return last, True
+    found = [{"slot": each["slot"], "base": each["base"], "visible size": each["size"]} for each in _nvdimms(nvdimms)]
+    if places != found:
+        LOG.warning("a running guest has its NVDIMMs at %s, and its domain at %s", places, found)
+        return None, True
+    return Run(number, nvdimms, times(backings, nvdimms)), True
+
+
+def check_known(last: Run | None, *, is_unnumbered: bool) -> None:
+    """Check that the ledger has the run in which a guest was saved, or that no version has numbered it.
+
+    :raises RefusedError: when it has not.
+    """
+    if last is None and not is_unnumbered:
+        raise RefusedError(
+            "the saved guest cannot go on: the ledger does not have the run that it was saved in, because the ledger "
+            "was lost or made anew",
+            hint="put back the ledger of that time, or boot the guest anew: virsh managedsave-remove, then virsh start",
+        )
 
 
 def check_run(begun: Run, last: Run | None) -> None:

@@ -250,9 +250,12 @@ class Interceptor:
         domain = values.domain()
         uuid, flags = domain.uuid, values.uint32() if procedure == Procedure.DOMAIN_CREATE_WITH_FLAGS else 0
         record: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
+        saved = not flags & START_FORCE_BOOT and (yield from has_managed_save(domain))
         if record is None:
+            if saved and (yield from self._has_nvdimms((yield from definition(domain)))):
+                yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)  # the ledger was lost
             return (yield from call(procedure, payload))
-        if not flags & START_FORCE_BOOT and (yield from has_managed_save(domain)):
+        if saved:
             yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
         elif not (yield from self._has_nvdimms((yield from definition(domain)))):
             yield from self._drop_claims(uuid)  # they were kept for a saved guest

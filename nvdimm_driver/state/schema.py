@@ -113,5 +113,12 @@ CREATE TABLE intent (
     PRIMARY KEY (uuid, slot)
 ) STRICT;
 """,
+    # A guest whose run has no number may be saved, and must be told from one whose run the ledger has lost.
+    """
+CREATE TABLE unnumbered (
+    uuid TEXT PRIMARY KEY REFERENCES domain(uuid) ON DELETE CASCADE
+) STRICT;
+INSERT INTO unnumbered SELECT uuid FROM domain WHERE uuid NOT IN (SELECT uuid FROM run);
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

@@ -265,12 +265,16 @@ class StartSteps(Database):
         areas: Sequence[tuple[int, int]],
         *,
         served: str,
+        run: Run | None = None,
+        is_numbered: bool = True,
     ) -> None:
-        """Record the start of a domain that runs, after the ledger has lost it, or a part of it.
+        """Record the start of a domain that runs, after the ledger has lost it, or a part of it; and its run.
 
         :param before: the start that the ledger has.
         :param paths: backings that are frozen for it.
         :param served: as in :class:`.model.Start`.
+        :param run: the guest's; None when it is not known.
+        :param is_numbered: the guest's run has a number, or may have.
         :raises LedgerError: when the ledger has another start of the domain meanwhile.
         """
         free = "UPDATE domain SET uuid = uuid WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)"
@@ -278,10 +282,17 @@ class StartSteps(Database):
             [
                 (free, (uuid,)) if before is None else (f"DELETE FROM attachment WHERE {THIS_START}", before.key),
                 (
-                    "INSERT INTO attachment (uuid, id, state, domid, boot_id, since, served) "
-                    "VALUES (?, ?, 'mapped', ?, ?, ?, ?)",
-                    (uuid, os.urandom(8).hex(), domid, host_boot_id(), seconds_since_boot(), served),
+                    "INSERT INTO attachment (uuid, id, state, domid, boot_id, since, served, number, nvdimms, written) "
+                    "VALUES (?, ?, 'mapped', ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(uuid, os.urandom(8).hex(), domid, host_boot_id(), seconds_since_boot(), served),
+                        *(run or (None, "", "")),
+                    ),
                 ),
+                ("DELETE FROM run WHERE uuid = ?", (uuid,)),
+                ("DELETE FROM unnumbered WHERE uuid = ?", (uuid,)),
+                *([("INSERT INTO run VALUES (?, ?, ?, ?)", (uuid, *run))] if run else []),
+                *([] if is_numbered else [("INSERT INTO unnumbered VALUES (?)", (uuid,))]),
                 *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
@@ -339,6 +350,10 @@ class StartSteps(Database):
 
         rows = self._rows("SELECT number, nvdimms, written FROM run WHERE uuid = ?", uuid)
         return Run(*rows[0]) if rows else None
+
+    def is_unnumbered(self, uuid: str) -> bool:
+        """Return True when the domain's last guest was started by a version that gave runs no numbers."""
+        return bool(self._rows("SELECT 1 FROM unnumbered WHERE uuid = ?", uuid)) and self.find_run(uuid) is None
 
     def runs(self) -> dict[str, Run]:
         """Return the last run of each domain that has one, by uuid."""

@@ -92,9 +92,13 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, *, is_new: bool) -> lis
     :param is_new: the ledger was made just now: it is an inconsistency when libvirt cannot say whose the devices are.
     """
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
+    from nvdimm_driver.doctor import repair_saved_guests
+    from nvdimm_driver.doctor.libvirt import daemon_socket
     from nvdimm_driver.doctor.repair import Inconsistency, look
+    from nvdimm_driver.xml.hooks import XmlHooks
 
-    found = look(driver)
+    socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
+    found = [*look(driver), *repair_saved_guests.look(driver, XmlHooks.from_conf(conf).restore, socket)]
     try:
         return [*found, *find_device_claims(driver, conf)]
     except ConfigError as error:

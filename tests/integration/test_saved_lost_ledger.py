@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saved guest whose run the ledger has lost: libvirt removes no image of a guest that cannot go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.bench_host import Host
+
+HOW = ("lost", "lost, then repaired", "damaged, then repaired")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    folder = tmp_path_factory.mktemp("host")
+    host = Host(folder, f"[pool:main]\nkind = bench\npaths = {folder}/pmem\n")
+    try:
+        yield host
+    finally:
+        host.libvirtd.close()
+
+
+def is_saved(host: Host, name: str) -> bool:
+    return "Managed save:   yes" in host.check("dominfo", name)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_saved_guest_stays(host: Host, how: str) -> None:
+    number = HOW.index(how) + 1
+    name = f"db{number}"
+    host.define(name, number)
+    host.check("start", name)
+    host.check("managedsave", name)
+    state = host.folder / "state"
+    kept = {each: each.read_bytes() for each in state.glob("ledger.sqlite*")}
+    if how.startswith("damaged"):
+        (state / "ledger.sqlite").write_bytes(b"scribble" * 4096)
+    else:
+        for each in state.glob("ledger.sqlite*"):
+            each.unlink()
+    if "repaired" in how:
+        host.nvdimmctl("check", "--repair")
+        told = host.nvdimmctl("check")
+        assert told.returncode == 1
+        assert f"| {name} " in told.stdout
+        assert "does not have the run that it was saved in" in " ".join(told.stdout.split())
+    done = host.virsh("start", name)
+    assert done.returncode == 1
+    assert "the saved guest cannot go on: the ledger does not have the run" in done.stderr
+    assert is_saved(host, name)
+    for each in state.glob("ledger.sqlite*"):
+        each.unlink()
+    for each, content in kept.items():  # what the hint says
+        each.write_bytes(content)
+    host.check("start", name)
+    assert host.state(name)[0] == "mapped"
+    host.check("destroy", name)
