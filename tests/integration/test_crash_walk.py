@@ -21,6 +21,7 @@ import pytest
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.state.schema import SCHEMAS
+from tests.integration.crash_labels import has_the_label, has_whole_pages, write_labels
 from tests.integration.crash_points import Ended, Fault, traced
 from tests.integration.crash_world import LABEL, NEIGHBOURS_DOMID, SIZE, STRANGER, World, X, quiet, repaired
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -251,6 +252,11 @@ def _open_labels(world: World, driver: XenNvdimmDriver) -> None:
         assert labels.read(0, 4)
 
 
+def _has_the_label(world: World) -> None:
+    _is_mapped(world)
+    has_the_label(world)
+
+
 OPERATIONS = [
     Operation("define", _new, lambda world, driver: world.define(world.domain(X, "x0", "x1"), driver)),
     Operation("redefine", _holds_one, _define_more),
@@ -269,6 +275,7 @@ OPERATIONS = [
     Operation("repair", _ledger_lost, _repair),
     Operation("upgrade of the ledger", _old_ledger, _open_ledger),
     Operation("open labels", _runs, _open_labels, done=_is_mapped),
+    Operation("write labels", _runs, write_labels, ("x0",), after=has_whole_pages, done=_has_the_label),
 ]
 
 

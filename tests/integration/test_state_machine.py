@@ -52,6 +52,9 @@ class HostMachine(DomainsMachine):
     backup: dict[str, tuple[Places, Places]] | None = None
     """When there is a backup of the ledger: what each domain was defined with then, and what its last guest had."""
 
+    had_starts = False
+    """When the pool was unmounted, a guest was running or starting: its files keep their marks if it ends meanwhile."""
+
     def teardown(self) -> None:
         if self.away:
             self._mount()
@@ -64,6 +67,7 @@ class HostMachine(DomainsMachine):
     def pool_is_unmounted(self) -> None:
         _call("umount2", os.fsencode(self.world.fs.root), 2)  # as 'umount --lazy', which guests do not hinder
         self.away = True
+        self.had_starts = any(guest.running or guest.prepared for guest in self.guests.values())
 
     @precondition(lambda self: self.away)
     @rule()
@@ -96,6 +100,7 @@ class HostMachine(DomainsMachine):
     def delete_without_the_pool(self, which: int) -> None:
         self._is_refused(partial(ctl_release, uuid=self._one(is_off, which), delete=True, must=True))
 
+    @precondition(lambda self: not self.had_starts)
     @happens_to(is_off, away=True)
     @rule(which=WHICH)
     def release_without_the_pool(self, which: int) -> None:
