@@ -155,13 +155,13 @@ class HostMachine(DomainsMachine):
         for end in ("-wal", "-shm", ""):
             (self.world.folder / f"ledger.sqlite{end}").unlink(missing_ok=True)
         self._copy(self.world.folder / "backup", self.world.folder / "ledger.sqlite")
-        left = self._do(repaired)
-        assert all("is not provisioned" in problem for _, problem, _ in left), left
         for uuid, guest in self.guests.items():
-            if guest.running is None:
+            if guest.running is None:  # a start that is in the backup is over
                 guest.prepared = None
                 self._do(partial(_put_away, uuid=uuid))
             guest.last = dict((self.backup or {})[uuid][1] if guest.running is None else guest.running)
+        left = self._do(repaired)
+        assert all("is not provisioned" in problem for _, problem, _ in left), left
         for uuid in UUIDS:
             self._has_its_own(uuid)
         self.repair()
@@ -182,7 +182,12 @@ class HostMachine(DomainsMachine):
             elif guest.running is None:
                 self._do(partial(ctl_release, uuid=uuid, delete=False, must=True))
         self._learn(uuid)
-        assert had.items() <= guest.claims.items(), f"{uuid} had {had}, and has {guest.claims}"
+        for name, (slot, base) in had.items():
+            now = guest.claims[name]
+            assert now[0] == slot, f"{uuid} had {had}, and has {guest.claims}"
+            # what a redefinition has chosen since is not in the mark of a running guest's file; no guest has used it
+            unused = len(bases) < len(items) and guest.last.get(name) != (slot, base)
+            assert now[1] == base or unused, f"{uuid} had {had}, and has {guest.claims}; its last guest: {guest.last}"
 
     # --- steps of the rules ---
 
