@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from nvdimm_driver.backing import extents, freespace, inode, inventory, writers
+from nvdimm_driver.backing import extents, freespace, handles, inode, inventory, writers
 from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes
 from nvdimm_driver.backing.files import (
     check_copy_name,
@@ -104,11 +104,12 @@ class FsdaxBacking(Backing):
             raise BackingError(f"{path}: its folder is not there", hint=hint)
         with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
             volume = self._volume(fd, folder)
-        if identity is not None and (volume.namespace.uid, volume.start) != (identity.device, identity.start):
-            raise BackingError(
-                f"{path}: {folder} is on {volume.namespace.name} now, which is not the namespace that had it",
-                hint="mount the file system that had it there",
-            )
+            if identity is None:
+                return
+            if (volume.namespace.uid, volume.start) != (identity.device, identity.start):
+                where = f"{folder} is on {volume.namespace.name} now, which is not the namespace that had it"
+                raise BackingError(f"{path}: {where}", hint="mount the file system that had it there")
+            handles.check_deleted(fd, path, identity)
 
     def examine(self, spec: NvdimmSpec) -> Intake:
         path = spec.path

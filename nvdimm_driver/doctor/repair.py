@@ -131,8 +131,10 @@ class _Look:
         inconsistency = partial(Inconsistency, record.name, path)
         backing = self._named(item.identity.kind if item.identity else "")
         if not backing.exists(path):
-            backing.check_home(path, item.identity)
-            yield self._gone(record, item)
+            moved = self._moved(item)
+            if not any(_has_bytes(item, self.files[each]) for each in moved):
+                backing.check_home(path, item.identity)
+            yield self._gone(record, item, moved)
             return
         if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
             yield self._anothers(record, item, mark)
@@ -188,10 +190,12 @@ class _Look:
     def _named(self, kind: str) -> Backing:
         return backing_named(self.driver.backings, kind)
 
-    def _gone(self, record: Record, item: Allocation) -> Inconsistency:
-        """Return an NVDIMM that is not at its path. Its claim stays: its bytes may be where nobody looks."""
+    def _gone(self, record: Record, item: Allocation, moved: list[str]) -> Inconsistency:
+        """Return an NVDIMM that is not at its path.
+
+        :param moved: where it is now.
+        """
         inconsistency = partial(Inconsistency, record.name, item.spec.path)
-        moved = self._moved(item)
         if len(moved) > 1:
             return inconsistency(f"it is not there; {_several(moved)}", _WHICH)
         if moved:

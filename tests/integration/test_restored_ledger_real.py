@@ -17,9 +17,10 @@ from nvdimm_driver import driver as driver_module
 from nvdimm_driver.cmd.ctl import check
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
-from nvdimm_driver.errors import InUseError, LedgerError
-from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError
+from nvdimm_driver.model import KIB, SUPERPAGE, BackingIdentity, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import database
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
@@ -239,12 +240,45 @@ def test_what_a_definition_gives_up_while_its_guest_runs_is_not_claimed_again(ho
     assert host.mark("a.img") is None
 
 
+@pytest.mark.parametrize("made_again", [True, False])
+def test_what_was_moved_with_its_pool_is_not_given_up(host: Host, made_again: bool) -> None:
+    """The pool's folder was renamed, or another folder is mounted there; the file system of both is the same."""
+    os.mkdir(host.path("pool"))
+    main = Pool("main", "fsdax", (host.path("pool"),), None, SUPERPAGE, 128 * KIB, False)
+    host.pools = Pools([main])
+    host.driver = host.another()
+    host.define("pool/a.img", data=SECRET)
+    before = host.record().allocations
+    os.rename(host.path("pool"), host.path("pool.old"))
+    if made_again:
+        os.mkdir(host.path("pool"))
+    left = repair(host)
+    assert any(("under another name" if made_again else "its folder is not there") in each.problem for each in left)
+    with pytest.raises(BackingError):
+        host.driver.release_claims(host.record(), quiet, delete=True)
+    assert host.record().allocations == before
+    if made_again:
+        os.rmdir(host.path("pool"))
+    os.rename(host.path("pool.old"), host.path("pool"))
+    assert look(host.driver) == []
+    assert host.read("pool/a.img").startswith(SECRET)
+
+
+def test_a_file_that_was_deleted_is_given_up(host: Host) -> None:
+    """Its file system says that it has it no more; another file may have its inode by now."""
+    host.define("a.img")
+    os.unlink(host.path("a.img"))
+    Path(host.path("other")).write_bytes(b"")
+    _repair(lambda: look(host.driver))
+    assert [item.ready for item in host.record().allocations] == [False]
+
+
 def test_nothing_of_a_folder_that_was_moved_is_given_up(host: Host) -> None:
     os.mkdir(host.path("folder"))
     host.driver.define(host.domain("folder/a.img"))
     before = host.record().allocations
     os.rename(host.path("folder"), host.path("elsewhere"))
-    os.unlink(host.path("elsewhere/a.img"))
+    os.unlink(host.path("elsewhere/a.img"))  # else it would be moved back
     (left,) = repair(host)
     assert left.problem == "its folder is not there"
     assert "put it back where it was" in left.remedy
