@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -206,11 +206,13 @@ class Interceptor:
                 f"an NVDIMM cannot be {what} the running domain {domain.name}",
                 hint="--config changes the definition, which its next start takes",
             )
-        before = yield from self._restored((yield from definition(domain)))
-        named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
-        found = yield from self._find_paths(named)
-        changed: str = yield Work(lambda: edit(with_paths(before, found), with_paths(device, found)), Pool.XML)
-        yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)))
+        with (yield from self._changing(domain.uuid)):
+            before = yield from self._restored((yield from definition(domain)))
+            named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
+            found = yield from self._find_paths(named)
+            changed: str = yield Work(lambda: edit(with_paths(before, found), with_paths(device, found)), Pool.XML)
+            payload = bytes(Packer().string(changed))
+            yield from self._define(Procedure.DOMAIN_DEFINE_XML, payload, locked=domain.uuid)
         return b""
 
     # --- metadata ---
@@ -374,14 +376,21 @@ class Interceptor:
         locks: DomainLocks = yield self._work(lambda driver: driver.locks)
         return (yield from changing(locks, uuid, self._client))
 
-    def _drop_claims(self, uuid: str) -> Generator[Call | Work, Any, None]:
-        """Give up the domain's claims, unless another client has defined it with NVDIMMs meanwhile."""
-        with (yield from self._changing(uuid)):
+    def _drop_claims(self, uuid: str, locked: str | None = None) -> Generator[Call | Work, Any, None]:
+        """Give up the domain's claims, unless another client has defined it with NVDIMMs meanwhile.
+
+        :param locked: uuid of the domain whose lock the caller has.
+        """
+        with nullcontext() if uuid == locked else (yield from self._changing(uuid)):
             now = yield from defined_xml(uuid)
             if now is not None and not (yield from self._has_nvdimms(now)):
                 yield self._work(lambda driver: driver.drop_claims(uuid), Pool.HOST)
 
-    def _define(self, procedure: int, payload: bytes) -> Steps:
+    def _define(self, procedure: int, payload: bytes, locked: str | None = None) -> Steps:
+        """Define a domain, with its lock from before libvirt's definition is read.
+
+        :param locked: uuid of the domain whose lock the caller has.
+        """
         xml, flags = xml_and_flags(payload)
         read = yield from self._read(xml, validate=validates(procedure, flags))
         domain = read.domain
@@ -390,21 +399,19 @@ class Interceptor:
             defined = Unpacker(reply).domain()
             known = yield from self._record(defined)
             if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
-                yield from self._drop_claims(defined.uuid)
+                yield from self._drop_claims(defined.uuid, locked)
             return reply
         resolved, domain = yield from self._resolved_domain(read.text, domain)
-        with ExitStack() as lock:
-            if domain.uuid is not None:
-                lock.enter_context((yield from self._changing(domain.uuid)))
+        uuid: str = yield self._work(lambda driver: driver.identify(domain).uuid)
+        with nullcontext() if uuid == locked else (yield from self._changing(uuid)):
             plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
             yield from self._check_saved(plan, starts=False)
-            before = yield from defined_xml(domain.uuid)
-            rewritten = yield from self._rewritten(resolved, (yield from self._taken_up(domain)), plan)
+            before = yield from defined_xml(uuid)
+            # libvirt refuses XML without a uuid for a domain that is defined
+            rewritten = yield from self._rewritten(resolved, uuid if before is None else domain.uuid, plan)
             reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
             defined = Unpacker(reply).domain()
             try:
-                if domain.uuid is None:
-                    lock.enter_context((yield from self._changing(defined.uuid)))
                 identified = replace(domain, uuid=defined.uuid)
                 yield self._work(lambda driver: driver.define(identified, plan), _provisioning(plan))
             except Exception:
@@ -437,13 +444,6 @@ class Interceptor:
             return payload
         xml: str = yield Work(lambda: without_max_memory(read.text), Pool.XML)
         return bytes(Packer().string(xml)) + flags
-
-    def _taken_up(self, domain: DomainSpec) -> Generator[Call | Work, Any, str | None]:
-        """Return the uuid for XML without one: that of the undefined domain of its name, which owns the NVDIMMs."""
-        known: DomainSpec = yield self._work(lambda driver: driver.definitions.identify_by_name(domain))
-        if domain.uuid is None and known.uuid is not None and (yield from defined_xml(known.uuid)) is None:
-            return known.uuid
-        return None
 
     def _check_saved(self, plan: Plan, *, starts: bool) -> Generator[Call | Work, Any, None]:
         """Check what is defined or created in place of a domain that may have a managed save.

@@ -12,8 +12,10 @@ from nvdimm_driver.rpc.handler_types import Call, Entry, Work
 from nvdimm_driver.rpc.locking import LOCK_DELAYS
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
+from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.rewrite import restore
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
-from tests.unit.test_rpc_intercept import CONTEXT, Libvirtd, Proxy, xml
+from tests.unit.test_rpc_intercept import CONTEXT, NVDIMM, Libvirtd, Proxy, xml
 
 
 class Client:
@@ -131,3 +133,40 @@ def test_the_undo_of_a_refused_create_leaves_the_start_of_another_client(tmp_pat
     prepared = driver.ledger.find_prepared(UUID)
     assert prepared
     driver.ledger.begin_mapping(prepared, 5)
+
+
+def test_of_two_nvdimms_that_are_attached_at_once_both_stay(tmp_path: Path) -> None:
+    backing = MemoryBacking()
+    proxy = Proxy(tmp_path, backing)
+    proxy.define(xml("c"))
+    attach = Procedure.DOMAIN_ATTACH_DEVICE_FLAGS
+    devices = [Packer().domain(DomainRef("db1", UUID, -1)).string(NVDIMM.format(each)).uint32(2) for each in "ab"]
+    one = Client(proxy, attach, devices[0])
+    one.until(Procedure.DOMAIN_GET_XML_DESC)
+    refused = False
+    try:
+        Client(proxy, attach, devices[1]).finish()
+    except InUseError:
+        refused = True
+    one.finish()
+    if refused:
+        Client(proxy, attach, devices[1]).finish()
+    defined = extract(restore(proxy.libvirtd.defined[UUID]))
+    assert defined
+    assert {each.path for each in defined.nvdimms} == {f"/mnt/pmem0/{each}" for each in "abc"}
+    assert {*claims(tmp_path, backing)} == {f"/mnt/pmem0/{each}" for each in "abc"}
+
+
+def test_a_define_without_a_uuid_has_the_lock_when_libvirt_is_asked(tmp_path: Path) -> None:
+    backing = MemoryBacking()
+    proxy = Proxy(tmp_path, backing)
+    proxy.define(xml("a"))
+    del proxy.libvirtd.defined[UUID]  # undefined: its NVDIMMs stay its own
+    one = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml("b", uuid=None)))
+    one.until(Procedure.DOMAIN_DEFINE_XML)
+    with suppress(InUseError):
+        proxy.define(xml("c"))
+    one.finish()
+    defined = extract(restore(proxy.libvirtd.defined[UUID]))
+    assert defined
+    assert [each.path for each in defined.nvdimms] == claims(tmp_path, backing) == ["/mnt/pmem0/b"]
