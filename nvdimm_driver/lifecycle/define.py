@@ -13,7 +13,7 @@ from nvdimm_driver.errors import BackingError, DomainXmlError, InUseError, Ledge
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
-from nvdimm_driver.lifecycle.redefine import check_kept, check_started
+from nvdimm_driver.lifecycle.redefine import check_kept, check_started, still_mapped
 from nvdimm_driver.model import (
     Allocation,
     BackingIdentity,
@@ -377,6 +377,8 @@ class Definitions:
         had = {item.spec.path: item.spec.size for item in items if item.spec.path in held}
         new = tuple(spec for spec in domain.nvdimms if spec.size > had.get(spec.path, 0))
         has = [*(spec for spec in domain.nvdimms if spec not in new), *(item.spec for item in kept)]
+        started = [(each, self.ledger.find_begun(each.start)) for each in self.ledger.started_domains() if each.start]
+        has += still_mapped(domain, kept, started)
         self.pools.check(replace(domain, nvdimms=new), self.ledger.domains(), has)
 
     def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> None:

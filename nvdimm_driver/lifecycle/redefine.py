@@ -6,13 +6,13 @@ An NVDIMM that is left out of the definition is given up as a whole, on purpose;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
 from nvdimm_driver.lifecycle.saved_guest import backings_of, domain_of, has_had
-from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Record, Run
+from nvdimm_driver.model import MIB, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state.ownership import identity_at
@@ -77,6 +77,22 @@ def check_started(
                     f"of {human(new.label_size)}",
                     hint="keep size, label and alignsize, or shut the domain down first",
                 )
+
+
+def still_mapped(
+    domain: DomainSpec, kept: Sequence[Allocation], started: Iterable[tuple[Record, Run | None]]
+) -> list[NvdimmSpec]:
+    """Return the NVDIMMs of guests that run or start, but for those that their domains have when one is defined.
+
+    :param domain: the one that is defined.
+    :param kept: NVDIMMs that it keeps besides.
+    :param started: domains with a start, each with the run of its start, if the ledger has one.
+    """
+    wanted, found = {spec.path for spec in (*domain.nvdimms, *(item.spec for item in kept))}, []
+    for record, begun in started:
+        claimed = wanted if record.uuid == domain.uuid else {item.spec.path for item in record.claims}
+        found += [spec for spec, _ in _started_with(record, begun) if spec.path not in claimed]
+    return found
 
 
 def _started_with(record: Record, begun: Run | None) -> list[tuple[NvdimmSpec, BackingIdentity | None]]:

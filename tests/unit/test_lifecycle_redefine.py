@@ -10,9 +10,20 @@ import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import RefusedError, UnsupportedError
-from nvdimm_driver.model import KIB, MIB, BackingIdentity, DomainSpec, NvdimmSpec, Progress
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import ByteRange, unwatched
-from tests.unit.doubles import NAMESPACE, UUID, MemoryBacking, RecordingMapper, domain, make_driver, started
+from nvdimm_driver.pools.rules import Pools
+from tests.unit.doubles import (
+    NAMESPACE,
+    OTHER_UUID,
+    UUID,
+    MemoryBacking,
+    RecordingMapper,
+    domain,
+    make_driver,
+    map_prepared,
+    started,
+)
 from tests.unit.label_areas import label_area
 
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
@@ -229,3 +240,24 @@ def test_bad_blocks_are_in_use_and_not_read(tmp_path: Path) -> None:
     driver = make_driver(tmp_path, broken, RecordingMapper(), bad=bad)
     with pytest.raises(RefusedError, match="its label area"):
         driver.plan(host.changed(label_size=0))
+
+
+def test_what_a_guest_runs_with_counts_in_the_quota_until_its_end(tmp_path: Path) -> None:
+    """Whether its domain has been redefined with another NVDIMM, or with none."""
+    backing, mapper = MemoryBacking(), RecordingMapper({5: UUID})
+    pools = Pools([Pool("main", "memory", ("/mnt/pmem0",), 64 * MIB, SUPERPAGE, LABEL, wipe_on_release=False)])
+    driver = make_driver(tmp_path, backing, mapper, pools=pools)
+    driver.define(domain(A))
+    driver.prepare(domain(A))
+    map_prepared(driver.ledger, 5)
+    with pytest.raises(RefusedError, match="domains have 64 MiB of its quota of 64 MiB"):
+        driver.define(domain(B))
+    driver.drop_claims(UUID)
+    for refused in (domain(B), domain(B, uuid=OTHER_UUID, name="db2")):
+        with pytest.raises(RefusedError, match="domains have 64 MiB of its quota of 64 MiB"):
+            driver.define(refused)
+    driver.define(domain(A))
+    driver.drop_claims(UUID)
+    mapper.alive.clear()
+    driver.release(UUID)
+    driver.define(domain(B, uuid=OTHER_UUID, name="db2"))
