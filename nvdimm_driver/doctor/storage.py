@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,6 +14,8 @@ from nvdimm_driver.state.reserve import SIZE, Reserve
 
 _TRIED = 1 << 20
 """Bytes that are allocated to see whether a folder can be written; other programs do not see them."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What starts have a reserve for."""
 
 
 def check_state(ledger: Path) -> Finding:
@@ -25,14 +28,15 @@ def check_state(ledger: Path) -> Finding:
         return failed(check, f"there is no {folder}", "'nvdimmctl register' makes it")
     kept = Reserve(f"{ledger}-reserve").size()
     error = _write_error(folder)
-    if error is not None and kept:
+    if error is not None and error.errno in _FULL and kept:
         return warned(
             check,
-            f"{folder}: {error}; {human(kept)} are kept for starts, and a define may fail",
+            f"{folder}: {error.strerror}; {human(kept)} are kept for starts, and a define may fail",
             "make room before they are used up",
         )
     if error is not None:
-        return failed(check, f"{folder}: {error}: no domain with NVDIMMs can start", "make room, or make it writable")
+        problem = f"{folder}: {error.strerror}: no domain with NVDIMMs can start"
+        return failed(check, problem, "make room, or make it writable")
     if kept < SIZE:
         return warned(
             check,
@@ -65,10 +69,11 @@ def _append_error(file: Path) -> str | None:
         return f"there is no folder {file.parent}"
     if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
         return "it is not a file that this user may write"
-    return _write_error(file.parent)
+    error = _write_error(file.parent)
+    return None if error is None else error.strerror
 
 
-def _write_error(folder: Path) -> str | None:
+def _write_error(folder: Path) -> OSError | None:
     """Return why no file can be written in a folder; None when one can. Nothing is left behind."""
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -77,5 +82,5 @@ def _write_error(folder: Path) -> str | None:
         finally:
             os.close(fd)
     except OSError as error:
-        return error.strerror
+        return error
     return None

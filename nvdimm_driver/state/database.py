@@ -27,6 +27,8 @@ KEPT_EVENTS = 10_000
 """Older events are deleted."""
 FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 """SQLite's errors on a full disk. It calls the second, for the index of its write-ahead log, "disk I/O error"."""
+UNWRITTEN = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+"""Its errors when the file, or one beside it, cannot be made or written; they do not tell why."""
 FOREIGN = "PRAGMA foreign_key_check"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
@@ -181,13 +183,33 @@ class Database:
         code = extended & 0xFF
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return DamagedLedgerError(f"{self.path} is damaged: {error}", hint=REBUILD)
-        if extended in FULL:
-            return FullDiskError(f"cannot {what} {self.path}: the disk is full", hint="make room, and try again")
-        if "readonly" in str(error) or not os.access(os.path.dirname(self.path) or ".", os.W_OK):
-            return LedgerError(f"cannot {what} {self.path}: {error}", hint="run as root")
-        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):  # a file beside it cannot be made or written
-            return FullDiskError(f"cannot {what} {self.path}: {error}", hint="is the disk full?")
+        failed = f"cannot {what} {self.path}"
+        why = _write_error(os.path.dirname(self.path) or ".") if code in UNWRITTEN else 0
+        if extended in FULL or why in (errno.ENOSPC, errno.EDQUOT):
+            return FullDiskError(f"{failed}: the disk is full", hint="make room, and try again")
+        if why == errno.EROFS:
+            return LedgerError(
+                f"{failed}: its file system is read-only",
+                hint="if Linux made it so after an error, 'dmesg' has that error; mount it read-write again",
+            )
+        if code == sqlite3.SQLITE_READONLY or why in (errno.EACCES, errno.EPERM):
+            return LedgerError(f"{failed}: {error}", hint="run as root")
+        if code in UNWRITTEN:
+            return FullDiskError(f"{failed}: {error}", hint="is the disk full?")
         return LedgerError(f"cannot {what} {self.path}: {error}")
+
+
+def _write_error(folder: str) -> int:
+    """Return the errno with which a file of 64 KiB in a folder fails, or 0. Nothing is left behind."""
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, 64 << 10)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 def file_number(path: str) -> int | None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.cmd.device_model import Log, attach
+from nvdimm_driver.doctor.storage import check_state
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import FullDiskError
+from nvdimm_driver.errors import FullDiskError, LedgerError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.reserve import SIZE, SLICE
@@ -75,7 +76,9 @@ class Disk:
         self.mapper.alive = {domid: UUID}
         log = Log(str(self.root / "log"))
         ledger = Ledger(str(self.state / "ledger.sqlite"), log)
-        attach(domid, ledger, self.mapper, str(self.state), self.driver().prepare_known, no_server, log=log)
+        driver = self.driver()
+        attach(domid, ledger, self.mapper, str(self.state), driver.prepare_known, no_server, log=log)
+        driver.ledger.close()
         ledger.close()
 
     def end(self) -> None:
@@ -127,6 +130,18 @@ def test_without_a_slice_a_start_fails_and_the_error_says_why(disk: Disk) -> Non
         disk.prepare()
     assert disk.backing.frozen == set()
     os.truncate(disk.root / "filler", 0)
+    disk.prepare()
+
+
+def test_on_a_read_only_file_system_a_start_fails_and_the_error_says_why(disk: Disk) -> None:
+    """Linux makes it so after an error (``errors=remount-ro``)."""
+    disk.end()
+    run("mount", "-o", "remount,ro", disk.root)
+    with pytest.raises(LedgerError, match=r"cannot \w+ \S+: its file system is read-only"):
+        disk.prepare()
+    found = check_state(disk.state / "ledger.sqlite")
+    assert "Read-only file system: no domain with NVDIMMs can start" in str(found)
+    run("mount", "-o", "remount,rw", disk.root)
     disk.prepare()
 
 
