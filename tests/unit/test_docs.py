@@ -248,3 +248,11 @@ def test_every_column_of_the_ledger_is_documented() -> None:
             assert f"``{column}``" in rows[table], f"{table}.{column}"
     assert f"``PRAGMA user_version`` is the version of the schema, {len(SCHEMAS)};" in page
     ledger.close()
+
+
+@pytest.mark.parametrize("page", ["security.rst", "reliability.rst", "testing.rst"])
+def test_the_tests_that_a_page_names_are_there(page: str) -> None:
+    text = (DOC / page).read_text(encoding="utf-8")
+    named = re.findall(r"``(?:tests/)?((?:unit|integration|lab|nova|fuzz)/\w[\w/]*\.py)``", text)
+    assert named
+    assert [name for name in named if not (PROJECT / "tests" / name).is_file()] == []
