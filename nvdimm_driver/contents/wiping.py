@@ -32,7 +32,7 @@ class Wiper:
         :raises InUseError: when a domain runs with it, or it is not the owner's any more.
         """
         with self._opened(spec, owner) as content:
-            _overwrite(spec, content, watch)
+            self._overwrite(spec, content, watch)
 
     def owners(self, nvdimms: Sequence[NvdimmSpec]) -> list[Record]:
         """Return the domains that have one of these NVDIMMs."""
@@ -44,8 +44,11 @@ class Wiper:
         return list({record.uuid: record for record in found}.values())
 
     def own(self, record: Record) -> tuple[Allocation, ...]:
-        """Return the domain's NVDIMMs without those that :meth:`find_owner` finds another owner for."""
-        return tuple(each for each in record.claims if self.find_owner(record, each) is None)
+        """Return the domain's NVDIMMs without those that :meth:`find_owner` finds another owner for.
+
+        What a define only wanted for it is not among them: the domain never had it, and it may be full of an import.
+        """
+        return tuple(each for each in record.allocations if self.find_owner(record, each) is None)
 
     def find_owner(self, record: Record, item: Allocation) -> Record | None:
         """Return the other domain that was provisioned with what this domain has only begun to claim, if any.
@@ -81,7 +84,7 @@ class Wiper:
         with ExitStack() as opened:  # until the claims are given up, no start can take what is wiped
             contents = [(item, opened.enter_context(self._opened(item.spec, record))) for item in wiped if item in here]
             for item, content in contents:
-                _overwrite(item.spec, content, watch)
+                self._overwrite(item.spec, content, watch)
             for item in deleted:
                 if item in here:
                     self._checks.pools.check_place(item.spec.path)
@@ -111,8 +114,13 @@ class Wiper:
             with backing.open_bytes(whole, write=True) as content:
                 self._checks.check_off(spec.path)  # from here on, starts fail while this is open
                 self._check_owner(owner, spec, content.identity)
-                self._checks.tell_overwritten(spec.path, content)
                 yield content
+
+    def _overwrite(self, spec: NvdimmSpec, content: ByteRange, watch: Watch) -> None:
+        """Overwrite what is open, after nothing can refuse it any more: from here on, no saved guest can go on."""
+        self._checks.tell_overwritten(spec.path, content)
+        with reporting_errors_of(spec.path):
+            copying.wipe(content, watch("wiping"))
 
     def _size(self, backing: Backing, path: str, owner: Record | None) -> int:
         try:
@@ -156,7 +164,7 @@ class Wiper:
             return
         for other in self._others(record, spec):
             raise InUseError(f"{spec.path} belongs to domain {other.name}, too", hint="see 'nvdimmctl check'")
-        (identity,) = (item.identity for item in record.claims if item.spec == spec)
+        (identity,) = (item.identity for item in record.allocations if item.spec == spec)
         self._checks.check_same(spec.path, identity)
         if opened is not None and identity is not None:
             check_same_bytes(spec.path, opened, identity)
@@ -180,11 +188,6 @@ def in_slot(record: Record, slot: int | None) -> Record:
     if slot is None:
         return record
     return replace(record, allocations=tuple(item for item in record.allocations if item.spec.slot == slot), intents=())
-
-
-def _overwrite(spec: NvdimmSpec, content: ByteRange, watch: Watch) -> None:
-    with reporting_errors_of(spec.path):
-        copying.wipe(content, watch("wiping"))
 
 
 def _missing(path: str, problem: str) -> BackingError:

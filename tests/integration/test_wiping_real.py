@@ -144,6 +144,36 @@ def test_a_file_that_is_not_there_is_released_only_after_check_has_given_it_up(h
     assert claims(host) == {}
 
 
+def test_a_release_that_is_refused_does_nothing_to_a_saved_guest(host: Host) -> None:
+    wanted = two(host.path("a.img"), host.path("b.img"))
+    host.run(wanted)
+    host.mapper.alive.clear()
+    host.driver.reconcile()  # as after virsh managedsave
+    run("chattr", "+i", host.path("b.img"))
+    try:
+        with pytest.raises(BackingError, match=r"b\.img"):
+            release(host)
+    finally:
+        run("chattr", "-i", host.path("b.img"))
+    host.driver.check_restore(UUID)
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_what_an_interrupted_define_only_wanted_is_given_up_and_stays(
+    tmp_path: Path, fs: FileSystem, delete: bool
+) -> None:
+    host = Host(tmp_path, fs, wipe=not delete)
+    host.define("a.img")
+    Path(host.path("b.img")).write_bytes(DATA)
+    host.driver.importer.import_in_place(host.path("b.img"), None, 0, quiet)
+    host.driver.ledger.begin_define(host.domain("b.img"), lambda: None)
+    assert f"{host.path('b.img')}: kept as it is" in render.fate(host.driver, host.record(), delete=delete)
+    release(host, delete=delete)
+    assert host.driver.ledger.find_domain(UUID) is None
+    assert host.read("b.img") == DATA
+    assert Path(host.path("a.img")).exists() is not delete
+
+
 def test_what_can_be_read_is_not_overwritten_when_another_part_is_missing(host: Host) -> None:
     """All of a release is done, or nothing: so it can be repeated."""
     host.driver.define(two(host.path("a.img"), host.path("b.img")))

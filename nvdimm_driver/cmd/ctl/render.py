@@ -85,11 +85,12 @@ def advice(visible: int) -> Iterator[str]:
 def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
     """Return what happens to each backing when the domain gives up its claim."""
     wiped = {each.spec.path for each in driver.wiper.to_wipe(item)}
+    own = {each.spec.path for each in driver.wiper.own(item)}
     lines = []
     for allocation in item.claims:
         path, owner = allocation.spec.path, driver.wiper.find_owner(item, allocation)
         steps = ["overwritten with zeros (wipe_on_release)"] if path in wiped else []
-        steps += ["deleted"] if delete and owner is None and os.path.isfile(path) else []
+        steps += ["deleted"] if delete and path in own and os.path.isfile(path) else []
         steps += [f"kept as it is, because it belongs to domain {owner.name}"] if owner else []
         done = " and ".join(steps) or "kept as it is"
         lines.append(f"{path}: {done if os.path.exists(path) else 'missing'}")
