@@ -227,7 +227,9 @@ class XenNvdimmDriver(plugins.Plugin):
         self.remove_leftovers()
         return record
 
-    def release_claims(self, record: Record, watch: Watch, *, delete: bool, slot: int | None = None) -> None:
+    def release_claims(
+        self, record: Record, watch: Watch, *, delete: bool, slot: int | None = None, lost: bool = False
+    ) -> None:
         """Release a domain's backings, as :meth:`.wiping.Wiper.give_up` does, while nobody defines or creates it.
 
         :raises InUseError: also while another process does so.
@@ -235,7 +237,7 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         with self.locks.changing(record.uuid):
             self.starts.put_away_if_over(record)
-            self.wiper.give_up(record, watch, delete=delete, slot=slot)
+            self.wiper.give_up(record, watch, delete=delete, slot=slot, lost=lost)
 
     def check_ram(self, uuid: str, paths: Iterable[str], ram: int) -> None:
         """Check that a defined domain could have that much RAM from its next start on.

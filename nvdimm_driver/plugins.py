@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     )
 
 
+IF_LOST = "if it is lost for good, 'nvdimmctl release --lost' gives it up"
+"""Hint for what is not there, and has its bytes still."""
+
+
 def unwatched(done: int, total: int) -> None:
     """Ignore progress."""
 
@@ -209,7 +213,8 @@ class Backing(Plugin):
             from nvdimm_driver.errors import BackingError
 
             raise BackingError(
-                f"{path}: its device is not there, and has its bytes still", hint="enable or rename the device"
+                f"{path}: its device is not there, and has its bytes still",
+                hint=f"enable or rename the device; {IF_LOST}",
             )
 
     def size(self, path: str) -> int:

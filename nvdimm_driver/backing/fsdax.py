@@ -42,7 +42,7 @@ from nvdimm_driver.model import (
     Space,
     Surveyed,
 )
-from nvdimm_driver.plugins import Backing, ByteRange, unwatched
+from nvdimm_driver.plugins import IF_LOST, Backing, ByteRange, unwatched
 from nvdimm_driver.sizes import human
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class FsdaxBacking(Backing):
                 return
             if (volume.namespace.uid, volume.start) != (identity.device, identity.start):
                 where = f"{folder} is on {volume.namespace.name} now, which is not the namespace that had it"
-                raise BackingError(f"{path}: {where}", hint="mount the file system that had it there")
+                raise BackingError(f"{path}: {where}", hint=f"mount the file system that had it there; {IF_LOST}")
             handles.check_deleted(fd, path, identity)
 
     def examine(self, spec: NvdimmSpec) -> Intake:

@@ -12,7 +12,7 @@ from nvdimm_driver.contents import copying
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Watch
-from nvdimm_driver.plugins import Backing, ByteRange, backing_named, backing_of
+from nvdimm_driver.plugins import IF_LOST, Backing, ByteRange, backing_named, backing_of
 from nvdimm_driver.state import ownership
 
 
@@ -64,12 +64,15 @@ class Wiper:
         """Return the domain's :meth:`own` NVDIMMs that are in pools with ``wipe_on_release``."""
         return tuple(item for item in self.own(record) if self._checks.pools.wipes(item.spec.path))
 
-    def give_up(self, record: Record, watch: Watch, *, delete: bool, slot: int | None = None) -> None:
+    def give_up(
+        self, record: Record, watch: Watch, *, delete: bool, slot: int | None = None, lost: bool = False
+    ) -> None:
         """Release a domain's backings, after wiping those of :meth:`to_wipe`. All is done, or no claim is given up.
 
         :param record: the domain as the operator has seen it.
         :param delete: delete the :meth:`own` files, too; devices stay.
         :param slot: release only the NVDIMM in this slot.
+        :param lost: give up what is not there, too, wherever its bytes may be.
         :raises InUseError: while the domain runs, when it was changed since, or when what is to be wiped or deleted is
             another domain's, too.
         :raises BackingError: when what is to be wiped or deleted is not there, and may exist.
@@ -78,7 +81,7 @@ class Wiper:
         chosen = in_slot(record, slot)
         self.check_unmapped(chosen)
         wiped, deleted = self.to_wipe(chosen), self.own(chosen) if delete else ()
-        here = [item for item in {*wiped, *deleted} if not self._is_gone(item)]
+        here = [item for item in {*wiped, *deleted} if not self._is_gone(item, lost=lost)]
         for item in here:  # all, before the first of them is wiped
             self._check_owner(record, item.spec)
         with ExitStack() as opened:  # until the claims are given up, no start can take what is wiped
@@ -131,9 +134,10 @@ class Wiper:
             # Not exit status 3, which means that there is nothing to wipe: the domain may have other NVDIMMs.
             raise _missing(path, error.message.removeprefix(f"{path}: ")) from error
 
-    def _is_gone(self, item: Allocation) -> bool:
+    def _is_gone(self, item: Allocation, *, lost: bool) -> bool:
         """Return True when nothing of an NVDIMM can be left to wipe or to delete.
 
+        :param lost: it is enough that it is not there.
         :raises BackingError: when it is not there, but it was, or what would hold it is not there either.
         """
         path, pool = item.spec.path, self._checks.pools.of(item.spec.path)
@@ -141,6 +145,8 @@ class Wiper:
         backing = backing_named(self._checks.backings, kind) if kind else backing_of(self._checks.backings, path)
         if backing.exists(path):
             return False
+        if lost:
+            return True
         backing.check_home(path, item.identity)
         if item.ready and pool is not None and pool.wipe_on_release:
             raise _missing(path, f"it is not there, and pool {pool.name} has wipe_on_release")
@@ -193,7 +199,8 @@ def in_slot(record: Record, slot: int | None) -> Record:
 def _missing(path: str, problem: str) -> BackingError:
     return BackingError(
         f"{path}: {problem}: nothing was overwritten, and the claim to it stays",
-        hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted, 'nvdimmctl check --repair' gives it up",
+        hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted, 'nvdimmctl check --repair' gives "
+        f"it up; {IF_LOST}",
     )
 
 

@@ -110,11 +110,7 @@ def check_pool(
     pool: Pool, ledger: Ledger, backings: Sequence[Backing], mountinfo: Path, dax: Callable[[str], bool]
 ) -> Iterator[Finding]:
     """Check that a pool works, and how well."""
-    try:
-        usage = usage_of(pool, ledger, backings)
-    except NvdimmError as error:
-        yield could_not(f"pool {pool.name}", error)
-        return
+    usage = usage_of(pool, ledger, backings)
     yield check_usage(usage)
     if usage.space is not None:
         yield check_alignment(usage)

@@ -52,12 +52,15 @@ def look(driver: XenNvdimmDriver) -> list[Inconsistency]:
 def _find_device(record: Record) -> str:
     """Return the remedy for a device that is gone or another: its bytes exist, and no other domain may get them."""
     return (
-        "enable or rename its device, or correct the options of its backing; or give it up: nvdimmctl release "
-        + word_for(record.name, record.uuid)
+        "enable or rename its device, or correct the options of its backing; or, if it is lost for good, give it "
+        f"up: nvdimmctl release --lost {word_for(record.name, record.uuid)}"
     )
 
 
-_WHICH = "find the guest's own, and take the mark from each copy: setfattr -x trusted.nvdimm_driver.owner COPY"
+_WHICH = (
+    "find the guest's own, and take the mark from each copy, with setfattr of the package attr: setfattr -x "
+    "trusted.nvdimm_driver.owner COPY"
+)
 
 
 def _several(paths: list[str]) -> str:

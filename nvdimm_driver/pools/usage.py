@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvdimm_driver.backing.inventory import SYSFS, namespaces, problems, regions
-from nvdimm_driver.errors import BackingError, ConfigError
+from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import Allocation, Namespace, Pool, Record, Space
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import is_in
@@ -106,19 +106,14 @@ def _pieces(ledger: Ledger, backings: Sequence[Backing]) -> Iterator[Piece]:
 
 
 def usage_of(pool: Pool, ledger: Ledger, backings: Sequence[Backing]) -> PoolUsage:
-    """Measure a pool.
-
-    :raises ConfigError: when no plug-in handles its kind.
-    """
-    backing = next((each for each in backings if each.name == pool.kind), None)
-    if backing is None:
-        raise ConfigError(
-            f"pool {pool.name}: there is no backing {pool.kind!r}",
-            hint=f"'kind' is one of: {', '.join(each.name for each in backings)}",
-        )
+    """Measure a pool. That it cannot be measured is a problem of this pool's, and of no other's."""
     owned = tuple(
         (record, item) for record in ledger.domains() for item in record.claims if is_in(item.spec.path, pool)
     )
+    backing = next((each for each in backings if each.name == pool.kind), None)
+    if backing is None:
+        kinds = ", ".join(each.name for each in backings)
+        return PoolUsage(pool, None, owned, (f"there is no backing {pool.kind!r} ('kind' is one of: {kinds})",))
     try:
         space = backing.space(pool.paths, [item.spec.path for _, item in owned])
         found = tuple(problem for namespace in space.namespaces for problem in problems(namespace))

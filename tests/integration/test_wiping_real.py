@@ -112,6 +112,23 @@ def test_while_its_pool_is_not_mounted_nothing_is_released(host: Host, delete: b
     assert delete or host.read("a.img") == bytes(SIZE)
 
 
+def test_what_is_lost_with_its_medium_is_given_up_on_demand(host: Host) -> None:
+    """Its namespace is another now: nothing else gets rid of the claim, and what is there is overwritten as ever."""
+    host.driver.define(two(host.path("a.img"), host.path("b.img")))
+    write(host.path("b.img"))
+    os.unlink(host.path("a.img"))
+    lost, here = host.record().allocations
+    assert lost.identity
+    lost = replace(lost, identity=replace(lost.identity, device="another"))
+    host.driver.ledger.store(UUID, "x", 512 * MIB, [lost, here])
+    with pytest.raises(BackingError, match=r"not the namespace that had it.*'nvdimmctl release --lost' gives it up"):
+        release(host)
+    assert host.read("b.img") == DATA
+    host.driver.release_claims(host.record(), quiet, delete=False, lost=True)
+    assert host.driver.ledger.find_domain(UUID) is None
+    assert host.read("b.img") == bytes(SIZE)
+
+
 def test_a_claim_whose_define_was_cut_stays_while_its_pool_is_not_mounted(host: Host) -> None:
     """The file may have bytes of the domain: an interrupted redefinition has forgotten that it was provisioned."""
     host.define("a.img")

@@ -113,7 +113,7 @@ def test_a_device_that_is_gone_is_not_given_up(driver: XenNvdimmDriver, backing:
     del backing.files[A], backing.marks[A]
     (found,) = look(driver)
     assert (found.path, found.problem, found.mend) == (A, "it is not there", None)
-    assert f"nvdimmctl release {record.name}" in found.remedy
+    assert f"nvdimmctl release --lost {record.name}" in found.remedy
 
 
 def test_another_device_is_not_taken(

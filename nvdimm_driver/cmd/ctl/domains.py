@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from nvdimm_driver.cmd.ctl.base import (
     Action,
@@ -60,6 +61,9 @@ class Release(Action):
         parser = super().get_parser(prog_name)
         domain_argument(parser)
         parser.add_argument("--delete", action="store_true", help="delete the files, too; devices stay")
+        parser.add_argument(
+            "--lost", action="store_true", help="give up what is not there, too, though its bytes may come back with it"
+        )
         parser.add_argument("--slot", type=int, help="give up only the NVDIMM in this slot of the domain")
         yes_option(parser)
         return parser
@@ -79,10 +83,12 @@ class Release(Action):
         check_uncontested(driver, self.app.conf, [item.spec.path for item in driver.wiper.to_wipe(chosen)])
         fate = render.fate(driver, chosen, delete=parsed_args.delete)
         warn_of_saved_guest(self.app, driver, record)
+        if parsed_args.lost:
+            print("what is missing is not overwritten: destroy its medium, or it shows its bytes", file=sys.stderr)
         if not agreed(f"Give up {record.name}'s claim ({fate})?", parsed_args.yes):
             return 1
         with watched(record.name) as watch:
-            driver.release_claims(record, watch, delete=parsed_args.delete, slot=slot)
+            driver.release_claims(record, watch, delete=parsed_args.delete, slot=slot, lost=parsed_args.lost)
         driver.remove_leftovers()
         print(f"{record.name} has no NVDIMM{'s' if slot is None else f' in slot {slot}'} any more. {fate}")
         return 0
