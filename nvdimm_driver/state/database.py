@@ -64,9 +64,11 @@ class Database:
 
         :raises DamagedLedgerError: when it is damaged.
         """
-        found = [str(row[0]) for row in self._rows("PRAGMA integrity_check(3)")]
+        found = [line for (text,) in self._rows("PRAGMA integrity_check(3)") for line in str(text).splitlines()]
         if found == ["ok"]:
             found = [f"{table} refers to a {parent} that is not there" for table, _, parent, _ in self._rows(FOREIGN)]
+        elif len(found) > 1 and found[0].startswith("***"):
+            del found[0]  # a heading
         if found:
             raise DamagedLedgerError(f"{self.path} is damaged: {'; '.join(found)}", hint=REBUILD)
 

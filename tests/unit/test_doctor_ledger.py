@@ -151,6 +151,18 @@ def test_a_ledger_that_is_damaged_in_its_middle(host: Host) -> None:
     assert "'nvdimmctl check --repair' keeps the damaged file" in found["ledger"].hint
 
 
+def test_what_sqlite_finds_wrong_is_one_line(host: Host) -> None:
+    path = host.folder / "ledger.sqlite"
+    host.driver.ledger.close()
+    content = bytearray(path.read_bytes())
+    content[36:40] = (9).to_bytes(4, "big")  # the number of free pages, of which the file has none
+    path.write_bytes(content)
+    message = host.look()["ledger"].message
+    assert message.startswith(f"{path} is damaged: ")
+    assert "***" not in message
+    assert len(message.splitlines()) == 1
+
+
 def test_a_ledger_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_text("no database\n" * 100)
