@@ -8,6 +8,7 @@ what libvirt reads in more than one way (it looks for some names without their n
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> Cl
     :param device_model: path of the program that rewritten domains have as their emulator.
     :param validate: check the XML of a domain with NVDIMMs against libvirt's schema; libvirt checks what it gets.
     :raises DomainXmlError: when it cannot be parsed, has an invalid value, or is not read alike by libvirt; also when
-        it is already rewritten, or names the device model: only the driver writes that, and clients never see it.
+        it is already rewritten, or names the device model, by any path: only the driver writes that, and clients never
+        see it.
     :raises SchemaError: when it does not match the schema.
     :raises UnsupportedError: when it asks for something that Xen or this driver cannot do.
     """
@@ -65,9 +67,10 @@ def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> Cl
     if nvdimms and xen and validate:
         check_schema(text)
     domain = spec_of(root) if nvdimms and xen else None
-    if domain is None and emulator_of(root) == device_model:
+    emulator = emulator_of(root)
+    if domain is None and emulator is not None and os.path.realpath(emulator) == os.path.realpath(device_model):
         raise DomainXmlError(
-            f"the domain has no NVDIMM and names the device model {device_model}",
+            f"the domain has no NVDIMM and names the device model {device_model}, as {emulator}",
             hint="leave <emulator> out, or name a QEMU",
         )
     other_type = root.attributes.get("type") if nvdimms and not xen else None

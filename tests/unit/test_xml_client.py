@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nvdimm_driver.errors import DomainXmlError
@@ -101,6 +103,19 @@ def test_forged_metadata_is_refused(text: str) -> None:
 def test_the_device_model_is_refused_however_it_is_written(emulator: str) -> None:
     with pytest.raises(DomainXmlError):
         read_domain(PLAIN.format(emulator).encode(), DEVICE_MODEL)
+
+
+def test_the_device_model_is_refused_by_every_path(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    device_model, link = tmp_path / "device-model", tmp_path / "link"
+    device_model.touch()
+    link.symlink_to(device_model)
+    for path in (f"{tmp_path}/folder/../device-model", f"/{device_model}", link):
+        with pytest.raises(DomainXmlError, match="names the device model"):
+            read_domain(PLAIN.format(EMULATOR.format(path)).encode(), str(device_model))
+    with pytest.raises(DomainXmlError, match="names the device model"):
+        read_domain(PLAIN.format(EMULATOR.format(device_model)).encode(), str(link))
+    assert read_domain(PLAIN.format(EMULATOR.format("/usr/bin/qemu")).encode(), str(device_model)).domain is None
 
 
 def test_an_entity_hides_nothing() -> None:
