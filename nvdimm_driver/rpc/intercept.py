@@ -26,6 +26,7 @@ from nvdimm_driver.rpc.libvirt_calls import (
     Steps,
     ask,
     call,
+    cannot_migrate,
     defined_xml,
     definition,
     find,
@@ -133,15 +134,11 @@ class Interceptor:
         except Exception as error:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
             runs = isinstance(error, LibvirtError) and RemoteError.unpack(error.payload).code == OPERATION_INVALID
-
-            def undo(driver: XenNvdimmDriver) -> None:
-                if runs:  # its start is another client's, and goes on
-                    driver.definitions.put_back(uuid, before, created, last)
-                else:
-                    driver.undo(uuid, before, created, last)
-
             try:
-                yield self._work(undo, Pool.HOST)
+                if runs:  # its start is another client's, and goes on
+                    yield self._work(lambda each: each.definitions.put_back(uuid, before, created, last), Pool.HOST)
+                else:
+                    yield self._work(lambda driver: driver.undo(uuid, before, created, last), Pool.HOST)
             except (NvdimmError, OSError) as failed:
                 LOG.error("domain %s: what it had before its create failed cannot be put back: %s", uuid, failed)
             raise explained from error
@@ -267,14 +264,29 @@ class Interceptor:
             raise (yield from self._explained(error, uuid)) from error
 
     def restore(self, procedure: int, payload: bytes) -> Steps:
-        """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error."""
+        """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error.
+
+        A start takes over the NVDIMMs of the image. One that fails gives them up, if nobody knows the domain.
+        """
         last = yield self._work(lambda driver: driver.ledger.last_event())
+        known: set[str] = yield self._work(lambda driver: driver.ledger.uuids())
         try:
             return (yield from call(procedure, payload))
         except LibvirtError as error:
             events = yield self._work(lambda driver: driver.ledger.events(last))
             failed = [event.uuid for event in events if event.kind == "start-failed"]
-            raise (yield from self._explained(error, failed[-1] if failed else "")) from error
+            explained = yield from self._explained(error, failed[-1] if failed else "")
+            for uuid in {*failed} - known:
+                yield from self._give_up_refused(uuid)
+            raise explained from error
+
+    def _give_up_refused(self, uuid: str) -> Generator[Call | Work, Any, None]:
+        try:
+            with (yield from self._changing(uuid)):
+                if (yield from find(uuid)) is None:
+                    yield self._work(lambda driver: driver.undo(uuid, None, ()), Pool.HOST)
+        except (NvdimmError, OSError, LibvirtError) as error:
+            LOG.error("domain %s keeps the NVDIMMs of a saved guest that was refused: %s", uuid, error)
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""
@@ -289,7 +301,7 @@ class Interceptor:
         """Refuse to migrate a domain with NVDIMMs."""
         record = yield from self._record(Unpacker(payload).domain())
         if record is not None and (record.claims or record.start):
-            raise _cannot_migrate(f"domain {record.name}")
+            raise cannot_migrate(f"domain {record.name}")
         return (yield from call(procedure, payload))
 
     def migrate_in(self, procedure: int, payload: bytes) -> Steps:
@@ -300,7 +312,7 @@ class Interceptor:
                 continue
             xml = str(param.value).encode(errors="surrogateescape")
             if (yield Work(partial(self._comes_with_nvdimms, xml), Pool.XML)):
-                raise _cannot_migrate("the domain that comes")
+                raise cannot_migrate("the domain that comes")
             yield from self._read(xml)
         return (yield from call(procedure, payload))
 
@@ -476,14 +488,6 @@ class Interceptor:
 def _provisioning(plan: Plan) -> Pool:
     """Return the pool in which a define with this plan runs."""
     return Pool.ZEROS if any(intake.creates or intake.writes for intake in plan.intakes) else Pool.HOST
-
-
-def _cannot_migrate(domain: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{domain} has NVDIMMs, and cannot be migrated: their contents are in the host's persistent memory and not in "
-        "what Xen sends",
-        hint="shut it down, copy the backings, and define it on the other host",
-    )
 
 
 class Row(NamedTuple):

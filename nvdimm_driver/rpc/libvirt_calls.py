@@ -7,7 +7,7 @@ import logging
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED
+from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED, UnsupportedError
 from nvdimm_driver.rpc.handler_types import Call, Work
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
@@ -102,3 +102,12 @@ def xml_and_flags(payload: bytes) -> tuple[bytes, bytes]:
     """Return the XML that a call begins with, and its flags as on the wire; domain_define_xml has none."""
     values = Unpacker(payload)
     return values.encoded(), values.rest()
+
+
+def cannot_migrate(domain: str) -> UnsupportedError:
+    """Return the error for a migration of a domain with NVDIMMs."""
+    return UnsupportedError(
+        f"{domain} has NVDIMMs, and cannot be migrated: their contents are in the host's persistent memory and not in "
+        "what Xen sends",
+        hint="shut it down, copy the backings, and define it on the other host",
+    )

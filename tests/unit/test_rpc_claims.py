@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, InUseError, UnsupportedError
+from nvdimm_driver.errors import BackingError, InUseError, RefusedError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress, Record
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.rpc.handler_types import Call
 from nvdimm_driver.rpc.procedure import Procedure
-from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
-from tests.unit.test_rpc_intercept import Proxy, message, xml
+from tests.unit.test_rpc_intercept import Libvirtd, Proxy, message, xml
 
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
 CREATE = Procedure.DOMAIN_CREATE_XML
@@ -191,3 +191,41 @@ def test_a_domain_that_runs_with_nvdimms_cannot_be_migrated_whatever_its_definit
     for procedure in (Procedure.DOMAIN_MIGRATE_BEGIN3_PARAMS, Procedure.DOMAIN_MIGRATE_PERFORM3_PARAMS):
         with pytest.raises(UnsupportedError, match="cannot be migrated"):
             proxy.call(procedure, Packer().domain(DomainRef("db1", UUID, 5)))
+
+
+class Restoring(Libvirtd):
+    """A libvirtd in which the start of a saved guest with A is prepared, and then refused."""
+
+    def __init__(self, driver: XenNvdimmDriver) -> None:
+        super().__init__()
+        self.driver = driver
+
+    def answer(self, call: Call) -> bytes:
+        if call.procedure == Procedure.DOMAIN_RESTORE:
+            self.driver.prepare(domain(A))
+            self.driver.ledger.record_failure(UUID, RefusedError("the saved guest cannot go on"), 5)
+            raise LibvirtError(RemoteError(1, 41, "libxenlight failed to restore domain").pack())
+        return super().answer(call)
+
+
+@pytest.mark.parametrize("known", ["not at all", "libvirt", "ledger"])
+def test_a_refused_restore_leaves_no_claim_of_a_domain_that_nobody_knew(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking, known: str
+) -> None:
+    backing.files[A] = (107, 64 << 20)
+    proxy.libvirtd = Restoring(driver)
+    if known == "ledger":
+        driver.define(domain(B))
+    elif known == "libvirt":
+        proxy.libvirtd.defined[UUID] = xml()
+    with pytest.raises(LibvirtError) as refused:
+        proxy.call(Procedure.DOMAIN_RESTORE, Packer().string("/image"))
+    assert "the saved guest cannot go on" in message(refused.value)
+    found = driver.ledger.find_domain(UUID)
+    if known == "not at all":
+        assert (found, A in backing.marks) == (None, False)
+        driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
+    else:
+        assert found
+        assert A in [item.spec.path for item in found.allocations]
+    assert A in backing.files
