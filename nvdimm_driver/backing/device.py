@@ -125,6 +125,17 @@ class DeviceBacking(Backing):
             check_identity(path, self._identity(self.volume(path, os.fstat(fd).st_rdev)), identity)
             return os.dup(fd)
 
+    def check_home(self, path: str, identity: BackingIdentity | None = None) -> None:
+        if identity is not None and not self.exists(path):
+            for each in inventory.namespaces(self.sysfs):
+                if each.mode != self.mode and identity.device in inventory.uids(each, self.sysfs):
+                    raise BackingError(
+                        f"{path}: its namespace {each.name} is in {each.mode} mode now, not {self.mode}: an info block "
+                        "in it says so, which its guest can have written",
+                        hint=f"to have all its bytes back: {inventory.raw_again(each)}" if self.mode == "raw" else "",
+                    )
+        super().check_home(path, identity)
+
     def _identity(self, volume: Volume) -> BackingIdentity:
         return BackingIdentity(self.name, volume.namespace.uid, volume.start, 0, 0, volume.size)
 

@@ -55,6 +55,20 @@ def namespaces(sysfs: Path = SYSFS) -> tuple[Namespace, ...]:
     return tuple(sorted((each for each in found if each), key=lambda each: each.data_spa))
 
 
+def uids(namespace: Namespace, sysfs: Path = SYSFS) -> tuple[str, ...]:
+    """Return the :attr:`.Namespace.uid` that a namespace has in this mode, and the one that it has in raw mode."""
+    spa = _number(sysfs / "bus/nd/devices" / namespace.name / "resource")
+    return (namespace.uid, f"spa-{spa:#x}")
+
+
+def raw_again(namespace: Namespace) -> str:
+    """Return the commands that have the kernel ignore an info block until the next boot; no byte is changed."""
+    name = namespace.name
+    return (
+        f"ndctl disable-namespace {name}; echo 1 >/sys/bus/nd/devices/{name}/force_raw; ndctl enable-namespace {name}"
+    )
+
+
 def regions(sysfs: Path = SYSFS) -> tuple[tuple[str, int, int], ...]:
     """Return the host's regions of persistent memory, as (name, SPA, bytes), by SPA.
 

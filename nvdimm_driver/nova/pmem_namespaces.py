@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nvdimm_driver.errors import BackingError, ConfigError, NotFoundError
-from nvdimm_driver.model import MIB, SUPERPAGE, NvdimmSpec, Pool
+from nvdimm_driver.model import MIB, SUPERPAGE, NvdimmSpec, Pool, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.sizes import human
@@ -125,6 +125,26 @@ class Inventory:
 
     def _look(self, configured: Configured) -> NovaNamespace:
         pool, path = self._place(configured.name)
+        owners = self._owners(path)
+        known = [item.spec for owner in owners for item in owner.claims if item.spec.path == os.path.realpath(path)]
+        # A device that is gone is its instance's trouble: it is taken, and the others are as they are.
+        spec = known[0] if known and not self._exists(path) else self._measure(pool, path)
+        return NovaNamespace(
+            name=configured.name,
+            label=configured.label,
+            resource_class=f"CUSTOM_PMEM_NAMESPACE_{configured.label}",
+            pool=pool.name,
+            path=path,
+            size=spec.size,
+            align=SUPERPAGE,
+            domain=owners[0].uuid if owners else "",
+        )
+
+    def _measure(self, pool: Pool, path: str) -> NvdimmSpec:
+        """Return the NVDIMM that an instance would have of a backing, or has.
+
+        :raises BackingError: when a domain could not use the backing as it is.
+        """
         backing = backing_of(self._backings, path)
         step = max(SUPERPAGE, pool.alignsize)
         spec = NvdimmSpec(0, path, backing.size(path) // step * step, LABEL_SIZE, SUPERPAGE)
@@ -141,17 +161,7 @@ class Inventory:
             )
         if self._served:
             backing.check_labels(spec)
-        owners = ownership.owners(self._ledger, path, None)
-        return NovaNamespace(
-            name=configured.name,
-            label=configured.label,
-            resource_class=f"CUSTOM_PMEM_NAMESPACE_{configured.label}",
-            pool=pool.name,
-            path=path,
-            size=spec.size,
-            align=SUPERPAGE,
-            domain=owners[0].uuid if owners else "",
-        )
+        return spec
 
     def _place(self, word: str) -> tuple[Pool, str]:
         """Return the pool and the path of ``NAME`` or ``POOL/NAME``."""
@@ -159,7 +169,10 @@ class Inventory:
         pools, name = ([self._pools.named(first)], last) if slash else (list(self._pools), first)
         if "/" in name or name in ("", ".", ".."):
             raise ConfigError(f"pmem_namespaces: {word!r} is neither a name in a pool nor POOL/NAME", hint=_FORM)
-        places = [(pool, path) for pool in pools for path in _candidates(pool, name) if self._exists(path)]
+        candidates = [(pool, path) for pool in pools for path in _candidates(pool, name)]
+        places = [place for place in candidates if self._exists(place[1])] or [
+            place for place in candidates if self._owners(place[1])
+        ]
         if not places:
             raise NotFoundError(
                 f"pmem_namespaces: there is no {name} in {_names(pools)}", hint=_how_to_make(pools, name)
@@ -170,6 +183,9 @@ class Inventory:
                 hint="write POOL/NAME; within a pool, names must differ",
             )
         return places[0]
+
+    def _owners(self, path: str) -> Sequence[Record]:
+        return ownership.owners(self._ledger, os.path.realpath(path), None)
 
     def _exists(self, path: str) -> bool:
         return any(backing.handles(path) and backing.exists(path) for backing in self._backings)

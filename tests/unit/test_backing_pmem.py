@@ -102,6 +102,23 @@ def test_other_modes(sysfs: FakeSysfs, loop: str, mode: str, reason: str) -> Non
             act(NvdimmSpec(0, loop, 2 * MIB))
 
 
+@pytest.mark.parametrize("uuid", ["", "1ba1a01e-7a6c-4f4b-9d8c-2d5dc3a26b43"], ids=["no uuid", "uuid"])
+def test_a_namespace_that_an_info_block_of_its_guest_has_changed(tmp_path: Path, loop: str, uuid: str) -> None:
+    """The kernel then has /dev/pmem0s in place of /dev/pmem0 (drivers/nvdimm/btt_devs.c:nd_btt_probe)."""
+    before, after = FakeSysfs(tmp_path / "before"), FakeSysfs(tmp_path / "after")
+    namespace = before.namespace("namespace0.0", mode="raw", spa=SPA, size=SIZE, uuid=uuid)
+    before.disk("pmem0", namespace, number(loop), SIZE)
+    identity = backing(before).locate(NvdimmSpec(0, loop, SIZE)).identity
+    after.namespace("namespace0.0", mode="safe", spa=SPA, size=SIZE, uuid=uuid)
+    btt = after.holder("btt0.0", "namespace0.0", sector_size=4096, size=SIZE - MIB, resource=hex(SPA), uuid="1" * 36)
+    after.disk("pmem0s", btt, os.makedev(259, 99))
+    with pytest.raises(BackingError, match=r"namespace0\.0 is in sector mode now, not raw: .*its guest") as caught:
+        backing(after).check_home("/dev/no-such-pmem0", identity)
+    assert "force_raw" in caught.value.hint
+    with pytest.raises(BackingError, match="its device is not there, and has its bytes still"):
+        backing(before).check_home("/dev/no-such-pmem0", identity)
+
+
 def test_a_disk_that_is_not_pmem(sysfs: FakeSysfs, loop: str) -> None:
     sysfs.raw(os.makedev(259, 0))
     with pytest.raises(BackingError, match=rf"{loop}: is on .*, not on persistent memory"):

@@ -134,6 +134,25 @@ def test_nothing_changes_when_an_instance_has_it(host: Host) -> None:
     assert {**vars(after), "domain": ""} == vars(before)
 
 
+def test_a_device_that_is_gone_is_taken_while_an_instance_has_it(host: Host) -> None:
+    """As when a guest has written an info block on it that dom0's kernel obeys: the others are to be had."""
+    gone, other = host.add("dev/pmem1"), host.add("dev/pmem2")
+    host.ledger.store(UUID, "instance-1", GIB, [Allocation(UUID, NvdimmSpec(0, gone, 6 * GIB))])
+    before = host.find("6GB:pmem1|pmem2")
+    del host.backing.files[gone]
+    assert host.find("6GB:pmem1|pmem2") == before
+    assert [(each.path, each.domain) for each in before] == [(gone, UUID), (other, "")]
+
+
+def test_an_instance_has_it_by_its_resolved_path(host: Host) -> None:
+    path = host.add("main/ns0")
+    (host.folder / "linked").symlink_to(host.folder / "main")
+    host.pools = [Pool("linked", "memory", (f"{host.folder}/linked",), None, SUPERPAGE, 128 * KIB, False)]
+    host.backing.files[f"{host.folder}/linked/ns0"] = host.backing.files[path]
+    host.ledger.store(UUID, "instance-1", GIB, [Allocation(UUID, NvdimmSpec(0, path, 6 * GIB))])
+    assert [each.domain for each in host.find("6GB:ns0")] == [UUID]
+
+
 def test_names_are_in_pools_and_pools_before_names(host: Host) -> None:
     paths = [host.add("main/a"), host.add("other/a"), host.add("other/b"), host.add("dev/pmem2")]
     found = host.find("X:main/a|other/a|b|pmem2")
