@@ -212,10 +212,8 @@ class Backing(Plugin):
         if not self.exists(path):
             from nvdimm_driver.errors import BackingError
 
-            raise BackingError(
-                f"{path}: its device is not there, and has its bytes still",
-                hint=f"enable or rename the device; {IF_LOST}",
-            )
+            hint = f"enable it; if it has another name now ('nvdimmctl host'), define the domain with that; {IF_LOST}"
+            raise BackingError(f"{path}: its device is not there, and has its bytes still", hint=hint)
 
     def size(self, path: str) -> int:
         """Return the size of an existing backing, in bytes.

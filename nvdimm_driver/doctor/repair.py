@@ -52,8 +52,9 @@ def look(driver: XenNvdimmDriver) -> list[Inconsistency]:
 def _find_device(record: Record) -> str:
     """Return the remedy for a device that is gone or another: its bytes exist, and no other domain may get them."""
     return (
-        "enable or rename its device, or correct the options of its backing; or, if it is lost for good, give it "
-        f"up: nvdimmctl release --lost {word_for(record.name, record.uuid)}"
+        "enable its device; if that has another name now ('nvdimmctl host'), define the domain with that; or correct "
+        "the options of its backing; or, if it is lost for good, give it up: nvdimmctl release --lost "
+        + word_for(record.name, record.uuid)
     )
 
 

@@ -189,6 +189,27 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
         assert content.read(6) == b"of db3"
 
 
+def test_a_device_that_has_another_name_since_a_boot_is_defined_by_it(host: Host, device: str) -> None:
+    """Until then, the domain does not start; no other domain can have the device, and no other device is taken."""
+    xml, thief = host.xml("db3", 3), host.xml("db4", 4)
+    for file, path in ((xml, device), (thief, f"{device}x")):
+        file.write_text(re.sub("<path>.*</path>", f"<path>{path}</path>", file.read_text()))
+    host.check("define", xml)
+    (before,) = host.record("db3").allocations
+    os.rename(device, f"{device}x")
+    (found,) = [row for row in rows(host, "check", "--repair") if row["Path"] == device]
+    assert (found["Problem"], found["Done"]) == ("its device is not there, and has its bytes still", "")
+    assert "define the domain with that" in found["Remedy"]
+    assert host.virsh("start", "db3").returncode != 0
+    assert "belongs to domain db3" in host.virsh("define", thief).stderr
+    xml.write_text(xml.read_text().replace(device, f"{device}x"))
+    host.check("define", xml)  # as the remedy says
+    assert not [row for row in rows(host, "check") if row["Domain"] == "db3"]
+    (after,) = host.record("db3").allocations
+    assert (after.spec.slot, after.base, after.identity) == (before.spec.slot, before.base, before.identity)
+    host.check("start", "db3")
+
+
 def test_a_backup_of_the_ledger_is_restored_as_its_page_says(host: Host) -> None:
     """Since the backup, the domain was shut down, redefined with another file, and started again."""
     state = host.folder / "state"
