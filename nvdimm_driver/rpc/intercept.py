@@ -21,6 +21,7 @@ from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, Unsup
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, Plan, Record, Run
+from nvdimm_driver.rpc.device_claims import check_uncontested
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import (
     Steps,
@@ -62,8 +63,7 @@ MIGRATE_PARAMS_MAX = 64
 """REMOTE_DOMAIN_MIGRATE_PARAM_LIST_MAX."""
 
 # include/libvirt/libvirt-domain.h
-START_FORCE_BOOT = 1 << 3
-METADATA_ELEMENT = 2
+START_FORCE_BOOT, METADATA_ELEMENT = 1 << 3, 2
 MIGRATE_DEST_XML = "destination_xml"
 # include/libvirt/virterror.h
 FROM_DOMAIN, NO_DOMAIN_METADATA, OPERATION_INVALID = 20, 80, 55
@@ -168,8 +168,7 @@ class Interceptor:
         values = Unpacker(reply)
         xml = values.string()
         values.end()
-        restored = yield from self._restored(xml)
-        return bytes(Packer().string(restored))
+        return bytes(Packer().string((yield from self._restored(xml))))
 
     # --- devices ---
 
@@ -254,6 +253,7 @@ class Interceptor:
             if saved and (yield from self._has_nvdimms((yield from definition(domain)))):
                 yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)  # the ledger was lost
             return (yield from call(procedure, payload))
+        yield from check_uncontested(record, self._hooks.restore)
         if saved:
             yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
         elif not (yield from self._has_nvdimms((yield from definition(domain)))):

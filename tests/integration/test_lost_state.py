@@ -179,6 +179,9 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
         refused = host.nvdimmctl(*way)
         assert refused.returncode != 0
         assert "libvirt's definition has it, and the ledger says that it is domain db4's" in refused.stderr
+    host.check("define", old)  # the ledger says that it is db4's
+    assert f"{device} is in libvirt's definition of domain db3, too" in host.virsh("start", "db4").stderr
+    host.check("undefine", "db4")
     (found,) = [row for row in rows(host, "check", "--repair") if row["Path"] == device]
     assert found["Done"] == ""
     assert "nvdimmctl release db4" in found["Remedy"]
