@@ -239,11 +239,11 @@ class _Look:
         )
         if record.start is not None:
             return Inconsistency(record.name, path, problem, f"shut domain {record.name} down first")
-        had = self._find(mark.uuid, mark.spec.slot)
-        if had is not None and not self._is_still(had) and not self._is_later(self.files[path], had):
+        had, file = self._find(mark.uuid, mark.spec.slot), self.files.get(path)
+        if had and file and not self._is_still(had) and not self._is_later(file, had):
             problem = f"what is there is {had.spec.path} of domain {mark.name} ({mark.uuid}), by its mark"
             return Inconsistency(record.name, path, problem, f"have it moved back to {had.spec.path} first")
-        if path not in self.files:
+        if file is None:
             word = word_for(record.name, record.uuid)
             return Inconsistency(record.name, path, problem, f"nvdimmctl release {word}: the file keeps its mark")
         remedy = f"give up the claim of {record.name}, and write that of {mark.name} into the ledger"

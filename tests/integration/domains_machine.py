@@ -267,10 +267,6 @@ class DomainsMachine(RuleBasedStateMachine):
             record = records.get(uuid)
             items = record.allocations if record else ()
             now = {Path(item.spec.path).name: (item.spec.own_slot, item.base) for item in items}
-            for name in (now.keys() - guest.claims.keys()) & {*(guest.prepared or ()), *(guest.running or ())}:
-                guest.claims[name] = now[
-                    name
-                ]  # a repair takes up by its mark what the definition gave up and a start has
             assert now == guest.claims, f"{uuid} is defined with {now}, its start has {guest.prepared or guest.running}"
             start = record.start if record else None
             if guest.prepared is not None and start is None:

@@ -102,6 +102,19 @@ def test_a_file_that_is_gone(driver: XenNvdimmDriver, backing: MemoryBacking) ->
     assert look(driver) == []
 
 
+def test_a_file_in_no_pool_that_was_put_in_the_place_of_another_is_named(
+    tmp_path: Path, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    driver = make_driver(tmp_path, backing, mapper, pools=Pools([], any_path=True))
+    driver.define(domain((A, 64 * MIB)))
+    driver.define(dataclasses.replace(domain((B, 64 * MIB)), uuid=OTHER_UUID, name="db2"))
+    backing.marks[A] = backing.marks.pop(B)
+    del backing.files[B]
+    found = {each.path: each for each in look(driver)}
+    assert f"its mark says that it is domain db2's ({OTHER_UUID})" in found[A].problem
+    assert found[A].mend is None
+
+
 def test_a_device_that_is_gone_is_not_given_up(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     """Its bytes exist under another name: the next domain that gets them must be refused."""
     record = driver.ledger.find_domain(UUID)
