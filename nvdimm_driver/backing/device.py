@@ -127,13 +127,13 @@ class DeviceBacking(Backing):
 
     def check_home(self, path: str, identity: BackingIdentity | None = None) -> None:
         if identity is not None and not self.exists(path):
-            for each in inventory.namespaces(self.sysfs):
-                if each.mode != self.mode and identity.device in inventory.uids(each, self.sysfs):
-                    raise BackingError(
-                        f"{path}: its namespace {each.name} is in {each.mode} mode now, not {self.mode}: an info block "
-                        "in it says so, which its guest can have written",
-                        hint=f"to have all its bytes back: {inventory.raw_again(each)}" if self.mode == "raw" else "",
-                    )
+            name, mode = inventory.mode_of(identity.device, self.sysfs) or ("", self.mode)
+            if mode != self.mode:
+                raise BackingError(
+                    f"{path}: its namespace {name} is in {mode} mode now, not {self.mode}: an info block in it says "
+                    "so, which its guest can have written",
+                    hint=f"to have all its bytes back: {inventory.raw_again(name)}" if self.mode == "raw" else "",
+                )
         super().check_home(path, identity)
 
     def _identity(self, volume: Volume) -> BackingIdentity:

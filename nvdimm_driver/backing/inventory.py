@@ -43,6 +43,10 @@ class Volume:
         return self.namespace.data_spa + self.start
 
 
+_MODES = {"safe": "sector", "memory": "fsdax", "dax": "devdax"}
+"""ndctl's words for the kernel's (drivers/nvdimm/namespace_devs.c:mode_show)."""
+
+
 def namespaces(sysfs: Path = SYSFS) -> tuple[Namespace, ...]:
     """Return the host's active pmem namespaces, by SPA.
 
@@ -55,15 +59,23 @@ def namespaces(sysfs: Path = SYSFS) -> tuple[Namespace, ...]:
     return tuple(sorted((each for each in found if each), key=lambda each: each.data_spa))
 
 
-def uids(namespace: Namespace, sysfs: Path = SYSFS) -> tuple[str, ...]:
-    """Return the :attr:`.Namespace.uid` that a namespace has in this mode, and the one that it has in raw mode."""
-    spa = _number(sysfs / "bus/nd/devices" / namespace.name / "resource")
-    return (namespace.uid, f"spa-{spa:#x}")
+def mode_of(uid: str, sysfs: Path = SYSFS) -> tuple[str, str] | None:
+    """Return name and mode of a namespace, also of an idle one, or None when there is none of that uid.
+
+    An idle namespace in raw mode has a uid as :attr:`.Namespace.uid`, in other modes if it has a uuid.
+    """
+    for namespace in sysfs.glob("bus/nd/devices/namespace*"):
+        if uid in (_text(namespace / "uuid"), f"spa-{_number(namespace / 'resource') or 0:#x}"):
+            mode = _text(namespace / "mode")
+            return namespace.name, _MODES.get(mode, mode)
+    return None
 
 
-def raw_again(namespace: Namespace) -> str:
-    """Return the commands that have the kernel ignore an info block until the next boot; no byte is changed."""
-    name = namespace.name
+def raw_again(name: str) -> str:
+    """Return the commands that have the kernel ignore a namespace's info block until the next boot.
+
+    No byte is changed.
+    """
     return (
         f"ndctl disable-namespace {name}; echo 1 >/sys/bus/nd/devices/{name}/force_raw; ndctl enable-namespace {name}"
     )

@@ -44,7 +44,7 @@ class PmemBacking(DeviceBacking):
             raise BackingError(
                 f"{path}: namespace {namespace.name} is in {namespace.mode} mode, a block device has to be raw: "
                 + _WHY[namespace.mode],
-                hint=f"if a guest has had it raw: {inventory.raw_again(namespace)}; "
+                hint=f"if a guest has had it raw: {inventory.raw_again(namespace.name)}; "
                 f"else, this deletes all that is on it: ndctl create-namespace -f -e {namespace.name} -m raw"
                 + ("; or name a file on a file system on it" if namespace.mode == "fsdax" else ""),
             )
