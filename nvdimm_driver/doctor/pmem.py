@@ -165,6 +165,22 @@ def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) 
             continue
         if mount is not None:
             yield check_stripe(pool, mount)
+        yield from check_mount_options(pool, path, os.statvfs(path).f_flag)
+
+
+def check_mount_options(pool: Pool, path: str, flags: int) -> Iterator[Finding]:
+    """Check that the host takes no guest's file for a program or a device.
+
+    :param flags: those of the mount, as in statvfs(3).
+    """
+    wanted = {"nosuid": os.ST_NOSUID, "nodev": os.ST_NODEV, "noexec": os.ST_NOEXEC}
+    missing = ",".join(name for name, flag in wanted.items() if not flags & flag)
+    if missing:
+        yield warned(
+            f"pool {pool.name}, mount options",
+            f"{path} is mounted without {missing}: the host could take a guest's file for a program or a device",
+            f"add {missing} to its line in /etc/fstab; until the next mount: mount -o remount,{missing} {path}",
+        )
 
 
 def check_stripe(pool: Pool, mount: Mount) -> Finding:

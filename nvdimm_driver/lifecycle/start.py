@@ -22,12 +22,10 @@ from nvdimm_driver.plugins import Backing, Mapper, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.ledger import Ledger
-from nvdimm_driver.state.start_steps import host_boot_id, seconds_since_boot
+from nvdimm_driver.state.start_steps import ABANDONED_SECONDS, host_boot_id, seconds_since_boot
 
 LOG = logging.getLogger(__name__)
 
-ABANDONED_SECONDS = 600
-"""libxl gives up after 60 s."""
 RELEASE_SECONDS = 2.0
 """Libvirt holds the domain's lock meanwhile."""
 

@@ -19,6 +19,7 @@ from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
+from nvdimm_driver.lifecycle.plan import check_distinct
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, Plan, Record, Run
 from nvdimm_driver.rpc.device_claims import check_uncontested
@@ -437,6 +438,7 @@ class Interceptor:
         libvirt keeps them: a user can turn a symbolic link of his own at any moment.
         """
         found = yield from self._find_paths([spec.path for spec in domain.nvdimms])
+        check_distinct(domain.nvdimms, lambda one, other: found[one.path] == found[other.path])  # as they are written
         resolved: str = yield Work(lambda: with_paths(xml, found), Pool.XML)
         return resolved, domain.with_paths(found)
 

@@ -13,6 +13,7 @@ from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
+from nvdimm_driver.state.start_steps import ABANDONED_SECONDS, seconds_since_boot
 from nvdimm_driver.state.words import word_for
 
 LOG = logging.getLogger(__name__)
@@ -194,10 +195,18 @@ def _frozen(record: Record) -> set[str]:
 def check_off(record: Record, hint: str = "shut it down first") -> None:
     """Check that a domain is neither running nor starting.
 
-    :raises InUseError: with that hint, when it is.
+    :raises InUseError: when it is, with that hint.
     """
-    if record.start is not None:
-        raise InUseError(f"domain {record.name} is running or starting", hint=hint)
+    start = record.start
+    if start is None:
+        return
+    if start.domid is None:
+        raise InUseError(
+            f"domain {record.name} is running or starting: its start was prepared {seconds_since_boot() - start.since} "
+            "s ago, and its guest has not come yet",
+            hint=f"{hint}; if the start has failed, start it again, or wait: it is over after {ABANDONED_SECONDS} s",
+        )
+    raise InUseError(f"domain {record.name} is running or starting", hint=hint)
 
 
 def _others(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nvdimm_driver.model import Run, Start
     from nvdimm_driver.state.events import Value
 
+ABANDONED_SECONDS = 600
+"""A start that was prepared this long ago, and that no device model has taken, is given up: libxl waits for 60 s."""
 THIS_START = "uuid = ? AND id = ? AND state = ?"
 """A start in a state, by :attr:`.model.Start.key`."""
 

@@ -112,6 +112,17 @@ def test_while_its_pool_is_not_mounted_nothing_is_released(host: Host, delete: b
     assert delete or host.read("a.img") == bytes(SIZE)
 
 
+def test_a_start_whose_guest_has_not_come_is_named_as_such(host: Host) -> None:
+    """libvirt says that the domain is off, so nobody can shut it down."""
+    host.define("a.img")
+    host.driver.prepare(host.domain("a.img"))
+    with pytest.raises(InUseError, match=r"x is running or starting: .* and its guest has not come yet") as caught:
+        release(host)
+    assert "it is over after 600 s" in caught.value.hint
+    with pytest.raises(InUseError, match="has not come yet"):
+        host.driver.wiper.wipe(host.record().allocations[0].spec, quiet, host.record())
+
+
 def test_what_is_lost_with_its_medium_is_given_up_on_demand(host: Host) -> None:
     """Its namespace is another now: nothing else gets rid of the claim, and what is there is overwritten as ever."""
     host.driver.define(two(host.path("a.img"), host.path("b.img")))
