@@ -14,7 +14,7 @@ from typing import Any
 
 import nova.conf
 from nova import exception, objects
-from nova.compute import task_states
+from nova.compute import task_states, vm_states
 from nova.virt import hardware
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import driver
@@ -275,13 +275,15 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         method of the driver before this one.
         """
         if has_pmem(instance):
-            raise exception.InstanceFaultRollback(
-                exception.MigrationPreCheckError(
-                    reason=f"instance {instance.uuid} has persistent memory (hw:pmem), which a resize or a cold "
-                    "migration would lose: copy its data inside the guest to a new instance"
-                )
-            )
+            raise exception.InstanceFaultRollback(exception.MigrationPreCheckError(reason=_lost_by_a_resize(instance)))
         return super().migrate_disk_and_power_off(context, instance, *args, **kwargs)
+
+    @overrides("(self, instance, timeout=0, retry_interval=0)")
+    def power_off(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a resize to another cell, which calls this first, and not :meth:`migrate_disk_and_power_off`."""
+        if instance.task_state == task_states.RESIZE_MIGRATING and has_pmem(instance):
+            raise exception.InstancePowerOffFailure(reason=_lost_by_a_resize(instance))
+        return super().power_off(instance, *args, **kwargs)
 
 
 def has_pmem(instance: Any) -> bool:
@@ -298,9 +300,18 @@ def leaves_host(instance: Any, host: str, *, destroys_disks: bool) -> bool:
         return True
     if instance.host is not None and instance.host != host:
         return True  # it was evacuated; its disks may be shared with its new host
+    if instance.vm_state == vm_states.SHELVED_OFFLOADED:
+        return True  # a start here that failed; no host is its own
     if instance.task_state == task_states.RESIZE_REVERTING:
         return True  # what the larger flavor had here: instances that had some before are not resized
     return destroys_disks and instance.task_state not in _REBUILDING
+
+
+def _lost_by_a_resize(instance: Any) -> str:
+    return (
+        f"instance {instance.uuid} has persistent memory (hw:pmem), which a resize or a cold migration would lose: "
+        "copy its data inside the guest to a new instance"
+    )
 
 
 def _refuse_live_migration(instance: Any) -> None:
@@ -346,13 +357,18 @@ EXPECTED = (
         },
     ),
     *expect(objects, {f"LibvirtVPMEMDevice.{name}": _FIELD for name in ("name", "label", "devpath", "size", "align")}),
-    *expect(objects, {f"Instance.{name}": _FIELD for name in ("uuid", "flavor", "host", "task_state", "deleted")}),
+    *expect(
+        objects,
+        {f"Instance.{name}": _FIELD for name in ("uuid", "flavor", "host", "vm_state", "task_state", "deleted")},
+    ),
     *expect(objects, {"Resource.identifier": _FIELD}),
-    *expect(task_states, {"RESIZE_REVERTING": "str"}),
+    *expect(task_states, dict.fromkeys(("RESIZE_MIGRATING", "RESIZE_REVERTING"), "str")),
+    *expect(vm_states, {"SHELVED_OFFLOADED": "str"}),
     *expect(
         exception,
         {
             "InvalidConfiguration": _NOVA_ERROR,
+            "InstancePowerOffFailure": _NOVA_ERROR,
             "InvalidInput": _NOVA_ERROR,
             "GetPMEMNamespacesFailed": _NOVA_ERROR,
             "VPMEMCleanupFailed": _NOVA_ERROR,

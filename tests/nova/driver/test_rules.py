@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from nova import exception, objects
-from nova.compute import task_states
+from nova.compute import task_states, vm_states
 from nova.conf import CONF
 from nova.virt import driver as virt_driver
 from nova.virt import nvdimm_ext
@@ -180,6 +180,12 @@ EVACUATED = {"host": "xen2"}
         ("evacuated, with disks of its own", EVACUATED, True, True),
         ("an evacuation that failed here", {**EVACUATED, "task_state": task_states.REBUILD_SPAWNING}, True, True),
         ("a resize to a flavor with pmem is undone", {"task_state": task_states.RESIZE_REVERTING}, False, True),
+        (
+            "an unshelve that failed, with a root disk in a volume",
+            {"task_state": task_states.SPAWNING, "vm_state": vm_states.SHELVED_OFFLOADED},
+            False,
+            True,
+        ),
         ("before a host was chosen", {"host": None}, True, True),
         ("hard reboot", REBOOTED, False, False),
         ("power on, and resume at host boot", {"task_state": task_states.POWERING_ON}, False, False),
@@ -190,7 +196,7 @@ EVACUATED = {"host": "xen2"}
 def test_whether_an_instance_goes_when_its_domain_ends(
     why: str, fields: dict[str, Any], destroys_disks: bool, goes: bool
 ) -> None:
-    instance = SimpleNamespace(**({"deleted": False, "host": HOST, "task_state": None} | fields))
+    instance = SimpleNamespace(**({"deleted": False, "host": HOST, "vm_state": "active", "task_state": None} | fields))
     assert leaves_host(instance, HOST, destroys_disks=destroys_disks) is goes, why
 
 
