@@ -139,7 +139,11 @@ class QemuLabels:
         self._known[slot] = after
 
     def _copy(self, slot: int, size: int) -> tuple[int, int]:
-        """Make an anonymous file that ends with a copy of a label area; return its descriptor and the area's offset."""
+        """Make an anonymous file that ends with a copy of a label area; return its descriptor and the area's offset.
+
+        A server that was killed may have written the area and not synced it, and its guest's request comes again.
+        """
+        self._areas[slot].sync()
         self._known[slot] = self._areas[slot].read(0, self._areas[slot].size)
         descriptor = os.memfd_create(f"labels-{slot}")
         os.truncate(descriptor, size)

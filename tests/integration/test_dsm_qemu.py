@@ -199,6 +199,40 @@ def test_labels_that_were_stored_and_not_synced_are_read_as_they_are(failures: i
         served.labels.close()
 
 
+class Cached(MemoryBytes):
+    """Bytes behind a cache, which lose what was not synced when the power fails."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.durable = content
+        self.killed = False
+
+    def sync(self) -> None:
+        if self.killed:
+            raise KeyboardInterrupt  # the process does nothing more
+        super().sync()
+        self.durable = bytes(self.content)
+
+
+def test_labels_that_a_killed_server_wrote_and_did_not_sync_are_durable_when_the_guest_is_told() -> None:
+    served = Served(PLAIN_QEMU, area=Cached)
+    area = served.areas[0]
+    assert isinstance(area, Cached)
+    area.killed = True
+    with pytest.raises(KeyboardInterrupt):
+        served.set(1, 512, b"label")
+    served.labels.close()
+    area.killed = False
+    assert area.content[512:517] == b"label"
+    assert area.durable[512:517] != b"label"
+    served.labels = QemuLabels(LAYOUT, served.areas, [PLAIN_QEMU])
+    try:
+        assert served.set(1, 512, b"label") == 0, "the next server gets the same request"
+        assert area.durable[512:517] == b"label"
+    finally:
+        served.labels.close()
+
+
 class Unanswered(QemuLabels):
     """Loses the answers of QEMU, when it is told to."""
 
