@@ -84,16 +84,16 @@ def test_a_full_pool(host: Host) -> None:
     assert not is_saved(host)
 
 
-def test_an_nvdimm_that_the_definition_adds_counts_too(host: Host) -> None:
-    """The domain keeps it while the saved guest, which has another, runs."""
+def test_what_the_guest_has_is_not_given_to_its_definition_before_it_is_saved(host: Host) -> None:
+    """The quota has no room for both, and the saved guest needs what it had."""
     host.check("attach-device", "db1", device(host, "more"), "--config")
     host.check("start", "db1")
     host.check("detach-device", "db1", device(host, "more"), "--config")
-    host.check("attach-device", "db1", device(host, "other"), "--config")
-    host.check("managedsave", "db1")
-    said = refused(host, "start", "db1")
+    said = refused(host, "attach-device", "db1", device(host, "other"), "--config")
     assert "pool main: domains have 8 MiB of its quota of 8 MiB; 4 MiB more is too much" in said
-    assert is_saved(host)
+    host.check("managedsave", "db1")
+    host.check("start", "db1")
+    assert sizes(host) == {"db1.img": 4, "more.img": 4}
 
 
 def test_an_nvdimm_that_the_definition_has_made_larger(host: Host) -> None:
