@@ -467,12 +467,12 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises LedgerError: when the domain was never defined.
         """
         record = self.ledger.find_domain(uuid)
-        if record is None or not record.allocations:
+        nvdimms = tuple(item.spec for item in record.allocations if not item.spec.set_aside) if record else ()
+        if record is None or not nvdimms:
             raise LedgerError(
                 f"no NVDIMMs are known for domain {uuid}, whose device model is nvdimm-device-model",
                 hint="define the domain in libvirt first; for xl, keep the uuid that libvirt has given it",
             )
-        nvdimms = tuple(item.spec for item in record.allocations if not item.spec.set_aside)
         self.prepare(DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm))
 
     def _prepare(self, record: Record, domain: DomainSpec, qemu: str) -> Plan:

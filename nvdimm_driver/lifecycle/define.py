@@ -238,8 +238,11 @@ class Definitions:
         if record is not None:
             kept = self._to_wipe(record.allocations)
             given_up = [item for item in record.allocations if item not in kept]
-            if given_up or not kept:
-                ownership.drop(self.ledger, self.backings, record, given_up)
+            aside = slots.all_aside(kept)
+            if given_up or aside != kept or not kept:
+                left = replace(record, allocations=(*given_up, *aside))
+                ownership.drop(self.ledger, self.backings, left, given_up)
+                ownership.mark(self.ledger, self.backings, replace(record, allocations=tuple(aside)))
 
     def adopt(self, domain: DomainSpec) -> Record:
         """Return the domain's record, after taking over NVDIMMs that were added or changed without :meth:`define`.
@@ -303,8 +306,12 @@ class Definitions:
         return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
 
     def _all_kept(self, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> Sequence[Allocation]:
-        """Return NVDIMMs that the domain keeps besides those of its XML, and the others that have to be wiped first."""
-        return [*kept, *(item for item in self._to_wipe(self._others(domain, before)) if item not in kept)]
+        """Return NVDIMMs that the domain keeps besides those of its XML, and the others that have to be wiped first.
+
+        The latter are set aside: no guest gets them until a definition or a start has them again.
+        """
+        others = [item for item in self._to_wipe(self._others(domain, before)) if item not in kept]
+        return [*kept, *slots.all_aside(others, {item.spec.slot for item in kept})]
 
     def _to_wipe(self, items: Sequence[Allocation]) -> list[Allocation]:
         """Return those NVDIMMs whose bytes have to be overwritten before anybody else may have them."""

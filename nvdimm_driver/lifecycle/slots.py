@@ -50,6 +50,11 @@ def set_aside(items: Sequence[Allocation], taken: Collection[int]) -> list[Alloc
     return moved
 
 
+def all_aside(items: Sequence[Allocation], taken: Collection[int] = ()) -> list[Allocation]:
+    """Return all of these NVDIMMs set aside, as :func:`set_aside` does it for those whose slots are taken."""
+    return set_aside(items, {*taken, *(item.spec.slot for item in items if not item.spec.set_aside)})
+
+
 def placed(item: Allocation, guest: GuestLayout) -> Allocation:
     """Return an NVDIMM that the guest does not have now, without its base if the guest has another one there.
 

@@ -217,7 +217,8 @@ def test_what_a_domain_is_redefined_without_stays_its_own_until_it_is_overwritte
     host.define("a.img")
     host.driver.drop_claims(UUID)
     host.driver.drop_claims(UUID)
-    assert claims(host) == {0: "a.img"}
+    assert claims(host) == {256: "a.img"}, "it is set aside, and in no guest"
+    assert look(host.driver) == [], "its mark says so, too"
     with pytest.raises(InUseError, match="belongs to domain x"):
         host.driver.define(host.domain("a.img", OTHER_UUID))
     release(host)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import RefusedError, UnsupportedError
+from nvdimm_driver.errors import LedgerError, RefusedError, UnsupportedError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
@@ -261,3 +261,33 @@ def test_what_a_guest_runs_with_counts_in_the_quota_until_its_end(tmp_path: Path
     mapper.alive.clear()
     driver.release(UUID)
     driver.define(domain(B, uuid=OTHER_UUID, name="db2"))
+
+
+@pytest.mark.parametrize("left", [(), (B,)], ids=["without any", "with another"])
+def test_what_is_only_kept_until_it_is_wiped_is_in_no_guest_that_xl_starts(tmp_path: Path, left: tuple[str]) -> None:
+    pools = Pools([Pool("main", "memory", ("/mnt/pmem0",), None, SUPERPAGE, LABEL, wipe_on_release=True)])
+    driver = make_driver(tmp_path, MemoryBacking(), RecordingMapper(), pools=pools)
+    driver.define(domain(A))
+    for _ in range(2):  # it can be repeated
+        if left:
+            driver.define(domain(*left))
+        else:
+            driver.drop_claims(UUID)
+    if left:
+        driver.prepare_known(UUID)
+        assert started_paths(driver) == left
+    else:
+        with pytest.raises(LedgerError, match="no NVDIMMs are known"):
+            driver.prepare_known(UUID)
+    driver.starts.end_earlier(UUID)
+    again = driver.definitions.keep_slots(replace(domain(A), unplaced=frozenset({A})))
+    driver.define(again)
+    driver.prepare_known(UUID)
+    assert started_paths(driver) == (A,)
+    assert [item.spec.slot for item in driver.ledger.domains()[0].started] == [0]
+
+
+def started_paths(driver: XenNvdimmDriver) -> tuple[str, ...]:
+    start = driver.ledger.domains()[0].start
+    assert start
+    return start.paths
