@@ -72,6 +72,7 @@ class _Look:
     def __init__(self, driver: XenNvdimmDriver) -> None:
         self.driver = driver
         self.records = driver.ledger.domains()
+        self.running = ownership.Running(self.records)
         self.changes = Changes(driver, self.records)
         self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
@@ -272,11 +273,9 @@ class _Look:
 
     def _users(self, file: Surveyed) -> list[Record]:
         """Return the domains whose starts have a file."""
-        started = [each for each in self.records if each.start]
-        if not started or (file.immutable and not file.frozen):
+        if not self.running or (file.immutable and not file.frozen):
             return []
-        identity = ownership.identity_at(self.driver.backings, file.path)
-        return [each for each in started if ownership.runs_with(each, file.path, identity)]
+        return self.running.of(file.path, ownership.identity_at(self.driver.backings, file.path))
 
     def _freeze(self, file: Surveyed) -> None:
         """Freeze a guest's file; thaw it again if the guest has ended meanwhile, and its start is put away."""

@@ -82,7 +82,7 @@ class Definitions:
         """
         if domain.uuid is not None:
             return domain
-        known = [record.uuid for record in self.ledger.domains() if record.name == domain.name]
+        known = [record.uuid for record in self.ledger.named(domain.name)]
         if len(known) > 1:
             raise DomainXmlError(
                 f"several domains named {domain.name} have NVDIMMs: {', '.join(known)}",
@@ -386,7 +386,7 @@ class Definitions:
         has = [*(spec for spec in domain.nvdimms if spec not in new), *(item.spec for item in kept)]
         started = [(each, self.ledger.find_begun(each.start)) for each in self.ledger.started_domains() if each.start]
         has += still_mapped(domain, kept, started)
-        self.pools.check(replace(domain, nvdimms=new), self.ledger.domains(), has)
+        self.pools.check(replace(domain, nvdimms=new), self.ledger.each_domain(), has)
 
     def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> None:
         """Record identities, bases and owners, after everything is provisioned."""

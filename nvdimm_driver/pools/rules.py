@@ -47,12 +47,12 @@ class Pools:
     def check(self, domain: DomainSpec, records: Iterable[Record], kept: Sequence[NvdimmSpec] = ()) -> None:
         """Check that a domain may have its backings.
 
-        :param records: records of all domains; that of this one does not count.
+        :param records: records of all domains, asked for only if a quota counts; that of this one does not count.
         :param kept: NVDIMMs that the domain has besides.
         :raises RefusedError: when a backing is in no pool, its size is no multiple of its pool's alignsize, or a quota
             is exceeded.
         """
-        self.check_new(domain.nvdimms, [record for record in records if record.uuid != domain.uuid], kept)
+        self.check_new(domain.nvdimms, (record for record in records if record.uuid != domain.uuid), kept)
 
     def check_new(
         self, nvdimms: Sequence[NvdimmSpec], records: Iterable[Record], kept: Sequence[NvdimmSpec] = ()
@@ -61,10 +61,12 @@ class Pools:
 
         :raises RefusedError: as :meth:`check` does.
         """
-        used = self._by_pool([*kept, *(item.spec for record in records for item in record.claims)])
         wanted = self._by_pool(nvdimms)
         for spec in wanted.pop(None, []):
             self.check_place(spec.path)
+        used: dict[Pool | None, list[NvdimmSpec]] = {}
+        if any(pool and pool.quota is not None for pool in wanted):
+            used = self._by_pool([*kept, *(item.spec for record in records for item in record.claims)])
         for pool, specs in wanted.items():
             self._check_pool(pool, specs, sum(spec.size for spec in used.get(pool, [])))
 
@@ -111,9 +113,11 @@ class Pools:
             )
 
     def _by_pool(self, specs: Iterable[NvdimmSpec]) -> dict[Pool | None, list[NvdimmSpec]]:
+        tops = [(pool, _tops(pool)) for pool in self._pools]  # once: there may be thousands of NVDIMMs
         found: dict[Pool | None, list[NvdimmSpec]] = {}
         for spec in specs:
-            found.setdefault(self.of(spec.path), []).append(spec)
+            pool = next((pool for pool, folders in tops if _is_below(spec.path, folders)), None)
+            found.setdefault(pool, []).append(spec)
         return found
 
     def _where(self) -> str:
@@ -124,6 +128,14 @@ class Pools:
 
 def is_in(path: str, pool: Pool) -> bool:
     """Return True when a path without symbolic links is a device of the pool, or below one of its folders."""
-    tops = [resolve(top) for top in pool.paths]
+    return _is_below(path, _tops(pool))
+
+
+def _tops(pool: Pool) -> list[str]:
+    """Return the devices and folders of a pool, without symbolic links."""
+    return [resolve(top) for top in pool.paths]
+
+
+def _is_below(path: str, tops: Sequence[str]) -> bool:
     below = any(path == top or path.startswith(top.rstrip("/") + "/") for top in tops)
     return below and path == os.path.normpath(path)

@@ -14,10 +14,10 @@ from nvdimm_driver.state.start_steps import StartSteps, count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
-    from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record
+    from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record
     from nvdimm_driver.state.events import Value
 
 INTENT_COLUMNS = "slot, path, size, label_size, alignsize, fixed_base, node, pmem"
@@ -34,6 +34,10 @@ class Ledger(StartSteps):
         """Return all domains in the ledger, by name."""
         return self._records("SELECT uuid FROM domain")
 
+    def each_domain(self) -> Iterator[Record]:
+        """Yield all domains in the ledger, by name; read them when the first is asked for."""
+        yield from self.domains()
+
     def started_domains(self) -> tuple[Record, ...]:
         """Return all domains that have a start, by name."""
         return self._records("SELECT uuid FROM attachment")
@@ -42,6 +46,22 @@ class Ledger(StartSteps):
         """Return the domain, or None when the ledger does not know it."""
         records = self._records("SELECT ?", uuid)
         return records[0] if records else None
+
+    def named(self, name: str) -> tuple[Record, ...]:
+        """Return all domains of that name."""
+        return self._records("SELECT uuid FROM domain WHERE name = ?", name)
+
+    def claimants(self, path: str, identity: BackingIdentity | None = None) -> tuple[Record, ...]:
+        """Return the domains that may have, want or run with what is at a path, by name; others certainly do not.
+
+        :param identity: of what is there; None if it is unknown, or only the path counts.
+        """
+        by_path = [f"SELECT uuid FROM {table} WHERE path = ?" for table in ("allocation", "intent", "frozen")]
+        values: list[Any] = [path] * len(by_path)
+        if identity is not None:  # a file shares bytes with no other file, but with the device that it is on
+            by_path.append("SELECT uuid FROM allocation WHERE device IS ? AND (? = 0 OR inode IN (0, ?))")
+            values += [identity.device, identity.inode, identity.inode]
+        return self._records(" UNION ".join(by_path), *values)
 
     def store(
         self,
@@ -207,7 +227,7 @@ class Ledger(StartSteps):
         """Return all counters since the ledger was created, as (name, label, value)."""
         return self._rows("SELECT name, label, value FROM counter ORDER BY name, label")
 
-    def _records(self, uuids: str, *values: str) -> tuple[Record, ...]:
+    def _records(self, uuids: str, *values: Any) -> tuple[Record, ...]:
         """Return the domains whose uuids a query selects, with one query per table however many there are."""
         from nvdimm_driver.model import Allocation, Record, Start
 

@@ -44,10 +44,10 @@ def check_paths(ledger: Ledger, domain: DomainSpec, held: Container[str] = ()) -
     :param held: paths that the domain has already, by :func:`held`.
     :raises InUseError: when one has, or runs with the path even if it was redefined without it since.
     """
-    for record in ledger.domains():
-        for spec in domain.nvdimms:
-            if record.uuid != domain.uuid and spec.path not in held and _has(record, spec.path, None):
-                raise _owned(spec.path, record)
+    for path in (spec.path for spec in domain.nvdimms if spec.path not in held):
+        for record in ledger.claimants(path):
+            if record.uuid != domain.uuid and _has(record, path, None):
+                raise _owned(path, record)
 
 
 def check_bytes(
@@ -70,7 +70,7 @@ def owners(ledger: Ledger, path: str, identity: BackingIdentity | None) -> tuple
 
     :param identity: of the backing; None when it cannot be determined.
     """
-    return tuple(record for record in ledger.domains() if _has(record, path, identity))
+    return tuple(record for record in ledger.claimants(path, identity) if _has(record, path, identity))
 
 
 def others(ledger: Ledger, record: Record, path: str, identity: BackingIdentity | None) -> list[Record]:
@@ -83,13 +83,46 @@ def others(ledger: Ledger, record: Record, path: str, identity: BackingIdentity 
 
 def owners_of_bytes(ledger: Ledger, record: Record, identity: BackingIdentity | None) -> list[Record]:
     """Return the domains that are not this one, and were provisioned with bytes of that identity."""
-    return [each for each in ledger.domains() if each.uuid != record.uuid and has_bytes(each.allocations, identity)]
+    found = [] if identity is None else ledger.claimants("", identity)
+    return [each for each in found if each.uuid != record.uuid and has_bytes(each.allocations, identity)]
 
 
 def runs_with(record: Record, path: str, identity: BackingIdentity | None) -> bool:
     """Return True when a domain's start has what is at a path."""
     paths = _frozen(record)
     return path in paths or has_bytes([item for item in record.allocations if item.spec.path in paths], identity)
+
+
+class Running:
+    """The domains of some records that have a start, for many questions about who has a file.
+
+    :func:`runs_with` decides; this finds the few domains that it has to look at.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._started = [record for record in records if record.start]
+        self._found: dict[object, list[Record]] = {}
+        for record in self._started:
+            keys = {*_frozen(record), *(_key(item.identity) for item in record.started if item.identity)}
+            for key in keys:
+                self._found.setdefault(key, []).append(record)
+
+    def __bool__(self) -> bool:
+        return bool(self._started)
+
+    def of(self, path: str, identity: BackingIdentity | None) -> list[Record]:
+        """Return the domains whose start has what is at a path."""
+        if identity is not None and not identity.inode:
+            found = self._started
+        else:
+            keys = [path] if identity is None else [path, _key(identity), (identity.device, 0)]
+            found = list({record.uuid: record for key in keys for record in self._found.get(key, ())}.values())
+        return [record for record in found if runs_with(record, path, identity)]
+
+
+def _key(identity: BackingIdentity) -> tuple[str, int]:
+    """Return what two files have in common if they share bytes; 0 instead of the inode stands for a whole device."""
+    return identity.device, identity.inode
 
 
 def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> None:
@@ -124,7 +157,7 @@ def _check_frozen(ledger: Ledger, path: str, file: Surveyed) -> None:
 
     :raises InUseError: when it does not.
     """
-    if file.frozen and not any(file.path in _frozen(record) for record in ledger.started_domains()):
+    if file.frozen and not any(file.path in _frozen(record) for record in ledger.claimants(file.path)):
         raise InUseError(f"{path} is immutable for a guest that the ledger does not know", hint="see 'nvdimmctl check'")
 
 
@@ -212,7 +245,7 @@ def check_off(record: Record, hint: str = "shut it down first") -> None:
 def _others(
     ledger: Ledger, uuid: str, items: Sequence[Allocation], path: str, identity: BackingIdentity | None
 ) -> list[Record]:
-    found = [record for record in ledger.domains() if record.uuid != uuid]
+    found = [record for record in ledger.claimants(path, identity) if record.uuid != uuid]
     if has_bytes([item for item in items if item.spec.path == path], identity):
         return [record for record in found if has_bytes(record.allocations, identity)]
     return [record for record in found if _has(record, path, identity)]
@@ -264,7 +297,7 @@ def unmark_dropped(
     """
     paths = {item.spec.path for item in kept}
     dropped = [item for item in (record.allocations if record else ()) if item.spec.path not in paths]
-    _unmark([each for each in ledger.domains() if record and each.uuid != record.uuid], backings, dropped)
+    _unmark(ledger, backings, dropped, record.uuid if record else "")
 
 
 def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:
@@ -284,7 +317,7 @@ def settle_marks(ledger: Ledger, backings: Sequence[Backing], start: Start, thaw
     mark(ledger, backings, record)
     paths = {item.spec.path for item in record.allocations}
     given_up = [path for path in thawed if path not in paths and _is_marked(backings, path, start.uuid)]
-    _unmark(ledger.domains(), backings, [Allocation(start.uuid, NvdimmSpec(0, path, PAGE)) for path in given_up])
+    _unmark(ledger, backings, [Allocation(start.uuid, NvdimmSpec(0, path, PAGE)) for path in given_up])
 
 
 def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int | None = None) -> bool:
@@ -299,8 +332,7 @@ def drop(ledger: Ledger, backings: Sequence[Backing], record: Record, items: Seq
     The marks go first. If this process is killed before the ledger is written, the domain has its backings still, and
     'check --repair' marks them again. In the other order, it would give the domain what it has given up.
     """
-    others = [each for each in ledger.domains() if each.uuid != record.uuid]
-    _unmark(others, backings, items)
+    _unmark(ledger, backings, items, record.uuid)
     kept = [item for item in record.allocations if item not in items]
     if kept:
         ledger.store(record.uuid, record.name, record.ram, kept, dsm=record.dsm, kind="forgotten")
@@ -323,10 +355,14 @@ def give_up(
     drop(ledger, backings, record, items)
 
 
-def _unmark(records: Sequence[Record], backings: Sequence[Backing], items: Sequence[Allocation]) -> None:
-    """Remove the owner's record from backings that none of these domains has, by any name; another owner's stays."""
+def _unmark(ledger: Ledger, backings: Sequence[Backing], items: Sequence[Allocation], uuid: str = "") -> None:
+    """Remove the owner's record from backings that no domain has, by any name; another owner's stays.
+
+    :param uuid: of a domain that does not count.
+    """
     for item in items:
         path, identity = item.spec.path, identity_at(backings, item.spec.path)
+        records = [each for each in ledger.claimants(path, identity) if each.uuid != uuid]
         replaced = item.identity is not None and identity is not None and not has_bytes([item], identity)
         owned = any(has_bytes(each.allocations, identity) if identity else _has(each, path, None) for each in records)
         anothers = any(each and each.uuid != item.uuid for each in map(_readable_mark, _files(backings, path)))
