@@ -79,7 +79,7 @@ def make_pmem(host: XenHost, file_system: str = "ext4", mode: str = "raw") -> No
     host.write("/etc/nvdimm-driver/nvdimm-driver.conf.d/pools.conf", POOLS.format(kind=kind, device=device).encode())
     host.check(
         f"set -e\nndctl create-namespace -f -e namespace0.0 -m fsdax --map=mem\n{MAKE_FILE_SYSTEM[file_system]}\n"
-        f"mkdir -p /mnt/pmem0\nmount -o dax /dev/pmem0 /mnt/pmem0\n{MAKE_NAMESPACE[mode]}"
+        f"mkdir -p /mnt/pmem0\nmount -o dax,nosuid,nodev,noexec /dev/pmem0 /mnt/pmem0\n{MAKE_NAMESPACE[mode]}"
     )
 
 

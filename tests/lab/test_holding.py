@@ -12,7 +12,7 @@ from tests.lab.host import XenHost
 
 pytestmark = pytest.mark.lab
 NAME, FILE = "held", "/mnt/pmem0/held.img"
-MOUNT = "mount -o dax /dev/pmem0 /mnt/pmem0"
+MOUNT = "mount -o dax,nosuid,nodev,noexec /dev/pmem0 /mnt/pmem0"
 TAKEN = {
     "umount /mnt/pmem0": "busy",
     "mkfs.ext4 -q -F /dev/pmem0": "is mounted",

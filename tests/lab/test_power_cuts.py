@@ -46,7 +46,7 @@ WORK = {
 def boot(host: XenHost) -> None:
     """Start the host, with its file system and daemon."""
     host.start()
-    host.check("mount -o dax /dev/pmem0 /mnt/pmem0")
+    host.check("mount -o dax,nosuid,nodev,noexec /dev/pmem0 /mnt/pmem0")
     operator.start_nvdimmd(host)
 
 
