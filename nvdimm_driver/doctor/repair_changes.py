@@ -130,7 +130,14 @@ class Changes:
     # --- of starts, and of files that no domain has ---
 
     def take_up(self, record: Record, domid: int, paths: Collection[str]) -> None:
-        """Write into the ledger that a guest has these paths; what is repaired after that has seen it."""
+        """Write into the ledger that a guest has these paths; what is repaired after that has seen it.
+
+        A repair of one of the paths does it for all.
+        """
+        now = self.driver.ledger.find_domain(record.uuid)
+        wanted = {item.spec.path for item in record.allocations} & {*paths}
+        if now is not None and now.start is not None and now.start.domid == domid and wanted <= {*now.start.paths}:
+            return
         self.driver.take_up_running(record, domid, paths)
         now = self.driver.ledger.find_domain(record.uuid)
         if now is not None and record.uuid in self.seen:

@@ -261,6 +261,24 @@ def test_a_frozen_file_of_a_guest_that_runs_stays_so_and_its_start_is_known_agai
     assert (record.start.domid, record.start.state, record.start.paths) == (3, "mapped", (A,))
 
 
+def test_all_files_of_a_guest_that_runs_are_known_again_with_the_first(
+    driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
+) -> None:
+    """The ledger is from a backup, of when the guest was off; each file has a finding, and none fails."""
+    driver.define(domain((A, 64 * MIB), (B, 32 * MIB)))
+    backing.frozen |= {A, B}
+    mapper.alive[3] = UUID
+    findings = look(driver)
+    assert [finding.path for finding in findings] == [A, B]
+    for finding in findings:
+        assert finding.mend
+        finding.mend()
+    assert look(driver) == []
+    (record,) = driver.ledger.started_domains()
+    assert record.start
+    assert record.start.paths == (A, B)
+
+
 def test_a_ledger_that_is_lost_while_guests_run_is_made_again_with_their_starts(
     tmp_path: Path, driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMapper
 ) -> None:
