@@ -2,12 +2,14 @@
 """Label areas: found at the end of an NVDIMM by their namespace index block, and the labels in them. Pure.
 
 UEFI 2.10 §13.19.2: a label storage area starts with two index blocks, one of which is valid; the labels follow.
+A guest writes what it likes into them, so the work on them does not depend on what it is.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 from nvdimm_driver.model import KIB, MIB, MIN_LABEL_SIZE
 
@@ -20,21 +22,36 @@ _ALIGN = 256  # of index blocks
 _INDEX = struct.Struct("<16s3sBIQQQQIHHQ")
 _CHECKSUM_AT = _INDEX.size - 8
 _MAX_INDEX = 64 * KIB
+MAX_CHECKSUMS = 4
+"""Index blocks to sum in one search. A label area has two, and no other place near it looks like one by chance."""
 
 
-def label_area_size(tail: bytes) -> int:
+def fletcher64(data: bytes | bytearray) -> int:
+    """Return the UEFI 2.10 §13.19.2 checksum of a multiple of 4 bytes (Linux: drivers/nvdimm/core.c:nd_fletcher64)."""
+    low = high = 0
+    for (word,) in struct.iter_unpack("<I", data):
+        low = (low + word) & 0xFFFFFFFF
+        high = (high + low) & 0xFFFFFFFF
+    return high << 32 | low
+
+
+Checksum = Callable[[bytes | bytearray], int]
+
+
+def label_area_size(tail: bytes, checksum: Checksum = fletcher64) -> int:
     """Return the size in bytes of the label area that ends ``tail``, the last bytes of an NVDIMM; 0 without one.
 
     An index block counts only if it and its labels would fill more than half of the area: a guest may store images of
-    other NVDIMMs in its own.
+    other NVDIMMs in its own. The area nearest to the end is taken.
     """
-    sizes = [size for start in _found(tail) if (size := _area_size(tail, start))]
-    return min(sizes, default=0)
+    starts = range(len(tail) - _ALIGN, -1, -_ALIGN)
+    return next((_area_size(tail, start) for start in _valid(tail, starts, checksum)), 0)
 
 
-def used_labels(area: bytes) -> Iterator[bytes]:
+def used_labels(area: bytes, checksum: Checksum = fletcher64) -> Iterator[bytes]:
     """Yield the labels of namespaces in a label area: those that its current index block says are in use."""
-    blocks = [start for start in _found(area[: 2 * _MAX_INDEX]) if _area_size(area, start) == len(area)]
+    starts = (start for start in range(0, _MAX_INDEX + 1, _ALIGN) if _area_size(area, start) == len(area))
+    blocks = list(_valid(area, starts, checksum))
     if not blocks:
         return
     start = max(blocks, key=lambda each: _sequence(area, each, blocks))
@@ -52,35 +69,31 @@ def _sequence(area: bytes, start: int, blocks: list[int]) -> int:
     return int(all(own == other % 3 + 1 for other in others))
 
 
-def _found(tail: bytes) -> Iterator[int]:
-    start = tail.find(SIGNATURE)
-    while start >= 0:
-        yield start
-        start = tail.find(SIGNATURE, start + 1)
+def _valid(content: bytes, starts: Iterable[int], checksum: Checksum) -> Iterator[int]:
+    """Yield those of the places at which there is a whole index block. No more than MAX_CHECKSUMS are summed.
+
+    A guest may have written something like an index block to each of them.
+    """
+    for start in islice((start for start in starts if _area_size(content, start)), MAX_CHECKSUMS):
+        *_, size, _, _, _, _, _, wanted = _INDEX.unpack_from(content, start)
+        block = bytearray(content[start : start + size])
+        block[_CHECKSUM_AT : _CHECKSUM_AT + 8] = bytes(8)
+        if checksum(block) == wanted:
+            yield start
 
 
-def _area_size(tail: bytes, start: int) -> int:
-    """Return the size in bytes of the area that has a valid index block at ``start``, or 0."""
-    if len(tail) - start < _INDEX.size:
+def _area_size(content: bytes, start: int) -> int:
+    """Return the size in bytes of the label area, up to the end, that an index block at ``start`` describes.
+
+    :returns: 0 when it describes none that can be. Its checksum is not looked at.
+    """
+    if not content.startswith(SIGNATURE, start) or len(content) - start < _INDEX.size:
         return 0
-    _, _, power, _, own, size, other, labels, count, major, _, checksum = _INDEX.unpack_from(tail, start)
-    if major != 1 or power > 3 or not _INDEX.size <= size <= _MAX_INDEX or size % _ALIGN:
+    _, _, power, _, own, size, other, labels, count, major, _, _ = _INDEX.unpack_from(content, start)
+    if major != 1 or power > 3 or not _INDEX.size + count / 8 <= size <= _MAX_INDEX or size % _ALIGN:
         return 0
-    if {own, other} != {0, size} or labels < 2 * size:
+    if {own, other} != {0, size} or labels < 2 * size or len(content) - start < size:
         return 0
-    block = bytearray(tail[start : start + size])
-    block[_CHECKSUM_AT : _CHECKSUM_AT + 8] = bytes(8)
-    area = len(tail) - start + own
+    area = len(content) - start + own
     used = labels + count * (128 << power)
-    if len(block) != size or fletcher64(block) != checksum or area < MIN_LABEL_SIZE:
-        return 0
-    return area if area // 2 < used <= area else 0
-
-
-def fletcher64(data: bytes | bytearray) -> int:
-    """Return the UEFI 2.10 §13.19.2 checksum of a multiple of 4 bytes (Linux: drivers/nvdimm/core.c:nd_fletcher64)."""
-    low = high = 0
-    for (word,) in struct.iter_unpack("<I", data):
-        low = (low + word) & 0xFFFFFFFF
-        high = (high + low) & 0xFFFFFFFF
-    return high << 32 | low
+    return area if area >= MIN_LABEL_SIZE and area // 2 < used <= area else 0

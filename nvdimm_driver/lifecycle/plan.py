@@ -16,7 +16,7 @@ from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.errors import DomainXmlError, NvdimmError
 from nvdimm_driver.guest import layout, mapping_guards
-from nvdimm_driver.labels import namespace_labels
+from nvdimm_driver.labels import index_block, namespace_labels
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import (
     PAGE,
@@ -171,8 +171,11 @@ class Planner:
         return min(self._slots_of_labels(spec) or (), default=None)
 
     def _slots_of_labels(self, spec: NvdimmSpec) -> frozenset[int] | None:
-        """Return the slots that the labels of an NVDIMM were made for; None when there are none, or nobody can say."""
-        if not spec.label_size:
+        """Return the slots that the labels of an NVDIMM were made for; None when there are none, or nobody can say.
+
+        An area that is larger than any in use is not read: who defines a domain chooses its size.
+        """
+        if not 0 < spec.label_size <= index_block.TAIL:
             return None
         try:
             with self._backing(spec).open_bytes(spec) as content:

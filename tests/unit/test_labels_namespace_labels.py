@@ -10,7 +10,7 @@ import pytest
 
 from nvdimm_driver.doctor import repair
 from nvdimm_driver.labels.namespace_labels import slots_of
-from nvdimm_driver.model import KIB, MIB
+from nvdimm_driver.model import KIB, MIB, NvdimmSpec
 from tests.unit.doubles import MemoryBacking, RecordingMapper, domain, make_driver
 from tests.unit.label_areas import area_with_namespaces, cookie, label_area
 
@@ -63,3 +63,13 @@ def test_labels_of_another_make_are_told_apart(tmp_path: Path) -> None:
     backing.contents[A] = bytearray(64 * MIB - AREA) + area_with_namespaces(AREA, 5)
     assert "made on another make of NVDIMM" in driver.plan(wanted).misplaced_labels[0]
     assert driver.planner.find_slot_of_labels(wanted.nvdimms[0]) is None
+
+
+def test_an_area_larger_than_any_in_use_is_not_read(tmp_path: Path) -> None:
+    """Who defines a domain chooses its size, and nvdimmd's memory is not theirs."""
+    backing = MemoryBacking()
+    driver = make_driver(tmp_path, backing, RecordingMapper())
+    wanted = dataclasses.replace(domain(A), nvdimms=(NvdimmSpec(0, A, 256 * MIB, label_size=128 * MIB),))
+    driver.define(wanted)
+    assert driver.plan(wanted).misplaced_labels == ("",)
+    assert backing.contents == {}, "nobody has opened it"
