@@ -10,8 +10,9 @@ from contextlib import suppress
 from typing import Self
 
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
-from nvdimm_driver.errors import NvdimmError, ProtocolError
+from nvdimm_driver.errors import ConfigError, NvdimmError, ProtocolError
 from nvdimm_driver.lifecycle.emulators import Emulators
+from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
@@ -20,6 +21,8 @@ from nvdimm_driver.xml.parse_domain import extract
 URI = "xen:///system"
 TIMEOUT = 30.0
 """Seconds to wait for an answer: libvirtd, and an nvdimmd that its socket starts, may have to start first."""
+ASK_TIMEOUT = 5.0
+"""Seconds to wait for an answer on which little depends."""
 XML_INACTIVE = 2
 """VIR_DOMAIN_XML_INACTIVE (include/libvirt/libvirt-domain.h)."""
 NO_DOMAIN = 42
@@ -101,6 +104,15 @@ class Connection:
         arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE if inactive else 0))
         return Unpacker(self.call(Procedure.DOMAIN_GET_XML_DESC, arguments)).string()
 
+    def find(self, uuid: str) -> DomainRef | None:
+        """Return the domain of that uuid, defined or running; None when there is none."""
+        try:
+            return Unpacker(self.call(Procedure.DOMAIN_LOOKUP_BY_UUID, bytes(Packer().uuid(uuid)))).domain()
+        except LibvirtError as error:
+            if RemoteError.unpack(error.payload).code == NO_DOMAIN:
+                return None
+            raise
+
     def has_managed_save(self, name: str, uuid: str) -> bool:
         """Return True if libvirt has the image of a saved guest of a defined domain."""
         arguments = bytes(Packer().domain(DomainRef(name, uuid, -1)).uint32(0))
@@ -131,6 +143,21 @@ class Connection:
                 raise ConnectionResetError("the daemon closed the connection")
             self._reader.receive(data)
         return message
+
+
+def definition_of(path: str, restore: Callable[[str], str], uuid: str) -> DomainSpec | None:
+    """Return a domain's NVDIMMs as libvirt's definition has them; None when it has none, or there is no definition.
+
+    :param path: path of the daemon's socket.
+    :param restore: restores domain XML that libvirt has.
+    :raises ConfigError: when libvirt cannot be asked.
+    """
+    try:
+        with Connection(path, ASK_TIMEOUT) as connection:
+            found = connection.find(uuid)
+            return extract(restore(connection.xml(found, inactive=True)), stored=True) if found else None
+    except (OSError, LibvirtError, ProtocolError) as error:
+        raise ConfigError(f"{path}: libvirt cannot be asked: {error}", hint="start libvirtd (or virtxend)") from error
 
 
 def check_libvirt(path: str) -> Iterator[Finding]:

@@ -12,8 +12,8 @@ from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import LedgerError, NvdimmError
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Surveyed
+from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
+from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks, ownership
@@ -40,13 +40,24 @@ class Inconsistency:
     mend: Callable[[], object] | None = field(default=None, compare=False)
 
 
-def look(driver: XenNvdimmDriver) -> list[Inconsistency]:
+DefinitionOf = Callable[[str], DomainSpec | None]
+"""Returns the domain of a uuid as libvirt's definition has it; None when that has no NVDIMMs, or there is none.
+
+It raises ConfigError when libvirt cannot be asked."""
+
+
+def nobody_to_ask(uuid: str) -> DomainSpec | None:
+    """Be a :data:`DefinitionOf` without a libvirt."""
+    raise ConfigError(f"there is no libvirt to ask for domain {uuid}")
+
+
+def look(driver: XenNvdimmDriver, definition_of: DefinitionOf = nobody_to_ask) -> list[Inconsistency]:
     """Find all inconsistencies; nothing is changed.
 
     Two of them may be the same file: one that was moved, and one that the ledger does not know. Repair them in the
     order of the list, then look again.
     """
-    return list(_Look(driver).findings())
+    return list(_Look(driver, definition_of).findings())
 
 
 def _find_device(record: Record) -> str:
@@ -69,8 +80,9 @@ def _several(paths: list[str]) -> str:
 
 
 class _Look:
-    def __init__(self, driver: XenNvdimmDriver) -> None:
+    def __init__(self, driver: XenNvdimmDriver, definition_of: DefinitionOf) -> None:
         self.driver = driver
+        self.definition_of = definition_of
         self.records = driver.ledger.domains()
         self.running = ownership.Running(self.records)
         self.changes = Changes(driver, self.records)
@@ -117,16 +129,41 @@ class _Look:
     def _intents(self, record: Record) -> Iterator[Inconsistency]:
         """Yield what a define that was killed has left behind; one that is under way leaves nothing."""
         if record.intents and not self.driver.locks.is_changing(record.uuid):
-            give_up = partial(self.driver.definitions.give_up_intents, record.uuid)
+            remedy, mend = self._remedy_of_intents(record)
             for item in record.intents:
                 yield Inconsistency(
                     record.name,
                     item.spec.path,
                     f"a define that was interrupted wants it ({item.written}% of it is written), and no other domain "
                     "can have its path",
-                    "give that up: the domain keeps what it had before; or define the domain again",
-                    give_up,
+                    remedy,
+                    mend,
                 )
+
+    def _remedy_of_intents(self, record: Record) -> tuple[str, Callable[[], object]]:
+        """Return what to do with a define that was killed, and the repair that does it.
+
+        A define that was killed in its second half is in libvirt's definition, and the one of before is nowhere.
+        """
+        give_up = partial(self.driver.definitions.give_up_intents, record.uuid)
+        keeps = "the domain keeps what it had before"
+        try:
+            defined = self.definition_of(record.uuid)
+        except NvdimmError as error:
+            LOG.info("domain %s: its definition is not known: %s", record.name, error)
+            return (
+                f"give that up: {keeps}; if libvirt, which cannot be asked, has the new definition already, the domain "
+                "has to be defined again before it starts",
+                give_up,
+            )
+        paths = {resolve(spec.path) for spec in defined.nvdimms} if defined else set()
+        if defined and {item.spec.path for item in record.intents} <= paths:
+            finish = partial(self.changes.finish_define, defined)
+            besides = "; what the domain had before stays its own, too, until it is defined again"
+            return "finish it: libvirt has the new definition already" + besides * bool(record.allocations), finish
+        if record.allocations:
+            return f"give that up: {keeps}", give_up
+        return "give that up: the domain had nothing before, and has no such definition in libvirt", give_up
 
     def _allocation(self, record: Record, item: Allocation) -> Iterator[Inconsistency]:
         if not item.ready:

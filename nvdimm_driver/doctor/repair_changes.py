@@ -9,7 +9,8 @@ from dataclasses import replace
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.lifecycle import slots
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Surveyed
+from nvdimm_driver.lifecycle.define import uuid_of
+from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.state import owner_marks, ownership
 
@@ -36,12 +37,16 @@ class Changes:
                 if not _is_as_seen(now, self.seen.get(record.uuid)):
                     raise InUseError(f"domain {record.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
                 change(now or replace(record, allocations=(), intents=(), start=None), *arguments)
-                after = self.driver.ledger.find_domain(record.uuid)
-                self.seen.pop(record.uuid, None)
-                if after is not None:
-                    self.seen[record.uuid] = after
+                self._see(record.uuid)
 
         return mend
+
+    def _see(self, uuid: str) -> None:
+        """Take a domain as it is after a repair for what the other repairs may go by."""
+        self.seen.pop(uuid, None)
+        now = self.driver.ledger.find_domain(uuid)
+        if now is not None:
+            self.seen[uuid] = now
 
     # --- of one NVDIMM ---
 
@@ -126,6 +131,23 @@ class Changes:
                 raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
 
         self.driver.ledger.store(record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check)
+
+    # --- of a define that was killed ---
+
+    def finish_define(self, domain: DomainSpec) -> None:
+        """Define a domain as libvirt has defined it already; what it has besides stays its own.
+
+        :raises NvdimmError: when that fails; what the define wants stays in the ledger, for the next look.
+        """
+        uuid = uuid_of(domain)
+        with self.driver.locks.changing(uuid):
+            plan = self.driver.check(domain)
+            try:
+                self.driver.create(domain, plan)
+            except BaseException:
+                self.driver.ledger.begin_define(plan.domain, lambda: None)
+                raise
+            self._see(uuid)
 
     # --- of starts, and of files that no domain has ---
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
-from nvdimm_driver.doctor.libvirt import Connection
+from nvdimm_driver.doctor.libvirt import ASK_TIMEOUT, Connection
 from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError, ProtocolError
@@ -14,8 +14,6 @@ from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError
 from nvdimm_driver.xml.parse_domain import has_nvdimms
 
 LOG = logging.getLogger(__name__)
-TIMEOUT = 5.0
-"""Seconds to wait for each of libvirt's answers: the rest of a look does not depend on them."""
 
 
 def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) -> list[Inconsistency]:
@@ -25,7 +23,7 @@ def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) ->
     :param socket: of libvirt's daemon; nothing is found when it cannot be asked.
     """
     try:
-        with Connection(socket, TIMEOUT) as connection:
+        with Connection(socket, ASK_TIMEOUT) as connection:
             saved = list(_saved(driver, connection, restore))
     except (OSError, LibvirtError, ProtocolError) as error:
         LOG.info("%s: libvirt cannot be asked for saved guests: %s", socket, error)

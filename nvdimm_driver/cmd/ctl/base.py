@@ -107,7 +107,10 @@ def items_of(record: Record, slot: int | None) -> list[Allocation]:
     items = [item for item in record.allocations if slot in (None, item.spec.slot)]
     if not items:
         where = "" if slot is None else f" in slot {slot}"
-        raise NotFoundError(f"domain {record.name} has no NVDIMM{where}", hint=f"see 'nvdimmctl show {record.name}'")
+        hint = f"see 'nvdimmctl show {record.name}'"
+        if any(slot in (None, item.spec.slot) for item in record.intents):
+            hint = "a define wants one for it; if none is under way, one was interrupted: see 'nvdimmctl check'"
+        raise NotFoundError(f"domain {record.name} has no NVDIMM{where}", hint=hint)
     return items
 
 

@@ -93,12 +93,16 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, *, is_new: bool) -> lis
     """
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
     from nvdimm_driver.doctor import repair_saved_guests
-    from nvdimm_driver.doctor.libvirt import daemon_socket
+    from nvdimm_driver.doctor.libvirt import daemon_socket, definition_of
     from nvdimm_driver.doctor.repair import Inconsistency, look
     from nvdimm_driver.xml.hooks import XmlHooks
 
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
-    found = [*look(driver), *repair_saved_guests.look(driver, XmlHooks.from_conf(conf).restore, socket)]
+    restore = XmlHooks.from_conf(conf).restore
+    found = [
+        *look(driver, partial(definition_of, socket, restore)),
+        *repair_saved_guests.look(driver, restore, socket),
+    ]
     try:
         return [*found, *find_device_claims(driver, conf)]
     except ConfigError as error:
