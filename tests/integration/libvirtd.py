@@ -137,10 +137,14 @@ class Libvirtd:
             self._served[name] = subprocess.Popen(program, env=self._environment(), stdout=log, stderr=log)
         self._wait_until_ready(self._served[name], name)
 
+    def pid_of(self, name: str) -> int:
+        """Return the pid, in the machine's pid namespace, of a daemon that :meth:`serve` has started."""
+        return _child(self._served[name])
+
     def end(self, name: str, number: int = signal.SIGTERM) -> None:
         """Send a signal to a daemon that :meth:`serve` has started, and wait for its end."""
-        daemon = self._served.pop(name)
-        os.kill(_child(daemon), number)
+        pid, daemon = self.pid_of(name), self._served.pop(name)
+        os.kill(pid, number)
         daemon.wait(HANG_SECONDS)
 
     def stop(self) -> None:
