@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import replace
 
 from nvdimm_driver import logs
@@ -14,16 +14,7 @@ from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept, check_started, still_mapped
-from nvdimm_driver.model import (
-    Allocation,
-    BackingIdentity,
-    DomainSpec,
-    NvdimmSpec,
-    Plan,
-    Progress,
-    Record,
-    Run,
-)
+from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Plan, Progress, Record, Run
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.sizes import human
@@ -180,40 +171,47 @@ class Definitions:
         now = self.ledger.find_domain(uuid)
         if now is None:
             return
-        had = before.allocations if before else ()
-        ran = now.allocations != had and self._has_run_since(uuid, last)
-        undeleted = {item.spec for item in created if ran or not self._delete(item, now)}
-        had_paths = {item.spec.path for item in had}
+        run = self.ledger.find_run(uuid)
+        has_run = run is not None and (last is None or run.number != last.number)  # that may be over, too
+        ran = has_run and now.allocations != (before.allocations if before else ())
         started = now.allocations if ran else now.started if now.start else ()
-        kept = {item.spec for item in started} | undeleted
-        if self.ledger.find_run(uuid) is not None:
-            deleted = {item.spec for item in created} - undeleted
-            kept |= {item.spec for item in self._to_wipe(now.allocations)} - deleted
+        wiped = self._to_wipe(now.allocations) if run is not None else ()
+        kept = {item.spec for item in (*created, *started, *wiped)}
+        doomed = [item for item in created if not (ran or (now.start and item.spec.path in now.start.paths))]
+        wanted = {item.spec for item in doomed}
+        if not wanted.isdisjoint(item.spec for item in now.allocations):  # if killed, it is as a define that is killed
+            self._put_back_claims(now, before, kept - wanted, wanted)
+        deleted = {item.spec for item in doomed if self._delete(item, now)}
+        self._put_back_claims(now, before, kept - deleted)
+
+    def _put_back_claims(
+        self, now: Record, before: Record | None, kept: Container[NvdimmSpec], wanted: Collection[NvdimmSpec] = ()
+    ) -> None:
+        """Let a domain have what it had before, what is kept besides, and the intents for what is wanted.
+
+        :param now: the domain as the define has stored it.
+        """
+        had = before.allocations if before else ()
+        had_paths = {item.spec.path for item in had}
         left = [item for item in now.allocations if item.spec.path not in had_paths and item.spec in kept]
         items = (*had, *slots.set_aside(left, {item.spec.slot for item in had}))
         ownership.unmark_dropped(self.ledger, self.backings, now, items)
-        if not before and not items:
-            self.ledger.give_up(uuid)
-        elif items == now.allocations:
-            self.ledger.give_up_intents(uuid)
+        stored = self.ledger.find_domain(now.uuid)
+        if not (before or items or wanted):
+            self.ledger.give_up(now.uuid)
+        elif stored is not None and items == stored.allocations and not wanted:
+            self.ledger.give_up_intents(now.uuid)
         else:
             record = replace(before or now, allocations=items)
-            self.ledger.store(uuid, record.name, record.ram, items, dsm=record.dsm)
+            self.ledger.store(now.uuid, record.name, record.ram, items, intents=[*wanted], dsm=record.dsm)
             ownership.mark(self.ledger, self.backings, record)
 
-    def _has_run_since(self, uuid: str, last: Run | None) -> bool:
-        """Return True if a guest of the domain has run after the run `last`, which may be over, too."""
-        now = self.ledger.find_run(uuid)
-        return now is not None and (last is None or now.number != last.number)
-
     def _delete(self, item: Allocation, record: Record) -> bool:
-        """Delete a backing that a define has created; return False when a start has it, or it cannot be deleted.
+        """Delete a backing that a define has created; return False when it cannot be deleted.
 
         It is not deleted if it is another domain's, which may have created it at the same time by another path.
         """
         spec = item.spec
-        if record.start is not None and spec.path in record.start.paths:
-            return False
         if ownership.owners_of_bytes(self.ledger, record, item.identity):
             return True
         LOG.debug("delete %s", spec.path)

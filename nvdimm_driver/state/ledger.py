@@ -70,12 +70,14 @@ class Ledger(StartSteps):
         ram: int,
         allocations: Sequence[Allocation],
         *,
+        intents: Sequence[NvdimmSpec] = (),
         dsm: str | None = None,
         kind: str = "",
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """Store the domain and its allocations, replacing those it had, and what a define wants for it.
 
+        :param intents: what no other domain may have until the next call, beside the allocations.
         :param kind: kind of the event to record; empty for none.
         :param check: called in the transaction; raises what speaks against it.
         :raises InUseError: when another domain has one of the paths, or a define wants it for another.
@@ -96,6 +98,7 @@ class Ledger(StartSteps):
             )
             for item in allocations
         ]
+        statements += [_intent(uuid, spec) for spec in intents]
         size = sum(item.spec.size for item in allocations)
         event = Event(kind, uuid, name, None, {"nvdimms": len(allocations), "bytes": size}) if kind else None
 
@@ -111,7 +114,7 @@ class Ledger(StartSteps):
         :param domain: with its uuid.
         :param check: called in the transaction; raises what speaks against it.
         """
-        uuid = domain.uuid
+        uuid = domain.uuid or ""
         statements: list[tuple[str, Sequence[Any]]] = [
             (
                 "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) ON CONFLICT (uuid) DO NOTHING",
@@ -119,13 +122,7 @@ class Ledger(StartSteps):
             ),
             ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
         ]
-        statements += [
-            (
-                f"INSERT INTO intent (uuid, {INTENT_COLUMNS}, written) VALUES (?{', ?' * 8}, 0)",
-                (uuid, *_wanted_values(spec)),
-            )
-            for spec in domain.nvdimms
-        ]
+        statements += [_intent(uuid, spec) for spec in domain.nvdimms]
         self._write(statements, check=check)
 
     def give_up_intents(self, uuid: str) -> None:
@@ -258,6 +255,12 @@ class Ledger(StartSteps):
             )
             for uuid, name, ram, dsm, fault in rows("name, ram, dsm, fault", "domain", "name")
         )
+
+
+def _intent(uuid: str, spec: NvdimmSpec) -> tuple[str, Sequence[Any]]:
+    """Return the statement that writes an intent."""
+    sql = f"INSERT INTO intent (uuid, {INTENT_COLUMNS}, written) VALUES (?{', ?' * 8}, 0)"
+    return sql, (uuid, *_wanted_values(spec))
 
 
 def _wanted_values(spec: NvdimmSpec) -> tuple[Any, ...]:

@@ -89,10 +89,7 @@ def _create_defined(world: World, driver: XenNvdimmDriver) -> None:
 
 
 def _claims_nothing(world: World) -> None:
-    """Give up what is left of a create whose undoing failed, too.
-
-    A file that it has made is deleted before the ledger gives it up, and then only 'release' does so.
-    """
+    """Give up what is left of a create whose undoing failed, too."""
     world.do(partial(_give_up, world))
 
 
