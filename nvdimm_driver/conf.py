@@ -299,10 +299,10 @@ def list_opts() -> list[tuple[str | None, Sequence[cfg.Opt]]]:
     return GROUPS
 
 
-def load(files: list[str] | None = None) -> cfg.ConfigOpts:
+def load(files: Sequence[str] | None = None) -> cfg.ConfigOpts:
     """Read and check the whole configuration.
 
-    :param files: configuration files; None means the standard places.
+    :param files: configuration files; None means those in /etc/nvdimm-driver.
     :raises ConfigError: when a file cannot be read, or has an unknown section or option, an invalid value, or values
         that contradict each other.
     """

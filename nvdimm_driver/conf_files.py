@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration files, as oslo.config reads them: the driver's own, and Nova's."""
+"""Configuration files, the driver's own and Nova's: those in /etc, or the ones that are named.
+
+oslo.config would also search the home folder and that of a snap, before /etc, and take options from the environment.
+Who has root's programs run may choose that, as user nova may where sudo keeps it.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from oslo_config import cfg
@@ -13,30 +17,29 @@ from oslo_config import cfg
 from nvdimm_driver.errors import ConfigError
 
 
-def read(conf: cfg.ConfigOpts, project: str, files: Sequence[str] | None, *, prog: str | None = None) -> None:
+def read(
+    conf: cfg.ConfigOpts, project: str, files: Sequence[str] | None, *, prog: str | None = None, etc: str = "/etc"
+) -> None:
     """Read the configuration files of a project into its options.
 
     :param files: files to read instead of those in the standard places.
     :param prog: a program of the project that has files of its own.
+    :param etc: folder of the standard places, which are in its folder of the project's name.
     :raises ConfigError: when a file is not UTF-8.
     :raises cfg.Error: when a file is malformed.
     :raises OSError: when one cannot be read.
     """
-    for file in _standard(project, prog) if files is None else files:
+    found, folders = _standard(project, prog, etc) if files is None else (list(files), [])
+    for file in [*found, *(file for folder in folders for file in sorted(glob.glob(f"{glob.escape(folder)}/*.conf")))]:
         _check_encoding(file)
-    conf(
-        args=[],
-        project=project,
-        prog=prog,
-        default_config_files=None if files is None else list(files),
-        default_config_dirs=None if files is None else [],
-    )
+    conf(args=[], project=project, default_config_files=found, default_config_dirs=folders, use_env=False)
 
 
-def _standard(project: str, prog: str | None) -> Iterable[str]:
-    yield from cfg.find_config_files(project, prog)
-    for folder in cfg.find_config_dirs(project, prog):
-        yield from sorted(glob.glob(os.path.join(glob.escape(folder), "*.conf")))
+def _standard(project: str, prog: str | None, etc: str) -> tuple[list[str], list[str]]:
+    """Return the files and the folders of files that exist in the standard places."""
+    names = [os.path.join(etc, project, f"{name}.conf") for name in (project, prog) if name]
+    folders = [f"{name}.d" for name in names]
+    return [each for each in names if os.path.exists(each)], [each for each in folders if os.path.exists(each)]
 
 
 def _check_encoding(file: str) -> None:

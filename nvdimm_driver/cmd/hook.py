@@ -15,8 +15,11 @@ MARK = b"urn:nvdimm-driver:"
 """In every rewritten XML. Other domains are not the driver's: the hook ends before it imports anything for them."""
 
 
-def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
-    """Run one hook operation; return its exit status."""
+def main(argv: Sequence[str] | None = None, xml: bytes | None = None, files: Sequence[str] | None = None) -> int:
+    """Run one hook operation; return its exit status.
+
+    :param files: as for :func:`.conf.load`.
+    """
     use_utf8()
     _, name, operation, *_ = [*(sys.argv if argv is None else argv), "", ""]
     if name == "Domain-0" or operation not in ("prepare", "release"):
@@ -24,10 +27,10 @@ def main(argv: Sequence[str] | None = None, xml: bytes | None = None) -> int:
     text = sys.stdin.buffer.read() if xml is None else xml
     if MARK not in text:
         return 0
-    return _run(operation, name, decode(text))
+    return _run(operation, name, decode(text), files)
 
 
-def _run(operation: str, name: str, xml: str) -> int:
+def _run(operation: str, name: str, xml: str, files: Sequence[str] | None) -> int:
     import logging
 
     from nvdimm_driver import apparmor, conf, logs
@@ -41,7 +44,7 @@ def _run(operation: str, name: str, xml: str) -> int:
     apparmor.enter(apparmor.HOOK)
     uuid = ""
     try:
-        options = conf.load()
+        options = conf.load(files)
         logs.to_file("hook", options)
         logging.getLogger(__name__).debug("the hook is called: %s of domain %s", operation, name)
         uuid = uuid_of(parse(xml).root) or ""

@@ -35,10 +35,11 @@ class NovaConf:
     enabled_filters: tuple[str, ...]
 
 
-def read(files: Sequence[str] | None = None) -> NovaConf:
+def read(files: Sequence[str] | None = None, *, etc: str = "/etc") -> NovaConf:
     """Read Nova's configuration as nova-compute does.
 
     :param files: files to read instead of the standard ones, nova.conf and nova-compute.conf in /etc/nova.
+    :param etc: that folder of theirs.
     :raises ConfigError: when a file cannot be read.
     """
     conf = cfg.ConfigOpts()
@@ -46,7 +47,7 @@ def read(files: Sequence[str] | None = None) -> NovaConf:
     conf.register_opts(_LIBVIRT, group="libvirt")
     conf.register_opts(_SCHEDULER, group="filter_scheduler")
     try:
-        conf_files.read(conf, "nova", files, prog="nova-compute")
+        conf_files.read(conf, "nova", files, prog="nova-compute", etc=etc)
         return NovaConf(
             files=tuple(conf.config_file) + tuple(conf.config_dir),
             compute_driver=conf.compute_driver,

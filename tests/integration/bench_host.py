@@ -176,8 +176,7 @@ class Host:
 
     def configure(self, conf: str = CONF) -> None:
         """Write the configuration of the driver."""
-        file = self.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
-        file.parent.mkdir(exist_ok=True)
+        file = self.libvirtd.folder / "conf/nvdimm-driver.conf"
         file.write_text(conf.format(folder=self.folder) + self._options)
 
     def script(self, name: str, text: str) -> None:

@@ -32,6 +32,7 @@ PLACES = {
     "lib": "/var/lib/libvirt",
     "log": "/var/log/libvirt",
     "cache": "/var/cache/libvirt",
+    "conf": "/etc/nvdimm-driver",
     "dev": "/dev",
 }
 # The first process of the process namespace. It reaps orphans (signal(7): SIGCHLD ignored).
@@ -41,6 +42,7 @@ for node in null zero full random urandom; do
     touch {folder}/dev/$node
     mount --bind /dev/$node {folder}/dev/$node
 done
+mkdir -p /etc/nvdimm-driver
 {mounts}
 echo ready
 trap '' CHLD

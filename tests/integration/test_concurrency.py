@@ -28,7 +28,7 @@ def shared_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     host = Host(tmp_path_factory.mktemp("host"), size=512 * MIB)
     try:
         conf = host.folder / "second.conf"
-        text = (host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf").read_text()
+        text = (host.libvirtd.folder / "conf/nvdimm-driver.conf").read_text()
         conf.write_text(text.replace("[rpc]\n", f"[rpc]\nsocket = {SECOND}\nsocket_ro = {SECOND}-ro\n"))
         python = host.folder / "python/bin/python"
         host.libvirtd.serve("nvdimmd2", python, "-I", "-m", "nvdimm_driver.cmd.nvdimmd", conf)

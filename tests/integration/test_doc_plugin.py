@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.bench_host import Host
+from tests.integration.etc_folder import with_folder
 
 DOC = Path(__file__).parents[2] / "doc" / "plugins.rst"
 RUN_MAPPER = """
@@ -120,7 +121,7 @@ def test_memory_of_that_backing_is_not_given_twice(host: Host) -> None:
 def test_memory_that_is_cut_anew_is_not_given_twice(host: Host, pieces: str, start: str, path: str, size: int) -> None:
     host.check("define", domain(host, "db1", 1, "/setaside/db1"))
     host.check("define", domain(host, "db2", 2, "/setaside/db2", 128))
-    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     before = conf.read_text()
     try:
         changed = before.replace("db1:64MiB, db2:128MiB", pieces).replace("0x160000000", start)
@@ -143,7 +144,7 @@ def test_memory_that_is_cut_anew_is_not_given_twice(host: Host, pieces: str, sta
     ],
 )
 def test_wrong_values_of_its_options_are_errors(host: Host, options: str, message: str) -> None:
-    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     before = conf.read_text()
     name = options.split(" ", maxsplit=1)[0]
     try:
@@ -168,7 +169,7 @@ def test_what_it_cannot_do_is_told(host: Host) -> None:
 
 
 def test_options_that_it_does_not_have_are_refused(host: Host) -> None:
-    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     before = conf.read_text()
     try:
         conf.write_text(before.replace("[setaside]", "[setaside]\nstrat = 1"))
@@ -209,13 +210,11 @@ def test_the_documented_mapper_works(tmp_path: Path) -> None:
     target = tmp_path / "target"
     pip: list[str | Path] = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, built]
     subprocess.run(pip, check=True, capture_output=True)
-    home = tmp_path / "home" / ".nvdimm-driver"
-    home.mkdir(parents=True)
-    (home / "nvdimm-driver.conf").write_text(options)
-    command: list[str | Path] = [sys.executable, "-c", RUN_MAPPER, target]
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env={"HOME": str(home.parent), "PATH": "/usr/bin"}
-    )
+    folder = tmp_path / "conf"
+    folder.mkdir()
+    (folder / "nvdimm-driver.conf").write_text(options)
+    command = with_folder("/etc/nvdimm-driver", folder, [sys.executable, "-c", RUN_MAPPER, target])
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     description, logged, error = done.stdout.splitlines()
     assert description.endswith("; logs each mapping to syslog")
     assert logged == "5 domid 7: map gfn 0x100000 to mfn 0x140000, 512 frames"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 from nvdimm_driver.doctor import libvirt
 from nvdimm_driver.doctor.finding import Result
 from tests.integration.bench_host import Host
+from tests.integration.etc_folder import with_folder
 from tests.integration.private_libvirtd import PrivateLibvirtd
 from tests.waiting import HANG_SECONDS
 
@@ -40,12 +40,12 @@ builder = native
 """
 
 
-def doctor(folder: Path, *words: str, home: Path | None = None, options: str = "") -> subprocess.CompletedProcess[str]:
+def doctor(folder: Path, *words: str, nova: Path | None = None, options: str = "") -> subprocess.CompletedProcess[str]:
     conf = folder / "nvdimm-driver.conf"
     conf.write_text(CONF.format(folder=folder).replace("[DEFAULT]", f"[DEFAULT]\n{options}"))
     command = [str(Path(sys.executable).with_name("nvdimmctl")), "--config-file", str(conf), "doctor", *words]
-    environment = {**os.environ, "HOME": str(home or folder)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS, env=environment)
+    command = with_folder("/etc/nova", nova, command) if nova else command
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
     assert "Traceback" not in done.stderr
     return done
 
@@ -135,19 +135,19 @@ def test_who_is_not_root_gets_an_answer() -> None:
 
 
 def test_nova_is_looked_at_where_there_is_a_nova_conf(tmp_path: Path) -> None:
-    (tmp_path / ".nova").mkdir()
-    conf = tmp_path / ".nova/nova.conf"
+    conf = tmp_path / "nova/nova.conf"
+    conf.parent.mkdir()
     libvirt_section = "[libvirt]\nvirt_type = kvm\npmem_namespaces = 6GB:ns0\n"
     conf.write_text(f"[DEFAULT]\ncompute_driver = nvdimm_ext.XenLibvirtDriver\n{libvirt_section}")
-    found = rows(doctor(tmp_path, "-f", "json", home=tmp_path).stdout)
+    found = rows(doctor(tmp_path, "-f", "json", nova=conf.parent).stdout)
     assert found["Nova, compute_driver"]["Result"] == "PASS"
     assert found["Nova, virt_type"]["Result"] == "FAIL"
     assert found["Nova, pmem_namespaces"]["Message"] == f"there is no {tmp_path}/state/ledger.sqlite"
     assert not (tmp_path / "state").exists(), "nothing is changed"
     conf.write_text("[libvirt\n")
-    found = rows(doctor(tmp_path, "-f", "json", home=tmp_path).stdout)
+    found = rows(doctor(tmp_path, "-f", "json", nova=conf.parent).stdout)
     assert found["Nova"]["Result"] == "FAIL"
-    assert str(conf) in found["Nova"]["Message"]
+    assert "/etc/nova/nova.conf" in found["Nova"]["Message"]
 
 
 # --- with libvirtd ---

@@ -69,7 +69,7 @@ def refused(host: Host, *words: str | Path) -> str:
 @contextmanager
 def unlisted(host: Host) -> Iterator[None]:
     """Take the program out of ``[xen] emulators``."""
-    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     before = conf.read_text()
     conf.write_text(before.replace(f"emulators = {host.folder}/listed", "emulators ="))
     try:

@@ -69,7 +69,7 @@ def test_a_guest_reboots_on_a_full_disk(host: Host) -> None:
 
 
 def test_a_guest_starts_without_the_folder_of_the_log(host: Host) -> None:
-    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     conf.write_text(conf.read_text().replace("/nvdimm-driver.log", "/missing/nvdimm-driver.log"))
     host.check("destroy", "db1")
     host.check("start", "db1")
@@ -91,7 +91,7 @@ def test_a_ledger_that_is_damaged_while_a_guest_runs(host: Host) -> None:
     thief = host.xml("db2", 2)
     thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
     assert "is damaged" in host.virsh("define", thief).stderr
-    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     conf.write_text(conf.read_text() + f"[pool:main]\nkind=bench\npaths={host.folder}/pmem\n")
 
     done = rows(host, "check", "--repair")
@@ -216,7 +216,7 @@ def test_a_device_that_has_another_name_since_a_boot_is_defined_by_it(host: Host
 def test_a_backup_of_the_ledger_is_restored_as_its_page_says(host: Host) -> None:
     """Since the backup, the domain was shut down, redefined with another file, and started again."""
     state = host.folder / "state"
-    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     with conf.open("a") as text:
         text.write(f"[pool:main]\nkind = bench\npaths = {host.folder}/pmem\n")
     with sqlite3.connect(state / "ledger.sqlite") as source, sqlite3.connect(host.folder / "backup") as copy:

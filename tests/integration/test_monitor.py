@@ -146,7 +146,7 @@ def test_a_qemu_that_is_not_there_is_a_failed_start(host: Host) -> None:
 
 
 def test_nvdimmd_keeps_a_file_for_prometheus(host: Host) -> None:
-    conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     before, file = conf.read_text(), host.folder / "nvdimm.prom"
     conf.write_text(f"{before}[metrics]\ntextfile = {file}\ninterval = 1\n")
     host.libvirtd.end("nvdimmd")

@@ -2,8 +2,9 @@
 from pathlib import Path
 
 import pytest
+from oslo_config import cfg
 
-from nvdimm_driver import conf
+from nvdimm_driver import conf, conf_files
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import GIB, KIB, SUPERPAGE, Pool
 
@@ -77,3 +78,22 @@ def test_what_is_wrong_is_told_at_once(tmp_path: Path, text: str, says: str) -> 
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"/nonexistent\.conf"):
         conf.load(["/nonexistent.conf"])
+
+
+def test_nothing_in_the_environment_chooses_files_or_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sudo keeps HOME, user nova chooses it for a program that rootwrap runs as root."""
+    own = tmp_path / "etc/nvdimm-driver"
+    for folder in (tmp_path / "home", tmp_path / "home/.nvdimm-driver", tmp_path / "snap/etc/nvdimm-driver", own):
+        (folder / "nvdimm-driver.conf.d").mkdir(parents=True)
+        for name in ("nvdimm-driver.conf", "pytest.conf", "nvdimm-driver.conf.d/a.conf"):
+            (folder / name).write_text("[DEFAULT]\nstate_dir = /chosen\n")
+    for variable, value in {"HOME": "home", "SNAP": "snap", "SNAP_COMMON": "snap", "XDG_CONFIG_HOME": "home"}.items():
+        monkeypatch.setenv(variable, str(tmp_path / value))
+    monkeypatch.setenv("OS_DEFAULT__STATE_DIR", "/chosen")
+    monkeypatch.chdir(tmp_path / "home")
+    assert conf.load([]).state_dir == "/var/lib/nvdimm-driver"
+    assert conf.load().state_dir != "/chosen"
+    found = cfg.ConfigOpts()
+    conf_files.read(found, "nvdimm-driver", None, etc=str(tmp_path / "etc"))
+    assert found.config_file == [str(own / "nvdimm-driver.conf")]
+    assert found.config_dir == [str(own / "nvdimm-driver.conf.d")]

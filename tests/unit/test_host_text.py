@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from oslo_config import cfg
 
-from nvdimm_driver import conf, logs
+from nvdimm_driver import conf, conf_files, logs
 from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.inventory import mounts
 from nvdimm_driver.cmd.device_model import Log
@@ -116,12 +117,12 @@ def test_a_file_with_it_in_a_pool_disturbs_no_check(tmp_path: Path) -> None:
 
 
 def test_the_hook_refuses_xml_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / ".nvdimm-driver").mkdir()
-    (tmp_path / ".nvdimm-driver/nvdimm-driver.conf").write_text(f"[DEFAULT]\nlog_file={tmp_path}/log\n")
-    code = "import sys; from nvdimm_driver.cmd.hook import main; sys.exit(main())"
+    file = tmp_path / "nvdimm-driver.conf"
+    file.write_text(f"[DEFAULT]\nlog_file={tmp_path}/log\n")
+    code = f"import sys; from nvdimm_driver.cmd.hook import main; sys.exit(main(files=[{str(file)!r}]))"
     xml = b"<domain type='xen'><a>\xf6</a><x:y xmlns:x='urn:nvdimm-driver:domain:1'/></domain>"
     command = [sys.executable, "-c", code, NAME, "prepare", "begin", "-"]
-    done = subprocess.run(command, env={"HOME": str(tmp_path)}, input=xml, capture_output=True, check=False)
+    done = subprocess.run(command, input=xml, capture_output=True, check=False)
     assert done.returncode == 1
     assert "the domain XML cannot be parsed" in done.stderr.decode()
     assert f'domain="{SHOWN}"' in (tmp_path / "log").read_text()
@@ -135,13 +136,12 @@ def test_a_configuration_that_is_not_utf8_is_named_with_line_and_byte(tmp_path: 
             read([str(file)])
 
 
-def test_the_standard_configuration_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / ".nvdimm-driver/nvdimm-driver.conf.d"
+def test_the_standard_configuration_is_checked_too(tmp_path: Path) -> None:
+    folder = tmp_path / "nvdimm-driver/nvdimm-driver.conf.d"
     folder.mkdir(parents=True)
     (folder / "a.conf").write_bytes(b"\xff")
-    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=r"a.conf, line 1: byte 1 is 0xff"):
-        conf.load()
+        conf_files.read(cfg.ConfigOpts(), "nvdimm-driver", None, etc=str(tmp_path))
 
 
 @pytest.mark.parametrize("language", ["C", "C.UTF-8", "en_US.ISO-8859-1"])

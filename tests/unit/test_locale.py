@@ -15,6 +15,7 @@ from tests.waiting import HANG_SECONDS
 
 NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """Python takes ASCII for names of files with these, as it takes ISO-8859-1 in the locale de_DE.ISO-8859-1."""
+CONF = "nvdimm-driver.conf"
 NAME = "gr\u00fcn"
 PROGRAMS = Path(hook.__file__).parent
 """Also where the package is installed, and the sources are not beside the tests."""
@@ -24,7 +25,8 @@ XML = "<domain type='xen'><x:y xmlns:x='urn:nvdimm-driver:domain:1'/></domain>"
 def run(folder: Path, code: str, *words: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-c", code, *words],
-        env={"HOME": str(folder), **NO_UTF8},
+        env=NO_UTF8,
+        cwd=folder,
         input=XML.encode(),
         capture_output=True,
         timeout=HANG_SECONDS,
@@ -34,12 +36,11 @@ def run(folder: Path, code: str, *words: str) -> subprocess.CompletedProcess[byt
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A home with a configuration, whose state folder and log have names that are not ASCII."""
+    """A folder with a configuration, whose state folder and log have names that are not ASCII."""
     (tmp_path / f"state-{NAME}").mkdir()
-    (tmp_path / ".nvdimm-driver").mkdir()
     text = f"[DEFAULT]\nstate_dir={tmp_path}/state-{NAME}\nlog_file={tmp_path}/log-{NAME}\n[rpc]\ngroup=root\n"
     text += f"socket={tmp_path}/none/{NAME}\n"
-    (tmp_path / ".nvdimm-driver/nvdimm-driver.conf").write_text(text, encoding="utf-8")
+    (tmp_path / CONF).write_text(text, encoding="utf-8")
     return tmp_path
 
 
@@ -50,10 +51,10 @@ def test_python_itself_would_not(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "made"),
     [
-        ("import sys; from nvdimm_driver.cmd.nvdimmctl import main; sys.exit(main(['list']))", "state"),
-        ("import sys; from nvdimm_driver.cmd.nvdimmd import main; sys.exit(main([]))", "state"),
+        (f"from nvdimm_driver.cmd.nvdimmctl import main; main(['--config-file', '{CONF}', 'list'])", "state"),
+        (f"from nvdimm_driver.cmd.nvdimmd import main; main(['{CONF}'])", "state"),
         (
-            "import sys; from nvdimm_driver.cmd.hook import main; sys.exit(main(['h', 'db1', 'release', 'end', '-']))",
+            f"from nvdimm_driver.cmd.hook import main; main(['h', 'db1', 'release', 'end', '-'], files=['{CONF}'])",
             "log",
         ),
         (

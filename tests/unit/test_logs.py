@@ -35,7 +35,8 @@ for name in "nvdimm_driver.lifecycle", "stevedore":
 HOOK = """
 import sys
 from nvdimm_driver.cmd.hook import main
-sys.exit(main(["50-nvdimm", "db1", "prepare", "begin", "-"], b"<domain><x:y xmlns:x='urn:nvdimm-driver:x'/></domain>"))
+xml = b"<domain><x:y xmlns:x='urn:nvdimm-driver:x'/></domain>"
+sys.exit(main(["50-nvdimm", "db1", "prepare", "begin", "-"], xml, sys.argv[1:]))
 """
 LOST = """
 [DEFAULT]
@@ -232,10 +233,9 @@ def test_the_option_says_how_much_is_logged(
 
 @pytest.mark.parametrize("level", ["DEBUG", "INFO"])
 def test_the_hook_says_that_it_is_called(tmp_path: Path, level: str) -> None:
-    options = tmp_path / ".nvdimm-driver" / "nvdimm-driver.conf"
-    options.parent.mkdir()
+    options = tmp_path / "nvdimm-driver.conf"
     options.write_text(f"[DEFAULT]\nlog_file = {tmp_path}/log\nlog_level = {level}\n")
-    done = subprocess.run([sys.executable, "-c", HOOK], check=True, capture_output=True, env={"HOME": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", HOOK, str(options)], check=True, capture_output=True)
     found = (tmp_path / "log").read_text()
     assert done.stdout == b""
     assert ('DEBUG msg="the hook is called: prepare of domain db1"' in found) == (level == "DEBUG")

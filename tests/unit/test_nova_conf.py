@@ -42,13 +42,12 @@ def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
     assert read([str(empty)]) == NovaConf((str(empty),), "", "", "", (), ())
 
 
-def test_the_standard_files_are_novas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".nova").mkdir()
-    for name in ("nova.conf", "nova-compute.conf"):
-        (tmp_path / ".nova" / name).touch()
-    names = [Path(each).name for each in read().files]
-    assert sorted(names) == ["nova-compute.conf", "nova.conf"]
+def test_the_standard_files_are_novas(tmp_path: Path) -> None:
+    (tmp_path / "nova").mkdir()
+    names = ["nova.conf", "nova-compute.conf"]
+    for name in (*names, "nova-api.conf"):
+        (tmp_path / "nova" / name).touch()
+    assert read(etc=str(tmp_path)).files == tuple(f"{tmp_path}/nova/{name}" for name in names)
 
 
 @pytest.mark.parametrize("text", [None, "[libvirt\n", "virt_type\n"])

@@ -38,7 +38,7 @@ def shared_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A host with a pool and two namespaces in it, and nvdimmctl as nova-compute finds it."""
     host = Host(tmp_path_factory.mktemp("host"))
     try:
-        conf = host.libvirtd.folder / "home/.nvdimm-driver/nvdimm-driver.conf"
+        conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
         conf.write_text(conf.read_text().replace("allow_any_path=true\n", "") + POOL.format(folder=host.folder))
         host.libvirtd.end("nvdimmd")
         host.start_nvdimmd()
