@@ -26,12 +26,12 @@ from nvdimm_driver.guest.p2m import DSM_GFN
 from nvdimm_driver.host_text import decode, escaped, use_utf8
 from nvdimm_driver.labels.confinement import become, end_processes, isolate, uid_of
 from nvdimm_driver.labels.qemu import PORT, PORT_SIZE, QemuLabels, failure
-from nvdimm_driver.labels.servers import LabelServers
+from nvdimm_driver.labels.servers import LabelServers, RequestCounter
 from nvdimm_driver.model import PAGE, GuestLayout, Record
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
-from nvdimm_driver.xen.ioreq import IoreqServer
+from nvdimm_driver.xen.ioreq import CUT_OFF, IoreqServer
 
 if TYPE_CHECKING:
     from nvdimm_driver.state.events import Value
@@ -147,16 +147,8 @@ def serve(
     :param ready: called as soon as requests can arrive.
     """
     end_processes(uid_of(domid))  # of a server that was killed
-    page: Any = None
     labels: QemuLabels | None = None
-
-    def on_write(port: int, size: int, value: int) -> None:
-        """Serve only what QEMU's SSDT does: it writes the whole page address to the first port. Copy the page first."""
-        if (port, size, value) == (PORT, PORT_SIZE, DSM_GFN * PAGE):
-            page[:] = reply = labels.answer(page[:]) if labels else failure()
-            counter.add(failed=reply == failure())
-
-    xen = IoreqServer(domid, on_write)
+    xen = IoreqServer(domid)
     ledger = Ledger(_ledger_file(options))
     server = ledger.find_ioreq_server(record.uuid)
     if server is None:
@@ -177,10 +169,38 @@ def serve(
     if labels:
         labels.start()
     ready()
-    xen.serve(IDLE_SECONDS)
+    xen.serve(Port(page, labels, counter).on_write, IDLE_SECONDS)
     logs.tell(Event("label-server-ended", record.uuid, record.name, domid, {}))
     if labels:
         labels.close()
+
+
+class Port:
+    """The port of a guest's label requests.
+
+    :param page: the page with a request, in the guest's memory, which can change at any time.
+    :param labels: answers; None to refuse all requests.
+    """
+
+    def __init__(self, page: Any, labels: QemuLabels | None, counter: RequestCounter) -> None:
+        self._page = page
+        self._labels = labels
+        self._counter = counter
+
+    def on_write(self, port: int, size: int, value: int) -> Callable[[], None] | None:
+        """Answer a request; return what puts the answer into the page.
+
+        It serves only what QEMU's SSDT does, which writes the whole page address to the first port, and copies the page
+        first. A request that was cut off is not there any more, and fails.
+        """
+        if (port, size) != (PORT, PORT_SIZE) or value not in (DSM_GFN * PAGE, CUT_OFF):
+            return None
+        reply = self._labels.answer(self._page[:]) if self._labels and value != CUT_OFF else failure()
+        self._counter.add(failed=reply == failure())
+        return partial(self._put, reply)
+
+    def _put(self, reply: bytes) -> None:
+        self._page[:] = reply
 
 
 def open_areas(record: Record, backings: Sequence[Backing]) -> dict[int, ByteRange]:

@@ -28,6 +28,13 @@ READY, IN_PROCESS, ANSWERED = 1, 2, 3
 """hvm/ioreq.h: STATE_*. Xen crashes a domain whose slot returns to an earlier state (wait_for_io)."""
 PORT_IO = 0
 """IOREQ_TYPE_PIO."""
+CUT_OFF = (1 << 64) - 1
+"""Value of a write whose server died while it put the answer into the guest's memory. No access has 8 bytes, so a guest
+cannot write it, and Xen looks at the value of no write that is answered (xen/common/ioreq.c:wait_for_io)."""
+
+OnWrite = Callable[[int, int, int], Callable[[], None] | None]
+"""(port, size in bytes, value) → what puts the answer into the guest's memory, if anything does. It is called once the
+request is marked as :data:`CUT_OFF`: the server after this one must not take half an answer for the request."""
 
 _SLOT = struct.Struct("<QQIIIHBB")
 _STATE_MASK, _POINTER, _READ = 0x0F, 0x10, 0x20
@@ -71,25 +78,67 @@ class Request:
         )
 
 
+class Slots:
+    """The page that Xen shares with an ioreq server.
+
+    :param page: its bytes.
+    """
+
+    def __init__(self, page: Any) -> None:
+        self._page = page
+
+    def read(self, slot: int) -> Request:
+        return Request.parse(self._page[slot * _SLOT.size : (slot + 1) * _SLOT.size])
+
+    def answer(self, slot: int, on_write: OnWrite, *, left_behind: bool = False) -> bool:
+        """Answer the slot's request, if it has one; return True if its vCPU waits to be notified.
+
+        :param left_behind: a process that served the slot has died: also answer a request that it had begun, and notify
+            of one that it had answered.
+        """
+        request = self.read(slot)
+        if left_behind and request.state == ANSWERED:
+            return True
+        if request.state != READY and not (left_behind and request.state == IN_PROCESS):
+            return False
+        self._set_state(slot, IN_PROCESS)
+        # Requests of all other kinds go to every server and need only an answer (INVALIDATE matters to a mapcache).
+        if request.kind == PORT_IO and not request.is_pointer:
+            if request.is_read:
+                self._set_data(slot, 0)
+            elif put := on_write(request.address, request.size, request.data):
+                self._set_data(slot, CUT_OFF)
+                put()
+        self._set_state(slot, ANSWERED)
+        return True
+
+    def _set_data(self, slot: int, value: int) -> None:
+        where = slot * _SLOT.size + _DATA_OFFSET
+        self._page[where : where + 8] = value.to_bytes(8, "little")
+
+    def _set_state(self, slot: int, state: int) -> None:
+        where = slot * _SLOT.size + _BITS_OFFSET
+        (bits,) = self._page[where : where + 1]
+        self._page[where : where + 1] = bytes([bits & ~_STATE_MASK | state])
+
+
 class IoreqServer:
     """The serving end of one ioreq server of a domain.
 
-    :param on_write: called with (port, size in bytes, value) for each plain write to one of its ports. Plain reads
-        give 0; string accesses (REP INS, REP OUTS) are acknowledged and transfer nothing.
+    Plain reads give 0; string accesses (REP INS, REP OUTS) are acknowledged and transfer nothing.
     """
 
-    def __init__(self, domid: int, on_write: Callable[[int, int, int], None]) -> None:
+    def __init__(self, domid: int) -> None:
         """Open Xen's libraries.
 
         :raises XenError: when one is missing, or outside dom0.
         """
         self.domid = domid
-        self._on_write = on_write
         self._model = _Library("xendevicemodel", "libxendevicemodel.so.1")
         self._memory = _Library("xenforeignmemory", "libxenforeignmemory.so.1")
         self._events = _Library("xenevtchn", "libxenevtchn.so.1")
         self._toolcore = _load("libxentoolcore.so.1")
-        self._slots: Any = ffi.NULL
+        self._slots = Slots(b"")
         self._slot_of_port: dict[int, int] = {}
         self._id = 0
 
@@ -109,11 +158,11 @@ class IoreqServer:
         self._memory.call(
             *("map_resource", self.domid, RESOURCE_IOREQ_SERVER, server, IOREQ_FRAME, 1, address, PROT_READ_WRITE, 0)
         )
-        self._slots = ffi.cast("unsigned char *", address[0])
+        self._slots = Slots(ffi.buffer(address[0], PAGE))
         self._model.call(*("map_io_range_to_ioreq_server", self.domid, server, 0, first, last), allowed=(errno.EEXIST,))
         self._model.call("set_ioreq_server_state", self.domid, server, 1)
         for slot in range(PAGE // _SLOT.size):
-            if remote := self._read(slot).event_port:
+            if remote := self._slots.read(slot).event_port:
                 port = self._events.call("bind_interdomain", self.domid, remote)
                 self._slot_of_port[port] = slot
 
@@ -137,10 +186,13 @@ class IoreqServer:
         asked = ("get_ioreq_server_info", self.domid, server, nothing, nothing, nothing)
         return int(self._model.call(*asked, allowed=(errno.ENOENT, errno.ESRCH))) >= 0
 
-    def serve(self, idle_seconds: float) -> None:
-        """Answer requests until the domain dies; check that it lives after every ``idle_seconds`` without a request."""
-        for slot in self._slot_of_port.values():
-            self._answer(slot, left_behind=True)
+    def serve(self, on_write: OnWrite, idle_seconds: float) -> None:
+        """Answer requests until the domain dies; check that it lives after every ``idle_seconds`` without a request.
+
+        :param on_write: called for each plain write to one of its ports.
+        """
+        for port in self._slot_of_port:
+            self._answer(port, on_write, left_behind=True)
         descriptor = self._events.call("fd")
         while True:
             if not select.select([descriptor], [], [], idle_seconds)[0]:
@@ -149,33 +201,11 @@ class IoreqServer:
                 continue
             port = self._events.call("pending")
             self._events.call("unmask", port)
-            self._answer(self._slot_of_port[port])
+            self._answer(port, on_write)
 
-    def _answer(self, slot: int, *, left_behind: bool = False) -> None:
-        """Answer the slot's request, if it has one.
-
-        :param left_behind: also answer a request that a process which died had begun.
-        """
-        request = self._read(slot)
-        if request.state != READY and not (left_behind and request.state == IN_PROCESS):
-            return
-        self._set_state(slot, IN_PROCESS)
-        # Requests of all other kinds go to every server and need only an answer (INVALIDATE matters to a mapcache).
-        if request.kind == PORT_IO and not request.is_pointer:
-            if request.is_read:
-                ffi.memmove(self._slots + slot * _SLOT.size + _DATA_OFFSET, bytes(8), 8)
-            else:
-                self._on_write(request.address, request.size, request.data)
-        self._set_state(slot, ANSWERED)
-        (port,) = (port for port, its in self._slot_of_port.items() if its == slot)
-        self._events.call("notify", port)
-
-    def _read(self, slot: int) -> Request:
-        return Request.parse(ffi.buffer(self._slots + slot * _SLOT.size, _SLOT.size)[:])
-
-    def _set_state(self, slot: int, state: int) -> None:
-        where = slot * _SLOT.size + _BITS_OFFSET
-        self._slots[where] = self._slots[where] & ~_STATE_MASK | state
+    def _answer(self, port: int, on_write: OnWrite, *, left_behind: bool = False) -> None:
+        if self._slots.answer(self._slot_of_port[port], on_write, left_behind=left_behind):
+            self._events.call("notify", port)
 
 
 class _Library:

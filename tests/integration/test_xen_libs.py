@@ -263,11 +263,11 @@ def serve(root: Path, tmp_path: Path, slots: Sequence[bytes], **fail: str | int)
         "from nvdimm_driver.errors import XenError\n"
         "from nvdimm_driver.xen.ioreq import IoreqServer\n"
         "try:\n"
-        "    server = IoreqServer(7, lambda *written: print('written', *map(hex, written), flush=True))\n"
+        "    server = IoreqServer(7)\n"
         "    server.take_over(server.create(), 0xA18, 0xA1B)\n"
         "    server.restrict()\n"
         "    print('serving', flush=True)\n"
-        "    server.serve(0.1)\n"
+        "    server.serve(lambda *written: print('written', *map(hex, written), flush=True), 0.1)\n"
         "except XenError as error:\n"
         "    print('!', error)\n"
     )
