@@ -19,8 +19,8 @@ from nvdimm_driver.state.ownership import identity_at
 
 _CHUNK = MIB
 _HINT = (
-    "keep size, label and alignsize; to change them all the same, save the bytes with 'nvdimmctl export', give "
-    "the NVDIMM up with 'nvdimmctl release --slot', and then define the domain"
+    "keep size, label and alignsize; to change them all the same, save the bytes with 'nvdimmctl export', and define "
+    "the domain with a copy of its own (guide: Changing the size)"
 )
 
 

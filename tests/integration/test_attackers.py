@@ -104,7 +104,7 @@ def users(shared_users: Users) -> Iterator[Users]:
         if uuid.strip("0-"):  # not dom0
             host.check("undefine", uuid)
     for row in host.nvdimmctl("list", "-f", "value", "-c", "Domain").stdout.split():
-        host.nvdimmctl("release", "--yes", "--delete", row)
+        host.nvdimmctl("release", "--yes", "--delete", "--all", row)
     (shared_users.own / "ran").unlink(missing_ok=True)
     host.libvirtd.run("find", host.folder / "pmem", "-type", "f", "-delete")
 

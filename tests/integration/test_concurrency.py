@@ -46,7 +46,7 @@ def host(shared_host: Host) -> Iterator[Host]:
         if name != "Domain-0":
             shared_host.check("undefine", name)
     for record in records(shared_host):
-        shared_host.nvdimmctl("release", "--yes", "--delete", record)
+        shared_host.nvdimmctl("release", "--yes", "--delete", "--all", record)
     shared_host.libvirtd.run("find", shared_host.folder / "pmem", "-name", "*.img", "-delete")
 
 

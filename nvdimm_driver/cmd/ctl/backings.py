@@ -10,7 +10,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.backing.paths import resolve, resolve_new
-from nvdimm_driver.cmd.ctl.base import Action, agreed, find, items_of, size_argument, up_to_date, yes_option
+from nvdimm_driver.cmd.ctl.base import (
+    Action,
+    agreed,
+    check_single,
+    find,
+    items_of,
+    size_argument,
+    up_to_date,
+    yes_option,
+)
 from nvdimm_driver.cmd.ctl.progress import watched
 from nvdimm_driver.errors import UsageError
 
@@ -99,6 +108,11 @@ class Import(Action):
         slot = driver.planner.find_slot_of_labels(spec)
         if problem := driver.planner.find_misplaced_labels(replace(spec, slot=slot or 0)):
             print(f"warning: {spec.path}: {problem}", file=sys.stderr)
+        print(
+            f"no domain has {spec.path} yet: put this into a domain's XML. Where no file is at the path in the XML, a "
+            "define makes one of zeros",
+            file=sys.stderr,
+        )
         print(memory_device(spec, slot))
 
 
@@ -213,9 +227,8 @@ def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
 
     record, number = find_with_slot(driver.ledger.domains(), word)
     items = items_of(record, number)
-    if len(items) > 1:
-        slots = ", ".join(f"{word_for(record.name, record.uuid)}:{item.spec.slot}" for item in items)
-        raise UsageError(f"domain {record.name} has {len(items)} NVDIMMs", hint=f"say which: {slots}")
+    slots = ", ".join(f"{word_for(record.name, record.uuid)}:{item.spec.slot}" for item in items)
+    check_single(record.name, items, f"say which: {slots}")
     return items[0].spec
 
 

@@ -12,7 +12,7 @@ from cliff.command import Command
 from cliff.lister import Lister
 from cliff.show import ShowOne
 
-from nvdimm_driver.errors import NotFoundError
+from nvdimm_driver.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
@@ -112,6 +112,17 @@ def items_of(record: Record, slot: int | None) -> list[Allocation]:
             hint = "a define wants one for it; if none is under way, one was interrupted: see 'nvdimmctl check'"
         raise NotFoundError(f"domain {record.name} has no NVDIMM{where}", hint=hint)
     return items
+
+
+def check_single(name: str, items: Sequence[Allocation], hint: str) -> None:
+    """Check that a command which takes one NVDIMM is not given several.
+
+    :param name: of the domain that has them.
+    :raises UsageError: when there are several; the message lists them.
+    """
+    if len(items) > 1:
+        several = ", ".join(f"slot {item.spec.slot}: {item.spec.path}" for item in items)
+        raise UsageError(f"domain {name} has {len(items)} NVDIMMs ({several})", hint=hint)
 
 
 def agreed(question: str, yes: bool) -> bool:

@@ -13,6 +13,7 @@ from nvdimm_driver.cmd.ctl.base import (
     Rows,
     Showing,
     agreed,
+    check_single,
     domain_argument,
     find,
     items_of,
@@ -64,7 +65,9 @@ class Release(Action):
         parser.add_argument(
             "--lost", action="store_true", help="give up what is not there, too, though its bytes may come back with it"
         )
-        parser.add_argument("--slot", type=int, help="give up only the NVDIMM in this slot of the domain")
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument("--slot", type=int, help="give up only the NVDIMM in this slot of the domain")
+        which.add_argument("--all", action="store_true", help="with --delete: delete the files of several NVDIMMs")
         yes_option(parser)
         return parser
 
@@ -80,6 +83,8 @@ class Release(Action):
         if slot is not None:
             items_of(record, slot)
         chosen = in_slot(record, slot)
+        if parsed_args.delete and not parsed_args.all:
+            check_single(record.name, chosen.allocations, "say which with --slot, or delete all of them with --all")
         check_uncontested(driver, self.app.conf, [item.spec.path for item in driver.wiper.to_wipe(chosen)])
         fate = render.fate(driver, chosen, delete=parsed_args.delete)
         warn_of_saved_guest(self.app, driver, record)
