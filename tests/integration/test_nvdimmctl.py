@@ -51,7 +51,17 @@ def test_plan_gives_advice_on_the_room_for_pci_bars() -> None:
 
 
 def test_plan_says_which_devices_do_not_reach_the_nvdimms() -> None:
-    assert "  advice: QEMU emulates virtio-blk-pci and " in nvdimmctl("plan", GUEST, "--host", HOST).stdout
+    """The example has none of these: it is what a database's host begins with."""
+    xml = GUEST.read_text()
+    assert "QEMU emulates" not in nvdimmctl("plan", "-", "--host", HOST, text=xml).stdout
+    other = xml.replace("dev='xvda' bus='xen'", "dev='sda' bus='scsi'")
+    assert other != xml
+    assert "  advice: QEMU emulates lsi53c895a and " in nvdimmctl("plan", "-", "--host", HOST, text=other).stdout
+    virtio = xml.replace("<domain ", "<domain xmlns:xen='http://libvirt.org/schemas/domain/xen/1.0' ").replace(
+        "</domain>",
+        "<xen:commandline><xen:arg value='-device'/><xen:arg value='virtio-blk-pci'/></xen:commandline></domain>",
+    )
+    assert "  advice: QEMU emulates virtio-blk-pci and " in nvdimmctl("plan", "-", "--host", HOST, text=virtio).stdout
 
 
 def test_plan_json_has_raw_numbers() -> None:

@@ -19,6 +19,7 @@ from tests.package import PROJECT
 MIB = 1 << 20
 NAME = "pmem-guest"
 FILE = "/mnt/pmem0/pmem-guest.img"
+DISK = "/var/lib/libvirt/images/pmem-guest.img"
 SEED = 2016
 
 
@@ -78,8 +79,9 @@ def tell(story: Story, host: XenHost) -> None:
         operator.make_pmem(host)
     story.tell(host.check("ndctl list -N -u | grep -E 'dev|mode|size'; grep pmem0 /proc/mounts").stdout)
     with story.part("Define a guest with two NVDIMMs from etc/examples/guest.xml"):
-        host.put(host.images.guest_disk, "/var/lib/libvirt/images/pmem-guest.img")
-        host.put(PROJECT / "etc/examples/guest.xml", "/root/guest.xml")
+        host.put(host.images.guest_disk, DISK)
+        xml = (PROJECT / "etc/examples/guest.xml").read_text(encoding="utf-8")
+        host.write("/root/guest.xml", operator.with_lab_disk(xml, DISK).encode())
         host.check(f"{operator.VIRSH} define /root/guest.xml")
     story.tell(host.check(f"{operator.NVDIMMCTL} list").stdout)
     with story.part("virsh start, until the guest's Linux is up"):
