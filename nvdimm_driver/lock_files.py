@@ -12,6 +12,10 @@ from typing import Self
 
 from nvdimm_driver.host_text import escaped, read
 
+_WAITING = "waiting"
+"""In place of the client."""
+_CONTENT_MAX = 4096
+
 
 class LockFile:
     """A lock that this process has until :meth:`close`; its file is there as long as somebody has it.
@@ -63,6 +67,17 @@ def take(lock: int, client: str = "") -> bool:
     return True
 
 
+def leave_waiting(lock: int, process: int) -> None:
+    """Write into a lock of this process that another one has it, too, and keeps it: it waits and cannot be killed."""
+    with suppress(OSError):
+        os.ftruncate(lock, os.pwrite(lock, f"{process}\n{_WAITING}".encode(), 0))
+
+
+def is_waiting(lock: int) -> bool:
+    """Return True when the process that has a lock was left waiting with it."""
+    return os.pread(lock, _CONTENT_MAX, 0).partition(b"\n")[2] == _WAITING.encode()
+
+
 def is_at(lock: int, file: Path) -> bool:
     """Return True when a descriptor is of the file that has that name now."""
     try:
@@ -75,7 +90,8 @@ def holder(file: Path) -> str:
     """Return for people which process has a lock, and for which client."""
     try:
         number, _, client = file.read_text(encoding="utf-8").partition("\n")
-        return f"{describe(int(number))}{client and f' for {client}'}"
+        for_client = f" for {client}" if client not in ("", _WAITING) else ""
+        return f"{describe(int(number))}{for_client}"
     except (OSError, ValueError):
         return "another process"
 

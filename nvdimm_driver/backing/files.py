@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from nvdimm_driver.backing import extents
 from nvdimm_driver.backing.extents import FileExtent
-from nvdimm_driver.backing.paths import check_length
+from nvdimm_driver.backing.paths import Entry, check_length
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
 from nvdimm_driver.host_text import escaped, printable
 from nvdimm_driver.sizes import human
@@ -140,3 +140,10 @@ def lease_break_seconds() -> int:
     except (OSError, ValueError):
         seconds = 45  # the kernel's default
     return seconds + 2  # it counts in ticks, and looks only at the next open (fs/locks.c:__break_lease)
+
+
+def unlink_second_name(hidden: Entry, at: Entry) -> None:
+    """Delete the hidden name of a file that has its own name, too: an import of 0.1.0 was killed between the two."""
+    one, other = hidden.status(), at.status()
+    if one is not None and other is not None and os.path.samestat(one, other):
+        hidden.unlink()

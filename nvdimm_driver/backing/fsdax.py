@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from nvdimm_driver.backing.files import (
     is_new,
     lease_break_seconds,
     look,
+    unlink_second_name,
 )
 from nvdimm_driver.backing.identity import check_identity, check_same_bytes
 from nvdimm_driver.backing.inventory import Mount, Volume, space_of
@@ -178,7 +179,7 @@ class FsdaxBacking(Backing):
         """Create ``.NAME.partial`` beside the path, of that size, with unwritten extents only."""
         check_copy_name(spec.path)
         hidden = replace(spec, path=hidden_name(spec.path))
-        with entry(hidden.path) as at:
+        with self._changeable(hidden.path) as at:
             left = at.status()
             if left is not None:
                 check_own(hidden.path, left)
@@ -191,13 +192,13 @@ class FsdaxBacking(Backing):
         return hidden
 
     def publish(self, spec: NvdimmSpec) -> None:
-        with entry(spec.path) as at:
+        with self._changeable(spec.path) as at:
             hidden = at.beside(os.path.basename(hidden_name(spec.path)))
             if hidden.status() is not None:
                 there = at.status()
                 if there is not None and is_new(there):
                     at.unlink()
-                _unlink_second_name(hidden, at)
+                unlink_second_name(hidden, at)
                 try:
                     hidden.rename_new(at)
                 except FileExistsError as error:
@@ -206,8 +207,8 @@ class FsdaxBacking(Backing):
 
     def fill_holes(self, spec: NvdimmSpec) -> None:
         path = spec.path
-        with entry(path) as at:
-            _unlink_second_name(at.beside(os.path.basename(hidden_name(path))), at)
+        with self._changeable(path) as at:
+            unlink_second_name(at.beside(os.path.basename(hidden_name(path))), at)
         with opened(path, os.O_RDWR) as fd:
             self._volume(fd, path)
             check_size(path, os.fstat(fd).st_size, spec.size)
@@ -233,7 +234,7 @@ class FsdaxBacking(Backing):
         with reporting(path):
             if status(path) is None:
                 return
-        with entry(path) as at, at.opened(os.O_RDONLY) as fd:
+        with self._changeable(path) as at, at.opened(os.O_RDONLY) as fd:
             check_regular(fd, path)
             self._check_same(fd, path, identity)
             at.unlink()
@@ -353,17 +354,17 @@ class FsdaxBacking(Backing):
 
     def extend(self, spec: NvdimmSpec) -> None:
         with opened(spec.path, os.O_RDWR) as fd:
+            self.locks.check_changeable(fd, spec.path)
             size = os.fstat(fd).st_size
             os.posix_fallocate(fd, size, spec.size - size)
 
     def move(self, source: str, target: str) -> None:
-        with entry(source) as old, entry(target) as new:
+        with self._changeable(source) as old, entry(target) as new:
             try:
                 old.rename_new(new)
             except OSError as error:
-                raise BackingError(
-                    f"{source}: cannot be moved to {target}: {error.strerror}", hint="move it by hand"
-                ) from error
+                problem = f"{source}: cannot be moved to {target}: {error.strerror}"
+                raise BackingError(problem, hint="move it by hand") from error
             new.sync()
             old.sync()
 
@@ -381,6 +382,13 @@ class FsdaxBacking(Backing):
             check_identity(path, self._identity(fd, self._volume(fd, path)), identity)
             with inode.thawed(fd), opened_again(fd, os.O_RDWR) as writable:
                 return MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
+
+    @contextmanager
+    def _changeable(self, path: str) -> Iterator[Entry]:
+        """Do what :func:`.paths.entry` does, unless the file system takes no changes now."""
+        with entry(path) as at:
+            self.locks.check_changeable(at.folder, path)
+            yield at
 
     def _survey(self, path: str) -> Surveyed:
         """Examine a file of a pool. One that cannot be opened, as with a lease on it, must not hide the others."""
@@ -425,10 +433,8 @@ class FsdaxBacking(Backing):
         return mount
 
     def _identity(self, fd: int, volume: Volume) -> BackingIdentity:
-        status = os.fstat(fd)
-        return BackingIdentity(
-            self.name, volume.namespace.uid, volume.start, status.st_ino, inode.generation(fd), status.st_size
-        )
+        where, found = (self.name, volume.namespace.uid, volume.start), os.fstat(fd)
+        return BackingIdentity(*where, found.st_ino, inode.generation(fd), found.st_size)
 
     def _find_identity(self, fd: int, path: str) -> BackingIdentity | None:
         """Return the identity of an open file, also without DAX; None when it is not on a namespace."""
@@ -461,7 +467,7 @@ class FsdaxBacking(Backing):
             at.link(fd)
             at.sync()
 
-        with entry(path) as at, at.beside(".").opened(os.O_TMPFILE | os.O_RDWR) as fd:
+        with self._changeable(path) as at, at.beside(".").opened(os.O_TMPFILE | os.O_RDWR) as fd:
             self._allocate(fd, path, size)
             try:
                 self._write_zeros(fd, size, [(0, size)], progress)
@@ -491,10 +497,3 @@ class FsdaxBacking(Backing):
                 done += written
                 progress(done, size)
         os.fsync(fd)
-
-
-def _unlink_second_name(hidden: Entry, at: Entry) -> None:
-    """Delete the hidden name of a file that has its own name, too: an import of 0.1.0 was killed between the two."""
-    one, other = hidden.status(), at.status()
-    if one is not None and other is not None and os.path.samestat(one, other):
-        hidden.unlink()

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nvdimm_driver.backing.fsfreeze import find_waiting
 from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.lock_files import holder, is_at, take
+from nvdimm_driver.lock_files import holder, is_at, is_waiting, leave_waiting, take
 
 FREEZE_SECONDS = 5.0
 """How long freezing and thawing wait for another process that freezes or thaws on the same file system."""
@@ -35,9 +36,10 @@ class Locks:
         """Keep other processes from freezing and thawing on the file system of an open file meanwhile.
 
         Two at once would leave a running guest's file mutable. There is one lock for each file system, because a
-        process that changes a file on a frozen file system (fsfreeze) waits there, and cannot be killed.
+        process that changes a file on a file system which fsfreeze has frozen waits there, and cannot be killed.
 
         :raises InUseError: when another process has that lock for FREEZE_SECONDS.
+        :raises BackingError: when the file system takes no changes for so long.
         """
         if self._folder is None:
             yield
@@ -47,26 +49,44 @@ class Locks:
         try:
             deadline = time.monotonic() + FREEZE_SECONDS
             while not take(lock):
+                if is_waiting(lock):
+                    raise _suspended(path, file)
                 if time.monotonic() > deadline:
                     raise InUseError(
                         f"{path}: {holder(file)} has been freezing or thawing a file of this file system for "
                         f"{FREEZE_SECONDS:.0f} s",
-                        hint="is the file system frozen? fsfreeze -u thaws it",
+                        hint="wait until that ends, or stop it",
                     )
                 time.sleep(0.02)
+            waiting = find_waiting(fd, lock, FREEZE_SECONDS)
+            if waiting is not None:
+                leave_waiting(lock, waiting)
+                raise _suspended(path, file)
             yield
         finally:
             os.close(lock)
+
+    def check_changeable(self, fd: int, path: str) -> None:
+        """Check that the file system of an open file or folder takes changes.
+
+        :raises InUseError: when another process has been changing a file of it for FREEZE_SECONDS.
+        :raises BackingError: when it takes none for so long.
+        """
+        with self.freezing(fd, path):
+            pass
 
     @contextmanager
     def writing(self, fd: int, path: str) -> Iterator[None]:
         """Keep other processes from writing to an open file or device meanwhile, and starts from freezing it.
 
         :raises InUseError: when another process writes to it.
+        :raises BackingError: when its file system takes no changes.
         """
         if self._folder is None:
             yield
             return
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            self.check_changeable(fd, path)
         file = _writer(self._folder, fd)
         lock = self._open(file)
         try:
@@ -120,6 +140,13 @@ def _writer(folder: Path, fd: int) -> Path:
 
 def _number(device: int) -> str:
     return f"{os.major(device)}:{os.minor(device)}"
+
+
+def _suspended(path: str, file: Path) -> BackingError:
+    return BackingError(
+        f"{path}: its file system takes no changes: {holder(file)} waits for one",
+        hint="is it frozen? 'fsfreeze -u' of its mount point thaws it; else, see the kernel's log",
+    )
 
 
 def _overwritten(path: str, file: Path) -> InUseError:

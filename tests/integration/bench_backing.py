@@ -9,6 +9,7 @@ from typing import Self
 from oslo_config import cfg
 
 from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress
 from nvdimm_driver.plugins import unwatched
@@ -29,8 +30,8 @@ class BenchBacking(FsdaxBacking):
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
-        del conf
-        return cls(mountinfo=MOUNTINFO, cross_check=lambda fd, located: None)
+        locks = Locks(Path(conf.state_dir) / "locks")
+        return cls(locks=locks, mountinfo=MOUNTINFO, cross_check=lambda fd, located: None)
 
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         gate = GATES / Path(spec.path).name
