@@ -45,7 +45,10 @@ from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, 
 from nvdimm_driver.xml.client_xml import ClientDomain, check_metadata, read_device, read_domain
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.edit_devices import (
+    Edit,
+    as_named,
     attach,
+    by_real_paths,
     detach,
     paths_in,
     update,
@@ -70,7 +73,6 @@ MIGRATE_DEST_XML = "destination_xml"
 FROM_DOMAIN, NO_DOMAIN_METADATA, OPERATION_INVALID = 20, 80, 55
 
 MARK = NAMESPACE.encode()
-
 T = TypeVar("T")
 
 
@@ -175,17 +177,17 @@ class Interceptor:
 
     def attach_device(self, procedure: int, payload: bytes) -> Steps:
         """Add an NVDIMM to the definition and provision it; refuse to change a running domain."""
-        return (yield from self._change(procedure, payload, "attached to", attach))
+        return (yield from self._change(procedure, payload, "attached to", as_named(attach)))
 
     def detach_device(self, procedure: int, payload: bytes) -> Steps:
         """Remove an NVDIMM from the definition and keep its data; refuse to change a running domain."""
-        return (yield from self._change(procedure, payload, "detached from", detach))
+        return (yield from self._change(procedure, payload, "detached from", by_real_paths(detach)))
 
     def update_device(self, procedure: int, payload: bytes) -> Steps:
         """Change an NVDIMM in the definition; refuse to change a running domain."""
-        return (yield from self._change(procedure, payload, "changed in", update))
+        return (yield from self._change(procedure, payload, "changed in", by_real_paths(update)))
 
-    def _change(self, procedure: int, payload: bytes, what: str, edit: Callable[[str, str], str]) -> Steps:
+    def _change(self, procedure: int, payload: bytes, what: str, edit: Edit) -> Steps:
         values = Unpacker(payload)
         domain, xml = values.domain(), values.encoded()
         flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
@@ -205,11 +207,9 @@ class Interceptor:
             )
         with (yield from self._changing(domain.uuid)):
             before = yield from self._restored((yield from definition(domain)))
-            named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
-            found = yield from self._find_paths(named)
-            changed: str = yield Work(lambda: edit(with_paths(before, found), with_paths(device, found)), Pool.XML)
-            payload = bytes(Packer().string(changed))
-            yield from self._define(Procedure.DOMAIN_DEFINE_XML, payload, locked=domain.uuid)
+            found = yield from self._find_paths((yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)))
+            changed: str = yield Work(lambda: edit(before, device, found), Pool.XML)
+            yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)), locked=domain.uuid)
         return b""
 
     # --- metadata ---

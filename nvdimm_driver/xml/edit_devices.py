@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from nvdimm_driver.errors import DeviceMissingError
 from nvdimm_driver.model import KIB, DomainSpec, NvdimmSpec
@@ -16,6 +16,20 @@ BEHIND_MEMORY = ("crypto", "iommu", "vsock", "pstore")
 """Devices that libvirt writes after memory (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName)."""
 
 _SHOWN = "'virsh dumpxml' shows them"
+
+
+Edit = Callable[[str, str, Mapping[str, str]], str]
+"""Returns domain XML that is changed, by the XML of an NVDIMM, and by the paths that the paths of both lead to now."""
+
+
+def as_named(edit: Callable[[str, str], str]) -> Edit:
+    """Return the edit that takes paths as they are written: errors name them so."""
+    return lambda xml, device, real: edit(xml, device)
+
+
+def by_real_paths(edit: Callable[[str, str], str]) -> Edit:
+    """Return the edit that finds an NVDIMM by the path that the device's path leads to, whatever link that is."""
+    return lambda xml, device, real: edit(with_paths(xml, real), with_paths(device, real))
 
 
 def memory_device(spec: NvdimmSpec, slot: int | None = None) -> str:

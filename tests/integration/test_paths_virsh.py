@@ -40,6 +40,16 @@ def test_libvirt_has_what_a_link_led_to_when_it_was_defined(host: Host) -> None:
     host.check("destroy", "db1")
 
 
+def test_an_error_names_the_paths_as_they_are_written(host: Host) -> None:
+    """One file by two paths is no two NVDIMMs."""
+    link, device = host.libvirtd.folder / "link", host.folder / "device.xml"
+    link.symlink_to(image(host, "db1").parent)
+    host.define("db1", 1)
+    device.write_text(NVDIMM.format(f"{link}/db1.img"))
+    told = host.virsh("attach-device", "db1", device, "--config").stderr
+    assert f"have the same bytes: {image(host, 'db1')} and {link}/db1.img" in told
+
+
 def test_a_link_that_is_turned_has_nothing_deleted_by_release(host: Host) -> None:
     link, victim = host.libvirtd.folder / "link", host.folder / "victim/db1.img"
     victim.parent.mkdir()
