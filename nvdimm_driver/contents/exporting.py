@@ -28,8 +28,7 @@ class Exporter:
         :returns: SHA-256 of the copy, in hexadecimal.
         :raises InUseError: when a domain runs with the NVDIMM, or owns the destination.
         """
-        if not running:
-            self._checks.check_off(spec.path, _RUNNING)
+        last = {} if running else self._checks.check_off(spec.path, _RUNNING)
         destination = resolve(destination)
         for path in (destination, hidden_name(destination)):
             self._checks.check_unowned(path)
@@ -42,7 +41,7 @@ class Exporter:
             digest = copying.copy(content, copy.content, watch("copying"))
             copying.verify(copy.content, digest, watch("verifying"))
             if not running:
-                self._checks.check_off(spec.path, _RUNNING)
+                self._checks.check_off_since(last, spec.path, _RUNNING)
             self._checks.check_unowned(destination)  # a domain may have taken it meanwhile
             copy.publish()
         return digest

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from nvdimm_driver.backing.files import hidden_name
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, RefusedError
@@ -16,6 +17,8 @@ from nvdimm_driver.labels import index_block
 from nvdimm_driver.model import PAGE, SUPERPAGE, Intake, NvdimmSpec, Watch
 from nvdimm_driver.plugins import ByteRange, backing_of
 from nvdimm_driver.sizes import human
+
+_RUNNING = "shut it down first, or copy it while it changes with 'nvdimmctl export --running', and import that copy"
 
 
 class Importer:
@@ -68,9 +71,12 @@ class Importer:
         :param label_size: as for :meth:`import_in_place`.
         :param overwrite: overwrite what is on a device.
         :raises NotFoundError: when there is no such source.
+        :raises InUseError: when a domain runs with the source, or owns the path.
         :raises UnsupportedError: when the source is an image that is not raw.
         :raises RefusedError: when the path is in no pool, a pool's rules forbid it, or something would be overwritten.
         """
+        source = resolve(source)
+        last = self._checks.check_off(source, _RUNNING)
         with reporting_errors_of(source), ordinary_files.open_source(source) as content:
             ordinary_files.check_raw(source, content.read(0, min(PAGE, content.size)))
             found = _label_size(content)
@@ -85,10 +91,13 @@ class Importer:
             self._checks.check_new(spec)
             backing_of(self._checks.backings, path)
             _check_overwrite(path, overwrite)
-            self._copy_in(content, spec, watch)
+            hidden = self._copy_in(content, spec, watch)
+            self._checks.check_off_since(last, source, _RUNNING)
+        self._publish(hidden, spec)
         return spec
 
-    def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> None:
+    def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> NvdimmSpec:
+        """Copy into a backing under its hidden name, if it can have one; return what it is until :meth:`_publish`."""
         backing = backing_of(self._checks.backings, spec.path)
         self._checks.check_unowned(hidden_name(spec.path))
         hidden = backing.allocate(spec)
@@ -99,10 +108,13 @@ class Importer:
         backing.provision(hidden, watch("writing zeros"))
         with backing.open_bytes(hidden) as target:
             copying.verify(target, digest, watch("verifying"))
+        return hidden
+
+    def _publish(self, hidden: NvdimmSpec, spec: NvdimmSpec) -> None:
         self._checks.check_new(spec)
         if hidden != spec:
             self._checks.check_unowned(hidden.path)
-        backing.publish(spec)
+        backing_of(self._checks.backings, spec.path).publish(spec)
 
 
 def new_nvdimm(path: str, size: int, label_size: int) -> NvdimmSpec:

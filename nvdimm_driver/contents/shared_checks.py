@@ -10,11 +10,14 @@ from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import HINTS
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
-from nvdimm_driver.model import PAGE, BackingIdentity, Extent, NvdimmSpec
+from nvdimm_driver.model import PAGE, BackingIdentity, Extent, NvdimmSpec, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
+
+LastRuns = dict[str, Run | None]
+"""The last run of each domain that has a backing, by uuid."""
 
 
 class Checks:
@@ -59,15 +62,29 @@ class Checks:
         ownership.check_marks(self.ledger, self.backings, "", [path])
         self.check_unmapped(path)
 
-    def check_off(self, path: str, hint: str = "shut it down first") -> None:
+    def check_off(self, path: str, hint: str = "shut it down first") -> LastRuns:
         """Check that no domain runs with a backing.
 
         :param hint: of the error.
+        :returns: for :meth:`check_off_since`.
         :raises InUseError: when one does.
         """
-        for record in ownership.owners(self.ledger, path, self.identity(path)):
+        records = ownership.owners(self.ledger, path, self.identity(path))
+        for record in records:
             ownership.check_off(record, hint)
         self.check_unmapped(path)
+        return {record.uuid: self.ledger.find_run(record.uuid) for record in records}
+
+    def check_off_since(self, last: LastRuns, path: str, hint: str) -> None:
+        """Check that no domain has run with a backing since :meth:`check_off`: a copy of it is of one moment.
+
+        :param last: what that has returned.
+        :raises InUseError: when one has.
+        """
+        if self.check_off(path, hint) != last:
+            raise InUseError(
+                f"{path}: a domain ran with it while it was copied, or it was overwritten", hint="copy it again"
+            )
 
     def check_unmapped(self, path: str) -> None:
         """Check that no guest of Xen's has frames of a backing; a device has no mark that would say so.

@@ -313,6 +313,17 @@ def test_an_interrupted_export_goes_on(operator: Operator) -> None:
     assert not partial.exists()
 
 
+def import_by_another_path(operator: Operator, path: Path, status: int) -> subprocess.CompletedProcess[str]:
+    """Have a file of the pool copied into it, from a bind mount that is in no pool."""
+    elsewhere = operator.folder / "elsewhere"
+    elsewhere.mkdir()
+    run("mount", "--bind", path.parent, elsewhere)
+    try:
+        return operator.run("import", elsewhere / path.name, "--name", "copy.img", status=status)
+    finally:
+        run("umount", elsewhere)
+
+
 def test_a_running_domain_keeps_what_it_has(operator: Operator) -> None:
     path, copy = operator.fs.root / "a", operator.folder / "copy"
     path.write_bytes(os.urandom(SIZE))
@@ -330,6 +341,9 @@ def test_a_running_domain_keeps_what_it_has(operator: Operator) -> None:
         assert "db1 is running or starting" in operator.run(*words, status=4).stderr
     for words in (("provision", path, "--size", "16M"), ("import", path)):
         assert f"{path} belongs to domain db1" in operator.run(*words, status=4).stderr
+    refusal = import_by_another_path(operator, path, 4).stderr
+    assert "db1 is running or starting" in refusal
+    assert "nvdimmctl export --running" in refusal
     assert "db1 is running or starting" in operator.run("export", "--force", "db1", copy, status=4).stderr
     assert "--running" in operator.run("export", "db1", copy, status=4).stderr
     done = operator.run("export", "--running", "db1", copy)

@@ -25,7 +25,7 @@ from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec, Poo
 from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
 from tests.unit import doubles
-from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, MemoryBytes, RecordingMapper, make_driver
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, MemoryBytes, RecordingMapper, make_driver, map_prepared
 from tests.unit.label_areas import label_area
 
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
@@ -259,6 +259,26 @@ def test_a_domain_that_was_started_meanwhile_spoils_the_copy(defined: Host, tmp_
     assert not (tmp_path / "copy").exists()
 
 
+def test_what_runs_is_not_copied_into_a_pool(defined: Host, tmp_path: Path) -> None:
+    defined.run(A)
+    with pytest.raises(InUseError, match="db1 is running"):
+        defined.importer.import_copy(A, "/mnt/pmem0/moved", None, 0, watch)
+
+
+def test_a_domain_that_ran_meanwhile_spoils_a_copy(defined: Host, tmp_path: Path) -> None:
+    """It has started after the first check, and has ended before the last one."""
+
+    def run(what: str) -> Progress:
+        defined.driver.prepare(domain(A, B))
+        map_prepared(defined.driver.ledger, 5)
+        assert defined.driver.release(UUID) == ""
+        return unwatched
+
+    with pytest.raises(InUseError, match=f"{A}: a domain ran with it while it was copied, .*copy it again"):
+        defined.exporter.export(spec(), str(tmp_path / "copy"), run, overwrite=False, running=False)
+    assert not (tmp_path / "copy").exists()
+
+
 def test_what_the_system_says_is_told_with_the_path(defined: Host, tmp_path: Path) -> None:
     class Broken(MemoryBacking):
         def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
@@ -313,6 +333,7 @@ def test_what_a_guest_has_that_the_ledger_does_not_know_is_neither_wiped_nor_imp
         lambda: defined.importer.import_in_place(A, None, 0, watch),
         lambda: defined.importer.provision(spec(), watch),
         lambda: defined.exporter.export(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=False),
+        lambda: defined.importer.import_copy(A, f"{A}.moved", None, 0, watch),
     ):
         with pytest.raises(InUseError, match="a: the guest with domid 3 has it, and the ledger does not know that"):
             work()
