@@ -74,6 +74,10 @@ class BackingError(NvdimmError):
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
+class UnwrittenError(BackingError):
+    """Parts of a backing file are not allocated, or not written; they read as zeros, and are nowhere in the memory."""
+
+
 class InUseError(NvdimmError):
     """A backing belongs to, or is in use by, another domain."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 # Only the C half of cffi: it loads in 2 ms; cffi itself, which parses C, takes 55.
 from _cffi_backend import FFI
 
-from nvdimm_driver.errors import BackingError
+from nvdimm_driver.errors import BackingError, UnwrittenError
 from nvdimm_driver.model import GIB, PAGE, Extent
 from nvdimm_driver.sizes import human
 
@@ -51,7 +51,6 @@ _REASONS = {
     "NOT_ALIGNED": ("is not aligned to blocks", _COPY),
     "DATA_INLINE": ("is inside the file system's metadata", _COPY),
     "DATA_TAIL": ("shares a block with another file's tail", _COPY),
-    "UNWRITTEN": ("is allocated and not written", "it needs provisioning: define the domain again"),
     "SHARED": (
         "shares its blocks with another file (reflink) or a snapshot",
         "delete that file, or copy what is shared: of a domain's file, with 'nvdimmctl check --repair' while the "
@@ -137,21 +136,23 @@ def holes(extents: Sequence[FileExtent], length: int) -> Iterator[tuple[int, int
 def check_holes(path: str, extents: Sequence[FileExtent], length: int) -> None:
     """Refuse a file that is sparse in its first ``length`` bytes.
 
-    :raises BackingError: naming the first hole, and the number and size of all.
+    :raises UnwrittenError: naming the first hole, and the number and size of all.
     """
     found = list(holes(extents, length))
     if found:
-        raise BackingError(
+        raise UnwrittenError(
             f"{path}: is sparse: {human(found[0][1])} at {found[0][0]:#x} are not allocated; "
             f"holes: {len(found)}, {human(sum(size for _, size in found))} in all",
-            hint=f"allocate all of it: fallocate -l {length} '{path}'",
+            hint=f"allocate all of it: fallocate -l {length} '{path}'; or, if it is a domain's file from a backup: "
+            "nvdimmctl check --repair",
         )
 
 
 def check_flags(path: str, extents: Sequence[FileExtent], *, allowed: int = LAST | MERGED) -> None:
     """Refuse extents whose bytes are not plain bytes that stay where FIEMAP says.
 
-    :raises BackingError: naming the first one with a flag that is not allowed, and the reason.
+    :raises UnwrittenError: when the first one with a flag that is not allowed is not written.
+    :raises BackingError: naming that one, and the reason, when it has another flag.
     """
     for extent in extents:
         if not extent.flags & ~allowed:
@@ -159,11 +160,13 @@ def check_flags(path: str, extents: Sequence[FileExtent], *, allowed: int = LAST
         refused = FileExtent(extent.offset, extent.physical, extent.length, extent.flags & ~allowed)
         # The last one says most: DATA_ENCRYPTED comes with ENCODED, DELALLOC with UNKNOWN.
         reason, hint = _REASONS.get(refused.flag_names[-1], ("has a flag that this driver does not know", ""))
-        raise BackingError(
-            f"{path}: its extent at {extent.offset:#x} ({human(extent.length)}) {reason} "
-            f"(FIEMAP flags {', '.join(refused.flag_names)})",
-            hint=hint,
-        )
+        which = f"{path}: its extent at {extent.offset:#x} ({human(extent.length)})"
+        if refused.flags == UNWRITTEN:
+            raise UnwrittenError(
+                f"{which} is allocated and not written",
+                hint="define the domain again; or, if it is a domain's file from a backup: nvdimmctl check --repair",
+            )
+        raise BackingError(f"{which} {reason} (FIEMAP flags {', '.join(refused.flag_names)})", hint=hint)
 
 
 def to_machine(

@@ -12,7 +12,7 @@ from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError
+from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, UnwrittenError
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
@@ -190,7 +190,11 @@ class _Look:
         if backing.is_shared(item.spec):
             yield self._shared(record, item, backing)
             return
-        found = backing.locate(item.spec).identity
+        try:
+            found = backing.locate(item.spec).identity
+        except UnwrittenError as error:
+            yield self._unwritten(record, item, backing, error)
+            return
         if found != item.identity:
             problem = f"it is not the backing that was provisioned: {describe_differences(found, item.identity)}"
             if found.inode == 0:
@@ -228,6 +232,18 @@ class _Look:
         if record.start is not None:
             return inconsistency("delete that file, whose reader sees what the guest writes")
         return inconsistency("copy what is shared", self.changes.of(record, self.changes.unshare, backing, item))
+
+    def _unwritten(self, record: Record, item: Allocation, backing: Backing, error: UnwrittenError) -> Inconsistency:
+        """Return a file with parts that are nowhere in the memory, as a copy of a backup has where that has zeros."""
+        problem = error.message.removeprefix(f"{item.spec.path}: ")
+        inconsistency = partial(Inconsistency, record.name, item.spec.path, problem)
+        file = self.files.get(item.spec.path) or backing.inspect(item.spec.path)
+        if file is None or file.identity is None or not _on_same_volume(file.identity, item.identity):
+            return inconsistency("mount the file system that had it there")
+        if record.start is not None:
+            return inconsistency(f"shut domain {record.name} down first")
+        remedy = "take it as it is, and write zeros where it reads as zeros"
+        return inconsistency(remedy, self.changes.of(record, self.changes.fill, backing, item))
 
     def _named(self, kind: str) -> Backing:
         return backing_named(self.driver.backings, kind)

@@ -61,6 +61,13 @@ class Changes:
         backing.extend(item.spec)
         self.adopt(record, backing, item)
 
+    def fill(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Take a file as it is; parts that are not allocated, or not written, become the zeros as which they read."""
+        ownership.check_off(record)
+        self._check_mark(record, item)
+        backing.fill_holes(item.spec)
+        self.adopt(record, backing, item)
+
     def adopt(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
         changed = self._provision(record, backing, item)

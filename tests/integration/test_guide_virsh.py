@@ -50,8 +50,8 @@ def steps(title: str) -> list[list[str]]:
     """Return the commands of each block in the section with this title, for a domain that is off."""
     section = re.split(rf"^{re.escape(title)}\n~+\n", GUIDE, flags=re.MULTILINE)[1]
     section = re.split(r"^\S.*\n[~-]+$", section, flags=re.MULTILINE)[0]
-    blocks = re.findall(r"^\.\. code-block:: console\n\n((?:    .*\n)+)", section, re.MULTILINE)
-    found = [re.findall(r"^    # (.+)$", block, re.MULTILINE) for block in blocks]
+    blocks = re.findall(r"^ *\.\. code-block:: console\n\n((?:    .*\n)+)", section, re.MULTILINE)
+    found = [re.findall(r"^ +# (.+)$", block, re.MULTILINE) for block in blocks]
     return [[command for command in block if not command.startswith("virsh shutdown")] for block in found]
 
 
@@ -62,7 +62,9 @@ def do(host: Host, commands: list[str], *, size: str = "8M") -> None:
             "sh",
             "-c",
             f"cd {host.folder} && export PATH={host.folder}/bin:$PATH EDITOR={host.folder}/bin/editor && yes | "
-            + command.replace("/srv/backup", f"{host.folder}/backup").replace("32G", size),
+            + command.replace("/srv/backup", f"{host.folder}/backup")
+            .replace("/mnt/pmem0", f"{host.folder}/pmem")
+            .replace("32G", size),
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
 
@@ -130,6 +132,21 @@ def test_a_backup_is_restored_in_the_place_of_what_is_there(host: Host) -> None:
     assert paths(host, "first") == {0: "first.img", 1: "second.img"}
     assert read(host, "first.img") == "of first.img"
     assert read(host, "second.img") == "of second.img"
+    is_mapped(host, "first")
+
+
+def test_a_file_that_is_lost_is_copied_from_its_backup(host: Host) -> None:
+    """The backup is sparse, and so is what cp makes of it."""
+    define(host, "first", "first.img")
+    do(host, steps("Backup")[0])
+    before = host.sum("first")
+    host.libvirtd.run("rm", image(host, "first"))
+    copy, check = steps("When something is lost")
+    do(host, copy)
+    assert [command.split()[0] for command in check] == ["nvdimmctl", "nvdimmctl"]
+    do(host, check[1:])
+    assert host.sum("first") == before
+    assert host.nvdimmctl("check").returncode == 0
     is_mapped(host, "first")
 
 

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that was lost and comes from a backup is taken by a repair, with all its bytes; on real ext4 and XFS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.cmd.ctl.check import _repair
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.errors import BackingError
+from nvdimm_driver.model import NvdimmSpec
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_ownership_real import SIZE, Host, empty, quiet
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
+
+
+@pytest.fixture(params=list(MKFS))
+def host(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem], tmp_path: Path) -> Iterator[Host]:
+    """Return a host with a domain, and a backup of its file in the ordinary way."""
+    host = Host(tmp_path, file_systems[request.param])
+    host.define("a.img", data=b"of the guest" * 1000)
+    host.driver.exporter.export(
+        NvdimmSpec(0, host.path("a.img"), SIZE), backup(host), quiet, overwrite=False, running=False
+    )
+    yield host
+    empty(file_systems[request.param])
+
+
+def backup(host: Host) -> str:
+    return str(host.folder / "backup")
+
+
+def repair(host: Host) -> list[tuple[str, ...]]:
+    return _repair(lambda: look(host.driver))
+
+
+def start(host: Host) -> None:
+    host.mapper.alive[7] = host.record().uuid
+    host.driver.prepare(host.domain("a.img"))
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["a new file", "the same file"])
+@pytest.mark.parametrize("way", ["sparse", "unwritten", "written"])
+def test_a_repair_takes_what_was_copied_from_a_backup(host: Host, way: str, new: bool) -> None:
+    before = host.read("a.img")
+    (had,) = host.record().allocations
+    if new:
+        os.unlink(host.path("a.img"))
+    run("cp", f"--sparse={'never' if way == 'written' else 'always'}", backup(host), host.path("a.img"))
+    if way == "unwritten":
+        run("fallocate", "-l", str(SIZE), host.path("a.img"))
+    if way != "written":
+        with pytest.raises(BackingError):
+            start(host)
+    rows = repair(host)
+    assert look(host.driver) == [], rows
+    assert host.read("a.img") == before
+    (has,) = host.record().allocations
+    assert (has.spec, has.base) == (had.spec, had.base)
+    assert host.mark("a.img")
+    start(host)
+
+
+def test_a_file_of_that_name_on_another_file_system_is_left_alone(host: Host) -> None:
+    """The pool's own is not mounted."""
+    run("mount", "-t", "tmpfs", "none", host.fs.root)
+    try:
+        run("cp", "--sparse=always", backup(host), host.path("a.img"))
+        allocated = os.stat(host.path("a.img")).st_blocks
+        repair(host)
+        assert os.stat(host.path("a.img")).st_blocks == allocated
+        assert look(host.driver)
+    finally:
+        run("umount", host.fs.root)
+    assert look(host.driver) == []
+
+
+def test_the_file_of_a_guest_that_runs_is_not_repaired(host: Host) -> None:
+    """Root has taken the flag away, and punched a hole."""
+    start(host)
+    run("chattr", "-i", host.path("a.img"))
+    run("fallocate", "--punch-hole", "-o", str(SIZE // 2), "-l", str(1 << 20), host.path("a.img"))
+    (found,) = [each for each in look(host.driver) if "sparse" in each.problem]
+    assert (found.remedy, found.mend) == ("shut domain x down first", None)
