@@ -2,7 +2,7 @@
 """The host loses power at random moments: what a guest was told is durable is there, and so is everything else.
 
 Killing the emulated host keeps every store that reached its NVDIMMs, as on a platform whose caches are flushed when
-power fails. What dom0 had not written back to its own disk is lost.
+power fails. What was only in dom0's page cache is lost; its own disk keeps all writes that it was given, in order.
 """
 
 from __future__ import annotations
