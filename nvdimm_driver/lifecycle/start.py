@@ -14,11 +14,11 @@ from pathlib import Path
 from nvdimm_driver import logs
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.paths import resolve
-from nvdimm_driver.errors import InUseError, NvdimmError
+from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start
-from nvdimm_driver.plugins import Backing, Mapper, backing_of, exists
+from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.ledger import Ledger
@@ -99,14 +99,37 @@ class Starts:
         record = self.ledger.find_domain(start.uuid)
         identities = {item.spec.path: item.identity for item in (record.allocations if record else ())}
         frozen = ownership.frozen_paths(self.backings, start.paths)
+        had = {**dict(saved_guest.backings_of(begun) if begun else ()), **identities}
         try:
             for path in start.paths:
+                if self._is_away(path, had.get(path)):
+                    left = Event(
+                        "left-immutable", start.uuid, record.name if record else "", start.domid, {"path": path}
+                    )
+                    logs.tell(left)
                 self.thaw(path, identities.get(path), over=start)
         finally:
             self._let_go(start, holders, servers)
         ownership.settle_marks(self.ledger, self.backings, start, frozen)
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
+
+    def _is_at(self, path: str, identity: BackingIdentity) -> bool:
+        found = ownership.identity_at(self.backings, path)
+        return found is not None and identity.shares_bytes(found)
+
+    def _is_away(self, path: str, identity: BackingIdentity | None) -> bool:
+        """Return True when a file is not at its path and may exist: its file system is not mounted there, or covered.
+
+        :param identity: of the file; None if nobody knows it.
+        """
+        if identity is None or not identity.inode or self._is_at(path, identity):
+            return False
+        try:
+            backing_named(self.backings, identity.kind).check_home(path, identity)
+        except BackingError:
+            return True
+        return False
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.

@@ -36,6 +36,7 @@ LOGGED = {
     "bad-blocks": "WARNING",
     "misplaced-labels": "WARNING",
     "put-away-failed": "ERROR",
+    "left-immutable": "WARNING",
     "hook-failed": "ERROR",
     "label-server-failed": "ERROR",
     "hold-failed": "ERROR",

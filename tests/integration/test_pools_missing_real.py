@@ -18,7 +18,7 @@ from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import IMAGE, MKFS, SPA, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable
-from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 from tests.unit.fake_sysfs import FakeSysfs
 
 OTHER_NAMESPACE = "6a1b2c3d-0000-4000-8000-000000000002"
@@ -105,6 +105,29 @@ def test_nothing_of_a_pool_that_is_not_there_is_repaired(
         assert [each.mend for each in found] == [None] * len(found)
     assert host.record() == before
     assert look(host.driver) == []
+
+
+@pytest.mark.parametrize("what", ["an empty mount point", "another file system"])
+def test_a_guest_that_ends_while_its_files_are_away_leaves_them_immutable_and_says_so(
+    host: Host, file_systems: dict[str, FileSystem], caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """The host went down with the guest, and nobody mounted the pool when it was up again."""
+    domain = DomainSpec("x", UUID, 512 * MIB, None, tuple(item.spec for item in host.record().allocations))
+    host.mapper.alive[7] = UUID
+    host.driver.prepare(domain)
+    map_prepared(host.driver.ledger, 7)
+    del host.mapper.alive[7]
+    with covered(host, file_systems["xfs"], what):
+        host.driver.reconcile()
+    assert host.record().start is None
+    for name in ("a.img", "b.img"):
+        assert f"event=left-immutable domain=x uuid={UUID} domid=7 path={host.path(name)}" in caplog.text
+        assert is_immutable(host.path(name))
+    left = [(each.path, each.problem) for each in look(host.driver)]
+    assert left == [(host.path(name), "it is immutable, but no known start needs that") for name in ("a.img", "b.img")]
+    repair(host)
+    assert look(host.driver) == []
+    assert not is_immutable(host.path("a.img"))
 
 
 def test_a_file_that_was_truncated_to_nothing_is_completed_by_its_mark(host: Host) -> None:
