@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Collection, Iterable, Sequence
@@ -28,12 +27,12 @@ from nvdimm_driver.contents.shared_checks import Checks
 from nvdimm_driver.contents.wiping import Wiper
 from nvdimm_driver.errors import (
     ConfigError,
-    FullDiskError,
     InUseError,
     LayoutError,
     LedgerError,
     NvdimmError,
     UnsupportedError,
+    own_file_error,
 )
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
@@ -552,6 +551,4 @@ def _replace(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise FullDiskError(f"cannot write {path}: the disk is full", hint="make room, and try again") from error
-        raise LedgerError(f"cannot write {path}: {error.strerror}") from error
+        raise own_file_error(f"cannot write {path}", error) from error

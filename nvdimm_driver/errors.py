@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """All errors, for people (message and hint), scripts (exit code) and libvirt clients (error code).
 
-Imports nothing: the device model, which has to start fast, uses it.
+Imports next to nothing: the device model, which has to start fast, uses it.
 """
+
+import errno
+import os
 
 # include/libvirt/virterror.h
 VIR_ERR_INTERNAL_ERROR = 1
@@ -36,6 +39,21 @@ class NvdimmError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM)
+_READ_ONLY = "if Linux made it so after an error, 'dmesg' has that error; mount it read-write again"
+
+
+def hint_of(error: OSError) -> str:
+    """Return what to do about an error with a file of the driver's own; empty when the error says all there is."""
+    if error.errno in _REFUSED:
+        denied = "root is refused, too: is it immutable (lsattr), or does AppArmor deny it (dmesg)?"
+        return "run as root" if os.geteuid() else denied
+    if error.errno in _FULL:
+        return "make room, and try again"
+    return {errno.EROFS: _READ_ONLY, errno.EIO: "look at the kernel's log: dmesg"}.get(error.errno or 0, "")
 
 
 class DomainXmlError(NvdimmError):
@@ -112,6 +130,17 @@ class LedgerError(NvdimmError):
 
 class FullDiskError(LedgerError):
     """The file system of the ledger is full, as far as SQLite can tell."""
+
+
+def own_file_error(problem: str, error: OSError) -> LedgerError:
+    """Return the error for a file of the driver's own that cannot be made or written.
+
+    :param problem: what is wrong with which file.
+    """
+    if error.errno in _FULL:
+        return FullDiskError(f"{problem}: the disk is full", hint=hint_of(error))
+    why = "its file system is read-only" if error.errno == errno.EROFS else error.strerror
+    return LedgerError(f"{problem}: {why}", hint=hint_of(error))
 
 
 class DamagedLedgerError(LedgerError):

@@ -67,6 +67,21 @@ def take(lock: int, client: str = "") -> bool:
     return True
 
 
+def is_taken(file: Path) -> bool:
+    """Return True while a process has a lock; nothing is written, so the disk may be full or read-only."""
+    try:
+        lock = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def leave_waiting(lock: int, process: int) -> None:
     """Write into a lock of this process that another one has it, too, and keeps it: it waits and cannot be killed."""
     with suppress(OSError):

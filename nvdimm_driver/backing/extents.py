@@ -7,6 +7,7 @@ machine addresses. Pagemap does not show what the file system may do next with a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -25,6 +26,7 @@ from nvdimm_driver.sizes import human
 # include/uapi/linux/fs.h, include/uapi/linux/fiemap.h
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP_FLAG_SYNC = 0x1
+_UNKNOWN_CALL = (errno.ENOTTY, errno.EOPNOTSUPP)
 LAST = 0x1
 SHARED = 0x2000
 UNWRITTEN = 0x800
@@ -109,7 +111,7 @@ def fiemap(fd: int, length: int, *, batch: int = _BATCH) -> tuple[FileExtent, ..
         except OSError as error:
             raise BackingError(
                 f"the file system does not show the file's extents: FIEMAP: {error.strerror}",
-                hint="use ext4 or XFS",
+                hint="use ext4 or XFS" if error.errno in _UNKNOWN_CALL else "",
             ) from error
         count = _HEADER.unpack_from(buffer)[3]
         end = _HEADER.size + count * _EXTENT.size
@@ -254,7 +256,8 @@ def _opened_pagemap() -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise BackingError(f"{path}: {error.strerror}", hint=_ONLY_ROOT) from error
+        hint = _ONLY_ROOT if isinstance(error, PermissionError) else ""
+        raise BackingError(f"{path}: {error.strerror}", hint=hint) from error
     try:
         yield fd
     finally:

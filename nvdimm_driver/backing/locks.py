@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nvdimm_driver.backing.fsfreeze import find_waiting
-from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.errors import BackingError, InUseError, hint_of
 from nvdimm_driver.lock_files import holder, is_at, is_waiting, leave_waiting, take
 
 FREEZE_SECONDS = 5.0
@@ -126,7 +126,7 @@ class Locks:
             file.parent.mkdir(mode=0o700, exist_ok=True)
             return os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise BackingError(f"{file}: {error.strerror}", hint="run as root; is the disk full?") from error
+            raise BackingError(f"{file}: {error.strerror}", hint=hint_of(error)) from error
 
 
 def _writer(folder: Path, fd: int) -> Path:

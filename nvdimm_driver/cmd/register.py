@@ -21,7 +21,7 @@ from nvdimm_driver.cmd import apparmor_rules, systemd_units
 from nvdimm_driver.cmd.installed_files import MARK, install, remove
 from nvdimm_driver.doctor.programs import Script
 from nvdimm_driver.driver import load_driver
-from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
+from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, hint_of
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.state.ledger import Ledger
@@ -83,7 +83,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         yield from apparmor_rules.allow(conf)
         yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
-        raise ConfigError(f"cannot install: {error}", hint="run as root") from error
+        raise ConfigError(f"cannot install: {error}", hint=hint_of(error)) from error
 
 
 def _protect(log_file: Path) -> Iterator[str]:
@@ -107,7 +107,7 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
         yield from apparmor_rules.forbid(conf)
         yield from systemd_units.disable(conf)
     except OSError as error:
-        raise ConfigError(f"cannot remove: {error}", hint="run as root") from error
+        raise ConfigError(f"cannot remove: {error}", hint=hint_of(error)) from error
     if not os.path.exists(_ledger(conf)):
         return
     yield f"kept {conf.state_dir}"

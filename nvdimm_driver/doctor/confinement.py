@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nvdimm_driver import apparmor
 from nvdimm_driver.doctor.finding import Finding, noted, passed, warned
+from nvdimm_driver.errors import hint_of
 from nvdimm_driver.host_text import read
 from nvdimm_driver.processes import start_time
 
@@ -68,7 +69,7 @@ def check_profiles(root: Path = Path("/")) -> Finding:
     try:
         lines = read(root / "sys/kernel/security/apparmor/profiles").splitlines()
     except OSError as error:
-        return noted(check, f"is on; its profiles cannot be listed: {error.strerror}", "run as root")
+        return noted(check, f"is on; its profiles cannot be listed: {error.strerror}", hint_of(error))
     loose = [name for name in apparmor.PROFILES if f"{name} (enforce)" not in lines]
     if not loose:
         return passed(check, f"confines {', '.join(apparmor.PROFILES)}")

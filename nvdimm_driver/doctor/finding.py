@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.errors import NvdimmError, hint_of
 
 
 class Result(StrEnum):
@@ -57,4 +57,4 @@ def could_not(check: str, error: NvdimmError | OSError) -> Finding:
     """Return a FAIL for a check that could not be done because of this error."""
     if isinstance(error, NvdimmError):
         return failed(check, error.message, error.hint)
-    return failed(check, str(error), "run as root" if isinstance(error, PermissionError) else "")
+    return failed(check, str(error), hint_of(error))

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
-from nvdimm_driver.errors import FullDiskError, InUseError, LedgerError
-from nvdimm_driver.lock_files import LockFile, holder
+from nvdimm_driver.errors import InUseError, own_file_error
+from nvdimm_driver.lock_files import LockFile, holder, is_taken
 from nvdimm_driver.state.reserve import Reserve
 
 WAIT_SECONDS = 2.0
@@ -48,14 +47,7 @@ class DomainLocks:
 
     def is_changing(self, uuid: str) -> bool:
         """Return True while a process has the lock for changes of the domain's claims."""
-        file = self._folder / f"define-{uuid}"
-        try:
-            LockFile(file).close()
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False  # the folder is not there: nobody has a lock
-        return False
+        return is_taken(self._folder / f"define-{uuid}")
 
     def starting(self, uuid: str) -> LockFile:
         """Take the lock for the preparation of the domain's start.
@@ -77,6 +69,4 @@ class DomainLocks:
         except BlockingIOError as error:
             raise InUseError(f"{what} by {holder(file)}", hint="wait until that ends, or stop it") from error
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise FullDiskError(f"cannot make {file}: the disk is full", hint="make room, and try again") from error
-            raise LedgerError(f"cannot make {file}: {error.strerror}", hint="run as root") from error
+            raise own_file_error(f"cannot make {file}", error) from error

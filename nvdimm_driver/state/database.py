@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 
-from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError
+from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError, hint_of, own_file_error
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state.events import Event, unheard
 from nvdimm_driver.state.reserve import Reserve
@@ -188,14 +188,12 @@ class Database:
         failed = f"cannot {what} {self.path}"
         why = _write_error(os.path.dirname(self.path) or ".") if code in UNWRITTEN else 0
         if extended in FULL or why in (errno.ENOSPC, errno.EDQUOT):
-            return FullDiskError(f"{failed}: the disk is full", hint="make room, and try again")
-        if why == errno.EROFS:
-            return LedgerError(
-                f"{failed}: its file system is read-only",
-                hint="if Linux made it so after an error, 'dmesg' has that error; mount it read-write again",
-            )
-        if code == sqlite3.SQLITE_READONLY or why in (errno.EACCES, errno.EPERM):
-            return LedgerError(f"{failed}: {error}", hint="run as root")
+            return own_file_error(failed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        if why:
+            return own_file_error(failed, OSError(why, os.strerror(why)))
+        if code == sqlite3.SQLITE_READONLY:
+            refused = OSError(errno.EACCES, str(error))  # the folder can be written, and not the file
+            return LedgerError(f"{failed}: {error}", hint=hint_of(refused))
         if code in UNWRITTEN:
             return FullDiskError(f"{failed}: {error}", hint="is the disk full?")
         return LedgerError(f"cannot {what} {self.path}: {error}")
@@ -254,7 +252,9 @@ def _rename(path: str) -> str:
             if os.path.exists(path + suffix):
                 os.rename(path + suffix, aside + suffix)
     except OSError as error:
-        raise LedgerError(f"{path} cannot be renamed to {aside}: {error.strerror}", hint="try again") from error
+        raise LedgerError(
+            f"{path} cannot be renamed to {aside}: {error.strerror}", hint=hint_of(error) or "try again"
+        ) from error
     return aside
 
 

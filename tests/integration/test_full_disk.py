@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.cmd.device_model import Log, attach
 from nvdimm_driver.doctor.storage import check_state
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import FullDiskError, LedgerError
+from nvdimm_driver.errors import BackingError, FullDiskError, LedgerError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.reserve import SIZE, SLICE
@@ -143,6 +144,24 @@ def test_on_a_read_only_file_system_a_start_fails_and_the_error_says_why(disk: D
     assert "Read-only file system: no domain with NVDIMMs can start" in str(found)
     run("mount", "-o", "remount,rw", disk.root)
     disk.prepare()
+
+
+def test_on_a_read_only_file_system_a_lock_says_why(disk: Disk) -> None:
+    """That it is read-only, and not to run as root."""
+    driver = disk.driver()
+    driver.ledger.close()
+    locks = Locks(disk.state / "locks")
+    run("mount", "-o", "remount,ro", disk.root)
+    with pytest.raises(LedgerError, match=r"define-\S+: its file system is read-only \(if Linux made it so"):
+        driver.locks.changing(UUID)
+    with (
+        open(__file__, "rb") as file,
+        pytest.raises(BackingError, match=r"Read-only file system \(if Linux made it so"),
+        locks.freezing(file.fileno(), A),
+    ):
+        pass
+    run("mount", "-o", "remount,rw", disk.root)
+    driver.locks.changing(UUID).close()
 
 
 def test_a_define_does_not_take_the_reserve_and_leaves_all_as_it_was(disk: Disk) -> None:

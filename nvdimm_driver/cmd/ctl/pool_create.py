@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.cmd.ctl.base import Action
-from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError
+from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, hint_of
 from nvdimm_driver.processes import run
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _do(step: RunCommand | WriteFile, wish: Wish) -> str:
         Path(step.path).parent.mkdir(parents=True, exist_ok=True)
         Path(step.path).write_text(step.text)
     except OSError as error:
-        raise ConfigError(f"cannot write {step.path}: {error.strerror}", hint="run as root") from error
+        raise ConfigError(f"cannot write {step.path}: {error.strerror}", hint=hint_of(error)) from error
     return ""
 
 
