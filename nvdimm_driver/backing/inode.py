@@ -37,8 +37,15 @@ def generation(fd: int) -> int:
 
 
 def is_frozen(fd: int) -> bool:
-    """Return True when :func:`freeze` has made the file immutable, also while :func:`thawed` undoes that."""
-    return _FROZEN in os.listxattr(fd)
+    """Return True when :func:`freeze` has made this file immutable, also while :func:`thawed` undoes that.
+
+    ``cp -a`` copies the attribute that says so, but not the flag. An earlier version did not write on which file it
+    was: there, the flag counts.
+    """
+    if _FROZEN not in os.listxattr(fd):
+        return False
+    written_on = os.getxattr(fd, _FROZEN)
+    return written_on == _itself(fd) if written_on else is_immutable(fd)
 
 
 def is_immutable(fd: int) -> bool:
@@ -53,7 +60,7 @@ def freeze(fd: int) -> None:
     own ``chattr +i``.
     """
     if not is_immutable(fd):
-        os.setxattr(fd, _FROZEN, b"")
+        os.setxattr(fd, _FROZEN, _itself(fd))
         _set_immutable(fd, True)
 
 
@@ -70,6 +77,7 @@ def thawed(fd: int) -> Iterator[None]:
     frozen = is_frozen(fd)
     if frozen:
         _set_immutable(fd, False)
+        os.setxattr(fd, _FROZEN, _itself(fd))  # which an earlier version has not written
     try:
         yield
     finally:
@@ -104,7 +112,7 @@ def mark(fd: int, text: bytes | None) -> None:
     """Record the owner on the file, where only root sees it; None removes the record. The caller has to sync the file.
 
     A frozen file keeps the record that it has until it is thawed: whoever thawed it for that, and was killed, would
-    leave a running guest's file mutable. One that an earlier version has left so is frozen again.
+    leave a running guest's file mutable. One that :func:`thawed` has left so is frozen again.
     """
     if is_frozen(fd):
         _set_immutable(fd, True)
@@ -129,6 +137,11 @@ def set_copy_size(fd: int, size: int) -> None:
     """Ask XFS to copy shared extents in aligned pieces of ``size`` bytes, when they are written."""
     flags, extent_size, extents, project, _ = _FSXATTR.unpack(_get_xattr(fd))
     fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | XFLAG_COWEXTSIZE, extent_size, extents, project, size))
+
+
+def _itself(fd: int) -> bytes:
+    """Return inode and generation of the file."""
+    return f"{os.fstat(fd).st_ino} {generation(fd)}".encode()
 
 
 def _set_immutable(fd: int, immutable: bool) -> None:

@@ -371,9 +371,9 @@ class _Look:
         A mark of an earlier version does not say on which file it was written.
         """
         found = self._marks.get((uuid, slot), [])
-        sure = [file.path for file, mark in found if file.frozen or mark.is_original(file.identity)]
-        maybe = [file.path for file, mark in found if not mark.is_copied(file.identity)]
-        return sure or maybe or [file.path for file, _ in found]
+        maybe = [(file, mark) for file, mark in found if not mark.is_copied(file.identity)]
+        sure = [(file, mark) for file, mark in maybe if file.frozen or mark.is_original(file.identity)]
+        return [file.path for file, _ in sure or maybe or found]
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)

@@ -17,7 +17,7 @@ from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.state import owner_marks
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import Host, empty, is_immutable
-from tests.unit.doubles import OTHER_UUID
+from tests.unit.doubles import OTHER_UUID, map_prepared
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,15 @@ def host(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem], tm
     empty(file_systems[request.param])
 
 
-def copy(host: Host) -> None:
-    """Copy the file with its mark, under names before and after its own; the guest writes on."""
+def copy_only(host: Host) -> None:
+    """Copy the file with its mark, under names before and after its own."""
     for name in ("a.bak", "z.bak"):
         run("cp", "-a", "--sparse=never", "--reflink=never", host.path("a.img"), host.path(name))
+
+
+def copy(host: Host) -> None:
+    """Copy the file with its mark; the guest writes on."""
+    copy_only(host)
     with open(host.path("a.img"), "r+b") as file:
         file.write(b"NEW" * 1000)
 
@@ -59,6 +64,13 @@ def as_an_earlier_version_marks(host: Host, name: str) -> None:
     record = host.record()
     with open(host.path(name), "rb") as file:
         inode.mark(file.fileno(), owner_marks.pack(record, _unidentified(record)))
+
+
+def as_an_earlier_version_freezes(host: Host, name: str) -> None:
+    with open(host.path(name), "rb") as file:
+        inode.thaw(file.fileno())
+        os.setxattr(file.fileno(), "trusted.nvdimm_driver.frozen", b"")
+        inode._set_immutable(file.fileno(), True)
 
 
 def _unidentified(record: Record) -> Allocation:
@@ -97,6 +109,34 @@ def test_a_lost_ledger_is_made_again_with_the_file_that_a_guest_runs_with(host: 
     assert record.start.domid == 7
     assert is_immutable(host.path("a.img"))
     assert host.mark("a.img")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_copy_of_a_running_guests_file_is_not_frozen(host: Host, earlier: bool) -> None:
+    """``cp -a`` copies the attribute by which a file is known as frozen, and not the flag that makes it immutable."""
+    uuid = host.record().uuid
+    host.mapper.alive[7] = uuid
+    host.driver.prepare(host.domain("a.img"))
+    map_prepared(host.driver.ledger, 7)
+    if earlier:
+        as_an_earlier_version_freezes(host, "a.img")
+    copy_only(host)
+    assert [(each.path, each.remedy) for each in look(host.driver)] == [
+        (host.path(name), "remove the mark") for name in ("a.bak", "z.bak")
+    ]
+    host.driver.define(host.domain("z.bak", OTHER_UUID))
+    host.driver.forget(OTHER_UUID)
+    lose(host)
+    repair(host)
+    assert look(host.driver) == []
+    record = host.record()
+    assert [item.spec.path for item in record.allocations] == [host.path("a.img")]
+    assert (record.start.domid if record.start else None) == 7
+    assert [is_immutable(host.path(name)) for name in ("a.img", "a.bak", "z.bak")] == [True, False, False]
+    host.mapper.alive.clear()
+    assert host.driver.release(uuid) == ""
+    assert not is_immutable(host.path("a.img"))
+    assert look(host.driver) == []
 
 
 def test_marks_of_an_earlier_version_do_not_say_which_is_the_copy_and_nothing_is_repaired(host: Host) -> None:
