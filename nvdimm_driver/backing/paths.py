@@ -49,6 +49,22 @@ def check_length(path: str) -> None:
         )
 
 
+def same_file_system(one: str, other: str) -> bool:
+    """Return True when two paths are on one file system; of a path that is not there, the folder above counts.
+
+    :param one: resolved, as the other is.
+    """
+    return _device(one) == _device(other)
+
+
+def _device(path: str) -> int:
+    while True:
+        try:
+            return os.stat(path).st_dev
+        except OSError:
+            path = os.path.dirname(path)
+
+
 def resolve(path: str) -> str:
     """Return the path that a path leads to: absolute, without symbolic links, ``..`` and double slashes.
 

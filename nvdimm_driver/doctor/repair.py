@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from nvdimm_driver.backing.identity import describe_differences
-from nvdimm_driver.backing.paths import HINTS, resolve
+from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, UnwrittenError
@@ -256,6 +256,11 @@ class _Look:
         inconsistency = partial(Inconsistency, record.name, item.spec.path)
         if len(moved) > 1:
             return inconsistency(f"it is not there; {_several(moved)}", _WHICH)
+        if moved and not same_file_system(moved[0], item.spec.path):
+            return inconsistency(
+                f"it is not there; its file system is mounted in another place, and has it as {moved[0]}",
+                "mount it where it was, or define the domain with that path: the NVDIMM stays the same",
+            )
         if moved:
             backing = self._named(item.identity.kind if item.identity else "")
             move = self.changes.of(record, self.changes.move_back, backing, moved[0], item)
@@ -296,7 +301,10 @@ class _Look:
         had, file = self._find(mark.uuid, mark.spec.slot), self.files.get(path)
         if had and file and not self._is_still(had) and not self._is_later(file, had):
             problem = f"what is there is {had.spec.path} of domain {mark.name} ({mark.uuid}), by its mark"
-            return Inconsistency(record.name, path, problem, f"have it moved back to {had.spec.path} first")
+            remedy = f"have it moved back to {had.spec.path} first"
+            if item.identity and file.identity and not _on_same_volume(file.identity, item.identity):
+                remedy = f"mount the file system that had {path} here again, and the one that is here where it was"
+            return Inconsistency(record.name, path, problem, remedy)
         if file is None:
             word = word_for(record.name, record.uuid)
             return Inconsistency(record.name, path, problem, f"nvdimmctl release {word}: the file keeps its mark")

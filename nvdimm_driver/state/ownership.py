@@ -189,6 +189,12 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     moved = bool(items) and mark.is_original(file.identity)
     if not moved and any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
         return
+    if moved and has_bytes(items, file.identity):
+        raise InUseError(
+            f"{path} is {items[0].spec.path} of domain {mark.name} ({mark.uuid}), in another place",
+            hint=f"move it back to {items[0].spec.path}; if whole file systems are mounted in each other's places, "
+            "mount each where it was",
+        )
     hint = (
         f"it has {items[0].spec.path} in its place: 'nvdimmctl check --repair' lets it have both"
         if moved

@@ -9,7 +9,6 @@ from typing import Self
 from oslo_config import cfg
 
 from nvdimm_driver.backing.fsdax import FsdaxBacking
-from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress
 from nvdimm_driver.plugins import unwatched
@@ -30,8 +29,9 @@ class BenchBacking(FsdaxBacking):
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
-        locks = Locks(Path(conf.state_dir) / "locks")
-        return cls(locks=locks, mountinfo=MOUNTINFO, cross_check=lambda fd, located: None)
+        backing = super().from_conf(conf)  # the tests of an upgrade have it of an earlier version, too
+        backing.mountinfo, backing.cross_check = MOUNTINFO, lambda fd, located: None
+        return backing
 
     def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
         gate = GATES / Path(spec.path).name

@@ -14,6 +14,7 @@ import pytest
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor import ledger as doctor_ledger
 from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import IMAGE, MKFS, SPA, FileSystem, run
@@ -159,6 +160,87 @@ def test_a_mark_stays_on_a_file_whose_path_has_a_file_of_another_file_system(
         run("umount", elsewhere)
     assert host.mark("a.img")
     assert host.mark("b.img")
+
+
+@contextmanager
+def moved_mounts(*places: tuple[Path, Path]) -> Iterator[None]:
+    """Mount file systems in other places than they were: each as (mount point of before, that of now)."""
+    with ExitStack() as undo:
+        for source, _ in places:
+            held = source.parent / "held"
+            held.mkdir()
+            run("mount", "--bind", source, held)
+            undo.callback(run, "umount", held)
+            undo.callback(run, "mount", "--bind", held, source)
+            run("umount", source)
+        for source, target in places:
+            run("mount", "--bind", source.parent / "held", target)
+            undo.callback(run, "umount", target)
+        yield
+
+
+@pytest.mark.parametrize("kind", list(MKFS))
+def test_a_file_system_with_another_mount_point_is_not_a_file_that_was_moved(tmp_path: Path, kind: str) -> None:
+    for name in ("fs", "new", "driver"):
+        (tmp_path / name).mkdir()
+    fs = FileSystem(tmp_path / "fs", kind)
+    try:
+        host = Host(tmp_path / "driver", fs)
+        host.define("a.img")
+        before = host.record().allocations[0]
+        with moved_mounts((fs.root, tmp_path / "new")):
+            host.pools = Pools([replace(pool, paths=(str(tmp_path / "new"),)) for pool in host.pools])
+            host.driver = host.another()
+            (found,) = repair(host)
+            assert (found.path, found.mend) == (host.path("a.img"), None)
+            assert found.problem.endswith(f"is mounted in another place, and has it as {tmp_path}/new/a.img")
+            assert "define the domain with that path" in found.remedy
+            spec = replace(before.spec, path=f"{tmp_path}/new/a.img")
+            host.driver.define(DomainSpec("x", UUID, 512 * MIB, None, (spec,)))
+            after = host.record().allocations[0]
+            assert (after.identity, after.base, after.spec) == (before.identity, before.base, spec)
+            assert look(host.driver) == []
+    finally:
+        run("umount", fs.root)
+
+
+def test_two_file_systems_in_each_others_places_are_named(tmp_path: Path) -> None:
+    for name in ("one", "other", "driver"):
+        (tmp_path / name).mkdir()
+    one, other = FileSystem(tmp_path / "one", "ext4"), FileSystem(tmp_path / "other", "xfs")
+    try:
+        other_mount = other.mountinfo.read_text().replace("1 0", "2 0", 1).replace("pmem0", "pmem1")
+        one.mountinfo.write_text(one.mountinfo.read_text() + other_mount)
+        host = Host(tmp_path / "driver", one)
+        host.pools = Pools(
+            [pool for main in host.pools for pool in (main, replace(main, name="b", paths=(str(other.root),)))]
+        )
+        one.backing.sysfs = both_on_pmem(tmp_path, one, other)
+        host.driver = host.another()
+        domains = {
+            name: DomainSpec(name, uuid, 512 * MIB, None, (NvdimmSpec(0, f"{fs.root}/a.img", SIZE),))
+            for name, uuid, fs in (("x", UUID, one), ("y", OTHER_UUID, other))
+        }
+        for domain in domains.values():
+            host.driver.define(domain)
+        with moved_mounts((one.root, other.root), (other.root, one.root)):
+            for name, fs, its_own in (("x", one, other), ("y", other, one)):
+                with pytest.raises(
+                    InUseError, match=f"{fs.root}/a.img is {its_own.root}/a.img of domain .*each other's"
+                ):
+                    host.driver.prepare(domains[name])
+            found = repair(host)
+            assert [(each.path, each.mend) for each in found] == [
+                (f"{one.root}/a.img", None),
+                (f"{other.root}/a.img", None),
+            ]
+            assert all(each.remedy.startswith("mount the file system that had") for each in found)
+        assert look(host.driver) == []
+        host.driver.prepare(domains["x"])
+    finally:
+        host.backing.thaw(f"{one.root}/a.img")
+        for fs in (one, other):
+            run("umount", fs.root)
 
 
 def read_only(fs: FileSystem) -> None:
