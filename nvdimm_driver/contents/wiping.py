@@ -34,6 +34,15 @@ class Wiper:
         with self._opened(spec, owner) as content:
             self._overwrite(spec, content, watch)
 
+    def wipe_unclaimed(self, spec: NvdimmSpec, watch: Watch) -> None:
+        """Do what :meth:`wipe` does to what no domain has, not even one that the ledger has lost, as far as marks tell.
+
+        :raises InUseError: when a domain has it, running or off.
+        """
+        with self._opened(spec, None) as content:
+            self._checks.check_unowned(spec.path)
+            self._overwrite(spec, content, watch)
+
     def owners(self, nvdimms: Sequence[NvdimmSpec]) -> list[Record]:
         """Return the domains that have one of these NVDIMMs."""
         found = [

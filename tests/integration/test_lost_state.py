@@ -175,7 +175,7 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
     for end in ("-wal", "-shm"):
         (host.folder / f"state/ledger.sqlite{end}").unlink(missing_ok=True)
     os.rename(backup, ledger)
-    for way in (["wipe", "--yes", "db4"], ["wipe", "--yes", device]):
+    for way in (["wipe", "--yes", "db4"], ["wipe", "--yes", device], ["wipe", "--yes", "--unclaimed", device]):
         refused = host.nvdimmctl(*way)
         assert refused.returncode != 0
         assert "libvirt's definition has it, and the ledger says that it is domain db4's" in refused.stderr
@@ -186,6 +186,9 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
     assert found["Done"] == ""
     assert "nvdimmctl release db4" in found["Remedy"]
     assert host.nvdimmctl("release", "--yes", "db4").returncode == 0  # as the remedy says; its pool does not wipe
+    refused = host.nvdimmctl("wipe", "--yes", "--unclaimed", device)
+    assert refused.returncode == 4
+    assert "libvirt's definition has it, and the ledger does not know whose it is" in refused.stderr
     rows(host, "check", "--repair")
     assert [item.spec.path for item in host.record("db3").allocations] == [device]
     with open(device, "rb") as content:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +22,7 @@ import pytest
 
 from nvdimm_driver.backing import extents
 from nvdimm_driver.model import KIB, MIB, Allocation, NvdimmSpec
+from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_backing import LoopBacking
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -370,6 +372,23 @@ def test_wipe_makes_zeros_and_keeps_the_claim(operator: Operator) -> None:
     assert operator.ledger().domains() == before
 
 
+def test_a_wipe_of_what_no_domain_has(operator: Operator) -> None:
+    """A domain that is off has it as much as one that runs, also if only the file's mark says so."""
+    free, owned, marked = (operator.fs.root / name for name in ("free", "owned", "marked"))
+    for path in (free, owned, marked):
+        path.write_bytes(os.urandom(SIZE))
+    operator.claim("db1", owned)
+    record = operator.ledger().domains()[0]
+    lost = replace(record, uuid="7c7b0e2e-4a6e-4f0e-9a3b-0000000000cc", name="db2")
+    operator.fs.backing.mark(str(marked), owner_marks.pack(lost, lost.allocations[0]))
+    for path, whose in ((owned, "belongs to domain db1"), (marked, "has the mark of domain db2")):
+        before = path.read_bytes()
+        assert whose in operator.run("wipe", "--yes", "--unclaimed", path, status=4).stderr
+        assert path.read_bytes() == before
+    assert operator.run("wipe", "--yes", "--unclaimed", free).stdout == f"{free} is all zeros\n"
+    assert fit(operator, free) == bytes(SIZE)
+
+
 def test_an_interrupted_wipe_goes_on(operator: Operator) -> None:
     path = operator.fs.root / "a"
     path.write_bytes(os.urandom(SIZE))
@@ -513,6 +532,7 @@ def test_exit_statuses(operator: Operator) -> None:
         (5, "export", "db1", "/dev/null"),
         (2, "wipe"),
         (2, "wipe", "--slot", "1", root / "a"),
+        (2, "wipe", "--yes", "--unclaimed", "db1"),
         (3, "wipe", "--yes", "none"),
         (3, "wipe", "--yes", "--slot", "7", "db1"),
         (3, "wipe", "--yes", root / "none"),

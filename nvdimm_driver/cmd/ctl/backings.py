@@ -156,30 +156,39 @@ class Wipe(Action):
         parser.add_argument("what", metavar="DOMAIN|PATH", help=f"domain, or {_PATH_HELP}")
         parser.add_argument("--slot", type=int, help="wipe only the NVDIMM in this slot of the domain")
         parser.add_argument("--progress", action="store_true", help="print a line to standard error at each tenth")
+        parser.add_argument(
+            "--unclaimed", action="store_true", help="wipe PATH only if no domain has it, not even one that is off"
+        )
         yes_option(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
-        from nvdimm_driver.cmd.ctl.device_claims import check_uncontested
+        from nvdimm_driver.cmd.ctl.device_claims import check_agreed, check_uncontested
         from nvdimm_driver.cmd.ctl.saved_guests import warn_of_saved_guest
 
-        driver = up_to_date(self.app)
+        driver, unclaimed = up_to_date(self.app), parsed_args.unclaimed
         owner: Record | None = None
         if os.path.isabs(parsed_args.what):
             if parsed_args.slot is not None:
                 raise UsageError("--slot is only for a domain, not for a path", hint="leave --slot out")
             doomed = [_whole(driver, resolve(parsed_args.what))]
+        elif unclaimed:
+            raise UsageError("--unclaimed is only for a path, not for a domain", hint="leave --unclaimed out")
         else:
             owner = find(driver, parsed_args.what)
             doomed = [item.spec for item in items_of(owner, parsed_args.slot)]
             warn_of_saved_guest(self.app, driver, owner)
-        check_uncontested(driver, self.app.conf, [spec.path for spec in doomed])
+        check = check_agreed if unclaimed else check_uncontested
+        check(driver, self.app.conf, [spec.path for spec in doomed])
         paths = ", ".join(spec.path for spec in doomed)
         if not agreed(f"Overwrite everything in {paths} with zeros?", parsed_args.yes):
             return 1
         for spec in doomed:
             with watched(spec.path, lines=parsed_args.progress) as watch:
-                driver.wiper.wipe(spec, watch, owner)
+                if unclaimed:
+                    driver.wiper.wipe_unclaimed(spec, watch)
+                else:
+                    driver.wiper.wipe(spec, watch, owner)
             print(f"{spec.path} is all zeros")
         return 0
 

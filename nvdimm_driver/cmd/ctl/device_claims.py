@@ -29,18 +29,23 @@ def find_device_claims(driver: XenNvdimmDriver, conf: cfg.ConfigOpts) -> list[In
     return repair_device_claims.look(driver, XmlHooks.from_conf(conf).restore, socket)
 
 
-def check_uncontested(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, paths: Collection[str]) -> None:
-    """Check that libvirt and the ledger agree whose the devices among these paths are, before they are overwritten.
+def check_agreed(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, paths: Collection[str]) -> None:
+    """Check that libvirt and the ledger agree whose the devices among these paths are.
 
-    Without libvirt, print to standard error that nobody knows.
-
-    :raises InUseError: when they do not agree.
+    :raises InUseError: when they do not.
+    :raises ConfigError: when the host has devices, and libvirt cannot be asked.
     """
-    try:
-        found = find_device_claims(driver, conf)
-    except ConfigError as error:
-        print(error.message, file=sys.stderr)
-        return
-    for each in found:
+    for each in find_device_claims(driver, conf):
         if each.path in paths:
             raise InUseError(f"{each.path}: {each.problem} (domain {each.domain})", hint=each.remedy)
+
+
+def check_uncontested(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, paths: Collection[str]) -> None:
+    """Do what :func:`check_agreed` does before an operator overwrites them.
+
+    Without libvirt, print to standard error that nobody knows.
+    """
+    try:
+        check_agreed(driver, conf, paths)
+    except ConfigError as error:
+        print(error.message, file=sys.stderr)

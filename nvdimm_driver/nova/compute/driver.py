@@ -9,7 +9,9 @@ the method of Nova that an override replaces, and the docstring says why.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import nova.conf
@@ -23,12 +25,14 @@ from oslo_log import log as logging
 
 from nvdimm_driver.nova.compute import command, patches
 from nvdimm_driver.nova.compute import host as xen_host
-from nvdimm_driver.nova.compute.compatibility import ASSIGNED, check_nova, expect, overridden, overrides
+from nvdimm_driver.nova.compute.compatibility import ASSIGNED, NOTHING, check_nova, expect, overridden, overrides
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 TRAIT = "CUSTOM_XEN_NVDIMM"
 """The trait by which placement finds the Xen hosts whose guests can have NVDIMMs."""
+_DONE = " is all zeros"
+"""The end of what nvdimmctl prints for each path that it has wiped."""
 _REBUILDING = (task_states.REBUILDING, task_states.REBUILD_BLOCK_DEVICE_MAPPING, task_states.REBUILD_SPAWNING)
 
 
@@ -36,6 +40,7 @@ class XenLibvirtDriver(driver.LibvirtDriver):
     """nova.virt.libvirt.driver.LibvirtDriver on Xen, which keeps the persistent memory of instances.
 
     :cvar DYING_SECONDS: how long Xen may take to remove a destroyed domain.
+    :ivar _zeros: paths of namespaces that this process has wiped, and that no instance has got since.
     """
 
     DYING_SECONDS = 30
@@ -43,6 +48,7 @@ class XenLibvirtDriver(driver.LibvirtDriver):
     @overrides("(self, virtapi, read_only=False)")
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
         """Use XenHost instead of Nova's Host, which Nova makes here and gives to the VIF driver."""
+        self._zeros: set[str] = set()
         super().__init__(virtapi, read_only)
         self._host = xen_host.XenHost(
             self._uri(),
@@ -170,6 +176,7 @@ class XenLibvirtDriver(driver.LibvirtDriver):
                 f"{', '.join(f'{each.name} ({each.label})' for each in found) or 'none'}: write labels in the flavor "
                 "as they are in [libvirt] pmem_namespaces of the host"
             )
+        self._zeros.difference_update(_paths(found))  # the guest is about to write them
         return found
 
     @overrides("(self, instance, prefix=None)")
@@ -191,6 +198,25 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         del vpmems
 
     @overrides(
+        "(self, context, instance, image_meta, injected_files, admin_password, allocations, network_info=None, "
+        "block_device_info=None, power_on=True, accel_info=None)"
+    )
+    def spawn(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Start a new instance with nothing but zeros in its persistent memory."""
+        if begins_with_zeros(instance, CONF.host):
+            self._wipe_unclaimed(instance, _paths(self._get_vpmems(instance)))
+        return super().spawn(context, instance, *args, **kwargs)
+
+    @overrides(
+        "(self, context, migration, instance, disk_info, network_info, image_meta, resize_instance, allocations, "
+        "block_device_info=None, power_on=True, share_info=None)"
+    )
+    def finish_migration(self, context: Any, migration: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Start a resized instance with zeros, as spawn does: what had bytes before is not resized."""
+        self._wipe_unclaimed(instance, _paths(self._get_vpmems(instance)))
+        return super().finish_migration(context, migration, instance, *args, **kwargs)
+
+    @overrides(
         "(self, context, instance, network_info, block_device_info=None, destroy_vifs=True, "
         "cleanup_instance_dir=False, cleanup_instance_disks=False, destroy_secrets=True)"
     )
@@ -199,44 +225,44 @@ class XenLibvirtDriver(driver.LibvirtDriver):
     ) -> None:
         """Wipe and release the persistent memory of an instance that leaves the host.
 
-        Nova calls this when a domain ends, also when the instance is about to start again.
+        Nova calls this when a domain ends, also when the instance is about to start again. It undefines the domain
+        last: while a domain is defined, Nova finds it after a restart, and calls this again.
         """
         goes = leaves_host(instance, CONF.host, destroys_disks=kwargs.get("cleanup_instance_disks", False))
         if goes:
-            self._wipe(instance)
+            self._give_up(instance)
         super()._cleanup(context, instance, network_info, block_device_info, **kwargs)
-        if goes:
-            self._release(instance)
+        if goes and instance.host == CONF.host:
+            self._wipe_unknown(instance)
 
     @overrides("(self, instance)")
     def cleanup_lingering_instance_resources(self, instance: Any) -> None:
         """Wipe and release the persistent memory of an instance that was deleted while it moved."""
         super().cleanup_lingering_instance_resources(instance)
-        self._wipe(instance)
-        self._release(instance)
+        self._give_up(instance)
 
-    def _wipe(self, instance: Any) -> None:
-        """Write zeros to all persistent memory that the ledger has of an instance.
+    def _give_up(self, instance: Any) -> None:
+        """Wipe and release what the ledger has of an instance. It can be repeated."""
+        wiped = self._wipe(instance)
+        self._release(instance)
+        self._zeros.update(wiped)
+
+    def _wipe(self, instance: Any) -> set[str]:
+        """Write zeros to all persistent memory that the ledger has of an instance, and return its paths.
 
         It can be repeated, and does nothing when the ledger has none.
         """
-
-        def tell(line: str) -> None:
-            LOG.info("%s", line, instance=instance)
-
         last = time.monotonic() + self.DYING_SECONDS
         while True:
             try:
-                command.run("wipe", "--yes", "--progress", instance.uuid, tell=tell)
+                return _wiped(instance, instance.uuid)
             except command.CommandFailed as error:
                 if error.status == command.NOT_FOUND:
-                    return
+                    return set()
                 if error.status == command.IN_USE and time.monotonic() < last:
                     time.sleep(1)
                     continue
                 raise exception.VPMEMCleanupFailed(dev=f"of instance {instance.uuid}", error=error) from error
-            LOG.info("Its persistent memory is all zeros", instance=instance)
-            return
 
     def _release(self, instance: Any) -> None:
         """Give up an instance's claims, so that another instance can have its namespaces. It can be repeated."""
@@ -245,6 +271,31 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         except command.CommandFailed as error:
             if error.status != command.NOT_FOUND:
                 raise exception.VPMEMCleanupFailed(dev=f"of instance {instance.uuid}", error=error) from error
+
+    def _wipe_unknown(self, instance: Any) -> None:
+        """Write zeros to what Nova says that an instance has, and the ledger does not know: it may be lost, or older.
+
+        What another domain has by now is left alone: the next instance that is to get it is refused, or gets zeros.
+        """
+        for path in _paths(self._get_vpmems(instance)):
+            try:
+                self._wipe_unclaimed(instance, [path])
+            except command.CommandFailed as error:
+                if error.status != command.IN_USE:
+                    raise exception.VPMEMCleanupFailed(dev=f"of instance {instance.uuid}", error=error) from error
+                LOG.warning("%s was not wiped: %s", path, error, instance=instance)
+
+    def _wipe_unclaimed(self, instance: Any, paths: Iterable[str]) -> None:
+        """Write zeros to namespaces that no domain has, unless they are known to be zeros.
+
+        The ledger cannot say what is in such a namespace. Its last owner may have been lost with an earlier ledger,
+        released without a wipe, or defined again without it.
+
+        :raises CommandFailed: when a domain has one, or it cannot be wiped.
+        """
+        for path in paths:
+            if path not in self._zeros:
+                self._zeros.update(_wiped(instance, "--unclaimed", path))
 
     # --- what would lose persistent memory ---
 
@@ -291,6 +342,13 @@ def has_pmem(instance: Any) -> bool:
     return bool(hardware.get_vpmems(instance.flavor))
 
 
+def begins_with_zeros(instance: Any, host: str) -> bool:
+    """Return True if a spawn starts an instance that has no bytes on this host yet: not if it is built again here."""
+    if instance.host != host:
+        return True  # it is evacuated to this host
+    return instance.task_state not in (*_REBUILDING, task_states.RESIZE_REVERTING)
+
+
 def leaves_host(instance: Any, host: str, *, destroys_disks: bool) -> bool:
     """Return True if an instance will not start on this host again after its domain has ended.
 
@@ -305,6 +363,26 @@ def leaves_host(instance: Any, host: str, *, destroys_disks: bool) -> bool:
     if instance.task_state == task_states.RESIZE_REVERTING:
         return True  # what the larger flavor had here: instances that had some before are not resized
     return destroys_disks and instance.task_state not in _REBUILDING
+
+
+def _paths(devices: Iterable[Any]) -> list[str]:
+    """Return the paths of namespaces as the ledger has them."""
+    return [os.path.realpath(device.devpath) for device in devices]
+
+
+def _wiped(instance: Any, *what: str) -> set[str]:
+    """Have nvdimmctl write zeros, and return the paths of what is all zeros now. Progress is in the log.
+
+    :raises CommandFailed: as :func:`.command.run` does.
+    """
+
+    def tell(line: str) -> None:
+        LOG.info("%s", line, instance=instance)
+
+    printed = command.run("wipe", "--yes", "--progress", *what, tell=tell)
+    for line in printed.splitlines():
+        tell(line)
+    return {line.removesuffix(_DONE) for line in printed.splitlines() if line.endswith(_DONE)}
 
 
 def _lost_by_a_resize(instance: Any) -> str:
@@ -337,6 +415,7 @@ EXPECTED = (
             "_host": ASSIGNED,
             "vif_driver": ASSIGNED,
             "_vpmems_by_name": ASSIGNED,
+            "_zeros": NOTHING,
             "emit_event": "(self, event)",
             "_handle_conn_event": "(self, enabled, reason)",
             "_guest_needs_usb": "(self, guest, image_meta)",

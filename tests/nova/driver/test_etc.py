@@ -49,6 +49,7 @@ HOSTILE = [
 ALLOWED = [
     "nova inventory --pmem-namespaces '6GB:ns0|ns1,16GB:main/ns2' -f json",
     f"wipe --yes --progress {UUID}",
+    "wipe --yes --progress --unclaimed /mnt/pmem0/ns0",
     f"release --yes {UUID}",
 ]
 
@@ -88,6 +89,10 @@ def test_what_the_driver_runs_is_allowed(line: str) -> None:
             for each in HOSTILE
             for line in (f"wipe --yes --progress {each}", f"release --yes {each}")
         ),
+        *(f"nvdimmctl wipe --yes --progress --unclaimed {each}" for each in HOSTILE if not each.startswith("/")),
+        "nvdimmctl wipe --yes --progress --unclaimed '/mnt/pmem0/ns0\n'",
+        "nvdimmctl wipe --yes --progress --unclaimed '/mnt/pmem0/ns0 --log-file=/etc/nologin'",
+        f"nvdimmctl wipe --yes --progress --unclaimed {UUID}",
         *(f"nvdimmctl {line} {each}" for each in HOSTILE for line in ALLOWED),
         *(f"nvdimmctl {each} {line}" for each in HOSTILE for line in ALLOWED),
         *(line[:end] + "'\n'" + line[end:] for line in map("nvdimmctl {}".format, ALLOWED) for end in ends(line)),

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from nova import exception, objects
@@ -14,13 +15,13 @@ from nova.compute import task_states, vm_states
 from nova.conf import CONF
 from nova.virt import driver as virt_driver
 from nova.virt import nvdimm_ext
-from nova.virt.libvirt import blockinfo
+from nova.virt.libvirt import blockinfo, driver
 from nova.virt.libvirt import vif as libvirt_vif
 
 from nvdimm_driver.nova.compute import command
 from nvdimm_driver.nova.compute.driver import leaves_host
 from nvdimm_driver.nova.compute.patches import accept_xen
-from tests.nova.driver.base import HOST, NODE, DriverTest, make_flavor, make_image, make_instance
+from tests.nova.driver.base import HOST, NODE, UUID, DriverTest, make_flavor, make_image, make_instance
 
 ROWS = """[
 {"Name": "ns0", "Label": "6GB", "Path": "/mnt/pmem0/ns0", "Size": 6442450944, "Align": 2097152},
@@ -31,7 +32,8 @@ echo "$*" >>{folder}/calls
 [ $1 != nova ] || exec cat {folder}/rows
 echo "/mnt/pmem0/ns0: wiping: 1 GiB of 6 GiB done" >&2
 [ ! -e {folder}/$1 ] || read status left <{folder}/$1
-[ ${{left:-0}} != 0 ] || exit 0
+for last; do :; done
+[ ${{left:-0}} != 0 ] || {{ [ $1 != wipe ] || echo "$last is all zeros"; exit 0; }}
 echo "$status $((left - 1))" >{folder}/$1
 echo "no, because" >&2
 exit $status
@@ -121,7 +123,7 @@ class WipeTest(CommandTest):
     def test_how_it_goes_on_is_in_the_log(self) -> None:
         self.driver._wipe(make_instance("6GB", []))
         assert "/mnt/pmem0/ns0: wiping: 1 GiB of 6 GiB done" in self.stdlog.logger.output
-        assert "Its persistent memory is all zeros" in self.stdlog.logger.output
+        assert f"{UUID} is all zeros" in self.stdlog.logger.output
 
     def test_nothing_in_the_ledger_is_nothing_to_do(self) -> None:
         for verb in ("wipe", "release"):
@@ -162,6 +164,103 @@ class WipeTest(CommandTest):
         elsewhere.identifier = "ns7"
         instance = make_instance("6GB", [elsewhere], host="xen2")
         assert self.driver._get_vpmems(instance) == []
+
+
+class ZerosTest(CommandTest):
+    """What an instance gets, and what it leaves, is all zeros, whatever the ledger knows."""
+
+    WIPE = "wipe --yes --progress --unclaimed /mnt/pmem0/ns0"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.instance = make_instance("6GB", [self.resource("ns0")], task_state=task_states.SPAWNING)
+        for name in ("spawn", "finish_migration", "_cleanup"):
+            patch = mock.patch.object(driver.LibvirtDriver, name)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def spawn(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            setattr(self.instance, name, value)
+        self.driver.spawn(self.context, self.instance, None, [], None, {})
+
+    def delete(self) -> list[str]:
+        """Return what is run besides the commands for the instance itself."""
+        (self.folder / "calls").write_text("")
+        self.driver._cleanup(self.context, self.instance, None, cleanup_instance_disks=True)
+        first, second, *others = self.calls()
+        assert [first, second] == [f"wipe --yes --progress {UUID}", f"release --yes {UUID}"]
+        return others
+
+    def gets_it(self) -> None:
+        self.driver._get_ordered_vpmems(self.instance, self.instance.flavor)
+
+    def test_a_new_instance_gets_zeros(self) -> None:
+        self.spawn()
+        assert self.calls() == [self.WIPE]
+
+    def test_a_resized_instance_gets_zeros(self) -> None:
+        self.driver.finish_migration(self.context, None, self.instance, None, None, None, True, {})
+        assert self.calls() == [self.WIPE]
+
+    def test_an_evacuated_instance_gets_zeros(self) -> None:
+        self.spawn(host="xen2", task_state=task_states.REBUILD_SPAWNING)
+        assert self.calls() == [self.WIPE]
+
+    def test_an_instance_that_is_built_again_keeps_its_bytes(self) -> None:
+        for state in (task_states.REBUILD_SPAWNING, task_states.RESIZE_REVERTING):
+            self.spawn(task_state=state)
+        assert self.calls() == []
+
+    def test_it_is_not_started_with_what_cannot_be_wiped(self) -> None:
+        for status in (1, command.NOT_FOUND, command.IN_USE):
+            (self.folder / "wipe").write_text(f"{status} 9\n")
+            with pytest.raises(command.CommandFailed, match=f"ended with {status}: no, because"):
+                self.spawn()
+        assert driver.LibvirtDriver.spawn.mock_calls == []
+
+    def test_it_is_wiped_once_until_a_guest_gets_it(self) -> None:
+        for _ in range(2):
+            self.spawn()
+        assert self.delete() == []
+        self.spawn()
+        assert self.WIPE not in self.calls()
+        self.gets_it()
+        assert self.delete() == [self.WIPE]
+        assert self.delete() == []
+
+    def test_what_the_ledger_knows_is_wiped_once(self) -> None:
+        self.gets_it()
+        patch = mock.patch.object(command, "run", return_value="/mnt/pmem0/ns0 is all zeros\n")
+        with patch as run:
+            self.driver._cleanup(self.context, self.instance, None, cleanup_instance_disks=True)
+        assert [each.args[0] for each in run.mock_calls] == ["wipe", "release"]
+
+    def test_a_claim_that_stays_is_not_known_to_be_zeros(self) -> None:
+        self.gets_it()
+        (self.folder / "release").write_text("1 1\n")
+        with pytest.raises(exception.VPMEMCleanupFailed):
+            self.driver._cleanup(self.context, self.instance, None, cleanup_instance_disks=True)
+        assert driver.LibvirtDriver._cleanup.mock_calls == [], "the domain stays defined until it has given up all"
+
+    def test_what_another_domain_has_by_now_is_left_alone(self) -> None:
+        failing = command.CommandFailed(("wipe",), command.IN_USE, "belongs to domain db1")
+        with mock.patch.object(self.driver, "_give_up"), mock.patch.object(command, "run", side_effect=failing):
+            self.driver._cleanup(self.context, self.instance, None, cleanup_instance_disks=True)
+        assert "/mnt/pmem0/ns0 was not wiped: nvdimmctl wipe ended with 4" in self.stdlog.logger.output
+
+    def test_what_an_instance_leaves_and_cannot_be_wiped_is_an_error(self) -> None:
+        failing = command.CommandFailed(("wipe",), 1, "Input/output error")
+        with (
+            mock.patch.object(self.driver, "_give_up"),
+            mock.patch.object(command, "run", side_effect=failing),
+            pytest.raises(exception.VPMEMCleanupFailed, match="Input/output error"),
+        ):
+            self.driver._cleanup(self.context, self.instance, None, cleanup_instance_disks=True)
+
+    def test_the_namespaces_of_an_instance_that_is_elsewhere_are_not_those_of_this_host(self) -> None:
+        self.instance.host = "xen2"
+        assert self.delete() == []
 
 
 DELETED = {"task_state": task_states.DELETING}

@@ -63,7 +63,10 @@ class PmemHost:
         self.calls_file = folder / "calls"
         self._make_state()
         self._make_command()
-        self.driver = XenNvdimmDriver(
+        self.driver = self._make_driver()
+
+    def _make_driver(self) -> XenNvdimmDriver:
+        return XenNvdimmDriver(
             ledger=Ledger(str(self.state / "ledger.sqlite")),
             state_dir=self.state,
             backings=[LoopBacking(self.state.parent, self.state / "steps")],
@@ -73,7 +76,7 @@ class PmemHost:
             emulators=Emulators("/usr/bin/qemu", (), lambda path: None),
             gap=GIB,
             dsm="aml",
-            pools=Pools(configured_pools(load([str(folder / "conf")]))),
+            pools=Pools(configured_pools(load([str(self.folder / "conf")]))),
         )
 
     @property
@@ -161,6 +164,19 @@ class PmemHost:
         record = self.driver.ledger.find_domain(uuid)
         if record is not None and record.start is not None:
             self.driver.starts.put_away(record.start)
+
+    def lose_ledger(self, *, marks: bool) -> None:
+        """Begin with an empty ledger, as nvdimmctl does when there is none.
+
+        :param marks: the files keep the marks of their owners; without, they are as devices are.
+        """
+        paths = self.claimed()
+        self.driver.ledger.close()
+        self._make_state()
+        for path in () if marks else paths:
+            for name in os.listxattr(path):
+                os.removexattr(path, name)
+        self.driver = self._make_driver()
 
     def close(self) -> None:
         """Leave the file system as it was."""
