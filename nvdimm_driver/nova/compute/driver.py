@@ -23,7 +23,7 @@ from nova.virt.libvirt import driver
 from nova.virt.libvirt import vif as libvirt_vif
 from oslo_log import log as logging
 
-from nvdimm_driver.nova.compute import command, patches
+from nvdimm_driver.nova.compute import command, patches, strangers
 from nvdimm_driver.nova.compute import host as xen_host
 from nvdimm_driver.nova.compute.compatibility import ASSIGNED, NOTHING, check_nova, expect, overridden, overrides
 
@@ -66,13 +66,15 @@ class XenLibvirtDriver(driver.LibvirtDriver):
 
     @overrides("(self, host)")
     def init_host(self, host: str) -> None:
-        """Refuse another virt_type than xen; Nova would go on with it and fail later."""
+        """Refuse another virt_type than xen, which Nova finds wrong too late; log what no instance can have."""
         if CONF.libvirt.virt_type != "xen":
             raise exception.InvalidConfiguration(
                 f"compute_driver is nvdimm_ext.XenLibvirtDriver, and [libvirt] virt_type is {CONF.libvirt.virt_type}: "
                 "leave it out"
             )
         super().init_host(host)
+        for line in strangers.tell_of_strangers(_inventory(), host):
+            LOG.warning(line)
 
     @overrides("(self)")
     def _do_quality_warnings(self) -> None:
@@ -148,15 +150,11 @@ class XenLibvirtDriver(driver.LibvirtDriver):
 
         Nova asks ndctl, which knows of device-dax alone.
         """
-        try:
-            found = command.rows("nova", "inventory", "--pmem-namespaces", ",".join(CONF.libvirt.pmem_namespaces))
-        except command.CommandFailed as error:
-            raise exception.GetPMEMNamespacesFailed(reason=str(error)) from error
         return {
             row["Name"]: objects.LibvirtVPMEMDevice(
                 name=row["Name"], devpath=row["Path"], size=row["Size"], align=row["Align"]
             )
-            for row in found
+            for row in _inventory()
         }
 
     # --- the bytes of persistent memory ---
@@ -230,7 +228,7 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         """
         goes = leaves_host(instance, CONF.host, destroys_disks=kwargs.get("cleanup_instance_disks", False))
         if goes:
-            self._give_up(instance)
+            self._give_up_or_tell(instance)
         super()._cleanup(context, instance, network_info, block_device_info, **kwargs)
         if goes and instance.host == CONF.host:
             self._wipe_unknown(instance)
@@ -240,6 +238,25 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         """Wipe and release the persistent memory of an instance that was deleted while it moved."""
         super().cleanup_lingering_instance_resources(instance)
         self._give_up(instance)
+
+    def _give_up_or_tell(self, instance: Any) -> None:
+        """Give up what an instance has. What cannot be wiped of one that is elsewhere stays claimed, and is logged.
+
+        Nova starts on no host where an evacuated instance cannot be cleaned up: one bad device would stop all of them.
+        """
+        try:
+            self._give_up(instance)
+        except exception.VPMEMCleanupFailed as error:
+            if instance.deleted or instance.host in (None, CONF.host):
+                raise
+            LOG.error(
+                "Its namespaces stay claimed, and no instance can have them: %s. When that is mended: 'nvdimmctl wipe "
+                "%s', then 'nvdimmctl release %s'",
+                error,
+                instance.uuid,
+                instance.uuid,
+                instance=instance,
+            )
 
     def _give_up(self, instance: Any) -> None:
         """Wipe and release what the ledger has of an instance. It can be repeated."""
@@ -335,6 +352,18 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         if instance.task_state == task_states.RESIZE_MIGRATING and has_pmem(instance):
             raise exception.InstancePowerOffFailure(reason=_lost_by_a_resize(instance))
         return super().power_off(instance, *args, **kwargs)
+
+
+def _inventory() -> list[dict[str, Any]]:
+    """Return what nvdimmctl says of the configured namespaces.
+
+    :raises GetPMEMNamespacesFailed: when one is missing, or an instance could not use it.
+    """
+    configured = ",".join(CONF.libvirt.pmem_namespaces)
+    try:
+        return command.rows("nova", "inventory", "--pmem-namespaces", configured) if configured else []
+    except command.CommandFailed as error:
+        raise exception.GetPMEMNamespacesFailed(reason=str(error)) from error
 
 
 def has_pmem(instance: Any) -> bool:
@@ -455,6 +484,7 @@ EXPECTED = (
             "InstanceFaultRollback": "class (inner_exception=None)",
         },
     ),
+    *strangers.EXPECTED,
     *xen_host.EXPECTED,
     *patches.EXPECTED,
     *command.EXPECTED,

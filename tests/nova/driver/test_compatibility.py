@@ -16,7 +16,7 @@ from nova import exception, objects
 from nova.virt.libvirt import blockinfo, driver, host
 
 from nvdimm_driver.nova import RELEASE
-from nvdimm_driver.nova.compute import command, patches
+from nvdimm_driver.nova.compute import command, patches, strangers
 from nvdimm_driver.nova.compute import driver as our_driver
 from nvdimm_driver.nova.compute import host as our_host
 from nvdimm_driver.nova.compute.compatibility import (
@@ -32,7 +32,7 @@ from nvdimm_driver.nova.compute.compatibility import (
 from nvdimm_driver.nova.compute.driver import EXPECTED, XenLibvirtDriver
 from nvdimm_driver.nova.compute.host import XenHost
 
-MODULES = (our_driver, our_host, patches, command)
+MODULES = (our_driver, our_host, patches, command, strangers)
 
 
 def differences(expected: Any) -> list[str]:

@@ -9,6 +9,7 @@ Cinder, Glance and the message bus, which are nova's fixtures; disks of instance
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,27 @@ class NovaTestBase(base.ServersTestBase):
         """With more patience than nova's five seconds: wipes are real."""
         waited: dict[str, Any] = super()._wait_for_server_parameter(server, expected, max_retries=120, **options)
         return waited
+
+    def _wait_for_migration_status(self, server: dict[str, Any], expected_statuses: list[str]) -> dict[str, Any]:
+        """Wait for a migration with more patience than nova."""
+        wanted = [status.lower() for status in expected_statuses]
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            migrations = self.admin_api.api_get("/os-migrations").body["migrations"]
+            found[:] = [
+                each
+                for each in migrations
+                if each["instance_uuid"] == server["id"] and each["status"].lower() in wanted
+            ]
+            return bool(found)
+
+        self.wait_until(look)
+        return found[0]
+
+    def _wait_for_log(self, log_line_regex: str) -> None:
+        """Wait for a line of the log with more patience than nova."""
+        self.wait_until(lambda: re.search(log_line_regex, self.stdlog.logger.output) is not None)
 
     def _get_connection(
         self, host_info: Any = None, *other: Any, hostname: str | None = None, **others: Any

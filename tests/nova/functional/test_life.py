@@ -163,6 +163,7 @@ class LifeTest(NovaTestBase):
 
     def test_it_is_not_free_before_it_is_wiped_and_given_up(self) -> None:
         self.create(self.flavor)
+        self.pmem.forget_calls()
         with self.pmem.held("release"):
             with self.pmem.held("wipe"):
                 self.api.delete_server(self.server["id"])

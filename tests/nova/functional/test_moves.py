@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import fixtures
-from nova import context
+from nova import context, exception
 
 from tests.nova.functional.base import NovaTestBase
 
@@ -33,6 +34,7 @@ class EvacuationTest(NovaTestBase):
         self.pmem.write("one", self.name, DATA)
         self.pmem.write("one", self.other, OTHER_DATA)
         self.start_host("two", f"6GB:{self.other}")
+        self.driver = type(self.computes["one"].driver)
 
     def evacuate(self) -> dict[str, Any]:
         self.stop_host("one")
@@ -54,6 +56,17 @@ class EvacuationTest(NovaTestBase):
         assert second.read("two", self.other).startswith(DATA)
         assert self.usage("one") == {"6GB": 1}
         self.create(self.flavor, host="one")
+
+    def test_what_cannot_be_wiped_stops_no_other_instance(self) -> None:
+        self.evacuate()
+        failing = exception.VPMEMCleanupFailed(dev="ns0", error="Input/output error")
+        with mock.patch.object(self.driver, "_wipe", side_effect=failing):
+            self.start_host("one", "6GB:ns0|ns1")
+        self._wait_for_log(f"stay claimed.*Input/output error.*nvdimmctl release {self.server['id']}")
+        assert set(self.pmem.claimed().values()) == {self.server["id"], self.stays["id"]}
+        assert self.pmem.read("one", self.name).startswith(DATA)
+        self.start_host("one", "6GB:ns0|ns1")
+        self._wait_for_log(f"No instance can have namespace {self.name}: .*{self.server['id']}, which Nova")
 
 
 class RefusedMoveTest(NovaTestBase):
@@ -164,6 +177,7 @@ class LocalDeletionTest(NovaTestBase):
         self._delete_server(server)
         assert self.usage("one") == {"6GB": 0}
         self.start_host("one", "6GB:one/ns0")
+        self._wait_for_log(f"No instance can have namespace one/ns0: .*{server['id']}, which Nova")
         self.create(flavor, "ERROR")
         assert self.pmem.read("one", "ns0").startswith(DATA)
         self.flags(running_deleted_instance_timeout=0)
