@@ -127,8 +127,8 @@ class XenNvdimmDriver(plugins.Plugin):
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         self.definitions = Definitions(ledger, backings, self.planner, pools, self.locks)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), holders or Holders(state_dir))
-        checks = Checks(ledger, backings, pools, self._spoil_runs, mapper.frames_of_guests)
-        self.importer, self.exporter, self.wiper = Importer(checks), Exporter(checks), Wiper(checks)
+        self.checks = Checks(ledger, backings, pools, self._spoil_runs, mapper.frames_of_guests)
+        self.importer, self.exporter, self.wiper = Importer(self.checks), Exporter(self.checks), Wiper(self.checks)
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:

@@ -91,15 +91,21 @@ class Checks:
 
         :raises InUseError: when one does.
         """
+        for domid in self.guests_with(path):
+            raise InUseError(
+                f"{path}: the guest with domid {domid} has it, and the ledger does not know that",
+                hint="shut that guest down first, or let 'nvdimmctl check --repair' write that into the ledger",
+            )
+
+    def guests_with(self, path: str) -> list[int]:
+        """Return the domids of the guests that have frames of a backing, as their device models have announced."""
         guests = self._frames_of_guests()
-        for extent in self._extents(path) if guests else ():
-            first, end = extent.spa // PAGE, (extent.spa + extent.length) // PAGE
-            for domid, mfn, count in guests:
-                if mfn < end and first < mfn + count:
-                    raise InUseError(
-                        f"{path}: the guest with domid {domid} has it, and the ledger does not know that",
-                        hint="shut that guest down first, or let 'nvdimmctl check --repair' make the ledger again",
-                    )
+        found = [
+            (extent.spa // PAGE, (extent.spa + extent.length) // PAGE)
+            for extent in (self._extents(path) if guests else ())
+        ]
+        has = {domid for domid, mfn, count in guests for first, end in found if mfn < end and first < mfn + count}
+        return sorted(has)
 
     def _extents(self, path: str) -> Sequence[Extent]:
         """Return where the bytes at a path are; nothing when they are no backing's that a guest could have."""

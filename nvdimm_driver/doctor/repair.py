@@ -12,7 +12,7 @@ from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, UnwrittenError
+from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, UnwrittenError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
@@ -111,6 +111,7 @@ class _Look:
             devices = {path for path in (record.start.paths if record.start else ()) if path not in self.files}
             take_up = partial(self.changes.take_up, record, domid, self._frozen_of(record.uuid) | devices)
             yield Inconsistency(record.name, "", problem, "write the start into the ledger", take_up)
+        yield from self._unknown_guests()
         for record in starts.find_unserved():
             yield Inconsistency(record.name, "", "its label server is gone", "start another", starts.serve_labels)
         for record in starts.find_unheld():
@@ -123,6 +124,29 @@ class _Look:
         for file in self.files.values():
             owner = self.owners.get(file.path)
             yield from _guarded(owner[0].name if owner else "", file.path, self._file(file))
+
+    def _unknown_guests(self) -> Iterator[Inconsistency]:
+        try:
+            for domid, uuid in self.driver.starts.find_unknown():
+                yield from self._unknown_guest(domid, uuid)
+        except XenError as error:
+            LOG.info("guests that the ledger does not know cannot be looked for: %s", error)
+
+    def _unknown_guest(self, domid: int, uuid: str) -> Iterator[Inconsistency]:
+        """Yield a guest without a start in the ledger, unless what is found of its files says so already."""
+        record = next((each for each in self.records if each.uuid == uuid), None)
+        paths = [item.spec.path for item in record.allocations] if record else []
+        has = {path for path in paths if domid in self.driver.checks.guests_with(path)}
+        frozen = self._frozen_of(uuid)
+        if frozen and has <= frozen:
+            return
+        problem = f"its guest runs with domid {domid} and has NVDIMMs, and the ledger has no start of it"
+        if record and has:
+            take_up = partial(self.changes.take_up, record, domid, has | frozen)
+            yield Inconsistency(record.name, "", problem, "write the start into the ledger", take_up)
+        elif not any(marked == uuid for marked, _ in self._marks):
+            name = record.name if record else uuid
+            yield Inconsistency(name, "", problem, f"shut it down: xl shutdown {domid}; nobody knows which it has")
 
     # --- NVDIMMs in the ledger ---
 

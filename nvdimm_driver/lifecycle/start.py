@@ -397,6 +397,14 @@ class Starts:
             (each, domid) for each, domid in found if domid is not None and each.start and each.start.domid != domid
         ]
 
+    def find_unknown(self) -> list[tuple[int, str]]:
+        """Return domid and uuid of each guest that has announced frames and has no start in the ledger."""
+        found = [
+            (each, self.mapper.uuid(each)) for each in sorted({each for each, *_ in self.mapper.frames_of_guests()})
+        ]
+        known = {record.uuid for record in self.ledger.started_domains()} if found else set()
+        return [(domid, uuid.lower()) for domid, uuid in found if uuid is not None and uuid.lower() not in known]
+
     def _is_pending(self, start: Start) -> bool:
         """Return True for a start of this boot whose device model may still run.
 

@@ -452,6 +452,39 @@ def test_the_guest_of_a_later_start_keeps_its_frozen_file_its_holder_and_its_cla
     assert not is_immutable(host.path("a.img"))
 
 
+def make_mutable(host: Host, name: str) -> None:
+    """Do what put a start away that was not over."""
+    run("chattr", "-i", host.path(name))
+    os.removexattr(host.path(name), "trusted.nvdimm_driver.frozen")
+
+
+def test_a_guest_that_the_ledger_does_not_know_is_found_by_its_frames(host: Host) -> None:
+    """Nothing of its file shows it: that is mutable, and the ledger has no start."""
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    start(host, UUID, 7)
+    restore(host)
+    make_mutable(host, "a.img")
+    (found,) = look(host.driver)
+    assert found.problem == "its guest runs with domid 7 and has NVDIMMs, and the ledger has no start of it"
+    assert repair(host) == []
+    record = host.record()
+    assert record.start
+    assert (record.start.domid, record.start.paths) == (7, (host.path("a.img"),))
+    assert is_immutable(host.path("a.img"))
+
+
+def test_a_guest_of_which_nothing_is_known_is_named(host: Host) -> None:
+    host.define("a.img")
+    start(host, UUID, 7)
+    make_mutable(host, "a.img")
+    os.removexattr(host.path("a.img"), "trusted.nvdimm_driver.owner")
+    host.driver.ledger.forget(UUID)
+    (found,) = look(host.driver)
+    assert (found.domain, found.mend) == (UUID, None)
+    assert found.remedy == "shut it down: xl shutdown 7; nobody knows which it has"
+
+
 def test_the_frames_of_a_guest_that_the_version_before_has_started_are_announced(host: Host) -> None:
     """So a ledger from a backup finds the guest, and nothing of it is given up."""
     host.driver.define(host.domain("a.img"))
