@@ -43,6 +43,8 @@ _NO_SANDBOX = "-sandbox support is not enabled"
 
 _RAM = 32 * MIB
 _FIRMWARE_SIZE = 64 * KIB
+_MAX_COMPLAINT = 4 * KIB
+"""Bytes of its stderr that are read: a QEMU that serves a guest's requests may write anything there."""
 
 
 def installed(binaries: Sequence[str]) -> list[str]:
@@ -116,7 +118,7 @@ class Machine:
             except AcpiError as error:
                 _end(process)
                 stderr.seek(0)
-                raise AcpiError(f"{self.binary}: {error.message}: {_complaint(stderr.read())}") from error
+                raise AcpiError(f"{self.binary}: {error.message}: {_complaint(stderr.read(_MAX_COMPLAINT))}") from error
             finally:
                 _end(process)
 

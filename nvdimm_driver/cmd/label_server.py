@@ -164,7 +164,7 @@ def serve(
     xen.take_over(server, PORT, PORT + PORT_SIZE - 1)
     LOG.debug("ioreq server %d gets the label requests of domid %d", server, domid)
     xen.restrict()
-    isolate()
+    isolate(labels.programs if labels else [])
     become(uid_of(domid))
     if labels:
         labels.start()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.doctor import access, confinement, hypervisor, ledger, libvirt, nova, pmem, programs, storage
-from nvdimm_driver.doctor.finding import Finding, could_not, passed, warned
+from nvdimm_driver.doctor.finding import Finding, could_not, noted, passed, warned
 from nvdimm_driver.driver import driver_class
 from nvdimm_driver.errors import LedgerError, NvdimmError
+from nvdimm_driver.labels.confinement import find_isolation_fault
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.nova.conf import read as read_nova_conf
@@ -71,6 +73,7 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "nvdimmd", lambda: libvirt.check_nvdimmd(conf.rpc.socket, conf.xen.device_model)
     yield access.CHECK, lambda: _access(conf)
     yield "nvdimmd, boot", lambda: libvirt.check_service(installed.enabled)
+    yield "label servers, isolation", lambda: _isolation(conf.acpi.dsm)
     yield "AppArmor, nvdimm-driver", confinement.check_profiles
     folder = Path(conf.libvirt.apparmor_dir)
     yield "AppArmor, libvirt", lambda: confinement.check_apparmor(daemon, conf.xen.device_model, folder)
@@ -79,6 +82,12 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "state folder", lambda: storage.check_state(Path(conf.state_dir) / "ledger.sqlite")
     yield "ledger", lambda: _records(conf)
     yield "Nova", lambda: _nova(conf)
+
+
+def _isolation(dsm: str) -> Finding:
+    if os.geteuid():
+        return noted("label servers, isolation", "can only be tried by root", "run as root")
+    return confinement.check_label_servers(find_isolation_fault(), dsm)
 
 
 def _plugins(conf: cfg.ConfigOpts) -> Finding:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AppArmor and SELinux: check that the driver's programs are confined, and that libvirt's daemon may run them."""
+"""Check that the driver's programs are confined, and that AppArmor and SELinux let libvirt's daemon run them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvdimm_driver import apparmor
-from nvdimm_driver.doctor.finding import Finding, noted, passed, warned
-from nvdimm_driver.errors import hint_of
+from nvdimm_driver.doctor.finding import Finding, failed, noted, passed, warned
+from nvdimm_driver.errors import ConfigError, hint_of
 from nvdimm_driver.host_text import read
 from nvdimm_driver.processes import start_time
 
@@ -79,6 +79,18 @@ def check_profiles(root: Path = Path("/")) -> Finding:
         "install /etc/apparmor.d/nvdimm-driver, which the package has, and run: apparmor_parser -r "
         "/etc/apparmor.d/nvdimm-driver && systemctl restart nvdimmd",
     )
+
+
+def check_label_servers(fault: ConfigError | None, dsm: str) -> Finding:
+    """Check that a label server would be kept from the host's files and network; it does not run otherwise.
+
+    :param fault: why it cannot be.
+    :param dsm: who serves labels, unless a domain's XML says otherwise.
+    """
+    check = "label servers, isolation"
+    if fault is None:
+        return passed(check, "see programs and libraries, and no other files, sockets or processes of the host")
+    return (failed if dsm == "qemu" else noted)(check, f"cannot run: {fault.message}", fault.hint)
 
 
 def check_apparmor(daemon: Daemon | None, device_model: str, folder: Path, root: Path = Path("/")) -> Finding:

@@ -11,24 +11,23 @@ import ctypes
 import os
 import resource
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 
 from nvdimm_driver import apparmor
+from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.labels import root_folder
 from nvdimm_driver.processes import FIRST_UID
 
 NAMESPACES = 0x00020000 | 0x08000000 | 0x40000000
 """CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET."""
 MAX_PROCESSES = 64
 """RLIMIT_NPROC counts threads, too; a QEMU without a guest has fewer than ten."""
+ISOLATION_HINT = (
+    "it needs root, Linux 5.12, a root file system that is not the initramfs, and AppArmor profiles of this version "
+    "of the driver; dsm 'aml' needs no label server"
+)
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
-_SYS_MOUNT_SETATTR = 442  # the same on all architectures
-_AT_RECURSIVE, _MOUNT_ATTR_RDONLY, _MS_SLAVE = 0x8000, 0x1, 1 << 19
-
-
-class _MountAttributes(ctypes.Structure):
-    """``struct mount_attr`` (include/uapi/linux/mount.h)."""
-
-    _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns")]
 
 
 def uid_of(domid: int) -> int:
@@ -36,21 +35,38 @@ def uid_of(domid: int) -> int:
     return FIRST_UID + domid
 
 
-def isolate() -> None:
-    """Leave the host's network and IPC objects, and see all its file systems read-only. Descriptors stay as they are.
+def isolate(programs: Sequence[str]) -> None:
+    """Leave the host's network, IPC objects and files for good. Descriptors stay as they are.
 
-    What the host unmounts goes here, too, if its mounts are shared, as systemd makes them; else it would stay in use.
-
-    :raises OSError: when the kernel refuses; it needs CAP_SYS_ADMIN, and Linux 5.12.
+    :param programs: paths of programs that are run later; they see themselves and their libraries.
+    :raises ConfigError: when the kernel refuses: a label server that is not isolated must not run.
     """
-    _check(ctypes.CDLL(None, use_errno=True).unshare(NAMESPACES), "unshare")
-    _set_mounts(b"/", _AT_RECURSIVE, _MountAttributes(set=_MOUNT_ATTR_RDONLY, propagation=_MS_SLAVE))
-    _set_mounts(b"/proc", 0, _MountAttributes(clear=_MOUNT_ATTR_RDONLY))  # for its AppArmor profile
+    try:
+        _check(ctypes.CDLL(None, use_errno=True).unshare(NAMESPACES), "unshare")
+        root_folder.enter(programs)
+    except OSError as error:
+        raise ConfigError(
+            f"a label server cannot be kept from the host's files and network: {error.strerror}",
+            hint=ISOLATION_HINT,
+        ) from error
 
 
-def _set_mounts(path: bytes, flags: int, wanted: _MountAttributes) -> None:
-    libc, size = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t(ctypes.sizeof(wanted))
-    _check(libc.syscall(_SYS_MOUNT_SETATTR, -1, path, flags, ctypes.byref(wanted), size), "mount_setattr")
+def find_isolation_fault() -> ConfigError | None:
+    """Return why no label server could be isolated on this host; None when one can. It is tried in a child process."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            isolate([])
+        except ConfigError as error:
+            os.write(theirs, error.message.encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(child, 0)
+    return ConfigError(said, hint=ISOLATION_HINT) if said else None
 
 
 def become(uid: int) -> None:

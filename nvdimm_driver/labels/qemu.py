@@ -48,6 +48,7 @@ class QemuLabels:
     :param binaries: QEMUs, tried in order until one starts.
     :param timeout: seconds for the start of a QEMU and for each request.
     :param confined: as for :class:`.Machine`.
+    :ivar programs: the paths of those that are installed, without symbolic links.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class QemuLabels:
         *,
         confined: bool = False,
     ) -> None:
-        self._machines = [Machine(binary, confined, timeout) for binary in installed(binaries)]
+        self.programs = [os.path.realpath(path) for path in installed(binaries)]
+        self._machines = [Machine(path, confined, timeout) for path in self.programs]
         self._layout = layout
         self._areas = areas
         self._running = ExitStack()
@@ -85,7 +87,11 @@ class QemuLabels:
                 failures.append(error)
             else:
                 return self._qtest
-        raise AcpiError("; ".join(failure.message for failure in failures), hint="dsm 'aml' needs no QEMU")
+        raise AcpiError(
+            "; ".join(failure.message for failure in failures),
+            hint="dsm 'aml' needs no QEMU; a label server sees /usr, its QEMU and the libraries beside that, and no "
+            "other files of the host",
+        )
 
     def close(self) -> None:
         """End QEMU and discard the copies."""

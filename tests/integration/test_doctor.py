@@ -64,7 +64,15 @@ def test_a_machine_without_xen_fails_and_says_what_to_do(tmp_path: Path) -> None
     assert done.stderr == ""
     found = rows(done.stdout)
     assert {name for name, row in found.items() if row["Result"] == "PASS"} == {
-        *("plug-ins", "ACPI tables", "AppArmor, nvdimm-driver", "AppArmor, libvirt", "SELinux", "log")
+        *(
+            "plug-ins",
+            "ACPI tables",
+            "label servers, isolation",
+            "AppArmor, nvdimm-driver",
+            "AppArmor, libvirt",
+            "SELinux",
+            "log",
+        )
     }
     assert {name for name, row in found.items() if row["Result"] == "NOTE"} <= {"access", "nvdimmd, boot"}
     for name in (

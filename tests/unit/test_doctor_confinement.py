@@ -9,12 +9,14 @@ from nvdimm_driver.apparmor import PROFILES
 from nvdimm_driver.doctor.confinement import (
     Daemon,
     check_apparmor,
+    check_label_servers,
     check_profiles,
     check_selinux,
     find_daemon,
     missing_rules,
 )
 from nvdimm_driver.doctor.finding import Finding, Result
+from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.processes import start_time
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
@@ -117,3 +119,11 @@ def test_the_daemon_is_found_and_the_modular_one_is_preferred(tmp_path: Path) ->
     found = find_daemon(tmp_path)
     assert found is not None
     assert found.name == "libvirtd"
+
+
+@pytest.mark.parametrize(("dsm", "result"), [("qemu", Result.FAIL), ("aml", Result.NOTE), ("none", Result.NOTE)])
+def test_label_servers_that_cannot_be_kept_from_the_host_are_named(dsm: str, result: Result) -> None:
+    assert check_label_servers(None, dsm).result is Result.PASS
+    found = check_label_servers(ConfigError("pivot_root: Invalid argument", hint="boot from a disk"), dsm)
+    assert (found.result, found.hint) == (result, "boot from a disk")
+    assert "pivot_root: Invalid argument" in found.message
