@@ -389,8 +389,8 @@ def leaves_host(instance: Any, host: str, *, destroys_disks: bool) -> bool:
         return True  # it was evacuated; its disks may be shared with its new host
     if instance.vm_state == vm_states.SHELVED_OFFLOADED:
         return True  # a start here that failed; no host is its own
-    if instance.task_state == task_states.RESIZE_REVERTING:
-        return True  # what the larger flavor had here: instances that had some before are not resized
+    if instance.task_state in (task_states.RESIZE_FINISH, task_states.RESIZE_REVERTING):
+        return True  # what it had of the larger flavor, which failed or is undone: what had some before is not resized
     return destroys_disks and instance.task_state not in _REBUILDING
 
 
@@ -470,7 +470,7 @@ EXPECTED = (
         {f"Instance.{name}": _FIELD for name in ("uuid", "flavor", "host", "vm_state", "task_state", "deleted")},
     ),
     *expect(objects, {"Resource.identifier": _FIELD}),
-    *expect(task_states, dict.fromkeys(("RESIZE_MIGRATING", "RESIZE_REVERTING"), "str")),
+    *expect(task_states, dict.fromkeys(("RESIZE_FINISH", "RESIZE_MIGRATING", "RESIZE_REVERTING"), "str")),
     *expect(vm_states, {"SHELVED_OFFLOADED": "str"}),
     *expect(
         exception,

@@ -278,6 +278,7 @@ EVACUATED = {"host": "xen2"}
         ("evacuated, with its disks shared", EVACUATED, False, True),
         ("evacuated, with disks of its own", EVACUATED, True, True),
         ("an evacuation that failed here", {**EVACUATED, "task_state": task_states.REBUILD_SPAWNING}, True, True),
+        ("a resize to a flavor with pmem fails", {"task_state": task_states.RESIZE_FINISH}, False, True),
         ("a resize to a flavor with pmem is undone", {"task_state": task_states.RESIZE_REVERTING}, False, True),
         (
             "an unshelve that failed, with a root disk in a volume",

@@ -146,17 +146,30 @@ class ResizeTest(NovaTestBase):
         self.server = self.create(self._create_flavor(memory_mb=512, vcpu=1, disk=1, ephemeral=0))
         self.start_host("two", "6GB:two/ns0")
         self.flavor = self.make_flavor("6GB")
+
+    def resize(self) -> None:
         self._resize_server(self.server, self.flavor)
         self.pmem.write("two", "ns0", DATA)
         self.pmem.forget_calls()
 
     def test_it_keeps_them_when_it_is_confirmed(self) -> None:
+        self.resize()
         self._confirm_resize(self.server)
         assert self.pmem.claimed() == {str(self.pmem.path("two", "ns0")): self.server["id"]}
         assert self.pmem.read("two", "ns0").startswith(DATA)
         assert self.pmem.verbs() == []
 
+    def test_they_are_free_again_when_its_start_fails(self) -> None:
+        connection = self.computes["two"].driver._host.get_connection()
+        connection.failing = True
+        self.api.post_server_action(self.server["id"], {"resize": {"flavorRef": self.flavor}})
+        self._wait_for_state_change(self.server, "ERROR")
+        assert self.pmem.claimed() == {}
+        connection.failing = False
+        self._reboot_server(self.server, hard=True)
+
     def test_they_are_wiped_when_it_is_reverted(self) -> None:
+        self.resize()
         self._revert_resize(self.server)
         assert self.pmem.verbs() == ["wipe", "release"]
         assert self.pmem.read("two", "ns0") == bytes(SIZE)
