@@ -18,7 +18,7 @@ from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks, ownership
 from nvdimm_driver.state.owner_marks import Mark
-from nvdimm_driver.state.words import word_for
+from nvdimm_driver.state.words import release_of
 
 LOG = logging.getLogger(__name__)
 
@@ -60,15 +60,17 @@ def look(driver: XenNvdimmDriver, definition_of: DefinitionOf = nobody_to_ask) -
     return list(_Look(driver, definition_of).findings())
 
 
-def _find_device(record: Record) -> str:
+def _find_device(record: Record, item: Allocation) -> str:
     """Return the remedy for a device that is gone or another: its bytes exist, and no other domain may get them."""
     return (
         "enable its device; if that has another name now ('nvdimmctl host'), define the domain with that; or correct "
-        "the options of its backing; or, if it is lost for good, give it up: nvdimmctl release --lost "
-        + word_for(record.name, record.uuid)
+        "the options of its backing; or, if it is lost for good, give it up: "
+        + release_of(record.name, record.uuid, item.spec.slot, "--lost ")
     )
 
 
+_ZEROS = "replace them with zeros; restore a backup first, if any"
+_TAKE = "take it as it is now; if that is not what the guest should have, put the right file there first"
 _WHICH = (
     "find the guest's own, and take the mark from each copy, with setfattr of the package attr: setfattr -x "
     "trusted.nvdimm_driver.owner COPY"
@@ -191,7 +193,7 @@ class _Look:
 
     def _allocation(self, record: Record, item: Allocation) -> Iterator[Inconsistency]:
         if not item.ready:
-            yield _unfinished(record, item)
+            yield self._unfinished(record, item)
             return
         path = item.spec.path
         inconsistency = partial(Inconsistency, record.name, path)
@@ -207,9 +209,7 @@ class _Look:
             return
         if (lacking := backing.lacking(item.spec)) and self._is_still(item):
             problem = f"it is {human(lacking)} too short: the missing bytes are lost"
-            yield inconsistency(
-                problem, "replace them with zeros", self.changes.of(record, self.changes.complete, backing, item)
-            )
+            yield inconsistency(problem, _ZEROS, self.changes.of(record, self.changes.complete, backing, item))
             return
         if backing.is_shared(item.spec):
             yield self._shared(record, item, backing)
@@ -222,13 +222,11 @@ class _Look:
         if found != item.identity:
             problem = f"it is not the backing that was provisioned: {describe_differences(found, item.identity)}"
             if found.inode == 0:
-                yield inconsistency(problem, _find_device(record))
+                yield inconsistency(problem, _find_device(record, item))
             elif not _on_same_volume(found, item.identity):
                 yield inconsistency(problem, "mount the file system that had it there")
             else:
-                yield inconsistency(
-                    problem, "take it as it is now", self.changes.of(record, self.changes.adopt, backing, item)
-                )
+                yield inconsistency(problem, _TAKE, self.changes.of(record, self.changes.adopt, backing, item))
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
@@ -256,6 +254,25 @@ class _Look:
         if record.start is not None:
             return inconsistency("delete that file, whose reader sees what the guest writes")
         return inconsistency("copy what is shared", self.changes.of(record, self.changes.unshare, backing, item))
+
+    def _unfinished(self, record: Record, item: Allocation) -> Inconsistency:
+        """Return an NVDIMM that is not provisioned: a define is running or was interrupted, or its backing is gone.
+
+        If a file is there, the next define would take it as it is, and so does the repair.
+        """
+        path = item.spec.path
+        problem = f"it is not provisioned ({item.written}% of it is written), and no other domain can have its path"
+        inconsistency = partial(Inconsistency, record.name, path, problem)
+        file = self.files.get(path)
+        if file is None or record.start is not None or self.driver.locks.is_changing(record.uuid):
+            release = release_of(record.name, record.uuid, item.spec.slot)
+            return inconsistency(
+                "unless a define is running: restore a backup first, if any, and repeat this; a define makes a new "
+                f"backing, of zeros, where nothing is; or give it up: {release}"
+            )
+        backing = backing_of(self.driver.backings, path)
+        remedy = "take the file that is there as it is, and write zeros where it reads as zeros"
+        return inconsistency(remedy, self.changes.of(record, self.changes.fill, backing, item))
 
     def _unwritten(self, record: Record, item: Allocation, backing: Backing, error: UnwrittenError) -> Inconsistency:
         """Return a file with parts that are nowhere in the memory, as a copy of a backup has where that has zeros."""
@@ -290,7 +307,7 @@ class _Look:
             move = self.changes.of(record, self.changes.move_back, backing, moved[0], item)
             return inconsistency(f"it is not there; it was moved to {moved[0]}", "move it back", move)
         if item.identity is not None and item.identity.inode == 0:
-            return inconsistency("it is not there", _find_device(record))
+            return inconsistency("it is not there", _find_device(record, item))
         give_up = self.changes.of(
             record, self.changes.give_up_contents, self._named(item.identity.kind if item.identity else ""), item
         )
@@ -330,8 +347,8 @@ class _Look:
                 remedy = f"mount the file system that had {path} here again, and the one that is here where it was"
             return Inconsistency(record.name, path, problem, remedy)
         if file is None:
-            word = word_for(record.name, record.uuid)
-            return Inconsistency(record.name, path, problem, f"nvdimmctl release {word}: the file keeps its mark")
+            command = release_of(record.name, record.uuid, item.spec.slot)
+            return Inconsistency(record.name, path, problem, f"{command}: the file keeps its mark")
         remedy = f"give up the claim of {record.name}, and write that of {mark.name} into the ledger"
         return Inconsistency(record.name, path, problem, remedy, self.changes.of(record, self.changes.give_up, item))
 
@@ -491,14 +508,3 @@ def _has_bytes(item: Allocation, file: Surveyed) -> bool:
 def _on_same_volume(found: BackingIdentity, expected: BackingIdentity | None) -> bool:
     """Return True when two files are on one file system, as far as an identity shows that."""
     return expected is not None and (found.device, found.start) == (expected.device, expected.start)
-
-
-def _unfinished(record: Record, item: Allocation) -> Inconsistency:
-    """Return an NVDIMM that is not provisioned: a define is running or was interrupted, or its backing is gone."""
-    word = word_for(record.name, record.uuid)
-    return Inconsistency(
-        record.name,
-        item.spec.path,
-        f"it is not provisioned ({item.written}% of it is written), and no other domain can have its path",
-        f"unless a define is running, define the domain again, or run: nvdimmctl release {word}",
-    )

@@ -14,7 +14,7 @@ from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
 from nvdimm_driver.state.start_steps import ABANDONED_SECONDS, seconds_since_boot
-from nvdimm_driver.state.words import word_for
+from nvdimm_driver.state.words import release_of, word_for
 
 LOG = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
         f"it has {items[0].spec.path} in its place: 'nvdimmctl check --repair' lets it have both"
         if moved
         else "'nvdimmctl check --repair' writes it into the ledger, if a pool has the file; if that domain is gone for "
-        f"good, 'nvdimmctl release {word_for(mark.name, mark.uuid)}' then frees the file"
+        f"good, '{release_of(mark.name, mark.uuid, mark.spec.slot)}' then frees the file"
     )
     raise InUseError(
         f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that", hint=hint
@@ -269,11 +269,13 @@ def has_bytes(items: Sequence[Allocation], identity: BackingIdentity | None) -> 
 
 
 def _owned(path: str, record: Record) -> InUseError:
+    slot = next((item.spec.slot for item in record.allocations if item.spec.path == path), None)
     word = word_for(record.name, record.uuid)
+    command = f"nvdimmctl release {word}" if slot is None else release_of(record.name, record.uuid, slot)
     return InUseError(
         f"{path} belongs to domain {record.name} ({record.uuid})",
-        hint=f"if that domain is gone for good, 'nvdimmctl release {word}' frees the path; it keeps the data, unless "
-        "the pool has wipe_on_release",
+        hint=f"if that domain is gone for good, '{command}' frees the path; it keeps the data, unless the pool has "
+        "wipe_on_release",
     )
 
 

@@ -62,6 +62,11 @@ def word_for(name: str, uuid: str) -> str:
     return uuid if ambiguous else quote(name)
 
 
+def release_of(name: str, uuid: str, slot: int, options: str = "") -> str:
+    """Return the command that gives up the NVDIMM in one slot of a domain, and no other NVDIMM of it."""
+    return f"nvdimmctl release {options}--slot {slot} {word_for(name, uuid)}"
+
+
 def _names(record: Record) -> set[str]:
     start = record.start
     return {record.name} if start is None or start.domid is None else {record.name, str(start.domid)}

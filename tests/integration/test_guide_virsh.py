@@ -194,6 +194,26 @@ def test_the_files_of_several_nvdimms_are_deleted_only_when_all_are_meant(host: 
     assert host.files() == ["lost+found"]
 
 
+def test_the_hints_about_a_file_that_is_lost_give_up_no_other(host: Host) -> None:
+    """From the import of its backup on, each command that an error names is run."""
+    define(host, "first", "first.img", "second.img")
+    do(host, steps("Backup")[0])
+    host.libvirtd.run("rm", image(host, "first"))
+    bring = ("import", str(host.folder / "backup/first.img"), "--pool", "main")
+    told = host.nvdimmctl(*bring).stderr
+    (named,) = re.findall(r"'nvdimmctl (release [^']+)' frees the path", told)
+    done = host.nvdimmctl(*named.split(), "--yes")
+    if done.returncode:  # in a pool with wipe_on_release
+        assert "'nvdimmctl release --lost --slot' gives it up" in done.stderr
+        assert host.nvdimmctl("release", "--yes", "--lost", "first").returncode == 2
+        assert host.nvdimmctl("release", "--yes", "--lost", *named.split()[1:]).returncode == 0
+    assert paths(host, "first") == {1: "second.img"}
+    assert read(host, "second.img") == "of second.img"
+    assert host.nvdimmctl(*bring).returncode == 0
+    host.check("define", host.folder / "first.xml")
+    assert [read(host, file) for file in ("first.img", "second.img")] == ["of first.img", "of second.img"]
+
+
 def test_an_import_says_that_the_definition_needs_its_path(host: Host) -> None:
     """A backup with a date in its name is imported by that, and the definition has another."""
     define(host, "first", "first.img")

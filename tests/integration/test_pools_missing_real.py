@@ -134,7 +134,7 @@ def test_a_guest_that_ends_while_its_files_are_away_leaves_them_immutable_and_sa
 def test_a_file_that_was_truncated_to_nothing_is_completed_by_its_mark(host: Host) -> None:
     os.truncate(host.path("a.img"), 0)
     assert [(os.path.basename(each.path), each.remedy) for each in repair(host)] == [
-        ("a.img", "replace them with zeros")
+        ("a.img", "replace them with zeros; restore a backup first, if any")
     ]
     assert look(host.driver) == []
     assert host.read("a.img") == bytes(SIZE)

@@ -15,6 +15,7 @@ from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import SIZE, Host, empty, quiet
+from tests.unit.doubles import OTHER_UUID
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,35 @@ def test_a_repair_takes_what_was_copied_from_a_backup(host: Host, way: str, new:
     assert (has.spec, has.base) == (had.spec, had.base)
     assert host.mark("a.img")
     start(host)
+
+
+@pytest.mark.parametrize("sparse", ["always", "never"])
+def test_a_repair_takes_a_backup_that_comes_after_one_that_has_given_the_file_up(host: Host, sparse: str) -> None:
+    before = host.read("a.img")
+    (had,) = host.record().allocations
+    os.unlink(host.path("a.img"))
+    repair(host)
+    (left,) = look(host.driver)
+    assert "is not provisioned" in left.problem
+    run("cp", f"--sparse={sparse}", backup(host), host.path("a.img"))
+    rows = repair(host)
+    assert look(host.driver) == [], rows
+    assert host.read("a.img") == before
+    assert host.record().allocations[0].base == had.base
+    start(host)
+
+
+def test_another_domains_file_is_not_taken_for_one_that_was_given_up(host: Host) -> None:
+    host.define("b.img", OTHER_UUID)
+    os.unlink(host.path("a.img"))
+    repair(host)
+    os.rename(host.path("b.img"), host.path("a.img"))
+    before = host.read("a.img")
+    repair(host)
+    assert look(host.driver)[0].path == host.path("a.img")
+    assert not os.path.exists(host.path("a.img"))
+    assert host.read("b.img") == before
+    assert host.record(OTHER_UUID).allocations[0].spec.path == host.path("b.img")
 
 
 def test_a_file_of_that_name_on_another_file_system_is_left_alone(host: Host) -> None:

@@ -67,7 +67,9 @@ class Release(Action):
         )
         which = parser.add_mutually_exclusive_group()
         which.add_argument("--slot", type=int, help="give up only the NVDIMM in this slot of the domain")
-        which.add_argument("--all", action="store_true", help="with --delete: delete the files of several NVDIMMs")
+        which.add_argument(
+            "--all", action="store_true", help="with --delete or --lost: release all, if there are several"
+        )
         yes_option(parser)
         return parser
 
@@ -83,8 +85,8 @@ class Release(Action):
         if slot is not None:
             items_of(record, slot)
         chosen = in_slot(record, slot)
-        if parsed_args.delete and not parsed_args.all:
-            check_single(record.name, chosen.allocations, "say which with --slot, or delete all of them with --all")
+        if (parsed_args.delete or parsed_args.lost) and not parsed_args.all:
+            check_single(record.name, chosen.allocations, "say which with --slot, or take all of them with --all")
         check_uncontested(driver, self.app.conf, [item.spec.path for item in driver.wiper.to_wipe(chosen)])
         fate = render.fate(driver, chosen, delete=parsed_args.delete)
         warn_of_saved_guest(self.app, driver, record)
