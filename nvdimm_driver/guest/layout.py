@@ -38,7 +38,6 @@ class PlacementRequest:
     :ivar label_size: bytes of the label area; the place has room for it, whoever serves it.
     :ivar label_gap: bytes of the backing between the visible part and the label area.
     :ivar alignsize: the base is a multiple of it; None when not given.
-    :ivar first_spa: SPA of the backing's first byte.
     :ivar base: guest-physical base that it must have, or None.
     :ivar node: guest NUMA node, or None.
     :ivar kept: base that an earlier define chose, or None. It stays as long as it is possible.
@@ -49,7 +48,6 @@ class PlacementRequest:
     label_size: int
     label_gap: int
     alignsize: int | None
-    first_spa: int
     base: int | None
     node: int | None
     kept: int | None = None
@@ -150,9 +148,8 @@ def advice(guest: GuestLayout, *, pci_devices: int = 0) -> Iterator[str]:
                 )
         if placement.base % SUPERPAGE:
             yield (
-                f"{_name(placement)} is not at a multiple of {human(SUPERPAGE)}: Linux since 5.7 makes no namespace in "
-                "fsdax or devdax mode on it; with <alignsize unit='MiB'>2</alignsize> it is, but if its backing is "
-                "not, Xen maps it in entries of 4 KiB"
+                f"{_name(placement)} is not at a multiple of {human(SUPERPAGE)}: Linux since 5.7 neither makes nor "
+                "finds a namespace in fsdax or devdax mode on it; with <alignsize unit='MiB'>2</alignsize> it is"
             )
 
 
@@ -322,17 +319,16 @@ def _obstacle(start: int, end: int, taken: Sequence[tuple[int, int]]) -> int | N
 
 
 def _congruence(request: PlacementRequest, step: int) -> tuple[int, int]:
-    """Return (modulus, remainder) of a base that is to be chosen: the first of these that ``alignsize`` allows.
+    """Return (modulus, remainder) of a base that is to be chosen.
 
-    * As far behind a multiple of the step as the base was that an earlier define chose.
-    * As far as the backing begins behind a multiple of 2 MiB, so that Xen can use 2 MiB entries. It uses no larger ones
-      for such a mapping (xen/arch/x86/mm/p2m.c:mmio_order).
-    * A multiple of the step.
+    It is as far behind a multiple of the step as the base was that an earlier define chose, if ``alignsize`` allows
+    that. Else it is a multiple of the step, also where the backing begins elsewhere: Xen then maps entries of 4 KiB,
+    and elsewhere the guest would find no namespace (Linux: drivers/nvdimm/pfn_devs.c:nd_pfn_validate).
     """
     align = request.alignsize or PAGE
     modulus = max(align, step)
-    remainders = (*(() if request.kept is None else (request.kept % modulus,)), request.first_spa % SUPERPAGE, 0)
-    return modulus, next(remainder for remainder in remainders if remainder % align == 0)
+    remainder = 0 if request.kept is None else request.kept % modulus
+    return modulus, remainder if remainder % align == 0 else 0
 
 
 def _label_place(placement: Placement, guest: GuestLayout, taken: Sequence[tuple[int, int]]) -> int:

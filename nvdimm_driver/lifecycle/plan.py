@@ -198,7 +198,7 @@ class Planner:
         :raises LayoutError: when its NVDIMMs do not fit.
         """
         items = [item for item in record.allocations if item.spec.path in paths]
-        requests = [_request(item.spec, item.base or 0, item.spec.base, item.base) for item in items]
+        requests = [_request(item.spec, item.spec.base, item.base) for item in items]
         layout.place(ram, requests, address_bits=self.host.address_bits, gap=self.gap)
 
     def bases_of_run(self, domain: DomainSpec, identities: Sequence[BackingIdentity]) -> dict[int, int]:
@@ -231,10 +231,7 @@ class Planner:
         :param bases: by slot, the bases that NVDIMMs must have.
         :param kept: by slot, the bases that others keep if that is possible.
         """
-        requests = [
-            _request(spec, location.extents[0].spa, bases.get(spec.slot), (kept or {}).get(spec.slot))
-            for spec, location in zip(domain.nvdimms, locations, strict=True)
-        ]
+        requests = [_request(spec, bases.get(spec.slot), (kept or {}).get(spec.slot)) for spec in domain.nvdimms]
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
         guest = self._complete(guest, domain.dsm, [location.identity for location in locations])
         for placement in guest.nvdimms:
@@ -364,14 +361,21 @@ def check_distinct(nvdimms: Sequence[NvdimmSpec], same: Callable[[NvdimmSpec, Nv
 
 
 def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:
-    """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same."""
-    items = () if before is None else before.allocations
-    known = {(item.spec.own_slot, item.spec.visible_size, item.identity): item.base for item in items}
-    wanted = {
-        spec.slot: (spec.slot, spec.visible_size, location.identity)
-        for spec, location in zip(domain.nvdimms, locations, strict=True)
+    """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same.
+
+    A file that was put in the place of another, such as a backup, has its contents, which may need the same base.
+    """
+    known = {
+        (item.spec.own_slot, item.spec.visible_size, which): item.base
+        for item in (() if before is None else before.allocations)
+        for which in (item.spec.path, item.identity)
     }
-    return {slot: known[key] for slot, key in wanted.items() if key in known}
+    kept = {}
+    for spec, location in zip(domain.nvdimms, locations, strict=True):
+        keys = [(spec.slot, spec.visible_size, which) for which in (location.identity, spec.path)]
+        if key := next((each for each in keys if each in known), None):
+            kept[spec.slot] = known[key]
+    return kept
 
 
 def _wanted_bases(domain: DomainSpec) -> dict[int, int | None]:
@@ -383,14 +387,13 @@ def _flat(parts: Sequence[Sequence[Mapping]]) -> tuple[Mapping, ...]:
     return tuple(mapping for part in parts for mapping in part)
 
 
-def _request(spec: NvdimmSpec, first_spa: int, base: int | None, kept: int | None) -> layout.PlacementRequest:
+def _request(spec: NvdimmSpec, base: int | None, kept: int | None) -> layout.PlacementRequest:
     return layout.PlacementRequest(
         slot=spec.slot,
         size=spec.visible_size,
         label_size=spec.label_size,
         label_gap=spec.label_gap,
         alignsize=spec.alignsize,
-        first_spa=first_spa,
         base=base,
         node=spec.node,
         kept=kept,

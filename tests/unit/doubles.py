@@ -47,7 +47,6 @@ class MemoryBacking(Backing):
     :ivar opened: ranges that :meth:`open_bytes` has returned for writing.
     :ivar filled: paths passed to :meth:`fill_holes`.
     :ivar times: when each was last written, as :meth:`written_at` returns it.
-    :ivar shift: bytes by which files start behind a multiple of 2 MiB.
     """
 
     name = "memory"
@@ -63,7 +62,6 @@ class MemoryBacking(Backing):
         self.opened: list[MemoryBytes] = []
         self.filled: list[str] = []
         self.namespace = NAMESPACE
-        self.shift = 0
         self.times: dict[str, int] = {}
 
     def describe(self) -> str:
@@ -127,7 +125,7 @@ class MemoryBacking(Backing):
         if spec.path not in self.files:
             raise BackingError(f"{spec.path} does not exist")
         inode, size = self.files[spec.path]
-        start = NAMESPACE.data_spa + (inode - 100) * 128 * MIB + self.shift
+        start = NAMESPACE.data_spa + (inode - 100) * 128 * MIB
         return Location(BackingIdentity("memory", "ns-0", 0, inode, 1, size), (Extent(0, start, spec.size),))
 
     def exists(self, path: str) -> bool:

@@ -102,10 +102,26 @@ def test_tables_are_built_again_for_an_nvdimm_that_is_elsewhere_than_assumed(
     builder = CountingBuilder()
     driver = make_driver(tmp_path, backing, mapper, acpi=builder)
     plan = driver.check(domain(A))
-    backing.shift = MIB  # the base follows the offset in the 2 MiB page
+    backing.namespace = dataclasses.replace(
+        backing.namespace, persistence_domain="cpu_cache"
+    )  # the NFIT says which it is
     driver.define(domain(A), plan)
-    assert bases(driver) == [plan.layout.nvdimms[0].base + MIB]
+    assert bases(driver) == [plan.layout.nvdimms[0].base]
     assert builder.built == 2
+
+
+def test_a_base_stays_when_another_file_has_the_path(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    """It is a backup, say, whose contents need the same alignment; where it is in the machine does not matter."""
+    both = domain(A, B)
+    second = dataclasses.replace(both, nvdimms=both.nvdimms[1:])
+    driver.define(both)
+    driver.define(second)
+    (before,) = bases(driver)
+    backing.files[B] = (105, backing.files[B][1])
+    driver.define(second)
+    assert bases(driver) == [before]
+    driver.define(both)
+    assert before in bases(driver)[1:]
 
 
 def test_a_plan_that_is_too_old_does_not_pass_a_path_that_was_taken_since(driver: XenNvdimmDriver) -> None:
