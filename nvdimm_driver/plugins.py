@@ -314,6 +314,21 @@ class Backing(Plugin):
         """
         return 0
 
+    def touch(
+        self,
+        path: str,
+        needed: Callable[[BackingIdentity | None], bool],
+        identity: BackingIdentity | None = None,
+    ) -> int | None:
+        """Let a frozen backing whose guest has ended be written now, for backups; return :meth:`written_at` after that.
+
+        The default changes nothing, which is right where no backup asks for that.
+
+        :param needed: as in :meth:`thaw_unless`; nothing is changed then.
+        :returns: None also when a program of the host could have written it before.
+        """
+        return self.written_at(path)
+
     def thaw_unless(
         self,
         path: str,

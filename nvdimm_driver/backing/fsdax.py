@@ -303,6 +303,26 @@ class FsdaxBacking(Backing):
             return None if found is None else found.st_mtime_ns
         return None
 
+    def touch(
+        self,
+        path: str,
+        needed: Callable[[BackingIdentity | None], bool],
+        identity: BackingIdentity | None = None,
+    ) -> int | None:
+        """Set the file's modification time, as the kernel does when a program writes to it: a guest's stores do not.
+
+        The file is mutable for that moment.
+        """
+        with self._unneeded(path, needed, identity) as fd:
+            if fd is None:
+                return None
+            was_immutable = inode.is_immutable(fd)
+            if inode.is_frozen(fd):
+                with inode.thawed(fd):
+                    os.utime(fd)
+                os.fsync(fd)
+            return os.fstat(fd).st_mtime_ns if was_immutable else None
+
     def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Undo :meth:`freeze`. A file that was immutable before stays so."""
         self.thaw_unless(path, lambda _: False, identity)
@@ -317,11 +337,23 @@ class FsdaxBacking(Backing):
 
         A lease on the file is not waited for: one domain's file must not keep another domain from starting.
         """
+        with self._unneeded(path, needed, identity) as fd:
+            if fd is not None:
+                inode.thaw(fd)
+
+    @contextmanager
+    def _unneeded(
+        self, path: str, needed: Callable[[BackingIdentity | None], bool], identity: BackingIdentity | None
+    ) -> Iterator[int | None]:
+        """Yield a descriptor of a file, with the lock that :meth:`freeze` takes.
+
+        :returns: None when it is gone, needed, or another file than that of the identity.
+        """
         if is_gone(path):
+            yield None
             return
         with opened(path, os.O_RDONLY) as fd, self.locks.freezing(fd, path):
-            if inode.is_frozen(fd) and self._is(fd, path, identity) and not needed(self._find_identity(fd, path)):
-                inode.thaw(fd)
+            yield fd if self._is(fd, path, identity) and not needed(self._find_identity(fd, path)) else None
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
         if owner is None and is_gone(path):

@@ -106,13 +106,15 @@ def times(backings: Sequence[Backing], nvdimms: str) -> str:
     return json.dumps({str(each["slot"]): _written_at(backings, each["path"]) for each in _nvdimms(nvdimms)})
 
 
-def times_at_end(backings: Sequence[Backing], run: Run) -> str:
+def times_at_end(run: Run, found: Mapping[str, int | None]) -> str:
     """Return the :func:`times` of a run that is over; for a backing that is not there now, that of its begin.
 
     The file system may not be mounted yet, and its file is immutable still.
+
+    :param found: the time of each path, if it is known.
     """
-    found = {slot: time for slot, time in json.loads(times(backings, run.nvdimms)).items() if time is not None}
-    return json.dumps({**json.loads(run.written), **found})
+    times_found = {str(slot): found[path] for path, slot in paths_of(run).items() if found.get(path) is not None}
+    return json.dumps({**json.loads(run.written), **times_found})
 
 
 def bases(last: Run | None, wanted: Sequence[tuple[int, int, BackingIdentity]]) -> dict[int, int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Run, Start
 from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
@@ -92,15 +92,16 @@ class Starts:
         """
         # a start that begins from now on has others
         holders, servers = self.holders.find(start.uuid), self.label_servers.find(start.uuid) if start.served else []
-        begun = self.ledger.find_begun(start)
-        if not self.ledger.note_end(start, begun and saved_guest.times_at_end(self.backings, begun)):
+        if not self.ledger.note_end(start):
             LOG.debug("the start of domain %s has gone on: it is not over", start.uuid)
             return
         record = self.ledger.find_domain(start.uuid)
         identities = {item.spec.path: item.identity for item in (record.allocations if record else ())}
+        begun = self.ledger.find_begun(start)
         frozen = ownership.frozen_paths(self.backings, start.paths)
         had = {**dict(saved_guest.backings_of(begun) if begun else ()), **identities}
         try:
+            self._note_written(start, begun, identities)
             for path in start.paths:
                 if self._is_away(path, had.get(path)):
                     left = Event(
@@ -130,6 +131,24 @@ class Starts:
         except BackingError:
             return True
         return False
+
+    def _note_written(self, start: Start, begun: Run | None, identities: Mapping[str, BackingIdentity | None]) -> None:
+        """Let the backings of a guest that has ended be written now, and record that while nothing can write them.
+
+        :param begun: the start's run.
+        :param identities: of the backings, by path.
+        """
+        if self.ledger.is_written_noted(start):
+            return
+        found: dict[str, int | None] = {}
+        if start.state == "mapped":
+            for path in start.paths:
+                LOG.debug("touch %s", path)
+                exists(path)  # as for a thaw
+                for backing in self.backings:
+                    if backing.handles(path):
+                        found[path] = backing.touch(path, partial(self._is_needed, path, start), identities.get(path))
+        self.ledger.note_written(start, begun and saved_guest.times_at_end(begun, found))
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.
@@ -166,6 +185,11 @@ class Starts:
         for backing in self.backings:
             if backing.handles(path):
                 backing.thaw_unless(path, partial(self._is_needed, path, over), identity)
+
+    def thaw_unknown(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it."""
+        backing_of(self.backings, path).touch(path, partial(self._is_needed, path, None), identity)
+        self.thaw(path, identity)
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen still has the domain."""

@@ -219,25 +219,28 @@ class StartSteps(Database):
         if not self._write_start([(statement, (server, uuid, domid, host_boot_id()))], guarded=True):
             raise _undone(uuid)
 
-    def note_end(self, start: Start, written: str | None = None) -> bool:
+    def note_end(self, start: Start) -> bool:
         """Record that a start is over: no other step of it can follow. Can be repeated.
 
-        :param written: when its backings were last written, before anything in the host can write to them again; None
-            when that is noted, or nobody needs it.
         :returns: False when it is not over: it has gone on to another state meanwhile.
         """
-        self._write_start(
-            [
-                (
-                    f"UPDATE attachment SET written = coalesce(?, written), ended = 1 WHERE {THIS_START} AND ended = 0",
-                    (written, *start.key),
-                )
-            ]
-        )
+        self._write_start([(f"UPDATE attachment SET ended = 1 WHERE {THIS_START} AND ended = 0", start.key)])
         uuid, identifier, state = start.key
         return not self._rows(
             "SELECT 1 FROM attachment WHERE uuid = ? AND id = ? AND state != ?", uuid, identifier, state
         )
+
+    def note_written(self, start: Start, written: str | None) -> None:
+        """Record when the backings of a start that is over were last written. What was recorded first stays.
+
+        :param written: as in :class:`.model.Run`; None when nobody needs it.
+        """
+        statement = f"UPDATE attachment SET written = coalesce(?, written), ended = 2 WHERE {THIS_START} AND ended = 1"
+        self._write_start([(statement, (written, *start.key))])
+
+    def is_written_noted(self, start: Start) -> bool:
+        """Return True after :meth:`note_written`."""
+        return bool(self._rows(f"SELECT 1 FROM attachment WHERE {THIS_START} AND ended = 2", *start.key))
 
     def end_start(self, start: Start, *, kind: str = "") -> None:
         """Forget a start that is over, after :meth:`note_end`: nothing is frozen or mapped for it any more.
@@ -249,7 +252,7 @@ class StartSteps(Database):
         written = "SELECT written FROM attachment WHERE uuid = run.uuid AND number = run.number"
         self._write_start(
             [
-                (f"UPDATE attachment SET ended = 1 WHERE {THIS_START}", start.key),
+                (f"UPDATE attachment SET ended = ended WHERE {THIS_START}", start.key),
                 (f"UPDATE run SET written = coalesce(({written}), written) WHERE uuid = ?", (start.uuid,)),
                 ("DELETE FROM attachment WHERE uuid = ?", (start.uuid,)),
             ],
@@ -368,11 +371,11 @@ class StartSteps(Database):
         self._write([("UPDATE run SET number = 0 WHERE uuid = ? AND number = ?", (uuid, number))])
 
     def find_begun(self, start: Start) -> Run | None:
-        """Return the run of a start whose end is not noted yet; None when it has none, or is not the domain's start."""
+        """Return the run of a start; None when it has none, after :meth:`note_written`, and when it is forgotten."""
         from nvdimm_driver.model import Run
 
         rows = self._rows(
-            f"SELECT number, nvdimms, written FROM attachment WHERE {THIS_START} AND number IS NOT NULL AND ended = 0",
+            f"SELECT number, nvdimms, written FROM attachment WHERE {THIS_START} AND number IS NOT NULL AND ended < 2",
             *start.key,
         )
         return Run(*rows[0]) if rows else None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import signal
@@ -14,8 +15,10 @@ import pytest
 from nvdimm_driver.backing import inode
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import DATA, SIZE, Host, empty
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, killed
+from tests.unit.doubles import UUID
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,67 @@ def test_a_shared_file_is_not_copied_under_a_start(xfs: Host) -> None:
     item = xfs.record().allocations[0]
     with xfs.backing.open_bytes(item.spec, write=True), pytest.raises(InUseError, match="is being overwritten"):
         xfs.backing.unshare(item.spec, item.identity)
+
+
+def modified(host: Host, name: str = "a.img") -> int:
+    return os.stat(host.path(name)).st_mtime_ns
+
+
+def test_a_backup_sees_that_a_guest_has_run(host: Host) -> None:
+    """A guest's stores do not change the time by which rsync and cp -u find what is new."""
+    host.define("a.img")
+    before = modified(host)
+    host.run(host.domain("a.img"))
+    assert modified(host) == before
+    host.mapper.alive.clear()
+    host.driver.reconcile()
+    assert modified(host) > before
+    assert not is_immutable(host.path("a.img"))
+    run = host.driver.ledger.find_run(UUID)
+    assert run is not None
+    assert json.loads(run.written) == {"0": modified(host)}
+
+
+def test_a_start_that_maps_nothing_leaves_the_time(host: Host) -> None:
+    """A saved guest that was to go on may be tried again."""
+    host.define("a.img")
+    before = modified(host)
+    host.driver.prepare(host.domain("a.img"))
+    host.driver.release(UUID)
+    assert modified(host) == before
+
+
+@pytest.mark.parametrize("step", ["note_written", "end_start"])
+def test_what_is_written_after_a_file_was_thawed_is_seen_though_the_end_was_killed(
+    host: Host, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A repeated end does not take the time of that write for its own."""
+    host.define("a.img")
+    host.run(host.domain("a.img"))
+    host.mapper.alive.clear()
+
+    def end() -> None:
+        monkeypatch.setattr(Ledger, step, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        host.another().reconcile()
+
+    killed(end)
+    thawed = step == "end_start"
+    assert is_immutable(host.path("a.img")) is not thawed
+    if thawed:
+        Path(host.path("a.img")).write_bytes(DATA)
+    host.driver.reconcile()
+    assert host.record().start is None
+    run = host.driver.ledger.find_run(UUID)
+    assert run is not None
+    assert (json.loads(run.written) == {"0": modified(host)}) is not thawed
+
+
+def test_a_file_of_a_guest_that_runs_stays_immutable_when_another_start_with_it_ends(host: Host) -> None:
+    """Both have it: the first one's ledger was lost meanwhile, say."""
+    host.define("a.img")
+    host.run(host.domain("a.img"))
+    before = modified(host)
+    assert host.backing.touch(host.path("a.img"), lambda _: True) is None
+    assert modified(host) == before
+    host.driver.starts.thaw_unknown(host.path("a.img"))
+    assert (modified(host), is_immutable(host.path("a.img"))) == (before, True)

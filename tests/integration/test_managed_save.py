@@ -117,3 +117,23 @@ def test_the_definition_may_be_made_again_as_the_saved_guest_is(host: Host) -> N
     host.check("start", "db1")
     host.check("destroy", "db1")
     assert sizes(host) == {"db1.img": 4}
+
+
+@pytest.mark.parametrize("copy", ["cp --preserve=timestamps", "cp"])
+def test_an_older_copy_in_the_place_of_what_the_guest_has_written(host: Host, copy: str) -> None:
+    """Each run leaves a modification time of its own, so that a backup of the run before is told from it."""
+
+    def put(source: str, target: str) -> None:
+        done = host.libvirtd.run("sh", "-ec", f"cd {host.folder}/pmem; {copy} {source} {target}")
+        assert done.returncode == 0, done
+
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    put("db1.img", "../monday.img")
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    put("../monday.img", "db1.img")
+    assert "db1.img was written on the host" in refused(host, "start", "db1")
+    assert is_saved(host)
+    host.check("managedsave-remove", "db1")
+    host.check("start", "db1")

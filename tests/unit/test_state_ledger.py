@@ -78,8 +78,12 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     assert record.start.paths == ("/mnt/pmem0/a",)
     assert ledger.frames_of_others(OTHER_UUID) == [("db1", 1024, 16), ("db1", 8192, 1)]
     assert ledger.frames_of_others(UUID) == []
-    ledger.note_end(record.start, "then")
-    ledger.note_end(record.start, "later")
+    assert ledger.note_end(record.start)
+    assert ledger.find_begun(record.start) == RUN
+    ledger.note_written(record.start, "then")
+    assert ledger.note_end(record.start)
+    ledger.note_written(record.start, "later")
+    assert ledger.is_written_noted(record.start)
     assert ledger.find_begun(record.start) is None
     ledger.end_start(record.start)
     assert ledger.frames_of_others(OTHER_UUID) == []
@@ -99,7 +103,8 @@ def test_a_start_that_maps_nothing_leaves_the_last_run(ledger: Ledger) -> None:
         record = ledger.find_domain(UUID)
         assert record is not None
         assert record.start is not None
-        ledger.note_end(record.start, f"end of {number}")
+        ledger.note_end(record.start)
+        ledger.note_written(record.start, f"end of {number}")
         ledger.end_start(record.start)
     assert ledger.find_run(UUID) == Run(5, "[]", "end of 5")
 
@@ -240,7 +245,7 @@ def test_a_start_that_goes_on_is_not_ended(ledger: Ledger) -> None:
     prepare(ledger)
     found = start_of(ledger)
     ledger.begin_mapping(started(ledger), 7)
-    assert not ledger.note_end(found, "now")
+    assert not ledger.note_end(found)
     ledger.end_start(found)
     ledger.finish_mapping(PreparedStart((UUID, found.id, "prepared"), "", "", 0, 0, False, [], [], [], (0, "", "")))
     assert start_of(ledger).state == "mapped"
