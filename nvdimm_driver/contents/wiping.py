@@ -93,6 +93,7 @@ class Wiper:
         here = [item for item in {*wiped, *deleted} if not self._is_gone(item, lost=lost)]
         for item in here:  # all, before the first of them is wiped
             self._check_owner(record, item.spec)
+            self._check_not_kept(record, chosen, item)
         with ExitStack() as opened:  # until the claims are given up, no start can take what is wiped
             contents = [(item, opened.enter_context(self._opened(item.spec, record))) for item in wiped if item in here]
             for item, content in contents:
@@ -113,6 +114,19 @@ class Wiper:
         for item in record.allocations:
             if ownership.has_bytes([item], self._checks.identity(item.spec.path)):
                 self._checks.check_unmapped(item.spec.path)
+
+    def _check_not_kept(self, record: Record, given_up: Record, item: Allocation) -> None:
+        """Check that a domain keeps no other NVDIMM with the bytes of one that it gives up.
+
+        :raises InUseError: when it does.
+        """
+        other = ownership.find_other(record, item, item.identity)
+        if other is not None and other not in given_up.allocations:
+            raise InUseError(
+                f"{item.spec.path}: its bytes are those of the NVDIMM in slot {other.spec.slot}, too, which the domain "
+                "keeps",
+                hint="see 'nvdimmctl check'",
+            )
 
     @contextmanager
     def _opened(self, spec: NvdimmSpec, owner: Record | None) -> Iterator[ByteRange]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from nvdimm_driver.backing.identity import describe_differences
@@ -197,15 +197,24 @@ class _Look:
             return
         path = item.spec.path
         inconsistency = partial(Inconsistency, record.name, path)
+        twin = ownership.find_other(record, item, item.identity)
+        if twin and (item.spec.set_aside or not twin.spec.set_aside):
+            yield self._twice(record, item, twin)
+            return
         backing = self._named(item.identity.kind if item.identity else "")
         if not backing.exists(path):
             moved = self._moved(item)
+            if any(each.spec.path in moved and _can_become(item, each) for each in record.allocations):
+                return  # the finding is at that one
             if not any(_has_bytes(item, self.files[each]) for each in moved):
                 backing.check_home(path, item.identity)
             yield self._gone(record, item, moved)
             return
         if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
             yield self._anothers(record, item, mark)
+            return
+        if own := ownership.find_own_at(self.driver.backings, record, item):
+            yield self._in_place_of(record, item, own, backing)
             return
         if (lacking := backing.lacking(item.spec)) and self._is_still(item):
             problem = f"it is {human(lacking)} too short: the missing bytes are lost"
@@ -236,6 +245,24 @@ class _Look:
             yield inconsistency(
                 problem, "write its mark", self.changes.of(record, self.changes.write_mark, backing, item)
             )
+
+    def _twice(self, record: Record, item: Allocation, twin: Allocation) -> Inconsistency:
+        """Return one of two NVDIMMs of a domain that have the same bytes in the ledger; an earlier repair did that."""
+        problem = f"its bytes are those of the NVDIMM in slot {twin.spec.slot}, {twin.spec.path}, too"
+        inconsistency = partial(Inconsistency, record.name, item.spec.path, problem)
+        if twin.spec.set_aside or not item.spec.set_aside:
+            return inconsistency("define the domain without one of the two")
+        give_up = self.changes.of(record, self.changes.give_up, item)
+        return inconsistency(f"give up number {item.spec.slot}: the other one keeps the bytes", give_up)
+
+    def _in_place_of(self, record: Record, item: Allocation, own: Allocation, backing: Backing) -> Inconsistency:
+        """Return an NVDIMM at whose path another one of the domain is."""
+        problem = f"what is there is the domain's NVDIMM in slot {own.spec.slot}, {own.spec.path}"
+        inconsistency = partial(Inconsistency, record.name, item.spec.path, problem)
+        if not _can_become(own, item):
+            return inconsistency(f"have it moved back to {own.spec.path}; what belongs here is another file")
+        take = self.changes.of(record, self.changes.adopt_instead, backing, item, own)
+        return inconsistency(f"take it for this one, and give up number {own.spec.slot}", take)
 
     def _is_still(self, item: Allocation) -> bool:
         """Return True when what is at an NVDIMM's path is its backing, by its bytes or by its mark, whatever its size.
@@ -503,6 +530,11 @@ def _guarded(name: str, path: str, found: Iterator[Inconsistency]) -> Iterator[I
 def _has_bytes(item: Allocation, file: Surveyed) -> bool:
     """Return True when a file is what an NVDIMM was provisioned with."""
     return ownership.has_bytes([item], file.identity)
+
+
+def _can_become(own: Allocation, item: Allocation) -> bool:
+    """Return True when an NVDIMM that a domain only keeps may take the place of one that it has: they are alike."""
+    return own.spec.set_aside and own.spec == replace(item.spec, slot=own.spec.slot, path=own.spec.path)
 
 
 def _on_same_volume(found: BackingIdentity, expected: BackingIdentity | None) -> bool:

@@ -52,19 +52,19 @@ class Changes:
 
     def write_mark(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Mark a file as the domain's."""
-        self._check_mark(record, item)
+        self._check_whose(record, item)
         _set_mark(backing, item.spec.path, owner_marks.pack(record, item), item.identity)
 
     def complete(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Write zeros for the bytes that a file has lost."""
-        self._check_mark(record, item)
+        self._check_whose(record, item)
         backing.extend(item.spec)
         self.adopt(record, backing, item)
 
     def fill(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Take a file as it is; parts that are not allocated, or not written, become the zeros as which they read."""
         ownership.check_off(record)
-        self._check_mark(record, item)
+        self._check_whose(record, item)
         backing.fill_holes(item.spec)
         self.adopt(record, backing, item)
 
@@ -72,6 +72,14 @@ class Changes:
         """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
         changed = self._provision(record, backing, item)
         self._store(record, [*_without(record, item), changed])
+        backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
+
+    def adopt_instead(self, record: Record, backing: Backing, item: Allocation, own: Allocation) -> None:
+        """Do what :meth:`adopt` does with what another NVDIMM of the domain was, which the domain then gives up."""
+        ownership.check_off(record)
+        rest = replace(record, allocations=tuple(_without(record, own)))
+        changed = self._provision(rest, backing, item)
+        self._store(record, [*_without(rest, item), changed])
         backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
 
     def adopt_beside(self, record: Record, backing: Backing, item: Allocation, has_slot: bool) -> None:
@@ -90,6 +98,8 @@ class Changes:
     def move_back(self, record: Record, backing: Backing, source: str, item: Allocation) -> None:
         """Move a file to the place that the ledger has it at."""
         ownership.check_off(record)
+        if item not in record.allocations:
+            raise InUseError(f"{item.spec.path} has changed meanwhile", hint="repeat 'nvdimmctl check'")
         backing.move(source, item.spec.path)
 
     def unshare(self, record: Record, backing: Backing, item: Allocation) -> None:
@@ -116,17 +126,19 @@ class Changes:
 
         :raises InUseError: when another domain has it.
         """
-        self._check_mark(record, item)
+        self._check_whose(record, item)
         identity = backing.provision(item.spec)
         ownership.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
         return replace(item, identity=identity)
 
-    def _check_mark(self, record: Record, item: Allocation) -> None:
-        """Check that a file is not another domain's by its mark.
+    def _check_whose(self, record: Record, item: Allocation) -> None:
+        """Check that a file is not another domain's by its mark, nor another NVDIMM of this one.
 
         :raises InUseError: when it is.
         """
         path = item.spec.path
+        if own := ownership.find_own_at(self.driver.backings, record, item):
+            raise InUseError(f"{path} is the domain's NVDIMM in slot {own.spec.slot}", hint="see 'nvdimmctl check'")
         if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
             raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
 

@@ -125,6 +125,19 @@ def _key(identity: BackingIdentity) -> tuple[str, int]:
     return identity.device, identity.inode
 
 
+def find_other(record: Record, item: Allocation, identity: BackingIdentity | None) -> Allocation | None:
+    """Return another NVDIMM of a domain that was provisioned with the file or device of that identity, if any."""
+    others = [each for each in record.allocations if each.spec.slot != item.spec.slot and has_bytes([each], identity)]
+    inode = identity.inode if identity else 0  # 0 is a device, which shares bytes with each file on it, too
+    return next((each for each in others if each.identity and each.identity.inode == inode), None)
+
+
+def find_own_at(backings: Sequence[Backing], record: Record, item: Allocation) -> Allocation | None:
+    """Return the other NVDIMM of a domain that is at the path of one, in its place, if one is."""
+    found = identity_at(backings, item.spec.path)
+    return None if has_bytes([item], found) else find_other(record, item, found)
+
+
 def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> None:
     """Check that no domain has or runs with the path, or has bytes of that identity.
 
@@ -191,7 +204,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
         return
     if moved and has_bytes(items, file.identity):
         raise InUseError(
-            f"{path} is {items[0].spec.path} of domain {mark.name} ({mark.uuid}), in another place",
+            f"{path} has the mark of domain {mark.name} ({mark.uuid}), and is its {items[0].spec.path}",
             hint=f"move it back to {items[0].spec.path}; if whole file systems are mounted in each other's places, "
             "mount each where it was",
         )

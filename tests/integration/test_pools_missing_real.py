@@ -226,7 +226,8 @@ def test_two_file_systems_in_each_others_places_are_named(tmp_path: Path) -> Non
         with moved_mounts((one.root, other.root), (other.root, one.root)):
             for name, fs, its_own in (("x", one, other), ("y", other, one)):
                 with pytest.raises(
-                    InUseError, match=f"{fs.root}/a.img is {its_own.root}/a.img of domain .*each other's"
+                    InUseError,
+                    match=f"{fs.root}/a.img has the mark of .*and is its {its_own.root}/a.img .*each other's",
                 ):
                     host.driver.prepare(domains[name])
             found = repair(host)
