@@ -106,6 +106,9 @@ def test_the_one_that_serves_can_do_nothing_else(driver_host: XenHost, guest: Gu
     for pid, user in itertools.product((serving, qemu), ("nobody", FIRST_UID + int(domid), FIRST_UID + 999)):
         there = f"setpriv --reuid {user} --clear-groups ls /proc/{pid}/fd /proc/{pid}/root"
         assert driver_host.run(there).returncode, "nobody looks into it, not even the same user"
+    root = {"bin", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "usr"}
+    for pid in (serving, qemu):
+        assert set(driver_host.check(f"ls /proc/{pid}/root").stdout.split()) <= root
     assert "label-size" in driver_host.check(f"tr '\\0' ' ' </proc/{qemu}/cmdline").stdout
     opened = driver_host.check(f"ls -l /proc/{qemu}/fd").stdout
     assert "/mnt/pmem0" not in opened
