@@ -218,7 +218,7 @@ class FsdaxBacking(Backing):
         path = spec.path
         self.size(path)
         with opened(path, os.O_RDWR if write else os.O_RDONLY) as fd, ExitStack() as lock:
-            identity = None
+            identity = self._find_identity(fd, path)
             if write:
                 lock.enter_context(self.locks.writing(fd, path))
                 identity = self._identity(fd, self._volume(fd, path))

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from nvdimm_driver.backing.files import hidden_name
+from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
-from nvdimm_driver.model import NvdimmSpec, Watch
-from nvdimm_driver.plugins import backing_of
+from nvdimm_driver.model import Allocation, NvdimmSpec, Watch
+from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.state import ownership
 
 _RUNNING = "shut it down first, or copy it while it changes with --running"
@@ -20,13 +24,25 @@ class Exporter:
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
 
-    def export(self, spec: NvdimmSpec, destination: str, watch: Watch, *, overwrite: bool, running: bool) -> str:
+    def export(
+        self,
+        spec: NvdimmSpec,
+        destination: str,
+        watch: Watch,
+        *,
+        overwrite: bool,
+        running: bool,
+        item: Allocation | None = None,
+    ) -> str:
         """Copy an NVDIMM into an ordinary file, in which zeros are holes, and verify the copy.
 
         :param overwrite: replace a file of that name.
         :param running: copy also while a domain runs with the NVDIMM and may change it.
+        :param item: the domain's NVDIMM that it must be; None to copy whatever is at the path.
         :returns: SHA-256 of the copy, in hexadecimal.
-        :raises InUseError: when a domain runs with the NVDIMM, or owns the destination.
+        :raises InUseError: when a domain runs with the NVDIMM, or owns the destination, or when the NVDIMM is
+            another domain's by its mark.
+        :raises BackingError: when it is not the one that was provisioned.
         """
         last = {} if running else self._checks.check_off(spec.path, _RUNNING)
         destination = resolve(destination)
@@ -35,7 +51,7 @@ class Exporter:
         backing = backing_of(self._checks.backings, spec.path)
         with (
             reporting_errors_of(spec.path),
-            backing.open_bytes(spec) as content,
+            self._opened(backing, spec, item) as content,
             ordinary_files.opened_destination(destination, spec.size, overwrite=overwrite) as copy,
         ):
             digest = copying.copy(content, copy.content, watch("copying"))
@@ -45,6 +61,24 @@ class Exporter:
             self._checks.check_unowned(destination)  # a domain may have taken it meanwhile
             copy.publish()
         return digest
+
+    @contextmanager
+    def _opened(self, backing: Backing, spec: NvdimmSpec, item: Allocation | None) -> Iterator[ByteRange]:
+        """Open an NVDIMM, before anything is written to the destination, which may be the only good copy of it."""
+        with backing.open_bytes(spec) as content:
+            if item is not None and item.identity is not None:
+                ownership.check_marks(self._checks.ledger, self._checks.backings, item.uuid, [spec.path])
+                self._checks.check_same(spec.path, item.identity)
+                if content.identity is not None:
+                    check_same_bytes(spec.path, content.identity, item.identity)
+            yield content
+
+    def find_owned(self, path: str) -> Allocation | None:
+        """Return the domain's NVDIMM whose bytes are at a path; None when no domain has them, or several have."""
+        identity = self._checks.identity(path)
+        records = ownership.owners(self._checks.ledger, path, identity)
+        items = [item for record in records for item in record.allocations if ownership.has_bytes([item], identity)]
+        return items[0] if len(items) == 1 else None
 
     def is_in_use(self, path: str) -> bool:
         """Return True when a domain runs with the backing at a path."""

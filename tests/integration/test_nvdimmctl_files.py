@@ -315,6 +315,30 @@ def test_an_interrupted_export_goes_on(operator: Operator) -> None:
     assert not partial.exists()
 
 
+def test_an_export_of_a_domain_is_of_what_the_domain_has(operator: Operator) -> None:
+    """The destination may be the only good copy: nothing else than the domain's bytes replaces it."""
+    path, other, copy = operator.fs.root / "a", operator.fs.root / "b", operator.folder / "copy"
+    for each in (path, other):
+        each.write_bytes(os.urandom(SIZE))
+    good = path.read_bytes()
+    operator.claim("db1", path)
+    operator.run("export", "db1", copy)
+    other.replace(path)
+    assert "is not the backing that was provisioned" in operator.run("export", "--force", "db1", copy, status=1).stderr
+    assert copy.read_bytes() == good
+    operator.run("export", "--force", path, copy)  # by its path, what is there
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_an_export_by_path_is_the_domains_nvdimm(operator: Operator) -> None:
+    """The file may be larger: with all of it, the labels would not be at the end of the copy."""
+    path, copy = operator.fs.root / "a", operator.folder / "copy"
+    path.write_bytes(os.urandom(SIZE + 2 * MIB))
+    operator.claim("db1", path)
+    operator.run("export", path, copy)
+    assert copy.read_bytes() == path.read_bytes()[:SIZE]
+
+
 def import_by_another_path(operator: Operator, path: Path, status: int) -> subprocess.CompletedProcess[str]:
     """Have a file of the pool copied into it, from a bind mount that is in no pool."""
     elsewhere = operator.folder / "elsewhere"

@@ -25,7 +25,7 @@ from nvdimm_driver.errors import UsageError
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
-    from nvdimm_driver.model import NvdimmSpec, Pool, Record
+    from nvdimm_driver.model import Allocation, NvdimmSpec, Pool, Record
 
 _PATH_HELP = "the absolute path of a backing's file or device"
 
@@ -133,12 +133,12 @@ class Export(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         driver = up_to_date(self.app)
-        spec = _one(driver, parsed_args.source)
+        spec, item = _one(driver, parsed_args.source)
         destination = os.path.abspath(parsed_args.destination)
         running = parsed_args.running and driver.exporter.is_in_use(spec.path)
         with watched(destination) as watch:
             digest = driver.exporter.export(
-                spec, destination, watch, overwrite=parsed_args.force, running=parsed_args.running
+                spec, destination, watch, overwrite=parsed_args.force, running=parsed_args.running, item=item
             )
         if running:
             print(
@@ -228,17 +228,19 @@ def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool
     return pools[0]
 
 
-def _one(driver: XenNvdimmDriver, word: str) -> NvdimmSpec:
-    """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or an absolute path names."""
+def _one(driver: XenNvdimmDriver, word: str) -> tuple[NvdimmSpec, Allocation | None]:
+    """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or an absolute path names, and whose it is, if anybody's."""
     if os.path.isabs(word):
-        return _whole(driver, resolve(word))
+        whole = _whole(driver, resolve(word))
+        item = driver.exporter.find_owned(whole.path)
+        return (replace(item.spec, path=whole.path), item) if item else (whole, None)
     from nvdimm_driver.state.words import find_with_slot, word_for
 
     record, number = find_with_slot(driver.ledger.domains(), word)
     items = items_of(record, number)
     slots = ", ".join(f"{word_for(record.name, record.uuid)}:{item.spec.slot}" for item in items)
     check_single(record.name, items, f"say which: {slots}")
-    return items[0].spec
+    return items[0].spec, items[0]
 
 
 def _whole(driver: XenNvdimmDriver, path: str) -> NvdimmSpec:
