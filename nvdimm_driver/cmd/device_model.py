@@ -275,12 +275,37 @@ def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[in
 
 
 def _prepare(uuid: str) -> None:
+    """Prepare a start that no hook has prepared, as xl runs none.
+
+    :raises LedgerError: when libvirt starts the domain: its hook would have, if the definition had NVDIMMs.
+    """
+    if is_run_by_libvirt(f"/proc/{os.getppid()}/cmdline"):
+        raise LedgerError(
+            f"libvirt starts domain {uuid} with nvdimm-device-model, and its hook has not prepared that",
+            hint="start it again; if that does not help: does 'virsh dumpxml' show its NVDIMMs, and does libvirt run "
+            "the hook ('nvdimmctl doctor')?",
+        )
     from nvdimm_driver import conf, logs
     from nvdimm_driver.driver import load_driver
 
     options = conf.load()
     logs.to_file("device-model", options)
     load_driver(options).prepare_known(uuid)
+
+
+def is_run_by_libvirt(command_line: str) -> bool:
+    """Return True if libvirt's daemon runs this program: libxl, in the daemon, forks a process that does.
+
+    See tools/libs/light/libxl_exec.c:libxl__spawn_spawn.
+
+    :param command_line: file with that of the parent process (proc(5)).
+    """
+    try:
+        with open(command_line, "rb") as file:
+            program = file.read(4096).partition(b"\0")[0]
+    except OSError:
+        return False
+    return os.path.basename(program) in (b"libvirtd", b"virtxend")
 
 
 def _serve(state_dir: str, domid: int, uuid: str) -> None:

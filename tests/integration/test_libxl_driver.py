@@ -183,6 +183,20 @@ def test_a_soft_reset_ends_the_guest(running: Host) -> None:
     assert "a soft reset (kexec)" in running.record("db1").fault
 
 
+def test_a_definition_without_nvdimms_gets_none_from_the_device_model(host: Host) -> None:
+    """Who defines it past nvdimmd can name any emulator; the hook is only for domains with NVDIMMs."""
+    xml = host.libvirtd.check("dumpxml", "db1", "--inactive")
+    begin, end = xml.index("<metadata>"), xml.index("</metadata>") + len("</metadata>")
+    other = host.folder / "without.xml"
+    other.write_text(xml[:begin] + xml[end:])
+    host.libvirtd.check("define", str(other))
+    assert host.libvirtd.virsh("start", "db1").returncode == 1
+    assert "its hook has not prepared that" in host.record("db1").fault
+    assert host.state("db1") == ("", None, False)
+    host.define("db1", 1)
+    host.libvirtd.check("start", "db1")
+
+
 def test_pause_and_balloon_have_no_hooks(running: Host) -> None:
     number = domid(running)
     for words in (("suspend", "db1"), ("resume", "db1"), ("setmem", "db1", "400M", "--live")):

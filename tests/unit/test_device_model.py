@@ -13,7 +13,7 @@ import pytest
 
 from nvdimm_driver import conf
 from nvdimm_driver.cmd import device_model, label_server
-from nvdimm_driver.cmd.device_model import attach
+from nvdimm_driver.cmd.device_model import attach, is_run_by_libvirt
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, GuardError, LedgerError, XenError
 from nvdimm_driver.labels.servers import MODULE, LabelServers
@@ -173,6 +173,21 @@ def test_a_start_of_which_no_hook_has_told_is_prepared_now(
     """xl runs no hooks."""
     assert attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server) == "/usr/bin/real-qemu"
     assert mapper.delivered[5] == driver.tables_file(UUID).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "is_libvirt"),
+    [
+        (b"/usr/sbin/libvirtd\0--timeout\0120\0", True),
+        (b"virtxend\0", True),
+        (b"xl\0create\0/etc/xen/libvirtd\0", False),
+        (b"", False),
+    ],
+)
+def test_libvirt_is_known_by_its_command(tmp_path: Path, line: bytes, is_libvirt: bool) -> None:
+    (tmp_path / "cmdline").write_bytes(line)
+    assert is_run_by_libvirt(str(tmp_path / "cmdline")) == is_libvirt
+    assert not is_run_by_libvirt(str(tmp_path / "no process"))
 
 
 def test_a_domain_that_was_never_defined_has_no_start(
