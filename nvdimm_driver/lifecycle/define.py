@@ -15,7 +15,7 @@ from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept, check_started, still_mapped
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Plan, Progress, Record, Run
-from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.plugins import Backing, backing_of, exists
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
@@ -440,21 +440,23 @@ class Definitions:
         check_started(domain, record, begun, identities)
 
     def _check_not_moved(self, before: Record | None, identities: Mapping[str, BackingIdentity | None]) -> None:
-        """Check that what has to be overwritten before others may have it is not given up for what has its path now.
+        """Check that what was provisioned for a domain is not given up for a new backing of zeros at its path.
 
-        Who owns the folder can move a file aside.
+        Who owns the folder can move a file aside. What has to be overwritten is not given up for a backup either.
 
         :param identities: of what is at the domain's paths; None where nothing is.
         :raises BackingError: when it would be.
         """
-        for item in self._to_wipe(before.allocations if before else ()):
-            path = item.spec.path
-            if path in identities and not any(ownership.has_bytes([item], each) for each in identities.values()):
+        for item in before.allocations if before else ():
+            path, wiped = item.spec.path, self.pools.wipes(item.spec.path)
+            if not item.ready or path not in identities or ((identities[path] or exists(path)) and not wiped):
+                continue
+            if not any(ownership.has_bytes([item], each) for each in identities.values()):
+                why = ", and has to be overwritten before others may have it (wipe_on_release)" if wiped else ""
                 raise BackingError(
-                    f"{path}: what was provisioned for the domain is not there, and has to be overwritten before "
-                    "others may have it (wipe_on_release)",
-                    hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted or replaced, 'nvdimmctl check "
-                    "--repair' lets the domain have another",
+                    f"{path}: what was provisioned for the domain is not there{why}",
+                    hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted, restore a backup, or "
+                    "'nvdimmctl check --repair' lets the domain have another, of zeros",
                 )
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:

@@ -34,7 +34,7 @@ def check_kept(
     """Check that a redefinition keeps each NVDIMM's size, and all of its bytes that are in use, for what they are.
 
     A byte is in use if it is not 0: one that the guest has written, or one of its labels. An NVDIMM may always be as
-    the domain's last guest had it: what a definition has made of it since, no guest knows.
+    the domain's last guest had it, if nothing has written it since: what a definition has made of it, no guest knows.
 
     :param before: the domain as the ledger knows it.
     :param last: the domain's last run.
@@ -42,13 +42,15 @@ def check_kept(
     :raises RefusedError: when an NVDIMM gets smaller, or bytes in use come to be label area, data or neither.
     """
     items = [item for item in (() if before is None else before.allocations) if item.identity is not None]
+    off = before is not None and before.start is None
     for spec in domain.nvdimms if items else ():
         identity = identity_at(backings, spec.path)
         for item in items:
             if identity is None or item.identity is None or _place(identity) != _place(item.identity):
                 continue
-            if last is None or not has_had(last, spec, identity):
-                _check_one(replace(item.spec, path=spec.path), spec, backing_of(backings, spec.path), bad)
+            backing = backing_of(backings, spec.path)
+            if last is None or not has_had(last, spec, identity, backing.written_at(spec.path) if off else None):
+                _check_one(replace(item.spec, path=spec.path), spec, backing, bad)
 
 
 def check_started(

@@ -88,14 +88,18 @@ def domain_of(run: Run, uuid: str) -> DomainSpec | None:
     return DomainSpec(domain["name"], uuid, domain["ram"], None, nvdimms, domain["dsm"])
 
 
-def has_had(run: Run, spec: NvdimmSpec, identity: BackingIdentity) -> bool:
-    """Return True if the guest of a run had exactly this NVDIMM, at whatever path, and no one else has written it."""
+def has_had(run: Run, spec: NvdimmSpec, identity: BackingIdentity, written: int | None) -> bool:
+    """Return True if the guest of a run had exactly this NVDIMM, at whatever path, and no one else has written it.
+
+    :param written: when a program of the host has last written it; None while a guest has it.
+    """
     domain = domain_of(run, "")
     sizes = (spec.slot, spec.size, spec.label_size, spec.visible_size)
     nvdimms = domain.nvdimms if domain else ()
     had = {(each.slot, each.size, each.label_size, each.visible_size) for each in nvdimms}
     same = any(_bytes(identity).items() <= each.items() for each in _nvdimms(run.nvdimms) if each["slot"] == spec.slot)
-    return run.number != 0 and sizes in had and same
+    unwritten = written is None or json.loads(run.written).get(str(spec.slot)) == written
+    return run.number != 0 and unwritten and sizes in had and same
 
 
 def times(backings: Sequence[Backing], nvdimms: str) -> str:
