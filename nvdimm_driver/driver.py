@@ -335,6 +335,7 @@ class XenNvdimmDriver(plugins.Plugin):
         known = domain or record
         identities = saved_guest.check_available(last, self.backings, (known and known.dsm) or self.planner.dsm)
         ownership.check_bytes(self.ledger, uuid, identities, record.allocations if record else ())
+        self.starts.check_can_freeze(uuid, identities)
         if domain is not None:
             saved_guest.check_plan(last, self.definitions.plan_start(domain))
 

@@ -11,7 +11,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from nvdimm_driver.errors import BackingError
@@ -47,6 +47,16 @@ def check_length(path: str) -> None:
         raise BackingError(
             f"{path[:80]}…: the path has {length} bytes, and may have {PATH_MAX}", hint="take a shorter path"
         )
+
+
+def check_not_read_only(path: str) -> None:
+    """Check that the file system of a path, if it is there, is not mounted read-only.
+
+    :raises BackingError: when it is.
+    """
+    with suppress(OSError):
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise BackingError(f"{path}: {os.strerror(errno.EROFS)}", hint=HINTS[errno.EROFS])
 
 
 def same_file_system(one: str, other: str) -> bool:

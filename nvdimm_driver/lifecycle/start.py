@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing.holders import Holders
-from nvdimm_driver.backing.paths import resolve
+from nvdimm_driver.backing.paths import check_not_read_only, resolve
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
@@ -69,6 +69,17 @@ class Starts:
             self.put_away(start)
             raise
         return start
+
+    def check_can_freeze(self, uuid: str, identities: Mapping[str, BackingIdentity]) -> None:
+        """Check, for a domain that is off, what would keep :meth:`freeze` from its backings; change nothing.
+
+        :param identities: of the backings, by path.
+        :raises NvdimmError: when something would.
+        """
+        for path, identity in identities.items():
+            check_not_read_only(path)
+            if not self.label_servers.find(uuid):  # that of the guest that has ended, which a start ends
+                backing_of(self.backings, path).check_unwritten(path, identity)
 
     def _check_unwritten(self, uuid: str, backing: Backing, item: Allocation) -> None:
         """Check that no program may write a frozen backing. The label server of the guest that has ended may: end it.

@@ -463,6 +463,27 @@ def test_a_managed_save_is_not_lost_when_it_cannot_go_on(host: Host) -> None:
     host.check("start", "db1")
 
 
+def test_a_managed_save_is_not_lost_when_its_backing_cannot_be_frozen(host: Host) -> None:
+    """libvirt removes it before the hook is asked; each cause is soon mended, and the guest's memory would be gone."""
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    looked = host.folder / "looked"
+    script = f"exec 9<>{image(host, 'db1')}; echo open; until [ -e {looked} ]; do sleep 0.1; done"
+    with host.libvirtd.begin("sh", "-c", script) as program:
+        assert program.stdout
+        assert program.stdout.readline()
+        assert "may write it" in refused(host, "start", "db1")
+        looked.touch()
+    host.libvirtd.run("mount", "-o", "remount,ro", host.folder / "pmem")
+    try:
+        assert "Read-only file system" in refused(host, "start", "db1")
+    finally:
+        host.libvirtd.run("mount", "-o", "remount,rw", host.folder / "pmem")
+    assert "Managed save:   yes" in host.check("dominfo", "db1")
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+
+
 def test_a_definition_that_changes_under_the_guest_does_not_cost_its_managed_save(host: Host) -> None:
     host.check("start", "db1")
     host.check("attach-device", "db1", device(host, "more"), "--config")
