@@ -12,8 +12,9 @@ from nvdimm_driver.contents import copying
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Watch
-from nvdimm_driver.plugins import IF_LOST, Backing, ByteRange, backing_named, backing_of
+from nvdimm_driver.plugins import Backing, ByteRange, backing_named, backing_of
 from nvdimm_driver.state import ownership
+from nvdimm_driver.state.words import release_of
 
 
 class Wiper:
@@ -90,7 +91,7 @@ class Wiper:
         chosen = in_slot(record, slot)
         self.check_unmapped(chosen)
         wiped, deleted = self.to_wipe(chosen), self.own(chosen) if delete else ()
-        here = [item for item in {*wiped, *deleted} if not self._is_gone(item, lost=lost)]
+        here = [item for item in {*wiped, *deleted} if not self._is_gone(record, item, lost=lost)]
         for item in here:  # all, before the first of them is wiped
             self._check_owner(record, item.spec)
             self._check_not_kept(record, chosen, item)
@@ -155,9 +156,9 @@ class Wiper:
             if owner is None:
                 raise
             # Not exit status 3, which means that there is nothing to wipe: the domain may have other NVDIMMs.
-            raise _missing(path, error.message.removeprefix(f"{path}: ")) from error
+            raise _missing(owner, path, error.message.removeprefix(f"{path}: ")) from error
 
-    def _is_gone(self, item: Allocation, *, lost: bool) -> bool:
+    def _is_gone(self, record: Record, item: Allocation, *, lost: bool) -> bool:
         """Return True when nothing of an NVDIMM can be left to wipe or to delete.
 
         :param lost: it is enough that it is not there.
@@ -172,7 +173,7 @@ class Wiper:
             return True
         backing.check_home(path, item.identity)
         if item.ready and pool is not None and pool.wipe_on_release:
-            raise _missing(path, f"it is not there, and pool {pool.name} has wipe_on_release")
+            raise _missing(record, path, f"it is not there, and pool {pool.name} has wipe_on_release")
         return True
 
     def _check_owner(self, record: Record | None, spec: NvdimmSpec, opened: BackingIdentity | None = None) -> None:
@@ -219,11 +220,13 @@ def in_slot(record: Record, slot: int | None) -> Record:
     return replace(record, allocations=tuple(item for item in record.allocations if item.spec.slot == slot), intents=())
 
 
-def _missing(path: str, problem: str) -> BackingError:
+def _missing(record: Record, path: str, problem: str) -> BackingError:
+    item = ownership.find_item(record, path, None)
+    release = release_of(record.name, record.uuid, item.spec.slot if item else 0, "--lost ")
     return BackingError(
         f"{path}: {problem}: nothing was overwritten, and the claim to it stays",
-        hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted, 'nvdimmctl check --repair' gives "
-        f"it up; {IF_LOST}",
+        hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted, 'nvdimmctl check --repair' gives up its "
+        f"contents; if it is lost for good, '{release}' gives it up",
     )
 
 

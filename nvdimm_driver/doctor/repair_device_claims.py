@@ -20,7 +20,7 @@ from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
 from nvdimm_driver.state import ownership
-from nvdimm_driver.state.words import word_for
+from nvdimm_driver.state.words import release_of
 from nvdimm_driver.xml.parse_domain import extract
 
 LOG = logging.getLogger(__name__)
@@ -118,14 +118,17 @@ def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistenc
         if not _is_device(driver, path):
             continue
         who = f"the guest with domid {domain.domid}" if path in running else "libvirt's definition"
-        for record in ownership.owners(driver.ledger, path, ownership.identity_at(driver.backings, path)):
+        identity = ownership.identity_at(driver.backings, path)
+        for record in ownership.owners(driver.ledger, path, identity):
             if record.uuid != domain.defined.uuid:
+                item = ownership.find_item(record, path, identity)
+                release = f"'{release_of(record.name, record.uuid, item.spec.slot)}'" if item else "end what has it"
                 yield Inconsistency(
                     name,
                     path,
                     f"{who} has it, and the ledger says that it is domain {record.name}'s ({record.uuid})",
-                    f"if it is {record.name}'s: take it out of {name}'s definition; if it is {name}'s: 'nvdimmctl "
-                    f"release {word_for(record.name, record.uuid)}', without wipe_on_release in the pool's section",
+                    f"if it is {record.name}'s: take it out of {name}'s definition; if it is {name}'s: {release}, "
+                    "without wipe_on_release in the pool's section",
                 )
 
 

@@ -24,6 +24,11 @@ from nvdimm_driver.state.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
 
+_MAKES_ZEROS = (
+    "nothing is at its path: if it had data, restore it first ('nvdimmctl check' says how); then define the domain "
+    "with virsh, through nvdimmd, which makes zeros of what is not there"
+)
+
 
 class Definitions:
     """The domains that are defined, as the ledger has them."""
@@ -271,7 +276,7 @@ class Definitions:
             if intake.creates or intake.writes:
                 raise BackingError(
                     f"domain {domain.name}: {spec.path} is not provisioned: {human(intake.writes)} still to be written",
-                    hint="define the domain with virsh, through nvdimmd",
+                    hint=_MAKES_ZEROS if intake.creates else "define the domain with virsh, through nvdimmd",
                 )
         return self.plan(domain, kept=self._others(domain, record))
 

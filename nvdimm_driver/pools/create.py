@@ -125,7 +125,8 @@ def _reconfigure(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile
     if found.name in host.in_use:
         raise InUseError(
             f"{found.name} is in use: {found.device} is mounted, or a domain has it",
-            hint="if nothing on it is needed any more, unmount it, or 'nvdimmctl release' the domain",
+            hint="if nothing on it is needed any more, unmount it, or give up the NVDIMM on it ('nvdimmctl list' shows "
+            "which): nvdimmctl release --slot N DOMAIN",
         )
     if not wish.force:
         raise RefusedError(

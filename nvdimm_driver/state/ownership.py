@@ -14,7 +14,7 @@ from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
 from nvdimm_driver.state.start_steps import ABANDONED_SECONDS, seconds_since_boot
-from nvdimm_driver.state.words import release_of, word_for
+from nvdimm_driver.state.words import release_of
 
 LOG = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def check_bytes(
     """
     for path, identity in identities.items():
         for record in _others(ledger, uuid, before, path, identity):
-            raise _owned(path, record)
+            raise _owned(path, record, identity)
 
 
 def owners(ledger: Ledger, path: str, identity: BackingIdentity | None) -> tuple[Record, ...]:
@@ -144,7 +144,7 @@ def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> N
     :raises InUseError: when one does.
     """
     for record in owners(ledger, path, identity):
-        raise _owned(path, record)
+        raise _owned(path, record, identity)
 
 
 def check_marks(ledger: Ledger, backings: Sequence[Backing], uuid: str, paths: Iterable[str]) -> None:
@@ -198,7 +198,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     record = ledger.find_domain(mark.uuid)
     items = [item for item in (record.allocations if record else ()) if item.spec.slot == mark.spec.slot]
     if record and any(item.spec.path == file.path for item in items):
-        raise _owned(path, record)
+        raise _owned(path, record, file.identity)
     moved = bool(items) and mark.is_original(file.identity)
     if not moved and any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
         return
@@ -281,15 +281,31 @@ def has_bytes(items: Sequence[Allocation], identity: BackingIdentity | None) -> 
     return identity is not None and any(item.identity and item.identity.shares_bytes(identity) for item in items)
 
 
-def _owned(path: str, record: Record) -> InUseError:
-    slot = next((item.spec.slot for item in record.allocations if item.spec.path == path), None)
-    word = word_for(record.name, record.uuid)
-    command = f"nvdimmctl release {word}" if slot is None else release_of(record.name, record.uuid, slot)
+def _owned(path: str, record: Record, identity: BackingIdentity | None = None) -> InUseError:
     return InUseError(
-        f"{path} belongs to domain {record.name} ({record.uuid})",
-        hint=f"if that domain is gone for good, '{command}' frees the path; it keeps the data, unless the pool has "
-        "wipe_on_release",
+        f"{path} belongs to domain {record.name} ({record.uuid})", hint=_way_to_free(path, record, identity)
     )
+
+
+def _way_to_free(path: str, record: Record, identity: BackingIdentity | None) -> str:
+    """Return the hint how a domain gives up what it has at a path, and nothing else of it."""
+    item = find_item(record, path, identity)
+    if item is not None:
+        command = release_of(record.name, record.uuid, item.spec.slot)
+        return (
+            f"if that domain is gone for good, '{command}' frees the path; it keeps the data, unless the pool has "
+            "wipe_on_release"
+        )
+    if any(each.spec.path == path for each in record.intents):
+        return "a define wants it; if none is under way, 'nvdimmctl check --repair' ends the one that was interrupted"
+    return "shut that domain down first: its guest has it, and its definition has not any more"
+
+
+def find_item(record: Record, path: str, identity: BackingIdentity | None) -> Allocation | None:
+    """Return the domain's NVDIMM that was provisioned with what is at a path, or else the one with that path."""
+    by_bytes = [item for item in record.allocations if has_bytes([item], identity)]
+    by_path = [item for item in record.allocations if item.spec.path == path]
+    return next(iter([*by_bytes, *by_path]), None)
 
 
 def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:

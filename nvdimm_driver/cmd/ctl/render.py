@@ -72,7 +72,8 @@ def write_tables(tables: Sequence[bytes], folder: Path) -> Iterator[Path]:
 def state(record: Record, item: Allocation) -> str:
     """Return the state of an NVDIMM, as the column State has it."""
     if not item.ready:
-        return f"provisioning {item.written}%"
+        wanted = item.written or any(each.spec.path == item.spec.path for each in record.intents)
+        return f"provisioning {item.written}%" if wanted else "lost"
     return record.start.state if record.start and item in record.started else "free"
 
 

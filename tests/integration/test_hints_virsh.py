@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hints and remedies tell the operator to do, done word by word: under the real libvirtd, without Xen."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.integration.bench_host import Host
+from tests.integration.test_guide_virsh import define, host, is_mapped, paths, read, write
+from tests.integration.test_virsh import image
+
+__all__ = ["host"]  # the fixture
+
+RELEASE = re.compile(r"'nvdimmctl (release [^']+)'|: nvdimmctl (release .+)$")
+
+
+def release_in(text: str) -> list[str]:
+    """Return the arguments of the last ``nvdimmctl release`` in a hint or remedy."""
+    found = RELEASE.findall(text.strip().removesuffix(")"))
+    assert found, text
+    return [word for word in "".join(found[-1]).split(" ") if word]
+
+
+def check(host: Host, *words: str) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(host.nvdimmctl("check", *words, "-f", "json").stdout)
+    return found
+
+
+@pytest.mark.parametrize("repaired", [False, True], ids=["at once", "after check --repair"])
+def test_who_follows_the_hints_restores_one_nvdimm_and_keeps_the_other(host: Host, repaired: bool) -> None:
+    define(host, "first", "first.img", "second.img")
+    backup = host.folder / "backup/first.img"
+    assert host.nvdimmctl("export", "first:0", str(backup)).returncode == 0
+    assert host.libvirtd.run("rm", image(host, "first")).returncode == 0
+    if repaired:
+        check(host, "--repair")
+        (found,) = check(host)
+        assert host.nvdimmctl("release", "--yes", *release_in(found["Remedy"])[1:]).returncode == 0
+    words = ["import", str(backup), "--pool", "main"]
+    for _ in range(4):
+        done = host.nvdimmctl(*words)
+        if done.returncode == 0:
+            break
+        hint = done.stderr
+        while True:
+            released = host.nvdimmctl("release", "--yes", *release_in(hint)[1:])
+            if released.returncode == 0:
+                break
+            hint = released.stderr
+    assert done.returncode == 0, done.stderr
+    assert paths(host, "first") == {1: "second.img"}
+    host.check("define", host.folder / "first.xml")
+    assert [read(host, file) for file in ("first.img", "second.img")] == ["of first.img", "of second.img"]
+    is_mapped(host, "first")
+
+
+def test_a_start_without_a_file_says_that_a_define_makes_zeros(host: Host) -> None:
+    define(host, "first", "first.img")
+    assert host.libvirtd.run("rm", image(host, "first")).returncode == 0
+    check(host, "--repair")
+    refused = host.virsh("start", "first").stderr
+    assert "restore it first" in refused
+    assert "makes zeros of what is not there" in refused
+    (row,) = json.loads(host.nvdimmctl("list", "-f", "json").stdout)
+    assert row["State"] == "lost"
+
+
+def test_all_that_is_lost_of_several_nvdimms_is_given_up_only_when_all_are_meant(host: Host) -> None:
+    define(host, "first", "first.img", "second.img")
+    assert host.libvirtd.run("rm", image(host, "first")).returncode == 0
+    refused = host.nvdimmctl("release", "--yes", "--lost", "first")
+    assert refused.returncode == 2
+    assert f"slot 1: {image(host, 'second')}" in refused.stderr
+    assert read(host, "second.img") == "of second.img"
+    assert host.nvdimmctl("release", "--yes", "--lost", "--slot", "0", "first").returncode == 0
+    assert paths(host, "first") == {1: "second.img"}
+
+
+def test_a_truncated_file_gets_its_backup_back_or_zeros_on_demand(host: Host) -> None:
+    define(host, "first", "first.img")
+    path, end = image(host, "first"), 12 << 20
+    write(host, "first.img", "at the end", at=end)
+    backup = host.folder / "backup/first.img"
+    assert host.nvdimmctl("export", "first", str(backup)).returncode == 0
+    assert host.libvirtd.run("truncate", "-s", "8M", path).returncode == 0
+    (found,) = check(host, "--repair")
+    assert (found["Path"], found["Done"]) == (str(path), "")
+    assert host.virsh("start", "first").returncode != 0
+    restore = re.search("'(cp .*?)'", found["Remedy"])
+    assert restore
+    command = restore[1].replace("BACKUP", str(backup))
+    assert host.libvirtd.run("sh", "-c", f"{command} && sync {path}").returncode == 0
+    assert check(host, "--repair") == []
+    assert read(host, "first.img", at=end) == "at the end"
+    is_mapped(host, "first")
+    host.check("destroy", "first")
+
+    assert host.libvirtd.run("truncate", "-s", "8M", path).returncode == 0
+    assert host.nvdimmctl("check", "--zeros", str(path)).returncode == 2
+    (done,) = check(host, "--repair", "--zeros", str(path))
+    assert done["Done"] == "yes"
+    assert read(host, "first.img", at=end) == ""
+    events = host.nvdimmctl("monitor", "--no-follow", "--event", "bytes-lost").stdout
+    assert f"path={path}" in events
+    assert f"bytes={8 << 20}" in events
+    assert "nothing of it is lost" in host.nvdimmctl("check", "--repair", "--zeros", str(path)).stderr
+    is_mapped(host, "first")
