@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from shlex import quote
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
@@ -51,13 +52,17 @@ def nobody_to_ask(uuid: str) -> DomainSpec | None:
     raise ConfigError(f"there is no libvirt to ask for domain {uuid}")
 
 
-def look(driver: XenNvdimmDriver, definition_of: DefinitionOf = nobody_to_ask) -> list[Inconsistency]:
+def look(
+    driver: XenNvdimmDriver, definition_of: DefinitionOf = nobody_to_ask, zeros: Collection[str] = ()
+) -> list[Inconsistency]:
     """Find all inconsistencies; nothing is changed.
+
+    :param zeros: paths of files whose lost bytes the operator wants to be replaced with zeros.
 
     Two of them may be the same file: one that was moved, and one that the ledger does not know. Repair them in the
     order of the list, then look again.
     """
-    return list(_Look(driver, definition_of).findings())
+    return list(_Look(driver, definition_of, zeros).findings())
 
 
 def _find_device(record: Record, item: Allocation) -> str:
@@ -69,7 +74,6 @@ def _find_device(record: Record, item: Allocation) -> str:
     )
 
 
-_ZEROS = "replace them with zeros; restore a backup first, if any"
 _TAKE = "take it as it is now; if that is not what the guest should have, put the right file there first"
 _WHICH = (
     "find the guest's own, and take the mark from each copy, with setfattr of the package attr: setfattr -x "
@@ -82,8 +86,9 @@ def _several(paths: list[str]) -> str:
 
 
 class _Look:
-    def __init__(self, driver: XenNvdimmDriver, definition_of: DefinitionOf) -> None:
+    def __init__(self, driver: XenNvdimmDriver, definition_of: DefinitionOf, zeros: Collection[str]) -> None:
         self.driver = driver
+        self.zeros = zeros
         self.definition_of = definition_of
         self.records = driver.ledger.domains()
         self.running = ownership.Running(self.records)
@@ -217,8 +222,7 @@ class _Look:
             yield self._in_place_of(record, item, own, backing)
             return
         if (lacking := backing.lacking(item.spec)) and self._is_still(item):
-            problem = f"it is {human(lacking)} too short: the missing bytes are lost"
-            yield inconsistency(problem, _ZEROS, self.changes.of(record, self.changes.complete, backing, item))
+            yield self._truncated(record, item, backing, lacking)
             return
         if backing.is_shared(item.spec):
             yield self._shared(record, item, backing)
@@ -235,7 +239,7 @@ class _Look:
             elif not _on_same_volume(found, item.identity):
                 yield inconsistency(problem, "mount the file system that had it there")
             else:
-                yield inconsistency(problem, _TAKE, self.changes.of(record, self.changes.adopt, backing, item))
+                yield inconsistency(problem, _TAKE, self.changes.of(record, self.changes.replace, backing, item))
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
@@ -263,6 +267,19 @@ class _Look:
             return inconsistency(f"have it moved back to {own.spec.path}; what belongs here is another file")
         take = self.changes.of(record, self.changes.adopt_instead, backing, item, own)
         return inconsistency(f"take it for this one, and give up number {own.spec.slot}", take)
+
+    def _truncated(self, record: Record, item: Allocation, backing: Backing, lacking: int) -> Inconsistency:
+        """Return a file that has lost bytes at its end: a backup may have them, so zeros are only for who asks."""
+        path = item.spec.path
+        inconsistency = partial(
+            Inconsistency, record.name, path, f"it is {human(lacking)} too short: the missing bytes are lost"
+        )
+        if path not in self.zeros:
+            return inconsistency(
+                f"copy a backup over it, if there is one ('cp --sparse=never BACKUP {quote(path)}'); to go on with "
+                f"zeros in place of what is lost: nvdimmctl check --repair --zeros {quote(path)}"
+            )
+        return inconsistency("replace them with zeros", self.changes.of(record, self.changes.complete, backing, item))
 
     def _is_still(self, item: Allocation) -> bool:
         """Return True when what is at an NVDIMM's path is its backing, by its bytes or by its mark, whatever its size.

@@ -56,8 +56,9 @@ class Changes:
         _set_mark(backing, item.spec.path, owner_marks.pack(record, item), item.identity)
 
     def complete(self, record: Record, backing: Backing, item: Allocation) -> None:
-        """Write zeros for the bytes that a file has lost."""
+        """Write zeros for the bytes that a file has lost, after recording that they are lost."""
         self._check_whose(record, item)
+        self._tell_lost(item, backing.lacking(item.spec))
         backing.extend(item.spec)
         self.adopt(record, backing, item)
 
@@ -74,13 +75,20 @@ class Changes:
         self._store(record, [*_without(record, item), changed])
         backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
 
-    def adopt_instead(self, record: Record, backing: Backing, item: Allocation, own: Allocation) -> None:
-        """Do what :meth:`adopt` does with what another NVDIMM of the domain was, which the domain then gives up."""
-        ownership.check_off(record)
-        rest = replace(record, allocations=tuple(_without(record, own)))
-        changed = self._provision(rest, backing, item)
-        self._store(record, [*_without(rest, item), changed])
-        backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
+    def replace(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Do what :meth:`adopt` does, with what is in the place of an NVDIMM's backing; the bytes of that are lost."""
+        self.adopt(record, backing, item)
+        self.driver.ledger.record_event("backing-replaced", record.uuid, {"path": item.spec.path})
+
+    def _tell_lost(self, item: Allocation, count: int) -> None:
+        """Record that the last bytes of an NVDIMM are lost, before zeros can take their place.
+
+        :param count: how many.
+        """
+        first = hex(item.spec.size - count)
+        self.driver.ledger.record_event(
+            "bytes-lost", item.uuid, {"path": item.spec.path, "bytes": count, "first": first}
+        )
 
     def adopt_beside(self, record: Record, backing: Backing, item: Allocation, has_slot: bool) -> None:
         """Do what :meth:`adopt` does, for an NVDIMM whose slot the ledger has another in: the domain keeps both.
@@ -111,6 +119,7 @@ class Changes:
         """Let an NVDIMM have no backing: it is not provisioned any more."""
         if backing.exists(item.spec.path):
             raise InUseError(f"{item.spec.path} is there again", hint="repeat 'nvdimmctl check'")
+        self._tell_lost(item, item.spec.size)
         self._store(record, [*_without(record, item), replace(item, identity=None, written=0)])
 
     def give_up(self, record: Record, item: Allocation) -> None:

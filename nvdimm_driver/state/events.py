@@ -29,6 +29,8 @@ KINDS = {
     "label-server-started": "INFO",
     "label-server-gone": "WARNING",
     "holder-gone": "WARNING",
+    "bytes-lost": "WARNING",
+    "backing-replaced": "WARNING",
 }
 """The events that the ledger keeps, each with its log level."""
 LOGGED = {

@@ -132,10 +132,16 @@ def test_a_guest_that_ends_while_its_files_are_away_leaves_them_immutable_and_sa
 
 
 def test_a_file_that_was_truncated_to_nothing_is_completed_by_its_mark(host: Host) -> None:
-    os.truncate(host.path("a.img"), 0)
-    assert [(os.path.basename(each.path), each.remedy) for each in repair(host)] == [
-        ("a.img", "replace them with zeros; restore a backup first, if any")
-    ]
+    path = host.path("a.img")
+    os.truncate(path, 0)
+    (found,) = repair(host)
+    assert found.remedy.endswith(f"nvdimmctl check --repair --zeros {path}")
+    assert os.path.getsize(path) == 0
+    (found,) = look(host.driver, zeros=[path])
+    assert (found.path, found.remedy) == (path, "replace them with zeros")
+    _repair(lambda: look(host.driver, zeros=[path]))
+    lost = [event.detail for event in host.driver.ledger.events() if event.kind == "bytes-lost"]
+    assert lost == [{"path": path, "bytes": SIZE, "first": "0x0"}]
     assert look(host.driver) == []
     assert host.read("a.img") == bytes(SIZE)
     assert host.read("b.img") == DATA

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.cmd.ctl.base import Listing, Rows
-from nvdimm_driver.errors import ConfigError, DamagedLedgerError, NvdimmError
+from nvdimm_driver.errors import ConfigError, DamagedLedgerError, NvdimmError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from oslo_config import cfg
 
@@ -38,6 +39,13 @@ class Check(Listing):
         parser.add_argument(
             "--repair", action="store_true", help="repair what can be repaired, as the column Remedy says"
         )
+        parser.add_argument(
+            "--zeros",
+            metavar="PATH",
+            action="append",
+            default=[],
+            help="with --repair: replace what this file has lost with zeros; can be repeated",
+        )
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:
@@ -45,6 +53,9 @@ class Check(Listing):
         return int(super().run(parsed_args)) or self.status
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
+        zeros = [resolve(path) for path in parsed_args.zeros]
+        if zeros and not parsed_args.repair:
+            raise UsageError("--zeros is a way to repair", hint="add --repair")
         try:
             driver, rows = _open(self.app.conf, repair=parsed_args.repair)
         except DamagedLedgerError as error:
@@ -52,7 +63,9 @@ class Check(Listing):
                 raise
             self.status = 1
             return COLUMNS, [("", str(Path(self.app.conf.state_dir) / LEDGER), error.message, error.hint, "")]
-        find = partial(_find, driver, self.app.conf, is_new=bool(rows))
+        find = partial(_find, driver, self.app.conf, zeros, is_new=bool(rows))
+        if zeros and (whole := {*zeros} - {each.path for each in find()}):
+            raise UsageError(f"{', '.join(sorted(whole))}: nothing of it is lost", hint="see 'nvdimmctl check'")
         rows += _repair(find) if parsed_args.repair else []
         left = find()
         known = {row[:3] for row in rows}
@@ -86,9 +99,10 @@ def _open(conf: cfg.ConfigOpts, *, repair: bool) -> tuple[XenNvdimmDriver, list[
     return driver, []
 
 
-def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, *, is_new: bool) -> list[Inconsistency]:
+def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], *, is_new: bool) -> list[Inconsistency]:
     """Find all inconsistencies.
 
+    :param zeros: files whose lost bytes are to be replaced with zeros.
     :param is_new: the ledger was made just now: it is an inconsistency when libvirt cannot say whose the devices are.
     """
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
@@ -100,7 +114,7 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, *, is_new: bool) -> lis
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
     restore = XmlHooks.from_conf(conf).restore
     found = [
-        *look(driver, partial(definition_of, socket, restore)),
+        *look(driver, partial(definition_of, socket, restore), zeros),
         *repair_saved_guests.look(driver, restore, socket),
     ]
     try:
