@@ -49,7 +49,11 @@ def _run(operation: str, name: str, xml: str, files: Sequence[str] | None) -> in
         logging.getLogger(__name__).debug("the hook is called: %s of domain %s", operation, name)
         uuid = uuid_of(parse(xml).root) or ""
         if operation == "prepare":
-            domain = extract(XmlHooks.from_conf(options).restore(xml), stored=True)
+            try:
+                domain = extract(XmlHooks.from_conf(options).restore(xml), stored=True)
+            except NvdimmError as error:
+                load_driver(options).ledger.record_failure(uuid, error)
+                raise
             if domain is not None:
                 load_driver(options).prepare(domain)
             return 0

@@ -239,7 +239,7 @@ class _Look:
             elif not _on_same_volume(found, item.identity):
                 yield inconsistency(problem, "mount the file system that had it there")
             else:
-                yield inconsistency(problem, _TAKE, self.changes.of(record, self.changes.replace, backing, item))
+                yield inconsistency(problem, _TAKE, self.changes.of(record, self.changes.adopt_another, backing, item))
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")

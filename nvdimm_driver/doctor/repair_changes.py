@@ -75,7 +75,15 @@ class Changes:
         self._store(record, [*_without(record, item), changed])
         backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
 
-    def replace(self, record: Record, backing: Backing, item: Allocation) -> None:
+    def adopt_instead(self, record: Record, backing: Backing, item: Allocation, own: Allocation) -> None:
+        """Do what :meth:`adopt` does with what another NVDIMM of the domain was, which the domain then gives up."""
+        ownership.check_off(record)
+        rest = replace(record, allocations=tuple(_without(record, own)))
+        changed = self._provision(rest, backing, item)
+        self._store(record, [*_without(rest, item), changed])
+        backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
+
+    def adopt_another(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Do what :meth:`adopt` does, with what is in the place of an NVDIMM's backing; the bytes of that are lost."""
         self.adopt(record, backing, item)
         self.driver.ledger.record_event("backing-replaced", record.uuid, {"path": item.spec.path})

@@ -11,7 +11,7 @@ from typing import Self
 
 from oslo_config import cfg
 
-from nvdimm_driver.errors import ConfigError, RefusedError
+from nvdimm_driver.errors import ConfigError, DomainXmlError, RefusedError
 from nvdimm_driver.model import DomainSpec
 
 _MAX_LINKS = 40
@@ -37,31 +37,45 @@ def check_program(path: str) -> None:
 class Emulators:
     """The QEMUs that guests with NVDIMMs may have.
 
+    :param own: the driver's device model, which becomes one of them and can be none of them.
     :param default: ``[xen] qemu``, for domains without an ``<emulator>``.
     :param allowed: ``[xen] emulators``, which domains may name; they may name the default, too.
     :param check: checks a program's file; raises what :func:`check_program` does.
     """
 
-    def __init__(self, default: str, allowed: Sequence[str] = (), check: Callable[[str], None] = check_program) -> None:
+    def __init__(
+        self,
+        default: str,
+        allowed: Sequence[str] = (),
+        check: Callable[[str], None] = check_program,
+        own: str = "",
+    ) -> None:
         self.default = default
+        self._own = own
         self._allowed = {default, *allowed}
         self._check = check
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts, check: Callable[[str], None] = check_program) -> Self:
         """Make it from the operator's configuration."""
-        return cls(conf.xen.qemu, conf.xen.emulators, check)
+        return cls(conf.xen.qemu, conf.xen.emulators, check, conf.xen.device_model)
 
     def check(self, domain: DomainSpec) -> None:
         """Check that the domain may have the ``<emulator>`` that it names, if it names any.
 
         The path is compared as it is written: another path of the same program is not in the list.
 
+        :raises DomainXmlError: when it names the driver's own device model.
         :raises RefusedError: when it may not, or others than root can change the program.
         :raises ConfigError: when there is no such program.
         """
         if domain.emulator is None:
             return
+        if domain.emulator == self._own:
+            raise DomainXmlError(
+                f"domain {domain.name}: its <emulator> is {self._own}, the driver's own device model",
+                hint="leave <emulator> out, or name the QEMU that is to run the guest",
+            )
         if domain.emulator not in self._allowed:
             raise RefusedError(
                 f"domain {domain.name}: its <emulator> is {domain.emulator}, which is not in [xen] emulators, and "

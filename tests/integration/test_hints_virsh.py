@@ -10,6 +10,7 @@ import pytest
 
 from tests.integration.bench_host import Host
 from tests.integration.test_guide_virsh import define, host, is_mapped, paths, read, write
+from tests.integration.test_lost_state import rows
 from tests.integration.test_virsh import image
 
 __all__ = ["host"]  # the fixture
@@ -25,8 +26,7 @@ def release_in(text: str) -> list[str]:
 
 
 def check(host: Host, *words: str) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = json.loads(host.nvdimmctl("check", *words, "-f", "json").stdout)
-    return found
+    return rows(host, "check", *words)
 
 
 @pytest.mark.parametrize("repaired", [False, True], ids=["at once", "after check --repair"])
@@ -64,7 +64,7 @@ def test_a_start_without_a_file_says_that_a_define_makes_zeros(host: Host) -> No
     refused = host.virsh("start", "first").stderr
     assert "restore it first" in refused
     assert "makes zeros of what is not there" in refused
-    (row,) = json.loads(host.nvdimmctl("list", "-f", "json").stdout)
+    (row,) = rows(host, "list")
     assert row["State"] == "lost"
 
 
@@ -104,7 +104,7 @@ def test_a_truncated_file_gets_its_backup_back_or_zeros_on_demand(host: Host) ->
     assert done["Done"] == "yes"
     assert read(host, "first.img", at=end) == ""
     events = host.nvdimmctl("monitor", "--no-follow", "--event", "bytes-lost").stdout
-    assert f"path={path}" in events
-    assert f"bytes={8 << 20}" in events
+    (event,) = map(json.loads, events.splitlines())
+    assert (event["path"], event["bytes"], event["first"]) == (str(path), 8 << 20, hex(8 << 20))
     assert "nothing of it is lost" in host.nvdimmctl("check", "--repair", "--zeros", str(path)).stderr
     is_mapped(host, "first")

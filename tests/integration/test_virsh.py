@@ -574,6 +574,16 @@ def test_memory_stays_clear_of_the_nvdimms(host: Host) -> None:
     assert host.state("db1")[0] == "mapped"
 
 
+def test_a_start_that_is_refused_for_its_xml_is_a_failed_start(host: Host) -> None:
+    """An autostart or a reboot has nobody who sees the error."""
+    host.check("setmaxmem", "db1", "1G", "--config")
+    assert "<currentMemory> is" in host.libvirtd.virsh("start", "db1").stderr
+    assert "<currentMemory> is" in host.record("db1").fault
+    events = host.nvdimmctl("monitor", "--no-follow", "--event", "start-failed").stdout
+    assert "domain=db1" in events.splitlines()[-1]
+    assert "event=hook-failed" not in host.log()
+
+
 def test_ram_that_reaches_an_nvdimm_moves_it_at_the_next_start(host: Host) -> None:
     before = bases(host)
     host.check("setmaxmem", "db1", "100G", "--config")

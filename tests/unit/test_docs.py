@@ -256,3 +256,10 @@ def test_the_tests_that_a_page_names_are_there(page: str) -> None:
     named = re.findall(r"``(?:tests/)?((?:unit|integration|lab|nova|fuzz)/\w[\w/]*\.py)``", text)
     assert named
     assert [name for name in named if not (PROJECT / "tests" / name).is_file()] == []
+
+
+def test_the_installation_with_pip_has_all_that_the_wheel_needs() -> None:
+    setup = (PROJECT / "setup.py").read_text(encoding="utf-8")
+    needs = ast.literal_eval(re.findall(r"install_requires=(\[.*?\])", setup, re.DOTALL)[0])
+    (line,) = re.findall(r"# apt install (python3-venv .*)", (DOC / "install.rst").read_text(encoding="utf-8"))
+    assert {f"python3-{name.replace('_', '-')}" for name in needs} <= set(line.split())
