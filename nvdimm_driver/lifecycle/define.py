@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files, paths
@@ -90,27 +91,14 @@ class Definitions:
         """Return a :func:`resolved` domain with the slots that its NVDIMMs have had, where its XML leaves them open.
 
         The slot is in the NVDIMM's serial number, and so in the cookie of each namespace label: in another slot, the
-        guest would find no namespace. An NVDIMM is known by its bytes, and by its path when it has new ones. The others
-        get the lowest free slots, in document order as libvirt gives them.
+        guest would find no namespace. The others get the lowest free slots, in document order as libvirt gives them.
 
         :raises LayoutError: when the XML gives one of these slots to another NVDIMM.
         """
         record = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
         if record is None or not domain.unplaced:
             return domain
-        placed = {spec.path for spec in domain.nvdimms if spec.path not in domain.unplaced}
-        items = [item for item in record.allocations if item.spec.path not in placed]
-        found: dict[int, str] = {}
-        for path in sorted(domain.unplaced):
-            identity = ownership.identity_at(self.backings, path)
-            for item in items:
-                if identity is not None and item.identity == identity:
-                    found.setdefault(item.spec.own_slot, path)
-        for path in sorted(domain.unplaced - {*found.values()}):
-            for item in items:
-                if item.spec.path == path:
-                    found.setdefault(item.spec.own_slot, path)
-        kept = {path: slot for slot, path in found.items()}
+        kept = slots.kept(domain, record.allocations, partial(ownership.identity_at, self.backings))
         return replace(domain, nvdimms=slots.assign(domain, kept), unplaced=frozenset())
 
     def define(

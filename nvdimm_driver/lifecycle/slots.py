@@ -3,12 +3,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
 from nvdimm_driver.errors import LayoutError
-from nvdimm_driver.model import MAX_NVDIMMS, Allocation, DomainSpec, GuestLayout, NvdimmSpec
+from nvdimm_driver.model import MAX_NVDIMMS, Allocation, BackingIdentity, DomainSpec, GuestLayout, NvdimmSpec
+
+
+def kept(
+    domain: DomainSpec, items: Sequence[Allocation], identify: Callable[[str], BackingIdentity | None]
+) -> dict[str, int]:
+    """Return, by path, the slots that NVDIMMs have had, of those that a domain leaves open.
+
+    An NVDIMM is known by its bytes, and by its path when it has new ones. One that is set aside has lost its slot if
+    the domain gives that to another.
+
+    :param items: what the domain has had.
+    :param identify: returns the identity of what is at a path now, or None.
+    """
+    given = {spec.path: spec.slot for spec in domain.nvdimms if spec.path not in domain.unplaced}
+    others = [item for item in items if item.spec.path not in given]
+    known = [item for item in others if not (item.spec.set_aside and item.spec.own_slot in given.values())]
+    found: dict[int, str] = {}
+    for path in sorted(domain.unplaced):
+        identity = identify(path)
+        for item in known:
+            if identity is not None and item.identity == identity:
+                found.setdefault(item.spec.own_slot, path)
+    for path in sorted(domain.unplaced - {*found.values()}):
+        for item in known:
+            if item.spec.path == path:
+                found.setdefault(item.spec.own_slot, path)
+    return {path: slot for slot, path in found.items()}
 
 
 def assign(domain: DomainSpec, kept: Mapping[str, int]) -> tuple[NvdimmSpec, ...]:

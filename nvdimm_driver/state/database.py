@@ -105,7 +105,7 @@ class Database:
 
     def _read(self, sql: str, values: Sequence[Any]) -> list[Any]:
         try:
-            return self._db.execute(sql, values).fetchall()
+            return self._db.execute(sql, [_bindable(value) for value in values]).fetchall()
         except sqlite3.Error as error:
             raise self._failed("read", error) from error
 
@@ -227,6 +227,11 @@ def _lock_folder(path: str) -> int:
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     return folder
+
+
+def _bindable(value: Any) -> Any:
+    """Return a value for SQLite, whose text is UTF-8. A path that is not is no domain's, and equal to none as bytes."""
+    return os.fsencode(value) if isinstance(value, str) and escaped(value) != value else value
 
 
 def set_aside(path: str, number: int | None) -> str | None:

@@ -116,6 +116,12 @@ def test_a_file_with_it_in_a_pool_disturbs_no_check(tmp_path: Path) -> None:
     assert look(driver) == []
 
 
+def test_a_path_that_is_not_utf8_is_no_domains(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    assert ledger.claimants(NAME) == ()
+    ledger.close()
+
+
 def test_the_hook_refuses_xml_that_is_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "nvdimm-driver.conf"
     file.write_text(f"[DEFAULT]\nlog_file={tmp_path}/log\n")

@@ -280,6 +280,17 @@ def test_what_is_kept_until_it_is_wiped_takes_no_room_beside_ram(tmp_path: Path,
             driver.check_ram(UUID, [B], base + 8 * GIB)
 
 
+def test_what_is_set_aside_gets_another_slot_when_it_is_attached_again(tmp_path: Path) -> None:
+    """It had to be kept until it was wiped, and another one has its slot."""
+    pool = Pool("main", "memory", ("/mnt/pmem0",), None, MIB, 0, True)
+    driver: XenNvdimmDriver = make_driver(tmp_path, MemoryBacking(), RecordingMapper(), pools=Pools([pool]))
+    driver.define(unplaced(A))
+    driver.define(unplaced(B))
+    assert slots(driver) == {A: 256, B: 0}
+    driver.define(driver.definitions.keep_slots(unplaced(A, B, given={B: 0})))
+    assert slots(driver) == {A: 1, B: 0}
+
+
 def test_several_that_are_set_aside_from_one_slot(driver: XenNvdimmDriver) -> None:
     for path in (A, B, C):
         driver.define(unplaced(path))
