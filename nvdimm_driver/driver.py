@@ -269,7 +269,7 @@ class XenNvdimmDriver(plugins.Plugin):
             raise LayoutError(
                 f"domain {record.name} runs: RAM of {human(ram)} reaches up to {guest.highmem_end:#x}, and its NVDIMM "
                 f"in slot {slot} is at {base:#x}",
-                hint="raise the RAM of its next start: virsh setmaxmem --config",
+                hint="raise the RAM of its next start, <memory> and <currentMemory>: virsh edit",
             )
 
     def identify(self, domain: DomainSpec) -> DomainSpec:

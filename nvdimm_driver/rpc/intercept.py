@@ -327,10 +327,10 @@ class Interceptor:
         if asked.is_maximum and asked.is_live(runs):
             yield self._work(lambda driver: driver.check_running_ram(record.uuid, asked.size), Pool.HOST)
         if asked.is_persistent(runs):
-            yield from self._check_next_ram(asked)
+            yield from self._check_next_ram(asked, runs)
         return (yield from call(procedure, payload))
 
-    def _check_next_ram(self, asked: MemoryCall) -> Generator[Call | Work, Any, None]:
+    def _check_next_ram(self, asked: MemoryCall, runs: bool) -> Generator[Call | Work, Any, None]:
         """Check the RAM of a domain's next start with its definition: the ledger may have more NVDIMMs than that."""
         xml = yield from self._restored((yield from definition(asked.domain)))
         defined: DefinedMemory | None = yield Work(lambda: memory_of(xml), Pool.XML)
@@ -340,6 +340,8 @@ class Interceptor:
         if asked.is_maximum:
             uuid, paths, size = asked.domain.uuid, defined.paths, asked.size
             yield self._work(lambda driver: driver.check_ram(uuid, paths, size), Pool.HOST)
+            if runs:
+                asked.check_startable(defined.current)
 
     def _comes_with_nvdimms(self, xml: bytes) -> bool:
         return has_nvdimms(self._hooks.restore(decode(xml)))

@@ -68,3 +68,17 @@ class MemoryCall:
                 "start with memory populated on demand, which Xen does not do together with mapped frames",
                 hint="change the maximum instead: virsh setmaxmem",
             )
+
+    def check_startable(self, current: int) -> None:
+        """Check that a domain that runs could start again with this maximum, as a reboot of its guest makes it do.
+
+        :param current: bytes of ``<currentMemory>`` in its definition. While the domain runs, libvirt raises it no
+            further than to the guest's RAM of now (libxl_driver.c:libxlDomainSetMemoryFlags).
+        :raises UnsupportedError: when it could not.
+        """
+        if self.size > current:
+            raise UnsupportedError(
+                f"domain {self.domain.name} runs and has NVDIMMs: with a maximum above its <currentMemory> of "
+                f"{current // KIB} KiB, it would not start again after a reboot",
+                hint="shut it down first; or raise <memory> and <currentMemory> together: virsh edit",
+            )

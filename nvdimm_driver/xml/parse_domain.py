@@ -55,10 +55,12 @@ class DefinedMemory(NamedTuple):
 
     :ivar ram: bytes.
     :ivar paths: of its NVDIMMs, as they are written.
+    :ivar current: bytes of ``<currentMemory>``.
     """
 
     ram: int
     paths: tuple[str, ...]
+    current: int
 
 
 def memory_of(xml: str) -> DefinedMemory | None:
@@ -70,7 +72,12 @@ def memory_of(xml: str) -> DefinedMemory | None:
     """
     text = parse_xen(xml, "nvdimm")
     nvdimms = [] if text is None else nvdimm_elements(text.root)
-    return DefinedMemory(ram_of(text.root), tuple(map(path_of, nvdimms))) if text is not None and nvdimms else None
+    if text is None or not nvdimms:
+        return None
+    ram, current = ram_of(text.root), text.root.child("currentMemory")
+    return DefinedMemory(
+        ram, tuple(map(path_of, nvdimms)), ram if current is None else scaled(current, "<currentMemory>")
+    )
 
 
 def why_none(xml: str) -> str:

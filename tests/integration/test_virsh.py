@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import re
 import signal
 import subprocess
@@ -572,6 +573,11 @@ def test_memory_stays_clear_of_the_nvdimms(host: Host) -> None:
     host.check("setmem", "db1", "1G", "--config")
     host.check("start", "db1")
     assert host.state("db1")[0] == "mapped"
+    host.check("setmaxmem", "db1", "1G", "--config")
+    assert "would not start again after a reboot" in refused(host, "setmaxmem", "db1", "1536M", "--config")
+    host.libvirtd.inject("db1", "reboot")
+    host.libvirtd.wait_for("hook started begin db1 id=2")
+    assert host.state("db1")[0] == "mapped"
 
 
 def test_a_start_that_is_refused_for_its_xml_is_a_failed_start(host: Host) -> None:
@@ -580,7 +586,7 @@ def test_a_start_that_is_refused_for_its_xml_is_a_failed_start(host: Host) -> No
     assert "<currentMemory> is" in host.libvirtd.virsh("start", "db1").stderr
     assert "<currentMemory> is" in host.record("db1").fault
     events = host.nvdimmctl("monitor", "--no-follow", "--event", "start-failed").stdout
-    assert "domain=db1" in events.splitlines()[-1]
+    assert json.loads(events.splitlines()[-1])["domain"] == "db1"
     assert "event=hook-failed" not in host.log()
 
 
