@@ -212,7 +212,8 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
         f"it has {items[0].spec.path} in its place: 'nvdimmctl check --repair' lets it have both"
         if moved
         else "'nvdimmctl check --repair' writes it into the ledger, if a pool has the file; if that domain is gone for "
-        f"good, '{release_of(mark.name, mark.uuid, mark.spec.slot)}' then frees the file"
+        f"good, '{release_of(mark.name, mark.uuid, mark.spec.slot)}' then frees the "
+        "file; in a pool with wipe_on_release, that overwrites it: copy it elsewhere first, if its bytes are needed"
     )
     raise InUseError(
         f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that", hint=hint
