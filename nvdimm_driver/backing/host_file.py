@@ -61,7 +61,7 @@ class HostDescription:
         return json.dumps({**asdict(self), "mounts": dict(self.mounts)}, indent=2)
 
     @classmethod
-    def from_json(cls, text: str, source: str = "host file") -> HostDescription:
+    def from_json(cls, text: str | bytes, source: str = "host file") -> HostDescription:
         """Read a host file.
 
         A JSON object: ``namespaces``, a list of objects with the fields of :class:`model.Namespace` (addresses and

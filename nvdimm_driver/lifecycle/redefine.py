@@ -75,8 +75,7 @@ def check_started(
             for what, start, end in _given_up(old, new):
                 raise RefusedError(
                     f"{new.path}: domain {record.name} runs, and its guest may write to {what}, {human(end - start)} "
-                    f"at {start:#x}, which would be something else with a size of {human(new.size)} and a label area "
-                    f"of {human(new.label_size)}",
+                    f"at {start:#x}, which would be something else with {_shape(new)}",
                     hint="keep size, label and alignsize, or shut the domain down first",
                 )
 
@@ -125,9 +124,15 @@ def _check_one(old: NvdimmSpec, new: NvdimmSpec, backing: Backing, bad: Sequence
         if broken or _in_use(backing, old, start, end):
             raise RefusedError(
                 f"{old.path}: {what}, {human(end - start)} at {start:#x}, is in use, and would be something else with "
-                f"a size of {human(new.size)} and a label area of {human(new.label_size)}",
+                f"{_shape(new)}",
                 hint=_HINT,
             )
+
+
+def _shape(spec: NvdimmSpec) -> str:
+    """Return what decides which byte of an NVDIMM is what."""
+    alignsize = human(spec.alignsize) if spec.alignsize else "none"
+    return f"a size of {human(spec.size)}, a label area of {human(spec.label_size)} and an alignsize of {alignsize}"
 
 
 def _place(identity: BackingIdentity) -> tuple[str, int, int, int]:

@@ -81,6 +81,18 @@ def test_rewrite_and_restore_are_filters() -> None:
     assert nvdimmctl("rewrite", "-", text=plain).stdout == plain
 
 
+def test_xml_is_read_in_the_encoding_that_it_declares(tmp_path: Path) -> None:
+    file = tmp_path / "a.xml"
+    text = GUEST.read_text().replace("<name>", "<title>f\xf6</title><name>")
+    file.write_bytes(b"<?xml version='1.0' encoding='ISO-8859-1'?>\n" + text.encode("latin-1"))
+    assert "<title>f\xf6</title>" in nvdimmctl("rewrite", file).stdout
+    assert "slot 0: /mnt/pmem0/pmem-guest.img" in nvdimmctl("plan", file, "--host", HOST).stdout
+    file.write_bytes(text.encode("latin-1"))
+    said = nvdimmctl("plan", file, "--host", HOST, status=1).stderr
+    assert f"{file}: the XML is not UTF-8" in said
+    assert "(declare its encoding, as in <?xml" in said
+
+
 def test_acpi_dump_in_three_forms(tmp_path: Path) -> None:
     dump = nvdimmctl("acpi", "dump", GUEST, "--host", HOST).stdout
     (tmp_path / "dump").write_text(dump)

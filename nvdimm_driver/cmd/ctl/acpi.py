@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nvdimm_driver.cmd.ctl.base import DOMAIN_HELP, Action, find
-from nvdimm_driver.cmd.ctl.domain_file import FILE_HELP, domain_in, driver_for, host_option, read_file
+from nvdimm_driver.cmd.ctl.domain_file import FILE_HELP, domain_in, driver_for, host_option, read_xml
 
 TABLE_GROUPS = {
     "nvdimm": "the tables for the NVDIMMs, which the driver gives to the guest",
@@ -70,7 +70,7 @@ class AcpiDump(Action):
             built = replace(built, tables=tuple(delivered) or built.tables)  # those delivered have the run's number
             running = driver.read_guest_tables(record) if parsed_args.all else ()
         else:
-            domain = domain_in(read_file(parsed_args.domain), parsed_args.domain, self.app.conf)
+            domain = domain_in(read_xml(parsed_args.domain), parsed_args.domain, self.app.conf)
             built = driver_for(self.app.conf, parsed_args.host).plan(domain).tables
         groups = {"nvdimm": built.tables, "qemu": built.reference, "guest": running}
         return {name: tables for name, tables in groups.items() if tables and (parsed_args.all or name == "nvdimm")}

@@ -38,18 +38,31 @@ def host_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_file(file: str) -> str:
-    """Return the text of a file, or of standard input for ``-``.
+def read_file(file: str) -> bytes:
+    """Return what is in a file, or in standard input for ``-``.
 
     :raises NotFoundError: when there is no such file.
     :raises ConfigError: when it cannot be read.
     """
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except FileNotFoundError as error:
         raise NotFoundError(f"cannot read {file}: {error.strerror}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot read {file}: {error}") from error
+
+
+def read_xml(file: str) -> str:
+    """Return the XML in a file, in the encoding that it declares; for its errors see :func:`read_file`.
+
+    :raises DomainXmlError: when it is not in that encoding.
+    """
+    from nvdimm_driver.xml.document import decode
+
+    try:
+        return decode(read_file(file))
+    except DomainXmlError as error:
+        raise DomainXmlError(f"{file}: {error.message}", hint=error.hint) from error
 
 
 def domain_in(xml: str, file: str, options: cfg.ConfigOpts) -> DomainSpec:

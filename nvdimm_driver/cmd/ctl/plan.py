@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nvdimm_driver.cmd.ctl.domain_file import FileAction, domain_in, driver_for, host_option, read_file
+from nvdimm_driver.cmd.ctl.domain_file import FileAction, domain_in, driver_for, host_option, read_xml
 
 
 class ShowPlan(FileAction):
@@ -22,7 +22,7 @@ class ShowPlan(FileAction):
         from nvdimm_driver.cmd.ctl import render
         from nvdimm_driver.xml.hooks import XmlHooks
 
-        xml = read_file(parsed_args.file)
+        xml = read_xml(parsed_args.file)
         plan = driver_for(self.app.conf, parsed_args.host).plan(domain_in(xml, parsed_args.file, self.app.conf))
         if parsed_args.json:
             print(render.plan_json(plan))

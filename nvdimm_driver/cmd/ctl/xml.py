@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nvdimm_driver.cmd.ctl.domain_file import FileAction, read_file
+from nvdimm_driver.cmd.ctl.domain_file import FileAction, read_xml
 
 
 class Rewrite(FileAction):
@@ -15,7 +15,7 @@ class Rewrite(FileAction):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.xml.hooks import XmlHooks
 
-        sys.stdout.write(XmlHooks.from_conf(self.app.conf).rewrite(read_file(parsed_args.file)))
+        sys.stdout.write(XmlHooks.from_conf(self.app.conf).rewrite(read_xml(parsed_args.file)))
 
 
 class Restore(FileAction):
@@ -24,4 +24,4 @@ class Restore(FileAction):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.xml.hooks import XmlHooks
 
-        sys.stdout.write(XmlHooks.from_conf(self.app.conf).restore(read_file(parsed_args.file)))
+        sys.stdout.write(XmlHooks.from_conf(self.app.conf).restore(read_xml(parsed_args.file)))
