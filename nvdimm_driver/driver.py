@@ -292,14 +292,14 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         uuid = uuid_of(domain)
         try:
-            qemu = self.emulators.choose(domain)
-            domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
             with self.locks.starting(uuid):
-                plan = self._prepare_alone(domain, qemu)
+                self.reconcile()
+                self.restart_lost()
+                plan = self._prepare_alone(domain)
         except NvdimmError as error:
             self.ledger.record_failure(uuid, error)
             raise
-        for spec, bad in zip(domain.nvdimms, plan.bad_blocks, strict=True):
+        for spec, bad in zip(plan.domain.nvdimms, plan.bad_blocks, strict=True):
             if bad:
                 size = sum(length for _, length in bad)
                 found = Event(
@@ -307,20 +307,20 @@ class XenNvdimmDriver(plugins.Plugin):
                 )
                 logs.tell(found)
 
-    def _prepare_alone(self, domain: DomainSpec, qemu: str) -> Plan:
+    def _prepare_alone(self, domain: DomainSpec) -> Plan:
         """Do what :meth:`prepare` does, with the lock for the preparation of the domain's start."""
         uuid = uuid_of(domain)
-        self.reconcile()
-        self.restart_lost()
+        qemu = self.emulators.choose(domain)
+        domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
         self.starts.end_earlier(uuid)
         record = self.definitions.adopt(domain)
         self.definitions.check_marks(domain)
         return self._prepare(record, domain, qemu)
 
     def check_restore(self, uuid: str) -> None:
-        """Check that the domain's guest, saved at the end of its last run, could go on now: as a start will check.
+        """Check that the domain's guest, saved at the end of its last run, could go on now; change nothing.
 
-        libvirt removes a managed save before it starts the domain from it, so this has to be asked before.
+        Whoever starts it calls :meth:`try_restore`.
 
         :raises NvdimmError: when it could not.
         """
@@ -338,6 +338,26 @@ class XenNvdimmDriver(plugins.Plugin):
         self.starts.check_can_freeze(uuid, identities)
         if domain is not None:
             saved_guest.check_plan(last, self.definitions.plan_start(domain))
+
+    def try_restore(self, uuid: str) -> None:
+        """Check that the domain's saved guest can go on: prepare its start as the hook will do, and put that away.
+
+        libvirt removes a managed save before it calls the hook: a start that the hook refuses costs the guest. Whoever
+        calls this has the lock for such a start (:meth:`.domain_locks.DomainLocks.try_restoring`): the preparation must
+        not come between another one and its device model.
+
+        :raises NvdimmError: as for :meth:`check_restore` and :meth:`prepare`.
+        """
+        self.check_restore(uuid)
+        last = self.ledger.find_run(uuid)
+        domain = (last and saved_guest.domain_of(last, uuid)) or self._find_known(uuid)
+        if domain is None:
+            return
+        with self.locks.starting(uuid):
+            self._prepare_alone(domain)
+            prepared = self.ledger.find_domain(uuid)
+            if prepared is not None and prepared.start is not None:
+                self.starts.put_away(prepared.start)
 
     def check_redefinition(self, plan: Plan) -> None:
         """Check that a domain whose guest is saved is defined with the NVDIMMs that this guest had, in their places.
@@ -466,14 +486,21 @@ class XenNvdimmDriver(plugins.Plugin):
 
         :raises LedgerError: when the domain was never defined.
         """
-        record = self.ledger.find_domain(uuid)
-        nvdimms = tuple(item.spec for item in record.allocations if not item.spec.set_aside) if record else ()
-        if record is None or not nvdimms:
+        known = self._find_known(uuid)
+        if known is None:
             raise LedgerError(
                 f"no NVDIMMs are known for domain {uuid}, whose device model is nvdimm-device-model",
                 hint="define the domain in libvirt first; for xl, keep the uuid that libvirt has given it",
             )
-        self.prepare(DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm))
+        self.prepare(known)
+
+    def _find_known(self, uuid: str) -> DomainSpec | None:
+        """Return the domain as the ledger has it; None when it has no NVDIMMs."""
+        record = self.ledger.find_domain(uuid)
+        nvdimms = tuple(item.spec for item in record.allocations if not item.spec.set_aside) if record else ()
+        if record is None or not nvdimms:
+            return None
+        return DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm)
 
     def _prepare(self, record: Record, domain: DomainSpec, qemu: str) -> Plan:
         """Freeze the domain's backings and prepare its start. A failure here thaws them; an earlier one must not."""

@@ -19,6 +19,8 @@ from nvdimm_driver import host_text, plugin_loader
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.cmd import apparmor_rules, systemd_units
 from nvdimm_driver.cmd.installed_files import MARK, install, remove
+from nvdimm_driver.doctor import repair_saved_guests
+from nvdimm_driver.doctor.libvirt import daemon_socket
 from nvdimm_driver.doctor.programs import Script
 from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, hint_of
@@ -26,6 +28,7 @@ from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import host_boot_id
+from nvdimm_driver.xml.hooks import XmlHooks
 
 LOG = logging.getLogger(__name__)
 
@@ -93,14 +96,21 @@ def _protect(log_file: Path) -> Iterator[str]:
         yield f"changed {log_file}, which everybody could read"
 
 
-def unregister(conf: cfg.ConfigOpts, running: Sequence[str]) -> Iterator[str]:
+def unregister(conf: cfg.ConfigOpts, running: Sequence[str], saved: Sequence[str] = ()) -> Iterator[str]:
     """Remove what :func:`register` installed; yield a line for each thing that was done.
 
     :param running: names of the running domains with NVDIMMs.
-    :raises InUseError: while a domain with NVDIMMs runs: its reboot would fail.
+    :param saved: names of those with a managed save.
+    :raises InUseError: while a domain with NVDIMMs runs: its reboot would fail; or is saved: libvirt removes a managed
+        save before its start fails.
     """
     if running:
         raise InUseError(f"domains with NVDIMMs are running: {', '.join(running)}", hint="shut them down first")
+    if saved:
+        raise InUseError(
+            f"domains with NVDIMMs have saved guests: {', '.join(saved)}; a start without the driver would lose them",
+            hint="start and shut down each, or discard its saved guest: virsh managedsave-remove",
+        )
     try:
         for script in (libvirt_hook(conf), device_model(conf)):
             yield remove(script.path)
@@ -144,6 +154,23 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
                 hint="shut them down; after a reboot of the host, they count as off",
             ) from error
     return [name for name in started if name not in over]
+
+
+def find_saved(conf: cfg.ConfigOpts) -> list[str]:
+    """Return the names of the domains with NVDIMMs that have a managed save.
+
+    :returns: none if libvirt cannot be asked, or a plug-in is broken: neither keeps the driver from being removed.
+    """
+    if not os.path.exists(_ledger(conf)):
+        return []
+    try:
+        restore = XmlHooks.from_conf(conf).restore
+    except NvdimmError as error:
+        LOG.warning("%s", error)
+        return []
+    socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
+    with closing(Ledger(_ledger(conf))) as ledger:
+        return [each.name for each in repair_saved_guests.saved(ledger, restore, socket)]
 
 
 def registered_state_dir(conf: cfg.ConfigOpts) -> str:

@@ -67,11 +67,11 @@ LimitNOFILE=16384
 # It takes some 60 MiB, and the QEMUs that it runs as much each. A client can have it keep 64 calls with 4 MiB of XML,
 # 256 MiB: clients that do so end it, and not the host; it starts again, and no guest notices.
 MemoryMax=1G
-# It writes files on any file system that the operator uses for NVDIMMs, makes them immutable (LINUX_IMMUTABLE), reads
-# page tables and confines label servers (SYS_ADMIN), locks pages (IPC_LOCK), and starts QEMUs without privileges
-# (SETUID, SETGID, SETPCAP) and kills them (KILL).
+# It writes files on any file system that the operator has NVDIMMs on, makes them immutable (LINUX_IMMUTABLE), asks who
+# may write them (LEASE), reads page tables and confines label servers (SYS_ADMIN), locks pages (IPC_LOCK), and starts
+# QEMUs without privileges (SETUID, SETGID, SETPCAP) and kills them (KILL).
 CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_IPC_LOCK CAP_KILL
-CapabilityBoundingSet=CAP_LINUX_IMMUTABLE
+CapabilityBoundingSet=CAP_LEASE CAP_LINUX_IMMUTABLE
 CapabilityBoundingSet=CAP_SETGID CAP_SETPCAP CAP_SETUID CAP_SYS_ADMIN CAP_SYS_RAWIO
 NoNewPrivileges=yes
 ProtectSystem=full

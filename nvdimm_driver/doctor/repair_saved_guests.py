@@ -11,6 +11,7 @@ from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError, ProtocolError
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml.parse_domain import has_nvdimms
 
 LOG = logging.getLogger(__name__)
@@ -22,21 +23,24 @@ def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) ->
     :param restore: restores domain XML that libvirt has.
     :param socket: of libvirt's daemon; nothing is found when it cannot be asked.
     """
+    return [found for domain in saved(driver.ledger, restore, socket) for found in _refused(driver, domain)]
+
+
+def saved(ledger: Ledger, restore: Callable[[str], str], socket: str) -> list[DomainRef]:
+    """Return the domains with NVDIMMs that have a managed save. For the arguments, see :func:`look`."""
     try:
         with Connection(socket, ASK_TIMEOUT) as connection:
-            saved = list(_saved(driver, connection, restore))
+            return list(_saved(ledger, connection, restore))
     except (OSError, LibvirtError, ProtocolError) as error:
-        LOG.info("%s: libvirt cannot be asked for saved guests: %s", socket, error)
+        LOG.warning("%s: libvirt cannot be asked for saved guests: %s", socket, error)
         return []
-    return [found for domain in saved for found in _refused(driver, domain)]
 
 
-def _saved(driver: XenNvdimmDriver, connection: Connection, restore: Callable[[str], str]) -> Iterator[DomainRef]:
-    """Yield the domains with NVDIMMs that have a managed save."""
+def _saved(ledger: Ledger, connection: Connection, restore: Callable[[str], str]) -> Iterator[DomainRef]:
     for domain in connection.domains():
         if domain.id >= 0 or not connection.has_managed_save(domain.name, domain.uuid):
             continue
-        known = driver.ledger.find_domain(domain.uuid) is not None
+        known = ledger.find_domain(domain.uuid) is not None
         if known or has_nvdimms(restore(connection.xml(domain, inactive=True))):
             yield domain
 

@@ -16,7 +16,8 @@ WAIT_SECONDS = 2.0
 class DomainLocks:
     """The locks of all domains of the host.
 
-    There are two for each domain, because ``virsh create`` changes claims around a start.
+    There are three for each domain: ``virsh create`` changes claims around a start, and nvdimmd has one from the
+    trial of a saved guest's start to its end.
 
     :param folder: created if it does not exist; only root may have access.
     :param reserve: space for the lock of a start when the disk is full.
@@ -44,6 +45,16 @@ class DomainLocks:
         :raises InUseError: when it is taken.
         """
         return self._change(uuid, 0.0, client)
+
+    def try_restoring(self, uuid: str, client: str) -> LockFile:
+        """Take the lock for the start of the domain's saved guest, and do not wait for it.
+
+        :param client: who it is for, to be told to others.
+        :returns: the lock, to be closed.
+        :raises InUseError: when it is taken.
+        """
+        what = f"the saved guest of domain {uuid} is being started"
+        return self._reserve.spend(lambda: self._take(f"restore-{uuid}", what, 0.0, client))
 
     def is_changing(self, uuid: str) -> bool:
         """Return True while a process has the lock for changes of the domain's claims."""

@@ -67,7 +67,7 @@ def describe(domain: DomainSpec, layout: GuestLayout, locations: Sequence[Locati
                 "label server": layout.dsm if spec.label_size else "none",
                 "label address": hex(placement.label_base) if placement in layout.label_areas else "none",
                 "backing size": location.identity.size,
-                "domain": {"name": domain.name, "ram": domain.ram, "dsm": domain.dsm},
+                "domain": {name: getattr(domain, name) for name in ("name", "ram", "dsm", "emulator")},
                 "definition": {name: value for name, value in asdict(spec).items() if name != "path"},
                 **_bytes(location.identity),
             }
@@ -85,7 +85,8 @@ def domain_of(run: Run, uuid: str) -> DomainSpec | None:
         return None
     nvdimms = tuple(NvdimmSpec(path=each["path"], **each["definition"]) for each in found)
     domain = found[0]["domain"]
-    return DomainSpec(domain["name"], uuid, domain["ram"], None, nvdimms, domain["dsm"])
+    emulator = domain.get("emulator")  # earlier versions did not record it
+    return DomainSpec(domain["name"], uuid, domain["ram"], emulator, nvdimms, domain["dsm"])
 
 
 def has_had(run: Run, spec: NvdimmSpec, identity: BackingIdentity, written: int | None) -> bool:

@@ -38,7 +38,7 @@ from nvdimm_driver.rpc.libvirt_calls import (
     validates,
     xml_and_flags,
 )
-from nvdimm_driver.rpc.locking import changing
+from nvdimm_driver.rpc.locking import changing, restoring
 from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
@@ -119,12 +119,15 @@ class Interceptor:
         with (yield from self._changing(domain.uuid or "")):
             plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
             rewritten = yield from self._rewritten(resolved, domain.uuid, plan)
-            yield from self._check_saved(plan, starts=True)
+            saved: bool = yield from self._check_saved(plan)
             arguments = bytes(Packer().string(rewritten)) + flags
-            return (yield from self._create(procedure, arguments, domain, plan))
+            return (yield from self._create(procedure, arguments, domain, plan, saved=saved))
 
-    def _create(self, procedure: int, arguments: bytes, domain: DomainSpec, plan: Plan) -> Steps:
-        """Provision the NVDIMMs, and make the call; if that fails, put back what the domain had before."""
+    def _create(self, procedure: int, arguments: bytes, domain: DomainSpec, plan: Plan, *, saved: bool) -> Steps:
+        """Provision the NVDIMMs, and make the call; if that fails, put back what the domain had before.
+
+        :param saved: the domain has a managed save, which libvirt starts.
+        """
         uuid = domain.uuid or ""
         before: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
         last: Run | None = yield self._work(lambda driver: driver.ledger.find_run(uuid))
@@ -133,7 +136,8 @@ class Interceptor:
             return (yield from call(procedure, arguments, with_fds=True))  # libvirt refuses it: nothing is changed
         created = yield self._work(lambda driver: driver.create(domain, plan), _provisioning(plan))
         try:
-            reply = yield from call(procedure, arguments, with_fds=True)
+            start = call(procedure, arguments, with_fds=True)
+            reply = yield from self._started_from_save(uuid, start) if saved else start
         except Exception as error:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
             runs = isinstance(error, LibvirtError) and RemoteError.unpack(error.payload).code == OPERATION_INVALID
@@ -252,17 +256,26 @@ class Interceptor:
         saved = not flags & START_FORCE_BOOT and (yield from has_managed_save(domain))
         if record is None:
             if saved and (yield from self._has_nvdimms((yield from definition(domain)))):
-                yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)  # the ledger was lost
+                yield self._work(lambda driver: driver.try_restore(uuid), Pool.HOST)  # the ledger was lost
             return (yield from call(procedure, payload))
         yield from check_uncontested(record, self._hooks.restore)
-        if saved:
-            yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
-        elif not (yield from self._has_nvdimms((yield from definition(domain)))):
+        if not saved and not (yield from self._has_nvdimms((yield from definition(domain)))):
             yield from self._drop_claims(uuid)  # they were kept for a saved guest
+        start = call(procedure, payload)
         try:
-            return (yield from call(procedure, payload))
+            return (yield from self._started_from_save(uuid, start) if saved else start)
         except LibvirtError as error:
             raise (yield from self._explained(error, uuid)) from error
+
+    def _started_from_save(self, uuid: str, start: Steps) -> Steps:
+        """Make the call that starts a domain from its managed save, if its start can be prepared.
+
+        libvirt removes the save before the hook prepares the start. No other trial may come between that and the guest.
+        """
+        locks: DomainLocks = yield self._work(lambda driver: driver.locks)
+        with (yield from restoring(locks, uuid, self._client)):
+            yield self._work(lambda driver: driver.try_restore(uuid), Pool.HOST)
+            return (yield from start)
 
     def restore(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error.
@@ -420,7 +433,7 @@ class Interceptor:
         uuid: str = yield self._work(lambda driver: driver.identify(domain).uuid)
         with nullcontext() if uuid == locked else (yield from self._changing(uuid)):
             plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
-            yield from self._check_saved(plan, starts=False)
+            yield from self._check_saved(plan)
             before = yield from defined_xml(uuid)
             # libvirt refuses XML without a uuid for a domain that is defined
             rewritten = yield from self._rewritten(resolved, uuid if before is None else domain.uuid, plan)
@@ -461,8 +474,8 @@ class Interceptor:
         xml: str = yield Work(lambda: without_max_memory(read.text), Pool.XML)
         return bytes(Packer().string(xml)) + flags
 
-    def _check_saved(self, plan: Plan, *, starts: bool) -> Generator[Call | Work, Any, None]:
-        """Check what is defined or created in place of a domain that may have a managed save.
+    def _check_saved(self, plan: Plan) -> Generator[Call | Work, Any, bool]:
+        """Check what is defined or created in place of a domain; return True if that has a managed save.
 
         :raises UnsupportedError: when it has one and other NVDIMMs, or the same in other places: its guest goes on with
             those that it had.
@@ -470,12 +483,11 @@ class Interceptor:
         uuid = plan.domain.uuid or ""
         known = DomainRef(plan.domain.name, uuid, -1)
         if (yield from self._record(known)) is None or (yield from defined_xml(uuid)) is None:
-            return
+            return False
         if not (yield from has_managed_save(known)):
-            return
+            return False
         yield self._work(lambda driver: driver.check_redefinition(plan))
-        if starts:
-            yield self._work(lambda driver: driver.check_restore(uuid), Pool.HOST)
+        return True
 
     def _explained(self, error: LibvirtError, uuid: str) -> Generator[Call | Work, Any, LibvirtError]:
         """Return the error, with the reason why the start failed if the ledger has one that is not in it yet."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.bench_host import Host
+from tests.integration.bench_host import CONF, Host
 
 QUOTA = 8
 """MiB of the pool that domains may have."""
@@ -137,3 +137,82 @@ def test_an_older_copy_in_the_place_of_what_the_guest_has_written(host: Host, co
     assert is_saved(host)
     host.check("managedsave-remove", "db1")
     host.check("start", "db1")
+
+
+def test_a_program_that_may_write_the_file(host: Host) -> None:
+    """It has written nothing yet: neither bytes nor times tell of it."""
+    save(host)
+    opened = host.folder / "opened"
+    script = f"exec 9<>{host.folder}/pmem/db1.img; touch {opened}; while [ -e {opened} ]; do sleep 0.1; done"
+    with host.libvirtd.begin("sh", "-c", script) as program:
+        while not opened.exists():
+            assert program.poll() is None
+        said = refused(host, "start", "db1")
+        opened.unlink()
+    assert "may write it" in said
+    goes_on(host)
+
+
+def test_a_qemu_that_is_not_there(host: Host) -> None:
+    save(host)
+    (host.folder / "qemu").rename(host.folder / "away")
+    said = refused(host, "start", "db1")
+    (host.folder / "away").rename(host.folder / "qemu")
+    assert f"cannot run {host.folder}/qemu" in said
+    goes_on(host)
+
+
+def test_an_emulator_that_is_not_allowed_any_more(host: Host) -> None:
+    other = host.folder / "other-qemu"
+    other.write_bytes((host.folder / "qemu").read_bytes())
+    other.chmod(0o755)
+    host.configure(CONF.replace("qemu = {folder}/qemu", f"qemu = {{folder}}/qemu\nemulators = {other}"))
+    file = host.xml("db1", 1)
+    file.write_text(file.read_text().replace("<devices>", f"<devices><emulator>{other}</emulator>"))
+    host.check("define", file)
+    save(host)
+    host.configure()
+    assert "is not in [xen] emulators" in refused(host, "start", "db1")
+    host.configure(CONF.replace("qemu = {folder}/qemu", f"qemu = {{folder}}/qemu\nemulators = {other}"))
+    goes_on(host)
+    host.configure()
+
+
+def test_a_state_folder_that_cannot_be_written(host: Host) -> None:
+    save(host)
+    folder = host.folder / "state/domains" / host.record("db1").uuid
+    host.libvirtd.run("chattr", "+i", folder)
+    said = refused(host, "start", "db1")
+    host.libvirtd.run("chattr", "-i", folder)
+    assert f"cannot write {folder}/tables" in said
+    goes_on(host)
+
+
+def test_a_file_system_that_is_read_only(host: Host) -> None:
+    """An error on the medium does that."""
+    save(host)
+    host.libvirtd.run("mount", "-o", "remount,ro", host.folder / "pmem")
+    said = refused(host, "start", "db1")
+    host.libvirtd.run("mount", "-o", "remount,rw", host.folder / "pmem")
+    assert "Read-only file system" in said
+    goes_on(host)
+
+
+def test_the_driver_is_not_removed_while_a_guest_is_saved(host: Host) -> None:
+    save(host)
+    done = host.nvdimmctl("unregister")
+    assert (done.returncode, "domains with NVDIMMs have saved guests: db1" in done.stderr) == (4, True), done
+    goes_on(host)
+
+
+def save(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+
+
+def goes_on(host: Host) -> None:
+    """Check that the saved guest was kept, and goes on."""
+    assert is_saved(host)
+    host.check("start", "db1")
+    assert host.state("db1") == ("mapped", host.record("db1").start.domid, True)  # type: ignore[union-attr]
+    assert not is_saved(host)

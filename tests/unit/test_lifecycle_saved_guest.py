@@ -17,6 +17,7 @@ from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import AcpiError, InUseError, LayoutError, RefusedError, UnsupportedError
 from nvdimm_driver.lifecycle import saved_guest
+from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.model import GIB, MIB, BackingIdentity, DomainSpec, NvdimmSpec
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
@@ -453,6 +454,35 @@ def test_it_can_be_asked_before_libvirt_removes_the_image(bench: Bench) -> None:
     assert bench.driver().ledger.find_domain("00000000-0000-0000-0000-000000000000") is None
     with pytest.raises(RefusedError, match="the ledger does not have the run that it was saved in"):
         bench.driver().check_restore("00000000-0000-0000-0000-000000000000")
+
+
+def test_its_start_is_tried_before_libvirt_removes_the_image(bench: Bench) -> None:
+    """Nothing is left of the trial: another start, or the restore itself, comes after it as if it had not been."""
+    bench.driver().define(domain(A, B))
+    bench.start()
+    image = bench.save()
+    driver = bench.driver()
+    had = driver.ledger.find_run(UUID)
+    for _ in range(2):
+        driver.try_restore(UUID)
+        record = driver.ledger.find_domain(UUID)
+        assert record is not None
+        assert (record.start, driver.ledger.find_run(UUID), bench.backing.frozen) == (None, had, set())
+    bench.restore(image)
+
+
+def test_its_emulator_is_remembered(bench: Bench) -> None:
+    driver, spec = bench.driver(), dataclasses.replace(domain(A), emulator="/opt/qemu")
+    driver.define(spec)
+    driver.prepare(spec)
+    bench.start()
+    bench.save()
+    run = driver.ledger.find_run(UUID)
+    assert run is not None
+    assert saved_guest.domain_of(run, UUID) == spec
+    driver.emulators = Emulators("/usr/bin/real-qemu")
+    with pytest.raises(RefusedError, match="/opt/qemu, which is not in"):
+        driver.try_restore(UUID)
 
 
 def test_numbers_differ_and_fit() -> None:

@@ -48,5 +48,6 @@ class Unregister(Action):
         del parsed_args
         # The guests were started with the registered state folder, whatever the options say now.
         self.app.conf.set_override("state_dir", register.registered_state_dir(self.app.conf))
-        for line in register.unregister(self.app.conf, register.find_running(self.app.conf)):
+        conf = self.app.conf
+        for line in register.unregister(conf, register.find_running(conf), register.find_saved(conf)):
             print(line)
