@@ -12,8 +12,9 @@ from shlex import quote
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
 from nvdimm_driver.doctor.repair_changes import Changes
+from nvdimm_driver.doctor.repair_marks import Marks, mark_of
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, UnwrittenError, XenError
+from nvdimm_driver.errors import ConfigError, NvdimmError, UnwrittenError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.sizes import human
@@ -76,8 +77,8 @@ def _find_device(record: Record, item: Allocation) -> str:
 
 _TAKE = "take it as it is now; if that is not what the guest should have, put the right file there first"
 _WHICH = (
-    "find the guest's own, and take the mark from each copy, with setfattr of the package attr: setfattr -x "
-    "trusted.nvdimm_driver.owner COPY"
+    "find the guest's own, and take the mark from each copy, with setfattr of the package attr: "
+    f"{owner_marks.unmark_command('COPY')}"
 )
 
 
@@ -104,6 +105,7 @@ class _Look:
                 self.files |= {file.path: file for file in backing.survey(pool.paths)}
             except NvdimmError as error:
                 self.unseen.append(Inconsistency("", "", f"pool {pool.name}: {error.message}", error.hint))
+        self.marks = Marks(self.files.values(), self.owners)
 
     def findings(self) -> Iterator[Inconsistency]:
         yield from self.unseen
@@ -151,7 +153,7 @@ class _Look:
         if record and has:
             take_up = partial(self.changes.take_up, record, domid, has | frozen)
             yield Inconsistency(record.name, "", problem, "write the start into the ledger", take_up)
-        elif not any(marked == uuid for marked, _ in self._marks):
+        elif uuid not in self.marks.uuids():
             name = record.name if record else uuid
             yield Inconsistency(name, "", problem, f"shut it down: xl shutdown {domid}; nobody knows which it has")
 
@@ -352,6 +354,14 @@ class _Look:
             return inconsistency(f"it is not there; it was moved to {moved[0]}", "move it back", move)
         if item.identity is not None and item.identity.inode == 0:
             return inconsistency("it is not there", _find_device(record, item))
+        marked = self.marks.all_of(item.uuid, item.spec.slot)
+        if copies := [path for path in marked if not self._is_later(self.files[path], item)]:
+            return inconsistency(
+                f"it is not there; a copy of it is {' and '.join(copies)}",
+                f"restore a backup, or rename the copy to {item.spec.path}: the guest goes on with what it had when "
+                "that was made, and 'nvdimmctl check --repair' takes it; or, to give up the contents, take the mark "
+                f"from the copy first: {owner_marks.unmark_command(copies[0])}",
+            )
         give_up = self.changes.of(
             record, self.changes.give_up_contents, self._named(item.identity.kind if item.identity else ""), item
         )
@@ -359,19 +369,19 @@ class _Look:
         return inconsistency("it is not there", remedy, give_up)
 
     def _moved(self, item: Allocation) -> list[str]:
-        """Return where an NVDIMM's file is that is not at its path: by its identity, or else by its mark.
+        """Return where an NVDIMM's file is that is not at its path: by its identity, or by its mark if it has no bytes.
 
-        A file with the identity can be at another NVDIMM's path. One with the mark of that slot, which was written on
-        it, and another identity is a later NVDIMM of the domain.
+        A file with the identity can be at another NVDIMM's path. One with the mark of that slot and another identity is
+        a copy, or, if the mark was written on it, a later NVDIMM of the domain.
         """
         if here := [path for path, file in self.files.items() if file.identity and _has_bytes(item, file)]:
             return here
-        marked = self._marked(item.uuid, item.spec.slot)
-        return [path for path in marked if not self._is_later(self.files[path], item)]
+        marked = self.marks.files_of(item.uuid, item.spec.slot)
+        return [path for path in marked if self.files[path].identity is None]
 
     def _is_later(self, file: Surveyed, item: Allocation) -> bool:
         """Return True when a file with the mark of an NVDIMM is another one, which the domain was given since."""
-        mark = self._mark(file)
+        mark = mark_of(file)
         return mark is not None and mark.is_original(file.identity) and not _has_bytes(item, file)
 
     def _anothers(self, record: Record, item: Allocation, mark: Mark) -> Inconsistency:
@@ -404,7 +414,7 @@ class _Look:
             problem = file.error.message.removeprefix(f"{file.path}: ")
             yield Inconsistency(owner[0].name if owner else "", file.path, problem, file.error.hint)
             return
-        mark = self._mark(file)
+        mark = mark_of(file)
         users = self._users(file)
         if file.frozen and not users:
             yield self._frozen(file, owner[0] if owner else None, mark)
@@ -446,27 +456,8 @@ class _Look:
 
     def _frozen_of(self, uuid: str) -> set[str]:
         """Return the frozen files that have the mark of a domain."""
-        marks = {file.path: self._mark(file) for file in self.files.values() if file.frozen}
+        marks = {file.path: mark_of(file) for file in self.files.values() if file.frozen}
         return {path for path, mark in marks.items() if mark and mark.uuid == uuid}
-
-    @cached_property
-    def _marks(self) -> dict[tuple[str, int], list[tuple[Surveyed, Mark]]]:
-        """The files that are no NVDIMM of the ledger and have a mark, by the uuid and slot in it."""
-        found: dict[tuple[str, int], list[tuple[Surveyed, Mark]]] = {}
-        for file in self.files.values():
-            if file.path not in self.owners and (mark := self._mark(file)):
-                found.setdefault((mark.uuid, mark.spec.slot), []).append((file, mark))
-        return found
-
-    def _marked(self, uuid: str, slot: int) -> list[str]:
-        """Return the files of which one is a domain's NVDIMM, by their marks; the others with its mark are copies.
-
-        A mark of an earlier version does not say on which file it was written.
-        """
-        found = self._marks.get((uuid, slot), [])
-        maybe = [(file, mark) for file, mark in found if not mark.is_copied(file.identity)]
-        sure = [(file, mark) for file, mark in maybe if file.frozen or mark.is_original(file.identity)]
-        return [file.path for file, _ in sure or maybe or found]
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)
@@ -490,7 +481,15 @@ class _Look:
                 adopt = self.changes.of(known, self.changes.adopt_beside, *beside)
                 yield inconsistency(problem, "let the domain have both", adopt)
             return
-        marked = self._marked(mark.uuid, mark.spec.slot)
+        marked = self.marks.files_of(mark.uuid, mark.spec.slot)
+        problem = f"its mark says slot {mark.spec.slot} of {mark.name} ({mark.uuid}), which the ledger does not know"
+        if not marked:
+            yield inconsistency(
+                f"{problem}; it is a copy of that file",
+                f"if it is what {mark.name} is to have, define {mark.name} with it; if not, take the mark from it: "
+                f"{owner_marks.unmark_command(file.path)}",
+            )
+            return
         if file.path not in marked:
             yield inconsistency(f"it has the mark of {marked[0]}, and is a copy", "remove the mark", unmark)
             return
@@ -498,7 +497,6 @@ class _Look:
             yield inconsistency(_several(marked), _WHICH)
             return
         record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
-        problem = f"its mark says slot {mark.spec.slot} of {mark.name} ({mark.uuid}), which the ledger does not know"
         yield inconsistency(
             problem, "write it into the ledger", self.changes.of(record, self.changes.adopt, backing, item)
         )
@@ -515,22 +513,13 @@ class _Look:
     def _has_mark_of(self, item: Allocation) -> bool:
         """Return True when an NVDIMM's file has its mark."""
         file = self.files.get(item.spec.path)
-        mark = self._mark(file) if file else None
+        mark = mark_of(file) if file else None
         return mark is not None and (mark.uuid, mark.spec.slot) == (item.uuid, item.spec.slot)
 
     def _find(self, uuid: str, slot: int) -> Allocation | None:
         """Return the NVDIMM that a domain has in a slot in the ledger."""
         items = [item for record in self.records if record.uuid == uuid for item in record.allocations]
         return next((item for item in items if item.spec.slot == slot), None)
-
-    def _mark(self, file: Surveyed) -> Mark | None:
-        if file.owner is None:
-            return None
-        try:
-            return owner_marks.unpack(file.path, file.owner)
-        except LedgerError as error:
-            LOG.warning("%s", error)
-            return None
 
 
 def _guarded(name: str, path: str, found: Iterator[Inconsistency]) -> Iterator[Inconsistency]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import Any
 
 from nvdimm_driver.errors import LedgerError
@@ -43,6 +44,11 @@ def pack(record: Record, item: Allocation) -> bytes:
     """Return the mark of a domain's NVDIMM, without the path, which is that of the file it is read from."""
     file = {"file": [item.identity.inode, item.identity.generation]} if item.identity else {}
     return json.dumps({**_content(record, item), **file}).encode()
+
+
+def unmark_command(path: str) -> str:
+    """Return the command that takes the mark from a file; setfattr is in the package attr."""
+    return f"setfattr -x trusted.nvdimm_driver.owner {quote(path)}"
 
 
 def is_current(data: bytes | None, record: Record, item: Allocation) -> bool:

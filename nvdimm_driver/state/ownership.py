@@ -208,13 +208,19 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
             hint=f"move it back to {items[0].spec.path}; if whole file systems are mounted in each other's places, "
             "mount each where it was",
         )
-    hint = (
-        f"it has {items[0].spec.path} in its place: 'nvdimmctl check --repair' lets it have both"
-        if moved
-        else "'nvdimmctl check --repair' writes it into the ledger, if a pool has the file; if that domain is gone for "
-        f"good, '{release_of(mark.name, mark.uuid, mark.spec.slot)}' then frees the "
-        "file; in a pool with wipe_on_release, that overwrites it: copy it elsewhere first, if its bytes are needed"
-    )
+    if moved:
+        hint = f"it has {items[0].spec.path} in its place: 'nvdimmctl check --repair' lets it have both"
+    elif mark.is_copied(file.identity):
+        hint = (
+            "it is a copy of that domain's file; if it is to be another's, take the mark from it: "
+            + owner_marks.unmark_command(path)
+        )
+    else:
+        hint = (
+            "'nvdimmctl check --repair' writes it into the ledger, if a pool has the file; if that domain is gone for "
+            f"good, '{release_of(mark.name, mark.uuid, mark.spec.slot)}' then frees the file; in a pool with "
+            "wipe_on_release, that overwrites it: copy it elsewhere first, if its bytes are needed"
+        )
     raise InUseError(
         f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that", hint=hint
     )

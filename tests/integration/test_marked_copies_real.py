@@ -14,6 +14,7 @@ from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import Allocation, Record
+from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.state import owner_marks
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import Host, empty, is_immutable
@@ -174,3 +175,58 @@ def test_a_repair_that_did_nothing_does_not_say_that_it_did(host: Host) -> None:
     assert rows
     assert all(row[-1].startswith("no: ") for row in rows), rows
     host.backing.thaw(host.path("a.bak"))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_copy_is_not_taken_for_its_file_that_is_gone(host: Host, earlier: bool) -> None:
+    """The guest wrote on since; only the operator knows whether there is a later copy."""
+    if earlier:
+        as_an_earlier_version_marks(host, "a.img")
+    run("cp", "-a", "--sparse=never", "--reflink=never", host.path("a.img"), host.path("monday.img"))
+    os.unlink(host.path("a.img"))
+    (found,) = look(host.driver)
+    assert (found.path, found.mend) == (host.path("a.img"), None)
+    assert found.problem == f"it is not there; a copy of it is {host.path('monday.img')}"
+    assert repair(host) == []
+    assert not Path(host.path("a.img")).exists()
+    os.rename(host.path("monday.img"), host.path("a.img"))  # as the remedy says
+    repair(host)
+    assert look(host.driver) == []
+    assert host.read("a.img").startswith(b"old")
+
+
+def test_what_is_gone_is_given_up_when_its_copy_has_no_mark_any_more(host: Host) -> None:
+    run("cp", "-a", "--sparse=never", "--reflink=never", host.path("a.img"), host.path("monday.img"))
+    os.unlink(host.path("a.img"))
+    os.removexattr(host.path("monday.img"), "trusted.nvdimm_driver.owner")  # as the remedy says
+    repair(host)
+    assert [item.identity for item in host.record().allocations] == [None]
+
+
+def test_a_copy_of_what_a_domain_had_does_not_bring_it_back(host: Host) -> None:
+    run("cp", "-a", "--sparse=never", "--reflink=never", host.path("a.img"), host.path("bak.img"))
+    before = host.read("bak.img")
+    with pytest.raises(InUseError, match="belongs to domain x"):
+        host.driver.define(host.domain("a.img", OTHER_UUID))
+    host.driver.wiper.give_up(host.record(), lambda _: unwatched, delete=True)
+    (found,) = look(host.driver)
+    assert (found.path, found.mend) == (host.path("bak.img"), None)
+    with pytest.raises(InUseError) as raised:
+        host.driver.define(host.domain("bak.img", OTHER_UUID))
+    command = f"setfattr -x trusted.nvdimm_driver.owner {host.path('bak.img')}"
+    assert raised.value.hint.endswith(command)
+    assert command in found.remedy
+    os.removexattr(host.path("bak.img"), "trusted.nvdimm_driver.owner")
+    host.driver.define(host.domain("bak.img", OTHER_UUID))
+    assert look(host.driver) == []
+    assert host.read("bak.img") == before
+
+
+def test_a_lost_ledger_gets_what_was_copied_to_a_new_file_system_when_its_domain_is_defined(host: Host) -> None:
+    run("cp", "-a", "--sparse=never", "--reflink=never", host.path("a.img"), host.path("b.img"))
+    os.rename(host.path("b.img"), host.path("a.img"))
+    lose(host)
+    assert repair(host) == []
+    host.driver.define(host.domain("a.img"))  # as the remedy says
+    assert look(host.driver) == []
+    assert host.read("a.img").startswith(b"old")

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The marks of files in the pools: which of several files with one mark is the NVDIMM, and which are copies of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Iterable
+
+from nvdimm_driver.errors import LedgerError
+from nvdimm_driver.model import Surveyed
+from nvdimm_driver.state import owner_marks
+from nvdimm_driver.state.owner_marks import Mark
+
+LOG = logging.getLogger(__name__)
+
+
+def mark_of(file: Surveyed) -> Mark | None:
+    """Return the mark of a file; None when it has none that can be read."""
+    if file.owner is None:
+        return None
+    try:
+        return owner_marks.unpack(file.path, file.owner)
+    except LedgerError as error:
+        LOG.warning("%s", error)
+        return None
+
+
+class Marks:
+    """The files that are no NVDIMM of the ledger and have a mark.
+
+    A mark says on which file it was written, but one of an earlier version does not. A file with a mark that was
+    written on another file is a copy, as ``cp -a`` makes it, and nothing takes it for the NVDIMM: only the operator
+    knows of what day it is. A frozen file is no copy: a guest has it.
+
+    :param known: paths of the NVDIMMs in the ledger.
+    """
+
+    def __init__(self, files: Iterable[Surveyed], known: Container[str]) -> None:
+        self._found: dict[tuple[str, int], list[tuple[Surveyed, Mark]]] = {}
+        for file in files:
+            if file.path not in known and (mark := mark_of(file)):
+                self._found.setdefault((mark.uuid, mark.spec.slot), []).append((file, mark))
+
+    def uuids(self) -> set[str]:
+        """Return the uuids of the domains in the marks."""
+        return {uuid for uuid, _ in self._found}
+
+    def files_of(self, uuid: str, slot: int) -> list[str]:
+        """Return the files of which one is a domain's NVDIMM in that slot; nothing when there are only copies."""
+        found = self._found.get((uuid, slot), [])
+        sure = [file for file, mark in found if file.frozen or mark.is_original(file.identity)]
+        return [file.path for file in sure or [file for file, mark in found if not mark.is_copied(file.identity)]]
+
+    def all_of(self, uuid: str, slot: int) -> list[str]:
+        """Return the files with the mark of a domain's NVDIMM in that slot, copies too."""
+        return [file.path for file, _ in self._found.get((uuid, slot), [])]
