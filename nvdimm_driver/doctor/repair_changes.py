@@ -141,12 +141,10 @@ class Changes:
     def _provision(self, record: Record, backing: Backing, item: Allocation) -> Allocation:
         """Provision what is there; return it with its identity.
 
-        :raises InUseError: when another domain has it.
+        :raises InUseError: when it is another NVDIMM of the domain, or another domain's by its mark.
         """
         self._check_whose(record, item)
-        identity = backing.provision(item.spec)
-        ownership.check_bytes(self.driver.ledger, record.uuid, {item.spec.path: identity})
-        return replace(item, identity=identity)
+        return replace(item, identity=backing.provision(item.spec))
 
     def _check_whose(self, record: Record, item: Allocation) -> None:
         """Check that a file is not another domain's by its mark, nor another NVDIMM of this one.
@@ -160,9 +158,14 @@ class Changes:
             raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
 
     def _store(self, record: Record, items: Sequence[Allocation]) -> None:
-        """Store what a domain has instead of what is in its record."""
+        """Store what a domain has instead of what is in its record.
+
+        :raises InUseError: when the domain was changed meanwhile, or another domain has bytes that are new to it.
+        """
+        new = {each.spec.path: each.identity for each in items if each.identity and each not in record.allocations}
 
         def check() -> None:
+            ownership.check_bytes(self.driver.ledger, record.uuid, new)
             if not _is_as_seen(self.driver.ledger.find_domain(record.uuid), record):
                 raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
 

@@ -292,7 +292,8 @@ class Definitions:
         others = [
             item
             for item in (record.allocations if record else ())
-            if item.spec.path not in wanted and not (item.identity and item.identity in identities)
+            if item.spec.path not in wanted
+            and not any(ownership.is_same_backing(item.identity, identity) for identity in identities)
         ]
         return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
 

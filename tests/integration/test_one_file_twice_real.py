@@ -79,6 +79,21 @@ def test_a_renamed_file_is_the_one_that_the_domain_was_defined_with(renamed: Hos
     renamed.driver.prepare(renamed.domain("b.img"))
 
 
+def test_a_file_that_is_defined_with_another_name_and_size_is_still_one(
+    file_system: FileSystem, tmp_path: Path
+) -> None:
+    host = Host(tmp_path, file_system, wipe=True)
+    host.define("a.img")
+    os.rename(host.path("a.img"), host.path("b.img"))
+    with open(host.path("b.img"), "ab") as file:
+        file.write(bytes(SIZE))
+    host.driver.define(
+        replace(host.domain("b.img"), nvdimms=(NvdimmSpec(0, host.path("b.img"), 2 * SIZE),)),
+    )
+    assert claims(host) == {0: "b.img"}
+    assert look(host.driver) == []
+
+
 def test_a_renamed_file_of_another_size_goes_back(renamed: Host) -> None:
     """Taken for the smaller NVDIMM, the guest would miss its end."""
     record = renamed.record()
