@@ -7,14 +7,15 @@ All of this can be interrupted, by KeyboardInterrupt too, and repeated: a repeti
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from nvdimm_driver.backing.files import hidden_name
 from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
-from nvdimm_driver.errors import BackingError, RefusedError
+from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
 from nvdimm_driver.labels import index_block
-from nvdimm_driver.model import PAGE, SUPERPAGE, Intake, NvdimmSpec, Watch
+from nvdimm_driver.model import MIN_LABEL_SIZE, PAGE, SUPERPAGE, Intake, NvdimmSpec, Watch
 from nvdimm_driver.plugins import ByteRange, backing_of
 from nvdimm_driver.sizes import human
 
@@ -40,6 +41,24 @@ class Importer:
         backing.provision(spec, watch("writing zeros"))
         return intake
 
+    def default_label_size(self, path: str, size: int, wanted: int) -> int:
+        """Return the bytes of the label area that an NVDIMM is to have if nobody says.
+
+        :param wanted: what its pool gives a new one. An existing backing gets that only if all of it is zeros still: no
+            label area may hide data.
+        """
+        backing = backing_of(self._checks.backings, path)
+        if not backing.exists(path):
+            return wanted
+        size = new_nvdimm(path, size, 0).size
+        try:
+            opened = backing.open_bytes(NvdimmSpec(0, path, size))
+        except UnsupportedError:  # the host cannot read it
+            return wanted
+        with opened as content:
+            is_unused = wanted <= size and content.read(size - wanted, wanted) == bytes(wanted)
+            return _found_label_size(content, size) or (wanted if is_unused else 0)
+
     def import_in_place(self, path: str, size: int | None, label_size: int | None, watch: Watch) -> NvdimmSpec:
         """Import a file or device that is in a pool, with the bytes that it has.
 
@@ -51,10 +70,11 @@ class Importer:
         """
         self._checks.pools.check_place(path)
         backing = backing_of(self._checks.backings, path)
+        whole = size is None
         size = _checked_size(path, backing.size(path) if size is None else size)
         with backing.open_bytes(NvdimmSpec(0, path, size)) as content:
             ordinary_files.check_raw(path, content.read(0, PAGE))
-            label_size = _label_size(content) if label_size is None else label_size
+            label_size = _label_size(path, content, size, whole=whole) if label_size is None else label_size
         spec = new_nvdimm(path, size, label_size)
         self._checks.check_new(spec)
         backing.fill_holes(spec)  # QEMU makes sparse files
@@ -67,7 +87,8 @@ class Importer:
         """Make a backing with the bytes of a file or block device that is elsewhere.
 
         :param path: path of the backing, absolute.
-        :param size: bytes of the NVDIMM, with zeros behind the end of a smaller source; None for the source's size.
+        :param size: bytes of the NVDIMM, with zeros behind the end of a smaller source, or from the start of a larger
+            one; None for the source's size.
         :param label_size: as for :meth:`import_in_place`.
         :param overwrite: overwrite what is on a device.
         :raises NotFoundError: when there is no such source.
@@ -79,15 +100,23 @@ class Importer:
         last = self._checks.check_off(source, _RUNNING)
         with reporting_errors_of(source), ordinary_files.open_source(source) as content:
             ordinary_files.check_raw(source, content.read(0, min(PAGE, content.size)))
-            found = _label_size(content)
-            size = _checked_size(source, content.size if size is None else size)
-            if size < content.size or (found and size != content.size):
+            found = _found_label_size(content, content.size)
+            if found and size not in (None, content.size):
                 raise BackingError(
-                    f"{source}: has {human(content.size)}, {human(found)} of it a label area, and cannot become an "
-                    f"NVDIMM of {human(size)}",
-                    hint="leave --size out; only a source without labels can get a larger one",
+                    f"{source}: has {human(content.size)}, {human(found)} of it a label area at its end, and cannot "
+                    f"become an NVDIMM of {human(size or 0)}",
+                    hint="leave --size out",
                 )
-            spec = new_nvdimm(path, size, found if label_size is None else label_size)
+            whole, size = size is None, _checked_size(source, content.size if size is None else size)
+            if label_size is None:
+                label_size = _label_size(source, content, min(size, content.size), whole=whole)
+                if size < content.size and not label_size:
+                    raise BackingError(
+                        f"{source}: has {human(content.size)}, and no label area ends at {human(size)}",
+                        hint="if --size is right, give --label-size as in the XML on KVM, 0 for none: the rest of the "
+                        "file is not copied",
+                    )
+            spec = new_nvdimm(path, size, label_size)
             self._checks.check_new(spec)
             backing_of(self._checks.backings, path)
             _check_overwrite(path, overwrite)
@@ -149,6 +178,33 @@ def _check_overwrite(path: str, overwrite: bool) -> None:
         raise RefusedError(f"{path}: what is on it would be overwritten", hint="--force overwrites it")
 
 
-def _label_size(content: ByteRange) -> int:
-    length = min(index_block.TAIL, content.size)
-    return index_block.label_area_size(content.read(content.size - length, length))
+def _label_size(path: str, content: ByteRange, size: int, *, whole: bool) -> int:
+    """Return the bytes of the label area at the end of what becomes an NVDIMM, 0 for none.
+
+    :param size: bytes of it.
+    :param whole: nobody gave the size of the NVDIMM: a file may be larger than it was on KVM.
+    :raises BackingError: when there is one in the middle instead, which the guest would have as data.
+    """
+    found = _found_label_size(content, size)
+    if whole and not found:
+        for end, label_size in _inner_areas(content):
+            raise BackingError(
+                f"{path}: has no label area at its end, and one of {human(label_size)} that ends at {human(end)}",
+                hint=f"if the NVDIMM is smaller than the file, give its size: --size {end}; if not, --label-size 0 "
+                "takes all as data",
+            )
+    return found
+
+
+def _inner_areas(content: ByteRange) -> Iterator[tuple[int, int]]:
+    """Yield ends and sizes of label areas at the ends of smaller NVDIMMs: of 128 KiB, as on KVM, or of Nova's 2 MiB."""
+    for end in range(SUPERPAGE, content.size, SUPERPAGE):
+        for size in (MIN_LABEL_SIZE, SUPERPAGE):
+            is_index = content.read(end - size, len(index_block.SIGNATURE)) == index_block.SIGNATURE
+            if is_index and index_block.label_area_size(content.read(end - size, size)) == size:
+                yield end, size
+
+
+def _found_label_size(content: ByteRange, end: int) -> int:
+    length = min(index_block.TAIL, end)
+    return index_block.label_area_size(content.read(end - length, length))

@@ -107,8 +107,10 @@ def test_wipe_and_release_say_that_there_is_a_saved_guest(host: Host) -> None:
         assert "saved guest" not in host.nvdimmctl(*command).stderr, "it asks, and gets no answer"
     host.check("start", "db1")
     host.check("managedsave", "db1")
-    for command in (("wipe", "db1"), ("release", "db1")):
-        assert "db1 has a saved guest (virsh managedsave), which cannot go on" in host.nvdimmctl(*command).stderr
+    for command in (("wipe", "db1"), ("release", "db1"), ("wipe", str(image(host, "db1")))):
+        done = host.nvdimmctl(*command)
+        assert "db1 has a saved guest (virsh managedsave), which cannot go on" in done.stderr
+        assert command[0] == "release" or "(of domain db1) with zeros?" in done.stdout + done.stderr
     host.libvirtd.stop()
     assert "libvirt cannot be asked whether db1 has a saved guest" in host.nvdimmctl("release", "db1").stderr
     assert len(host.record("db1").allocations) == 1

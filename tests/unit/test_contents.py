@@ -178,6 +178,45 @@ def test_copying_in(host: Host, tmp_path: Path) -> None:
     assert list(host.backing.files) == [A]
 
 
+def test_a_file_that_is_larger_than_its_nvdimm(host: Host, tmp_path: Path) -> None:
+    """On KVM, the labels are at the end of the NVDIMM, not of the file."""
+    source = tmp_path / "source"
+    nvdimm = os.urandom(SIZE - 128 * KIB) + label_area(128 * KIB)
+    source.write_bytes(nvdimm + bytes(2 * MIB))
+    host.backing.files[B], host.backing.contents[B] = (1, SIZE + 2 * MIB), bytearray(source.read_bytes())
+    attempts: list[Callable[[], object]] = [
+        lambda: host.importer.import_copy(str(source), A, None, None, watch),
+        lambda: host.importer.import_in_place(B, None, None, watch),
+    ]
+    for attempt in attempts:
+        with pytest.raises(BackingError, match=f"one of 128 KiB that ends at 4 MiB.*--size {SIZE}"):
+            attempt()
+    with pytest.raises(BackingError, match=r"no label area ends at 2 MiB \(.*--label-size"):
+        host.importer.import_copy(str(source), A, 2 * MIB, None, watch)
+    assert A not in host.backing.files
+    for label_size in (None, 128 * KIB):
+        host.backing.files.pop(A, None)
+        found = host.importer.import_copy(str(source), A, SIZE, label_size, watch)
+        assert found == replace(spec(), label_size=128 * KIB)
+        assert host.backing.contents[A][:SIZE] == nvdimm
+    assert host.importer.import_in_place(B, None, 0, watch) == spec(B, SIZE + 2 * MIB), "it is told to be data"
+
+
+def test_a_label_area_hides_no_data(host: Host) -> None:
+    """A pool's label size is for new NVDIMMs, and for those that a killed provision has left."""
+
+    def default() -> int:
+        return host.importer.default_label_size(A, SIZE, 256 * KIB)
+
+    assert default() == 256 * KIB
+    host.importer.provision(spec(), watch)
+    assert default() == 256 * KIB
+    host.fill(A, b"data")
+    assert default() == 0
+    host.fill(A, bytes(SIZE - 128 * KIB) + label_area(128 * KIB))
+    assert default() == 128 * KIB
+
+
 def test_an_interrupted_import_is_under_another_name(host: Host, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(SIZE))

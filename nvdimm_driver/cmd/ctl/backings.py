@@ -45,7 +45,7 @@ class Provision(Action):
             required=True,
             help="size with the label area, such as 64GiB; rounded up to 2 MiB",
         )
-        _label_option(parser, "that of the pool")
+        _label_option(parser, "that of the pool; for an existing backing with data, the one found")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -58,7 +58,8 @@ class Provision(Action):
         pool = driver.pools.of(path)
         label_size = parsed_args.label_size
         if label_size is None:
-            label_size = pool.label_size if pool else 0
+            wanted = pool.label_size if pool else 0
+            label_size = driver.importer.default_label_size(path, parsed_args.size, wanted)
         spec = new_nvdimm(path, parsed_args.size, label_size)
         with watched(path) as watch:
             intake = driver.importer.provision(spec, watch)
@@ -177,11 +178,14 @@ class Wipe(Action):
         else:
             owner = find(driver, parsed_args.what)
             doomed = [item.spec for item in items_of(owner, parsed_args.slot)]
-            warn_of_saved_guest(self.app, driver, owner)
+        owners = [owner] if owner else driver.wiper.owners(doomed)
+        for each in owners:
+            warn_of_saved_guest(self.app, driver, each)
         check = check_agreed if unclaimed else check_uncontested
         check(driver, self.app.conf, [spec.path for spec in doomed])
         paths = ", ".join(spec.path for spec in doomed)
-        if not agreed(f"Overwrite everything in {paths} with zeros?", parsed_args.yes):
+        whose = f" (of domain {', '.join(each.name for each in owners)})" if owners else ""
+        if not agreed(f"Overwrite everything in {paths}{whose} with zeros?", parsed_args.yes):
             return 1
         for spec in doomed:
             with watched(spec.path, lines=parsed_args.progress) as watch:
