@@ -26,6 +26,10 @@ def check_state(ledger: Path) -> Finding:
     check, folder = "state folder", ledger.parent
     if not folder.is_dir():
         return failed(check, f"there is no {folder}", "'nvdimmctl register' makes it")
+    found = os.statvfs(folder)
+    if found.f_files and not found.f_favail:
+        problem = f"{folder}: no inode is free on its file system: no domain with NVDIMMs can start"
+        return failed(check, problem, f"delete files, or move them away; 'df -i {folder}' counts inodes")
     kept = Reserve(f"{ledger}-reserve").size()
     error = _write_error(folder)
     if error is not None and error.errno in _FULL and kept:

@@ -43,10 +43,11 @@ class Definitions:
         self.planner = planner
         self.pools = pools
 
-    def plan(self, domain: DomainSpec, *, kept: Sequence[Allocation] = ()) -> Plan:
+    def plan(self, domain: DomainSpec, *, kept: Sequence[Allocation] = (), adopts: bool = False) -> Plan:
         """Return the plan for a define and start of the domain; change nothing.
 
         :param kept: NVDIMMs that the domain keeps besides.
+        :param adopts: for :meth:`adopt`.
         :raises NvdimmError: any error that a define or start would raise.
         """
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
@@ -58,7 +59,7 @@ class Definitions:
         self._check_not_moved(before, identities)
         self._check_started(domain, before, identities)
         check_kept(domain, before, self.ledger.find_run(uuid), self.backings, self.planner.host.bad_ranges())
-        return self.planner.plan_define(domain, before)
+        return self.planner.plan_define(domain, before, adopts=adopts)
 
     def plan_start(self, domain: DomainSpec) -> Plan:
         """Return the plan of a start with this XML; change nothing.
@@ -102,7 +103,7 @@ class Definitions:
         return replace(domain, nvdimms=slots.assign(domain, kept), unplaced=frozenset())
 
     def define(
-        self, domain: DomainSpec, plan: Plan | None = None, *, kept: Sequence[Allocation] = ()
+        self, domain: DomainSpec, plan: Plan | None = None, *, kept: Sequence[Allocation] = (), adopts: bool = False
     ) -> tuple[Allocation, ...]:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
@@ -112,6 +113,7 @@ class Definitions:
         :param domain: with its uuid.
         :param plan: returned by :meth:`plan`; None to plan now. Anything that may have changed since is checked again.
         :param kept: NVDIMMs that the domain keeps besides.
+        :param adopts: for :meth:`adopt`.
         :returns: the NVDIMMs whose backings were created.
         :raises NvdimmError: nothing has changed then, except that unwritten parts of existing files hold real zeros.
         """
@@ -139,7 +141,7 @@ class Definitions:
                 identity = backing.provision(spec, self._progress(domain, spec))
                 if intake.creates:
                     created.append(Allocation(uuid, spec, identity))
-            self._settle(plan, domain, before, kept)
+            self._settle(plan, domain, before, kept, adopts)
         except BaseException:
             LOG.debug("define of domain %s failed: roll it back", domain.name)
             self.put_back(uuid, before, created, last)
@@ -251,7 +253,7 @@ class Definitions:
             return record
         plan = self._plan_adoption(domain, record)
         with self.locks.changing(uuid):
-            self.define(domain, plan, kept=self.others(domain))
+            self.define(domain, plan, kept=self.others(domain), adopts=True)
         adopted = self.ledger.find_domain(uuid)
         if adopted is None:
             raise LedgerError(f"domain {uuid} vanished from the ledger", hint="define the domain again")
@@ -266,7 +268,7 @@ class Definitions:
                     f"domain {domain.name}: {spec.path} is not provisioned: {human(intake.writes)} still to be written",
                     hint=_MAKES_ZEROS if intake.creates else "define the domain with virsh, through nvdimmd",
                 )
-        return self.plan(domain, kept=self._others(domain, record))
+        return self.plan(domain, kept=self._others(domain, record), adopts=True)
 
     def give_up_others(self, domain: DomainSpec) -> None:
         """Give up the domain's claims to NVDIMMs that are not in its XML, but for those that have to be wiped first."""
@@ -380,10 +382,12 @@ class Definitions:
         has += still_mapped(domain, kept, started)
         self.pools.check(replace(domain, nvdimms=new), self.ledger.each_domain(), has)
 
-    def _settle(self, plan: Plan, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> None:
+    def _settle(
+        self, plan: Plan, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation], adopts: bool
+    ) -> None:
         """Record identities, bases and owners, after everything is provisioned."""
         uuid = uuid_of(domain)
-        settled = self.planner.settle(plan, domain, before)
+        settled = self.planner.settle(plan, domain, before, adopts=adopts)
         identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, settled.locations, strict=True)}
         items = [
             *(

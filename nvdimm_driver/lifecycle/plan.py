@@ -81,20 +81,22 @@ class Planner:
         self.gap = gap
         self.dsm = dsm
 
-    def plan_define(self, domain: DomainSpec, before: Record | None) -> Plan:
+    def plan_define(self, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
         """Return the plan for a domain whose backings may not be provisioned yet.
 
         :param before: the domain as the ledger knows it.
+        :param adopts: the domain is that of a start, and its guest may have been saved by an earlier version.
         :raises NvdimmError: when the domain cannot be defined or started.
         """
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
         locations = self._locate_or_assume(domain, intakes)
-        guest = self._lay_out(domain, locations, _wanted_bases(domain), self._kept_bases(domain, locations, before))
+        kept = self._kept_bases(domain, locations, before, adopts)
+        guest = self._lay_out(domain, locations, _wanted_bases(domain), kept)
         plan = self._plan(domain, locations, guest, self._build_tables(guest), intakes)
         found = (self.find_misplaced_labels(spec) for spec in domain.nvdimms)
         return replace(plan, misplaced_labels=tuple(found))
 
-    def settle(self, plan: Plan, domain: DomainSpec, before: Record | None) -> Plan:
+    def settle(self, plan: Plan, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
         """Return the plan of :meth:`plan_define`, updated now that the backings are provisioned.
 
         Backings are located and checked again. Tables are built again only if the guest's layout differs from the one
@@ -102,11 +104,13 @@ class Planner:
 
         :param before: the domain as the ledger knew it; NVDIMMs that it had then keep their bases if that is possible
             and the user gives no others.
+        :param adopts: as in :meth:`plan_define`.
         :raises BackingError: when a backing is not fit.
         :raises NvdimmError: when the domain cannot be started.
         """
         locations = tuple(self._locate(spec) for spec in domain.nvdimms)
-        guest = self._lay_out(domain, locations, _wanted_bases(domain), self._kept_bases(domain, locations, before))
+        kept = self._kept_bases(domain, locations, before, adopts)
+        guest = self._lay_out(domain, locations, _wanted_bases(domain), kept)
         tables = plan.tables if guest == plan.layout else self._build_tables(guest)
         return self._plan(domain, locations, guest, tables)
 
@@ -214,10 +218,13 @@ class Planner:
         return {spec.slot: free[spec.slot] for spec in domain.nvdimms if spec.base is None and spec.slot in free}
 
     def _kept_bases(
-        self, domain: DomainSpec, locations: Sequence[Location], before: Record | None
+        self, domain: DomainSpec, locations: Sequence[Location], before: Record | None, adopts: bool
     ) -> dict[int, int | None]:
+        """Return, by slot, bases to keep, or the places in 2 MiB at which earlier versions have put new NVDIMMs."""
         had = self.bases_of_run(domain, [location.identity for location in locations])
-        return {**_kept_bases(domain, locations, before), **had}
+        pairs = zip(domain.nvdimms, locations, strict=True) if adopts else ()
+        earlier = {spec.slot: location.extents[0].spa % SUPERPAGE for spec, location in pairs}
+        return {**earlier, **_kept_bases(domain, locations, before), **had}
 
     def _lay_out(
         self,

@@ -218,9 +218,10 @@ def test_the_guest_that_runs_with_what_it_was_given_since_the_backup_is_taken_up
 
 
 def test_of_two_files_that_were_marked_for_one_slot_the_domain_has_both(host: Host) -> None:
-    """Somebody moved its file aside, and it was defined again."""
+    """Somebody moved its file aside, put another in its place, and defined it again."""
     host.define("a.img", data=SECRET)
     os.rename(host.path("a.img"), host.path("z.img"))
+    Path(host.path("a.img")).write_bytes(bytes(SIZE))
     host.define("a.img")
     assert repair(host) == []
     assert slots(host) == {0: "a.img", 256: "z.img"}

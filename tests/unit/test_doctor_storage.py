@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,25 @@ def test_a_reserve_that_is_partly_used_up(ledger: Path) -> None:
     found = check_state(ledger)
     assert found.result == Result.WARN
     assert "15 MiB of 16 MiB are kept" in found.message
+
+
+def test_no_inode_is_free(tmp_path: Path) -> None:
+    """The reserve is of bytes, and does not help."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=8", "none", tmp_path], check=True)
+    try:
+        ledger = tmp_path / "ledger.sqlite"
+        Reserve(f"{ledger}-reserve").keep()
+        assert check_state(ledger).result == Result.PASS
+        with suppress(OSError):
+            for number in range(8):
+                (tmp_path / str(number)).touch()
+        found = check_state(ledger)
+        assert (found.result, found.hint) == (
+            Result.FAIL,
+            f"delete files, or move them away; 'df -i {tmp_path}' counts inodes",
+        )
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_reserve_ends() -> None:
