@@ -211,6 +211,12 @@ class BackingIdentity:
     generation: int
     size: int
 
+    def is_same(self, other: BackingIdentity | None) -> bool:
+        """Return True when both are of one file, whose size may have changed, or of one device."""
+        if other is None or not (self.inode and other.inode):
+            return self == other
+        return self.shares_bytes(other)
+
     def shares_bytes(self, other: BackingIdentity) -> bool:
         """Return True when some byte belongs to both."""
         if self.device != other.device:

@@ -295,7 +295,7 @@ class Definitions:
             item
             for item in (record.allocations if record else ())
             if item.spec.path not in wanted
-            and not any(ownership.is_same_backing(item.identity, identity) for identity in identities)
+            and not any(item.identity and item.identity.is_same(identity) for identity in identities)
         ]
         return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
 

@@ -29,7 +29,7 @@ def kept(
     for path in sorted(domain.unplaced):
         identity = identify(path)
         for item in known:
-            if identity is not None and item.identity == identity:
+            if item.identity is not None and item.identity.is_same(identity):
                 found.setdefault(item.spec.own_slot, path)
     for path in sorted(domain.unplaced - {*found.values()}):
         for item in known:

@@ -132,13 +132,6 @@ def find_other(record: Record, item: Allocation, identity: BackingIdentity | Non
     return next((each for each in others if each.identity and each.identity.inode == inode), None)
 
 
-def is_same_backing(one: BackingIdentity | None, other: BackingIdentity | None) -> bool:
-    """Return True for the identities of one file, whose size may have changed, or of one device."""
-    if one is None or other is None:
-        return False
-    return one == other or bool(one.inode and other.inode and one.shares_bytes(other))
-
-
 def find_own_at(backings: Sequence[Backing], record: Record, item: Allocation) -> Allocation | None:
     """Return the other NVDIMM of a domain that is at the path of one, in its place, if one is."""
     found = identity_at(backings, item.spec.path)

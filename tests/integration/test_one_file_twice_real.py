@@ -94,6 +94,16 @@ def test_a_file_that_is_defined_with_another_name_and_size_is_still_one(
     assert look(host.driver) == []
 
 
+def test_a_file_that_is_defined_with_another_name_and_size_keeps_its_slot(host: Host) -> None:
+    two(host)
+    os.rename(host.path("b.img"), host.path("c.img"))
+    with open(host.path("c.img"), "ab") as file:
+        file.write(bytes(SIZE))
+    spec = NvdimmSpec(0, host.path("c.img"), 2 * SIZE)
+    host.driver.define(DomainSpec("x", UUID, 512 * MIB, None, (spec,), unplaced=frozenset({spec.path})))
+    assert claims(host) == {1: "c.img"}
+
+
 def test_a_renamed_file_of_another_size_goes_back(renamed: Host) -> None:
     """Taken for the smaller NVDIMM, the guest would miss its end."""
     record = renamed.record()
