@@ -15,6 +15,7 @@ from nvdimm_driver.errors import (
     ConfigError,
     DeviceMissingError,
     DomainXmlError,
+    InUseError,
     LayoutError,
     ProtocolError,
     RefusedError,
@@ -345,6 +346,22 @@ def test_a_managed_save_is_looked_at_before_libvirt_removes_it(
         with pytest.raises(RefusedError, match="a was written on the host"):
             proxy.call(call, packer)
     assert not {START, CREATE_XML} & {*proxy.libvirtd.calls}
+
+
+def test_a_saved_guest_is_started_once_at_a_time(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    """What a second client tries would put away the start that the hook has prepared for the first."""
+    domain = proxy.define(xml("a"))
+    driver.prepare_known(UUID)
+    map_prepared(driver.ledger, 5)
+    driver.release(UUID)
+    proxy.libvirtd.saved.add(UUID)
+    proxy.libvirtd.calls.clear()
+    with driver.locks.try_restoring(UUID, "the first"):
+        for call, packer in ((START, Packer().domain(domain)), (CREATE_XML, Packer().string(xml("a")).uint32(0))):
+            with pytest.raises(InUseError, match=r"the saved guest of domain .* is being started by .* for the first"):
+                proxy.call(call, packer)
+        assert not {START, CREATE_XML} & {*proxy.libvirtd.calls}
+    proxy.call(START, Packer().domain(domain))
 
 
 def test_a_domain_with_a_managed_save_keeps_its_nvdimms(proxy: Proxy, driver: XenNvdimmDriver) -> None:
