@@ -24,14 +24,6 @@ from tests.waiting import wait_until
 SIZE = 8 * MIB
 
 
-@pytest.fixture(scope="module")
-def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
-    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
-    yield mounted
-    for each in mounted.values():
-        run("umount", each.root)
-
-
 @pytest.fixture(params=list(MKFS))
 def fs(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem]) -> Iterator[FileSystem]:
     file_system = file_systems[request.param]

@@ -17,17 +17,9 @@ from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.model import MIB, Allocation
 from nvdimm_driver.state import owner_marks
-from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.loop_pmem import MKFS, FileSystem
 from tests.integration.test_ownership_real import Host, empty, is_immutable, killed
 from tests.unit.doubles import OTHER_UUID, UUID
-
-
-@pytest.fixture(scope="module")
-def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
-    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
-    yield mounted
-    for each in mounted.values():
-        run("umount", each.root)
 
 
 @pytest.fixture(params=list(MKFS))

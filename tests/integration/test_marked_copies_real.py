@@ -21,14 +21,6 @@ from tests.integration.test_ownership_real import Host, empty, is_immutable
 from tests.unit.doubles import OTHER_UUID, map_prepared
 
 
-@pytest.fixture(scope="module")
-def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
-    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
-    yield mounted
-    for each in mounted.values():
-        run("umount", each.root)
-
-
 @pytest.fixture(params=list(MKFS))
 def host(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem], tmp_path: Path) -> Iterator[Host]:
     host = Host(tmp_path, file_systems[request.param])

@@ -112,14 +112,6 @@ class Operator:
         self.ledger().begin_start(UUID, [str(path) for path in paths])
 
 
-@pytest.fixture(scope="module")
-def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
-    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
-    yield mounted
-    for each in mounted.values():
-        run("umount", each.root)
-
-
 @pytest.fixture(params=list(MKFS))
 def operator(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem], tmp_path: Path) -> Iterator[Operator]:
     yield Operator(file_systems[request.param], tmp_path)

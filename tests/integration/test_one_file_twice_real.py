@@ -15,17 +15,9 @@ from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.plugins import unwatched
-from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.loop_pmem import MKFS, FileSystem
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty
 from tests.unit.doubles import UUID
-
-
-@pytest.fixture(scope="module")
-def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
-    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
-    yield mounted
-    for each in mounted.values():
-        run("umount", each.root)
 
 
 @pytest.fixture(params=list(MKFS))

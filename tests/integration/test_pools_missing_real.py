@@ -25,14 +25,6 @@ from tests.unit.fake_sysfs import FakeSysfs
 OTHER_NAMESPACE = "6a1b2c3d-0000-4000-8000-000000000002"
 
 
-@pytest.fixture(scope="module")
-def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
-    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
-    yield mounted
-    for each in mounted.values():
-        run("umount", each.root)
-
-
 @pytest.fixture
 def host(tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
     """Domain x has two NVDIMMs on ext4."""

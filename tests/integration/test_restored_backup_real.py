@@ -18,14 +18,6 @@ from tests.integration.test_ownership_real import SIZE, Host, empty, quiet
 from tests.unit.doubles import OTHER_UUID
 
 
-@pytest.fixture(scope="module")
-def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
-    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
-    yield mounted
-    for each in mounted.values():
-        run("umount", each.root)
-
-
 @pytest.fixture(params=list(MKFS))
 def host(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem], tmp_path: Path) -> Iterator[Host]:
     """Return a host with a domain, and a backup of its file in the ordinary way."""

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several integration tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+
+
+@pytest.fixture(scope="module")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FileSystem]]:
+    """Return an empty file system of each kind, by its name; it lasts as long as the module's tests."""
+    mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
+    yield mounted
+    for each in mounted.values():
+        run("umount", each.root)
