@@ -575,8 +575,9 @@ def test_memory_stays_clear_of_the_nvdimms(host: Host) -> None:
     assert host.state("db1")[0] == "mapped"
     host.check("setmaxmem", "db1", "1G", "--config")
     assert "would not start again after a reboot" in refused(host, "setmaxmem", "db1", "1536M", "--config")
+    domid = host.libvirtd.next_domid()
     host.libvirtd.inject("db1", "reboot")
-    host.libvirtd.wait_for("hook started begin db1 id=2")
+    host.libvirtd.wait_for(f"hook started begin db1 id={domid}")
     assert host.state("db1")[0] == "mapped"
 
 
