@@ -6,6 +6,7 @@ Imports nothing heavy: the device model, which has to start fast, uses a mapper.
 
 from __future__ import annotations
 
+import errno
 import os
 from abc import ABC, abstractmethod
 
@@ -482,6 +483,8 @@ def exists(path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
         from nvdimm_driver.errors import BackingError
 
         raise BackingError(f"{path}: {error.strerror}", hint="look at the kernel's log") from error

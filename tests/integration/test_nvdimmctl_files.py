@@ -378,7 +378,7 @@ def test_wipe_makes_zeros_and_keeps_the_claim(operator: Operator) -> None:
     operator.claim("db1", one, two)
     before = operator.ledger().domains()
     asked = operator.run("wipe", "db1", text="n\n", status=1)
-    assert f"{one}, {two} with zeros? [y/N]" in asked.stderr
+    assert f"{one}, {two} (of domain db1) with zeros? [y/N]" in asked.stderr
     assert one.read_bytes() != bytes(SIZE)
     assert operator.run("wipe", "db1", "--slot", "1", text="y\n").stdout == f"{two} is all zeros\n"
     assert fit(operator, two) == bytes(SIZE)
