@@ -491,6 +491,8 @@ class _Look:
             )
             return
         if file.path not in marked:
+            if mark.is_original(file.identity):
+                return  # the domain gets it besides, once that one is in the ledger
             yield inconsistency(f"it has the mark of {marked[0]}, and is a copy", "remove the mark", unmark)
             return
         if len(marked) > 1:

@@ -46,9 +46,16 @@ class Marks:
         return {uuid for uuid, _ in self._found}
 
     def files_of(self, uuid: str, slot: int) -> list[str]:
-        """Return the files of which one is a domain's NVDIMM in that slot; nothing when there are only copies."""
+        """Return the files of which one is a domain's NVDIMM in that slot; nothing when there are only copies.
+
+        Several whose marks were written on them are NVDIMMs of the domain, each at another time: the first one that a
+        guest has, if any, is returned, and the domain can have the others besides.
+        """
         found = self._found.get((uuid, slot), [])
+        own = [file for file, mark in found if mark.is_original(file.identity)]
         sure = [file for file, mark in found if file.frozen or mark.is_original(file.identity)]
+        if own and own == sure:
+            return [min(own, key=lambda file: not file.frozen).path]
         return [file.path for file in sure or [file for file, mark in found if not mark.is_copied(file.identity)]]
 
     def all_of(self, uuid: str, slot: int) -> list[str]:

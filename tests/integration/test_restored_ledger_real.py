@@ -220,6 +220,22 @@ def test_of_two_files_that_were_marked_for_one_slot_the_domain_has_both(host: Ho
     assert host.read("z.img").startswith(SECRET)
 
 
+def test_a_lost_ledger_gets_what_a_guest_has_and_what_its_domain_was_defined_with_since(host: Host) -> None:
+    """Both files say slot 0: a frozen file keeps its mark."""
+    back_up(host)
+    host.define("b.img", data=SECRET)
+    start(host, UUID, 7, "b.img")
+    host.define("a.img")
+    restore(host)
+    assert repair(host) == []
+    assert slots(host) == {0: "b.img", 256: "a.img"}
+    record = host.record()
+    assert record.start
+    assert (record.start.domid, record.start.paths) == (7, (host.path("b.img"),))
+    assert is_immutable(host.path("b.img"))
+    assert host.read("b.img").startswith(SECRET)
+
+
 def test_what_a_definition_gives_up_while_its_guest_runs_is_not_claimed_again(host: Host) -> None:
     """Its mark stays as long as it is frozen."""
     host.driver.define(host.domain("a.img"))

@@ -73,8 +73,9 @@ class XenLibvirtDriver(driver.LibvirtDriver):
                 "leave it out"
             )
         super().init_host(host)
-        for line in strangers.tell_of_strangers(_inventory(), host):
-            LOG.warning(line)
+        if CONF.libvirt.pmem_namespaces:
+            for line in strangers.tell_of_strangers(_inventory(), host):
+                LOG.warning(line)
 
     @overrides("(self)")
     def _do_quality_warnings(self) -> None:
@@ -361,7 +362,7 @@ def _inventory() -> list[dict[str, Any]]:
     """
     configured = ",".join(CONF.libvirt.pmem_namespaces)
     try:
-        return command.rows("nova", "inventory", "--pmem-namespaces", configured) if configured else []
+        return command.rows("nova", "inventory", "--pmem-namespaces", configured)
     except command.CommandFailed as error:
         raise exception.GetPMEMNamespacesFailed(reason=str(error)) from error
 
