@@ -280,7 +280,8 @@ class Interceptor:
     def restore(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error.
 
-        A start takes over the NVDIMMs of the image. One that fails gives them up, if nobody knows the domain.
+        A start takes over the NVDIMMs of the image. One that fails gives them up, if nobody knows the domain, or gives
+        the slots back to those of the definition.
         """
         last = yield self._work(lambda driver: driver.ledger.last_event())
         known: set[str] = yield self._work(lambda driver: driver.ledger.uuids())
@@ -290,9 +291,19 @@ class Interceptor:
             events = yield self._work(lambda driver: driver.ledger.events(last))
             failed = [event.uuid for event in events if event.kind == "start-failed"]
             explained = yield from self._explained(error, failed[-1] if failed else "")
-            for uuid in {*failed} - known:
-                yield from self._give_up_refused(uuid)
+            for uuid in {*failed}:
+                yield from self._as_defined(uuid) if uuid in known else self._give_up_refused(uuid)
             raise explained from error
+
+    def _as_defined(self, uuid: str) -> Generator[Call | Work, Any, None]:
+        """Let the NVDIMMs of a domain's definition have their slots again."""
+        try:
+            xml = yield from defined_xml(uuid)
+            read = xml and (yield from self._read((yield from self._restored(xml)).encode()))
+            if read and (domain := read.domain):
+                yield self._work(lambda driver: driver.adopt(domain), Pool.HOST)
+        except (NvdimmError, OSError, LibvirtError) as error:
+            LOG.warning("domain %s: its NVDIMMs keep the slots of a saved guest that was refused: %s", uuid, error)
 
     def _give_up_refused(self, uuid: str) -> Generator[Call | Work, Any, None]:
         try:

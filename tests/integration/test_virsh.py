@@ -451,6 +451,22 @@ def test_a_saved_guest_goes_on_only_with_what_it_had(host: Host) -> None:
     host.check("restore", saved)
 
 
+def test_a_restore_that_is_refused_leaves_the_slots_to_the_definition(host: Host) -> None:
+    """The image has the NVDIMM in slot 1 that was detached, and the definition has another one there by now."""
+    host.check("attach-device", "db1", device(host, "old"), "--config")
+    host.check("start", "db1")
+    host.check("save", "db1", host.folder / "saved")
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    host.check("detach-device", "db1", device(host, "old"), "--config")
+    host.check("attach-device", "db1", device(host, "new"), "--config")
+    before = {item.spec.slot: item.spec.path for item in host.record("db1").allocations}
+    assert "cannot go on" in refused(host, "restore", host.folder / "saved")
+    after = {item.spec.slot: item.spec.path for item in host.record("db1").allocations}
+    assert before.items() <= after.items(), after
+    assert host.state("db1") == OFF
+
+
 def test_a_managed_save_is_not_lost_when_it_cannot_go_on(host: Host) -> None:
     host.check("start", "db1")
     host.check("managedsave", "db1")
