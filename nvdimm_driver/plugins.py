@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
 
 
-IF_LOST = "if it is lost for good, 'nvdimmctl release --lost --slot' gives it up"
+IF_LOST = "if it is lost for good, 'nvdimmctl release --lost --slot N DOMAIN' gives it up"
 """Hint for what is not there, and has its bytes still."""
 
 

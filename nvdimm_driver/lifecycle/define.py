@@ -453,8 +453,8 @@ class Definitions:
                 why = ", and has to be overwritten before others may have it (wipe_on_release)" if wiped else ""
                 raise BackingError(
                     f"{path}: what was provisioned for the domain is not there{why}",
-                    hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted, restore a backup, or "
-                    "'nvdimmctl check --repair' lets the domain have another, of zeros",
+                    hint="if it was moved, 'nvdimmctl check' finds it; if not, restore a backup first, if any: "
+                    "'nvdimmctl check --repair' then takes what is there, or lets the next define make zeros",
                 )
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:

@@ -85,7 +85,7 @@ class Planner:
         """Return the plan for a domain whose backings may not be provisioned yet.
 
         :param before: the domain as the ledger knows it.
-        :param adopts: the domain is that of a start, and its guest may have been saved by an earlier version.
+        :param adopts: the domain is that of a start.
         :raises NvdimmError: when the domain cannot be defined or started.
         """
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
@@ -220,9 +220,14 @@ class Planner:
     def _kept_bases(
         self, domain: DomainSpec, locations: Sequence[Location], before: Record | None, adopts: bool
     ) -> dict[int, int | None]:
-        """Return, by slot, bases to keep, or the places in 2 MiB at which earlier versions have put new NVDIMMs."""
+        """Return, by slot, bases to keep.
+
+        The guest of a start whose run is unknown may have been saved by an earlier version. That put new NVDIMMs as far
+        behind a multiple of 2 MiB as their backings begin.
+        """
         had = self.bases_of_run(domain, [location.identity for location in locations])
-        pairs = zip(domain.nvdimms, locations, strict=True) if adopts else ()
+        unknown = adopts and self.ledger.find_run(domain.uuid or "") is None
+        pairs = zip(domain.nvdimms, locations, strict=True) if unknown else ()
         earlier = {spec.slot: location.extents[0].spa % SUPERPAGE for spec, location in pairs}
         return {**earlier, **_kept_bases(domain, locations, before), **had}
 

@@ -137,7 +137,7 @@ class Interceptor:
         created = yield self._work(lambda driver: driver.create(domain, plan), _provisioning(plan))
         try:
             start = call(procedure, arguments, with_fds=True)
-            reply = yield from self._started_from_save(uuid, start) if saved else start
+            reply = yield from (self._started_from_save(uuid, start) if saved else start)
         except Exception as error:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
             runs = isinstance(error, LibvirtError) and RemoteError.unpack(error.payload).code == OPERATION_INVALID
@@ -263,7 +263,7 @@ class Interceptor:
             yield from self._drop_claims(uuid)  # they were kept for a saved guest
         start = call(procedure, payload)
         try:
-            return (yield from self._started_from_save(uuid, start) if saved else start)
+            return (yield from (self._started_from_save(uuid, start) if saved else start))
         except LibvirtError as error:
             raise (yield from self._explained(error, uuid)) from error
 
@@ -292,7 +292,7 @@ class Interceptor:
             failed = [event.uuid for event in events if event.kind == "start-failed"]
             explained = yield from self._explained(error, failed[-1] if failed else "")
             for uuid in {*failed}:
-                yield from self._as_defined(uuid) if uuid in known else self._give_up_refused(uuid)
+                yield from (self._as_defined(uuid) if uuid in known else self._give_up_refused(uuid))
             raise explained from error
 
     def _as_defined(self, uuid: str) -> Generator[Call | Work, Any, None]:

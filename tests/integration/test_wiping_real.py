@@ -125,7 +125,7 @@ def test_what_is_lost_with_its_medium_is_given_up_on_demand(host: Host) -> None:
     lost = replace(lost, identity=replace(lost.identity, device="another"))
     host.driver.ledger.store(UUID, "x", 512 * MIB, [lost, here])
     with pytest.raises(
-        BackingError, match=r"not the namespace that had it.*'nvdimmctl release --lost --slot' gives it up"
+        BackingError, match=r"not the namespace that had it.*'nvdimmctl release --lost --slot N DOMAIN' gives it up"
     ):
         release(host)
     assert host.read("b.img") == DATA
