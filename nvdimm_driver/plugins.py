@@ -315,20 +315,25 @@ class Backing(Plugin):
         """
         return 0
 
+    def time_to_touch(self, path: str) -> int | None:
+        """Return the time to :meth:`touch` a backing with now; None, the default, where that does nothing.
+
+        It is no time at which the backing was written before, in nanoseconds since the epoch.
+        """
+        return None
+
     def touch(
         self,
         path: str,
+        when: int,
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
-    ) -> int | None:
-        """Let a frozen backing whose guest has ended be written now, for backups; return :meth:`written_at` after that.
+    ) -> None:
+        """Let a frozen backing whose guest has ended be written at a time, so that backups see that. Can be repeated.
 
-        The default changes nothing, which is right where no backup asks for that.
-
+        :param when: what :meth:`written_at` is to return then: a :meth:`time_to_touch`.
         :param needed: as in :meth:`thaw_unless`; nothing is changed then.
-        :returns: None also when a program of the host could have written it before.
         """
-        return self.written_at(path)
 
     def thaw_unless(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from oslo_config import cfg
 
 _FILE_SYSTEMS = ("ext4", "xfs")
+_SECOND = 10**9
 _CHUNK = 4 << 20
 
 
@@ -303,25 +305,32 @@ class FsdaxBacking(Backing):
             return None if found is None else found.st_mtime_ns
         return None
 
+    def time_to_touch(self, path: str) -> int | None:
+        """Return the present second, or the one after the last write: some file systems have whole seconds."""
+        return max(time.time_ns() // _SECOND, (self.written_at(path) or 0) // _SECOND + 1) * _SECOND
+
     def touch(
         self,
         path: str,
+        when: int,
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
-    ) -> int | None:
+    ) -> None:
         """Set the file's modification time, as the kernel does when a program writes to it: a guest's stores do not.
 
-        The file is mutable for that moment.
+        The file is mutable for that moment. One that was mutable already, since a process was killed then, gets the
+        present time: a program may have written it.
         """
         with self._unneeded(path, needed, identity) as fd:
-            if fd is None:
-                return None
-            was_immutable = inode.is_immutable(fd)
-            if inode.is_frozen(fd):
+            if fd is None or not inode.is_frozen(fd):
+                return
+            found = os.fstat(fd)
+            if not inode.is_immutable(fd):
+                when = time.time_ns()
+            if when > found.st_mtime_ns:
                 with inode.thawed(fd):
-                    os.utime(fd)
+                    os.utime(fd, ns=(found.st_atime_ns, when))
                 os.fsync(fd)
-            return os.fstat(fd).st_mtime_ns if was_immutable else None
 
     def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Undo :meth:`freeze`. A file that was immutable before stays so."""

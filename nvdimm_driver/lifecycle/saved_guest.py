@@ -111,15 +111,21 @@ def times(backings: Sequence[Backing], nvdimms: str) -> str:
     return json.dumps({str(each["slot"]): _written_at(backings, each["path"]) for each in _nvdimms(nvdimms)})
 
 
-def times_at_end(run: Run, found: Mapping[str, int | None]) -> str:
-    """Return the :func:`times` of a run that is over; for a backing that is not there now, that of its begin.
+def times_at_end(run: Run, found: Mapping[str, int]) -> str:
+    """Return the :func:`times` of a run that is over; for a backing that is not among these, that of its begin.
 
     The file system may not be mounted yet, and its file is immutable still.
 
-    :param found: the time of each path, if it is known.
+    :param found: the times of backings, by path.
     """
-    times_found = {str(slot): found[path] for path, slot in paths_of(run).items() if found.get(path) is not None}
-    return json.dumps({**json.loads(run.written), **times_found})
+    by_slot = {str(slot): found[path] for path, slot in paths_of(run).items() if path in found}
+    return json.dumps({**json.loads(run.written), **by_slot})
+
+
+def times_of(run: Run) -> dict[str, int]:
+    """Return the :func:`times` of a run that are known, by path."""
+    written = json.loads(run.written)
+    return {path: written[str(slot)] for path, slot in paths_of(run).items() if written.get(str(slot)) is not None}
 
 
 def bases(last: Run | None, wanted: Sequence[tuple[int, int, BackingIdentity]]) -> dict[int, int]:

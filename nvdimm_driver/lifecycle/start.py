@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from nvdimm_driver.backing.paths import check_not_read_only, resolve
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Run, Start
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start
 from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
@@ -112,7 +112,7 @@ class Starts:
         frozen = ownership.frozen_paths(self.backings, start.paths)
         had = {**dict(saved_guest.backings_of(begun) if begun else ()), **identities}
         try:
-            self._note_written(start, begun, identities)
+            self._set_times(start, frozen, identities)
             for path in start.paths:
                 if self._is_away(path, had.get(path)):
                     left = Event(
@@ -143,23 +143,42 @@ class Starts:
             return True
         return False
 
-    def _note_written(self, start: Start, begun: Run | None, identities: Mapping[str, BackingIdentity | None]) -> None:
-        """Let the backings of a guest that has ended be written now, and record that while nothing can write them.
+    def _set_times(self, start: Start, frozen: Set[str], identities: Mapping[str, BackingIdentity | None]) -> None:
+        """Let the frozen backings of a guest that has ended be written now, while nothing else can write them.
 
-        :param begun: the start's run.
+        The time is noted first. So all processes that put the start away set the same time, also after one was killed;
+        and once a file is thawed, none takes a program's write for the guest's.
+
         :param identities: of the backings, by path.
         """
-        if self.ledger.is_written_noted(start):
+        if start.state != "mapped":
             return
-        found: dict[str, int | None] = {}
-        if start.state == "mapped":
-            for path in start.paths:
-                LOG.debug("touch %s", path)
-                exists(path)  # as for a thaw
-                for backing in self.backings:
-                    if backing.handles(path):
-                        found[path] = backing.touch(path, partial(self._is_needed, path, start), identities.get(path))
-        self.ledger.note_written(start, begun and saved_guest.times_at_end(begun, found))
+        times: dict[str, int] = {}
+        for path in start.paths:
+            exists(path)  # as for a thaw
+            for backing in self.backings:
+                if backing.handles(path) and (when := self._time_at_end(backing, path, frozen)) is not None:
+                    times[path] = when
+        begun = self.ledger.find_begun(start)
+        if begun is not None:
+            self.ledger.note_written(start, saved_guest.times_at_end(begun, times))
+            noted = self.ledger.find_begun(start)
+            times = {**times, **saved_guest.times_of(noted or begun)}
+        for path in frozen & times.keys():
+            self._touch(path, times[path], partial(self._is_needed, path, start), identities.get(path))
+
+    def _time_at_end(self, backing: Backing, path: str, frozen: Set[str]) -> int | None:
+        """Return the time of a backing whose guest has ended; None if it is not known, as it is not frozen, or away."""
+        when = backing.time_to_touch(path)
+        if when is None:
+            return backing.written_at(path)
+        return when if path in frozen else None
+
+    def _touch(
+        self, path: str, when: int, needed: Callable[[BackingIdentity | None], bool], identity: BackingIdentity | None
+    ) -> None:
+        LOG.debug("touch %s", path)
+        backing_of(self.backings, path).touch(path, when, needed, identity)
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.
@@ -199,7 +218,9 @@ class Starts:
 
     def thaw_unknown(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it."""
-        backing_of(self.backings, path).touch(path, partial(self._is_needed, path, None), identity)
+        when = backing_of(self.backings, path).time_to_touch(path)
+        if when is not None:
+            self._touch(path, when, partial(self._is_needed, path, None), identity)
         self.thaw(path, identity)
 
     def release(self, record: Record) -> bool:

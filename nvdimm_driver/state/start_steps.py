@@ -230,17 +230,13 @@ class StartSteps(Database):
             "SELECT 1 FROM attachment WHERE uuid = ? AND id = ? AND state != ?", uuid, identifier, state
         )
 
-    def note_written(self, start: Start, written: str | None) -> None:
+    def note_written(self, start: Start, written: str) -> None:
         """Record when the backings of a start that is over were last written. What was recorded first stays.
 
-        :param written: as in :class:`.model.Run`; None when nobody needs it.
+        :param written: as in :class:`.model.Run`.
         """
-        statement = f"UPDATE attachment SET written = coalesce(?, written), ended = 2 WHERE {THIS_START} AND ended = 1"
+        statement = f"UPDATE attachment SET written = ?, ended = 2 WHERE {THIS_START} AND ended = 1"
         self._write_start([(statement, (written, *start.key))])
-
-    def is_written_noted(self, start: Start) -> bool:
-        """Return True after :meth:`note_written`."""
-        return bool(self._rows(f"SELECT 1 FROM attachment WHERE {THIS_START} AND ended = 2", *start.key))
 
     def end_start(self, start: Start, *, kind: str = "") -> None:
         """Forget a start that is over, after :meth:`note_end`: nothing is frozen or mapped for it any more.
@@ -371,11 +367,11 @@ class StartSteps(Database):
         self._write([("UPDATE run SET number = 0 WHERE uuid = ? AND number = ?", (uuid, number))])
 
     def find_begun(self, start: Start) -> Run | None:
-        """Return the run of a start; None when it has none, after :meth:`note_written`, and when it is forgotten."""
+        """Return the run of a start; None when it has none, or is forgotten."""
         from nvdimm_driver.model import Run
 
         rows = self._rows(
-            f"SELECT number, nvdimms, written FROM attachment WHERE {THIS_START} AND number IS NOT NULL AND ended < 2",
+            f"SELECT number, nvdimms, written FROM attachment WHERE {THIS_START} AND number IS NOT NULL",
             *start.key,
         )
         return Run(*rows[0]) if rows else None

@@ -9,12 +9,13 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nvdimm_driver.backing import inode
 from nvdimm_driver.doctor.repair import look
-from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.errors import BackingError, InUseError, RefusedError
 from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, killed
@@ -177,12 +178,42 @@ def test_what_is_written_after_a_file_was_thawed_is_seen_though_the_end_was_kill
     assert (json.loads(run.written) == {"0": modified(host)}) is not thawed
 
 
+@pytest.mark.parametrize("step", ["note_written", "touch", "thaw_unless", "end_start"])
+def test_a_saved_guest_goes_on_though_two_processes_have_put_its_start_away(
+    host: Host, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The hook's release, and nvdimmd's reconcile for any client, which is late with its touch."""
+    host.define("a.img")
+    host.run(host.domain("a.img"))
+    host.mapper.alive.clear()
+    start, late = host.record().start, host.another()
+    assert start
+    touch = late.backings[0].touch
+    owner = host.driver.ledger if hasattr(host.driver.ledger, step) else host.driver.backings[0]
+    begin = getattr(owner, step)
+
+    def overtaken(*arguments: Any) -> None:
+        def overtake(*words: Any, **options: Any) -> object:
+            touch(*arguments)
+            return begin(*words, **options)
+
+        monkeypatch.setattr(owner, step, overtake)
+        host.driver.starts.put_away(start, kind="released")
+
+    monkeypatch.setattr(late.backings[0], "touch", overtaken)
+    late.starts.put_away(start, kind="put-away")
+    host.driver.check_restore(UUID)
+    Path(host.path("a.img")).write_bytes(DATA)
+    with pytest.raises(RefusedError, match="was written on the host"):
+        host.driver.check_restore(UUID)
+
+
 def test_a_file_of_a_guest_that_runs_stays_immutable_when_another_start_with_it_ends(host: Host) -> None:
     """Both have it: the first one's ledger was lost meanwhile, say."""
     host.define("a.img")
     host.run(host.domain("a.img"))
     before = modified(host)
-    assert host.backing.touch(host.path("a.img"), lambda _: True) is None
+    host.backing.touch(host.path("a.img"), 2 * before, lambda _: True)
     assert modified(host) == before
     host.driver.starts.thaw_unknown(host.path("a.img"))
     assert (modified(host), is_immutable(host.path("a.img"))) == (before, True)

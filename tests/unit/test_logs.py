@@ -121,7 +121,6 @@ def test_debug_has_each_step_of_a_start_that_follows_a_crash(
     assert steps(caplog) == [
         "reconcile: starts to put away: 1",
         "put away the last start of domain db1, which is over",
-        f"touch {A}",
         f"thaw {A}",
         f"event=put-away domain=db1 uuid={UUID} domid=5",
         f"freeze {A}",
