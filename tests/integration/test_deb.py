@@ -187,6 +187,19 @@ def test_an_upgrade_keeps_the_ledger_and_the_options_and_renews_what_register_wr
     assert json.loads(before)[0]["Path"] == "/mnt/pmem0/a.img"
 
 
+def test_an_upgrade_renews_a_hook_in_another_folder(registered: DebianRoot, tmp_path: Path) -> None:
+    conf, elsewhere = registered.path(CONF).read_text(), "/etc/libvirt/myhooks/libxl.d/50-nvdimm"
+    registered.path(CONF).write_text(f"{conf}[libvirt]\nhooks_dir = /etc/libvirt/myhooks\n")
+    registered.run(f"nvdimmctl register && rm -f {HOOK}")
+    hook = registered.path(elsewhere).read_text()
+    registered.path(elsewhere).write_text(f"{hook}# of an earlier version\n")
+    shutil.copy(with_version(build_package(), "9.1", tmp_path), registered.path("/root/new.deb"))
+    assert f"installed {elsewhere}" in registered.run(f"{INSTALL} /root/new.deb").stdout
+    assert registered.path(elsewhere).read_text() == hook
+    registered.path(CONF).write_text(conf)
+    registered.run(f"rm -r /etc/libvirt/myhooks && {INSTALL} /folder/nvdimm-driver.deb && nvdimmctl register")
+
+
 def test_removal_is_refused_while_a_domain_runs(registered: DebianRoot) -> None:
     in_ledger(registered, "begin_start(uuid, [])")
     for how in ("--remove", "--purge"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from nvdimm_driver.cmd.ctl.base import Action
 
@@ -21,11 +22,19 @@ class HostFile(Action):
 class Register(Action):
     """Install libvirt's hook, the device model, the state folder and nvdimmd. Can be repeated."""
 
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--if-registered", action="store_true", help="do nothing where the hook is not installed yet, for upgrades"
+        )
+        return parser
+
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd import register
         from nvdimm_driver.driver import load_driver
 
-        del parsed_args
+        if parsed_args.if_registered and not os.path.exists(register.libvirt_hook(self.app.conf).path):
+            return
         for line in register.register(self.app.conf):
             print(line)
         driver = load_driver(self.app.conf)
