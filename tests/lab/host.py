@@ -5,6 +5,7 @@ import base64
 import contextlib
 import fcntl
 import os
+import random
 import re
 import shutil
 import signal
@@ -40,9 +41,11 @@ SHARE = "/mnt/share"
 # Larger files, in bytes, go through the shared folder and not through the agent's channel.
 CHANNEL_LIMIT = 64 << 10
 ANSWER_SECONDS = 30
+WITHOUT_WRITES_SECONDS = 30
 NETWORK_CARD, ADDRESS = "eth0", "10.0.2.15"
 TAIL = 4000
 LOCK = Path("/tmp/nvdimm-driver-lab.lock")
+VOLATILE_DISK = Path(__file__).with_name("volatile_disk.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,8 @@ class XenHost:
     As a context manager it starts on entry and stops on exit. Its run folder, with the console's log, is deleted then,
     unless the start or the body failed. By default it has two `nvdimms` in its run folder, of 1 GiB and 160 MiB, so
     that dom0 sees /dev/pmem0 and /dev/pmem1; those elsewhere outlive the host. At each start dom0's disk is as it was
-    built, unless `keep_disk` is set: then dom0's writes outlive a power cut, too.
+    built, unless `keep_disk` is set: then dom0's writes outlive a power cut, too. With `power_loss`, which decides by
+    chance, it keeps the disk as well, but one with a write cache: a power cut loses of it what dom0 has not flushed.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class XenHost:
         linux_args: str = "",
         qemu_args: Sequence[str] = (),
         keep_disk: bool = False,
+        power_loss: random.Random | None = None,
         boot_timeout: float = 180,
         lock_timeout: float = 1800,
     ) -> None:
@@ -102,6 +107,8 @@ class XenHost:
         self._linux_args = linux_args
         self._qemu_args = tuple(qemu_args)
         self._keep_disk = keep_disk
+        self._power_loss = power_loss
+        self._volatile_disk: subprocess.Popen[bytes] | None = None
         self._boot_timeout = boot_timeout
         self._lock_timeout = lock_timeout
         self._lock: int | None = None
@@ -131,7 +138,7 @@ class XenHost:
         """
         if self._qemu is not None:
             raise LabError("this host runs already")
-        require(("qemu-system-x86_64", "setpriv"))
+        require(("nbdkit", "qemu-system-x86_64", "setpriv"))
         self._take_lock()
         try:
             self._start_qemu()
@@ -153,8 +160,25 @@ class XenHost:
             self._kill()
 
     def power_cut(self) -> None:
-        """Kill QEMU: the host loses power, and its NVDIMMs keep what was stored in them."""
+        """Kill QEMU: the host loses power, and its NVDIMMs keep what was stored in them.
+
+        With a disk that has a write cache, that happens while dom0 writes to it.
+        """
+        if self._volatile_disk is not None:
+            cut = self.run_folder / "cut.new"
+            cut.write_text(str(self._process.pid))
+            cut.rename(self._cut)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(WITHOUT_WRITES_SECONDS)
         self._kill()
+
+    def lost_sectors(self) -> tuple[int, int]:
+        """Return how many sectors of dom0's disk the last power cut made older, and how many were not flushed."""
+        said = (self.run_folder / "nbdkit.log").read_text()
+        lost = re.search(r"^(\d+) of (\d+) sectors are older$", said, re.MULTILINE)
+        if not lost:
+            raise LabError(f"the disk does not say what it lost: {said}")
+        return int(lost[1]), int(lost[2])
 
     def close(self, *, keep: bool = False) -> None:
         """Stop the host. Delete its run folder unless `keep` is set or a command got no answer."""
@@ -315,7 +339,7 @@ class XenHost:
             *(word for number, nvdimm in enumerate(self.nvdimms) for word in _nvdimm_args(number, nvdimm)),
             *("-kernel", str(self.images.xen), "-append", xen_args),
             *("-initrd", f"{linux},{self.images.dom0_initrd}"),
-            *("-drive", f"if=virtio,format=raw,cache=unsafe,{self._dom0_disk()}"),
+            *("-drive", f"if=virtio,format=raw,{self._dom0_disk()}"),
             *("-fsdev", f"local,id=share,path={self.share},security_model=none"),
             *("-device", "virtio-9p-pci,fsdev=share,mount_tag=share", "-device", "virtio-serial-pci"),
             *("-chardev", f"socket,id=agent,path={run}/agent.sock,server=on,wait=off"),
@@ -327,12 +351,37 @@ class XenHost:
         ]
 
     def _dom0_disk(self) -> str:
-        if not self._keep_disk:
-            return f"file={self.images.dom0_disk},snapshot=on"
+        if not self._keep_disk and self._power_loss is None:
+            return f"cache=unsafe,file={self.images.dom0_disk},snapshot=on"
         own = self.run_folder / "dom0.img"
         if not own.exists():
             run_tool(["cp", "--sparse=always", "--reflink=auto", self.images.dom0_disk, own])
-        return f"file={own}"
+        if self._power_loss is None:
+            return f"cache=unsafe,file={own}"
+        return f"cache=writeback,file.driver=nbd,file.server.type=unix,file.server.path={self._serve(own)}"
+
+    @property
+    def _cut(self) -> Path:
+        return self.run_folder / "cut"
+
+    def _serve(self, disk: Path) -> Path:
+        """Serve a disk that has a write cache until QEMU ends; return the socket."""
+        assert self._power_loss is not None
+        served, ready = self.run_folder / "disk.sock", self.run_folder / "nbdkit.pid"
+        for each in (served, ready, self._cut):
+            each.unlink(missing_ok=True)
+        command = [
+            *("setpriv", "--pdeathsig", "KILL", "nbdkit", "--foreground", "--filter=exitlast"),
+            *(f"--unix={served}", f"--pidfile={ready}", "python", str(VOLATILE_DISK)),
+            *(f"image={disk}", f"seed={self._power_loss.getrandbits(32)}", f"cut={self._cut}"),
+        ]
+        with (self.run_folder / "nbdkit.log").open("wb") as log:
+            self._volatile_disk = subprocess.Popen(command, stdout=log, stderr=log)
+        while not ready.exists():
+            if self._volatile_disk.poll() is not None:
+                raise LabError(f"nbdkit ended: {(self.run_folder / 'nbdkit.log').read_text()}")
+            time.sleep(0.05)
+        return served
 
     def _wait_for_agent(self) -> None:
         started = time.monotonic()
@@ -374,6 +423,11 @@ class XenHost:
                 self._qemu.send_signal(signal.SIGKILL)
             self._qemu.wait()
             self._qemu = None
+        if self._volatile_disk is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._volatile_disk.wait(60)  # it ends with QEMU, unless that has not connected
+            self._volatile_disk.kill()
+            self._volatile_disk = None
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

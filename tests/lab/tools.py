@@ -14,6 +14,8 @@ HOST_PACKAGES = (
     "e2fsprogs",
     "gcc",
     "mmdebstrap",
+    "nbdkit",
+    "nbdkit-plugin-python",
     "qemu-system-x86",
     "util-linux",
 )
