@@ -136,6 +136,13 @@ class DeviceBacking(Backing):
                 )
         super().check_home(path, identity)
 
+    def find(self, identity: BackingIdentity) -> str:
+        """Return the namespace, also one that is disabled or in another mode."""
+        for each in inventory.namespaces(self.sysfs):
+            if each.uid == identity.device:
+                return f"{each.name}, /dev/{each.device}"
+        return next(iter(inventory.mode_of(identity.device, self.sysfs) or ()), "")
+
     def _identity(self, volume: Volume) -> BackingIdentity:
         return BackingIdentity(self.name, volume.namespace.uid, volume.start, 0, 0, volume.size)
 

@@ -18,7 +18,7 @@ def check_identity(path: str, found: BackingIdentity, expected: BackingIdentity 
     if found != expected:
         raise BackingError(
             f"{path} is not the backing that was provisioned: {describe_differences(found, expected)}",
-            hint="put the old file back, or take the new one by defining the domain anew",
+            hint="'nvdimmctl check' says where it is, and how to go on",
         )
 
 

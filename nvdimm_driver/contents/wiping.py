@@ -161,7 +161,7 @@ class Wiper:
     def _is_gone(self, record: Record, item: Allocation, *, lost: bool) -> bool:
         """Return True when nothing of an NVDIMM can be left to wipe or to delete.
 
-        :param lost: it is enough that it is not there.
+        :param lost: it is enough that it is not there, nor at another path.
         :raises BackingError: when it is not there, but it was, or what would hold it is not there either.
         """
         path, pool = item.spec.path, self._checks.pools.of(item.spec.path)
@@ -170,6 +170,8 @@ class Wiper:
         if backing.exists(path):
             return False
         if lost:
+            if item.identity is not None and (now := backing.find(item.identity)):
+                raise BackingError(f"{path}: it is not lost, but on {now}", hint="define the domain with that device")
             return True
         backing.check_home(path, item.identity)
         if item.ready and pool is not None and pool.wipe_on_release:

@@ -66,8 +66,13 @@ def look(
     return list(_Look(driver, definition_of, zeros).findings())
 
 
-def _find_device(record: Record, item: Allocation) -> str:
-    """Return the remedy for a device that is gone or another: its bytes exist, and no other domain may get them."""
+def _find_device(record: Record, item: Allocation, now: str) -> str:
+    """Return the remedy for a device that is gone or another: its bytes exist, and no other domain may get them.
+
+    :param now: where they are, if that is known.
+    """
+    if now:
+        return f"its bytes are on {now}: enable it there, or define the domain with that"
     return (
         "enable its device; if that has another name now ('nvdimmctl host'), define the domain with that; or correct "
         "the options of its backing; or, if it is lost for good, give it up: "
@@ -237,9 +242,16 @@ class _Look:
         if found != item.identity:
             problem = f"it is not the backing that was provisioned: {describe_differences(found, item.identity)}"
             if found.inode == 0:
-                yield inconsistency(problem, _find_device(record, item))
+                yield inconsistency(
+                    problem, _find_device(record, item, backing.find(item.identity) if item.identity else "")
+                )
             elif not _on_same_volume(found, item.identity):
-                yield inconsistency(problem, "mount the file system that had it there")
+                give_up = release_of(record.name, record.uuid, item.spec.slot)
+                yield inconsistency(
+                    problem,
+                    "mount the file system that had it there; or, to give up what the guest had, "
+                    f"{give_up}, and define the domain again",
+                )
             else:
                 yield inconsistency(problem, _TAKE, self.changes.of(record, self.changes.adopt_another, backing, item))
             return
@@ -353,7 +365,8 @@ class _Look:
             move = self.changes.of(record, self.changes.move_back, backing, moved[0], item)
             return inconsistency(f"it is not there; it was moved to {moved[0]}", "move it back", move)
         if item.identity is not None and item.identity.inode == 0:
-            return inconsistency("it is not there", _find_device(record, item))
+            now = self._named(item.identity.kind).find(item.identity)
+            return inconsistency("it is not there", _find_device(record, item, now))
         marked = self.marks.all_of(item.uuid, item.spec.slot)
         if copies := [path for path in marked if not self._is_later(self.files[path], item)]:
             return inconsistency(

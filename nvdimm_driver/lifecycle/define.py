@@ -10,13 +10,14 @@ from functools import partial
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files, paths
+from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.errors import BackingError, DomainXmlError, InUseError, LedgerError, NvdimmError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept, check_started, still_mapped
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Plan, Progress, Record, Run
-from nvdimm_driver.plugins import Backing, backing_of, exists
+from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
@@ -438,24 +439,27 @@ class Definitions:
         check_started(domain, record, begun, identities)
 
     def _check_not_moved(self, before: Record | None, identities: Mapping[str, BackingIdentity | None]) -> None:
-        """Check that what was provisioned for a domain is not given up for a new backing of zeros at its path.
+        """Check that what was provisioned for a domain is at its path still, if the domain is to have that.
 
-        Who owns the folder can move a file aside. What has to be overwritten is not given up for a backup either.
+        Who owns the folder can move a file aside, and a device can have another's name after a boot. The claim to what
+        it had would be given up for that, or for zeros.
 
         :param identities: of what is at the domain's paths; None where nothing is.
-        :raises BackingError: when it would be.
+        :raises BackingError: when something else is there, or nothing.
         """
         for item in before.allocations if before else ():
-            path, wiped = item.spec.path, self.pools.wipes(item.spec.path)
-            if not item.ready or path not in identities or ((identities[path] or exists(path)) and not wiped):
+            path = item.spec.path
+            if path not in identities or any(ownership.has_bytes([item], each) for each in identities.values()):
                 continue
-            if not any(ownership.has_bytes([item], each) for each in identities.values()):
-                why = ", and has to be overwritten before others may have it (wipe_on_release)" if wiped else ""
-                raise BackingError(
-                    f"{path}: what was provisioned for the domain is not there{why}",
-                    hint="if it was moved, 'nvdimmctl check' finds it; if not, restore a backup first, if any: "
-                    "'nvdimmctl check --repair' then takes what is there, or lets the next define make zeros",
-                )
+            if item.identity is None:
+                continue
+            if found := identities[path]:
+                check_same_bytes(path, found, item.identity)
+            raise BackingError(
+                f"{path}: what was provisioned for the domain is not there",
+                hint="if it was moved, 'nvdimmctl check' finds it; if not, restore a backup first, if any: "
+                "'nvdimmctl check --repair' then takes what is there, or lets the next define make zeros",
+            )
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:
         """Return a callback for the writing of zeros: it tells each percent to the ledger, each tenth to the log."""

@@ -373,18 +373,19 @@ def check_distinct(nvdimms: Sequence[NvdimmSpec], same: Callable[[NvdimmSpec, Nv
 
 
 def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:
-    """Return, by slot, the bases chosen earlier for those NVDIMMs that are still the same.
+    """Return, by slot, the bases chosen earlier for NVDIMMs of the same size in that slot.
 
-    A file that was put in the place of another, such as a backup, has its contents, which may need the same base.
+    A file that has the place of another, such as a backup, has its contents, which may need the same base.
     """
+    items = sorted(before.allocations if before else (), key=lambda item: not item.spec.set_aside)
     known = {
         (item.spec.own_slot, item.spec.visible_size, which): item.base
-        for item in (() if before is None else before.allocations)
-        for which in (item.spec.path, item.identity)
+        for item in items
+        for which in (None, item.spec.path, item.identity)
     }
     kept = {}
     for spec, location in zip(domain.nvdimms, locations, strict=True):
-        keys = [(spec.slot, spec.visible_size, which) for which in (location.identity, spec.path)]
+        keys = [(spec.slot, spec.visible_size, which) for which in (location.identity, spec.path, None)]
         if key := next((each for each in keys if each in known), None):
             kept[spec.slot] = known[key]
     return kept

@@ -26,15 +26,17 @@ def kept(
     others = [item for item in items if item.spec.path not in given]
     known = [item for item in others if not (item.spec.set_aside and item.spec.own_slot in given.values())]
     found: dict[int, str] = {}
-    for path in sorted(domain.unplaced):
-        identity = identify(path)
-        for item in known:
-            if item.identity is not None and item.identity.is_same(identity):
-                found.setdefault(item.spec.own_slot, path)
-    for path in sorted(domain.unplaced - {*found.values()}):
-        for item in known:
-            if item.spec.path == path:
-                found.setdefault(item.spec.own_slot, path)
+    for set_aside in (False, True):  # what the guest has had keeps its slot before what it has not
+        group = [item for item in known if item.spec.set_aside is set_aside]
+        for path in sorted(domain.unplaced - {*found.values()}):
+            identity = identify(path)
+            for item in group:
+                if item.identity is not None and item.identity.is_same(identity):
+                    found.setdefault(item.spec.own_slot, path)
+        for path in sorted(domain.unplaced - {*found.values()}):
+            for item in group:
+                if item.spec.path == path:
+                    found.setdefault(item.spec.own_slot, path)
     return {path: slot for slot, path in found.items()}
 
 

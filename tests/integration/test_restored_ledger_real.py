@@ -18,7 +18,7 @@ from nvdimm_driver.cmd.ctl import check
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError
-from nvdimm_driver.model import KIB, SUPERPAGE, BackingIdentity, NvdimmSpec, Pool, Progress
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import database
@@ -210,8 +210,10 @@ def test_the_guest_that_runs_with_what_it_was_given_since_the_backup_is_taken_up
 
 
 def test_of_two_files_that_were_marked_for_one_slot_the_domain_has_both(host: Host) -> None:
-    """Somebody moved its file aside, put another in its place, and defined it again."""
+    """Somebody moved its file aside, put another in its place, and defined it again, with an earlier version."""
     host.define("a.img", data=SECRET)
+    (item,) = host.record().allocations
+    host.driver.ledger.store(UUID, "x", 512 * MIB, [replace(item, identity=None)])
     os.rename(host.path("a.img"), host.path("z.img"))
     Path(host.path("a.img")).write_bytes(bytes(SIZE))
     host.define("a.img")

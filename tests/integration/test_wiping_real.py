@@ -301,7 +301,7 @@ def test_a_file_that_is_moved_while_its_domain_is_redefined_stays_its_own(
         return provision(spec, progress)
 
     monkeypatch.setattr(host.backing, "provision", moved)
-    with pytest.raises(BackingError, match=r"x\.img: what was provisioned for the domain is not there"):
+    with pytest.raises(BackingError, match=r"x\.img is not the backing that was provisioned: its inode is"):
         host.driver.define(host.domain("x.img", ram=600 * MIB))
     (item,) = host.record().allocations
     assert item.identity

@@ -24,7 +24,7 @@ def test_another_backing_is_refused_with_what_differs_and_what_to_do() -> None:
         check_identity("/p", replace(BEFORE, inode=15), BEFORE)
     assert str(caught.value) == (
         "/p is not the backing that was provisioned: its inode is 15, it was 12 "
-        "(put the old file back, or take the new one by defining the domain anew)"
+        "('nvdimmctl check' says where it is, and how to go on)"
     )
 
 

@@ -110,17 +110,17 @@ def test_tables_are_built_again_for_an_nvdimm_that_is_elsewhere_than_assumed(
     assert builder.built == 2
 
 
-def test_a_base_stays_when_another_file_has_the_path(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+def test_a_base_stays_when_the_slot_has_another_file(driver: XenNvdimmDriver) -> None:
     """It is a backup, say, whose contents need the same alignment; where it is in the machine does not matter."""
     both = domain(A, B)
     second = dataclasses.replace(both, nvdimms=both.nvdimms[1:])
     driver.define(both)
     driver.define(second)
     (before,) = bases(driver)
-    backing.files[B] = (105, backing.files[B][1])
-    driver.define(second)
+    restored = dataclasses.replace(second.nvdimms[0], path="/mnt/pmem0/restored")
+    driver.define(dataclasses.replace(second, nvdimms=(restored,)))
     assert bases(driver) == [before]
-    driver.define(both)
+    driver.define(dataclasses.replace(both, nvdimms=(both.nvdimms[0], restored)))
     assert before in bases(driver)[1:]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import LedgerError, RefusedError, UnsupportedError
+from nvdimm_driver.errors import BackingError, LedgerError, RefusedError, UnsupportedError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
@@ -173,10 +173,15 @@ def test_without_the_nvdimm_first_anything_goes(tmp_path: Path) -> None:
     assert any(host.content[64 * MIB - LABEL : 64 * MIB])
 
 
-def test_another_file_at_the_path_is_another_nvdimm(tmp_path: Path) -> None:
+def test_another_file_at_the_path_is_not_taken_for_the_nvdimm(tmp_path: Path) -> None:
     host = Host(tmp_path, 0)
     host.backing.files[A] = (101, 128 * MIB)
-    host.redefine(size=32 * MIB)
+    with pytest.raises(BackingError, match="not the backing that was provisioned: its inode is 101, it was 100"):
+        host.redefine()
+    with pytest.raises(BackingError, match="not the backing that was provisioned"):
+        host.driver.prepare(replace(host.domain, ram=2 * host.domain.ram))
+    (record,) = host.driver.ledger.domains()
+    assert [item.identity and item.identity.inode for item in record.allocations] == [100]
 
 
 def test_a_new_path_does_not_hide_bytes(tmp_path: Path) -> None:

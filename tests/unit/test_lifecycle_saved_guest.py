@@ -14,6 +14,7 @@ import pytest
 
 from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, seal
 from nvdimm_driver.cmd.device_model import attach
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import AcpiError, InUseError, LayoutError, RefusedError, UnsupportedError
 from nvdimm_driver.lifecycle import saved_guest
@@ -338,7 +339,9 @@ def test_another_file_at_the_path(bench: Bench) -> None:
     bench.start()
     image = bench.save()
     bench.backing.files[A] = (101, 64 * MIB)
-    bench.driver().define(domain(A))
+    (replaced,) = look(bench.driver())
+    assert replaced.mend
+    replaced.mend()
     assert "slot 0: its inode is 101, and the guest knows 100" in bench.refused(image)
 
 

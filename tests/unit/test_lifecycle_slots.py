@@ -291,6 +291,18 @@ def test_what_is_set_aside_gets_another_slot_when_it_is_attached_again(tmp_path:
     assert slots(driver) == {A: 1, B: 0}
 
 
+@pytest.mark.parametrize(("old", "now"), [(A, B), (B, A)])
+def test_the_one_that_the_guest_has_keeps_its_slot(tmp_path: Path, old: str, now: str) -> None:
+    """The other one, which is kept until it is wiped, comes back by an XML without addresses."""
+    pool = Pool("main", "memory", ("/mnt/pmem0",), None, MIB, 0, True)
+    driver: XenNvdimmDriver = make_driver(tmp_path, MemoryBacking(), RecordingMapper(), pools=Pools([pool]))
+    driver.define(unplaced(old))
+    driver.define(unplaced(now))
+    assert slots(driver) == {now: 0, old: 256}
+    driver.define(unplaced(old, now))
+    assert slots(driver) == {now: 0, old: 1}
+
+
 def test_several_that_are_set_aside_from_one_slot(driver: XenNvdimmDriver) -> None:
     for path in (A, B, C):
         driver.define(unplaced(path))
