@@ -335,6 +335,7 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises NvdimmError: when it could not.
         """
         self.reconcile()
+        self.starts.check_not_starting(uuid)
         self.starts.require_ended(uuid)
         last = self.ledger.find_run(uuid)
         saved_guest.check_known(last, is_unnumbered=self.ledger.is_unnumbered(uuid))

@@ -34,7 +34,7 @@ class Starts:
     """The starts in the ledger, each with its frozen backings.
 
     :param mapper: tells which domains Xen has.
-    :ivar abandoned_seconds: a start prepared this long ago that has no device model yet is abandoned.
+    :ivar abandoned_seconds: a start prepared this long ago is abandoned if Xen has no domain of that uuid.
     :ivar release_seconds: longest wait of a release until Xen no longer has the domain.
     """
 
@@ -461,11 +461,25 @@ class Starts:
         known = {record.uuid for record in self.ledger.started_domains()} if found else set()
         return [(domid, uuid.lower()) for domid, uuid in found if uuid is not None and uuid.lower() not in known]
 
+    def check_not_starting(self, uuid: str) -> None:
+        """Check that Xen has no domain of a start whose device model has not come yet.
+
+        :raises InUseError: when it has.
+        """
+        record = self.ledger.find_domain(uuid)
+        if record and record.start and self._is_pending(record.start) and self._has_domain(uuid):
+            raise InUseError(f"domain {record.name} is starting: Xen has it already", hint="wait until it runs")
+
+    def _has_domain(self, uuid: str) -> bool:
+        return any(each == uuid for _, each in self.mapper.guests())
+
     def _is_pending(self, start: Start) -> bool:
         """Return True for a start of this boot whose device model may still run.
 
-        Versions before 0.2.0 noted the time of day, which is in the future of the clock that counts from the boot.
+        libxl makes the domain, reads the RAM of a saved guest, however long that takes, and then starts the device
+        model. Versions before 0.2.0 noted the time of day, which is in the future of the clock that counts from the
+        boot.
         """
         if start.domid is not None or start.ended or start.boot_id != host_boot_id():
             return False
-        return 0 <= seconds_since_boot() - start.since < self.abandoned_seconds
+        return 0 <= seconds_since_boot() - start.since < self.abandoned_seconds or self._has_domain(start.uuid)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nvdimm_driver.state.events import Value
 
 ABANDONED_SECONDS = 600
-"""A start that was prepared this long ago, and that no device model has taken, is given up: libxl waits for 60 s."""
+"""A start that was prepared this long ago is given up, if no device model has taken it and Xen has no such domain."""
 THIS_START = "uuid = ? AND id = ? AND state = ?"
 """A start in a state, by :attr:`.model.Start.key`."""
 
