@@ -215,6 +215,12 @@ LIBVIRT_OPTS = [
         "another folder, it never runs that script, and the device model alone prepares starts of domains with "
         "NVDIMMs.",
     ),
+    cfg.ListOpt(
+        "definition_dirs",
+        default=["/etc/libvirt/libxl", "/run/libvirt/libxl"],
+        help="Folders in which libvirt's Xen driver keeps the definitions of domains, and the XML of those that run. "
+        "Before a domain gets a device, which has no mark of its owner, the driver reads there whose it is.",
+    ),
     cfg.StrOpt(
         "apparmor_dir",
         default="/etc/apparmor.d",

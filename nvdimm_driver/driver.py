@@ -60,8 +60,11 @@ from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.pools.usage import PoolUsage, usage_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
+from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.xml.definition_files import DefinitionFiles, StoredDomain
+from nvdimm_driver.xml.hooks import XmlHooks
 
 
 def load_driver(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
@@ -100,6 +103,7 @@ class XenNvdimmDriver(plugins.Plugin):
     :param gap: bytes of guest-physical space to keep free above the RAM.
     :param dsm: default for domains that do not specify who serves label areas: one of :data:`.model.DSM`.
     :param pools: pools that domains may have their backings in.
+    :param stored: the domains in libvirt's files, which are read anew by each iteration.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class XenNvdimmDriver(plugins.Plugin):
         dsm: str,
         pools: Pools,
         holders: Holders | None = None,
+        stored: Iterable[StoredDomain] = (),
     ) -> None:
         self.ledger = ledger
         self.state_dir = state_dir
@@ -125,9 +130,10 @@ class XenNvdimmDriver(plugins.Plugin):
         self.pools = pools
         self.locks = DomainLocks(state_dir / "locks", ledger.reserve)
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
-        self.definitions = Definitions(ledger, backings, self.planner, pools, self.locks)
+        unknown = UnknownClaims(ledger, backings, stored)
+        self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), holders or Holders(state_dir))
-        self.checks = Checks(ledger, backings, pools, self._spoil_runs, mapper.frames_of_guests)
+        self.checks = Checks(ledger, backings, pools, self._spoil_runs, mapper.frames_of_guests, unknown)
         self.importer, self.exporter, self.wiper = Importer(self.checks), Exporter(self.checks), Wiper(self.checks)
 
     @classmethod
@@ -151,6 +157,9 @@ class XenNvdimmDriver(plugins.Plugin):
             gap=conf.layout.gap_gib * GIB,
             dsm=conf.acpi.dsm,
             pools=Pools(configured_pools(conf), any_path=conf.allow_any_path),
+            stored=DefinitionFiles(
+                conf.libvirt.definition_dirs, lambda xml: XmlHooks.from_conf(conf).restore(xml), resolve
+            ),
         )
 
     def describe(self) -> str:
@@ -324,7 +333,7 @@ class XenNvdimmDriver(plugins.Plugin):
         domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
         self.starts.end_earlier(uuid)
         record = self.definitions.adopt(domain)
-        self.definitions.check_marks(domain)
+        self.definitions.check_unknown(domain)
         return self._prepare(record, domain, qemu)
 
     def check_restore(self, uuid: str) -> None:

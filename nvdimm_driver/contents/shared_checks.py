@@ -14,6 +14,7 @@ from nvdimm_driver.model import PAGE, BackingIdentity, Extent, NvdimmSpec, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
+from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.ledger import Ledger
 
 LastRuns = dict[str, Run | None]
@@ -26,6 +27,7 @@ class Checks:
     Reconcile the ledger with the running domains before each call.
 
     :param overwritten: called with the identity of what is about to be overwritten.
+    :ivar unknown: claims that the ledger may not know.
     :param frames_of_guests: returns the frames that guests have, as (domid, mfn, count), whatever the ledger says.
     """
 
@@ -36,7 +38,9 @@ class Checks:
         pools: Pools,
         overwritten: Callable[[BackingIdentity], None],
         frames_of_guests: Callable[[], Sequence[tuple[int, int, int]]],
+        unknown: UnknownClaims,
     ) -> None:
+        self.unknown = unknown
         self._overwritten = overwritten
         self._frames_of_guests = frames_of_guests
         self.ledger = ledger
@@ -59,7 +63,7 @@ class Checks:
         :raises InUseError: when one does.
         """
         ownership.check_free(self.ledger, path, self.identity(path))
-        ownership.check_marks(self.ledger, self.backings, "", [path])
+        self.unknown.check("", [path])
         self.check_unmapped(path)
 
     def check_off(self, path: str, hint: str = "shut it down first") -> LastRuns:

@@ -191,7 +191,7 @@ class Wiper:
             self._find_unchanged(record)
         owners = [record] if record else self.owners([spec])
         for uuid in [owner.uuid for owner in owners] or [""]:
-            ownership.check_marks(self._checks.ledger, self._checks.backings, uuid, [spec.path])
+            self._checks.unknown.check(uuid, [spec.path])
         if record is None:
             return
         for other in self._others(record, spec):

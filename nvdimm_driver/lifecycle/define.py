@@ -21,6 +21,7 @@ from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
+from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
 
@@ -36,11 +37,12 @@ class Definitions:
     """The domains that are defined, as the ledger has them."""
 
     def __init__(
-        self, ledger: Ledger, backings: Sequence[Backing], planner: Planner, pools: Pools, locks: DomainLocks
+        self, ledger: Ledger, planner: Planner, pools: Pools, locks: DomainLocks, unknown: UnknownClaims
     ) -> None:
         self.locks = locks
         self.ledger = ledger
-        self.backings = backings
+        self.backings = unknown.backings
+        self.unknown = unknown
         self.planner = planner
         self.pools = pools
 
@@ -71,7 +73,7 @@ class Definitions:
         record = self.ledger.find_domain(uuid_of(domain))
         if record is None or not self._is_current(domain, record):
             return self._plan_adoption(domain, record)
-        self.check_marks(domain)
+        self.check_unknown(domain)
         return self.planner.plan_start(domain, record)
 
     def identify_by_name(self, domain: DomainSpec) -> DomainSpec:
@@ -344,12 +346,9 @@ class Definitions:
                 )
         return domain.with_paths(found)
 
-    def check_marks(self, domain: DomainSpec) -> None:
-        """Check that no file of the domain is another's that the ledger does not know.
-
-        :raises InUseError: when one is.
-        """
-        ownership.check_marks(self.ledger, self.backings, domain.uuid or "", [spec.path for spec in domain.nvdimms])
+    def check_unknown(self, domain: DomainSpec) -> None:
+        """Check that no backing of the domain is another's, whatever the ledger says; raise NvdimmError if one is."""
+        self.unknown.check(domain.uuid or "", [spec.path for spec in domain.nvdimms])
 
     def _check_allowed(self, domain: DomainSpec, kept: Sequence[Allocation]) -> set[str]:
         """Check that the domain may have its paths; return those that it has already.
@@ -363,7 +362,7 @@ class Definitions:
                 files.check_name(spec.path)
         check_distinct(domain.nvdimms, lambda one, other: one.path == other.path)
         ownership.check_paths(self.ledger, domain, held)
-        self.check_marks(domain)
+        self.check_unknown(domain)
         self._check_pools(domain, before, held, kept)
         return held
 

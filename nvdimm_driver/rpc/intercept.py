@@ -22,7 +22,6 @@ from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import check_distinct
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, Plan, Record, Run
-from nvdimm_driver.rpc.device_claims import check_uncontested
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import (
     Steps,
@@ -258,7 +257,6 @@ class Interceptor:
             if saved and (yield from self._has_nvdimms((yield from definition(domain)))):
                 yield self._work(lambda driver: driver.try_restore(uuid), Pool.HOST)  # the ledger was lost
             return (yield from call(procedure, payload))
-        yield from check_uncontested(record, self._hooks.restore)
         if not saved and not (yield from self._has_nvdimms((yield from definition(domain)))):
             yield from self._drop_claims(uuid)  # they were kept for a saved guest
         start = call(procedure, payload)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.bench_host import Host
+from tests.integration.bench_host import UUID, Host
 from tests.integration.loop_pmem import run
 from tests.unit.fake_sysfs import FakeSysfs
 
@@ -165,8 +166,12 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
         file.write_text(re.sub("<path>.*</path>", f"<path>{device}</path>", file.read_text()))
     host.check("define", old)
     ledger, backup = host.folder / "state/ledger.sqlite", host.folder / "backup"
+    host.check("start", "db4")
+    host.check("save", "db4", host.folder / "saved")
     with sqlite3.connect(ledger) as source, sqlite3.connect(backup) as copy:
         source.backup(copy)
+    stored = host.folder / "stored.xml"
+    stored.write_text((host.libvirtd.folder / "etc/libxl/db4.xml").read_text())
     host.check("undefine", "db4")
     assert host.nvdimmctl("release", "--yes", "db4").returncode == 0
     host.check("define", new)
@@ -179,8 +184,11 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
         refused = host.nvdimmctl(*way)
         assert refused.returncode != 0
         assert "libvirt's definition has it, and the ledger says that it is domain db4's" in refused.stderr
-    host.check("define", old)  # the ledger says that it is db4's
-    assert f"{device} is in libvirt's definition of domain db3, too" in host.virsh("start", "db4").stderr
+    too = f"{device} is in libvirt's definition of domain db3, too"
+    for command, file in (("define", old), ("create", old), ("restore", host.folder / "saved")):
+        assert too in host.virsh(command, file).stderr, command
+    host.libvirtd.check("define", stored)  # the ledger says that it is db4's
+    assert too in host.virsh("start", "db4").stderr
     host.check("undefine", "db4")
     (found,) = [row for row in rows(host, "check", "--repair") if row["Path"] == device]
     assert found["Done"] == ""
@@ -265,3 +273,59 @@ def test_an_empty_ledger_gives_nothing_away(host: Host) -> None:
     thief = host.xml("db2", 2)
     thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
     assert "has the mark of domain db1" in host.virsh("define", thief).stderr
+
+
+def lose_ledger(host: Host) -> None:
+    host.libvirtd.end("nvdimmd", signal.SIGTERM)
+    for name in ("", "-wal", "-shm"):
+        (host.folder / f"state/ledger.sqlite{name}").unlink(missing_ok=True)
+    host.start_nvdimmd()
+
+
+@pytest.fixture
+def thief(host: Host, device: str) -> Path:
+    """Return the XML of db4 with the device of db3, which is off, and which the ledger has lost."""
+    owner, thief = host.xml("db3", 3), host.xml("db4", 4)
+    for file in (owner, thief):
+        file.write_text(re.sub("<path>.*</path>", f"<path>{device}</path>", file.read_text()))
+    host.check("define", owner)
+    with open(device, "r+b") as content:
+        content.write(b"of db3" * 1000)
+    lose_ledger(host)
+    return thief
+
+
+def test_an_empty_ledger_gives_no_device_away(host: Host, device: str, thief: Path) -> None:
+    """Libvirt's files say whose it is: to a client, to the hook when libvirt starts a domain itself, to an operator."""
+    too = f"{device} is in libvirt's definition of domain db3, too"
+    for way in ("define", "create"):
+        assert too in host.virsh(way, thief).stderr
+    alias = f"{device}b"  # as after a boot that has given it another name
+    os.mknod(alias, stat.S_IFBLK | 0o600, os.stat(device).st_rdev)
+    named = thief.read_text()
+    thief.write_text(named.replace(device, alias))
+    assert f"{alias} is in libvirt's definition of domain db3, too" in host.virsh("define", thief).stderr
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
+    conf.write_text(conf.read_text() + f"[pool:dev]\nkind=pmem\npaths={device}\n")
+    source = host.folder / "source"
+    source.write_bytes(b"other" + bytes((4 << 20) - 5))
+    words = (str(source), "--pool", "dev", "--name", os.path.basename(device), "--label-size", "0", "--force")
+    for command in (["import", *words], ["provision", device, "--size", "4MiB"], ["import", device]):
+        refused = host.nvdimmctl(*command)
+        assert refused.returncode == 4
+        assert too in refused.stderr
+    with open(device, "rb") as content:
+        assert content.read(6) == b"of db3"
+    host.check("start", "db3")  # its hook writes it into the ledger
+    assert [item.spec.path for item in host.record("db3").allocations] == [device]
+
+
+def test_libvirt_autostarts_no_domain_with_a_device_of_another(host: Host, device: str, thief: Path) -> None:
+    stored = host.folder / "stored.xml"
+    text = (host.libvirtd.folder / "etc/libxl/db3.xml").read_text()
+    stored.write_text(text.replace("db3", "db4").replace(UUID.format(3), UUID.format(4)))
+    host.libvirtd.check("define", stored)  # without nvdimmd
+    host.check("autostart", "db4")
+    host.reboot()
+    assert "db4" not in host.libvirtd.check("list", "--name").split()
+    assert f"{device} is in libvirt's definition of domain db3, too" in host.log()

@@ -15,6 +15,10 @@ pytestmark = pytest.mark.lab
 DEVICE, SIZE_MIB = "/dev/pmem1", 16
 LEDGER = "/var/lib/nvdimm-driver/ledger.sqlite"
 ONE, TWO = "frames1", "frames2"
+LEGACY = "virsh -q -c 'xen:///system?mode=legacy'"  # nvdimmd is not asked
+BLIND = "[libvirt]\ndefinition_dirs =\n"
+BLIND_FILE = "/etc/nvdimm-driver/nvdimm-driver.conf.d/zz-blind.conf"
+"""The driver does not see libvirt's files."""
 NOWHERE = "/root/nowhere.conf"
 WITHOUT_LIBVIRT = f"--config-file /etc/nvdimm-driver/nvdimm-driver.conf.d/pools.conf --config-file {NOWHERE}"
 """libvirt cannot be asked whose a device is."""
@@ -27,10 +31,13 @@ def guest(driver_host: XenHost) -> Iterator[Guest]:
     operator.start(driver_host, ONE)
     driver_host.check("pkill nvdimm-holder")  # another guard: while it has the device, nobody else can open it
     driver_host.check(f"mkdir /root/lost && mv {LEDGER}* /root/lost && {operator.NVDIMMCTL} list")
-    driver_host.write(NOWHERE, b"[rpc]\nlibvirt_socket = /run/nowhere\nlibvirt_direct_socket = /run/nowhere\n")
+    nowhere = f"[rpc]\nlibvirt_socket = /run/nowhere\nlibvirt_direct_socket = /run/nowhere\n{BLIND}"
+    driver_host.write(NOWHERE, nowhere.encode())
     yield Guest(driver_host, ONE)
     driver_host.run(f"{operator.VIRSH} undefine {TWO}; {operator.NVDIMMCTL} release --yes {TWO}")
-    driver_host.check(f"rm -f {NOWHERE} {LEDGER}*; mv /root/lost/* $(dirname {LEDGER}) && rmdir /root/lost")
+    driver_host.check(
+        f"rm -f {NOWHERE} {BLIND_FILE} {LEDGER}*; mv /root/lost/* $(dirname {LEDGER}) && rmdir /root/lost"
+    )
     driver_host.check(f"{operator.VIRSH} destroy {ONE}")
     operator.remove(driver_host, ONE)
 
@@ -47,10 +54,19 @@ def test_no_two_guests_have_the_frames_of_a_device_after_the_ledger_was_lost(
     assert (wiped.returncode, f"{DEVICE}: " in wiped.stderr, ONE in wiped.stderr) == (4, True, True), wiped
     wiped = driver_host.run(f"{operator.NVDIMMCTL} {WITHOUT_LIBVIRT} wipe --yes {DEVICE}")
     assert (wiped.returncode, f"the guest with domid {domid} has it" in wiped.stderr) == (4, True), wiped
-    operator.define(driver_host, TWO, [operator.nvdimm(DEVICE, SIZE_MIB)])
-    refused = driver_host.run(f"{operator.VIRSH} start {TWO}")
-    assert f"{DEVICE} is in libvirt's definition of domain {ONE}, too" in refused.stderr, refused
-    refused = driver_host.run(f"virsh -q -c 'xen:///system?mode=legacy' start {TWO}")  # nvdimmd is not asked
+    xml = operator.domain_xml(TWO, [operator.nvdimm(DEVICE, SIZE_MIB)])
+    driver_host.write(f"/root/{TWO}.xml", xml.encode())
+    driver_host.check(
+        f"sed 's/{ONE}/{TWO}/; s,<uuid>.*</uuid>,,' /etc/libvirt/libxl/{ONE}.xml >/root/stored.xml && "
+        f"{LEGACY} define /root/stored.xml"
+    )
+    commands = (f"{operator.VIRSH} define /root/{TWO}.xml", f"{operator.VIRSH} start {TWO}", f"{LEGACY} start {TWO}")
+    for command in commands:
+        refused = driver_host.run(command)
+        assert refused.returncode == 1, refused
+    assert f"{DEVICE} is in libvirt's definition of domain {ONE}, too" in driver_host.run(commands[0]).stderr
+    driver_host.write(BLIND_FILE, BLIND.encode())
+    refused = driver_host.run(commands[2])
     assert refused.returncode == 1, refused
     assert f"in use by the running domain with domid {domid}" in operator.show(driver_host, TWO)["last_fault"]
     assert driver_host.run(f"xl domid {TWO}").returncode

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims that the ledger may not know: those that marks of files tell of, and libvirt's definitions for devices.
+
+A ledger that was lost, rebuilt or restored from a backup knows less than they do. Devices have no marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nvdimm_driver.errors import InUseError
+from nvdimm_driver.plugins import Backing
+from nvdimm_driver.state import ownership
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.xml.definition_files import StoredDomain
+
+
+@dataclass(frozen=True)
+class UnknownClaims:
+    """Claims to backings, whatever the ledger says.
+
+    :ivar stored: the domains with NVDIMMs in libvirt's files. Iterated over only for devices.
+    """
+
+    ledger: Ledger
+    backings: Sequence[Backing]
+    stored: Iterable[StoredDomain] = ()
+
+    def check(self, uuid: str, paths: Iterable[str]) -> None:
+        """Check that no backing is, by its mark, because it is frozen, or by libvirt's definitions, another domain's.
+
+        :param uuid: of the domain that is to have the backings; empty for none.
+        :raises InUseError: when one is.
+        :raises ConfigError: when one is a device, and libvirt's files cannot be read.
+        """
+        paths = tuple(paths)
+        ownership.check_marks(self.ledger, self.backings, uuid, paths)
+        devices = [path for path in paths if keeps_no_mark(self.backings, path)]
+        for domain in self.stored if devices else ():
+            for path in devices:
+                if not (uuid and domain.uuid == uuid) and self._has(domain, path):
+                    raise InUseError(
+                        f"{path} is in libvirt's definition of domain {domain.name}, too",
+                        hint="'nvdimmctl check' says what to do; if it is not that domain's any more, take it out: "
+                        f"virsh edit {domain.name}",
+                    )
+
+    def _has(self, domain: StoredDomain, path: str) -> bool:
+        """Return True when a domain in libvirt's files has a device, by any of its names."""
+        if domain.names(path):
+            return not self._means_another(domain, path)
+        identity = ownership.identity_at(self.backings, path)
+        others = (other for other in domain.paths if not self._means_another(domain, other))
+        found = (ownership.identity_at(self.backings, other) for other in others)
+        return identity is not None and any(each is not None and identity.shares_bytes(each) for each in found)
+
+    def _means_another(self, domain: StoredDomain, path: str) -> bool:
+        """Return True when the domain was provisioned with another device, which had that name before a boot."""
+        record = self.ledger.find_domain(domain.uuid)
+        items = [item for item in (record.allocations if record else ()) if item.spec.path == path and item.identity]
+        found = ownership.identity_at(self.backings, path)
+        return bool(items) and found is not None and not ownership.has_bytes(items, found)
+
+
+def keeps_no_mark(backings: Sequence[Backing], path: str) -> bool:
+    """Return True for what is there and records no owner: a device."""
+    return any(type(each).mark is Backing.mark and each.handles(path) for each in backings)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files in which libvirt keeps domains: definitions, and the XML of guests that run.
+
+They can be read when libvirt cannot be asked: libvirt waits for its hook, and keeps the domain locked meanwhile.
+libvirt writes each of them whole, under another name first (src/util/virfile.c:virFileRewrite).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvdimm_driver.errors import ConfigError, NvdimmError
+from nvdimm_driver.host_text import decode
+from nvdimm_driver.xml.document import may_have, parse
+from nvdimm_driver.xml.parse_domain import nvdimm_elements, path_of, uuid_of
+
+
+@dataclass(frozen=True)
+class StoredDomain:
+    """A domain with NVDIMMs in one of libvirt's files; it can be in two, while it runs.
+
+    :ivar uuid: empty if nobody knows it.
+    :ivar paths: of its NVDIMMs, resolved.
+    :ivar text: the XML, if it cannot be parsed: nobody knows what it has; empty otherwise.
+    """
+
+    name: str
+    uuid: str
+    paths: tuple[str, ...]
+    text: str = ""
+
+    def names(self, path: str) -> bool:
+        """Return True when the domain has an NVDIMM with that path, or may have: its XML cannot be parsed."""
+        return path in self.paths or path in self.text
+
+
+@dataclass(frozen=True)
+class DefinitionFiles:
+    """Libvirt's files of domains.
+
+    :ivar folders: in which they are; one that is not there has none.
+    :ivar restore: restores domain XML that libvirt has.
+    :ivar resolve: returns the path that a path leads to: an earlier version let libvirt have others.
+    """
+
+    folders: Sequence[str]
+    restore: Callable[[str], str]
+    resolve: Callable[[str], str]
+
+    def __iter__(self) -> Iterator[StoredDomain]:
+        """Yield the domains with NVDIMMs.
+
+        :raises ConfigError: when a folder or a file cannot be read.
+        """
+        for folder in self.folders:
+            for file in self._files(folder):
+                domain = self._read(file)
+                if domain is not None:
+                    yield domain
+
+    def _files(self, folder: str) -> list[Path]:
+        try:
+            return sorted(path for path in Path(folder).iterdir() if path.suffix == ".xml")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+
+    def _read(self, file: Path) -> StoredDomain | None:
+        """Return the domain of a file; None when it has no NVDIMMs, or has just been undefined."""
+        try:
+            text = decode(file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        if not may_have(text, "nvdimm"):
+            return None
+        xml = text[text.find("<domain ") : text.rfind("</domain>") + len("</domain>")]  # of a guest, it is in another
+        name, uuid = file.stem, ""
+        with suppress(NvdimmError):
+            root = parse(xml).root
+            name, uuid = root.need("name").text, uuid_of(root) or ""
+            paths = tuple(self.resolve(path_of(each)) for each in nvdimm_elements(parse(self.restore(xml)).root))
+            return StoredDomain(name, uuid, paths) if paths else None
+        return StoredDomain(name, uuid, (), xml)
+
+
+def _unreadable(path: str | Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path}: {error.strerror}: libvirt's definitions say whose devices are",
+        hint="let the driver read it; if libvirt keeps its domains elsewhere, set [libvirt] definition_dirs",
+    )

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.errors import ConfigError, InUseError
+from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, Location, NvdimmSpec
+from nvdimm_driver.plugins import Backing
+from nvdimm_driver.state.device_claims import UnknownClaims
+from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.xml.definition_files import DefinitionFiles, StoredDomain
+from nvdimm_driver.xml.rewrite import restore, rewrite
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking
+
+DEVICE, SIZE = "/dev/pmem1", 4 << 20
+XML = f"""<domain type='xen'><name>owner</name><uuid>{UUID}</uuid><memory unit='GiB'>1</memory>
+<os><type arch='x86_64' machine='xenfv'>hvm</type></os><devices><memory model='nvdimm'><source><path>{DEVICE}</path>
+</source><target><size unit='MiB'>4</size></target></memory></devices></domain>"""
+STORED = rewrite(XML, "/device-model")
+
+
+class Devices(MemoryBacking):
+    """Devices by their names, as pairs of name and number."""
+
+    mark = Backing.mark
+
+    def __init__(self, **devices: str) -> None:
+        super().__init__()
+        self.devices = {f"/dev/{name}": number for name, number in devices.items()}
+
+    def handles(self, path: str) -> bool:
+        return path in self.devices
+
+    def locate(self, spec: NvdimmSpec) -> Location:
+        return Location(identity(self.devices[spec.path]), ())
+
+
+def identity(number: str) -> BackingIdentity:
+    return BackingIdentity("fake", number, 0, 0, 0, SIZE)
+
+
+def claims(stored: list[StoredDomain], **devices: str) -> UnknownClaims:
+    return UnknownClaims(Ledger(":memory:"), [Devices(**devices)], stored)
+
+
+def files(*folders: Path) -> DefinitionFiles:
+    return DefinitionFiles([str(folder) for folder in folders], restore, os.path.abspath)
+
+
+def test_definitions_and_guests_are_read(tmp_path: Path) -> None:
+    (tmp_path / "owner.xml").write_text(f"<!--\nmade by libvirt\n-->\n\n{STORED}\n")
+    (tmp_path / "plain.xml").write_text("<domain type='xen'><name>plain</name></domain>")
+    (tmp_path / "autostart").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "owner.xml").write_text(f"<domstatus state='running' pid='1'>\n{STORED}\n</domstatus>\n")
+    owner = StoredDomain("owner", UUID, (DEVICE,))
+    assert list(files(tmp_path, run, tmp_path / "missing")) == [owner, owner]
+
+
+def test_a_definition_that_cannot_be_read_may_have_anything_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "owner.xml").write_text(STORED.replace("<nvdimm:domain ", "<nvdimm:domain added='x' "))
+    (found,) = files(tmp_path)
+    assert (found.name, found.paths, found.names(DEVICE), found.names("/dev/pmem2")) == ("owner", (), True, False)
+    (tmp_path / "owner.xml").unlink()
+    (tmp_path / "owner.xml").mkdir()
+    with pytest.raises(ConfigError, match=r"owner.xml: Is a directory"):
+        list(files(tmp_path))
+
+
+def test_a_device_is_anothers_by_any_name() -> None:
+    found = claims([StoredDomain("owner", UUID, (DEVICE,))], pmem1="one", pmem1b="one", pmem2="two")
+    found.check(UUID, [DEVICE])
+    found.check(OTHER_UUID, ["/dev/pmem2"])
+    for uuid, path in ((OTHER_UUID, DEVICE), ("", DEVICE), (OTHER_UUID, "/dev/pmem1b")):
+        with pytest.raises(InUseError, match=f"{path} is in libvirt's definition of domain owner, too"):
+            found.check(uuid, [path])
+
+
+def test_a_name_that_was_another_devices_before_a_boot_is_no_claim() -> None:
+    """Two devices have each other's names: each domain can be defined anew with the new name of its own."""
+    found = claims([StoredDomain("owner", UUID, (DEVICE,))], pmem1="two", pmem2="one")
+    had = Allocation(UUID, NvdimmSpec(0, DEVICE, SIZE), identity("one"), PAGE)
+    found.ledger.store(UUID, "owner", 1 << 30, [had])
+    found.check(OTHER_UUID, [DEVICE])
