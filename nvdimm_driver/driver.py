@@ -36,7 +36,7 @@ from nvdimm_driver.errors import (
 )
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
-from nvdimm_driver.lifecycle import saved_guest
+from nvdimm_driver.lifecycle import saved_guest, slots
 from nvdimm_driver.lifecycle.define import Definitions, uuid_of
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.emulators import Emulators
@@ -489,7 +489,7 @@ class XenNvdimmDriver(plugins.Plugin):
         :param frozen: files that are frozen for it, without symbolic links.
         :raises BackingError: when one of them is not the domain's any more.
         """
-        items = [item for item in record.allocations if item.spec.path in frozen]
+        items = slots.in_guest([item for item in record.allocations if item.spec.path in frozen])
         had = replace(record, allocations=tuple(items), start=None)  # a repair that was killed has begun with fewer
         mappings, areas, nvdimms = self.planner.map_running(had, items)
         last = self.ledger.find_run(record.uuid)

@@ -252,6 +252,8 @@ class _Look:
                     "mount the file system that had it there; or, to give up what the guest had, "
                     f"{give_up}, and define the domain again",
                 )
+            elif record.start is not None:
+                yield inconsistency(problem, self._put_back(record, item))
             else:
                 yield inconsistency(problem, _TAKE, self.changes.of(record, self.changes.adopt_another, backing, item))
             return
@@ -263,6 +265,12 @@ class _Look:
             yield inconsistency(
                 problem, "write its mark", self.changes.of(record, self.changes.write_mark, backing, item)
             )
+
+    def _put_back(self, record: Record, item: Allocation) -> str:
+        """Return the remedy for another file in the place of what a guest has: the guest goes on with its own."""
+        moved = " and ".join(self._moved(item))
+        where = f", and has {moved}: move that back, or rename its folder back" if moved else ""
+        return f"its guest runs{where}; to take what is there, shut domain {record.name} down first"
 
     def _twice(self, record: Record, item: Allocation, twin: Allocation) -> Inconsistency:
         """Return one of two NVDIMMs of a domain that have the same bytes in the ledger; an earlier repair did that."""
@@ -432,7 +440,9 @@ class _Look:
         if file.frozen and not users:
             yield self._frozen(file, owner[0] if owner else None, mark)
         for user in users:
-            if user.start and self.driver.starts.is_running(user.start) and not file.immutable:
+            if file.immutable or user.start is None or _has_another(user, file):
+                continue
+            if self.driver.starts.is_running(user.start):
                 freeze = partial(self._freeze, file)
                 yield Inconsistency(
                     user.name, file.path, "a guest has it, and it is not immutable", "make it so", freeze
@@ -459,8 +469,9 @@ class _Look:
     def _frozen(self, file: Surveyed, owner: Record | None, mark: Mark | None) -> Inconsistency:
         name = owner.name if owner else mark.name if mark else ""
         inconsistency = partial(Inconsistency, name, file.path, "it is immutable, but no known start needs that")
+        spare = owner is not None and owner.start is not None and self.owners[file.path][1].spec.set_aside
         for domid, uuid in self._guests:
-            if owner is not None and mark is not None and owner.uuid == mark.uuid == uuid:
+            if not spare and owner is not None and mark is not None and owner.uuid == mark.uuid == uuid:
                 take_up = partial(self.changes.take_up, owner, domid, self._frozen_of(mark.uuid))
                 return inconsistency(f"write into the ledger that the guest with domid {domid} has it", take_up)
             if mark is None or uuid in (None, mark.uuid):
@@ -551,6 +562,12 @@ def _guarded(name: str, path: str, found: Iterator[Inconsistency]) -> Iterator[I
 def _has_bytes(item: Allocation, file: Surveyed) -> bool:
     """Return True when a file is what an NVDIMM was provisioned with."""
     return ownership.has_bytes([item], file.identity)
+
+
+def _has_another(record: Record, file: Surveyed) -> bool:
+    """Return True when a domain was provisioned with another file than the one that is at a path of its own."""
+    had = [item.identity for item in record.allocations if item.spec.path == file.path and item.identity]
+    return file.identity is not None and any(not each.shares_bytes(file.identity) for each in had)
 
 
 def _can_become(own: Allocation, item: Allocation) -> bool:

@@ -85,6 +85,7 @@ class Changes:
 
     def adopt_another(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Do what :meth:`adopt` does, with what is in the place of an NVDIMM's backing; the bytes of that are lost."""
+        ownership.check_off(record)
         self.adopt(record, backing, item)
         self.driver.ledger.record_event("backing-replaced", record.uuid, {"path": item.spec.path})
 

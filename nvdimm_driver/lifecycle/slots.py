@@ -79,6 +79,15 @@ def set_aside(items: Sequence[Allocation], taken: Collection[int]) -> list[Alloc
     return moved
 
 
+def in_guest(items: Sequence[Allocation]) -> list[Allocation]:
+    """Return those of a domain's NVDIMMs that one guest can have, in its slots: one that is set aside goes last."""
+    found: dict[int, Allocation] = {}
+    for item in sorted(items, key=lambda each: each.spec.set_aside):
+        spec = replace(item.spec, slot=item.spec.own_slot)
+        found.setdefault(spec.slot, replace(item, spec=spec))
+    return [*found.values()]
+
+
 def all_aside(items: Sequence[Allocation], taken: Collection[int] = ()) -> list[Allocation]:
     """Return all of these NVDIMMs set aside, as :func:`set_aside` does it for those whose slots are taken."""
     return set_aside(items, {*taken, *(item.spec.slot for item in items if not item.spec.set_aside)})

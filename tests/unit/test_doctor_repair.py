@@ -348,3 +348,17 @@ def test_a_ledger_from_a_backup_starts_nobody_with_anothers_file(
 def test_a_pool_that_cannot_be_looked_at(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     backing.fail_space = "/mnt/pmem0 is not mounted"
     assert [(each.problem, each.mend) for each in look(driver)] == [("pool main: /mnt/pmem0 is not mounted", None)]
+
+
+def test_a_fault_of_one_repair_leaves_the_others_to_be_done() -> None:
+    def fail() -> None:
+        raise KeyError(256)
+
+    done: list[str] = []
+    found = [
+        Inconsistency("x", A, "a problem", "a remedy", fail),
+        Inconsistency("y", B, "a problem", "a remedy", lambda: done.append(B)),
+    ]
+    rows = _repair(lambda: [each for each in found if each.path not in done])
+    assert [row[-1][:17] for row in rows] == ["no: KeyError: 256", "yes"]
+    assert done == [B]

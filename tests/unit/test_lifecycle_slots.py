@@ -324,3 +324,20 @@ def test_a_renamed_nvdimm_of_a_restored_guest_is_not_set_aside_from_itself(
     backing.files[B] = backing.files.pop(A)
     driver.prepare(unplaced(B, given={B: 0}))
     assert slots(driver) == {B: 0}
+
+
+def test_the_start_that_is_taken_up_of_a_guest_has_one_nvdimm_in_each_slot(driver: XenNvdimmDriver) -> None:
+    """Both are frozen: the one that is set aside was left so by a guest before."""
+    driver.define(unplaced(A))
+    driver.forget(UUID)
+    driver.define(unplaced(B))
+    driver.prepare(unplaced(A))
+    driver.release(UUID)
+    record = driver.ledger.find_domain(UUID)
+    assert record
+    assert slots(driver) == {A: 0, B: 256}
+    driver.take_up_running(record, 7, {A, B})
+    found = driver.ledger.find_domain(UUID)
+    assert found
+    assert found.start
+    assert found.start.paths == (A,)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from nvdimm_driver.doctor.repair import Inconsistency
     from nvdimm_driver.driver import XenNvdimmDriver
+
+LOG = logging.getLogger(__name__)
 
 LEDGER = "ledger.sqlite"
 COLUMNS = ("Domain", "Path", "Problem", "Remedy", "Done")
@@ -139,6 +142,10 @@ def _repair(find: Callable[[], list[Inconsistency]]) -> list[tuple[str, ...]]:
             except (NvdimmError, OSError) as error:
                 failed.add(finding)
                 rows.append((*_columns(finding), f"no: {error}"))
+            except Exception as error:  # a fault of one repair does not keep the others from being done
+                LOG.exception("%s: the repair has failed", finding.path)
+                failed.add(finding)
+                rows.append((*_columns(finding), f"no: {type(error).__name__}: {error} (see the log; report it)"))
     return rows
 
 
