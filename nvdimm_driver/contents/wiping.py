@@ -158,16 +158,23 @@ class Wiper:
             # Not exit status 3, which means that there is nothing to wipe: the domain may have other NVDIMMs.
             raise _missing(owner, path, error.message.removeprefix(f"{path}: ")) from error
 
+    def is_replaced(self, item: Allocation) -> bool:
+        """Return True when another device or file system has the place of the one that had an NVDIMM."""
+        found, had = self._checks.identity(item.spec.path), item.identity
+        if found is None or had is None:
+            return False
+        return not had.shares_bytes(found) and (found.device, found.start) != (had.device, had.start)
+
     def _is_gone(self, record: Record, item: Allocation, *, lost: bool) -> bool:
         """Return True when nothing of an NVDIMM can be left to wipe or to delete.
 
-        :param lost: it is enough that it is not there, nor at another path.
+        :param lost: it is enough that it is not there, nor at another path; what has its place is not touched.
         :raises BackingError: when it is not there, but it was, or what would hold it is not there either.
         """
         path, pool = item.spec.path, self._checks.pools.of(item.spec.path)
         kind = item.identity.kind if item.identity else pool.kind if pool else ""
         backing = backing_named(self._checks.backings, kind) if kind else backing_of(self._checks.backings, path)
-        if backing.exists(path):
+        if backing.exists(path) and not (lost and self.is_replaced(item)):
             return False
         if lost:
             if item.identity is not None and (now := backing.find(item.identity)):

@@ -246,11 +246,11 @@ class _Look:
                     problem, _find_device(record, item, backing.find(item.identity) if item.identity else "")
                 )
             elif not _on_same_volume(found, item.identity):
-                give_up = release_of(record.name, record.uuid, item.spec.slot)
+                give_up = release_of(record.name, record.uuid, item.spec.slot, "--lost ")
                 yield inconsistency(
                     problem,
-                    "mount the file system that had it there; or, to give up what the guest had, "
-                    f"{give_up}, and define the domain again",
+                    "mount the file system that had it there; or, if that is lost for good, give up what the guest "
+                    f"had, and define the domain again with what is there: {give_up}",
                 )
             elif record.start is not None:
                 yield inconsistency(problem, self._put_back(record, item))

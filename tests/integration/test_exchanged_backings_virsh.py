@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def domain_with(host: Host, number: int, device: Path) -> Path:
     return xml
 
 
+@contextmanager
+def sysfs_without(host: Host, namespace: str) -> Iterator[None]:
+    """Take a namespace away, as with its module."""
+    root = host.folder / "sys"
+    links = [each for each in root.rglob("*") if each.is_symlink() and namespace in str(each.resolve())]
+    targets = {each: os.readlink(each) for each in links}
+    for each in links:
+        each.unlink()
+    yield
+    for each, target in targets.items():
+        each.symlink_to(target)
+
+
 def exchange(one: Path, other: Path) -> None:
     """Exchange the names of two devices, as a boot can."""
     aside = one.with_name("aside")
@@ -109,6 +123,22 @@ def test_a_device_with_another_name_is_not_given_up_as_lost(host: Host, devices:
     thief = host.virsh("define", domain_with(host, 4, renamed))
     assert thief.returncode != 0
     renamed.rename(own)
+
+
+def test_a_lost_module_is_given_up_though_another_has_its_name(host: Host, devices: list[Path]) -> None:
+    own, other = devices
+    xml = domain_with(host, 3, own)
+    host.check("define", xml)
+    with sysfs_without(host, "namespace1.0"):
+        other.rename(own)
+        (found,) = [row for row in rows(host, "check", "--repair") if row["Domain"] == "db3"]
+        assert found["Remedy"].endswith("nvdimmctl release --lost --slot 0 db3")
+        assert host.nvdimmctl("release", "--yes", "--slot", "0", "db3").returncode != 0
+        released = host.nvdimmctl("release", "--yes", "--lost", "--slot", "0", "db3")
+        assert released.returncode == 0, released.stderr
+        assert "has its place, which is kept as it is" in released.stdout
+        assert own.read_bytes()[:10] == b"bytes of 2"
+        host.check("define", xml)
 
 
 def test_a_replaced_file_keeps_a_domain_with_more_ram_from_starting(host: Host) -> None:

@@ -134,6 +134,42 @@ def test_what_is_lost_with_its_medium_is_given_up_on_demand(host: Host) -> None:
     assert host.read("b.img") == bytes(SIZE)
 
 
+@pytest.mark.parametrize("delete", [False, True])
+def test_what_has_the_place_of_a_lost_medium_is_not_touched(host: Host, delete: bool) -> None:
+    """A new file system is mounted where the lost one was, and a backup was copied there."""
+    host.driver.define(host.domain("a.img"))
+    write(host.path("a.img"))
+    (lost,) = host.record().allocations
+    assert lost.identity
+    os.rename(host.path("a.img"), host.path("of-the-lost-medium"))
+    run("cp", "--reflink=never", "--sparse=never", host.path("of-the-lost-medium"), host.path("a.img"))
+    os.unlink(host.path("of-the-lost-medium"))
+    run("sync", host.path("a.img"))
+    lost = replace(lost, identity=replace(lost.identity, device="another"))
+    host.driver.ledger.store(UUID, "x", 512 * MIB, [lost])
+    with pytest.raises(BackingError, match="'nvdimmctl check' says"):
+        release(host, delete=delete)
+    with pytest.raises(BackingError, match="'nvdimmctl check' says"):
+        host.driver.define(host.domain("a.img"))
+    (found,) = look(host.driver)
+    assert found.remedy.endswith("nvdimmctl release --lost --slot 0 x")
+    assert "kept as it is" in render.fate(host.driver, host.record(), delete=delete)
+    host.driver.wiper.give_up(host.record(), quiet, delete=delete, slot=0, lost=True)
+    assert host.driver.ledger.find_domain(UUID) is None
+    assert host.read("a.img") == DATA
+    host.driver.define(host.domain("a.img"))
+    assert host.read("a.img") == DATA
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_file_that_was_moved_within_its_file_system_is_not_lost(host: Host, lost: bool) -> None:
+    host.driver.define(host.domain("a.img"))
+    os.rename(host.path("a.img"), host.path("moved"))
+    run("cp", "--reflink=never", "--sparse=never", host.path("moved"), host.path("a.img"))
+    with pytest.raises(BackingError, match="'nvdimmctl check' says"):
+        host.driver.wiper.give_up(host.record(), quiet, delete=False, slot=0, lost=lost)
+
+
 def test_a_claim_whose_define_was_cut_stays_while_its_pool_is_not_mounted(host: Host) -> None:
     """The file may have bytes of the domain: an interrupted redefinition has forgotten that it was provisioned."""
     host.define("a.img")

@@ -93,6 +93,8 @@ def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
         steps = ["overwritten with zeros (wipe_on_release)"] if path in wiped else []
         steps += ["deleted"] if delete and path in own and os.path.isfile(path) else []
         steps += [f"kept as it is, because it belongs to domain {owner.name}"] if owner else []
+        if driver.wiper.is_replaced(allocation):
+            steps = ["another device or file system has its place, which is kept as it is"]
         done = " and ".join(steps) or "kept as it is"
         lines.append(f"{path}: {done if os.path.exists(path) else 'missing'}")
     return "; ".join(lines)
