@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 ESCAPED = "backslashreplace"
 """The ``errors`` of every stream and file that text goes out to."""
 LOG_MODE = 0o640
-_CONTROL = {each: f"\\x{each:02x}" for each in (*range(0x20), *range(0x7F, 0xA0)) if chr(each) not in "\t\n"}
+_UNSEEN = (0x61C, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF)
+"""Characters that change the order in which a line is shown (UAX #9), or take no place in it."""
+_CONTROL = {
+    **{each: f"\\x{each:02x}" for each in (*range(0x20), *range(0x7F, 0xA0)) if chr(each) not in "\t\n"},
+    **{each: f"\\u{each:04x}" for each in _UNSEEN},
+}
 
 
 def use_utf8() -> None:
@@ -60,5 +65,5 @@ def escaped(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text as :func:`escaped`, and without control characters, which a terminal obeys: ``\\xNN``."""
+    """Return the text as :func:`escaped`, and without characters that a terminal obeys: ``\\xNN``, ``\\uNNNN``."""
     return escaped(text).translate(_CONTROL)
