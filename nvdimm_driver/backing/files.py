@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from nvdimm_driver.backing import extents
+from nvdimm_driver.backing import extents, inode
 from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.backing.paths import Entry, check_length
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
@@ -54,6 +54,19 @@ def check_regular(fd: int, path: str) -> None:
     """
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise BackingError(f"{path}: is not a regular file")
+
+
+def check_roots_alone(fd: int, path: str) -> None:
+    """Check that only root may open a frozen file while it is mutable for a moment.
+
+    :raises BackingError: when others may: a version that left files to their owners has frozen it.
+    """
+    if not inode.is_roots_alone(fd):
+        raise BackingError(
+            f"{path}: others than root may write it, and could truncate it under the guest while its label area is "
+            "opened",
+            hint="shut the guest down and start it again: the start makes the file root's alone",
+        )
 
 
 def look(fd: int, path: str, size: int) -> ExaminedFile:

@@ -19,6 +19,7 @@ from nvdimm_driver.backing.files import (
     check_copy_name,
     check_own,
     check_regular,
+    check_roots_alone,
     check_size,
     hidden_name,
     is_new,
@@ -268,11 +269,7 @@ class FsdaxBacking(Backing):
         with opened(path, os.O_RDONLY) as fd:
             self._check_same(fd, path, identity)
             if inode.has_writer(fd):
-                raise InUseError(
-                    f"{path}: {writers.describe(fd)} may write it, by what it has opened or mapped before, and so "
-                    "change or truncate it under the guest",
-                    hint="end that program, or have it close the file",
-                )
+                raise writers.refusal(path, writers.find(fd))
 
     def is_shared(self, spec: NvdimmSpec) -> bool:
         with opened(spec.path, os.O_RDONLY) as fd:
@@ -413,16 +410,25 @@ class FsdaxBacking(Backing):
         """Accept every file: stores to its mapping are durable after msync."""
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
-        """Map the label area. Thaw a frozen file while it is opened.
+        """Map the label area. Thaw a frozen file while it is opened, if nobody but root may open it then.
 
         An immutable file on DAX takes stores, but neither write nor open for writing (ext4_file_write_iter,
         fs/namei.c:inode_permission).
         """
         path = spec.path
-        with opened(path, os.O_RDONLY) as fd, self.locks.freezing(fd, path):
-            check_identity(path, self._identity(fd, self._volume(fd, path)), identity)
-            with inode.thawed(fd), opened_again(fd, os.O_RDWR) as writable:
-                return MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
+        with opened(path, os.O_RDONLY) as fd:
+            with self.locks.freezing(fd, path):
+                check_identity(path, self._identity(fd, self._volume(fd, path)), identity)
+                if inode.is_frozen(fd):
+                    inode.freeze(fd)  # again, after a process was killed here
+                    check_roots_alone(fd, path)
+                before = writers.find(fd) if inode.has_writer(fd) else set()
+                with inode.thawed(fd), opened_again(fd, os.O_RDWR) as writable:
+                    labels = MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
+            if others := writers.find(fd) - before - {os.getpid()}:
+                labels.close()
+                raise writers.refusal(path, others)
+            return labels
 
     @contextmanager
     def _changeable(self, path: str) -> Iterator[Entry]:

@@ -9,10 +9,15 @@ and thaw, only one may work on a file at a time.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import signal
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+LOG = logging.getLogger(__name__)
 
 IMMUTABLE = 0x10  # FS_IMMUTABLE_FL
 XFLAG_REALTIME = 0x1
@@ -29,6 +34,7 @@ _FS_IOC_FSSETXATTR = 0x401C5820
 _FSXATTR = struct.Struct("=IIIII8x")  # struct fsxattr: xflags, extsize, nextents, projid, cowextsize
 _FROZEN = "trusted.nvdimm_driver.frozen"
 _OWNER = "trusted.nvdimm_driver.owner"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def generation(fd: int) -> int:
@@ -54,14 +60,39 @@ def is_immutable(fd: int) -> bool:
 
 
 def freeze(fd: int) -> None:
-    """Make the file immutable, unless it is.
+    """Make the file root's alone and immutable, unless it is immutable.
 
     A file that was not immutable before gets a mark, which only root can see and set: :func:`thaw` keeps an operator's
-    own ``chattr +i``.
+    own ``chattr +i``. It stays root's alone.
     """
     if not is_immutable(fd):
+        _make_roots_alone(fd)
         os.setxattr(fd, _FROZEN, _itself(fd))
         _set_immutable(fd, True)
+
+
+def is_roots_alone(fd: int) -> bool:
+    """Return True when only root may open the file for writing, also in the moment in which it is :func:`thawed`.
+
+    The group's bits are the most that an access control list allows anybody but the owner (acl(5), the mask).
+    """
+    found = os.fstat(fd)
+    return found.st_uid == 0 and not found.st_mode & _OTHERS_WRITE
+
+
+def _make_roots_alone(fd: int) -> None:
+    """Take the file from others who may write it. Who may read it can do so still."""
+    if is_roots_alone(fd):
+        return
+    found = os.fstat(fd)
+    os.fchown(fd, 0, -1)
+    os.fchmod(fd, stat.S_IMODE(found.st_mode) & ~_OTHERS_WRITE)
+    LOG.warning(
+        "%s was made root's, and nobody else may write it from now on: its owner was user %d, its mode %o",
+        os.readlink(f"/proc/self/fd/{fd}"),
+        found.st_uid,
+        stat.S_IMODE(found.st_mode),
+    )
 
 
 def thaw(fd: int) -> None:
@@ -75,10 +106,10 @@ def thaw(fd: int) -> None:
 def thawed(fd: int) -> Iterator[None]:
     """Make a frozen file mutable meanwhile. Its mark stays: if a process is killed here, the next one freezes it."""
     frozen = is_frozen(fd)
-    if frozen:
-        _set_immutable(fd, False)
-        os.setxattr(fd, _FROZEN, _itself(fd))  # which an earlier version has not written
     try:
+        if frozen:
+            _set_immutable(fd, False)
+            os.setxattr(fd, _FROZEN, _itself(fd))  # which an earlier version has not written
         yield
     finally:
         if frozen:
@@ -88,19 +119,31 @@ def thawed(fd: int) -> Iterator[None]:
 def has_writer(fd: int) -> bool:
     """Return True while a descriptor or a mapping exists through which a process may write the file.
 
-    XFS lets such a process change and truncate a file that was made immutable since. The kernel grants a lease to read
-    only without one (fs/locks.c:check_conflicting_open). Nobody breaks the lease of an immutable file: an open for
-    writing fails before.
+    XFS lets such a process change and truncate a file that was made immutable since.
 
     :param fd: opened to read only.
     :raises OSError: EINVAL when leases are turned off (/proc/sys/fs/leases-enable).
     """
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except BlockingIOError:
+    if not _take_lease(fd):
         return True
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
+
+
+def _take_lease(fd: int) -> bool:
+    """Take a lease to read. The kernel grants it only if nobody may write the file (fs/locks.c:check_conflicting_open).
+
+    An open for writing then waits until the lease ends. The kernel tells us of it by SIGURG, which does nothing: SIGIO,
+    which it sends by default, would end this process.
+
+    :returns: False when somebody may write it.
+    """
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def owner(fd: int) -> bytes | None:
@@ -115,7 +158,7 @@ def mark(fd: int, text: bytes | None) -> None:
     leave a running guest's file mutable. One that :func:`thawed` has left so is frozen again.
     """
     if is_frozen(fd):
-        _set_immutable(fd, True)
+        freeze(fd)
     elif text is not None:
         os.setxattr(fd, _OWNER, text)
     elif owner(fd) is not None:

@@ -4,16 +4,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from nvdimm_driver.errors import InUseError
 
-def describe(fd: int, proc: Path = Path("/proc")) -> str:
-    """Return for people which processes may write an open file, as far as /proc tells it to this one."""
-    found = sorted({int(process.name) for process in proc.glob("[0-9]*") if _may_write(process, os.fstat(fd))})
-    names = [f"process {each} ({_name(proc / str(each))})" for each in found]
-    return " and ".join(names) or "a program, which /proc does not show,"
+_PROC = Path("/proc")
+
+
+def find(fd: int) -> set[int]:
+    """Return the ids of the processes that may write an open file, as far as /proc tells it to this one."""
+    return {int(process.name) for process in _PROC.glob("[0-9]*") if _may_write(process, os.fstat(fd))}
+
+
+def refusal(path: str, found: Collection[int]) -> InUseError:
+    """Return the error for a backing at a path that a program may write, with what :func:`find` has found."""
+    names = [f"process {each} ({_name(_PROC / str(each))})" for each in sorted(found)]
+    return InUseError(
+        f"{path}: {' and '.join(names) or 'a program, which /proc does not show,'} may write it, by what it has opened "
+        "or mapped before, and so change or truncate it under the guest",
+        hint="end that program, or have it close the file",
+    )
 
 
 def _may_write(process: Path, file: os.stat_result) -> bool:
