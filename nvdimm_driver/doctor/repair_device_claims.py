@@ -15,7 +15,7 @@ from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.doctor.libvirt import Connection
 from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import ConfigError, DomainXmlError, NvdimmError, ProtocolError
+from nvdimm_driver.errors import ConfigError, NvdimmError, ProtocolError
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
@@ -68,7 +68,7 @@ def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[
         try:
             defined = _extract(restore(connection.xml(domain, inactive=True)))
             running = _extract(restore(connection.xml(domain, inactive=False))) if domain.id >= 0 else None
-        except (DomainXmlError, LibvirtError) as error:  # it may have ended meanwhile
+        except (NvdimmError, LibvirtError) as error:  # it may have ended meanwhile, or cannot be started either
             LOG.warning("domain %s: %s", domain.name, error)
             continue
         wanted = defined or running

@@ -310,17 +310,23 @@ class Starts:
         return self.hold_again()
 
     def _announce_again(self) -> None:
-        """Announce the frames of each running guest that has announced none."""
+        """Announce the frames of each running guest that has announced none; log whose cannot be."""
         starts = [each.start for each in self.ledger.started_domains() if each.start and each.start.state == "mapped"]
         announced = {domid for domid, _, _ in self.mapper.frames_of_guests()} if starts else set()
         for start in starts:
-            domid = start.domid
-            if domid is None or domid in announced or self.find_domid(start) != domid:
-                continue
-            LOG.debug("announce the frames of domid %d again", domid)
-            self.mapper.announce(domid, self.ledger.mappings_of(start))
-            if not self.is_running(start):
-                self.mapper.announce(domid, ())  # libxl has deleted what was announced before
+            if start.domid is not None and start.domid not in announced:
+                try:
+                    self._announce(start, start.domid)
+                except NvdimmError as error:
+                    LOG.warning("frames of the guest with domid %d cannot be announced: %s", start.domid, error)
+
+    def _announce(self, start: Start, domid: int) -> None:
+        if self.find_domid(start) != domid:
+            return
+        LOG.debug("announce the frames of domid %d again", domid)
+        self.mapper.announce(domid, self.ledger.mappings_of(start))
+        if not self.is_running(start):
+            self.mapper.announce(domid, ())  # libxl has deleted what was announced before
 
     def _has(self, record: Record) -> list[tuple[str, BackingIdentity]]:
         """Return path and identity of each backing that a running guest has."""

@@ -28,6 +28,7 @@ from nvdimm_driver.rpc.libvirt_calls import (
     ask,
     call,
     cannot_migrate,
+    current_xml,
     defined_xml,
     definition,
     find,
@@ -322,10 +323,16 @@ class Interceptor:
 
     def migrate(self, procedure: int, payload: bytes) -> Steps:
         """Refuse to migrate a domain with NVDIMMs."""
-        record = yield from self._record(Unpacker(payload).domain())
-        if record is not None and (record.claims or record.start):
-            raise cannot_migrate(f"domain {record.name}")
+        domain = Unpacker(payload).domain()
+        record = yield from self._record(domain)
+        known = record is not None and (record.claims or record.start)
+        if known or (yield from self._runs_with_nvdimms(domain)):
+            raise cannot_migrate(f"domain {domain.name}")
         return (yield from call(procedure, payload))
+
+    def _runs_with_nvdimms(self, domain: DomainRef) -> Generator[Call | Work, Any, bool]:
+        """Return True if a domain has NVDIMMs now by libvirt's XML, whatever the ledger says, which may be lost."""
+        return (yield from self._has_nvdimms((yield from current_xml(domain))))
 
     def migrate_in(self, procedure: int, payload: bytes) -> Steps:
         """Refuse a migration to this host of a domain with NVDIMMs, or with XML that no domain may be defined with."""
@@ -344,6 +351,12 @@ class Interceptor:
         asked = MemoryCall.unpack(procedure, payload)
         record = yield from self._record(asked.domain)
         if record is None or not (record.allocations or record.start):
+            if (yield from self._runs_with_nvdimms(asked.domain)):
+                raise LedgerError(
+                    f"domain {asked.domain.name} has NVDIMMs that the ledger does not know: nobody knows whether that "
+                    "RAM leaves them room",
+                    hint="'nvdimmctl check --repair' writes them into it",
+                )
             return (yield from call(procedure, payload))
         runs = record.start is not None
         if asked.is_maximum and asked.is_live(runs):

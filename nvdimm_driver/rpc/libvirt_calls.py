@@ -74,6 +74,11 @@ def definition(domain: DomainRef) -> Generator[Call | Work, Any, str]:
     return Unpacker((yield from call(Procedure.DOMAIN_GET_XML_DESC, arguments))).string()
 
 
+def current_xml(domain: DomainRef) -> Generator[Call | Work, Any, str]:
+    """Return a domain's XML as libvirt has it: of its guest while that runs, of its definition otherwise."""
+    return Unpacker((yield from call(Procedure.DOMAIN_GET_XML_DESC, bytes(Packer().domain(domain).uint32(0))))).string()
+
+
 def defined_xml(uuid: str | None) -> Generator[Call | Work, Any, str | None]:
     """Return the domain's existing definition; None when there is none."""
     found = None if uuid is None else (yield from find(uuid))

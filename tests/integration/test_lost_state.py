@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.doctor.libvirt import Connection
+from nvdimm_driver.rpc.procedure import Procedure
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from tests.integration.bench_host import UUID, Host
 from tests.integration.loop_pmem import run
 from tests.unit.fake_sysfs import FakeSysfs
@@ -329,3 +332,24 @@ def test_libvirt_autostarts_no_domain_with_a_device_of_another(host: Host, devic
     host.reboot()
     assert "db4" not in host.libvirtd.check("list", "--name").split()
     assert f"{device} is in libvirt's definition of domain db3, too" in host.log()
+
+
+def test_a_definition_that_cannot_be_started_keeps_no_other_domain_from_anything(host: Host, device: str) -> None:
+    """Any user can make one; on a host with a device, commands ask libvirt whose that is."""
+    host.check("destroy", "db1")
+    host.define("db2", 2)
+    host.check("setmaxmem", "db2", "1G", "--config")
+    for command in (["check"], ["wipe", "--yes", "db1"], ["wipe", "--yes", "--unclaimed", device]):
+        done = host.nvdimmctl(*command)
+        assert done.returncode == 0, (command, done.stderr)
+    assert host.nvdimmctl("release", "--yes", "db1").returncode == 0
+
+
+def test_a_guest_that_the_ledger_has_lost_is_not_migrated_nor_changed(host: Host) -> None:
+    lose_ledger(host)
+    arguments = bytes(Packer().domain(DomainRef("db1", UUID.format(1), 1)).uint32(0).uint32(0))
+    socket = str(host.libvirtd.folder / "run/libvirt/virtxend-sock")
+    with Connection(socket) as connection, pytest.raises(LibvirtError) as refused:
+        connection.call(Procedure.DOMAIN_MIGRATE_BEGIN3_PARAMS, arguments)
+    assert "domain db1 has NVDIMMs, and cannot be migrated" in (RemoteError.unpack(refused.value.payload).message or "")
+    assert "has NVDIMMs that the ledger does not know" in host.virsh("setmem", "db1", "256M", "--live").stderr

@@ -79,7 +79,7 @@ class Libvirtd:
                 self.defined[uuid] = text
                 return bytes(Packer().domain(DomainRef("db1", uuid, -1)))
             case 14:
-                return bytes(Packer().string(self.defined[values.domain().uuid]))
+                return bytes(Packer().string(self.defined.get(values.domain().uuid, "<domain/>")))
             case 24:
                 uuid = values.uuid()
                 if uuid not in self.defined:
