@@ -191,49 +191,57 @@ class XenNvdimmDriver(plugins.Plugin):
         :returns: the NVDIMMs whose backings were created.
         :raises NvdimmError: nothing has changed then, except that unwritten parts of existing files hold real zeros.
         """
-        return self.definitions.define(domain, plan)
+        with self.locks.storing(uuid_of(domain)):
+            return self.definitions.define(domain, plan)
 
     def create(self, domain: DomainSpec, plan: Plan) -> tuple[Allocation, ...]:
         """Do what :meth:`define` does, for a guest that libvirt may refuse: what the domain has besides stays its own.
 
         That is what its definition has, or what it had before: until the guest runs, no other domain may take it.
         """
-        return self.definitions.define(domain, plan, kept=self.definitions.others(domain))
+        with self.locks.storing(uuid_of(domain)):
+            return self.definitions.define(domain, plan, kept=self.definitions.others(domain))
 
     def give_up_others(self, domain: DomainSpec) -> None:
         """Give up the claims that :meth:`create` has kept, of a domain without a definition."""
-        self.definitions.give_up_others(domain)
+        with self.locks.storing(uuid_of(domain)):
+            self.definitions.give_up_others(domain)
 
-    def undo(self, uuid: str, before: Record | None, created: Sequence[Allocation], last: Run | None = None) -> None:
+    def undo(
+        self, uuid: str, before: Record | None, created: Sequence[Allocation], last: Run | None, over: Record | None
+    ) -> None:
         """Undo :meth:`create` after the start that it was for has failed: all is as before; a guest's bytes stay.
 
         :param before: the domain as the ledger had it.
         :param created: as :meth:`create` has returned it.
         :param last: the domain's last run, as the ledger had it.
+        :param over: the domain, if nobody goes on with the start that it has; any other may be another client's.
         """
-        now = self.ledger.find_domain(uuid)
-        if now is not None and now.start is not None and now.start != (before and before.start):
-            self.starts.release(now)
-        self.definitions.put_back(uuid, before, created, last)
+        if over is not None:
+            self.starts.release(over)
+        with self.locks.storing(uuid):
+            self.definitions.put_back(uuid, before, created, last)
 
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""
-        self.definitions.drop_claims(uuid)
+        with self.locks.storing(uuid):
+            self.definitions.drop_claims(uuid)
 
     def forget(self, uuid: str) -> Record:
         """Give up the domain's claim to its backings, whose bytes stay; return its last record.
 
         :raises NvdimmError: when there is no such domain, or it runs, which perhaps only Xen knows.
         """
-        self.reconcile()
-        record = self.ledger.find_domain(uuid)
-        if record is None:
-            raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
-        ownership.check_off(record)
-        self.wiper.check_unmapped(record)
-        ownership.give_up(self.ledger, self.backings, record)
-        self.remove_leftovers()
-        return record
+        with self.locks.changing(uuid), self.locks.storing(uuid):
+            self.reconcile()
+            record = self.ledger.find_domain(uuid)
+            if record is None:
+                raise LedgerError(f"no domain {uuid} in the ledger", hint="'nvdimmctl list' shows all")
+            ownership.check_off(record)
+            self.wiper.check_unmapped(record)
+            ownership.give_up(self.ledger, self.backings, record)
+            self.remove_leftovers()
+            return record
 
     def release_claims(
         self, record: Record, watch: Watch, *, delete: bool, slot: int | None = None, lost: bool = False
@@ -243,7 +251,7 @@ class XenNvdimmDriver(plugins.Plugin):
         :raises InUseError: also while another process does so.
         :raises NvdimmError: also when the domain's start is over, and cannot be put away.
         """
-        with self.locks.changing(record.uuid):
+        with self.locks.changing(record.uuid), self.locks.storing(record.uuid):
             self.starts.put_away_if_over(record)
             self.wiper.give_up(record, watch, delete=delete, slot=slot, lost=lost)
 
@@ -363,8 +371,8 @@ class XenNvdimmDriver(plugins.Plugin):
         """Check that the domain's saved guest can go on: prepare its start as the hook will do, and put that away.
 
         libvirt removes a managed save before it calls the hook: a start that the hook refuses costs the guest. Whoever
-        calls this has the lock for such a start (:meth:`.domain_locks.DomainLocks.try_restoring`): the preparation must
-        not come between another one and its device model.
+        calls this has the lock of the domain (:meth:`.domain_locks.DomainLocks.changing`) until libvirt has replied:
+        nothing may change the domain before the hook, and no other trial may come between the hook and the guest.
 
         :raises NvdimmError: as for :meth:`check_restore` and :meth:`prepare`.
         """
@@ -394,7 +402,7 @@ class XenNvdimmDriver(plugins.Plugin):
             differing, had = saved_guest.differences(last, plan), dict(saved_guest.backings_of(last))
         else:
             items = record.started if record else ()
-            differing, had = _differences(items, plan), {item.spec.path: item.identity for item in items}
+            differing, had = saved_guest.not_as_stored(items, plan), {item.spec.path: item.identity for item in items}
         differing = differing or saved_guest.missing(had, self.backings)
         if differing:
             raise UnsupportedError(
@@ -579,16 +587,6 @@ class XenNvdimmDriver(plugins.Plugin):
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         path = self.tables_file(uuid)
         self.ledger.reserve.spend(lambda: _replace(path, b"".join(tables)))
-
-
-def _differences(items: Sequence[Allocation], plan: Plan) -> str:
-    """Return what the NVDIMMs of a plan have otherwise than these, but for their paths; empty when nothing."""
-    had = [(replace(item.spec, path=""), item.base, item.identity) for item in items]
-    now = [
-        (replace(spec, path=""), at.base, location.identity)
-        for spec, at, location in zip(plan.domain.nvdimms, plan.layout.nvdimms, plan.locations, strict=True)
-    ]
-    return "" if had == now else "they are not those of the ledger"
 
 
 def _replace(path: Path, content: bytes) -> None:

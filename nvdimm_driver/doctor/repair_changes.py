@@ -32,7 +32,7 @@ class Changes:
         """
 
         def mend() -> None:
-            with self.driver.locks.changing(record.uuid):
+            with self.driver.locks.changing(record.uuid), self.driver.locks.storing(record.uuid):
                 now = self.driver.ledger.find_domain(record.uuid)
                 if not _is_as_seen(now, self.seen.get(record.uuid)):
                     raise InUseError(f"domain {record.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")

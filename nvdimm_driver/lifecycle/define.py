@@ -111,7 +111,7 @@ class Definitions:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
         What is wanted is written beside what the domain has, and takes its place in one transaction when all is
-        provisioned. Whoever calls this has the domain's lock (:meth:`.domain_locks.DomainLocks.changing`).
+        provisioned. Whoever calls this has the lock for that (:meth:`.domain_locks.DomainLocks.storing`).
 
         :param domain: with its uuid.
         :param plan: returned by :meth:`plan`; None to plan now. Anything that may have changed since is checked again.
@@ -222,7 +222,7 @@ class Definitions:
 
     def give_up_intents(self, uuid: str) -> None:
         """Give up what a define that was killed wanted for a domain; what the domain has stays as it is."""
-        with self.locks.changing(uuid):
+        with self.locks.changing(uuid), self.locks.storing(uuid):
             self.ledger.give_up_intents(uuid)
 
     def drop_claims(self, uuid: str) -> None:
@@ -255,7 +255,7 @@ class Definitions:
         if record and self._is_current(domain, record):
             return record
         plan = self._plan_adoption(domain, record)
-        with self.locks.changing(uuid):
+        with self.locks.storing(uuid):
             self.define(domain, plan, kept=self.others(domain), adopts=True)
         adopted = self.ledger.find_domain(uuid)
         if adopted is None:

@@ -14,10 +14,16 @@ WAIT_SECONDS = 2.0
 
 
 class DomainLocks:
-    """The locks of all domains of the host.
+    """The locks of all domains of the host. A process that has one takes only those below it.
 
-    There are three for each domain: ``virsh create`` changes claims around a start, and nvdimmd has one from the
-    trial of a saved guest's start to its end.
+    * ``changing``: from the first look of what changes a domain to its end, calls to libvirt included: define, create,
+      release, wipe, repair. A start from a managed save has it, too, from its trial to libvirt's reply: libvirt removes
+      the save before it calls the hook, which must find the domain as the trial has left it.
+    * ``starting``: the preparation of a start, by the hook, the trial, or a device model that xl runs.
+    * ``storing``: what the ledger says the domain has is changed. The hook takes it, and libvirt waits for that with
+      the domain locked; so nobody calls libvirt with it.
+
+    The hook runs within a call that may have ``changing``. It does not take that.
 
     :param folder: created if it does not exist; only root may have access.
     :param reserve: space for the lock of a start when the disk is full.
@@ -30,7 +36,7 @@ class DomainLocks:
         self.seconds = WAIT_SECONDS
 
     def changing(self, uuid: str) -> LockFile:
-        """Take the lock for changes of the domain's claims: define, create, release, repair.
+        """Take the lock for a change of the domain.
 
         :returns: the lock, to be closed.
         :raises InUseError: when another process still has it.
@@ -38,27 +44,17 @@ class DomainLocks:
         return self._change(uuid, self.seconds)
 
     def try_changing(self, uuid: str, client: str) -> LockFile:
-        """Take the lock for changes of the domain's claims, and do not wait for it.
+        """Take the lock for a change of the domain or the start of its saved guest, and do not wait for it.
 
         :param client: who it is for, to be told to others.
         :returns: the lock, to be closed.
         :raises InUseError: when it is taken.
         """
-        return self._change(uuid, 0.0, client)
-
-    def try_restoring(self, uuid: str, client: str) -> LockFile:
-        """Take the lock for the start of the domain's saved guest, and do not wait for it.
-
-        :param client: who it is for, to be told to others.
-        :returns: the lock, to be closed.
-        :raises InUseError: when it is taken.
-        """
-        what = f"the saved guest of domain {uuid} is being started"
-        return self._reserve.spend(lambda: self._take(f"restore-{uuid}", what, 0.0, client))
+        return self._reserve.spend(lambda: self._change(uuid, 0.0, client))
 
     def is_changing(self, uuid: str) -> bool:
-        """Return True while a process has the lock for changes of the domain's claims."""
-        return is_taken(self._folder / f"define-{uuid}")
+        """Return True while a process changes the domain, or what the ledger says it has."""
+        return any(is_taken(self._folder / name) for name in (f"define-{uuid}", f"store-{uuid}"))
 
     def starting(self, uuid: str) -> LockFile:
         """Take the lock for the preparation of the domain's start.
@@ -69,8 +65,18 @@ class DomainLocks:
         what = f"a start of domain {uuid} is being prepared"
         return self._reserve.spend(lambda: self._take(f"start-{uuid}", what, self.seconds))
 
+    def storing(self, uuid: str) -> LockFile:
+        """Take the lock for what the ledger says the domain has.
+
+        :returns: the lock, to be closed.
+        :raises InUseError: when another process still has it.
+        """
+        what = f"the NVDIMMs of domain {uuid} are being defined or released"
+        return self._reserve.spend(lambda: self._take(f"store-{uuid}", what, self.seconds))
+
     def _change(self, uuid: str, seconds: float, client: str = "") -> LockFile:
-        return self._take(f"define-{uuid}", f"domain {uuid} is being defined, created or released", seconds, client)
+        what = f"domain {uuid} is being defined, created, started from a managed save or released"
+        return self._take(f"define-{uuid}", what, seconds, client)
 
     def _take(self, name: str, what: str, seconds: float, client: str = "") -> LockFile:
         file = self._folder / name

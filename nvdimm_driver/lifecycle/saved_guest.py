@@ -22,6 +22,7 @@ from nvdimm_driver.acpi.walk import Read, locate
 from nvdimm_driver.errors import NvdimmError, RefusedError
 from nvdimm_driver.model import (
     MAX_NVDIMMS,
+    Allocation,
     BackingIdentity,
     DomainSpec,
     GuestLayout,
@@ -205,6 +206,16 @@ def check_plan(last: Run, plan: Plan) -> None:
 def differences(last: Run, plan: Plan) -> str:
     """Return what the guest of a plan has otherwise than that of the last run; empty when nothing."""
     return "; ".join(_differences(_nvdimms(last.nvdimms), _nvdimms(describe(plan.domain, plan.layout, plan.locations))))
+
+
+def not_as_stored(items: Sequence[Allocation], plan: Plan) -> str:
+    """Return what the NVDIMMs of a plan have otherwise than these, but for their paths; empty when nothing."""
+    had = [(replace(item.spec, path=""), item.base, item.identity) for item in items]
+    now = [
+        (replace(spec, path=""), at.base, location.identity)
+        for spec, at, location in zip(plan.domain.nvdimms, plan.layout.nvdimms, plan.locations, strict=True)
+    ]
+    return "" if had == now else "they are not those of the ledger"
 
 
 def check(read: Read, tables: Sequence[bytes], begun: Run, last: Run | None) -> tuple[int, bytes]:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
+from nvdimm_driver.errors import LedgerError, NvdimmError, UnsupportedError
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import check_distinct
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, Plan, Record, Run
+from nvdimm_driver.rpc import metadata_calls
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import (
     Steps,
@@ -33,16 +34,17 @@ from nvdimm_driver.rpc.libvirt_calls import (
     definition,
     find,
     has_managed_save,
+    is_idle,
     pass_xml,
     put_back_definition,
     validates,
     xml_and_flags,
 )
-from nvdimm_driver.rpc.locking import changing, restoring
+from nvdimm_driver.rpc.locking import changing
 from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
-from nvdimm_driver.xml.client_xml import ClientDomain, check_metadata, read_device, read_domain
+from nvdimm_driver.xml.client_xml import ClientDomain, read_device, read_domain
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.edit_devices import (
     Edit,
@@ -59,7 +61,6 @@ from nvdimm_driver.xml.edit_devices import (
 )
 from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import DefinedMemory, has_nvdimms, memory_of
-from nvdimm_driver.xml.rewrite import NAMESPACE
 
 LOG = logging.getLogger(__name__)
 
@@ -67,12 +68,9 @@ MIGRATE_PARAMS_MAX = 64
 """REMOTE_DOMAIN_MIGRATE_PARAM_LIST_MAX."""
 
 # include/libvirt/libvirt-domain.h
-START_FORCE_BOOT, METADATA_ELEMENT = 1 << 3, 2
+START_FORCE_BOOT = 1 << 3
 MIGRATE_DEST_XML = "destination_xml"
-# include/libvirt/virterror.h
-FROM_DOMAIN, NO_DOMAIN_METADATA, OPERATION_INVALID = 20, 80, 55
 
-MARK = NAMESPACE.encode()
 T = TypeVar("T")
 
 
@@ -113,7 +111,9 @@ class Interceptor:
         wanted = read.domain
         if wanted is None:
             payload = yield from self._without_remains(payload, read)
-            return (yield from pass_xml(procedure, payload, read, with_fds=True))
+            started = pass_xml(procedure, payload, read, with_fds=True)
+            known = yield from self._find_known(read.uuid)  # its saved guest, which libvirt starts instead, has some
+            return (yield from (started if known is None else self._started_from_save(known, started)))
         resolved, wanted = yield from self._resolved_domain(read.text, wanted)
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         with (yield from self._changing(domain.uuid or "")):
@@ -136,16 +136,14 @@ class Interceptor:
             return (yield from call(procedure, arguments, with_fds=True))  # libvirt refuses it: nothing is changed
         created = yield self._work(lambda driver: driver.create(domain, plan), _provisioning(plan))
         try:
-            start = call(procedure, arguments, with_fds=True)
-            reply = yield from (self._started_from_save(uuid, start) if saved else start)
+            if saved:
+                yield self._work(lambda driver: driver.try_restore(uuid), Pool.HOST)
+            reply = yield from call(procedure, arguments, with_fds=True)
         except Exception as error:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
-            runs = isinstance(error, LibvirtError) and RemoteError.unpack(error.payload).code == OPERATION_INVALID
             try:
-                if runs:  # its start is another client's, and goes on
-                    yield self._work(lambda each: each.definitions.put_back(uuid, before, created, last), Pool.HOST)
-                else:
-                    yield self._work(lambda driver: driver.undo(uuid, before, created, last), Pool.HOST)
+                over = yield from self._find_abandoned(uuid, before)
+                yield self._work(lambda driver: driver.undo(uuid, before, created, last, over), Pool.HOST)
             except (NvdimmError, OSError) as failed:
                 LOG.error("domain %s: what it had before its create failed cannot be put back: %s", uuid, failed)
             raise explained from error
@@ -216,32 +214,6 @@ class Interceptor:
             yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)), locked=domain.uuid)
         return b""
 
-    # --- metadata ---
-
-    def set_metadata(self, procedure: int, payload: bytes) -> Steps:
-        """Refuse metadata with our namespace in it: it would change NVDIMMs without the driver."""
-        values = Unpacker(payload)
-        values.domain()
-        is_element, value = values.int32() == METADATA_ELEMENT, values.optional_encoded()
-        if MARK in payload:
-            raise DomainXmlError(
-                f"metadata of {NAMESPACE} is nvdimm_driver's own",
-                hint="change the <memory model='nvdimm'> elements of the domain",
-            )
-        if is_element and value is not None:
-            yield Work(lambda: check_metadata(value), Pool.XML)
-        return (yield from call(procedure, payload))
-
-    def get_metadata(self, procedure: int, payload: bytes) -> Steps:
-        """Hide our metadata from clients."""
-        if MARK in payload:
-            values = Unpacker(payload)
-            values.domain()
-            if values.int32() == METADATA_ELEMENT and values.optional_string() == NAMESPACE:
-                message = "metadata not found: Requested metadata element is not present"
-                raise LibvirtError(RemoteError(NO_DOMAIN_METADATA, FROM_DOMAIN, message).pack())
-        return (yield from call(procedure, payload))
-
     # --- a domain's life ---
 
     def start(self, procedure: int, payload: bytes) -> Steps:
@@ -254,26 +226,26 @@ class Interceptor:
         uuid, flags = domain.uuid, values.uint32() if procedure == Procedure.DOMAIN_CREATE_WITH_FLAGS else 0
         record: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
         saved = not flags & START_FORCE_BOOT and (yield from has_managed_save(domain))
+        start = call(procedure, payload)
         if record is None:
-            if saved and (yield from self._has_nvdimms((yield from definition(domain)))):
-                yield self._work(lambda driver: driver.try_restore(uuid), Pool.HOST)  # the ledger was lost
-            return (yield from call(procedure, payload))
+            lost = saved and (yield from self._has_nvdimms((yield from definition(domain))))
+            return (yield from (self._started_from_save(domain, start) if lost else start))
         if not saved and not (yield from self._has_nvdimms((yield from definition(domain)))):
             yield from self._drop_claims(uuid)  # they were kept for a saved guest
-        start = call(procedure, payload)
         try:
-            return (yield from (self._started_from_save(uuid, start) if saved else start))
+            return (yield from (self._started_from_save(domain, start) if saved else start))
         except LibvirtError as error:
             raise (yield from self._explained(error, uuid)) from error
 
-    def _started_from_save(self, uuid: str, start: Steps) -> Steps:
-        """Make the call that starts a domain from its managed save, if its start can be prepared.
+    def _started_from_save(self, domain: DomainRef, start: Steps) -> Steps:
+        """Make the call that starts a domain from its managed save, if it still has one, and can go on.
 
-        libvirt removes the save before the hook prepares the start. No other trial may come between that and the guest.
+        libvirt removes the save before the hook prepares the start. So the domain has to be as it was tried until the
+        reply: neither a change of it nor another trial may come between.
         """
-        locks: DomainLocks = yield self._work(lambda driver: driver.locks)
-        with (yield from restoring(locks, uuid, self._client)):
-            yield self._work(lambda driver: driver.try_restore(uuid), Pool.HOST)
+        with (yield from self._changing(domain.uuid)):
+            if (yield from has_managed_save(domain)):
+                yield self._work(lambda driver: driver.try_restore(domain.uuid), Pool.HOST)
             return (yield from start)
 
     def restore(self, procedure: int, payload: bytes) -> Steps:
@@ -300,23 +272,27 @@ class Interceptor:
             xml = yield from defined_xml(uuid)
             read = xml and (yield from self._read((yield from self._restored(xml)).encode()))
             if read and (domain := read.domain):
-                yield self._work(lambda driver: driver.adopt(domain), Pool.HOST)
+                with (yield from self._changing(uuid)):
+                    yield self._work(lambda driver: driver.adopt(domain), Pool.HOST)
         except (NvdimmError, OSError, LibvirtError) as error:
             LOG.warning("domain %s: its NVDIMMs keep the slots of a saved guest that was refused: %s", uuid, error)
 
     def _give_up_refused(self, uuid: str) -> Generator[Call | Work, Any, None]:
         try:
             with (yield from self._changing(uuid)):
+                over = yield from self._find_abandoned(uuid, None)
                 if (yield from find(uuid)) is None:
-                    yield self._work(lambda driver: driver.undo(uuid, None, ()), Pool.HOST)
+                    yield self._work(lambda driver: driver.undo(uuid, None, (), None, over), Pool.HOST)
         except (NvdimmError, OSError, LibvirtError) as error:
             LOG.error("domain %s keeps the NVDIMMs of a saved guest that was refused: %s", uuid, error)
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""
-        reply = yield from call(procedure, payload)
         record = yield from self._record(Unpacker(payload).domain())
-        if record is not None:
+        if record is None:
+            return (yield from call(procedure, payload))
+        with (yield from self._changing(record.uuid)):
+            reply = yield from call(procedure, payload)
             paths = ", ".join(item.spec.path for item in record.allocations)
             yield self._work(lambda driver: driver.ledger.record_event("undefined", record.uuid, {"kept": paths}))
         return reply
@@ -421,8 +397,24 @@ class Interceptor:
         found: bool = yield Work(lambda: has_nvdimms(self._hooks.restore(xml)), Pool.DUMP)
         return found
 
+    def _find_known(self, uuid: str | None) -> Generator[Call | Work, Any, DomainRef | None]:
+        """Return libvirt's domain of that uuid, if the ledger has it, too."""
+        if uuid is None or (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
+            return None
+        return (yield from find(uuid))
+
+    def _find_abandoned(self, uuid: str, before: Record | None) -> Generator[Call | Work, Any, Record | None]:
+        """Return a domain that has a start since then, if nobody goes on with it: libvirt does not start the domain.
+
+        It can be that of another call, which libvirt may have begun as soon as ours had failed.
+        """
+        now: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
+        if now is None or now.start is None or (before and before.start and before.start.id == now.start.id):
+            return None
+        return now if (yield from is_idle(uuid)) else None
+
     def _changing(self, uuid: str) -> Generator[Call | Work, Any, LockFile]:
-        """Take the lock for changes of a domain's claims: no other client defines it until this call is done."""
+        """Take the lock of a domain: no other client changes it, or starts it from a save, until this call is done."""
         locks: DomainLocks = yield self._work(lambda driver: driver.locks)
         return (yield from changing(locks, uuid, self._client))
 
@@ -445,11 +437,13 @@ class Interceptor:
         read = yield from self._read(xml, validate=validates(procedure, flags))
         domain = read.domain
         if domain is None:
-            reply = yield from pass_xml(procedure, (yield from self._without_remains(payload, read)), read)
-            defined = Unpacker(reply).domain()
-            known = yield from self._record(defined)
-            if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
-                yield from self._drop_claims(defined.uuid, locked)
+            found = yield from self._find_known(read.uuid)
+            with nullcontext() if found is None or found.uuid == locked else (yield from self._changing(found.uuid)):
+                reply = yield from pass_xml(procedure, (yield from self._without_remains(payload, read)), read)
+                defined = Unpacker(reply).domain()
+                known = yield from self._record(defined)
+                if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
+                    yield from self._drop_claims(defined.uuid, found.uuid if found else locked)
             return reply
         resolved, domain = yield from self._resolved_domain(read.text, domain)
         uuid: str = yield self._work(lambda driver: driver.identify(domain).uuid)
@@ -490,7 +484,7 @@ class Interceptor:
         The libxl driver takes no domain with ``<maxMemory>``. For a domain that never had NVDIMMs, it says so.
         """
         _, flags = xml_and_flags(payload)
-        uuid = read.limited
+        uuid = read.uuid if read.is_limited else None
         if uuid is None or (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
             return payload
         xml: str = yield Work(lambda: without_max_memory(read.text), Pool.XML)
@@ -563,8 +557,8 @@ TABLE: Mapping[Procedure, Row] = {
     Procedure.DOMAIN_SET_MEMORY_FLAGS: Row(Interceptor.set_memory),
     Procedure.DOMAIN_UNDEFINE_FLAGS: Row(Interceptor.undefine),
     Procedure.DOMAIN_RESTORE_FLAGS: Row(Interceptor.restore),
-    Procedure.DOMAIN_SET_METADATA: Row(Interceptor.set_metadata),
-    Procedure.DOMAIN_GET_METADATA: Row(Interceptor.get_metadata, read_only=True),
+    Procedure.DOMAIN_SET_METADATA: Row(metadata_calls.set_metadata),
+    Procedure.DOMAIN_GET_METADATA: Row(metadata_calls.get_metadata, read_only=True),
     Procedure.DOMAIN_MIGRATE_BEGIN3_PARAMS: Row(Interceptor.migrate),
     Procedure.DOMAIN_MIGRATE_PREPARE3_PARAMS: Row(Interceptor.migrate_in),
     Procedure.DOMAIN_MIGRATE_PREPARE_TUNNEL3_PARAMS: Row(Interceptor.migrate_in),

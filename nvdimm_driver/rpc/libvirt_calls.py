@@ -15,7 +15,7 @@ from nvdimm_driver.xml.client_xml import ClientDomain
 
 LOG = logging.getLogger(__name__)
 
-NO_DOMAIN = 42  # include/libvirt/virterror.h
+NO_DOMAIN, OPERATION_INVALID = 42, 55  # include/libvirt/virterror.h
 XML_SECURE, XML_INACTIVE = 1, 2
 START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0  # include/libvirt/libvirt-domain.h
 
@@ -66,6 +66,21 @@ def find(uuid: str) -> Generator[Call | Work, Any, DomainRef | None]:
         if RemoteError.unpack(error.payload).code == NO_DOMAIN:
             return None
         raise
+
+
+def is_idle(uuid: str) -> Generator[Call | Work, Any, bool]:
+    """Return True if libvirt neither runs nor starts a domain.
+
+    It answers the second call after it has ended any other job of the domain, such as a start, or gives up after 30 s
+    (src/libxl/libxl_driver.c:libxlDomainMemoryStats).
+    """
+    try:
+        domain = yield from find(uuid)
+        if domain is not None:
+            yield from call(Procedure.DOMAIN_MEMORY_STATS, bytes(Packer().domain(domain).uint32(1).uint32(0)))
+    except LibvirtError as error:
+        return RemoteError.unpack(error.payload).code in (NO_DOMAIN, OPERATION_INVALID)
+    return domain is None
 
 
 def definition(domain: DomainRef) -> Generator[Call | Work, Any, str]:

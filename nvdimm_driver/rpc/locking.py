@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import suppress
 from typing import Any
 
@@ -17,26 +17,16 @@ LOCK_DELAYS = (0.0, 0.05, 0.15, 0.3, 0.5, 1.0)
 
 
 def changing(locks: DomainLocks, uuid: str, client: Peer | None) -> Generator[Call | Work, Any, LockFile]:
-    """Take the lock for changes of a domain's claims.
+    """Take the lock for a change of a domain, or the start of its saved guest.
+
+    A thread that waited for it would keep the calls of others from theirs.
 
     :param client: who it is for, to be told to others.
     :raises InUseError: when another still has it at the last attempt.
     """
-    return (yield from _taken(locks.try_changing, uuid, client))
-
-
-def restoring(locks: DomainLocks, uuid: str, client: Peer | None) -> Generator[Call | Work, Any, LockFile]:
-    """Take the lock for the start of a domain's saved guest, as :func:`changing` takes the other."""
-    return (yield from _taken(locks.try_restoring, uuid, client))
-
-
-def _taken(
-    attempt: Callable[[str, str], LockFile], uuid: str, client: Peer | None
-) -> Generator[Call | Work, Any, LockFile]:
-    """Take a lock. A thread that waited for it would keep the calls of others from theirs."""
 
     def take() -> LockFile:
-        return attempt(uuid, f"{describe(client.pid)} of user {client.uid}" if client else "")
+        return locks.try_changing(uuid, f"{describe(client.pid)} of user {client.uid}" if client else "")
 
     for delay in LOCK_DELAYS[:-1]:
         with suppress(InUseError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lxml import etree
@@ -39,13 +40,15 @@ class ClientDomain:
     :ivar text: the XML.
     :ivar domain: the domain; None when it has no NVDIMMs or is not of type ``xen``.
     :ivar other_type: the type of a domain with NVDIMMs that is not of type ``xen``.
-    :ivar limited: uuid of a domain of type ``xen`` that has ``<maxMemory>``.
+    :ivar uuid: that in the XML of a domain of type ``xen``.
+    :ivar is_limited: the domain has ``<maxMemory>``.
     """
 
     text: str
     domain: DomainSpec | None
     other_type: str | None
-    limited: str | None
+    uuid: str | None
+    is_limited: bool
 
 
 def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> ClientDomain:
@@ -74,8 +77,10 @@ def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> Cl
             hint="leave <emulator> out, or name a QEMU",
         )
     other_type = root.attributes.get("type") if nvdimms and not xen else None
-    limited = uuid_of(root) if xen and root.child("maxMemory") is not None else None
-    return ClientDomain(text, domain, other_type, limited)
+    uuid = None
+    with suppress(DomainXmlError):  # that libvirt refuses, or takes for none
+        uuid = uuid_of(root) if xen else None
+    return ClientDomain(text, domain, other_type, uuid, root.child("maxMemory") is not None)
 
 
 def read_device(data: bytes) -> tuple[str, bool]:

@@ -182,7 +182,7 @@ class World:
             plan = driver.check(domain)
             before, last = driver.ledger.find_domain(uuid), driver.ledger.find_run(uuid)
             created = driver.create(domain, plan) if before else driver.define(domain, plan)
-            driver.undo(uuid, before, created, last)
+            driver.undo(uuid, before, created, last, driver.ledger.find_domain(uuid))
 
     def fill(self, *names: str) -> None:
         """Write what only the guest could have written."""

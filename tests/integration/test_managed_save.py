@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.model import MIB
 from tests.integration.bench_host import CONF, Host
 
 QUOTA = 8
@@ -203,6 +205,98 @@ def test_the_driver_is_not_removed_while_a_guest_is_saved(host: Host) -> None:
     done = host.nvdimmctl("unregister")
     assert (done.returncode, "domains with NVDIMMs have saved guests: db1" in done.stderr) == (4, True), done
     goes_on(host)
+
+
+def test_a_create_beside_the_start_of_the_saved_guest(host: Host) -> None:
+    """libxl reads the guest's memory between the hook and the device model: a script stands for the time of that."""
+    save(host)
+    host.script("60-slow", '[ "$2" = start ] && sleep 4\nexit 0\n')
+    virsh = ["virsh", "-q", "-c", "xen:///system"]
+    with host.libvirtd.begin(*virsh, "start", "db1") as one:
+        with host.libvirtd.begin(*virsh, "create", str(host.xml("db1", 1))) as other:
+            other.wait()
+        one.wait()
+    assert [one.returncode, other.returncode].count(0) == 1
+    assert host.state("db1")[0] == "mapped"
+
+
+def test_defines_beside_the_start_of_the_saved_guest(host: Host) -> None:
+    """The guest has 512 MiB, and its definition other RAM: each of the two starts has to take over its own."""
+    small, go = with_ram(host, 256), host.folder / "go"
+    script = f"while [ -e {go} ]; do virsh -q -c xen:///system define {small}; done >/dev/null"
+    for _ in range(3):
+        save(host)
+        go.touch()
+        with host.libvirtd.begin("sh", "-c", script):
+            try:
+                done = [host.virsh("start", "db1") for _ in range(3) if is_saved(host)]
+            finally:
+                go.unlink()
+        assert done[-1].returncode == 0 or is_saved(host), done[-1].stderr
+        if is_saved(host):
+            host.check("start", "db1")
+        host.check("destroy", "db1")
+        host.define("db1", 1)
+
+
+def test_a_create_with_other_ram_than_that_of_the_saved_guest(host: Host) -> None:
+    save(host)
+    host.check("create", with_ram(host, 256))
+    assert host.state("db1")[0] == "mapped"
+    assert host.record("db1").ram == 512 * MIB, "libvirt restores the guest as it was"
+
+
+def test_a_create_without_nvdimms_asks_about_the_saved_guest_too(host: Host) -> None:
+    """libvirt restores that, with its NVDIMMs."""
+    save(host)
+    host.libvirtd.run("touch", host.folder / "pmem/db1.img")
+    assert "db1.img was written on the host" in refused(host, "create", without_nvdimms(host))
+    assert is_saved(host)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "virsh start db1",
+        "virsh define db1.xml",
+        "virsh create db1.xml",
+        "virsh define plain.xml",
+        "virsh attach-device db1 device.xml --config",
+        "virsh undefine db1 --managed-save",
+        "nvdimmctl wipe --yes db1",
+        "nvdimmctl release --yes db1",
+    ],
+)
+def test_one_at_a_time_changes_the_domain_or_starts_its_saved_guest(host: Host, words: str) -> None:
+    save(host)
+    device(host, "more")
+    without_nvdimms(host)
+    lock, held = host.folder / f"state/locks/define-{host.record('db1').uuid}", host.folder / "held"
+    script = f"touch {held}; while [ -e {held} ]; do sleep 0.1; done"
+    with host.libvirtd.begin("flock", lock, "sh", "-c", script) as other:
+        try:
+            while not held.exists():
+                assert other.poll() is None
+            program, *arguments = [str(host.folder / word) if ".xml" in word else word for word in words.split()]
+            done = host.virsh(*arguments) if program == "virsh" else host.nvdimmctl(*arguments)
+        finally:
+            held.unlink(missing_ok=True)
+    assert done.returncode != 0
+    assert "is being defined, created, started from a managed save or released by" in done.stderr
+    goes_on(host)
+
+
+def without_nvdimms(host: Host) -> Path:
+    file = host.folder / "plain.xml"
+    text = host.xml("db1", 1).read_text()
+    file.write_text(re.sub(r"<memory model='nvdimm'>.*</memory>", "", text, flags=re.DOTALL))
+    return file
+
+
+def with_ram(host: Host, mib: int) -> Path:
+    file = host.folder / "ram.xml"
+    file.write_text(host.xml("db1", 1).read_text().replace(">512<", f">{mib}<"))
+    return file
 
 
 def save(host: Host) -> None:

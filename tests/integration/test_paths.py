@@ -182,7 +182,7 @@ def is_there(path: Path) -> bool:
 def test_undo_deletes_nothing_else(swap: Swap, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     swap.swap(kind)
     before = is_there(swap.path)
-    swap.host.driver.undo(OTHER_UUID, None, swap.created)
+    swap.host.driver.undo(OTHER_UUID, None, swap.created, None, None)
     assert f"{swap.path} stays" in caplog.text
     assert is_there(swap.path) == before
     swap.check_victim()

@@ -307,7 +307,7 @@ def test_a_domain_that_is_undone_keeps_what_its_guest_may_have_written(host: Hos
         host.mapper.alive.clear()
     else:
         host.driver.define(host.domain("a.img"))
-    host.driver.undo(UUID, None, ())
+    host.driver.undo(UUID, None, (), None, host.record())
     assert claims(host) == ({0: "a.img"} if ran else {})
 
 

@@ -139,7 +139,7 @@ def create_in_vain(driver: XenNvdimmDriver) -> None:
     """Do what ``virsh create`` with another file does before and after libvirt refuses it."""
     before = driver.ledger.find_domain(UUID)
     other = domain(C, ram=8 * GIB)
-    driver.undo(UUID, before, driver.create(other, driver.check(other)))
+    driver.undo(UUID, before, driver.create(other, driver.check(other)), None, None)
 
 
 @pytest.mark.parametrize("work", [redefine, give_up_the_first, adopt, create_in_vain])
@@ -326,7 +326,7 @@ def test_a_create_that_fails_while_its_guest_lives_keeps_what_that_has(tmp_path:
     start = host.other.ledger.find_prepared(UUID)
     assert start is not None
     host.other.ledger.begin_mapping(start, 7)
-    host.other.undo(UUID, before, created)
+    host.other.undo(UUID, before, created, None, host.record())
     assert C in host.backing.files
     assert {item.spec.path for item in host.record().allocations} == {A, B, C}
     with pytest.raises(InUseError):

@@ -6,6 +6,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.rpc.handler_types import Call, Entry, Work
@@ -14,8 +16,10 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import restore
-from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
+from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
 from tests.unit.test_rpc_intercept import CONTEXT, NVDIMM, Libvirtd, Proxy, xml
+
+OPERATION_INVALID, OPERATION_TIMEOUT = 55, 68  # include/libvirt/virterror.h
 
 
 class Client:
@@ -37,10 +41,14 @@ class Client:
         else:
             self.request = self.steps.send(value)
 
-    def until(self, procedure: Procedure) -> None:
-        """Work until a call of that procedure was answered."""
+    def before(self, procedure: Procedure) -> None:
+        """Work until a call of that procedure is to be answered."""
         while not (isinstance(self.request, Call) and self.request.procedure == procedure):
             self.step()
+
+    def until(self, procedure: Procedure) -> None:
+        """Work until a call of that procedure was answered."""
+        self.before(procedure)
         self.step()
 
     def finish(self) -> None:
@@ -60,11 +68,38 @@ def test_a_define_without_nvdimms_leaves_those_of_a_define_that_came_after_it(tm
     backing = MemoryBacking()
     proxy = Proxy(tmp_path, backing)
     proxy.define(xml("a"))
+    del proxy.libvirtd.defined[UUID]  # undefined: its NVDIMMs stay its own
     one = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml()))
     one.until(Procedure.DOMAIN_DEFINE_XML)
     proxy.define(xml("a"))
     one.finish()
     assert claims(tmp_path, backing) == ["/mnt/pmem0/a"]
+
+
+def test_who_changes_a_domain_or_starts_its_saved_guest_has_its_lock_in_the_call_to_libvirt(tmp_path: Path) -> None:
+    backing = MemoryBacking()
+    proxy, driver = Proxy(tmp_path, backing), make_driver(tmp_path, backing, RecordingMapper())
+    proxy.define(xml("a"))
+    driver.prepare_known(UUID)
+    map_prepared(driver.ledger, 5)
+    driver.release(UUID)
+    proxy.libvirtd.saved.add(UUID)
+    saved = DomainRef("db1", UUID, -1)
+    calls = [
+        (Procedure.DOMAIN_DEFINE_XML, Packer().string(xml())),
+        (Procedure.DOMAIN_DEFINE_XML, Packer().string(xml("a"))),
+        (Procedure.DOMAIN_CREATE, Packer().domain(saved)),
+        (Procedure.DOMAIN_CREATE_XML, Packer().string(xml("a")).uint32(0)),
+        (Procedure.DOMAIN_CREATE_XML, Packer().string(xml()).uint32(0)),
+        (Procedure.DOMAIN_UNDEFINE, Packer().domain(saved)),
+    ]
+    for procedure, packer in calls:
+        proxy.define(xml("a"))
+        one = Client(proxy, procedure, packer)
+        one.before(procedure)
+        with pytest.raises(InUseError, match="is being defined, created, started from a managed save or released by"):
+            driver.locks.try_changing(UUID, "")
+        one.finish()
 
 
 def test_a_start_without_nvdimms_leaves_those_of_a_define_meanwhile(tmp_path: Path) -> None:
@@ -133,6 +168,39 @@ def test_the_undo_of_a_refused_create_leaves_the_start_of_another_client(tmp_pat
     prepared = driver.ledger.find_prepared(UUID)
     assert prepared
     driver.ledger.begin_mapping(prepared, 5)
+
+
+class Failed(Libvirtd):
+    """A libvirtd in which a create fails after its hook, and another client starts the domain, or nobody does.
+
+    :ivar answers: number of the error with which it says whether the domain is being started.
+    """
+
+    def __init__(self, driver: XenNvdimmDriver, answers: int) -> None:
+        super().__init__()
+        self.driver = driver
+        self.answers = answers
+
+    def answer(self, call: Call) -> bytes:
+        if call.procedure == Procedure.DOMAIN_MEMORY_STATS:
+            raise LibvirtError(RemoteError(self.answers, 10, "an answer").pack())
+        if call.procedure == Procedure.DOMAIN_CREATE_XML:
+            self.driver.prepare(domain("/mnt/pmem0/a"))
+            raise LibvirtError(RemoteError(1, 10, "network is not active").pack())
+        return super().answer(call)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_the_undo_of_a_failed_create_puts_away_what_nobody_goes_on_with(tmp_path: Path, *, goes_on: bool) -> None:
+    backing = MemoryBacking()
+    driver = make_driver(tmp_path, backing, RecordingMapper())
+    proxy = Proxy(tmp_path, backing)
+    proxy.libvirtd = Failed(driver, OPERATION_TIMEOUT if goes_on else OPERATION_INVALID)
+    proxy.define(xml("a"))
+    with pytest.raises(LibvirtError, match="network is not active"):
+        proxy.call(Procedure.DOMAIN_CREATE_XML, Packer().string(xml("a")).uint32(0))
+    assert (driver.ledger.find_prepared(UUID) is not None) == goes_on
+    assert (backing.frozen == {"/mnt/pmem0/a"}) == goes_on
 
 
 def test_of_two_nvdimms_that_are_attached_at_once_both_stay(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def test_a_domain_is_read() -> None:
     assert read_domain(PLAIN.format("").encode(), DEVICE_MODEL).domain is None
     assert read_domain(DOMAIN.replace("'xen'", "'kvm'").encode(), DEVICE_MODEL).other_type == "kvm"
     limited = PLAIN.format("").replace("<memory>", "<maxMemory slots='1'>9999999</maxMemory><memory>", 1)
-    assert read_domain(limited.encode(), DEVICE_MODEL).limited == UUID
+    read = read_domain(limited.encode(), DEVICE_MODEL)
+    assert (read.uuid, read.is_limited) == (UUID, True)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -187,13 +188,16 @@ class Wipe(Action):
         whose = f" (of domain {', '.join(each.name for each in owners)})" if owners else ""
         if not agreed(f"Overwrite everything in {paths}{whose} with zeros?", parsed_args.yes):
             return 1
-        for spec in doomed:
-            with watched(spec.path, lines=parsed_args.progress) as watch:
-                if unclaimed:
-                    driver.wiper.wipe_unclaimed(spec, watch)
-                else:
-                    driver.wiper.wipe(spec, watch, owner)
-            print(f"{spec.path} is all zeros")
+        with ExitStack() as locked:
+            for each in owners:
+                locked.enter_context(driver.locks.changing(each.uuid))
+            for spec in doomed:
+                with watched(spec.path, lines=parsed_args.progress) as watch:
+                    if unclaimed:
+                        driver.wiper.wipe_unclaimed(spec, watch)
+                    else:
+                        driver.wiper.wipe(spec, watch, owner)
+                print(f"{spec.path} is all zeros")
         return 0
 
 
