@@ -40,7 +40,6 @@ class XenLibvirtDriver(driver.LibvirtDriver):
     """nova.virt.libvirt.driver.LibvirtDriver on Xen, which keeps the persistent memory of instances.
 
     :cvar DYING_SECONDS: how long Xen may take to remove a destroyed domain.
-    :ivar _zeros: paths of namespaces that this process has wiped, and that no instance has got since.
     """
 
     DYING_SECONDS = 30
@@ -48,7 +47,6 @@ class XenLibvirtDriver(driver.LibvirtDriver):
     @overrides("(self, virtapi, read_only=False)")
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
         """Use XenHost instead of Nova's Host, which Nova makes here and gives to the VIF driver."""
-        self._zeros: set[str] = set()
         super().__init__(virtapi, read_only)
         self._host = xen_host.XenHost(
             self._uri(),
@@ -175,7 +173,6 @@ class XenLibvirtDriver(driver.LibvirtDriver):
                 f"{', '.join(f'{each.name} ({each.label})' for each in found) or 'none'}: write labels in the flavor "
                 "as they are in [libvirt] pmem_namespaces of the host"
             )
-        self._zeros.difference_update(_paths(found))  # the guest is about to write them
         return found
 
     @overrides("(self, instance, prefix=None)")
@@ -228,11 +225,10 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         last: while a domain is defined, Nova finds it after a restart, and calls this again.
         """
         goes = leaves_host(instance, CONF.host, destroys_disks=kwargs.get("cleanup_instance_disks", False))
-        if goes:
-            self._give_up_or_tell(instance)
+        wiped = self._give_up_or_tell(instance) if goes else set()
         super()._cleanup(context, instance, network_info, block_device_info, **kwargs)
         if goes and instance.host == CONF.host:
-            self._wipe_unknown(instance)
+            self._wipe_unknown(instance, wiped)
 
     @overrides("(self, instance)")
     def cleanup_lingering_instance_resources(self, instance: Any) -> None:
@@ -240,13 +236,13 @@ class XenLibvirtDriver(driver.LibvirtDriver):
         super().cleanup_lingering_instance_resources(instance)
         self._give_up(instance)
 
-    def _give_up_or_tell(self, instance: Any) -> None:
-        """Give up what an instance has. What cannot be wiped of one that is elsewhere stays claimed, and is logged.
+    def _give_up_or_tell(self, instance: Any) -> set[str]:
+        """Do what :meth:`_give_up` does. What cannot be wiped of one that is elsewhere stays claimed, and is logged.
 
         Nova starts on no host where an evacuated instance cannot be cleaned up: one bad device would stop all of them.
         """
         try:
-            self._give_up(instance)
+            return self._give_up(instance)
         except exception.VPMEMCleanupFailed as error:
             if instance.deleted or instance.host in (None, CONF.host):
                 raise
@@ -258,12 +254,13 @@ class XenLibvirtDriver(driver.LibvirtDriver):
                 instance.uuid,
                 instance=instance,
             )
+            return set()
 
-    def _give_up(self, instance: Any) -> None:
-        """Wipe and release what the ledger has of an instance. It can be repeated."""
+    def _give_up(self, instance: Any) -> set[str]:
+        """Wipe and release what the ledger has of an instance, and return its paths. It can be repeated."""
         wiped = self._wipe(instance)
         self._release(instance)
-        self._zeros.update(wiped)
+        return wiped
 
     def _wipe(self, instance: Any) -> set[str]:
         """Write zeros to all persistent memory that the ledger has of an instance, and return its paths.
@@ -290,12 +287,16 @@ class XenLibvirtDriver(driver.LibvirtDriver):
             if error.status != command.NOT_FOUND:
                 raise exception.VPMEMCleanupFailed(dev=f"of instance {instance.uuid}", error=error) from error
 
-    def _wipe_unknown(self, instance: Any) -> None:
+    def _wipe_unknown(self, instance: Any, wiped: set[str]) -> None:
         """Write zeros to what Nova says that an instance has, and the ledger does not know: it may be lost, or older.
 
         What another domain has by now is left alone: the next instance that is to get it is refused, or gets zeros.
+
+        :param wiped: paths of what the ledger knew, and is wiped.
         """
         for path in _paths(self._get_vpmems(instance)):
+            if path in wiped:
+                continue
             try:
                 self._wipe_unclaimed(instance, [path])
             except command.CommandFailed as error:
@@ -304,16 +305,15 @@ class XenLibvirtDriver(driver.LibvirtDriver):
                 LOG.warning("%s was not wiped: %s", path, error, instance=instance)
 
     def _wipe_unclaimed(self, instance: Any, paths: Iterable[str]) -> None:
-        """Write zeros to namespaces that no domain has, unless they are known to be zeros.
+        """Write zeros to namespaces that no domain has; nvdimmctl reads all of them, and writes what is not zeros.
 
-        The ledger cannot say what is in such a namespace. Its last owner may have been lost with an earlier ledger,
-        released without a wipe, or defined again without it.
+        Neither the ledger nor this process can say what is in such a namespace. Its last owner may have been lost with
+        an earlier ledger, released without a wipe, or defined again without it, and need not be an instance.
 
         :raises CommandFailed: when a domain has one, or it cannot be wiped.
         """
         for path in paths:
-            if path not in self._zeros:
-                self._zeros.update(_wiped(instance, "--unclaimed", path))
+            _wiped(instance, "--unclaimed", path)
 
     # --- what would lose persistent memory ---
 
@@ -445,7 +445,6 @@ EXPECTED = (
             "_host": ASSIGNED,
             "vif_driver": ASSIGNED,
             "_vpmems_by_name": ASSIGNED,
-            "_zeros": NOTHING,
             "emit_event": "(self, event)",
             "_handle_conn_event": "(self, enabled, reason)",
             "_guest_needs_usb": "(self, guest, image_meta)",
