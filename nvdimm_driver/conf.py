@@ -7,7 +7,6 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from nvdimm_driver import conf_files, plugin_loader, sizes
 from nvdimm_driver.acpi.machine import DEFAULT_BINARIES
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, Pool
-from nvdimm_driver.pools.rules import is_in
+from nvdimm_driver.pools.places import find_nested
 
 
 class Size(types.ConfigType):
@@ -434,13 +433,13 @@ def _check_values(conf: cfg.ConfigOpts) -> None:
     pools = configured_pools(conf)
     for pool in pools:
         _check_pool(pool)
-    for one, other in combinations(pools, 2):
-        for path in one.paths:
-            if is_in(path, other) or any(is_in(each, one) for each in other.paths):
-                raise ConfigError(
-                    f"configuration: pools {one.name} and {other.name} both have {path}",
-                    hint="give each path to one pool only, and no folder inside another pool's",
-                )
+    if nested := find_nested(pools):
+        one, other, path = nested
+        raise ConfigError(
+            f"configuration: pools {one.name} and {other.name} both have {path}",
+            hint="give each path to one pool only, and no folder inside another pool's; symbolic links and bind mounts "
+            "count as what they lead to",
+        )
 
 
 def _check_pool(pool: Pool) -> None:

@@ -459,7 +459,7 @@ class XenNvdimmDriver(plugins.Plugin):
 
     def measure_pool(self, pool: Pool) -> PoolUsage:
         """Return a pool's space and its use by domains."""
-        return usage_of(pool, self.ledger, self.backings)
+        return usage_of(pool, self.pools, self.ledger, self.backings)
 
     def label_server_state(self, record: Record) -> str | None:
         """Return ``running`` or ``gone``; None for a domain that needs no label server now."""

@@ -88,9 +88,10 @@ class DriverCollector(Collector):
         for name in names:
             size[name] = 0
             count.update({(name, state): 0 for state in STATES})
+        places = self._driver.pools.places()
         for record in records:
             for item in record.claims:
-                pool = self._driver.pools.of(item.spec.path)
+                pool = places.pool_of(item.spec.path)
                 name = NO_POOL if pool is None else pool.name
                 count[name, _state(record, item)] += 1
                 size[name] += item.spec.size

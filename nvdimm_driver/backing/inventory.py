@@ -298,12 +298,14 @@ class Mount:
 
     :ivar device: st_dev of its files.
     :ivar options: those of the file system, which have ``dax``, not those of the mount point.
+    :ivar root: the folder of the file system that is mounted; ``/`` unless it is a bind mount.
     """
 
     device: int
     directory: str
     kind: str
     options: tuple[str, ...]
+    root: str = "/"
 
 
 def mounts(mountinfo: Path) -> tuple[Mount, ...]:
@@ -319,12 +321,16 @@ def mounts(mountinfo: Path) -> tuple[Mount, ...]:
         left, _, right = line.partition(" - ")
         if not right:
             continue
-        numbers, directory = left.split(" ")[2], left.split(" ")[4]
+        numbers, root, directory = left.split(" ")[2:5]
         major, _, minor = numbers.partition(":")
         kind, _, options = right.split(" ", 2)  # the source may be empty
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), directory)
-        result.append(Mount(os.makedev(int(major), int(minor)), point, kind, tuple(options.split(","))))
+        device = os.makedev(int(major), int(minor))
+        result.append(Mount(device, _unescape(directory), kind, tuple(options.split(",")), _unescape(root)))
     return tuple(result)
+
+
+def _unescape(name: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 
 def mounted(sysfs: Path = SYSFS, mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[Namespace, ...]:

@@ -110,7 +110,7 @@ def check_pool(
     pool: Pool, ledger: Ledger, backings: Sequence[Backing], mountinfo: Path, dax: Callable[[str], bool]
 ) -> Iterator[Finding]:
     """Check that a pool works, and how well."""
-    usage = usage_of(pool, ledger, backings)
+    usage = usage_of(pool, Pools([pool]), ledger, backings)
     yield check_usage(usage)
     if usage.space is not None:
         yield check_alignment(usage)

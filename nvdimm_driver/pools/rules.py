@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-from nvdimm_driver.backing.paths import resolve, resolve_new
+from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import DomainSpec, NvdimmSpec, Pool, Record
+from nvdimm_driver.pools.places import Places
 from nvdimm_driver.sizes import human
 
 
@@ -36,8 +37,12 @@ class Pools:
         raise NotFoundError(f"no pool {name!r}", hint="'nvdimmctl pool list' shows all")
 
     def of(self, path: str) -> Pool | None:
-        """Return the pool that a resolved path is in, or None; nothing needs to be at the path."""
-        return next((pool for pool in self._pools if is_in(path, pool)), None)
+        """Return the pool that a resolved path is in, as :meth:`.Places.pool_of` does."""
+        return self.places().pool_of(path)
+
+    def places(self) -> Places:
+        """Return where the pools are now, to ask :meth:`.Places.pool_of` of many paths."""
+        return Places(self._pools)
 
     def wipes(self, path: str) -> bool:
         """Return True when what is at a path has to be overwritten before another domain may have it."""
@@ -113,29 +118,13 @@ class Pools:
             )
 
     def _by_pool(self, specs: Iterable[NvdimmSpec]) -> dict[Pool | None, list[NvdimmSpec]]:
-        tops = [(pool, _tops(pool)) for pool in self._pools]  # once: there may be thousands of NVDIMMs
+        places = self.places()  # once: there may be thousands of NVDIMMs
         found: dict[Pool | None, list[NvdimmSpec]] = {}
         for spec in specs:
-            pool = next((pool for pool, folders in tops if _is_below(spec.path, folders)), None)
-            found.setdefault(pool, []).append(spec)
+            found.setdefault(places.pool_of(spec.path), []).append(spec)
         return found
 
     def _where(self) -> str:
         if not self._pools:
             return "none is configured: 'nvdimmctl pool create' makes one; allow_any_path=true allows any path"
         return "pools are: " + ", ".join(f"{pool.name} ({', '.join(pool.paths)})" for pool in self._pools)
-
-
-def is_in(path: str, pool: Pool) -> bool:
-    """Return True when a path without symbolic links is a device of the pool, or below one of its folders."""
-    return _is_below(path, _tops(pool))
-
-
-def _tops(pool: Pool) -> list[str]:
-    """Return the devices and folders of a pool, without symbolic links."""
-    return [resolve(top) for top in pool.paths]
-
-
-def _is_below(path: str, tops: Sequence[str]) -> bool:
-    below = any(path == top or path.startswith(top.rstrip("/") + "/") for top in tops)
-    return below and path == os.path.normpath(path)

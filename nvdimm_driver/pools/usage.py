@@ -12,7 +12,7 @@ from nvdimm_driver.backing.inventory import SYSFS, namespaces, problems, regions
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import Allocation, Namespace, Pool, Record, Space
 from nvdimm_driver.plugins import Backing, backing_of
-from nvdimm_driver.pools.rules import is_in
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
@@ -105,10 +105,14 @@ def _pieces(ledger: Ledger, backings: Sequence[Backing]) -> Iterator[Piece]:
                 yield Piece(extent.spa, extent.length, record.name, item.spec.slot, item.spec.path, state)
 
 
-def usage_of(pool: Pool, ledger: Ledger, backings: Sequence[Backing]) -> PoolUsage:
+def usage_of(pool: Pool, pools: Pools, ledger: Ledger, backings: Sequence[Backing]) -> PoolUsage:
     """Measure a pool. That it cannot be measured is a problem of this pool's, and of no other's."""
+    places = pools.places()
     owned = tuple(
-        (record, item) for record in ledger.domains() for item in record.claims if is_in(item.spec.path, pool)
+        (record, item)
+        for record in ledger.domains()
+        for item in record.claims
+        if places.pool_of(item.spec.path) == pool
     )
     backing = next((each for each in backings if each.name == pool.kind), None)
     if backing is None:

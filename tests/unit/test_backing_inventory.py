@@ -194,12 +194,12 @@ def test_mounts(tmp_path: Path) -> None:
     file.write_text(
         "29 1 259:0 / /mnt/a\\040b rw,relatime shared:1 - ext4 /dev/pmem0 rw,dax=always\n"
         "30 1 0:22 / /proc rw - proc proc rw\n"
-        "31 1 0:23 / /mnt/c rw - fuse  rw\n"
+        "31 1 0:23 /a\\040b /mnt/c rw - fuse  rw\n"
     )
     assert mounts(file) == (
         Mount(PMEM, "/mnt/a b", "ext4", ("rw", "dax=always")),
         Mount(os.makedev(0, 22), "/proc", "proc", ("rw",)),
-        Mount(os.makedev(0, 23), "/mnt/c", "fuse", ("rw",)),
+        Mount(os.makedev(0, 23), "/mnt/c", "fuse", ("rw",), "/a b"),
     )
 
 

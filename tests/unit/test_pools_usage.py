@@ -22,11 +22,16 @@ def test_who_has_what(tmp_path: Path) -> None:
 
 
 def test_a_quota_limits_what_is_free(tmp_path: Path) -> None:
-    driver = make_driver(tmp_path, MemoryBacking(), RecordingMapper())
-    driver.define(domain(("/mnt/pmem0/a", 64 * MIB)))
-    assert driver.measure_pool(make_pool(quota=100 * MIB)).free == 36 * MIB
-    assert driver.measure_pool(make_pool(quota=10 * MIB)).free == 0
-    assert driver.measure_pool(make_pool(quota=2 * GIB)).free == GIB - 64 * MIB
+    backing = MemoryBacking()
+    make_driver(tmp_path, backing, RecordingMapper()).define(domain(("/mnt/pmem0/a", 64 * MIB)))
+
+    def free(quota: int) -> int | None:
+        pool = make_pool(quota=quota)
+        return make_driver(tmp_path, backing, RecordingMapper(), pools=Pools([pool])).measure_pool(pool).free
+
+    assert free(100 * MIB) == 36 * MIB
+    assert free(10 * MIB) == 0
+    assert free(2 * GIB) == GIB - 64 * MIB
 
 
 def test_a_pool_that_cannot_be_looked_at_has_a_problem(tmp_path: Path) -> None:

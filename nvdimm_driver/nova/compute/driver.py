@@ -25,7 +25,7 @@ from oslo_log import log as logging
 
 from nvdimm_driver.nova.compute import command, patches, strangers
 from nvdimm_driver.nova.compute import host as xen_host
-from nvdimm_driver.nova.compute.compatibility import ASSIGNED, NOTHING, check_nova, expect, overridden, overrides
+from nvdimm_driver.nova.compute.compatibility import ASSIGNED, check_nova, expect, overridden, overrides
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
