@@ -133,7 +133,7 @@ class XenNvdimmDriver(plugins.Plugin):
         unknown = UnknownClaims(ledger, backings, stored)
         self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), holders or Holders(state_dir))
-        self.checks = Checks(ledger, backings, pools, self._spoil_runs, mapper.frames_of_guests, unknown)
+        self.checks = Checks(ledger, backings, pools, self.spoil_runs, mapper.frames_of_guests, unknown)
         self.importer, self.exporter, self.wiper = Importer(self.checks), Exporter(self.checks), Wiper(self.checks)
 
     @classmethod
@@ -355,7 +355,8 @@ class XenNvdimmDriver(plugins.Plugin):
         self.starts.check_not_starting(uuid)
         self.starts.require_ended(uuid)
         last = self.ledger.find_run(uuid)
-        saved_guest.check_known(last, is_unnumbered=self.ledger.is_unnumbered(uuid))
+        unnumbered, spoiled = self.ledger.is_unnumbered(uuid), self.ledger.is_spoiled(uuid)
+        saved_guest.check_known(last, is_unnumbered=unnumbered, is_spoiled=spoiled)
         if last is None:
             return
         domain = saved_guest.domain_of(last, uuid)
@@ -568,7 +569,7 @@ class XenNvdimmDriver(plugins.Plugin):
         if now is None or not {*items} <= {*now.allocations}:
             raise InUseError(f"domain {uuid} was defined anew while it was started", hint="start it again")
 
-    def _spoil_runs(self, identity: BackingIdentity, uuid: str | None = None) -> None:
+    def spoil_runs(self, identity: BackingIdentity, uuid: str | None = None) -> None:
         """Record that no guest which was saved with bytes of a backing can go on: something else writes them now.
 
         :param uuid: of the domain whose own guest does not count.
@@ -576,11 +577,14 @@ class XenNvdimmDriver(plugins.Plugin):
         for each, run in self.ledger.runs().items():
             if each != uuid and saved_guest.has_bytes_of(run, identity):
                 self.ledger.spoil_run(each, run.number)
+        for record in self.ledger.claimants("", identity):
+            if record.uuid != uuid and ownership.has_bytes(record.allocations, identity):
+                self.ledger.spoil_unnumbered(record.uuid)
 
     def _new_run(self, plan: Plan) -> Run:
         """Return the run that a start of this plan begins; guests of other domains that had its bytes have no more."""
         for location in plan.locations:
-            self._spoil_runs(location.identity, plan.domain.uuid)
+            self.spoil_runs(location.identity, plan.domain.uuid)
         nvdimms = saved_guest.describe(plan.domain, plan.layout, plan.locations)
         return Run(saved_guest.new_number(), nvdimms, saved_guest.times(self.backings, nvdimms))
 

@@ -257,7 +257,9 @@ def _check_saved(
     from nvdimm_driver.lifecycle import saved_guest
     from nvdimm_driver.model import Run
 
-    return saved_guest.check(partial(mapper.read, domid), split(tables), Run(*start.run), ledger.find_run(uuid))
+    last, is_spoiled = ledger.find_run(uuid), ledger.is_spoiled(uuid)
+    read = partial(mapper.read, domid)
+    return saved_guest.check(read, split(tables), Run(*start.run), last, is_spoiled=is_spoiled)
 
 
 def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[int, float]:

@@ -98,6 +98,8 @@ class Changes:
         self.driver.ledger.record_event(
             "bytes-lost", item.uuid, {"path": item.spec.path, "bytes": count, "first": first}
         )
+        if item.identity is not None:
+            self.driver.spoil_runs(item.identity)
 
     def adopt_beside(self, record: Record, backing: Backing, item: Allocation, has_slot: bool) -> None:
         """Do what :meth:`adopt` does, for an NVDIMM whose slot the ledger has another in: the domain keeps both.

@@ -41,6 +41,10 @@ UNNUMBERED = 1
 UNCOMPARED = ("path", "backing size", "domain", "definition")
 """What may differ: the same bytes may be found at another path, and more behind them. How the domain was defined does
 not matter to its guest."""
+_SPOILED = (
+    "since it was saved, its domain was started, its NVDIMMs were given up, overwritten by nvdimmctl or had by another "
+    "guest, or the ledger was made anew"
+)
 _REMEDY = "put back what differs, or boot the guest anew: virsh managedsave-remove, then virsh start"
 
 
@@ -218,13 +222,16 @@ def not_as_stored(items: Sequence[Allocation], plan: Plan) -> str:
     return "" if had == now else "they are not those of the ledger"
 
 
-def check(read: Read, tables: Sequence[bytes], begun: Run, last: Run | None) -> tuple[int, bytes]:
+def check(
+    read: Read, tables: Sequence[bytes], begun: Run, last: Run | None, *, is_spoiled: bool = False
+) -> tuple[int, bytes]:
     """Check that a saved guest may go on with the NVDIMMs that a start has prepared.
 
     :param read: reads the guest's memory.
     :param tables: that the start would deliver to a guest that boots.
     :param begun: the run that the start begins.
     :param last: the domain's last run.
+    :param is_spoiled: as :meth:`.StartSteps.is_spoiled` returns it.
     :returns: an address in the guest's memory, and the bytes to write there, with which the guest's run is ``begun``.
     :raises AcpiError: when the guest's NFIT cannot be found or is malformed.
     :raises RefusedError: when something differs.
@@ -233,7 +240,7 @@ def check(read: Read, tables: Sequence[bytes], begun: Run, last: Run | None) -> 
     (prepared,) = (table for table in tables if table[:4] == b"NFIT")
     _check_places(nfit, prepared)
     number = Header.parse(nfit).oem_revision
-    if number != UNNUMBERED or last is not None:
+    if number != UNNUMBERED or last is not None or is_spoiled:
         check_run(begun, last if last is not None and last.number == number > UNNUMBERED else None)
     return address, _numbered(nfit, begun.number)
 
@@ -263,11 +270,15 @@ def run_of_guest(read: Read, nvdimms: str, last: Run | None, backings: Sequence[
     return Run(number, nvdimms, times(backings, nvdimms)), True
 
 
-def check_known(last: Run | None, *, is_unnumbered: bool) -> None:
+def check_known(last: Run | None, *, is_unnumbered: bool, is_spoiled: bool) -> None:
     """Check that the ledger has the run in which a guest was saved, or that no version has numbered it.
 
-    :raises RefusedError: when it has not.
+    :param is_unnumbered: as :meth:`.StartSteps.is_unnumbered` returns it.
+    :param is_spoiled: as :meth:`.StartSteps.is_spoiled` returns it.
+    :raises RefusedError: when it has not, or the guest's NVDIMMs are not as they were.
     """
+    if last is None and is_spoiled:
+        raise _refused(_SPOILED)
     if last is None and not is_unnumbered:
         raise RefusedError(
             "the saved guest cannot go on: the ledger does not have the run that it was saved in, because the ledger "
@@ -283,10 +294,7 @@ def check_run(begun: Run, last: Run | None) -> None:
     :raises RefusedError: when something differs.
     """
     if last is None:
-        raise _refused(
-            "since it was saved, its domain was started, its NVDIMMs were given up, overwritten by nvdimmctl or had by "
-            "another guest, or the ledger was made anew"
-        )
+        raise _refused(_SPOILED)
     if differing := "; ".join(_differences(_nvdimms(last.nvdimms), _nvdimms(begun.nvdimms))):
         raise _refused(differing)
     before, now = json.loads(last.written), json.loads(begun.written)

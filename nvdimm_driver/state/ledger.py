@@ -88,6 +88,7 @@ class Ledger(StartSteps):
                 "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm",
                 (uuid, name, ram, dsm),
             ),
+            _spoil_without(uuid, allocations),
             ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
             ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
         ]
@@ -155,6 +156,7 @@ class Ledger(StartSteps):
         """
         self._write(
             [
+                _spoil_without(uuid, ()),
                 ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
                 ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
                 ("DELETE FROM domain WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)", (uuid,)),
@@ -255,6 +257,23 @@ class Ledger(StartSteps):
             )
             for uuid, name, ram, dsm, fault in rows("name, ram, dsm, fault", "domain", "name")
         )
+
+
+def _spoil_without(uuid: str, items: Sequence[Allocation]) -> tuple[str, Sequence[Any]]:
+    """Return the statement that does what :meth:`.Ledger.spoil_unnumbered` does if a domain gives up what it had.
+
+    One in another slot is not given up: the guest's tables are compared with the slots when it comes back.
+
+    :param items: what the domain has from now on.
+    """
+    kept = [item.identity for item in items if item.identity is not None]
+    same = " OR ".join(["(device, start, inode, generation) = (?, ?, ?, ?)"] * len(kept))
+    sql = (
+        "UPDATE unnumbered SET spoiled = 1 WHERE uuid = ? AND uuid IN (SELECT uuid FROM allocation WHERE kind IS NOT "
+        f"NULL AND NOT ({same or '0'}))"
+    )
+    files = [(each.device, each.start, each.inode, each.generation) for each in kept]
+    return sql, (uuid, *(value for file in files for value in file))
 
 
 def _intent(uuid: str, spec: NvdimmSpec) -> tuple[str, Sequence[Any]]:

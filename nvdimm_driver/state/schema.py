@@ -120,5 +120,6 @@ CREATE TABLE unnumbered (
 ) STRICT;
 INSERT INTO unnumbered SELECT uuid FROM domain WHERE uuid NOT IN (SELECT uuid FROM run);
 """,
+    "ALTER TABLE unnumbered ADD COLUMN spoiled INTEGER NOT NULL DEFAULT 0;\n",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

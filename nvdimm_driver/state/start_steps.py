@@ -293,7 +293,7 @@ class StartSteps(Database):
                 ("DELETE FROM run WHERE uuid = ?", (uuid,)),
                 ("DELETE FROM unnumbered WHERE uuid = ?", (uuid,)),
                 *([("INSERT INTO run VALUES (?, ?, ?, ?)", (uuid, *run))] if run else []),
-                *([] if is_numbered else [("INSERT INTO unnumbered VALUES (?)", (uuid,))]),
+                *([] if is_numbered else [("INSERT INTO unnumbered (uuid) VALUES (?)", (uuid,))]),
                 *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
@@ -356,6 +356,10 @@ class StartSteps(Database):
         """Return True when the domain's last guest was started by a version that gave runs no numbers."""
         return bool(self._rows("SELECT 1 FROM unnumbered WHERE uuid = ?", uuid)) and self.find_run(uuid) is None
 
+    def is_spoiled(self, uuid: str) -> bool:
+        """Return True after :meth:`spoil_unnumbered`, or after the domain gave up what that guest had."""
+        return bool(self._rows("SELECT 1 FROM unnumbered WHERE uuid = ? AND spoiled", uuid))
+
     def runs(self) -> dict[str, Run]:
         """Return the last run of each domain that has one, by uuid."""
         from nvdimm_driver.model import Run
@@ -365,6 +369,10 @@ class StartSteps(Database):
     def spoil_run(self, uuid: str, number: int) -> None:
         """Record that a guest which was saved in this run of the domain, if it is the last one, can go on no more."""
         self._write([("UPDATE run SET number = 0 WHERE uuid = ? AND number = ?", (uuid, number))])
+
+    def spoil_unnumbered(self, uuid: str) -> None:
+        """Record that the domain's guest, if a version that gave runs no numbers has started it, can go on no more."""
+        self._write([("UPDATE unnumbered SET spoiled = 1 WHERE uuid = ?", (uuid,))])
 
     def find_begun(self, start: Start) -> Run | None:
         """Return the run of a start; None when it has none, or is forgotten."""

@@ -59,7 +59,7 @@ class Wish:
 
 WISHES = (Wish("a"), Wish("b", labels=True), Wish("c", slot=5, labels=True), Wish("d", 4, base=BASE), Wish("e", 4))
 """Slots that the version before gives them: a 0, b 1, d 2, e 3, c 5."""
-NAMES = ("db1", "db2", "db3", "db4", "db5")
+NAMES = ("db1", "db2", "db3", "db4", "db5", "db6")
 SLOTS = {"a": 0, "b": 1, "c": 5, "d": 2, "e": 3}
 
 
@@ -159,8 +159,8 @@ class Upgraded:
 def upgraded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upgraded]:
     """Return the host after the upgrade.
 
-    db1 is off, db2 runs, db3 has a managed save, db4 is saved to a file. db5 is saved, too, and was then redefined with
-    another NVDIMM in the place of its own.
+    db1 is off, db2 runs, db3 and db6 have a managed save, db4 is saved to a file. db5 is saved, too, and was then
+    redefined with another NVDIMM in the place of its own.
     """
     found = Upgraded(tmp_path_factory.mktemp("host"))
     host = found.host
@@ -178,6 +178,9 @@ def upgraded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upgraded]:
         host.check("start", "db5")
         host.check("save", "db5", host.folder / "older")
         found.define("db5", 5, WISHES[1])
+        found.define("db6", 6, WISHES[0])
+        host.check("start", "db6")
+        host.check("managedsave", "db6")
         found.before = {name: (found.rows(name), found.marks(name)) for name in NAMES}
         found.before["sums"] = found.sums()
         found.before["places"] = {number: found.places(number) for number in (2, 3, 4)}
@@ -277,3 +280,14 @@ def test_a_slot_comes_back_that_a_restored_guest_had(upgraded: Upgraded) -> None
     assert upgraded.places(5) == {0: (base, 2 * MIB - LABEL)}
     assert "<address" not in host.check("dumpxml", "db5", "--inactive")
     host.check("destroy", "db5")
+
+
+def test_a_saved_guest_does_not_go_on_over_zeros(upgraded: Upgraded) -> None:
+    host = upgraded.host
+    wiped = host.nvdimmctl("wipe", "--yes", "db6")
+    assert wiped.returncode == 0, wiped.stderr
+    assert "db6 has a saved guest (virsh managedsave), which cannot go on without these bytes" in wiped.stderr
+    refused = host.virsh("start", "db6")
+    assert refused.returncode != 0
+    assert "the saved guest cannot go on: since it was saved" in refused.stderr
+    assert "Managed save:   yes" in host.check("dominfo", "db6")

@@ -400,7 +400,7 @@ def test_a_guest_that_an_earlier_version_has_started(bench: Bench) -> None:
     bench.start()
     image = with_header(bench.save(), oem_revision=saved_guest.UNNUMBERED)
     with sqlite3.connect(bench.folder / "ledger.sqlite") as database:
-        database.executescript("DELETE FROM run; INSERT INTO unnumbered SELECT uuid FROM domain")
+        database.executescript("DELETE FROM run; INSERT INTO unnumbered (uuid) SELECT uuid FROM domain")
     moved = dataclasses.replace(domain(A, B).nvdimms[0], slot=2)
     assert "an NVDIMM in slot 0" in bench.refused(
         image, dataclasses.replace(domain(A, B), nvdimms=(domain(A, B).nvdimms[1], moved))

@@ -17,9 +17,12 @@ _TIMEOUT = 5.0
 
 
 def warn_of_saved_guest(app: Nvdimmctl, driver: XenNvdimmDriver, record: Record) -> None:
-    """Print to standard error that a domain has a saved guest, or may have one, which cannot go on afterwards."""
+    """Print to standard error that a domain has a saved guest, or may have one, which cannot go on afterwards.
+
+    One whose run the ledger does not have could go on with the ledger of its time.
+    """
     run = driver.ledger.find_run(record.uuid)
-    if record.start is not None or run is None or not run.number:
+    if record.start is not None or (run is not None and not run.number):
         return  # no guest that was saved could go on in any case
     has = _has_managed_save(app, record)
     if has is None:
