@@ -98,9 +98,9 @@ class _Look:
         self.definition_of = definition_of
         self.records = driver.ledger.domains()
         self.running = ownership.Running(self.records)
-        self.changes = Changes(driver, self.records)
         self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
+        self.changes = Changes(driver, self.records, self.files)
         self.unseen: list[Inconsistency] = []
         for pool in driver.pools:
             try:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -11,7 +11,7 @@ from nvdimm_driver.errors import InUseError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.lifecycle.define import uuid_of
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
-from nvdimm_driver.plugins import Backing
+from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks, ownership
 
 
@@ -19,10 +19,12 @@ class Changes:
     """The changes that repair one look's findings.
 
     :param records: the domains as the look has seen them.
+    :param files: the files in the pools, by path.
     """
 
-    def __init__(self, driver: XenNvdimmDriver, records: Iterable[Record]) -> None:
+    def __init__(self, driver: XenNvdimmDriver, records: Iterable[Record], files: Mapping[str, Surveyed]) -> None:
         self.driver = driver
+        self.files = files
         self.seen = {record.uuid: record for record in records}
 
     def of(self, record: Record, change: Callable[..., None], *arguments: object) -> Callable[[], None]:
@@ -147,7 +149,18 @@ class Changes:
         :raises InUseError: when it is another NVDIMM of the domain, or another domain's by its mark.
         """
         self._check_whose(record, item)
+        self._mark_moved(record, item)
         return replace(item, identity=backing.provision(item.spec))
+
+    def _mark_moved(self, record: Record, item: Allocation) -> None:
+        """Mark what an NVDIMM was provisioned with, if that is at another path: it stays the domain's.
+
+        A mark of a version before 0.2.0 does not say on which file it was written. It would be taken for a copy's.
+        """
+        ledger, backings = self.driver.ledger, self.driver.backings
+        for path in [file.path for file in self.files.values() if ownership.has_bytes([item], file.identity)]:
+            if path != item.spec.path and not ownership.find_anothers_mark(ledger, backings, record.uuid, path):
+                _set_mark(backing_of(backings, path), path, owner_marks.pack(record, item), item.identity)
 
     def _check_whose(self, record: Record, item: Allocation) -> None:
         """Check that a file is not another domain's by its mark, nor another NVDIMM of this one.
