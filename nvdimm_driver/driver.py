@@ -32,7 +32,6 @@ from nvdimm_driver.errors import (
     LedgerError,
     NvdimmError,
     UnsupportedError,
-    own_file_error,
 )
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
@@ -222,6 +221,14 @@ class XenNvdimmDriver(plugins.Plugin):
         with self.locks.storing(uuid):
             self.definitions.put_back(uuid, before, created, last)
 
+    def undo_unknown(self, uuid: str, marked: Collection[tuple[str, str]], over: Record | None) -> None:
+        """Undo the start of a domain that the ledger did not know: it has what marks said, and nothing else.
+
+        :param marked: path and mark of each file that had its mark, as the events ``mark-found`` tell.
+        :param over: as for :meth:`undo`.
+        """
+        self.undo(uuid, ownership.record_of_marks(self.backings, uuid, marked), (), None, over)
+
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""
         with self.locks.storing(uuid):
@@ -327,6 +334,8 @@ class XenNvdimmDriver(plugins.Plugin):
             self.ledger.record_failure(uuid, error)
             raise
         for spec, bad in zip(plan.domain.nvdimms, plan.bad_blocks, strict=True):
+            if not self.pools.allow(spec.path):
+                logs.tell(Event("outside-pools", uuid, domain.name, None, {"path": spec.path}))
             if bad:
                 size = sum(length for _, length in bad)
                 found = Event(
@@ -340,6 +349,7 @@ class XenNvdimmDriver(plugins.Plugin):
         qemu = self.emulators.choose(domain)
         domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
         self.starts.end_earlier(uuid)
+        ownership.note_marked(self.ledger, self.backings, domain)
         record = self.definitions.adopt(domain)
         self.definitions.check_unknown(domain)
         return self._prepare(record, domain, qemu)
@@ -589,16 +599,4 @@ class XenNvdimmDriver(plugins.Plugin):
         return Run(saved_guest.new_number(), nvdimms, saved_guest.times(self.backings, nvdimms))
 
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
-        path = self.tables_file(uuid)
-        self.ledger.reserve.spend(lambda: _replace(path, b"".join(tables)))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file of the driver's own, all of it or nothing."""
-    temporary = path.with_suffix(".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise own_file_error(f"cannot write {path}", error) from error
+        self.ledger.reserve.write(self.tables_file(uuid), b"".join(tables))

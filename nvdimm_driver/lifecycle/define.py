@@ -196,11 +196,11 @@ class Definitions:
         ownership.unmark_dropped(self.ledger, self.backings, now, items)
         stored = self.ledger.find_domain(now.uuid)
         if not (before or items or wanted):
-            self.ledger.give_up(now.uuid)
-        elif stored is not None and items == stored.allocations and not wanted:
+            return self.ledger.give_up(now.uuid)
+        record = replace(before or now, allocations=items)
+        if stored is not None and stored == replace(record, start=stored.start, intents=stored.intents) and not wanted:
             self.ledger.give_up_intents(now.uuid)
         else:
-            record = replace(before or now, allocations=items)
             self.ledger.store(now.uuid, record.name, record.ram, items, intents=[*wanted], dsm=record.dsm)
             ownership.mark(self.ledger, self.backings, record)
 

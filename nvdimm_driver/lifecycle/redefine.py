@@ -41,16 +41,28 @@ def check_kept(
     :param bad: known bad ranges of persistent memory, as (SPA, bytes). They are not read, and count as in use.
     :raises RefusedError: when an NVDIMM gets smaller, or bytes in use come to be label area, data or neither.
     """
-    items = [item for item in (() if before is None else before.allocations) if item.identity is not None]
     off = before is not None and before.start is None
+    for item, spec, identity in _redefined(domain, before, backings):
+        backing = backing_of(backings, spec.path)
+        if last is None or not has_had(last, spec, identity, backing.written_at(spec.path) if off else None):
+            _check_one(replace(item.spec, path=spec.path), spec, backing, bad)
+
+
+def may_read(domain: DomainSpec, before: Record | None, backings: Sequence[Backing]) -> bool:
+    """Return True when :func:`check_kept` may read bytes, as many as the redefinition gives up: that can take hours."""
+    return any(True for item, spec, _ in _redefined(domain, before, backings) for _ in _given_up(item.spec, spec))
+
+
+def _redefined(
+    domain: DomainSpec, before: Record | None, backings: Sequence[Backing]
+) -> Iterator[tuple[Allocation, NvdimmSpec, BackingIdentity]]:
+    """Yield each NVDIMM that the domain keeps: as it was, as it is to be, and the identity of its backing."""
+    items = [item for item in (() if before is None else before.allocations) if item.identity is not None]
     for spec in domain.nvdimms if items else ():
         identity = identity_at(backings, spec.path)
         for item in items:
-            if identity is None or item.identity is None or _place(identity) != _place(item.identity):
-                continue
-            backing = backing_of(backings, spec.path)
-            if last is None or not has_had(last, spec, identity, backing.written_at(spec.path) if off else None):
-                _check_one(replace(item.spec, path=spec.path), spec, backing, bad)
+            if identity is not None and item.identity is not None and _place(identity) == _place(item.identity):
+                yield item, spec, identity
 
 
 def check_started(
@@ -151,7 +163,8 @@ def _given_up(old: NvdimmSpec, new: NvdimmSpec) -> Iterator[tuple[str, int, int]
 def _in_use(backing: Backing, spec: NvdimmSpec, start: int, end: int) -> bool:
     try:
         with backing.open_bytes(spec) as content:
-            return any(map(any, _chunks(content, start, end)))
+            zeros = bytes(_CHUNK)
+            return any(chunk != zeros[: len(chunk)] for chunk in _chunks(content, start, end))
     except UnsupportedError:
         return True  # the host cannot read it
 

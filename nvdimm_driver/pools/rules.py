@@ -75,12 +75,16 @@ class Pools:
         for pool, specs in wanted.items():
             self._check_pool(pool, specs, sum(spec.size for spec in used.get(pool, [])))
 
+    def allow(self, path: str) -> bool:
+        """Return True for a path in a pool, or if any path is allowed."""
+        return self._any_path or self.of(path) is not None
+
     def check_place(self, path: str) -> None:
         """Check that a path is in a pool.
 
         :raises RefusedError: when it is not.
         """
-        if not self._any_path and self.of(path) is None:
+        if not self.allow(path):
             raise RefusedError(f"{path} is in none of the host's pools", hint=self._where())
 
     def place(self, pool: Pool, name: str) -> str:

@@ -50,7 +50,7 @@ class Pool(Enum):
     XML = "parses or writes XML that clients send"
     DUMP = "restores XML that libvirt has, for dumpxml"
     HOST = "looks at backings, asks Xen, runs QEMU"
-    ZEROS = "writes zeros into backings"
+    ZEROS = "writes zeros into backings, or reads what a redefinition gives up of them"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ return the reply.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import LedgerError, NvdimmError, UnsupportedError
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import check_distinct
+from nvdimm_driver.lifecycle.redefine import may_read
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, Plan, Record, Run
 from nvdimm_driver.rpc import metadata_calls
@@ -117,7 +118,7 @@ class Interceptor:
         resolved, wanted = yield from self._resolved_domain(read.text, wanted)
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
         with (yield from self._changing(domain.uuid or "")):
-            plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
+            plan = yield from self._plan(domain)
             rewritten = yield from self._rewritten(resolved, domain.uuid, plan)
             saved: bool = yield from self._check_saved(plan)
             arguments = bytes(Packer().string(rewritten)) + flags
@@ -251,8 +252,8 @@ class Interceptor:
     def restore(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error.
 
-        A start takes over the NVDIMMs of the image. One that fails gives them up, if nobody knows the domain, or gives
-        the slots back to those of the definition.
+        A start takes over the NVDIMMs of the image. One that fails gives them up, if nobody knows the domain, not even
+        their marks, or gives the slots back to those of the definition.
         """
         last = yield self._work(lambda driver: driver.ledger.last_event())
         known: set[str] = yield self._work(lambda driver: driver.ledger.uuids())
@@ -262,8 +263,10 @@ class Interceptor:
             events = yield self._work(lambda driver: driver.ledger.events(last))
             failed = [event.uuid for event in events if event.kind == "start-failed"]
             explained = yield from self._explained(error, failed[-1] if failed else "")
+            found = [(each.uuid, each.detail) for each in events if each.kind == "mark-found"]
             for uuid in {*failed}:
-                yield from (self._as_defined(uuid) if uuid in known else self._give_up_refused(uuid))
+                marked = [(str(each["path"]), str(each["mark"])) for owner, each in found if owner == uuid]
+                yield from (self._as_defined(uuid) if uuid in known else self._give_up_refused(uuid, marked))
             raise explained from error
 
     def _as_defined(self, uuid: str) -> Generator[Call | Work, Any, None]:
@@ -277,12 +280,13 @@ class Interceptor:
         except (NvdimmError, OSError, LibvirtError) as error:
             LOG.warning("domain %s: its NVDIMMs keep the slots of a saved guest that was refused: %s", uuid, error)
 
-    def _give_up_refused(self, uuid: str) -> Generator[Call | Work, Any, None]:
+    def _give_up_refused(self, uuid: str, marked: Sequence[tuple[str, str]]) -> Generator[Call | Work, Any, None]:
+        """Give up what the start of a saved guest took over, but for files that had the domain's mark before."""
         try:
             with (yield from self._changing(uuid)):
                 over = yield from self._find_abandoned(uuid, None)
                 if (yield from find(uuid)) is None:
-                    yield self._work(lambda driver: driver.undo(uuid, None, (), None, over), Pool.HOST)
+                    yield self._work(lambda driver: driver.undo_unknown(uuid, marked, over), Pool.HOST)
         except (NvdimmError, OSError, LibvirtError) as error:
             LOG.error("domain %s keeps the NVDIMMs of a saved guest that was refused: %s", uuid, error)
 
@@ -377,6 +381,17 @@ class Interceptor:
         read: ClientDomain = yield Work(lambda: read_domain(xml, device_model, validate=validate), Pool.XML)
         return read
 
+    def _plan(self, domain: DomainSpec) -> Generator[Call | Work, Any, Plan]:
+        """Return the plan for a define; raise any error that a define raises before it changes anything."""
+
+        def reads(driver: XenNvdimmDriver) -> bool:
+            before = driver.ledger.find_domain(driver.identify(domain).uuid or "")
+            return may_read(domain, before, driver.backings)
+
+        is_long: bool = yield self._work(reads, Pool.HOST)
+        plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.ZEROS if is_long else Pool.HOST)
+        return plan
+
     def _rewritten(self, xml: str, uuid: str | None, plan: Plan) -> Generator[Call | Work, Any, str]:
         """Return a client's XML as libvirt gets it, with the slots of its plan and, if it has none, with a uuid."""
 
@@ -448,7 +463,7 @@ class Interceptor:
         resolved, domain = yield from self._resolved_domain(read.text, domain)
         uuid: str = yield self._work(lambda driver: driver.identify(domain).uuid)
         with nullcontext() if uuid == locked else (yield from self._changing(uuid)):
-            plan: Plan = yield self._work(lambda driver: driver.check(domain), Pool.HOST)
+            plan = yield from self._plan(domain)
             yield from self._check_saved(plan)
             before = yield from defined_xml(uuid)
             # libvirt refuses XML without a uuid for a domain that is defined

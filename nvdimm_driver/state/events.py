@@ -21,6 +21,7 @@ KINDS = {
     "defined": "INFO",
     "undefined": "INFO",
     "forgotten": "INFO",
+    "mark-found": "WARNING",
     "prepared": "INFO",
     "started": "INFO",
     "start-failed": "ERROR",
@@ -36,6 +37,7 @@ KINDS = {
 LOGGED = {
     "dying": "WARNING",
     "bad-blocks": "WARNING",
+    "outside-pools": "WARNING",
     "misplaced-labels": "WARNING",
     "put-away-failed": "ERROR",
     "left-immutable": "WARNING",

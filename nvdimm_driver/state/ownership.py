@@ -344,6 +344,28 @@ def unmark_dropped(
     _unmark(ledger, backings, dropped, record.uuid if record else "")
 
 
+def note_marked(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> None:
+    """Record an event for each file that is the domain's by its mark alone, before a start changes that mark."""
+    uuid = domain.uuid or ""
+    record = ledger.find_domain(uuid)
+    known = {item.spec.path for item in (record.allocations if record else ())}
+    paths = [spec.path for spec in domain.nvdimms if spec.path not in known]
+    for file in [file for path in paths for file in _files(backings, path)]:
+        mark = _readable_mark(file)
+        if mark is not None and file.owner is not None and mark.uuid == uuid and not mark.is_copied(file.identity):
+            ledger.record_event("mark-found", uuid, {"path": file.path, "mark": file.owner.decode()})
+
+
+def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tuple[str, str]]) -> Record | None:
+    """Return a domain as the marks of its files say, as the ledger had it; None without marks.
+
+    :param marked: path and mark of each file, as the events of :func:`note_marked` tell.
+    """
+    marks = [owner_marks.unpack(path, text.encode()) for path, text in marked]
+    items = [Allocation(uuid, mark.spec, identity_at(backings, mark.spec.path), mark.base) for mark in marks]
+    return Record(uuid, marks[0].name, marks[0].ram, marks[0].dsm, "", tuple(items), None) if marks else None
+
+
 def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:
     """Return those of these paths that have a file which is frozen for a guest."""
     return {path for path in paths if any(file.frozen for file in _files(backings, path))}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 
-from nvdimm_driver.errors import FullDiskError
+from nvdimm_driver.errors import FullDiskError, own_file_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
     from typing import TypeVar
 
     T = TypeVar("T")
@@ -81,6 +82,23 @@ class Reserve:
             except FullDiskError:
                 if not self.give_back():
                     raise
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file of the driver's own that a start needs, all of it or nothing.
+
+        :raises LedgerError: when it cannot be written.
+        """
+        self.spend(lambda: _replace(path, content))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise own_file_error(f"cannot write {path}", error) from error
 
 
 def _free(folder: str) -> int:

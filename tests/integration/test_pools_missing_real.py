@@ -14,7 +14,7 @@ import pytest
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor import ledger as doctor_ledger
 from nvdimm_driver.doctor.repair import Inconsistency, look
-from nvdimm_driver.errors import InUseError
+from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import IMAGE, MKFS, SPA, FileSystem, run
@@ -287,3 +287,19 @@ def test_a_pool_that_cannot_be_thawed_keeps_no_other_domain_from_anything(
     finally:
         for each in (fs, works):
             run("umount", each.root)
+
+
+def test_a_start_says_that_a_file_is_in_no_pool_any_more(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """The operator has changed the pools: the domain keeps what was provisioned for it, and nothing else is frozen."""
+    host.pools = Pools([])
+    host.driver = host.another()
+    (domain,) = host.driver.ledger.domains()
+    host.driver.prepare_known(domain.uuid)
+    assert is_immutable(host.path("a.img"))
+    assert f"event=outside-pools domain=x uuid={UUID} domid=- path={host.path('a.img')}" in caplog.text
+    host.driver.starts.put_away(host.record().start)  # type: ignore[arg-type]
+    os.rename(host.path("a.img"), host.path("own.img"))
+    Path(host.path("a.img")).write_bytes(DATA)
+    with pytest.raises(NvdimmError):
+        host.driver.prepare_known(domain.uuid)
+    assert not is_immutable(host.path("a.img"))

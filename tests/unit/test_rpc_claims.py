@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress, Record
 from nvdimm_driver.plugins import unwatched
-from nvdimm_driver.rpc.handler_types import Call
+from nvdimm_driver.rpc.handler_types import Call, Pool
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
@@ -229,3 +230,30 @@ def test_a_refused_restore_leaves_no_claim_of_a_domain_that_nobody_knew(
         assert found
         assert A in [item.spec.path for item in found.allocations]
     assert A in backing.files
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_redefine_that_may_read_for_hours_keeps_only_those_like_it_waiting(proxy: Proxy, changed: bool) -> None:
+    """What it gives up is read, here the label area: the guest may have written to it."""
+    text = xml("a").replace("</target>", "<label><size unit='KiB'>128</size></label></target>", 1)
+    proxy.define(text)
+    proxy.pools.clear()
+    proxy.define(xml("a") if changed else text)
+    assert (Pool.ZEROS in proxy.pools) == changed
+
+
+def test_a_refused_restore_leaves_the_mark_that_was_there_before(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+) -> None:
+    """The ledger was lost; a guest that was saved in a file is the domain's only trace, besides the mark."""
+    driver.define(replace(domain(A), ram=1 << 30))
+    (before,) = record(driver).allocations
+    mark = backing.marks[A]
+    driver.ledger.forget(UUID)
+    proxy.libvirtd = Restoring(driver)
+    with pytest.raises(LibvirtError):
+        proxy.call(Procedure.DOMAIN_RESTORE, Packer().string("/image"))
+    assert backing.marks[A] == mark
+    assert (record(driver).allocations, record(driver).start) == ((before,), None)
+    with pytest.raises(InUseError):
+        driver.define(domain(A, uuid=OTHER_UUID, name="db2"))

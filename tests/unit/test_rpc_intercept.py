@@ -24,7 +24,7 @@ from nvdimm_driver.errors import (
     XenError,
 )
 from nvdimm_driver.model import GIB, KIB, MIB
-from nvdimm_driver.rpc.handler_types import Call, Context, Peer, ReplyEntry, Work
+from nvdimm_driver.rpc.handler_types import Call, Context, Peer, Pool, ReplyEntry, Work
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, TypedParam, Unpacker
@@ -115,6 +115,7 @@ class Proxy:
         self.libvirtd = Libvirtd()
         mapper = mapper or RecordingMapper()
         self.interceptor = Interceptor(lambda: make_driver(folder, backing, mapper), HOOKS)
+        self.pools: list[Pool] = []
 
     def call(self, procedure: int, packer: Packer, *, read_only: bool = False) -> bytes:
         return self.handle(procedure, bytes(packer), read_only=read_only)
@@ -135,6 +136,8 @@ class Proxy:
                 request = send(value)
             except StopIteration as end:
                 return bytes(end.value)
+            if isinstance(request, Work):
+                self.pools.append(request.pool)
             try:
                 value = self.libvirtd.answer(request) if isinstance(request, Call) else request.function()
                 send = steps.send
