@@ -467,6 +467,19 @@ class Allocation:
         )
 
 
+class Touch(NamedTuple):
+    """A change of the time at which a backing was last written, for what its guest has written.
+
+    Both times are as the backing's ``written_at`` returns them.
+
+    :ivar before: the backing's time when its guest had ended, while nobody could write it; None if it is not known.
+    :ivar after: its new time.
+    """
+
+    before: int | None
+    after: int
+
+
 class Run(NamedTuple):
     """A run of a guest, from a start or a restore to its end, as a saved guest must find it again.
 

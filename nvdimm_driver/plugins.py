@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Progress,
         Space,
         Surveyed,
+        Touch,
     )
 
 
@@ -321,34 +322,25 @@ class Backing(Plugin):
         return 0
 
     def time_to_touch(self, path: str) -> int | None:
-        """Return the time to :meth:`touch` a backing with now; None, the default, where that does nothing.
+        """Return the time that a frozen backing whose guest has ended gets when it is thawed, so that backups copy it.
 
-        It is no time at which the backing was written before, in nanoseconds since the epoch.
+        What a program writes once it is thawed has another one, as has what was written before. The default is None:
+        it keeps its time. In nanoseconds since the epoch.
         """
         return None
-
-    def touch(
-        self,
-        path: str,
-        when: int,
-        needed: Callable[[BackingIdentity | None], bool],
-        identity: BackingIdentity | None = None,
-    ) -> None:
-        """Let a frozen backing whose guest has ended be written at a time, so that backups see that. Can be repeated.
-
-        :param when: what :meth:`written_at` is to return then: a :meth:`time_to_touch`.
-        :param needed: as in :meth:`thaw_unless`; nothing is changed then.
-        """
 
     def thaw_unless(
         self,
         path: str,
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
+        touch: Touch | None = None,
     ) -> None:
         """Undo :meth:`freeze` as :meth:`thaw` does, unless the backing is needed.
 
         :param needed: returns True when a start needs what is at the path, which has that identity, if any.
+        :param touch: gives a frozen backing its :meth:`time_to_touch`, unless a program has written it meanwhile, or
+            may be about to: a process that was killed here may have left it thawed.
         """
         if not needed(None):
             self.thaw(path, identity)

@@ -44,6 +44,7 @@ from nvdimm_driver.model import (
     Progress,
     Space,
     Surveyed,
+    Touch,
 )
 from nvdimm_driver.plugins import IF_LOST, Backing, ByteRange, unwatched
 from nvdimm_driver.sizes import human
@@ -297,37 +298,22 @@ class FsdaxBacking(Backing):
             return os.dup(fd)
 
     def written_at(self, path: str) -> int | None:
-        with suppress(OSError):
-            found = status(path)
-            return None if found is None else found.st_mtime_ns
-        return None
+        found = _status(path)
+        return None if found is None else found.st_mtime_ns
 
     def time_to_touch(self, path: str) -> int | None:
-        """Return the present second, or the one after the last write: some file systems have whole seconds."""
-        return max(time.time_ns() // _SECOND, (self.written_at(path) or 0) // _SECOND + 1) * _SECOND
+        """Return a second that is over, and after that of the last write, if possible: some file systems have no less.
 
-    def touch(
-        self,
-        path: str,
-        when: int,
-        needed: Callable[[BackingIdentity | None], bool],
-        identity: BackingIdentity | None = None,
-    ) -> None:
-        """Set the file's modification time, as the kernel does when a program writes to it: a guest's stores do not.
-
-        The file is mutable for that moment. One that was mutable already, since a process was killed then, gets the
-        present time: a program may have written it.
+        On one of these, wait for it, for two seconds at most. The others do not give a whole second to what is written.
         """
-        with self._unneeded(path, needed, identity) as fd:
-            if fd is None or not inode.is_frozen(fd):
-                return
-            found = os.fstat(fd)
-            if not inode.is_immutable(fd):
-                when = time.time_ns()
-            if when > found.st_mtime_ns:
-                with inode.thawed(fd):
-                    os.utime(fd, ns=(found.st_atime_ns, when))
-                os.fsync(fd)
+        while True:
+            found = _status(path)
+            now, last = time.time_ns(), found.st_mtime_ns // _SECOND if found else 0
+            if last not in (now // _SECOND - 1, now // _SECOND):
+                return (now // _SECOND - 1) * _SECOND
+            if found and found.st_ctime_ns % _SECOND:
+                return (last + 1) * _SECOND
+            time.sleep(((last + 2) * _SECOND - now) / _SECOND)
 
     def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Undo :meth:`freeze`. A file that was immutable before stays so."""
@@ -338,28 +324,17 @@ class FsdaxBacking(Backing):
         path: str,
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
+        touch: Touch | None = None,
     ) -> None:
         """Undo :meth:`freeze`, unless the file is needed. Ask for that with the lock, which :meth:`freeze` takes.
 
         A lease on the file is not waited for: one domain's file must not keep another domain from starting.
         """
-        with self._unneeded(path, needed, identity) as fd:
-            if fd is not None:
-                inode.thaw(fd)
-
-    @contextmanager
-    def _unneeded(
-        self, path: str, needed: Callable[[BackingIdentity | None], bool], identity: BackingIdentity | None
-    ) -> Iterator[int | None]:
-        """Yield a descriptor of a file, with the lock that :meth:`freeze` takes.
-
-        :returns: None when it is gone, needed, or another file than that of the identity.
-        """
         if is_gone(path):
-            yield None
             return
         with opened(path, os.O_RDONLY) as fd, self.locks.freezing(fd, path):
-            yield fd if self._is(fd, path, identity) and not needed(self._find_identity(fd, path)) else None
+            if self._is(fd, path, identity) and not needed(self._find_identity(fd, path)):
+                inode.thaw(fd, touch)
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
         if owner is None and is_gone(path):
@@ -544,3 +519,10 @@ class FsdaxBacking(Backing):
                 done += written
                 progress(done, size)
         os.fsync(fd)
+
+
+def _status(path: str) -> os.stat_result | None:
+    """Return the status of a file; None when it is not there, or cannot be asked."""
+    with suppress(OSError):
+        return status(path)
+    return None

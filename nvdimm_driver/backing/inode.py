@@ -14,8 +14,11 @@ import os
 import signal
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from nvdimm_driver.model import Touch
 
 LOG = logging.getLogger(__name__)
 
@@ -95,11 +98,39 @@ def _make_roots_alone(fd: int) -> None:
     )
 
 
-def thaw(fd: int) -> None:
-    """Undo :func:`freeze`; leave a file without its mark as it is."""
-    if is_frozen(fd):
+def thaw(fd: int, touch: Touch | None = None) -> None:
+    """Undo :func:`freeze`; leave a file without its mark as it is.
+
+    :param fd: opened to read only.
+    :param touch: sets the modification time. Nobody can have written the file before: who opens it meanwhile, waits.
+    """
+    if not is_frozen(fd):
+        return
+    leased = touch is not None and _take_lease(fd)
+    try:
         _set_immutable(fd, False)
+        if touch is not None:
+            _touch(fd, touch, leased)
         os.removexattr(fd, _FROZEN)
+    finally:
+        if leased:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+def _touch(fd: int, touch: Touch, leased: bool) -> None:
+    """Set the modification time of a file that is mutable again, as the kernel does when a program writes to it.
+
+    A file that another process has left mutable may have been written since: it keeps the time of that. One that a
+    program may write now gets the present time, which is not that of ``touch``.
+    """
+    found = os.fstat(fd)
+    if found.st_mtime_ns == touch.after or touch.before not in (None, found.st_mtime_ns):
+        return
+    if leased:
+        os.utime(fd, ns=(found.st_atime_ns, touch.after))
+    if not leased or fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+        os.utime(fd, ns=(found.st_atime_ns, time.time_ns()))
+    os.fsync(fd)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from nvdimm_driver.backing.paths import check_not_read_only, resolve
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Touch
 from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
@@ -112,16 +112,19 @@ class Starts:
         frozen = ownership.frozen_paths(self.backings, start.paths)
         had = {**dict(saved_guest.backings_of(begun) if begun else ()), **identities}
         try:
-            self._set_times(start, frozen, identities)
+            if self._is_latest(start):
+                self.label_servers.end(servers)  # which may write the backings
+            times = self._note_times(start, frozen)
             for path in start.paths:
                 if self._is_away(path, had.get(path)):
                     left = Event(
                         "left-immutable", start.uuid, record.name if record else "", start.domid, {"path": path}
                     )
                     logs.tell(left)
-                self.thaw(path, identities.get(path), over=start)
+                self.thaw(path, identities.get(path), over=start, touch=times.get(path))
         finally:
-            self._let_go(start, holders, servers)
+            if self._is_latest(start):
+                self.holders.kill(start.uuid, holders)
         ownership.settle_marks(self.ledger, self.backings, start, frozen)
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
@@ -143,42 +146,36 @@ class Starts:
             return True
         return False
 
-    def _set_times(self, start: Start, frozen: Set[str], identities: Mapping[str, BackingIdentity | None]) -> None:
-        """Let the frozen backings of a guest that has ended be written now, while nothing else can write them.
+    def _note_times(self, start: Start, frozen: Set[str]) -> dict[str, Touch]:
+        """Note when the backings of a guest that has ended were written; return how they are touched, by path.
 
-        The time is noted first. So all processes that put the start away set the same time, also after one was killed;
-        and once a file is thawed, none takes a program's write for the guest's.
-
-        :param identities: of the backings, by path.
+        That is noted while they are immutable, and before the first is thawed. So all processes that put the start
+        away set the same time, also after one was killed, and none takes a program's write for the guest's.
         """
         if start.state != "mapped":
-            return
+            return {}
         times: dict[str, int] = {}
+        before: dict[str, int] = {}
+        touched = set()
         for path in start.paths:
             exists(path)  # as for a thaw
             for backing in self.backings:
-                if backing.handles(path) and (when := self._time_at_end(backing, path, frozen)) is not None:
-                    times[path] = when
+                if not backing.handles(path) or (at := backing.written_at(path)) is None:
+                    continue
+                after = backing.time_to_touch(path)
+                if after is None:
+                    times[path] = at
+                elif path in frozen:
+                    before[path], times[path] = at, after
+                    touched.add(path)
         begun = self.ledger.find_begun(start)
         if begun is not None:
-            self.ledger.note_written(start, saved_guest.times_at_end(begun, times))
-            noted = self.ledger.find_begun(start)
-            times = {**times, **saved_guest.times_of(noted or begun)}
-        for path in frozen & times.keys():
-            self._touch(path, times[path], partial(self._is_needed, path, start), identities.get(path))
-
-    def _time_at_end(self, backing: Backing, path: str, frozen: Set[str]) -> int | None:
-        """Return the time of a backing whose guest has ended; None if it is not known, as it is not frozen, or away."""
-        when = backing.time_to_touch(path)
-        if when is None:
-            return backing.written_at(path)
-        return when if path in frozen else None
-
-    def _touch(
-        self, path: str, when: int, needed: Callable[[BackingIdentity | None], bool], identity: BackingIdentity | None
-    ) -> None:
-        LOG.debug("touch %s", path)
-        backing_of(self.backings, path).touch(path, when, needed, identity)
+            times_at_end = partial(saved_guest.times_at_end, begun)
+            self.ledger.note_written(start, times_at_end(times), before=times_at_end(before))
+            run = self.ledger.find_run(start.uuid)
+            times = {**times, **saved_guest.times_of(self.ledger.find_begun(start) or begun)}
+            before = saved_guest.times_of(run) if run and run.number == begun.number else {}
+        return {path: Touch(before.get(path), times[path]) for path in touched}
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.
@@ -196,32 +193,35 @@ class Starts:
             LOG.debug("hold the backings of domain %s: %d descriptors", name, len(descriptors))
             return self.holders.start(uuid, name, descriptors)
 
-    def _let_go(self, start: Start, holders: Collection[int], servers: Collection[int]) -> None:
-        """End these holders and label servers of a domain, unless its start in the ledger is another one."""
+    def _is_latest(self, start: Start) -> bool:
+        """Return True unless the ledger has another start of the domain."""
         record = self.ledger.find_domain(start.uuid)
-        if record is None or record.start is None or record.start.id == start.id:
-            self.holders.kill(start.uuid, holders)
-            self.label_servers.end(servers)
+        return record is None or record.start is None or record.start.id == start.id
 
-    def thaw(self, path: str, identity: BackingIdentity | None = None, over: Start | None = None) -> None:
+    def thaw(
+        self,
+        path: str,
+        identity: BackingIdentity | None = None,
+        over: Start | None = None,
+        touch: Touch | None = None,
+    ) -> None:
         """Undo the freezing of a backing, unless a start in the ledger has it.
 
         :param identity: of the backing, if it is known: something else at the path stays as it is.
         :param over: a start that does not count.
+        :param touch: sets the time of a backing that its guest may have written.
         :raises BackingError: when that fails, or nobody can say what is at the path.
         """
         LOG.debug("thaw %s", path)
         exists(path)  # on a medium with errors, no backing handles it
         for backing in self.backings:
             if backing.handles(path):
-                backing.thaw_unless(path, partial(self._is_needed, path, over), identity)
+                backing.thaw_unless(path, partial(self._is_needed, path, over), identity, *filter(None, [touch]))
 
     def thaw_unknown(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it."""
         when = backing_of(self.backings, path).time_to_touch(path)
-        if when is not None:
-            self._touch(path, when, partial(self._is_needed, path, None), identity)
-        self.thaw(path, identity)
+        self.thaw(path, identity, touch=None if when is None else Touch(None, when))
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen still has the domain."""

@@ -230,13 +230,27 @@ class StartSteps(Database):
             "SELECT 1 FROM attachment WHERE uuid = ? AND id = ? AND state != ?", uuid, identifier, state
         )
 
-    def note_written(self, start: Start, written: str) -> None:
+    def note_written(self, start: Start, written: str, before: str) -> None:
         """Record when the backings of a start that is over were last written. What was recorded first stays.
 
-        :param written: as in :class:`.model.Run`.
+        :param written: as in :class:`.model.Run`: the times that they get when they are thawed, and that the run has
+            from :meth:`end_start` on.
+        :param before: the times that they have, and the run until then.
         """
-        statement = f"UPDATE attachment SET written = ?, ended = 2 WHERE {THIS_START} AND ended = 1"
-        self._write_start([(statement, (written, *start.key))])
+        number = f"SELECT number FROM attachment WHERE {THIS_START}"
+        self._write_start(
+            [
+                (
+                    f"UPDATE attachment SET written = ?, ended = 2 WHERE {THIS_START} AND ended = 1",
+                    (written, *start.key),
+                ),
+                (
+                    f"UPDATE run SET written = ? WHERE uuid = ? AND number = ({number})",
+                    (before, start.uuid, *start.key),
+                ),
+            ],
+            guarded=True,
+        )
 
     def end_start(self, start: Start, *, kind: str = "") -> None:
         """Forget a start that is over, after :meth:`note_end`: nothing is frozen or mapped for it any more.

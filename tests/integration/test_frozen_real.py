@@ -16,6 +16,7 @@ import pytest
 from nvdimm_driver.backing import inode
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
+from nvdimm_driver.model import Touch
 from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, killed
@@ -178,29 +179,29 @@ def test_what_is_written_after_a_file_was_thawed_is_seen_though_the_end_was_kill
     assert (json.loads(run.written) == {"0": modified(host)}) is not thawed
 
 
-@pytest.mark.parametrize("step", ["note_written", "touch", "thaw_unless", "end_start"])
+@pytest.mark.parametrize("step", ["note_written", "thaw_unless", "end_start"])
 def test_a_saved_guest_goes_on_though_two_processes_have_put_its_start_away(
     host: Host, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """The hook's release, and nvdimmd's reconcile for any client, which is late with its touch."""
+    """The hook's release, and nvdimmd's reconcile for any client, which is late with its thaw."""
     host.define("a.img")
     host.run(host.domain("a.img"))
     host.mapper.alive.clear()
     start, late = host.record().start, host.another()
     assert start
-    touch = late.backings[0].touch
+    thaw = late.backings[0].thaw_unless
     owner = host.driver.ledger if hasattr(host.driver.ledger, step) else host.driver.backings[0]
     begin = getattr(owner, step)
 
     def overtaken(*arguments: Any) -> None:
         def overtake(*words: Any, **options: Any) -> object:
-            touch(*arguments)
+            thaw(*arguments)
             return begin(*words, **options)
 
         monkeypatch.setattr(owner, step, overtake)
         host.driver.starts.put_away(start, kind="released")
 
-    monkeypatch.setattr(late.backings[0], "touch", overtaken)
+    monkeypatch.setattr(late.backings[0], "thaw_unless", overtaken)
     late.starts.put_away(start, kind="put-away")
     host.driver.check_restore(UUID)
     Path(host.path("a.img")).write_bytes(DATA)
@@ -213,7 +214,7 @@ def test_a_file_of_a_guest_that_runs_stays_immutable_when_another_start_with_it_
     host.define("a.img")
     host.run(host.domain("a.img"))
     before = modified(host)
-    host.backing.touch(host.path("a.img"), 2 * before, lambda _: True)
+    host.backing.thaw_unless(host.path("a.img"), lambda _: True, touch=Touch(before, 2 * before))
     assert modified(host) == before
     host.driver.starts.thaw_unknown(host.path("a.img"))
     assert (modified(host), is_immutable(host.path("a.img"))) == (before, True)

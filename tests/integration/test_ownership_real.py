@@ -33,6 +33,7 @@ from nvdimm_driver.model import (
     Pool,
     Progress,
     Record,
+    Touch,
 )
 from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
@@ -608,13 +609,16 @@ def test_a_start_that_begins_while_another_process_puts_the_last_one_away_is_kep
     thaw = backing.thaw_unless
 
     def late(
-        path: str, needed: Callable[[BackingIdentity | None], bool], identity: BackingIdentity | None = None
+        path: str,
+        needed: Callable[[BackingIdentity | None], bool],
+        identity: BackingIdentity | None = None,
+        touch: Touch | None = None,
     ) -> None:
         hook.release(UUID)
         hook.prepare(host.domain("a.img"))
         host.mapper.alive[8] = UUID
         map_prepared(hook.ledger, 8)
-        thaw(path, needed, identity)
+        thaw(path, needed, identity, touch)
 
     backing.thaw_unless = late  # type: ignore[method-assign]
     host.driver.reconcile()

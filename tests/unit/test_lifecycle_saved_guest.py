@@ -280,7 +280,7 @@ def test_an_end_that_is_cut_off_after_the_files_are_mutable(bench: Bench) -> Non
     bench.driver().define(domain(A))
     bench.start()
     driver = bench.driver()
-    driver.starts.thaw = lambda path, identity=None, over=None: sys.exit()  # type: ignore[method-assign]
+    driver.starts.thaw = lambda path, identity=None, over=None, touch=None: sys.exit()  # type: ignore[method-assign]
     image = dict(bench.mapper.memory.pop(bench.domid))
     bench.mapper.alive.clear()
     with pytest.raises(SystemExit):

@@ -17,7 +17,7 @@ import pytest
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError
-from nvdimm_driver.model import BackingIdentity
+from nvdimm_driver.model import BackingIdentity, Touch
 from nvdimm_driver.state.ledger import Ledger
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, domain, make_driver
 
@@ -41,12 +41,13 @@ class LockingBacking(MemoryBacking):
         path: str,
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
+        touch: Touch | None = None,
     ) -> None:
         if self.thawing:
             raise InUseError(f"{path}: another process has been thawing a file of this file system")
         self.thawing = True
         try:
-            super().thaw_unless(path, needed, identity)
+            super().thaw_unless(path, needed, identity, touch)
         finally:
             self.thawing = False
 
@@ -95,9 +96,10 @@ class Host:
                 path: str,
                 needed: Callable[[BackingIdentity | None], bool],
                 identity: BackingIdentity | None = None,
+                touch: Touch | None = None,
             ) -> None:
                 interruption.step()
-                super().thaw_unless(path, needed, identity)
+                super().thaw_unless(path, needed, identity, touch)
                 interruption.step()
 
         interrupted = InterruptedBacking()

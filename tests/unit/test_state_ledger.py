@@ -80,9 +80,11 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     assert ledger.frames_of_others(UUID) == []
     assert ledger.note_end(record.start)
     assert ledger.find_begun(record.start) == RUN
-    ledger.note_written(record.start, "then")
+    ledger.note_written(record.start, "then", "before")
+    assert ledger.find_run(UUID) == RUN._replace(written="before")
     assert ledger.note_end(record.start)
-    ledger.note_written(record.start, "later")
+    ledger.note_written(record.start, "later", "then")
+    assert ledger.find_run(UUID) == RUN._replace(written="before")
     assert ledger.find_begun(record.start) == RUN._replace(written="then")
     ledger.end_start(record.start)
     assert ledger.frames_of_others(OTHER_UUID) == []
@@ -103,7 +105,7 @@ def test_a_start_that_maps_nothing_leaves_the_last_run(ledger: Ledger) -> None:
         assert record is not None
         assert record.start is not None
         ledger.note_end(record.start)
-        ledger.note_written(record.start, f"end of {number}")
+        ledger.note_written(record.start, f"end of {number}", "before")
         ledger.end_start(record.start)
     assert ledger.find_run(UUID) == Run(5, "[]", "end of 5")
 
