@@ -349,8 +349,11 @@ class Backing(Plugin):
         """Return how many bytes the backing is short."""
         return 0
 
-    def extend(self, spec: NvdimmSpec) -> None:
-        """Append zeros to a backing that is short."""
+    def extend(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+        """Append zeros to a backing that is short.
+
+        :param identity: whose bytes it has to have, whatever its size is; None when that is not known.
+        """
 
     def move(self, source: str, target: str) -> None:
         """Move a backing that is not frozen to a path where nothing is.

@@ -365,8 +365,9 @@ class FsdaxBacking(Backing):
     def lacking(self, spec: NvdimmSpec) -> int:
         return max(0, spec.size - self.size(spec.path))
 
-    def extend(self, spec: NvdimmSpec) -> None:
+    def extend(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         with opened(spec.path, os.O_RDWR) as fd:
+            self._check_same(fd, spec.path, identity)
             self.locks.check_changeable(fd, spec.path)
             size = os.fstat(fd).st_size
             os.posix_fallocate(fd, size, spec.size - size)

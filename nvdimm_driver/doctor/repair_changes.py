@@ -61,7 +61,7 @@ class Changes:
         """Write zeros for the bytes that a file has lost, after recording that they are lost."""
         self._check_whose(record, item)
         self._tell_lost(item, backing.lacking(item.spec))
-        backing.extend(item.spec)
+        backing.extend(item.spec, item.identity)
         self.adopt(record, backing, item)
 
     def fill(self, record: Record, backing: Backing, item: Allocation) -> None:

@@ -107,10 +107,10 @@ class Starts:
             LOG.debug("the start of domain %s has gone on: it is not over", start.uuid)
             return
         record = self.ledger.find_domain(start.uuid)
-        identities = {item.spec.path: item.identity for item in (record.allocations if record else ())}
         begun = self.ledger.find_begun(start)
         frozen = ownership.frozen_paths(self.backings, start.paths)
-        had = {**dict(saved_guest.backings_of(begun) if begun else ()), **identities}
+        had = dict(saved_guest.backings_of(begun) if begun else ())  # the domain may have given it up since
+        had |= {item.spec.path: item.identity for item in (record.allocations if record else ()) if item.identity}
         try:
             if self._is_latest(start):
                 self.label_servers.end(servers)  # which may write the backings
@@ -121,7 +121,7 @@ class Starts:
                         "left-immutable", start.uuid, record.name if record else "", start.domid, {"path": path}
                     )
                     logs.tell(left)
-                self.thaw(path, identities.get(path), over=start, touch=times.get(path))
+                self.thaw(path, had.get(path), over=start, touch=times.get(path))
         finally:
             if self._is_latest(start):
                 self.holders.kill(start.uuid, holders)

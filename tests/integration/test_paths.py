@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
-from tests.unit.doubles import OTHER_UUID
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
+from tests.unit.doubles import OTHER_UUID, UUID
 
 
 @pytest.fixture(params=list(MKFS))
@@ -232,6 +233,21 @@ def test_the_end_of_a_guest_thaws_nothing_else(swap: Swap, kind: str) -> None:
     assert swap.host.record(OTHER_UUID).start is None
 
 
+def test_the_end_of_a_guest_thaws_nothing_else_though_its_domain_has_given_its_file_up(host: Host) -> None:
+    for name in ("p", "q"):
+        os.mkdir(host.path(name))
+    host.run(host.domain("p/a.img"))
+    host.driver.drop_claims(UUID)
+    host.driver.define(host.domain("q/a.img", OTHER_UUID))
+    with open(host.path("q/a.img"), "rb") as file:
+        inode.freeze(file.fileno())  # for a guest that the ledger does not know
+    os.rename(host.path("p"), host.path("r"))
+    os.rename(host.path("q"), host.path("p"))
+    host.mapper.alive.clear()
+    host.driver.reconcile()
+    assert is_immutable(host.path("p/a.img"))
+
+
 def test_labels_of_nothing_else_are_opened(swap: Swap, kind: str) -> None:
     (item,) = swap.host.record(OTHER_UUID).allocations
     assert item.identity
@@ -241,7 +257,7 @@ def test_labels_of_nothing_else_are_opened(swap: Swap, kind: str) -> None:
     swap.check_victim()
 
 
-@pytest.mark.parametrize("work", ["freeze", "mark", "unmark", "thaw", "discard", "unshare"])
+@pytest.mark.parametrize("work", ["freeze", "mark", "unmark", "thaw", "discard", "unshare", "extend"])
 def test_the_last_step_compares_what_it_has_opened(swap: Swap, kind: str, work: str) -> None:
     (item,) = swap.host.record(OTHER_UUID).allocations
     backing, path = swap.host.backing, str(swap.path)
@@ -252,6 +268,7 @@ def test_the_last_step_compares_what_it_has_opened(swap: Swap, kind: str, work: 
         "thaw": lambda: backing.thaw(path, item.identity),
         "discard": lambda: backing.discard(item.spec, item.identity),
         "unshare": lambda: backing.unshare(item.spec, item.identity),
+        "extend": lambda: backing.extend(replace(item.spec, size=2 * SIZE), item.identity),
     }
     swap.swap(kind)
     before = is_there(swap.path)
