@@ -150,6 +150,15 @@ def test_a_file_that_is_lost_is_copied_from_its_backup(host: Host) -> None:
     is_mapped(host, "first")
 
 
+def test_a_backup_that_is_refused_keeps_the_sum_of_the_one_before(host: Host) -> None:
+    define(host, "first", "first.img")
+    backup, _, restore = steps("Backup")
+    do(host, backup)
+    with pytest.raises(AssertionError, match="exists"):
+        do(host, backup)
+    do(host, restore[:1])
+
+
 def test_a_damaged_copy_is_found_before_the_old_file_is_deleted(host: Host) -> None:
     define(host, "first", "first.img")
     backup, _, restore = steps("Backup")
