@@ -195,6 +195,13 @@ class Backing(Plugin):
 
     # --- backings that are made, moved or reserved ---
 
+    def identify(self, path: str) -> BackingIdentity:
+        """Return the identity of what is at a path, whatever its size, and also when bytes are missing.
+
+        :raises BackingError: when there is none.
+        """
+        return self._whole(path).identity
+
     def exists(self, path: str) -> bool:
         """Return True when something exists at a path.
 

@@ -257,6 +257,11 @@ class FsdaxBacking(Backing):
                 raise BackingError(f"{path}: {error.message}", hint=error.hint) from error
             return Location(self._identity(fd, volume), located)
 
+    def identify(self, path: str) -> BackingIdentity:
+        with opened(path, os.O_RDONLY) as fd:
+            check_regular(fd, path)
+            return self._identity(fd, self._volume(fd, path))
+
     def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Make the file immutable: not even root can then truncate, punch, rename or delete it, or open it to write."""
         patience = lease_break_seconds()

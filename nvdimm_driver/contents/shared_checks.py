@@ -123,11 +123,11 @@ class Checks:
         """Check that a backing, if it exists, has that identity, whatever its size is now.
 
         :param identity: None accepts every backing.
-        :raises BackingError: when it has another, or cannot be located.
+        :raises BackingError: when it has another, or none.
         """
         backing = backing_of(self.backings, path)
         if identity is not None and backing.exists(path):
-            check_same_bytes(path, backing.locate(NvdimmSpec(0, path, PAGE)).identity, identity)
+            check_same_bytes(path, backing.identify(path), identity)
 
     def tell_overwritten(self, path: str, content: ByteRange) -> None:
         """Tell that all bytes of an open range are about to be overwritten: no saved guest may go on with them."""

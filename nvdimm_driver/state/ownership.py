@@ -22,7 +22,7 @@ LOG = logging.getLogger(__name__)
 def identity_at(backings: Sequence[Backing], path: str) -> BackingIdentity | None:
     """Return the identity of the backing at a path; None when there is none that a domain can have."""
     try:
-        return backing_of(backings, path).locate(NvdimmSpec(0, path, PAGE)).identity
+        return backing_of(backings, path).identify(path)
     except BackingError:
         return None
 

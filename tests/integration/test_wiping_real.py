@@ -90,6 +90,20 @@ def test_a_file_whose_size_was_changed_is_overwritten_to_its_end(host: Host, siz
     assert claims(host) == {}
 
 
+@pytest.mark.parametrize("wipe", [False, True])
+@pytest.mark.parametrize("sizes", [[0], [0, SIZE]], ids=["emptied", "sparse"])
+def test_a_damaged_file_is_deleted_before_its_backup_is_imported(
+    tmp_path: Path, fs: FileSystem, sizes: list[int], wipe: bool
+) -> None:
+    host = Host(tmp_path, fs, wipe=wipe)
+    host.define("a.img")
+    for size in sizes:
+        os.truncate(host.path("a.img"), size)
+    release(host, delete=True, slot=0)
+    assert not os.path.exists(host.path("a.img"))
+    assert claims(host) == {}
+
+
 @pytest.mark.parametrize("delete", [False, True])
 def test_while_its_pool_is_not_mounted_nothing_is_released(host: Host, delete: bool) -> None:
     host.define("a.img")
