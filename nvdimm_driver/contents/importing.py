@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 
 from nvdimm_driver.backing.files import hidden_name
 from nvdimm_driver.backing.paths import resolve
@@ -15,11 +16,14 @@ from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
 from nvdimm_driver.labels import index_block
-from nvdimm_driver.model import MIN_LABEL_SIZE, PAGE, SUPERPAGE, Intake, NvdimmSpec, Watch
-from nvdimm_driver.plugins import ByteRange, backing_of
+from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, Intake, NvdimmSpec, Watch
+from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.sizes import human
 
 _RUNNING = "shut it down first, or copy it while it changes with 'nvdimmctl export --running', and import that copy"
+
+_LABEL_STEP = 64 * KIB
+"""Sizes of label areas that are looked for in the middle of a file are multiples of this."""
 
 
 class Importer:
@@ -46,11 +50,13 @@ class Importer:
 
         :param wanted: what its pool gives a new one. An existing backing gets that only if all of it is zeros still: no
             label area may hide data.
+        :raises BackingError: when an existing one has labels behind the end of the NVDIMM.
         """
         backing = backing_of(self._checks.backings, path)
         if not backing.exists(path):
             return wanted
         size = new_nvdimm(path, size, 0).size
+        self._check_end(backing, path, size)
         try:
             opened = backing.open_bytes(NvdimmSpec(0, path, size))
         except UnsupportedError:  # the host cannot read it
@@ -72,6 +78,8 @@ class Importer:
         backing = backing_of(self._checks.backings, path)
         whole = size is None
         size = _checked_size(path, backing.size(path) if size is None else size)
+        if label_size is None:
+            self._check_end(backing, path, size)
         with backing.open_bytes(NvdimmSpec(0, path, size)) as content:
             ordinary_files.check_raw(path, content.read(0, PAGE))
             label_size = _label_size(path, content, size, whole=whole) if label_size is None else label_size
@@ -100,13 +108,8 @@ class Importer:
         last = self._checks.check_off(source, _RUNNING)
         with reporting_errors_of(source), ordinary_files.open_source(source) as content:
             ordinary_files.check_raw(source, content.read(0, min(PAGE, content.size)))
-            found = _found_label_size(content, content.size)
-            if found and size not in (None, content.size):
-                raise BackingError(
-                    f"{source}: has {human(content.size)}, {human(found)} of it a label area at its end, and cannot "
-                    f"become an NVDIMM of {human(size or 0)}",
-                    hint="leave --size out",
-                )
+            if size is not None:
+                _check_end(source, content, size)
             whole, size = size is None, _checked_size(source, content.size if size is None else size)
             if label_size is None:
                 label_size = _label_size(source, content, min(size, content.size), whole=whole)
@@ -124,6 +127,21 @@ class Importer:
             self._checks.check_off_since(last, source, _RUNNING)
         self._publish(hidden, spec)
         return spec
+
+    def _check_end(self, backing: Backing, path: str, size: int) -> None:
+        """Check that what exists has no label area behind the end of an NVDIMM of that size.
+
+        :raises BackingError: when it has.
+        """
+        whole = backing.size(path) // PAGE * PAGE if backing.exists(path) else 0
+        if whole <= size:
+            return
+        try:
+            opened = backing.open_bytes(NvdimmSpec(0, path, whole))
+        except UnsupportedError:  # the host cannot read it
+            return
+        with opened as content:
+            _check_end(path, content, size)
 
     def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> NvdimmSpec:
         """Copy into a backing under its hidden name, if it can have one; return what it is until :meth:`_publish`."""
@@ -178,6 +196,20 @@ def _check_overwrite(path: str, overwrite: bool) -> None:
         raise RefusedError(f"{path}: what is on it would be overwritten", hint="--force overwrites it")
 
 
+def _check_end(path: str, content: ByteRange, size: int) -> None:
+    """Check that a file or device with a label area at its end becomes an NVDIMM of its own size.
+
+    :raises BackingError: when it does not.
+    """
+    found = _found_label_size(content, content.size) if content.size != size else 0
+    if found:
+        raise BackingError(
+            f"{path}: has {human(content.size)}, {human(found)} of it a label area at its end, and cannot become an "
+            f"NVDIMM of {human(size)}",
+            hint=f"leave --size out, or give all: --size {content.size}",
+        )
+
+
 def _label_size(path: str, content: ByteRange, size: int, *, whole: bool) -> int:
     """Return the bytes of the label area at the end of what becomes an NVDIMM, 0 for none.
 
@@ -197,12 +229,21 @@ def _label_size(path: str, content: ByteRange, size: int, *, whole: bool) -> int
 
 
 def _inner_areas(content: ByteRange) -> Iterator[tuple[int, int]]:
-    """Yield ends and sizes of label areas at the ends of smaller NVDIMMs: of 128 KiB, as on KVM, or of Nova's 2 MiB."""
-    for end in range(SUPERPAGE, content.size, SUPERPAGE):
-        for size in (MIN_LABEL_SIZE, SUPERPAGE):
-            is_index = content.read(end - size, len(index_block.SIGNATURE)) == index_block.SIGNATURE
-            if is_index and index_block.label_area_size(content.read(end - size, size)) == size:
-                yield end, size
+    """Yield ends and sizes of label areas at the ends of smaller NVDIMMs, of multiples of 64 KiB.
+
+    Of what looks like one, no more than ``index_block.MAX_CHECKSUMS`` are read: the bytes are a guest's.
+    """
+    for start, end in islice(_possible_areas(content), index_block.MAX_CHECKSUMS):
+        if index_block.label_area_size(content.read(start, end - start)) == end - start:
+            yield end, end - start
+
+
+def _possible_areas(content: ByteRange) -> Iterator[tuple[int, int]]:
+    for start in range(0, content.size - MIN_LABEL_SIZE, _LABEL_STEP):
+        if used := index_block.first_end(content.read(start, index_block.HEAD)):
+            end = -(-(start + used) // SUPERPAGE) * SUPERPAGE
+            if end < content.size and end - start <= index_block.TAIL:
+                yield start, end
 
 
 def _found_label_size(content: ByteRange, end: int) -> int:

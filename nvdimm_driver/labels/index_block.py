@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from nvdimm_driver.model import KIB, MIB, MIN_LABEL_SIZE
+from nvdimm_driver.model import KIB, MIB, MIN_LABEL_SIZE, SUPERPAGE
 
 SIGNATURE = b"NAMESPACE_INDEX\0"
 TAIL = 64 * MIB
@@ -22,6 +22,8 @@ _ALIGN = 256  # of index blocks
 _INDEX = struct.Struct("<16s3sBIQQQQIHHQ")
 _CHECKSUM_AT = _INDEX.size - 8
 _MAX_INDEX = 64 * KIB
+HEAD = _INDEX.size
+"""Bytes that :func:`first_end` needs."""
 MAX_CHECKSUMS = 4
 """Index blocks to sum in one search. A label area has two, and no other place near it looks like one by chance."""
 
@@ -41,8 +43,8 @@ Checksum = Callable[[bytes | bytearray], int]
 def label_area_size(tail: bytes, checksum: Checksum = fletcher64) -> int:
     """Return the size in bytes of the label area that ends ``tail``, the last bytes of an NVDIMM; 0 without one.
 
-    An index block counts only if it and its labels would fill more than half of the area: a guest may store images of
-    other NVDIMMs in its own. The area nearest to the end is taken.
+    An index block counts only if it and its labels would fill more than half of the area, and all but less than 2 MiB:
+    a guest may store images of other NVDIMMs in its own. The area nearest to the end is taken.
     """
     starts = range(len(tail) - _ALIGN, -1, -_ALIGN)
     return next((_area_size(tail, start) for start in _valid(tail, starts, checksum)), 0)
@@ -87,13 +89,32 @@ def _area_size(content: bytes, start: int) -> int:
 
     :returns: 0 when it describes none that can be. Its checksum is not looked at.
     """
-    if not content.startswith(SIGNATURE, start) or len(content) - start < _INDEX.size:
+    own, size, used = _parse(content, start)
+    area = len(content) - start + own
+    if not size or len(content) - start < size or area < MIN_LABEL_SIZE:
         return 0
+    return area if area // 2 < used <= area < used + SUPERPAGE else 0
+
+
+def first_end(head: bytes) -> int:
+    """Return the end of the label area that begins with the index block in ``head``, bytes from its start; 0 without.
+
+    NVDIMMs have multiples of 2 MiB, so what remains of the last 2 MiB has to be added. No checksum is looked at.
+    """
+    own, _, used = _parse(head, 0)
+    return max(used, MIN_LABEL_SIZE) if used and not own else 0
+
+
+def _parse(content: bytes, start: int) -> tuple[int, int, int]:
+    """Return the place of an index block in its area, its size, and the end of the area's labels, all in bytes.
+
+    :returns: zeros when there is none that can be. Its checksum is not looked at.
+    """
+    if not content.startswith(SIGNATURE, start) or len(content) - start < _INDEX.size:
+        return 0, 0, 0
     _, _, power, _, own, size, other, labels, count, major, _, _ = _INDEX.unpack_from(content, start)
     if major != 1 or power > 3 or not _INDEX.size + count / 8 <= size <= _MAX_INDEX or size % _ALIGN:
-        return 0
-    if {own, other} != {0, size} or labels < 2 * size or len(content) - start < size:
-        return 0
-    area = len(content) - start + own
-    used = labels + count * (128 << power)
-    return area if area >= MIN_LABEL_SIZE and area // 2 < used <= area else 0
+        return 0, 0, 0
+    if {own, other} != {0, size} or labels < 2 * size:
+        return 0, 0, 0
+    return own, size, labels + count * (128 << power)

@@ -151,7 +151,7 @@ def test_adopting_finds_the_label_area(host: Host) -> None:
     host.fill(A, bytes(SIZE - 256 * KIB) + label_area(256 * KIB))
     assert host.importer.import_in_place(A, None, None, watch) == replace(spec(), label_size=256 * KIB)
     assert host.importer.import_in_place(A, None, 0, watch) == spec()
-    assert host.importer.import_in_place(A, 2 * MIB, None, watch) == spec(size=2 * MIB)
+    assert host.importer.import_in_place(A, 2 * MIB, 0, watch) == spec(size=2 * MIB)
     assert host.backing.filled == [A, A, A]
 
 
