@@ -21,6 +21,7 @@ from _cffi_backend import FFI
 
 from nvdimm_driver.errors import BackingError, UnwrittenError
 from nvdimm_driver.model import GIB, PAGE, Extent
+from nvdimm_driver.shell import command, repair_of
 from nvdimm_driver.sizes import human
 
 # include/uapi/linux/fs.h, include/uapi/linux/fiemap.h
@@ -145,8 +146,8 @@ def check_holes(path: str, extents: Sequence[FileExtent], length: int) -> None:
         raise UnwrittenError(
             f"{path}: is sparse: {human(found[0][1])} at {found[0][0]:#x} are not allocated; "
             f"holes: {len(found)}, {human(sum(size for _, size in found))} in all",
-            hint=f"allocate all of it: fallocate -l {length} '{path}'; or, if it is a domain's file from a backup: "
-            "nvdimmctl check --repair",
+            hint=f"allocate all of it: {command('fallocate', '-l', length, path)}; or, if it is a domain's file from a "
+            f"backup: {repair_of(path)}",
         )
 
 
@@ -166,7 +167,7 @@ def check_flags(path: str, extents: Sequence[FileExtent], *, allowed: int = LAST
         if refused.flags == UNWRITTEN:
             raise UnwrittenError(
                 f"{which} is allocated and not written",
-                hint="define the domain again; or, if it is a domain's file from a backup: nvdimmctl check --repair",
+                hint=f"define the domain again; or, if it is a domain's file from a backup: {repair_of(path)}",
             )
         raise BackingError(f"{which} {reason} (FIEMAP flags {', '.join(refused.flag_names)})", hint=hint)
 

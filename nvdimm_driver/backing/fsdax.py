@@ -47,6 +47,7 @@ from nvdimm_driver.model import (
     Touch,
 )
 from nvdimm_driver.plugins import IF_LOST, Backing, ByteRange, unwatched
+from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class FsdaxBacking(Backing):
         """
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         if not self.exists(folder):
-            hint = f"mount it, or put it back where it was; if it is gone for good: mkdir -p {folder}"
+            hint = f"mount it, or put it back where it was; if it is gone for good: {command('mkdir', '-p', folder)}"
             raise BackingError(f"{path}: its folder is not there", hint=hint)
         with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
             volume = self._volume(fd, folder)

@@ -9,6 +9,7 @@ import struct
 
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity
+from nvdimm_driver.shell import repair_of
 
 _HEADER = struct.Struct("=Ii")  # struct file_handle: handle_bytes, handle_type; the handle follows
 _AT_EMPTY_PATH = 0x1000  # include/uapi/linux/fcntl.h
@@ -37,7 +38,7 @@ def check_deleted(folder: int, path: str, identity: BackingIdentity) -> None:
     if links:
         raise BackingError(
             f"{path}: it was moved: its file system has it still, under another name",
-            hint="'nvdimmctl check --repair' moves it back if it is in a pool; else move it back yourself: find "
+            hint=f"if it is in a pool, this moves it back: {repair_of(path)}; else move it back yourself: find "
             f"WHERE-IT-IS-MOUNTED -xdev -inum {identity.inode}",
         )
 

@@ -18,6 +18,7 @@ from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
 from nvdimm_driver.labels import index_block
 from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, Intake, NvdimmSpec, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
+from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
 
 _RUNNING = "shut it down first, or copy it while it changes with 'nvdimmctl export --running', and import that copy"
@@ -190,7 +191,8 @@ def _checked_size(path: str, size: int) -> int:
 def _check_overwrite(path: str, overwrite: bool) -> None:
     if os.path.isfile(path) and os.path.getsize(path):
         raise RefusedError(
-            f"{path}: exists already", hint=f"take another --name; 'nvdimmctl import {path}' imports it as it is"
+            f"{path}: exists already",
+            hint=f"take another --name; to import it as it is: {command('nvdimmctl', 'import', path)}",
         )
     if os.path.exists(path) and not os.path.isfile(path) and not overwrite:
         raise RefusedError(f"{path}: what is on it would be overwritten", hint="--force overwrites it")

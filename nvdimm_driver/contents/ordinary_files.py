@@ -12,6 +12,7 @@ from nvdimm_driver.backing.byteranges import FileBytes
 from nvdimm_driver.backing.files import check_copy_name, check_own, hidden_name, is_new
 from nvdimm_driver.backing.paths import Entry, entry, opened, resolve
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError, UnsupportedError
+from nvdimm_driver.shell import command
 
 _MAGIC = {
     b"QFI\xfb": "qcow2",
@@ -50,7 +51,7 @@ def check_raw(path: str, head: bytes) -> None:
     if kind is not None:
         raise UnsupportedError(
             f"{path}: is an image in format {kind} and has to be raw",
-            hint=f"convert it first: qemu-img convert -f {kind} -O raw {path} {path}.raw",
+            hint=f"convert it first: {command('qemu-img', 'convert', '-f', kind, '-O', 'raw', path, f'{path}.raw')}",
         )
 
 

@@ -13,6 +13,7 @@ from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.model import PAGE, BackingIdentity, Extent, NvdimmSpec, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.shell import repair_of
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.ledger import Ledger
@@ -98,7 +99,7 @@ class Checks:
         for domid in self.guests_with(path):
             raise InUseError(
                 f"{path}: the guest with domid {domid} has it, and the ledger does not know that",
-                hint="shut that guest down first, or let 'nvdimmctl check --repair' write that into the ledger",
+                hint=f"shut that guest down first, or write that into the ledger: {repair_of(path)}",
             )
 
     def guests_with(self, path: str) -> list[int]:

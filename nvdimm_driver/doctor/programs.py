@@ -15,6 +15,7 @@ from nvdimm_driver.host_text import read
 from nvdimm_driver.lifecycle.emulators import check_program
 from nvdimm_driver.model import GIB, MIB, GuestLayout, Placement
 from nvdimm_driver.plugins import AcpiBuilder
+from nvdimm_driver.shell import command
 
 _AGAIN = "repeat 'nvdimmctl register'"
 _SMALL = GuestLayout(512 * MIB, 4 * GIB, 1 << 40, (Placement(0, 8 * GIB, 16 * MIB),))
@@ -46,7 +47,7 @@ def check_script(script: Script) -> Finding:
     if script.mark not in text:
         return failed(script.name, f"{script.path} was not written by nvdimm_driver", f"move it away, and {_AGAIN}")
     if not os.access(script.path, os.X_OK):
-        return failed(script.name, f"{script.path} is not executable", f"chmod 755 {script.path}")
+        return failed(script.name, f"{script.path} is not executable", command("chmod", "755", script.path))
     python = text.partition("\n")[0].removeprefix("#!").partition(" ")[0]
     if not os.access(python, os.X_OK):
         return failed(script.name, f"{script.path}: its interpreter {python} is gone", _AGAIN)

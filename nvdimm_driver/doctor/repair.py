@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from shlex import quote
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
@@ -17,6 +16,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError, UnwrittenError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of
+from nvdimm_driver.shell import command, repair_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks, ownership
 from nvdimm_driver.state.owner_marks import Mark
@@ -298,8 +298,8 @@ class _Look:
         )
         if path not in self.zeros:
             return inconsistency(
-                f"copy a backup over it, if there is one ('cp --sparse=never BACKUP {quote(path)}'); to go on with "
-                f"zeros in place of what is lost: nvdimmctl check --repair --zeros {quote(path)}"
+                f"copy a backup over it, if there is one: {command('cp', '--sparse=never', 'BACKUP', path)}; to go on "
+                f"with zeros in place of what is lost: {command('nvdimmctl', 'check', '--repair', '--zeros', path)}"
             )
         return inconsistency("replace them with zeros", self.changes.of(record, self.changes.complete, backing, item))
 
@@ -380,8 +380,8 @@ class _Look:
             return inconsistency(
                 f"it is not there; a copy of it is {' and '.join(copies)}",
                 f"restore a backup, or rename the copy to {item.spec.path}: the guest goes on with what it had when "
-                "that was made, and 'nvdimmctl check --repair' takes it; or, to give up the contents, take the mark "
-                f"from the copy first: {owner_marks.unmark_command(copies[0])}",
+                f"that was made, and a repair takes it: {repair_of(item.spec.path)}; or, to give up the contents, take "
+                f"the mark from the copy first: {owner_marks.unmark_command(copies[0])}",
             )
         give_up = self.changes.of(
             record, self.changes.give_up_contents, self._named(item.identity.kind if item.identity else ""), item

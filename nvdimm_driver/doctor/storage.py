@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from nvdimm_driver.doctor.finding import Finding, failed, passed, warned
+from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state.reserve import SIZE, Reserve
 
@@ -29,7 +30,7 @@ def check_state(ledger: Path) -> Finding:
     found = os.statvfs(folder)
     if found.f_files and not found.f_favail:
         problem = f"{folder}: no inode is free on its file system: no domain with NVDIMMs can start"
-        return failed(check, problem, f"delete files, or move them away; 'df -i {folder}' counts inodes")
+        return failed(check, problem, f"delete files, or move them away; {command('df', '-i', folder)} counts inodes")
     kept = Reserve(f"{ledger}-reserve").size()
     error = _write_error(folder)
     if error is not None and error.errno in _FULL and kept:
@@ -57,7 +58,7 @@ def check_log(file: Path) -> Finding:
         return warned(
             "log",
             f"everybody on this host can read {file}, which names domains and files",
-            f"repeat 'nvdimmctl register', or: chmod o= {file}",
+            f"repeat 'nvdimmctl register', or: {command('chmod', 'o=', file)}",
         )
     if error is None:
         return passed("log", str(file))

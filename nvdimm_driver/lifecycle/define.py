@@ -19,6 +19,7 @@ from nvdimm_driver.lifecycle.redefine import check_kept, check_started, still_ma
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Plan, Progress, Record, Run
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.shell import repair_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.device_claims import UnknownClaims
@@ -457,7 +458,7 @@ class Definitions:
             raise BackingError(
                 f"{path}: what was provisioned for the domain is not there",
                 hint="if it was moved, 'nvdimmctl check' finds it; if not, restore a backup first, if any: "
-                "'nvdimmctl check --repair' then takes what is there, or lets the next define make zeros",
+                f"this then takes what is there, or lets the next define make zeros: {repair_of(path)}",
             )
 
     def _progress(self, domain: DomainSpec, spec: NvdimmSpec) -> Progress:

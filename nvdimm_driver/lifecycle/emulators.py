@@ -13,6 +13,7 @@ from oslo_config import cfg
 
 from nvdimm_driver.errors import ConfigError, DomainXmlError, RefusedError
 from nvdimm_driver.model import DomainSpec
+from nvdimm_driver.shell import command
 
 _MAX_LINKS = 40
 """Symbolic links in one path, as in the kernel (include/linux/namei.h:MAXSYMLINKS)."""
@@ -128,5 +129,5 @@ def _check_step(path: str, at: str, info: os.stat_result) -> None:
         why = f"belongs to uid {info.st_uid}" if info.st_uid else "can be written by others"
         raise RefusedError(
             f"{path} would run as root, and is not root's alone: {at} {why}",
-            hint=f"chown root {at}; chmod go-w {at}",
+            hint=f"{command('chown', 'root', at)}; {command('chmod', 'go-w', at)}",
         )

@@ -17,6 +17,7 @@ from nvdimm_driver.errors import BackingError, ConfigError, NotFoundError
 from nvdimm_driver.model import MIB, SUPERPAGE, NvdimmSpec, Pool, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
@@ -157,7 +158,7 @@ class Inventory:
         if intake.writes:
             raise BackingError(
                 f"{path}: is not provisioned: {human(intake.writes)} still to be written",
-                hint=f"nvdimmctl provision --size {spec.size} --label-size 2MiB {path}",
+                hint=command("nvdimmctl", "provision", "--size", spec.size, "--label-size", "2MiB", path),
             )
         if self._served:
             backing.check_labels(spec)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.plugins import Backing
+from nvdimm_driver.shell import command
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml.definition_files import StoredDomain
@@ -43,7 +44,7 @@ class UnknownClaims:
                     raise InUseError(
                         f"{path} is in libvirt's definition of domain {domain.name}, too",
                         hint="'nvdimmctl check' says what to do; if it is not that domain's any more, take it out: "
-                        f"virsh edit {domain.name}",
+                        + command("virsh", "edit", domain.name),
                     )
 
     def _has(self, domain: StoredDomain, path: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from shlex import quote
 from typing import Any
 
 from nvdimm_driver.errors import LedgerError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record
+from nvdimm_driver.shell import command, repair_of
 
 VERSION = 1
 
@@ -48,7 +48,7 @@ def pack(record: Record, item: Allocation) -> bytes:
 
 def unmark_command(path: str) -> str:
     """Return the command that takes the mark from a file; setfattr is in the package attr."""
-    return f"setfattr -x trusted.nvdimm_driver.owner {quote(path)}"
+    return command("setfattr", "-x", "trusted.nvdimm_driver.owner", path)
 
 
 def is_current(data: bytes | None, record: Record, item: Allocation) -> bool:
@@ -80,5 +80,5 @@ def unpack(path: str, data: bytes) -> Mark:
         return Mark(found["uuid"], found["name"], found["ram"], found["dsm"], spec, found["base"], file)
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(
-            f"{path}: its mark cannot be read: {error}", hint="'nvdimmctl check --repair' removes it"
+            f"{path}: its mark cannot be read: {error}", hint=f"to remove it: {repair_of(path)}"
         ) from error

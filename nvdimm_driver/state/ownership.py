@@ -10,6 +10,7 @@ from contextlib import suppress
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError
 from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Start, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.shell import repair_of
 from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
@@ -209,7 +210,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
             "mount each where it was",
         )
     if moved:
-        hint = f"it has {items[0].spec.path} in its place: 'nvdimmctl check --repair' lets it have both"
+        hint = f"it has {items[0].spec.path} in its place; to let it have both: {repair_of(path)}"
     elif mark.is_copied(file.identity):
         hint = (
             "it is a copy of that domain's file; if it is to be another's, take the mark from it: "
@@ -217,9 +218,9 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
         )
     else:
         hint = (
-            "'nvdimmctl check --repair' writes it into the ledger, if a pool has the file; if that domain is gone for "
-            f"good, '{release_of(mark.name, mark.uuid, mark.spec.slot)}' then frees the file; in a pool with "
-            "wipe_on_release, that overwrites it: copy it elsewhere first, if its bytes are needed"
+            f"if a pool has the file, write it into the ledger: {repair_of(path)}; if that domain is gone for good, "
+            f"then free the file: {release_of(mark.name, mark.uuid, mark.spec.slot)}; in a pool with wipe_on_release, "
+            "that overwrites it: copy it elsewhere first, if its bytes are needed"
         )
     raise InUseError(
         f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that", hint=hint
@@ -298,13 +299,13 @@ def _way_to_free(path: str, record: Record, identity: BackingIdentity | None) ->
     """Return the hint how a domain gives up what it has at a path, and nothing else of it."""
     item = find_item(record, path, identity)
     if item is not None:
-        command = release_of(record.name, record.uuid, item.spec.slot)
+        release = release_of(record.name, record.uuid, item.spec.slot)
         return (
-            f"if that domain is gone for good, '{command}' frees the path; it keeps the data, unless the pool has "
+            f"if that domain is gone for good, free the path: {release}; that keeps the data, unless the pool has "
             "wipe_on_release"
         )
     if any(each.spec.path == path for each in record.intents):
-        return "a define wants it; if none is under way, 'nvdimmctl check --repair' ends the one that was interrupted"
+        return f"a define wants it; if none is under way, end the one that was interrupted: {repair_of(path)}"
     return "shut that domain down first: its guest has it, and its definition has not any more"
 
 

@@ -210,10 +210,10 @@ def test_the_hints_about_a_file_that_is_lost_give_up_no_other(host: Host) -> Non
     host.libvirtd.run("rm", image(host, "first"))
     bring = ("import", str(host.folder / "backup/first.img"), "--pool", "main")
     told = host.nvdimmctl(*bring).stderr
-    (named,) = re.findall(r"'nvdimmctl (release [^']+)' frees the path", told)
+    (named,) = re.findall(r"free the path: nvdimmctl (release [^;]+);", told)
     done = host.nvdimmctl(*named.split(), "--yes")
     if done.returncode:  # in a pool with wipe_on_release
-        assert "'nvdimmctl release --lost --slot 0 first' gives it up" in done.stderr
+        assert "give it up: nvdimmctl release --lost --slot 0 first" in done.stderr
         assert host.nvdimmctl("release", "--yes", "--lost", "first").returncode == 2
         assert host.nvdimmctl("release", "--yes", "--lost", *named.split()[1:]).returncode == 0
     assert paths(host, "first") == {1: "second.img"}

@@ -15,14 +15,14 @@ from tests.integration.test_virsh import image
 
 __all__ = ["host"]  # the fixture
 
-RELEASE = re.compile(r"'nvdimmctl (release [^']+)'|: nvdimmctl (release .+)$")
+RELEASE = re.compile(r": nvdimmctl (release [^;]+)")
 
 
 def release_in(text: str) -> list[str]:
     """Return the arguments of the last ``nvdimmctl release`` in a hint or remedy."""
     found = RELEASE.findall(text.strip().removesuffix(")"))
     assert found, text
-    return [word for word in "".join(found[-1]).split(" ") if word]
+    return [word for word in found[-1].split(" ") if word]
 
 
 def check(host: Host, *words: str) -> list[dict[str, str]]:
@@ -89,7 +89,7 @@ def test_a_truncated_file_gets_its_backup_back_or_zeros_on_demand(host: Host) ->
     (found,) = check(host, "--repair")
     assert (found["Path"], found["Done"]) == (str(path), "")
     assert host.virsh("start", "first").returncode != 0
-    restore = re.search("'(cp .*?)'", found["Remedy"])
+    restore = re.search(": (cp .*?);", found["Remedy"])
     assert restore
     command = restore[1].replace("BACKUP", str(backup))
     assert host.libvirtd.run("sh", "-c", f"{command} && sync {path}").returncode == 0

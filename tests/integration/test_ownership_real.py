@@ -591,7 +591,7 @@ def test_an_import_that_was_killed_between_two_names_is_completed_as_the_error_s
     source.write_bytes(DATA)
     Path(host.path("a.img")).write_bytes(DATA)
     os.link(host.path("a.img"), host.path(".a.img.partial"))
-    with pytest.raises(NvdimmError, match="imports it as it is"):
+    with pytest.raises(NvdimmError, match="to import it as it is: nvdimmctl import /"):
         host.driver.importer.import_copy(str(source), host.path("a.img"), None, 0, quiet)
     host.driver.importer.import_in_place(host.path("a.img"), None, 0, quiet)
     assert [each.name for each in host.fs.files()] == ["a.img"]

@@ -199,7 +199,7 @@ def test_a_claim_whose_define_was_cut_stays_while_its_pool_is_not_mounted(host: 
 def test_a_file_that_is_not_there_is_released_only_after_check_has_given_it_up(host: Host) -> None:
     host.define("a.img")
     os.rename(host.path("a.img"), host.path("b.img"))
-    with pytest.raises(BackingError, match=r"it was moved: its file system has it still.*'nvdimmctl check --repair'"):
+    with pytest.raises(BackingError, match=r"it was moved: its file system has it still.*nvdimmctl check --repair /"):
         release(host)
     assert claims(host) == {0: "a.img"}
     for each in look(host.driver):

@@ -52,7 +52,7 @@ def test_no_inode_is_free(tmp_path: Path) -> None:
         found = check_state(ledger)
         assert (found.result, found.hint) == (
             Result.FAIL,
-            f"delete files, or move them away; 'df -i {tmp_path}' counts inodes",
+            f"delete files, or move them away; df -i {tmp_path} counts inodes",
         )
     finally:
         subprocess.run(["umount", tmp_path], check=True)

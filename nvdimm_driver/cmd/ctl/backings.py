@@ -52,6 +52,7 @@ class Provision(Action):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd.ctl import render
         from nvdimm_driver.contents.importing import new_nvdimm
+        from nvdimm_driver.shell import command
         from nvdimm_driver.xml.edit_devices import memory_device
 
         driver = up_to_date(self.app)
@@ -66,7 +67,8 @@ class Provision(Action):
             intake = driver.importer.provision(spec, watch)
         if not intake.creates and not intake.writes:
             print(
-                f"{path} exists already and keeps its contents; 'nvdimmctl wipe {path}' overwrites them",
+                f"{path} exists already and keeps its contents; to overwrite them: "
+                + command("nvdimmctl", "wipe", path),
                 file=sys.stderr,
             )
         for line in render.advice(spec.visible_size):

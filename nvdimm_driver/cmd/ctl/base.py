@@ -13,6 +13,7 @@ from cliff.lister import Lister
 from cliff.show import ShowOne
 
 from nvdimm_driver.errors import NotFoundError, UsageError
+from nvdimm_driver.state.words import word_for
 
 if TYPE_CHECKING:
     from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
@@ -107,7 +108,7 @@ def items_of(record: Record, slot: int | None) -> list[Allocation]:
     items = [item for item in record.allocations if slot in (None, item.spec.slot)]
     if not items:
         where = "" if slot is None else f" in slot {slot}"
-        hint = f"see 'nvdimmctl show {record.name}'"
+        hint = f"see: nvdimmctl show {word_for(record.name, record.uuid)}"
         if any(slot in (None, item.spec.slot) for item in record.intents):
             hint = "a define wants one for it; if none is under way, one was interrupted: see 'nvdimmctl check'"
         raise NotFoundError(f"domain {record.name} has no NVDIMM{where}", hint=hint)

@@ -43,11 +43,17 @@ class Check(Listing):
             "--repair", action="store_true", help="repair what can be repaired, as the column Remedy says"
         )
         parser.add_argument(
+            "only",
+            metavar="PATH|DOMAIN",
+            nargs="*",
+            help="list and repair only what concerns these files, devices or domains",
+        )
+        parser.add_argument(
             "--zeros",
             metavar="PATH",
             action="append",
             default=[],
-            help="with --repair: replace what this file has lost with zeros; can be repeated",
+            help="with --repair: replace what this file has lost with zeros, and repair nothing else; can be repeated",
         )
         return parser
 
@@ -67,6 +73,8 @@ class Check(Listing):
             self.status = 1
             return COLUMNS, [("", str(Path(self.app.conf.state_dir) / LEDGER), error.message, error.hint, "")]
         find = partial(_find, driver, self.app.conf, zeros, is_new=bool(rows))
+        if only := [*parsed_args.only, *zeros]:
+            find = partial(_find_only, driver, only, find)
         if zeros and (whole := {*zeros} - {each.path for each in find()}):
             raise UsageError(f"{', '.join(sorted(whole))}: nothing of it is lost", hint="see 'nvdimmctl check'")
         rows += _repair(find) if parsed_args.repair else []
@@ -124,6 +132,29 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], *
         return [*found, *find_device_claims(driver, conf)]
     except ConfigError as error:
         return [*found, Inconsistency("", "", error.message, error.hint)] if is_new else found
+
+
+def _find_only(
+    driver: XenNvdimmDriver, words: Sequence[str], find: Callable[[], list[Inconsistency]]
+) -> list[Inconsistency]:
+    """Find the inconsistencies of some files, devices and domains; of a file's domain, those that name no file, too.
+
+    :param words: paths, and names or uuids of domains.
+    :raises NotFoundError: when one is neither a path nor a domain.
+    """
+    from nvdimm_driver.state.words import find_named
+
+    found, records = find(), driver.ledger.domains()
+    paths = {resolve(word) for word in words if word.startswith("/")}
+    names = {word for word in words if not word.startswith("/")}
+    for word in names - {each.domain for each in found}:
+        names = names - {word} | {find_named(records, word).name}
+    owners = {record.name for record in records for item in record.claims if item.spec.path in paths}
+    return [
+        each
+        for each in found
+        if each.domain in names or each.path in paths or (each.domain in owners and not each.path)
+    ]
 
 
 def _repair(find: Callable[[], list[Inconsistency]]) -> list[tuple[str, ...]]:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands in hints, with names that their users have chosen to run something, on real ext4 and XFS."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.cmd.ctl.check import _find_only, _repair
+from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.errors import NotFoundError, NvdimmError
+from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_ownership_real import SIZE, Host, empty, quiet
+from tests.unit.doubles import OTHER_UUID, UUID
+
+NASTY = "a'; touch PWNED; '.img"
+
+
+@pytest.fixture(params=list(MKFS))
+def host(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem], tmp_path: Path) -> Iterator[Host]:
+    yield Host(tmp_path, file_systems[request.param], wipe=True)
+    empty(file_systems[request.param])
+
+
+def domain(name: str, path: str, uuid: str = UUID) -> DomainSpec:
+    return DomainSpec(name, uuid, 512 * MIB, None, (NvdimmSpec(0, path, SIZE),))
+
+
+def truncate(host: Host, path: str) -> None:
+    host.driver.define(domain(NASTY, path))
+    os.truncate(path, SIZE // 2)
+
+
+def delete(host: Host, path: str) -> None:
+    host.driver.define(domain(NASTY, path))
+    os.unlink(path)
+
+
+def copy(host: Host, path: str) -> None:
+    """Leave a copy with the mark in the place of what is gone."""
+    host.driver.define(domain(NASTY, path))
+    run("cp", "-a", "--reflink=never", path, f"{path}.bak")
+    os.unlink(path)
+
+
+def make_sparse(host: Host, path: str) -> None:
+    del host
+    with open(path, "wb") as file:
+        file.truncate(SIZE)
+
+
+def own(host: Host, path: str) -> None:
+    host.driver.define(domain(NASTY, path))
+
+
+@pytest.mark.parametrize("prepare", [truncate, delete, copy, make_sparse, own])
+def test_each_command_has_a_name_as_one_word(host: Host, prepare: Callable[[Host, str], None]) -> None:
+    """After all quoted names are taken out, none is left in a command."""
+    folder = Path(host.path("g; touch PWNED"))
+    folder.mkdir()
+    path = str(folder / NASTY)
+    prepare(host, path)
+    hints = [each.remedy for each in look(host.driver)]
+    for uuid in (UUID, OTHER_UUID):
+        for step in (
+            lambda uuid=uuid: host.driver.define(domain("x", path, uuid)),
+            lambda: host.driver.release_claims(host.record(), quiet, delete=True, slot=0),
+        ):
+            try:
+                step()
+            except (NvdimmError, AssertionError) as error:
+                hints.append(getattr(error, "hint", ""))
+    programs = r"nvdimmctl [a-z]|fallocate |mkdir |cp -|setfattr -|rm |mv |find "
+    for hint in hints:
+        for found in re.finditer(programs, hint):
+            rest = hint[found.start() :]
+            for name in (path, str(folder), f"{path}.bak", NASTY):
+                rest = rest.replace(shlex.quote(name), "NAME")
+            assert "PWNED" not in rest, hint
+            assert "'NAME" not in rest, hint
+
+
+def test_the_command_for_a_folder_that_is_gone(host: Host) -> None:
+    folder = Path(host.path("g; touch PWNED"))
+    folder.mkdir()
+    path = str(folder / "a.img")
+    host.driver.define(domain("x", path))
+    os.unlink(path)
+    folder.rmdir()
+    with pytest.raises(NvdimmError) as error:
+        host.driver.release_claims(host.record(), quiet, delete=False, slot=0)
+    assert str(folder) in shlex.split(error.value.hint.split("gone for good: ")[1])
+
+
+def only(host: Host, *words: str, zeros: tuple[str, ...] = ()) -> Callable[[], list[Inconsistency]]:
+    return lambda: _find_only(host.driver, [*words, *zeros], lambda: look(host.driver, zeros=zeros))
+
+
+@pytest.mark.parametrize("word", ["path", "x", UUID, "zeros"])
+def test_a_repair_of_one_gives_up_no_other(host: Host, word: str) -> None:
+    """The backup of another domain's file is still being fetched."""
+    host.define("a.img")
+    host.define("b.img", OTHER_UUID)
+    os.truncate(host.path("a.img"), SIZE // 2)
+    os.unlink(host.path("b.img"))
+    assert {each.path for each in look(host.driver)} == {host.path("a.img"), host.path("b.img")}
+    path = host.path("a.img")
+    find = only(host, zeros=(path,)) if word == "zeros" else only(host, path if word == "path" else word, zeros=(path,))
+    assert [row[-1] for row in _repair(find)] == ["yes"]
+    assert find() == []
+    with pytest.raises(NvdimmError):
+        host.driver.define(host.domain("b.img", OTHER_UUID))
+    (left,) = look(host.driver)
+    assert left.path == host.path("b.img")
+
+
+def test_a_repair_of_a_file_puts_its_domains_old_start_away_first(host: Host) -> None:
+    host.run(host.domain("a.img"))
+    host.mapper.alive.clear()
+    found = only(host, host.path("a.img"))()
+    assert "" in {each.path for each in found}
+
+
+def test_a_word_that_is_neither_a_path_nor_a_domain_is_refused(host: Host) -> None:
+    host.define("a.img")
+    with pytest.raises(NotFoundError):
+        only(host, "nobody")()
