@@ -371,10 +371,13 @@ class Backing(Plugin):
 
         raise BackingError(f"{source}: cannot be moved to {target}", hint="it is a device")
 
-    def check_unwritten(self, path: str, identity: BackingIdentity | None = None) -> None:
+    def check_unwritten(
+        self, path: str, identity: BackingIdentity | None = None, allowed: Collection[int] = ()
+    ) -> None:
         """Check that no program of the host may write a frozen backing, by what it has opened before.
 
         :param identity: whose bytes it has to have; None when that is not known.
+        :param allowed: ids of processes that may: the guest's label server.
         :raises InUseError: when one may.
         """
 

@@ -272,11 +272,15 @@ class FsdaxBacking(Backing):
             self.locks.check_unwritten(fd, path)
             inode.freeze(fd)
 
-    def check_unwritten(self, path: str, identity: BackingIdentity | None = None) -> None:
+    def check_unwritten(
+        self, path: str, identity: BackingIdentity | None = None, allowed: Collection[int] = ()
+    ) -> None:
         with opened(path, os.O_RDONLY) as fd:
             self._check_same(fd, path, identity)
             if inode.has_writer(fd):
-                raise writers.refusal(path, writers.find(fd))
+                others = writers.find(fd) - {*allowed}
+                if others or not allowed:
+                    raise writers.refusal(path, others)
 
     def is_shared(self, spec: NvdimmSpec) -> bool:
         with opened(spec.path, os.O_RDONLY) as fd:

@@ -440,13 +440,13 @@ class _Look:
         if file.frozen and not users:
             yield self._frozen(file, owner[0] if owner else None, mark)
         for user in users:
-            if file.immutable or user.start is None or _has_another(user, file):
+            if user.start is None or _has_another(user, file) or not self.driver.starts.is_running(user.start):
                 continue
-            if self.driver.starts.is_running(user.start):
-                freeze = partial(self._freeze, file)
-                yield Inconsistency(
-                    user.name, file.path, "a guest has it, and it is not immutable", "make it so", freeze
-                )
+            if not file.immutable:
+                problem, freeze = "a guest has it, and it is not immutable", partial(self._freeze, file)
+                yield Inconsistency(user.name, file.path, problem, "make it so", freeze)
+            elif error := self.driver.starts.find_writer(user.uuid, file):
+                yield Inconsistency(user.name, file.path, error.message.removeprefix(f"{file.path}: "), error.hint)
         if owner is None and file.owner is not None:
             yield from self._unknown(file, mark)
 

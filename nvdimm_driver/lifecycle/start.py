@@ -17,7 +17,7 @@ from nvdimm_driver.backing.paths import check_not_read_only, resolve
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Touch
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Surveyed, Touch
 from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
@@ -91,6 +91,15 @@ class Starts:
         except InUseError:
             self.label_servers.kill(uuid)
             backing.check_unwritten(item.spec.path, item.identity)
+
+    def find_writer(self, uuid: str, file: Surveyed) -> InUseError | None:
+        """Return the error for a program, not the label server, that may write the frozen file of a running guest."""
+        servers = self.label_servers.find(uuid)
+        try:
+            backing_of(self.backings, file.path).check_unwritten(file.path, file.identity, servers)
+        except InUseError as error:
+            return error
+        return None
 
     def put_away(self, start: Start, *, kind: str = "") -> None:
         """End a start: undo :meth:`freeze` and :meth:`hold`. Can be repeated, also when another start has begun since.

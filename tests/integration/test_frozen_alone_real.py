@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.backing import fsdax, inode, paths
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.model import MIB, Allocation, BackingIdentity
 from tests.integration.loop_pmem import MKFS, FileSystem
@@ -194,10 +195,23 @@ def test_a_program_of_roots_that_opens_it_in_the_moment_is_seen(host: Host, monk
             host.backing.open_labels(item.spec, identity)
     assert f"process {others[0].pid} " in caught.value.message
     assert is_immutable(host.path("a.img"))
+    (found,) = look(host.driver)
+    assert (found.domain, found.path, found.mend) == ("x", host.path("a.img"), None)
+    assert found.problem.startswith(f"process {others[0].pid} ")
+    assert found.remedy == "end that program, or have it close the file"
     others[0].end()
     with host.backing.open_labels(item.spec, identity):
         host.another().backings[0].open_labels(item.spec, identity).close()
-    assert host.record(UUID).start
+    assert look(host.driver) == []
+
+
+def test_check_takes_no_label_server_for_a_stranger(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    item, identity = starts(host)
+    with host.backing.open_labels(item.spec, identity):
+        (found,) = look(host.driver)
+        assert found.problem.startswith(f"process {os.getpid()} ")
+        monkeypatch.setattr(host.driver.starts.label_servers, "find", lambda uuid: [os.getpid()] * (uuid == UUID))
+        assert look(host.driver) == []
 
 
 def test_an_error_in_the_moment_leaves_the_file_immutable(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
