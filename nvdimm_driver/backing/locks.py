@@ -19,7 +19,7 @@ from nvdimm_driver.errors import BackingError, InUseError, hint_of
 from nvdimm_driver.lock_files import holder, is_at, is_waiting, leave_waiting, take
 
 FREEZE_SECONDS = 5.0
-"""How long freezing and thawing wait for another process that freezes or thaws on the same file system."""
+"""How long freezing and thawing wait for one that freezes or thaws on the same file system, however many do so."""
 
 
 class Locks:
@@ -38,7 +38,8 @@ class Locks:
         Two at once would leave a running guest's file mutable. There is one lock for each file system, because a
         process that changes a file on a file system which fsfreeze has frozen waits there, and cannot be killed.
 
-        :raises InUseError: when another process has that lock for FREEZE_SECONDS.
+        :raises InUseError: when one other has that lock for FREEZE_SECONDS. While it goes from one to the next, as when
+            many guests start at once, this waits for its turn.
         :raises BackingError: when the file system takes no changes for so long.
         """
         if self._folder is None:
@@ -47,10 +48,12 @@ class Locks:
         file = self._folder / f"freeze-{_number(os.fstat(fd).st_dev)}"
         lock = self._open(file)
         try:
-            deadline = time.monotonic() + FREEZE_SECONDS
+            turn, deadline = 0, 0.0
             while not take(lock):
                 if is_waiting(lock):
                     raise _suspended(path, file)
+                if turn != (turn := os.fstat(lock).st_mtime_ns):  # the next one has written its number
+                    deadline = time.monotonic() + FREEZE_SECONDS
                 if time.monotonic() > deadline:
                     raise InUseError(
                         f"{path}: {holder(file)} has been freezing or thawing a file of this file system for "

@@ -20,7 +20,7 @@ from tests.integration.test_dsm_qemu import PLAIN_QEMU, XEN_QEMU
 DOMID, OTHER = 32001, 32002
 NOBODY = 65534
 SERVER = """
-import os, sys, time
+import os, signal, sys
 from nvdimm_driver.labels.confinement import become, isolate, uid_of
 from nvdimm_driver.labels.qemu import QemuLabels
 from tests.integration.test_dsm_qemu import AREAS, LAYOUT
@@ -37,7 +37,7 @@ except OSError as error:
     refused = error.errno
 pid = open(f"/proc/self/task/{os.getpid()}/children").read().split()[-1]
 print(pid, refused, flush=True)
-time.sleep(600)
+signal.pause()
 """
 # what a process of some user tries with another: status 0 when it could
 ATTEMPTS = {
@@ -91,7 +91,7 @@ def could(attempt: str, pid: int, uid: int, gid: int) -> bool:
 def test_no_other_user_and_not_even_the_same_one_looks_into_it(served: Served, attempt: str) -> None:
     own = uid_of(DOMID)
     users = [(NOBODY, NOBODY), (own, own), (own, FIRST_UID), (uid_of(OTHER), FIRST_UID), (FIRST_UID, FIRST_UID)]
-    ordinary = ["setpriv", "--reuid", str(own), "--regid", str(own), "--clear-groups", "sleep", "60"]
+    ordinary = ["setpriv", "--reuid", str(own), "--regid", str(own), "--clear-groups", "sleep", "infinity"]
     with subprocess.Popen(ordinary) as plain:
         while b"sleep" not in Path(f"/proc/{plain.pid}/cmdline").read_bytes().split(b"\0")[:1]:
             time.sleep(0.01)

@@ -105,7 +105,7 @@ def test_it_reaches_no_file_no_socket_no_process_and_no_network(folder: Path) ->
     with socket.socket(socket.AF_UNIX) as named, socket.socket(socket.AF_UNIX) as abstract:
         named.bind(f"{folder}/sock")
         (folder / "sock").chmod(0o777)
-        with subprocess.Popen(["sleep", "600"]) as other:
+        with subprocess.Popen(["sleep", "infinity"]) as other:
             abstract.bind(f"\0of the test{other.pid}")
             for each in (named, abstract):
                 each.listen()

@@ -144,7 +144,7 @@ def another_user(work: Callable[[int], object], path: str) -> Iterator[None]:
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         work(os.open(os.path.basename(path), os.O_RDONLY))
         os.write(told, b"x")
-        time.sleep(600)
+        signal.pause()
 
     process = Process(target=run_as_nobody, daemon=True)
     process.start()

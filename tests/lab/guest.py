@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tests.lab.errors import LabError
 from tests.lab.host import XenHost
+from tests.waiting import HANG_SECONDS
 
 MARKER = "@nvdimm-lab "
 GUEST_DISK = "/tmp/guest.img"
@@ -133,7 +134,7 @@ class Conversation(ABC):
     def _evidence(self) -> str:
         """Return what may explain why nothing comes."""
 
-    def wait_report(self, timeout: float = 240, boot: int = 1) -> Report:
+    def wait_report(self, timeout: float = HANG_SECONDS, boot: int = 1) -> Report:
         """Return the first report of the `boot`-th boot, counted from 1.
 
         :raises LabError: with the end of the console, if it does not come.
@@ -145,13 +146,13 @@ class Conversation(ABC):
 
         return self._wait(found, timeout, f"report of boot {boot}")
 
-    def report(self, timeout: float = 60) -> Report:
+    def report(self, timeout: float = HANG_SECONDS) -> Report:
         """Have the guest look again; return its new report."""
         known = len(self._reports)
         self.check("report", timeout=timeout)
         return self._wait(lambda: self._reports[-1] if len(self._reports) > known else None, timeout, "report")
 
-    def order(self, verb: str, *arguments: object, timeout: float = 120) -> Answer:
+    def order(self, verb: str, *arguments: object, timeout: float = HANG_SECONDS) -> Answer:
         """Send an order and return its answer.
 
         :raises LabError: when none comes.
@@ -162,7 +163,7 @@ class Conversation(ABC):
         self._send(line)
         return self._wait(lambda: self._answers.get(name), timeout, f"answer to {line!r}")
 
-    def check(self, verb: str, *arguments: object, timeout: float = 120) -> str:
+    def check(self, verb: str, *arguments: object, timeout: float = HANG_SECONDS) -> str:
         """Send an order that has to succeed; return what it printed.
 
         :raises LabError: when it fails, or no answer comes.
@@ -172,14 +173,14 @@ class Conversation(ABC):
             raise LabError(f"guest {self.name}: {verb} {arguments} has status {answer.returncode}: {answer.result}")
         return answer.result
 
-    def last_answer(self, name: str, timeout: float = 120) -> Answer:
+    def last_answer(self, name: str, timeout: float = HANG_SECONDS) -> Answer:
         """Return the last answer that a program in the guest has given under a name of its own.
 
         :raises LabError: when none comes.
         """
         return self._wait(lambda: self._answers.get(name), timeout, f"answer of {name!r}")
 
-    def sha256(self, device: str, offset: int, length: int, timeout: float = 300) -> str:
+    def sha256(self, device: str, offset: int, length: int, timeout: float = HANG_SECONDS) -> str:
         """Return the SHA-256, in hex, of bytes of a block device, read from the device and not from the page cache."""
         return self.check("sha256", device, offset, length, timeout=timeout)
 
@@ -189,7 +190,7 @@ class Conversation(ABC):
             raise LabError(f"{length} bytes do not go through a console; at most {READ_LIMIT}")
         return bytes.fromhex(self.check("read", device, offset, length))
 
-    def write(self, device: str, offset: int, length: int, seed: int, timeout: float = 300) -> None:
+    def write(self, device: str, offset: int, length: int, seed: int, timeout: float = HANG_SECONDS) -> None:
         """Write `pattern(seed, length)` to a block device and sync it."""
         self.check("write", device, offset, length, seed, timeout=timeout)
 
@@ -197,22 +198,22 @@ class Conversation(ABC):
         """Return the guest's kernel log."""
         return self.check("dmesg")
 
-    def reboot(self, timeout: float = 240) -> Report:
+    def reboot(self, timeout: float = HANG_SECONDS) -> Report:
         """Have the guest reboot; return the report of the boot that follows."""
         return self.next_boot(lambda: self.check("reboot"), timeout)
 
-    def next_boot(self, cause: Callable[[], object], timeout: float = 240) -> Report:
+    def next_boot(self, cause: Callable[[], object], timeout: float = HANG_SECONDS) -> Report:
         """Call `cause`, which makes the guest boot again; return the report of that boot."""
         boots = len(self._boots())
         cause()
         return self.wait_report(timeout, boots + 1)
 
-    def poweroff(self, timeout: float = 120) -> None:
+    def poweroff(self, timeout: float = HANG_SECONDS) -> None:
         """Have the guest power off, and wait until its domain is gone."""
         self.check("poweroff")
         self.wait_end(timeout)
 
-    def wait_end(self, timeout: float = 120) -> None:
+    def wait_end(self, timeout: float = HANG_SECONDS) -> None:
         """Wait until the guest's domain is gone."""
         self._wait(lambda: True if not self.exists() else None, timeout, "end of the domain")
 

@@ -23,6 +23,7 @@ from tests.lab.agent import AgentConnection
 from tests.lab.errors import LabError
 from tests.lab.image import Images
 from tests.lab.tools import require, run_tool
+from tests.waiting import HANG_SECONDS
 
 GIB = 1 << 30
 LABEL_BYTES = 128 << 10
@@ -93,7 +94,7 @@ class XenHost:
         qemu_args: Sequence[str] = (),
         keep_disk: bool = False,
         power_loss: random.Random | None = None,
-        boot_timeout: float = 180,
+        boot_timeout: float = HANG_SECONDS,
         lock_timeout: float = 1800,
     ) -> None:
         self.images = images
@@ -153,9 +154,9 @@ class XenHost:
             self._kill()
             return
         try:
-            self.check("sync", timeout=60)
+            self.check("sync")
             self._monitor("quit")
-            self._process.wait(20)
+            self._process.wait(HANG_SECONDS)
         finally:
             self._kill()
 
@@ -192,7 +193,7 @@ class XenHost:
             if not keep:
                 shutil.rmtree(self.run_folder)
 
-    def run(self, command: str, timeout: float = 300) -> Result:
+    def run(self, command: str, timeout: float = HANG_SECONDS) -> Result:
         """Run a bash command in dom0 as root. A dom0 that does not answer at all hangs, and the host is killed.
 
         :raises LabError: when the command takes more than `timeout` seconds, or dom0 is gone.
@@ -209,7 +210,7 @@ class XenHost:
             raise LabError(f"still running after {timeout} s, and killed\n{_describe(result)}")
         return result
 
-    def check(self, command: str, timeout: float = 300) -> Result:
+    def check(self, command: str, timeout: float = HANG_SECONDS) -> Result:
         """Run a command that has to succeed.
 
         :raises LabError: when it fails, and as :meth:`run` does.

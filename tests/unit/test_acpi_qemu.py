@@ -124,7 +124,7 @@ def test_file_that_is_no_program(place: Path) -> None:
 
 def test_qemu_that_hangs_is_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging = program(
-        place, "hanging", f"echo waiting >&2; echo $$ >{place}/new; mv {place}/new {place}/pid; sleep 600"
+        place, "hanging", f"echo waiting >&2; echo $$ >{place}/new; mv {place}/new {place}/pid; sleep infinity"
     )
 
     def left_once_it_runs(_: Qtest) -> float:
@@ -138,7 +138,7 @@ def test_qemu_that_hangs_is_ended(place: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_qemu_that_talks_nonsense_is_ended(place: Path) -> None:
-    talking = program(place, "talking", f"echo $$ >{place}/pid; echo Hello; exec sleep 600")
+    talking = program(place, "talking", f"echo $$ >{place}/pid; echo Hello; exec sleep infinity")
     with pytest.raises(AcpiError, match="with 'Hello'"):
         QemuAcpiBuilder([talking]).build(ONE)
     assert not is_running(int((place / "pid").read_text()))
@@ -156,7 +156,7 @@ def test_qemu_has_no_privileges(place: Path) -> None:
 
 
 def test_qemu_dies_when_we_are_killed(place: Path) -> None:
-    hanging = program(place, "hanging", f"echo $$ >{place}/new; mv {place}/new {place}/pid; exec sleep 600")
+    hanging = program(place, "hanging", f"echo $$ >{place}/new; mv {place}/new {place}/pid; exec sleep infinity")
     with subprocess.Popen([sys.executable, "-c", BUILD_ONE, hanging], cwd=ROOT) as builder:
         wait_until((place / "pid").exists)
         builder.kill()

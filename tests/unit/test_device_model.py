@@ -372,8 +372,8 @@ def test_a_server_that_no_other_can_follow_is_not_killed(
     driver.prepare(labelled)
     attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, lambda *_: None)
     lock = tmp_path / "domains" / UUID / "label-server"
-    hold = f"import fcntl, time; file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True)"
-    command = [sys.executable, "-c", f"{hold}; time.sleep(60)", MODULE]
+    hold = f"import fcntl, signal; file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True)"
+    command = [sys.executable, "-c", f"{hold}; signal.pause()", MODULE]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
         assert server.stdout
         assert server.stdout.readline() == b"\n"

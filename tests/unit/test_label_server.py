@@ -117,8 +117,8 @@ def test_one_that_is_older_than_the_installed_code_is_killed(tmp_path: Path) -> 
     servers = LabelServers(tmp_path)
     (tmp_path / "domains" / UUID).mkdir(parents=True)
     lock = tmp_path / "domains" / UUID / "label-server"
-    hold = f"import fcntl, sys, time; file = open({str(lock)!r}, 'w'); "
-    hold += "sys.argv[1:] and fcntl.flock(file, fcntl.LOCK_EX); print('open', flush=True); time.sleep(60)"
+    hold = f"import fcntl, signal, sys; file = open({str(lock)!r}, 'w'); "
+    hold += "sys.argv[1:] and fcntl.flock(file, fcntl.LOCK_EX); print('open', flush=True); signal.pause()"
     began = time.time()
     commands = [[sys.executable, "-c", hold, *arguments] for arguments in ([MODULE, "7", UUID], [])]
     server, other = (subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands)

@@ -15,12 +15,12 @@ from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.state.reserve import Reserve
 
 HOLD = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from nvdimm_driver.lock_files import LockFile
 lock = LockFile(Path(sys.argv[1]))
 print("held", flush=True)
-time.sleep(1000)
+signal.pause()
 """
 
 

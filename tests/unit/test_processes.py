@@ -14,11 +14,12 @@ import pytest
 from nvdimm_driver.processes import kill, start_time
 
 
-def test_start_time_is_counted_from_the_boot(tmp_path: Path) -> None:
+def test_start_time_is_counted_from_the_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+    monkeypatch.setattr(time, "clock_gettime", {time.CLOCK_BOOTTIME: 5000.0}.__getitem__)
     ticks = 100 * os.sysconf("SC_CLK_TCK")
     (tmp_path / "stat").write_text(f"7 (a ) name) S {' '.join(map(str, range(4, 22)))} {ticks} 0 0\n")
-    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    assert start_time(tmp_path) == pytest.approx(booted + 100, abs=1)
+    assert start_time(tmp_path) == 1_700_000_000 - 5000 + 100
 
 
 def test_a_process_that_has_ended_has_none(tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_a_client_that_never_reads_is_disconnected_and_its_handler_goes_on(
 def ping(far: Line) -> Header:
     """Return the answer to a ping; one that arrives before the proxy knows that its client is gone is lost."""
     far.socket.settimeout(1)
-    for _ in range(10):
+    for _ in range(int(HANG_SECONDS)):
         far.send(PING)
         with suppress(TimeoutError):
             return far.expect().header
