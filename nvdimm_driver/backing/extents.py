@@ -56,8 +56,8 @@ _REASONS = {
     "DATA_TAIL": ("shares a block with another file's tail", _COPY),
     "SHARED": (
         "shares its blocks with another file (reflink) or a snapshot",
-        "delete that file, or copy what is shared: of a domain's file, with 'nvdimmctl check --repair' while the "
-        "domain is off; of another, with 'cp --reflink=never --sparse=never'",
+        "copy what is shared: of a domain's file, with 'nvdimmctl check --repair' while the domain is off; of another, "
+        "with 'cp --reflink=never --sparse=never'",
     ),
 }
 

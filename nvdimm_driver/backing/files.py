@@ -99,7 +99,8 @@ def check_size(path: str, size: int, needed: int) -> None:
     if size < needed:
         raise BackingError(
             f"{path}: has {human(size)}, the NVDIMM needs {human(needed)} ({human(needed - size)} more)",
-            hint="make the file larger, or name a path where no file is: it is created",
+            hint="if it is, or was, a domain's: 'nvdimmctl check' says how to go on; if not, name a path where no "
+            "file is: it is created",
         )
 
 

@@ -11,14 +11,15 @@ from functools import cached_property, partial
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
 from nvdimm_driver.doctor.repair_changes import Changes
+from nvdimm_driver.doctor.repair_files import UnfitFiles, on_same_volume
 from nvdimm_driver.doctor.repair_marks import Marks, mark_of
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import ConfigError, NvdimmError, UnwrittenError, XenError
-from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
-from nvdimm_driver.plugins import Backing, backing_named, backing_of
-from nvdimm_driver.shell import command, repair_of
-from nvdimm_driver.sizes import human
-from nvdimm_driver.state import owner_marks, ownership
+from nvdimm_driver.errors import ConfigError, NvdimmError, XenError
+from nvdimm_driver.model import Allocation, DomainSpec, Record, Surveyed
+from nvdimm_driver.plugins import Backing, backing_named, backing_of, exists
+from nvdimm_driver.shell import repair_of
+from nvdimm_driver.state import condition, owner_marks, ownership
+from nvdimm_driver.state.condition import Condition
 from nvdimm_driver.state.owner_marks import Mark
 from nvdimm_driver.state.words import release_of
 
@@ -94,13 +95,13 @@ def _several(paths: list[str]) -> str:
 class _Look:
     def __init__(self, driver: XenNvdimmDriver, definition_of: DefinitionOf, zeros: Collection[str]) -> None:
         self.driver = driver
-        self.zeros = zeros
         self.definition_of = definition_of
         self.records = driver.ledger.domains()
         self.running = ownership.Running(self.records)
         self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
         self.changes = Changes(driver, self.records, self.files)
+        self.unfit = UnfitFiles(self.changes, zeros)
         self.unseen: list[Inconsistency] = []
         for pool in driver.pools:
             try:
@@ -228,24 +229,18 @@ class _Look:
         if own := ownership.find_own_at(self.driver.backings, record, item):
             yield self._in_place_of(record, item, own, backing)
             return
-        if (lacking := backing.lacking(item.spec)) and self._is_still(item):
-            yield self._truncated(record, item, backing, lacking)
+        state = condition.look(backing, item)
+        if unfit := self.unfit.remedy(record, item, backing, state, () if state.own else self._moved(item)):
+            yield inconsistency(*unfit)
             return
-        if backing.is_shared(item.spec):
-            yield self._shared(record, item, backing)
-            return
-        try:
-            found = backing.locate(item.spec).identity
-        except UnwrittenError as error:
-            yield self._unwritten(record, item, backing, error)
-            return
-        if found != item.identity:
+        found = state.identity
+        if found is not None and found != item.identity:
             problem = f"it is not the backing that was provisioned: {describe_differences(found, item.identity)}"
             if found.inode == 0:
                 yield inconsistency(
                     problem, _find_device(record, item, backing.find(item.identity) if item.identity else "")
                 )
-            elif not _on_same_volume(found, item.identity):
+            elif not on_same_volume(found, item.identity):
                 give_up = release_of(record.name, record.uuid, item.spec.slot, "--lost ")
                 yield inconsistency(
                     problem,
@@ -290,19 +285,6 @@ class _Look:
         take = self.changes.of(record, self.changes.adopt_instead, backing, item, own)
         return inconsistency(f"take it for this one, and give up number {own.spec.slot}", take)
 
-    def _truncated(self, record: Record, item: Allocation, backing: Backing, lacking: int) -> Inconsistency:
-        """Return a file that has lost bytes at its end: a backup may have them, so zeros are only for who asks."""
-        path = item.spec.path
-        inconsistency = partial(
-            Inconsistency, record.name, path, f"it is {human(lacking)} too short: the missing bytes are lost"
-        )
-        if path not in self.zeros:
-            return inconsistency(
-                f"copy a backup over it, if there is one: {command('cp', '--sparse=never', 'BACKUP', path)}; to go on "
-                f"with zeros in place of what is lost: {command('nvdimmctl', 'check', '--repair', '--zeros', path)}"
-            )
-        return inconsistency("replace them with zeros", self.changes.of(record, self.changes.complete, backing, item))
-
     def _is_still(self, item: Allocation) -> bool:
         """Return True when what is at an NVDIMM's path is its backing, by its bytes or by its mark, whatever its size.
 
@@ -313,14 +295,6 @@ class _Look:
             return item.identity is not None and item.identity.shares_bytes(found)
         return self._has_mark_of(item)
 
-    def _shared(self, record: Record, item: Allocation, backing: Backing) -> Inconsistency:
-        """Return a file that shares blocks with another: XFS lets a reflink be made of an immutable file, too."""
-        problem = "it shares blocks with another file (reflink)"
-        inconsistency = partial(Inconsistency, record.name, item.spec.path, problem)
-        if record.start is not None:
-            return inconsistency("delete that file, whose reader sees what the guest writes")
-        return inconsistency("copy what is shared", self.changes.of(record, self.changes.unshare, backing, item))
-
     def _unfinished(self, record: Record, item: Allocation) -> Inconsistency:
         """Return an NVDIMM that is not provisioned: a define is running or was interrupted, or its backing is gone.
 
@@ -329,28 +303,27 @@ class _Look:
         path = item.spec.path
         problem = f"it is not provisioned ({item.written}% of it is written), and no other domain can have its path"
         inconsistency = partial(Inconsistency, record.name, path, problem)
-        file = self.files.get(path)
-        if file is None or record.start is not None or self.driver.locks.is_changing(record.uuid):
+        backing = None
+        if record.start is None and not self.driver.locks.is_changing(record.uuid):
+            backing = self._of_file(path)
+        if backing is None:
             release = release_of(record.name, record.uuid, item.spec.slot)
             return inconsistency(
                 "unless a define is running: restore a backup first, if any, and repeat this; a define makes a new "
                 f"backing, of zeros, where nothing is; or give it up: {release}"
             )
-        backing = backing_of(self.driver.backings, path)
+        found = condition.look(backing, item)
+        if found.condition is Condition.SHORT and (unfit := self.unfit.remedy(record, item, backing, found)):
+            return Inconsistency(record.name, path, *unfit)
         remedy = "take the file that is there as it is, and write zeros where it reads as zeros"
         return inconsistency(remedy, self.changes.of(record, self.changes.fill, backing, item))
 
-    def _unwritten(self, record: Record, item: Allocation, backing: Backing, error: UnwrittenError) -> Inconsistency:
-        """Return a file with parts that are nowhere in the memory, as a copy of a backup has where that has zeros."""
-        problem = error.message.removeprefix(f"{item.spec.path}: ")
-        inconsistency = partial(Inconsistency, record.name, item.spec.path, problem)
-        file = self.files.get(item.spec.path) or backing.inspect(item.spec.path)
-        if file is None or file.identity is None or not _on_same_volume(file.identity, item.identity):
-            return inconsistency("mount the file system that had it there")
-        if record.start is not None:
-            return inconsistency(f"shut domain {record.name} down first")
-        remedy = "take it as it is, and write zeros where it reads as zeros"
-        return inconsistency(remedy, self.changes.of(record, self.changes.fill, backing, item))
+    def _of_file(self, path: str) -> Backing | None:
+        """Return the backing of a file that is at a path, also in no pool; None when there is none."""
+        if not exists(path):
+            return None
+        backing = backing_of(self.driver.backings, path)
+        return backing if self.files.get(path) or backing.inspect(path) else None
 
     def _named(self, kind: str) -> Backing:
         return backing_named(self.driver.backings, kind)
@@ -418,7 +391,7 @@ class _Look:
         if had and file and not self._is_still(had) and not self._is_later(file, had):
             problem = f"what is there is {had.spec.path} of domain {mark.name} ({mark.uuid}), by its mark"
             remedy = f"have it moved back to {had.spec.path} first"
-            if item.identity and file.identity and not _on_same_volume(file.identity, item.identity):
+            if item.identity and file.identity and not on_same_volume(file.identity, item.identity):
                 remedy = f"mount the file system that had {path} here again, and the one that is here where it was"
             return Inconsistency(record.name, path, problem, remedy)
         if file is None:
@@ -573,8 +546,3 @@ def _has_another(record: Record, file: Surveyed) -> bool:
 def _can_become(own: Allocation, item: Allocation) -> bool:
     """Return True when an NVDIMM that a domain only keeps may take the place of one that it has: they are alike."""
     return own.spec.set_aside and own.spec == replace(item.spec, slot=own.spec.slot, path=own.spec.path)
-
-
-def _on_same_volume(found: BackingIdentity, expected: BackingIdentity | None) -> bool:
-    """Return True when two files are on one file system, as far as an identity shows that."""
-    return expected is not None and (found.device, found.start) == (expected.device, expected.start)

@@ -57,19 +57,27 @@ class Changes:
         self._check_whose(record, item)
         _set_mark(backing, item.spec.path, owner_marks.pack(record, item), item.identity)
 
-    def complete(self, record: Record, backing: Backing, item: Allocation) -> None:
-        """Write zeros for the bytes that a file has lost, after recording that they are lost."""
+    def complete(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
+        """Write zeros for the bytes that a file has lost, after recording that they are lost.
+
+        :param found: the identity of the file.
+        """
+        ownership.check_off(record)
         self._check_whose(record, item)
         self._tell_lost(item, backing.lacking(item.spec))
-        backing.extend(item.spec, item.identity)
-        self.adopt(record, backing, item)
+        backing.extend(item.spec, found)
+        self.fill(record, backing, item)
 
     def fill(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Take a file as it is; parts that are not allocated, or not written, become the zeros as which they read."""
         ownership.check_off(record)
         self._check_whose(record, item)
         backing.fill_holes(item.spec)
+        self._unshare(record, backing, item)
+        writes = backing.examine(item.spec).writes
         self.adopt(record, backing, item)
+        if item.ready:
+            self.driver.ledger.record_event("backing-replaced", record.uuid, {"path": item.spec.path, "zeros": writes})
 
     def adopt(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
@@ -150,6 +158,7 @@ class Changes:
         """
         self._check_whose(record, item)
         self._mark_moved(record, item)
+        self._unshare(record, backing, item)
         return replace(item, identity=backing.provision(item.spec))
 
     def _mark_moved(self, record: Record, item: Allocation) -> None:
@@ -161,6 +170,13 @@ class Changes:
         for path in [file.path for file in self.files.values() if ownership.has_bytes([item], file.identity)]:
             if path != item.spec.path and not ownership.find_anothers_mark(ledger, backings, record.uuid, path):
                 _set_mark(backing_of(backings, path), path, owner_marks.pack(record, item), item.identity)
+
+    def _unshare(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Copy what a file that is to be the domain's shares with another, such as the backup that it is a copy of."""
+        file = backing.inspect(item.spec.path)
+        if file is not None and backing.is_shared(item.spec):
+            ownership.check_off(record)
+            backing.unshare(item.spec, file.identity)
 
     def _check_whose(self, record: Record, item: Allocation) -> None:
         """Check that a file is not another domain's by its mark, nor another NVDIMM of this one.

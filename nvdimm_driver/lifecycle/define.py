@@ -21,7 +21,7 @@ from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.sizes import human
-from nvdimm_driver.state import ownership
+from nvdimm_driver.state import condition, ownership
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
@@ -61,6 +61,7 @@ class Definitions:
         self._check_allowed(domain, self._all_kept(domain, before, kept))
         identities = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
         self._check_not_moved(before, identities)
+        condition.check_none_lost(self.backings, before, identities)
         self._check_started(domain, before, identities)
         check_kept(domain, before, self.ledger.find_run(uuid), self.backings, self.planner.host.bad_ranges())
         return self.planner.plan_define(domain, before, adopts=adopts)
@@ -129,6 +130,8 @@ class Definitions:
         held = self._check_allowed(domain, kept)
         LOG.debug("define domain %s, %s", domain.name, uuid)
         found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
+
+        condition.check_none_lost(self.backings, before, found)
 
         def check() -> None:
             ownership.check_paths(self.ledger, domain, held)
@@ -265,6 +268,8 @@ class Definitions:
 
     def _plan_adoption(self, domain: DomainSpec, record: Record | None) -> Plan:
         """Return the plan for an :meth:`adopt` that changes the record; change nothing."""
+        found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
+        condition.check_none_lost(self.backings, record, found)
         for spec in domain.nvdimms:
             intake = self._backing(spec).examine(spec)
             if intake.creates or intake.writes:

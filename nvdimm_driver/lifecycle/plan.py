@@ -14,7 +14,7 @@ from itertools import combinations
 
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import bad_parts
-from nvdimm_driver.errors import DomainXmlError, NvdimmError
+from nvdimm_driver.errors import BackingError, DomainXmlError, NvdimmError
 from nvdimm_driver.guest import layout, mapping_guards
 from nvdimm_driver.labels import index_block, namespace_labels
 from nvdimm_driver.lifecycle import saved_guest
@@ -37,6 +37,7 @@ from nvdimm_driver.model import (
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
 from nvdimm_driver.sizes import align_up, human
+from nvdimm_driver.state import condition
 from nvdimm_driver.state.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
@@ -351,7 +352,11 @@ class Planner:
         return location
 
     def _locate_same(self, item: Allocation) -> Location:
-        location = self._locate(item.spec)
+        try:
+            location = self._locate(item.spec)
+        except BackingError:
+            condition.check_not_lost(self._backing(item.spec), item)
+            raise
         check_identity(item.spec.path, location.identity, item.identity)
         return location
 

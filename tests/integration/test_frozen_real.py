@@ -101,7 +101,10 @@ def test_what_a_reflink_shares_is_copied_by_check(xfs: Host) -> None:
     (found,) = look(xfs.driver)
     assert (found.domain, found.mend) == ("x", None), "the guest has these blocks"
     assert found.problem == "it shares blocks with another file (reflink)"
-    assert found.remedy == "delete that file, whose reader sees what the guest writes"
+    assert found.remedy == (
+        "the reader of that copy sees what the guest writes: delete the copy, and not this file; for a backup, shut "
+        "the domain down, and copy this file with 'cp --reflink=never'"
+    )
 
     xfs.mapper.alive.clear()
     xfs.driver.release(xfs.record().uuid)

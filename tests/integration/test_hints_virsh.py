@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -108,3 +109,66 @@ def test_a_truncated_file_gets_its_backup_back_or_zeros_on_demand(host: Host) ->
     assert (event["path"], event["bytes"], event["first"]) == (str(path), 8 << 20, hex(8 << 20))
     assert "nothing of it is lost" in host.nvdimmctl("check", "--repair", "--zeros", str(path)).stderr
     is_mapped(host, "first")
+
+
+def test_no_hint_about_a_truncated_file_leads_to_zeros(host: Host) -> None:
+    """Nor does a define, when somebody has made the file larger on his own."""
+    define(host, "first", "first.img")
+    path = image(host, "first")
+    write(host, "first.img", "at the end", at=12 << 20)
+    assert host.libvirtd.run("truncate", "-s", "8M", path).returncode == 0
+    refused = host.virsh("start", "first").stderr
+    assert "8 MiB too short" in refused
+    assert "'nvdimmctl check' says how to go on" in refused
+    assert host.libvirtd.run("fallocate", "-l", "16M", path).returncode == 0
+    for command in (["start", "first"], ["define", host.folder / "first.xml"]):
+        done = host.virsh(*command)
+        assert done.returncode != 0
+        assert "'nvdimmctl check' says how to go on" in done.stderr
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["emptied", "moved, and an empty one is there"])
+def test_no_define_makes_zeros_in_the_place_of_an_empty_file(host: Host, moved: bool) -> None:
+    define(host, "first", "first.img")
+    path = image(host, "first")
+    change = f"mv {path} {path}.moved; : >{path}" if moved else f": >{path}"
+    assert host.libvirtd.run("sh", "-c", change).returncode == 0
+    done = host.virsh("define", host.folder / "first.xml")
+    assert done.returncode != 0
+    assert "nvdimmctl check" in done.stderr
+    found = {row["Path"]: row["Remedy"] for row in check(host)}
+    assert found[str(path)].startswith("what was provisioned is" if moved else "copy a backup over it")
+
+
+@pytest.fixture
+def poolless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """Return a host with a domain whose file is in no pool."""
+    host = Host(tmp_path_factory.mktemp("host"))
+    try:
+        (host.folder / "backup").mkdir()
+        host.define("db1", 1)
+        yield host
+    finally:
+        host.libvirtd.close()
+
+
+@pytest.mark.parametrize("sparse", ["never", "always"])
+def test_a_backup_of_a_file_in_no_pool_is_taken_after_its_contents_were_given_up(poolless: Host, sparse: str) -> None:
+    host, path, backup = poolless, image(poolless, "db1"), poolless.folder / "backup/db1.img"
+    assert host.nvdimmctl("export", "db1", str(backup)).returncode == 0
+    assert host.libvirtd.run("rm", path).returncode == 0
+    check(host, "--repair")
+    assert host.libvirtd.run("cp", f"--sparse={sparse}", backup, path).returncode == 0
+    (done,) = check(host, "--repair")
+    assert done["Done"] == "yes"
+    host.check("start", "db1")
+
+
+def test_an_emptied_file_in_no_pool_gets_zeros_on_demand(poolless: Host) -> None:
+    host, path = poolless, image(poolless, "db1")
+    assert host.libvirtd.run("truncate", "-s", "0", path).returncode == 0
+    (found,) = check(host)
+    assert "the missing bytes are lost" in found["Problem"]
+    (done,) = check(host, "--repair", "--zeros", str(path))
+    assert done["Done"] == "yes"
+    host.check("start", "db1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import NvdimmSpec
+from nvdimm_driver.model import MIB, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import SIZE, Host, empty, quiet
 from tests.unit.doubles import OTHER_UUID
@@ -115,3 +116,108 @@ def test_the_file_of_a_guest_that_runs_is_not_repaired(host: Host) -> None:
     run("fallocate", "--punch-hole", "-o", str(SIZE // 2), "-l", str(1 << 20), host.path("a.img"))
     (found,) = [each for each in look(host.driver) if "sparse" in each.problem]
     assert (found.remedy, found.mend) == ("shut domain x down first", None)
+
+
+@pytest.mark.parametrize("given_up", [False, True], ids=["at once", "after a repair"])
+def test_a_backup_in_the_same_file_system_is_taken_though_cp_makes_a_reflink(host: Host, given_up: bool) -> None:
+    """As cp of coreutils 9 does on XFS; the backup keeps its bytes when the guest writes."""
+    before = host.read("a.img")
+    run("cp", host.path("a.img"), host.path("a.bak"))
+    os.unlink(host.path("a.img"))
+    if given_up:
+        repair(host)
+    run("cp", host.path("a.bak"), host.path("a.img"))
+    rows = repair(host)
+    assert look(host.driver) == [], rows
+    assert host.read("a.img") == before
+    with open(host.path("a.img"), "r+b") as file:
+        file.write(b"new")
+    assert host.read("a.bak") == before
+    start(host)
+
+
+def cut(host: Host) -> None:
+    """Put half of the backup in the place of the file, as a copy that broke off does."""
+    os.unlink(host.path("a.img"))
+    run("sh", "-c", f"head -c {SIZE // 2} {backup(host)} >{host.path('a.img')}")
+
+
+@pytest.mark.parametrize("given_up", [False, True], ids=["at once", "after a repair"])
+def test_a_copy_that_broke_off_is_to_be_copied_again(host: Host, given_up: bool) -> None:
+    before = host.read("a.img")
+    if given_up:
+        os.unlink(host.path("a.img"))
+        repair(host)
+        Path(host.path("a.img")).touch()
+    cut(host)
+    (found,) = look(host.driver)
+    assert found.mend is None
+    assert found.remedy.startswith("copy a backup over it")
+    for act in (lambda: start(host), lambda: host.driver.define(host.domain("a.img"))):
+        with pytest.raises(BackingError) as refused:
+            act()
+        assert "nvdimmctl check" in refused.value.hint
+        assert "larger" not in refused.value.hint
+    assert repair(host) == []
+    run("cp", "--sparse=never", backup(host), host.path("a.img"))
+    repair(host)
+    assert look(host.driver) == []
+    assert host.read("a.img") == before
+    start(host)
+
+
+def test_a_copy_that_broke_off_gets_zeros_on_demand(host: Host) -> None:
+    before = host.read("a.img")
+    cut(host)
+    _repair(lambda: look(host.driver, zeros=[host.path("a.img")]))
+    assert look(host.driver) == []
+    assert host.read("a.img") == before[: SIZE // 2] + bytes(SIZE // 2)
+    (lost,) = [each for each in host.driver.ledger.events() if each.kind == "bytes-lost"]
+    assert (lost.detail["bytes"], lost.detail["first"]) == (SIZE // 2, hex(SIZE // 2))
+
+
+def test_an_empty_file_in_the_place_of_one_that_was_moved_is_not_taken(host: Host) -> None:
+    before = host.read("a.img")
+    os.rename(host.path("a.img"), host.path("aside.img"))
+    Path(host.path("a.img")).touch()
+    (found,) = [each for each in look(host.driver, zeros=[host.path("a.img")]) if each.path == host.path("a.img")]
+    assert (found.mend, host.path("aside.img") in found.remedy) == (None, True)
+    with pytest.raises(BackingError):
+        host.driver.define(host.domain("a.img"))
+    os.unlink(host.path("a.img"))
+    repair(host)
+    assert look(host.driver) == []
+    assert host.read("a.img") == before
+
+
+@pytest.mark.parametrize("way", [["fallocate", "-l"], ["truncate", "-s"]], ids=["fallocate", "truncate"])
+def test_a_define_takes_no_file_that_was_truncated_and_made_larger_again(host: Host, way: list[str]) -> None:
+    (had,) = host.record().allocations
+    os.truncate(host.path("a.img"), SIZE // 2)
+    run(*way, str(SIZE), host.path("a.img"))
+    for ram in (512, 768):  # with more RAM, a start has to adopt what was changed
+        with pytest.raises(BackingError) as refused:
+            host.driver.define(host.domain("a.img", ram=ram * MIB))
+        assert "nvdimmctl check" in refused.value.hint
+    host.mapper.alive[7] = host.record().uuid
+    with pytest.raises(BackingError) as refused:
+        host.driver.prepare(host.domain("a.img", ram=768 * MIB))
+    assert "nvdimmctl check" in refused.value.hint
+    assert host.record().allocations == (had,)
+    (found,) = look(host.driver)
+    assert "copy a backup over it first" in found.remedy
+    repair(host)
+    (replaced,) = [each for each in host.driver.ledger.events() if each.kind == "backing-replaced"]
+    assert replaced.detail["zeros"] == SIZE // 2
+    start(host)
+
+
+def test_a_file_that_never_had_more_bytes_is_made_larger_for_a_define(host: Host) -> None:
+    """As the guide says; the new end is zeros."""
+    before = host.read("a.img")
+    run("fallocate", "-l", str(2 * SIZE), host.path("a.img"))
+    domain = host.domain("a.img")
+    larger = replace(domain, nvdimms=(replace(domain.nvdimms[0], size=2 * SIZE),))
+    host.driver.define(larger)
+    assert host.read("a.img") == before + bytes(SIZE)
+    assert look(host.driver) == []

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remedies for files that have not all the bytes of their NVDIMMs, or not in blocks of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from nvdimm_driver.doctor.repair_changes import Changes
+from nvdimm_driver.model import Allocation, BackingIdentity, Record
+from nvdimm_driver.plugins import Backing
+from nvdimm_driver.shell import command
+from nvdimm_driver.state.condition import Condition, Found
+
+Remedy = tuple[str, str, Callable[[], object] | None]
+"""A problem, what the repair does or the operator can do about it, and the repair, if there is one."""
+
+MOUNT = "mount the file system that had it there"
+
+
+class UnfitFiles:
+    """The remedies for files that are short, not written in full, or share blocks.
+
+    :param zeros: paths of files whose lost bytes the operator wants to be replaced with zeros.
+    """
+
+    def __init__(self, changes: Changes, zeros: Collection[str]) -> None:
+        self.changes = changes
+        self.zeros = zeros
+
+    def remedy(
+        self, record: Record, item: Allocation, backing: Backing, found: Found, moved: Collection[str] = ()
+    ) -> Remedy | None:
+        """Return what to do with what is at an NVDIMM's path; None if it is whole.
+
+        :param moved: where the file is that was provisioned for it, if that is somewhere else.
+        """
+        if found.condition in (Condition.ABSENT, Condition.WHOLE):
+            return None
+        problem = found.problem or "it shares blocks with another file (reflink)"
+        if item.ready and not found.own and not on_same_volume(found.identity, item.identity):
+            return problem, MOUNT, None
+        if found.condition is Condition.SHORT:
+            return self._short(record, item, backing, found, moved)
+        if record.start is not None:
+            return problem, self._of_running(record, found), None
+        if found.condition is Condition.SHARED and found.own:
+            return problem, "copy what is shared", self.changes.of(record, self.changes.unshare, backing, item)
+        remedy = "take it as it is, and write zeros where it reads as zeros"
+        if found.condition is Condition.SHARED:
+            remedy = "take it as it is, and copy what is shared"
+        elif found.own:
+            remedy += ", as a copy of a backup does; if it is none, copy a backup over it first"
+        return problem, remedy, self.changes.of(record, self.changes.fill, backing, item)
+
+    def _short(
+        self, record: Record, item: Allocation, backing: Backing, found: Found, moved: Collection[str]
+    ) -> Remedy:
+        """Return a file that is too short: a backup may have the bytes, so zeros are only for who asks."""
+        path, problem = item.spec.path, found.problem
+        if moved:
+            where = " and ".join(moved)
+            return problem, f"what was provisioned is {where}: move aside what is here, and repeat this", None
+        if path in self.zeros:
+            complete = self.changes.of(record, self.changes.complete, backing, item, found.identity)
+            return problem, "replace them with zeros", complete
+        remedy = (
+            f"copy a backup over it, if there is one: {command('cp', '--sparse=never', 'BACKUP', path)}; to go on "
+            f"with zeros in place of what is lost: {command('nvdimmctl', 'check', '--repair', '--zeros', path)}"
+        )
+        return problem, remedy, None
+
+    def _of_running(self, record: Record, found: Found) -> str:
+        if found.condition is Condition.SHARED and found.own:
+            return (
+                "the reader of that copy sees what the guest writes: delete the copy, and not this file; for a backup, "
+                "shut the domain down, and copy this file with 'cp --reflink=never'"
+            )
+        return f"shut domain {record.name} down first"
+
+
+def on_same_volume(found: BackingIdentity | None, expected: BackingIdentity | None) -> bool:
+    """Return True when two files are on one file system, as far as an identity shows that."""
+    if found is None or expected is None:
+        return False
+    return (found.device, found.start) == (expected.device, expected.start)
