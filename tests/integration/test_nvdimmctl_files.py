@@ -331,15 +331,16 @@ def test_an_export_by_path_is_the_domains_nvdimm(operator: Operator) -> None:
     assert copy.read_bytes() == path.read_bytes()[:SIZE]
 
 
-def import_by_another_path(operator: Operator, path: Path, status: int) -> subprocess.CompletedProcess[str]:
-    """Have a file of the pool copied into it, from a bind mount that is in no pool."""
-    elsewhere = operator.folder / "elsewhere"
-    elsewhere.mkdir()
-    run("mount", "--bind", path.parent, elsewhere)
+def import_into_another_pool(operator: Operator, path: Path, status: int) -> subprocess.CompletedProcess[str]:
+    """Have a file of the pool copied into another one."""
+    conf, other = operator.folder / "conf", operator.folder / "other"
+    other.mkdir()
+    before = conf.read_text()
+    conf.write_text(f"{before}[pool:other]\npaths = {other}\n")
     try:
-        return operator.run("import", elsewhere / path.name, "--name", "copy.img", status=status)
+        return operator.run("import", path, "--pool", "other", status=status)
     finally:
-        run("umount", elsewhere)
+        conf.write_text(before)
 
 
 def test_a_running_domain_keeps_what_it_has(operator: Operator) -> None:
@@ -359,7 +360,7 @@ def test_a_running_domain_keeps_what_it_has(operator: Operator) -> None:
         assert "db1 is running or starting" in operator.run(*words, status=4).stderr
     for words in (("provision", path, "--size", "16M"), ("import", path)):
         assert f"{path} belongs to domain db1" in operator.run(*words, status=4).stderr
-    refusal = import_by_another_path(operator, path, 4).stderr
+    refusal = import_into_another_pool(operator, path, 4).stderr
     assert "db1 is running or starting" in refusal
     assert "nvdimmctl export --running" in refusal
     assert "db1 is running or starting" in operator.run("export", "--force", "db1", copy, status=4).stderr
