@@ -99,5 +99,10 @@ def test_another_file_may_be_put_in_the_place_of_one_that_is_lost(host: Host) ->
     host.define("a.img")
     os.unlink(host.path("a.img"))
     Path(host.path("a.img")).write_bytes(DATA * (SIZE // len(DATA)))
+    with pytest.raises(BackingError, match="is not the backing that was provisioned"):
+        host.driver.define(host.domain("a.img"))
+    (found,) = look(host.driver)
+    assert found.mend
+    found.mend()
     host.driver.define(host.domain("a.img"))
     assert host.read("a.img").startswith(DATA)
