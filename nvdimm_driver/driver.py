@@ -190,7 +190,7 @@ class XenNvdimmDriver(plugins.Plugin):
         :returns: the NVDIMMs whose backings were created.
         :raises NvdimmError: nothing has changed then, except that unwritten parts of existing files hold real zeros.
         """
-        with self.locks.storing(uuid_of(domain)):
+        with self.locks.storing(uuid_of(domain), spends=False):
             return self.definitions.define(domain, plan)
 
     def create(self, domain: DomainSpec, plan: Plan) -> tuple[Allocation, ...]:

@@ -65,13 +65,16 @@ class DomainLocks:
         what = f"a start of domain {uuid} is being prepared"
         return self._reserve.spend(lambda: self._take(f"start-{uuid}", what, self.seconds))
 
-    def storing(self, uuid: str) -> LockFile:
+    def storing(self, uuid: str, *, spends: bool = True) -> LockFile:
         """Take the lock for what the ledger says the domain has.
 
+        :param spends: the space that is kept for starts may be used for the lock.
         :returns: the lock, to be closed.
         :raises InUseError: when another process still has it.
         """
         what = f"the NVDIMMs of domain {uuid} are being defined or released"
+        if not spends:
+            return self._take(f"store-{uuid}", what, self.seconds)
         return self._reserve.spend(lambda: self._take(f"store-{uuid}", what, self.seconds))
 
     def _change(self, uuid: str, seconds: float, client: str = "") -> LockFile:

@@ -77,6 +77,7 @@ def test_the_bytes_stay_and_nobody_else_gets_them(
     if there:
         host.driver.importer.provision(host.domain("a.img").nvdimms[0], lambda what: unwatched)
     proxy = Proxy.__new__(Proxy)
+    proxy.pools = []
     proxy.libvirtd = LateFailure(host)
     proxy.interceptor = Interceptor(host.another, HOOKS)
     xml = (

@@ -31,7 +31,7 @@ class UnshelveTest(NovaTestBase):
 
     def test_the_namespace_is_wiped_and_to_be_had_again(self) -> None:
         self.unshelve()
-        assert self.pmem.verbs() == ["wipe", "release"]
+        assert self.pmem.verbs() == ["wipe", "wipe", "release"]
         assert self.pmem.claimed() == {}
         self.create(self.flavor)
 
