@@ -77,19 +77,24 @@ def freeze(fd: int) -> None:
 def is_roots_alone(fd: int) -> bool:
     """Return True when only root may open the file for writing, also in the moment in which it is :func:`thawed`.
 
-    The group's bits are the most that an access control list allows anybody but the owner (acl(5), the mask).
+    The group's bits are the most that an access control list allows anybody but the owner (acl(5), the mask). A file
+    that runs as its owner or group is not: its contents are a guest's.
     """
     found = os.fstat(fd)
-    return found.st_uid == 0 and not found.st_mode & _OTHERS_WRITE
+    return found.st_uid == 0 and not found.st_mode & (_OTHERS_WRITE | stat.S_ISUID | stat.S_ISGID)
 
 
 def _make_roots_alone(fd: int) -> None:
-    """Take the file from others who may write it. Who may read it can do so still."""
+    """Take the file from others who may write it. Who may read it can do so still.
+
+    Nobody else can change its mode once it is root's, so the mode is read only then: a set-user-ID bit of the owner's
+    would make it a program that runs as root.
+    """
     if is_roots_alone(fd):
         return
     found = os.fstat(fd)
     os.fchown(fd, 0, -1)
-    os.fchmod(fd, stat.S_IMODE(found.st_mode) & ~_OTHERS_WRITE)
+    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 & ~_OTHERS_WRITE)
     LOG.warning(
         "%s was made root's, and nobody else may write it from now on: its owner was user %d, its mode %o",
         os.readlink(f"/proc/self/fd/{fd}"),

@@ -9,7 +9,7 @@ import signal
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,6 +99,39 @@ def test_freezing_takes_the_file_from_those_who_may_write_it(host: Host, caplog:
     assert (access(host), is_immutable(host.path("a.img"))) == ((0, 0o644), False)
 
 
+@pytest.mark.parametrize("mode", [0o4755, 0o2775, 0o6777, 0o4700, 0o2664])
+def test_freezing_makes_no_program_that_runs_as_root(host: Host, mode: int) -> None:
+    os.chmod(host.path("a.img"), mode)
+    starts(host)
+    assert access(host) == (0, mode & 0o755)
+
+
+def test_a_program_of_roots_that_an_earlier_version_made_is_none_after_the_next_start(host: Host) -> None:
+    os.chown(host.path("a.img"), 0, NOBODY)
+    os.chmod(host.path("a.img"), 0o4755)
+    starts(host)
+    assert access(host) == (0, 0o755)
+
+
+@pytest.mark.parametrize("moment", ["fchown", "fchmod"])
+def test_its_owner_makes_no_program_of_roots_in_the_moment(
+    host: Host, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner sets the bits just before the file becomes root's, or tries to just after."""
+
+    def meanwhile(change: Callable[[int, int], None]) -> Callable[..., None]:
+        def changes(fd: int, *values: int) -> None:
+            as_nobody(lambda: os.chmod(f"/proc/self/fd/{fd}", 0o6777))
+            change(fd, *values)
+
+        return changes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, moment, meanwhile(getattr(os, moment)))
+        starts(host)
+    assert access(host) == (0, 0o755 if moment == "fchown" else 0o600)
+
+
 def test_freezing_takes_the_file_from_an_access_control_list(host: Host) -> None:
     """User nobody may read and write it, by his entry."""
     entries = [
@@ -118,14 +151,21 @@ def test_freezing_takes_the_file_from_an_access_control_list(host: Host) -> None
 
 
 def may_be_opened_by_nobody(host: Host) -> bool:
+    folder = os.open(host.fs.root, os.O_PATH)
+    done = as_nobody(lambda: os.open("a.img", os.O_RDWR, dir_fd=folder))
+    os.close(folder)
+    return done
+
+
+def as_nobody(act: Callable[[], object]) -> bool:
+    """Do it as a user without privileges; return True when that was allowed."""
     child = os.fork()
     if not child:
         try:
-            os.chdir(host.fs.root)
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
-            os.open("a.img", os.O_RDWR)
+            act()
             os._exit(0)
         finally:
             os._exit(1)
