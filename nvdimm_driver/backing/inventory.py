@@ -299,6 +299,7 @@ class Mount:
     :ivar device: st_dev of its files.
     :ivar options: those of the file system, which have ``dax``, not those of the mount point.
     :ivar root: the folder of the file system that is mounted; ``/`` unless it is a bind mount.
+    :ivar id: number that the kernel has given to this mount.
     """
 
     device: int
@@ -306,6 +307,7 @@ class Mount:
     kind: str
     options: tuple[str, ...]
     root: str = "/"
+    id: int = 0
 
 
 def mounts(mountinfo: Path) -> tuple[Mount, ...]:
@@ -321,12 +323,22 @@ def mounts(mountinfo: Path) -> tuple[Mount, ...]:
         left, _, right = line.partition(" - ")
         if not right:
             continue
-        numbers, root, directory = left.split(" ")[2:5]
+        mount_id, _, numbers, root, directory = left.split(" ")[:5]
         major, _, minor = numbers.partition(":")
         kind, _, options = right.split(" ", 2)  # the source may be empty
         device = os.makedev(int(major), int(minor))
-        result.append(Mount(device, _unescape(directory), kind, tuple(options.split(",")), _unescape(root)))
+        words = tuple(options.split(","))
+        result.append(Mount(device, _unescape(directory), kind, words, _unescape(root), int(mount_id)))
     return tuple(result)
+
+
+def mount_of(fd: int) -> int:
+    """Return the number of the mount by which a descriptor was opened (proc(5), fdinfo).
+
+    :raises BackingError: when /proc cannot be read.
+    """
+    lines = (_read(Path(f"/proc/self/fdinfo/{fd}")) or "").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), 0)
 
 
 def _unescape(name: str) -> str:

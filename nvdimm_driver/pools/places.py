@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from nvdimm_driver.backing.inventory import Mount, mounts
+from nvdimm_driver.backing.inventory import mount_of, mounts
 from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.model import Pool
 
@@ -43,7 +44,7 @@ class Places:
     """
 
     def __init__(self, pools: Iterable[Pool]) -> None:
-        self._mounts = mounts(_MOUNTINFO)
+        self._mounts = {mount.id: mount for mount in mounts(_MOUNTINFO)}
         tops = [(pool, resolve(path)) for pool in pools for path in pool.paths]
         self._tops = [(pool, top, self._place(top)) for pool, top in tops]
 
@@ -60,18 +61,17 @@ class Places:
         return next(iter(found or [pool for pool, top, _ in self._tops if is_below(path, top)]), None)
 
     def _place(self, path: str) -> Place | None:
-        """Return what a resolved path is; None when its file system has no mount of its own number, as on Btrfs."""
-        status = _status(path)
-        if stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode):
-            return Place(stat.S_IFMT(status.st_mode), status.st_rdev, "/")
-        found: Mount | None = None
-        for mount in self._mounts:  # the last one at a mount point hides those before
-            if mount.device == status.st_dev and is_below(path, mount.directory):
-                found = mount if found is None or len(mount.directory) >= len(found.directory) else found
-        if found is None:
+        """Return what a resolved path is; None when its file system was mounted after the mounts were read."""
+        with _nearest(path) as fd:
+            mount = self._mounts.get(mount_of(fd))
+            with suppress(OSError):  # of a file system whose medium has errors, which has no devices
+                status = os.fstat(fd)
+                if stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode):
+                    return Place(stat.S_IFMT(status.st_mode), status.st_rdev, "/")
+        if mount is None or not is_below(path, mount.directory):
             return None
-        below = os.path.relpath(path, found.directory)
-        return Place(0, found.device, os.path.normpath(os.path.join(found.root, below)))
+        below = os.path.relpath(path, mount.directory)
+        return Place(0, mount.device, os.path.normpath(os.path.join(mount.root, below)))
 
 
 def find_nested(pools: Sequence[Pool]) -> tuple[Pool, Pool, str] | None:
@@ -89,12 +89,18 @@ def is_below(path: str, top: str) -> bool:
     return path == top or path.startswith(top.rstrip("/") + "/")
 
 
-def _status(path: str) -> os.stat_result:
-    """Return the status of what is at a path, or of the nearest folder above it, if nothing is."""
+@contextmanager
+def _nearest(path: str) -> Iterator[int]:
+    """Open what is at a path, or the nearest folder above it, if nothing is; without looking into it."""
     while True:
         try:
-            return os.lstat(path)
+            fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+            break
         except OSError:
             if path == "/":
                 raise
             path = os.path.dirname(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

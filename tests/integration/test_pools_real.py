@@ -29,7 +29,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str,
 @contextmanager
 def bound(source: str | Path, folder: Path) -> Iterator[Path]:
     """Mount a folder at another one, too."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     run("mount", "--bind", source, folder)
     try:
         yield folder
@@ -72,6 +72,17 @@ def test_a_folder_of_one_pool_mounted_below_another_is_in_the_first(host: Host, 
         pools = Pools([main, secure])
         assert pools.of(f"{tmp_path}/main/x/a.img") == secure
         assert pools.of(f"{tmp_path}/main/a.img") == main
+
+
+def test_a_mount_that_another_one_covers_is_not_looked_at(host: Host, tmp_path: Path) -> None:
+    for folder in ("main", "secure/b"):
+        os.makedirs(host.path(folder))
+    secure, main = pool("secure", host.path("secure"), wipe=True), pool("main", host.path("main"))
+    with bound(host.path("main"), tmp_path / "own/b"):
+        assert Pools([main, secure]).of(f"{tmp_path}/own/b/a.img") == main
+        with bound(host.path("secure"), tmp_path / "own"):
+            assert Pools([main, secure]).of(f"{tmp_path}/own/b/a.img") == secure
+        assert Pools([main, secure]).of(f"{tmp_path}/own/b/a.img") == main
 
 
 def test_another_file_system_below_a_folder_of_a_pool_is_in_the_pool(host: Host) -> None:

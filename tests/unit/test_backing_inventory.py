@@ -197,9 +197,9 @@ def test_mounts(tmp_path: Path) -> None:
         "31 1 0:23 /a\\040b /mnt/c rw - fuse  rw\n"
     )
     assert mounts(file) == (
-        Mount(PMEM, "/mnt/a b", "ext4", ("rw", "dax=always")),
-        Mount(os.makedev(0, 22), "/proc", "proc", ("rw",)),
-        Mount(os.makedev(0, 23), "/mnt/c", "fuse", ("rw",), "/a b"),
+        Mount(PMEM, "/mnt/a b", "ext4", ("rw", "dax=always"), id=29),
+        Mount(os.makedev(0, 22), "/proc", "proc", ("rw",), id=30),
+        Mount(os.makedev(0, 23), "/mnt/c", "fuse", ("rw",), "/a b", 31),
     )
 
 
