@@ -223,12 +223,12 @@ class Planner:
     ) -> dict[int, int | None]:
         """Return, by slot, bases to keep.
 
-        The guest of a start whose run is unknown may have been saved by an earlier version. That put new NVDIMMs as far
+        A guest whose last run has no number may have been saved by an earlier version. That put new NVDIMMs as far
         behind a multiple of 2 MiB as their backings begin.
         """
         had = self.bases_of_run(domain, [location.identity for location in locations])
-        unknown = adopts and self.ledger.find_run(domain.uuid or "") is None
-        pairs = zip(domain.nvdimms, locations, strict=True) if unknown else ()
+        unnumbered = adopts and self.ledger.is_unnumbered(domain.uuid or "")
+        pairs = zip(domain.nvdimms, locations, strict=True) if unnumbered else ()
         earlier = {spec.slot: location.extents[0].spa % SUPERPAGE for spec, location in pairs}
         return {**earlier, **_kept_bases(domain, locations, before), **had}
 

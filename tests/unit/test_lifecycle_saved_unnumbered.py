@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -12,7 +13,7 @@ import pytest
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import RefusedError
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import Record
+from nvdimm_driver.model import KIB, SUPERPAGE, Location, NvdimmSpec, Record
 from nvdimm_driver.plugins import unwatched
 from tests.unit.doubles import OTHER_UUID, UUID, domain
 from tests.unit.test_lifecycle_saved_guest import A, B, Bench, C, Image, bench, with_header
@@ -76,3 +77,28 @@ def test_it_goes_on_after_what_changes_no_byte(bench: Bench, image: Image) -> No
     driver.define(domain(A, B, C, ram=4 << 30))
     driver.check_restore(UUID)
     bench.restore(image, domain(A, B))
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["this version", "an earlier version"])
+def test_only_a_guest_of_an_earlier_version_gets_a_base_by_the_place_of_its_bytes(
+    bench: Bench, numbered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that is no multiple of 2 MiB stays with the domain, and costs it large pages."""
+    bench.driver().define(domain(A, B))
+    if not numbered:
+        with closing(sqlite3.connect(bench.folder / "ledger.sqlite")) as database, database:
+            database.execute("INSERT INTO unnumbered (uuid) VALUES (?)", (UUID,))
+    driver = bench.driver()
+    driver.define(dataclasses.replace(domain(B), nvdimms=domain(A, B).nvdimms[1:]))
+    locate = bench.backing.locate
+
+    def somewhere(spec: NvdimmSpec) -> Location:
+        found = locate(spec)
+        extents = tuple(dataclasses.replace(extent, spa=extent.spa + 64 * KIB) for extent in found.extents)
+        return dataclasses.replace(found, extents=extents)
+
+    monkeypatch.setattr(bench.backing, "locate", somewhere)
+    driver.prepare(domain(A, B))
+    base = bench.bases()[0]
+    assert base is not None
+    assert base % SUPERPAGE == (0 if numbered else 64 * KIB)
