@@ -353,8 +353,12 @@ class Definitions:
         return domain.with_paths(found)
 
     def check_unknown(self, domain: DomainSpec) -> None:
-        """Check that no backing of the domain is another's, whatever the ledger says; raise NvdimmError if one is."""
+        """Check that no backing of the domain is another's, whatever the ledger says; raise NvdimmError if one is.
+
+        One that is the domain's own by its mark has to have the slot and the sizes in it.
+        """
         self.unknown.check(domain.uuid or "", [spec.path for spec in domain.nvdimms])
+        ownership.check_own_marks(self.ledger, self.backings, domain)
 
     def _check_allowed(self, domain: DomainSpec, kept: Sequence[Allocation]) -> set[str]:
         """Check that the domain may have its paths; return those that it has already.

@@ -37,7 +37,7 @@ from nvdimm_driver.model import (
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
 from nvdimm_driver.sizes import align_up, human
-from nvdimm_driver.state import condition
+from nvdimm_driver.state import condition, ownership
 from nvdimm_driver.state.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
@@ -224,13 +224,15 @@ class Planner:
         """Return, by slot, bases to keep.
 
         A guest whose last run has no number may have been saved by an earlier version. That put new NVDIMMs as far
-        behind a multiple of 2 MiB as their backings begin.
+        behind a multiple of 2 MiB as their backings begin. Of what the ledger does not know, the mark has the base.
         """
         had = self.bases_of_run(domain, [location.identity for location in locations])
         unnumbered = adopts and self.ledger.is_unnumbered(domain.uuid or "")
         pairs = zip(domain.nvdimms, locations, strict=True) if unnumbered else ()
         earlier = {spec.slot: location.extents[0].spa % SUPERPAGE for spec, location in pairs}
-        return {**earlier, **_kept_bases(domain, locations, before), **had}
+        marks = ownership.find_own_marks(self.ledger, self.backings, domain)
+        marked = {spec.slot: marks[spec.path].base for spec in domain.nvdimms if spec.path in marks}
+        return {**earlier, **marked, **_kept_bases(domain, locations, before), **had}
 
     def _lay_out(
         self,

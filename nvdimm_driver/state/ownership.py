@@ -11,6 +11,7 @@ from nvdimm_driver.errors import BackingError, InUseError, LedgerError
 from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Start, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.shell import repair_of
+from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
@@ -164,6 +165,45 @@ def check_marks(ledger: Ledger, backings: Sequence[Backing], uuid: str, paths: I
             if mark is not None:
                 _check_mark(ledger, backings, mark, path, file)
             _check_frozen(ledger, path, file)
+
+
+def find_own_marks(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> dict[str, Mark]:
+    """Return, by path, the marks by which files are the domain's, and which the ledger does not know: it was lost."""
+    record = None if domain.uuid is None else ledger.find_domain(domain.uuid)
+    items = record.allocations if record else ()
+    known = {item.spec.path for item in items} | (_frozen(record) if record else set())
+    found = {}
+    for path in (spec.path for spec in domain.nvdimms if spec.path not in known):
+        for file in _files(backings, path):
+            mark = _readable_mark(file)
+            is_own = mark is not None and mark.uuid == domain.uuid and not mark.is_copied(file.identity)
+            if mark is not None and is_own and not has_bytes(items, file.identity):
+                found[path] = mark
+    return found
+
+
+def check_own_marks(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> None:
+    """Check that the domain wants what is its own by :func:`find_own_marks` in that slot, and with the same sizes.
+
+    A define would write over the mark.
+
+    :raises InUseError: when it wants it otherwise.
+    """
+    marks = find_own_marks(ledger, backings, domain)
+    for spec in domain.nvdimms:
+        had = marks[spec.path].spec if spec.path in marks else None
+        if had and _appearance(had) != _appearance(spec):
+            raise InUseError(
+                f"{spec.path}: by its mark, it is the domain's NVDIMM in slot {had.own_slot}, of {human(had.size)} "
+                f"({human(had.visible_size)} for data, label area {human(had.label_size)}), and the ledger does not "
+                "know that",
+                hint=f"write it into the ledger first: {repair_of(spec.path)}",
+            )
+
+
+def _appearance(spec: NvdimmSpec) -> tuple[int, ...]:
+    """Return what a guest knows an NVDIMM by, apart from its base."""
+    return spec.own_slot, spec.size, spec.visible_size, spec.label_size
 
 
 def _check_frozen(ledger: Ledger, path: str, file: Surveyed) -> None:

@@ -222,6 +222,37 @@ def test_of_two_files_that_were_marked_for_one_slot_the_domain_has_both(host: Ho
     assert host.read("z.img").startswith(SECRET)
 
 
+def test_what_only_a_mark_knows_is_written_into_the_lost_ledger_before_a_define_can_replace_it(host: Host) -> None:
+    back_up(host)
+    spec = NvdimmSpec(1, host.path("a.img"), SIZE, MIB)
+    had = replace(host.domain("a.img"), nvdimms=(spec,))
+    host.driver.define(had)
+    mark = host.mark("a.img")
+    restore(host)
+    others: dict[str, Any] = {"slot": 0, "label_size": 2 * MIB, "size": SIZE // 2, "alignsize": 2 * MIB}
+    for other in (replace(spec, **{name: value}) for name, value in others.items()):
+        for work in (host.driver.define, host.driver.prepare):
+            with pytest.raises(InUseError, match=r"a\.img: by its mark, it is the domain's NVDIMM in slot 1") as caught:
+                work(replace(had, nvdimms=(other,)))
+            assert caught.value.hint.endswith(f"nvdimmctl check --repair {host.path('a.img')}")
+    assert host.mark("a.img") == mark
+    assert host.driver.ledger.find_domain(UUID) is None
+    assert repair(host) == []
+    assert [item.spec for item in host.record().allocations] == [spec]
+
+
+@pytest.mark.parametrize("way", ["define", "prepare"])
+def test_a_guest_has_the_base_in_its_mark_though_the_ledger_was_lost(host: Host, way: str) -> None:
+    """The base is no multiple of 2 MiB, as an earlier version chose it: it is in no XML."""
+    back_up(host)
+    had = replace(host.domain("a.img"), nvdimms=(NvdimmSpec(1, host.path("a.img"), SIZE, MIB),))
+    host.driver.define(replace(had, nvdimms=(replace(had.nvdimms[0], base=0x11_0020_1000),)))
+    host.driver.define(had)
+    restore(host)
+    getattr(host.driver, way)(had)
+    assert [(item.spec, item.base) for item in host.record().allocations] == [(had.nvdimms[0], 0x11_0020_1000)]
+
+
 def test_a_lost_ledger_gets_what_a_guest_has_and_what_its_domain_was_defined_with_since(host: Host) -> None:
     """Both files say slot 0: a frozen file keeps its mark."""
     back_up(host)
