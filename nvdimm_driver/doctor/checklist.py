@@ -14,6 +14,7 @@ from oslo_config import cfg
 from nvdimm_driver import plugin_loader
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.backing.holders import Holders
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.doctor import access, confinement, hypervisor, ledger, libvirt, nova, pmem, programs, storage
 from nvdimm_driver.doctor.finding import Finding, could_not, noted, passed, warned
@@ -27,6 +28,7 @@ from nvdimm_driver.nova.pmem_namespaces import Configured, Inventory, NovaNamesp
 from nvdimm_driver.plugins import AcpiBuilder
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.xml.definition_files import DefinitionFiles
 from nvdimm_driver.xml.hooks import XmlHooks
 
 Check = tuple[str, Callable[[], Finding | Iterable[Finding]]]
@@ -70,6 +72,7 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "hook, libvirt", lambda: programs.check_hook_known(installed.hook.path, started)
     yield "libvirt", lambda: _libvirt(conf)
     yield "emulators", lambda: _emulators(conf)
+    yield "definitions", lambda: libvirt.check_definitions(_definitions(conf))
     yield "nvdimmd", lambda: libvirt.check_nvdimmd(conf.rpc.socket, conf.xen.device_model)
     yield access.CHECK, lambda: _access(conf)
     yield "nvdimmd, boot", lambda: libvirt.check_service(installed.enabled)
@@ -125,6 +128,10 @@ def _libvirt(conf: cfg.ConfigOpts) -> Iterator[Finding]:
 
 def _emulators(conf: cfg.ConfigOpts) -> Iterator[Finding]:
     return libvirt.check_emulators(_libvirt_socket(conf), XmlHooks.from_conf(conf).restore, Emulators.from_conf(conf))
+
+
+def _definitions(conf: cfg.ConfigOpts) -> DefinitionFiles:
+    return DefinitionFiles(conf.libvirt.definition_dirs, XmlHooks.from_conf(conf).restore, resolve)
 
 
 def _libvirt_socket(conf: cfg.ConfigOpts) -> str:

@@ -16,6 +16,7 @@ from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.xml.definition_files import DefinitionFiles
 from nvdimm_driver.xml.parse_domain import extract
 
 URI = "xen:///system"
@@ -199,6 +200,29 @@ def check_emulators(path: str, restore: Callable[[str], str], emulators: Emulato
             yield failed(check, f"{error.message}: domain {name} does not start", error.hint)
     if not wrong:
         yield passed(check, "domains with NVDIMMs name none that they may not have")
+
+
+def check_definitions(stored: DefinitionFiles) -> Finding:
+    """Check that the driver can read libvirt's definitions: it goes by them before a domain gets a device.
+
+    :raises ConfigError: when it cannot.
+    """
+    check = "definitions"
+    unknown = [domain.name for domain in stored if domain.text]
+    if unknown:
+        return warned(
+            check,
+            f"of {', '.join(unknown)}, the driver cannot parse the definition: no other domain gets a device that is "
+            "named in it",
+            "see what is in it: virsh dumpxml --inactive DOMAIN",
+        )
+    if not stored.folders:
+        return warned(
+            check,
+            "[libvirt] definition_dirs is empty: after the ledger was lost, nothing says whose a device is",
+            "remove the option, unless libvirt keeps no domains here",
+        )
+    return passed(check, "those of libvirt can be read, and say whose the devices are")
 
 
 def check_table_type(connection: Connection) -> Finding:

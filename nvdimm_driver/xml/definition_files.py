@@ -41,7 +41,7 @@ class StoredDomain:
 class DefinitionFiles:
     """Libvirt's files of domains.
 
-    :ivar folders: in which they are; one that is not there has none.
+    :ivar folders: in which they are. One that is not there has none; an empty list turns them off.
     :ivar restore: restores domain XML that libvirt has.
     :ivar resolve: returns the path that a path leads to: an earlier version let libvirt have others.
     """
@@ -53,8 +53,14 @@ class DefinitionFiles:
     def __iter__(self) -> Iterator[StoredDomain]:
         """Yield the domains with NVDIMMs.
 
-        :raises ConfigError: when a folder or a file cannot be read.
+        :raises ConfigError: when a folder or a file cannot be read, or none of the folders is there.
         """
+        if self.folders and not any(Path(folder).is_dir() for folder in self.folders):
+            raise ConfigError(
+                f"libvirt's definitions say whose devices are, and none of their folders is there: "
+                f"{', '.join(self.folders)}",
+                hint="start libvirt; if it keeps its domains elsewhere, set [libvirt] definition_dirs",
+            )
         for folder in self.folders:
             for file in self._files(folder):
                 domain = self._read(file)

@@ -83,6 +83,7 @@ def test_a_machine_without_xen_fails_and_says_what_to_do(tmp_path: Path) -> None
         "hook",
         "device model",
         "libvirt",
+        "definitions",
         "nvdimmd",
         "state folder",
         "ledger",

@@ -61,6 +61,19 @@ def test_definitions_and_guests_are_read(tmp_path: Path) -> None:
     assert list(files(tmp_path, run, tmp_path / "missing")) == [owner, owner]
 
 
+def test_without_libvirts_folders_nobody_gets_a_device(tmp_path: Path) -> None:
+    """Whose a device is, nobody can say then: libvirt keeps its domains elsewhere, or has never run."""
+    stored = files(tmp_path / "libxl", tmp_path / "run")
+    unknown = UnknownClaims(Ledger(":memory:"), [Devices(pmem1="one")], stored)
+    with pytest.raises(ConfigError, match=f"none of their folders is there: {tmp_path}/libxl, {tmp_path}/run") as found:
+        unknown.check(UUID, [DEVICE])
+    assert found.value.hint == "start libvirt; if it keeps its domains elsewhere, set [libvirt] definition_dirs"
+    unknown.check(UUID, ["/mnt/pmem0/a.img"])
+    assert list(files()) == []
+    (tmp_path / "run").mkdir()
+    unknown.check(UUID, [DEVICE])
+
+
 def test_a_definition_that_cannot_be_read_may_have_anything_that_it_names(tmp_path: Path) -> None:
     (tmp_path / "owner.xml").write_text(STORED.replace("<nvdimm:domain ", "<nvdimm:domain added='x' "))
     (found,) = files(tmp_path)
