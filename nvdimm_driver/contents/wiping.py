@@ -13,7 +13,6 @@ from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_named, backing_of
-from nvdimm_driver.shell import repair_of
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.words import release_of
 
@@ -235,8 +234,7 @@ def _missing(record: Record, path: str, problem: str) -> BackingError:
     release = release_of(record.name, record.uuid, item.spec.slot if item else 0, "--lost ")
     return BackingError(
         f"{path}: {problem}: nothing was overwritten, and the claim to it stays",
-        hint="if it was moved, 'nvdimmctl check' finds it; if it was deleted, give up its contents: "
-        f"{repair_of(path)}; if it is lost for good, give it up: {release}",
+        hint=f"if it was moved, 'nvdimmctl check' finds it; if it is lost for good, give it up: {release}",
     )
 
 

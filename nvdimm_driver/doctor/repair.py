@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
 from nvdimm_driver.doctor.repair_changes import Changes
-from nvdimm_driver.doctor.repair_files import UnfitFiles, on_same_volume
+from nvdimm_driver.doctor.repair_files import UnfitFiles, go_on, on_same_volume
 from nvdimm_driver.doctor.repair_marks import Marks, mark_of
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError, XenError
@@ -333,10 +333,11 @@ class _Look:
 
         :param moved: where it is now.
         """
-        inconsistency = partial(Inconsistency, record.name, item.spec.path)
+        path = item.spec.path
+        inconsistency = partial(Inconsistency, record.name, path)
         if len(moved) > 1:
             return inconsistency(f"it is not there; {_several(moved)}", _WHICH)
-        if moved and not same_file_system(moved[0], item.spec.path):
+        if moved and not same_file_system(moved[0], path):
             return inconsistency(
                 f"it is not there; its file system is mounted in another place, and has it as {moved[0]}",
                 "mount it where it was, or define the domain with that path: the NVDIMM stays the same",
@@ -349,18 +350,14 @@ class _Look:
             now = self._named(item.identity.kind).find(item.identity)
             return inconsistency("it is not there", _find_device(record, item, now))
         marked = self.marks.all_of(item.uuid, item.spec.slot)
-        if copies := [path for path in marked if not self._is_later(self.files[path], item)]:
+        copies = [each for each in marked if not self._is_later(self.files[each], item)]
+        if copies and record.start is None and path not in self.unfit.zeros:
             return inconsistency(
                 f"it is not there; a copy of it is {' and '.join(copies)}",
-                f"restore a backup, or rename the copy to {item.spec.path}: the guest goes on with what it had when "
-                f"that was made, and a repair takes it: {repair_of(item.spec.path)}; or, to give up the contents, take "
-                f"the mark from the copy first: {owner_marks.unmark_command(copies[0])}",
+                f"restore a backup, or rename the copy to {path}: the guest goes on with what it had when that was "
+                f"made, and a repair takes it: {repair_of(path)}; {go_on(path)}",
             )
-        give_up = self.changes.of(
-            record, self.changes.give_up_contents, self._named(item.identity.kind if item.identity else ""), item
-        )
-        remedy = "give up its contents: the next define makes a new backing, of zeros; restore a backup first, if any"
-        return inconsistency("it is not there", remedy, give_up)
+        return inconsistency(*self.unfit.gone(record, item, self._named(item.identity.kind if item.identity else "")))
 
     def _moved(self, item: Allocation) -> list[str]:
         """Return where an NVDIMM's file is that is not at its path: by its identity, or by its mark if it has no bytes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remedies for files that have not all the bytes of their NVDIMMs, or not in blocks of their own."""
+"""Remedies for files that are gone, have not all the bytes of their NVDIMMs, or not in blocks of their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ MOUNT = "mount the file system that had it there"
 
 
 class UnfitFiles:
-    """The remedies for files that are short, not written in full, or share blocks.
+    """The remedies for files that are gone, short, not written in full, or share blocks.
+
+    Bytes that a domain had become zeros only if the operator asks for that, file by file.
 
     :param zeros: paths of files whose lost bytes the operator wants to be replaced with zeros.
     """
@@ -45,12 +47,26 @@ class UnfitFiles:
             return problem, self._of_running(record, found), None
         if found.condition is Condition.SHARED and found.own:
             return problem, "copy what is shared", self.changes.of(record, self.changes.unshare, backing, item)
+        if found.condition is Condition.UNWRITTEN and found.own and item.spec.path not in self.zeros:
+            return problem, _copy_or_go_on(item.spec.path), None
         remedy = "take it as it is, and write zeros where it reads as zeros"
         if found.condition is Condition.SHARED:
             remedy = "take it as it is, and copy what is shared"
-        elif found.own:
-            remedy += ", as a copy of a backup does; if it is none, copy a backup over it first"
         return problem, remedy, self.changes.of(record, self.changes.fill, backing, item)
+
+    def gone(self, record: Record, item: Allocation, backing: Backing) -> Remedy:
+        """Return what to do about a file that its file system has no more."""
+        problem, path = "it is not there", item.spec.path
+        if record.start is not None:
+            return (
+                problem,
+                f"before domain {record.name} is shut down, save its data: only its guest has it still",
+                None,
+            )
+        if path in self.zeros:
+            give_up = self.changes.of(record, self.changes.give_up_contents, backing, item)
+            return problem, "give up its contents: the next define makes a new file, of zeros", give_up
+        return problem, f"restore a backup, if there is one, and repeat this; {go_on(path)}", None
 
     def _short(
         self, record: Record, item: Allocation, backing: Backing, found: Found, moved: Collection[str]
@@ -63,11 +79,7 @@ class UnfitFiles:
         if path in self.zeros:
             complete = self.changes.of(record, self.changes.complete, backing, item, found.identity)
             return problem, "replace them with zeros", complete
-        remedy = (
-            f"copy a backup over it, if there is one: {command('cp', '--sparse=never', 'BACKUP', path)}; to go on "
-            f"with zeros in place of what is lost: {command('nvdimmctl', 'check', '--repair', '--zeros', path)}"
-        )
-        return problem, remedy, None
+        return problem, _copy_or_go_on(path), None
 
     def _of_running(self, record: Record, found: Found) -> str:
         if found.condition is Condition.SHARED and found.own:
@@ -76,6 +88,15 @@ class UnfitFiles:
                 "shut the domain down, and copy this file with 'cp --reflink=never'"
             )
         return f"shut domain {record.name} down first"
+
+
+def go_on(path: str) -> str:
+    """Return how to go on without the bytes that a file has lost."""
+    return "to go on with zeros in place of what is lost: " + command("nvdimmctl", "check", "--repair", "--zeros", path)
+
+
+def _copy_or_go_on(path: str) -> str:
+    return f"copy a backup over it, if there is one: {command('cp', '--sparse=never', 'BACKUP', path)}; {go_on(path)}"
 
 
 def on_same_volume(found: BackingIdentity | None, expected: BackingIdentity | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -267,11 +267,14 @@ class World:
         return set(os.listdir(self.fs.root)) - {"lost+found"}
 
 
-def repaired(driver: XenNvdimmDriver) -> list[tuple[str, str, str]]:
-    """Repair what can be repaired; return what is left, as :meth:`World.repair` does."""
+def repaired(driver: XenNvdimmDriver, zeros: Collection[str] = ()) -> list[tuple[str, str, str]]:
+    """Repair what can be repaired; return what is left, as :meth:`World.repair` does.
+
+    :param zeros: files whose lost bytes are given up.
+    """
     failed = {}
     for _ in range(ROUNDS):
-        todo = [each for each in look(driver) if each.mend and each not in failed]
+        todo = [each for each in look(driver, zeros=zeros) if each.mend and each not in failed]
         if not todo:
             break
         for finding in todo:
@@ -281,6 +284,15 @@ def repaired(driver: XenNvdimmDriver) -> list[tuple[str, str, str]]:
             except NvdimmError as error:
                 failed[finding] = str(error)
     return [(each.path, each.problem, failed.get(each, each.remedy)) for each in look(driver)]
+
+
+def deleted(left: Collection[tuple[str, str, str]]) -> list[str]:
+    """Return the paths of files that were deleted; check that nothing else is left after a repair.
+
+    :param left: as :func:`repaired` returns it.
+    """
+    assert all("is not provisioned" in problem or problem == "it is not there" for _, problem, _ in left), left
+    return [path for path, problem, _ in left if problem == "it is not there"]
 
 
 def _serve(state_dir: str, domid: int, uuid: str) -> None:

@@ -37,7 +37,7 @@ def test_who_follows_the_hints_restores_one_nvdimm_and_keeps_the_other(host: Hos
     assert host.nvdimmctl("export", "first:0", str(backup)).returncode == 0
     assert host.libvirtd.run("rm", image(host, "first")).returncode == 0
     if repaired:
-        check(host, "--repair")
+        check(host, "--repair", "--zeros", str(image(host, "first")))
         (found,) = check(host)
         assert host.nvdimmctl("release", "--yes", *release_in(found["Remedy"])[1:]).returncode == 0
     words = ["import", str(backup), "--pool", "main"]
@@ -61,7 +61,9 @@ def test_who_follows_the_hints_restores_one_nvdimm_and_keeps_the_other(host: Hos
 def test_a_start_without_a_file_says_that_a_define_makes_zeros(host: Host) -> None:
     define(host, "first", "first.img")
     assert host.libvirtd.run("rm", image(host, "first")).returncode == 0
-    check(host, "--repair")
+    (found,) = check(host, "--repair")
+    (zeros,) = re.findall(": nvdimmctl (check --repair --zeros [^;]+)", found["Remedy"])
+    assert host.nvdimmctl(*zeros.split()).returncode == 1
     refused = host.virsh("start", "first").stderr
     assert "restore it first" in refused
     assert "makes zeros of what is not there" in refused
@@ -157,7 +159,7 @@ def test_a_backup_of_a_file_in_no_pool_is_taken_after_its_contents_were_given_up
     host, path, backup = poolless, image(poolless, "db1"), poolless.folder / "backup/db1.img"
     assert host.nvdimmctl("export", "db1", str(backup)).returncode == 0
     assert host.libvirtd.run("rm", path).returncode == 0
-    check(host, "--repair")
+    check(host, "--repair", "--zeros", str(path))
     assert host.libvirtd.run("cp", f"--sparse={sparse}", backup, path).returncode == 0
     (done,) = check(host, "--repair")
     assert done["Done"] == "yes"

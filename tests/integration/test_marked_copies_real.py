@@ -17,7 +17,7 @@ from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.state import owner_marks
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import Host, empty, is_immutable
+from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable
 from tests.unit.doubles import OTHER_UUID, map_prepared
 
 
@@ -179,6 +179,7 @@ def test_a_copy_is_not_taken_for_its_file_that_is_gone(host: Host, earlier: bool
     (found,) = look(host.driver)
     assert (found.path, found.mend) == (host.path("a.img"), None)
     assert found.problem == f"it is not there; a copy of it is {host.path('monday.img')}"
+    assert found.remedy.endswith(f"nvdimmctl check --repair --zeros {host.path('a.img')}")
     assert repair(host) == []
     assert not Path(host.path("a.img")).exists()
     os.rename(host.path("monday.img"), host.path("a.img"))  # as the remedy says
@@ -187,12 +188,22 @@ def test_a_copy_is_not_taken_for_its_file_that_is_gone(host: Host, earlier: bool
     assert host.read("a.img").startswith(b"old")
 
 
-def test_what_is_gone_is_given_up_when_its_copy_has_no_mark_any_more(host: Host) -> None:
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_is_gone_is_given_up_on_demand_whatever_copy_there_is(host: Host, marked: bool) -> None:
     run("cp", "-a", "--sparse=never", "--reflink=never", host.path("a.img"), host.path("monday.img"))
+    before = host.read("monday.img")
     os.unlink(host.path("a.img"))
-    os.removexattr(host.path("monday.img"), "trusted.nvdimm_driver.owner")  # as the remedy says
-    repair(host)
+    if not marked:
+        os.removexattr(host.path("monday.img"), "trusted.nvdimm_driver.owner")
+    assert repair(host) == []
+    (item,) = host.record().allocations
+    assert item.identity is not None
+    _repair(lambda: look(host.driver, zeros=[host.path("a.img")]))
     assert [item.identity for item in host.record().allocations] == [None]
+    host.driver.define(host.domain("a.img"))
+    repair(host)
+    assert look(host.driver) == []
+    assert (host.read("a.img"), host.read("monday.img")) == (bytes(SIZE), before)
 
 
 def test_a_copy_of_what_a_domain_had_does_not_bring_it_back(host: Host) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,9 +65,9 @@ def start(host: Host, uuid: str, domid: int, name: str = "a.img") -> None:
     map_prepared(host.driver.ledger, domid, uuid)
 
 
-def repair(host: Host) -> list[Inconsistency]:
+def repair(host: Host, zeros: Collection[str] = ()) -> list[Inconsistency]:
     """Repair as 'check --repair' does; return what is left."""
-    _repair(lambda: look(host.driver))
+    _repair(lambda: look(host.driver, zeros=zeros))
     return look(host.driver)
 
 
@@ -306,13 +306,28 @@ def test_what_was_moved_with_its_pool_is_not_given_up(host: Host, made_again: bo
     assert host.read("pool/a.img").startswith(SECRET)
 
 
-def test_a_file_that_was_deleted_is_given_up(host: Host) -> None:
+def test_a_file_that_was_deleted_is_given_up_on_demand(host: Host) -> None:
     """Its file system says that it has it no more; another file may have its inode by now."""
     host.define("a.img")
     os.unlink(host.path("a.img"))
     Path(host.path("other")).write_bytes(b"")
-    _repair(lambda: look(host.driver))
+    (left,) = repair(host)
+    assert (left.path, left.mend) == (host.path("a.img"), None)
+    assert [item.ready for item in host.record().allocations] == [True]
+    repair(host, zeros=[host.path("a.img")])
     assert [item.ready for item in host.record().allocations] == [False]
+
+
+def test_the_deleted_file_of_a_guest_that_runs_is_not_given_up(host: Host) -> None:
+    host.define("a.img")
+    start(host, UUID, 7)
+    run("chattr", "-i", host.path("a.img"))
+    os.unlink(host.path("a.img"))
+    for zeros in ((), (host.path("a.img"),)):
+        (found,) = [each for each in repair(host, zeros) if each.path == host.path("a.img")]
+        assert found.mend is None
+        assert found.remedy == "before domain x is shut down, save its data: only its guest has it still"
+    assert [item.ready for item in host.record().allocations] == [True]
 
 
 def test_nothing_of_a_folder_that_was_moved_is_given_up(host: Host) -> None:
@@ -367,7 +382,7 @@ def test_a_repair_does_nothing_to_a_domain_that_was_redefined_since_it_looked(ho
         os.unlink(host.path("a.img"))
     if before == "another":
         Path(host.path("a.img")).write_bytes(DATA)
-    found = look(host.driver)
+    found = look(host.driver, zeros=[host.path("a.img")])
     other = host.another()
     with other.locks.changing(UUID):
         other.define(host.domain("b.img"))
@@ -380,7 +395,7 @@ def test_a_repair_does_nothing_to_a_domain_that_was_redefined_since_it_looked(ho
 def test_a_repair_waits_for_a_define_that_is_under_way_and_keeps_what_it_wants(host: Host) -> None:
     host.define("a.img")
     os.unlink(host.path("a.img"))
-    (found,) = look(host.driver)
+    (found,) = look(host.driver, zeros=[host.path("a.img")])
     assert found.mend
     other = host.another()
     host.driver.locks.seconds = 0

@@ -453,7 +453,7 @@ def test_what_is_gone_and_was_to_be_wiped_is_given_up_after_check(tmp_path: Path
     with pytest.raises(BackingError, match="it is not there, and pool main has wipe_on_release"):
         host.wiper.give_up(record, watch, delete=False)
     assert host.driver.ledger.find_domain(UUID) == record
-    (found,) = look(host.driver)
+    (found,) = look(host.driver, zeros=[A])
     assert found.mend
     found.mend()
     record = host.driver.ledger.find_domain(UUID)

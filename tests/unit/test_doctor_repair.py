@@ -92,7 +92,14 @@ def test_a_file_that_was_moved(driver: XenNvdimmDriver, backing: MemoryBacking) 
 def test_a_file_that_is_gone(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     del backing.files[A], backing.marks[A]
     assert [(each.path, each.problem) for each in look(driver)] == [(A, "it is not there")]
-    (left,) = mend(driver)
+    (left,) = look(driver)
+    assert (left.path, left.mend) == (A, None)
+    assert left.remedy.startswith("restore a backup, if there is one")
+    assert left.remedy.endswith(f"nvdimmctl check --repair --zeros {A}")
+    (found,) = look(driver, zeros=[A])
+    assert found.mend
+    found.mend()
+    (left,) = look(driver)
     assert (left.path, left.mend) == (A, None)
     assert "it is not provisioned" in left.problem
     record = driver.ledger.find_domain(UUID)
