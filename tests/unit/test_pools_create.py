@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nvdimm_driver.backing import ndctl
+from nvdimm_driver.cmd.ctl.pool_create import _check_unclaimed
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import GIB, MIB
 from nvdimm_driver.pools.create import PoolHost, RunCommand, Wish, WriteFile, steps
+from nvdimm_driver.xml.definition_files import StoredDomain
+from tests.unit.test_device_claims import claims
 
 UUID = "0f7d9a52-0000-4000-8000-000000000001"
 LISTED = json.dumps(
@@ -157,3 +162,13 @@ def test_one_region_alone() -> None:
 def test_a_namespace_that_ndctl_did_not_make() -> None:
     with pytest.raises(BackingError, match="'ndctl create-namespace' printed '', which is not the expected JSON"):
         ndctl.namespace("")
+
+
+def test_a_namespace_that_libvirts_definition_gives_a_domain_is_not_reconfigured() -> None:
+    """After the ledger was lost, nothing else knows whose a raw namespace is."""
+    stored = [StoredDomain("owner", UUID, ("/dev/pmem0",))]
+    driver: Any = SimpleNamespace(definitions=SimpleNamespace(unknown=claims(stored, pmem0="one")))
+    with pytest.raises(InUseError, match="/dev/pmem0 is in libvirt's definition of domain owner"):
+        _check_unclaimed(driver, wish(kind="pmem", namespace="namespace0.0", force=True), host())
+    _check_unclaimed(driver, wish(kind="pmem", namespace="namespace1.0", force=True), host())
+    _check_unclaimed(driver, wish(), host())

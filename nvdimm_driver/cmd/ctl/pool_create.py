@@ -61,7 +61,9 @@ class PoolCreate(Action):
         driver = load_driver(self.app.conf)
         wish = _wish(parsed_args)
         _check(driver, wish, self.app.options.config_file)
-        steps = poolsetup.steps(wish, _host(driver), str(uuid4()))
+        host = _host(driver)
+        _check_unclaimed(driver, wish, host)
+        steps = poolsetup.steps(wish, host, str(uuid4()))
         do = _pretend if parsed_args.dry_run else _do
         done: list[str] = []
         printed = ""
@@ -130,6 +132,16 @@ def _check(driver: XenNvdimmDriver, wish: Wish, config_file: Sequence[str] | Non
         raise InUseError(f"{wish.mount_point} is in pool {other.name}", hint="choose another --mount-point")
     if os.path.ismount(wish.mount_point) or (os.path.isdir(wish.mount_point) and os.listdir(wish.mount_point)):
         raise InUseError(f"{wish.mount_point} is not empty", hint="choose another --mount-point")
+
+
+def _check_unclaimed(driver: XenNvdimmDriver, wish: Wish, host: PoolHost) -> None:
+    """Check that the namespace to be reconfigured is no domain's by libvirt's definitions: the ledger may be lost.
+
+    :raises InUseError: when it is one's.
+    :raises ConfigError: when libvirt's definitions cannot be read.
+    """
+    found = (each for region in host.regions for each in region.namespaces if each.name == wish.namespace)
+    driver.definitions.unknown.check("", [each.device for each in found if each.device])
 
 
 def _host(driver: XenNvdimmDriver) -> PoolHost:
