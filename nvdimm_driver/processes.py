@@ -53,6 +53,17 @@ def start_time(process: Path) -> float | None:
     return booted + int(fields[_STARTTIME]) / os.sysconf("SC_CLK_TCK")
 
 
+def users(pid: int) -> set[int]:
+    """Return the users that a process runs as: real, effective, saved, and that of file accesses.
+
+    The owner of ``/proc/PID`` is the effective one: root, for a program with the set-user-ID bit that anybody runs.
+
+    :raises OSError: when it has ended.
+    """
+    lines = read(Path(f"/proc/{pid}/status")).splitlines()
+    return {int(word) for line in lines if line.startswith("Uid:") for word in line.split()[1:]}
+
+
 def kill(pid: int, is_meant: Callable[[], bool] = lambda: True, *, patience: float = 0.0) -> None:
     """Kill a process, and wait until it is dead: its locks are released and its files closed then.
 

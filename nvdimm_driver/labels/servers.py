@@ -8,12 +8,14 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from nvdimm_driver.errors import XenError
-from nvdimm_driver.processes import kill, run, start_time
+from nvdimm_driver.processes import FIRST_UID, kill, run, start_time, users
 
 MODULE = "nvdimm_driver.cmd.label_server"
 END_SECONDS = 3.0
@@ -92,16 +94,20 @@ class LabelServers:
     def kill(self, uuid: str) -> None:
         """Kill the domain's label server; its guest's requests wait in Xen until another is started."""
         for pid in self.find(uuid):
-            kill(pid)
+            kill(pid, partial(self._serves, uuid, pid))
 
     def find(self, uuid: str) -> list[int]:
         """Return the process ids of the domain's label server, and of the process that watches it."""
         return [int(process.name) for process in self._processes(uuid)]
 
-    def end(self, pids: Collection[int]) -> None:
-        """Wait until these processes, whose domain is gone, have ended and their backings are closed."""
+    def end(self, uuid: str, pids: Collection[int]) -> None:
+        """Wait until those of these processes that serve a domain, which is gone, have ended and closed its backings.
+
+        :param pids: of processes that may have ended, so that others have their numbers.
+        """
+        end = time.monotonic() + END_SECONDS
         for pid in pids:
-            kill(pid, patience=END_SECONDS)
+            kill(pid, partial(self._serves, uuid, pid), patience=max(0.0, end - time.monotonic()))
 
     def start(self, domid: int, uuid: str) -> None:
         """Start a label server for a domain that has its page for requests; it serves when this returns.
@@ -120,13 +126,29 @@ class LabelServers:
             raise XenError(f"no label server for domid {domid}: {done.stderr.strip()}")
 
     def _processes(self, uuid: str) -> Iterator[Path]:
-        """Yield the folders in /proc of the processes that have the domain's lock file open."""
-        path = str(self._lock_file(uuid).resolve())
+        """Yield the folders in /proc of the processes that serve a domain."""
         for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended
-                serves = MODULE.encode() in (process / "cmdline").read_bytes().split(b"\0")
-                if serves and any(os.readlink(each) == path for each in (process / "fd").iterdir()):
-                    yield process
+            if self._serves(uuid, int(process.name)):
+                yield process
+
+    def _serves(self, uuid: str, pid: int) -> bool:
+        """Return True when a process has the domain's lock file open.
+
+        Everybody chooses the command line of his own processes, and what their files are called: in a mount namespace,
+        any file can have the path of the lock. So the file has to be the lock itself, which only root can open. That is
+        asked of root's processes and confined label servers only: others' files can hold up who looks at them.
+        """
+        process = Path(f"/proc/{pid}")
+        try:
+            if MODULE.encode() not in (process / "cmdline").read_bytes().split(b"\0"):
+                return False
+            if not all(user == 0 or user > FIRST_UID for user in users(pid)):
+                return False
+            path, lock = str(self._lock_file(uuid).resolve()), self._lock_file(uuid).stat()
+            named = [each for each in (process / "fd").iterdir() if os.readlink(each) == path]
+            return any(os.path.samestat(each.stat(), lock) for each in named)
+        except OSError:  # it has ended, or there is no lock yet
+            return False
 
     def _lock_file(self, uuid: str) -> Path:
         return self.state_dir / "domains" / uuid / "label-server"

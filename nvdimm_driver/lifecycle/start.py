@@ -122,7 +122,7 @@ class Starts:
         had |= {item.spec.path: item.identity for item in (record.allocations if record else ()) if item.identity}
         try:
             if self._is_latest(start):
-                self.label_servers.end(servers)  # which may write the backings
+                self.label_servers.end(start.uuid, servers)  # which may write the backings
             times = self._note_times(start, frozen)
             for path in start.paths:
                 if self._is_away(path, had.get(path)):
