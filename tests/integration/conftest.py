@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.loop_pmem import MKFS, FileSystem
 
 
 @pytest.fixture(scope="module")
@@ -16,4 +16,4 @@ def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     mounted = {kind: FileSystem(tmp_path_factory.mktemp(kind), kind) for kind in MKFS}
     yield mounted
     for each in mounted.values():
-        run("umount", each.root)
+        each.close()

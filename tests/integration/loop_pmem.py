@@ -65,6 +65,11 @@ class FileSystem:
             parts = [os.pread(image.fileno(), each.length, each.spa - SPA) for each in location.extents]
         return b"".join(parts)
 
+    def close(self) -> None:
+        """Unmount it, and give its space back."""
+        run("umount", self.root)
+        self.image.unlink()
+
     def files(self) -> list[Path]:
         return [each for each in self.root.iterdir() if each.is_file()]
 
