@@ -139,17 +139,23 @@ def advice(guest: GuestLayout, *, pci_devices: int = 0) -> Iterator[str]:
             f"below 4 GiB, hvmloader puts 64-bit ones there, from {guest.highmem_end:#x} on, and does not know where "
             "the NVDIMMs are; if the BARs need more, give the NVDIMMs higher bases"
         )
+    labels = guest.label_areas
     for placement in guest.nvdimms:
-        for reserved in _hypertransport(guest.limit):
-            if _obstacle(placement.base, placement.end, [reserved]) is not None:
-                yield (
-                    f"{_name(placement)} overlaps {_span(reserved)}, which AMD reserves for HyperTransport: on an AMD "
-                    "host the guest may not reach it there; give it another base, or none"
-                )
+        parts = {"": (placement.base, placement.end)}
+        if placement in labels:
+            parts["the label area of "] = placement.label_pages
+        for what, part in parts.items():
+            for reserved in _hypertransport(guest.limit):
+                if _obstacle(*part, [reserved]) is not None:
+                    yield (
+                        f"{what}{_name(placement)} overlaps {_span(reserved)}, which AMD reserves for HyperTransport: "
+                        "on an AMD host the guest may not reach it there; give the NVDIMM another base, or none"
+                    )
         if placement.base % SUPERPAGE:
             yield (
                 f"{_name(placement)} is not at a multiple of {human(SUPERPAGE)}: Linux since 5.7 neither makes nor "
-                "finds a namespace in fsdax or devdax mode on it; with <alignsize unit='MiB'>2</alignsize> it is"
+                "finds a namespace in fsdax or devdax mode on it; with <alignsize unit='MiB'>2</alignsize>, and no "
+                "base in the XML, it is"
             )
 
 

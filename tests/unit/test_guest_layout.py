@@ -213,6 +213,15 @@ def test_the_user_may_give_a_base_in_the_hypertransport_range() -> None:
     assert "HyperTransport" in line
 
 
+def test_labels_right_behind_the_data_may_be_in_the_hypertransport_range() -> None:
+    end = 1012 * GIB
+    space = place(GIB, [request(0, 64 * MIB, label_size=2 * MIB, base=end - 64 * MIB)], address_bits=46)
+    assert list(layout.advice(space)) == []
+    (line,) = layout.advice(layout.place_labels(replace(space, dsm="aml")))
+    assert line.startswith("the label area of the NVDIMM in slot 0")
+    assert "HyperTransport" in line
+
+
 def test_advice_says_how_much_room_hvmloader_has() -> None:
     assert [*layout.advice(place(4 * GIB, [request(base=5 * GIB + 256 * MIB)], address_bits=40))] == []
     (line,) = layout.advice(place(GIB, [request(base=4 * GIB)], address_bits=40))
@@ -226,6 +235,7 @@ def test_advice_says_that_linux_needs_2_mib() -> None:
     (line,) = layout.advice(place(GIB, [request(kept=68 * GIB + PAGE), request(1)], address_bits=40))
     assert "slot 0" in line
     assert "not at a multiple of 2 MiB" in line
+    assert line.endswith("with <alignsize unit='MiB'>2</alignsize>, and no base in the XML, it is")
 
 
 # --- bases of earlier defines ---
