@@ -500,8 +500,12 @@ class Interceptor:
         """
         _, flags = xml_and_flags(payload)
         uuid = read.uuid if read.is_limited else None
-        if uuid is None or (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
+        if uuid is None:
             return payload
+        if (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
+            before = yield from defined_xml(uuid)  # the claim may be released, or the ledger lost
+            if before is None or not (yield from self._has_nvdimms(before)):
+                return payload
         xml: str = yield Work(lambda: without_max_memory(read.text), Pool.XML)
         return bytes(Packer().string(xml)) + flags
 
