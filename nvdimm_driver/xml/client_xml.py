@@ -19,7 +19,7 @@ from lxml import etree
 from nvdimm_driver.errors import DomainXmlError
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.xml.document import Element, decode, parse
-from nvdimm_driver.xml.parse_domain import emulator_of, is_xen, nvdimm_elements, spec_of, uuid_of
+from nvdimm_driver.xml.parse_domain import check_memory_device, emulator_of, is_xen, nvdimm_elements, spec_of, uuid_of
 from nvdimm_driver.xml.rewrite import NAMESPACE, mentions
 from nvdimm_driver.xml.schema import check_schema
 
@@ -87,9 +87,11 @@ def read_device(data: bytes) -> tuple[str, bool]:
     """Return the XML of a device, and True if it is an NVDIMM.
 
     :raises DomainXmlError: when it cannot be parsed, or is not read alike by libvirt.
+    :raises UnsupportedError: when it is another memory device.
     """
     text, root = _parse(data)
     _check_form(root)
+    check_memory_device(root)
     return text, root.tag == "memory" and root.attributes.get("model") == "nvdimm"
 
 

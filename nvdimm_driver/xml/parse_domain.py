@@ -273,13 +273,18 @@ def path_of(nvdimm: Element) -> str:
 
 def _check_other_memory(root: Element) -> None:
     for element in root.need("devices").children:
-        model = element.attributes.get("model")
-        if element.tag == "memory" and model != "nvdimm":
-            what = "<memory> without a model" if model is None else f"<memory model={model!r}>"
-            raise UnsupportedError(
-                f"{what} in <devices>: on Xen, NVDIMMs are the only memory devices",
-                hint="remove it; to give the guest more RAM, change <memory> of the domain",
-            )
+        check_memory_device(element)
+
+
+def check_memory_device(element: Element) -> None:
+    """Check that a device is no other memory device than an NVDIMM; raise UnsupportedError if it is."""
+    model = element.attributes.get("model")
+    if element.tag == "memory" and model != "nvdimm":
+        what = "<memory> without a model" if model is None else f"<memory model={model!r}>"
+        raise UnsupportedError(
+            f"{what} in <devices>: on Xen, NVDIMMs are the only memory devices",
+            hint="remove it; to give the guest more RAM, change <memory> of the domain",
+        )
 
 
 def _nvdimm(element: Element, slot: int, nodes: int, root: Element) -> NvdimmSpec:

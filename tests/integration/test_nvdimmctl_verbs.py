@@ -38,6 +38,7 @@ SCHEMAS: dict[str, Any] = {
                 "size": int,
                 "label_size": int,
                 "base": int,
+                "guest_base": None,
                 "identity": {"kind": str, "device": str, "start": int, "inode": int, "generation": int, "size": int},
                 "bad_blocks": [],
                 "problem": str,

@@ -244,6 +244,62 @@ def test_the_last_nvdimm_goes_by_detaching_editing_or_redefining(host: Host) -> 
     assert "db1.img" in host.files()
 
 
+@pytest.mark.parametrize("way", ["detach", "edit", "define"])
+@pytest.mark.parametrize("lost", [False, True], ids=["released", "a lost ledger"])
+def test_the_last_nvdimm_goes_though_the_ledger_does_not_know_the_domain(host: Host, way: str, lost: bool) -> None:
+    host.check("define", limited(host))
+    if lost:
+        assert host.libvirtd.run("sh", "-c", f"rm -r {host.folder}/state/*").returncode == 0
+    else:
+        assert host.nvdimmctl("release", "--yes", "db1").returncode == 0
+    if way == "detach":
+        host.check("detach-device", "db1", device(host, "db1"), "--config")
+    elif way == "edit":
+        assert edit(host, "/<memory model/,/<.memory>/d").returncode == 0
+    else:
+        host.check("define", limited(host, with_nvdimm=False))
+    shown = host.check("dumpxml", "db1")
+    assert "nvdimm" not in shown
+    assert "maxMemory" not in shown
+    host.nvdimmctl("check", "--repair")
+
+
+@pytest.mark.parametrize("call", ["attach-device", "detach-device", "update-device"])
+def test_another_memory_device_is_named(host: Host, call: str) -> None:
+    file = host.folder / "device.xml"
+    file.write_text("<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target></memory>")
+    assert "<memory model='dimm'> in <devices>: on Xen, NVDIMMs are the only" in refused(host, call, "db1", file)
+
+
+def test_show_has_the_base_of_the_guest_and_that_of_its_next_start(host: Host) -> None:
+    bases = (0x200000000, 0x300000000)
+    host.check("undefine", "db1")
+    for number, base in enumerate(bases):
+        file = host.xml("db1", 1)
+        address = f"</target><address type='dimm' slot='0' base='{base:#x}'/>"
+        file.write_text(file.read_text().replace("</target>", address))
+        host.check("define", file)
+        if not number:
+            host.check("start", "db1")
+    try:
+        shown = host.nvdimmctl("show", "db1", "-f", "json").stdout
+        (nvdimm,) = json.loads(shown[shown.index("{") :])["nvdimms"]
+        assert (nvdimm["guest_base"], nvdimm["base"]) == bases
+    finally:
+        host.check("destroy", "db1")
+
+
+def test_plan_has_the_xml_that_libvirt_gets(host: Host) -> None:
+    file = host.xml("db2", 2)
+    planned = host.nvdimmctl("plan", str(file)).stdout.partition("Backings:")[0]
+    host.check("define", file)
+    added = "\n".join(line[1:] for line in planned.splitlines() if line.startswith("+"))
+    record = re.compile("<nvdimm:domain.*?</nvdimm:domain>", re.DOTALL)
+    (mine,), (stored,) = record.findall(added), record.findall(host.libvirtd.check("dumpxml", "db2"))
+    assert mine.split() == stored.split()
+    host.check("undefine", "db2")
+
+
 def test_define_and_edit_validate_as_on_kvm(host: Host) -> None:
     wrong = host.xml("db2", 2)
     wrong.write_text(wrong.read_text().replace("</target>", "<lable><size>128</size></lable></target>"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.errors import DomainXmlError
+from nvdimm_driver.errors import DomainXmlError, UnsupportedError
 from nvdimm_driver.xml.client_xml import check_metadata, read_device, read_domain
 from nvdimm_driver.xml.document import MAX_PARTS
 from nvdimm_driver.xml.rewrite import NAMESPACE, rewrite
@@ -190,8 +190,9 @@ def test_text_in_many_pieces_is_read() -> None:
 def test_a_device_is_read() -> None:
     assert read_device(NVDIMM.encode()) == (NVDIMM, True)
     assert read_device(b"<memory model='nvd&#105;mm'/>")[1]
-    for device in (b"<memory model='dimm'><!-- nvdimm --></memory>", b"<disk/>"):
-        assert not read_device(device)[1]
+    assert not read_device(b"<disk/>")[1]
+    with pytest.raises(UnsupportedError, match=r"<memory model='dimm'> .*NVDIMMs are the only memory devices"):
+        read_device(b"<memory model='dimm'><!-- nvdimm --></memory>")
     for text in (
         NVDIMM.replace("<memory", "<x:memory xmlns:x='urn:x'").replace("</memory", "</x:memory"),
         NVDIMM.replace("model", "x:model").replace("<memory", "<memory xmlns:x='urn:x'"),

@@ -20,12 +20,16 @@ class ShowPlan(FileAction):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         from nvdimm_driver.cmd.ctl import render
+        from nvdimm_driver.xml.edit_devices import with_paths, with_slots
         from nvdimm_driver.xml.hooks import XmlHooks
 
         xml = read_xml(parsed_args.file)
-        plan = driver_for(self.app.conf, parsed_args.host).plan(domain_in(xml, parsed_args.file, self.app.conf))
+        domain = domain_in(xml, parsed_args.file, self.app.conf)
+        plan = driver_for(self.app.conf, parsed_args.host).plan(domain)
         if parsed_args.json:
             print(render.plan_json(plan))
             return
-        diff = render.xml_diff(xml, XmlHooks.from_conf(self.app.conf).rewrite(xml))
+        paths = {old.path: new.path for old, new in zip(domain.nvdimms, plan.domain.nvdimms, strict=True)}
+        complete = with_slots(with_paths(xml, paths), plan.domain)
+        diff = render.xml_diff(xml, XmlHooks.from_conf(self.app.conf).rewrite(complete))
         sys.stdout.write(render.plan_text(plan, diff))

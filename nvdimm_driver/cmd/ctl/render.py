@@ -15,6 +15,7 @@ from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.guest import layout, p2m
+from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
 from nvdimm_driver.pools.usage import PoolUsage
 from nvdimm_driver.sizes import human
@@ -105,6 +106,8 @@ def record(
 ) -> tuple[Sequence[str], Sequence[Any]]:
     """Return names and values of everything that is known of a domain; addresses are in bytes."""
     start = item.start
+    wanted = [(each.spec.slot, each.spec.visible_size, each.identity) for each in item.claims if each.identity]
+    bases = saved_guest.bases(driver.ledger.find_run(item.uuid) if start else None, wanted)
     nvdimms = [
         {
             "slot": allocation.spec.slot,
@@ -112,6 +115,7 @@ def record(
             "size": size(allocation.spec.size),
             "label_size": size(allocation.spec.label_size),
             "base": allocation.base,
+            "guest_base": bases.get(allocation.spec.slot),
             "identity": None if allocation.identity is None else asdict(allocation.identity),
             **_health(driver, allocation),
         }
