@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -55,7 +55,9 @@ class Definitions:
         :raises NvdimmError: any error that a define or start would raise.
         """
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
-        domain = self.keep_slots(self.identify_by_name(resolved(domain)))
+        domain = self.identify_by_name(domain)
+        found = self.find_paths(domain.uuid, (spec.path for spec in domain.nvdimms))
+        domain = self.keep_slots(domain.with_paths(found))
         uuid = domain.uuid or ""
         before = self.ledger.find_domain(uuid)
         self._check_allowed(domain, self._all_kept(domain, before, kept))
@@ -94,17 +96,26 @@ class Definitions:
         return replace(domain, uuid=known[0]) if known else domain
 
     def keep_slots(self, domain: DomainSpec) -> DomainSpec:
-        """Return a :func:`resolved` domain with the slots that its NVDIMMs have had, where its XML leaves them open.
+        """Return a domain with the slots that its NVDIMMs have had, where its XML leaves them open; paths are resolved.
 
         The slot is in the NVDIMM's serial number, and so in the cookie of each namespace label: in another slot, the
-        guest would find no namespace. The others get the lowest free slots, in document order as libvirt gives them.
+        guest would find no namespace. A new one whose labels were made in a slot that is free gets that one. The others
+        get the lowest free slots, in document order as libvirt gives them.
 
         :raises LayoutError: when the XML gives one of these slots to another NVDIMM.
         """
-        record = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
-        if record is None or not domain.unplaced:
+        if not domain.unplaced:
             return domain
-        kept = slots.kept(domain, record.allocations, partial(ownership.identity_at, self.backings))
+        record = None if domain.uuid is None else self.ledger.find_domain(domain.uuid)
+        items = record.allocations if record else ()
+        kept = slots.kept(domain, items, partial(ownership.identity_at, self.backings))
+        taken = {*kept.values(), *(spec.slot for spec in domain.nvdimms if spec.path not in domain.unplaced)}
+        for spec in domain.nvdimms:
+            if spec.path in domain.unplaced and spec.path not in kept:
+                slot = self.planner.find_slot_of_labels(spec)
+                if slot is not None and slot not in taken:
+                    kept[spec.path] = slot
+                    taken.add(slot)
         return replace(domain, nvdimms=slots.assign(domain, kept), unplaced=frozenset())
 
     def define(
@@ -333,6 +344,22 @@ class Definitions:
         had = self.planner.bases_of_run(domain, identities)
         return all(items[spec].base == had.get(spec.slot, items[spec].base) for spec in domain.nvdimms)
 
+    def find_paths(self, uuid: str | None, named: Iterable[str]) -> dict[str, str]:
+        """Return the paths that these lead to now, by these.
+
+        What a domain has at the end of a path that has become a symbolic link since must be what was provisioned.
+
+        :param uuid: of the domain; None when it is new.
+        :raises BackingError: when it is not, or a link leads to nothing.
+        """
+        record = None if uuid is None else self.ledger.find_domain(uuid)
+        had = {item.spec.path: item for item in (record.allocations if record else ()) if item.identity}
+        found = {path: paths.resolve_new(path) for path in named}
+        for path, real in found.items():
+            if real != path and path in had:
+                self._check_still([had[path]], path, real)
+        return found
+
     def resolve_for_start(self, domain: DomainSpec) -> DomainSpec:
         """Return the domain with resolved paths, as :meth:`define` has recorded them.
 
@@ -343,16 +370,19 @@ class Definitions:
         """
         record = self.ledger.find_domain(domain.uuid or "")
         items = [item for item in (record.allocations if record else ()) if item.identity]
-        found = {spec.path: paths.resolve_new(spec.path) for spec in domain.nvdimms}
+        found = self.find_paths(domain.uuid, (spec.path for spec in domain.nvdimms))
         for path, real in found.items():
-            if real == path or not items:
-                continue
-            if not ownership.has_bytes(items, ownership.identity_at(self.backings, real)):
-                raise BackingError(
-                    f"{path} leads to {real} now, which is not the backing that was provisioned",
-                    hint="turn the symbolic link back, or define the domain again to give it the other backing",
-                )
+            if real != path and items:
+                self._check_still(items, path, real)
         return domain.with_paths(found)
+
+    def _check_still(self, items: Sequence[Allocation], path: str, real: str) -> None:
+        """Check that what a path leads to now is one of these NVDIMMs; raise BackingError if it is not."""
+        if not ownership.has_bytes(items, ownership.identity_at(self.backings, real)):
+            raise BackingError(
+                f"{path} leads to {real} now, which is not the backing that was provisioned",
+                hint=f"turn the symbolic link back; to give the domain the other one, define it with {real}",
+            )
 
     def check_unknown(self, domain: DomainSpec) -> None:
         """Check that no backing of the domain is another's, whatever the ledger says; raise NvdimmError if one is.
@@ -493,14 +523,6 @@ class Definitions:
 
     def _backing(self, spec: NvdimmSpec) -> Backing:
         return backing_of(self.backings, spec.path)
-
-
-def resolved(domain: DomainSpec) -> DomainSpec:
-    """Return the domain with the paths that its NVDIMMs' paths lead to now.
-
-    :raises BackingError: when one is a symbolic link to nothing.
-    """
-    return domain.with_paths({spec.path: paths.resolve_new(spec.path) for spec in domain.nvdimms})
 
 
 def uuid_of(domain: DomainSpec) -> str:

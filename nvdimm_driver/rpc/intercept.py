@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import LedgerError, NvdimmError, UnsupportedError
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
@@ -210,7 +209,8 @@ class Interceptor:
             )
         with (yield from self._changing(domain.uuid)):
             before = yield from self._restored((yield from definition(domain)))
-            found = yield from self._find_paths((yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)))
+            named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
+            found = yield from self._find_paths(domain.uuid, named)
             changed: str = yield Work(lambda: edit(before, device, found), Pool.XML)
             yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)), locked=domain.uuid)
         return b""
@@ -483,14 +483,15 @@ class Interceptor:
 
         libvirt keeps them: a user can turn a symbolic link of his own at any moment.
         """
-        found = yield from self._find_paths([spec.path for spec in domain.nvdimms])
+        known: DomainSpec = yield self._work(lambda driver: driver.definitions.identify_by_name(domain))
+        found = yield from self._find_paths(known.uuid, [spec.path for spec in domain.nvdimms])
         check_distinct(domain.nvdimms, lambda one, other: found[one.path] == found[other.path])  # as they are written
         resolved: str = yield Work(lambda: with_paths(xml, found), Pool.XML)
         return resolved, domain.with_paths(found)
 
-    def _find_paths(self, named: Iterable[str]) -> Generator[Call | Work, Any, dict[str, str]]:
-        """Return the paths that these lead to now, by these."""
-        found: dict[str, str] = yield Work(lambda: {path: resolve_new(path) for path in named}, Pool.HOST)
+    def _find_paths(self, uuid: str | None, named: Iterable[str]) -> Generator[Call | Work, Any, dict[str, str]]:
+        """Return the paths that these of a domain lead to now, by these."""
+        found: dict[str, str] = yield self._work(lambda driver: driver.definitions.find_paths(uuid, named), Pool.HOST)
         return found
 
     def _without_remains(self, payload: bytes, read: ClientDomain) -> Generator[Call | Work, Any, bytes]:
