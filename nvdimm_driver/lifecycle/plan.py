@@ -380,9 +380,10 @@ def check_distinct(nvdimms: Sequence[NvdimmSpec], same: Callable[[NvdimmSpec, Nv
 
 
 def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Record | None) -> dict[int, int | None]:
-    """Return, by slot, the bases chosen earlier for NVDIMMs of the same size in that slot.
+    """Return, by slot, the bases chosen earlier for NVDIMMs of the same size in that slot, or else for the same bytes.
 
-    A file that has the place of another, such as a backup, has its contents, which may need the same base.
+    A file that has the place of another, such as a backup, has its contents, which may need the same base. So may one
+    that has grown, or is in another slot.
     """
     items = sorted(before.allocations if before else (), key=lambda item: not item.spec.set_aside)
     known = {
@@ -393,8 +394,10 @@ def _kept_bases(domain: DomainSpec, locations: Sequence[Location], before: Recor
     kept = {}
     for spec, location in zip(domain.nvdimms, locations, strict=True):
         keys = [(spec.slot, spec.visible_size, which) for which in (location.identity, spec.path, None)]
-        if key := next((each for each in keys if each in known), None):
-            kept[spec.slot] = known[key]
+        bases = [known[key] for key in keys if key in known]
+        bases += [item.base for item in reversed(items) if item.identity and item.identity.is_same(location.identity)]
+        if bases:
+            kept[spec.slot] = bases[0]
     return kept
 
 
