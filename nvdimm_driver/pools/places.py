@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from nvdimm_driver.backing.inventory import mount_of, mounts
-from nvdimm_driver.backing.paths import resolve
+from nvdimm_driver.backing.paths import open_resolved, resolve
 from nvdimm_driver.model import Pool
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
@@ -91,10 +91,13 @@ def is_below(path: str, top: str) -> bool:
 
 @contextmanager
 def _nearest(path: str) -> Iterator[int]:
-    """Open what is at a path, or the nearest folder above it, if nothing is; without looking into it."""
+    """Open what is at a path, or the nearest folder above it, if nothing is; without looking into it.
+
+    A folder on the way that has become a symbolic link since counts as what is there, not as what it leads to.
+    """
     while True:
         try:
-            fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+            fd = open_resolved(path, os.O_PATH | os.O_NOFOLLOW)
             break
         except OSError:
             if path == "/":

@@ -74,6 +74,19 @@ def test_a_folder_of_one_pool_mounted_below_another_is_in_the_first(host: Host, 
         assert pools.of(f"{tmp_path}/main/a.img") == main
 
 
+def test_a_folder_that_has_become_a_link_leads_to_no_device_of_another_pool(host: Host, tmp_path: Path) -> None:
+    """Else what its owner makes it lead to decides whether his file is wiped."""
+    (tmp_path / "devices").mkdir()
+    os.mknod(tmp_path / "devices/pmem1", stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    os.mkdir(host.path("folder"))
+    main, raw = pool("main", host.fs.root, wipe=True), pool("raw", tmp_path / "devices/pmem1")
+    assert Pools([main, raw]).of(host.path("folder/pmem1")) == main
+    os.rmdir(host.path("folder"))
+    os.symlink(tmp_path / "devices", host.path("folder"))
+    assert Pools([main, raw]).of(host.path("folder/pmem1")) == main
+    os.unlink(host.path("folder"))
+
+
 def test_a_mount_that_another_one_covers_is_not_looked_at(host: Host, tmp_path: Path) -> None:
     for folder in ("main", "secure/b"):
         os.makedirs(host.path(folder))
