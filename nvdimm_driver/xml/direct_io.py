@@ -8,17 +8,21 @@ NVDIMMs are above 4 GiB: for a device with 32-bit addresses, Linux copies throug
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 WIDE = ("virtio-", "vhost-", "nvme", "ahci", "ich9-ahci", "lsi53c895a", "megasas", "mptsas", "pvscsi")
 """Beginnings of QEMU's names of devices that transfer to addresses above 4 GiB."""
-NARROW = ("piix3-ide", "lsi53c810")
+NARROW = ("piix3-ide", "lsi53c810", "am53c974", "dc390")
 """Beginnings of QEMU's names of those with 32-bit addresses."""
 INTERFACES = {"virtio": "virtio-blk", "scsi": "lsi53c895a", "ide": "piix3-ide"}
 """Devices that QEMU makes for a ``-drive`` with ``if=``."""
 DISKS = {"sd": "lsi53c895a", "hd": "piix3-ide"}
 """What libxl has QEMU emulate for a disk, such as sda, by the beginning of its name."""
+_IDE_DISKS = ("-hda", "-hdb", "-hdc", "-hdd")
+"""QEMU's options that make an IDE disk."""
 IDE_CDROM = ("hd", "cdrom")
 """Reads that fail lose nothing, and nearly every guest has one."""
 
@@ -26,13 +30,28 @@ IDE_CDROM = ("hd", "cdrom")
 def devices(arguments: Sequence[str]) -> Iterator[str]:
     """Yield QEMU's names of the devices in its arguments that do not reach the NVDIMMs."""
     for option, value in pairwise(arguments):
-        fields = value.split(",")
-        if option in ("-device", "--device"):
-            name = fields[0].removeprefix("driver=")
-            if name.startswith((*WIDE, *NARROW)) or name == "lsi":
-                yield name
-        elif option in ("-drive", "--drive"):
-            yield from (INTERFACES[each[3:]] for each in fields if each[:3] == "if=" and each[3:] in INTERFACES)
+        name = option.removeprefix("-") if option.startswith("--") else option  # QEMU takes one or two hyphens
+        if name == "-device":
+            driver = _fields(value).get("driver", "")
+            if driver.startswith((*WIDE, *NARROW)) or driver == "lsi":
+                yield driver
+        elif name == "-drive":
+            interface = _fields(value).get("if", "ide")
+            if interface in INTERFACES:
+                yield INTERFACES[interface]
+        elif name in _IDE_DISKS:
+            yield INTERFACES["ide"]
+
+
+def _fields(value: str) -> dict[str, str]:
+    """Return the properties in an argument of QEMU's: text, where the first may lack its name, or JSON."""
+    if value.startswith("{"):
+        with suppress(ValueError):
+            return {name: str(each) for name, each in json.loads(value).items()}
+        return {}
+    first, *rest = value.split(",")
+    pairs = [field.partition("=") for field in (first if "=" in first else f"driver={first}", *rest)]
+    return {name: each for name, _, each in pairs}
 
 
 def advice(names: Sequence[str]) -> Iterator[str]:

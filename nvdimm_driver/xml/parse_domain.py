@@ -171,6 +171,7 @@ def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
     specs = [_nvdimm(element, slot, nodes, root) for element, slot in zip(elements, slots, strict=True)]
     for element in () if stored else elements:
         check_known(element, f"NVDIMM {path_of(element)}: ")
+        _check_alias(element, root)
     _check_paths(specs)
     root.need("devices")
     return DomainSpec(
@@ -184,6 +185,16 @@ def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
         pci_devices=_pci_devices(root),
         emulated=_emulated(root),
     )
+
+
+def _check_alias(element: Element, root: Element) -> None:
+    """Check that no other device of a domain has the alias of an NVDIMM; raise DomainXmlError if one has."""
+    aliases = [alias.attributes.get("name") for each in root.need("devices").children if (alias := each.child("alias"))]
+    name = alias.attributes.get("name") if (alias := element.child("alias")) else None
+    if name and aliases.count(name) > 1:
+        raise DomainXmlError(
+            f"NVDIMM {path_of(element)}: another device has <alias name={name!r}>, too", hint="give each its own alias"
+        )
 
 
 def _pci_devices(root: Element) -> int:

@@ -661,6 +661,16 @@ def test_an_nvdimm_is_shown_as_libvirt_shows_it() -> None:
     assert "base" not in shown(nvdimm(more="<address type='dimm' slot='0' base='0x0'/>"))
 
 
+@pytest.mark.parametrize("other", [NVDIMM, "<disk><alias name='ua-x'/></disk>"])
+def test_two_devices_have_no_alias_in_common(other: str) -> None:
+    """As on KVM."""
+    alias = "<alias name='ua-x'/></memory>"
+    first, second = (NVDIMM.replace("</memory>", alias), other.replace("/mnt/", "/other/").replace("</memory>", alias))
+    with pytest.raises(DomainXmlError, match="another device has <alias name='ua-x'>, too"):
+        extract(domain(first + second))
+    assert extract(domain(first))
+
+
 def test_a_record_of_an_earlier_version_is_shown_in_kib() -> None:
     stored = read("guest.libvirt")
     earlier = stored.replace('<size unit="KiB">67108864<', '<size unit="GiB">64<')
