@@ -222,6 +222,12 @@ LIBVIRT_OPTS = [
         "of the folders is there, no domain gets a device. An empty list goes by the ledger alone.",
     ),
     cfg.StrOpt(
+        "save_dir",
+        default="/var/lib/libvirt/libxl/save",
+        help="Folder in which libvirt's Xen driver keeps managed saves. libvirt removes one before it restores it, so "
+        "the driver tries first whether the guest can go on, with the XML that is saved there.",
+    ),
+    cfg.StrOpt(
         "apparmor_dir",
         default="/etc/apparmor.d",
         help="Folder of AppArmor's profiles. 'nvdimmctl register' adds to the profile of libvirt's daemon there, in "

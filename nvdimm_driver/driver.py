@@ -378,18 +378,21 @@ class XenNvdimmDriver(plugins.Plugin):
         if domain is not None:
             saved_guest.check_plan(last, self.definitions.plan_start(domain))
 
-    def try_restore(self, uuid: str) -> None:
+    def try_restore(self, uuid: str, saved: DomainSpec | None = None) -> None:
         """Check that the domain's saved guest can go on: prepare its start as the hook will do, and put that away.
 
         libvirt removes a managed save before it calls the hook: a start that the hook refuses costs the guest. Whoever
         calls this has the lock of the domain (:meth:`.domain_locks.DomainLocks.changing`) until libvirt has replied:
         nothing may change the domain before the hook, and no other trial may come between the hook and the guest.
 
+        :param saved: the domain in the saved image; None when nobody knows it: then as it was in its last run.
         :raises NvdimmError: as for :meth:`check_restore` and :meth:`prepare`.
         """
         self.check_restore(uuid)
         last = self.ledger.find_run(uuid)
-        domain = (last and saved_guest.domain_of(last, uuid)) or self._find_known(uuid)
+        if last is not None and saved is not None:
+            saved_guest.check_plan(last, self.definitions.plan_start(saved))
+        domain = saved or (last and saved_guest.domain_of(last, uuid)) or self._find_known(uuid)
         if domain is None:
             return
         with self.locks.starting(uuid):

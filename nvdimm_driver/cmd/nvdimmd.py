@@ -59,7 +59,9 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # load the options at each use: a new pool works at once, as it does for the hook
-    interceptor = Interceptor(lambda: load_driver(conf.load(files)), XmlHooks.from_conf(options))
+    interceptor = Interceptor(
+        lambda: load_driver(conf.load(files)), XmlHooks.from_conf(options), options.libvirt.save_dir
+    )
     rpc = options.rpc
     upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
     upstream_ro = _first(rpc.libvirt_direct_socket_ro, rpc.libvirt_socket_ro)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -45,6 +46,7 @@ from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCal
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import ClientDomain, read_device, read_domain
+from nvdimm_driver.xml.definition_files import xml_of_save
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.edit_devices import (
     Edit,
@@ -60,7 +62,7 @@ from nvdimm_driver.xml.edit_devices import (
     without_max_memory,
 )
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import DefinedMemory, has_nvdimms, memory_of
+from nvdimm_driver.xml.parse_domain import DefinedMemory, extract, has_nvdimms, memory_of
 
 LOG = logging.getLogger(__name__)
 
@@ -78,12 +80,16 @@ class Interceptor:
     """The handlers of calls.
 
     :param driver: makes a driver, in the thread that uses it; its ledger is closed afterwards.
+    :param save_dir: libvirt's folder of managed saves; empty when nobody knows it.
     :param client: whose call is handled.
     """
 
-    def __init__(self, driver: Callable[[], XenNvdimmDriver], hooks: XmlHooks, client: Peer | None = None) -> None:
+    def __init__(
+        self, driver: Callable[[], XenNvdimmDriver], hooks: XmlHooks, save_dir: str = "", client: Peer | None = None
+    ) -> None:
         self._make_driver = driver
         self._hooks = hooks
+        self._save_dir = save_dir
         self._client = client
 
     def table(self, *, read_only: bool = False) -> Table:
@@ -96,7 +102,9 @@ class Interceptor:
 
     def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
         LOG.debug("%s, called by uid %d, pid %d", Procedure(procedure).name.lower(), context.peer.uid, context.peer.pid)
-        return row.handler(Interceptor(self._make_driver, self._hooks, context.peer), procedure, payload)
+        return row.handler(
+            Interceptor(self._make_driver, self._hooks, self._save_dir, context.peer), procedure, payload
+        )
 
     # --- XML that comes in ---
 
@@ -112,7 +120,8 @@ class Interceptor:
         if wanted is None:
             payload = yield from self._without_remains(payload, read)
             started = pass_xml(procedure, payload, read, with_fds=True)
-            known = yield from self._find_known(read.uuid)  # its saved guest, which libvirt starts instead, has some
+            known = (yield from find(read.uuid)) if read.uuid else None
+            # its saved guest, which libvirt starts instead, may have some
             return (yield from (started if known is None else self._started_from_save(known, started)))
         resolved, wanted = yield from self._resolved_domain(read.text, wanted)
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
@@ -137,7 +146,7 @@ class Interceptor:
         created = yield self._work(lambda driver: driver.create(domain, plan), _provisioning(plan))
         try:
             if saved:
-                yield self._work(lambda driver: driver.try_restore(uuid), Pool.HOST)
+                yield from self._try_restore(DomainRef(domain.name, uuid, -1))
             reply = yield from call(procedure, arguments, with_fds=True)
         except Exception as error:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
@@ -229,8 +238,7 @@ class Interceptor:
         saved = not flags & START_FORCE_BOOT and (yield from has_managed_save(domain))
         start = call(procedure, payload)
         if record is None:
-            lost = saved and (yield from self._has_nvdimms((yield from definition(domain))))
-            return (yield from (self._started_from_save(domain, start) if lost else start))
+            return (yield from (self._started_from_save(domain, start) if saved else start))
         if not saved and not (yield from self._has_nvdimms((yield from definition(domain)))):
             yield from self._drop_claims(uuid)  # they were kept for a saved guest
         try:
@@ -246,8 +254,25 @@ class Interceptor:
         """
         with (yield from self._changing(domain.uuid)):
             if (yield from has_managed_save(domain)):
-                yield self._work(lambda driver: driver.try_restore(domain.uuid), Pool.HOST)
+                yield from self._try_restore(domain)
             return (yield from start)
+
+    def _try_restore(self, domain: DomainRef) -> Generator[Call | Work, Any, None]:
+        """Check that a saved guest can go on, with the XML in its image: that is what libvirt gives the hook.
+
+        :raises NvdimmError: when it cannot.
+        """
+        file = Path(self._save_dir, f"{domain.name}.save")
+        xml: str | None = yield Work(lambda: xml_of_save(file) if self._save_dir else None, Pool.HOST)
+        saved: DomainSpec | None = None
+        if xml is not None:
+            text = xml
+            saved = yield Work(lambda: extract(self._hooks.restore(text), stored=True), Pool.DUMP)
+        elif (yield from self._record(domain)) or (yield from self._has_nvdimms((yield from definition(domain)))):
+            yield self._work(lambda driver: driver.try_restore(domain.uuid), Pool.HOST)
+        if saved is not None:
+            guest = saved
+            yield self._work(lambda driver: driver.try_restore(domain.uuid, guest), Pool.HOST)
 
     def restore(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error.
@@ -341,6 +366,8 @@ class Interceptor:
         runs = record.start is not None
         if asked.is_maximum and asked.is_live(runs):
             yield self._work(lambda driver: driver.check_running_ram(record.uuid, asked.size), Pool.HOST)
+        elif runs and asked.is_live(runs):
+            asked.check_saveable(record.ram)
         if asked.is_persistent(runs):
             yield from self._check_next_ram(asked, runs)
         return (yield from call(procedure, payload))
@@ -518,11 +545,10 @@ class Interceptor:
         """
         uuid = plan.domain.uuid or ""
         known = DomainRef(plan.domain.name, uuid, -1)
-        if (yield from self._record(known)) is None or (yield from defined_xml(uuid)) is None:
+        if (yield from defined_xml(uuid)) is None or not (yield from has_managed_save(known)):
             return False
-        if not (yield from has_managed_save(known)):
-            return False
-        yield self._work(lambda driver: driver.check_redefinition(plan))
+        if (yield from self._record(known)) is not None:
+            yield self._work(lambda driver: driver.check_redefinition(plan))
         return True
 
     def _explained(self, error: LibvirtError, uuid: str) -> Generator[Call | Work, Any, LibvirtError]:

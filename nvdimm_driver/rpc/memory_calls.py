@@ -69,6 +69,19 @@ class MemoryCall:
                 hint="change the maximum instead: virsh setmaxmem",
             )
 
+    def check_saveable(self, ram: int) -> None:
+        """Check that the running guest, which has NVDIMMs, could go on after a save: that starts it with what it has.
+
+        :param ram: bytes that it was started with.
+        :raises UnsupportedError: when it could not.
+        """
+        if self.size < ram:
+            raise UnsupportedError(
+                f"domain {self.domain.name} runs and has NVDIMMs: saved with {self.size // KIB} KiB, below its RAM, "
+                "it would go on with memory populated on demand, which Xen does not do together with mapped frames",
+                hint="change the RAM of its next start: virsh setmaxmem --config",
+            )
+
     def check_startable(self, current: int) -> None:
         """Check that a domain that runs could start again with this maximum, as a reboot of its guest makes it do.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files in which libvirt keeps domains: definitions, and the XML of guests that run.
+"""The files in which libvirt keeps domains: definitions, the XML of guests that run, and saved guests.
 
 They can be read when libvirt cannot be asked: libvirt waits for its hook, and keeps the domain locked meanwhile.
 libvirt writes each of them whole, under another name first (src/util/virfile.c:virFileRewrite).
@@ -7,6 +7,8 @@ libvirt writes each of them whole, under another name first (src/util/virfile.c:
 
 from __future__ import annotations
 
+import logging
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +18,11 @@ from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.host_text import decode
 from nvdimm_driver.xml.document import may_have, parse
 from nvdimm_driver.xml.parse_domain import nvdimm_elements, path_of, uuid_of
+
+LOG = logging.getLogger(__name__)
+
+_SAVE_MAGIC, _SAVE_VERSION = b"libvirt-xml\n \0 \r", 2
+_SAVE_HEADER = struct.Struct("=16sII40x")
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,23 @@ class DefinitionFiles:
             paths = tuple(self.resolve(path_of(each)) for each in nvdimm_elements(parse(self.restore(xml)).root))
             return StoredDomain(name, uuid, paths) if paths else None
         return StoredDomain(name, uuid, (), xml)
+
+
+def xml_of_save(file: Path) -> str | None:
+    """Return the domain XML in an image of a saved guest: a restore has that, whatever the definition has become.
+
+    It follows a header: a magic string, a version, and its length (src/libxl/libxl_conf.h:libxlSavefileHeader).
+
+    :returns: None when the file cannot be read, or is no such image.
+    """
+    try:
+        with file.open("rb") as image:
+            magic, version, length = _SAVE_HEADER.unpack(image.read(_SAVE_HEADER.size))
+            text = image.read(length) if (magic, version) == (_SAVE_MAGIC, _SAVE_VERSION) else b""
+    except (OSError, struct.error) as error:
+        LOG.warning("%s: what is saved there cannot be read: %s", file, error)
+        return None
+    return decode(text.rstrip(b"\0")) or None
 
 
 def _unreadable(path: str | Path, error: OSError) -> ConfigError:

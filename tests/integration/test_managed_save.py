@@ -310,3 +310,41 @@ def goes_on(host: Host) -> None:
     host.check("start", "db1")
     assert host.state("db1") == ("mapped", host.record("db1").start.domid, True)  # type: ignore[union-attr]
     assert not is_saved(host)
+
+
+def test_the_ram_of_a_running_guest_is_not_lowered(host: Host) -> None:
+    """Its saved guest could not go on: it would get the rest of the memory on demand."""
+    host.check("start", "db1")
+    for words in (("256MiB",), ("256MiB", "--live")):
+        assert "populated on demand" in refused(host, "setmem", "db1", *words)
+    host.check("setmem", "db1", "512MiB", "--live")
+    host.check("managedsave", "db1")
+    host.check("start", "db1")
+
+
+@pytest.mark.parametrize("dsm", ["none", "foo"])
+def test_a_label_server_that_is_changed_under_the_guest_costs_no_managed_save(host: Host, dsm: str) -> None:
+    file = host.xml("db1", 1)
+    label = "</size><label><size unit='KiB'>128</size></label>"
+    file.write_text(file.read_text().replace("</size>", label, 1))
+    host.check("define", file)
+    host.check("start", "db1")
+    options = ["--key", "n", "--set", f'<options dsm="{dsm}"/>', "--live"]
+    host.check("metadata", "db1", "urn:nvdimm-driver:options:1", *options)
+    host.check("managedsave", "db1")
+    assert "error" in refused(host, "start", "db1")
+    assert is_saved(host)
+
+
+def test_a_guest_that_was_saved_without_nvdimms_goes_on_though_its_domain_has_one_since(host: Host) -> None:
+    file = host.xml("db2", 2)
+    plain = re.sub(
+        "<memory model.*?</memory>", f"<emulator>{host.folder}/qemu</emulator>", file.read_text(), flags=re.DOTALL
+    )
+    file.write_text(plain)
+    host.check("define", file)
+    host.check("start", "db2")
+    (host.libvirtd.xen / f"memory-{host.check('domid', 'db2')}").touch()  # which the device model writes else
+    host.check("attach-device", "db2", device(host, "db2"), "--config")
+    host.check("managedsave", "db2")
+    host.check("start", "db2")

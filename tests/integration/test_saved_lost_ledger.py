@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -57,3 +58,35 @@ def test_the_saved_guest_stays(host: Host, how: str) -> None:
     host.check("start", name)
     assert host.state(name)[0] == "mapped"
     host.check("destroy", name)
+
+
+def saved(host: Host, number: int) -> str:
+    """Define and start a domain, save its guest, and lose the ledger; return the domain's name."""
+    name = f"db{number}"
+    host.define(name, number)
+    host.check("start", name)
+    if number == 4:
+        (found,) = re.findall("<memory model.*?</memory>", host.xml(name, number).read_text(), re.DOTALL)
+        (host.folder / "device.xml").write_text(found)
+        host.check("detach-device", name, host.folder / "device.xml", "--config")
+    host.check("managedsave", name)
+    for each in (host.folder / "state").glob("ledger.sqlite*"):
+        each.unlink()
+    return name
+
+
+def test_the_saved_guest_stays_though_its_definition_has_no_nvdimm_any_more(host: Host) -> None:
+    name = saved(host, 4)
+    assert "the ledger does not have the run" in host.virsh("start", name).stderr
+    assert is_saved(host, name)
+
+
+@pytest.mark.parametrize("has_nvdimm", [True, False])
+def test_the_saved_guest_stays_when_its_domain_is_created(host: Host, has_nvdimm: bool) -> None:
+    """libvirt starts a managed save then, too, whatever is in the XML."""
+    name = saved(host, 5 + has_nvdimm)
+    file = host.folder / f"{name}.xml"
+    if not has_nvdimm:
+        file.write_text(re.sub("<memory model.*?</memory>", "", file.read_text(), flags=re.DOTALL))
+    assert "the ledger does not have the run" in host.virsh("create", file).stderr
+    assert is_saved(host, name)

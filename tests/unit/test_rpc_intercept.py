@@ -558,7 +558,7 @@ def test_the_current_state_of_a_domain_that_is_off_is_its_definition(proxy: Prox
 def test_other_devices_pass(proxy: Proxy) -> None:
     domain = proxy.define(xml("a"))
     proxy.libvirtd.calls.clear()
-    for device in ("<disk/>", "<memory model='dimm'><!-- nvdimm --></memory>"):
+    for device in ("<disk/>", "<disk><!-- nvdimm --></disk>"):
         proxy.call(160, Packer().domain(domain).string(device).uint32(LIVE))
     assert proxy.libvirtd.calls == [160, 160]
 
