@@ -125,7 +125,9 @@ class Starts:
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
             times = self._note_times(start, frozen)
             for path in start.paths:
-                if self._is_away(path, had.get(path)):
+                if self._is_away(path, had.get(path)) or ownership.is_frozen_for_another(
+                    self.backings, start.uuid, path
+                ):
                     left = Event(
                         "left-immutable", start.uuid, record.name if record else "", start.domid, {"path": path}
                     )
@@ -437,7 +439,9 @@ class Starts:
         return True
 
     def _is_needed(self, path: str, over: Start | None, identity: BackingIdentity | None) -> bool:
-        """Return True when a start that is not over has what is at a path."""
+        """Return True when a start that is not over has what is at a path, or it was frozen for another domain."""
+        if over is not None and ownership.is_frozen_for_another(self.backings, over.uuid, path):
+            return True
         return any(
             record.start is not None
             and (over is None or (record.uuid, record.start.id) != (over.uuid, over.id))

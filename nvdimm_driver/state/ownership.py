@@ -282,6 +282,18 @@ def find_anothers_mark(ledger: Ledger, backings: Sequence[Backing], uuid: str, p
     return None
 
 
+def is_frozen_for_another(backings: Sequence[Backing], uuid: str, path: str) -> bool:
+    """Return True when a file is frozen for another domain than that one: it keeps the mark of that time while it is.
+
+    The ledger may not know it: it came from a backup.
+    """
+    for file in _files(backings, path):
+        mark = _readable_mark(file)
+        if file.frozen and mark and mark.uuid != uuid and not mark.is_copied(file.identity):
+            return True
+    return False
+
+
 def _readable_mark(file: Surveyed) -> Mark | None:
     with suppress(LedgerError):  # it cannot be read: 'nvdimmctl check' removes it
         return None if file.owner is None else owner_marks.unpack(file.path, file.owner)

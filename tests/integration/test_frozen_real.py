@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from nvdimm_driver.backing import inode
+from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
-from nvdimm_driver.model import Touch
+from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec, Touch
 from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, killed
-from tests.unit.doubles import UUID
+from tests.unit.doubles import OTHER_UUID, UUID
 
 
 @pytest.fixture(params=list(MKFS))
@@ -221,3 +222,29 @@ def test_a_file_of_a_guest_that_runs_stays_immutable_when_another_start_with_it_
     assert modified(host) == before
     host.driver.starts.thaw_unknown(host.path("a.img"))
     assert (modified(host), is_immutable(host.path("a.img"))) == (before, True)
+
+
+@pytest.mark.parametrize("redefined", [False, True], ids=["as defined", "redefined without it"])
+def test_a_start_that_was_killed_has_no_other_domains_file_thawed(
+    host: Host, redefined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a running guest's file is renamed to where the file of the killed start was."""
+    for name in ("g", "g/x", "g/p"):
+        os.mkdir(host.path(name))
+    host.run(host.domain("g/x/v.img"))
+    evil = DomainSpec("evil", OTHER_UUID, 512 * MIB, None, (NvdimmSpec(0, host.path("g/p/v.img"), SIZE),))
+    host.driver.define(evil)
+    with monkeypatch.context() as patch:
+        patch.setattr(FsdaxBacking, "freeze", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        killed(lambda: host.another().prepare(evil))
+    host.driver.drop_claims(OTHER_UUID)
+    if redefined:
+        host.driver.drop_claims(UUID)
+    os.rename(host.path("g/p"), host.path("g/aside"))
+    os.rename(host.path("g/x"), host.path("g/p"))
+    host.driver.starts.abandoned_seconds = 0
+    host.driver.reconcile()
+    record = host.driver.ledger.find_domain(OTHER_UUID)
+    assert record is None or record.start is None
+    assert host.record().start
+    assert is_immutable(host.path("g/p/v.img"))

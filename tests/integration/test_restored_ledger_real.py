@@ -209,6 +209,27 @@ def test_the_guest_that_runs_with_what_it_was_given_since_the_backup_is_taken_up
     assert host.driver.starts.holders.held() == {UUID}
 
 
+def test_the_end_of_an_old_start_leaves_the_file_of_the_guest_that_has_it_now_immutable(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The backup was made while x ran with the file. Since then x has given it up, and y's guest runs with it."""
+    host.driver.define(host.domain("a.img"))
+    start(host, UUID, 7)
+    back_up(host)
+    del host.mapper.alive[7]
+    host.mapper.announce(7, ())
+    host.driver.reconcile()
+    host.driver.forget(UUID)
+    host.define("a.img", OTHER_UUID)
+    start(host, OTHER_UUID, 9)
+    before = os.stat(host.path("a.img")).st_mtime_ns
+    restore(host)
+    host.driver.reconcile()
+    assert is_immutable(host.path("a.img"))
+    assert os.stat(host.path("a.img")).st_mtime_ns == before
+    assert f"event=left-immutable domain=x uuid={UUID} domid=7 path={host.path('a.img')}" in caplog.text
+
+
 def test_of_two_files_that_were_marked_for_one_slot_the_domain_has_both(host: Host) -> None:
     """Somebody moved its file aside, put another in its place, and defined it again, with an earlier version."""
     host.define("a.img", data=SECRET)
