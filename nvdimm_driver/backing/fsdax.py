@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
@@ -52,6 +53,8 @@ from nvdimm_driver.sizes import human
 
 if TYPE_CHECKING:
     from oslo_config import cfg
+
+LOG = logging.getLogger(__name__)
 
 _FILE_SYSTEMS = ("ext4", "xfs")
 _SECOND = 10**9
@@ -243,7 +246,10 @@ class FsdaxBacking(Backing):
             check_regular(fd, path)
             self._check_same(fd, path, identity)
             at.unlink()
-            at.sync()
+            try:
+                at.sync()
+            except OSError as error:
+                LOG.warning("%s was deleted, and may be there again after a power cut: %s", path, error)
 
     def locate(self, spec: NvdimmSpec) -> Location:
         path = spec.path

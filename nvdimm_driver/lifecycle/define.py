@@ -231,10 +231,8 @@ class Definitions:
         try:
             self._backing(spec).discard(spec, item.identity)
         except (NvdimmError, OSError) as error:
-            if self._backing(spec).exists(spec.path):
-                LOG.error("%s stays, and domain %s has it: %s", spec.path, record.name, error)
-                return False
-            LOG.error("%s may be there again after a power cut: %s", spec.path, error)
+            LOG.error("%s stays, and domain %s has it: %s", spec.path, record.name, error)
+            return False
         return True
 
     def give_up_intents(self, uuid: str) -> None:

@@ -44,6 +44,8 @@ builder = native
 [pool:main]
 paths = {root}
 wipe_on_release = {wipe}
+[libvirt]
+definition_dirs = {state}
 """
 
 

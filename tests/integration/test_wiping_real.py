@@ -209,7 +209,7 @@ def test_a_file_that_is_not_there_is_released_only_after_check_has_given_it_up(h
     os.unlink(host.path("a.img"))
     with pytest.raises(BackingError, match="it is not there, and pool main has wipe_on_release"):
         release(host)
-    for each in look(host.driver):
+    for each in look(host.driver, zeros=[host.path("a.img")]):
         assert each.mend
         each.mend()
     release(host)
