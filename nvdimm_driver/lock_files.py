@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from nvdimm_driver.host_text import escaped, read
+from nvdimm_driver.host_text import printable, read
 
 _WAITING = "waiting"
 """In place of the client."""
@@ -112,8 +112,11 @@ def holder(file: Path) -> str:
 
 
 def describe(process: int) -> str:
-    """Return a process for people: its number and, while it runs, its name."""
+    """Return a process for people: its number and, while it runs, its name, on one line.
+
+    Its user chooses the name, and virsh shows it in another user's terminal.
+    """
     try:
-        return f"process {process} ({escaped(read(f'/proc/{process}/comm')).strip()})"
+        return f"process {process} ({printable(' '.join(read(f'/proc/{process}/comm').split()))})"
     except OSError:
         return f"process {process}"

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from nvdimm_driver.acpi.qtest import Qtest
 from nvdimm_driver.errors import AcpiError, ConfigError
-from nvdimm_driver.host_text import decode
+from nvdimm_driver.host_text import decode, printable
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
 from nvdimm_driver.processes import FIRST_UID
 from nvdimm_driver.sizes import align_up
@@ -201,5 +201,5 @@ def _anonymous_file(name: str, size: int = 0) -> BinaryIO:
 
 
 def _complaint(stderr: bytes) -> str:
-    lines = decode(stderr).splitlines()
+    lines = printable(decode(stderr)).splitlines()
     return " / ".join(line for line in lines if line and _NO_QTEST not in line) or "it wrote nothing to stderr"

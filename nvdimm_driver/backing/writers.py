@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nvdimm_driver.errors import InUseError
+from nvdimm_driver.lock_files import describe
 
 _PROC = Path("/proc")
 
@@ -20,9 +21,9 @@ def find(fd: int) -> set[int]:
 
 def refusal(path: str, found: Collection[int]) -> InUseError:
     """Return the error for a backing at a path that a program may write, with what :func:`find` has found."""
-    names = [f"process {each} ({_name(_PROC / str(each))})" for each in sorted(found)]
+    names = " and ".join(describe(each) for each in sorted(found))
     return InUseError(
-        f"{path}: {' and '.join(names) or 'a program, which /proc does not show,'} may write it, by what it has opened "
+        f"{path}: {names or 'a program, which /proc does not show,'} may write it, by what it has opened "
         "or mapped before, and so change or truncate it under the guest",
         hint="end that program, or have it close the file",
     )
@@ -55,9 +56,3 @@ def _shared_mappings(process: Path) -> Iterator[Path]:
             file = process / "map_files" / f"{start:x}-{end:x}"
             if file.exists():
                 yield file
-
-
-def _name(process: Path) -> str:
-    with suppress(OSError):
-        return (process / "comm").read_text(encoding="utf-8", errors="replace").strip()
-    return "it has ended"

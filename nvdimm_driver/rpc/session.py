@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from nvdimm_driver.errors import VIR_ERR_INTERNAL_ERROR, VIR_ERR_RPC, NvdimmError, ProtocolError
+from nvdimm_driver.host_text import printable
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.endpoint import End, close_all
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
@@ -32,7 +33,7 @@ BACKLOG_MAX = wire.FRAME_MAX
 """Most bytes that wait for a client that does not read, while a call of a handler of his waits for libvirtd."""
 
 _REASON_MAX = 65536
-"""Characters of an error, which may quote what a client sent and must fit into a libvirt string."""
+"""Characters of an error, which may quote what a client sent and must fit into a libvirt string, also escaped."""
 
 # include/libvirt/virterror.h
 _VIR_FROM_RPC = 7
@@ -268,7 +269,7 @@ class _Handling:
             reply = self._pack(wire.ERROR, error.payload)
         except NvdimmError as error:
             LOG.info("procedure %d, called by uid %d, pid %d: %s", self._header.procedure, peer.uid, peer.pid, error)
-            reason = str(error)[:_REASON_MAX].replace("\0", "?")
+            reason = printable(str(error)[:_REASON_MAX])  # virsh shows it in a terminal
             reply = self._pack(wire.ERROR, RemoteError(error.libvirt_code, _VIR_FROM_LIBXL, reason).pack())
         except Exception:
             LOG.exception("procedure %d, called by uid %d, pid %d", self._header.procedure, peer.uid, peer.pid)

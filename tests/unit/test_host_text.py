@@ -8,18 +8,21 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from oslo_config import cfg
 
 from nvdimm_driver import conf, conf_files, logs
+from nvdimm_driver.backing import writers
 from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.inventory import mounts
 from nvdimm_driver.cmd.device_model import Log
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, ConfigError, LedgerError
-from nvdimm_driver.host_text import decode, escaped
+from nvdimm_driver.host_text import decode, escaped, printable
+from nvdimm_driver.lock_files import describe
 from nvdimm_driver.model import KIB, SUPERPAGE, Pool
 from nvdimm_driver.nova import conf as nova
 from nvdimm_driver.pools.rules import Pools
@@ -168,3 +171,25 @@ def test_a_backings_name_has_no_control_character(character: str) -> None:
     """A terminal would obey it, and a line's end would make a second line of a log or list."""
     with pytest.raises(BackingError, match=r"has a control character \(rename it"):
         check_name(f"/mnt/pmem0/a{character}b.img")
+
+
+RENAMED = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\x1b[2K\\r\\nerror: x'); print(flush=True); input()"
+"""A program that gives itself another name (prctl(2): PR_SET_NAME)."""
+
+
+@pytest.fixture
+def renamed() -> Iterator[int]:
+    """The id of a process whose user has chosen its name."""
+    words = [sys.executable, "-c", RENAMED]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+def test_the_name_of_a_process_is_on_one_line_and_printable(renamed: int) -> None:
+    for text in (describe(renamed), str(writers.refusal("/mnt/pmem0/a.img", [renamed]))):
+        assert f"process {renamed} (\\x1b[2K error: x)" in text
+        assert text == printable(text)
+        assert "\n" not in text

@@ -195,7 +195,10 @@ def test_a_refusal_goes_to_the_client(lines: Lines) -> None:
     assert error.message == f"uid {os.getuid()} cannot (do not)"
     near.send(call(REFUSED, 7), b"\0" * (5 << 20))
     quoted = RemoteError.unpack(near.expect().payload).message
-    assert quoted == f"uid {os.getuid()} cannot".ljust(65536, "?")
+    said = f"uid {os.getuid()} cannot"
+    assert quoted == said + r"\x00" * (65536 - len(said))
+    near.send(call(REFUSED, 8), b"\x1b[2K")
+    assert RemoteError.unpack(near.expect().payload).message == rf"{said}\x1b[2K (do not)", "a terminal would obey it"
     near.send(call(REFUSED, 6), b"libvirt")
     assert near.expect().frame == pack(reply_to(call(REFUSED, 6), wire.ERROR), b"as it was")
 
