@@ -109,6 +109,17 @@ def resolve_new(path: str) -> str:
     return real
 
 
+def resolve_folder(path: str) -> str:
+    """Return a path in the folder that its own leads to: the last part stays, also if it is a symbolic link.
+
+    Call this for a file that is written: a user who has the folder can make a link of the name, to a file of root's.
+
+    :raises BackingError: as for :func:`resolve`.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(resolve(folder), name)
+
+
 def open_resolved(path: str, flags: int, *, folder: int | None = None) -> int:
     """Return a descriptor of what is at a resolved path; it never waits for a FIFO or a device.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from nvdimm_driver.backing.files import hidden_name
 from nvdimm_driver.backing.identity import check_same_bytes
-from nvdimm_driver.backing.paths import resolve
+from nvdimm_driver.backing.paths import resolve_folder
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.model import Allocation, NvdimmSpec, Watch
@@ -40,12 +40,13 @@ class Exporter:
         :param running: copy also while a domain runs with the NVDIMM and may change it.
         :param item: the domain's NVDIMM that it must be; None to copy whatever is at the path.
         :returns: SHA-256 of the copy, in hexadecimal.
+        :raises RefusedError: when the destination exists and may not be replaced, or is a symbolic link or no file.
         :raises InUseError: when a domain runs with the NVDIMM, or owns the destination, or when the NVDIMM is
             another domain's by its mark.
         :raises BackingError: when it is not the one that was provisioned.
         """
         last = {} if running else self._checks.check_off(spec.path, _RUNNING)
-        destination = resolve(destination)
+        destination = resolve_folder(destination)
         for path in (destination, hidden_name(destination)):
             self._checks.check_unowned(path)
         backing = backing_of(self._checks.backings, spec.path)

@@ -71,7 +71,7 @@ class Destination:
     def publish(self) -> None:
         """Give the file its name, durably. Without ``overwrite``, that takes the name from no file but an empty one.
 
-        :raises RefusedError: when the destination exists and may not be overwritten, or is not a file.
+        :raises RefusedError: when the destination exists and may not be overwritten, or is a symbolic link or no file.
         """
         there = self._at.status()
         _check_destination(self._path, there, self._overwrite)
@@ -94,7 +94,7 @@ def opened_destination(path: str, size: int, *, overwrite: bool) -> Iterator[Des
     The folder stays the same until the file has its name, whatever is at the folder's path by then.
 
     :param size: bytes.
-    :raises RefusedError: when the destination exists and may not be overwritten, or is not a file.
+    :raises RefusedError: when the destination exists and may not be overwritten, or is a symbolic link or no file.
     """
     check_copy_name(path)
     if not os.path.isdir(os.path.dirname(path)):
@@ -112,6 +112,8 @@ def opened_destination(path: str, size: int, *, overwrite: bool) -> Iterator[Des
 
 
 def _check_destination(path: str, there: os.stat_result | None, overwrite: bool) -> None:
+    if there is not None and stat.S_ISLNK(there.st_mode):
+        raise RefusedError(f"{path}: is a symbolic link", hint="name the file itself, which need not exist yet")
     if there is not None and not stat.S_ISREG(there.st_mode):
         raise RefusedError(f"{path}: is not a file", hint="name a file, which need not exist yet")
     if not overwrite and not is_new(there):

@@ -294,6 +294,25 @@ def test_import_and_export_follow_no_link(host: Host, tmp_path: Path) -> None:
     assert victim.read_bytes() == b"of somebody else"
 
 
+@pytest.mark.parametrize("leads_to", ["nothing", "a file"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_export_writes_through_no_link(host: Host, tmp_path: Path, leads_to: str, overwrite: bool) -> None:
+    """A user asks the operator for a copy in his folder, and has made a link of its name there."""
+    host.define("a.img")
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    folder.mkdir()
+    if leads_to == "a file":
+        victim.write_bytes(b"of somebody else")
+    (folder / "copy").symlink_to(victim)
+    (tmp_path / "prefix").symlink_to(folder)
+    spec = host.domain("a.img").nvdimms[0]
+    with pytest.raises(RefusedError, match=r"folder/copy: is a symbolic link"):
+        host.driver.exporter.export(spec, str(tmp_path / "prefix/copy"), quiet, overwrite=overwrite, running=False)
+    assert victim.read_bytes() == b"of somebody else" if leads_to == "a file" else not victim.exists()
+    host.driver.exporter.export(spec, str(tmp_path / "prefix/other"), quiet, overwrite=overwrite, running=False)
+    assert (folder / "other").stat().st_size == SIZE
+
+
 def test_an_import_does_not_go_on_with_a_file_of_another_user(host: Host, tmp_path: Path) -> None:
     source, left = tmp_path / "source", Path(host.path(".new.img.partial"))
     source.write_bytes(DATA)
