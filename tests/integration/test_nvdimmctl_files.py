@@ -588,7 +588,7 @@ LIMITS = {
     "folder": dict.fromkeys(("plan", "provision", "import", "export", "wipe", "copy"), FOLDER)
     | {"to": (5, "{root}/folder: is not a file")},
     "link": {"plan": NOTHING, "provision": NOTHING, "copy": NOTHING}
-    | {"import": MISSING, "export": MISSING, "wipe": MISSING},
+    | dict.fromkeys(("import", "export", "wipe"), (2, "link leads to {root}/gone.img: a part of it is a symbolic link")),
     "loop": dict.fromkeys(("plan", "provision"), (1, "a symbolic link that leads back to itself"))
     | dict.fromkeys(("import", "export", "wipe"), (1, "loop: Too many levels of symbolic")),
     "real.img/a": dict.fromkeys(("plan", "provision", "import", "export", "wipe"), (1, "real.img is not a folder")),

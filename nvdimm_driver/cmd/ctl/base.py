@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cliff.command import Command
 from cliff.lister import Lister
 from cliff.show import ShowOne
 
+from nvdimm_driver.backing import paths
 from nvdimm_driver.errors import NotFoundError, UsageError
 from nvdimm_driver.state.words import word_for
 
@@ -98,6 +100,24 @@ def find(driver: XenNvdimmDriver, key: str) -> Record:
     from nvdimm_driver.state.words import find_named
 
     return find_named(driver.ledger.domains(), key)
+
+
+def path_argument(driver: XenNvdimmDriver, word: str, resolve: Callable[[str], str] = paths.resolve) -> str:
+    """Return the resolved path of a file or device that a word on the command line names.
+
+    A path in a pool, or in the ledger, means what is there, and nothing that a link leads to: hints name such paths,
+    and a user who has the folder could turn the name into a link to another domain's file.
+
+    :param resolve: for a backing that may not be there yet, :func:`.paths.resolve_new`.
+    :raises UsageError: when such a path leads elsewhere.
+    """
+    path, real = os.path.abspath(word), resolve(word)
+    if real == path:
+        return real
+    claimed = (item.spec.path for record in driver.ledger.domains() for item in record.claims)
+    if driver.pools.allow(path) or path in claimed:
+        raise UsageError(f"{path} leads to {real}: a part of it is a symbolic link", hint="name that, if it is meant")
+    return real
 
 
 def items_of(record: Record, slot: int | None) -> list[Allocation]:
