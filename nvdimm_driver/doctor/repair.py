@@ -31,12 +31,14 @@ class Inconsistency:
     """An inconsistency, and its repair.
 
     :ivar domain: name of the domain; empty when none is known.
+    :ivar uuid: of the domain; empty when none is known. Another domain can have the same name.
     :ivar path: path of the backing; empty when it concerns none.
     :ivar remedy: what the repair does or, when there is none, what the operator can do.
     :ivar mend: repairs it; None when it cannot be repaired.
     """
 
     domain: str
+    uuid: str
     path: str
     problem: str
     remedy: str
@@ -110,7 +112,7 @@ class _Look:
                     backing.check_home(resolve(path))
                 self.files |= {file.path: file for file in backing.survey(pool.paths)}
             except NvdimmError as error:
-                self.unseen.append(Inconsistency("", "", f"pool {pool.name}: {error.message}", error.hint))
+                self.unseen.append(Inconsistency("", "", "", f"pool {pool.name}: {error.message}", error.hint))
         self.marks = Marks(self.files.values(), self.owners)
 
     def findings(self) -> Iterator[Inconsistency]:
@@ -119,26 +121,28 @@ class _Look:
             if record.start:
                 problem = f"its start as domid {record.start.domid} is over, but was not cleaned up"
                 put_away = partial(self.driver.starts.put_away, record.start, kind="put-away")
-                yield Inconsistency(record.name, "", problem, "clean it up", put_away)
+                yield Inconsistency(record.name, record.uuid, "", problem, "clean it up", put_away)
         starts = self.driver.starts
         for record, domid in starts.find_moved():
             problem = f"its guest runs with domid {domid}, and the ledger has an earlier start: it is from a backup"
             devices = {path for path in (record.start.paths if record.start else ()) if path not in self.files}
             take_up = partial(self.changes.take_up, record, domid, self._frozen_of(record.uuid) | devices)
-            yield Inconsistency(record.name, "", problem, "write the start into the ledger", take_up)
+            yield Inconsistency(record.name, record.uuid, "", problem, "write the start into the ledger", take_up)
         yield from self._unknown_guests()
         for record in starts.find_unserved():
-            yield Inconsistency(record.name, "", "its label server is gone", "start another", starts.serve_labels)
+            yield Inconsistency(
+                record.name, record.uuid, "", "its label server is gone", "start another", starts.serve_labels
+            )
         for record in starts.find_unheld():
             problem = "nothing holds its backings: they can be unmounted and overwritten while the guest runs"
-            yield Inconsistency(record.name, "", problem, "hold them again", starts.hold_again)
+            yield Inconsistency(record.name, record.uuid, "", problem, "hold them again", starts.hold_again)
         for record in self.records:
             for item in record.allocations:
-                yield from _guarded(record.name, item.spec.path, self._allocation(record, item))
+                yield from _guarded(record, item.spec.path, self._allocation(record, item))
             yield from self._intents(record)
         for file in self.files.values():
             owner = self.owners.get(file.path)
-            yield from _guarded(owner[0].name if owner else "", file.path, self._file(file))
+            yield from _guarded(owner[0] if owner else None, file.path, self._file(file))
 
     def _unknown_guests(self) -> Iterator[Inconsistency]:
         try:
@@ -158,10 +162,12 @@ class _Look:
         problem = f"its guest runs with domid {domid} and has NVDIMMs, and the ledger has no start of it"
         if record and has:
             take_up = partial(self.changes.take_up, record, domid, has | frozen)
-            yield Inconsistency(record.name, "", problem, "write the start into the ledger", take_up)
+            yield Inconsistency(record.name, record.uuid, "", problem, "write the start into the ledger", take_up)
         elif uuid not in self.marks.uuids():
             name = record.name if record else uuid
-            yield Inconsistency(name, "", problem, f"shut it down: xl shutdown {domid}; nobody knows which it has")
+            yield Inconsistency(
+                name, uuid, "", problem, f"shut it down: xl shutdown {domid}; nobody knows which it has"
+            )
 
     # --- NVDIMMs in the ledger ---
 
@@ -172,6 +178,7 @@ class _Look:
             for item in record.intents:
                 yield Inconsistency(
                     record.name,
+                    record.uuid,
                     item.spec.path,
                     f"a define that was interrupted wants it ({item.written}% of it is written), and no other domain "
                     "can have its path",
@@ -209,7 +216,7 @@ class _Look:
             yield self._unfinished(record, item)
             return
         path = item.spec.path
-        inconsistency = partial(Inconsistency, record.name, path)
+        inconsistency = partial(Inconsistency, record.name, record.uuid, path)
         twin = ownership.find_other(record, item, item.identity)
         if twin and (item.spec.set_aside or not twin.spec.set_aside):
             yield self._twice(record, item, twin)
@@ -270,7 +277,7 @@ class _Look:
     def _twice(self, record: Record, item: Allocation, twin: Allocation) -> Inconsistency:
         """Return one of two NVDIMMs of a domain that have the same bytes in the ledger; an earlier repair did that."""
         problem = f"its bytes are those of the NVDIMM in slot {twin.spec.slot}, {twin.spec.path}, too"
-        inconsistency = partial(Inconsistency, record.name, item.spec.path, problem)
+        inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
         if twin.spec.set_aside or not item.spec.set_aside:
             return inconsistency("define the domain without one of the two")
         give_up = self.changes.of(record, self.changes.give_up, item)
@@ -279,7 +286,7 @@ class _Look:
     def _in_place_of(self, record: Record, item: Allocation, own: Allocation, backing: Backing) -> Inconsistency:
         """Return an NVDIMM at whose path another one of the domain is."""
         problem = f"what is there is the domain's NVDIMM in slot {own.spec.slot}, {own.spec.path}"
-        inconsistency = partial(Inconsistency, record.name, item.spec.path, problem)
+        inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
         if not _can_become(own, item):
             return inconsistency(f"have it moved back to {own.spec.path}; what belongs here is another file")
         take = self.changes.of(record, self.changes.adopt_instead, backing, item, own)
@@ -302,7 +309,7 @@ class _Look:
         """
         path = item.spec.path
         problem = f"it is not provisioned ({item.written}% of it is written), and no other domain can have its path"
-        inconsistency = partial(Inconsistency, record.name, path, problem)
+        inconsistency = partial(Inconsistency, record.name, record.uuid, path, problem)
         backing = None
         if record.start is None and not self.driver.locks.is_changing(record.uuid):
             backing = self._of_file(path)
@@ -314,7 +321,7 @@ class _Look:
             )
         found = condition.look(backing, item)
         if found.condition is Condition.SHORT and (unfit := self.unfit.remedy(record, item, backing, found)):
-            return Inconsistency(record.name, path, *unfit)
+            return Inconsistency(record.name, record.uuid, path, *unfit)
         remedy = "take the file that is there as it is, and write zeros where it reads as zeros"
         return inconsistency(remedy, self.changes.of(record, self.changes.fill, backing, item))
 
@@ -334,7 +341,7 @@ class _Look:
         :param moved: where it is now.
         """
         path = item.spec.path
-        inconsistency = partial(Inconsistency, record.name, path)
+        inconsistency = partial(Inconsistency, record.name, record.uuid, path)
         if len(moved) > 1:
             return inconsistency(f"it is not there; {_several(moved)}", _WHICH)
         if moved and not same_file_system(moved[0], path):
@@ -383,19 +390,21 @@ class _Look:
             "ledger's backup was made, or it was put in the place of another file"
         )
         if record.start is not None:
-            return Inconsistency(record.name, path, problem, f"shut domain {record.name} down first")
+            return Inconsistency(record.name, record.uuid, path, problem, f"shut domain {record.name} down first")
         had, file = self._find(mark.uuid, mark.spec.slot), self.files.get(path)
         if had and file and not self._is_still(had) and not self._is_later(file, had):
             problem = f"what is there is {had.spec.path} of domain {mark.name} ({mark.uuid}), by its mark"
             remedy = f"have it moved back to {had.spec.path} first"
             if item.identity and file.identity and not on_same_volume(file.identity, item.identity):
                 remedy = f"mount the file system that had {path} here again, and the one that is here where it was"
-            return Inconsistency(record.name, path, problem, remedy)
+            return Inconsistency(record.name, record.uuid, path, problem, remedy)
         if file is None:
             command = release_of(record.name, record.uuid, item.spec.slot)
-            return Inconsistency(record.name, path, problem, f"{command}: the file keeps its mark")
+            return Inconsistency(record.name, record.uuid, path, problem, f"{command}: the file keeps its mark")
         remedy = f"give up the claim of {record.name}, and write that of {mark.name} into the ledger"
-        return Inconsistency(record.name, path, problem, remedy, self.changes.of(record, self.changes.give_up, item))
+        return Inconsistency(
+            record.name, record.uuid, path, problem, remedy, self.changes.of(record, self.changes.give_up, item)
+        )
 
     # --- files in the pools ---
 
@@ -403,7 +412,7 @@ class _Look:
         owner = self.owners.get(file.path)
         if file.error is not None:
             problem = file.error.message.removeprefix(f"{file.path}: ")
-            yield Inconsistency(owner[0].name if owner else "", file.path, problem, file.error.hint)
+            yield _about(owner[0] if owner else None, file.path)(problem, file.error.hint)
             return
         mark = mark_of(file)
         users = self._users(file)
@@ -414,9 +423,11 @@ class _Look:
                 continue
             if not file.immutable:
                 problem, freeze = "a guest has it, and it is not immutable", partial(self._freeze, file)
-                yield Inconsistency(user.name, file.path, problem, "make it so", freeze)
+                yield Inconsistency(user.name, user.uuid, file.path, problem, "make it so", freeze)
             elif error := self.driver.starts.find_writer(user.uuid, file):
-                yield Inconsistency(user.name, file.path, error.message.removeprefix(f"{file.path}: "), error.hint)
+                yield Inconsistency(
+                    user.name, user.uuid, file.path, error.message.removeprefix(f"{file.path}: "), error.hint
+                )
         if owner is None and file.owner is not None:
             yield from self._unknown(file, mark)
 
@@ -437,8 +448,7 @@ class _Look:
         return self.driver.starts.mapper.guests()
 
     def _frozen(self, file: Surveyed, owner: Record | None, mark: Mark | None) -> Inconsistency:
-        name = owner.name if owner else mark.name if mark else ""
-        inconsistency = partial(Inconsistency, name, file.path, "it is immutable, but no known start needs that")
+        inconsistency = partial(_about(owner or mark, file.path), "it is immutable, but no known start needs that")
         spare = owner is not None and owner.start is not None and self.owners[file.path][1].spec.set_aside
         for domid, uuid in self._guests:
             if not spare and owner is not None and mark is not None and owner.uuid == mark.uuid == uuid:
@@ -457,12 +467,12 @@ class _Look:
         backing = backing_of(self.driver.backings, file.path)
         unmark = partial(self.changes.unmark, backing, file)
         if mark is None:
-            yield Inconsistency("", file.path, "its mark cannot be read", "remove the mark", unmark)
+            yield Inconsistency("", "", file.path, "its mark cannot be read", "remove the mark", unmark)
             return
         known = next((each for each in self.records if each.uuid == mark.uuid), None)
         if known and known.start and file.path in known.start.paths:
             return  # given up by a definition, and its mark goes when the guest has ended
-        inconsistency = partial(Inconsistency, mark.name, file.path)
+        inconsistency = _about(known or mark, file.path)
         item = Allocation(mark.uuid, mark.spec, base=mark.base)
         if known and (other := self._find(mark.uuid, mark.spec.slot)):
             if not self._is_still(other) and not self._is_later(file, other):
@@ -518,15 +528,21 @@ class _Look:
         return next((item for item in items if item.spec.slot == slot), None)
 
 
-def _guarded(name: str, path: str, found: Iterator[Inconsistency]) -> Iterator[Inconsistency]:
+def _about(whose: Record | Mark | None, path: str) -> partial[Inconsistency]:
+    """Return an inconsistency that lacks a problem and a remedy."""
+    return partial(Inconsistency, whose.name if whose else "", whose.uuid if whose else "", path)
+
+
+def _guarded(owner: Record | None, path: str, found: Iterator[Inconsistency]) -> Iterator[Inconsistency]:
     """Yield what is found of one NVDIMM or file; if that cannot be found out, yield why: others are not its concern."""
+    inconsistency = _about(owner, path)
     try:
         yield from found
     except NvdimmError as error:
         problem = error.message.removeprefix(f"{path}: ")
-        yield Inconsistency(name, path, problem, error.hint or "find out what has changed it")
+        yield inconsistency(problem, error.hint or "find out what has changed it")
     except OSError as error:
-        yield Inconsistency(name, path, error.strerror or str(error), HINTS.get(error.errno or 0, ""))
+        yield inconsistency(error.strerror or str(error), HINTS.get(error.errno or 0, ""))
 
 
 def _has_bytes(item: Allocation, file: Surveyed) -> bool:

@@ -82,6 +82,7 @@ def _claims(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
         if spec.path not in owned and _is_device(driver, spec.path):
             yield Inconsistency(
                 domain.defined.name,
+                domain.defined.uuid or "",
                 spec.path,
                 "libvirt's definition has it, and the ledger does not know whose it is",
                 "write it into the ledger",
@@ -101,6 +102,7 @@ def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
     for path in sorted(has - known):
         yield Inconsistency(
             record.name,
+            record.uuid,
             path,
             f"the guest with domid {domain.domid} has it, and the ledger does not know that",
             "write its start into the ledger",
@@ -110,7 +112,7 @@ def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
 
 def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
     """Yield what libvirt says is one domain's, and the ledger another's: the operator has to say which is true."""
-    name = domain.defined.name
+    name, uuid = domain.defined.name, domain.defined.uuid or ""
     defined, running = (
         {spec.path for spec in each.nvdimms} if each else set() for each in (domain.defined, domain.running)
     )
@@ -120,15 +122,16 @@ def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistenc
         who = f"the guest with domid {domain.domid}" if path in running else "libvirt's definition"
         identity = ownership.identity_at(driver.backings, path)
         for record in ownership.owners(driver.ledger, path, identity):
-            if record.uuid != domain.defined.uuid:
+            if record.uuid != uuid:
                 item = ownership.find_item(record, path, identity)
                 release = release_of(record.name, record.uuid, item.spec.slot) if item else "end what has it"
                 yield Inconsistency(
                     name,
+                    uuid,
                     path,
                     f"{who} has it, and the ledger says that it is domain {record.name}'s ({record.uuid})",
-                    f"if it is {record.name}'s: take it out of {name}'s definition; if it is {name}'s: {release}, "
-                    "without wipe_on_release in the pool's section",
+                    f"if it is {record.name}'s: take it out of {name}'s definition: virsh edit {uuid}; if it is "
+                    f"{name}'s: {release}, without wipe_on_release in the pool's section",
                 )
 
 

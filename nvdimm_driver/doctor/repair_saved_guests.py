@@ -49,4 +49,4 @@ def _refused(driver: XenNvdimmDriver, domain: DomainRef) -> Iterator[Inconsisten
     try:
         driver.check_restore(domain.uuid)
     except NvdimmError as error:
-        yield Inconsistency(domain.name, "", error.message, error.hint)
+        yield Inconsistency(domain.name, domain.uuid, "", error.message, error.hint)

@@ -44,7 +44,7 @@ class UnknownClaims:
                     raise InUseError(
                         f"{path} is in libvirt's definition of domain {domain.name}, too",
                         hint="'nvdimmctl check' says what to do; if it is not that domain's any more, take it out: "
-                        + command("virsh", "edit", domain.name),
+                        + command("virsh", "edit", domain.uuid or "UUID"),  # virsh takes a name for a uuid first
                     )
 
     def _has(self, domain: StoredDomain, path: str) -> bool:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing.paths import resolve_new
+from nvdimm_driver.cmd.ctl.base import path_argument
 from nvdimm_driver.cmd.ctl.check import _find_only, _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
-from nvdimm_driver.errors import NotFoundError, NvdimmError
+from nvdimm_driver.errors import NotFoundError, NvdimmError, UsageError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import SIZE, Host, empty, quiet
@@ -131,3 +133,64 @@ def test_a_word_that_is_neither_a_path_nor_a_domain_is_refused(host: Host) -> No
     host.define("a.img")
     with pytest.raises(NotFoundError):
         only(host, "nobody")()
+
+
+@pytest.mark.parametrize("word", ["uuid", "name"])
+def test_a_domain_with_the_name_of_another_is_not_listed_for_it(host: Host, word: str) -> None:
+    """Users choose names: one may be another domain's uuid, or its name after that was undefined and kept its claim."""
+    name = UUID if word == "uuid" else "x"
+    host.define("a.img")
+    host.driver.define(domain(name, host.path("b.img"), OTHER_UUID))
+    os.unlink(host.path("a.img"))
+    os.unlink(host.path("b.img"))
+    assert [each.path for each in only(host, UUID)()] == [host.path("a.img")]
+    assert [each.path for each in only(host, OTHER_UUID.upper())()] == [host.path("b.img")]
+    if word == "name":
+        with pytest.raises(UsageError, match="'x' is the name or id of 2 domains"):
+            only(host, "x")()
+
+
+@pytest.mark.parametrize("word", ["uuid", "path"])
+def test_a_repair_of_a_domain_repairs_no_other_of_its_name(host: Host, word: str) -> None:
+    """The start of the other is over, which is a finding without a path."""
+    host.run(host.domain("a.img"))
+    host.driver.define(domain("x", host.path("b.img"), OTHER_UUID))
+    host.mapper.alive.clear()
+    assert (UUID, "") in {(each.uuid, each.path) for each in look(host.driver)}
+    assert _repair(only(host, host.path("b.img") if word == "path" else OTHER_UUID)) == []
+    assert host.record().start is not None
+
+
+def test_a_domain_that_only_marks_know_is_listed_by_its_uuid_and_name(host: Host, tmp_path: Path) -> None:
+    host.define("a.img")
+    (tmp_path / "new").mkdir()
+    for word in (UUID, "x"):
+        found = only(Host(tmp_path / "new", host.fs), word)()
+        assert [(each.uuid, each.path) for each in found] == [(UUID, host.path("a.img"))]
+
+
+def test_a_path_that_has_become_a_link_means_nothing(host: Host) -> None:
+    """The backup of the other domain's file is still being fetched, and a hint names a path in a folder of a user's."""
+    folder = Path(host.path("folder"))
+    folder.mkdir()
+    path = folder / "f.img"
+    host.define("a.img")
+    host.driver.define(domain("evil", str(path), OTHER_UUID))
+    os.truncate(host.path("a.img"), SIZE // 2)
+    path.unlink()
+    path.symlink_to(host.path("a.img"))
+    for use in (
+        lambda: _repair(only(host, str(path))),
+        lambda: path_argument(host.driver, str(path)),
+        lambda: path_argument(host.driver, str(path), resolve_new),
+    ):
+        with pytest.raises(UsageError, match=f"f.img leads to {host.path('a.img')}: a part of it is a symbolic link"):
+            use()
+    assert os.path.getsize(host.path("a.img")) == SIZE // 2
+    assert host.record().allocations[0].ready
+
+
+def test_a_link_outside_of_the_pools_may_lead_into_them(host: Host, tmp_path: Path) -> None:
+    host.define("a.img")
+    (tmp_path / "link").symlink_to(host.fs.root)
+    assert path_argument(host.driver, f"{tmp_path}/link/a.img") == host.path("a.img")

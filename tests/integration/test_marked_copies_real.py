@@ -11,7 +11,7 @@ import pytest
 
 from nvdimm_driver.backing import inode
 from nvdimm_driver.cmd.ctl.check import _repair
-from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import unwatched
@@ -49,7 +49,7 @@ def lose(host: Host) -> None:
     host.driver = host.another()
 
 
-def repair(host: Host) -> list[tuple[str, ...]]:
+def repair(host: Host) -> list[tuple[Inconsistency, str]]:
     return _repair(lambda: look(host.driver))
 
 
@@ -163,7 +163,7 @@ def test_a_repair_that_did_nothing_does_not_say_that_it_did(host: Host) -> None:
     copy(host)
     host.backing.freeze(host.path("a.bak"))
     host.mapper.alive[7] = None  # type: ignore[assignment]  # a guest that is dying
-    rows = [row for row in repair(host) if row[1] == host.path("a.bak")]
+    rows = [row for row in repair(host) if row[0].path == host.path("a.bak")]
     assert rows
     assert all(row[-1].startswith("no: ") for row in rows), rows
     host.backing.thaw(host.path("a.bak"))

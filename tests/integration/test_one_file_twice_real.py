@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.cmd.ctl.check import _repair
-from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.plugins import unwatched
@@ -49,7 +49,7 @@ def two(host: Host) -> None:
         Path(host.path(name)).write_bytes(name.encode().ljust(SIZE))
 
 
-def repair(host: Host) -> list[tuple[str, ...]]:
+def repair(host: Host) -> list[tuple[Inconsistency, str]]:
     return _repair(lambda: look(host.driver))
 
 

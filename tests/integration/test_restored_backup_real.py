@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.cmd.ctl.check import _repair
-from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import MIB, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -35,7 +35,7 @@ def backup(host: Host) -> str:
     return str(host.folder / "backup")
 
 
-def repair(host: Host, zeros: Collection[str] = ()) -> list[tuple[str, ...]]:
+def repair(host: Host, zeros: Collection[str] = ()) -> list[tuple[Inconsistency, str]]:
     return _repair(lambda: look(host.driver, zeros=zeros))
 
 

@@ -99,3 +99,14 @@ def test_a_name_that_was_another_devices_before_a_boot_is_no_claim() -> None:
     had = Allocation(UUID, NvdimmSpec(0, DEVICE, SIZE), identity("one"), PAGE)
     found.ledger.store(UUID, "owner", 1 << 30, [had])
     found.check(OTHER_UUID, [DEVICE])
+
+
+def test_the_hint_edits_the_domain_that_has_the_device() -> None:
+    """Virsh takes a word for a uuid before it takes it for a name (tools/virsh-util.c)."""
+    named_like_the_other = StoredDomain(UUID, OTHER_UUID, (DEVICE,))
+    with pytest.raises(InUseError) as error:
+        claims([named_like_the_other], pmem1="one").check(UUID, [DEVICE])
+    assert error.value.hint.endswith(f": virsh edit {OTHER_UUID}")
+    with pytest.raises(InUseError) as error:
+        claims([StoredDomain(UUID, "", (), f"<path>{DEVICE}")], pmem1="one").check(UUID, [DEVICE])
+    assert error.value.hint.endswith(": virsh edit UUID")

@@ -363,8 +363,8 @@ def test_a_fault_of_one_repair_leaves_the_others_to_be_done() -> None:
 
     done: list[str] = []
     found = [
-        Inconsistency("x", A, "a problem", "a remedy", fail),
-        Inconsistency("y", B, "a problem", "a remedy", lambda: done.append(B)),
+        Inconsistency("x", UUID, A, "a problem", "a remedy", fail),
+        Inconsistency("y", OTHER_UUID, B, "a problem", "a remedy", lambda: done.append(B)),
     ]
     rows = _repair(lambda: [each for each in found if each.path not in done])
     assert [row[-1][:17] for row in rows] == ["no: KeyError: 256", "yes"]

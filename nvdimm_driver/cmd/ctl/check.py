@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvdimm_driver.backing.paths import resolve
-from nvdimm_driver.cmd.ctl.base import Listing, Rows
+from nvdimm_driver.cmd.ctl.base import Listing, Rows, path_argument
 from nvdimm_driver.errors import ConfigError, DamagedLedgerError, NvdimmError, UsageError
 
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ class Check(Listing):
         return int(super().run(parsed_args)) or self.status
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
-        zeros = [resolve(path) for path in parsed_args.zeros]
-        if zeros and not parsed_args.repair:
+        if parsed_args.zeros and not parsed_args.repair:
             raise UsageError("--zeros is a way to repair", hint="add --repair")
         try:
             driver, rows = _open(self.app.conf, repair=parsed_args.repair)
@@ -72,15 +70,17 @@ class Check(Listing):
                 raise
             self.status = 1
             return COLUMNS, [("", str(Path(self.app.conf.state_dir) / LEDGER), error.message, error.hint, "")]
+        zeros = [path_argument(driver, path) for path in parsed_args.zeros]
         find = partial(_find, driver, self.app.conf, zeros, is_new=bool(rows))
         if only := [*parsed_args.only, *zeros]:
             find = partial(_find_only, driver, only, find)
         if zeros and (whole := {*zeros} - {each.path for each in find()}):
             raise UsageError(f"{', '.join(sorted(whole))}: nothing of it is lost", hint="see 'nvdimmctl check'")
-        rows += _repair(find) if parsed_args.repair else []
+        repairs = _repair(find) if parsed_args.repair else []
         left = find()
-        known = {row[:3] for row in rows}
-        rows += [(*_columns(each), "") for each in left if _columns(each)[:3] not in known]
+        known = {(each.uuid, each.path, each.problem) for each, _ in repairs}
+        new = [(each, "") for each in left if (each.uuid, each.path, each.problem) not in known]
+        rows += [(each.domain, each.path, each.problem, each.remedy, done) for each, done in [*repairs, *new]]
         self.status = 1 if left else 0
         return COLUMNS, rows
 
@@ -131,7 +131,7 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], *
     try:
         return [*found, *find_device_claims(driver, conf)]
     except ConfigError as error:
-        return [*found, Inconsistency("", "", error.message, error.hint)] if is_new else found
+        return [*found, Inconsistency("", "", "", error.message, error.hint)] if is_new else found
 
 
 def _find_only(
@@ -139,27 +139,29 @@ def _find_only(
 ) -> list[Inconsistency]:
     """Find the inconsistencies of some files, devices and domains; of a file's domain, those that name no file, too.
 
-    :param words: paths, and names or uuids of domains.
+    :param words: paths, and names, uuids or ids of domains.
     :raises NotFoundError: when one is neither a path nor a domain.
+    :raises UsageError: when one is the name of several domains, or a path that a link leads elsewhere.
     """
+    from nvdimm_driver.model import Record
     from nvdimm_driver.state.words import find_named
 
     found, records = find(), driver.ledger.domains()
-    paths = {resolve(word) for word in words if word.startswith("/")}
-    names = {word for word in words if not word.startswith("/")}
-    for word in names - {each.domain for each in found}:
-        names = names - {word} | {find_named(records, word).name}
-    owners = {record.name for record in records for item in record.claims if item.spec.path in paths}
+    known = {record.uuid: record for record in records}
+    for each in found:
+        if each.uuid:  # the ledger may have been lost
+            known.setdefault(each.uuid, Record(each.uuid, each.domain, 0, None, "", (), None))
+    paths = {path_argument(driver, word) for word in words if word.startswith("/")}
+    uuids = {find_named([*known.values()], word).uuid for word in words if not word.startswith("/")}
+    owners = {record.uuid for record in records for item in record.claims if item.spec.path in paths}
     return [
-        each
-        for each in found
-        if each.domain in names or each.path in paths or (each.domain in owners and not each.path)
+        each for each in found if each.uuid in uuids or each.path in paths or (each.uuid in owners and not each.path)
     ]
 
 
-def _repair(find: Callable[[], list[Inconsistency]]) -> list[tuple[str, ...]]:
-    """Repair everything that can be repaired; return a row for each repair."""
-    rows: list[tuple[str, ...]] = []
+def _repair(find: Callable[[], list[Inconsistency]]) -> list[tuple[Inconsistency, str]]:
+    """Repair everything that can be repaired; return each, and what came of it."""
+    repairs: list[tuple[Inconsistency, str]] = []
     failed: set[Inconsistency] = set()
     for _ in range(ROUNDS):
         todo = [each for each in find() if each.mend and each not in failed]
@@ -169,16 +171,12 @@ def _repair(find: Callable[[], list[Inconsistency]]) -> list[tuple[str, ...]]:
             try:
                 if finding.mend:
                     finding.mend()
-                rows.append((*_columns(finding), "yes"))
+                repairs.append((finding, "yes"))
             except (NvdimmError, OSError) as error:
                 failed.add(finding)
-                rows.append((*_columns(finding), f"no: {error}"))
+                repairs.append((finding, f"no: {error}"))
             except Exception as error:  # a fault of one repair does not keep the others from being done
                 LOG.exception("%s: the repair has failed", finding.path)
                 failed.add(finding)
-                rows.append((*_columns(finding), f"no: {type(error).__name__}: {error} (see the log; report it)"))
-    return rows
-
-
-def _columns(finding: Inconsistency) -> tuple[str, ...]:
-    return finding.domain, finding.path, finding.problem, finding.remedy
+                repairs.append((finding, f"no: {type(error).__name__}: {error} (see the log; report it)"))
+    return repairs
