@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands in hints. Root pastes them into a shell, and users have chosen names of domains and files in them.
 
-Such a command stands in a hint without quotation marks around it: they would end at the first one of its own.
+Such a command stands in a hint without quotation marks around it: they would end at the first one of its own. A
+program that follows symbolic links is named with a path only where nobody but root can turn one
+(:func:`.backing.paths.others_can_turn`), or without the path.
 """
 
 from __future__ import annotations
 
 import shlex
+
+NOT_AS_ROOT = (
+    "as the user who has the folder that it is in, and not as root: a link of that user's could lead elsewhere"
+)
+"""How to do what no command is given for."""
 
 
 def command(*words: object) -> str:

@@ -45,7 +45,7 @@ FLAG_NAMES = {
     MERGED: "MERGED",
     SHARED: "SHARED",
 }
-_COPY = "make a plain copy of it: cp --reflink=never --sparse=never"
+_COPY = "as its owner, make a plain copy of it: cp --reflink=never --sparse=never"
 _REASONS = {
     "UNKNOWN": ("has no fixed place on the device", "it is not on a plain block device"),
     "DELALLOC": ("is not allocated yet", "run 'sync' and try again"),
@@ -57,7 +57,7 @@ _REASONS = {
     "SHARED": (
         "shares its blocks with another file (reflink) or a snapshot",
         "copy what is shared: of a domain's file, with 'nvdimmctl check --repair' while the domain is off; of another, "
-        "with 'cp --reflink=never --sparse=never'",
+        "as its owner, with 'cp --reflink=never --sparse=never'",
     ),
 }
 
@@ -146,7 +146,7 @@ def check_holes(path: str, extents: Sequence[FileExtent], length: int) -> None:
         raise UnwrittenError(
             f"{path}: is sparse: {human(found[0][1])} at {found[0][0]:#x} are not allocated; "
             f"holes: {len(found)}, {human(sum(size for _, size in found))} in all",
-            hint=f"allocate all of it: {command('fallocate', '-l', length, path)}; or, if it is a domain's file from a "
+            hint=f"allocate all of it: {command('nvdimmctl', 'import', path)}; or, if it is a domain's file from a "
             f"backup: {repair_of(path)}",
         )
 

@@ -31,7 +31,17 @@ from nvdimm_driver.backing.files import (
 from nvdimm_driver.backing.identity import check_identity, check_same_bytes
 from nvdimm_driver.backing.inventory import Mount, Volume, space_of
 from nvdimm_driver.backing.locks import Locks
-from nvdimm_driver.backing.paths import Entry, entry, is_gone, opened, opened_again, reporting, resolve, status
+from nvdimm_driver.backing.paths import (
+    Entry,
+    entry,
+    is_gone,
+    opened,
+    opened_again,
+    others_can_turn,
+    reporting,
+    resolve,
+    status,
+)
 from nvdimm_driver.backing.walk import walk
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
 from nvdimm_driver.model import (
@@ -48,7 +58,7 @@ from nvdimm_driver.model import (
     Touch,
 )
 from nvdimm_driver.plugins import IF_LOST, Backing, ByteRange, unwatched
-from nvdimm_driver.shell import command
+from nvdimm_driver.shell import NOT_AS_ROOT, command
 from nvdimm_driver.sizes import human
 
 if TYPE_CHECKING:
@@ -109,7 +119,10 @@ class FsdaxBacking(Backing):
         """
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         if not self.exists(folder):
-            hint = f"mount it, or put it back where it was; if it is gone for good: {command('mkdir', '-p', folder)}"
+            make = f"make it again, {NOT_AS_ROOT}"
+            if not others_can_turn(folder):
+                make = command("mkdir", "-p", folder)
+            hint = f"mount it, or put it back where it was; if it is gone for good: {make}"
             raise BackingError(f"{path}: its folder is not there", hint=hint)
         with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
             volume = self._volume(fd, folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ PATH_MAX = 4095
 _OPENAT2 = 437  # the same on every architecture (include/uapi/asm-generic/unistd.h)
 _NO_LINKS = 0x04 | 0x08  # RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH (include/uapi/linux/openat2.h)
 _RENAME_NOREPLACE = 1  # include/uapi/linux/fs.h
+_MAX_LINKS = 40
+"""Symbolic links in one path, as in the kernel (include/linux/namei.h:MAXSYMLINKS)."""
 
 
 def check_length(path: str) -> None:
@@ -110,14 +113,62 @@ def resolve_new(path: str) -> str:
 
 
 def resolve_folder(path: str) -> str:
-    """Return a path in the folder that its own leads to: the last part stays, also if it is a symbolic link.
-
-    Call this for a file that is written: a user who has the folder can make a link of the name, to a file of root's.
+    """Return the path in the folder that its folder leads to; its last part stays, also if it is a symbolic link.
 
     :raises BackingError: as for :func:`resolve`.
     """
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(resolve(folder), name)
+
+
+def steps(path: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the path and status of each folder and symbolic link on an absolute path's way, and what it leads to.
+
+    :raises OSError: when a step is not there.
+    """
+    at, left, links = "/", path.split("/"), 0
+    while left:
+        name = left.pop(0)
+        if name == "..":
+            at = os.path.dirname(at)
+        elif name not in ("", "."):
+            at = os.path.join(at, name)
+        info = os.lstat(at)
+        yield at, info
+        if stat.S_ISLNK(info.st_mode):
+            links += 1
+            target = os.readlink(at)
+            left = [*target.split("/"), *left]
+            at = "/" if os.path.isabs(target) else os.path.dirname(at)
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def others_can_turn(path: str) -> bool:
+    """Return True when others than root can lead an absolute path elsewhere: a folder on its way is not root's alone.
+
+    A program that follows symbolic links must not be run by root on such a path.
+    """
+    folder: os.stat_result | None = None
+    try:
+        for _, info in steps(path):
+            if folder is not None and _others_can_replace(folder, info):
+                return True
+            folder = info if stat.S_ISDIR(info.st_mode) else folder
+    except FileNotFoundError:
+        return folder is None or _others_can_replace(folder, None)
+    except OSError:
+        return True
+    return False
+
+
+def _others_can_replace(folder: os.stat_result, found: os.stat_result | None) -> bool:
+    """Return True when others than root can put something in the place of what a folder has, or make it if it is None.
+
+    In a sticky folder, such as /tmp, nobody else can replace what is root's.
+    """
+    is_kept = folder.st_mode & stat.S_ISVTX and found is not None and not found.st_uid
+    return folder.st_uid != 0 or bool(folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_kept)
 
 
 def open_resolved(path: str, flags: int, *, folder: int | None = None) -> int:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from nvdimm_driver.backing.files import hidden_name
 from nvdimm_driver.backing.identity import check_same_bytes
-from nvdimm_driver.backing.paths import resolve_folder
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.model import Allocation, NvdimmSpec, Watch
@@ -36,6 +35,7 @@ class Exporter:
     ) -> str:
         """Copy an NVDIMM into an ordinary file, in which zeros are holes, and verify the copy.
 
+        :param destination: path, as :func:`.paths.resolve_folder` returns it.
         :param overwrite: replace a file of that name.
         :param running: copy also while a domain runs with the NVDIMM and may change it.
         :param item: the domain's NVDIMM that it must be; None to copy whatever is at the path.
@@ -46,7 +46,6 @@ class Exporter:
         :raises BackingError: when it is not the one that was provisioned.
         """
         last = {} if running else self._checks.check_off(spec.path, _RUNNING)
-        destination = resolve_folder(destination)
         for path in (destination, hidden_name(destination)):
             self._checks.check_unowned(path)
         backing = backing_of(self._checks.backings, spec.path)

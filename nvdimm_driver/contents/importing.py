@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from itertools import islice
 
 from nvdimm_driver.backing.files import hidden_name
-from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
@@ -95,6 +94,7 @@ class Importer:
     ) -> NvdimmSpec:
         """Make a backing with the bytes of a file or block device that is elsewhere.
 
+        :param source: resolved path.
         :param path: path of the backing, absolute.
         :param size: bytes of the NVDIMM, with zeros behind the end of a smaller source, or from the start of a larger
             one; None for the source's size.
@@ -105,7 +105,6 @@ class Importer:
         :raises UnsupportedError: when the source is an image that is not raw.
         :raises RefusedError: when the path is in no pool, a pool's rules forbid it, or something would be overwritten.
         """
-        source = resolve(source)
         last = self._checks.check_off(source, _RUNNING)
         with reporting_errors_of(source), ordinary_files.open_source(source) as content:
             ordinary_files.check_raw(source, content.read(0, min(PAGE, content.size)))

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 
 from nvdimm_driver.backing.byteranges import FileBytes
 from nvdimm_driver.backing.files import check_copy_name, check_own, hidden_name, is_new
-from nvdimm_driver.backing.paths import Entry, entry, opened, resolve
+from nvdimm_driver.backing.paths import Entry, entry, opened
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError, UnsupportedError
-from nvdimm_driver.shell import command
 
 _MAGIC = {
     b"QFI\xfb": "qcow2",
@@ -29,12 +28,14 @@ _MAGIC = {
 def open_source(path: str) -> FileBytes:
     """Open a file or block device to read all of it.
 
+    :param path: a resolved one.
+
     :raises NotFoundError: when there is no such path.
     :raises BackingError: when it is something else, or cannot be opened.
     """
     if not os.path.exists(path):
         raise NotFoundError(f"{path}: there is no such file")
-    with opened(resolve(path), os.O_RDONLY) as fd:
+    with opened(path, os.O_RDONLY) as fd:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise BackingError(f"{path}: is neither a file nor a block device")
@@ -51,7 +52,8 @@ def check_raw(path: str, head: bytes) -> None:
     if kind is not None:
         raise UnsupportedError(
             f"{path}: is an image in format {kind} and has to be raw",
-            hint=f"convert it first: {command('qemu-img', 'convert', '-f', kind, '-O', 'raw', path, f'{path}.raw')}",
+            hint="convert it first, as its owner and not as root: it may name other files, whose bytes would be in it "
+            f"then; with qemu-img convert -f {kind} -O raw",
         )
 
 

@@ -84,10 +84,7 @@ def _find_device(record: Record, item: Allocation, now: str) -> str:
 
 
 _TAKE = "take it as it is now; if that is not what the guest should have, put the right file there first"
-_WHICH = (
-    "find the guest's own, and take the mark from each copy, with setfattr of the package attr: "
-    f"{owner_marks.unmark_command('COPY')}"
-)
+_WHICH = f"find the guest's own, and take the mark from each copy: {owner_marks.unmark_command('COPY')}"
 
 
 def _several(paths: list[str]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from nvdimm_driver.backing.paths import others_can_turn
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.model import Allocation, BackingIdentity, Record
 from nvdimm_driver.plugins import Backing
-from nvdimm_driver.shell import command
+from nvdimm_driver.shell import NOT_AS_ROOT, command
 from nvdimm_driver.state.condition import Condition, Found
 
 Remedy = tuple[str, str, Callable[[], object] | None]
@@ -85,7 +86,7 @@ class UnfitFiles:
         if found.condition is Condition.SHARED and found.own:
             return (
                 "the reader of that copy sees what the guest writes: delete the copy, and not this file; for a backup, "
-                "shut the domain down, and copy this file with 'cp --reflink=never'"
+                "shut the domain down, and make it with 'nvdimmctl export'"
             )
         return f"shut domain {record.name} down first"
 
@@ -96,7 +97,10 @@ def go_on(path: str) -> str:
 
 
 def _copy_or_go_on(path: str) -> str:
-    return f"copy a backup over it, if there is one: {command('cp', '--sparse=never', 'BACKUP', path)}; {go_on(path)}"
+    copy = f"copy a backup over it, if there is one, {NOT_AS_ROOT}"
+    if not others_can_turn(path):
+        copy = f"copy a backup over it, if there is one: {command('cp', '--sparse=never', 'BACKUP', path)}"
+    return f"{copy}; {go_on(path)}"
 
 
 def on_same_volume(found: BackingIdentity | None, expected: BackingIdentity | None) -> bool:

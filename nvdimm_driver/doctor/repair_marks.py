@@ -6,8 +6,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterable
 
-from nvdimm_driver.errors import LedgerError
+from nvdimm_driver.doctor.repair_changes import Changes
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import LedgerError, NotFoundError, RefusedError
 from nvdimm_driver.model import Surveyed
+from nvdimm_driver.plugins import backing_of
 from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.owner_marks import Mark
 
@@ -23,6 +26,26 @@ def mark_of(file: Surveyed) -> Mark | None:
     except LedgerError as error:
         LOG.warning("%s", error)
         return None
+
+
+def unmark_copy(driver: XenNvdimmDriver, path: str) -> None:
+    """Take the mark from a file of which the operator says that it is a copy, as ``cp -a`` makes it.
+
+    :raises NotFoundError: when nothing with a mark is there.
+    :raises RefusedError: when the mark was written on this file.
+    :raises InUseError: when a domain has it.
+    """
+    backing = backing_of(driver.backings, path)
+    file = backing.inspect(path)
+    if file is None or file.owner is None:
+        raise NotFoundError(f"{path} has no mark", hint="'nvdimmctl check' names the files to take it from")
+    mark = mark_of(file)
+    if mark is not None and mark.is_original(file.identity):
+        raise RefusedError(
+            f"{path} is no copy: its mark, of domain {mark.name} ({mark.uuid}), was written on it",
+            hint="'nvdimmctl check' says what to do with it",
+        )
+    Changes(driver, (), {}).unmark(backing, file)
 
 
 class Marks:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -11,12 +10,10 @@ from typing import Self
 
 from oslo_config import cfg
 
+from nvdimm_driver.backing.paths import steps
 from nvdimm_driver.errors import ConfigError, DomainXmlError, RefusedError
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.shell import command
-
-_MAX_LINKS = 40
-"""Symbolic links in one path, as in the kernel (include/linux/namei.h:MAXSYMLINKS)."""
 
 
 def check_program(path: str) -> None:
@@ -103,22 +100,9 @@ def _follow(path: str) -> str:
     :raises RefusedError: when a step is not root's, or others can write to it. In a sticky folder, such as /tmp, nobody
         else can replace what is root's.
     """
-    at, left, links = "/", path.split("/"), 0
-    while left:
-        name = left.pop(0)
-        if name == "..":
-            at = os.path.dirname(at)
-        elif name not in ("", "."):
-            at = os.path.join(at, name)
-        info = os.lstat(at)
+    at = "/"
+    for at, info in steps(path):
         _check_step(path, at, info)
-        if stat.S_ISLNK(info.st_mode):
-            links += 1
-            target = os.readlink(at)
-            left = [*target.split("/"), *left]
-            at = "/" if os.path.isabs(target) else os.path.dirname(at)
-        if links > _MAX_LINKS:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     return at
 
 
@@ -129,5 +113,5 @@ def _check_step(path: str, at: str, info: os.stat_result) -> None:
         why = f"belongs to uid {info.st_uid}" if info.st_uid else "can be written by others"
         raise RefusedError(
             f"{path} would run as root, and is not root's alone: {at} {why}",
-            hint=f"{command('chown', 'root', at)}; {command('chmod', 'go-w', at)}",
+            hint=f"{command('chown', '-h', 'root', at)}; {command('chmod', 'go-w', at)}",
         )

@@ -104,7 +104,7 @@ def test_what_a_reflink_shares_is_copied_by_check(xfs: Host) -> None:
     assert found.problem == "it shares blocks with another file (reflink)"
     assert found.remedy == (
         "the reader of that copy sees what the guest writes: delete the copy, and not this file; for a backup, shut "
-        "the domain down, and copy this file with 'cp --reflink=never'"
+        "the domain down, and make it with 'nvdimmctl export'"
     )
 
     xfs.mapper.alive.clear()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import SIZE, Host, empty, quiet
 from tests.unit.doubles import OTHER_UUID, UUID
 
+NOBODY = 65534
 NASTY = "a'; touch PWNED; '.img"
 
 
@@ -174,6 +176,7 @@ def test_a_path_that_has_become_a_link_means_nothing(host: Host) -> None:
     folder = Path(host.path("folder"))
     folder.mkdir()
     path = folder / "f.img"
+    os.chown(folder, NOBODY, NOBODY)
     host.define("a.img")
     host.driver.define(domain("evil", str(path), OTHER_UUID))
     os.truncate(host.path("a.img"), SIZE // 2)
@@ -181,16 +184,69 @@ def test_a_path_that_has_become_a_link_means_nothing(host: Host) -> None:
     path.symlink_to(host.path("a.img"))
     for use in (
         lambda: _repair(only(host, str(path))),
-        lambda: path_argument(host.driver, str(path)),
-        lambda: path_argument(host.driver, str(path), resolve_new),
+        lambda: path_argument(str(path)),
+        lambda: path_argument(str(path), resolve_new),
     ):
-        with pytest.raises(UsageError, match=f"f.img leads to {host.path('a.img')}: a part of it is a symbolic link"):
+        with pytest.raises(UsageError, match=f"f.img leads to {host.path('a.img')} by a symbolic link, and others"):
             use()
     assert os.path.getsize(host.path("a.img")) == SIZE // 2
     assert host.record().allocations[0].ready
 
 
-def test_a_link_outside_of_the_pools_may_lead_into_them(host: Host, tmp_path: Path) -> None:
+def test_links_of_root_are_followed(host: Host, tmp_path: Path) -> None:
     host.define("a.img")
     (tmp_path / "link").symlink_to(host.fs.root)
-    assert path_argument(host.driver, f"{tmp_path}/link/a.img") == host.path("a.img")
+    assert path_argument(f"{tmp_path}/link/a.img") == host.path("a.img")
+
+
+def users_file(host: Host, name: str = "sub/f.img") -> str:
+    """Return a path in a folder of a user's in the pool."""
+    path = Path(host.path("users")) / name
+    path.parent.mkdir(parents=True)
+    for folder in (path.parent, Path(host.path("users"))):
+        os.chown(folder, NOBODY, NOBODY)
+    return str(path)
+
+
+FOREIGN = r"(?<![\w/])(cp|mkdir|fallocate|setfattr|qemu-img|mv|rm|chmod|chown|truncate|dd) [^;]*"
+
+
+@pytest.mark.parametrize("prepare", [truncate, delete, copy, make_sparse, own])
+def test_no_program_that_follows_links_gets_a_path_of_a_users(host: Host, prepare: Callable[[Host, str], None]) -> None:
+    """He turns a folder or name on its way into a link before root pastes the command."""
+    path = users_file(host)
+    prepare(host, path)
+    hints = [each.remedy for each in look(host.driver)]
+    for step in (
+        lambda: host.driver.define(domain("x", path, OTHER_UUID)),
+        lambda: host.driver.release_claims(host.record(), quiet, delete=True, slot=0),
+        lambda: shutil.rmtree(os.path.dirname(path)),
+        lambda: host.driver.release_claims(host.record(), quiet, delete=True, slot=0),
+    ):
+        try:
+            step()
+        except (NvdimmError, AssertionError) as error:
+            hints.append(getattr(error, "hint", ""))
+    assert any(hints)
+    for hint in hints:
+        assert all("users" not in found[0] for found in re.finditer(FOREIGN, hint)), hint
+
+
+def test_a_backup_is_copied_by_the_user_who_has_the_folder(host: Host) -> None:
+    theirs, roots = users_file(host), host.path("a.img")
+    for path, uuid in ((theirs, UUID), (roots, OTHER_UUID)):
+        host.driver.define(domain("x", path, uuid))
+        os.truncate(path, SIZE // 2)
+    remedies = {each.path: each.remedy for each in look(host.driver)}
+    assert "as the user who has the folder that it is in, and not as root" in remedies[theirs]
+    assert f": cp --sparse=never BACKUP {roots};" in remedies[roots]
+
+
+def test_a_sparse_file_is_imported_as_the_hint_says(host: Host) -> None:
+    path = users_file(host)
+    make_sparse(host, path)
+    with pytest.raises(NvdimmError) as error:
+        host.driver.define(domain("x", path))
+    assert f": nvdimmctl import {path};" in error.value.hint
+    host.driver.importer.import_in_place(path, None, 0, quiet)
+    host.driver.define(domain("x", path))

@@ -12,7 +12,8 @@ import pytest
 from nvdimm_driver.backing import inode
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
-from nvdimm_driver.errors import InUseError
+from nvdimm_driver.doctor.repair_marks import unmark_copy
+from nvdimm_driver.errors import InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.state import owner_marks
@@ -216,13 +217,28 @@ def test_a_copy_of_what_a_domain_had_does_not_bring_it_back(host: Host) -> None:
     assert (found.path, found.mend) == (host.path("bak.img"), None)
     with pytest.raises(InUseError) as raised:
         host.driver.define(host.domain("bak.img", OTHER_UUID))
-    command = f"setfattr -x trusted.nvdimm_driver.owner {host.path('bak.img')}"
+    command = f"nvdimmctl check --repair --unmark {host.path('bak.img')}"
     assert raised.value.hint.endswith(command)
     assert command in found.remedy
-    os.removexattr(host.path("bak.img"), "trusted.nvdimm_driver.owner")
+    unmark_copy(host.driver, host.path("bak.img"))
+    with pytest.raises(NotFoundError, match="has no mark"):
+        unmark_copy(host.driver, host.path("bak.img"))
     host.driver.define(host.domain("bak.img", OTHER_UUID))
     assert look(host.driver) == []
     assert host.read("bak.img") == before
+
+
+def test_only_a_copy_loses_its_mark(host: Host) -> None:
+    """It says whose the file is when the ledger is lost, and the operator may have taken the one for the other."""
+    mark = host.mark("a.img")
+    for _ in range(2):
+        with pytest.raises(RefusedError, match=r"a.img is no copy: its mark, of domain x .*, was written on it"):
+            unmark_copy(host.driver, host.path("a.img"))
+        lose(host)
+    os.symlink("a.img", host.path("link"))
+    with pytest.raises(NvdimmError):
+        unmark_copy(host.driver, host.path("link"))
+    assert host.mark("a.img") == mark
 
 
 def test_a_lost_ledger_gets_what_was_copied_to_a_new_file_system_when_its_domain_is_defined(host: Host) -> None:

@@ -31,3 +31,43 @@ def test_a_longer_one_is_refused_before_the_host_is_looked_at(path: str) -> None
     for resolve in (paths.resolve, paths.resolve_new):
         with pytest.raises(BackingError, match=r"^/.{79}…: the path has \d+ bytes, and may have 4095"):
             resolve(path)
+
+
+def test_a_path_can_be_turned_by_who_may_replace_a_folder_or_link_on_its_way(tmp_path: Path) -> None:
+    """The link is root's, and what is behind it is a user's."""
+    roots, users, shared = tmp_path / "roots", tmp_path / "users", tmp_path / "shared"
+    for folder in (roots, users / "sub", shared):
+        folder.mkdir(parents=True)
+    os.chown(users, 65534, 65534)
+    shared.chmod(0o1777)
+    for folder in (roots, users / "sub", shared):
+        (folder / "a.img").write_bytes(b"")
+    (shared / "his").symlink_to(roots)
+    os.lchown(shared / "his", 65534, 65534)
+    for name, target in (("link", users), ("loop", "loop"), ("up", "roots/../users/sub"), ("down", roots)):
+        (tmp_path / name).symlink_to(target)
+    turned = {
+        "roots/a.img": False,
+        "roots/missing": False,
+        "roots/missing/a.img": False,
+        "down/a.img": False,
+        "users": False,
+        "users/sub/a.img": True,
+        "users/missing": True,
+        "link/sub/a.img": True,
+        "up/a.img": True,
+        "loop": True,
+        "shared/a.img": False,
+        "shared/missing": True,
+        "shared/his/a.img": True,
+    }
+    assert {path: paths.others_can_turn(f"{tmp_path}/{path}") for path in turned} == turned
+    roots.chmod(0o775)
+    assert paths.others_can_turn(f"{roots}/a.img")
+
+
+def test_only_the_folder_of_what_is_written_is_resolved(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "folder/file").symlink_to("elsewhere")
+    assert paths.resolve_folder(f"{tmp_path}/link/file") == f"{tmp_path}/folder/file"

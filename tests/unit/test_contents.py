@@ -164,7 +164,7 @@ def test_what_cannot_be_adopted(host: Host) -> None:
     with pytest.raises(BackingError, match="a label area has 128 KiB or more"):
         host.importer.import_in_place(A, None, 64 * KIB, watch)
     host.fill(A, b"QFI\xfb\0\0\0\3")
-    with pytest.raises(UnsupportedError, match=f"qcow2.*qemu-img convert -f qcow2 -O raw {A}"):
+    with pytest.raises(UnsupportedError, match=r"qcow2.*qemu-img convert -f qcow2 -O raw"):
         host.importer.import_in_place(A, None, None, watch)
     assert host.backing.filled == []
 

@@ -31,6 +31,7 @@ NO_NAMES_OF_USERS = {
     "status": "a number",
     "ram // KIB": "a number",
     "uuid": "a uuid",
+    "kind": "of a table of formats",
     "name": "Linux's name of a namespace",
     "namespace.name": "Linux's name of a namespace",
     "pool.name": "of the configuration",

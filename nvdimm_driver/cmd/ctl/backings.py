@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nvdimm_driver.backing.paths import resolve_new
+from nvdimm_driver.backing.paths import resolve_folder, resolve_new
 from nvdimm_driver.cmd.ctl.base import (
     Action,
     agreed,
@@ -99,7 +99,7 @@ class Import(Action):
         from nvdimm_driver.xml.edit_devices import memory_device
 
         driver = up_to_date(self.app)
-        source = path_argument(driver, parsed_args.source)
+        source = path_argument(parsed_args.source)
         sizes = parsed_args.size, parsed_args.label_size
         pool = _target_pool(driver, source, parsed_args.pool)
         with watched(source) as watch:
@@ -139,7 +139,7 @@ class Export(Action):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         driver = up_to_date(self.app)
         spec, item = _one(driver, parsed_args.source)
-        destination = os.path.abspath(parsed_args.destination)
+        destination = path_argument(parsed_args.destination, resolve_folder)
         running = parsed_args.running and driver.exporter.is_in_use(spec.path)
         with watched(destination) as watch:
             digest = driver.exporter.export(
@@ -176,7 +176,7 @@ class Wipe(Action):
         if os.path.isabs(parsed_args.what):
             if parsed_args.slot is not None:
                 raise UsageError("--slot is only for a domain, not for a path", hint="leave --slot out")
-            doomed = [_whole(driver, path_argument(driver, parsed_args.what))]
+            doomed = [_whole(driver, path_argument(parsed_args.what))]
         elif unclaimed:
             raise UsageError("--unclaimed is only for a path, not for a domain", hint="leave --unclaimed out")
         else:
@@ -216,7 +216,7 @@ def _label_option(parser: argparse.ArgumentParser, default: str) -> None:
 def _placed(driver: XenNvdimmDriver, pool: str | None, path: str) -> str:
     """Return the resolved path of an argument, which is a name in the pool if a pool is given."""
     if pool is None:
-        return path_argument(driver, path, resolve_new)
+        return path_argument(path, resolve_new)
     if "/" in path:
         raise UsageError(f"{path!r} is a path: with --pool, give a name")
     return driver.pools.place(driver.pools.named(pool), path)
@@ -242,7 +242,7 @@ def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool
 def _one(driver: XenNvdimmDriver, word: str) -> tuple[NvdimmSpec, Allocation | None]:
     """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or an absolute path names, and whose it is, if anybody's."""
     if os.path.isabs(word):
-        whole = _whole(driver, path_argument(driver, word))
+        whole = _whole(driver, path_argument(word))
         item = driver.exporter.find_owned(whole.path)
         return (replace(item.spec, path=whole.path), item) if item else (whole, None)
     from nvdimm_driver.state.words import find_with_slot, word_for

@@ -102,21 +102,21 @@ def find(driver: XenNvdimmDriver, key: str) -> Record:
     return find_named(driver.ledger.domains(), key)
 
 
-def path_argument(driver: XenNvdimmDriver, word: str, resolve: Callable[[str], str] = paths.resolve) -> str:
+def path_argument(word: str, resolve: Callable[[str], str] = paths.resolve) -> str:
     """Return the resolved path of a file or device that a word on the command line names.
 
-    A path in a pool, or in the ledger, means what is there, and nothing that a link leads to: hints name such paths,
-    and a user who has the folder could turn the name into a link to another domain's file.
+    Only root's symbolic links are followed: hints name paths in folders of users, who could turn the name into a link
+    to another domain's file, or one of root's.
 
-    :param resolve: for a backing that may not be there yet, :func:`.paths.resolve_new`.
-    :raises UsageError: when such a path leads elsewhere.
+    :param resolve: of :mod:`.backing.paths`: what a path leads to that need not be there yet.
+    :raises UsageError: when a link that others than root can turn leads elsewhere.
     """
     path, real = os.path.abspath(word), resolve(word)
-    if real == path:
-        return real
-    claimed = (item.spec.path for record in driver.ledger.domains() for item in record.claims)
-    if driver.pools.allow(path) or path in claimed:
-        raise UsageError(f"{path} leads to {real}: a part of it is a symbolic link", hint="name that, if it is meant")
+    if real != path and paths.others_can_turn(path):
+        raise UsageError(
+            f"{path} leads to {real} by a symbolic link, and others than root can turn it",
+            hint="name that path, if it is what you mean",
+        )
     return real
 
 

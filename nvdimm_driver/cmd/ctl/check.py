@@ -54,6 +54,13 @@ class Check(Listing):
             default=[],
             help="with --repair: replace what this file has lost with zeros, and repair nothing else; can be repeated",
         )
+        parser.add_argument(
+            "--unmark",
+            metavar="PATH",
+            action="append",
+            default=[],
+            help="with --repair: take the mark from this copy of a file, and repair nothing else; can be repeated",
+        )
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:
@@ -61,8 +68,11 @@ class Check(Listing):
         return int(super().run(parsed_args)) or self.status
 
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
-        if parsed_args.zeros and not parsed_args.repair:
-            raise UsageError("--zeros is a way to repair", hint="add --repair")
+        from nvdimm_driver.doctor.repair_marks import unmark_copy
+
+        zeros, copies = ([path_argument(path) for path in paths] for paths in (parsed_args.zeros, parsed_args.unmark))
+        if (zeros or copies) and not parsed_args.repair:
+            raise UsageError("--zeros and --unmark are ways to repair", hint="add --repair")
         try:
             driver, rows = _open(self.app.conf, repair=parsed_args.repair)
         except DamagedLedgerError as error:
@@ -70,9 +80,10 @@ class Check(Listing):
                 raise
             self.status = 1
             return COLUMNS, [("", str(Path(self.app.conf.state_dir) / LEDGER), error.message, error.hint, "")]
-        zeros = [path_argument(driver, path) for path in parsed_args.zeros]
+        for path in copies:
+            unmark_copy(driver, path)
         find = partial(_find, driver, self.app.conf, zeros, is_new=bool(rows))
-        if only := [*parsed_args.only, *zeros]:
+        if only := [*parsed_args.only, *zeros, *copies]:
             find = partial(_find_only, driver, only, find)
         if zeros and (whole := {*zeros} - {each.path for each in find()}):
             raise UsageError(f"{', '.join(sorted(whole))}: nothing of it is lost", hint="see 'nvdimmctl check'")
@@ -151,7 +162,7 @@ def _find_only(
     for each in found:
         if each.uuid:  # the ledger may have been lost
             known.setdefault(each.uuid, Record(each.uuid, each.domain, 0, None, "", (), None))
-    paths = {path_argument(driver, word) for word in words if word.startswith("/")}
+    paths = {path_argument(word) for word in words if word.startswith("/")}
     uuids = {find_named([*known.values()], word).uuid for word in words if not word.startswith("/")}
     owners = {record.uuid for record in records for item in record.claims if item.spec.path in paths}
     return [
