@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from nvdimm_driver.host_text import decode, use_utf8
+from nvdimm_driver.host_text import decode, printable, use_utf8
 
 MARK = b"urn:nvdimm-driver:"
 """In every rewritten XML. Other domains are not the driver's: the hook ends before it imports anything for them."""
@@ -61,10 +61,10 @@ def _run(operation: str, name: str, xml: str, files: Sequence[str] | None) -> in
     except (NvdimmError, OSError) as error:
         if not (isinstance(error, NvdimmError) and error.recorded):
             logs.tell(Event("hook-failed", uuid, name, None, {"operation": operation, **failure(error)}))
-        print(f"nvdimm-driver: {error}", file=sys.stderr)
+        print(printable(f"nvdimm-driver: {error}"), file=sys.stderr)  # virsh shows it in a terminal
         return 1
     if fault:
         # libvirt gets only libxl's error for a start that failed in the device model: give its log the reason.
-        print(f"nvdimm-driver: domain {name} did not start: {fault}", file=sys.stderr)
+        print(printable(f"nvdimm-driver: domain {name} did not start: {fault}"), file=sys.stderr)
         return 1
     return 0

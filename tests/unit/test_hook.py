@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,9 @@ def test_a_domain_without_nvdimms_costs_no_imports() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+def test_an_error_has_no_character_that_a_terminal_obeys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The client that starts the domain gets it: libvirt passes on what a failing hook prints."""
+    assert main(["50-nvdimm", "db1", "prepare", "begin", "-"], REWRITTEN, [str(tmp_path / "no\x1b[2K.conf")]) == 1
+    assert r"no\x1b[2K.conf" in capsys.readouterr().err
