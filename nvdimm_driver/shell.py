@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 
 NOT_AS_ROOT = (
-    "as the user who has the folder that it is in, and not as root: a link of that user's could lead elsewhere"
+    "not as root, but as a user who may write to its folder: a link of such a user's could lead root elsewhere"
 )
 """How to do what no command is given for."""
 

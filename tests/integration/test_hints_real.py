@@ -238,7 +238,7 @@ def test_a_backup_is_copied_by_the_user_who_has_the_folder(host: Host) -> None:
         host.driver.define(domain("x", path, uuid))
         os.truncate(path, SIZE // 2)
     remedies = {each.path: each.remedy for each in look(host.driver)}
-    assert "as the user who has the folder that it is in, and not as root" in remedies[theirs]
+    assert "not as root, but as a user who may write to its folder" in remedies[theirs]
     assert f": cp --sparse=never BACKUP {roots};" in remedies[roots]
 
 
