@@ -256,16 +256,25 @@ class Backing(Plugin):
             namespaces=self._areas_of(found.values()),
         )
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def provision(
+        self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+    ) -> BackingIdentity:
         """Create or complete the backing: all of it allocated, written and synced. Can be repeated.
 
         On failure, remove what this call created. When the user interrupts it, keep that.
 
         :param progress: called now and then with the bytes written and the total.
-        :raises BackingError: when that cannot be done.
+        :param identity: whose bytes it has to have, whatever its size is: nothing is created then. None for a backing
+            that may be created, as in a define.
+        :raises BackingError: when that cannot be done; with an identity also when something else is there, or nothing.
         """
         del progress
-        return self.locate(spec).identity
+        found = self.locate(spec).identity
+        if identity is not None and not found.shares_bytes(identity):
+            from nvdimm_driver.errors import BackingError
+
+            raise BackingError(f"{spec.path}: is another device by now", hint="repeat what you did: look at it again")
+        return found
 
     def discard(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         """Delete what :meth:`provision` has created, with all its bytes; by default nothing.
@@ -289,10 +298,11 @@ class Backing(Plugin):
         :raises InUseError: when something else has the path now.
         """
 
-    def fill_holes(self, spec: NvdimmSpec) -> None:
+    def fill_holes(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         """Allocate the holes of an existing backing, which :meth:`provision` refuses to do.
 
-        :raises BackingError: when there is no room.
+        :param identity: whose bytes it has to have, whatever its size is; None when that is not known.
+        :raises BackingError: when there is no room, or something else is there.
         """
 
     def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:

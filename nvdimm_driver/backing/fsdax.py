@@ -152,26 +152,30 @@ class FsdaxBacking(Backing):
             file = look(fd, path, spec.size)
         return Intake(self.name, False, sum(length for _, length in file.unwritten), volume.namespace)
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def provision(
+        self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+    ) -> BackingIdentity:
         """Create the file, or write zeros where ``fallocate`` has left it unwritten, which reads as zeros.
 
         Written bytes are never written again. A new file gets its name when it is complete: a crash leaves nothing
         behind. It also gets it when the user interrupts the work: the next call completes the file. An empty file is
         replaced. ENOSPC and other errors of the system leave everything as it was.
         """
-        intake, path = self.examine(spec), spec.path
-        if intake.creates:
+        path = spec.path
+        if identity is None and self.examine(spec).creates:
             self._create(path, spec.size, progress)
-        elif intake.writes:
-            self._complete(path, spec.size, progress)
         with opened(path, os.O_RDONLY) as fd:
+            self._check_same(fd, path, identity)
+            volume = self._volume(fd, path)
+            if look(fd, path, spec.size).unwritten:
+                self._complete(fd, path, spec.size, progress)
             os.fsync(fd)  # also for what the operator wrote: an extent is final when it is in the journal
             if look(fd, path, spec.size).unwritten:
                 raise BackingError(
                     f"{path}: parts of it are still unwritten after zeros were written",
                     hint="does a program in the host punch holes in it (fstrim, defragmentation)?",
                 )
-            return self._identity(fd, self._volume(fd, path))
+            return self._identity(fd, volume)
 
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
         del taken  # the file system counts them
@@ -226,11 +230,12 @@ class FsdaxBacking(Backing):
                     raise InUseError(f"{spec.path}: exists now", hint="take another name") from error
             at.sync()
 
-    def fill_holes(self, spec: NvdimmSpec) -> None:
+    def fill_holes(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         path = spec.path
         with self._changeable(path) as at:
             unlink_second_name(at.beside(os.path.basename(hidden_name(path))), at)
         with opened(path, os.O_RDWR) as fd:
+            self._check_same(fd, path, identity)
             self._volume(fd, path)
             check_size(path, os.fstat(fd).st_size, spec.size)
             os.posix_fallocate(fd, 0, spec.size)
@@ -533,10 +538,10 @@ class FsdaxBacking(Backing):
             inode.set_extent_size(fd, SUPERPAGE)  # aligns the extents; ext4 has mke2fs -E stride for that
         os.posix_fallocate(fd, 0, size)
 
-    def _complete(self, path: str, size: int, progress: Progress) -> None:
+    def _complete(self, fd: int, path: str, size: int, progress: Progress) -> None:
         # no start meanwhile: XFS writes to a file that was made immutable, too
-        with opened(path, os.O_RDWR) as fd, self.locks.writing(fd, path):
-            self._write_zeros(fd, size, look(fd, path, size).unwritten, progress)
+        with self.locks.writing(fd, path), opened_again(fd, os.O_RDWR | os.O_NONBLOCK) as writable:
+            self._write_zeros(writable, size, look(fd, path, size).unwritten, progress)
 
     def _write_zeros(self, fd: int, size: int, runs: Sequence[tuple[int, int]], progress: Progress) -> None:
         zeros = memoryview(bytes(_CHUNK))

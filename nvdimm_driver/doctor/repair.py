@@ -230,7 +230,7 @@ class _Look:
         if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
             yield self._anothers(record, item, mark)
             return
-        if own := ownership.find_own_at(self.driver.backings, record, item):
+        if own := ownership.find_own(record, item, ownership.identity_at(self.driver.backings, path)):
             yield self._in_place_of(record, item, own, backing)
             return
         state = condition.look(backing, item)
@@ -254,7 +254,8 @@ class _Look:
             elif record.start is not None:
                 yield inconsistency(problem, self._put_back(record, item))
             else:
-                yield inconsistency(problem, _TAKE, self.changes.of(record, self.changes.adopt_another, backing, item))
+                adopt = self.changes.of(record, self.changes.adopt_another, backing, item, found)
+                yield inconsistency(problem, _TAKE, adopt)
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
@@ -320,7 +321,7 @@ class _Look:
         if found.condition is Condition.SHORT and (unfit := self.unfit.remedy(record, item, backing, found)):
             return Inconsistency(record.name, record.uuid, path, *unfit)
         remedy = "take the file that is there as it is, and write zeros where it reads as zeros"
-        return inconsistency(remedy, self.changes.of(record, self.changes.fill, backing, item))
+        return inconsistency(remedy, self.changes.of(record, self.changes.fill, backing, item, found.identity))
 
     def _of_file(self, path: str) -> Backing | None:
         """Return the backing of a file that is at a path, also in no pool; None when there is none."""
@@ -478,7 +479,7 @@ class _Look:
             if self._is_copy(file, mark, other):
                 yield inconsistency(problem, "remove the mark", unmark)
             else:
-                beside = (backing, item, file.frozen or not self._has_mark_of(other))
+                beside = (backing, item, file.identity, file.frozen or not self._has_mark_of(other))
                 adopt = self.changes.of(known, self.changes.adopt_beside, *beside)
                 yield inconsistency(problem, "let the domain have both", adopt)
             return
@@ -500,9 +501,8 @@ class _Look:
             yield inconsistency(_several(marked), _WHICH)
             return
         record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
-        yield inconsistency(
-            problem, "write it into the ledger", self.changes.of(record, self.changes.adopt, backing, item)
-        )
+        adopt = self.changes.of(record, self.changes.adopt, backing, item, file.identity)
+        yield inconsistency(problem, "write it into the ledger", adopt)
 
     def _is_copy(self, file: Surveyed, mark: Mark, other: Allocation) -> bool:
         """Return True when a file has its mark from the NVDIMM that has the slot in the ledger.

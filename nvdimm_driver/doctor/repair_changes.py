@@ -18,6 +18,9 @@ from nvdimm_driver.state import owner_marks, ownership
 class Changes:
     """The changes that repair one look's findings.
 
+    A file or device that a domain is to have gets the argument ``found``: the identity of what the look has found.
+    Nothing is done with anything else that has its path by then.
+
     :param records: the domains as the look has seen them.
     :param files: the files in the pools, by path.
     """
@@ -54,49 +57,46 @@ class Changes:
 
     def write_mark(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Mark a file as the domain's."""
-        self._check_whose(record, item)
+        self._check_whose(record, backing, item, item.identity)
         _set_mark(backing, item.spec.path, owner_marks.pack(record, item), item.identity)
 
     def complete(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
-        """Write zeros for the bytes that a file has lost, after recording that they are lost.
-
-        :param found: the identity of the file.
-        """
+        """Write zeros for the bytes that a file has lost, after recording that they are lost."""
         ownership.check_off(record)
-        self._check_whose(record, item)
+        self._check_whose(record, backing, item, found)
         self._tell_lost(item, backing.lacking(item.spec))
         backing.extend(item.spec, found)
-        self.fill(record, backing, item)
+        self.fill(record, backing, item, found)
 
-    def fill(self, record: Record, backing: Backing, item: Allocation) -> None:
+    def fill(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Take a file as it is; parts that are not allocated, or not written, become the zeros as which they read."""
         ownership.check_off(record)
-        self._check_whose(record, item)
-        backing.fill_holes(item.spec)
-        self._unshare(record, backing, item)
+        self._check_whose(record, backing, item, found)
+        backing.fill_holes(item.spec, found)
+        self._unshare(record, backing, item, found)
         writes = backing.examine(item.spec).writes
-        self.adopt(record, backing, item)
+        self.adopt(record, backing, item, found)
         if item.ready:
             self.driver.ledger.record_event("backing-replaced", record.uuid, {"path": item.spec.path, "zeros": writes})
 
-    def adopt(self, record: Record, backing: Backing, item: Allocation) -> None:
+    def adopt(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
-        changed = self._provision(record, backing, item)
+        changed = self._provision(record, backing, item, found)
         self._store(record, [*_without(record, item), changed])
-        backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
+        self._mark(record, backing, changed)
 
     def adopt_instead(self, record: Record, backing: Backing, item: Allocation, own: Allocation) -> None:
         """Do what :meth:`adopt` does with what another NVDIMM of the domain was, which the domain then gives up."""
         ownership.check_off(record)
         rest = replace(record, allocations=tuple(_without(record, own)))
-        changed = self._provision(rest, backing, item)
+        changed = self._provision(rest, backing, item, own.identity)
         self._store(record, [*_without(rest, item), changed])
-        backing.mark(item.spec.path, owner_marks.pack(record, changed), changed.identity)
+        self._mark(record, backing, changed)
 
-    def adopt_another(self, record: Record, backing: Backing, item: Allocation) -> None:
+    def adopt_another(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Do what :meth:`adopt` does, with what is in the place of an NVDIMM's backing; the bytes of that are lost."""
         ownership.check_off(record)
-        self.adopt(record, backing, item)
+        self.adopt(record, backing, item, found)
         self.driver.ledger.record_event("backing-replaced", record.uuid, {"path": item.spec.path})
 
     def _tell_lost(self, item: Allocation, count: int) -> None:
@@ -111,18 +111,20 @@ class Changes:
         if item.identity is not None:
             self.driver.spoil_runs(item.identity)
 
-    def adopt_beside(self, record: Record, backing: Backing, item: Allocation, has_slot: bool) -> None:
+    def adopt_beside(
+        self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None, has_slot: bool
+    ) -> None:
         """Do what :meth:`adopt` does, for an NVDIMM whose slot the ledger has another in: the domain keeps both.
 
         :param has_slot: the other one is set aside, and not this one.
         """
-        changed = self._provision(record, backing, item)
+        changed = self._provision(record, backing, item, found)
         first, kept = ([changed], record.allocations) if has_slot else (record.allocations, [changed])
         items = [*first, *slots.set_aside(kept, [each.spec.slot for each in first])]
         self._store(record, sorted(items, key=lambda each: each.spec.slot))
         for each in items:
             if each.spec.path == item.spec.path:
-                backing.mark(item.spec.path, owner_marks.pack(record, each), each.identity)
+                self._mark(record, backing, each)
 
     def move_back(self, record: Record, backing: Backing, source: str, item: Allocation) -> None:
         """Move a file to the place that the ledger has it at."""
@@ -151,15 +153,30 @@ class Changes:
         else:
             self.driver.ledger.give_up(record.uuid, kind="forgotten")
 
-    def _provision(self, record: Record, backing: Backing, item: Allocation) -> Allocation:
-        """Provision what is there; return it with its identity.
+    def _provision(
+        self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None
+    ) -> Allocation:
+        """Provision what the look has found; return the NVDIMM with the identity of that.
 
-        :raises InUseError: when it is another NVDIMM of the domain, or another domain's by its mark.
+        Nothing is made: who has moved the file meanwhile still has its bytes.
+
+        :raises InUseError: when something else is there, or nothing; when it is another NVDIMM of the domain, or
+            another domain's by its mark; while the domain runs without it.
         """
-        self._check_whose(record, item)
+        if record.start is None or item.spec.path not in record.start.paths:
+            ownership.check_off(record)
+        self._check_whose(record, backing, item, found)
         self._mark_moved(record, item)
-        self._unshare(record, backing, item)
-        return replace(item, identity=backing.provision(item.spec))
+        self._unshare(record, backing, item, found)
+        return replace(item, identity=backing.provision(item.spec, identity=found))
+
+    def _mark(self, record: Record, backing: Backing, item: Allocation) -> None:
+        """Mark what was provisioned, unless it has got the mark of another domain since; a frozen file keeps its mark.
+
+        :raises InUseError: when it has, or something else is there.
+        """
+        self._check_whose(record, backing, item, item.identity)
+        backing.mark(item.spec.path, owner_marks.pack(record, item), item.identity)
 
     def _mark_moved(self, record: Record, item: Allocation) -> None:
         """Mark what an NVDIMM was provisioned with, if that is at another path: it stays the domain's.
@@ -168,25 +185,35 @@ class Changes:
         """
         ledger, backings = self.driver.ledger, self.driver.backings
         for path in [file.path for file in self.files.values() if ownership.has_bytes([item], file.identity)]:
-            if path != item.spec.path and not ownership.find_anothers_mark(ledger, backings, record.uuid, path):
-                _set_mark(backing_of(backings, path), path, owner_marks.pack(record, item), item.identity)
+            backing = backing_of(backings, path)
+            now = None if path == item.spec.path else backing.inspect(path)
+            if now is None or not ownership.has_bytes([item], now.identity):
+                continue
+            if not ownership.anothers_mark(ledger, backings, record.uuid, now):
+                _set_mark(backing, path, owner_marks.pack(record, item), item.identity)
 
-    def _unshare(self, record: Record, backing: Backing, item: Allocation) -> None:
+    def _unshare(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Copy what a file that is to be the domain's shares with another, such as the backup that it is a copy of."""
-        file = backing.inspect(item.spec.path)
-        if file is not None and backing.is_shared(item.spec):
+        if backing.is_shared(item.spec):
             ownership.check_off(record)
-            backing.unshare(item.spec, file.identity)
+            backing.unshare(item.spec, found)
 
-    def _check_whose(self, record: Record, item: Allocation) -> None:
-        """Check that a file is not another domain's by its mark, nor another NVDIMM of this one.
+    def _check_whose(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
+        """Check that what is there is what was found, and not another domain's by its mark, nor another NVDIMM's.
+
+        The mark is read from the file that has the identity, whatever the path leads to before and after.
 
         :raises InUseError: when it is.
         """
-        path = item.spec.path
-        if own := ownership.find_own_at(self.driver.backings, record, item):
+        path, file = item.spec.path, backing.inspect(item.spec.path)
+        here = (file and file.identity) or ownership.identity_at(self.driver.backings, path)
+        if found is None or here is None or not here.shares_bytes(found):
+            raise InUseError(
+                f"{path} was changed meanwhile: it is another file, or gone", hint="repeat 'nvdimmctl check'"
+            )
+        if own := ownership.find_own(record, item, here):
             raise InUseError(f"{path} is the domain's NVDIMM in slot {own.spec.slot}", hint="see 'nvdimmctl check'")
-        if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
+        if file and (mark := ownership.anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, file)):
             raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
 
     def _store(self, record: Record, items: Sequence[Allocation]) -> None:

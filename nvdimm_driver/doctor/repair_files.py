@@ -53,7 +53,7 @@ class UnfitFiles:
         remedy = "take it as it is, and write zeros where it reads as zeros"
         if found.condition is Condition.SHARED:
             remedy = "take it as it is, and copy what is shared"
-        return problem, remedy, self.changes.of(record, self.changes.fill, backing, item)
+        return problem, remedy, self.changes.of(record, self.changes.fill, backing, item, found.identity)
 
     def gone(self, record: Record, item: Allocation, backing: Backing) -> Remedy:
         """Return what to do about a file that its file system has no more."""

@@ -143,6 +143,8 @@ class Definitions:
         found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
 
         condition.check_none_lost(self.backings, before, found)
+        if adopts:
+            _check_all_there(found)
 
         def check() -> None:
             ownership.check_paths(self.ledger, domain, held)
@@ -156,7 +158,7 @@ class Definitions:
                 backing = self._backing(spec)
                 intake = backing.examine(spec)
                 LOG.debug("provision %s: %s to write", spec.path, human(intake.writes))
-                identity = backing.provision(spec, self._progress(domain, spec))
+                identity = backing.provision(spec, self._progress(domain, spec), found[spec.path] if adopts else None)
                 if intake.creates:
                     created.append(Allocation(uuid, spec, identity))
             self._settle(plan, domain, before, kept, adopts)
@@ -521,6 +523,13 @@ class Definitions:
 
     def _backing(self, spec: NvdimmSpec) -> Backing:
         return backing_of(self.backings, spec.path)
+
+
+def _check_all_there(found: Mapping[str, BackingIdentity | None]) -> None:
+    """Check that something is at each path; raise BackingError if not: an :meth:`Definitions.adopt` makes nothing."""
+    for path, identity in found.items():
+        if identity is None:
+            raise BackingError(f"{path}: is not there any more", hint=_MAKES_ZEROS)
 
 
 def uuid_of(domain: DomainSpec) -> str:

@@ -134,9 +134,11 @@ def find_other(record: Record, item: Allocation, identity: BackingIdentity | Non
     return next((each for each in others if each.identity and each.identity.inode == inode), None)
 
 
-def find_own_at(backings: Sequence[Backing], record: Record, item: Allocation) -> Allocation | None:
-    """Return the other NVDIMM of a domain that is at the path of one, in its place, if one is."""
-    found = identity_at(backings, item.spec.path)
+def find_own(record: Record, item: Allocation, found: BackingIdentity | None) -> Allocation | None:
+    """Return the other NVDIMM of a domain that is in the place of one, if one is.
+
+    :param found: the identity of what is at the path of that one.
+    """
     return None if has_bytes([item], found) else find_other(record, item, found)
 
 
@@ -268,17 +270,22 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
 
 
 def find_anothers_mark(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> Mark | None:
+    """Return the mark by which what is at a path is another domain's, as :func:`anothers_mark` does."""
+    marks = (anothers_mark(ledger, backings, uuid, file) for file in _files(backings, path))
+    return next(filter(None, marks), None)
+
+
+def anothers_mark(ledger: Ledger, backings: Sequence[Backing], uuid: str, file: Surveyed) -> Mark | None:
     """Return the mark by which a file is another domain's than that one; None for a copy of what that one has.
 
     The ledger may be older than the mark: it came from a backup.
     """
-    for file in _files(backings, path):
-        mark = _readable_mark(file)
-        if mark is not None and mark.uuid != uuid:
-            try:
-                _check_mark(ledger, backings, mark, path, file)
-            except InUseError:
-                return mark
+    mark = _readable_mark(file)
+    if mark is not None and mark.uuid != uuid:
+        try:
+            _check_mark(ledger, backings, mark, file.path, file)
+        except InUseError:
+            return mark
     return None
 
 

@@ -33,11 +33,13 @@ class BenchBacking(FsdaxBacking):
         backing.mountinfo, backing.cross_check = MOUNTINFO, lambda fd, located: None
         return backing
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def provision(
+        self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+    ) -> BackingIdentity:
         gate = GATES / Path(spec.path).name
         if gate.exists() and _read(gate) != b"go":
             raise BackingError(f"{spec.path}: the test wants no bytes")
-        return super().provision(spec, progress)
+        return super().provision(spec, progress, identity)
 
 
 def _read(gate: Path) -> bytes:

@@ -40,12 +40,14 @@ class LoopBacking(FsdaxBacking):
         folder = Path(conf.state_dir)
         return cls(folder.parent, folder / "steps")
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def provision(
+        self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+    ) -> BackingIdentity:
         def tell(done: int, total: int) -> None:
             self.step()
             progress(done, total)
 
-        return super().provision(spec, tell)
+        return super().provision(spec, tell, identity)
 
     def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
         opened = super().open_bytes(spec, write=write)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from multiprocessing import Event, Process
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -396,11 +397,11 @@ def test_a_define_under_way_with_a_folder_that_is_swapped_does_not_keep_a_file_f
     plan = host.driver.check(evil)
     provision = host.driver.backings[0].provision
 
-    def turned(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def turned(spec: NvdimmSpec, *rest: Any) -> BackingIdentity:
         if spec.slot == 0:
             turn(path, host.path("a.img"))
             host.another().define(host.domain("a.img", ram=600 * MIB))
-        return provision(spec, progress)
+        return provision(spec, *rest)
 
     monkeypatch.setattr(host.driver.backings[0], "provision", turned)
     with pytest.raises(BackingError, match="a part of the path has become a symbolic link"):

@@ -257,7 +257,9 @@ def test_labels_of_nothing_else_are_opened(swap: Swap, kind: str) -> None:
     swap.check_victim()
 
 
-@pytest.mark.parametrize("work", ["freeze", "mark", "unmark", "thaw", "discard", "unshare", "extend"])
+@pytest.mark.parametrize(
+    "work", ["freeze", "mark", "unmark", "thaw", "discard", "unshare", "extend", "fill_holes", "provision"]
+)
 def test_the_last_step_compares_what_it_has_opened(swap: Swap, kind: str, work: str) -> None:
     (item,) = swap.host.record(OTHER_UUID).allocations
     backing, path = swap.host.backing, str(swap.path)
@@ -269,6 +271,8 @@ def test_the_last_step_compares_what_it_has_opened(swap: Swap, kind: str, work: 
         "discard": lambda: backing.discard(item.spec, item.identity),
         "unshare": lambda: backing.unshare(item.spec, item.identity),
         "extend": lambda: backing.extend(replace(item.spec, size=2 * SIZE), item.identity),
+        "fill_holes": lambda: backing.fill_holes(item.spec, item.identity),
+        "provision": lambda: backing.provision(item.spec, identity=item.identity),
     }
     swap.swap(kind)
     before = is_there(swap.path)

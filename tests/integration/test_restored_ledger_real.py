@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from nvdimm_driver import driver as driver_module
+from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.cmd.ctl import check
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
-from nvdimm_driver.errors import BackingError, InUseError, LedgerError
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, NvdimmSpec, Pool, Progress
-from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
+from nvdimm_driver.lifecycle.plan import Planner
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, BackingIdentity, NvdimmSpec, Pool
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import database
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -442,6 +443,110 @@ def test_a_repair_keeps_the_mark_of_a_copy_that_a_domain_was_given_since_it_look
     assert OTHER_UUID.encode() in (host.mark("copy.img") or b"")
 
 
+def lost_ledger(host: Host) -> str:
+    """Let only the mark know whose a.img is."""
+    back_up(host)
+    host.define("a.img")
+    restore(host)
+    return "a.img"
+
+
+def replaced(host: Host) -> str:
+    host.define("a.img")
+    os.unlink(host.path("a.img"))
+    Path(host.path("a.img")).write_bytes(SECRET * (SIZE // len(SECRET)))
+    return "a.img"
+
+
+def given_since(host: Host) -> str:
+    redefined_since(host)
+    return "b.img"
+
+
+def interrupted(host: Host) -> str:
+    """Let a define that was killed want a file that exists."""
+    Path(host.path("a.img")).write_bytes(DATA)
+    host.driver.ledger.store(UUID, "x", 512 * MIB, [Allocation(UUID, host.domain("a.img").nvdimms[0])])
+    return "a.img"
+
+
+def lost_bytes(host: Host) -> str:
+    host.define("a.img")
+    os.truncate(host.path("a.img"), SIZE // 2)
+    return "a.img"
+
+
+@pytest.mark.parametrize("there", ["nothing", "another"])
+@pytest.mark.parametrize("prepare", [lost_ledger, replaced, given_since, interrupted, lost_bytes])
+def test_a_repair_takes_only_the_file_that_was_looked_at(
+    host: Host, prepare: Callable[[Host], str], there: str
+) -> None:
+    """It is moved after the look: no zeros, and no other file, become the domain's."""
+    name = prepare(host)
+    (found,) = [each for each in look(host.driver, zeros=[host.path(name)]) if each.path == host.path(name)]
+    assert found.mend
+    before, content, mark = host.driver.ledger.find_domain(UUID), host.read(name), host.mark(name)
+    os.rename(host.path(name), host.path("moved.img"))
+    if there == "another":
+        Path(host.path(name)).write_bytes(bytes(SIZE))
+    with pytest.raises(InUseError, match="was changed meanwhile"):
+        found.mend()
+    assert host.driver.ledger.find_domain(UUID) == before
+    assert (host.read("moved.img"), host.mark("moved.img")) == (content, mark)
+    assert os.path.exists(host.path(name)) == (there == "another")
+    assert there == "nothing" or host.mark(name) is None
+
+
+@pytest.mark.parametrize("moment", ["is_shared", "_complete", "_write_zeros"])
+def test_a_repair_gives_nobody_a_file_with_the_mark_of_another(
+    host: Host, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger is lost. The owner of the folder exchanges the names while his own file is provisioned."""
+    os.mkdir(host.path("g"))
+    back_up(host)
+    host.define("g/v.img")
+    Path(host.path("g/a.img")).write_bytes(bytes(SIZE))
+    host.driver.define(host.domain("g/a.img", OTHER_UUID))
+    run("fallocate", "-z", "-o", "0", "-l", str(SIZE // 2), host.path("g/a.img"))
+    mark = host.mark("g/v.img")
+    restore(host)
+    work = getattr(FsdaxBacking, moment)
+
+    def exchanged(self: FsdaxBacking, *rest: Any) -> Any:
+        if not os.path.exists(host.path("g/z.img")):
+            os.rename(host.path("g/a.img"), host.path("g/z.img"))
+            os.rename(host.path("g/v.img"), host.path("g/a.img"))
+        return work(self, *rest)
+
+    monkeypatch.setattr(FsdaxBacking, moment, exchanged)
+    repair(host)
+    monkeypatch.undo()
+    assert os.path.exists(host.path("g/z.img"))
+    assert (host.read("g/a.img"), host.mark("g/a.img")) == (DATA, mark)
+    record = host.driver.ledger.find_domain(OTHER_UUID)
+    inode = os.stat(host.path("g/a.img")).st_ino
+    assert not any(item.identity and item.identity.inode == inode for item in (record.allocations if record else ()))
+    with pytest.raises(NvdimmError):
+        host.driver.prepare(host.domain("g/a.img", OTHER_UUID))
+
+
+def test_a_start_makes_no_zeros_of_a_file_that_is_moved_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger is lost, and the start takes over what its definition has."""
+    lost_ledger(host)
+    plan_define = Planner.plan_define
+
+    def moved(self: Planner, *rest: Any, **more: Any) -> Any:
+        plan = plan_define(self, *rest, **more)
+        os.rename(host.path("a.img"), host.path("b.img"))
+        return plan
+
+    monkeypatch.setattr(Planner, "plan_define", moved)
+    with pytest.raises(BackingError, match=r"a\.img: is not there any more"):
+        host.driver.prepare(host.domain("a.img"))
+    assert not os.path.exists(host.path("a.img"))
+    assert host.read("b.img") == DATA
+
+
 # --- ledgers that are replaced ---
 
 
@@ -479,11 +584,11 @@ def test_a_define_fails_whose_ledger_was_replaced_meanwhile(host: Host, monkeypa
     """Nobody would know of its claims: they are in the file that was renamed."""
     provision = host.backing.provision
 
-    def replaced(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def replaced(spec: NvdimmSpec, *rest: Any) -> BackingIdentity:
         path = str(host.folder / "ledger.sqlite")
         assert database.set_aside(path, database.file_number(path))
         host.another().define(host.domain("b.img", OTHER_UUID))
-        return provision(spec, progress)
+        return provision(spec, *rest)
 
     monkeypatch.setattr(host.backing, "provision", replaced)
     with pytest.raises(LedgerError, match="was replaced by another process"):

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Progress
-from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
 from tests.unit.doubles import OTHER_UUID, UUID
@@ -346,9 +346,9 @@ def test_a_file_that_is_moved_while_its_domain_is_redefined_stays_its_own(
     host.define("x.img")
     provision = host.backing.provision
 
-    def moved(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def moved(spec: NvdimmSpec, *rest: Any) -> BackingIdentity:
         os.rename(host.path("x.img"), host.path("y.img"))
-        return provision(spec, progress)
+        return provision(spec, *rest)
 
     monkeypatch.setattr(host.backing, "provision", moved)
     with pytest.raises(BackingError, match=r"x\.img is not the backing that was provisioned: its inode is"):

@@ -11,6 +11,7 @@ from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.tables import Header, checksum, seal, split
 from nvdimm_driver.backing.holders import Holders
+from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
 from nvdimm_driver.lifecycle.emulators import Emulators
@@ -77,11 +78,15 @@ class MemoryBacking(Backing):
         exists = spec.path in self.files
         return Intake("memory", not exists, 0 if exists else spec.size, NAMESPACE)
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def provision(
+        self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+    ) -> BackingIdentity:
         progress(spec.size // 2, spec.size)
         if spec.path in self.fail_provision:
             raise BackingError(f"{spec.path}: no space", hint="free some")
-        if spec.path not in self.files:
+        if identity is not None:
+            check_same_bytes(spec.path, self.identify(spec.path), identity)
+        elif spec.path not in self.files:
             self.files[spec.path] = (self.next_inode, spec.size)
             self.next_inode += 1
         return self.locate(spec).identity
@@ -108,7 +113,7 @@ class MemoryBacking(Backing):
         self.files[spec.path] = self.files.pop(f"{spec.path}.partial")
         self.contents[spec.path] = self.contents.pop(f"{spec.path}.partial")
 
-    def fill_holes(self, spec: NvdimmSpec) -> None:
+    def fill_holes(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         self.filled.append(spec.path)
 
     def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
@@ -151,12 +156,14 @@ class MemoryBacking(Backing):
             raise BackingError(self.fail_space)
         for path in sorted(self.files):
             if any(path.startswith(f"{top}/") for top in paths):
-                yield Surveyed(path, self.marks.get(path), path in self.frozen, path in self.frozen)
+                yield self._surveyed(path)
 
     def inspect(self, path: str) -> Surveyed | None:
-        if path not in self.files:
-            return None
-        return Surveyed(path, self.marks.get(path), path in self.frozen, path in self.frozen)
+        return self._surveyed(path) if path in self.files else None
+
+    def _surveyed(self, path: str) -> Surveyed:
+        frozen = path in self.frozen
+        return Surveyed(path, self.marks.get(path), frozen, frozen, identity=self.identify(path))
 
     def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
         self.frozen.add(path)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,9 @@ def test_memory_that_stays_where_it_is_needs_no_more_than_the_core() -> None:
     backing = SpareBacking()
     identity = backing.locate(SPEC).identity
     assert backing.size(PATH) == 64 * MIB
-    assert backing.provision(SPEC) == identity
+    assert backing.provision(SPEC) == backing.provision(SPEC, identity=identity) == identity
+    with pytest.raises(BackingError, match="is another device by now"):
+        backing.provision(SPEC, identity=dataclasses.replace(identity, device="another"))
     assert backing.allocate(SPEC) == SPEC
     for step in (backing.publish, backing.fill_holes, backing.discard, backing.extend):
         step(SPEC)

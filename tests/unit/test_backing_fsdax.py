@@ -120,6 +120,20 @@ def test_an_empty_file_is_replaced(host: Host) -> None:
     assert path.stat().st_size == SIZE
 
 
+@pytest.mark.parametrize("there", ["nothing", "empty", "another"])
+def test_with_an_identity_nothing_else_is_provisioned(host: Host, there: str) -> None:
+    path = host.file()
+    identity = host.backing.provision(host.spec())
+    assert host.backing.provision(host.spec(), identity=identity) == identity
+    path.rename(path.with_name("moved.img"))
+    if there != "nothing":
+        host.file(size=0 if there == "empty" else SIZE)
+    before = path.exists() and path.stat().st_ino
+    with pytest.raises(BackingError):
+        host.backing.provision(host.spec(), identity=identity)
+    assert (path.exists() and path.stat().st_ino) == before
+
+
 def test_an_existing_larger_file(host: Host) -> None:
     path = host.file(size=2 * SIZE)
     content = path.read_bytes()

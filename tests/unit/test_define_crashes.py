@@ -70,11 +70,13 @@ class Host:
                 return written
 
         class MortalBacking(MemoryBacking):
-            def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+            def provision(
+                self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+            ) -> BackingIdentity:
                 life.point()
-                identity = super().provision(spec, progress)
+                provisioned = super().provision(spec, progress, identity)
                 life.point()
-                return identity
+                return provisioned
 
             def discard(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
                 life.point()

@@ -128,7 +128,8 @@ def test_a_device_that_is_gone_is_not_given_up(driver: XenNvdimmDriver, backing:
     assert record
     device, other = record.allocations
     assert device.identity
-    device = dataclasses.replace(device, identity=dataclasses.replace(device.identity, inode=0))
+    identity = dataclasses.replace(device.identity, inode=0, device="namespace9.0")
+    device = dataclasses.replace(device, identity=identity)
     driver.ledger.store(UUID, record.name, record.ram, [device, other], dsm=record.dsm)
     del backing.files[A], backing.marks[A]
     (found,) = look(driver)

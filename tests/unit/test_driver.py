@@ -265,13 +265,15 @@ def test_others_see_how_far_a_define_is(
     seen: list[tuple[bool, int]] = []
 
     class Watched(MemoryBacking):
-        def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        def provision(
+            self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+        ) -> BackingIdentity:
             for done in range(0, 5 * MIB, MIB):
                 progress(done, 4 * MIB)
                 record = driver.ledger.find_domain(UUID)
                 assert record is not None
                 seen.extend((item.ready, item.written) for item in record.intents)
-            return super().provision(spec)
+            return super().provision(spec, identity=identity)
 
     with caplog.at_level("INFO"):
         make_driver(tmp_path, Watched(), RecordingMapper()).define(domain(A))

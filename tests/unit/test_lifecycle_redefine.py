@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, LedgerError, RefusedError, UnsupportedError
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
-from nvdimm_driver.plugins import ByteRange, unwatched
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, DomainSpec, NvdimmSpec, Pool
+from nvdimm_driver.plugins import ByteRange
 from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import (
     NAMESPACE,
@@ -88,11 +89,11 @@ def test_a_start_that_begins_during_a_define_is_seen_before_that_is_stored(tmp_p
     plan = host.driver.check(labelled)
     provision = host.backing.provision
 
-    def meanwhile(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def meanwhile(spec: NvdimmSpec, *rest: Any) -> BackingIdentity:
         host.driver.prepare(host.domain)
-        return provision(spec, progress)
+        return provision(spec, *rest)
 
-    host.backing.provision = meanwhile  # type: ignore[method-assign]
+    host.backing.provision = meanwhile  # type: ignore[assignment,method-assign]
     with pytest.raises(RefusedError, match="domain db1 runs"):
         host.driver.define(labelled, plan)
     assert [item.spec.label_size for item in host.driver.ledger.domains()[0].allocations] == [0]

@@ -191,9 +191,11 @@ class Copying(MemoryBacking):
         self.copies: list[Path] = []
         self.numbers = count()
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def provision(
+        self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+    ) -> BackingIdentity:
         self._copy()
-        return super().provision(spec, progress)
+        return super().provision(spec, progress, identity)
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
         self._copy()

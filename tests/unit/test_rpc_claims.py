@@ -32,12 +32,14 @@ class Watched(MemoryBacking):
         self.meanwhile: Callable[[], None] | None = None
         self.provisioned = 0
 
-    def provision(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def provision(
+        self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+    ) -> BackingIdentity:
         self.provisioned += 1
         meanwhile, self.meanwhile = self.meanwhile, None
         if meanwhile:
             meanwhile()
-        return super().provision(spec, progress)
+        return super().provision(spec, progress, identity)
 
 
 @pytest.fixture
