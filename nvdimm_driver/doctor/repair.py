@@ -478,8 +478,10 @@ class _Look:
             problem = f"its mark says slot {mark.spec.slot}, but that is {other.spec.path}"
             if self._is_copy(file, mark, other):
                 yield inconsistency(problem, "remove the mark", unmark)
+            elif _runs_without(known, file):
+                yield inconsistency(problem, f"shut domain {known.name} down first")
             else:
-                beside = (backing, item, file.identity, file.frozen or not self._has_mark_of(other))
+                beside = (backing, item, file.identity, file.frozen or self._is_given_up(other))
                 adopt = self.changes.of(known, self.changes.adopt_beside, *beside)
                 yield inconsistency(problem, "let the domain have both", adopt)
             return
@@ -501,6 +503,9 @@ class _Look:
             yield inconsistency(_several(marked), _WHICH)
             return
         record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
+        if _runs_without(record, file):
+            yield inconsistency(problem, f"shut domain {record.name} down first")
+            return
         adopt = self.changes.of(record, self.changes.adopt, backing, item, file.identity)
         yield inconsistency(problem, "write it into the ledger", adopt)
 
@@ -515,9 +520,32 @@ class _Look:
 
     def _has_mark_of(self, item: Allocation) -> bool:
         """Return True when an NVDIMM's file has its mark."""
-        file = self.files.get(item.spec.path)
-        mark = mark_of(file) if file else None
-        return mark is not None and (mark.uuid, mark.spec.slot) == (item.uuid, item.spec.slot)
+        file = self._file_at(item.spec.path)
+        return file is not None and _is_marked(file, item)
+
+    def _is_given_up(self, item: Allocation) -> bool:
+        """Return True when a domain has given up, since the ledger's backup, an NVDIMM that the ledger says it has.
+
+        Its file has lost the mark, or was deleted. A device has no mark, so nobody can say that of one.
+
+        :raises BackingError: when its file may be somewhere else.
+        """
+        path, file = item.spec.path, self._file_at(item.spec.path)
+        if file is not None:
+            return _has_bytes(item, file) and not file.frozen and not _is_marked(file, item)
+        if item.identity is None or exists(path):
+            return False
+        self._named(item.identity.kind).check_home(path, item.identity)
+        return True
+
+    def _file_at(self, path: str) -> Surveyed | None:
+        """Return the file at a path, also in no pool; None when none is there.
+
+        :raises BackingError: when it cannot be read.
+        """
+        if path in self.files or not exists(path):
+            return self.files.get(path)
+        return backing_of(self.driver.backings, path).inspect(path)
 
     def _find(self, uuid: str, slot: int) -> Allocation | None:
         """Return the NVDIMM that a domain has in a slot in the ledger."""
@@ -540,6 +568,17 @@ def _guarded(owner: Record | None, path: str, found: Iterator[Inconsistency]) ->
         yield inconsistency(problem, error.hint or "find out what has changed it")
     except OSError as error:
         yield inconsistency(error.strerror or str(error), HINTS.get(error.errno or 0, ""))
+
+
+def _runs_without(record: Record, file: Surveyed) -> bool:
+    """Return True while a domain runs, or is starting, with other files than that one."""
+    return record.start is not None and not file.frozen
+
+
+def _is_marked(file: Surveyed, item: Allocation) -> bool:
+    """Return True when a file has the mark of an NVDIMM, whatever its bytes are."""
+    mark = mark_of(file)
+    return mark is not None and (mark.uuid, mark.spec.slot) == (item.uuid, item.spec.slot)
 
 
 def _has_bytes(item: Allocation, file: Surveyed) -> bool:

@@ -244,6 +244,30 @@ def test_of_two_files_that_were_marked_for_one_slot_the_domain_has_both(host: Ho
     assert host.read("z.img").startswith(SECRET)
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_what_a_domain_has_outside_the_pools_keeps_its_slot(host: Host, running: bool) -> None:
+    """An older file of the domain has a mark of the same slot: its removal was interrupted."""
+    for name in ("in", "out"):
+        os.mkdir(host.path(name))
+    pool = Pool("main", "fsdax", (host.path("in"),), None, SUPERPAGE, 128 * KIB, False)
+    host.pools = Pools([pool], any_path=True)
+    host.driver = host.another()
+    host.driver.define(host.domain("in/old.img"))
+    mark = host.mark("in/old.img")
+    host.define("out/new.img")
+    if running:
+        start(host, UUID, 7, "out/new.img")
+    os.setxattr(host.path("in/old.img"), "trusted.nvdimm_driver.owner", mark or b"")
+    if running:
+        (found,) = repair(host)
+        assert (found.mend, found.remedy) == (None, "shut domain x down first")
+        assert slots(host) == {0: "new.img"}
+        host.mapper.alive.clear()
+        host.driver.reconcile()
+    assert repair(host) == []
+    assert slots(host) == {0: "new.img", 256: "old.img"}
+
+
 def test_what_only_a_mark_knows_is_written_into_the_lost_ledger_before_a_define_can_replace_it(host: Host) -> None:
     back_up(host)
     spec = NvdimmSpec(1, host.path("a.img"), SIZE, MIB)
