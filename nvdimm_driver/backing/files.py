@@ -56,12 +56,12 @@ def check_regular(fd: int, path: str) -> None:
         raise BackingError(f"{path}: is not a regular file")
 
 
-def check_roots_alone(fd: int, path: str) -> None:
-    """Check that only root may open a frozen file while it is mutable for a moment.
+def check_only_root_writes(fd: int, path: str) -> None:
+    """Check that only root may open a frozen file for writing while that can be done, for a moment.
 
     :raises BackingError: when others may: a version that left files to their owners has frozen it.
     """
-    if not inode.is_roots_alone(fd):
+    if inode.others_may_write(fd):
         raise BackingError(
             f"{path}: others than root may write it, and could truncate it under the guest while its label area is "
             "opened",

@@ -18,9 +18,9 @@ from nvdimm_driver.backing import extents, freespace, handles, inode, inventory,
 from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes
 from nvdimm_driver.backing.files import (
     check_copy_name,
+    check_only_root_writes,
     check_own,
     check_regular,
-    check_roots_alone,
     check_size,
     hidden_name,
     is_new,
@@ -36,8 +36,8 @@ from nvdimm_driver.backing.paths import (
     entry,
     is_gone,
     opened,
-    opened_again,
     others_can_turn,
+    patiently,
     reporting,
     resolve,
     status,
@@ -69,6 +69,9 @@ LOG = logging.getLogger(__name__)
 _FILE_SYSTEMS = ("ext4", "xfs")
 _SECOND = 10**9
 _CHUNK = 4 << 20
+_LEASE_SECONDS = 2.0
+"""How long a label area waits for a lease on its file: the freezing has ended all but those of root's programs, of
+which :func:`.inode.has_writer` takes some for a moment."""
 
 
 class FsdaxBacking(Backing):
@@ -290,11 +293,16 @@ class FsdaxBacking(Backing):
     def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Make the file immutable: not even root can then truncate, punch, rename or delete it, or open it to write."""
         patience = lease_break_seconds()
-        with opened(path, os.O_RDONLY, patience=patience) as fd, self.locks.freezing(fd, path):
-            check_regular(fd, path)
-            self._check_same(fd, path, identity)
-            self.locks.check_unwritten(fd, path)
-            inode.freeze(fd)
+        with opened(path, os.O_RDONLY, patience=patience) as fd:
+
+            def attempt() -> None:
+                with self.locks.freezing(fd, path):  # which others wait for: not while a lease ends
+                    check_regular(fd, path)
+                    self._check_same(fd, path, identity)
+                    self.locks.check_unwritten(fd, path)
+                    inode.freeze(fd)
+
+            patiently(attempt, patience)
 
     def check_unwritten(
         self, path: str, identity: BackingIdentity | None = None, allowed: Collection[int] = ()
@@ -420,21 +428,25 @@ class FsdaxBacking(Backing):
         """Accept every file: stores to its mapping are durable after msync."""
 
     def open_labels(self, spec: NvdimmSpec, identity: BackingIdentity) -> ByteRange:
-        """Map the label area. Thaw a frozen file while it is opened, if nobody but root may open it then.
+        """Map the label area. A frozen file can be opened for writing for a moment, if only root may do so then.
 
         An immutable file on DAX takes stores, but neither write nor open for writing (ext4_file_write_iter,
         fs/namei.c:inode_permission).
         """
         path = spec.path
         with opened(path, os.O_RDONLY) as fd:
-            with self.locks.freezing(fd, path):
-                check_identity(path, self._identity(fd, self._volume(fd, path)), identity)
-                if inode.is_frozen(fd):
-                    inode.freeze(fd)  # again, after a process was killed here
-                    check_roots_alone(fd, path)
-                before = writers.find(fd) if inode.has_writer(fd) else set()
-                with inode.thawed(fd), opened_again(fd, os.O_RDWR) as writable:
-                    labels = MappedBytes(writable, spec.size - spec.label_size, spec.label_size)
+
+            def attempt() -> tuple[MappedBytes, set[int]]:
+                with self.locks.freezing(fd, path):
+                    check_identity(path, self._identity(fd, self._volume(fd, path)), identity)
+                    if inode.is_frozen(fd):
+                        inode.freeze(fd)  # again, after a process was killed here
+                        check_only_root_writes(fd, path)
+                    before = writers.find(fd) if inode.has_writer(fd) else set()
+                    with inode.opened_to_write(fd) as writable:
+                        return MappedBytes(writable, spec.size - spec.label_size, spec.label_size), before
+
+            labels, before = patiently(attempt, _LEASE_SECONDS)
             if others := writers.find(fd) - before - {os.getpid()}:
                 labels.close()
                 raise writers.refusal(path, others)

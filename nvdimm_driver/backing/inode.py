@@ -18,11 +18,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nvdimm_driver.backing.paths import open_again
 from nvdimm_driver.model import Touch
 
 LOG = logging.getLogger(__name__)
 
 IMMUTABLE = 0x10  # FS_IMMUTABLE_FL
+_APPEND_ONLY = 0x20  # FS_APPEND_FL
 XFLAG_REALTIME = 0x1
 XFLAG_EXTSIZE = 0x800
 XFLAG_DAX = 0x8000
@@ -46,7 +48,7 @@ def generation(fd: int) -> int:
 
 
 def is_frozen(fd: int) -> bool:
-    """Return True when :func:`freeze` has made this file immutable, also while :func:`thawed` undoes that.
+    """Return True when :func:`freeze` has made this file immutable, also while it is :func:`append_only`.
 
     ``cp -a`` copies the attribute that says so, but not the flag. An earlier version did not write on which file it
     was: there, the flag counts.
@@ -54,49 +56,56 @@ def is_frozen(fd: int) -> bool:
     if _FROZEN not in os.listxattr(fd):
         return False
     written_on = os.getxattr(fd, _FROZEN)
-    return written_on == _itself(fd) if written_on else is_immutable(fd)
+    return written_on == _itself(fd) if written_on else bool(_flags(fd) & (IMMUTABLE | _APPEND_ONLY))
 
 
 def is_immutable(fd: int) -> bool:
     """Return True when the file is immutable, whoever made it so."""
-    return bool(_get_int(fd, _FS_IOC_GETFLAGS) & IMMUTABLE)
+    return bool(_flags(fd) & IMMUTABLE)
 
 
 def freeze(fd: int) -> None:
     """Make the file root's alone and immutable, unless it is immutable.
 
     A file that was not immutable before gets a mark, which only root can see and set: :func:`thaw` keeps an operator's
-    own ``chattr +i``. It stays root's alone.
+    own ``chattr +i``. It stays root's alone. Once it is, nobody else can take a lease on it (fcntl(2)), and the open
+    for writing makes the kernel end those that there are: none is left that :func:`opened_to_write` would wait for.
+
+    :raises BlockingIOError: while a program has a lease on the file, which is not frozen then: try again.
     """
-    if not is_immutable(fd):
+    if is_immutable(fd):
+        return
+    if not is_frozen(fd):
         _make_roots_alone(fd)
+        os.close(open_again(fd, os.O_RDWR))
         os.setxattr(fd, _FROZEN, _itself(fd))
-        _set_immutable(fd, True)
+    elif others_may_write(fd):  # an earlier version has frozen it, and was killed in its :func:`opened_to_write`
+        _make_roots_alone(fd)
+    _set_immutable(fd, True)
 
 
-def is_roots_alone(fd: int) -> bool:
-    """Return True when only root may open the file for writing, also in the moment in which it is :func:`thawed`.
+def others_may_write(fd: int) -> bool:
+    """Return True when others than root may open the file for writing while it is :func:`append_only`.
 
     The group's bits are the most that an access control list allows anybody but the owner (acl(5), the mask). A file
-    that runs as its owner or group is not: its contents are a guest's.
+    that runs as its owner or group counts, too: its contents are a guest's.
     """
     found = os.fstat(fd)
-    return found.st_uid == 0 and not found.st_mode & (_OTHERS_WRITE | stat.S_ISUID | stat.S_ISGID)
+    return found.st_uid != 0 or bool(found.st_mode & (_OTHERS_WRITE | stat.S_ISUID | stat.S_ISGID))
 
 
 def _make_roots_alone(fd: int) -> None:
-    """Take the file from others who may write it. Who may read it can do so still.
+    """Take the file from all others: mode 0600 takes it from an access control list, too (acl(5), the mask).
 
-    Nobody else can change its mode once it is root's, so the mode is read only then: a set-user-ID bit of the owner's
-    would make it a program that runs as root.
+    Who may read it could make a reflink of it on XFS, which would keep the domain from its next start.
     """
-    if is_roots_alone(fd):
-        return
     found = os.fstat(fd)
+    if (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o600):
+        return
     os.fchown(fd, 0, -1)
-    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 & ~_OTHERS_WRITE)
+    os.fchmod(fd, 0o600)
     LOG.warning(
-        "%s was made root's, and nobody else may write it from now on: its owner was user %d, its mode %o",
+        "%s was made root's, and nobody else may read or write it from now on: its owner was user %d, its mode %o",
         os.readlink(f"/proc/self/fd/{fd}"),
         found.st_uid,
         stat.S_IMODE(found.st_mode),
@@ -139,17 +148,36 @@ def _touch(fd: int, touch: Touch, leased: bool) -> None:
 
 
 @contextmanager
-def thawed(fd: int) -> Iterator[None]:
-    """Make a frozen file mutable meanwhile. Its mark stays: if a process is killed here, the next one freezes it."""
+def append_only(fd: int) -> Iterator[None]:
+    """Make a frozen file append-only meanwhile, instead of immutable: it can be opened for writing, with O_APPEND.
+
+    It still cannot be truncated, renamed or deleted: who owns its folder could do that to a mutable file, whoever owns
+    the file. One call changes both flags. The mark stays: if a process is killed here, the next one freezes it.
+    """
     frozen = is_frozen(fd)
     try:
         if frozen:
-            _set_immutable(fd, False)
-            os.setxattr(fd, _FROZEN, _itself(fd))  # which an earlier version has not written
+            _set_flag(fd, _APPEND_ONLY)
         yield
     finally:
         if frozen:
             _set_immutable(fd, True)
+
+
+@contextmanager
+def opened_to_write(fd: int) -> Iterator[int]:
+    """Yield a descriptor with which a file, frozen or not, can be mapped to write; it is closed afterwards.
+
+    A frozen file is immutable again by then: an append-only one cannot be mapped so (mm/mmap.c:do_mmap).
+
+    :raises BlockingIOError: while a program has a lease on the file.
+    """
+    with append_only(fd):
+        writable = open_again(fd, os.O_RDWR | os.O_APPEND)
+    try:
+        yield writable
+    finally:
+        os.close(writable)
 
 
 def has_writer(fd: int) -> bool:
@@ -191,7 +219,7 @@ def mark(fd: int, text: bytes | None) -> None:
     """Record the owner on the file, where only root sees it; None removes the record. The caller has to sync the file.
 
     A frozen file keeps the record that it has until it is thawed: whoever thawed it for that, and was killed, would
-    leave a running guest's file mutable. One that :func:`thawed` has left so is frozen again.
+    leave a running guest's file mutable. One that was left :func:`append_only` is frozen again.
     """
     if is_frozen(fd):
         freeze(fd)
@@ -223,9 +251,18 @@ def _itself(fd: int) -> bytes:
     return f"{os.fstat(fd).st_ino} {generation(fd)}".encode()
 
 
+def _flags(fd: int) -> int:
+    return _get_int(fd, _FS_IOC_GETFLAGS)
+
+
 def _set_immutable(fd: int, immutable: bool) -> None:
-    others = _get_int(fd, _FS_IOC_GETFLAGS) & ~IMMUTABLE
-    fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", others | (IMMUTABLE if immutable else 0)))
+    """Make the file immutable, or neither that nor append-only."""
+    _set_flag(fd, IMMUTABLE if immutable else 0)
+
+
+def _set_flag(fd: int, flag: int) -> None:
+    others = _flags(fd) & ~(IMMUTABLE | _APPEND_ONLY)
+    fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", others | flag))
 
 
 def _get_int(fd: int, request: int) -> int:

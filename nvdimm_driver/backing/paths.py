@@ -11,11 +11,14 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from nvdimm_driver.errors import BackingError
+
+T = TypeVar("T")
 
 HINTS = {
     errno.ENOENT: "is its file system mounted?",
@@ -27,6 +30,7 @@ HINTS = {
     errno.ELOOP: "a part of the path has become a symbolic link: put back what was there, or define the domain again",
     errno.EAGAIN: "another program has a lease on it (fcntl F_SETLEASE), which the kernel ends within "
     "/proc/sys/fs/lease-break-time seconds: try again then",
+    errno.ETXTBSY: "a process runs from it: end that",
     errno.EIO: "look at the kernel's log; 'nvdimmctl show' and 'pool show' list bad blocks",
 }
 """Hints for errors of the system, by errno."""
@@ -208,24 +212,37 @@ def opened(path: str, flags: int, *, patience: float = 0.0) -> Iterator[int]:
     :raises BackingError: naming the path, for every OSError, also of the block.
     """
     with reporting(path):
-        fd = _open(path, flags, patience)
+        fd = patiently(lambda: open_resolved(path, flags), patience)
         try:
             yield fd
         finally:
             os.close(fd)
 
 
-@contextmanager
-def opened_again(fd: int, flags: int) -> Iterator[int]:
-    """Yield another descriptor of an open file, with other flags; it is closed afterwards.
+def open_again(fd: int, flags: int) -> int:
+    """Return another descriptor of an open file, with other flags.
 
+    :raises BlockingIOError: while another program has a lease on the file that is in the way. The kernel asks for the
+        lease then, and ends it after :func:`.files.lease_break_seconds`.
     :raises OSError: when the file cannot be opened like that.
     """
-    again = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
-    try:
-        yield again
-    finally:
-        os.close(again)
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def patiently(attempt: Callable[[], T], patience: float) -> T:
+    """Return what an attempt returns. While it fails for a lease of another program on a file, repeat it.
+
+    :param patience: seconds after which it is not repeated any more.
+    :raises BlockingIOError: when there still is a lease.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return attempt()
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
 
 
 @contextmanager
@@ -341,17 +358,6 @@ def entry(path: str) -> Iterator[Entry]:
             yield Entry(fd, name)
         finally:
             os.close(fd)
-
-
-def _open(path: str, flags: int, patience: float) -> int:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return open_resolved(path, flags)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)
 
 
 def _system_error(number: int, path: str) -> OSError:

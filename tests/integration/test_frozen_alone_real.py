@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -10,7 +11,9 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +21,9 @@ from nvdimm_driver.backing import fsdax, inode, paths
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.model import MIB, Allocation, BackingIdentity
-from tests.integration.loop_pmem import MKFS, FileSystem
+from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_frozen_real import Writer
-from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable, killed
+from tests.integration.test_ownership_real import SIZE, Host, another_user, empty, is_immutable, killed
 from tests.unit.doubles import UUID
 
 NOBODY = 65534
@@ -87,30 +90,30 @@ def test_its_owner_cannot_open_it_while_its_labels_are_opened(host: Host) -> Non
     assert os.path.getsize(host.path("a.img")) == SIZE
 
 
-def test_freezing_takes_the_file_from_those_who_may_write_it(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+def test_freezing_takes_the_file_from_all_others(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     os.chmod(host.path("a.img"), 0o664)
     with caplog.at_level(logging.WARNING):
         starts(host)
-    assert access(host) == (0, 0o644)
+    assert access(host) == (0, 0o600)
     assert f"{host.path('a.img')} was made root's" in caplog.text
     assert f"its owner was user {NOBODY}, its mode 664" in caplog.text
     host.mapper.alive.clear()
     host.driver.reconcile()
-    assert (access(host), is_immutable(host.path("a.img"))) == ((0, 0o644), False)
+    assert (access(host), is_immutable(host.path("a.img"))) == ((0, 0o600), False)
 
 
 @pytest.mark.parametrize("mode", [0o4755, 0o2775, 0o6777, 0o4700, 0o2664])
 def test_freezing_makes_no_program_that_runs_as_root(host: Host, mode: int) -> None:
     os.chmod(host.path("a.img"), mode)
     starts(host)
-    assert access(host) == (0, mode & 0o755)
+    assert access(host) == (0, 0o600)
 
 
 def test_a_program_of_roots_that_an_earlier_version_made_is_none_after_the_next_start(host: Host) -> None:
     os.chown(host.path("a.img"), 0, NOBODY)
     os.chmod(host.path("a.img"), 0o4755)
     starts(host)
-    assert access(host) == (0, 0o755)
+    assert access(host) == (0, 0o600)
 
 
 @pytest.mark.parametrize("moment", ["fchown", "fchmod"])
@@ -129,7 +132,7 @@ def test_its_owner_makes_no_program_of_roots_in_the_moment(
     with monkeypatch.context() as patch:
         patch.setattr(os, moment, meanwhile(getattr(os, moment)))
         starts(host)
-    assert access(host) == (0, 0o755 if moment == "fchown" else 0o600)
+    assert access(host) == (0, 0o600)
 
 
 def test_freezing_takes_the_file_from_an_access_control_list(host: Host) -> None:
@@ -146,8 +149,186 @@ def test_freezing_takes_the_file_from_an_access_control_list(host: Host) -> None
     os.setxattr(host.path("a.img"), "system.posix_acl_access", acl)
     assert may_be_opened_by_nobody(host)
     starts(host)
-    with open(host.path("a.img"), "rb") as file, inode.thawed(file.fileno()):
+    with open(host.path("a.img"), "rb") as file, inode.append_only(file.fileno()):
         assert not may_be_opened_by_nobody(host)
+
+
+@pytest.mark.parametrize("how", ["unlink", "rename", "truncate", "link"])
+def test_the_owner_of_its_folder_cannot_change_it_while_its_labels_are_opened(
+    host: Host, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He needs no right to the file for the first two; root has all, and cannot either."""
+    item, identity = starts(host)
+    path, tried = host.path("a.img"), []
+    change: dict[str, Callable[[], object]] = {
+        "unlink": lambda: os.unlink(path),
+        "rename": lambda: os.rename(path, f"{path}.old"),
+        "truncate": lambda: os.truncate(path, 0),
+        "link": lambda: os.link(path, f"{path}.link"),
+    }
+
+    def meanwhile(fd: int, flags: int) -> int:
+        assert not is_immutable(path), "the test has hit the moment"
+        with pytest.raises(PermissionError):
+            change[how]()
+        tried.append(fd)
+        return paths.open_again(fd, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inode, "open_again", meanwhile)
+        host.backing.open_labels(item.spec, identity).close()
+    assert tried
+    assert is_immutable(path)
+
+
+def test_the_owner_of_its_folder_finds_no_moment_to_delete_it(host: Host) -> None:
+    item, identity = starts(host)
+    os.chown(host.fs.root, NOBODY, NOBODY)
+    try:
+        child = unlink_when_that_is_allowed(host.path("a.img"))
+        for _ in range(50):
+            host.backing.open_labels(item.spec, identity).close()
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it has deleted the file"
+    finally:
+        os.chown(host.fs.root, 0, 0)
+    assert is_immutable(host.path("a.img"))
+
+
+def unlink_when_that_is_allowed(path: str) -> int:
+    """Begin a process of the folder's owner, who has no privileges, that deletes a file as soon as it can."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(told)
+        assert os.read(ready, 1)
+        os.close(ready)
+        return child
+    try:
+        os.chdir(os.path.dirname(path))
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        os.write(told, b"x")
+        while True:
+            with suppress(PermissionError):
+                os.unlink(os.path.basename(path))
+                os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("frozen_by", ["this version", "an earlier version, which wrote no inode into its mark"])
+def test_what_is_killed_in_the_moment_is_immutable_after_the_next_opening(
+    host: Host, frozen_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, identity = starts(host)
+    with open(host.path("a.img"), "rb") as file:
+        if frozen_by != "this version":
+            inode._set_immutable(file.fileno(), False)
+            os.setxattr(file.fileno(), "trusted.nvdimm_driver.frozen", b"")
+            inode._set_immutable(file.fileno(), True)
+        with monkeypatch.context() as patch:
+            patch.setattr(inode, "open_again", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            killed(lambda: host.backing.open_labels(item.spec, identity))
+        assert not is_immutable(host.path("a.img")), "the test has hit the moment"
+        assert inode.is_frozen(file.fileno())
+        host.backing.open_labels(item.spec, identity).close()
+        assert is_immutable(host.path("a.img"))
+    host.mapper.alive.clear()
+    host.driver.reconcile()
+    os.unlink(host.path("a.img"))
+
+
+def test_the_end_of_a_guest_frees_a_file_whose_opening_was_killed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    item, identity = starts(host)
+    with monkeypatch.context() as patch:
+        patch.setattr(inode, "open_again", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        killed(lambda: host.backing.open_labels(item.spec, identity))
+    host.mapper.alive.clear()
+    host.driver.reconcile()
+    os.truncate(host.path("a.img"), 0)
+    os.unlink(host.path("a.img"))
+
+
+def test_who_might_read_it_cannot_any_more(host: Host) -> None:
+    """A reader could make a reflink of it on XFS, and keep the domain from its next start."""
+    os.chmod(host.path("a.img"), 0o644)
+    folder = os.open(host.fs.root, os.O_PATH)
+    assert as_nobody(lambda: os.open("a.img", os.O_RDONLY, dir_fd=folder))
+    starts(host)
+    assert not as_nobody(lambda: os.open("a.img", os.O_RDONLY, dir_fd=folder))
+    os.close(folder)
+
+
+@contextmanager
+def lease_break_time(seconds: int) -> Iterator[None]:
+    """Have the kernel end a lease after that time."""
+    setting = Path("/proc/sys/fs/lease-break-time")
+    before = setting.read_text()
+    setting.write_text(str(seconds))
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
+def lease_to_read(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+
+
+def test_a_start_ends_a_lease_of_its_former_owner_to_read_it(host: Host) -> None:
+    """That lease does not keep the start from opening the file, but would keep a label server from that."""
+    os.chmod(host.path("a.img"), 0o644)
+    with lease_break_time(1), another_user(lease_to_read, host.path("a.img")):
+        item, identity = starts(host)
+        with open(host.path("a.img"), "rb") as file:
+            assert not inode.has_writer(file.fileno())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fsdax, "_LEASE_SECONDS", 0)
+            host.backing.open_labels(item.spec, identity).close()
+
+
+def test_who_waits_for_a_lease_keeps_no_other_from_freezing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(host.path("b.img")).write_bytes(bytes(SIZE))
+    os.chmod(host.path("a.img"), 0o644)
+    another = host.another().backings[0]
+    waited = []
+
+    def another_freezes(seconds: float) -> None:
+        waited.append(seconds)
+        another.freeze(host.path("b.img"))
+        time.sleep(seconds)
+
+    monkeypatch.setattr(paths, "time", SimpleNamespace(monotonic=time.monotonic, sleep=another_freezes))
+    with lease_break_time(1), another_user(lease_to_read, host.path("a.img")):
+        starts(host)
+    assert waited
+    assert is_immutable(host.path("b.img"))
+
+
+def test_a_lease_leaves_the_file_immutable_while_a_label_server_waits(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program of root's can take one also later."""
+    item, identity = starts(host)
+    seen = []
+
+    def waits(seconds: float) -> None:
+        seen.append(is_immutable(host.path("a.img")))
+        time.sleep(seconds)
+
+    monkeypatch.setattr(paths, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits))
+    monkeypatch.setattr(fsdax, "_LEASE_SECONDS", 0.3)
+    with open(host.path("a.img"), "rb") as file:
+        assert inode._take_lease(file.fileno())
+        with pytest.raises(BackingError, match="Resource temporarily unavailable") as caught:
+            host.backing.open_labels(item.spec, identity)
+        assert "another program has a lease on it" in caught.value.hint
+        assert seen
+        assert all(seen)
+        assert is_immutable(host.path("a.img"))
+    host.backing.open_labels(item.spec, identity).close()
 
 
 def may_be_opened_by_nobody(host: Host) -> bool:
@@ -172,12 +353,11 @@ def as_nobody(act: Callable[[], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_file_of_roots_stays_as_it_is(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_roots_alone_stays_as_it_is(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     os.chown(host.path("a.img"), 0, NOBODY)
-    os.chmod(host.path("a.img"), 0o640)
     with caplog.at_level(logging.WARNING):
         starts(host)
-    assert access(host) == (0, 0o640)
+    assert access(host) == (0, 0o600)
     assert os.stat(host.path("a.img")).st_gid == NOBODY
     assert "was made root's" not in caplog.text
 
@@ -213,10 +393,7 @@ def test_what_an_earlier_version_has_left_mutable_is_roots_when_it_is_frozen_aga
     with monkeypatch.context() as patch:
         patch.setattr(inode, "_make_roots_alone", lambda fd: None)
         item, identity = starts(host)
-        patch.setattr(fsdax, "check_roots_alone", lambda fd, path: None)
-        patch.setattr(fsdax, "opened_again", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        killed(lambda: host.backing.open_labels(item.spec, identity))
-    assert not is_immutable(host.path("a.img")), "the test has hit the moment"
+    run("chattr", "-i", host.path("a.img"))
     host.backing.open_labels(item.spec, identity).close()
     assert (access(host)[0], is_immutable(host.path("a.img"))) == (0, True)
 
@@ -225,12 +402,12 @@ def test_a_program_of_roots_that_opens_it_in_the_moment_is_seen(host: Host, monk
     item, identity = starts(host)
     others = []
 
-    def meanwhile(fd: int, flags: int) -> object:
-        others.append(Writer(host.path("a.img"), "descriptor"))
-        return paths.opened_again(fd, flags)
+    def meanwhile(fd: int, flags: int) -> int:
+        others.append(Writer(host.path("a.img"), "descriptor", os.O_APPEND))
+        return paths.open_again(fd, flags)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fsdax, "opened_again", meanwhile)
+        patch.setattr(inode, "open_again", meanwhile)
         with pytest.raises(InUseError) as caught:
             host.backing.open_labels(item.spec, identity)
     assert f"process {others[0].pid} " in caught.value.message
@@ -261,7 +438,7 @@ def test_an_error_in_the_moment_leaves_the_file_immutable(host: Host, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "setxattr", fails)
+        patch.setattr(inode, "open_again", fails)
         with pytest.raises(BackingError, match="No space left on device"):
             host.backing.open_labels(item.spec, identity)
     assert is_immutable(host.path("a.img"))

@@ -39,12 +39,12 @@ def xfs(tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
 class Writer:
     """A program that may write a file, by what it has opened or mapped."""
 
-    def __init__(self, path: str, way: str) -> None:
+    def __init__(self, path: str, way: str, flags: int = 0) -> None:
         ready, told = os.pipe()
         self.pid = os.fork()
         if not self.pid:
             try:
-                fd = os.open(path, os.O_RDWR)
+                fd = os.open(path, os.O_RDWR | flags)
                 if way == "mapping":
                     mapping = mmap.mmap(fd, SIZE)
                     os.close(fd)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nvdimm_driver.backing import fsdax, inode
+from nvdimm_driver.backing import inode
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.cmd.ctl import render
@@ -192,7 +192,7 @@ def fs(request: pytest.FixtureRequest, file_systems: dict[str, FileSystem]) -> I
 def empty(file_system: FileSystem) -> None:
     """Delete everything, whatever a test has left frozen."""
     for each in [each for each in file_system.root.rglob("*") if each.is_file() and not each.is_symlink()]:
-        run("chattr", "-i", each)
+        run("chattr", "-ia", each)
     run("find", file_system.root, "-mindepth", "1", "-delete")
 
 
@@ -476,7 +476,7 @@ def test_a_label_server_that_is_killed_while_it_opens_a_file_leaves_no_mutable_o
     (item,) = record.allocations
     assert item.identity
     with monkeypatch.context() as patch:
-        patch.setattr(fsdax, "opened_again", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(inode, "open_again", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         killed(lambda: host.backing.open_labels(item.spec, item.identity))  # type: ignore[arg-type]
     assert not is_immutable(host.path("a.img")), "the test has hit the moment"
     host.backing.open_labels(item.spec, item.identity).close()

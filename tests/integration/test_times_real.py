@@ -155,7 +155,7 @@ def test_a_saved_guest_goes_on_though_its_end_was_killed(
 def test_what_its_label_server_has_written_does_not_count(host: Host) -> None:
     """Its stores change the time of an immutable file on DAX, and of no other, so that the test cannot have them."""
     has_ended(host)
-    with open(host.path("a.img"), "rb") as file, inode.thawed(file.fileno()):
+    with open(host.path("a.img"), "rb") as file, inode.append_only(file.fileno()):
         os.utime(file.fileno())
     host.another().reconcile()
     assert goes_on(host)
