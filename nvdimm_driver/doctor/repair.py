@@ -234,12 +234,17 @@ class _Look:
             yield self._in_place_of(record, item, own, backing)
             return
         state = condition.look(backing, item)
-        if unfit := self.unfit.remedy(record, item, backing, state, () if state.own else self._moved(item)):
+        found = state.identity
+        problem = "it is not the backing that was provisioned"
+        if found is not None:
+            problem += f": {describe_differences(found, item.identity)}"
+        if not state.own and (moved := self._moved(item)):
+            yield inconsistency(state.problem or problem, self._displaced(record, item, moved))
+            return
+        if unfit := self.unfit.remedy(record, item, backing, state):
             yield inconsistency(*unfit)
             return
-        found = state.identity
         if found is not None and found != item.identity:
-            problem = f"it is not the backing that was provisioned: {describe_differences(found, item.identity)}"
             if found.inode == 0:
                 yield inconsistency(
                     problem, _find_device(record, item, backing.find(item.identity) if item.identity else "")
@@ -252,7 +257,8 @@ class _Look:
                     f"had, and define the domain again with what is there: {give_up}",
                 )
             elif record.start is not None:
-                yield inconsistency(problem, self._put_back(record, item))
+                remedy = f"its guest runs; to take what is there, shut domain {record.name} down first"
+                yield inconsistency(problem, remedy)
             else:
                 adopt = self.changes.of(record, self.changes.adopt_another, backing, item, found)
                 yield inconsistency(problem, _TAKE, adopt)
@@ -266,11 +272,23 @@ class _Look:
                 problem, "write its mark", self.changes.of(record, self.changes.write_mark, backing, item)
             )
 
-    def _put_back(self, record: Record, item: Allocation) -> str:
-        """Return the remedy for another file in the place of what a guest has: the guest goes on with its own."""
-        moved = " and ".join(self._moved(item))
-        where = f", and has {moved}: move that back, or rename its folder back" if moved else ""
-        return f"its guest runs{where}; to take what is there, shut domain {record.name} down first"
+    def _displaced(self, record: Record, item: Allocation, moved: list[str]) -> str:
+        """Return the remedy for another file in the place of what an NVDIMM was provisioned with, which is elsewhere.
+
+        No repair takes the other file: who has the folder of a file can rename it, and put one of his own there.
+        """
+        where = " and ".join(moved)
+        if not same_file_system(moved[0], item.spec.path):
+            return (
+                f"what was provisioned is {where}: its file system is mounted in another place; mount it where it was, "
+                "or define the domain with that path: the NVDIMM stays the same"
+            )
+        if record.start is not None:
+            return f"its guest runs, and has {where}: move that back, or rename its folder back"
+        return (
+            f"what was provisioned is {where}: move aside what is here, and repeat this; or, if the guest is to go on "
+            f"with what is here, move {where} out of the pools first"
+        )
 
     def _twice(self, record: Record, item: Allocation, twin: Allocation) -> Inconsistency:
         """Return one of two NVDIMMs of a domain that have the same bytes in the ledger; an earlier repair did that."""

@@ -30,12 +30,10 @@ class UnfitFiles:
         self.changes = changes
         self.zeros = zeros
 
-    def remedy(
-        self, record: Record, item: Allocation, backing: Backing, found: Found, moved: Collection[str] = ()
-    ) -> Remedy | None:
+    def remedy(self, record: Record, item: Allocation, backing: Backing, found: Found) -> Remedy | None:
         """Return what to do with what is at an NVDIMM's path; None if it is whole.
 
-        :param moved: where the file is that was provisioned for it, if that is somewhere else.
+        What was provisioned for the NVDIMM is not known to be somewhere else.
         """
         if found.condition in (Condition.ABSENT, Condition.WHOLE):
             return None
@@ -43,7 +41,7 @@ class UnfitFiles:
         if item.ready and not found.own and not on_same_volume(found.identity, item.identity):
             return problem, MOUNT, None
         if found.condition is Condition.SHORT:
-            return self._short(record, item, backing, found, moved)
+            return self._short(record, item, backing, found)
         if record.start is not None:
             return problem, self._of_running(record, found), None
         if found.condition is Condition.SHARED and found.own:
@@ -69,14 +67,9 @@ class UnfitFiles:
             return problem, "give up its contents: the next define makes a new file, of zeros", give_up
         return problem, f"restore a backup, if there is one, and repeat this; {go_on(path)}", None
 
-    def _short(
-        self, record: Record, item: Allocation, backing: Backing, found: Found, moved: Collection[str]
-    ) -> Remedy:
+    def _short(self, record: Record, item: Allocation, backing: Backing, found: Found) -> Remedy:
         """Return a file that is too short: a backup may have the bytes, so zeros are only for who asks."""
         path, problem = item.spec.path, found.problem
-        if moved:
-            where = " and ".join(moved)
-            return problem, f"what was provisioned is {where}: move aside what is here, and repeat this", None
         if path in self.zeros:
             complete = self.changes.of(record, self.changes.complete, backing, item, found.identity)
             return problem, "replace them with zeros", complete

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
+from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable
 from tests.unit.doubles import UUID
@@ -45,6 +47,9 @@ def test_a_start_that_came_since_the_look_is_seen(host: Host) -> None:
     """A guest that has ended lets the repair take the other file; one that has begun since does not."""
     host.mapper.alive.clear()
     host.driver.release(UUID)
+    main = next(iter(host.pools))
+    host.pools = Pools([replace(main, paths=(host.path("g"),))])  # it does not see where the guest's own file is now
+    host.driver = host.another()
     (found,) = [each for each in look(host.driver) if each.path == host.path("g/a.img")]
     assert found.mend
     os.rename(host.path("g"), host.path("of-the-backup"))

@@ -14,8 +14,9 @@ from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import MIB, NvdimmSpec
+from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import SIZE, Host, empty, quiet
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
 from tests.unit.doubles import OTHER_UUID
 
 
@@ -226,3 +227,59 @@ def test_a_file_that_never_had_more_bytes_is_made_larger_for_a_define(host: Host
     host.driver.define(larger)
     assert host.read("a.img") == before + bytes(SIZE)
     assert look(host.driver) == []
+
+
+@pytest.fixture
+def renamed(host: Host) -> Host:
+    """A host with a domain whose own file has another name in the only pool, and another file has its name."""
+    os.mkdir(host.path("g"))
+    main = next(iter(host.pools))
+    host.pools = Pools([replace(main, paths=(host.path("g"),))])
+    host.driver = host.another()
+    host.define("g/b.img", OTHER_UUID)
+    os.rename(host.path("g/b.img"), host.path("g/own.img"))
+    return host
+
+
+OTHER_FILES = {
+    "written": lambda path: Path(path).write_bytes(b"x" * SIZE),
+    "too short": lambda path: Path(path).write_bytes(b"x" * (SIZE // 2)),
+    "sparse": lambda path: run("truncate", "-s", str(SIZE), path),
+    "unwritten": lambda path: run("fallocate", "-l", str(SIZE), path),
+    "a copy": lambda path: run("cp", "-a", path.replace("b.img", "own.img"), path),
+}
+
+
+@pytest.mark.parametrize("other", list(OTHER_FILES))
+def test_no_repair_takes_another_file_while_the_domains_own_is_in_a_pool(renamed: Host, other: str) -> None:
+    """The folder's owner has renamed it, and put one of his own there."""
+    host, had = renamed, renamed.record(OTHER_UUID)
+    OTHER_FILES[other](host.path("g/b.img"))
+    with pytest.raises(BackingError) as caught:
+        host.driver.prepare(host.domain("g/b.img", OTHER_UUID))
+    assert caught.value.hint == "'nvdimmctl check' says where it is, and how to go on"
+    repair(host, zeros=[host.path("g/b.img")])
+    assert host.record(OTHER_UUID).allocations == had.allocations
+    (found,) = [each for each in look(host.driver) if each.path == host.path("g/b.img")]
+    assert found.mend is None
+    assert found.remedy == (
+        f"what was provisioned is {host.path('g/own.img')}: move aside what is here, and repeat this; or, if the guest "
+        f"is to go on with what is here, move {host.path('g/own.img')} out of the pools first"
+    )
+    os.rename(host.path("g/b.img"), host.path("aside.img"))
+    repair(host)
+    assert look(host.driver) == []
+    assert host.record(OTHER_UUID).allocations == had.allocations
+    assert host.read("g/b.img") == DATA
+    host.driver.prepare(host.domain("g/b.img", OTHER_UUID))
+
+
+def test_a_repair_takes_another_file_when_the_domains_own_is_in_no_pool_any_more(renamed: Host) -> None:
+    host, had = renamed, renamed.record(OTHER_UUID)
+    OTHER_FILES["written"](host.path("g/b.img"))
+    os.rename(host.path("g/own.img"), host.path("own.img"))
+    repair(host)
+    assert look(host.driver) == []
+    assert host.record(OTHER_UUID).allocations[0].spec == had.allocations[0].spec
+    assert host.record(OTHER_UUID).allocations[0].identity != had.allocations[0].identity
+    host.driver.prepare(host.domain("g/b.img", OTHER_UUID))
