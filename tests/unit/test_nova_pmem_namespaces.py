@@ -161,6 +161,15 @@ def test_names_are_in_pools_and_pools_before_names(host: Host) -> None:
     assert [each.name for each in found] == ["main/a", "other/a", "b", "pmem2"], "as they are configured"
 
 
+def test_a_file_that_a_user_makes_in_another_pool_does_not_matter_to_a_name_with_its_pool(host: Host) -> None:
+    host.add("main/ns0")
+    before = host.find("6GB:main/ns0")
+    host.add("other/ns0")
+    assert host.find("6GB:main/ns0") == before
+    with pytest.raises(ConfigError, match="ns0 is ambiguous"):
+        host.find("6GB:ns0")
+
+
 def test_what_is_too_large_by_a_part_of_the_alignsize_is_not_all_used(host: Host) -> None:
     host.add("main/a", 6 * GIB + 4096)
     host.add("other/b", 6 * GIB + 4 * MIB)
