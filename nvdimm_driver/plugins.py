@@ -352,15 +352,21 @@ class Backing(Plugin):
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
         touch: Touch | None = None,
+        *,
+        unmark: bool = False,
     ) -> None:
         """Undo :meth:`freeze` as :meth:`thaw` does, unless the backing is needed.
 
         :param needed: returns True when a start needs what is at the path, which has that identity, if any.
         :param touch: gives a frozen backing its :meth:`time_to_touch`, unless a program has written it meanwhile, or
             may be about to: a process that was killed here may have left it thawed.
+        :param unmark: removes the owner's record from a frozen backing (:meth:`mark`), before it does not count as
+            frozen any more: what is killed in between is repeated.
         """
         if not needed(None):
             self.thaw(path, identity)
+            if unmark:
+                self.mark(path, None, identity)
 
     def lacking(self, spec: NvdimmSpec) -> int:
         """Return how many bytes the backing is short."""

@@ -367,6 +367,8 @@ class FsdaxBacking(Backing):
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
         touch: Touch | None = None,
+        *,
+        unmark: bool = False,
     ) -> None:
         """Undo :meth:`freeze`, unless the file is needed. Ask for that with the lock, which :meth:`freeze` takes.
 
@@ -374,9 +376,12 @@ class FsdaxBacking(Backing):
         """
         if is_gone(path):
             return
-        with opened(path, os.O_RDONLY) as fd, self.locks.freezing(fd, path):
-            if self._is(fd, path, identity) and not needed(self._find_identity(fd, path)):
-                inode.thaw(fd, touch)
+        with opened(path, os.O_RDONLY) as fd:
+            with self.locks.freezing(fd, path):
+                if self._is(fd, path, identity) and not needed(self._find_identity(fd, path)):
+                    inode.thaw(fd, touch, unmark=unmark)
+            if unmark:
+                os.fsync(fd)  # without the lock: it may take long
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
         if owner is None and is_gone(path):

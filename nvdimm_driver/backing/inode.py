@@ -112,11 +112,13 @@ def _make_roots_alone(fd: int) -> None:
     )
 
 
-def thaw(fd: int, touch: Touch | None = None) -> None:
+def thaw(fd: int, touch: Touch | None = None, *, unmark: bool = False) -> None:
     """Undo :func:`freeze`; leave a file without its mark as it is.
 
     :param fd: opened to read only.
     :param touch: sets the modification time. Nobody can have written the file before: who opens it meanwhile, waits.
+    :param unmark: removes the owner's record, too, while the file counts as frozen still: what is killed in between is
+        repeated. The caller has to sync the file.
     """
     if not is_frozen(fd):
         return
@@ -125,6 +127,8 @@ def thaw(fd: int, touch: Touch | None = None) -> None:
         _set_immutable(fd, False)
         if touch is not None:
             _touch(fd, touch, leased)
+        if unmark and owner(fd) is not None:
+            os.removexattr(fd, _OWNER)
         os.removexattr(fd, _FROZEN)
     finally:
         if leased:

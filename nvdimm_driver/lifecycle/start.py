@@ -132,11 +132,14 @@ class Starts:
                         "left-immutable", start.uuid, record.name if record else "", start.domid, {"path": path}
                     )
                     logs.tell(left)
-                self.thaw(path, had.get(path), over=start, touch=times.get(path))
+                unmark = ownership.is_given_up(self.ledger, self.backings, start.uuid, path)
+                self.thaw(path, had.get(path), over=start, touch=times.get(path), unmark=unmark)
         finally:
             if self._is_latest(start):
                 self.holders.kill(start.uuid, holders)
-        ownership.settle_marks(self.ledger, self.backings, start, frozen)
+        record = self.ledger.find_domain(start.uuid)
+        if record is not None:
+            ownership.mark(self.ledger, self.backings, record)  # what could not be recorded while they were frozen
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
 
@@ -215,19 +218,22 @@ class Starts:
         identity: BackingIdentity | None = None,
         over: Start | None = None,
         touch: Touch | None = None,
+        unmark: bool = False,
     ) -> None:
         """Undo the freezing of a backing, unless a start in the ledger has it.
 
         :param identity: of the backing, if it is known: something else at the path stays as it is.
         :param over: a start that does not count.
         :param touch: sets the time of a backing that its guest may have written.
+        :param unmark: removes the owner's record, too, from one that is frozen until now.
         :raises BackingError: when that fails, or nobody can say what is at the path.
         """
         LOG.debug("thaw %s", path)
         exists(path)  # on a medium with errors, no backing handles it
         for backing in self.backings:
             if backing.handles(path):
-                backing.thaw_unless(path, partial(self._is_needed, path, over), identity, *filter(None, [touch]))
+                thaw = partial(backing.thaw_unless, unmark=True) if unmark else backing.thaw_unless
+                thaw(path, partial(self._is_needed, path, over), identity, *filter(None, [touch]))
 
     def thaw_unknown(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it."""

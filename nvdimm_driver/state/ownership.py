@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError
-from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Start, Surveyed
+from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.sizes import human
@@ -431,19 +431,16 @@ def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:
     return {path for path in paths if any(file.frozen for file in _files(backings, path))}
 
 
-def settle_marks(ledger: Ledger, backings: Sequence[Backing], start: Start, thawed: Collection[str]) -> None:
-    """Record on the backings of a start that is over what could not be recorded while they were frozen.
+def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> bool:
+    """Return True when a file has the mark of a domain, and neither that domain, as the ledger has it, nor another one.
 
-    :param thawed: those that were frozen until now. The domain may have given up others and got them back since, which
-        a ledger from a backup does not know: they keep their marks.
+    A domain that the ledger does not know has given up nothing: the ledger may have been lost.
     """
-    record = ledger.find_domain(start.uuid)
-    if record is None:
-        return
-    mark(ledger, backings, record)
-    paths = {item.spec.path for item in record.allocations}
-    given_up = [path for path in thawed if path not in paths and _is_marked(backings, path, start.uuid)]
-    _unmark(ledger, backings, [Allocation(start.uuid, NvdimmSpec(0, path, PAGE)) for path in given_up])
+    record = ledger.find_domain(uuid)
+    if record is None or any(item.spec.path == path for item in record.allocations):
+        return False
+    item = Allocation(uuid, NvdimmSpec(0, path, PAGE))
+    return _is_marked(backings, path, uuid) and _is_nobodys(ledger, backings, item)
 
 
 def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int | None = None) -> bool:
@@ -487,13 +484,20 @@ def _unmark(ledger: Ledger, backings: Sequence[Backing], items: Sequence[Allocat
     :param uuid: of a domain that does not count.
     """
     for item in items:
-        path, identity = item.spec.path, identity_at(backings, item.spec.path)
-        records = [each for each in ledger.claimants(path, identity) if each.uuid != uuid]
-        replaced = item.identity is not None and identity is not None and not has_bytes([item], identity)
-        owned = any(has_bytes(each.allocations, identity) if identity else _has(each, path, None) for each in records)
-        anothers = any(each and each.uuid != item.uuid for each in map(_readable_mark, _files(backings, path)))
-        if replaced or owned or anothers:
-            continue
-        for backing in backings:
-            if backing.handles(path):
-                backing.mark(path, None, item.identity)
+        if _is_nobodys(ledger, backings, item, uuid):
+            for backing in backings:
+                if backing.handles(item.spec.path):
+                    backing.mark(item.spec.path, None, item.identity)
+
+
+def _is_nobodys(ledger: Ledger, backings: Sequence[Backing], item: Allocation, uuid: str = "") -> bool:
+    """Return True when no domain, but for that uuid's, has what is at an NVDIMM's path, by the ledger or by its mark.
+
+    False for what is not the NVDIMM's own.
+    """
+    path, identity = item.spec.path, identity_at(backings, item.spec.path)
+    records = [each for each in ledger.claimants(path, identity) if each.uuid != uuid]
+    replaced = item.identity is not None and identity is not None and not has_bytes([item], identity)
+    owned = any(has_bytes(each.allocations, identity) if identity else _has(each, path, None) for each in records)
+    anothers = any(each and each.uuid != item.uuid for each in map(_readable_mark, _files(backings, path)))
+    return not (replaced or owned or anothers)

@@ -16,7 +16,7 @@ from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.model import MIB, Allocation
-from nvdimm_driver.state import owner_marks
+from nvdimm_driver.state import owner_marks, ownership
 from tests.integration.loop_pmem import MKFS, FileSystem
 from tests.integration.test_ownership_real import Host, empty, is_immutable, killed
 from tests.unit.doubles import OTHER_UUID, UUID
@@ -85,9 +85,9 @@ def test_a_file_that_its_domain_calls_by_another_name_now_keeps_its_mark(host: H
 
 
 @pytest.mark.parametrize("how", ["redefined", "redefined without"])
-@pytest.mark.parametrize("point", ["setxattr", "removexattr", "end_start"])
+@pytest.mark.parametrize("point", ["setxattr", "removexattr", "second removexattr", "mark", "end_start"])
 def test_an_end_that_is_killed_is_completed(host: Host, how: str, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The marks are written between the thaw and the end of the start in the ledger."""
+    """A mark is removed in the thaw, and written between the thaw and the end of the start in the ledger."""
     host.run(host.domain("a.img"))
     REDEFINITIONS[how](host)
     host.mapper.alive.clear()
@@ -96,10 +96,23 @@ def test_an_end_that_is_killed_is_completed(host: Host, how: str, point: str, mo
     def dies(*arguments: object, **more: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    removed: list[str] = []
+    removexattr = os.removexattr
+
+    def dies_the_second_time(fd: int, name: str) -> None:
+        if removed:
+            dies()
+        removed.append(name)
+        removexattr(fd, name)
+
     if point == "end_start":
         monkeypatch.setattr(driver.ledger, "end_start", dies)
-    elif (how == "redefined") == (point == "setxattr") or point == "removexattr":
+    elif point == "mark":
+        monkeypatch.setattr(ownership, "mark", dies)
+    elif point == "removexattr" or (how, point) == ("redefined", "setxattr"):
         monkeypatch.setattr(os, point, dies)
+    elif (how, point) == ("redefined without", "second removexattr"):
+        monkeypatch.setattr(os, "removexattr", dies_the_second_time)
     else:
         return  # nothing is written there
     killed(driver.reconcile)
@@ -109,6 +122,8 @@ def test_an_end_that_is_killed_is_completed(host: Host, how: str, point: str, mo
     mark = mark_of(host)
     assert (mark.ram >> 20 if mark else None) == (600 if how == "redefined" else None)
     assert look(host.driver) == []
+    if how == "redefined without":
+        host.driver.define(host.domain("a.img", OTHER_UUID))
 
 
 def test_check_makes_a_file_immutable_again_on_which_a_label_server_was_killed(

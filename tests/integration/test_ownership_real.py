@@ -614,12 +614,14 @@ def test_a_start_that_begins_while_another_process_puts_the_last_one_away_is_kep
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
         touch: Touch | None = None,
+        *,
+        unmark: bool = False,
     ) -> None:
         hook.release(UUID)
         hook.prepare(host.domain("a.img"))
         host.mapper.alive[8] = UUID
         map_prepared(hook.ledger, 8)
-        thaw(path, needed, identity, touch)
+        thaw(path, needed, identity, touch, unmark=unmark)
 
     backing.thaw_unless = late  # type: ignore[method-assign]
     host.driver.reconcile()

@@ -276,11 +276,11 @@ def test_an_nvdimm_that_another_domain_has_now(bench: Bench) -> None:
         bench.driver().check_restore(UUID)
 
 
-def test_an_end_that_is_cut_off_after_the_files_are_mutable(bench: Bench) -> None:
+def test_an_end_that_is_cut_off_after_the_files_are_mutable(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.driver().define(domain(A))
     bench.start()
     driver = bench.driver()
-    driver.starts.thaw = lambda path, identity=None, over=None, touch=None: sys.exit()  # type: ignore[method-assign]
+    monkeypatch.setattr(driver.starts, "thaw", lambda *_, **more: sys.exit())
     image = dict(bench.mapper.memory.pop(bench.domid))
     bench.mapper.alive.clear()
     with pytest.raises(SystemExit):

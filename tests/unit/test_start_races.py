@@ -42,12 +42,14 @@ class LockingBacking(MemoryBacking):
         needed: Callable[[BackingIdentity | None], bool],
         identity: BackingIdentity | None = None,
         touch: Touch | None = None,
+        *,
+        unmark: bool = False,
     ) -> None:
         if self.thawing:
             raise InUseError(f"{path}: another process has been thawing a file of this file system")
         self.thawing = True
         try:
-            super().thaw_unless(path, needed, identity, touch)
+            super().thaw_unless(path, needed, identity, touch, unmark=unmark)
         finally:
             self.thawing = False
 
@@ -97,9 +99,11 @@ class Host:
                 needed: Callable[[BackingIdentity | None], bool],
                 identity: BackingIdentity | None = None,
                 touch: Touch | None = None,
+                *,
+                unmark: bool = False,
             ) -> None:
                 interruption.step()
-                super().thaw_unless(path, needed, identity, touch)
+                super().thaw_unless(path, needed, identity, touch, unmark=unmark)
                 interruption.step()
 
         interrupted = InterruptedBacking()
