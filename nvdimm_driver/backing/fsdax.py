@@ -35,6 +35,7 @@ from nvdimm_driver.backing.paths import (
     Entry,
     entry,
     is_gone,
+    open_again,
     opened,
     others_can_turn,
     patiently,
@@ -557,8 +558,12 @@ class FsdaxBacking(Backing):
 
     def _complete(self, fd: int, path: str, size: int, progress: Progress) -> None:
         # no start meanwhile: XFS writes to a file that was made immutable, too
-        with self.locks.writing(fd, path), opened_again(fd, os.O_RDWR | os.O_NONBLOCK) as writable:
-            self._write_zeros(writable, size, look(fd, path, size).unwritten, progress)
+        with self.locks.writing(fd, path):
+            writable = open_again(fd, os.O_RDWR)
+            try:
+                self._write_zeros(writable, size, look(fd, path, size).unwritten, progress)
+            finally:
+                os.close(writable)
 
     def _write_zeros(self, fd: int, size: int, runs: Sequence[tuple[int, int]], progress: Progress) -> None:
         zeros = memoryview(bytes(_CHUNK))

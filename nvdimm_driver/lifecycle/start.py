@@ -125,9 +125,9 @@ class Starts:
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
             times = self._note_times(start, frozen)
             for path in start.paths:
-                if self._is_away(path, had.get(path)) or ownership.is_frozen_for_another(
-                    self.backings, start.uuid, path
-                ):
+                # of a start that was refused, nobody knows whether it has come to freezing that
+                is_away = start.state != "preparing" and self._is_away(path, had.get(path))
+                if is_away or ownership.is_frozen_for_another(self.backings, start.uuid, path):
                     left = Event(
                         "left-immutable", start.uuid, record.name if record else "", start.domid, {"path": path}
                     )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,7 +241,7 @@ def renamed(host: Host) -> Host:
     return host
 
 
-OTHER_FILES = {
+OTHER_FILES: dict[str, Callable[[str], object]] = {
     "written": lambda path: Path(path).write_bytes(b"x" * SIZE),
     "too short": lambda path: Path(path).write_bytes(b"x" * (SIZE // 2)),
     "sparse": lambda path: run("truncate", "-s", str(SIZE), path),
@@ -251,13 +251,16 @@ OTHER_FILES = {
 
 
 @pytest.mark.parametrize("other", list(OTHER_FILES))
-def test_no_repair_takes_another_file_while_the_domains_own_is_in_a_pool(renamed: Host, other: str) -> None:
+def test_no_repair_takes_another_file_while_the_domains_own_is_in_a_pool(
+    renamed: Host, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The folder's owner has renamed it, and put one of his own there."""
     host, had = renamed, renamed.record(OTHER_UUID)
     OTHER_FILES[other](host.path("g/b.img"))
     with pytest.raises(BackingError) as caught:
         host.driver.prepare(host.domain("g/b.img", OTHER_UUID))
     assert caught.value.hint == "'nvdimmctl check' says where it is, and how to go on"
+    assert "left-immutable" not in caplog.text, "it was never made so"
     repair(host, zeros=[host.path("g/b.img")])
     assert host.record(OTHER_UUID).allocations == had.allocations
     (found,) = [each for each in look(host.driver) if each.path == host.path("g/b.img")]
