@@ -231,7 +231,7 @@ def in_slot(record: Record, slot: int | None) -> Record:
 
 def _missing(record: Record, path: str, problem: str) -> BackingError:
     item = ownership.find_item(record, path, None)
-    release = release_of(record.name, record.uuid, item.spec.slot if item else 0, "--lost ")
+    release = release_of(record.uuid, item.spec.slot if item else 0, "--lost ")
     return BackingError(
         f"{path}: {problem}: nothing was overwritten, and the claim to it stays",
         hint=f"if it was moved, 'nvdimmctl check' finds it; if it is lost for good, give it up: {release}",

@@ -79,7 +79,7 @@ def _find_device(record: Record, item: Allocation, now: str) -> str:
     return (
         "enable its device; if that has another name now ('nvdimmctl host'), define the domain with that; or correct "
         "the options of its backing; or, if it is lost for good, give it up: "
-        + release_of(record.name, record.uuid, item.spec.slot, "--lost ")
+        + release_of(record.uuid, item.spec.slot, "--lost ")
     )
 
 
@@ -250,7 +250,7 @@ class _Look:
                     problem, _find_device(record, item, backing.find(item.identity) if item.identity else "")
                 )
             elif not on_same_volume(found, item.identity):
-                give_up = release_of(record.name, record.uuid, item.spec.slot, "--lost ")
+                give_up = release_of(record.uuid, item.spec.slot, "--lost ")
                 yield inconsistency(
                     problem,
                     "mount the file system that had it there; or, if that is lost for good, give up what the guest "
@@ -330,7 +330,7 @@ class _Look:
         if record.start is None and not self.driver.locks.is_changing(record.uuid):
             backing = self._of_file(path)
         if backing is None:
-            release = release_of(record.name, record.uuid, item.spec.slot)
+            release = release_of(record.uuid, item.spec.slot)
             return inconsistency(
                 "unless a define is running: restore a backup first, if any, and repeat this; a define makes a new "
                 f"backing, of zeros, where nothing is; or give it up: {release}"
@@ -415,7 +415,7 @@ class _Look:
                 remedy = f"mount the file system that had {path} here again, and the one that is here where it was"
             return Inconsistency(record.name, record.uuid, path, problem, remedy)
         if file is None:
-            command = release_of(record.name, record.uuid, item.spec.slot)
+            command = release_of(record.uuid, item.spec.slot)
             return Inconsistency(record.name, record.uuid, path, problem, f"{command}: the file keeps its mark")
         remedy = f"give up the claim of {record.name}, and write that of {mark.name} into the ledger"
         return Inconsistency(

@@ -124,7 +124,7 @@ def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistenc
         for record in ownership.owners(driver.ledger, path, identity):
             if record.uuid != uuid:
                 item = ownership.find_item(record, path, identity)
-                release = release_of(record.name, record.uuid, item.spec.slot) if item else "end what has it"
+                release = release_of(record.uuid, item.spec.slot) if item else "end what has it"
                 yield Inconsistency(
                     name,
                     uuid,

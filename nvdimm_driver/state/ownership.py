@@ -261,7 +261,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     else:
         hint = (
             f"if a pool has the file, write it into the ledger: {repair_of(path)}; if that domain is gone for good, "
-            f"then free the file: {release_of(mark.name, mark.uuid, mark.spec.slot)}; in a pool with wipe_on_release, "
+            f"then free the file: {release_of(mark.uuid, mark.spec.slot)}; in a pool with wipe_on_release, "
             "that overwrites it: copy it elsewhere first, if its bytes are needed"
         )
     raise InUseError(
@@ -358,7 +358,7 @@ def _way_to_free(path: str, record: Record, identity: BackingIdentity | None) ->
     """Return the hint how a domain gives up what it has at a path, and nothing else of it."""
     item = find_item(record, path, identity)
     if item is not None:
-        release = release_of(record.name, record.uuid, item.spec.slot)
+        release = release_of(record.uuid, item.spec.slot)
         return (
             f"if that domain is gone for good, free the path: {release}; that keeps the data, unless the pool has "
             "wipe_on_release"

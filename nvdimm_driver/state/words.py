@@ -62,9 +62,12 @@ def word_for(name: str, uuid: str) -> str:
     return uuid if ambiguous else quote(name)
 
 
-def release_of(name: str, uuid: str, slot: int, options: str = "") -> str:
-    """Return the command that gives up the NVDIMM in one slot of a domain, and no other NVDIMM of it."""
-    return f"nvdimmctl release {options}--slot {slot} {word_for(name, uuid)}"
+def release_of(uuid: str, slot: int, options: str = "") -> str:
+    """Return the command that gives up the NVDIMM in one slot of a domain, and no other NVDIMM of it.
+
+    It names the domain by its uuid: another domain can have its name by now.
+    """
+    return f"nvdimmctl release {options}--slot {slot} {uuid}"
 
 
 def _names(record: Record) -> set[str]:

@@ -132,7 +132,7 @@ def test_a_lost_module_is_given_up_though_another_has_its_name(host: Host, devic
     with sysfs_without(host, "namespace1.0"):
         other.rename(own)
         (found,) = [row for row in rows(host, "check", "--repair") if row["Domain"] == "db3"]
-        assert found["Remedy"].endswith("nvdimmctl release --lost --slot 0 db3")
+        assert found["Remedy"].endswith(f"nvdimmctl release --lost --slot 0 {host.record('db3').uuid}")
         assert host.nvdimmctl("release", "--yes", "--slot", "0", "db3").returncode != 0
         released = host.nvdimmctl("release", "--yes", "--lost", "--slot", "0", "db3")
         assert released.returncode == 0, released.stderr

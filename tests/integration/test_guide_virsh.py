@@ -213,7 +213,7 @@ def test_the_hints_about_a_file_that_is_lost_give_up_no_other(host: Host) -> Non
     (named,) = re.findall(r"free the path: nvdimmctl (release [^;]+);", told)
     done = host.nvdimmctl(*named.split(), "--yes")
     if done.returncode:  # in a pool with wipe_on_release
-        assert "give it up: nvdimmctl release --lost --slot 0 first" in done.stderr
+        assert f"give it up: nvdimmctl release --lost --slot 0 {host.record('first').uuid}" in done.stderr
         assert host.nvdimmctl("release", "--yes", "--lost", "first").returncode == 2
         assert host.nvdimmctl("release", "--yes", "--lost", *named.split()[1:]).returncode == 0
     assert paths(host, "first") == {1: "second.img"}

@@ -195,7 +195,7 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
     host.check("undefine", "db4")
     (found,) = [row for row in rows(host, "check", "--repair") if row["Path"] == device]
     assert found["Done"] == ""
-    assert "nvdimmctl release --slot 0 db4" in found["Remedy"]
+    assert f"nvdimmctl release --slot 0 {host.record('db4').uuid}" in found["Remedy"]
     assert host.nvdimmctl("release", "--yes", "db4").returncode == 0  # as the remedy says; its pool does not wipe
     refused = host.nvdimmctl("wipe", "--yes", "--unclaimed", device)
     assert refused.returncode == 4

@@ -731,3 +731,15 @@ def test_nothing_of_a_guest_is_released_that_the_ledger_does_not_know_to_run(hos
         host.driver.release_claims(host.record(), quiet, delete=delete)
     assert host.record().allocations
     assert os.path.exists(host.path("a.img"))
+
+
+def test_a_hint_releases_nothing_of_a_domain_that_has_the_name_by_now(host: Host) -> None:
+    """The ledger was lost: only the mark knows the domain, and its name of that time."""
+    third = "7c7b0e2e-4a6e-4f0e-9a3b-000000000003"
+    back_up(host)
+    host.driver.define(host.domain("a.img"))
+    restore(host)
+    host.driver.define(replace(host.domain("b.img", OTHER_UUID), name="x"))
+    with pytest.raises(InUseError) as caught:
+        host.driver.define(replace(host.domain("a.img", third), name="third"))
+    assert f"nvdimmctl release --slot 0 {UUID}" in caught.value.hint

@@ -166,7 +166,7 @@ def test_what_has_the_place_of_a_lost_medium_is_not_touched(host: Host, delete: 
     with pytest.raises(BackingError, match="'nvdimmctl check' says"):
         host.driver.define(host.domain("a.img"))
     (found,) = look(host.driver)
-    assert found.remedy.endswith("nvdimmctl release --lost --slot 0 x")
+    assert found.remedy.endswith("nvdimmctl release --lost --slot 0 " + UUID)
     assert "kept as it is" in render.fate(host.driver, host.record(), delete=delete)
     host.driver.wiper.give_up(host.record(), quiet, delete=delete, slot=0, lost=True)
     assert host.driver.ledger.find_domain(UUID) is None

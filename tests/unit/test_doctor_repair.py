@@ -134,7 +134,7 @@ def test_a_device_that_is_gone_is_not_given_up(driver: XenNvdimmDriver, backing:
     del backing.files[A], backing.marks[A]
     (found,) = look(driver)
     assert (found.path, found.problem, found.mend) == (A, "it is not there", None)
-    assert f"nvdimmctl release --lost --slot 0 {record.name}" in found.remedy
+    assert f"nvdimmctl release --lost --slot 0 {record.uuid}" in found.remedy
 
 
 def test_another_device_is_not_taken(
@@ -185,7 +185,7 @@ def test_an_nvdimm_whose_contents_were_given_up(driver: XenNvdimmDriver) -> None
     assert found.problem == "it is not provisioned (0% of it is written), and no other domain can have its path"
     assert found.remedy == (
         "unless a define is running: restore a backup first, if any, and repeat this; a define makes a new backing, of "
-        "zeros, where nothing is; or give it up: nvdimmctl release --slot 0 db2"
+        "zeros, where nothing is; or give it up: nvdimmctl release --slot 0 " + OTHER_UUID
     )
     driver.define(other)
     assert look(driver) == []
