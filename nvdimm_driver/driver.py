@@ -351,7 +351,8 @@ class XenNvdimmDriver(plugins.Plugin):
         self.starts.end_earlier(uuid)
         ownership.note_marked(self.ledger, self.backings, domain)
         record = self.definitions.adopt(domain)
-        self.definitions.check_unknown(domain)
+        identities = {item.spec.path: item.identity for item in record.allocations if item.spec in domain.nvdimms}
+        self.definitions.check_unknown(domain, identities)  # of these bytes, which a start freezes, and no others
         return self._prepare(record, domain, qemu)
 
     def check_restore(self, uuid: str) -> None:

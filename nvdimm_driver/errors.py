@@ -96,6 +96,10 @@ class UnwrittenError(BackingError):
     """Parts of a backing file are not allocated, or not written; they read as zeros, and are nowhere in the memory."""
 
 
+class TurnedError(BackingError):
+    """A part of a resolved path has become a symbolic link: what was at the path is not there any more."""
+
+
 class InUseError(NvdimmError):
     """A backing belongs to, or is in use by, another domain."""
 

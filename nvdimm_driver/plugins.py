@@ -422,10 +422,15 @@ class Backing(Plugin):
         :raises BackingError: when something else is there, which is to get a record.
         """
 
-    def inspect(self, path: str) -> Surveyed | None:
-        """Return the owner that is recorded on the file at a path, and whether a guest has it; None without a file.
+    def inspect(self, path: str, identity: BackingIdentity | None = None) -> Surveyed | None:
+        """Return the owner that is recorded on the file at a path, and whether a guest has it.
 
-        :raises BackingError: when it cannot be read.
+        The default is None, for a backing that keeps no such record.
+
+        :param identity: whose bytes it has to have; None for whatever is there.
+        :returns: None when nothing is there, or nothing that a domain could have; but not with an identity.
+        :raises TurnedError: when a part of the path has become a symbolic link.
+        :raises BackingError: when it cannot be read or, with an identity, something else is there, or nothing.
         """
         return None
 

@@ -396,15 +396,20 @@ class FsdaxBacking(Backing):
                 inode.mark(fd, owner)
             os.fsync(fd)  # without the lock: it may take long
 
-    def inspect(self, path: str) -> Surveyed | None:
-        with reporting(path):
-            there = status(path)
-        if there is None or not stat.S_ISREG(there.st_mode):
-            return None
-        found = self._survey(path)
-        if found.error is not None:
-            raise found.error
-        return found
+    def inspect(self, path: str, identity: BackingIdentity | None = None) -> Surveyed | None:
+        if identity is None:
+            with reporting(path):
+                there = status(path)
+            if there is None or not stat.S_ISREG(there.st_mode):
+                return None
+        with opened(path, os.O_RDONLY, patience=lease_break_seconds() if identity else 0) as fd:
+            self._check_same(fd, path, identity)
+            try:
+                return self._surveyed(fd, path)
+            except OSError:
+                if self._find_identity(fd, path) is None:
+                    return None  # its file system keeps no such record, and no domain can have it
+                raise
 
     def survey(self, paths: Sequence[str]) -> Iterator[Surveyed]:
         for path, error in chain.from_iterable(map(walk, map(resolve, paths))):
@@ -469,10 +474,13 @@ class FsdaxBacking(Backing):
         """Examine a file of a pool. One that cannot be opened, as with a lease on it, must not hide the others."""
         try:
             with opened(path, os.O_RDONLY) as fd:
-                identity = self._find_identity(fd, path)
-                return Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd), identity=identity)
+                return self._surveyed(fd, path)
         except BackingError as error:
             return Surveyed(path, None, False, False, error)
+
+    def _surveyed(self, fd: int, path: str) -> Surveyed:
+        identity = self._find_identity(fd, path)
+        return Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd), identity=identity)
 
     def _volume(self, fd: int, path: str) -> Volume:
         """Return the volume that an open file or directory is on.

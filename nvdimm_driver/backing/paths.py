@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from nvdimm_driver.errors import BackingError
+from nvdimm_driver.errors import BackingError, TurnedError
 
 T = TypeVar("T")
 
@@ -249,12 +249,14 @@ def patiently(attempt: Callable[[], T], patience: float) -> T:
 def reporting(path: str) -> Iterator[None]:
     """Turn an OSError of the block into a BackingError that names the path.
 
-    :raises BackingError: for every OSError.
+    :raises TurnedError: when a part of the path is a symbolic link.
+    :raises BackingError: for every other OSError.
     """
     try:
         yield
     except OSError as error:
-        raise BackingError(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
+        kind = TurnedError if error.errno == errno.ELOOP else BackingError
+        raise kind(f"{path}: {error.strerror}", hint=HINTS.get(error.errno or 0, "")) from error
 
 
 def status(path: str) -> os.stat_result | None:

@@ -67,7 +67,7 @@ class Exporter:
         """Open an NVDIMM, before anything is written to the destination, which may be the only good copy of it."""
         with backing.open_bytes(spec) as content:
             if item is not None and item.identity is not None:
-                self._checks.unknown.check(item.uuid, [spec.path])
+                self._checks.unknown.check(item.uuid, {spec.path: content.identity})
                 self._checks.check_same(spec.path, item.identity)
                 if content.identity is not None:
                     check_same_bytes(spec.path, content.identity, item.identity)

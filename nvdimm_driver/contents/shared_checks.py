@@ -64,7 +64,7 @@ class Checks:
         :raises InUseError: when one does.
         """
         ownership.check_free(self.ledger, path, self.identity(path))
-        self.unknown.check("", [path])
+        self.unknown.check("", {path: None})
         self.check_unmapped(path)
 
     def check_off(self, path: str, hint: str = "shut it down first") -> LastRuns:

@@ -198,7 +198,7 @@ class Wiper:
             self._find_unchanged(record)
         owners = [record] if record else self.owners([spec])
         for uuid in [owner.uuid for owner in owners] or [""]:
-            self._checks.unknown.check(uuid, [spec.path])
+            self._checks.unknown.check(uuid, {spec.path: opened})
         if record is None:
             return
         for other in self._others(record, spec):

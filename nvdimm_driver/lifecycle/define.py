@@ -384,12 +384,15 @@ class Definitions:
                 hint=f"turn the symbolic link back; to give the domain the other one, define it with {real}",
             )
 
-    def check_unknown(self, domain: DomainSpec) -> None:
+    def check_unknown(self, domain: DomainSpec, identities: Mapping[str, BackingIdentity | None] | None = None) -> None:
         """Check that no backing of the domain is another's, whatever the ledger says; raise NvdimmError if one is.
 
         One that is the domain's own by its mark has to have the slot and the sizes in it.
+
+        :param identities: of what the domain is to have, by path; without them, what is there is checked.
         """
-        self.unknown.check(domain.uuid or "", [spec.path for spec in domain.nvdimms])
+        known = identities or {}
+        self.unknown.check(domain.uuid or "", {spec.path: known.get(spec.path) for spec in domain.nvdimms})
         ownership.check_own_marks(self.ledger, self.backings, domain)
 
     def _check_allowed(self, domain: DomainSpec, kept: Sequence[Allocation]) -> set[str]:
@@ -431,6 +434,7 @@ class Definitions:
         uuid = uuid_of(domain)
         settled = self.planner.settle(plan, domain, before, adopts=adopts)
         identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, settled.locations, strict=True)}
+        self.check_unknown(domain, identities)  # zeros were written for hours, perhaps: other files may be there now
         items = [
             *(
                 Allocation(uuid, spec, location.identity, placement.base)

@@ -117,12 +117,12 @@ class Starts:
             return
         record = self.ledger.find_domain(start.uuid)
         begun = self.ledger.find_begun(start)
-        frozen = ownership.frozen_paths(self.backings, start.paths)
         had = dict(saved_guest.backings_of(begun) if begun else ())  # the domain may have given it up since
         had |= {item.spec.path: item.identity for item in (record.allocations if record else ()) if item.identity}
         try:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
+            frozen = ownership.frozen_paths(self.backings, start.paths)
             times = self._note_times(start, frozen)
             for path in start.paths:
                 # of a start that was refused, nobody knows whether it has come to freezing that

@@ -6,10 +6,11 @@ A ledger that was lost, rebuilt or restored from a backup knows less than they d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nvdimm_driver.errors import InUseError
+from nvdimm_driver.model import BackingIdentity
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.shell import command
 from nvdimm_driver.state import ownership
@@ -28,16 +29,17 @@ class UnknownClaims:
     backings: Sequence[Backing]
     stored: Iterable[StoredDomain] = ()
 
-    def check(self, uuid: str, paths: Iterable[str]) -> None:
+    def check(self, uuid: str, claims: Mapping[str, BackingIdentity | None]) -> None:
         """Check that no backing is, by its mark, because it is frozen, or by libvirt's definitions, another domain's.
 
         :param uuid: of the domain that is to have the backings; empty for none.
+        :param claims: the identity of what was opened or located at each path; None for whatever is there.
         :raises InUseError: when one is.
+        :raises BackingError: when a file cannot be read, or is not the one with that identity.
         :raises ConfigError: when one is a device, and libvirt's files cannot be read.
         """
-        paths = tuple(paths)
-        ownership.check_marks(self.ledger, self.backings, uuid, paths)
-        devices = [path for path in paths if keeps_no_mark(self.backings, path)]
+        ownership.check_marks(self.ledger, self.backings, uuid, claims)
+        devices = [path for path in claims if keeps_no_mark(self.backings, path)]
         for domain in self.stored if devices else ():
             for path in devices:
                 if not (uuid and domain.uuid == uuid) and self._has(domain, path):

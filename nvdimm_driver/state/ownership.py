@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from nvdimm_driver.errors import BackingError, InUseError, LedgerError
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError, TurnedError
 from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Surveyed
-from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.plugins import Backing, backing_named, backing_of
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks
@@ -151,16 +151,21 @@ def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> N
         raise _owned(path, record, identity)
 
 
-def check_marks(ledger: Ledger, backings: Sequence[Backing], uuid: str, paths: Iterable[str]) -> None:
+def check_marks(
+    ledger: Ledger, backings: Sequence[Backing], uuid: str, claims: Mapping[str, BackingIdentity | None]
+) -> None:
     """Check that no file is, by its mark or because it is frozen, another domain's, which the ledger may not know.
 
     A ledger that was lost, rebuilt or restored from a backup knows less than the files.
 
     :param uuid: of the domain that is to have the files; empty for none.
+    :param claims: the identity of what was opened or located at each path; None for whatever is there.
     :raises InUseError: when one is.
+    :raises BackingError: when one cannot be read, or is not the one with that identity: who owns the folder can
+        exchange names.
     """
-    for path in paths:
-        for file in _files(backings, path):
+    for path, identity in claims.items():
+        for file in _files(backings, path, identity):
             mark = None if file.owner is None else owner_marks.unpack(path, file.owner)
             if mark is not None and mark.uuid == uuid:
                 continue
@@ -217,16 +222,22 @@ def _check_frozen(ledger: Ledger, path: str, file: Surveyed) -> None:
         raise InUseError(f"{path} is immutable for a guest that the ledger does not know", hint="see 'nvdimmctl check'")
 
 
-def _files(backings: Sequence[Backing], path: str) -> Iterator[Surveyed]:
-    """Return the file at a path as its backing sees it; nothing when there is none that a domain could have."""
-    return filter(None, (_inspect(backing, path) for backing in backings if backing.handles(path)))
+def _files(backings: Sequence[Backing], path: str, identity: BackingIdentity | None = None) -> list[Surveyed]:
+    """Return the file at a path as its backing sees it; nothing when there is none that a domain could have.
+
+    :param identity: that it has to have; None for whatever is there.
+    :raises BackingError: when it cannot be read, or has another identity.
+    """
+    if identity is not None:
+        return [*filter(None, [backing_named(backings, identity.kind).inspect(path, identity)])]
+    return [*filter(None, (backing.inspect(path) for backing in backings if backing.handles(path)))]
 
 
-def _inspect(backing: Backing, path: str) -> Surveyed | None:
-    try:
-        return backing.inspect(path)
-    except BackingError:
-        return None  # no file that a domain could have
+def _files_left(backings: Sequence[Backing], path: str) -> list[Surveyed]:
+    """Do what :func:`_files` does; nothing is left at a path that has become a symbolic link in one of its parts."""
+    with suppress(TurnedError):
+        return _files(backings, path)
+    return []
 
 
 def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: str, file: Surveyed) -> None:
@@ -269,9 +280,15 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     )
 
 
-def find_anothers_mark(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> Mark | None:
-    """Return the mark by which what is at a path is another domain's, as :func:`anothers_mark` does."""
-    marks = (anothers_mark(ledger, backings, uuid, file) for file in _files(backings, path))
+def find_anothers_mark(
+    ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str, identity: BackingIdentity | None = None
+) -> Mark | None:
+    """Return the mark by which what is at a path is another domain's, as :func:`anothers_mark` does.
+
+    :param identity: that the file has to have; None for whatever is there.
+    :raises BackingError: when it cannot be read, or has another identity.
+    """
+    marks = (anothers_mark(ledger, backings, uuid, file) for file in _files(backings, path, identity))
     return next(filter(None, marks), None)
 
 
@@ -294,7 +311,7 @@ def is_frozen_for_another(backings: Sequence[Backing], uuid: str, path: str) -> 
 
     The ledger may not know it: it came from a backup.
     """
-    for file in _files(backings, path):
+    for file in _files_left(backings, path):
         mark = _readable_mark(file)
         if file.frozen and mark and mark.uuid != uuid and not mark.is_copied(file.identity):
             return True
@@ -384,7 +401,7 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
         path, text = item.spec.path, owner_marks.pack(record, item)
         if not has_bytes([item], identity_at(backings, path)):  # one that is not defined any more may be missing
             continue
-        if anothers := find_anothers_mark(ledger, backings, record.uuid, path):
+        if anothers := find_anothers_mark(ledger, backings, record.uuid, path, item.identity):
             LOG.warning("%s has the mark of domain %s (%s), and keeps it", path, anothers.name, anothers.uuid)
             continue
         files = list(_files(backings, path))
@@ -428,7 +445,7 @@ def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tup
 
 def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:
     """Return those of these paths that have a file which is frozen for a guest."""
-    return {path for path in paths if any(file.frozen for file in _files(backings, path))}
+    return {path for path in paths if any(file.frozen for file in _files_left(backings, path))}
 
 
 def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> bool:
@@ -445,7 +462,7 @@ def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: st
 
 def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int | None = None) -> bool:
     """Return True when a file has the mark of a domain: of its NVDIMM in that slot, or of any for None."""
-    marks = [_readable_mark(file) for file in _files(backings, path)]
+    marks = [_readable_mark(file) for file in _files_left(backings, path)]
     return any(each and each.uuid == uuid and slot in (None, each.spec.slot) for each in marks)
 
 
@@ -473,7 +490,7 @@ def give_up(
     check_off(record)
     items = record.allocations if items is None else items
     for path in [item.spec.path for item in items]:
-        for file in _files(backings, path):
+        for file in _files_left(backings, path):
             _check_frozen(ledger, path, file)
     drop(ledger, backings, record, items)
 
@@ -499,5 +516,10 @@ def _is_nobodys(ledger: Ledger, backings: Sequence[Backing], item: Allocation, u
     records = [each for each in ledger.claimants(path, identity) if each.uuid != uuid]
     replaced = item.identity is not None and identity is not None and not has_bytes([item], identity)
     owned = any(has_bytes(each.allocations, identity) if identity else _has(each, path, None) for each in records)
-    anothers = any(each and each.uuid != item.uuid for each in map(_readable_mark, _files(backings, path)))
-    return not (replaced or owned or anothers)
+    if replaced or owned:
+        return False
+    try:
+        marks = [_readable_mark(file) for file in _files(backings, path, identity and item.identity)]
+    except TurnedError:
+        return False  # what had the mark is not there
+    return not any(each and each.uuid != item.uuid for each in marks)

@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nvdimm_driver.backing import inode
 from nvdimm_driver.doctor.repair import look
-from nvdimm_driver.errors import BackingError, NvdimmError
-from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec, Record
+from nvdimm_driver.errors import BackingError, InUseError, NvdimmError, TurnedError
+from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Progress, Record, Start
+from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.state import ownership
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
-from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
 
 @pytest.fixture(params=list(MKFS))
@@ -135,3 +142,128 @@ def test_a_ledger_of_a_version_that_kept_no_identity_is_refused_nothing(tmp_path
     assert not os.path.exists(host.path("a.img"))
     with pytest.raises(BackingError):
         host.driver.backings[0].locate(item.spec)
+
+
+# --- the owner of a folder exchanges names in it, after the ledger was lost ---
+
+
+def exchange(host: Host, one: str, other: str) -> None:
+    """Do what renameat2(RENAME_EXCHANGE) does with two names."""
+    aside = host.path("aside")
+    os.rename(host.path(one), aside)
+    os.rename(host.path(other), host.path(one))
+    os.rename(aside, host.path(other))
+
+
+@pytest.fixture
+def lost(tmp_path: Path, fs: FileSystem) -> Host:
+    """A host that has lost its ledger, in which domain x has victim.img."""
+    host = Host(tmp_path, fs)
+    host.define("victim.img")
+    return another_state_dir(host, "lost")
+
+
+def test_a_define_does_not_take_anothers_file_that_is_put_in_place_while_zeros_are_written(
+    lost: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("own.img", "second.img"):
+        Path(lost.path(name)).write_bytes(bytes(SIZE))
+    provision = lost.backing.provision
+
+    def exchanged(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        if spec.slot == 1:
+            exchange(lost, "own.img", "victim.img")
+        return provision(spec, progress)
+
+    monkeypatch.setattr(lost.backing, "provision", exchanged)
+    before = lost.mark("victim.img")
+    nvdimms = tuple(NvdimmSpec(slot, lost.path(name), SIZE) for slot, name in enumerate(("own.img", "second.img")))
+    with pytest.raises(InUseError, match=r"own\.img has the mark of domain x"):
+        lost.driver.define(DomainSpec("y", OTHER_UUID, 512 * MIB, None, nvdimms))
+    assert lost.driver.ledger.find_domain(OTHER_UUID) is None
+    assert lost.read("own.img") == DATA
+    assert lost.mark("own.img") == before
+
+
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_a_start_freezes_nothing_that_is_anothers_by_its_mark(
+    lost: Host, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A ledger from a backup gives the file to domain y, which had it once."""
+    Path(lost.path("own.img")).write_bytes(bytes(SIZE))
+    lost.driver.define(lost.domain("own.img", OTHER_UUID))
+    identity = lost.backing.identify(lost.path("victim.img"))
+    items = [replace(item, identity=identity) for item in lost.record(OTHER_UUID).allocations]
+    lost.driver.ledger.store(OTHER_UUID, "y", 512 * MIB, items)
+    check, freeze = ownership.check_marks, lost.driver.starts.freeze
+
+    def away(*arguments: Any) -> None:
+        if moment == "before":
+            exchange(lost, "own.img", "victim.img")
+        check(*arguments)
+
+    def back(*arguments: Any) -> Start:
+        exchange(lost, "own.img", "victim.img")
+        return freeze(*arguments)
+
+    monkeypatch.setattr(ownership, "check_marks", away)
+    monkeypatch.setattr(lost.driver.starts, "freeze", back)
+    with pytest.raises(NvdimmError, match=r"own\.img (has the mark of domain x|is not the backing)"):
+        lost.driver.prepare(lost.domain("own.img", OTHER_UUID))
+    assert not is_immutable(lost.path("own.img"))
+    assert not is_immutable(lost.path("victim.img"))
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_none(lost: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = lost.driver.definitions.unknown
+    path = lost.path("victim.img")
+
+    def fail(fd: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inode, "owner", fail)
+        with pytest.raises(BackingError, match=r"victim\.img: Input/output error"):
+            unknown.check(OTHER_UUID, {path: None})
+    lease = os.open(path, os.O_RDWR)
+    fcntl.fcntl(lease, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO would end this process
+    fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    with pytest.raises(BackingError, match=r"victim\.img: .*another program has a lease on it"):
+        unknown.check(OTHER_UUID, {path: None})
+    os.close(lease)
+    os.rename(path, lost.path("aside"))
+    os.symlink(lost.path("aside"), path)
+    with pytest.raises(TurnedError, match="a part of the path has become a symbolic link"):
+        unknown.check(OTHER_UUID, {path: None})
+    os.unlink(path)
+    unknown.check(OTHER_UUID, {path: None})
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "proc"])
+def test_a_file_system_that_keeps_no_marks_has_no_domains_file(lost: Host, tmp_path: Path, kind: str) -> None:
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    run("mount", "-t", kind, "none", mounted)
+    try:
+        path = mounted / ("uptime" if kind == "proc" else "file")
+        if kind == "tmpfs":
+            path.touch()
+        lost.driver.checks.check_unowned(str(path))
+    finally:
+        run("umount", mounted)
+
+
+def test_a_claim_is_given_up_whose_folder_has_become_a_link(lost: Host) -> None:
+    """Its owner has turned it: the domain that had the file can end, and be forgotten."""
+    os.mkdir(lost.path("g"))
+    domain = lost.domain("g/a.img", OTHER_UUID)
+    lost.driver.define(domain)
+    lost.mapper.alive[9] = OTHER_UUID
+    lost.driver.prepare(domain)
+    map_prepared(lost.driver.ledger, 9, OTHER_UUID)
+    os.rename(lost.path("g"), lost.path("h"))
+    os.symlink(lost.path("h"), lost.path("g"))
+    del lost.mapper.alive[9]
+    lost.driver.release(OTHER_UUID)
+    lost.driver.forget(OTHER_UUID)
+    assert lost.driver.ledger.find_domain(OTHER_UUID) is None

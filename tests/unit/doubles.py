@@ -158,8 +158,14 @@ class MemoryBacking(Backing):
             if any(path.startswith(f"{top}/") for top in paths):
                 yield self._surveyed(path)
 
-    def inspect(self, path: str) -> Surveyed | None:
-        return self._surveyed(path) if path in self.files else None
+    def inspect(self, path: str, identity: BackingIdentity | None = None) -> Surveyed | None:
+        if path not in self.files:
+            if identity is not None:
+                raise BackingError(f"{path} does not exist")
+            return None
+        if identity is not None:
+            check_same_bytes(path, self.identify(path), identity)
+        return self._surveyed(path)
 
     def _surveyed(self, path: str) -> Surveyed:
         frozen = path in self.frozen

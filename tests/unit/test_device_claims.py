@@ -66,12 +66,12 @@ def test_without_libvirts_folders_nobody_gets_a_device(tmp_path: Path) -> None:
     stored = files(tmp_path / "libxl", tmp_path / "run")
     unknown = UnknownClaims(Ledger(":memory:"), [Devices(pmem1="one")], stored)
     with pytest.raises(ConfigError, match=f"none of their folders is there: {tmp_path}/libxl, {tmp_path}/run") as found:
-        unknown.check(UUID, [DEVICE])
+        unknown.check(UUID, {DEVICE: None})
     assert found.value.hint == "start libvirt; if it keeps its domains elsewhere, set [libvirt] definition_dirs"
-    unknown.check(UUID, ["/mnt/pmem0/a.img"])
+    unknown.check(UUID, {"/mnt/pmem0/a.img": None})
     assert list(files()) == []
     (tmp_path / "run").mkdir()
-    unknown.check(UUID, [DEVICE])
+    unknown.check(UUID, {DEVICE: None})
 
 
 def test_a_definition_that_cannot_be_read_may_have_anything_that_it_names(tmp_path: Path) -> None:
@@ -86,11 +86,11 @@ def test_a_definition_that_cannot_be_read_may_have_anything_that_it_names(tmp_pa
 
 def test_a_device_is_anothers_by_any_name() -> None:
     found = claims([StoredDomain("owner", UUID, (DEVICE,))], pmem1="one", pmem1b="one", pmem2="two")
-    found.check(UUID, [DEVICE])
-    found.check(OTHER_UUID, ["/dev/pmem2"])
+    found.check(UUID, {DEVICE: None})
+    found.check(OTHER_UUID, {"/dev/pmem2": None})
     for uuid, path in ((OTHER_UUID, DEVICE), ("", DEVICE), (OTHER_UUID, "/dev/pmem1b")):
         with pytest.raises(InUseError, match=f"{path} is in libvirt's definition of domain owner, too"):
-            found.check(uuid, [path])
+            found.check(uuid, {path: None})
 
 
 def test_a_name_that_was_another_devices_before_a_boot_is_no_claim() -> None:
@@ -98,15 +98,15 @@ def test_a_name_that_was_another_devices_before_a_boot_is_no_claim() -> None:
     found = claims([StoredDomain("owner", UUID, (DEVICE,))], pmem1="two", pmem2="one")
     had = Allocation(UUID, NvdimmSpec(0, DEVICE, SIZE), identity("one"), PAGE)
     found.ledger.store(UUID, "owner", 1 << 30, [had])
-    found.check(OTHER_UUID, [DEVICE])
+    found.check(OTHER_UUID, {DEVICE: None})
 
 
 def test_the_hint_edits_the_domain_that_has_the_device() -> None:
     """Virsh takes a word for a uuid before it takes it for a name (tools/virsh-util.c)."""
     named_like_the_other = StoredDomain(UUID, OTHER_UUID, (DEVICE,))
     with pytest.raises(InUseError) as error:
-        claims([named_like_the_other], pmem1="one").check(UUID, [DEVICE])
+        claims([named_like_the_other], pmem1="one").check(UUID, {DEVICE: None})
     assert error.value.hint.endswith(f": virsh edit {OTHER_UUID}")
     with pytest.raises(InUseError) as error:
-        claims([StoredDomain(UUID, "", (), f"<path>{DEVICE}")], pmem1="one").check(UUID, [DEVICE])
+        claims([StoredDomain(UUID, "", (), f"<path>{DEVICE}")], pmem1="one").check(UUID, {DEVICE: None})
     assert error.value.hint.endswith(": virsh edit UUID")

@@ -141,7 +141,7 @@ def _check_unclaimed(driver: XenNvdimmDriver, wish: Wish, host: PoolHost) -> Non
     :raises ConfigError: when libvirt's definitions cannot be read.
     """
     found = (each for region in host.regions for each in region.namespaces if each.name == wish.namespace)
-    driver.definitions.unknown.check("", [each.device for each in found if each.device])
+    driver.definitions.unknown.check("", {each.device: None for each in found if each.device})
 
 
 def _host(driver: XenNvdimmDriver) -> PoolHost:
