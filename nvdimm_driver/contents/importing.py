@@ -150,6 +150,7 @@ class Importer:
         hidden = backing.allocate(spec)
         with backing.open_bytes(hidden, write=True) as target:
             self._checks.check_new(spec)  # from here on, a start fails as long as this is open
+            self._checks.check_unowned(hidden.path, target.identity)
             self._checks.tell_overwritten(hidden.path, target)
             digest = copying.copy(content, target, watch("copying"))
         backing.provision(hidden, watch("writing zeros"))

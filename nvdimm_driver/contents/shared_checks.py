@@ -58,23 +58,28 @@ class Checks:
         self.pools.check_new([spec], self.ledger.domains())
         self.check_unowned(spec.path)
 
-    def check_unowned(self, path: str) -> None:
+    def check_unowned(self, path: str, opened: BackingIdentity | None = None) -> None:
         """Check that no domain owns what is at a path, if anything.
 
+        :param opened: identity of what is open; None for whatever is at the path.
         :raises InUseError: when one does.
+        :raises BackingError: when what is open is not at the path any more.
         """
-        ownership.check_free(self.ledger, path, self.identity(path))
-        self.unknown.check("", {path: None})
+        ownership.check_free(self.ledger, path, opened or self.identity(path))
+        self.unknown.check("", {path: opened})
         self.check_unmapped(path)
 
-    def check_off(self, path: str, hint: str = "shut it down first") -> LastRuns:
+    def check_off(
+        self, path: str, hint: str = "shut it down first", *, opened: BackingIdentity | None = None
+    ) -> LastRuns:
         """Check that no domain runs with a backing.
 
         :param hint: of the error.
+        :param opened: identity of what is open; None for whatever is at the path.
         :returns: for :meth:`check_off_since`.
         :raises InUseError: when one does.
         """
-        records = ownership.owners(self.ledger, path, self.identity(path))
+        records = ownership.owners(self.ledger, path, opened or self.identity(path))
         for record in records:
             ownership.check_off(record, hint)
         self.check_unmapped(path)

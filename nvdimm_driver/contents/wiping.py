@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -23,16 +23,19 @@ class Wiper:
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
 
-    def wipe(self, spec: NvdimmSpec, watch: Watch, owner: Record | None = None) -> None:
+    def wipe(
+        self, spec: NvdimmSpec, watch: Watch, owner: Record | None = None, *, owners: Collection[Record] = ()
+    ) -> None:
         """Overwrite all of an NVDIMM's file or device with zeros, durably, whatever its size. Its owner keeps it.
 
         :param owner: the domain that it must still belong to, as it is; None to wipe whatever is at the path.
+        :param owners: without an owner, the domains that may have what is at the path, as :meth:`owners` returns them.
         :raises RefusedError: when it is in no pool.
         :raises NotFoundError: without an owner, when there is no such backing.
         :raises BackingError: when it is not there, or not the one that was provisioned for the owner.
-        :raises InUseError: when a domain runs with it, or it is not the owner's any more.
+        :raises InUseError: when a domain runs with it, it is not the owner's any more, or another domain has it.
         """
-        with self._opened(spec, owner) as content:
+        with self._opened(spec, owner, owners) as content:
             self._overwrite(spec, content, watch)
 
     def wipe_unclaimed(self, spec: NvdimmSpec, watch: Watch) -> None:
@@ -41,7 +44,7 @@ class Wiper:
         :raises InUseError: when a domain has it, running or off.
         """
         with self._opened(spec, None) as content:
-            self._checks.check_unowned(spec.path)
+            self._checks.check_unowned(spec.path, content.identity)
             self._overwrite(spec, content, watch)
 
     def owners(self, nvdimms: Sequence[NvdimmSpec]) -> list[Record]:
@@ -130,17 +133,20 @@ class Wiper:
             )
 
     @contextmanager
-    def _opened(self, spec: NvdimmSpec, owner: Record | None) -> Iterator[ByteRange]:
-        """Open all of an NVDIMM's file or device, to overwrite it; no domain can start with it until it is closed."""
+    def _opened(self, spec: NvdimmSpec, owner: Record | None, owners: Collection[Record] = ()) -> Iterator[ByteRange]:
+        """Open all of an NVDIMM's file or device, to overwrite it; no domain can start with it until it is closed.
+
+        What is open is checked: who owns the folder can exchange names before and after.
+        """
         self._checks.pools.check_place(spec.path)
-        self._check_owner(owner, spec)
+        self._check_whose(spec, owner, owners)
         self._checks.check_off(spec.path)  # a running domain's file cannot be opened for writing
         backing = backing_of(self._checks.backings, spec.path)
         with reporting_errors_of(spec.path):
             whole = replace(spec, size=self._size(backing, spec.path, owner))
             with backing.open_bytes(whole, write=True) as content:
-                self._checks.check_off(spec.path)  # from here on, starts fail while this is open
-                self._check_owner(owner, spec, content.identity)
+                self._checks.check_off(spec.path, opened=content.identity)  # from now on, starts fail while it is open
+                self._check_whose(spec, owner, owners, content.identity)
                 yield content
 
     def _overwrite(self, spec: NvdimmSpec, content: ByteRange, watch: Watch) -> None:
@@ -185,22 +191,41 @@ class Wiper:
             raise _missing(record, path, f"it is not there, and pool {pool.name} has wipe_on_release")
         return True
 
-    def _check_owner(self, record: Record | None, spec: NvdimmSpec, opened: BackingIdentity | None = None) -> None:
+    def _check_whose(
+        self,
+        spec: NvdimmSpec,
+        owner: Record | None,
+        owners: Collection[Record],
+        opened: BackingIdentity | None = None,
+    ) -> None:
+        """Check that an NVDIMM is its owner's or, without one, nobody's but those domains'.
+
+        :param opened: identity of what is open; None for whatever is at the path.
+        :raises InUseError: when it is another domain's.
+        :raises BackingError: when it is another backing.
+        """
+        if owner is not None:
+            self._check_owner(owner, spec, opened)
+            return
+        known = {each.uuid for each in owners}
+        found = ownership.owners(self._checks.ledger, spec.path, opened or self._checks.identity(spec.path))
+        for other in [each for each in found if each.uuid not in known]:
+            raise InUseError(
+                f"{spec.path} belongs to domain {other.name} ({other.uuid}) by now", hint="see 'nvdimmctl list'"
+            )
+        for uuid in [each.uuid for each in found] or [""]:
+            self._checks.unknown.check(uuid, {spec.path: opened})
+
+    def _check_owner(self, record: Record, spec: NvdimmSpec, opened: BackingIdentity | None = None) -> None:
         """Check that an NVDIMM is the domain's, nobody else's, and the one that was provisioned.
 
-        :param record: the domain as the operator has seen it; None accepts what is the domain's that the ledger has,
-            or nobody's.
-        :param opened: identity of what is open; a symbolic link can be turned before and after it is opened.
+        :param record: the domain as the operator has seen it.
+        :param opened: identity of what is open; None for whatever is at the path.
         :raises InUseError: when the domain was changed since, or the NVDIMM is another domain's, too.
         :raises BackingError: when it is another backing.
         """
-        if record is not None:
-            self._find_unchanged(record)
-        owners = [record] if record else self.owners([spec])
-        for uuid in [owner.uuid for owner in owners] or [""]:
-            self._checks.unknown.check(uuid, {spec.path: opened})
-        if record is None:
-            return
+        self._find_unchanged(record)
+        self._checks.unknown.check(record.uuid, {spec.path: opened})
         for other in self._others(record, spec):
             raise InUseError(f"{spec.path} belongs to domain {other.name}, too", hint="see 'nvdimmctl check'")
         (identity,) = (item.identity for item in record.allocations if item.spec == spec)

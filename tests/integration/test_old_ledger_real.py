@@ -94,7 +94,7 @@ OLD: dict[str, Callable[[Host, Record], object]] = {
     "release with a wipe": lambda host, record: host.driver.wiper.give_up(record, quiet, delete=False),
     "release --delete": lambda host, record: host.driver.wiper.give_up(record, quiet, delete=True),
     "wipe": lambda host, record: host.driver.wiper.wipe(record.allocations[0].spec, quiet, record),
-    "wipe the path": lambda host, record: host.driver.wiper.wipe(record.allocations[0].spec, quiet),
+    "wipe the path": lambda host, record: host.driver.wiper.wipe(record.allocations[0].spec, quiet, owners=[record]),
     "start": lambda host, record: host.driver.prepare(host.domain("a.img")),
     "define": lambda host, record: host.driver.define(host.domain("a.img", ram=600 * MIB)),
 }

@@ -387,6 +387,58 @@ def test_a_link_that_is_turned_while_it_is_opened_has_no_other_file_wiped(
     assert host.read("a.img") == DATA
 
 
+@pytest.mark.parametrize("ledger", ["knows", "lost"])
+@pytest.mark.parametrize("how", ["wipe", "wipe --unclaimed", "import"])
+def test_names_that_are_exchanged_while_a_file_is_opened_have_no_other_domains_file_overwritten(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, ledger: str
+) -> None:
+    """Who owns the folder does that: what is at the path is nobody's, before and after."""
+    host.define("a.img")
+    if ledger == "lost":
+        (tmp_path / "lost").mkdir()
+        host = Host(tmp_path / "lost", host.fs)
+    name = ".new.img.partial" if how == "import" else "free.img"
+    Path(host.path(name)).write_bytes(b"x" * SIZE)
+    (tmp_path / "source").write_bytes(b"y" * SIZE)
+    open_bytes = host.backing.open_bytes
+
+    def exchange() -> None:
+        os.rename(host.path(name), host.path("aside"))
+        os.rename(host.path("a.img"), host.path(name))
+        os.rename(host.path("aside"), host.path("a.img"))
+
+    def exchanged(spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
+        exchange()
+        try:
+            return open_bytes(spec, write=write)
+        finally:
+            exchange()
+
+    monkeypatch.setattr(host.backing, "open_bytes", exchanged)
+    free = NvdimmSpec(0, host.path(name), SIZE)
+    works: dict[str, Callable[[], object]] = {
+        "wipe": lambda: host.driver.wiper.wipe(free, quiet),
+        "wipe --unclaimed": lambda: host.driver.wiper.wipe_unclaimed(free, quiet),
+        "import": lambda: host.driver.importer.import_copy(
+            str(tmp_path / "source"), host.path("new.img"), None, 0, quiet
+        ),
+    }
+    with pytest.raises(NvdimmError, match=r"belongs to domain x|is not the backing"):
+        works[how]()
+    assert host.read("a.img") == DATA
+
+
+def test_a_path_that_has_got_another_owner_since_the_operator_was_asked_is_not_wiped(host: Host) -> None:
+    host.define("a.img")
+    host.define("b.img", OTHER_UUID)
+    spec = NvdimmSpec(0, host.path("a.img"), SIZE)
+    with pytest.raises(InUseError, match=r"a\.img belongs to domain x .* by now"):
+        host.driver.wiper.wipe(spec, quiet, owners=[host.record(OTHER_UUID)])
+    assert host.read("a.img") == DATA
+    host.driver.wiper.wipe(spec, quiet, owners=host.driver.wiper.owners([spec]))
+    assert host.read("a.img") == bytes(SIZE)
+
+
 def test_a_define_under_way_with_a_folder_that_is_swapped_does_not_keep_a_file_from_its_owner(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

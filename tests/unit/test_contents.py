@@ -122,7 +122,7 @@ def test_bytes_that_a_domain_has_under_another_path_are_its_own(defined: Host) -
         defined.importer.provision(spec(other), watch)
     defined.run(A, B)
     with pytest.raises(InUseError, match="db1 is running"):
-        defined.wiper.wipe(spec(other), watch)
+        wipe_path(defined, other)
     assert defined.exporter.is_in_use(other)
 
 
@@ -326,7 +326,7 @@ def test_what_the_system_says_is_told_with_the_path(defined: Host, tmp_path: Pat
             return opened
 
     backing = Broken()
-    backing.files[f"{B}1"] = (100, SIZE)
+    backing.files[f"{B}1"] = (900, SIZE)
     wiper = make_driver(tmp_path, backing, RecordingMapper()).wiper
     with pytest.raises(BackingError, match=rf"{B}1: No space left on device .make room"):
         wiper.wipe(spec(f"{B}1"), watch)
@@ -337,9 +337,14 @@ def test_a_domains_backing_is_no_destination(defined: Host) -> None:
         defined.exporter.export(spec(), B, watch, overwrite=True, running=False)
 
 
+def wipe_path(host: Host, path: str) -> None:
+    """Wipe what is at a path, as nvdimmctl does, which has named the domains that have it."""
+    host.wiper.wipe(spec(path), watch, owners=host.wiper.owners([spec(path)]))
+
+
 def test_wiping(defined: Host) -> None:
     before = defined.driver.ledger.find_domain(UUID)
-    defined.wiper.wipe(spec(), watch)
+    wipe_path(defined, A)
     assert defined.backing.contents[A] == bytes(SIZE)
     assert defined.backing.opened[-1].synced
     assert defined.backing.opened[-1].closed
@@ -353,7 +358,7 @@ def test_what_runs_is_not_wiped(defined: Host) -> None:
     defined.run(A)
     content = bytes(defined.backing.contents[A])
     with pytest.raises(InUseError, match="db1 is running"):
-        defined.wiper.wipe(spec(), watch)
+        wipe_path(defined, A)
     assert defined.backing.contents[A] == content
     assert defined.backing.opened == [], "its file is immutable"
 

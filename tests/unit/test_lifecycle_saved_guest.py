@@ -361,7 +361,8 @@ def test_a_file_that_was_wiped_meanwhile(bench: Bench) -> None:
     bench.start()
     image = bench.save()
     driver = bench.driver()
-    driver.wiper.wipe(domain(A).nvdimms[0], lambda _: lambda done, total: None)
+    spec = domain(A).nvdimms[0]
+    driver.wiper.wipe(spec, lambda _: lambda done, total: None, owners=driver.wiper.owners([spec]))
     assert "overwritten by nvdimmctl" in bench.refused(image)
 
 

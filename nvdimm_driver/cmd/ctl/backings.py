@@ -199,7 +199,7 @@ class Wipe(Action):
                     if unclaimed:
                         driver.wiper.wipe_unclaimed(spec, watch)
                     else:
-                        driver.wiper.wipe(spec, watch, owner)
+                        driver.wiper.wipe(spec, watch, owner, owners=owners)
                 print(f"{spec.path} is all zeros")
         return 0
 
