@@ -256,6 +256,16 @@ class Backing(Plugin):
             namespaces=self._areas_of(found.values()),
         )
 
+    def create(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        """Do what :meth:`provision` does, for what did not exist when it was examined; return what was created.
+
+        A define that fails later deletes that. So refuse what has its place by now, other than an empty file. The
+        default provisions it, for backings that do not create anything.
+
+        :raises BackingError: when that cannot be done, or something has its place.
+        """
+        return self.provision(spec, progress)
+
     def provision(
         self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
     ) -> BackingIdentity:

@@ -7,6 +7,7 @@ import os
 import stat
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 from nvdimm_driver.backing import extents, inode
 from nvdimm_driver.backing.extents import FileExtent
@@ -154,6 +155,32 @@ def lease_break_seconds() -> int:
     except (OSError, ValueError):
         seconds = 45  # the kernel's default
     return seconds + 2  # it counts in ticks, and looks only at the next open (fs/locks.c:__break_lease)
+
+
+def unlink_empty(path: str, at: Entry) -> None:
+    """Delete a file that :func:`is_new`; any other keeps its name.
+
+    It is moved aside first, and looked at there: another file can get the name at any moment, such as a backup.
+
+    :raises BackingError: when a file that is not empty was moved aside, and has lost its name to yet another one.
+    """
+    if at.status() is None or not is_new(at.status()):
+        return
+    aside = at.beside(f".{uuid4().hex}.empty")
+    try:
+        at.rename_new(aside)
+    except FileNotFoundError:
+        return
+    if is_new(aside.status()):
+        aside.unlink()
+        return
+    try:
+        aside.rename_new(at)
+    except FileExistsError as error:
+        raise BackingError(
+            f"{path}: two files got this name at once, and one of them is {aside.name} in the same folder now",
+            hint="rename it",
+        ) from error
 
 
 def unlink_second_name(hidden: Entry, at: Entry) -> None:

@@ -26,6 +26,7 @@ from nvdimm_driver.backing.files import (
     is_new,
     lease_break_seconds,
     look,
+    unlink_empty,
     unlink_second_name,
 )
 from nvdimm_driver.backing.identity import check_identity, check_same_bytes
@@ -156,6 +157,9 @@ class FsdaxBacking(Backing):
             file = look(fd, path, spec.size)
         return Intake(self.name, False, sum(length for _, length in file.unwritten), volume.namespace)
 
+    def create(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        return self._create(spec.path, spec.size, progress)
+
     def provision(
         self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
     ) -> BackingIdentity:
@@ -167,19 +171,23 @@ class FsdaxBacking(Backing):
         """
         path = spec.path
         if identity is None and self.examine(spec).creates:
-            self._create(path, spec.size, progress)
+            return self._create(path, spec.size, progress)
         with opened(path, os.O_RDONLY) as fd:
             self._check_same(fd, path, identity)
-            volume = self._volume(fd, path)
+            self._volume(fd, path)
             if look(fd, path, spec.size).unwritten:
                 self._complete(fd, path, spec.size, progress)
-            os.fsync(fd)  # also for what the operator wrote: an extent is final when it is in the journal
-            if look(fd, path, spec.size).unwritten:
-                raise BackingError(
-                    f"{path}: parts of it are still unwritten after zeros were written",
-                    hint="does a program in the host punch holes in it (fstrim, defragmentation)?",
-                )
-            return self._identity(fd, volume)
+            return self._checked(fd, path, spec.size)
+
+    def _checked(self, fd: int, path: str, size: int) -> BackingIdentity:
+        """Return the identity of a file that is provisioned by now."""
+        os.fsync(fd)  # also for what the operator wrote: an extent is final when it is in the journal
+        if look(fd, path, size).unwritten:
+            raise BackingError(
+                f"{path}: parts of it are still unwritten after zeros were written",
+                hint="does a program in the host punch holes in it (fstrim, defragmentation)?",
+            )
+        return self._identity(fd, self._volume(fd, path))
 
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
         del taken  # the file system counts them
@@ -224,9 +232,7 @@ class FsdaxBacking(Backing):
         with self._changeable(spec.path) as at:
             hidden = at.beside(os.path.basename(hidden_name(spec.path)))
             if hidden.status() is not None:
-                there = at.status()
-                if there is not None and is_new(there):
-                    at.unlink()
+                unlink_empty(spec.path, at)
                 unlink_second_name(hidden, at)
                 try:
                     hidden.rename_new(at)
@@ -539,15 +545,19 @@ class FsdaxBacking(Backing):
         if identity is not None and not self._is(fd, path, identity):
             check_same_bytes(path, self._identity(fd, self._volume(fd, path)), identity)
 
-    def _create(self, path: str, size: int, progress: Progress) -> None:
+    def _create(self, path: str, size: int, progress: Progress) -> BackingIdentity:
+        """Create a file of zeros, and return its identity, whatever has its name by then."""
+
         def give_name() -> None:
             os.fsync(fd)
-            there = at.status()
-            if there is not None:
-                if not is_new(there):
-                    raise BackingError(f"{path}: someone else has written it meanwhile")
-                at.unlink()
-            at.link(fd)
+            unlink_empty(path, at)
+            try:
+                at.link(fd)
+            except FileExistsError as error:
+                raise BackingError(
+                    f"{path}: someone else has written it meanwhile",
+                    hint="to take it as it is, define the domain again",
+                ) from error
             at.sync()
 
         with self._changeable(path) as at, at.beside(".").opened(os.O_TMPFILE | os.O_RDWR) as fd:
@@ -558,6 +568,7 @@ class FsdaxBacking(Backing):
                 give_name()  # the rest stays unwritten: the next call completes it
                 raise
             give_name()
+            return self._checked(fd, path, size)
 
     def _allocate(self, fd: int, path: str, size: int) -> None:
         if self._mount(fd, path).kind == "xfs":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nvdimm_driver.backing.byteranges import FileBytes
-from nvdimm_driver.backing.files import check_copy_name, check_own, hidden_name, is_new
+from nvdimm_driver.backing.files import check_copy_name, check_own, hidden_name, is_new, unlink_empty
 from nvdimm_driver.backing.paths import Entry, entry, opened
 from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError, UnsupportedError
 
@@ -75,13 +75,11 @@ class Destination:
 
         :raises RefusedError: when the destination exists and may not be overwritten, or is a symbolic link or no file.
         """
-        there = self._at.status()
-        _check_destination(self._path, there, self._overwrite)
+        _check_destination(self._path, self._at.status(), self._overwrite)
         if self._overwrite:
             self._hidden.replace(self._at)
         else:
-            if there is not None:
-                self._at.unlink()
+            unlink_empty(self._path, self._at)
             try:
                 self._hidden.rename_new(self._at)
             except FileExistsError as error:

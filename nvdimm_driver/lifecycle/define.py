@@ -153,15 +153,19 @@ class Definitions:
 
         self.ledger.begin_define(domain, check)
         created: list[Allocation] = []
+        provisioned: dict[str, BackingIdentity] = {}
         try:
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
                 intake = backing.examine(spec)
                 LOG.debug("provision %s: %s to write", spec.path, human(intake.writes))
-                identity = backing.provision(spec, self._progress(domain, spec), found[spec.path] if adopts else None)
+                progress = self._progress(domain, spec)
                 if intake.creates:
-                    created.append(Allocation(uuid, spec, identity))
-            self._settle(plan, domain, before, kept, adopts)
+                    provisioned[spec.path] = backing.create(spec, progress)
+                    created.append(Allocation(uuid, spec, provisioned[spec.path]))
+                else:
+                    provisioned[spec.path] = backing.provision(spec, progress, found[spec.path] if adopts else None)
+            self._settle(plan, domain, before, kept, provisioned, adopts)
         except BaseException:
             LOG.debug("define of domain %s failed: roll it back", domain.name)
             self.put_back(uuid, before, created, last)
@@ -428,13 +432,24 @@ class Definitions:
         self.pools.check(replace(domain, nvdimms=new), self.ledger.each_domain(), has)
 
     def _settle(
-        self, plan: Plan, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation], adopts: bool
+        self,
+        plan: Plan,
+        domain: DomainSpec,
+        before: Record | None,
+        kept: Sequence[Allocation],
+        provisioned: Mapping[str, BackingIdentity],
+        adopts: bool,
     ) -> None:
-        """Record identities, bases and owners, after everything is provisioned."""
+        """Record identities, bases and owners, after everything is provisioned.
+
+        :param provisioned: the identities of that, by path; zeros were written for hours since, perhaps.
+        """
         uuid = uuid_of(domain)
         settled = self.planner.settle(plan, domain, before, adopts=adopts)
         identities = {spec.path: at.identity for spec, at in zip(domain.nvdimms, settled.locations, strict=True)}
-        self.check_unknown(domain, identities)  # zeros were written for hours, perhaps: other files may be there now
+        for path, identity in provisioned.items():
+            check_same_bytes(path, identities[path], identity)
+        self.check_unknown(domain, identities)
         items = [
             *(
                 Allocation(uuid, spec, location.identity, placement.base)

@@ -33,13 +33,21 @@ class BenchBacking(FsdaxBacking):
         backing.mountinfo, backing.cross_check = MOUNTINFO, lambda fd, located: None
         return backing
 
+    def create(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        _wait_at_gate(spec.path)
+        return super().create(spec, progress)
+
     def provision(
         self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
     ) -> BackingIdentity:
-        gate = GATES / Path(spec.path).name
-        if gate.exists() and _read(gate) != b"go":
-            raise BackingError(f"{spec.path}: the test wants no bytes")
+        _wait_at_gate(spec.path)
         return super().provision(spec, progress, identity)
+
+
+def _wait_at_gate(path: str) -> None:
+    gate = GATES / Path(path).name
+    if gate.exists() and _read(gate) != b"go":
+        raise BackingError(f"{path}: the test wants no bytes")
 
 
 def _read(gate: Path) -> bytes:

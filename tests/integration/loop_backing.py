@@ -40,14 +40,20 @@ class LoopBacking(FsdaxBacking):
         folder = Path(conf.state_dir)
         return cls(folder.parent, folder / "steps")
 
+    def create(self, spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+        return super().create(spec, self._stepping(progress))
+
     def provision(
         self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
     ) -> BackingIdentity:
+        return super().provision(spec, self._stepping(progress), identity)
+
+    def _stepping(self, progress: Progress) -> Progress:
         def tell(done: int, total: int) -> None:
             self.step()
             progress(done, total)
 
-        return super().provision(spec, tell, identity)
+        return tell
 
     def open_bytes(self, spec: NvdimmSpec, *, write: bool = False) -> ByteRange:
         opened = super().open_bytes(spec, write=write)

@@ -30,6 +30,7 @@ from nvdimm_driver.model import (
     Allocation,
     BackingIdentity,
     DomainSpec,
+    Intake,
     NvdimmSpec,
     Pool,
     Progress,
@@ -447,18 +448,40 @@ def test_a_define_under_way_with_a_folder_that_is_swapped_does_not_keep_a_file_f
     nvdimms = (NvdimmSpec(0, f"{path.parent}/big", SIZE), NvdimmSpec(1, str(path), SIZE))
     evil = DomainSpec("evil", OTHER_UUID, 512 * MIB, None, nvdimms)
     plan = host.driver.check(evil)
-    provision = host.driver.backings[0].provision
+    create = host.driver.backings[0].create
 
     def turned(spec: NvdimmSpec, *rest: Any) -> BackingIdentity:
         if spec.slot == 0:
             turn(path, host.path("a.img"))
             host.another().define(host.domain("a.img", ram=600 * MIB))
-        return provision(spec, *rest)
+        return create(spec, *rest)
 
-    monkeypatch.setattr(host.driver.backings[0], "provision", turned)
+    monkeypatch.setattr(host.driver.backings[0], "create", turned)
     with pytest.raises(BackingError, match="a part of the path has become a symbolic link"):
         host.driver.define(evil, plan)
     assert host.record().ram == 600 * MIB
+
+
+def test_a_define_that_fails_deletes_no_file_that_it_has_not_made(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup gets the name just after the define has looked, and found nothing there."""
+    backup = Path(host.path("backup"))
+    backup.write_bytes(DATA)
+    plan = host.driver.check(host.domain("a.img"))
+    examine = host.backing.examine
+
+    def then_moved(spec: NvdimmSpec) -> Intake:
+        intake = examine(spec)
+        if backup.exists():
+            backup.rename(spec.path)
+        return intake
+
+    monkeypatch.setattr(host.backing, "examine", then_moved)
+    with pytest.raises(BackingError, match=r"a\.img: someone else has written it meanwhile"):
+        host.driver.define(host.domain("a.img"), plan)
+    assert host.read("a.img") == DATA
+    assert host.driver.ledger.find_domain(UUID) is None
+    host.driver.define(host.domain("a.img"))
+    assert host.read("a.img") == DATA
 
 
 def test_a_file_keeps_its_mark_when_its_domain_calls_it_by_a_bind_mount(host: Host, tmp_path: Path) -> None:

@@ -606,15 +606,15 @@ def test_of_two_repairs_at_once_one_replaces_the_damaged_ledger(host: Host, monk
 
 def test_a_define_fails_whose_ledger_was_replaced_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody would know of its claims: they are in the file that was renamed."""
-    provision = host.backing.provision
+    create = host.backing.create
 
     def replaced(spec: NvdimmSpec, *rest: Any) -> BackingIdentity:
         path = str(host.folder / "ledger.sqlite")
         assert database.set_aside(path, database.file_number(path))
         host.another().define(host.domain("b.img", OTHER_UUID))
-        return provision(spec, *rest)
+        return create(spec, *rest)
 
-    monkeypatch.setattr(host.backing, "provision", replaced)
+    monkeypatch.setattr(host.backing, "create", replaced)
     with pytest.raises(LedgerError, match="was replaced by another process"):
         host.driver.define(host.domain("a.img"))
     monkeypatch.undo()

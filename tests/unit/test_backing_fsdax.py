@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.backing.fsdax import FsdaxBacking
-from nvdimm_driver.errors import BackingError
+from nvdimm_driver.backing.paths import Entry
+from nvdimm_driver.errors import BackingError, NvdimmError
 from nvdimm_driver.model import MIB, PAGE, Extent, NvdimmSpec
 from tests.unit.fake_sysfs import UUID, FakeSysfs
 
@@ -236,6 +237,52 @@ def test_a_file_that_appears_meanwhile_is_kept(host: Host) -> None:
     with pytest.raises(BackingError, match="someone else has written it meanwhile"):
         host.backing.provision(host.spec(), appear)
     assert path.read_bytes() == b"mine"
+
+
+def test_what_is_to_be_created_takes_the_place_of_no_file_but_an_empty_one(host: Host) -> None:
+    path = host.file("data")
+    with pytest.raises(BackingError, match=r"someone else has written it meanwhile \(to take it as it is, define"):
+        host.backing.create(host.spec("data"))
+    assert os.listdir(host.folder) == ["data"]
+    path.write_bytes(b"")
+    identity = host.backing.create(host.spec("data"))
+    assert os.listdir(host.folder) == ["data"]
+    assert identity == host.backing.identify(str(path))
+
+
+@pytest.mark.parametrize("how", ["create", "publish"])
+def test_a_file_that_takes_the_place_of_an_empty_one_at_the_last_moment_is_kept(
+    host: Host, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path, rename_new = host.file("data", size=0), Entry.rename_new
+    backup = host.file("backup")
+    backup.write_bytes(b"mine")
+
+    def late(source: Entry, target: Entry) -> None:
+        if source.name == "data":
+            backup.replace(path)
+        rename_new(source, target)
+
+    if how == "publish":
+        host.backing.provision(host.backing.allocate(host.spec("data")))
+    monkeypatch.setattr(Entry, "rename_new", late)
+    with pytest.raises(NvdimmError, match=r"someone else has written it meanwhile|exists now"):
+        getattr(host.backing, how)(host.spec("data"))
+    assert path.read_bytes() == b"mine"
+
+
+def test_what_was_created_is_told_by_its_own_identity(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who owns the folder puts another file in its place at once: that is not what may be deleted."""
+    other, link = host.file("other"), Entry.link
+
+    def swapped(at: Entry, fd: int) -> None:
+        link(at, fd)
+        other.replace(host.spec().path)
+
+    monkeypatch.setattr(Entry, "link", swapped)
+    with pytest.raises(BackingError, match="has 0 hard links"):
+        host.backing.create(host.spec())
+    assert os.path.exists(host.spec().path)
 
 
 def test_discard(host: Host) -> None:

@@ -98,6 +98,45 @@ def test_a_file_that_is_made_at_the_last_moment_is_not_replaced(
     assert path.read_bytes() == b"of somebody else"
 
 
+def test_a_file_that_takes_the_place_of_an_empty_one_at_the_last_moment_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename_new = tmp_path / "copy", Entry.rename_new
+    path.touch()
+    (tmp_path / "backup").write_bytes(b"of somebody else")
+
+    def late(source: Entry, target: Entry) -> None:
+        if source.name == "copy":
+            (tmp_path / "backup").replace(path)
+        rename_new(source, target)
+
+    monkeypatch.setattr(Entry, "rename_new", late)
+    with (
+        ordinary_files.opened_destination(str(path), MIB, overwrite=False) as copy,
+        pytest.raises(RefusedError, match=r"exists already .--force"),
+    ):
+        copy.publish()
+    assert path.read_bytes() == b"of somebody else"
+    assert sorted(os.listdir(tmp_path)) == [".copy.partial", "copy"]
+
+
+def test_a_file_that_loses_its_name_to_another_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename_new = tmp_path / "copy", Entry.rename_new
+    path.touch()
+
+    def late(source: Entry, target: Entry) -> None:
+        path.write_bytes(b"one" if source.name == "copy" else b"other")
+        rename_new(source, target)
+
+    monkeypatch.setattr(Entry, "rename_new", late)
+    with (
+        ordinary_files.opened_destination(str(path), MIB, overwrite=False) as copy,
+        pytest.raises(BackingError, match=r"copy: two files got this name at once, .*\.empty .*rename it"),
+    ):
+        copy.publish()
+    assert {each.read_bytes() for each in tmp_path.iterdir() if each.name != ".copy.partial"} == {b"one", b"other"}
+
+
 def test_a_folder_that_is_swapped_gets_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with ordinary_files.opened_destination(str(tmp_path / "folder/copy"), MIB, overwrite=True) as copy:
