@@ -226,7 +226,8 @@ class Wiper:
         """
         self._find_unchanged(record)
         self._checks.unknown.check(record.uuid, {spec.path: opened})
-        for other in self._others(record, spec):
+        found = opened or self._checks.identity(spec.path)
+        for other in ownership.others(self._checks.ledger, record, spec.path, found):
             raise InUseError(f"{spec.path} belongs to domain {other.name}, too", hint="see 'nvdimmctl check'")
         (identity,) = (item.identity for item in record.allocations if item.spec == spec)
         self._checks.check_same(spec.path, identity)
@@ -242,9 +243,6 @@ class Wiper:
         if now is None or _nvdimms(now) != _nvdimms(record):
             raise InUseError(f"domain {record.name} was changed meanwhile", hint="see 'nvdimmctl list', and try again")
         return now
-
-    def _others(self, record: Record, spec: NvdimmSpec) -> list[Record]:
-        return ownership.others(self._checks.ledger, record, spec.path, self._checks.identity(spec.path))
 
 
 def in_slot(record: Record, slot: int | None) -> Record:
