@@ -274,13 +274,13 @@ class Backing(Plugin):
         On failure, remove what this call created. When the user interrupts it, keep that.
 
         :param progress: called now and then with the bytes written and the total.
-        :param identity: whose bytes it has to have, whatever its size is: nothing is created then. None for a backing
+        :param identity: what it has to be, whatever the size of a file is: nothing is created then. None for a backing
             that may be created, as in a define.
         :raises BackingError: when that cannot be done; with an identity also when something else is there, or nothing.
         """
         del progress
         found = self.locate(spec).identity
-        if identity is not None and not found.shares_bytes(identity):
+        if identity is not None and not found.is_same(identity):
             from nvdimm_driver.errors import BackingError
 
             raise BackingError(f"{spec.path}: is another device by now", hint="repeat what you did: look at it again")

@@ -15,7 +15,7 @@ from nvdimm_driver.doctor.repair_files import UnfitFiles, go_on, on_same_volume
 from nvdimm_driver.doctor.repair_marks import Marks, mark_of
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError, XenError
-from nvdimm_driver.model import Allocation, DomainSpec, Record, Surveyed
+from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of, exists
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.state import condition, owner_marks, ownership
@@ -230,8 +230,9 @@ class _Look:
         if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
             yield self._anothers(record, item, mark)
             return
-        if own := ownership.find_own(record, item, ownership.identity_at(self.driver.backings, path)):
-            yield self._in_place_of(record, item, own, backing)
+        here = ownership.identity_at(self.driver.backings, path)
+        if own := ownership.find_own(record, item, here):
+            yield self._in_place_of(record, item, own, backing, here)
             return
         state = condition.look(backing, item)
         found = state.identity
@@ -299,13 +300,18 @@ class _Look:
         give_up = self.changes.of(record, self.changes.give_up, item)
         return inconsistency(f"give up number {item.spec.slot}: the other one keeps the bytes", give_up)
 
-    def _in_place_of(self, record: Record, item: Allocation, own: Allocation, backing: Backing) -> Inconsistency:
-        """Return an NVDIMM at whose path another one of the domain is."""
+    def _in_place_of(
+        self, record: Record, item: Allocation, own: Allocation, backing: Backing, found: BackingIdentity | None
+    ) -> Inconsistency:
+        """Return an NVDIMM at whose path another one of the domain is.
+
+        :param found: the identity of what is there.
+        """
         problem = f"what is there is the domain's NVDIMM in slot {own.spec.slot}, {own.spec.path}"
         inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
         if not _can_become(own, item):
             return inconsistency(f"have it moved back to {own.spec.path}; what belongs here is another file")
-        take = self.changes.of(record, self.changes.adopt_instead, backing, item, own)
+        take = self.changes.of(record, self.changes.adopt_instead, backing, item, found, own)
         return inconsistency(f"take it for this one, and give up number {own.spec.slot}", take)
 
     def _is_still(self, item: Allocation) -> bool:

@@ -85,11 +85,13 @@ class Changes:
         self._store(record, [*_without(record, item), changed])
         self._mark(record, backing, changed)
 
-    def adopt_instead(self, record: Record, backing: Backing, item: Allocation, own: Allocation) -> None:
+    def adopt_instead(
+        self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None, own: Allocation
+    ) -> None:
         """Do what :meth:`adopt` does with what another NVDIMM of the domain was, which the domain then gives up."""
         ownership.check_off(record)
         rest = replace(record, allocations=tuple(_without(record, own)))
-        changed = self._provision(rest, backing, item, own.identity)
+        changed = self._provision(rest, backing, item, found)
         self._store(record, [*_without(rest, item), changed])
         self._mark(record, backing, changed)
 
@@ -207,7 +209,7 @@ class Changes:
         """
         path, file = item.spec.path, backing.inspect(item.spec.path)
         here = (file and file.identity) or ownership.identity_at(self.driver.backings, path)
-        if found is None or here is None or not here.shares_bytes(found):
+        if found is None or not found.is_same(here):
             raise InUseError(
                 f"{path} was changed meanwhile: it is another file, or gone", hint="repeat 'nvdimmctl check'"
             )
