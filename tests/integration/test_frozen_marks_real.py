@@ -129,7 +129,7 @@ def test_an_end_that_is_killed_is_completed(host: Host, how: str, point: str, mo
 def test_check_makes_a_file_immutable_again_on_which_a_label_server_was_killed(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has to be mutable while a label server opens it; the next label server makes it immutable, too."""
+    """It is append-only while a label server opens it; the next label server makes it immutable, too."""
     host.run(host.domain("a.img", label_size=MIB))
     (item,) = host.record().allocations
     assert item.identity
