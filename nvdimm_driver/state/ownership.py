@@ -165,7 +165,13 @@ def check_marks(
         exchange names.
     """
     for path, identity in claims.items():
-        for file in _files(backings, path, identity):
+        try:
+            files = _files(backings, path, identity)
+        except BackingError:
+            if identity is not None:
+                check_marks(ledger, backings, uuid, {path: None})  # the mark of what is there says more
+            raise
+        for file in files:
             mark = None if file.owner is None else owner_marks.unpack(path, file.owner)
             if mark is not None and mark.uuid == uuid:
                 continue
