@@ -223,7 +223,7 @@ class FsdaxBacking(Backing):
                 if left.st_size != spec.size:
                     at.unlink()  # of another import
             if self.examine(hidden).creates:
-                with at.opened(os.O_CREAT | os.O_RDWR) as fd:
+                with at.opened(os.O_CREAT | os.O_EXCL | os.O_RDWR) as fd:
                     self._allocate(fd, hidden.path, spec.size)
                 at.sync()
         return hidden

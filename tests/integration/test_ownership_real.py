@@ -924,3 +924,25 @@ def test_a_frozen_file_system_keeps_no_guest_of_another_one_from_starting(
             time.sleep(0.01)
         empty(one.fs)
         empty(other.fs)
+
+
+def test_an_import_writes_into_no_file_that_a_user_makes_meanwhile(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He has it open, and would read what is imported for another."""
+    (tmp_path / "secret.img").write_bytes(DATA)
+    examine = FsdaxBacking.examine
+    made: list[int] = []
+
+    def then_made(self: FsdaxBacking, spec: NvdimmSpec) -> Intake:
+        intake = examine(self, spec)
+        if not made and spec.path.endswith(".partial"):
+            made.append(os.open(spec.path, os.O_RDWR | os.O_CREAT))
+            os.fchown(made[0], 65534, 65534)
+        return intake
+
+    monkeypatch.setattr(FsdaxBacking, "examine", then_made)
+    with pytest.raises(BackingError, match="File exists"):
+        host.driver.importer.import_copy(str(tmp_path / "secret.img"), host.path("new.img"), None, 0, quiet)
+    assert os.pread(made[0], 64, 0) in (b"", bytes(64))
+    os.close(made[0])
