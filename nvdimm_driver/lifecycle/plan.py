@@ -19,6 +19,7 @@ from nvdimm_driver.guest import layout, mapping_guards
 from nvdimm_driver.labels import index_block, namespace_labels
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import (
+    MIB,
     PAGE,
     PERSISTENCE_DOMAINS,
     SUPERPAGE,
@@ -41,6 +42,9 @@ from nvdimm_driver.state import condition, ownership
 from nvdimm_driver.state.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
+
+_USUAL_AREA = 2 * MIB
+"""Bytes of an NVDIMM's end in which a define looks for a label area that the definition does not have."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Planner:
         kept = self._kept_bases(domain, locations, before, adopts)
         guest = self._lay_out(domain, locations, _wanted_bases(domain), kept)
         plan = self._plan(domain, locations, guest, self._build_tables(guest), intakes)
-        found = (self.find_misplaced_labels(spec) for spec in domain.nvdimms)
+        found = (self.find_misplaced_labels(spec) or self._find_unseen_labels(spec) for spec in domain.nvdimms)
         return replace(plan, misplaced_labels=tuple(found))
 
     def settle(self, plan: Plan, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
@@ -169,6 +173,28 @@ class Planner:
         return (
             f"its labels were made {made}, and in slot {spec.own_slot} the guest finds none of its namespaces: do not "
             "make new ones there, they would overwrite the data"
+        )
+
+    def _find_unseen_labels(self, spec: NvdimmSpec) -> str:
+        """Return that an NVDIMM ends with labels of an area that is not as large as its own; empty when it does not.
+
+        Of one that has a larger area than any in use, nothing is read.
+        """
+        size = min(spec.size, _USUAL_AREA)
+        if spec.label_size > index_block.TAIL:
+            return ""
+        try:
+            with self._backing(spec).open_bytes(spec) as content:
+                end = content.read(spec.size - size, size)
+        except (NvdimmError, OSError) as error:
+            LOG.debug("the end of %s cannot be read: %s", spec.path, error)
+            return ""
+        found = index_block.label_area_size(end)
+        if found in (0, spec.label_size) or namespace_labels.slots_of(end[-found:]) is None:
+            return ""
+        return (
+            f"it ends with labels in an area of {human(found)}, not {human(spec.label_size)}: the guest finds none "
+            "of its namespaces: do not make new ones there, they would overwrite the data"
         )
 
     def find_slot_of_labels(self, spec: NvdimmSpec) -> int | None:

@@ -65,6 +65,23 @@ def test_labels_of_another_make_are_told_apart(tmp_path: Path) -> None:
     assert driver.planner.find_slot_of_labels(wanted.nvdimms[0]) is None
 
 
+@pytest.mark.parametrize("size", [0, 2 * AREA])
+def test_plan_and_define_say_that_the_definition_has_another_label_area(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    backing = MemoryBacking()
+    driver = make_driver(tmp_path, backing, RecordingMapper())
+    wanted = domain(A, label_size=size)
+    driver.importer.provision(wanted.nvdimms[0], lambda _: lambda done, total: None)
+    backing.contents[A] = bytearray(64 * MIB - AREA) + area_with_namespaces(AREA, cookie(0))
+    (problem,) = driver.plan(wanted).misplaced_labels
+    assert problem.startswith("it ends with labels in an area of 128 KiB, not ")
+    driver.define(wanted)
+    assert "misplaced-labels" in caplog.text
+    backing.contents[A] = bytearray(64 * MIB - AREA) + label_area(AREA)  # without namespaces
+    assert driver.plan(wanted).misplaced_labels == ("",)
+
+
 def test_an_area_larger_than_any_in_use_is_not_read(tmp_path: Path) -> None:
     """Who defines a domain chooses its size, and nvdimmd's memory is not theirs."""
     backing = MemoryBacking()
