@@ -45,6 +45,7 @@ class Exporter:
             another domain's by its mark.
         :raises BackingError: when it is not the one that was provisioned.
         """
+        ordinary_files.check_no_link(destination)
         last = {} if running else self._checks.check_off(spec.path, _RUNNING)
         for path in (destination, hidden_name(destination)):
             self._checks.check_unowned(path)

@@ -111,9 +111,19 @@ def opened_destination(path: str, size: int, *, overwrite: bool) -> Iterator[Des
                 yield Destination(path, at, hidden, content, overwrite=overwrite)
 
 
+def check_no_link(path: str) -> None:
+    """Check that nothing at a path is a symbolic link; raise RefusedError if it is, also one that leads to nothing."""
+    if os.path.islink(path):
+        raise _link(path)
+
+
+def _link(path: str) -> RefusedError:
+    return RefusedError(f"{path}: is a symbolic link", hint="name the file itself, which need not exist yet")
+
+
 def _check_destination(path: str, there: os.stat_result | None, overwrite: bool) -> None:
     if there is not None and stat.S_ISLNK(there.st_mode):
-        raise RefusedError(f"{path}: is a symbolic link", hint="name the file itself, which need not exist yet")
+        raise _link(path)
     if there is not None and not stat.S_ISREG(there.st_mode):
         raise RefusedError(f"{path}: is not a file", hint="name a file, which need not exist yet")
     if not overwrite and not is_new(there):

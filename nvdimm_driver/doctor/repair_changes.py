@@ -165,7 +165,8 @@ class Changes:
         :raises InUseError: when something else is there, or nothing; when it is another NVDIMM of the domain, or
             another domain's by its mark; while the domain runs without it.
         """
-        if record.start is None or item.spec.path not in record.start.paths:
+        file = backing.inspect(item.spec.path, found)
+        if file is None or not file.frozen:  # else it is for the guest, by its mark
             ownership.check_off(record)
         self._check_whose(record, backing, item, found)
         self._mark_moved(record, item)

@@ -543,9 +543,11 @@ class Interceptor:
         :raises UnsupportedError: when it has one and other NVDIMMs, or the same in other places: its guest goes on with
             those that it had.
         """
-        uuid = plan.domain.uuid or ""
+        uuid = plan.domain.uuid
+        if uuid is None or (yield from defined_xml(uuid)) is None:
+            return False
         known = DomainRef(plan.domain.name, uuid, -1)
-        if (yield from defined_xml(uuid)) is None or not (yield from has_managed_save(known)):
+        if not (yield from has_managed_save(known)):
             return False
         if (yield from self._record(known)) is not None:
             yield self._work(lambda driver: driver.check_redefinition(plan))

@@ -17,6 +17,7 @@ from nvdimm_driver.host_text import decode, escaped
 from nvdimm_driver.rpc.wire import FRAME_MAX
 
 STRING_MAX = 4194304
+UUID_SIZE = 16
 
 
 class DomainRef(NamedTuple):
@@ -96,7 +97,10 @@ class Packer:
         return self.uint32(0) if value is None else self.uint32(1).string(value)
 
     def uuid(self, value: str) -> Packer:
-        return self.fixed(bytes.fromhex(value.replace("-", "")))
+        data = bytes.fromhex(value.replace("-", ""))
+        if len(data) != UUID_SIZE:
+            raise ValueError(f"{value!r} is not a uuid")
+        return self.fixed(data)
 
     def domain(self, value: DomainRef) -> Packer:
         return self.string(value.name).uuid(value.uuid).int32(value.id)
@@ -189,7 +193,7 @@ class Unpacker:
         return self.encoded() if self._present() else None
 
     def uuid(self) -> str:
-        digits = self._take(16).hex()
+        digits = self._take(UUID_SIZE).hex()
         return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
     def domain(self) -> DomainRef:

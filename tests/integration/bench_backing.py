@@ -41,7 +41,7 @@ class BenchBacking(FsdaxBacking):
         self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
     ) -> BackingIdentity:
         _wait_at_gate(spec.path)
-        return super().provision(spec, progress, identity)
+        return super().provision(spec, progress, *([identity] if identity else []))  # an earlier version takes none
 
 
 def _wait_at_gate(path: str) -> None:

@@ -17,8 +17,7 @@ import pytest
 from nvdimm_driver.backing import inode
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, NvdimmError, TurnedError
-from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Progress, Record, Start
-from nvdimm_driver.plugins import unwatched
+from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Record, Start
 from nvdimm_driver.state import ownership
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
@@ -172,10 +171,10 @@ def test_a_define_does_not_take_anothers_file_that_is_put_in_place_while_zeros_a
         Path(lost.path(name)).write_bytes(bytes(SIZE))
     provision = lost.backing.provision
 
-    def exchanged(spec: NvdimmSpec, progress: Progress = unwatched) -> BackingIdentity:
+    def exchanged(spec: NvdimmSpec, *rest: Any) -> BackingIdentity:
         if spec.slot == slot:
             exchange(lost, "own.img", "victim.img")
-        return provision(spec, progress)
+        return provision(spec, *rest)
 
     monkeypatch.setattr(lost.backing, "provision", exchanged)
     before = lost.mark("victim.img")

@@ -555,6 +555,10 @@ def test_the_current_state_of_a_domain_that_is_off_is_its_definition(proxy: Prox
     assert proxy.xml(domain).count("model='nvdimm'") == 2
 
 
+def test_a_new_domain_needs_no_uuid(proxy: Proxy) -> None:
+    proxy.define(xml("a", uuid=None))
+
+
 def test_other_devices_pass(proxy: Proxy) -> None:
     domain = proxy.define(xml("a"))
     proxy.libvirtd.calls.clear()
