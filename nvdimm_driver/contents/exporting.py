@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nvdimm_driver.backing.files import hidden_name
+from nvdimm_driver.backing.files import check_copy_name, hidden_name
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
@@ -45,6 +45,7 @@ class Exporter:
             another domain's by its mark.
         :raises BackingError: when it is not the one that was provisioned.
         """
+        check_copy_name(destination)
         ordinary_files.check_no_link(destination)
         last = {} if running else self._checks.check_off(spec.path, _RUNNING)
         for path in (destination, hidden_name(destination)):

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 
-from nvdimm_driver.backing.files import hidden_name
+from nvdimm_driver.backing.files import check_copy_name, hidden_name
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
@@ -146,6 +146,7 @@ class Importer:
     def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> NvdimmSpec:
         """Copy into a backing under its hidden name, if it can have one; return what it is until :meth:`_publish`."""
         backing = backing_of(self._checks.backings, spec.path)
+        check_copy_name(spec.path)
         self._checks.check_unowned(hidden_name(spec.path))
         hidden = backing.allocate(spec)
         with backing.open_bytes(hidden, write=True) as target:

@@ -165,10 +165,10 @@ class Changes:
         :raises InUseError: when something else is there, or nothing; when it is another NVDIMM of the domain, or
             another domain's by its mark; while the domain runs without it.
         """
-        file = backing.inspect(item.spec.path, found)
+        self._check_whose(record, backing, item, found)
+        file = backing.inspect(item.spec.path)
         if file is None or not file.frozen:  # else it is for the guest, by its mark
             ownership.check_off(record)
-        self._check_whose(record, backing, item, found)
         self._mark_moved(record, item)
         self._unshare(record, backing, item, found)
         return replace(item, identity=backing.provision(item.spec, identity=found))
