@@ -98,7 +98,10 @@ class Planner:
         kept = self._kept_bases(domain, locations, before, adopts)
         guest = self._lay_out(domain, locations, _wanted_bases(domain), kept)
         plan = self._plan(domain, locations, guest, self._build_tables(guest), intakes)
-        found = (self.find_misplaced_labels(spec) or self._find_unseen_labels(spec) for spec in domain.nvdimms)
+        found = (
+            "" if intake.creates else self.find_misplaced_labels(spec) or self._find_unseen_labels(spec)
+            for spec, intake in zip(domain.nvdimms, intakes, strict=True)
+        )
         return replace(plan, misplaced_labels=tuple(found))
 
     def settle(self, plan: Plan, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
