@@ -82,12 +82,15 @@ def test_files_that_are_not_what_they_were(xen: XenHost) -> None:
     assert found.keys() == expected.keys()
     for path, problem in expected.items():
         assert problem in found[path]
-    assert problems(check(xen, "--repair", f"--zeros {SHORT}"), "yes").keys() == {SHORT}
-    repaired = check(xen, "--repair")
-    (left,) = (row for row in repaired if not row["Done"])
-    assert (left["Path"], "it is not provisioned" in left["Problem"]) == (GONE, True)
-    repaired.remove(left)
-    assert problems(repaired, "yes").keys() == expected.keys() - {SHORT}
+    for options, repaired in (
+        ([f"--zeros {SHORT} --zeros {GONE}"], {SHORT, GONE}),
+        ([], expected.keys() - {SHORT, GONE}),
+    ):
+        rows = check(xen, "--repair", *options)
+        (left,) = (row for row in rows if not row["Done"])
+        assert (left["Path"], "it is not provisioned" in left["Problem"]) == (GONE, True)
+        rows.remove(left)
+        assert problems(rows, "yes").keys() == repaired
     xen.check("rmdir /mnt/pmem0/folder && rm /mnt/pmem0/copy")
 
     assert "is not provisioned" in xen.run(f"{operator.VIRSH} start {NAME}").stderr
