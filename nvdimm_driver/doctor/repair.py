@@ -380,7 +380,8 @@ class _Look:
             return inconsistency("it is not there", _find_device(record, item, now))
         marked = self.marks.all_of(item.uuid, item.spec.slot)
         copies = [each for each in marked if not self._is_later(self.files[each], item)]
-        if copies and record.start is None and path not in self.unfit.zeros:
+        has = record.start is not None and path in record.start.paths
+        if copies and not has and path not in self.unfit.zeros:
             return inconsistency(
                 f"it is not there; a copy of it is {' and '.join(copies)}",
                 f"restore a backup, or rename the copy to {path}: the guest goes on with what it had when that was "

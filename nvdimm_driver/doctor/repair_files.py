@@ -56,7 +56,7 @@ class UnfitFiles:
     def gone(self, record: Record, item: Allocation, backing: Backing) -> Remedy:
         """Return what to do about a file that its file system has no more."""
         problem, path = "it is not there", item.spec.path
-        if record.start is not None:
+        if record.start is not None and path in record.start.paths:
             return (
                 problem,
                 f"before domain {record.name} is shut down, save its data: only its guest has it still",

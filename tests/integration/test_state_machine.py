@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
@@ -26,6 +26,7 @@ from nvdimm_driver.errors import NvdimmError
 from tests.integration.crash_world import deleted, repaired
 from tests.integration.domains_machine import DomainsMachine, ctl_release, ctl_wipe
 from tests.integration.domains_model import (
+    NAMES,
     UUIDS,
     WHICH,
     Guest,
@@ -160,8 +161,11 @@ class HostMachine(DomainsMachine):
                 guest.prepared = None
                 self._do(partial(_put_away, uuid=uuid))
             guest.last = dict((self.backup or {})[uuid][1] if guest.running is None else guest.running)
-        gone = deleted(self._do(repaired))
-        deleted(self._do(partial(repaired, zeros=gone)))
+        gone = [path for path in map(self.world.path, NAMES) if not Path(path).exists()]
+        left = self._do(partial(repaired, zeros=gone))
+        # a guest runs whose domain has, by the backup, what is another's since: the model ends no guest for a repair
+        assume(not any(remedy.startswith("shut domain") for _, _, remedy in left))
+        deleted(left)
         for uuid in UUIDS:
             self._has_its_own(uuid)
         self.repair()
