@@ -261,10 +261,23 @@ class Changes:
         wanted = {item.spec.path for item in record.allocations} & {*paths}
         if now is not None and now.start is not None and now.start.domid == domid and wanted <= {*now.start.paths}:
             return
-        self.driver.take_up_running(record, domid, paths)
+        placed = replace(record, allocations=tuple(self._as_marked(item) for item in record.allocations))
+        self.driver.take_up_running(placed, domid, paths)
         now = self.driver.ledger.find_domain(record.uuid)
         if now is not None and record.uuid in self.seen:
             self.seen[record.uuid] = replace(self.seen[record.uuid], start=now.start)
+
+    def _as_marked(self, item: Allocation) -> Allocation:
+        """Return an NVDIMM as a guest has it: at the base in the mark, which its file keeps while it is frozen.
+
+        The ledger may say another base: it came from a backup, or the domain was defined again since the start.
+        """
+        file = self.files.get(item.spec.path)
+        mark = ownership.readable_mark(file) if file and file.frozen else None
+        if file is None or mark is None or mark.is_copied(file.identity):
+            return item
+        is_its = (mark.uuid, mark.spec.own_slot) == (item.uuid, item.spec.own_slot)
+        return replace(item, base=mark.base) if is_its else item
 
     def unmark(self, backing: Backing, file: Surveyed) -> None:
         """Remove the mark of a file that no domain has.

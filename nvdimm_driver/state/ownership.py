@@ -188,7 +188,7 @@ def find_own_marks(ledger: Ledger, backings: Sequence[Backing], domain: DomainSp
     found = {}
     for path in (spec.path for spec in domain.nvdimms if spec.path not in known):
         for file in _files(backings, path):
-            mark = _readable_mark(file)
+            mark = readable_mark(file)
             is_own = mark is not None and mark.uuid == domain.uuid and not mark.is_copied(file.identity)
             if mark is not None and is_own and not has_bytes(items, file.identity):
                 found[path] = mark
@@ -303,7 +303,7 @@ def anothers_mark(ledger: Ledger, backings: Sequence[Backing], uuid: str, file: 
 
     The ledger may be older than the mark: it came from a backup.
     """
-    mark = _readable_mark(file)
+    mark = readable_mark(file)
     if mark is not None and mark.uuid != uuid:
         try:
             _check_mark(ledger, backings, mark, file.path, file)
@@ -318,13 +318,14 @@ def is_frozen_for_another(backings: Sequence[Backing], uuid: str, path: str) -> 
     The ledger may not know it: it came from a backup.
     """
     for file in _files_left(backings, path):
-        mark = _readable_mark(file)
+        mark = readable_mark(file)
         if file.frozen and mark and mark.uuid != uuid and not mark.is_copied(file.identity):
             return True
     return False
 
 
-def _readable_mark(file: Surveyed) -> Mark | None:
+def readable_mark(file: Surveyed) -> Mark | None:
+    """Return the mark of a file; None without one that can be read."""
     with suppress(LedgerError):  # it cannot be read: 'nvdimmctl check' removes it
         return None if file.owner is None else owner_marks.unpack(file.path, file.owner)
     return None
@@ -434,7 +435,7 @@ def note_marked(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec)
     known = {item.spec.path for item in (record.allocations if record else ())}
     paths = [spec.path for spec in domain.nvdimms if spec.path not in known]
     for file in [file for path in paths for file in _files(backings, path)]:
-        mark = _readable_mark(file)
+        mark = readable_mark(file)
         if mark is not None and file.owner is not None and mark.uuid == uuid and not mark.is_copied(file.identity):
             ledger.record_event("mark-found", uuid, {"path": file.path, "mark": file.owner.decode()})
 
@@ -468,7 +469,7 @@ def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: st
 
 def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int | None = None) -> bool:
     """Return True when a file has the mark of a domain: of its NVDIMM in that slot, or of any for None."""
-    marks = [_readable_mark(file) for file in _files_left(backings, path)]
+    marks = [readable_mark(file) for file in _files_left(backings, path)]
     return any(each and each.uuid == uuid and slot in (None, each.spec.slot) for each in marks)
 
 
@@ -525,7 +526,7 @@ def _is_nobodys(ledger: Ledger, backings: Sequence[Backing], item: Allocation, u
     if replaced or owned:
         return False
     try:
-        marks = [_readable_mark(file) for file in _files(backings, path, identity and item.identity)]
+        marks = [readable_mark(file) for file in _files(backings, path, identity and item.identity)]
     except TurnedError:
         return False  # what had the mark is not there
     return not any(each and each.uuid != item.uuid for each in marks)
