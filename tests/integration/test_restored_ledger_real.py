@@ -210,6 +210,33 @@ def test_the_guest_that_runs_with_what_it_was_given_since_the_backup_is_taken_up
     assert host.driver.starts.holders.held() == {UUID}
 
 
+def test_a_guest_is_taken_up_at_the_bases_that_it_has(host: Host) -> None:
+    """By the backup, a.img is where the guest has b.img: the marks of frozen files say where the guest has them."""
+    host.driver.define(host.domain("a.img"))
+    (had,) = host.record().allocations
+    back_up(host)
+    assert had.base is not None
+    nvdimms = (
+        NvdimmSpec(0, host.path("a.img"), SIZE, base=had.base + SUPERPAGE * 2),
+        NvdimmSpec(1, host.path("b.img"), SIZE, base=had.base),
+    )
+    both = replace(host.domain("a.img"), nvdimms=nvdimms)
+    host.driver.define(both)
+    host.mapper.alive[7] = UUID
+    host.driver.prepare(both)
+    prepared = host.driver.ledger.find_prepared(UUID)
+    assert prepared
+    host.mapper.announce(7, prepared.mappings)
+    map_prepared(host.driver.ledger, 7, UUID)
+    restore(host)
+    repair(host)
+    record = host.record()
+    assert record.start
+    assert (record.start.domid, {*record.start.paths}) == (7, {host.path("a.img"), host.path("b.img")})
+    assert is_immutable(host.path("a.img"))
+    assert is_immutable(host.path("b.img"))
+
+
 def test_the_end_of_an_old_start_leaves_the_file_of_the_guest_that_has_it_now_immutable(
     host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
