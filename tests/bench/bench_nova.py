@@ -18,7 +18,6 @@ Printed for each size of cloud, as a multiple of the smallest:
 from __future__ import annotations
 
 import gc
-import subprocess
 import tempfile
 import time
 import unittest
@@ -166,7 +165,7 @@ def main() -> None:
             cloud.use_pmem(fs, folder)
             unittest.TextTestRunner().run(cloud)
         finally:
-            subprocess.run(["umount", fs.root], check=True)
+            fs.close()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class DomainsMachine(RuleBasedStateMachine):
     @initialize(kind=st.sampled_from([*MKFS]))
     def begin(self, kind: str) -> None:
         fs, own = self.file_systems[kind]
-        self.world = OneXen(fs.image.parent / "state", fs, own)
+        self.world = OneXen(fs.memory / "state", fs, own)
         self.world.reset()
         self.guests = {uuid: Guest() for uuid in UUIDS}
         self.contents: dict[str, bytes] = {}

@@ -23,11 +23,17 @@ def run(*command: str | Path) -> str:
 
 
 class FileSystem:
-    """A mounted file system in an image, and a backing that takes it for one on a pmem namespace."""
+    """A mounted file system in an image, and a backing that takes it for one on a pmem namespace.
+
+    :ivar memory: the folder of all else, which is in memory: hundreds of tests would write tens of GiB to the disk.
+    """
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.kind = kind
-        self.image = folder / "image"
+        self.memory = folder / "memory"
+        self.memory.mkdir()
+        run("mount", "-t", "tmpfs", "none", self.memory)
+        self.image = self.memory / "image"
         self.image.touch()
         os.truncate(self.image, IMAGE)
         run(*MKFS[kind], self.image)
@@ -35,12 +41,12 @@ class FileSystem:
         self.root.mkdir()
         run("mount", "-o", "loop", self.image, self.root)
         self.device = os.stat(self.root).st_dev
-        sysfs = FakeSysfs(folder / "sys")
+        sysfs = FakeSysfs(self.memory / "sys")
         sysfs.fsdax(self.device, spa=SPA, size=IMAGE)
-        self.mountinfo = folder / "mountinfo"
+        self.mountinfo = self.memory / "mountinfo"
         self.mount("rw,dax=always")
         self.backing = FsdaxBacking(
-            locks=Locks(folder / "locks"),
+            locks=Locks(self.memory / "locks"),
             sysfs=sysfs.root,
             mountinfo=self.mountinfo,
             cross_check=lambda fd, found: None,
@@ -66,9 +72,10 @@ class FileSystem:
         return b"".join(parts)
 
     def close(self) -> None:
-        """Unmount it, and give its space back."""
-        run("umount", self.root)
-        self.image.unlink()
+        """Unmount it, if it still is mounted, and give its memory back."""
+        if os.path.ismount(self.root):
+            run("umount", self.root)
+        run("umount", "-l", self.memory)
 
     def files(self) -> list[Path]:
         return [each for each in self.root.iterdir() if each.is_file()]

@@ -33,7 +33,7 @@ def file_system(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[File
     for each in Path(file_system.root).rglob("*"):
         if each.is_file():
             file_system.backing.thaw(str(each))
-    run("umount", str(file_system.root))
+    file_system.close()
 
 
 class LateFailure(Libvirtd):

@@ -29,7 +29,7 @@ from tests.unit.doubles import OTHER_UUID, UUID
 def file_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FileSystem]:
     mounted = FileSystem(tmp_path_factory.mktemp(request.param), request.param)
     yield mounted
-    run("umount", mounted.root)
+    mounted.close()
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def fs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FileSystem]:
     yield made
     if os.path.ismount(made.root):
         made.clear()
-        run("umount", made.root)
+    made.close()
 
 
 @pytest.fixture

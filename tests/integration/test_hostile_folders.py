@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.doctor.repair import look
-from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.loop_pmem import MKFS, FileSystem
 from tests.integration.test_ownership_real import Host
 from tests.unit.doubles import UUID
 
@@ -24,7 +24,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
     host = Host(tmp_path, FileSystem(tmp_path / "fs", request.param))
     host.define("x.img")
     yield host
-    run("umount", host.fs.root)
+    host.fs.close()
 
 
 def make_deep(top: Path, depth: int) -> None:

@@ -55,7 +55,7 @@ class Operator:
     def __init__(self, fs: FileSystem, folder: Path, *, wipe: bool = False) -> None:
         self.fs = fs
         self.folder = folder
-        self.state = fs.image.parent / "state"
+        self.state = fs.memory / "state"
         for each in (self.state, folder / "packages/bench-1.dist-info"):
             each.mkdir(parents=True, exist_ok=True)
         for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "steps"):

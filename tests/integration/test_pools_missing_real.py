@@ -199,7 +199,7 @@ def test_a_file_system_with_another_mount_point_is_not_a_file_that_was_moved(tmp
             assert (after.identity, after.base, after.spec) == (before.identity, before.base, spec)
             assert look(host.driver) == []
     finally:
-        run("umount", fs.root)
+        fs.close()
 
 
 def test_two_file_systems_in_each_others_places_are_named(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_two_file_systems_in_each_others_places_are_named(tmp_path: Path) -> Non
     finally:
         host.backing.thaw(f"{one.root}/a.img")
         for fs in (one, other):
-            run("umount", fs.root)
+            fs.close()
 
 
 def read_only(fs: FileSystem) -> None:
@@ -286,7 +286,7 @@ def test_a_pool_that_cannot_be_thawed_keeps_no_other_domain_from_anything(
         other.backing.thaw(other.path("b.img"))
     finally:
         for each in (fs, works):
-            run("umount", each.root)
+            each.close()
 
 
 def test_a_start_says_that_a_file_is_in_no_pool_any_more(host: Host, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
     for each in Path(file_system.root).rglob("*"):
         if each.is_file():
             file_system.backing.thaw(str(each))
-    run("umount", str(file_system.root))
+    file_system.close()
 
 
 def test_a_label_area_takes_no_bytes_that_the_guest_writes_after_the_define(host: Host) -> None:

@@ -227,16 +227,14 @@ def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in MKFS}
     made = {}
     for kind, folder in folders.items():
-        run("mount", "-t", "tmpfs", "none", folder)
         fs, own = FileSystem(folder, kind), folder / "own"
         own.mkdir()
         run("mount", "--bind", fs.root, own)
         made[kind] = fs, own
     yield made
-    for kind, folder in folders.items():
-        run("umount", made[kind][1])
-        run("umount", made[kind][0].root)
-        run("umount", "-l", folder)
+    for fs, own in made.values():
+        run("umount", own)
+        fs.close()
 
 
 def run_steps(file_systems: dict[str, tuple[FileSystem, Path]], steps: int) -> None:

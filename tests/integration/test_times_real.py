@@ -16,7 +16,7 @@ from nvdimm_driver.backing import inode
 from nvdimm_driver.errors import RefusedError
 from nvdimm_driver.model import Touch
 from tests.integration import loop_pmem
-from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.loop_pmem import MKFS, FileSystem
 from tests.integration.test_frozen_real import Writer, modified
 from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable, killed
 from tests.unit.doubles import UUID
@@ -38,7 +38,7 @@ def whole_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[H
     file_system = FileSystem(tmp_path / "fs", "ext4")
     yield Host(tmp_path, file_system)
     empty(file_system)
-    run("umount", file_system.root)
+    file_system.close()
 
 
 def has_ended(host: Host, *, written: int = LONG_AGO) -> None:

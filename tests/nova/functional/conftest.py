@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import warnings
 from collections.abc import Iterator
 
@@ -24,4 +23,4 @@ def pytest_configure(config: pytest.Config) -> None:
 def file_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FileSystem]:
     mounted = FileSystem(tmp_path_factory.mktemp("pmem"), "ext4")
     yield mounted
-    subprocess.run(["umount", mounted.root], check=True)
+    mounted.close()

@@ -58,7 +58,7 @@ class PmemHost:
     def __init__(self, fs: FileSystem, folder: Path, pools: tuple[str, ...]) -> None:
         self.fs = fs
         self.folder = folder
-        self.state = fs.image.parent / f"state-{'-'.join(pools)}"
+        self.state = fs.memory / f"state-{'-'.join(pools)}"
         self.pools = {name: fs.root / name for name in pools}
         self.calls_file = folder / "calls"
         self._make_state()
