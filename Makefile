@@ -18,7 +18,8 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready images check doc deb
 	@status=0; set -x; \
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/unit tests/integration || status=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -o faulthandler_timeout=900 \
+		tests/unit tests/integration || status=$$?; \
 	$(BIN)/python -m pytest tests/lab $(SELECTED) || status=$$?; \
 	exit $$status
 

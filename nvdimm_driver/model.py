@@ -443,6 +443,7 @@ class Allocation:
     :ivar identity: None until it is provisioned.
     :ivar base: guest-physical base, chosen once; None until it is provisioned.
     :ivar written: percent written so far, while it is being provisioned.
+    :ivar changed: as in :class:`Record`, when the domain got it as it is.
     """
 
     uuid: str
@@ -450,6 +451,7 @@ class Allocation:
     identity: BackingIdentity | None = None
     base: int | None = None
     written: int = 0
+    changed: int = field(default=0, compare=False, repr=False)
 
     @property
     def ready(self) -> bool:
@@ -531,6 +533,9 @@ class Record:
     :ivar dsm: as in :class:`DomainSpec`.
     :ivar fault: error of its last start; empty when that did not fail.
     :ivar intents: what a define wants for it, while that is under way or after it was killed.
+    :ivar changed: when its allocations were last changed, nanoseconds since 1970; 0 before a version that notes it. It
+        grows with each change, whatever the host's clock does. A mark with a later time shows that this ledger, from a
+        backup, is older.
     """
 
     uuid: str
@@ -541,6 +546,7 @@ class Record:
     allocations: tuple[Allocation, ...]
     start: Start | None
     intents: tuple[Allocation, ...] = ()
+    changed: int = field(default=0, compare=False, repr=False)
 
     @property
     def claims(self) -> tuple[Allocation, ...]:

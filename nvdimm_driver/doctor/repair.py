@@ -234,6 +234,11 @@ class _Look:
         if own := ownership.find_own(record, item, here):
             yield self._in_place_of(record, item, own, backing, here)
             return
+        if later := self._later_mark(record, item, here):
+            problem = "its mark is later than the ledger, which is from a backup"
+            take = self.changes.of(record, self.changes.take_mark, backing, item, here, later)
+            yield inconsistency(problem, "take slot, sizes and base from the mark", take)
+            return
         state = condition.look(backing, item)
         found = state.identity
         problem = "it is not the backing that was provisioned"
@@ -272,6 +277,26 @@ class _Look:
             yield inconsistency(
                 problem, "write its mark", self.changes.of(record, self.changes.write_mark, backing, item)
             )
+
+    def _later_mark(self, record: Record, item: Allocation, here: BackingIdentity | None) -> Mark | None:
+        """Return the mark of an NVDIMM's own file if it says something else than the ledger, and is later.
+
+        A frozen file has the mark of the time when its guest was started.
+
+        :param here: the identity of what is there.
+        """
+        file = self.files.get(item.spec.path)
+        if (
+            file is None
+            or file.frozen
+            or not _has_bytes(item, file)
+            or owner_marks.is_current(file.owner, record, item)
+        ):
+            return None
+        mark = mark_of(file)
+        if mark is None or not mark.is_original(here) or mark.changed <= record.changed:
+            return None
+        return mark if (mark.uuid, mark.spec.slot) == (record.uuid, item.spec.slot) else None
 
     def _displaced(self, record: Record, item: Allocation, moved: list[str]) -> str:
         """Return the remedy for another file in the place of what an NVDIMM was provisioned with, which is elsewhere.

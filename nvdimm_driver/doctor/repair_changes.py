@@ -13,6 +13,7 @@ from nvdimm_driver.lifecycle.define import uuid_of
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks, ownership
+from nvdimm_driver.state.owner_marks import Mark
 
 
 class Changes:
@@ -84,6 +85,18 @@ class Changes:
         changed = self._provision(record, backing, item, found)
         self._store(record, [*_without(record, item), changed])
         self._mark(record, backing, changed)
+
+    def take_mark(
+        self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None, mark: Mark
+    ) -> None:
+        """Do what :meth:`adopt` does, with slot, sizes and base as the mark has them, which is later than the ledger.
+
+        Where another NVDIMM has the base, the next start chooses one.
+        """
+        marked = replace(item, spec=replace(mark.spec, path=item.spec.path), base=mark.base)
+        if any(_overlap(marked, each) for each in _without(record, item)):
+            marked = replace(marked, base=None)
+        self.adopt(record, backing, marked, found)
 
     def adopt_instead(
         self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None, own: Allocation
@@ -174,12 +187,17 @@ class Changes:
         return replace(item, identity=backing.provision(item.spec, identity=found))
 
     def _mark(self, record: Record, backing: Backing, item: Allocation) -> None:
-        """Mark what was provisioned, unless it has got the mark of another domain since; a frozen file keeps its mark.
+        """Mark what was provisioned and stored, unless it has got the mark of another domain since.
+
+        A frozen file keeps its mark.
 
         :raises InUseError: when it has, or something else is there.
         """
         self._check_whose(record, backing, item, item.identity)
-        backing.mark(item.spec.path, owner_marks.pack(record, item), item.identity)
+        now = self.driver.ledger.find_domain(record.uuid)
+        for stored in now.allocations if now else ():
+            if stored == item:
+                backing.mark(item.spec.path, owner_marks.pack(record, stored), item.identity)
 
     def _mark_moved(self, record: Record, item: Allocation) -> None:
         """Mark what an NVDIMM was provisioned with, if that is at another path: it stays the domain's.
@@ -309,6 +327,13 @@ def _is_as_seen(now: Record | None, seen: Record | None) -> bool:
         return now is None and (seen is None or not seen.allocations)
     claims = now.allocations == seen.allocations and now.intents in ((), seen.intents)
     return claims and now.start in (None, seen.start)
+
+
+def _overlap(one: Allocation, other: Allocation) -> bool:
+    """Return True when two NVDIMMs of a domain have guest-physical addresses in common."""
+    if one.base is None or other.base is None:
+        return False
+    return one.base < other.placement.space_end and other.base < one.placement.space_end
 
 
 def _without(record: Record, item: Allocation) -> list[Allocation]:

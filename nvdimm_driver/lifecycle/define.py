@@ -223,7 +223,7 @@ class Definitions:
             self.ledger.give_up_intents(now.uuid)
         else:
             self.ledger.store(now.uuid, record.name, record.ram, items, intents=[*wanted], dsm=record.dsm)
-            ownership.mark(self.ledger, self.backings, record)
+            self._mark(now.uuid)
 
     def _delete(self, item: Allocation, record: Record) -> bool:
         """Delete a backing that a define has created; return False when it cannot be deleted.
@@ -259,7 +259,7 @@ class Definitions:
             if given_up or aside != kept or not kept:
                 left = replace(record, allocations=(*given_up, *aside))
                 ownership.drop(self.ledger, self.backings, left, given_up)
-                ownership.mark(self.ledger, self.backings, replace(record, allocations=tuple(aside)))
+                self._mark(uuid)
 
     def adopt(self, domain: DomainSpec) -> Record:
         """Return the domain's record, after taking over NVDIMMs that were added or changed without :meth:`define`.
@@ -469,9 +469,13 @@ class Definitions:
             kind="defined",
             check=lambda: self._check_claims(domain, before, identities),
         )
-        ownership.mark(
-            self.ledger, self.backings, Record(uuid, domain.name, domain.ram, domain.dsm, "", tuple(items), None)
-        )
+        self._mark(uuid)
+
+    def _mark(self, uuid: str) -> None:
+        """Record the owner on what a domain has in the ledger, with the times that it has there."""
+        record = self.ledger.find_domain(uuid)
+        if record is not None:
+            ownership.mark(self.ledger, self.backings, record)
 
     def _check_claims(
         self, domain: DomainSpec, before: Record | None, identities: Mapping[str, BackingIdentity | None]

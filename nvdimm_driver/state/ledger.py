@@ -7,6 +7,8 @@ model types are imported where they are made.
 
 from __future__ import annotations
 
+import time
+
 from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state.events import Event, failure
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from nvdimm_driver.state.events import Value
 
 INTENT_COLUMNS = "slot, path, size, label_size, alignsize, fixed_base, node, pmem"
-ALLOCATION_COLUMNS = f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written"
+ALLOCATION_COLUMNS = f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed"
 
 
 class Ledger(StartSteps):
@@ -77,25 +79,31 @@ class Ledger(StartSteps):
     ) -> None:
         """Store the domain and its allocations, replacing those it had, and what a define wants for it.
 
+        An allocation that the domain has had as it is keeps the time of its last change.
+
         :param intents: what no other domain may have until the next call, beside the allocations.
         :param kind: kind of the event to record; empty for none.
         :param check: called in the transaction; raises what speaks against it.
         :raises InUseError: when another domain has one of the paths, or a define wants it for another.
         """
+        before = self.find_domain(uuid)
+        had = {item: item.changed for item in (before.allocations if before else ())}
         statements: list[tuple[str, Sequence[Any]]] = [
             (
                 "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) "
                 "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm",
                 (uuid, name, ram, dsm),
             ),
+            _change(uuid),
             _spoil_without(uuid, allocations),
             ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
             ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
         ]
         statements += [
             (
-                f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) VALUES (?{', ?' * 16})",
-                (uuid, *_allocation_values(item)),
+                f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) "
+                f"SELECT uuid{', ?' * 16}, coalesce(?, changed) FROM domain WHERE uuid = ?",
+                (*_allocation_values(item), had.get(item), uuid),
             )
             for item in allocations
         ]
@@ -156,6 +164,7 @@ class Ledger(StartSteps):
         """
         self._write(
             [
+                _change(uuid),
                 _spoil_without(uuid, ()),
                 ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
                 ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
@@ -253,10 +262,15 @@ class Ledger(StartSteps):
         return tuple(
             Record(
                 *(uuid, name, ram, dsm, fault, tuple(allocations.get(uuid, ()))),
-                *(starts.get(uuid), tuple(intents.get(uuid, ()))),
+                *(starts.get(uuid), tuple(intents.get(uuid, ())), changed),
             )
-            for uuid, name, ram, dsm, fault in rows("name, ram, dsm, fault", "domain", "name")
+            for uuid, name, ram, dsm, fault, changed in rows("name, ram, dsm, fault, changed", "domain", "name")
         )
+
+
+def _change(uuid: str) -> tuple[str, Sequence[Any]]:
+    """Return the statement that notes when a domain's allocations were changed."""
+    return "UPDATE domain SET changed = max(?, changed + 1) WHERE uuid = ?", (time.time_ns(), uuid)
 
 
 def _spoil_without(uuid: str, items: Sequence[Allocation]) -> tuple[str, Sequence[Any]]:

@@ -21,6 +21,7 @@ class Mark:
     :ivar ram: the domain's RAM, bytes.
     :ivar base: guest-physical base.
     :ivar file: inode and generation of the file that it was written on; None when an earlier version wrote it.
+    :ivar changed: as in :class:`.model.Allocation`; 0 when an earlier version wrote it.
     """
 
     uuid: str
@@ -30,6 +31,7 @@ class Mark:
     spec: NvdimmSpec
     base: int | None
     file: tuple[int, int] | None = None
+    changed: int = 0
 
     def is_copied(self, found: BackingIdentity | None) -> bool:
         """Return True when the mark was written on another file than the one found: ``cp -a`` copies it, too."""
@@ -43,7 +45,8 @@ class Mark:
 def pack(record: Record, item: Allocation) -> bytes:
     """Return the mark of a domain's NVDIMM, without the path, which is that of the file it is read from."""
     file = {"file": [item.identity.inode, item.identity.generation]} if item.identity else {}
-    return json.dumps({**_content(record, item), **file}).encode()
+    changed = {"changed": item.changed} if item.changed else {}
+    return json.dumps({**_content(record, item), **file, **changed}).encode()
 
 
 def unmark_command(path: str) -> str:
@@ -77,7 +80,9 @@ def unpack(path: str, data: bytes) -> Mark:
         if found.get("file"):
             inode, generation = found["file"]
             file = inode, generation
-        return Mark(found["uuid"], found["name"], found["ram"], found["dsm"], spec, found["base"], file)
+        return Mark(
+            found["uuid"], found["name"], found["ram"], found["dsm"], spec, found["base"], file, found.get("changed", 0)
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(
             f"{path}: its mark cannot be read: {error}", hint=f"to remove it: {repair_of(path)}"

@@ -458,19 +458,22 @@ def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:
 def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> bool:
     """Return True when a file has the mark of a domain, and neither that domain, as the ledger has it, nor another one.
 
-    A domain that the ledger does not know has given up nothing: the ledger may have been lost.
+    A domain that the ledger does not know has given up nothing, nor one that the mark knows later than the ledger: that
+    may have been lost, or come from a backup.
     """
     record = ledger.find_domain(uuid)
     if record is None or any(item.spec.path == path for item in record.allocations):
         return False
-    item = Allocation(uuid, NvdimmSpec(0, path, PAGE))
-    return _is_marked(backings, path, uuid) and _is_nobodys(ledger, backings, item)
-
-
-def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int | None = None) -> bool:
-    """Return True when a file has the mark of a domain: of its NVDIMM in that slot, or of any for None."""
     marks = [readable_mark(file) for file in _files_left(backings, path)]
-    return any(each and each.uuid == uuid and slot in (None, each.spec.slot) for each in marks)
+    if not any(mark and mark.uuid == uuid and mark.changed <= record.changed for mark in marks):
+        return False
+    return _is_nobodys(ledger, backings, Allocation(uuid, NvdimmSpec(0, path, PAGE)))
+
+
+def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int) -> bool:
+    """Return True when a file has the mark of a domain's NVDIMM in that slot."""
+    marks = [readable_mark(file) for file in _files_left(backings, path)]
+    return any(each and (each.uuid, each.spec.slot) == (uuid, slot) for each in marks)
 
 
 def drop(ledger: Ledger, backings: Sequence[Backing], record: Record, items: Sequence[Allocation]) -> None:

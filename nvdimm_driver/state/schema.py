@@ -121,5 +121,9 @@ CREATE TABLE unnumbered (
 INSERT INTO unnumbered SELECT uuid FROM domain WHERE uuid NOT IN (SELECT uuid FROM run);
 """,
     "ALTER TABLE unnumbered ADD COLUMN spoiled INTEGER NOT NULL DEFAULT 0;\n",
+    """
+ALTER TABLE domain ADD COLUMN changed INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE allocation ADD COLUMN changed INTEGER NOT NULL DEFAULT 0;
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

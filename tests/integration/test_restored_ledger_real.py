@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nvdimm_driver import driver as driver_module
+from nvdimm_driver.backing import inode
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.cmd.ctl import check
 from nvdimm_driver.cmd.ctl.check import _repair
@@ -22,7 +23,7 @@ from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmEr
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, BackingIdentity, NvdimmSpec, Pool
 from nvdimm_driver.pools.rules import Pools
-from nvdimm_driver.state import database
+from nvdimm_driver.state import database, owner_marks
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
@@ -430,6 +431,82 @@ def test_the_end_of_an_old_start_keeps_the_mark_of_what_was_given_back_since(hos
         host.driver.define(host.domain("a.img", OTHER_UUID))
     repair(host)
     assert host.path("a.img") in [item.spec.path for item in host.record().allocations]
+
+
+def test_the_end_of_an_old_start_keeps_the_mark_of_what_its_start_had_and_the_domain_has_again(host: Host) -> None:
+    """In the backup, the domain has given it up: its mark was to go at the end of the start. It came back since."""
+    host.driver.define(host.domain("a.img"))
+    host.driver.prepare(host.domain("a.img"))
+    host.driver.define(host.domain("b.img"))
+    back_up(host)
+    host.driver.release(UUID)
+    assert host.mark("a.img") is None
+    host.driver.define(host.domain("a.img"))
+    host.driver.prepare(host.domain("a.img"))
+    restore(host)
+    host.driver.release(UUID)
+    assert repair(host) == []
+    assert host.path("a.img") in {item.spec.path for item in host.record().allocations}
+    with pytest.raises(InUseError, match=r"a\.img belongs to domain x"):
+        host.driver.define(host.domain("a.img", OTHER_UUID))
+
+
+@pytest.mark.parametrize("change", ["label", "base", "grown"])
+def test_a_repair_takes_a_later_change_from_the_mark(host: Host, change: str) -> None:
+    """The domain was defined again since the backup; before, the repair wrote the old state over the mark."""
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    spec = host.domain("a.img").nvdimms[0]
+    if change == "label":
+        spec = replace(spec, label_size=128 * KIB)
+    elif change == "base":
+        spec = replace(spec, base=0x2000000000)
+    else:
+        spec = replace(spec, size=2 * SIZE)
+        run("fallocate", "-l", str(2 * SIZE), host.path("a.img"))
+    domain = replace(host.domain("a.img"), nvdimms=(spec,))
+    host.driver.define(domain)
+    (changed,) = host.record().allocations
+    mark = host.mark("a.img")
+    restore(host)
+    (found,) = look(host.driver)
+    assert found.problem == "its mark is later than the ledger, which is from a backup"
+    assert repair(host) == []
+    assert host.record().allocations == (changed,)
+    assert owner_marks.unpack("", host.mark("a.img") or b"").spec == owner_marks.unpack("", mark or b"").spec
+    host.driver.prepare(domain)
+    host.driver.release(UUID)
+
+
+def test_a_repair_takes_no_base_from_a_mark_that_another_nvdimm_has(host: Host) -> None:
+    two = replace(
+        host.domain("a.img"), nvdimms=(host.domain("a.img").nvdimms[0], NvdimmSpec(1, host.path("b.img"), SIZE))
+    )
+    host.driver.define(two)
+    back_up(host)
+    first, second = host.record().allocations
+    moved = [replace(two.nvdimms[0], base=second.base), replace(two.nvdimms[1], base=first.base)]
+    host.driver.define(replace(two, nvdimms=tuple(moved)))
+    restore(host)
+    with open(host.path("b.img"), "rb") as file:  # as if it had been frozen since
+        inode.mark(file.fileno(), owner_marks.pack(host.record(), second))
+    assert repair(host) == []
+    assert [item.base for item in host.record().allocations] == [None, second.base]
+    host.driver.define(two)
+    assert len({item.base for item in host.record().allocations}) == 2
+
+
+def test_a_mark_that_is_older_than_the_ledger_is_written_anew(host: Host) -> None:
+    """A define was killed before it marked the file."""
+    host.driver.define(host.domain("a.img"))
+    before = host.mark("a.img")
+    host.driver.define(host.domain("a.img", label_size=128 * KIB))
+    with open(host.path("a.img"), "rb") as file:
+        inode.mark(file.fileno(), before)
+    (found,) = look(host.driver)
+    assert found.remedy == "write its mark"
+    assert repair(host) == []
+    assert host.record().allocations[0].spec.label_size == 128 * KIB
 
 
 def test_a_repair_gives_a_domain_what_it_has_instead_of_what_another_has_since(host: Host) -> None:

@@ -34,7 +34,9 @@ from nvdimm_driver.model import (
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, ByteRange, Mapper, unwatched
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.owner_marks import Mark
 from nvdimm_driver.state.start_steps import PreparedStart
 
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
@@ -64,6 +66,10 @@ class MemoryBacking(Backing):
         self.filled: list[str] = []
         self.namespace = NAMESPACE
         self.times: dict[str, int] = {}
+
+    def owners(self) -> dict[str, Mark]:
+        """Return the marks, by path, without the times of their last change."""
+        return {path: replace(owner_marks.unpack(path, mark), changed=0) for path, mark in self.marks.items()}
 
     def describe(self) -> str:
         return "files in memory"

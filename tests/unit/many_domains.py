@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.model import GIB, Namespace, Record
+from nvdimm_driver.model import GIB, Namespace
 from nvdimm_driver.state import owner_marks
 from tests.unit.doubles import MemoryBacking, RecordingMapper, domain, map_prepared
 
@@ -45,6 +45,8 @@ def fill(driver: XenNvdimmDriver, backing: MemoryBacking, mapper: RecordingMappe
             like, uuid=uuid, spec=replace(like.spec, path=path), identity=replace(like.identity, inode=inode)
         )
         ledger.store(uuid, name, record.ram, [item])
-        backing.marks[path] = owner_marks.pack(Record(uuid, name, record.ram, None, "", (item,), None), item)
+        stored = ledger.find_domain(uuid)
+        assert stored
+        backing.marks[path] = owner_marks.pack(stored, stored.allocations[0])
         had = last.nvdimms.replace(like.spec.path, path).replace(f'"inode": {like.identity.inode}', f'"inode": {inode}')
         ledger._db.execute("INSERT INTO run VALUES (?, ?, ?, ?)", (uuid, last.number, had, last.written))

@@ -301,10 +301,10 @@ def test_what_is_kept_counts_in_the_quota(tmp_path: Path) -> None:
 
 def test_a_create_that_fails_leaves_the_record_of_before(tmp_path: Path) -> None:
     host = Host(tmp_path / "host")
-    before, marks = host.define_first(), dict(host.backing.marks)
+    before, marks = host.define_first(), host.backing.owners()
     create_in_vain(host.other)
     assert host.record() == before
-    assert host.backing.marks == marks
+    assert host.backing.owners() == marks
     assert C not in host.backing.files
 
 

@@ -78,13 +78,13 @@ def test_a_create_that_libvirt_refuses_takes_nothing(
     if runs:
         driver.prepare(domain(A))
         map_prepared(driver.ledger, 5)
-    before, marks, files = record(driver), dict(backing.marks), dict(backing.files)
+    before, marks, files = record(driver), backing.owners(), dict(backing.files)
     proxy.libvirtd.refuse = {CREATE: "domain 'db1' is already active"}
     with pytest.raises(LibvirtError) as refused:
         create(proxy, file)
     assert message(refused.value) == "domain 'db1' is already active"
     assert record(driver) == before
-    assert (backing.marks, backing.files) == (marks, files)
+    assert (backing.owners(), backing.files) == (marks, files)
     with pytest.raises(InUseError, match="belongs to domain db1"):
         driver.define(domain(A, uuid=OTHER_UUID, name="stranger"))
 
@@ -132,7 +132,7 @@ def test_a_create_without_a_definition_gives_up_what_was_before_once_it_runs(
     """Not earlier: if libvirt refuses it, a stranger must not have taken it in between."""
     create(proxy, "a")
     proxy.libvirtd.defined.clear()  # it has ended
-    before, marks, tried = record(driver), dict(backing.marks), []
+    before, marks, tried = record(driver), backing.owners(), []
 
     def answer(call: Call) -> bytes:
         if call.procedure == CREATE:
@@ -146,7 +146,7 @@ def test_a_create_without_a_definition_gives_up_what_was_before_once_it_runs(
     proxy.libvirtd.refuse = {CREATE: "no"}
     with pytest.raises(LibvirtError):
         create(proxy, "b")
-    assert (record(driver), backing.marks, len(tried)) == (before, marks, 1)
+    assert (record(driver), backing.owners(), len(tried)) == (before, marks, 1)
     proxy.libvirtd.refuse = {}
     create(proxy, "b")
     assert [item.spec.path for item in record(driver).allocations] == [B]
@@ -250,12 +250,12 @@ def test_a_refused_restore_leaves_the_mark_that_was_there_before(
     """The ledger was lost; a guest that was saved in a file is the domain's only trace, besides the mark."""
     driver.define(replace(domain(A), ram=1 << 30))
     (before,) = record(driver).allocations
-    mark = backing.marks[A]
+    mark = backing.owners()[A]
     driver.ledger.forget(UUID)
     proxy.libvirtd = Restoring(driver)
     with pytest.raises(LibvirtError):
         proxy.call(Procedure.DOMAIN_RESTORE, Packer().string("/image"))
-    assert backing.marks[A] == mark
+    assert backing.owners()[A] == mark
     assert (record(driver).allocations, record(driver).start) == ((before,), None)
     with pytest.raises(InUseError):
         driver.define(domain(A, uuid=OTHER_UUID, name="db2"))

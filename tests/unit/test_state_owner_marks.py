@@ -20,14 +20,23 @@ from tests.unit.doubles import UUID
     pmem=st.booleans(),
     name=st.text(min_size=1),
     dsm=st.sampled_from([None, "aml", "qemu"]),
+    changed=st.integers(0, 1 << 62),
 )
 def test_a_mark_is_read_as_it_was_written(
-    slot: int, label_size: int, alignsize: int | None, base: int | None, pmem: bool, name: str, dsm: str | None
+    slot: int,
+    label_size: int,
+    alignsize: int | None,
+    base: int | None,
+    pmem: bool,
+    name: str,
+    dsm: str | None,
+    changed: int,
 ) -> None:
     spec = NvdimmSpec(slot, "/mnt/pmem0/a.img", 64 * MIB, label_size, alignsize, node=0, pmem=pmem)
     record = Record(UUID, name, GIB, dsm, "", (), None)
-    mark = owner_marks.unpack("/mnt/pmem0/a.img", owner_marks.pack(record, Allocation(UUID, spec, base=base)))
-    assert mark == Mark(UUID, name, GIB, dsm, spec, base)
+    item = Allocation(UUID, spec, base=base, changed=changed)
+    mark = owner_marks.unpack("/mnt/pmem0/a.img", owner_marks.pack(record, item))
+    assert mark == Mark(UUID, name, GIB, dsm, spec, base, changed=changed)
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff", b"{}", b"[]", b"null", json.dumps({"version": 2}).encode()])
