@@ -281,19 +281,14 @@ class _Look:
     def _later_mark(self, record: Record, item: Allocation, here: BackingIdentity | None) -> Mark | None:
         """Return the mark of an NVDIMM's own file if it says something else than the ledger, and is later.
 
-        A frozen file has the mark of the time when its guest was started.
+        While the ledger has a start, a frozen file's mark is of its time, and nothing is later.
 
         :param here: the identity of what is there.
         """
         file = self.files.get(item.spec.path)
-        if (
-            file is None
-            or file.frozen
-            or not _has_bytes(item, file)
-            or owner_marks.is_current(file.owner, record, item)
-        ):
+        if file is None or (file.frozen and record.start is not None) or not _has_bytes(item, file):
             return None
-        mark = mark_of(file)
+        mark = None if owner_marks.is_current(file.owner, record, item) else mark_of(file)
         if mark is None or not mark.is_original(here) or mark.changed <= record.changed:
             return None
         return mark if (mark.uuid, mark.spec.slot) == (record.uuid, item.spec.slot) else None

@@ -83,7 +83,7 @@ def unpack(path: str, data: bytes) -> Mark:
         return Mark(
             found["uuid"], found["name"], found["ram"], found["dsm"], spec, found["base"], file, found.get("changed", 0)
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LedgerError(
             f"{path}: its mark cannot be read: {error}", hint=f"to remove it: {repair_of(path)}"
         ) from error

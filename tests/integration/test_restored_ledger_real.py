@@ -24,6 +24,7 @@ from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, BackingIdentity, NvdimmSpec, Pool
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import database, owner_marks
+from nvdimm_driver.state.owner_marks import Mark
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
@@ -65,6 +66,11 @@ def start(host: Host, uuid: str, domid: int, name: str = "a.img") -> None:
     assert prepared
     host.mapper.announce(domid, prepared.mappings)
     map_prepared(host.driver.ledger, domid, uuid)
+
+
+def owner(host: Host, name: str) -> Mark:
+    """Return the mark of a file, without the time of its last change."""
+    return replace(owner_marks.unpack("", host.mark(name) or b""), changed=0)
 
 
 def repair(host: Host, zeros: Collection[str] = ()) -> list[Inconsistency]:
@@ -478,6 +484,18 @@ def test_a_repair_takes_a_later_change_from_the_mark(host: Host, change: str) ->
     host.driver.release(UUID)
 
 
+def test_a_repair_takes_a_later_base_from_the_mark_of_a_file_that_was_left_frozen(host: Host) -> None:
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    placed = replace(host.domain("a.img").nvdimms[0], base=0x2000000000)
+    host.driver.define(replace(host.domain("a.img"), nvdimms=(placed,)))
+    host.driver.prepare(replace(host.domain("a.img"), nvdimms=(placed,)))
+    restore(host)
+    assert repair(host) == []
+    assert host.record().allocations[0].base == 0x2000000000
+    assert not is_immutable(host.path("a.img"))
+
+
 def test_a_repair_takes_no_base_from_a_mark_that_another_nvdimm_has(host: Host) -> None:
     two = replace(
         host.domain("a.img"), nvdimms=(host.domain("a.img").nvdimms[0], NvdimmSpec(1, host.path("b.img"), SIZE))
@@ -636,7 +654,7 @@ def test_a_repair_gives_nobody_a_file_with_the_mark_of_another(
     Path(host.path("g/a.img")).write_bytes(bytes(SIZE))
     host.driver.define(host.domain("g/a.img", OTHER_UUID))
     run("fallocate", "-z", "-o", "0", "-l", str(SIZE // 2), host.path("g/a.img"))
-    mark = host.mark("g/v.img")
+    mark = owner(host, "g/v.img")
     restore(host)
     work = getattr(FsdaxBacking, moment)
 
@@ -650,7 +668,7 @@ def test_a_repair_gives_nobody_a_file_with_the_mark_of_another(
     repair(host)
     monkeypatch.undo()
     assert os.path.exists(host.path("g/z.img"))
-    assert (host.read("g/a.img"), host.mark("g/a.img")) == (DATA, mark)
+    assert (host.read("g/a.img"), owner(host, "g/a.img")) == (DATA, mark)
     record = host.driver.ledger.find_domain(OTHER_UUID)
     inode = os.stat(host.path("g/a.img")).st_ino
     assert not any(item.identity and item.identity.inode == inode for item in (record.allocations if record else ()))

@@ -39,7 +39,9 @@ def test_a_mark_is_read_as_it_was_written(
     assert mark == Mark(UUID, name, GIB, dsm, spec, base, changed=changed)
 
 
-@pytest.mark.parametrize("text", [b"", b"\xff", b"{}", b"[]", b"null", json.dumps({"version": 2}).encode()])
+@pytest.mark.parametrize(
+    "text", [b"", b"\xff", b"{}", b"[]", b"null", json.dumps({"version": 2}).encode(), b"[" * 9999]
+)
 def test_what_is_no_mark(text: bytes) -> None:
     with pytest.raises(LedgerError, match=r"/a: its mark cannot be read"):
         owner_marks.unpack("/a", text)
