@@ -18,6 +18,7 @@ from nvdimm_driver.errors import ConfigError, NvdimmError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of, exists
 from nvdimm_driver.shell import repair_of
+from nvdimm_driver.sizes import human
 from nvdimm_driver.state import condition, owner_marks, ownership
 from nvdimm_driver.state.condition import Condition
 from nvdimm_driver.state.owner_marks import Mark
@@ -235,9 +236,7 @@ class _Look:
             yield self._in_place_of(record, item, own, backing, here)
             return
         if later := self._later_mark(record, item, here):
-            problem = "its mark is later than the ledger, which is from a backup"
-            take = self.changes.of(record, self.changes.take_mark, backing, item, here, later)
-            yield inconsistency(problem, "take slot, sizes and base from the mark", take)
+            yield inconsistency(*self._remedy_of_later_mark(record, item, backing, here, later))
             return
         state = condition.look(backing, item)
         found = state.identity
@@ -289,9 +288,21 @@ class _Look:
         if file is None or (file.frozen and record.start is not None) or not _has_bytes(item, file):
             return None
         mark = None if owner_marks.is_current(file.owner, record, item) else mark_of(file)
-        if mark is None or not mark.is_original(here) or mark.changed <= record.changed:
+        if mark is None or not mark.is_original(here) or not mark.is_later(item):
             return None
         return mark if (mark.uuid, mark.spec.slot) == (record.uuid, item.spec.slot) else None
+
+    def _remedy_of_later_mark(
+        self, record: Record, item: Allocation, backing: Backing, here: BackingIdentity | None, mark: Mark
+    ) -> tuple[str, str, Callable[[], object] | None]:
+        """Return the problem, the remedy and the repair of a ledger that is older than a mark; lost bytes stay lost."""
+        problem = "its mark is later than the ledger, which is from a backup"
+        spec = replace(mark.spec, path=item.spec.path)
+        if backing.lacking(spec) or backing.examine(spec).writes:
+            problem += f"; of the {human(spec.size)} in the mark, a part is not there"
+            return problem, "restore a backup of the file; or define the domain again with what is there", None
+        take = self.changes.of(record, self.changes.take_mark, backing, item, here, mark)
+        return problem, "take slot, sizes and base from the mark", take
 
     def _displaced(self, record: Record, item: Allocation, moved: list[str]) -> str:
         """Return the remedy for another file in the place of what an NVDIMM was provisioned with, which is elsewhere.

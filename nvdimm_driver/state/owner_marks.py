@@ -41,6 +41,10 @@ class Mark:
         """Return True when the mark was written on the file found."""
         return found is not None and self.file == (found.inode, found.generation)
 
+    def is_later(self, item: Allocation) -> bool:
+        """Return True when the mark was written for a later change of an NVDIMM than the ledger has."""
+        return self.changed > item.changed
+
 
 def pack(record: Record, item: Allocation) -> bytes:
     """Return the mark of a domain's NVDIMM, without the path, which is that of the file it is read from."""

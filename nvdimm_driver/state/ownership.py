@@ -402,7 +402,8 @@ def find_item(record: Record, path: str, identity: BackingIdentity | None) -> Al
 def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
     """Record the owner on those of a domain's backings that have another record, or were left mutable when frozen.
 
-    What is another domain's by its mark stays so, and 'nvdimmctl check' tells whose it is.
+    What is another domain's by its mark stays so, and 'nvdimmctl check' tells whose it is. So does a mark that is later
+    than the ledger, which came from a backup then.
     """
     for item in record.allocations:
         path, text = item.spec.path, owner_marks.pack(record, item)
@@ -412,6 +413,11 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
             LOG.warning("%s has the mark of domain %s (%s), and keeps it", path, anothers.name, anothers.uuid)
             continue
         files = list(_files(backings, path))
+        if any(
+            (own := readable_mark(file)) and own.is_original(file.identity) and own.is_later(item) for file in files
+        ):
+            LOG.warning("%s keeps its mark, which is later than the ledger: see 'nvdimmctl check'", path)
+            continue
         if not files or any(file.owner != text or (file.frozen and not file.immutable) for file in files):
             backing_of(backings, path).mark(path, text, item.identity)
 

@@ -484,6 +484,39 @@ def test_a_repair_takes_a_later_change_from_the_mark(host: Host, change: str) ->
     host.driver.release(UUID)
 
 
+def test_the_end_of_a_guest_keeps_a_mark_that_is_later_than_the_ledger(host: Host) -> None:
+    host.driver.define(host.domain("a.img"))
+    host.run(host.domain("a.img"))
+    back_up(host)
+    host.mapper.alive.clear()
+    host.driver.release(UUID)
+    host.driver.define(host.domain("a.img", label_size=128 * KIB))
+    mark = host.mark("a.img")
+    restore(host)
+    host.driver.release(UUID)
+    assert host.mark("a.img") == mark
+    assert repair(host) == []
+    assert host.record().allocations[0].spec.label_size == 128 * KIB
+
+
+@pytest.mark.parametrize("lost", ["hole", "end"])
+def test_a_repair_makes_no_zeros_of_what_a_later_mark_says_and_is_not_there(host: Host, lost: str) -> None:
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    domain = host.domain("a.img", label_size=128 * KIB)
+    host.driver.define(domain)
+    if lost == "hole":
+        run("fallocate", "-p", "-o", "0", "-l", str(MIB), host.path("a.img"))
+    else:
+        os.truncate(host.path("a.img"), SIZE - MIB)
+    mark = host.mark("a.img")
+    restore(host)
+    (found,) = repair(host)
+    assert ("is sparse" if lost == "hole" else "a part is not there") in found.problem
+    assert found.mend is None
+    assert host.mark("a.img") == mark
+
+
 def test_a_repair_takes_a_later_base_from_the_mark_of_a_file_that_was_left_frozen(host: Host) -> None:
     host.driver.define(host.domain("a.img"))
     back_up(host)
