@@ -290,19 +290,23 @@ class _Look:
         mark = None if owner_marks.is_current(file.owner, record, item) else mark_of(file)
         if mark is None or not mark.is_original(here) or not mark.is_later(item):
             return None
-        return mark if (mark.uuid, mark.spec.slot) == (record.uuid, item.spec.slot) else None
+        set_aside = mark.spec.slot != item.spec.slot and mark.spec.own_slot == item.spec.own_slot
+        return mark if mark.uuid == record.uuid and not set_aside else None
 
     def _remedy_of_later_mark(
         self, record: Record, item: Allocation, backing: Backing, here: BackingIdentity | None, mark: Mark
     ) -> tuple[str, str, Callable[[], object] | None]:
         """Return the problem, the remedy and the repair of a ledger that is older than a mark; lost bytes stay lost."""
         problem = "its mark is later than the ledger, which is from a backup"
+        if mark.spec.slot != item.spec.slot:
+            problem += f": it says slot {mark.spec.own_slot}, and the ledger {item.spec.own_slot}"
+            return problem, f"define domain {record.name} again as it is to be: that decides", None
         spec = replace(mark.spec, path=item.spec.path)
         if backing.lacking(spec) or backing.examine(spec).writes:
             problem += f"; of the {human(spec.size)} in the mark, a part is not there"
             return problem, "restore a backup of the file; or define the domain again with what is there", None
         take = self.changes.of(record, self.changes.take_mark, backing, item, here, mark)
-        return problem, "take slot, sizes and base from the mark", take
+        return problem, "take sizes and base from the mark", take
 
     def _displaced(self, record: Record, item: Allocation, moved: list[str]) -> str:
         """Return the remedy for another file in the place of what an NVDIMM was provisioned with, which is elsewhere.
@@ -524,7 +528,8 @@ class _Look:
             yield Inconsistency("", "", file.path, "its mark cannot be read", "remove the mark", unmark)
             return
         known = next((each for each in self.records if each.uuid == mark.uuid), None)
-        if known and known.start and file.path in known.start.paths:
+        has_it = known is not None and known.start is not None and file.path in known.start.paths
+        if has_it and not self._is_defined_with(mark.uuid, file.path):
             return  # given up by a definition, and its mark goes when the guest has ended
         inconsistency = _about(known or mark, file.path)
         item = Allocation(mark.uuid, mark.spec, base=mark.base)
@@ -578,6 +583,15 @@ class _Look:
         """Return True when an NVDIMM's file has its mark."""
         file = self._file_at(item.spec.path)
         return file is not None and _is_marked(file, item)
+
+    def _is_defined_with(self, uuid: str, path: str) -> bool:
+        """Return True when libvirt's definition of a domain has a path; False also when libvirt cannot be asked."""
+        try:
+            defined = self.definition_of(uuid)
+        except NvdimmError as error:
+            LOG.info("the definition of domain %s is not known: %s", uuid, error)
+            return False
+        return defined is not None and path in {resolve(spec.path) for spec in defined.nvdimms}
 
     def _is_given_up(self, item: Allocation) -> bool:
         """Return True when a domain has given up, since the ledger's backup, an NVDIMM that the ledger says it has.

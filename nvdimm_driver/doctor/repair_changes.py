@@ -89,14 +89,23 @@ class Changes:
     def take_mark(
         self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None, mark: Mark
     ) -> None:
-        """Do what :meth:`adopt` does, with slot, sizes and base as the mark has them, which is later than the ledger.
+        """Do what :meth:`adopt` does, with sizes and base as the mark has them, which is later than the ledger.
 
-        Where another NVDIMM has the base, the next start chooses one.
+        Where another NVDIMM has a part of these addresses, by its own mark if that is later, too, the next start
+        chooses a base.
         """
         marked = replace(item, spec=replace(mark.spec, path=item.spec.path), base=mark.base)
-        if any(_overlap(marked, each) for each in _without(record, item)):
+        if any(_overlap(marked, self._as_marked_later(each)) for each in _without(record, item)):
             marked = replace(marked, base=None)
         self.adopt(record, backing, marked, found)
+
+    def _as_marked_later(self, item: Allocation) -> Allocation:
+        """Return an NVDIMM as its mark has it, if that is later than the ledger."""
+        file = self.files.get(item.spec.path)
+        mark = ownership.readable_mark(file) if file else None
+        if file is None or mark is None or not (mark.is_original(file.identity) and mark.is_later(item)):
+            return item
+        return replace(item, spec=replace(mark.spec, path=item.spec.path), base=mark.base)
 
     def adopt_instead(
         self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None, own: Allocation
@@ -249,7 +258,11 @@ class Changes:
             if not _is_as_seen(self.driver.ledger.find_domain(record.uuid), record):
                 raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
 
-        self.driver.ledger.store(record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check)
+        changed = [each for each in items if each not in record.allocations]
+        marked = ownership.times_of_marks(self.driver.backings, record.uuid, changed)
+        self.driver.ledger.store(
+            record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check, marked=marked
+        )
 
     # --- of a define that was killed ---
 

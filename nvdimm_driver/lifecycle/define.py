@@ -468,6 +468,7 @@ class Definitions:
             dsm=domain.dsm,
             kind="defined",
             check=lambda: self._check_claims(domain, before, identities),
+            marked=ownership.times_of_marks(self.backings, uuid, [each for each in items if each not in kept]),
         )
         self._mark(uuid)
 

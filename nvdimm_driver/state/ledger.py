@@ -76,25 +76,29 @@ class Ledger(StartSteps):
         dsm: str | None = None,
         kind: str = "",
         check: Callable[[], None] = lambda: None,
+        marked: Mapping[str, int] | None = None,
     ) -> None:
         """Store the domain and its allocations, replacing those it had, and what a define wants for it.
 
-        An allocation that the domain has had as it is keeps the time of its last change.
+        An allocation that the domain has had as it is keeps the time of its last change, unless its mark is later.
 
         :param intents: what no other domain may have until the next call, beside the allocations.
         :param kind: kind of the event to record; empty for none.
         :param check: called in the transaction; raises what speaks against it.
+        :param marked: the times in the marks of the domain's files, by path: what is stored instead is later.
         :raises InUseError: when another domain has one of the paths, or a define wants it for another.
         """
         before = self.find_domain(uuid)
-        had = {item: item.changed for item in (before.allocations if before else ())}
+        times = marked or {}
+        items = before.allocations if before else ()
+        had = {item: item.changed for item in items if item.changed >= times.get(item.spec.path, 0)}
         statements: list[tuple[str, Sequence[Any]]] = [
             (
                 "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) "
                 "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm",
                 (uuid, name, ram, dsm),
             ),
-            _change(uuid),
+            _change(uuid, max(times.values(), default=0)),
             _spoil_without(uuid, allocations),
             ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
             ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
@@ -268,9 +272,12 @@ class Ledger(StartSteps):
         )
 
 
-def _change(uuid: str) -> tuple[str, Sequence[Any]]:
-    """Return the statement that notes when a domain's allocations were changed."""
-    return "UPDATE domain SET changed = max(?, changed + 1) WHERE uuid = ?", (time.time_ns(), uuid)
+def _change(uuid: str, last: int = 0) -> tuple[str, Sequence[Any]]:
+    """Return the statement that notes when a domain's allocations were changed: later than each change before.
+
+    :param last: a time before; the clock may have been ahead then.
+    """
+    return "UPDATE domain SET changed = max(?, changed + 1) WHERE uuid = ?", (max(time.time_ns(), last + 1), uuid)
 
 
 def _spoil_without(uuid: str, items: Sequence[Allocation]) -> tuple[str, Sequence[Any]]:

@@ -422,6 +422,15 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
             backing_of(backings, path).mark(path, text, item.identity)
 
 
+def times_of_marks(backings: Sequence[Backing], uuid: str, items: Iterable[Allocation]) -> dict[str, int]:
+    """Return the times of the last change in a domain's own marks on these, by path."""
+    found = {}
+    for path in (item.spec.path for item in items):
+        marks = [readable_mark(file) for file in _files_left(backings, path)]
+        found[path] = max((each.changed for each in marks if each and each.uuid == uuid), default=0)
+    return found
+
+
 def unmark_dropped(
     ledger: Ledger, backings: Sequence[Backing], record: Record | None, kept: Sequence[Allocation]
 ) -> None:
@@ -465,13 +474,14 @@ def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: st
     """Return True when a file has the mark of a domain, and neither that domain, as the ledger has it, nor another one.
 
     A domain that the ledger does not know has given up nothing, nor one that the mark knows later than the ledger: that
-    may have been lost, or come from a backup.
+    may have been lost, or come from a backup, also of a version that noted no times.
     """
     record = ledger.find_domain(uuid)
     if record is None or any(item.spec.path == path for item in record.allocations):
         return False
     marks = [readable_mark(file) for file in _files_left(backings, path)]
-    if not any(mark and mark.uuid == uuid and mark.changed <= record.changed for mark in marks):
+    times = [mark.changed for mark in marks if mark and mark.uuid == uuid]
+    if not record.changed or not any(each <= record.changed for each in times):
         return False
     return _is_nobodys(ledger, backings, Allocation(uuid, NvdimmSpec(0, path, PAGE)))
 

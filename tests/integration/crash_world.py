@@ -21,7 +21,7 @@ from zlib import crc32
 from nvdimm_driver.backing import inode
 from nvdimm_driver.cmd import device_model
 from nvdimm_driver.cmd.ctl.check import ROUNDS
-from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair import DefinitionOf, look, nobody_to_ask
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Progress
@@ -267,14 +267,17 @@ class World:
         return set(os.listdir(self.fs.root)) - {"lost+found"}
 
 
-def repaired(driver: XenNvdimmDriver, zeros: Collection[str] = ()) -> list[tuple[str, str, str]]:
+def repaired(
+    driver: XenNvdimmDriver, zeros: Collection[str] = (), definition_of: DefinitionOf = nobody_to_ask
+) -> list[tuple[str, str, str]]:
     """Repair what can be repaired; return what is left, as :meth:`World.repair` does.
 
     :param zeros: files whose lost bytes are given up.
+    :param definition_of: returns libvirt's definition of a domain.
     """
     failed = {}
     for _ in range(ROUNDS):
-        todo = [each for each in look(driver, zeros=zeros) if each.mend and each not in failed]
+        todo = [each for each in look(driver, definition_of, zeros) if each.mend and each not in failed]
         if not todo:
             break
         for finding in todo:
@@ -283,7 +286,7 @@ def repaired(driver: XenNvdimmDriver, zeros: Collection[str] = ()) -> list[tuple
                 finding.mend()
             except NvdimmError as error:
                 failed[finding] = str(error)
-    return [(each.path, each.problem, failed.get(each, each.remedy)) for each in look(driver)]
+    return [(each.path, each.problem, failed.get(each, each.remedy)) for each in look(driver, definition_of)]
 
 
 def deleted(left: Collection[tuple[str, str, str]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -457,6 +458,23 @@ def test_the_end_of_an_old_start_keeps_the_mark_of_what_its_start_had_and_the_do
         host.driver.define(host.domain("a.img", OTHER_UUID))
 
 
+def test_what_a_domain_was_given_back_while_its_guest_had_it_is_its_own_by_its_definition(host: Host) -> None:
+    """The file was frozen all the time, and has no later mark. In the backup, the end of the guest takes the mark."""
+    host.define("a.img")
+    start(host, UUID, 7)
+    host.driver.define(host.domain("b.img"))
+    back_up(host)
+    host.driver.define(host.domain("a.img"))
+    restore(host)
+    _repair(lambda: look(host.driver, lambda uuid: host.domain("a.img") if uuid == UUID else None))
+    host.mapper.alive.clear()
+    host.mapper.announce(7, ())
+    host.driver.reconcile()
+    assert host.path("a.img") in {item.spec.path for item in host.record().allocations}
+    with pytest.raises(InUseError, match=r"a\.img belongs to domain x"):
+        host.driver.define(host.domain("a.img", OTHER_UUID))
+
+
 @pytest.mark.parametrize("change", ["label", "base", "grown"])
 def test_a_repair_takes_a_later_change_from_the_mark(host: Host, change: str) -> None:
     """The domain was defined again since the backup; before, the repair wrote the old state over the mark."""
@@ -527,6 +545,48 @@ def test_a_repair_takes_a_later_base_from_the_mark_of_a_file_that_was_left_froze
     assert repair(host) == []
     assert host.record().allocations[0].base == 0x2000000000
     assert not is_immutable(host.path("a.img"))
+
+
+def test_bases_that_were_exchanged_since_are_taken_from_both_marks(host: Host) -> None:
+    specs = [NvdimmSpec(slot, host.path(name), SIZE) for slot, name in enumerate(("a.img", "b.img"))]
+    domain = replace(host.domain("a.img"), nvdimms=tuple(specs))
+    host.driver.define(domain)
+    back_up(host)
+    first, second = host.record().allocations
+    assert second.base is not None
+    host.driver.define(replace(domain, nvdimms=(replace(specs[0], base=second.base), replace(specs[1], base=1 << 37))))
+    bases = [item.base for item in host.record().allocations]
+    restore(host)
+    assert repair(host) == []
+    assert [item.base for item in host.record().allocations] == bases != [first.base, second.base]
+
+
+def test_a_repair_keeps_the_later_of_two_slots_for_a_define(host: Host) -> None:
+    """The repair wrote the old slot, label area and base over the mark; a define decides."""
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    spec = replace(host.domain("a.img").nvdimms[0], slot=1, label_size=128 * KIB)
+    host.driver.define(replace(host.domain("a.img"), nvdimms=(spec,)))
+    mark = host.mark("a.img")
+    restore(host)
+    (found,) = repair(host)
+    assert found.problem.endswith("it says slot 1, and the ledger 0")
+    assert host.mark("a.img") == mark
+    host.driver.define(replace(host.domain("a.img"), nvdimms=(spec,)))
+    assert look(host.driver) == []
+
+
+def test_a_define_is_later_than_a_mark_of_a_clock_that_was_ahead(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    tomorrow = time.time_ns() + 86400 * 10**9
+    with monkeypatch.context() as ahead:
+        ahead.setattr("nvdimm_driver.state.ledger.time.time_ns", lambda: tomorrow)
+        host.driver.define(host.domain("a.img", label_size=128 * KIB))
+    restore(host)
+    host.driver.define(host.domain("a.img", label_size=256 * KIB))
+    assert repair(host) == []
+    assert host.record().allocations[0].spec.label_size == 256 * KIB
 
 
 def test_a_repair_takes_no_base_from_a_mark_that_another_nvdimm_has(host: Host) -> None:
