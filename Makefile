@@ -14,12 +14,13 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
 # Two targets at a time, each with its output in one piece. The lab is last, because it needs the machine for itself. It
-# runs even when other tests have failed.
+# runs even when other tests have failed. A process that has died, as it does for a test that hangs, is replaced once:
+# pytest-xdist gives the same test to the next one.
 test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready images check doc deb
 	@status=0; set -x; \
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -o faulthandler_timeout=900 \
-		tests/unit tests/integration || status=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 \
+		-o faulthandler_timeout=900 tests/unit tests/integration || status=$$?; \
 	$(BIN)/python -m pytest tests/lab $(SELECTED) || status=$$?; \
 	exit $$status
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings for all tests."""
 
+import os
 import signal
 
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import settings
 # the time of an example depends on the machine more than on the code
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# In a CI, pytest shows all of two values that differ, and compares them line by line: that takes hours for some MiB.
+for name in ("CI", "BUILD_NUMBER"):
+    os.environ.pop(name, None)
 
 # A background job of a script starts with SIGINT ignored. Programs that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
