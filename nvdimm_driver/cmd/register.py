@@ -159,7 +159,7 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
 def find_saved(conf: cfg.ConfigOpts) -> list[str]:
     """Return the names of the domains with NVDIMMs that have a managed save.
 
-    :returns: none if libvirt cannot be asked, or a plug-in is broken: neither keeps the driver from being removed.
+    :returns: none if a plug-in is broken: that does not keep the driver from being removed.
     """
     if not os.path.exists(_ledger(conf)):
         return []
@@ -170,7 +170,7 @@ def find_saved(conf: cfg.ConfigOpts) -> list[str]:
         return []
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
     with closing(Ledger(_ledger(conf))) as ledger:
-        return [each.name for each in repair_saved_guests.saved(ledger, restore, socket)]
+        return [each.name for each in repair_saved_guests.saved(ledger, restore, socket, conf.libvirt.save_dir)]
 
 
 def registered_state_dir(conf: cfg.ConfigOpts) -> str:

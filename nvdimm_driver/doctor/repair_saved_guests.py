@@ -12,28 +12,31 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError, ProtocolError
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.xml.definition_files import DefinitionFiles
 from nvdimm_driver.xml.parse_domain import has_nvdimms
 
 LOG = logging.getLogger(__name__)
 
 
-def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) -> list[Inconsistency]:
+def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str, save_dir: str) -> list[Inconsistency]:
     """Find the domains that libvirt has a saved guest of which its start would be refused for; change nothing.
 
     :param restore: restores domain XML that libvirt has.
-    :param socket: of libvirt's daemon; nothing is found when it cannot be asked.
+    :param socket: of libvirt's daemon.
+    :param save_dir: libvirt's folder of managed saves, which is read when the daemon cannot be asked.
     """
-    return [found for domain in saved(driver.ledger, restore, socket) for found in _refused(driver, domain)]
+    return [found for domain in saved(driver.ledger, restore, socket, save_dir) for found in _refused(driver, domain)]
 
 
-def saved(ledger: Ledger, restore: Callable[[str], str], socket: str) -> list[DomainRef]:
+def saved(ledger: Ledger, restore: Callable[[str], str], socket: str, save_dir: str) -> list[DomainRef]:
     """Return the domains with NVDIMMs that have a managed save. For the arguments, see :func:`look`."""
     try:
         with Connection(socket, ASK_TIMEOUT) as connection:
             return list(_saved(ledger, connection, restore))
     except (OSError, LibvirtError, ProtocolError) as error:
-        LOG.warning("%s: libvirt cannot be asked for saved guests: %s", socket, error)
-        return []
+        LOG.warning("%s: libvirt cannot be asked for saved guests, so %s is read: %s", socket, save_dir, error)
+        stored = DefinitionFiles((), restore, str).saved(save_dir)
+        return [DomainRef(each.name, each.uuid, -1) for each in stored if each.has_any or ledger.find_domain(each.uuid)]
 
 
 def _saved(ledger: Ledger, connection: Connection, restore: Callable[[str], str]) -> Iterator[DomainRef]:

@@ -27,7 +27,7 @@ _SAVE_HEADER = struct.Struct("=16sII40x")
 
 @dataclass(frozen=True)
 class StoredDomain:
-    """A domain with NVDIMMs in one of libvirt's files; it can be in two, while it runs.
+    """A domain in one of libvirt's files; it can be in two, while it runs.
 
     :ivar uuid: empty if nobody knows it.
     :ivar paths: of its NVDIMMs, resolved.
@@ -42,6 +42,11 @@ class StoredDomain:
     def names(self, path: str) -> bool:
         """Return True when the domain has an NVDIMM with that path, or may have: its XML cannot be parsed."""
         return path in self.paths or path in self.text
+
+    @property
+    def has_any(self) -> bool:
+        """True when the domain has an NVDIMM, or may have one."""
+        return bool(self.paths or self.text)
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,25 @@ class DefinitionFiles:
         if not may_have(text, "nvdimm"):
             return None
         xml = text[text.find("<domain ") : text.rfind("</domain>") + len("</domain>")]  # of a guest, it is in another
+        domain = self._domain(file, xml)
+        return domain if domain.has_any else None
+
+    def _domain(self, file: Path, xml: str) -> StoredDomain:
         name, uuid = file.stem, ""
         with suppress(NvdimmError):
             root = parse(xml).root
             name, uuid = root.need("name").text, uuid_of(root) or ""
             paths = tuple(self.resolve(path_of(each)) for each in nvdimm_elements(parse(self.restore(xml)).root))
-            return StoredDomain(name, uuid, paths) if paths else None
+            return StoredDomain(name, uuid, paths)
         return StoredDomain(name, uuid, (), xml)
+
+    def saved(self, folder: str) -> Iterator[StoredDomain]:
+        """Yield the domains that have a managed save, with NVDIMMs or without.
+
+        :param folder: libvirt's folder of managed saves; empty when nobody knows it.
+        """
+        for file in sorted(Path(folder).glob("*.save")) if folder else ():
+            yield self._domain(file, xml_of_save(file) or "")
 
 
 def xml_of_save(file: Path) -> str | None:

@@ -207,6 +207,16 @@ def test_the_driver_is_not_removed_while_a_guest_is_saved(host: Host) -> None:
     goes_on(host)
 
 
+def test_nor_while_libvirtd_is_stopped(host: Host) -> None:
+    """As when the packages are removed: libvirt's folder says what is saved."""
+    save(host)
+    host.libvirtd.stop()
+    done = host.nvdimmctl("unregister")
+    host.libvirtd.start()
+    assert (done.returncode, "domains with NVDIMMs have saved guests: db1" in done.stderr) == (4, True), done
+    goes_on(host)
+
+
 def test_a_create_beside_the_start_of_the_saved_guest(host: Host) -> None:
     """libxl reads the guest's memory between the hook and the device model: a script stands for the time of that."""
     save(host)

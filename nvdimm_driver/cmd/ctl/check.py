@@ -137,7 +137,7 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], *
     restore = XmlHooks.from_conf(conf).restore
     found = [
         *look(driver, partial(definition_of, socket, restore), zeros),
-        *repair_saved_guests.look(driver, restore, socket),
+        *repair_saved_guests.look(driver, restore, socket, conf.libvirt.save_dir),
     ]
     try:
         return [*found, *find_device_claims(driver, conf)]
