@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,12 @@ def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     yield mounted
     for each in mounted.values():
         each.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Check that a module's tests unmount what they mount: pytest cannot remove their folders else."""
+    folder = str(tmp_path_factory.getbasetemp())
+    yield
+    mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    assert [each for each in mounted if each.startswith(f"{folder}/")] == []
