@@ -33,9 +33,8 @@ def file_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def host(tmp_path: Path, file_system: FileSystem, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+def host(tmp_path: Path, file_system: FileSystem) -> Iterator[Host]:
     """Domain x has run, and nobody has put its start away; y has a file, too."""
-    monkeypatch.setattr(locks, "FREEZE_SECONDS", 0.5)
     host = Host(tmp_path, file_system)
     host.define("b.img", OTHER_UUID)
     host.run(host.domain("a.img"))
@@ -46,9 +45,12 @@ def host(tmp_path: Path, file_system: FileSystem, monkeypatch: pytest.MonkeyPatc
 
 @contextmanager
 def frozen(file_system: FileSystem) -> Iterator[None]:
+    """Freeze a file system. Whatever changes it waits, however long: so what it may take is short."""
     run("fsfreeze", "-f", file_system.root)
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(locks, "FREEZE_SECONDS", 0.5)
+            yield
     finally:
         run("fsfreeze", "-u", file_system.root)
 
