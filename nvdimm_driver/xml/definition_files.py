@@ -45,7 +45,7 @@ class StoredDomain:
 
     @property
     def has_any(self) -> bool:
-        """True when the domain has an NVDIMM, or may have one."""
+        """Return True when the domain has an NVDIMM, or may have one."""
         return bool(self.paths or self.text)
 
 

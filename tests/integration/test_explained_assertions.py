@@ -19,15 +19,8 @@ def test_a_file_that_differs_is_told() -> None:
 
 @pytest.mark.parametrize("name", ["CI", "BUILD_NUMBER"])
 def test_a_file_that_differs_is_told_in_a_ci(name: str) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        f"{__file__}::test_a_file_that_differs_is_told",
-    ]
-    done = subprocess.run(words, env={**os.environ, name: "true"}, capture_output=True, text=True, timeout=300)
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::test_a_file_that_differs_is_told"]
+    environment = {**os.environ, "PYTEST_ADDOPTS": "-vv", name: "true"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
