@@ -14,8 +14,8 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
 # Two targets at a time, each with its output in one piece. The lab is last, because it needs the machine for itself. It
-# runs even when other tests have failed. A process that has died, as it does for a test that hangs, is replaced once:
-# pytest-xdist gives the same test to the next one.
+# runs even when other tests have failed. A test that hangs ends its process, and pytest-xdist gives the same test to
+# the next process: so only one process is replaced.
 test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready images check doc deb
 	@status=0; set -x; \

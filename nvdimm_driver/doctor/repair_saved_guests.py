@@ -35,8 +35,7 @@ def saved(ledger: Ledger, restore: Callable[[str], str], socket: str, save_dir: 
             return list(_saved(ledger, connection, restore))
     except (OSError, LibvirtError, ProtocolError) as error:
         LOG.warning("%s: libvirt cannot be asked for saved guests, so %s is read: %s", socket, save_dir, error)
-        stored = DefinitionFiles((), restore, str).saved(save_dir)
-        return [DomainRef(each.name, each.uuid, -1) for each in stored if each.has_any or ledger.find_domain(each.uuid)]
+        return list(_stored(ledger, save_dir, restore))
 
 
 def _saved(ledger: Ledger, connection: Connection, restore: Callable[[str], str]) -> Iterator[DomainRef]:
@@ -46,6 +45,13 @@ def _saved(ledger: Ledger, connection: Connection, restore: Callable[[str], str]
         known = ledger.find_domain(domain.uuid) is not None
         if known or has_nvdimms(restore(connection.xml(domain, inactive=True))):
             yield domain
+
+
+def _stored(ledger: Ledger, save_dir: str, restore: Callable[[str], str]) -> Iterator[DomainRef]:
+    for image in DefinitionFiles((), restore, str).saved(save_dir):
+        known = ledger.find_domain(image.uuid) if image.uuid else next(iter(ledger.named(image.name)), None)  # damaged
+        if image.has_any or known:
+            yield DomainRef(image.name, known.uuid if known else image.uuid, -1)
 
 
 def _refused(driver: XenNvdimmDriver, domain: DomainRef) -> Iterator[Inconsistency]:

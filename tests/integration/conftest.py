@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.integration.loop_pmem import MKFS, FileSystem
+from tests.integration.loop_pmem import MKFS, FileSystem, mount_points
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,7 @@ def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Check that a module's tests unmount what they mount: pytest cannot remove their folders else."""
+    """Check that a module's tests unmount what they mount: otherwise, pytest cannot remove their folders."""
     folder = str(tmp_path_factory.getbasetemp())
     yield
-    mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    assert [each for each in mounted if each.startswith(f"{folder}/")] == []
+    assert [each for each in mount_points() if each.startswith(f"{folder}/")] == []

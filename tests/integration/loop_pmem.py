@@ -22,6 +22,11 @@ def run(*command: str | Path) -> str:
     return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
 
 
+def mount_points() -> list[str]:
+    """Return where file systems are mounted, those too that have failed: os.path.ismount says False of them."""
+    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+
+
 class FileSystem:
     """A mounted file system in an image, and a backing that takes it for one on a pmem namespace.
 
@@ -73,8 +78,7 @@ class FileSystem:
 
     def close(self) -> None:
         """Unmount it, if it still is mounted, and give its memory back."""
-        mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        if str(self.root) in mounted:  # os.path.ismount says False of one that has failed
+        if str(self.root) in mount_points():
             run("umount", self.root)
         run("umount", "-l", self.memory)
 

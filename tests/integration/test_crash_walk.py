@@ -342,8 +342,7 @@ class Walk:
     def _keeps_content(self, when: str) -> None:
         for name, content in self.contents.items():
             if name not in self.operation.overwrites and name != "image":
-                same = self.world.content(name) == content  # pytest takes hours to show where MiB differ, with -vv
-                assert same, f"{when}{name} has other bytes"
+                assert self.world.content(name) == content, f"{when}{name} has other bytes"
         for name in ("image", "new") if "image" in self.contents else ():
             if name in self.world.names():
                 assert self.world.content(name) == self.contents["image"], f"{when}{name} has other bytes"
