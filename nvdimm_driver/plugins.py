@@ -432,6 +432,18 @@ class Backing(Plugin):
         :raises BackingError: when something else is there, which is to get a record.
         """
 
+    def note_given(self, path: str, when: int) -> None:
+        """Note that the owner of a frozen backing, whose record cannot be written, was given it (again) at a time.
+
+        Once the backing is not frozen any more, :meth:`mark` removes the note.
+
+        :param when: nanoseconds since 1970.
+        """
+
+    def given_at(self, path: str) -> int:
+        """Return the time that :meth:`note_given` has noted; 0 without one."""
+        return 0
+
     def inspect(self, path: str, identity: BackingIdentity | None = None) -> Surveyed | None:
         """Return the owner that is recorded on the file at a path, and whether a guest has it.
 

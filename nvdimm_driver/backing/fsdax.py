@@ -400,7 +400,20 @@ class FsdaxBacking(Backing):
             self._check_same(fd, path, identity)
             with self.locks.freezing(fd, path):
                 inode.mark(fd, owner)
+                is_frozen, number = inode.is_frozen(fd), os.fstat(fd).st_ino
             os.fsync(fd)  # without the lock: it may take long
+        if not is_frozen:
+            with opened(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY) as folder:
+                inode.note_given(folder, number, None)
+
+    def note_given(self, path: str, when: int) -> None:
+        with opened(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY) as folder, opened(path, os.O_PATH) as fd:
+            inode.note_given(folder, os.fstat(fd).st_ino, when)
+            os.fsync(folder)
+
+    def given_at(self, path: str) -> int:
+        with opened(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY) as folder, opened(path, os.O_PATH) as fd:
+            return inode.given_at(folder, os.fstat(fd).st_ino)
 
     def inspect(self, path: str, identity: BackingIdentity | None = None) -> Surveyed | None:
         if identity is None:

@@ -39,6 +39,7 @@ _FS_IOC_FSSETXATTR = 0x401C5820
 _FSXATTR = struct.Struct("=IIIII8x")  # struct fsxattr: xflags, extsize, nextents, projid, cowextsize
 _FROZEN = "trusted.nvdimm_driver.frozen"
 _OWNER = "trusted.nvdimm_driver.owner"
+_GIVEN = "trusted.nvdimm_driver.given."  # and the inode number of a file in this folder
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -231,6 +232,23 @@ def mark(fd: int, text: bytes | None) -> None:
         os.setxattr(fd, _OWNER, text)
     elif owner(fd) is not None:
         os.removexattr(fd, _OWNER)
+
+
+def note_given(folder: int, number: int, when: int | None) -> None:
+    """Note on a folder when its file with that inode number got its owner, while :func:`mark` cannot: it is frozen.
+
+    :param when: nanoseconds since 1970; None removes the note. The caller has to sync the folder.
+    """
+    if when is not None:
+        os.setxattr(folder, f"{_GIVEN}{number}", str(when).encode())
+    elif f"{_GIVEN}{number}" in os.listxattr(folder):
+        os.removexattr(folder, f"{_GIVEN}{number}")
+
+
+def given_at(folder: int, number: int) -> int:
+    """Return the time that :func:`note_given` has noted for the file with that inode number; 0 without one."""
+    name = f"{_GIVEN}{number}"
+    return int(os.getxattr(folder, name)) if name in os.listxattr(folder) else 0
 
 
 def xflags(fd: int) -> int:

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
-from nvdimm_driver.doctor.repair_changes import Changes
+from nvdimm_driver.doctor.repair_changes import Changes, LaterMark
 from nvdimm_driver.doctor.repair_files import UnfitFiles, go_on, on_same_volume
 from nvdimm_driver.doctor.repair_marks import Marks, mark_of
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -235,8 +235,8 @@ class _Look:
         if own := ownership.find_own(record, item, here):
             yield self._in_place_of(record, item, own, backing, here)
             return
-        if later := self._later_mark(record, item, here):
-            yield inconsistency(*self._remedy_of_later_mark(record, item, backing, here, later))
+        if later := self._later_mark(record, item):
+            yield inconsistency(*self._remedy_of_later_mark(record, later))
             return
         state = condition.look(backing, item)
         found = state.identity
@@ -277,36 +277,23 @@ class _Look:
                 problem, "write its mark", self.changes.of(record, self.changes.write_mark, backing, item)
             )
 
-    def _later_mark(self, record: Record, item: Allocation, here: BackingIdentity | None) -> Mark | None:
-        """Return the mark of an NVDIMM's own file if it says something else than the ledger, and is later.
-
-        While the ledger has a start, a frozen file's mark is of its time, and nothing is later.
-
-        :param here: the identity of what is there.
-        """
+    def _later_mark(self, record: Record, item: Allocation) -> LaterMark | None:
+        """Return the mark of an NVDIMM's own file if it is later than the ledger, by :func:`.ownership.later_mark`."""
         file = self.files.get(item.spec.path)
-        if file is None or (file.frozen and record.start is not None) or not _has_bytes(item, file):
-            return None
-        mark = None if owner_marks.is_current(file.owner, record, item) else mark_of(file)
-        if mark is None or not mark.is_original(here) or not mark.is_later(item):
-            return None
-        set_aside = mark.spec.slot != item.spec.slot and mark.spec.own_slot == item.spec.own_slot
-        return mark if mark.uuid == record.uuid and not set_aside else None
+        mark = ownership.later_mark(record, item, file) if file else None
+        return (
+            None if file is None or mark is None else LaterMark(backing_of(self.driver.backings, file.path), file, mark)
+        )
 
-    def _remedy_of_later_mark(
-        self, record: Record, item: Allocation, backing: Backing, here: BackingIdentity | None, mark: Mark
-    ) -> tuple[str, str, Callable[[], object] | None]:
+    def _remedy_of_later_mark(self, record: Record, later: LaterMark) -> tuple[str, str, Callable[[], object] | None]:
         """Return the problem, the remedy and the repair of a ledger that is older than a mark; lost bytes stay lost."""
         problem = "its mark is later than the ledger, which is from a backup"
-        if mark.spec.slot != item.spec.slot:
-            problem += f": it says slot {mark.spec.own_slot}, and the ledger {item.spec.own_slot}"
-            return problem, f"define domain {record.name} again as it is to be: that decides", None
-        spec = replace(mark.spec, path=item.spec.path)
-        if backing.lacking(spec) or backing.examine(spec).writes:
-            problem += f"; of the {human(spec.size)} in the mark, a part is not there"
+        if not later.is_whole():
+            problem += f"; of the {human(later.mark.spec.size)} in the mark, a part is not there"
             return problem, "restore a backup of the file; or define the domain again with what is there", None
-        take = self.changes.of(record, self.changes.take_mark, backing, item, here, mark)
-        return problem, "take sizes and base from the mark", take
+        found = [*filter(None, (self._later_mark(record, item) for item in record.allocations if item.ready))]
+        take = self.changes.of(record, self.changes.take_marks, [each for each in found if each.is_whole()])
+        return problem, f"take slot, sizes and base from the mark; for all such NVDIMMs of {record.name}", take
 
     def _displaced(self, record: Record, item: Allocation, moved: list[str]) -> str:
         """Return the remedy for another file in the place of what an NVDIMM was provisioned with, which is elsewhere.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
@@ -14,6 +14,20 @@ from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record,
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks, ownership
 from nvdimm_driver.state.owner_marks import Mark
+
+
+@dataclass(frozen=True)
+class LaterMark:
+    """The file of an NVDIMM, and its mark, which is later than the ledger."""
+
+    backing: Backing
+    file: Surveyed
+    mark: Mark
+
+    def is_whole(self) -> bool:
+        """Return True unless bytes that the mark tells of are not there."""
+        spec = replace(self.mark.spec, path=self.file.path)
+        return not (self.backing.lacking(spec) or self.backing.examine(spec).writes)
 
 
 class Changes:
@@ -86,26 +100,33 @@ class Changes:
         self._store(record, [*_without(record, item), changed])
         self._mark(record, backing, changed)
 
-    def take_mark(
-        self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None, mark: Mark
-    ) -> None:
-        """Do what :meth:`adopt` does, with sizes and base as the mark has them, which is later than the ledger.
+    def take_marks(self, record: Record, later: Sequence[LaterMark]) -> None:
+        """Give a domain all its NVDIMMs that have later marks than the ledger as these say, in one transaction.
 
-        Where another NVDIMM has a part of these addresses, by its own mark if that is later, too, the next start
-        chooses a base.
+        Of two NVDIMMs for one slot, or with addresses in common, the later one has them: the other is set aside, and
+        the next start chooses a base for it. A repair of one does it for all.
         """
-        marked = replace(item, spec=replace(mark.spec, path=item.spec.path), base=mark.base)
-        if any(_overlap(marked, self._as_marked_later(each)) for each in _without(record, item)):
-            marked = replace(marked, base=None)
-        self.adopt(record, backing, marked, found)
-
-    def _as_marked_later(self, item: Allocation) -> Allocation:
-        """Return an NVDIMM as its mark has it, if that is later than the ledger."""
-        file = self.files.get(item.spec.path)
-        mark = ownership.readable_mark(file) if file else None
-        if file is None or mark is None or not (mark.is_original(file.identity) and mark.is_later(item)):
-            return item
-        return replace(item, spec=replace(mark.spec, path=item.spec.path), base=mark.base)
+        had = {item.spec.path: item for item in record.allocations}
+        taken: list[Allocation] = []
+        for each in sorted(later, key=lambda each: -each.mark.changed):
+            path = each.file.path
+            marked = replace(had[path], spec=replace(each.mark.spec, path=path), base=each.mark.base)
+            if (marked.spec, marked.base) != (had[path].spec, had[path].base):
+                taken.append(self._provision(record, each.backing, _fitted(marked, taken), each.file.identity))
+        if not taken:
+            return
+        paths = {item.spec.path for item in taken}
+        others = [_fitted(item, taken) for item in record.allocations if item.spec.path not in paths]
+        items = _in_own_slots([*taken, *others])
+        last = max((each.mark for each in later), key=lambda mark: mark.changed)
+        if last.changed > record.changed:
+            record = replace(record, name=last.name, ram=last.ram, dsm=last.dsm)
+        self._store(record, items)
+        now = self.driver.ledger.find_domain(record.uuid)
+        for each in later:
+            for item in now.allocations if now else ():
+                if item.spec.path == each.file.path:
+                    self._mark(record, each.backing, item)
 
     def adopt_instead(
         self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None, own: Allocation
@@ -347,6 +368,19 @@ def _overlap(one: Allocation, other: Allocation) -> bool:
     if one.base is None or other.base is None:
         return False
     return one.base < other.placement.space_end and other.base < one.placement.space_end
+
+
+def _fitted(item: Allocation, others: Iterable[Allocation]) -> Allocation:
+    """Return an NVDIMM, without its base if another one of the domain has a part of these addresses."""
+    return replace(item, base=None) if any(_overlap(item, each) for each in others) else item
+
+
+def _in_own_slots(items: Sequence[Allocation]) -> list[Allocation]:
+    """Return NVDIMMs in slot order; one whose slot another one before it has is set aside."""
+    found: list[Allocation] = []
+    for item in items:
+        found += slots.set_aside([item], {each.spec.slot for each in found})
+    return sorted(found, key=lambda item: item.spec.slot)
 
 
 def _without(record: Record, item: Allocation) -> list[Allocation]:

@@ -346,7 +346,9 @@ class Definitions:
             return False
         identities = [identity for spec in domain.nvdimms if (identity := items[spec].identity)]
         had = self.planner.bases_of_run(domain, identities)
-        return all(items[spec].base == had.get(spec.slot, items[spec].base) for spec in domain.nvdimms)
+        if any(items[spec].base != had.get(spec.slot, items[spec].base) for spec in domain.nvdimms):
+            return False
+        return not ownership.find_own_marks(self.ledger, self.backings, domain)
 
     def find_paths(self, uuid: str | None, named: Iterable[str]) -> dict[str, str]:
         """Return the paths that these lead to now, by these.

@@ -253,7 +253,8 @@ class Planner:
         """Return, by slot, bases to keep.
 
         A guest whose last run has no number may have been saved by an earlier version. That put new NVDIMMs as far
-        behind a multiple of 2 MiB as their backings begin. Of what the ledger does not know, the mark has the base.
+        behind a multiple of 2 MiB as their backings begin. Of what the ledger does not know, the mark has the base,
+        and the last run that the ledger knows may be older.
         """
         had = self.bases_of_run(domain, [location.identity for location in locations])
         unnumbered = adopts and self.ledger.is_unnumbered(domain.uuid or "")
@@ -261,7 +262,7 @@ class Planner:
         earlier = {spec.slot: location.extents[0].spa % SUPERPAGE for spec, location in pairs}
         marks = ownership.find_own_marks(self.ledger, self.backings, domain)
         marked = {spec.slot: marks[spec.path].base for spec in domain.nvdimms if spec.path in marks}
-        return {**earlier, **marked, **_kept_bases(domain, locations, before), **had}
+        return {**earlier, **_kept_bases(domain, locations, before), **had, **marked}
 
     def _lay_out(
         self,

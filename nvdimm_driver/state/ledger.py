@@ -98,7 +98,7 @@ class Ledger(StartSteps):
                 "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm",
                 (uuid, name, ram, dsm),
             ),
-            _change(uuid, max(times.values(), default=0)),
+            *_change(uuid, max(times.values(), default=0)),
             _spoil_without(uuid, allocations),
             ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
             ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
@@ -111,7 +111,7 @@ class Ledger(StartSteps):
             )
             for item in allocations
         ]
-        statements += [_intent(uuid, spec) for spec in intents]
+        statements += [_note_given_up(uuid), *(_intent(uuid, spec) for spec in intents)]
         size = sum(item.spec.size for item in allocations)
         event = Event(kind, uuid, name, None, {"nvdimms": len(allocations), "bytes": size}) if kind else None
 
@@ -168,9 +168,10 @@ class Ledger(StartSteps):
         """
         self._write(
             [
-                _change(uuid),
+                *_change(uuid),
                 _spoil_without(uuid, ()),
                 ("DELETE FROM allocation WHERE uuid = ?", (uuid,)),
+                _note_given_up(uuid),
                 ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
                 ("DELETE FROM domain WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)", (uuid,)),
             ],
@@ -272,12 +273,24 @@ class Ledger(StartSteps):
         )
 
 
-def _change(uuid: str, last: int = 0) -> tuple[str, Sequence[Any]]:
-    """Return the statement that notes when a domain's allocations were changed: later than each change before.
+def _change(uuid: str, last: int = 0) -> list[tuple[str, Sequence[Any]]]:
+    """Return the statements that note when a domain's allocations were changed: later than each change before.
 
     :param last: a time before; the clock may have been ahead then.
     """
-    return "UPDATE domain SET changed = max(?, changed + 1) WHERE uuid = ?", (max(time.time_ns(), last + 1), uuid)
+    return [
+        ("UPDATE latest SET changed = max(?, changed + 1)", (max(time.time_ns(), last + 1),)),
+        ("UPDATE domain SET changed = (SELECT changed FROM latest) WHERE uuid = ?", (uuid,)),
+    ]
+
+
+def _note_given_up(uuid: str) -> tuple[str, Sequence[Any]]:
+    """Return the statement that notes when a domain has given up what its start has, after :func:`_change`."""
+    return (
+        "UPDATE frozen SET given_up = CASE WHEN path NOT IN (SELECT path FROM allocation WHERE uuid = frozen.uuid) "
+        "THEN coalesce(given_up, (SELECT changed FROM domain WHERE uuid = frozen.uuid)) END WHERE uuid = ?",
+        (uuid,),
+    )
 
 
 def _spoil_without(uuid: str, items: Sequence[Allocation]) -> tuple[str, Sequence[Any]]:

@@ -181,18 +181,35 @@ def check_marks(
 
 
 def find_own_marks(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> dict[str, Mark]:
-    """Return, by path, the marks by which files are the domain's, and which the ledger does not know: it was lost."""
+    """Return, by path, the marks by which files are the domain's, and which the ledger does not know.
+
+    It was lost, or comes from a backup, and knows an earlier state of the NVDIMM.
+    """
     record = None if domain.uuid is None else ledger.find_domain(domain.uuid)
     items = record.allocations if record else ()
     known = {item.spec.path for item in items} | (_frozen(record) if record else set())
     found = {}
-    for path in (spec.path for spec in domain.nvdimms if spec.path not in known):
+    for path in (spec.path for spec in domain.nvdimms):
         for file in _files(backings, path):
             mark = readable_mark(file)
-            is_own = mark is not None and mark.uuid == domain.uuid and not mark.is_copied(file.identity)
-            if mark is not None and is_own and not has_bytes(items, file.identity):
+            item = next((each for each in items if has_bytes([each], file.identity)), None)
+            if mark is None or mark.uuid != domain.uuid or mark.is_copied(file.identity):
+                continue
+            if later_mark(record, item, file) if record and item else path not in known:
                 found[path] = mark
     return found
+
+
+def later_mark(record: Record, item: Allocation, file: Surveyed) -> Mark | None:
+    """Return the mark of an NVDIMM's own file if it says something else than the ledger, and is later.
+
+    While the ledger has a start, a frozen file's mark is of its time, and nothing is later.
+    """
+    mark = readable_mark(file)
+    if mark is None or (file.frozen and record.start is not None) or not has_bytes([item], file.identity):
+        return None
+    is_its = mark.uuid == record.uuid and mark.is_original(file.identity) and mark.is_later(item)
+    return mark if is_its and not owner_marks.is_current(file.owner, record, item) else None
 
 
 def check_own_marks(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> None:
@@ -420,6 +437,8 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
             continue
         if not files or any(file.owner != text or (file.frozen and not file.immutable) for file in files):
             backing_of(backings, path).mark(path, text, item.identity)
+        if any(file.frozen and file.owner != text for file in files):
+            backing_of(backings, path).note_given(path, item.changed)
 
 
 def times_of_marks(backings: Sequence[Backing], uuid: str, items: Iterable[Allocation]) -> dict[str, int]:
@@ -471,17 +490,17 @@ def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:
 
 
 def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> bool:
-    """Return True when a file has the mark of a domain, and neither that domain, as the ledger has it, nor another one.
+    """Return True when a file of a domain's start has its mark, and the domain has given it up, and nobody has it.
 
-    A domain that the ledger does not know has given up nothing, nor one that the mark knows later than the ledger: that
-    may have been lost, or come from a backup, also of a version that noted no times.
+    The ledger may come from a backup, and the domain have the file again since. Then the mark is later, or, if it was
+    frozen all the time, what its folder tells (:meth:`.plugins.Backing.given_at`).
     """
-    record = ledger.find_domain(uuid)
-    if record is None or any(item.spec.path == path for item in record.allocations):
-        return False
+    given_up = ledger.given_up_at(uuid, path)
     marks = [readable_mark(file) for file in _files_left(backings, path)]
     times = [mark.changed for mark in marks if mark and mark.uuid == uuid]
-    if not record.changed or not any(each <= record.changed for each in times):
+    if not given_up or not any(each <= given_up for each in times):
+        return False
+    if backing_of(backings, path).given_at(path) > given_up:
         return False
     return _is_nobodys(ledger, backings, Allocation(uuid, NvdimmSpec(0, path, PAGE)))
 

@@ -125,5 +125,13 @@ INSERT INTO unnumbered SELECT uuid FROM domain WHERE uuid NOT IN (SELECT uuid FR
 ALTER TABLE domain ADD COLUMN changed INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE allocation ADD COLUMN changed INTEGER NOT NULL DEFAULT 0;
 """,
+    # Before, what a start had and its domain had not any more was given up, at the latest, when that was last changed.
+    """
+CREATE TABLE latest (changed INTEGER NOT NULL) STRICT;
+INSERT INTO latest SELECT coalesce(max(changed), 0) FROM domain;
+ALTER TABLE frozen ADD COLUMN given_up INTEGER;
+UPDATE frozen SET given_up = (SELECT nullif(changed, 0) FROM domain WHERE uuid = frozen.uuid)
+    WHERE path NOT IN (SELECT path FROM allocation WHERE uuid = frozen.uuid);
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

@@ -118,7 +118,7 @@ class StartSteps(Database):
                     (identifier, start.state, start.boot_id, start.since, uuid),
                 ),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
-                *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
+                *[("INSERT INTO frozen (uuid, path) VALUES (?, ?)", (uuid, path)) for path in paths],
             ],
             guarded=True,
         )
@@ -308,7 +308,7 @@ class StartSteps(Database):
                 ("DELETE FROM unnumbered WHERE uuid = ?", (uuid,)),
                 *([("INSERT INTO run VALUES (?, ?, ?, ?)", (uuid, *run))] if run else []),
                 *([] if is_numbered else [("INSERT INTO unnumbered (uuid) VALUES (?)", (uuid,))]),
-                *[("INSERT INTO frozen VALUES (?, ?)", (uuid, path)) for path in paths],
+                *[("INSERT INTO frozen (uuid, path) VALUES (?, ?)", (uuid, path)) for path in paths],
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
             ],
@@ -397,6 +397,14 @@ class StartSteps(Database):
             *start.key,
         )
         return Run(*rows[0]) if rows else None
+
+    def given_up_at(self, uuid: str, path: str) -> int:
+        """Return when a domain has given up what its start has at a path, in nanoseconds since 1970; else 0.
+
+        0 also for what a ledger of before version 9 has.
+        """
+        rows = self._rows("SELECT coalesce(max(given_up), 0) FROM frozen WHERE uuid = ? AND path = ?", uuid, path)
+        return int(rows[0][0])
 
     def has_mapped(self, uuid: str, domid: int) -> bool:
         """Return True when the NVDIMMs were mapped into exactly this domid in this boot of the host."""

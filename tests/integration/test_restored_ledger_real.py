@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,8 @@ from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_im
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
 SECRET = b"of y" * 1024
+HIGH = 1 << 37
+"""A base that no layout chooses here."""
 
 
 @pytest.fixture(params=list(MKFS))
@@ -484,7 +485,7 @@ def test_a_repair_takes_a_later_change_from_the_mark(host: Host, change: str) ->
     if change == "label":
         spec = replace(spec, label_size=128 * KIB)
     elif change == "base":
-        spec = replace(spec, base=0x2000000000)
+        spec = replace(spec, base=HIGH)
     else:
         spec = replace(spec, size=2 * SIZE)
         run("fallocate", "-l", str(2 * SIZE), host.path("a.img"))
@@ -538,12 +539,12 @@ def test_a_repair_makes_no_zeros_of_what_a_later_mark_says_and_is_not_there(host
 def test_a_repair_takes_a_later_base_from_the_mark_of_a_file_that_was_left_frozen(host: Host) -> None:
     host.driver.define(host.domain("a.img"))
     back_up(host)
-    placed = replace(host.domain("a.img").nvdimms[0], base=0x2000000000)
+    placed = replace(host.domain("a.img").nvdimms[0], base=HIGH)
     host.driver.define(replace(host.domain("a.img"), nvdimms=(placed,)))
     host.driver.prepare(replace(host.domain("a.img"), nvdimms=(placed,)))
     restore(host)
     assert repair(host) == []
-    assert host.record().allocations[0].base == 0x2000000000
+    assert host.record().allocations[0].base == HIGH
     assert not is_immutable(host.path("a.img"))
 
 
@@ -554,57 +555,11 @@ def test_bases_that_were_exchanged_since_are_taken_from_both_marks(host: Host) -
     back_up(host)
     first, second = host.record().allocations
     assert second.base is not None
-    host.driver.define(replace(domain, nvdimms=(replace(specs[0], base=second.base), replace(specs[1], base=1 << 37))))
+    host.driver.define(replace(domain, nvdimms=(replace(specs[0], base=second.base), replace(specs[1], base=HIGH))))
     bases = [item.base for item in host.record().allocations]
     restore(host)
     assert repair(host) == []
     assert [item.base for item in host.record().allocations] == bases != [first.base, second.base]
-
-
-def test_a_repair_keeps_the_later_of_two_slots_for_a_define(host: Host) -> None:
-    """The repair wrote the old slot, label area and base over the mark; a define decides."""
-    host.driver.define(host.domain("a.img"))
-    back_up(host)
-    spec = replace(host.domain("a.img").nvdimms[0], slot=1, label_size=128 * KIB)
-    host.driver.define(replace(host.domain("a.img"), nvdimms=(spec,)))
-    mark = host.mark("a.img")
-    restore(host)
-    (found,) = repair(host)
-    assert found.problem.endswith("it says slot 1, and the ledger 0")
-    assert host.mark("a.img") == mark
-    host.driver.define(replace(host.domain("a.img"), nvdimms=(spec,)))
-    assert look(host.driver) == []
-
-
-def test_a_define_is_later_than_a_mark_of_a_clock_that_was_ahead(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    host.driver.define(host.domain("a.img"))
-    back_up(host)
-    tomorrow = time.time_ns() + 86400 * 10**9
-    with monkeypatch.context() as ahead:
-        ahead.setattr("nvdimm_driver.state.ledger.time.time_ns", lambda: tomorrow)
-        host.driver.define(host.domain("a.img", label_size=128 * KIB))
-    restore(host)
-    host.driver.define(host.domain("a.img", label_size=256 * KIB))
-    assert repair(host) == []
-    assert host.record().allocations[0].spec.label_size == 256 * KIB
-
-
-def test_a_repair_takes_no_base_from_a_mark_that_another_nvdimm_has(host: Host) -> None:
-    two = replace(
-        host.domain("a.img"), nvdimms=(host.domain("a.img").nvdimms[0], NvdimmSpec(1, host.path("b.img"), SIZE))
-    )
-    host.driver.define(two)
-    back_up(host)
-    first, second = host.record().allocations
-    moved = [replace(two.nvdimms[0], base=second.base), replace(two.nvdimms[1], base=first.base)]
-    host.driver.define(replace(two, nvdimms=tuple(moved)))
-    restore(host)
-    with open(host.path("b.img"), "rb") as file:  # as if it had been frozen since
-        inode.mark(file.fileno(), owner_marks.pack(host.record(), second))
-    assert repair(host) == []
-    assert [item.base for item in host.record().allocations] == [None, second.base]
-    host.driver.define(two)
-    assert len({item.base for item in host.record().allocations}) == 2
 
 
 def test_a_mark_that_is_older_than_the_ledger_is_written_anew(host: Host) -> None:

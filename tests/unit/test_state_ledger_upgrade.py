@@ -110,6 +110,17 @@ def test_what_it_means_is_the_same(tmp_path: Path, dump: Path) -> None:
     assert (record.allocations, record.start, record.dsm) == (ALLOCATIONS[:1], None, "aml")
 
 
+@pytest.mark.parametrize(("schema", "given_up"), [("8", 0), ("9", 1700000000000000000)])
+def test_what_a_guest_has_that_was_given_up_was_so_at_the_latest_when_its_domain_was_changed(
+    tmp_path: Path, schema: str, given_up: int
+) -> None:
+    """Of a ledger that notes no times, nobody knows when."""
+    more = f"INSERT INTO frozen VALUES ('{FIRST}', '/mnt/pmem0/old.img');"
+    ledger = Ledger(old_ledger(tmp_path, DUMPS[0].parent / f"{schema}.sql", more))
+    assert ledger.given_up_at(FIRST, "/mnt/pmem0/old.img") == given_up
+    assert ledger.given_up_at(FIRST, "/mnt/pmem0/db1.img") == 0
+
+
 def test_an_upgrade_that_fails_leaves_what_was(tmp_path: Path) -> None:
     path = old_ledger(tmp_path, DUMPS[0], "CREATE TABLE uncached (in_the_way INTEGER);")
     before = content(path)
