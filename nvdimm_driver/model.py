@@ -444,6 +444,8 @@ class Allocation:
     :ivar base: guest-physical base, chosen once; None until it is provisioned.
     :ivar written: percent written so far, while it is being provisioned.
     :ivar changed: as in :class:`Record`, when the domain got it as it is.
+    :ivar wipes: True when its pool had ``wipe_on_release``, last time that it was found in a pool.
+    :ivar overwritten: True when a release has overwritten it, and no start has begun since.
     """
 
     uuid: str
@@ -452,6 +454,8 @@ class Allocation:
     base: int | None = None
     written: int = 0
     changed: int = field(default=0, compare=False, repr=False)
+    wipes: bool = field(default=False, compare=False, repr=False)
+    overwritten: bool = field(default=False, compare=False, repr=False)
 
     @property
     def ready(self) -> bool:

@@ -12,14 +12,14 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from oslo_config import cfg
 
 from nvdimm_driver import apparmor, conf, logs
-from nvdimm_driver.driver import load_driver
+from nvdimm_driver.driver import XenNvdimmDriver, load_driver
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.host_text import use_utf8
 from nvdimm_driver.rpc.handler_types import Peer
@@ -43,13 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = list(arguments) or None
         options = conf.load(files)
         logs.to_journal("nvdimmd", options)
-        load_driver(options).close()
+        _look_at_pools(load_driver(options))
         with sockets(options) as (clients, readers):
             asyncio.run(_serve(options, files, clients, readers))
     except (NvdimmError, OSError) as error:
         print(f"nvdimmd: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, NvdimmError) else ConfigError.exit_code
     return 0
+
+
+def _look_at_pools(driver: XenNvdimmDriver) -> None:
+    """Note what the pools say of NVDIMMs now; a ledger that cannot be written keeps no client from libvirt."""
+    with closing(driver):
+        try:
+            driver.note_wipes()
+        except NvdimmError as error:
+            LOG.warning("it is not noted which NVDIMMs are in pools with wipe_on_release: %s", error)
 
 
 async def _serve(

@@ -74,8 +74,9 @@ class Wiper:
         return found[0] if found else None
 
     def to_wipe(self, record: Record) -> tuple[Allocation, ...]:
-        """Return the domain's :meth:`own` NVDIMMs that are in pools with ``wipe_on_release``."""
-        return tuple(item for item in self.own(record) if self._checks.pools.wipes(item.spec.path))
+        """Return the domain's :meth:`own` NVDIMMs that :meth:`.Pools.wipes` says have to be overwritten."""
+        found = [(item, self._checks.identity(item.spec.path)) for item in self.own(record)]
+        return tuple(item for item, here in found if self._checks.pools.wipes(item, here))
 
     def give_up(
         self, record: Record, watch: Watch, *, delete: bool, slot: int | None = None, lost: bool = False
@@ -102,6 +103,7 @@ class Wiper:
             contents = [(item, opened.enter_context(self._opened(item.spec, record))) for item in wiped if item in here]
             for item, content in contents:
                 self._overwrite(item.spec, content, watch)
+            self._checks.ledger.note_overwritten(record.uuid, [item.spec.slot for item, _ in contents])
             for item in deleted:
                 if item in here:
                     self._checks.pools.check_place(item.spec.path)
@@ -187,8 +189,9 @@ class Wiper:
                 raise BackingError(f"{path}: it is not lost, but on {now}", hint="define the domain with that device")
             return True
         backing.check_home(path, item.identity)
-        if item.ready and pool is not None and pool.wipe_on_release:
-            raise _missing(record, path, f"it is not there, and pool {pool.name} has wipe_on_release")
+        if item.ready and not item.overwritten and self._checks.pools.wipes(item, None):
+            has = f"pool {pool.name} has" if pool else "its pool had"
+            raise _missing(record, path, f"it is not there, and {has} wipe_on_release")
         return True
 
     def _check_whose(

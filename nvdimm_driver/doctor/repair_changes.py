@@ -110,8 +110,8 @@ class Changes:
         taken: list[Allocation] = []
         for each in sorted(later, key=lambda each: -each.mark.changed):
             path = each.file.path
-            marked = replace(had[path], spec=replace(each.mark.spec, path=path), base=each.mark.base)
-            if (marked.spec, marked.base) != (had[path].spec, had[path].base):
+            if each.mark.is_later(had[path]):
+                marked = replace(had[path], spec=replace(each.mark.spec, path=path), base=each.mark.base)
                 taken.append(self._provision(record, each.backing, _fitted(marked, taken), each.file.identity))
         if not taken:
             return
@@ -121,7 +121,7 @@ class Changes:
         last = max((each.mark for each in later), key=lambda mark: mark.changed)
         if last.changed > record.changed:
             record = replace(record, name=last.name, ram=last.ram, dsm=last.dsm)
-        self._store(record, items)
+        self._store(record, items, paths)
         now = self.driver.ledger.find_domain(record.uuid)
         for each in later:
             for item in now.allocations if now else ():
@@ -191,7 +191,7 @@ class Changes:
         self._store(record, [*_without(record, item), replace(item, identity=None, written=0)])
 
     def give_up(self, record: Record, item: Allocation) -> None:
-        """Give up a claim to what is another domain's, whose mark stays."""
+        """Give up a claim to what is another domain's, whose mark stays, or to nothing."""
         ownership.check_off(record)
         if kept := _without(record, item):
             self._store(record, kept)
@@ -214,7 +214,7 @@ class Changes:
             ownership.check_off(record)
         self._mark_moved(record, item)
         self._unshare(record, backing, item, found)
-        return replace(item, identity=backing.provision(item.spec, identity=found))
+        return self.driver.pools.noted(replace(item, identity=backing.provision(item.spec, identity=found)))
 
     def _mark(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Mark what was provisioned and stored, unless it has got the mark of another domain since.
@@ -267,9 +267,10 @@ class Changes:
         if file and (mark := ownership.anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, file)):
             raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
 
-    def _store(self, record: Record, items: Sequence[Allocation]) -> None:
+    def _store(self, record: Record, items: Sequence[Allocation], later: Collection[str] = ()) -> None:
         """Store what a domain has instead of what is in its record.
 
+        :param later: paths of what was taken from later marks: it is later than these from now on.
         :raises InUseError: when the domain was changed meanwhile, or another domain has bytes that are new to it.
         """
         new = {each.spec.path: each.identity for each in items if each.identity and each not in record.allocations}
@@ -279,7 +280,7 @@ class Changes:
             if not _is_as_seen(self.driver.ledger.find_domain(record.uuid), record):
                 raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
 
-        changed = [each for each in items if each not in record.allocations]
+        changed = [each for each in items if each not in record.allocations or each.spec.path in later]
         marked = ownership.times_of_marks(self.driver.backings, record.uuid, changed)
         self.driver.ledger.store(
             record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check, marked=marked

@@ -181,8 +181,7 @@ class Definitions:
         """Undo :meth:`define`: delete the backings that it created, and let the domain have what it had before.
 
         A backing that a start has stays, and the claim to it: a guest may have written to it. So does all that the
-        define has stored, if a guest has run since. So does the claim to what has to be overwritten, if a guest of the
-        domain has ever run: it could have been with a device that existed before.
+        define has stored, if a guest has run since.
 
         :param before: the domain as it was.
         :param last: the domain's last run at that time.
@@ -194,8 +193,7 @@ class Definitions:
         has_run = run is not None and (last is None or run.number != last.number)  # that may be over, too
         ran = has_run and now.allocations != (before.allocations if before else ())
         started = now.allocations if ran else now.started if now.start else ()
-        wiped = self._to_wipe(now.allocations) if run is not None else ()
-        kept = {item.spec for item in (*created, *started, *wiped)}
+        kept = {item.spec for item in (*created, *started)}
         doomed = [item for item in created if not (ran or (now.start and item.spec.path in now.start.paths))]
         wanted = {item.spec for item in doomed}
         if not wanted.isdisjoint(item.spec for item in now.allocations):  # if killed, it is as a define that is killed
@@ -335,7 +333,8 @@ class Definitions:
 
     def _to_wipe(self, items: Sequence[Allocation]) -> list[Allocation]:
         """Return those NVDIMMs whose bytes have to be overwritten before anybody else may have them."""
-        return [item for item in items if item.ready and self.pools.wipes(item.spec.path)]
+        found = [(item, ownership.identity_at(self.backings, item.spec.path)) for item in items]
+        return [item for item, here in found if (item.ready or here) and self.pools.wipes(item, here)]
 
     def _is_current(self, domain: DomainSpec, record: Record) -> bool:
         """Return True if the ledger has the domain, with all its NVDIMMs, as it is to be started."""
@@ -454,7 +453,7 @@ class Definitions:
         self.check_unknown(domain, identities)
         items = [
             *(
-                Allocation(uuid, spec, location.identity, placement.base)
+                self.pools.noted(Allocation(uuid, spec, location.identity, placement.base))
                 for spec, location, placement in zip(
                     domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
                 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.errors import NotFoundError, RefusedError
-from nvdimm_driver.model import DomainSpec, NvdimmSpec, Pool, Record
+from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Record
 from nvdimm_driver.pools.places import Places
 from nvdimm_driver.sizes import human
 
@@ -44,10 +45,22 @@ class Pools:
         """Return where the pools are now, to ask :meth:`.Places.pool_of` of many paths."""
         return Places(self._pools)
 
-    def wipes(self, path: str) -> bool:
-        """Return True when what is at a path has to be overwritten before another domain may have it."""
-        pool = self.of(path)
-        return pool is not None and pool.wipe_on_release
+    def wipes(self, item: Allocation, here: BackingIdentity | None) -> bool:
+        """Return True when the bytes of a domain's NVDIMM have to be overwritten before another domain may have them.
+
+        Its pool tells. While it is in none, or not there, because a bind mount or a device's link is missing or another
+        file system is mounted over it, what its pool told last counts, too.
+
+        :param here: the identity of what is at its path.
+        """
+        pool = self.of(item.spec.path)
+        is_there = item.identity is None or (here is not None and item.identity.shares_bytes(here))
+        return pool.wipe_on_release if pool and is_there else item.wipes or bool(pool and pool.wipe_on_release)
+
+    def noted(self, item: Allocation) -> Allocation:
+        """Return an NVDIMM that has just been provisioned, with what its pool tells of it now."""
+        pool = self.of(item.spec.path)
+        return item if pool is None else replace(item, wipes=pool.wipe_on_release)
 
     def check(self, domain: DomainSpec, records: Iterable[Record], kept: Sequence[NvdimmSpec] = ()) -> None:
         """Check that a domain may have its backings.

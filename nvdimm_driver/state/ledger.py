@@ -16,14 +16,16 @@ from nvdimm_driver.state.start_steps import StartSteps, count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record
     from nvdimm_driver.state.events import Value
 
 INTENT_COLUMNS = "slot, path, size, label_size, alignsize, fixed_base, node, pmem"
-ALLOCATION_COLUMNS = f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed"
+ALLOCATION_COLUMNS = (
+    f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed, wipes, overwritten"
+)
 
 
 class Ledger(StartSteps):
@@ -106,8 +108,8 @@ class Ledger(StartSteps):
         statements += [
             (
                 f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) "
-                f"SELECT uuid{', ?' * 16}, coalesce(?, changed) FROM domain WHERE uuid = ?",
-                (*_allocation_values(item), had.get(item), uuid),
+                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0 FROM domain WHERE uuid = ?",
+                (*_allocation_values(item), had.get(item), int(item.wipes), uuid),
             )
             for item in allocations
         ]
@@ -120,6 +122,15 @@ class Ledger(StartSteps):
             check()
 
         self._write(statements, event, check=check_all)
+
+    def note_wipes(self, uuid: str, slots: Iterable[int]) -> None:
+        """Note that NVDIMMs of a domain are in pools with ``wipe_on_release``."""
+        self._write([("UPDATE allocation SET wipes = 1 WHERE uuid = ? AND slot = ?", (uuid, slot)) for slot in slots])
+
+    def note_overwritten(self, uuid: str, slots: Iterable[int]) -> None:
+        """Note that a release has overwritten NVDIMMs of a domain, until the next start begins."""
+        sql = "UPDATE allocation SET overwritten = 1 WHERE uuid = ? AND slot = ?"
+        self._write([(sql, (uuid, slot)) for slot in slots])
 
     def begin_define(self, domain: DomainSpec, check: Callable[[], None]) -> None:
         """Record what a define wants for a domain, beside what the domain has, until :meth:`store` or another call.
@@ -339,4 +350,5 @@ def _allocation(uuid: str, row: Sequence[Any]) -> Allocation:
     from nvdimm_driver.model import Allocation, BackingIdentity
 
     identity = None if row[8] is None else BackingIdentity(*row[8:14])
-    return Allocation(uuid, _spec(row[:8]), identity, *row[14:])
+    base, written, changed, wipes, overwritten = row[14:]
+    return Allocation(uuid, _spec(row[:8]), identity, base, written, changed, bool(wipes), bool(overwritten))

@@ -129,6 +129,8 @@ ALTER TABLE allocation ADD COLUMN changed INTEGER NOT NULL DEFAULT 0;
     """
 CREATE TABLE latest (changed INTEGER NOT NULL) STRICT;
 INSERT INTO latest SELECT coalesce(max(changed), 0) FROM domain;
+ALTER TABLE allocation ADD COLUMN wipes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE allocation ADD COLUMN overwritten INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE frozen ADD COLUMN given_up INTEGER;
 UPDATE frozen SET given_up = (SELECT nullif(changed, 0) FROM domain WHERE uuid = frozen.uuid)
     WHERE path NOT IN (SELECT path FROM allocation WHERE uuid = frozen.uuid);

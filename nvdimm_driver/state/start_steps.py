@@ -118,6 +118,7 @@ class StartSteps(Database):
                     (identifier, start.state, start.boot_id, start.since, uuid),
                 ),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
+                ("UPDATE allocation SET overwritten = 0 WHERE uuid = ? AND overwritten", (uuid,)),
                 *[("INSERT INTO frozen (uuid, path) VALUES (?, ?)", (uuid, path)) for path in paths],
             ],
             guarded=True,

@@ -116,6 +116,29 @@ def test_wipe_and_release_say_that_there_is_a_saved_guest(host: Host) -> None:
     assert len(host.record("db1").allocations) == 1
 
 
+def test_a_create_that_libvirt_refuses_leaves_an_import_that_no_guest_has_had(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The domain kept it until it is wiped, because it had run with another file before."""
+    folder = tmp_path_factory.mktemp("host")  # as above
+    host = Host(folder, f"[pool:main]\nkind = bench\npaths = {folder}/pmem\nwipe_on_release = true\n")
+    try:
+        host.define("db1", 1)
+        host.check("start", "db1")
+        host.check("destroy", "db1")
+        before = host.record("db1")
+        source = folder / "source"
+        source.write_bytes(b"imported" * (4 << 17))
+        done = host.nvdimmctl("import", str(source), "--name", "other.img", "--label-size", "0")
+        assert done.returncode == 0, done.stderr
+        imported = host.sum("other")
+        assert "Failed to create domain" in refused(host, "create", with_file(host, "other", starts=False))
+        assert host.record("db1") == before
+        assert host.sum("other") == imported
+    finally:
+        host.libvirtd.close()
+
+
 def test_what_is_kept_until_it_is_wiped_does_not_count_beside_ram(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The definition has another NVDIMM at the same address, and then none."""
     folder = tmp_path_factory.mktemp("host")  # as above

@@ -271,6 +271,12 @@ OPERATIONS = [
     Operation("release", _defined, _give_up, BOTH, done=_can_be_anothers),
     Operation("release with a wipe", _defined, _give_up, BOTH, BOTH, done=_is_anothers_and_empty, wipe=True),
     Operation("release --delete", _defined, partial(_give_up, delete=True), BOTH, BOTH, done=_is_deleted),
+    Operation(
+        "release --delete with a wipe",
+        *(_defined, partial(_give_up, delete=True), BOTH, BOTH),
+        done=_is_deleted,
+        wipe=True,
+    ),
     Operation("wipe", _defined, _wipe, overwrites=BOTH, done=_is_empty),
     Operation("repair", _ledger_lost, _repair),
     Operation("upgrade of the ledger", _old_ledger, _open_ledger),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver import conf
-from nvdimm_driver.errors import ConfigError, RefusedError
+from nvdimm_driver.backing.pmem import PmemBacking
+from nvdimm_driver.errors import BackingError, ConfigError, InUseError, NvdimmError, RefusedError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec, Pool
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
-from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver
+from tests.unit.fake_sysfs import FakeSysfs
 
 
 @pytest.fixture(params=list(MKFS))
@@ -53,6 +56,115 @@ def test_what_has_to_be_wiped_is_wiped_under_the_name_of_a_bind_mount(host: Host
         host.driver.release_claims(host.record(), quiet, delete=False)
         host.driver.define(host.domain(f"{sub}/a.img".lstrip("/"), OTHER_UUID))
         assert host.read(f"{sub}/a.img".lstrip("/")) == bytes(SIZE), "another domain reads the bytes of the first"
+
+
+@pytest.mark.parametrize("way", ["release", "redefined"])
+def test_what_has_to_be_wiped_stays_its_domains_while_the_bind_mount_of_its_pool_is_not_there(
+    host: Host, tmp_path: Path, way: str
+) -> None:
+    os.makedirs(host.path("gold"))
+    host.pools = Pools([pool("gold", tmp_path / "gold", wipe=True)])
+    host.driver = host.another()
+    with bound(host.path("gold"), tmp_path / "gold"):
+        host.define("gold/a.img")
+    give_up(host, way, RefusedError)
+    with bound(host.path("gold"), tmp_path / "gold"):
+        other = DomainSpec("y", OTHER_UUID, 512 * MIB, None, (NvdimmSpec(0, f"{tmp_path}/gold/a.img", SIZE),))
+        with pytest.raises(InUseError, match="domain x"):
+            host.driver.define(other)
+        host.driver.release_claims(host.record(), quiet, delete=False)
+        host.driver.define(other)
+        assert host.read("gold/a.img") == bytes(SIZE)
+
+
+def give_up(host: Host, way: str, refused: type[NvdimmError]) -> None:
+    """Let a domain give up what it has; a release is refused."""
+    if way == "redefined":
+        host.driver.drop_claims(UUID)
+        return
+    with pytest.raises(refused):
+        host.driver.release_claims(host.record(), quiet, delete=False)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_has_to_be_wiped_stays_its_domains_while_another_pools_file_system_is_mounted_over_it(
+    tmp_path: Path, file_systems: dict[str, FileSystem], order: int
+) -> None:
+    host = Host(tmp_path, file_systems["ext4"])
+    other = file_systems["xfs"]
+    try:
+        host.pools = Pools([pool("gold", host.fs.root, wipe=True), pool("cheap", other.root)][::order])
+        host.driver = host.another()
+        host.define("a.img")
+        with bound(other.root, host.fs.root):
+            give_up(host, "release", BackingError)
+        assert host.mark("a.img")
+        host.driver.release_claims(host.record(), quiet, delete=False)
+        assert host.read("a.img") == bytes(SIZE)
+    finally:
+        empty(host.fs)
+
+
+@pytest.mark.parametrize("way", ["release", "redefined"])
+def test_what_has_to_be_wiped_stays_its_domains_while_the_link_to_the_device_of_its_pool_is_not_there(
+    tmp_path: Path, loop_device: str, way: str
+) -> None:
+    """A namespace that is disabled loses its node, and udev's link to it, by which the pool has it."""
+    number = os.stat(loop_device).st_rdev
+    sysfs = FakeSysfs(tmp_path / "sys")
+    sysfs.raw(number, spa=0x1_4000_0000, size=os.path.getsize(f"{tmp_path}/image"))
+    node, link = tmp_path / "pmem1", tmp_path / "by-uuid"
+    os.mknod(node, stat.S_IFBLK | 0o600, number)
+    link.symlink_to(node)
+    pools = Pools([Pool("raw", "pmem", (str(link),), None, SUPERPAGE, 128 * KIB, True)])
+    (tmp_path / "state").mkdir()
+    backing = PmemBacking(sysfs=sysfs.root)
+    driver = make_driver(tmp_path / "state", backing, RecordingMapper({}), pools=pools)  # type: ignore[arg-type]
+    nvdimms = (NvdimmSpec(0, str(link), SIZE),)
+    driver.define(DomainSpec("x", UUID, 512 * MIB, None, nvdimms))
+    Path(loop_device).write_bytes(DATA)
+    record = driver.ledger.find_domain(UUID)
+    assert record
+    link.unlink()
+    node.unlink()
+    if way == "redefined":
+        driver.drop_claims(UUID)
+    else:
+        with pytest.raises(NvdimmError):
+            driver.release_claims(record, quiet, delete=False)
+    os.mknod(node, stat.S_IFBLK | 0o600, number)
+    link.symlink_to(node)
+    with pytest.raises(InUseError, match="domain x"):
+        driver.define(DomainSpec("y", OTHER_UUID, 512 * MIB, None, nvdimms))
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[str]:
+    """Yield a loop device of 64 MiB, in the file ``image``."""
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, 64 * MIB)
+    done = subprocess.run(["losetup", "--show", "-f", str(image)], capture_output=True, text=True, check=True)
+    yield done.stdout.strip()
+    run("losetup", "-d", done.stdout.strip())
+
+
+def test_what_was_provisioned_before_its_pool_was_to_be_wiped_has_to_be_wiped(host: Host, tmp_path: Path) -> None:
+    """The option, or the version that notes it, is new: register and nvdimmd note it."""
+    os.makedirs(host.path("gold"))
+    folder = tmp_path / "gold"
+    with bound(host.path("gold"), folder):
+        host.pools = Pools([pool("gold", folder)])
+        host.driver = host.another()
+        host.define("gold/a.img")
+        host.pools = Pools([pool("gold", folder, wipe=True)])
+        host.driver = host.another()
+        host.driver.note_wipes()
+    give_up(host, "release", RefusedError)
+    host.pools = Pools([pool("gold", host.path("gold"))])
+    host.driver = host.another()
+    host.driver.release_claims(host.record(), quiet, delete=False)
+    assert host.read("gold/a.img")[: len(DATA)] == DATA, "its pool does not want it any more"
 
 
 def test_a_quota_counts_what_is_called_by_a_bind_mount(host: Host, tmp_path: Path) -> None:
@@ -109,7 +221,7 @@ def test_a_device_is_in_its_pool_by_any_node(tmp_path: Path) -> None:
         os.mknod(tmp_path / name, stat.S_IFBLK | 0o600, number)
     os.mknod(tmp_path / "third", stat.S_IFBLK | 0o600, os.makedev(7, 251))
     pools = Pools([pool("raw", tmp_path / "one", wipe=True)])
-    assert pools.wipes(f"{tmp_path}/other")
+    assert pools.of(f"{tmp_path}/other") == next(iter(pools))
     assert pools.of(f"{tmp_path}/third") is None
 
 

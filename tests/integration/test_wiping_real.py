@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, killed, quiet
 from tests.unit.doubles import OTHER_UUID, UUID
 
 
@@ -294,6 +295,55 @@ def test_a_definition_that_calls_its_file_by_another_name_claims_it_once(host: H
     host.driver.define(two(host.path("folder/../a.img")))
     assert set(claims(host).values()) == {"a.img"}
     assert len(host.record().allocations) == 1
+
+
+@pytest.mark.parametrize("way", ["", "check"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_release_that_was_killed_after_it_deleted_a_file_can_be_repeated(host: Host, count: int, way: str) -> None:
+    """The bytes were overwritten and deleted by then, and the repetition asked for a backup of them."""
+    names = [host.path(name) for name in ("a.img", "b.img")][:count]
+    host.driver.define(two(*names))
+    for name in names:
+        write(name)
+
+    def work() -> None:
+        driver = host.another()
+        discard = driver.backings[0].discard
+
+        def discard_and_die(spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+            discard(spec, identity)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        driver.backings[0].discard = discard_and_die  # type: ignore[method-assign]
+        driver.release_claims(host.record(), quiet, delete=True)
+
+    killed(work)
+    host.driver = host.another()
+    (found,) = look(host.driver)
+    assert found.problem == "a release that was interrupted has overwritten and deleted it"
+    if way == "check":
+        assert found.mend
+        found.mend()
+    if way != "check" or count == 2:
+        release(host, delete=True)
+    assert claims(host) == {}
+    assert os.listdir(host.fs.root) in ([], ["lost+found"])
+
+
+def test_what_is_put_in_the_place_of_lost_bytes_is_overwritten_too(host: Host) -> None:
+    """A backup was found after the claim's bytes were given up for lost; a redefine dropped the claim, and kept it."""
+    host.define("a.img")
+    os.unlink(host.path("a.img"))
+    for each in look(host.driver, zeros=[host.path("a.img")]):
+        assert each.mend
+        each.mend()
+    Path(host.path("a.img")).write_bytes(DATA)
+    host.driver.drop_claims(UUID)
+    with pytest.raises(InUseError, match="belongs to domain x"):
+        host.driver.define(host.domain("a.img", OTHER_UUID))
+    release(host)
+    host.driver.define(host.domain("a.img", OTHER_UUID))
+    assert host.read("a.img") == bytes(SIZE)
 
 
 def test_no_start_takes_what_is_already_overwritten_before_all_is(host: Host) -> None:
