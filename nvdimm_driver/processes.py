@@ -18,6 +18,8 @@ FIRST_UID = 0x7000_0000
 """User of the QEMUs that build tables, and group of all QEMUs without a guest; a domain's label server has the user
 ``FIRST_UID + domid``. systemd's list of numbers (docs/UIDS-GIDS.md) has this range, up to 0x7FFF_FFFF, as unused."""
 KILL_SECONDS = 10.0
+CGROUPS = ("/sys/fs/cgroup", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified")
+"""Roots of the hierarchy that systemd uses: unified, or one of the two of the older layouts (cgroups(7))."""
 _STARTTIME = 19
 """Index among the fields after the name in ``stat``: clock ticks from the host's boot to the start of the process."""
 
@@ -36,6 +38,19 @@ def run(
         words, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, cwd=folder, check=False
     )
     return subprocess.CompletedProcess(done.args, done.returncode, decode(done.stdout), decode(done.stderr))
+
+
+def leave_unit(pid: int, roots: Sequence[str] = CGROUPS) -> None:
+    """Move a process, and the children that it starts from then on, into the driver's own control group.
+
+    A guest outlives whoever notices that its holder or label server is gone. That can be a command of a timer, or of
+    nova-compute: systemd kills what such a unit leaves (systemd.kill(5), KillMode=control-group).
+    """
+    for root in roots:
+        with suppress(OSError):  # there is no such hierarchy, or a container may not change it
+            if os.path.exists(f"{root}/cgroup.procs"):
+                os.makedirs(f"{root}/nvdimm-driver", exist_ok=True)
+                Path(f"{root}/nvdimm-driver/cgroup.procs").write_text(str(pid), encoding="ascii")
 
 
 def start_time(process: Path) -> float | None:

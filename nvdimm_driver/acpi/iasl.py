@@ -27,7 +27,7 @@ _WITH_CODE = (b"DSDT", b"SSDT")
 _TIMEOUT = 60
 _UID = FIRST_UID + 0xFFFF
 """User and group of iasl, which no domain's label server has: Xen's domids are less than 0x7FF0."""
-_OUTPUT_MAX = 32 * MIB
+_OUTPUT_MAX = 8 * MIB
 _LIMITS = ("--as=1073741824", "--core=0", "--cpu=30", f"--fsize={_OUTPUT_MAX}", "--nofile=64")
 
 
@@ -93,8 +93,11 @@ def _read(source: Path) -> str:
     try:
         with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > _OUTPUT_MAX:
-                raise AcpiError(f"iasl wrote no ordinary file of at most {human(_OUTPUT_MAX)}")
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size >= _OUTPUT_MAX:  # it was cut
+                raise AcpiError(
+                    f"iasl wrote no ordinary file of less than {human(_OUTPUT_MAX)}",
+                    hint="'nvdimmctl acpi dump -o DIR' writes the tables into files",
+                )
             return printable(decode_text(file.read(_OUTPUT_MAX)))
     except OSError as error:
         raise AcpiError(f"cannot read what iasl wrote: {error.strerror}") from error

@@ -49,6 +49,8 @@ class Holders:
         import subprocess
         import sys
 
+        from nvdimm_driver.processes import leave_unit
+
         program = [sys.executable, "-I", "-S", PROGRAM, self._state_dir, uuid, name]
         null = subprocess.DEVNULL
         try:
@@ -61,7 +63,9 @@ class Holders:
                 timeout=START_SECONDS,
                 check=True,
             )
-            return int(done.stdout)
+            pid = int(done.stdout)
+            leave_unit(pid)
+            return pid
         except (OSError, subprocess.SubprocessError) as error:
             raise BackingError(
                 f"no process could be started that holds the backings of domain {name}: {error}",

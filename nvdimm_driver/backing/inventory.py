@@ -71,6 +71,19 @@ def mode_of(uid: str, sysfs: Path = SYSFS) -> tuple[str, str] | None:
     return None
 
 
+def names_of(uids: Collection[str], idle: Iterable[str], sysfs: Path = SYSFS) -> set[str]:
+    """Return the names of the namespaces that have, or may have, one of these uids (:attr:`.Namespace.uid`).
+
+    An idle namespace does not tell a uuid that is in its info block. If a uid is not found, any idle one can have it.
+
+    :param idle: names of the namespaces without a driver.
+    """
+    active = {each.uid: each.name for each in namespaces(sysfs)}
+    others = {uid: mode_of(uid, sysfs) for uid in uids if uid not in active}
+    names = {active[uid] for uid in uids if uid in active} | {name for name, _ in filter(None, others.values())}
+    return names | {*idle} if None in others.values() else names
+
+
 def raw_again(name: str) -> str:
     """Return the commands that have the kernel ignore a namespace's info block until the next boot.
 

@@ -29,6 +29,7 @@ from nvdimm_driver.labels.qemu import PORT, PORT_SIZE, QemuLabels, failure
 from nvdimm_driver.labels.servers import LabelServers, RequestCounter
 from nvdimm_driver.model import PAGE, GuestLayout, Record
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
+from nvdimm_driver.processes import leave_unit
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xen.ioreq import CUT_OFF, IoreqServer
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start in the background. Return 0 when requests are answered; else print the reason to stderr and return 1."""
     use_utf8()
     _, domid, uuid = sys.argv if argv is None else argv
+    leave_unit(os.getpid())
     ours, theirs = os.pipe()
     if os.fork():
         os.close(theirs)

@@ -123,8 +123,11 @@ def _reconfigure(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile
     """Bring an existing namespace into the wanted mode, and return its device."""
     region, found = _namespace(wish, host)
     if found.name in host.in_use:
+        why = f"{found.device} is mounted, or a domain has it"
+        if not found.device:
+            why = "a domain has it, or one that is not there now, which it may be: it is not enabled"
         raise InUseError(
-            f"{found.name} is in use: {found.device} is mounted, or a domain has it",
+            f"{found.name} is in use: {why}",
             hint="if nothing on it is needed any more, unmount it, or give up the NVDIMM on it ('nvdimmctl list' shows "
             "which): nvdimmctl release --slot N DOMAIN",
         )

@@ -19,6 +19,8 @@ MAX_PARTS = 50_000
 """Elements and attributes: several times what the largest domains have; bounds the time that hostile XML takes."""
 MAX_DEPTH = 256
 """libxml2's limit without XML_PARSE_HUGE, and so libvirt's (xmlParserMaxDepth)."""
+MAX_ATTRIBUTES = 256
+"""Of one element: libxml2 looks each of them up from the first one on."""
 MAX_INDENT = 64
 """Most white space that a new element takes over from the one beside it, of which it writes a copy in each line."""
 EIGHT_BIT = ("iso8859-", "cp125", "koi8-")
@@ -225,10 +227,10 @@ def parse(xml: str) -> Text:
     def start(tag: str, attributes: dict[str, str]) -> None:
         nonlocal total
         total += 1 + len(attributes)
-        if total > MAX_PARTS or len(open_elements) > MAX_DEPTH:
+        if total > MAX_PARTS or len(open_elements) > MAX_DEPTH or len(attributes) > MAX_ATTRIBUTES:
             raise DomainXmlError(
                 f"the domain XML has more than {MAX_PARTS} elements and attributes, or elements are nested more than "
-                f"{MAX_DEPTH} deep",
+                f"{MAX_DEPTH} deep or have more than {MAX_ATTRIBUTES} attributes",
                 hint="no domain needs that many",
             )
         element = Element(tag, attributes, start=parser.CurrentByteIndex)

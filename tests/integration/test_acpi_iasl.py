@@ -138,6 +138,20 @@ def test_decode_shows_asl_with_iasl_and_the_header_without() -> None:
     assert decode(table, iasl="no-such-iasl").startswith("SSDT: ")
 
 
+def nested(depth: int) -> bytes:
+    """Return an SSDT with a method of If in If: iasl indents each, so its ASL grows by the square of the depth."""
+    body = b"\xa3"  # Noop
+    for _ in range(depth):
+        body = aml.if_(aml.integer(1), body)
+    return seal(Header(b"SSDT", 0, 2, 0, b"XEN   ", b"HVM     ", 0, b"INTL", 0), aml.method("M000", 0, body))
+
+
+def test_a_guests_table_whose_asl_is_long_is_refused_and_not_cut() -> None:
+    assert "Method (M000" in decode(nested(500))
+    with pytest.raises(AcpiError, match="less than 8 MiB"):
+        decode(nested(2700))
+
+
 HOSTILE = """#!/bin/sh
 # in place of iasl -d table.aml, what code of a guest could do once it has taken over iasl
 {

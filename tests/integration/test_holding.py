@@ -22,7 +22,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, LedgerError
 from nvdimm_driver.model import KIB, MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.plugins import Backing
-from nvdimm_driver.processes import kill
+from nvdimm_driver.processes import CGROUPS, kill, leave_unit
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver, started
 from tests.unit.fake_sysfs import FakeSysfs
@@ -311,3 +311,21 @@ def test_a_process_of_another_user_is_no_holder(tmp_path: Path) -> None:
         kill(background)
         yes.kill()
         yes.wait()
+
+
+def test_a_holder_leaves_the_unit_of_the_command_that_starts_it(host: Host, tmp_path: Path) -> None:
+    """systemd kills what a command of a timer leaves in its unit; the lab has the real one."""
+    host.start()
+    (pid,) = host.holders.find(UUID)
+    kill(pid)
+    host.another().restart_lost()
+    (pid,) = host.holders.find(UUID)
+    can_leave = any(os.access(f"{root}/cgroup.procs", os.W_OK) for root in CGROUPS)
+    assert ("/nvdimm-driver\n" in Path(f"/proc/{pid}/cgroup").read_text()) is can_leave
+    unified, none = tmp_path / "unified", tmp_path / "none"
+    for root in (unified, none):
+        root.mkdir()
+    (unified / "cgroup.procs").touch()
+    leave_unit(7, (str(none), str(unified), str(tmp_path / "missing")))
+    assert (unified / "nvdimm-driver/cgroup.procs").read_text() == "7"
+    assert list(none.iterdir()) == []

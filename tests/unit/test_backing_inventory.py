@@ -20,6 +20,7 @@ from nvdimm_driver.backing.inventory import (
     dax_alignment,
     has_dax,
     mounts,
+    names_of,
     namespaces,
     problems,
     volume_of,
@@ -29,6 +30,7 @@ from nvdimm_driver.model import GIB, MIB, Extent, Namespace
 from tests.unit.fake_sysfs import NO_UUID, UUID, FakeSysfs
 
 PMEM = os.makedev(259, 0)
+OTHER = "6a1b2c3d-0000-4000-8000-000000000002"
 
 
 @pytest.fixture
@@ -355,3 +357,26 @@ def test_what_the_kernel_holds_against_a_namespace(sysfs: FakeSysfs) -> None:
         f"{region.name}: read-only",
         "nmem0: not_armed smart_event",
     )
+
+
+@pytest.mark.parametrize("uid", [UUID, "spa-0x240000000"])
+@pytest.mark.parametrize("now", ["active", "idle", "another mode"])
+def test_a_namespace_is_known_by_what_a_domain_has(tmp_path: Path, uid: str, now: str) -> None:
+    """Else, 'pool create --force' destroys what a domain has on a namespace that is not enabled."""
+    uuid = uid if uid == UUID else None
+    sysfs = FakeSysfs(tmp_path)
+    namespace = sysfs.namespace("namespace1.0", mode="raw", spa=0x2_4000_0000, size=64 * MIB, uuid=uuid)
+    sysfs.namespace("namespace2.0", mode="raw", spa=0x3_4000_0000, size=64 * MIB)
+    if now == "active":
+        sysfs.disk("pmem1", namespace, os.makedev(259, 1), 64 * MIB)
+    elif now == "another mode":
+        holder = sysfs.holder("pfn1.0", "namespace1.0", uuid=OTHER, mode="ram", resource="0x240200000", size=62 * MIB)
+        sysfs.disk("pmem1", holder, os.makedev(259, 1))
+    assert names_of([uid], ["namespace2.0"], tmp_path) == {"namespace1.0"}
+
+
+def test_a_namespace_whose_uuid_is_not_known_can_be_any_idle_one(tmp_path: Path) -> None:
+    """Its uuid is in its info block, which nobody reads while it is idle."""
+    FakeSysfs(tmp_path).namespace("namespace1.0", mode="memory", spa=0x2_4000_0000, size=64 * MIB)
+    assert names_of([UUID], ["namespace1.0"], tmp_path) == {"namespace1.0"}
+    assert names_of([], ["namespace1.0"], tmp_path) == set()

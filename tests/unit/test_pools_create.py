@@ -126,6 +126,12 @@ def test_one_that_is_in_use_is_never_taken() -> None:
         run(wish(namespace="namespace0.0", force=True), host("namespace0.0"))
 
 
+def test_an_idle_one_that_may_be_a_domains_is_never_taken() -> None:
+    listed = [{"dev": "region0", "size": GIB, "namespaces": [{"dev": "namespace0.0", "mode": "raw", "size": GIB}]}]
+    with pytest.raises(InUseError, match=r"namespace0\.0 is in use: a domain has it, or one that is not there now"):
+        run(wish(namespace="namespace0.0", force=True), host("namespace0.0", listed=json.dumps(listed)))
+
+
 def test_a_region_of_an_odd_size_is_aligned_to_2_mib_first() -> None:
     listed = json.dumps([{"dev": "region0", "size": 510 * MIB, "available_size": 510 * MIB}])
     assert run(wish(kind="pmem"), host(listed=listed))[0] == "/sys/bus/nd/devices/region0/align: 0x200000\n"

@@ -49,7 +49,8 @@ class AcpiDump(Action):
                 for path in render.write_tables(tables, parsed_args.output / folder):
                     print(path)
             elif parsed_args.decode:
-                print("\n".join(decode(table) for table in tables))
+                for table in tables:  # each of a guest's may be as long as decode allows
+                    print(decode(table))
             else:
                 sys.stdout.write(render.acpidump(tables))
 

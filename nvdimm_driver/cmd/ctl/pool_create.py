@@ -154,10 +154,10 @@ def _host(driver: XenNvdimmDriver) -> PoolHost:
 
     kind = Path("/sys/hypervisor/guest_type")
     pv = kind.exists() and host_text.read(kind).strip() == "PV"
-    taken = {item.identity.device for record in driver.ledger.domains() for item in record.allocations if item.identity}
-    used = {each.name for each in inventory.mounted()}
-    used |= {each.name for each in inventory.namespaces() if each.uid in taken}
     regions = ndctl.regions(_run(("ndctl", "list", "-RNi")))
+    taken = {item.identity.device for record in driver.ledger.domains() for item in record.allocations if item.identity}
+    idle = [each.name for region in regions for each in region.namespaces if not each.device and each.size]
+    used = {each.name for each in inventory.mounted()} | inventory.names_of(taken, idle)
     return PoolHost(
         regions=regions,
         page_map="mem" if pv else "dev",  # a PV dom0 cannot have page structures in the namespace: ENOMEM
