@@ -180,8 +180,9 @@ class DomainsMachine(RuleBasedStateMachine):
         uuid = self._one(is_prepared, which)
         guest = self.guests[uuid]
         self.world.shared.meanwhile = partial(self._meanwhile, meanwhile, other)
-        self._attach(uuid, guest.prepared or {}, None)
+        runs = self._attach(uuid, guest.prepared or {}, None)
         self.world.shared.meanwhile = None
+        assert runs or meanwhile, "a start that nobody disturbs fails"
 
     @happens_to(runs)
     @rule(which=WHICH)
@@ -192,7 +193,7 @@ class DomainsMachine(RuleBasedStateMachine):
         if guest.claims:
             self._do(lambda driver: self.world.prepare(self._domain(uuid, guest.claims), driver))
             self._is_prepared(uuid)
-            self._attach(uuid, guest.prepared or {}, None)
+            assert self._attach(uuid, guest.prepared or {}, None), "a reboot fails"
 
     @happens_to(runs)
     @rule(which=WHICH)
@@ -230,19 +231,37 @@ class DomainsMachine(RuleBasedStateMachine):
     @happens_to(is_saved)
     @rule(which=WHICH)
     def restore(self, which: int) -> None:
-        uuid = self._one(is_saved, which)
+        self._restore(self._one(is_saved, which))
+
+    @happens_to(runs)
+    @rule(which=WHICH, overwritten=st.booleans())
+    def save_and_restore(self, which: int, overwritten: bool) -> None:
+        """A guest goes on with what it has written, unless that was overwritten meanwhile."""
+        uuid = self._one(runs, which)
+        self.guest_writes(which)
+        self.save(which)
+        if overwritten:
+            self._do(partial(ctl_wipe, uuid=uuid))
+            self.contents |= dict.fromkeys(self.guests[uuid].claims, bytes(SIZE))
+        saved = self.guests[uuid].saved
+        assert saved
+        kept = all(self.contents[name] == content for name, content in saved[1].items())
+        assert self._restore(uuid) == kept, f"a guest was overwritten: {not kept}"
+
+    def _restore(self, uuid: str) -> bool:
+        """Let a saved guest go on, as far as it is let; return True when it runs."""
         guest = self.guests[uuid]
         assert guest.saved
         had, contents, image = guest.saved
-        try:
+        goes_on = False
+        with suppress(NvdimmError):
             self._do(lambda driver: self.world.prepare(self._domain(uuid, had), driver))
-        except NvdimmError:
-            self._learn(uuid)
-            return
-        guest.prepared = dict(had)
-        if self._attach(uuid, had, image):
-            assert contents == {name: self.contents[name] for name in had}, "a guest goes on with other bytes"
+            guest.prepared = dict(had)
+            goes_on = self._attach(uuid, had, image)
+        same = contents == {name: self.contents[name] for name in had}
+        assert same or not goes_on, "a guest goes on with other bytes"
         self._learn(uuid)
+        return goes_on
 
     # --- what happens to the host ---
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 import pytest
@@ -23,9 +24,14 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
+from nvdimm_driver.backing import inode
+from nvdimm_driver.cmd import device_model
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.errors import LedgerError, NvdimmError
+from nvdimm_driver.lifecycle import saved_guest
+from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import DomainSpec
+from nvdimm_driver.state import ownership
 from tests.integration.crash_world import deleted, repaired
 from tests.integration.domains_machine import DomainsMachine, ctl_release, ctl_wipe
 from tests.integration.domains_model import (
@@ -137,7 +143,7 @@ class HostMachine(DomainsMachine):
     def attach_without_the_pool(self, which: int) -> None:
         """What is held since the hook has run stays where it is: Xen may map it."""
         uuid = self._one(is_prepared, which)
-        self._attach(uuid, self.guests[uuid].prepared or {}, None)
+        assert self._attach(uuid, self.guests[uuid].prepared or {}, None)
 
     @happens_to(runs, away=True)
     @rule(which=WHICH, heard=st.booleans())
@@ -253,7 +259,9 @@ def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
 
 
 def run_steps(file_systems: dict[str, tuple[FileSystem, Path]], steps: int) -> None:
-    """Run about so many steps, in examples of STEPS_OF_AN_EXAMPLE, each on one of the file systems.
+    """Run at least so many steps, in examples of STEPS_OF_AN_EXAMPLE, each on one of the file systems.
+
+    Hypothesis ends some of them early.
 
     Hypothesis would draw constants of all modules that are loaded: other steps when other tests have run before.
     """
@@ -263,7 +271,7 @@ def run_steps(file_systems: dict[str, tuple[FileSystem, Path]], steps: int) -> N
         run_state_machine_as_test(
             HostMachine,
             settings=settings(
-                max_examples=max(1, steps // STEPS_OF_AN_EXAMPLE),
+                max_examples=max(1, steps * 3 // 2 // STEPS_OF_AN_EXAMPLE),
                 stateful_step_count=STEPS_OF_AN_EXAMPLE,
                 deadline=None,
                 database=None,
@@ -273,10 +281,43 @@ def run_steps(file_systems: dict[str, tuple[FileSystem, Path]], steps: int) -> N
             ),
         )
     print(f"{DomainsMachine.steps} steps, {time.monotonic() - began:.0f} s")
+    assert DomainsMachine.steps >= steps
 
 
 def test_domains_keep_what_is_their_own(file_systems: dict[str, tuple[FileSystem, Path]]) -> None:
     run_steps(file_systems, STEPS)
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise LedgerError("refused")
+
+
+def _do_nothing(*_: object, **__: object) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "instead"),
+    [
+        (device_model, "attach", _refuse),
+        (saved_guest, "check", _refuse),
+        (saved_guest, "check_run", _do_nothing),
+        (inode, "freeze", _do_nothing),
+        (Starts, "thaw", _do_nothing),
+        (ownership, "_unmark", _do_nothing),
+    ],
+    ids=["no start", "no restore", "a restore of all", "no freeze", "no thaw", "marks kept"],
+)
+def test_the_machine_sees_a_driver_that_errs(
+    file_systems: dict[str, tuple[FileSystem, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    what: object,
+    name: str,
+    instead: object,
+) -> None:
+    monkeypatch.setattr(what, name, instead)
+    with pytest.raises((AssertionError, NvdimmError, pytest.fail.Exception)):
+        run_steps(file_systems, 5_000)
 
 
 @pytest.mark.long
