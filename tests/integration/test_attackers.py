@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import grp
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.xml.rewrite import rewrite
 from tests.integration import libvirtd
 from tests.integration.bench_host import CONF, UUID, Host
 from tests.integration.test_virsh import image
@@ -40,6 +42,16 @@ class Users:
         self.own.mkdir()
         os.chown(self.own, MEMBER, MEMBER)
         self.group = grp.getgrnam("libvirt").gr_gid
+        self._add_account()
+
+    def _add_account(self) -> None:
+        """Give the member an account in the host's namespaces: libvirtd refuses a client whose user has none."""
+        for name, line in (("passwd", f"member:x:{MEMBER}:{MEMBER}::/:/bin/sh\n"), ("group", f"member:x:{MEMBER}:\n")):
+            file = self.host.libvirtd.folder / "run" / name
+            file.write_text(Path(f"/etc/{name}").read_text() + line)
+            file.chmod(0o644)
+            done = self.host.libvirtd.run("mount", "--bind", f"/run/{name}", f"/etc/{name}")
+            assert done.returncode == 0, done.stderr
 
     def run(self, uid: int, *command: str | Path) -> subprocess.CompletedProcess[str]:
         """Run a command as a user, who has no capabilities and no other group than libvirt, if that."""
@@ -271,3 +283,74 @@ def test_the_operators_files_are_not_for_users(users: Users, uid: int) -> None:
     users.host.check("start", "db1")
     assert folder.joinpath("nvdimm-driver.log").stat().st_mode & 0o007 == 0
     assert users.host.files() == ["db1.img", "lost+found"]
+
+
+# --- a member who goes past nvdimmd, to libvirtd's own socket ---
+
+
+def forged(users: Users, path: str | Path, *, emulator: str = "") -> str:
+    """Return XML of the domain evil as nvdimmd would rewrite it, with a path that nobody has checked."""
+    text = users.host.xml("evil", 9).read_text().replace(str(image(users.host, "evil")), str(path))
+    if emulator:
+        text = text.replace("<devices>", f"<devices><emulator>{emulator}</emulator>")
+    return rewrite(text, str(users.host.folder / "nvdimm-device-model"))
+
+
+def direct(users: Users, verb: str, text: str) -> subprocess.CompletedProcess[str]:
+    """Have the member give a domain's XML to libvirtd itself."""
+    file = users.own / "direct.xml"
+    file.write_text(text)
+    file.chmod(0o644)
+    return users.virsh(MEMBER, verb, "/run/member/direct.xml", uri=DIRECT)
+
+
+@pytest.mark.parametrize("verb", ["create", "define"])
+@pytest.mark.parametrize("running", [False, True])
+def test_forged_metadata_have_no_file_of_another_domain(users: Users, running: bool, verb: str) -> None:
+    host = users.host
+    host.define("db1", 1)
+    if running:
+        host.check("start", "db1")
+    before = (host.sum("db1"), host.record("db1").allocations, host.state("db1"))
+    done = direct(users, verb, forged(users, image(host, "db1")))
+    if verb == "define":
+        assert done.returncode == 0, done.stderr
+        done = users.virsh(MEMBER, "start", "evil", uri=DIRECT)
+    assert done.returncode == 1
+    assert "belongs to domain db1" in done.stderr
+    assert (host.sum("db1"), host.record("db1").allocations, host.state("db1")) == before
+    if not running:
+        host.check("start", "db1")
+
+
+def test_forged_metadata_have_no_file_outside_the_pools(users: Users, victim: Path) -> None:
+    done = direct(users, "create", forged(users, victim))
+    assert done.returncode == 1
+    assert f"{victim}: is on no block device" in done.stderr
+    assert is_untouched(users, victim)
+
+
+def test_forged_metadata_run_no_program_of_a_member(users: Users) -> None:
+    program = users.own / "qemu"
+    program.write_text("#!/bin/sh\ntouch /run/member/ran\n")
+    program.chmod(0o755)
+    users.host.define("evil", 9)
+    users.host.check("undefine", "evil")
+    done = direct(users, "create", forged(users, image(users.host, "evil"), emulator="/run/member/qemu"))
+    assert done.returncode == 1
+    assert "would run as root" in done.stderr
+    assert not (users.own / "ran").exists()
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_domain_that_is_redefined_without_nvdimmd_keeps_its_file(users: Users, running: bool) -> None:
+    host = users.host
+    host.define("db1", 1)
+    if running:
+        host.check("start", "db1")
+    plain = re.sub(r"<memory model.*?</memory>\s*", "", host.xml("db1", 1).read_text(), flags=re.DOTALL)
+    done = direct(users, "define", plain)
+    assert done.returncode == 0, done.stderr
+    done = users.define(image(host, "db1"), name="db2", number=2)
+    assert done.returncode == 1
+    assert "belongs to domain db1" in done.stderr
