@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from nvdimm_driver.errors import ProtocolError
-from nvdimm_driver.rpc.wire import FDS_MAX, Reader
+from nvdimm_driver.rpc.wire import FDS_MAX, Budget, Reader
 
 CHUNK = 256 << 10
 """Bytes received at once; more than Linux buffers for a unix socket by default (net.core.wmem_default)."""
@@ -36,6 +36,7 @@ class End:
     :param buffer: of :data:`CHUNK` bytes, shared by all ends of a thread.
     :param readable: called when data has arrived, while :meth:`listen` is on.
     :param writable: called when more can be written, while data is queued.
+    :param budget: as for :class:`.wire.Reader`.
     :ivar reader: received messages.
     :ivar output: the queue: pieces of frames and, as ints, descriptors.
     """
@@ -46,8 +47,9 @@ class End:
         buffer: memoryview,
         readable: Callable[[], None],
         writable: Callable[[], None],
+        budget: Budget | None = None,
     ) -> None:
-        self.reader = Reader()
+        self.reader = Reader(budget)
         self.output: deque[memoryview | int] = deque()
         self._bytes = 0
         self.open = True
@@ -137,6 +139,7 @@ class End:
         self.listen(False)
         self._discard()
         close_all(self.reader.take_fds())
+        self.reader.close()
         self._socket.close()
         self.open = False
 

@@ -46,7 +46,7 @@ from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCal
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import ClientDomain, read_device, read_domain
-from nvdimm_driver.xml.definition_files import xml_of_save
+from nvdimm_driver.xml.definition_files import uuid_of_save, xml_of_save
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.edit_devices import (
     Edit,
@@ -138,7 +138,7 @@ class Interceptor:
         :param saved: the domain has a managed save, which libvirt starts.
         """
         uuid = domain.uuid or ""
-        before: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
+        before: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
         last: Run | None = yield self._work(lambda driver: driver.ledger.find_run(uuid))
         found = yield from find(uuid)
         if found and (found.name != domain.name or (yield from ask(Procedure.DOMAIN_IS_ACTIVE, found))):
@@ -239,12 +239,20 @@ class Interceptor:
         start = call(procedure, payload)
         if record is None:
             return (yield from (self._started_from_save(domain, start) if saved else start))
-        if not saved and not (yield from self._has_nvdimms((yield from definition(domain)))):
-            yield from self._drop_claims(uuid)  # they were kept for a saved guest
+        is_plain = not saved and not (yield from self._has_nvdimms((yield from definition(domain))))
         try:
-            return (yield from (self._started_from_save(domain, start) if saved else start))
+            reply = yield from (self._started_from_save(domain, start) if saved else start)
         except LibvirtError as error:
             raise (yield from self._explained(error, uuid)) from error
+        if is_plain:
+            try:
+                with (yield from self._changing(uuid)):
+                    record = yield from self._record(domain)
+                    if record is not None and record.start is None:  # they were kept for a saved guest
+                        yield from self._drop_claims(uuid, uuid)
+            except (NvdimmError, OSError, LibvirtError) as failed:
+                LOG.error("domain %s keeps NVDIMMs that it was started without: %s", uuid, failed)
+        return reply
 
     def _started_from_save(self, domain: DomainRef, start: Steps) -> Steps:
         """Make the call that starts a domain from its managed save, if it still has one, and can go on.
@@ -275,23 +283,26 @@ class Interceptor:
             yield self._work(lambda driver: driver.try_restore(domain.uuid, guest), Pool.HOST)
 
     def restore(self, procedure: int, payload: bytes) -> Steps:
-        """Pass the call, which names no domain; if it fails because of NVDIMMs, add the reason to the error.
+        """Pass the call; if it fails because of NVDIMMs, add the reason to the error.
 
         A start takes over the NVDIMMs of the image. One that fails gives them up, if nobody knows the domain, not even
-        their marks, or gives the slots back to those of the definition.
+        their marks, or gives the slots back to those of the definition. The image says which domain that is: others may
+        be started, and fail, meanwhile.
         """
+        image = Path(Unpacker(payload).string())
+        uuid: str = yield Work(lambda: uuid_of_save(image), Pool.HOST)
         last = yield self._work(lambda driver: driver.ledger.last_event())
-        known: set[str] = yield self._work(lambda driver: driver.ledger.uuids())
+        known = yield self._work(lambda driver: driver.clear_fault(uuid))
         try:
             return (yield from call(procedure, payload))
         except LibvirtError as error:
             events = yield self._work(lambda driver: driver.ledger.events(last))
-            failed = [event.uuid for event in events if event.kind == "start-failed"]
-            explained = yield from self._explained(error, failed[-1] if failed else "")
-            found = [(each.uuid, each.detail) for each in events if each.kind == "mark-found"]
-            for uuid in {*failed}:
-                marked = [(str(each["path"]), str(each["mark"])) for owner, each in found if owner == uuid]
-                yield from (self._as_defined(uuid) if uuid in known else self._give_up_refused(uuid, marked))
+            own = [event for event in events if event.uuid == uuid]
+            explained = yield from self._explained(error, uuid)
+            if any(event.kind == "start-failed" for event in own):
+                found = [each.detail for each in own if each.kind == "mark-found"]
+                marked = [(str(each["path"]), str(each["mark"])) for each in found]
+                yield from (self._as_defined(uuid) if known else self._give_up_refused(uuid, marked))
             raise explained from error
 
     def _as_defined(self, uuid: str) -> Generator[Call | Work, Any, None]:

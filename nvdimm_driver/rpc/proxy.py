@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from nvdimm_driver.rpc.endpoint import CHUNK
 from nvdimm_driver.rpc.handler_types import Context, Peer, Table
 from nvdimm_driver.rpc.session import Session
+from nvdimm_driver.rpc.wire import Budget
 from nvdimm_driver.rpc.workers import Workers
 
 LOG = logging.getLogger(__name__)
@@ -35,6 +36,11 @@ class Listener:
     read_only: bool
     table: Table
     allowed: Callable[[Peer], bool]
+
+
+LONG_MESSAGES = {True: 64 << 20, False: 256 << 20}
+"""Bytes of long messages that have not arrived, of all clients of the read-only socket, and of the other one: anybody
+may use the first, and the service has 1 GiB (cmd/systemd_units.py). A message has 32 MiB at most."""
 
 
 async def serve(listeners: Sequence[Listener], stop: asyncio.Event) -> None:
@@ -91,6 +97,7 @@ class _Server:
         self.workers = Workers()
         self._loop = asyncio.get_running_loop()
         self._buffer = memoryview(bytearray(CHUNK))
+        self._budgets = {read_only: Budget(size) for read_only, size in LONG_MESSAGES.items()}
         self._sessions: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
@@ -146,7 +153,8 @@ class _Server:
                 return
             with upstream:
                 context = Context(peer, listener.read_only)
-                session = Session(context, listener.table, connection, upstream, self._buffer, self.workers)
+                budget = self._budgets[listener.read_only]
+                session = Session(context, listener.table, connection, upstream, self._buffer, self.workers, budget)
                 await self._converse(session)
 
     async def _converse(self, session: Session) -> None:

@@ -15,7 +15,7 @@ from nvdimm_driver.host_text import printable
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.endpoint import End, close_all
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, ReplyEntry, Table, Work
-from nvdimm_driver.rpc.wire import Header, Message
+from nvdimm_driver.rpc.wire import Budget, Header, Message
 from nvdimm_driver.rpc.workers import Workers, stopping
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
 
@@ -53,6 +53,7 @@ class Session:
     may hold the lock of a domain: its call is answered though the client does not read. Up to :data:`BACKLOG_MAX` more
     is then kept for the client, and it is disconnected when that is not enough.
 
+    :param budget: of the clients of its socket, for long messages.
     :ivar near: the client. When it disconnects, its handlers run to their end before libvirtd is disconnected.
     :ivar far: libvirtd. When it disconnects, the client gets what libvirtd has sent, and is disconnected.
     :ivar ended: done when nothing is left to do.
@@ -66,8 +67,9 @@ class Session:
         libvirtd: socket.socket,
         buffer: memoryview,
         workers: Workers,
+        budget: Budget,
     ) -> None:
-        self.near = End(client, buffer, self._client_readable, self._client_writable)
+        self.near = End(client, buffer, self._client_readable, self._client_writable, budget)
         self.far = End(libvirtd, buffer, self._libvirtd_readable, self._libvirtd_writable)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.context = context

@@ -41,6 +41,9 @@ HEADER_SIZE = 28
 FRAME_MAX = 33554432 + 4
 """VIR_NET_MESSAGE_MAX does not count the length word (virnetmessage.c:virNetMessageDecodeLength)."""
 
+SMALL = 64 << 10
+"""Bytes of a message that counts in no :class:`Budget`."""
+
 FDS_MAX = 32
 
 _HEADER = struct.Struct(">IIIiIII")
@@ -100,17 +103,40 @@ def _check_length(length: int) -> None:
         raise ProtocolError(f"RPC message: {length} bytes, the limits are {HEADER_SIZE} and {FRAME_MAX}")
 
 
+class Budget:
+    """The bytes that long messages may have together, of all peers, until all of a message has arrived.
+
+    :param size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+
+    def take(self, size: int) -> None:
+        """Take bytes; give them back with a negative size.
+
+        :raises ProtocolError: when there are not so many.
+        """
+        if size > self._free:
+            raise ProtocolError(f"RPC message: {size} bytes more, while other clients' long messages wait to be whole")
+        self._free -= size
+
+
 class Reader:
     """Splits the bytes received from one peer into messages.
+
+    :param budget: for messages longer than :data:`SMALL`; :meth:`close` gives back what it has.
 
     Call :meth:`next_message` until it returns None before receiving more: the buffer then never exceeds one message and
     the bytes of the last receive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
         self._data = bytearray()
         self._start = 0
         self._fds: tuple[int, ...] = ()
+        self._budget = budget
+        self._taken = 0
 
     def receive(self, data: bytes | memoryview, fds: Iterable[int] = ()) -> None:
         """Add the result of one ``recvmsg``: bytes and descriptors; the descriptors belong to the last bytes."""
@@ -140,11 +166,24 @@ class Reader:
         if not HEADER_SIZE <= length <= available:
             _check_length(length)
             self._check_fds(0)
+            self._expect(length if length > SMALL else 0)
             return None
+        self._expect(0)
         header = Header._make(fields)
         if header.kind in WITH_FDS:
             return self._with_fds(header, length)
         return Message(header, self._take(length))
+
+    def close(self) -> None:
+        """Forget the message that has not arrived."""
+        self._data, self._start = bytearray(), 0
+        self._expect(0)
+
+    def _expect(self, size: int) -> None:
+        """Take the budget for a message of that size, and give back what another one had."""
+        if self._budget is not None and size != self._taken:
+            self._budget.take(size - self._taken)
+            self._taken = size
 
     def take_fds(self) -> tuple[int, ...]:
         """Return the descriptors of the incomplete message, for the caller to close."""

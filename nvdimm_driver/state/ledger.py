@@ -172,10 +172,11 @@ class Ledger(StartSteps):
         """
         self._write_start([("DELETE FROM domain WHERE uuid = ?", (uuid,))], self._event(kind, uuid))
 
-    def give_up(self, uuid: str, *, kind: str = "") -> None:
+    def give_up(self, uuid: str, *, kind: str = "", check: Callable[[], None] = lambda: None) -> None:
         """Delete the domain's allocations, what a define wants for it, and the domain, unless it has a start.
 
         :param kind: kind of the event to record; empty for none.
+        :param check: called in the transaction; raises what speaks against it.
         """
         self._write(
             [
@@ -187,6 +188,7 @@ class Ledger(StartSteps):
                 ("DELETE FROM domain WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)", (uuid,)),
             ],
             self._event(kind, uuid),
+            check=check,
         )
 
     def uuids(self) -> set[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError, TurnedError
@@ -511,18 +511,26 @@ def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int) -> 
     return any(each and (each.uuid, each.spec.slot) == (uuid, slot) for each in marks)
 
 
-def drop(ledger: Ledger, backings: Sequence[Backing], record: Record, items: Sequence[Allocation]) -> None:
+def drop(
+    ledger: Ledger,
+    backings: Sequence[Backing],
+    record: Record,
+    items: Sequence[Allocation],
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Give up a domain's claims to some of its NVDIMMs, whether it runs or not.
 
     The marks go first. If this process is killed before the ledger is written, the domain has its backings still, and
     'check --repair' marks them again. In the other order, it would give the domain what it has given up.
+
+    :param check: called in the ledger's transaction; raises what speaks against it.
     """
     _unmark(ledger, backings, items, record.uuid)
     kept = [item for item in record.allocations if item not in items]
     if kept:
-        ledger.store(record.uuid, record.name, record.ram, kept, dsm=record.dsm, kind="forgotten")
+        ledger.store(record.uuid, record.name, record.ram, kept, dsm=record.dsm, kind="forgotten", check=check)
     else:
-        ledger.give_up(record.uuid, kind="forgotten")
+        ledger.give_up(record.uuid, kind="forgotten", check=check)
 
 
 def give_up(
@@ -530,14 +538,24 @@ def give_up(
 ) -> None:
     """Give up a domain's claims to some of its NVDIMMs; to all of them for None.
 
-    :raises InUseError: while it runs, also if only a frozen file shows that.
+    :raises InUseError: while it runs, also if only a frozen file shows that, or its start begins just now.
     """
+
+    def check_still_off() -> None:
+        now = ledger.find_domain(record.uuid)
+        if now is not None:
+            check_off(now)
+
     check_off(record)
     items = record.allocations if items is None else items
     for path in [item.spec.path for item in items]:
         for file in _files_left(backings, path):
             _check_frozen(ledger, path, file)
-    drop(ledger, backings, record, items)
+    try:
+        drop(ledger, backings, record, items, check_still_off)
+    except InUseError:
+        mark(ledger, backings, record)  # a file that is frozen by now gets it at the end of its start
+        raise
 
 
 def _unmark(ledger: Ledger, backings: Sequence[Backing], items: Sequence[Allocation], uuid: str = "") -> None:

@@ -8,6 +8,8 @@ libvirt writes each of them whole, under another name first (src/util/virfile.c:
 from __future__ import annotations
 
 import logging
+import os
+import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.host_text import decode
-from nvdimm_driver.xml.document import may_have, parse
+from nvdimm_driver.xml.document import MAX_BYTES, may_have, parse
 from nvdimm_driver.xml.parse_domain import nvdimm_elements, path_of, uuid_of
 
 LOG = logging.getLogger(__name__)
@@ -124,16 +126,26 @@ def xml_of_save(file: Path) -> str | None:
 
     It follows a header: a magic string, a version, and its length (src/libxl/libxl_conf.h:libxlSavefileHeader).
 
-    :returns: None when the file cannot be read, or is no such image.
+    :returns: None when the file cannot be read, or is no such image. A client may have named it.
     """
     try:
-        with file.open("rb") as image:
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as image:
+            if not stat.S_ISREG(os.fstat(image.fileno()).st_mode):
+                return None
             magic, version, length = _SAVE_HEADER.unpack(image.read(_SAVE_HEADER.size))
-            text = image.read(length) if (magic, version) == (_SAVE_MAGIC, _SAVE_VERSION) else b""
+            is_image = (magic, version) == (_SAVE_MAGIC, _SAVE_VERSION) and length <= MAX_BYTES
+            text = image.read(length) if is_image else b""
     except (OSError, struct.error) as error:
         LOG.warning("%s: what is saved there cannot be read: %s", file, error)
         return None
     return decode(text.rstrip(b"\0")) or None
+
+
+def uuid_of_save(file: Path) -> str:
+    """Return the uuid of the domain in an image of a saved guest; empty where :func:`xml_of_save` returns None."""
+    with suppress(NvdimmError):
+        return uuid_of(parse(xml_of_save(file) or "").root) or ""
+    return ""
 
 
 def _unreadable(path: str | Path, error: OSError) -> ConfigError:
