@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 from nvdimm_driver.backing.identity import check_same_bytes
@@ -23,6 +23,24 @@ class Wiper:
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
 
+    def wipe_all(
+        self,
+        specs: Sequence[NvdimmSpec],
+        watched: Callable[[NvdimmSpec], AbstractContextManager[Watch]],
+        owner: Record | None = None,
+        *,
+        owners: Collection[Record] = (),
+    ) -> None:
+        """Do what :meth:`wipe` does to several NVDIMMs; no guest starts until all are overwritten.
+
+        :param watched: returns the watch of one, which tells that it is done, too.
+        """
+        with ExitStack() as opened:
+            contents = [(spec, opened.enter_context(self._opened(spec, owner, owners))) for spec in specs]
+            for spec, content in contents:
+                with watched(spec) as watch:
+                    self._overwrite(spec, content, watch)
+
     def wipe(
         self, spec: NvdimmSpec, watch: Watch, owner: Record | None = None, *, owners: Collection[Record] = ()
     ) -> None:
@@ -35,8 +53,7 @@ class Wiper:
         :raises BackingError: when it is not there, or not the one that was provisioned for the owner.
         :raises InUseError: when a domain runs with it, it is not the owner's any more, or another domain has it.
         """
-        with self._opened(spec, owner, owners) as content:
-            self._overwrite(spec, content, watch)
+        self.wipe_all([spec], lambda _: nullcontext(watch), owner, owners=owners)
 
     def wipe_unclaimed(self, spec: NvdimmSpec, watch: Watch) -> None:
         """Do what :meth:`wipe` does to what no domain has, not even one that the ledger has lost, as far as marks tell.

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +100,90 @@ def test_the_restore_of_an_older_guest_leaves_what_the_definition_has(host: Host
     host.check("start", "db1")
     items = {item.spec.path: item for item in host.record("db1").allocations}
     assert items[before.spec.path] == before
+
+
+def without_file(host: Host) -> Path:
+    """Return the XML of db1 without its NVDIMM."""
+    written = host.xml("db1", 1)
+    text = written.read_text()
+    other = host.folder / "db1-without.xml"
+    other.write_text(text[: text.index("    <memory model=")] + text[text.index("  </devices>") :])
+    return other
+
+
+def start_again(host: Host) -> str:
+    """Start db1 as a client does that does not ask before if it runs; return libvirt's error."""
+    code = "import libvirt; libvirt.open('xen:///system').lookupByName('db1').create()"
+    done = host.libvirtd.run(host.folder / "python/bin/python", "-c", code)
+    assert done.returncode
+    return done.stderr
+
+
+@pytest.mark.parametrize("why", ["it runs", "a network is missing"])
+def test_a_start_that_fails_takes_nothing_from_a_domain_that_is_defined_without(host: Host, why: str) -> None:
+    plain = without_file(host)
+    if why != "it runs":
+        plain.write_text(plain.read_text().replace("</devices>", MISSING))
+    host.check("define", plain)
+    host.check("create", with_file(host, "db1"))
+    before = host.record("db1").allocations
+    if why == "it runs":
+        assert "already running" in start_again(host)
+        assert host.record("db1").allocations == before
+    host.check("destroy", "db1")
+    if why != "it runs":
+        refused(host, "start", "db1")
+    assert host.record("db1").allocations == before
+    assert "belongs to domain db1" in refused(host, "define", stranger(host))
+
+
+def test_a_second_start_takes_nothing_from_a_guest_that_was_saved(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.check("define", without_file(host))
+    host.check("start", "db1")
+    assert "already running" in start_again(host)
+    host.check("managedsave", "db1")
+    assert "belongs to domain db1" in refused(host, "define", stranger(host))
+    host.check("start", "db1")
+
+
+def test_a_restore_that_fails_takes_nothing_from_a_domain_whose_start_fails_meanwhile(host: Host) -> None:
+    """It gave up what each domain had that failed since, if that was new; and told its reason."""
+    host.check("start", "db1")
+    host.check("save", "db1", host.folder / "saved")
+    comes, goes = host.libvirtd.folder / "run/comes", host.libvirtd.folder / "run/goes"
+    os.mkfifo(comes)
+    os.mkfifo(goes)
+    host.script("60-slow", '[ "$1 $2" != "db1 start" ] || { echo >/run/comes; read line </run/goes; exit 1; }\n')
+    restoring = host.libvirtd.begin("virsh", "-q", "-c", "xen:///system", "restore", str(host.folder / "saved"))
+    comes.read_text()
+    host.check("define", host.xml("db2", 2))
+    host.libvirtd.run("ln", image(host, "db2"), host.folder / "pmem/second-name")
+    assert "hard links" in refused(host, "start", "db2")
+    host.libvirtd.run("rm", host.folder / "pmem/second-name")
+    host.check("undefine", "db2")
+    before = host.record("db2").allocations
+    goes.write_text("\n")
+    said = restoring.communicate()[1]
+    assert restoring.returncode == 1
+    assert "hard links" not in said
+    assert host.record("db2").allocations == before
+
+
+def test_an_error_of_libvirts_has_no_reason_of_an_earlier_start(host: Host) -> None:
+    host.fail("xc_domain_memory_mapping", errno.EPERM)
+    assert "xc_domain_memory_mapping" in refused(host, "start", "db1")
+    host.clean_up()
+    other = with_file(host, "db1")
+    other.write_text(
+        other.read_text().replace(
+            "</devices>", "<disk type='file' device='disk'><target dev='xvda' bus='nonsense'/></disk></devices>"
+        )
+    )
+    said = refused(host, "create", other)
+    assert "nonsense" in said
+    assert "xc_domain_memory_mapping" not in said
 
 
 def test_wipe_and_release_say_that_there_is_a_saved_guest(host: Host) -> None:

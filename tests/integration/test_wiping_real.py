@@ -16,10 +16,12 @@ import pytest
 from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec
+from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Watch
+from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.state import ownership
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, killed, quiet
-from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
 
 @pytest.fixture(params=list(MKFS))
@@ -360,6 +362,53 @@ def test_no_start_takes_what_is_already_overwritten_before_all_is(host: Host) ->
 
     host.driver.wiper.give_up(host.record(), watch, delete=False)  # type: ignore[arg-type]
     assert len(tried) == 2 * SIZE // MIB
+
+
+def test_no_start_comes_between_the_wipes_of_two_nvdimms(host: Host) -> None:
+    """Before, the guest ran with one that was wiped and one that was not."""
+    names = [host.path("a.img"), host.path("b.img")]
+    host.driver.define(two(*names))
+    tried = []
+
+    @contextmanager
+    def watched(spec: NvdimmSpec) -> Iterator[Watch]:
+        with pytest.raises(InUseError, match="is being overwritten"):
+            host.another().prepare(two(*names))
+        tried.append(spec.path)
+        yield quiet
+
+    host.driver.wiper.wipe_all([item.spec for item in host.record().allocations], watched, host.record())
+    assert tried == names
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_start_within_a_release_keeps_what_it_has(host: Host, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It began after the release had looked: the guest's file was nobody's, and free for others at its end."""
+    host.pools = Pools([], any_path=True)
+    host.driver = host.another()
+    host.define("a.img")
+    unmark = ownership._unmark
+
+    def unmark_meanwhile(*arguments: Any) -> None:
+        monkeypatch.setattr(ownership, "_unmark", unmark)
+        if after:
+            unmark(*arguments)
+        host.mapper.alive[7] = UUID
+        other = host.another()
+        other.prepare(host.domain("a.img"))
+        map_prepared(other.ledger, 7)
+        if not after:
+            unmark(*arguments)
+
+    monkeypatch.setattr(ownership, "_unmark", unmark_meanwhile)
+    with pytest.raises(InUseError, match="running or starting"):
+        host.driver.release_claims(host.record(), quiet, delete=False)
+    host.mapper.alive.clear()
+    host.driver.release(UUID)
+    assert claims(host) == {0: "a.img"}
+    assert look(host.driver) == []
+    with pytest.raises(InUseError, match="belongs to domain x"):
+        host.another().define(host.domain("a.img", OTHER_UUID))
 
 
 @pytest.mark.parametrize("ran", [False, True])

@@ -117,6 +117,29 @@ def test_the_longest_message() -> None:
         pack(CALL, bytes(wire.FRAME_MAX - wire.HEADER_SIZE + 1))
 
 
+def test_long_messages_of_all_peers_that_have_not_arrived_have_a_budget() -> None:
+    """Anybody can connect, and send all of a message but its last byte."""
+    frame = pack(CALL, bytes(wire.SMALL))
+    budget = wire.Budget(2 * len(frame))
+    readers = [Reader(budget) for _ in range(3)]
+    for reader in readers[:2]:
+        reader.receive(frame[:-1])
+        assert drain(reader) == []
+    readers[2].receive(frame[:-1])
+    with pytest.raises(ProtocolError, match="other clients' long messages wait"):
+        drain(readers[2])
+    readers[0].receive(frame[-1:])
+    assert [message.frame for message in drain(readers[0])] == [frame]
+    readers[1].close()
+    for reader in (readers[0], readers[2]):
+        reader.close()
+        reader.receive(frame[:-1])
+        assert drain(reader) == []
+    budget.take(0)
+    with pytest.raises(ProtocolError):
+        budget.take(1)
+
+
 @pytest.mark.parametrize(
     ("stream", "fds", "message"),
     [

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from nvdimm_driver.errors import UsageError
 
 if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
-    from nvdimm_driver.model import Allocation, NvdimmSpec, Pool, Record
+    from nvdimm_driver.model import Allocation, NvdimmSpec, Pool, Record, Watch
 
 _PATH_HELP = "the absolute path of a backing's file or device"
 
@@ -194,13 +195,18 @@ class Wipe(Action):
         with ExitStack() as locked:
             for each in owners:
                 locked.enter_context(driver.locks.changing(each.uuid))
-            for spec in doomed:
+
+            @contextmanager
+            def told(spec: NvdimmSpec) -> Iterator[Watch]:
                 with watched(spec.path, lines=parsed_args.progress) as watch:
-                    if unclaimed:
-                        driver.wiper.wipe_unclaimed(spec, watch)
-                    else:
-                        driver.wiper.wipe(spec, watch, owner, owners=owners)
+                    yield watch
                 print(f"{spec.path} is all zeros")
+
+            if unclaimed:
+                with told(doomed[0]) as watch:
+                    driver.wiper.wipe_unclaimed(doomed[0], watch)
+            else:
+                driver.wiper.wipe_all(doomed, told, owner, owners=owners)
         return 0
 
 
