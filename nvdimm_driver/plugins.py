@@ -388,10 +388,11 @@ class Backing(Plugin):
         :param identity: whose bytes it has to have, whatever its size is; None when that is not known.
         """
 
-    def move(self, source: str, target: str) -> None:
+    def move(self, source: str, target: str, identity: BackingIdentity | None = None) -> None:
         """Move a backing that is not frozen to a path where nothing is.
 
-        :raises BackingError: when that cannot be done.
+        :param identity: whose bytes it has to have; None when that is not known.
+        :raises BackingError: when that cannot be done, or something else is there.
         """
         from nvdimm_driver.errors import BackingError
 

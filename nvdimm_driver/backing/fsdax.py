@@ -444,13 +444,18 @@ class FsdaxBacking(Backing):
             size = os.fstat(fd).st_size
             os.posix_fallocate(fd, size, spec.size - size)
 
-    def move(self, source: str, target: str) -> None:
-        with self._changeable(source) as old, entry(target) as new:
+    def move(self, source: str, target: str, identity: BackingIdentity | None = None) -> None:
+        with self._changeable(source) as old, entry(target) as new, old.opened(os.O_RDONLY) as fd:
+            self._check_same(fd, source, identity)
             try:
                 old.rename_new(new)
             except OSError as error:
                 problem = f"{source}: cannot be moved to {target}: {error.strerror}"
                 raise BackingError(problem, hint="move it by hand") from error
+            moved = new.status()
+            if moved is None or not os.path.samestat(moved, os.fstat(fd)):  # the folder's owner was faster
+                new.rename_new(old)
+                raise BackingError(f"{source}: another file got its name meanwhile", hint="repeat the command")
             new.sync()
             old.sync()
 

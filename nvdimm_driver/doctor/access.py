@@ -57,7 +57,7 @@ def check_access(file: Path, group: str) -> Iterator[Finding]:
 def _options(text: str) -> dict[str, str]:
     """Return the options in a configuration of libvirt (``src/util/virconf.c``), a list as its items with commas."""
     plain = re.sub(r"#[^\n]*", "", text)
-    found = re.findall(r"^[ \t]*(\w+)[ \t]*=[ \t]*(\[.*?\]|[^\n]*)", plain, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"(?:^|;)[ \t]*(\w+)[ \t]*=[ \t]*(\[.*?\]|[^\n;]*)", plain, re.MULTILINE | re.DOTALL)
     return {name: ", ".join(_items(value)) for name, value in found}
 
 

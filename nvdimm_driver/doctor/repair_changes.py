@@ -176,7 +176,7 @@ class Changes:
         ownership.check_off(record)
         if item not in record.allocations:
             raise InUseError(f"{item.spec.path} has changed meanwhile", hint="repeat 'nvdimmctl check'")
-        backing.move(source, item.spec.path)
+        backing.move(source, item.spec.path, item.identity)
 
     def unshare(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Copy the blocks that a file shares with another."""

@@ -190,7 +190,8 @@ def find_own_marks(ledger: Ledger, backings: Sequence[Backing], domain: DomainSp
     known = {item.spec.path for item in items} | (_frozen(record) if record else set())
     found = {}
     for path in (spec.path for spec in domain.nvdimms):
-        for file in _files(backings, path):
+        had = next((each.identity for each in items if each.spec.path == path), None)
+        for file in _files_of(backings, path, had):
             mark = readable_mark(file)
             item = next((each for each in items if has_bytes([each], file.identity)), None)
             if mark is None or mark.uuid != domain.uuid or mark.is_copied(file.identity):
@@ -254,6 +255,14 @@ def _files(backings: Sequence[Backing], path: str, identity: BackingIdentity | N
     if identity is not None:
         return [*filter(None, [backing_named(backings, identity.kind).inspect(path, identity)])]
     return [*filter(None, (backing.inspect(path) for backing in backings if backing.handles(path)))]
+
+
+def _files_of(backings: Sequence[Backing], path: str, identity: BackingIdentity | None) -> list[Surveyed]:
+    """Do what :func:`_files` does, with or without that identity: a lease on a file that has it is waited for."""
+    if identity is not None:
+        with suppress(BackingError):
+            return _files(backings, path, identity)
+    return _files(backings, path)
 
 
 def _files_left(backings: Sequence[Backing], path: str) -> list[Surveyed]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nvdimm_driver.backing import inode
+from nvdimm_driver.backing import inode, locks
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.cmd.ctl import render
@@ -41,6 +41,7 @@ from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver, map_prepared
+from tests.waiting import HANG_SECONDS
 
 SIZE = 4 * MIB
 DATA = bytes(range(256)) * (SIZE // 256)
@@ -712,8 +713,11 @@ def after(begin: EventType, host: Host, work: Callable[[XenNvdimmDriver], object
     work(host.another())
 
 
-def test_a_start_and_a_reconcile_that_wait_for_the_same_lock_both_succeed(host: Host) -> None:
+def test_a_start_and_a_reconcile_that_wait_for_the_same_lock_both_succeed(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before, the start could be undone, or fail with SQLite's words."""
+    monkeypatch.setattr(locks, "FREEZE_SECONDS", HANG_SECONDS)
 
     def reboot(driver: XenNvdimmDriver) -> None:
         driver.release(UUID)

@@ -16,6 +16,7 @@ import pytest
 from nvdimm_driver import driver as driver_module
 from nvdimm_driver.backing import inode
 from nvdimm_driver.backing.fsdax import FsdaxBacking
+from nvdimm_driver.backing.paths import Entry
 from nvdimm_driver.cmd.ctl import check
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import Inconsistency, look
@@ -587,6 +588,37 @@ def test_a_repair_gives_a_domain_what_it_has_instead_of_what_another_has_since(h
 
 
 # --- what was changed since it was seen ---
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_repair_moves_back_only_what_was_looked_at(host: Host, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's owner gives the name to another file; before, that was moved, and could be another domain's."""
+    host.define("a.img")
+    os.rename(host.path("a.img"), host.path("b.img"))
+    (found,) = look(host.driver)
+    assert found.mend
+
+    def exchange() -> None:
+        os.rename(host.path("b.img"), host.path("c.img"))
+        Path(host.path("b.img")).write_bytes(SECRET)
+
+    if when == "before":
+        exchange()
+    else:
+        rename = Entry.rename_new
+
+        def rename_late(self: Entry, target: Entry) -> None:
+            monkeypatch.setattr(Entry, "rename_new", rename)
+            exchange()
+            rename(self, target)
+
+        monkeypatch.setattr(Entry, "rename_new", rename_late)
+    with pytest.raises(BackingError):
+        found.mend()
+    assert not os.path.exists(host.path("a.img"))
+    assert Path(host.path("b.img")).read_bytes() == SECRET
+    assert repair(host) == []
+    assert host.read("a.img")[: len(DATA)] == DATA
 
 
 @pytest.mark.parametrize("before", ["gone", "another", "unmarked"])

@@ -153,7 +153,7 @@ class MemoryBacking(Backing):
         if owner is not None:
             self.marks[path] = owner
 
-    def move(self, source: str, target: str) -> None:
+    def move(self, source: str, target: str, identity: BackingIdentity | None = None) -> None:
         self.files[target] = self.files.pop(source)
         self.marks[target] = self.marks.pop(source)
 

@@ -20,6 +20,7 @@ def found(tmp_path: Path, text: str) -> list[tuple[str, str]]:
     [
         'access_drivers = [ "polkit" ]\n',
         "access_drivers=['polkit']",
+        'auth_unix_rw = "none"; access_drivers = ["polkit"]',
         'auth_unix_rw = "none"\naccess_drivers = [\n  # for tenants\n  "polkit",\n]\n',
     ],
 )
