@@ -12,7 +12,7 @@ from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
 from nvdimm_driver.doctor.repair_changes import Changes, LaterMark
 from nvdimm_driver.doctor.repair_files import UnfitFiles, go_on, on_same_volume
-from nvdimm_driver.doctor.repair_marks import Marks, mark_of
+from nvdimm_driver.doctor.repair_marks import Marks
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
@@ -427,7 +427,7 @@ class _Look:
 
     def _is_later(self, file: Surveyed, item: Allocation) -> bool:
         """Return True when a file with the mark of an NVDIMM is another one, which the domain was given since."""
-        mark = mark_of(file)
+        mark = ownership.readable_mark(file)
         return mark is not None and mark.is_original(file.identity) and not _has_bytes(item, file)
 
     def _anothers(self, record: Record, item: Allocation, mark: Mark) -> Inconsistency:
@@ -462,7 +462,7 @@ class _Look:
             problem = file.error.message.removeprefix(f"{file.path}: ")
             yield _about(owner[0] if owner else None, file.path)(problem, file.error.hint)
             return
-        mark = mark_of(file)
+        mark = ownership.readable_mark(file)
         users = self._users(file)
         if file.frozen and not users:
             yield self._frozen(file, owner[0] if owner else None, mark)
@@ -508,7 +508,7 @@ class _Look:
 
     def _frozen_of(self, uuid: str) -> set[str]:
         """Return the frozen files that have the mark of a domain."""
-        marks = {file.path: mark_of(file) for file in self.files.values() if file.frozen}
+        marks = {file.path: ownership.readable_mark(file) for file in self.files.values() if file.frozen}
         return {path for path, mark in marks.items() if mark and mark.uuid == uuid}
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
@@ -637,7 +637,7 @@ def _runs_without(record: Record, file: Surveyed) -> bool:
 
 def _is_marked(file: Surveyed, item: Allocation) -> bool:
     """Return True when a file has the mark of an NVDIMM, whatever its bytes are."""
-    mark = mark_of(file)
+    mark = ownership.readable_mark(file)
     return mark is not None and (mark.uuid, mark.spec.slot) == (item.uuid, item.spec.slot)
 
 

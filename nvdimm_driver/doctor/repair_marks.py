@@ -3,29 +3,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container, Iterable
 
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import LedgerError, NotFoundError, RefusedError
+from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import Surveyed
 from nvdimm_driver.plugins import backing_of
-from nvdimm_driver.state import owner_marks
+from nvdimm_driver.state import ownership
 from nvdimm_driver.state.owner_marks import Mark
-
-LOG = logging.getLogger(__name__)
-
-
-def mark_of(file: Surveyed) -> Mark | None:
-    """Return the mark of a file; None when it has none that can be read."""
-    if file.owner is None:
-        return None
-    try:
-        return owner_marks.unpack(file.path, file.owner)
-    except LedgerError as error:
-        LOG.warning("%s", error)
-        return None
 
 
 def unmark_copy(driver: XenNvdimmDriver, path: str) -> None:
@@ -39,7 +25,7 @@ def unmark_copy(driver: XenNvdimmDriver, path: str) -> None:
     file = backing.inspect(path)
     if file is None or file.owner is None:
         raise NotFoundError(f"{path} has no mark", hint="'nvdimmctl check' names the files to take it from")
-    mark = mark_of(file)
+    mark = ownership.readable_mark(file)
     if mark is not None and mark.is_original(file.identity):
         raise RefusedError(
             f"{path} is no copy: its mark, of domain {mark.name} ({mark.uuid}), was written on it",
@@ -61,7 +47,7 @@ class Marks:
     def __init__(self, files: Iterable[Surveyed], known: Container[str]) -> None:
         self._found: dict[tuple[str, int], list[tuple[Surveyed, Mark]]] = {}
         for file in files:
-            if file.path not in known and (mark := mark_of(file)):
+            if file.path not in known and (mark := ownership.readable_mark(file)):
                 self._found.setdefault((mark.uuid, mark.spec.slot), []).append((file, mark))
 
     def uuids(self) -> set[str]:
