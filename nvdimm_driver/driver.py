@@ -309,16 +309,6 @@ class XenNvdimmDriver(plugins.Plugin):
         self.ledger.clear_fault(uuid)
         return self.ledger.find_domain(uuid)
 
-    def adopt(self, domain: DomainSpec) -> None:
-        """Let the ledger have a domain as its definition is, with what it has besides, unless it has a start.
-
-        :raises NvdimmError: when that cannot be.
-        """
-        self.reconcile()
-        record = self.ledger.find_domain(uuid_of(domain))
-        if record is None or record.start is None:
-            self.definitions.adopt(self.definitions.keep_slots(domain))
-
     def prepare(self, domain: DomainSpec) -> None:
         """Prepare a start: freeze the backings, check, build the tables, write the plan for the device model.
 

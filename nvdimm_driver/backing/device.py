@@ -18,8 +18,8 @@ from nvdimm_driver.backing.inventory import Volume, space_of
 from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.backing.paths import is_gone, open_resolved, opened, resolve, status
 from nvdimm_driver.errors import BackingError, NotFoundError
-from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec, Space
-from nvdimm_driver.plugins import Backing, ByteRange
+from nvdimm_driver.model import BackingIdentity, Extent, Intake, Location, Namespace, NvdimmSpec, Progress, Space
+from nvdimm_driver.plugins import Backing, ByteRange, unwatched
 from nvdimm_driver.sizes import human
 
 if TYPE_CHECKING:
@@ -105,6 +105,13 @@ class DeviceBacking(Backing):
             with _opened(path) as fd:
                 lock.enter_context(self.locks.writing(fd, path))
             return LockedBytes(self._open(path, spec.size, write=True), lock.pop_all().close, identity)
+
+    def provision(
+        self, spec: NvdimmSpec, progress: Progress = unwatched, identity: BackingIdentity | None = None
+    ) -> BackingIdentity:
+        """Do what the base class does, unless a process overwrites the device."""
+        self.freeze(spec.path)
+        return super().provision(spec, progress, identity)
 
     def locate(self, spec: NvdimmSpec) -> Location:
         volume, extent = self._find(spec)

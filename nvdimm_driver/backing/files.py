@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from nvdimm_driver.backing import extents, inode
 from nvdimm_driver.backing.extents import FileExtent
-from nvdimm_driver.backing.paths import Entry, check_length
+from nvdimm_driver.backing.paths import Entry, check_length, status
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
 from nvdimm_driver.host_text import escaped, printable
 from nvdimm_driver.sizes import human
@@ -55,6 +55,16 @@ def check_regular(fd: int, path: str) -> None:
     """
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise BackingError(f"{path}: is not a regular file")
+
+
+def check_named(fd: int, path: str) -> None:
+    """Check that an open file still has its name.
+
+    :raises InUseError: when it has not.
+    """
+    found = status(path)
+    if found is None or not os.path.samestat(found, os.fstat(fd)):
+        raise InUseError(f"{path}: was given another name, or deleted, by another process just now", hint="try again")
 
 
 def check_only_root_writes(fd: int, path: str) -> None:

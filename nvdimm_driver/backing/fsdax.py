@@ -18,6 +18,7 @@ from nvdimm_driver.backing import extents, freespace, handles, inode, inventory,
 from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes
 from nvdimm_driver.backing.files import (
     check_copy_name,
+    check_named,
     check_only_root_writes,
     check_own,
     check_regular,
@@ -175,6 +176,7 @@ class FsdaxBacking(Backing):
         with opened(path, os.O_RDONLY) as fd:
             self._check_same(fd, path, identity)
             self._volume(fd, path)
+            self.locks.check_unwritten(fd, path)
             if look(fd, path, spec.size).unwritten:
                 self._complete(fd, path, spec.size, progress)
             return self._checked(fd, path, spec.size)
@@ -257,6 +259,7 @@ class FsdaxBacking(Backing):
             identity = self._find_identity(fd, path)
             if write:
                 lock.enter_context(self.locks.writing(fd, path))
+                check_named(fd, path)  # who had the lock until now may have given the file its name
                 identity = self._identity(fd, self._volume(fd, path))
             check_size(path, os.fstat(fd).st_size, spec.size)
             return LockedBytes(FileBytes(os.dup(fd), spec.size), lock.pop_all().close, identity)

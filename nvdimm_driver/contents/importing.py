@@ -123,9 +123,11 @@ class Importer:
             self._checks.check_new(spec)
             backing_of(self._checks.backings, path)
             _check_overwrite(path, overwrite)
-            hidden = self._copy_in(content, spec, watch)
-            self._checks.check_off_since(last, source, _RUNNING)
-        self._publish(hidden, spec)
+            hidden, digest = self._copy_in(content, spec, watch)
+            with backing_of(self._checks.backings, path).open_bytes(hidden, write=True) as target:  # as nobody else can
+                copying.verify(target, digest, watch("verifying"))
+                self._checks.check_off_since(last, source, _RUNNING)
+                self._publish(hidden, spec)
         return spec
 
     def _check_end(self, backing: Backing, path: str, size: int) -> None:
@@ -143,8 +145,11 @@ class Importer:
         with opened as content:
             _check_end(path, content, size)
 
-    def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> NvdimmSpec:
-        """Copy into a backing under its hidden name, if it can have one; return what it is until :meth:`_publish`."""
+    def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> tuple[NvdimmSpec, str]:
+        """Copy into a backing under its hidden name, if it can have one.
+
+        :returns: what it is until :meth:`_publish`, and the SHA-256 of the bytes.
+        """
         backing = backing_of(self._checks.backings, spec.path)
         check_copy_name(spec.path)
         self._checks.check_unowned(hidden_name(spec.path))
@@ -155,9 +160,7 @@ class Importer:
             self._checks.tell_overwritten(hidden.path, target)
             digest = copying.copy(content, target, watch("copying"))
         backing.provision(hidden, watch("writing zeros"))
-        with backing.open_bytes(hidden) as target:
-            copying.verify(target, digest, watch("verifying"))
-        return hidden
+        return hidden, digest
 
     def _publish(self, hidden: NvdimmSpec, spec: NvdimmSpec) -> None:
         self._checks.check_new(spec)

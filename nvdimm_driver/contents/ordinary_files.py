@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from nvdimm_driver.backing.byteranges import FileBytes
 from nvdimm_driver.backing.files import check_copy_name, check_own, hidden_name, is_new, unlink_empty
 from nvdimm_driver.backing.paths import Entry, entry, opened
-from nvdimm_driver.errors import BackingError, NotFoundError, RefusedError, UnsupportedError
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, RefusedError, UnsupportedError
 
 _MAGIC = {
     b"QFI\xfb": "qcow2",
@@ -104,11 +105,26 @@ def opened_destination(path: str, size: int, *, overwrite: bool) -> Iterator[Des
         hidden = at.beside(os.path.basename(hidden_name(path)))
         with hidden.opened(os.O_RDWR | os.O_CREAT) as fd:
             check_own(hidden_name(path), os.fstat(fd))
+            _lock(fd, hidden)
             if os.fstat(fd).st_size != size:
                 os.truncate(fd, 0)
                 os.truncate(fd, size)
             with FileBytes(os.dup(fd), size) as content:
                 yield Destination(path, at, hidden, content, overwrite=overwrite)
+
+
+def _lock(fd: int, hidden: Entry) -> None:
+    """Keep others from writing to this user's beginning of a copy, which no other user can open and lock.
+
+    :raises InUseError: when another process does, or has just given it its name.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InUseError(f"{hidden.name}: another process writes it", hint="wait for its end, or stop it") from error
+    there = hidden.status()
+    if there is None or not os.path.samestat(there, os.fstat(fd)):
+        raise InUseError(f"{hidden.name}: another process has just given it its name", hint="try again")
 
 
 def check_no_link(path: str) -> None:

@@ -12,7 +12,7 @@ from nvdimm_driver import logs
 from nvdimm_driver.backing import files, paths
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.errors import BackingError, DomainXmlError, InUseError, LedgerError, NvdimmError
-from nvdimm_driver.lifecycle import slots
+from nvdimm_driver.lifecycle import saved_guest, slots
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept, check_started, still_mapped
@@ -180,8 +180,8 @@ class Definitions:
     ) -> None:
         """Undo :meth:`define`: delete the backings that it created, and let the domain have what it had before.
 
-        A backing that a start has stays, and the claim to it: a guest may have written to it. So does all that the
-        define has stored, if a guest has run since.
+        A backing that a start has stays, and the claim to it: a guest may have written to it. So does what a guest has
+        run with since.
 
         :param before: the domain as it was.
         :param last: the domain's last run at that time.
@@ -192,9 +192,10 @@ class Definitions:
         run = self.ledger.find_run(uuid)
         has_run = run is not None and (last is None or run.number != last.number)  # that may be over, too
         ran = has_run and now.allocations != (before.allocations if before else ())
-        started = now.allocations if ran else now.started if now.start else ()
-        kept = {item.spec for item in (*created, *started)}
-        doomed = [item for item in created if not (ran or (now.start and item.spec.path in now.start.paths))]
+        paths = {path for path, _ in saved_guest.backings_of(run)} if run is not None and ran else set()
+        paths |= {*now.start.paths} if now.start else set()
+        kept = {*(item.spec for item in created), *(item.spec for item in now.allocations if item.spec.path in paths)}
+        doomed = [item for item in created if item.spec.path not in paths]
         wanted = {item.spec for item in doomed}
         if not wanted.isdisjoint(item.spec for item in now.allocations):  # if killed, it is as a define that is killed
             self._put_back_claims(now, before, kept - wanted, wanted)

@@ -9,7 +9,7 @@ return the reply.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -270,8 +270,10 @@ class Interceptor:
 
         :raises NvdimmError: when it cannot.
         """
-        file = Path(self._save_dir, f"{domain.name}.save")
-        xml: str | None = yield Work(lambda: xml_of_save(file) if self._save_dir else None, Pool.HOST)
+        known = (yield from find(domain.uuid)) or domain
+        file = Path(self._save_dir, f"{known.name}.save")  # the client's word for it can be any path
+        is_name = self._save_dir and "/" not in known.name
+        xml: str | None = yield Work(lambda: xml_of_save(file) if is_name else None, Pool.HOST)
         saved: DomainSpec | None = None
         if xml is not None:
             text = xml
@@ -285,46 +287,44 @@ class Interceptor:
     def restore(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call; if it fails because of NVDIMMs, add the reason to the error.
 
-        A start takes over the NVDIMMs of the image. One that fails gives them up, if nobody knows the domain, not even
-        their marks, or gives the slots back to those of the definition. The image says which domain that is: others may
-        be started, and fail, meanwhile.
+        A start takes over the NVDIMMs of the image. One that fails gives them up, unless their marks say that they were
+        the domain's. The image says which domain that is: others may be started, and fail, meanwhile.
         """
         image = Path(Unpacker(payload).string())
         uuid: str = yield Work(lambda: uuid_of_save(image), Pool.HOST)
-        last = yield self._work(lambda driver: driver.ledger.last_event())
-        known = yield self._work(lambda driver: driver.clear_fault(uuid))
-        try:
+        if not uuid:
             return (yield from call(procedure, payload))
-        except LibvirtError as error:
-            events = yield self._work(lambda driver: driver.ledger.events(last))
-            own = [event for event in events if event.uuid == uuid]
-            explained = yield from self._explained(error, uuid)
-            if any(event.kind == "start-failed" for event in own):
-                found = [each.detail for each in own if each.kind == "mark-found"]
-                marked = [(str(each["path"]), str(each["mark"])) for each in found]
-                yield from (self._as_defined(uuid) if known else self._give_up_refused(uuid, marked))
-            raise explained from error
+        with (yield from self._changing(uuid)):
+            before: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
+            last: Run | None = yield self._work(lambda driver: driver.ledger.find_run(uuid))
+            event: int = yield self._work(lambda driver: driver.ledger.last_event())
+            try:
+                return (yield from call(procedure, payload))
+            except LibvirtError as error:
+                explained = yield from self._explained(error, uuid)
+                try:
+                    yield from self._undo_restore(uuid, before, last, event)
+                except (NvdimmError, OSError, LibvirtError) as failed:
+                    LOG.error("domain %s keeps the NVDIMMs of a saved guest that was refused: %s", uuid, failed)
+                raise explained from error
 
-    def _as_defined(self, uuid: str) -> Generator[Call | Work, Any, None]:
-        """Let the NVDIMMs of a domain's definition have their slots again."""
-        try:
-            xml = yield from defined_xml(uuid)
-            read = xml and (yield from self._read((yield from self._restored(xml)).encode()))
-            if read and (domain := read.domain):
-                with (yield from self._changing(uuid)):
-                    yield self._work(lambda driver: driver.adopt(domain), Pool.HOST)
-        except (NvdimmError, OSError, LibvirtError) as error:
-            LOG.warning("domain %s: its NVDIMMs keep the slots of a saved guest that was refused: %s", uuid, error)
+    def _undo_restore(
+        self, uuid: str, before: Record | None, last: Run | None, event: int
+    ) -> Generator[Call | Work, Any, None]:
+        """Give up what the start of a saved guest took over, but for files that had the domain's mark before.
 
-    def _give_up_refused(self, uuid: str, marked: Sequence[tuple[str, str]]) -> Generator[Call | Work, Any, None]:
-        """Give up what the start of a saved guest took over, but for files that had the domain's mark before."""
-        try:
-            with (yield from self._changing(uuid)):
-                over = yield from self._find_abandoned(uuid, None)
-                if (yield from find(uuid)) is None:
-                    yield self._work(lambda driver: driver.undo_unknown(uuid, marked, over), Pool.HOST)
-        except (NvdimmError, OSError, LibvirtError) as error:
-            LOG.error("domain %s keeps the NVDIMMs of a saved guest that was refused: %s", uuid, error)
+        :param before: the domain as the ledger had it.
+        :param last: its last run then.
+        :param event: the last event then.
+        """
+        over = yield from self._find_abandoned(uuid, before)
+        if before is not None:
+            yield self._work(lambda driver: driver.undo(uuid, before, (), last, over), Pool.HOST)
+        elif (yield from find(uuid)) is None:
+            events = yield self._work(lambda driver: driver.ledger.events(event))
+            found = [each.detail for each in events if (each.kind, each.uuid) == ("mark-found", uuid)]
+            marked = [(str(each["path"]), str(each["mark"])) for each in found]
+            yield self._work(lambda driver: driver.undo_unknown(uuid, marked, over), Pool.HOST)
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""

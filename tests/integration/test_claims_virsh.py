@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.bench_host import Host
+from tests.integration.bench_host import UUID, Host
 from tests.integration.test_virsh import image, refused
 
 MISSING = "<interface type='network'><source network='missing'/></interface></devices>"
@@ -169,6 +169,38 @@ def test_a_restore_that_fails_takes_nothing_from_a_domain_whose_start_fails_mean
     assert restoring.returncode == 1
     assert "hard links" not in said
     assert host.record("db2").allocations == before
+
+
+def test_a_restore_that_another_hook_refuses_puts_back_what_the_domain_had(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("save", "db1", host.folder / "saved")
+    host.check("define", with_file(host, "other"))
+    before = host.record("db1")
+    host.script("60-no", '[ "$2" != start ] || exit 1\n')
+    refused(host, "restore", host.folder / "saved")
+    assert host.record("db1") == before
+    host.check("define", stranger(host))
+
+
+START = """\
+import sys
+from nvdimm_driver.doctor.libvirt import Connection
+from nvdimm_driver.rpc.procedure import Procedure
+from nvdimm_driver.rpc.xdr import DomainRef, Packer
+with Connection("/run/libvirt/virtxend-sock", timeout=600) as connection:
+    connection.call(Procedure.DOMAIN_CREATE, bytes(Packer().domain(DomainRef(sys.argv[2], sys.argv[1], -1))))
+"""
+
+
+def test_a_clients_name_of_a_saved_domain_leads_nvdimmd_to_no_file(host: Host) -> None:
+    """libvirt goes by the uuid. With a FIFO there, eight such calls took all threads."""
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    os.mkfifo(host.libvirtd.folder / "run/evil.save")
+    name = "../../../../../../../run/evil"
+    done = host.libvirtd.run(host.folder / "python/bin/python", "-c", START, UUID.format(1), name)
+    assert done.returncode == 0, done.stderr
+    assert host.state("db1")[0] == "mapped"
 
 
 def test_an_error_of_libvirts_has_no_reason_of_an_earlier_start(host: Host) -> None:

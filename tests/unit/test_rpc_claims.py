@@ -19,6 +19,7 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
 from tests.unit.test_rpc_intercept import Libvirtd, Proxy, message, xml
+from tests.unit.test_saved_guests import save
 
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
 CREATE = Procedure.DOMAIN_CREATE_XML
@@ -211,9 +212,16 @@ class Restoring(Libvirtd):
         return super().answer(call)
 
 
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return the image of a saved guest."""
+    save(tmp_path, "db1", UUID)
+    return tmp_path / "db1.save"
+
+
 @pytest.mark.parametrize("known", ["not at all", "libvirt", "ledger"])
-def test_a_refused_restore_leaves_no_claim_of_a_domain_that_nobody_knew(
-    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking, known: str
+def test_a_refused_restore_leaves_no_claim_that_the_domain_did_not_have(
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking, image: Path, known: str
 ) -> None:
     backing.files[A] = (107, 64 << 20)
     proxy.libvirtd = Restoring(driver)
@@ -222,15 +230,16 @@ def test_a_refused_restore_leaves_no_claim_of_a_domain_that_nobody_knew(
     elif known == "libvirt":
         proxy.libvirtd.defined[UUID] = xml()
     with pytest.raises(LibvirtError) as refused:
-        proxy.call(Procedure.DOMAIN_RESTORE, Packer().string("/image"))
+        proxy.call(Procedure.DOMAIN_RESTORE, Packer().string(str(image)))
     assert "the saved guest cannot go on" in message(refused.value)
     found = driver.ledger.find_domain(UUID)
-    if known == "not at all":
-        assert (found, A in backing.marks) == (None, False)
-        driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
-    else:
+    if known == "libvirt":
         assert found
-        assert A in [item.spec.path for item in found.allocations]
+        assert A in [item.spec.path for item in found.allocations], "the ledger was lost: it may have had it"
+    else:
+        assert [item.spec.path for item in (found.allocations if found else ())] == [B] * (known == "ledger")
+        assert A not in backing.marks
+        driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
     assert A in backing.files
 
 
@@ -245,7 +254,7 @@ def test_a_redefine_that_may_read_for_hours_keeps_only_those_like_it_waiting(pro
 
 
 def test_a_refused_restore_leaves_the_mark_that_was_there_before(
-    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking
+    proxy: Proxy, driver: XenNvdimmDriver, backing: MemoryBacking, image: Path
 ) -> None:
     """The ledger was lost; a guest that was saved in a file is the domain's only trace, besides the mark."""
     driver.define(replace(domain(A), ram=1 << 30))
@@ -254,7 +263,7 @@ def test_a_refused_restore_leaves_the_mark_that_was_there_before(
     driver.ledger.forget(UUID)
     proxy.libvirtd = Restoring(driver)
     with pytest.raises(LibvirtError):
-        proxy.call(Procedure.DOMAIN_RESTORE, Packer().string("/image"))
+        proxy.call(Procedure.DOMAIN_RESTORE, Packer().string(str(image)))
     assert backing.owners()[A] == mark
     assert (record(driver).allocations, record(driver).start) == ((before,), None)
     with pytest.raises(InUseError):

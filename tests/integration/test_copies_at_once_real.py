@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes that copy to one place at once, and a define of what is being overwritten, on real ext4 and XFS."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.errors import InUseError, NvdimmError
+from nvdimm_driver.model import NvdimmSpec, Progress
+from tests.integration.loop_pmem import MKFS, FileSystem
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, quiet
+from tests.unit.doubles import OTHER_UUID
+from tests.waiting import HANG_SECONDS
+
+OTHER = b"o" * SIZE
+
+
+@pytest.fixture(params=list(MKFS))
+def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
+    yield Host(tmp_path, file_systems[request.param])
+    empty(file_systems[request.param])
+
+
+class Second:
+    """Another process that copies to the same place: it begins when the first one has verified, and waits then."""
+
+    def __init__(self, copy: Callable[[Callable[[str], Progress]], object]) -> None:
+        self.said = ""
+        self._copy = copy
+        self._at_work, self._goes_on = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self._copy(self._watch)
+        except NvdimmError as error:
+            self.said = str(error)
+        self._at_work.set()
+
+    def _watch(self, what: str) -> Progress:
+        def tell(_done: int, _total: int) -> None:
+            if what == "copying" and not self._at_work.is_set():
+                self._at_work.set()
+                self._goes_on.wait(HANG_SECONDS)
+
+        return tell
+
+    def watch_first(self, what: str) -> Progress:
+        """Be the watch of the first one."""
+
+        def tell(done: int, total: int) -> None:
+            if what == "verifying" and done == total:
+                self._thread.start()
+                self._at_work.wait(HANG_SECONDS)
+
+        return tell
+
+    def end(self) -> None:
+        self._goes_on.set()
+        self._thread.join()
+
+
+def test_an_import_overwrites_no_file_that_another_import_has_finished(host: Host, tmp_path: Path) -> None:
+    """It had opened the file under its hidden name, and went on when that was a domain's."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(DATA)
+    other.write_bytes(OTHER)
+    second = Second(lambda watch: host.another().importer.import_copy(str(other), host.path("a.img"), None, 0, watch))
+    try:
+        host.driver.importer.import_copy(str(one), host.path("a.img"), None, 0, second.watch_first)
+        host.another().define(host.domain("a.img"))
+    finally:
+        second.end()
+    assert "is being overwritten" in second.said
+    assert host.read("a.img") == DATA
+
+
+def test_a_file_is_not_written_by_who_has_opened_it_under_the_name_of_before(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(DATA)
+    writing = type(host.backing.locks).writing
+
+    def import_it(*arguments: object) -> object:
+        monkeypatch.setattr(type(host.backing.locks), "writing", writing)
+        host.another().importer.import_copy(str(source), host.path("a.img"), None, 0, quiet)
+        return writing(*arguments)  # type: ignore[arg-type]
+
+    hidden = host.backing.allocate(NvdimmSpec(0, host.path("a.img"), SIZE))
+    monkeypatch.setattr(type(host.backing.locks), "writing", import_it)
+    with pytest.raises(InUseError, match="was given another name, or deleted"):
+        host.backing.open_bytes(hidden, write=True)
+    assert host.read("a.img") == DATA
+
+
+def test_an_export_writes_into_no_copy_that_another_export_has_finished(host: Host, tmp_path: Path) -> None:
+    """It had opened the file under its hidden name, and went on when that was the other's copy, with its SHA-256."""
+    host.define("a.img")
+    host.define("b.img", OTHER_UUID, OTHER)
+    (item,), (others,) = host.record().allocations, host.record(OTHER_UUID).allocations
+    destination = tmp_path / "copy"
+
+    def copy(watch: Callable[[str], Progress]) -> object:
+        return host.another().exporter.export(
+            others.spec, str(destination), watch, overwrite=False, running=False, item=others
+        )
+
+    second = Second(copy)
+    try:
+        digest = host.driver.exporter.export(
+            item.spec, str(destination), second.watch_first, overwrite=False, running=False, item=item
+        )
+    finally:
+        second.end()
+    assert "another process writes it" in second.said
+    assert hashlib.sha256(destination.read_bytes()).hexdigest() == digest == hashlib.sha256(DATA).hexdigest()
+
+
+def test_no_domain_is_defined_with_what_is_being_overwritten(host: Host) -> None:
+    Path(host.path("a.img")).write_bytes(DATA)
+    host.driver.importer.import_in_place(host.path("a.img"), None, 0, quiet)
+    tried = []
+
+    def watch(what: str) -> Progress:
+        def tell(_done: int, _total: int) -> None:
+            with pytest.raises(InUseError, match="is being overwritten"):
+                host.another().define(host.domain("a.img"))
+            tried.append(what)
+
+        return tell
+
+    host.driver.wiper.wipe_unclaimed(NvdimmSpec(0, host.path("a.img"), SIZE), watch)
+    assert tried
+    host.driver.define(host.domain("a.img"))
+    assert host.read("a.img") == bytes(SIZE)
