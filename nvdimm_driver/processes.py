@@ -49,7 +49,8 @@ def leave_unit(pid: int, roots: Sequence[str] = CGROUPS) -> None:
     for root in roots:
         with suppress(OSError):  # there is no such hierarchy, or a container may not change it
             if os.path.exists(f"{root}/cgroup.procs"):
-                os.makedirs(f"{root}/nvdimm-driver", exist_ok=True)
+                with suppress(FileExistsError):
+                    os.mkdir(f"{root}/nvdimm-driver")
                 Path(f"{root}/nvdimm-driver/cgroup.procs").write_text(str(pid), encoding="ascii")
 
 

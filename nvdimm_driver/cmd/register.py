@@ -126,34 +126,40 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str], saved: Sequence[str
 
 
 def find_running(conf: cfg.ConfigOpts) -> list[str]:
-    """Return the names of the running domains with NVDIMMs; put away the starts of those that are over.
+    """Return the running domains with NVDIMMs, by name, or by domid if only Xen knows that they run.
+
+    The starts of those that are over are put away.
 
     A broken plug-in, or a start that cannot be put away, does not keep the driver from being removed.
 
     :raises InUseError: when there are starts since the host's boot, and Xen cannot be asked which of them are over.
     """
-    if not os.path.exists(_ledger(conf)):
-        return []
-    try:
-        load_driver(conf).reconcile()
-    except NvdimmError as error:
-        LOG.warning("%s", error)
-    with closing(Ledger(_ledger(conf))) as ledger:
+    path = _ledger(conf)
+    if os.path.exists(path):
+        try:
+            load_driver(conf).reconcile()
+        except NvdimmError as error:
+            LOG.warning("%s", error)
+    else:
+        path = ":memory:"  # nothing is made: the driver is removed
+    with closing(Ledger(path)) as ledger:
         started = [
             each.name for each in ledger.started_domains() if each.start and each.start.boot_id == host_boot_id()
         ]
-        if not started:
-            return []
         try:
             mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
             starts = Starts(ledger, (), mapper, LabelServers(conf.state_dir), Holders(conf.state_dir))
             over = {each.name for each in starts.find_stale()}
+            unknown = [f"domid {domid} ({uuid})" for domid, uuid in starts.find_unknown()]
         except NvdimmError as error:
+            if not started:
+                LOG.warning("whether guests run that the ledger does not know cannot be found out: %s", error)
+                return []
             raise InUseError(
                 f"domains with NVDIMMs may be running: {', '.join(started)}; Xen cannot be asked: {error.message}",
                 hint="shut them down; after a reboot of the host, they count as off",
             ) from error
-    return [name for name in started if name not in over]
+    return [*(name for name in started if name not in over), *unknown]
 
 
 def find_saved(conf: cfg.ConfigOpts) -> list[str]:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from oslo_config import cfg
 
-from nvdimm_driver import conf
+from nvdimm_driver import conf, plugin_loader
 from nvdimm_driver.cmd.apparmor_rules import BEGIN, END
 from nvdimm_driver.cmd.register import find_running, register, registered_state_dir, unregister
 from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.model import Run
 from nvdimm_driver.state.ledger import Ledger
-from tests.unit.doubles import UUID, started
+from tests.unit.doubles import UUID, RecordingMapper, started
 
 
 @pytest.fixture
@@ -135,6 +135,22 @@ def test_a_broken_plug_in_does_not_keep_the_driver_from_being_removed(
         ledger.begin_start(UUID, [])
         assert find_running(options) == ["db1"]
     assert "there is no plug-in 'broken'" in caplog.text
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_guest_that_the_ledger_does_not_know_keeps_the_driver_from_being_removed(
+    options: cfg.ConfigOpts, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """The ledger was lost under it, or is from a backup of before its start; it has announced its frames."""
+    list(register(options))
+    mapper = RecordingMapper({7: UUID})
+    mapper.announce(7, [(0x1100000, 0x240000, 512)])
+    monkeypatch.setattr(plugin_loader, "load", lambda *_: mapper)
+    if lost:
+        for file in Path(options.state_dir).glob("ledger.sqlite*"):
+            file.unlink()
+    assert find_running(options) == [f"domid 7 ({UUID})"]
+    assert (Path(options.state_dir) / "ledger.sqlite").exists() is not lost
 
 
 def start_db1(options: cfg.ConfigOpts) -> None:
