@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -62,7 +62,7 @@ from nvdimm_driver.state import ownership
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
-from nvdimm_driver.xml.definition_files import DefinitionFiles, StoredDomain
+from nvdimm_driver.xml.definition_files import DefinitionFiles, StoredDomain, has_managed_save
 from nvdimm_driver.xml.hooks import XmlHooks
 
 
@@ -103,6 +103,7 @@ class XenNvdimmDriver(plugins.Plugin):
     :param dsm: default for domains that do not specify who serves label areas: one of :data:`.model.DSM`.
     :param pools: pools that domains may have their backings in.
     :param stored: the domains in libvirt's files, which are read anew by each iteration.
+    :param is_saved: returns True when a domain of that name has a managed save.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class XenNvdimmDriver(plugins.Plugin):
         pools: Pools,
         holders: Holders | None = None,
         stored: Iterable[StoredDomain] = (),
+        is_saved: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.ledger = ledger
         self.state_dir = state_dir
@@ -131,7 +133,8 @@ class XenNvdimmDriver(plugins.Plugin):
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         unknown = UnknownClaims(ledger, backings, stored)
         self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown)
-        self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), holders or Holders(state_dir))
+        held = holders or Holders(state_dir)
+        self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), held, is_saved)
         self.checks = Checks(ledger, backings, pools, self.spoil_runs, mapper.frames_of_guests, unknown)
         self.importer, self.exporter, self.wiper = Importer(self.checks), Exporter(self.checks), Wiper(self.checks)
 
@@ -159,6 +162,7 @@ class XenNvdimmDriver(plugins.Plugin):
             stored=DefinitionFiles(
                 conf.libvirt.definition_dirs, lambda xml: XmlHooks.from_conf(conf).restore(xml), resolve
             ),
+            is_saved=partial(has_managed_save, conf.libvirt.save_dir),
         )
 
     def describe(self) -> str:

@@ -281,9 +281,9 @@ class _Look:
         """Return the mark of an NVDIMM's own file if it is later than the ledger, by :func:`.ownership.later_mark`."""
         file = self.files.get(item.spec.path)
         mark = ownership.later_mark(record, item, file) if file else None
-        return (
-            None if file is None or mark is None else LaterMark(backing_of(self.driver.backings, file.path), file, mark)
-        )
+        if file is None or mark is None:
+            return None
+        return LaterMark(backing_of(self.driver.backings, file.path), file, mark)
 
     def _remedy_of_later_mark(self, record: Record, later: LaterMark) -> tuple[str, str, Callable[[], object] | None]:
         """Return the problem, the remedy and the repair of a ledger that is older than a mark; lost bytes stay lost."""

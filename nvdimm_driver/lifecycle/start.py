@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ class Starts:
     """The starts in the ledger, each with its frozen backings.
 
     :param mapper: tells which domains Xen has.
+    :param is_saved: returns True when a domain of that name has a managed save.
     :ivar abandoned_seconds: a start prepared this long ago is abandoned if Xen has no domain of that uuid.
     :ivar release_seconds: longest wait of a release until Xen no longer has the domain.
     """
@@ -48,8 +49,10 @@ class Starts:
         mapper: Mapper,
         label_servers: LabelServers,
         holders: Holders,
+        is_saved: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.ledger = ledger
+        self.is_saved = is_saved
         self.backings = backings
         self.mapper = mapper
         self.label_servers = label_servers
@@ -133,6 +136,7 @@ class Starts:
                     )
                     logs.tell(left)
                 unmark = ownership.is_given_up(self.ledger, self.backings, start.uuid, path)
+                unmark = unmark and not (record and self.is_saved(record.name))  # its guest goes on with that
                 self.thaw(path, had.get(path), over=start, touch=times.get(path), unmark=unmark)
         finally:
             if self._is_latest(start):

@@ -121,6 +121,11 @@ class DefinitionFiles:
             yield self._domain(file, xml_of_save(file) or "")
 
 
+def has_managed_save(folder: str, name: str) -> bool:
+    """Return True when a domain of that name has a managed save in libvirt's folder; False when nobody knows that."""
+    return bool(folder) and Path(folder, f"{name}.save").is_file()
+
+
 def xml_of_save(file: Path) -> str | None:
     """Return the domain XML in an image of a saved guest: a restore has that, whatever the definition has become.
 

@@ -148,6 +148,30 @@ def test_a_second_start_takes_nothing_from_a_guest_that_was_saved(host: Host) ->
     host.check("start", "db1")
 
 
+@pytest.mark.parametrize("how", ["redefined", "detached", "redefined again"])
+def test_what_a_saved_guest_has_is_no_other_domains_though_its_definition_gave_it_up_before(
+    host: Host, how: str, tmp_path: Path
+) -> None:
+    """It was given up while the guest ran, and the guest saved then: another domain could take it at once."""
+    host.check("start", "db1")
+    if how == "redefined again":
+        host.check("managedsave", "db1")
+        host.check("define", without_file(host))
+        host.check("start", "db1")
+    if how == "detached":
+        text = host.xml("db1", 1).read_text()
+        device = tmp_path / "device.xml"
+        device.write_text(text[text.index("<memory model=") : text.index("  </devices>")])
+        host.check("detach-device", "db1", device, "--config")
+    else:
+        host.check("define", without_file(host))
+    host.check("managedsave", "db1")
+    assert "domain db1" in refused(host, "define", stranger(host))
+    host.check("start", "db1")
+    assert host.state("db1")[0] == "mapped"
+    host.check("destroy", "db1")
+
+
 def test_a_restore_that_fails_takes_nothing_from_a_domain_whose_start_fails_meanwhile(host: Host) -> None:
     """It gave up what each domain had that failed since, if that was new; and told its reason."""
     host.check("start", "db1")
