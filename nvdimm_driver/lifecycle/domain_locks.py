@@ -17,8 +17,9 @@ class DomainLocks:
     """The locks of all domains of the host. A process that has one takes only those below it.
 
     * ``changing``: from the first look of what changes a domain to its end, calls to libvirt included: define, create,
-      release, wipe, repair. A start from a managed save has it, too, from its trial to libvirt's reply: libvirt removes
-      the save before it calls the hook, which must find the domain as the trial has left it.
+      release, wipe, repair. A restore has it, too, as what it changes is put back if it fails, and so has a start from
+      a managed save, from its trial to libvirt's reply: libvirt removes the save before it calls the hook, which must
+      find the domain as the trial has left it.
     * ``starting``: the preparation of a start, by the hook, the trial, or a device model that xl runs.
     * ``storing``: what the ledger says the domain has is changed. The hook takes it, and libvirt waits for that with
       the domain locked; so nobody calls libvirt with it.
@@ -78,7 +79,7 @@ class DomainLocks:
         return self._reserve.spend(lambda: self._take(f"store-{uuid}", what, self.seconds))
 
     def _change(self, uuid: str, seconds: float, client: str = "") -> LockFile:
-        what = f"domain {uuid} is being defined, created, started from a managed save or released"
+        what = f"domain {uuid} is being defined, created, started from a saved guest or released"
         return self._take(f"define-{uuid}", what, seconds, client)
 
     def _take(self, name: str, what: str, seconds: float, client: str = "") -> LockFile:

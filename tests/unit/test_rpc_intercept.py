@@ -361,7 +361,7 @@ def test_a_saved_guest_is_started_once_at_a_time(proxy: Proxy, driver: XenNvdimm
     proxy.libvirtd.calls.clear()
     with driver.locks.try_changing(UUID, "the first"):
         for call, packer in ((START, Packer().domain(domain)), (CREATE_XML, Packer().string(xml("a")).uint32(0))):
-            with pytest.raises(InUseError, match=r"started from a managed save or released by .* for the first"):
+            with pytest.raises(InUseError, match=r"started from a saved guest or released by .* for the first"):
                 proxy.call(call, packer)
         assert not {START, CREATE_XML} & {*proxy.libvirtd.calls}
     proxy.call(START, Packer().domain(domain))
