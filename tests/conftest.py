@@ -20,9 +20,9 @@ for name in {"CI", "BUILD_NUMBER"} & os.environ.keys():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # They take longest. Where several processes share the tests, the others run the rest meanwhile.
-FIRST = ("test_nova_functional.py", "test_nova_driver.py")
+FIRST = ("test_nova_functional.py", "test_nova_driver.py", "test_state_machine.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run Nova's tests first."""
+    """Run the longest first."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
