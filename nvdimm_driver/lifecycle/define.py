@@ -193,6 +193,8 @@ class Definitions:
         has_run = run is not None and (last is None or run.number != last.number)  # that may be over, too
         ran = has_run and now.allocations != (before.allocations if before else ())
         paths = {path for path, _ in saved_guest.backings_of(run)} if run is not None and ran else set()
+        if ran and not paths:  # nobody knows what the guest has run with
+            paths = {item.spec.path for item in now.allocations}
         paths |= {*now.start.paths} if now.start else set()
         kept = {*(item.spec for item in created), *(item.spec for item in now.allocations if item.spec.path in paths)}
         doomed = [item for item in created if item.spec.path not in paths]
@@ -332,6 +334,11 @@ class Definitions:
         others = [item for item in self._to_wipe(self._others(domain, before)) if item not in kept]
         return [*kept, *slots.all_aside(others, {item.spec.slot for item in kept})]
 
+    def _noted(self, item: Allocation, before: Record | None) -> Allocation:
+        """Return an NVDIMM with what its pool says of it now or, while it is in none, has said before."""
+        had = [each for each in (before.allocations if before else ()) if ownership.has_bytes([each], item.identity)]
+        return self.pools.noted(replace(item, wipes=any(each.wipes for each in had)))
+
     def _to_wipe(self, items: Sequence[Allocation]) -> list[Allocation]:
         """Return those NVDIMMs whose bytes have to be overwritten before anybody else may have them."""
         found = [(item, ownership.identity_at(self.backings, item.spec.path)) for item in items]
@@ -454,7 +461,7 @@ class Definitions:
         self.check_unknown(domain, identities)
         items = [
             *(
-                self.pools.noted(Allocation(uuid, spec, location.identity, placement.base))
+                self._noted(Allocation(uuid, spec, location.identity, placement.base), before)
                 for spec, location, placement in zip(
                     domain.nvdimms, settled.locations, settled.layout.nvdimms, strict=True
                 )

@@ -345,8 +345,8 @@ def _numbered(table: bytes, number: int) -> bytes:
 
 
 def _nvdimms(description: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(description)
-    return found
+    found: list[dict[str, Any]] | None = json.loads(description or "null")
+    return found or []  # of a start of before version 4, nobody knows
 
 
 def _bytes(identity: BackingIdentity) -> dict[str, Any]:

@@ -301,7 +301,8 @@ def _note_given_up(uuid: str) -> tuple[str, Sequence[Any]]:
     """Return the statement that notes when a domain has given up what its start has, after :func:`_change`."""
     return (
         "UPDATE frozen SET given_up = CASE WHEN path NOT IN (SELECT path FROM allocation WHERE uuid = frozen.uuid) "
-        "THEN coalesce(given_up, (SELECT changed FROM domain WHERE uuid = frozen.uuid)) END WHERE uuid = ?",
+        "THEN coalesce(nullif(given_up, 0), (SELECT changed FROM domain WHERE uuid = frozen.uuid)) "
+        "ELSE given_up * 0 END WHERE uuid = ?",  # 0 once it was given back; null remains null
         (uuid,),
     )
 

@@ -446,7 +446,7 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
             continue
         if not files or any(file.owner != text or (file.frozen and not file.immutable) for file in files):
             backing_of(backings, path).mark(path, text, item.identity)
-        if any(file.frozen and file.owner != text for file in files):
+        if any(file.frozen and file.owner != text for file in files) and ledger.was_given_back(record.uuid, path):
             backing_of(backings, path).note_given(path, item.changed)
 
 

@@ -407,6 +407,10 @@ class StartSteps(Database):
         rows = self._rows("SELECT coalesce(max(given_up), 0) FROM frozen WHERE uuid = ? AND path = ?", uuid, path)
         return int(rows[0][0])
 
+    def was_given_back(self, uuid: str, path: str) -> bool:
+        """Return True when a domain has what its start has at a path again, after it had given that up."""
+        return bool(self._rows("SELECT 1 FROM frozen WHERE uuid = ? AND path = ? AND given_up = 0", uuid, path))
+
     def has_mapped(self, uuid: str, domid: int) -> bool:
         """Return True when the NVDIMMs were mapped into exactly this domid in this boot of the host."""
         return bool(

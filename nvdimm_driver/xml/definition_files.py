@@ -134,9 +134,14 @@ def xml_of_save(file: Path) -> str | None:
     :returns: None when the file cannot be read, or is no such image. A client may have named it.
     """
     try:
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as image:
-            if not stat.S_ISREG(os.fstat(image.fileno()).st_mode):
+        place = os.open(file, os.O_PATH | os.O_CLOEXEC)  # the open of a device could do something
+        try:
+            if not stat.S_ISREG(os.fstat(place).st_mode):
                 return None
+            opened = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(place)
+        with open(opened, "rb") as image:
             magic, version, length = _SAVE_HEADER.unpack(image.read(_SAVE_HEADER.size))
             is_image = (magic, version) == (_SAVE_MAGIC, _SAVE_VERSION) and length <= MAX_BYTES
             text = image.read(length) if is_image else b""

@@ -67,6 +67,7 @@ def test_what_has_to_be_wiped_stays_its_domains_while_the_bind_mount_of_its_pool
     host.driver = host.another()
     with bound(host.path("gold"), tmp_path / "gold"):
         host.define("gold/a.img")
+    host.driver.define(host.domain("gold/a.img", ram=600 * MIB))
     give_up(host, way, RefusedError)
     with bound(host.path("gold"), tmp_path / "gold"):
         other = DomainSpec("y", OTHER_UUID, 512 * MIB, None, (NvdimmSpec(0, f"{tmp_path}/gold/a.img", SIZE),))
