@@ -268,3 +268,21 @@ def test_a_refused_restore_leaves_the_mark_that_was_there_before(
     assert (record(driver).allocations, record(driver).start) == ((before,), None)
     with pytest.raises(InUseError):
         driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_start_without_nvdimms_gives_up_what_was_kept_only_if_it_succeeds(
+    proxy: Proxy, driver: XenNvdimmDriver, fails: bool
+) -> None:
+    """What a saved guest has had is kept beside a definition without it."""
+    proxy.define(xml("a"))
+    had = record(driver).allocations
+    proxy.libvirtd.defined[UUID] = xml()
+    if fails:
+        proxy.libvirtd.refuse = {Procedure.DOMAIN_CREATE: "a network is missing"}
+        with pytest.raises(LibvirtError):
+            proxy.call(Procedure.DOMAIN_CREATE, Packer().domain(DomainRef("db1", UUID, -1)))
+    else:
+        proxy.call(Procedure.DOMAIN_CREATE, Packer().domain(DomainRef("db1", UUID, -1)))
+    found = driver.ledger.find_domain(UUID)
+    assert (found.allocations if found else ()) == (had if fails else ())
