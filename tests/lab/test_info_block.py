@@ -11,7 +11,7 @@ from nvdimm_driver.model import MIB
 from tests.lab import operator
 from tests.lab.host import XenHost
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 NAME, DEVICE, DISK = "btt", "/dev/pmem1", "/tmp/guest-tools.img"
 RAW_AGAIN = (
     "ndctl disable-namespace namespace1.0; echo 1 >/sys/bus/nd/devices/namespace1.0/force_raw; "

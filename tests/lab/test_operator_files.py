@@ -50,6 +50,7 @@ def namespaces(guest: Guest) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else [found]
 
 
+@pytest.mark.thorough
 def test_bytes_go_out_and_come_back(xen: XenHost) -> None:
     made = nvdimmctl(xen, f"provision --pool main first.img --size {SIZE_MIB}M --label-size {LABEL_KIB}K").stdout
     assert f"<path>{FIRST}</path>" in made

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.lab import operator
+from tests.lab import operator, served
 from tests.lab.conftest import MakeHost
 from tests.lab.guest import Guest, Report
 from tests.lab.host import GIB, Nvdimm, XenHost
@@ -45,16 +45,18 @@ WORK = {
 
 
 def boot(host: XenHost) -> None:
-    """Start the host, with its file system and daemon."""
+    """Start the host, with its file system, its daemon, and a process that runs ``nvdimmctl``."""
     host.start()
     host.check("mount -o dax,nosuid,nodev,noexec /dev/pmem0 /mnt/pmem0")
     operator.start_nvdimmd(host)
+    served.serve(host)
 
 
 def set_up(host: XenHost, disk: Path) -> Guest:
     """Install the driver, define the domains, boot the guest for the first time, and make its file system."""
     operator.install_driver(host)
     operator.make_pmem(host)
+    served.serve(host)
     host.put(disk, DISK)
     with_labels = operator.nvdimm(LABELLED, 18, label_kib=128)
     for name, nvdimms, dsm in (

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -60,10 +60,10 @@ def measure(xen: XenHost) -> dict[str, int]:
     return found
 
 
-def cycle(xen: XenHost, number: int) -> None:
-    """Run two guests from define to undefine: start, write, reboot, save, restore, destroy."""
+def cycle(xen: XenHost, names: Sequence[str], number: int) -> None:
+    """Run guests from define to undefine: start, write, reboot, save, restore, destroy."""
     guests = []
-    for place, name in enumerate(NAMES):
+    for place, name in enumerate(names):
         nvdimm = operator.nvdimm(f"/mnt/pmem0/{name}.img", 16)
         nvdimm = nvdimm.replace("</memory>", f"<address type='dimm' slot='0' base='{BASE:#x}'/></memory>")
         operator.define(xen, name, [nvdimm])
@@ -72,7 +72,7 @@ def cycle(xen: XenHost, number: int) -> None:
     for place, guest in enumerate(guests):
         guest.write("/dev/pmem0", 0, MIB, 2 * number + place)
     written = [guest.sha256("/dev/pmem0", 0, MIB) for guest in guests]
-    assert written[0] != written[1]
+    assert len(set(written)) == len(names)
     for guest in guests:
         guest.reboot()
     for guest in guests:
@@ -83,12 +83,12 @@ def cycle(xen: XenHost, number: int) -> None:
         operator.remove(xen, guest.name)
 
 
-@pytest.mark.parametrize("cycles", [1, pytest.param(500, marks=pytest.mark.long)])
-def test_nothing_grows(xen: XenHost, cycles: int) -> None:
-    cycle(xen, 0)
+@pytest.mark.parametrize(("names", "cycles"), [(NAMES[:1], 1), pytest.param(NAMES, 500, marks=pytest.mark.long)])
+def test_nothing_grows(xen: XenHost, names: Sequence[str], cycles: int) -> None:
+    cycle(xen, names, 0)
     before = measure(xen)
     for number in range(1, cycles + 1):
-        cycle(xen, number)
+        cycle(xen, names, number)
     after = measure(xen)
     print(json.dumps({"cycles": cycles, "before": before, "after": after}))
     grown = {
