@@ -160,7 +160,10 @@ class XenNvdimmDriver(plugins.Plugin):
             dsm=conf.acpi.dsm,
             pools=Pools(configured_pools(conf), any_path=conf.allow_any_path),
             stored=DefinitionFiles(
-                conf.libvirt.definition_dirs, lambda xml: XmlHooks.from_conf(conf).restore(xml), resolve
+                conf.libvirt.definition_dirs,
+                lambda xml: XmlHooks.from_conf(conf).restore(xml),
+                resolve,
+                conf.libvirt.save_dir,
             ),
             is_saved=partial(has_managed_save, conf.libvirt.save_dir),
         )

@@ -22,7 +22,7 @@ from nvdimm_driver.xml.definition_files import StoredDomain
 class UnknownClaims:
     """Claims to backings, whatever the ledger says.
 
-    :ivar stored: the domains with NVDIMMs in libvirt's files. Iterated over only for devices.
+    :ivar stored: the domains and saved guests with NVDIMMs in libvirt's files. Iterated over only for devices.
     """
 
     ledger: Ledger
@@ -30,7 +30,7 @@ class UnknownClaims:
     stored: Iterable[StoredDomain] = ()
 
     def check(self, uuid: str, claims: Mapping[str, BackingIdentity | None]) -> None:
-        """Check that no backing is, by its mark, because it is frozen, or by libvirt's definitions, another domain's.
+        """Check that no backing is another domain's: by its mark, because it is frozen, or by libvirt's files.
 
         :param uuid: of the domain that is to have the backings; empty for none.
         :param claims: the identity of what was opened or located at each path; None for whatever is there.
@@ -43,11 +43,7 @@ class UnknownClaims:
         for domain in self.stored if devices else ():
             for path in devices:
                 if not (uuid and domain.uuid == uuid) and self._has(domain, path):
-                    raise InUseError(
-                        f"{path} is in libvirt's definition of domain {domain.name}, too",
-                        hint="'nvdimmctl check' says what to do; if it is not that domain's any more, take it out: "
-                        + command("virsh", "edit", domain.uuid or "UUID"),  # virsh takes a name for a uuid first
-                    )
+                    raise _owned(path, domain)
 
     def _has(self, domain: StoredDomain, path: str) -> bool:
         """Return True when a domain in libvirt's files has a device, by any of its names."""
@@ -69,3 +65,18 @@ class UnknownClaims:
 def keeps_no_mark(backings: Sequence[Backing], path: str) -> bool:
     """Return True for what is there and records no owner: a device."""
     return any(type(each).mark is Backing.mark and each.handles(path) for each in backings)
+
+
+def _owned(path: str, domain: StoredDomain) -> InUseError:
+    """Return the error for a device that a domain in libvirt's files has."""
+    uuid = domain.uuid or "UUID"  # virsh takes a name for a uuid first
+    if domain.is_saved:
+        return InUseError(
+            f"{path} is in the saved guest of domain {domain.name}",
+            hint=f"start the domain, or discard the saved guest: {command('virsh', 'managedsave-remove', uuid)}",
+        )
+    return InUseError(
+        f"{path} is in libvirt's definition of domain {domain.name}, too",
+        hint="'nvdimmctl check' says what to do; if it is not that domain's any more, take it out: "
+        + command("virsh", "edit", uuid),
+    )

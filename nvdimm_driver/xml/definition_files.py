@@ -13,7 +13,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nvdimm_driver.errors import ConfigError, NvdimmError
@@ -29,17 +29,19 @@ _SAVE_HEADER = struct.Struct("=16sII40x")
 
 @dataclass(frozen=True)
 class StoredDomain:
-    """A domain in one of libvirt's files; it can be in two, while it runs.
+    """A domain in one of libvirt's files; it can be in several, while it runs or is saved.
 
     :ivar uuid: empty if nobody knows it.
     :ivar paths: of its NVDIMMs, resolved.
     :ivar text: the XML, if it cannot be parsed: nobody knows what it has; empty otherwise.
+    :ivar is_saved: True for the image of a saved guest.
     """
 
     name: str
     uuid: str
     paths: tuple[str, ...]
     text: str = ""
+    is_saved: bool = False
 
     def names(self, path: str) -> bool:
         """Return True when the domain has an NVDIMM with that path, or may have: its XML cannot be parsed."""
@@ -58,14 +60,16 @@ class DefinitionFiles:
     :ivar folders: in which they are. One that is not there has none; an empty list turns them off.
     :ivar restore: restores domain XML that libvirt has.
     :ivar resolve: returns the path that a path leads to: an earlier version let libvirt have others.
+    :ivar save_dir: folder of managed saves; empty for none.
     """
 
     folders: Sequence[str]
     restore: Callable[[str], str]
     resolve: Callable[[str], str]
+    save_dir: str = ""
 
     def __iter__(self) -> Iterator[StoredDomain]:
-        """Yield the domains with NVDIMMs.
+        """Yield the domains with NVDIMMs, and the saved guests with some.
 
         :raises ConfigError: when a folder or a file cannot be read, or none of the folders is there.
         """
@@ -80,6 +84,7 @@ class DefinitionFiles:
                 domain = self._read(file)
                 if domain is not None:
                     yield domain
+        yield from (guest for guest in self.saved(self.save_dir) if guest.has_any)
 
     def _files(self, folder: str) -> list[Path]:
         try:
@@ -118,7 +123,7 @@ class DefinitionFiles:
         :param folder: libvirt's folder of managed saves; empty when nobody knows it.
         """
         for file in sorted(Path(folder).glob("*.save")) if folder else ():
-            yield self._domain(file, xml_of_save(file) or "")
+            yield replace(self._domain(file, xml_of_save(file) or ""), is_saved=True)
 
 
 def has_managed_save(folder: str, name: str) -> bool:

@@ -162,6 +162,24 @@ def test_a_device_stays_its_domains_when_the_ledger_is_made_again(host: Host, de
     assert not [row for row in rows(host, "check") if row["Domain"] == "db3"]
 
 
+def test_a_device_stays_its_domains_while_its_guest_is_saved(host: Host, device: str) -> None:
+    """Its definition has given it up while the guest ran. A file has its mark then; a device has none."""
+    owner, thief, without = host.xml("db3", 3), host.xml("db4", 4), host.xml("db3-without", 3)
+    for file in (owner, thief):
+        file.write_text(re.sub("<path>.*</path>", f"<path>{device}</path>", file.read_text()))
+    without.write_text(without.read_text().replace("<name>db3-without<", "<name>db3<"))
+    host.check("define", owner)
+    host.check("start", "db3")
+    host.check("define", without)
+    host.check("managedsave", "db3")
+    for way in ("define", "create"):
+        refused = host.virsh(way, thief).stderr
+        assert f"{device} is in the saved guest of domain db3" in refused
+        assert f"virsh managedsave-remove {UUID.format(3)}" in refused
+    host.check("managedsave-remove", "db3")
+    host.check("define", thief)
+
+
 def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(host: Host, device: str) -> None:
     """Since the backup, db4 has given it up and db3 has got it."""
     new, old = host.xml("db3", 3), host.xml("db4", 4)
