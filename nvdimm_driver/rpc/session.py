@@ -296,7 +296,8 @@ class _Handling:
 
     def _begin(self, request: Call | Work) -> None:
         if isinstance(request, Work):
-            self._session.workers.submit(self._session, request).add_done_callback(self._worked)
+            uid = self._session.context.peer.uid
+            self._session.workers.submit(self._session, request, uid).add_done_callback(self._worked)
             return
         self._session.call(self, request, self._fds if request.with_fds else ())
         if request.with_fds:

@@ -21,8 +21,10 @@ THREADS: Mapping[Pool, int] = {Pool.LEDGER: 8, Pool.XML: 2, Pool.DUMP: 2, Pool.H
 """Threads of each pool. Two for XML: it takes the processor, which the loop that forwards messages needs, too."""
 CLIENT_MAX: Mapping[Pool, int] = {Pool.LEDGER: 4, Pool.XML: 1, Pool.DUMP: 1, Pool.HOST: 4, Pool.ZEROS: 3}
 """Most threads of each pool that work for one client, so that one is left for another."""
-ZEROS_MAX = 32
+ZEROS_MAX = 64
 """Most defines that write zeros, or wait for that. Others wait for seconds, and there is one for each call at most."""
+ZEROS_USER_MAX = 32
+"""Most of these for one user: who connects again does not get more of what takes hours, nor more threads."""
 
 
 def stopping() -> BusyError:
@@ -37,20 +39,26 @@ class Workers:
         self._queues = {pool: _Queue(pool) for pool in Pool}
         self._stopped = False
 
-    def submit(self, client: Hashable, work: Work) -> asyncio.Future[Any]:
+    def submit(self, client: Hashable, work: Work, uid: int) -> asyncio.Future[Any]:
         """Run a client's work in a thread of its pool, when its turn comes. :meth:`stop` may cancel it before.
 
+        :param uid: the client's user: all clients of one user are one client where zeros are written.
         :raises BusyError: when too much is waiting already, or after :meth:`stop`.
         """
         queue = self._queues[work.pool]
         if work.pool is Pool.ZEROS:
+            client = uid
             if self._stopped:
                 raise stopping()
-            if queue.size >= ZEROS_MAX:
-                raise BusyError(
-                    f"{queue.size} domains are being provisioned, or wait for that, which is the most at a time",
-                    hint="try again when one is done; 'nvdimmctl list' shows how far each is",
-                )
+            for size, most, whose in (
+                (queue.size_of(uid), ZEROS_USER_MAX, f" of uid {uid}"),
+                (queue.size, ZEROS_MAX, ""),
+            ):
+                if size >= most:
+                    raise BusyError(
+                        f"{size} domains{whose} are being provisioned, or wait for that, which is the most at a time",
+                        hint="try again when one is done; 'nvdimmctl list' shows how far each is",
+                    )
         future = asyncio.get_running_loop().create_future()
         if work.delay:
             asyncio.get_running_loop().call_later(work.delay, queue.add, client, work.function, future)
@@ -103,6 +111,11 @@ class _Queue:
         self._shares.setdefault(client, _Share()).waiting.append((function, future))
         self._queue(client)
         self._begin()
+
+    def size_of(self, client: Hashable) -> int:
+        """Return how much of a client's works or waits."""
+        share = self._shares.get(client)
+        return 0 if share is None else share.working + len(share.waiting)
 
     def cancel(self) -> None:
         """Cancel what waits."""

@@ -16,12 +16,12 @@ import pytest
 from nvdimm_driver.doctor.libvirt import Connection
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.procedure import Procedure
-from nvdimm_driver.rpc.workers import ZEROS_MAX
+from nvdimm_driver.rpc.workers import ZEROS_USER_MAX
 from nvdimm_driver.rpc.xdr import LibvirtError, Packer, RemoteError
 from nvdimm_driver.xml.document import MAX_PARTS
 from tests.integration.bench_host import Host
 
-DEFINES = [f"zeros{number}" for number in range(ZEROS_MAX)]
+DEFINES = [f"zeros{number}" for number in range(ZEROS_USER_MAX)]
 GOOD = DEFINES[:2]
 """Those that succeed in the end: the file system has no room for all."""
 
@@ -107,7 +107,7 @@ def test_zeros_keep_nobody_waiting(host: Host) -> None:
     assert "db1" in host.nvdimmctl("list").stdout
 
     refused = host.virsh("define", host.xml("db3", 3))
-    assert f"{ZEROS_MAX} domains are being provisioned, or wait for that" in refused.stderr
+    assert f"{ZEROS_USER_MAX} domains of uid 0 are being provisioned, or wait for that" in refused.stderr
     assert "db3" not in host.check("list", "--all", "--name")
     assert not client.answered()
     client.send(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(host.xml("db1", 1).read_text())))
@@ -115,7 +115,9 @@ def test_zeros_keep_nobody_waiting(host: Host) -> None:
     assert defined.header.status == wire.OK
 
     with open_gates(host):
-        assert sorted(reply.header.status for reply in client.replies(ZEROS_MAX)) == [0, 0] + [1] * (ZEROS_MAX - 2)
+        assert sorted(reply.header.status for reply in client.replies(ZEROS_USER_MAX)) == [0, 0] + [1] * (
+            ZEROS_USER_MAX - 2
+        )
     client.socket.close()
     assert {*host.check("list", "--all", "--name").split()} == {"Domain-0", "db1", "db2", *GOOD}
     host.define("db3", 3)
