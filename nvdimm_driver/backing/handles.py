@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 
+from nvdimm_driver.backing.paths import last_errno, libc
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity
 from nvdimm_driver.shell import repair_of
@@ -47,18 +48,17 @@ def _open(folder: int, inode: int, generation: int) -> int:
     """Open a file by its inode; ESTALE is raised when its file system has no such file."""
     import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
     sample = ctypes.create_string_buffer(_HEADER.pack(_HANDLE_MAX, 0), _HEADER.size + _HANDLE_MAX)
-    if libc.name_to_handle_at(folder, b"", sample, ctypes.byref(ctypes.c_int()), _AT_EMPTY_PATH) < 0:
-        raise _system_error(ctypes.get_errno())
+    if libc().name_to_handle_at(folder, b"", sample, ctypes.byref(ctypes.c_int()), _AT_EMPTY_PATH) < 0:
+        raise _system_error(last_errno())
     kind = _HEADER.unpack_from(sample)[1]
     if kind not in _FORMATS:
         raise _system_error(errno.EOPNOTSUPP)
     body = _FORMATS[kind].pack(inode, generation)
     handle = ctypes.create_string_buffer(_HEADER.pack(len(body), kind) + body)
-    fd = libc.open_by_handle_at(folder, handle, os.O_PATH | os.O_CLOEXEC)
+    fd = libc().open_by_handle_at(folder, handle, os.O_PATH | os.O_CLOEXEC)
     if fd < 0:
-        raise _system_error(ctypes.get_errno())
+        raise _system_error(last_errno())
     return int(fd)
 
 

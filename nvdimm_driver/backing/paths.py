@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 from nvdimm_driver.errors import BackingError, TurnedError
 
@@ -42,6 +43,21 @@ _NO_LINKS = 0x04 | 0x08  # RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH (include/uapi/li
 _RENAME_NOREPLACE = 1  # include/uapi/linux/fs.h
 _MAX_LINKS = 40
 """Symbolic links in one path, as in the kernel (include/linux/namei.h:MAXSYMLINKS)."""
+
+
+@cache
+def libc() -> Any:
+    """Return the C library. ctypes is imported when it is needed, and not by programs that have to start quickly."""
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def last_errno() -> int:
+    """Return the errno of this thread's last call of :func:`libc`."""
+    import ctypes
+
+    return ctypes.get_errno()
 
 
 def check_length(path: str) -> None:
@@ -192,14 +208,12 @@ def open_resolved(path: str, flags: int, *, folder: int | None = None) -> int:
     creates = flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE
     if not flags & os.O_PATH:
         flags |= os.O_NONBLOCK
-    import ctypes
     import struct
 
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0o600 if creates else 0, _NO_LINKS)  # struct open_how
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(_OPENAT2, folder, os.fsencode(path), how, len(how))
+    fd = libc().syscall(_OPENAT2, folder, os.fsencode(path), how, len(how))
     if fd < 0:
-        raise _system_error(ctypes.get_errno(), path)
+        raise _system_error(last_errno(), path)
     return int(fd)
 
 
@@ -327,12 +341,9 @@ class Entry:
 
         Between link(2) and unlink(2), a file would have two names, and be refused if the process were killed there.
         """
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
         names = self.folder, os.fsencode(self.name), target.folder, os.fsencode(target.name)
-        if libc.renameat2(*names, _RENAME_NOREPLACE):
-            raise _system_error(ctypes.get_errno(), self.name)
+        if libc().renameat2(*names, _RENAME_NOREPLACE):
+            raise _system_error(last_errno(), self.name)
 
     def replace(self, target: Entry) -> None:
         """Give the file another name, in one step, which it takes from another file."""
