@@ -36,7 +36,7 @@ from nvdimm_driver.errors import (
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest, slots
-from nvdimm_driver.lifecycle.define import Definitions, uuid_of
+from nvdimm_driver.lifecycle.define import Before, Definitions, uuid_of
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.plan import HostFacts, Planner
@@ -132,7 +132,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.locks = DomainLocks(state_dir / "locks", ledger.reserve)
         self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
         unknown = UnknownClaims(ledger, backings, stored)
-        self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown)
+        self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown, is_saved)
         held = holders or Holders(state_dir)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), held, is_saved)
         self.checks = Checks(ledger, backings, pools, self.spoil_runs, mapper.frames_of_guests, unknown)
@@ -213,28 +213,21 @@ class XenNvdimmDriver(plugins.Plugin):
         with self.locks.storing(uuid_of(domain)):
             self.definitions.give_up_others(domain)
 
-    def undo(
-        self, uuid: str, before: Record | None, created: Sequence[Allocation], last: Run | None, over: Record | None
-    ) -> None:
-        """Undo :meth:`create` after the start that it was for has failed: all is as before; a guest's bytes stay.
+    def state_of(self, uuid: str) -> Before:
+        """Return what :meth:`undo` needs to know of a domain, before a create or a restore."""
+        return self.definitions.state_of(uuid)
 
-        :param before: the domain as the ledger had it.
+    def undo(self, uuid: str, before: Before, created: Sequence[Allocation], over: Record | None) -> None:
+        """Undo :meth:`create`, or a start that has failed: all is as before; a guest's bytes stay.
+
+        :param before: as :meth:`state_of` has returned it.
         :param created: as :meth:`create` has returned it.
-        :param last: the domain's last run, as the ledger had it.
         :param over: the domain, if nobody goes on with the start that it has; any other may be another client's.
         """
         if over is not None:
             self.starts.release(over)
         with self.locks.storing(uuid):
-            self.definitions.put_back(uuid, before, created, last)
-
-    def undo_unknown(self, uuid: str, marked: Collection[tuple[str, str]], over: Record | None) -> None:
-        """Undo the start of a domain that the ledger did not know: it has what marks said, and nothing else.
-
-        :param marked: path and mark of each file that had its mark, as the events ``mark-found`` tell.
-        :param over: as for :meth:`undo`.
-        """
-        self.undo(uuid, ownership.record_of_marks(self.backings, uuid, marked), (), None, over)
+            self.definitions.put_back(uuid, before, created)
 
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""
@@ -346,7 +339,6 @@ class XenNvdimmDriver(plugins.Plugin):
         qemu = self.emulators.choose(domain)
         domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
         self.starts.end_earlier(uuid)
-        ownership.note_marked(self.ledger, self.backings, domain)
         record = self.definitions.adopt(domain)
         identities = {item.spec.path: item.identity for item in record.allocations if item.spec in domain.nvdimms}
         self.definitions.check_unknown(domain, identities)  # of these bytes, which a start freezes, and no others

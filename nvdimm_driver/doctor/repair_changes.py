@@ -112,12 +112,11 @@ class Changes:
             path = each.file.path
             if each.mark.is_later(had[path]):
                 marked = replace(had[path], spec=replace(each.mark.spec, path=path), base=each.mark.base)
-                taken.append(self._provision(record, each.backing, _fitted(marked, taken), each.file.identity))
+                taken.append(self._provision(record, each.backing, slots.fitted(marked, taken), each.file.identity))
         if not taken:
             return
         paths = {item.spec.path for item in taken}
-        others = [_fitted(item, taken) for item in record.allocations if item.spec.path not in paths]
-        items = _in_own_slots([*taken, *others])
+        items = slots.combined(taken, [item for item in record.allocations if item.spec.path not in paths])
         last = max((each.mark for each in later), key=lambda mark: mark.changed)
         if last.changed > record.changed:
             record = replace(record, name=last.name, ram=last.ram, dsm=last.dsm)
@@ -362,26 +361,6 @@ def _is_as_seen(now: Record | None, seen: Record | None) -> bool:
         return now is None and (seen is None or not seen.allocations)
     claims = now.allocations == seen.allocations and now.intents in ((), seen.intents)
     return claims and now.start in (None, seen.start)
-
-
-def _overlap(one: Allocation, other: Allocation) -> bool:
-    """Return True when two NVDIMMs of a domain have guest-physical addresses in common."""
-    if one.base is None or other.base is None:
-        return False
-    return one.base < other.placement.space_end and other.base < one.placement.space_end
-
-
-def _fitted(item: Allocation, others: Iterable[Allocation]) -> Allocation:
-    """Return an NVDIMM, without its base if another one of the domain has a part of these addresses."""
-    return replace(item, base=None) if any(_overlap(item, each) for each in others) else item
-
-
-def _in_own_slots(items: Sequence[Allocation]) -> list[Allocation]:
-    """Return NVDIMMs in slot order; one whose slot another one before it has is set aside."""
-    found: list[Allocation] = []
-    for item in items:
-        found += slots.set_aside([item], {each.spec.slot for each in found})
-    return sorted(found, key=lambda item: item.spec.slot)
 
 
 def _without(record: Record, item: Allocation) -> list[Allocation]:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from nvdimm_driver import logs
@@ -34,13 +34,34 @@ _MAKES_ZEROS = (
 )
 
 
+@dataclass(frozen=True)
+class Before:
+    """What is to be put back if a change of a domain, or a start, fails.
+
+    :ivar record: the domain as the ledger had it.
+    :ivar run: its last run then.
+    :ivar event: number of the last event then.
+    """
+
+    record: Record | None
+    run: Run | None
+    event: int
+
+
 class Definitions:
     """The domains that are defined, as the ledger has them."""
 
     def __init__(
-        self, ledger: Ledger, planner: Planner, pools: Pools, locks: DomainLocks, unknown: UnknownClaims
+        self,
+        ledger: Ledger,
+        planner: Planner,
+        pools: Pools,
+        locks: DomainLocks,
+        unknown: UnknownClaims,
+        is_saved: Callable[[str], bool],
     ) -> None:
         self.locks = locks
+        self.is_saved = is_saved
         self.ledger = ledger
         self.backings = unknown.backings
         self.unknown = unknown
@@ -136,9 +157,10 @@ class Definitions:
         uuid = uuid_of(domain)
         plan = plan or self.plan(domain)
         domain = replace(plan.domain, uuid=uuid)
-        before, last = self.ledger.find_domain(uuid), self.ledger.find_run(uuid)
-        kept = self._all_kept(domain, before, kept)
-        held = self._check_allowed(domain, kept)
+        state = self.state_of(uuid)
+        before = state.record
+        keeps = self._all_kept(domain, before, kept)
+        held = self._check_allowed(domain, keeps)
         LOG.debug("define domain %s, %s", domain.name, uuid)
         found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
 
@@ -149,8 +171,9 @@ class Definitions:
         def check() -> None:
             ownership.check_paths(self.ledger, domain, held)
             self._check_claims(domain, before, found)
-            self._check_pools(domain, before, held, kept)
+            self._check_pools(domain, before, held, keeps)
 
+        ownership.note_marked(self.ledger, self.backings, domain)
         self.ledger.begin_define(domain, check)
         created: list[Allocation] = []
         provisioned: dict[str, BackingIdentity] = {}
@@ -168,27 +191,27 @@ class Definitions:
             self._settle(plan, domain, before, kept, provisioned, adopts)
         except BaseException:
             LOG.debug("define of domain %s failed: roll it back", domain.name)
-            self.put_back(uuid, before, created, last)
+            self.put_back(uuid, state, created)
             raise
         for spec, problem in zip(domain.nvdimms, plan.misplaced_labels, strict=True):
             if problem:
                 logs.tell(Event("misplaced-labels", uuid, domain.name, None, {"path": spec.path, "problem": problem}))
         return tuple(created)
 
-    def put_back(
-        self, uuid: str, before: Record | None, created: Sequence[Allocation], last: Run | None = None
-    ) -> None:
+    def state_of(self, uuid: str) -> Before:
+        """Return what :meth:`put_back` needs to know of a domain, before it is changed."""
+        return Before(self.ledger.find_domain(uuid), self.ledger.find_run(uuid), self.ledger.last_event())
+
+    def put_back(self, uuid: str, state: Before, created: Sequence[Allocation]) -> None:
         """Undo :meth:`define`: delete the backings that it created, and let the domain have what it had before.
 
         A backing that a start has stays, and the claim to it: a guest may have written to it. So does what a guest has
-        run with since.
-
-        :param before: the domain as it was.
-        :param last: the domain's last run at that time.
+        run with since, and a file that had the domain's mark: it was the domain's, though the ledger did not know it.
         """
         now = self.ledger.find_domain(uuid)
         if now is None:
             return
+        before, last = self._with_marked(uuid, state), state.run
         run = self.ledger.find_run(uuid)
         has_run = run is not None and (last is None or run.number != last.number)  # that may be over, too
         ran = has_run and now.allocations != (before.allocations if before else ())
@@ -203,6 +226,21 @@ class Definitions:
             self._put_back_claims(now, before, kept - wanted, wanted)
         deleted = {item.spec for item in doomed if self._delete(item, now)}
         self._put_back_claims(now, before, kept - deleted)
+
+    def _with_marked(self, uuid: str, state: Before) -> Record | None:
+        """Return a domain as the ledger had it, and as marks said that the ledger did not know."""
+        events = [each for each in self.ledger.events(state.event) if (each.kind, each.uuid) == ("mark-found", uuid)]
+        marked = [(str(each.detail["path"]), str(each.detail["mark"])) for each in events]
+        record, found = state.record, ownership.record_of_marks(self.backings, uuid, marked)
+        if record is None or found is None:
+            return record or found
+        known, paths = ({item.spec.path for item in each.allocations} for each in (record, found))
+        later = [item for item in found.allocations if item.spec.path in known]
+        others = [item for item in record.allocations if item.spec.path not in paths]
+        others += [item for item in found.allocations if item.spec.path not in known]
+        newest = found if found.changed > record.changed else record
+        items = tuple(slots.combined(later, others))
+        return replace(record, name=newest.name, ram=newest.ram, dsm=newest.dsm, allocations=items)
 
     def _put_back_claims(
         self, now: Record, before: Record | None, kept: Container[NvdimmSpec], wanted: Collection[NvdimmSpec] = ()
@@ -250,11 +288,12 @@ class Definitions:
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends.
 
-        A claim to what has to be overwritten before others may have it stays until it is released.
+        A claim to what has to be overwritten before others may have it stays until it is released, and one to what a
+        saved guest has until that is over.
         """
         record = self.ledger.find_domain(uuid)
         if record is not None:
-            kept = self._to_wipe(record.allocations)
+            kept = self._staying(record, record.allocations)
             given_up = [item for item in record.allocations if item not in kept]
             aside = slots.all_aside(kept)
             if given_up or aside != kept or not kept:
@@ -298,10 +337,10 @@ class Definitions:
         return self.plan(domain, kept=self._others(domain, record), adopts=True)
 
     def give_up_others(self, domain: DomainSpec) -> None:
-        """Give up the domain's claims to NVDIMMs that are not in its XML, but for those that have to be wiped first."""
+        """Give up the domain's claims to NVDIMMs that are not in its XML, but for those that it cannot give up now."""
         record = self.ledger.find_domain(uuid_of(domain))
         others = self._others(domain, record)
-        kept = [item.spec.path for item in self._to_wipe(others)]
+        kept = [item.spec.path for item in self._staying(record, others)]
         paths = {item.spec.path for item in others}.difference(kept)
         if record is not None and paths:
             given_up = [item for item in record.allocations if item.spec.path in paths]
@@ -327,11 +366,11 @@ class Definitions:
         return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
 
     def _all_kept(self, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> Sequence[Allocation]:
-        """Return NVDIMMs that the domain keeps besides those of its XML, and the others that have to be wiped first.
+        """Return NVDIMMs that the domain keeps besides those of its XML, and the others that it cannot give up now.
 
         The latter are set aside: no guest gets them until a definition or a start has them again.
         """
-        others = [item for item in self._to_wipe(self._others(domain, before)) if item not in kept]
+        others = [item for item in self._staying(before, self._others(domain, before)) if item not in kept]
         return [*kept, *slots.all_aside(others, {item.spec.slot for item in kept})]
 
     def _noted(self, item: Allocation, before: Record | None) -> Allocation:
@@ -339,10 +378,28 @@ class Definitions:
         had = [each for each in (before.allocations if before else ()) if ownership.has_bytes([each], item.identity)]
         return self.pools.noted(replace(item, wipes=any(each.wipes for each in had)))
 
-    def _to_wipe(self, items: Sequence[Allocation]) -> list[Allocation]:
-        """Return those NVDIMMs whose bytes have to be overwritten before anybody else may have them."""
-        found = [(item, ownership.identity_at(self.backings, item.spec.path)) for item in items]
-        return [item for item, here in found if (item.ready or here) and self.pools.wipes(item, here)]
+    def _staying(self, record: Record | None, items: Sequence[Allocation]) -> list[Allocation]:
+        """Return those NVDIMMs of a domain that it cannot give up now.
+
+        Their bytes have to be overwritten before anybody else may have them, or its saved guest has them.
+        """
+        had = self._saved(record)
+
+        def stays(item: Allocation) -> bool:
+            here = ownership.identity_at(self.backings, item.spec.path)
+            has_to_be_wiped = (item.ready or here is not None) and self.pools.wipes(item, here)
+            return has_to_be_wiped or any(item.identity and item.identity.shares_bytes(each) for each in had)
+
+        return [item for item in items if stays(item)]
+
+    def _saved(self, record: Record | None) -> list[BackingIdentity]:
+        """Return what the domain's saved guest has; nothing without one."""
+        if record is None or not self.is_saved(record.name):
+            return []
+        run = self.ledger.find_run(record.uuid)
+        if run is None:  # a version that numbered no runs has started it
+            return [item.identity for item in record.allocations if item.identity]
+        return [identity for _, identity in saved_guest.backings_of(run)]
 
     def _is_current(self, domain: DomainSpec, record: Record) -> bool:
         """Return True if the ledger has the domain, with all its NVDIMMs, as it is to be started."""
@@ -451,6 +508,7 @@ class Definitions:
     ) -> None:
         """Record identities, bases and owners, after everything is provisioned.
 
+        :param kept: as for :meth:`define`.
         :param provisioned: the identities of that, by path; zeros were written for hours since, perhaps.
         """
         uuid = uuid_of(domain)
@@ -459,6 +517,7 @@ class Definitions:
         for path, identity in provisioned.items():
             check_same_bytes(path, identities[path], identity)
         self.check_unknown(domain, identities)
+        kept = self._all_kept(domain, before, kept)  # the guest may have been saved meanwhile
         items = [
             *(
                 self._noted(Allocation(uuid, spec, location.identity, placement.base), before)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -103,3 +103,26 @@ def placed(item: Allocation, guest: GuestLayout) -> Allocation:
     at = item.placement
     overlaps = any(each.base < at.end and at.base < each.end for each in guest.nvdimms)
     return replace(item, base=None) if overlaps else item
+
+
+def fitted(item: Allocation, others: Iterable[Allocation]) -> Allocation:
+    """Return an NVDIMM, without its base if another one of the domain has a part of these addresses."""
+    return replace(item, base=None) if any(_overlap(item, each) for each in others) else item
+
+
+def combined(first: Sequence[Allocation], others: Sequence[Allocation]) -> list[Allocation]:
+    """Return a domain's NVDIMMs in slot order: the first ones keep slots and bases, of which others may have some, too.
+
+    Of two with one slot, the second is set aside; one whose base another has loses it, and its next start chooses one.
+    """
+    found: list[Allocation] = []
+    for item in [*first, *(fitted(item, first) for item in others)]:
+        found += set_aside([item], {each.spec.slot for each in found})
+    return sorted(found, key=lambda item: item.spec.slot)
+
+
+def _overlap(one: Allocation, other: Allocation) -> bool:
+    """Return True when two NVDIMMs of a domain have guest-physical addresses in common."""
+    if one.base is None or other.base is None:
+        return False
+    return one.base < other.placement.space_end and other.base < one.placement.space_end

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import LedgerError, NvdimmError, UnsupportedError
+from nvdimm_driver.lifecycle.define import Before
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import check_distinct
 from nvdimm_driver.lifecycle.redefine import may_read
 from nvdimm_driver.lock_files import LockFile
-from nvdimm_driver.model import DomainSpec, Plan, Record, Run
+from nvdimm_driver.model import DomainSpec, Plan, Record
 from nvdimm_driver.rpc import metadata_calls
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import (
@@ -138,8 +139,8 @@ class Interceptor:
         :param saved: the domain has a managed save, which libvirt starts.
         """
         uuid = domain.uuid or ""
-        before: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
-        last: Run | None = yield self._work(lambda driver: driver.ledger.find_run(uuid))
+        yield self._work(lambda driver: driver.clear_fault(uuid))
+        before: Before = yield self._work(lambda driver: driver.state_of(uuid))
         found = yield from find(uuid)
         if found and (found.name != domain.name or (yield from ask(Procedure.DOMAIN_IS_ACTIVE, found))):
             return (yield from call(procedure, arguments, with_fds=True))  # libvirt refuses it: nothing is changed
@@ -151,8 +152,8 @@ class Interceptor:
         except Exception as error:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
             try:
-                over = yield from self._find_abandoned(uuid, before)
-                yield self._work(lambda driver: driver.undo(uuid, before, created, last, over), Pool.HOST)
+                over = yield from self._find_abandoned(uuid, before.record)
+                yield self._work(lambda driver: driver.undo(uuid, before, created, over), Pool.HOST)
             except (NvdimmError, OSError) as failed:
                 LOG.error("domain %s: what it had before its create failed cannot be put back: %s", uuid, failed)
             raise explained from error
@@ -295,36 +296,23 @@ class Interceptor:
         if not uuid:
             return (yield from call(procedure, payload))
         with (yield from self._changing(uuid)):
-            before: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
-            last: Run | None = yield self._work(lambda driver: driver.ledger.find_run(uuid))
-            event: int = yield self._work(lambda driver: driver.ledger.last_event())
+            yield self._work(lambda driver: driver.clear_fault(uuid))
+            before: Before = yield self._work(lambda driver: driver.state_of(uuid))
             try:
                 return (yield from call(procedure, payload))
             except LibvirtError as error:
                 explained = yield from self._explained(error, uuid)
                 try:
-                    yield from self._undo_restore(uuid, before, last, event)
+                    yield from self._undo_restore(uuid, before)
                 except (NvdimmError, OSError, LibvirtError) as failed:
                     LOG.error("domain %s keeps the NVDIMMs of a saved guest that was refused: %s", uuid, failed)
                 raise explained from error
 
-    def _undo_restore(
-        self, uuid: str, before: Record | None, last: Run | None, event: int
-    ) -> Generator[Call | Work, Any, None]:
-        """Give up what the start of a saved guest took over, but for files that had the domain's mark before.
-
-        :param before: the domain as the ledger had it.
-        :param last: its last run then.
-        :param event: the last event then.
-        """
-        over = yield from self._find_abandoned(uuid, before)
-        if before is not None:
-            yield self._work(lambda driver: driver.undo(uuid, before, (), last, over), Pool.HOST)
-        elif (yield from find(uuid)) is None:
-            events = yield self._work(lambda driver: driver.ledger.events(event))
-            found = [each.detail for each in events if (each.kind, each.uuid) == ("mark-found", uuid)]
-            marked = [(str(each["path"]), str(each["mark"])) for each in found]
-            yield self._work(lambda driver: driver.undo_unknown(uuid, marked, over), Pool.HOST)
+    def _undo_restore(self, uuid: str, before: Before) -> Generator[Call | Work, Any, None]:
+        """Give up what the start of a saved guest took over, but for files that had the domain's mark before."""
+        over = yield from self._find_abandoned(uuid, before.record)
+        if before.record is not None or (yield from find(uuid)) is None:
+            yield self._work(lambda driver: driver.undo(uuid, before, (), over), Pool.HOST)
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""

@@ -472,15 +472,14 @@ def unmark_dropped(
 
 
 def note_marked(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> None:
-    """Record an event for each file that is the domain's by its mark alone, before a start changes that mark."""
-    uuid = domain.uuid or ""
-    record = ledger.find_domain(uuid)
-    known = {item.spec.path for item in (record.allocations if record else ())}
-    paths = [spec.path for spec in domain.nvdimms if spec.path not in known]
-    for file in [file for path in paths for file in _files(backings, path)]:
-        mark = readable_mark(file)
-        if mark is not None and file.owner is not None and mark.uuid == uuid and not mark.is_copied(file.identity):
-            ledger.record_event("mark-found", uuid, {"path": file.path, "mark": file.owner.decode()})
+    """Record an event for each mark by which a file is the domain's, and which the ledger does not know.
+
+    This comes before a define or a start writes over the mark: if that fails, it is put back.
+    """
+    for path in find_own_marks(ledger, backings, domain):
+        for file in _files(backings, path):
+            if file.owner is not None:
+                ledger.record_event("mark-found", domain.uuid or "", {"path": path, "mark": file.owner.decode()})
 
 
 def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tuple[str, str]]) -> Record | None:
@@ -490,7 +489,10 @@ def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tup
     """
     marks = [owner_marks.unpack(path, text.encode()) for path, text in marked]
     items = [Allocation(uuid, mark.spec, identity_at(backings, mark.spec.path), mark.base) for mark in marks]
-    return Record(uuid, marks[0].name, marks[0].ram, marks[0].dsm, "", tuple(items), None) if marks else None
+    if not marks:
+        return None
+    last = max(marks, key=lambda mark: mark.changed)
+    return Record(uuid, last.name, last.ram, last.dsm, "", tuple(items), None, changed=last.changed)
 
 
 def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:

@@ -180,9 +180,9 @@ class World:
         uuid = domain.uuid or ""
         with driver.locks.changing(uuid):
             plan = driver.check(domain)
-            before, last = driver.ledger.find_domain(uuid), driver.ledger.find_run(uuid)
-            created = driver.create(domain, plan) if before else driver.define(domain, plan)
-            driver.undo(uuid, before, created, last, driver.ledger.find_domain(uuid))
+            before = driver.state_of(uuid)
+            created = driver.create(domain, plan) if before.record else driver.define(domain, plan)
+            driver.undo(uuid, before, created, driver.ledger.find_domain(uuid))
 
     def fill(self, *names: str) -> None:
         """Write what only the guest could have written."""

@@ -56,6 +56,27 @@ def test_a_slot_that_was_changed_since_is_taken_from_the_mark(host: Host, way: s
     assert host.record().allocations == (had,)
 
 
+@pytest.mark.parametrize("way", ["create", "start"])
+def test_what_is_refused_leaves_what_a_later_mark_says(host: Host, way: str) -> None:
+    """The undo wrote the old slot, label area and base of the ledger over the mark."""
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    spec = replace(host.domain("a.img").nvdimms[0], slot=1, label_size=128 * KIB)
+    host.driver.define(replace(host.domain("a.img"), nvdimms=(replace(spec, base=HIGH),), ram=2 << 30))
+    domain = replace(host.domain("a.img"), nvdimms=(spec,), ram=2 << 30)
+    host.driver.define(domain)
+    wanted, ram = had(host), host.record().ram
+    restore(host)
+    before = host.driver.state_of(UUID)
+    if way == "create":
+        host.driver.undo(UUID, before, host.driver.create(domain, host.driver.check(domain)), None)
+    else:
+        host.driver.prepare(domain)
+        host.driver.undo(UUID, before, (), host.record())
+    assert repair(host) == []
+    assert (had(host), host.record().ram) == (wanted, ram)
+
+
 @pytest.mark.parametrize("halted", [0, 1])
 @pytest.mark.parametrize("change", ["swapped", "chain", "one more"])
 def test_slots_and_bases_that_changed_together_are_taken_together(host: Host, change: str, halted: int) -> None:

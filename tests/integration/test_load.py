@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import socket
 import time
@@ -121,6 +122,46 @@ def test_zeros_keep_nobody_waiting(host: Host) -> None:
     client.socket.close()
     assert {*host.check("list", "--all", "--name").split()} == {"Domain-0", "db1", "db2", *GOOD}
     host.define("db3", 3)
+
+
+def with_files(host: Host, name: str, number: int, *files: str) -> Path:
+    """Return a file with the XML of a domain that has these files of the pool."""
+    file = host.xml(name, number)
+    one = re.search("<memory model.*?</memory>", file.read_text(), re.DOTALL)
+    assert one
+    all_of_them = "".join(one[0].replace(f"{name}.img", each) for each in files)
+    file.write_text(file.read_text().replace(one[0], all_of_them))
+    return file
+
+
+def test_a_guest_that_is_saved_while_a_define_without_its_nvdimm_writes_zeros_keeps_it(host: Host) -> None:
+    """The define asks before it begins if there is a saved guest, and that can be hours before its end."""
+    host.check("define", with_files(host, "saved", 9, "kept.img", "more.img"))
+    host.check("start", "saved")
+    gates(host).mkdir(exist_ok=True)
+    gate = gates(host) / "new.img"
+    os.mkfifo(gate)
+    client = Client(host)
+    without = with_files(host, "saved", 9, "kept.img", "new.img").read_text()
+    client.send(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(without)))
+    with gate.open("wb", buffering=0) as zeros:  # when the define has come to it
+        host.check("managedsave", "saved")
+        zeros.write(b"go")
+    (defined,) = client.replies(1)
+    assert defined.header.status == wire.OK
+    client.socket.close()
+    gate.unlink()
+    thief = with_files(host, "thief", 10, "more.img")
+    assert "belongs to domain saved" in host.virsh("define", thief).stderr
+    host.check("start", "saved")
+    host.check("destroy", "saved")
+    names = {Path(item.spec.path).name for item in host.record("saved").allocations}
+    assert names == {"kept.img", "more.img", "new.img"}
+    host.check("define", with_files(host, "saved", 9, "kept.img"))  # there is no saved guest any more
+    host.check("define", thief)
+    for name in ("saved", "thief"):
+        host.check("undefine", name)
+        assert host.nvdimmctl("release", "--yes", "--delete", "--all", name).returncode == 0
 
 
 def test_large_xml_is_refused_without_a_word_of_libvirts(host: Host) -> None:

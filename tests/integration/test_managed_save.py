@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,29 @@ def test_what_the_guest_has_is_not_given_to_its_definition_before_it_is_saved(ho
     host.check("managedsave", "db1")
     host.check("start", "db1")
     assert sizes(host) == {"db1.img": 4, "more.img": 4}
+
+
+@pytest.mark.parametrize("fails", ["hook", "mapping", "QEMU"])
+def test_a_refused_restore_by_the_path_of_the_save_keeps_what_the_guest_has(host: Host, fails: str) -> None:
+    """Its definition has given it up while the guest ran: only its mark says whose it is."""
+    host.check("attach-device", "db1", device(host, "more"), "--config")
+    host.check("start", "db1")
+    host.check("detach-device", "db1", device(host, "more"), "--config")
+    host.check("managedsave", "db1")
+    if fails == "hook":
+        host.script("60-x", 'case "$2" in prepare) exit 1;; esac\n')
+    elif fails == "mapping":
+        host.fail("xc_domain_memory_mapping", errno.ENOMEM)
+    else:
+        host.fail_qemu()
+    refused(host, "restore", "/var/lib/libvirt/libxl/save/db1.save")
+    host.clean()
+    stranger = host.xml("db2", 2)
+    stranger.write_text(stranger.read_text().replace("db2.img", "more.img"))
+    assert "belongs to domain db1" in refused(host, "define", stranger)
+    assert sizes(host) == {"db1.img": 4, "more.img": 4}
+    if fails != "QEMU":  # nobody knows that a guest whose NVDIMMs were mapped has not run
+        host.check("start", "db1")
 
 
 def test_an_nvdimm_that_the_definition_has_made_larger(host: Host) -> None:

@@ -15,6 +15,7 @@ import pytest
 from nvdimm_driver.backing import inode
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
+from nvdimm_driver.lifecycle.define import Before
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
@@ -183,7 +184,7 @@ def is_there(path: Path) -> bool:
 def test_undo_deletes_nothing_else(swap: Swap, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     swap.swap(kind)
     before = is_there(swap.path)
-    swap.host.driver.undo(OTHER_UUID, None, swap.created, None, None)
+    swap.host.driver.undo(OTHER_UUID, Before(None, None, 0), swap.created, None)
     assert f"{swap.path} stays" in caplog.text
     assert is_there(swap.path) == before
     swap.check_victim()

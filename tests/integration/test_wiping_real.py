@@ -16,6 +16,7 @@ import pytest
 from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.lifecycle.define import Before
 from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Watch
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
@@ -420,7 +421,7 @@ def test_a_domain_that_is_undone_keeps_what_its_guest_may_have_written(host: Hos
         host.mapper.alive.clear()
     else:
         host.driver.define(host.domain("a.img"))
-    host.driver.undo(UUID, None, (), None, host.record())
+    host.driver.undo(UUID, Before(None, None, 0), (), host.record())
     assert claims(host) == ({0: "a.img"} if ran else {})
 
 

@@ -139,9 +139,9 @@ def adopt(driver: XenNvdimmDriver) -> None:
 
 def create_in_vain(driver: XenNvdimmDriver) -> None:
     """Do what ``virsh create`` with another file does before and after libvirt refuses it."""
-    before = driver.ledger.find_domain(UUID)
+    before = driver.state_of(UUID)
     other = domain(C, ram=8 * GIB)
-    driver.undo(UUID, before, driver.create(other, driver.check(other)), None, None)
+    driver.undo(UUID, before, driver.create(other, driver.check(other)), None)
 
 
 @pytest.mark.parametrize("work", [redefine, give_up_the_first, adopt, create_in_vain])
@@ -321,14 +321,15 @@ def test_a_create_that_fails_beside_a_running_guest_leaves_what_it_has(tmp_path:
 def test_a_create_that_fails_while_its_guest_lives_keeps_what_that_has(tmp_path: Path) -> None:
     """Frames of a file that is deleted would be another file's next."""
     host = Host(tmp_path / "host")
-    before = host.define_first()
+    host.define_first()
+    before = host.other.state_of(UUID)
     created = host.other.create(domain(C), host.other.check(domain(C)))
     host.other.prepare(domain(C))
     host.mapper.alive = {7: UUID}
     start = host.other.ledger.find_prepared(UUID)
     assert start is not None
     host.other.ledger.begin_mapping(start, 7)
-    host.other.undo(UUID, before, created, None, host.record())
+    host.other.undo(UUID, before, created, host.record())
     assert C in host.backing.files
     assert {item.spec.path for item in host.record().allocations} == {A, B, C}
     with pytest.raises(InUseError):

@@ -270,6 +270,48 @@ def test_a_refused_restore_leaves_the_mark_that_was_there_before(
         driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
 
 
+def known_by_its_mark(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
+    """Define the domain with B; A is its own by a mark that the ledger, from a backup, does not know."""
+    driver.define(domain(A, B))
+    mark = backing.marks[A]
+    driver.define(domain(B))
+    backing.marks[A] = mark
+
+
+@pytest.mark.parametrize("way", ["restore", "create", "define"])
+def test_a_call_that_fails_leaves_a_mark_that_the_ledger_does_not_know(
+    proxy: Proxy,
+    driver: XenNvdimmDriver,
+    backing: MemoryBacking,
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    known_by_its_mark(driver, backing)
+    (had,) = record(driver).allocations
+    if way == "restore":
+        proxy.libvirtd = Restoring(driver)
+        with pytest.raises(LibvirtError):
+            proxy.call(Procedure.DOMAIN_RESTORE, Packer().string(str(image)))
+    elif way == "create":
+        proxy.libvirtd.refuse = {CREATE: "a network is missing"}
+        with pytest.raises(LibvirtError):
+            create(proxy, "a")
+    else:
+        monkeypatch.setattr(driver.definitions, "_settle", _fail)
+        with pytest.raises(OSError, match="full"):
+            driver.define(domain(A, B))
+        monkeypatch.undo()
+    assert had in record(driver).allocations
+    assert A in backing.marks
+    with pytest.raises(InUseError):
+        driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
+
+
+def _fail(*_: object) -> None:
+    raise OSError("full")
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_start_without_nvdimms_gives_up_what_was_kept_only_if_it_succeeds(
     proxy: Proxy, driver: XenNvdimmDriver, fails: bool
