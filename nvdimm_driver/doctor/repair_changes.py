@@ -97,7 +97,7 @@ class Changes:
     def adopt(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
         changed = self._provision(record, backing, item, found)
-        self._store(record, [*_without(record, item), changed])
+        self._store(record, [*_without(record, item), changed], [item.spec.path])
         self._mark(record, backing, changed)
 
     def take_marks(self, record: Record, later: Sequence[LaterMark]) -> None:
@@ -134,7 +134,7 @@ class Changes:
         ownership.check_off(record)
         rest = replace(record, allocations=tuple(_without(record, own)))
         changed = self._provision(rest, backing, item, found)
-        self._store(record, [*_without(rest, item), changed])
+        self._store(record, [*_without(rest, item), changed], [item.spec.path])
         self._mark(record, backing, changed)
 
     def adopt_another(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
@@ -165,7 +165,7 @@ class Changes:
         changed = self._provision(record, backing, item, found)
         first, kept = ([changed], record.allocations) if has_slot else (record.allocations, [changed])
         items = [*first, *slots.set_aside(kept, [each.spec.slot for each in first])]
-        self._store(record, sorted(items, key=lambda each: each.spec.slot))
+        self._store(record, sorted(items, key=lambda each: each.spec.slot), [item.spec.path])
         for each in items:
             if each.spec.path == item.spec.path:
                 self._mark(record, backing, each)
@@ -187,7 +187,7 @@ class Changes:
         if backing.exists(item.spec.path):
             raise InUseError(f"{item.spec.path} is there again", hint="repeat 'nvdimmctl check'")
         self._tell_lost(item, item.spec.size)
-        self._store(record, [*_without(record, item), replace(item, identity=None, written=0)])
+        self._store(record, [*_without(record, item), replace(item, identity=None, written=0)], [item.spec.path])
 
     def give_up(self, record: Record, item: Allocation) -> None:
         """Give up a claim to what is another domain's, whose mark stays, or to nothing."""
@@ -266,10 +266,10 @@ class Changes:
         if file and (mark := ownership.anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, file)):
             raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
 
-    def _store(self, record: Record, items: Sequence[Allocation], later: Collection[str] = ()) -> None:
+    def _store(self, record: Record, items: Sequence[Allocation], taken: Collection[str] = ()) -> None:
         """Store what a domain has instead of what is in its record.
 
-        :param later: paths of what was taken from later marks: it is later than these from now on.
+        :param taken: paths of what was taken from marks, or as it is: it is later than its mark from now on.
         :raises InUseError: when the domain was changed meanwhile, or another domain has bytes that are new to it.
         """
         new = {each.spec.path: each.identity for each in items if each.identity and each not in record.allocations}
@@ -279,8 +279,9 @@ class Changes:
             if not _is_as_seen(self.driver.ledger.find_domain(record.uuid), record):
                 raise InUseError(f"domain {record.name} was changed by another process meanwhile", hint="try again")
 
-        changed = [each for each in items if each not in record.allocations or each.spec.path in later]
-        marked = ownership.times_of_marks(self.driver.backings, record.uuid, changed)
+        marked = ownership.times_of_marks(
+            self.driver.backings, record.uuid, [each for each in items if each.spec.path in taken]
+        )
         self.driver.ledger.store(
             record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check, marked=marked
         )

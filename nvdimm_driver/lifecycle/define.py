@@ -261,7 +261,12 @@ class Definitions:
         if stored is not None and stored == replace(record, start=stored.start, intents=stored.intents) and not wanted:
             self.ledger.give_up_intents(now.uuid)
         else:
-            self.ledger.store(now.uuid, record.name, record.ram, items, intents=[*wanted], dsm=record.dsm)
+            times = {item.spec.path: item.changed for item in now.allocations}
+            anew = [item for item in items if times.get(item.spec.path) not in (None, item.changed)]  # by the define
+            marked = ownership.times_of_marks(self.backings, now.uuid, anew)
+            self.ledger.store(
+                now.uuid, record.name, record.ram, items, intents=[*wanted], dsm=record.dsm, marked=marked
+            )
             self._mark(now.uuid)
 
     def _delete(self, item: Allocation, record: Record) -> bool:

@@ -82,18 +82,27 @@ class Ledger(StartSteps):
     ) -> None:
         """Store the domain and its allocations, replacing those it had, and what a define wants for it.
 
-        An allocation that the domain has had as it is keeps the time of its last change, unless its mark is later.
+        An allocation keeps the time of its last change if the domain has had the same bytes at that path, and is not
+        among those that are defined anew, or as it is. So one that was only set aside is not later than a mark which
+        the ledger, from a backup, has not seen.
 
         :param intents: what no other domain may have until the next call, beside the allocations.
         :param kind: kind of the event to record; empty for none.
         :param check: called in the transaction; raises what speaks against it.
-        :param marked: the times in the marks of the domain's files, by path: what is stored instead is later.
+        :param marked: of what is defined anew, the times in the marks, by path: what is stored instead is later.
         :raises InUseError: when another domain has one of the paths, or a define wants it for another.
         """
         before = self.find_domain(uuid)
         times = marked or {}
-        items = before.allocations if before else ()
-        had = {item: item.changed for item in items if item.changed >= times.get(item.spec.path, 0)}
+        had = {item.spec.path: item for item in (before.allocations if before else ())}
+
+        def last_change(item: Allocation) -> int | None:
+            known = had.get(item.spec.path)
+            if known is None or known.identity != item.identity:
+                return None
+            at = times.get(item.spec.path)
+            return known.changed if at is None or (known == item and known.changed >= at) else None
+
         statements: list[tuple[str, Sequence[Any]]] = [
             (
                 "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) "
@@ -109,7 +118,7 @@ class Ledger(StartSteps):
             (
                 f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) "
                 f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0 FROM domain WHERE uuid = ?",
-                (*_allocation_values(item), had.get(item), int(item.wipes), uuid),
+                (*_allocation_values(item), last_change(item), int(item.wipes), uuid),
             )
             for item in allocations
         ]

@@ -77,6 +77,36 @@ def test_what_is_refused_leaves_what_a_later_mark_says(host: Host, way: str) -> 
     assert (had(host), host.record().ram) == (wanted, ram)
 
 
+@pytest.mark.parametrize("way", ["create", "start", "repair of another"])
+def test_what_is_set_aside_is_not_later_than_its_mark(host: Host, way: str) -> None:
+    """It got a new time with its other number, and then its mark, which nobody had read, was written over."""
+    a, b = host.path("a.img"), host.path("b.img")
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    moved = NvdimmSpec(1, a, SIZE, 128 * KIB, base=HIGH)
+    if way == "repair of another":
+        host.driver.define(two_nvdimms(host, moved, NvdimmSpec(0, b, SIZE)))
+    else:
+        host.driver.define(replace(host.domain("a.img"), nvdimms=(moved,)))
+    wanted, mark = had(host), host.mark("a.img")
+    restore(host)
+    if way == "repair of another":
+        (one,) = [found for found in look(host.driver) if found.path == b]
+        assert one.mend
+        one.mend()
+    elif way == "create":
+        host.driver.create(host.domain("b.img"), host.driver.check(host.domain("b.img")))
+    else:
+        host.driver.define(host.domain("b.img", OTHER_UUID))
+        host.driver.forget(OTHER_UUID)
+        host.driver.prepare(host.domain("b.img"))
+        host.driver.release(UUID)
+    assert host.mark("a.img") == mark
+    assert repair(host) == []
+    found = had(host)
+    assert (found["a.img"], found["b.img"][0]) == (wanted["a.img"], 0)
+
+
 @pytest.mark.parametrize("halted", [0, 1])
 @pytest.mark.parametrize("change", ["swapped", "chain", "one more"])
 def test_slots_and_bases_that_changed_together_are_taken_together(host: Host, change: str, halted: int) -> None:
