@@ -104,7 +104,7 @@ def _check_length(length: int) -> None:
 
 
 class Budget:
-    """The bytes that long messages may have together, of all peers, until all of a message has arrived.
+    """The bytes of long messages that may have arrived, of all peers together, and wait for the rest of their message.
 
     :param size: bytes.
     """
@@ -166,9 +166,9 @@ class Reader:
         if not HEADER_SIZE <= length <= available:
             _check_length(length)
             self._check_fds(0)
-            self._expect(length if length > SMALL else 0)
+            self._hold(available if length > SMALL else 0)
             return None
-        self._expect(0)
+        self._hold(0)
         header = Header._make(fields)
         if header.kind in WITH_FDS:
             return self._with_fds(header, length)
@@ -177,10 +177,10 @@ class Reader:
     def close(self) -> None:
         """Forget the message that has not arrived."""
         self._data, self._start = bytearray(), 0
-        self._expect(0)
+        self._hold(0)
 
-    def _expect(self, size: int) -> None:
-        """Take the budget for a message of that size, and give back what another one had."""
+    def _hold(self, size: int) -> None:
+        """Have that much of the budget. What has not arrived counts for nothing: a length is only a word."""
         if self._budget is not None and size != self._taken:
             self._budget.take(size - self._taken)
             self._taken = size

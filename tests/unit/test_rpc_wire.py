@@ -135,9 +135,21 @@ def test_long_messages_of_all_peers_that_have_not_arrived_have_a_budget() -> Non
         reader.close()
         reader.receive(frame[:-1])
         assert drain(reader) == []
-    budget.take(0)
+    budget.take(2)
     with pytest.raises(ProtocolError):
         budget.take(1)
+
+
+def test_a_length_alone_takes_nothing_from_other_clients() -> None:
+    frame = pack(CALL, bytes(wire.SMALL))
+    budget = wire.Budget(len(frame))
+    reader, announcing = Reader(budget), Reader(budget)
+    announcing.receive(frame[:60])
+    assert drain(announcing) == []
+    reader.receive(frame[:-60])
+    assert drain(reader) == []
+    reader.receive(frame[-60:])
+    assert [message.frame for message in drain(reader)] == [frame]
 
 
 @pytest.mark.parametrize(
