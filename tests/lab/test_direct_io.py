@@ -85,6 +85,7 @@ def wait_for_disks(guest: Guest, *disks: str) -> None:
         guest.check("run", f"until [ -b /dev/{disk} ]; do sleep 0.2; done", timeout=HANG_SECONDS)
 
 
+@pytest.mark.thorough
 def test_xen_disks_work(guest: Guest) -> None:
     for disk in ("xvde", "xvdf"):
         for length in (PAGE, LARGER):

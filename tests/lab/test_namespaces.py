@@ -98,6 +98,7 @@ def test_namespaces_last(driver_host: XenHost, guest: Guest) -> None:
     assert contents(guest, fsdax, sector) == [sha256(data).hexdigest() for data in (LINES, SECTORS)]
 
 
+@pytest.mark.thorough
 def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, guest: Guest, tmp_path: Path) -> None:
     """Both see the same namespaces, and the lab's guest sees the one that the plain QEMU's guest makes."""
     made = namespaces(guest)

@@ -47,6 +47,7 @@ def metrics(xen: XenHost) -> dict[str, float]:
     }
 
 
+@pytest.mark.thorough
 def test_a_guests_life_is_seen_by_all_who_watch(xen: XenHost) -> None:
     before = metrics(xen)
     guest = operator.start(xen, NAME)
@@ -83,6 +84,7 @@ def test_a_guests_life_is_seen_by_all_who_watch(xen: XenHost) -> None:
         assert after[name] == before[name]
 
 
+@pytest.mark.thorough
 def test_a_start_that_fails_is_counted(xen: XenHost) -> None:
     before = metrics(xen)
     xen.check(f"chattr -i {FILE}; mv {FILE} {FILE}.away")

@@ -86,6 +86,7 @@ def test_a_labelled_nvdimm_keeps_its_slot(driver_host: XenHost, guest: Guest) ->
     guest.poweroff()
 
 
+@pytest.mark.thorough
 def test_a_saved_guest_goes_on_only_with_what_it_had(driver_host: XenHost, guest: Guest) -> None:
     """The host writes to the file, which is put back then; and an image that was restored is not good any more."""
     shown = virsh(driver_host, f"dumpxml --inactive {NAME}")

@@ -60,8 +60,8 @@ def measure(xen: XenHost) -> dict[str, int]:
     return found
 
 
-def cycle(xen: XenHost, names: Sequence[str], number: int) -> None:
-    """Run guests from define to undefine: start, write, reboot, save, restore, destroy."""
+def cycle(xen: XenHost, names: Sequence[str], number: int, *, whole: bool) -> None:
+    """Run guests from define to undefine: start, write, destroy; in a whole cycle also reboot, save and restore."""
     guests = []
     for place, name in enumerate(names):
         nvdimm = operator.nvdimm(f"/mnt/pmem0/{name}.img", 16)
@@ -73,9 +73,9 @@ def cycle(xen: XenHost, names: Sequence[str], number: int) -> None:
         guest.write("/dev/pmem0", 0, MIB, 2 * number + place)
     written = [guest.sha256("/dev/pmem0", 0, MIB) for guest in guests]
     assert len(set(written)) == len(names)
-    for guest in guests:
+    for guest in guests if whole else ():
         guest.reboot()
-    for guest in guests:
+    for guest in guests if whole else ():
         xen.check(f"{operator.VIRSH} managedsave {guest.name} && {operator.VIRSH} start {guest.name}")
     assert [guest.sha256("/dev/pmem0", 0, MIB) for guest in guests] == written
     for guest in guests:
@@ -83,12 +83,14 @@ def cycle(xen: XenHost, names: Sequence[str], number: int) -> None:
         operator.remove(xen, guest.name)
 
 
-@pytest.mark.parametrize(("names", "cycles"), [(NAMES[:1], 1), pytest.param(NAMES, 500, marks=pytest.mark.long)])
-def test_nothing_grows(xen: XenHost, names: Sequence[str], cycles: int) -> None:
-    cycle(xen, names, 0)
+@pytest.mark.parametrize("cycles", [1, pytest.param(500, marks=pytest.mark.long)])
+def test_nothing_grows(xen: XenHost, cycles: int) -> None:
+    whole = cycles > 1
+    names = NAMES if whole else NAMES[:1]
+    cycle(xen, names, 0, whole=whole)
     before = measure(xen)
     for number in range(1, cycles + 1):
-        cycle(xen, names, number)
+        cycle(xen, names, number, whole=whole)
     after = measure(xen)
     print(json.dumps({"cycles": cycles, "before": before, "after": after}))
     grown = {
