@@ -36,7 +36,7 @@ _MAKES_ZEROS = (
 
 @dataclass(frozen=True)
 class Before:
-    """What is to be put back if a change of a domain, or a start, fails.
+    """A domain before it is changed or started: if that fails, this is put back.
 
     :ivar record: the domain as the ledger had it.
     :ivar run: its last run then.
