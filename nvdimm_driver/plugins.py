@@ -302,10 +302,11 @@ class Backing(Plugin):
         self.examine(spec)
         return spec
 
-    def publish(self, spec: NvdimmSpec) -> None:
+    def publish(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         """Move a backing of :meth:`allocate`, which :meth:`provision` has completed, to its path. Can be repeated.
 
-        :raises InUseError: when something else has the path now.
+        :param identity: of what was written and verified; None when that is not known.
+        :raises InUseError: when something else has the path now, or was put in the place of what was written.
         """
 
     def fill_holes(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:

@@ -121,8 +121,14 @@ def hidden_name(path: str) -> str:
     return os.path.join(directory, f".{name}.partial")
 
 
+def export_name(path: str) -> str:
+    """Return the path of an export until it is complete. It is no :func:`hidden_name`, which an import may use."""
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.export")
+
+
 def check_copy_name(path: str) -> None:
-    """Check that a file's :func:`hidden_name` is not too long.
+    """Check that a file's :func:`hidden_name` is not too long, nor then its :func:`export_name`.
 
     :raises BackingError: when it is.
     """
@@ -134,7 +140,7 @@ def check_copy_name(path: str) -> None:
 def check_name(path: str) -> None:
     """Check that a backing can have a path.
 
-    It must not be a :func:`hidden_name`: an import of the other name would take it for its own.
+    It must not be a :func:`hidden_name` or :func:`export_name`: a copy to the other name would take it for its own.
 
     :raises InUseError: when it is one.
     :raises BackingError: when it is too long, has a control character, or is not UTF-8, which domain XML is.
@@ -145,8 +151,9 @@ def check_name(path: str) -> None:
         raise BackingError(f"{path}: is not UTF-8, and domain XML has to be", hint="rename it")
     if "\t" in path or "\n" in path or printable(path) != path:
         raise BackingError(f"{path!r}: has a control character", hint="rename it")
-    if len(name) > len("..partial") and name.startswith(".") and name.endswith(".partial"):
-        raise InUseError(f"{path}: is the name of a file whose import is not finished", hint="take another name")
+    for ending, what in ((".partial", "import"), (".export", "export")):
+        if len(name) > len(ending) + 1 and name.startswith(".") and name.endswith(ending):
+            raise InUseError(f"{path}: is the name of a file whose {what} is not finished", hint="take another name")
 
 
 def _check_length(path: str, name: str, longest: int, reason: str = "") -> None:

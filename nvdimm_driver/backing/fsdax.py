@@ -222,18 +222,23 @@ class FsdaxBacking(Backing):
             left = at.status()
             if left is not None:
                 check_own(hidden.path, left)
-                if left.st_size != spec.size:
-                    at.unlink()  # of another import
+                if left.st_size != spec.size:  # of another import
+                    with at.opened(os.O_RDWR) as fd, self.locks.writing(fd, hidden.path):
+                        check_named(fd, hidden.path)
+                        at.unlink()
             if self.examine(hidden).creates:
                 with at.opened(os.O_CREAT | os.O_EXCL | os.O_RDWR) as fd:
                     self._allocate(fd, hidden.path, spec.size)
                 at.sync()
         return hidden
 
-    def publish(self, spec: NvdimmSpec) -> None:
+    def publish(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         with self._changeable(spec.path) as at:
             hidden = at.beside(os.path.basename(hidden_name(spec.path)))
-            if hidden.status() is not None:
+            there = hidden.status()
+            if there is not None:
+                if identity is not None and there.st_ino != identity.inode:
+                    raise InUseError(f"{hidden_name(spec.path)}: another file is there now", hint="import it again")
                 unlink_empty(spec.path, at)
                 unlink_second_name(hidden, at)
                 try:

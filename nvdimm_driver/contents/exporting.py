@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nvdimm_driver.backing.files import check_copy_name, hidden_name
+from nvdimm_driver.backing.files import check_copy_name, export_name
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
@@ -48,7 +48,7 @@ class Exporter:
         check_copy_name(destination)
         ordinary_files.check_no_link(destination)
         last = {} if running else self._checks.check_off(spec.path, _RUNNING)
-        for path in (destination, hidden_name(destination)):
+        for path in (destination, export_name(destination)):
             self._checks.check_unowned(path)
         backing = backing_of(self._checks.backings, spec.path)
         with (

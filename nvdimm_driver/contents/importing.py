@@ -15,7 +15,7 @@ from nvdimm_driver.contents import copying, ordinary_files
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
 from nvdimm_driver.labels import index_block
-from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, Intake, NvdimmSpec, Watch
+from nvdimm_driver.model import KIB, MIN_LABEL_SIZE, PAGE, SUPERPAGE, BackingIdentity, Intake, NvdimmSpec, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
@@ -127,7 +127,7 @@ class Importer:
             with backing_of(self._checks.backings, path).open_bytes(hidden, write=True) as target:  # as nobody else can
                 copying.verify(target, digest, watch("verifying"))
                 self._checks.check_off_since(last, source, _RUNNING)
-                self._publish(hidden, spec)
+                self._publish(hidden, spec, target.identity)
         return spec
 
     def _check_end(self, backing: Backing, path: str, size: int) -> None:
@@ -162,11 +162,11 @@ class Importer:
         backing.provision(hidden, watch("writing zeros"))
         return hidden, digest
 
-    def _publish(self, hidden: NvdimmSpec, spec: NvdimmSpec) -> None:
+    def _publish(self, hidden: NvdimmSpec, spec: NvdimmSpec, identity: BackingIdentity | None) -> None:
         self._checks.check_new(spec)
         if hidden != spec:
             self._checks.check_unowned(hidden.path)
-        backing_of(self._checks.backings, spec.path).publish(spec)
+        backing_of(self._checks.backings, spec.path).publish(spec, identity)
 
 
 def new_nvdimm(path: str, size: int, label_size: int) -> NvdimmSpec:

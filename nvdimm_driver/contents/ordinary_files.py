@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nvdimm_driver.backing.byteranges import FileBytes
-from nvdimm_driver.backing.files import check_copy_name, check_own, hidden_name, is_new, unlink_empty
+from nvdimm_driver.backing.files import check_copy_name, check_own, export_name, is_new, unlink_empty
 from nvdimm_driver.backing.paths import Entry, entry, opened
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, RefusedError, UnsupportedError
 
@@ -59,7 +59,7 @@ def check_raw(path: str, head: bytes) -> None:
 
 
 class Destination:
-    """A file that is written as ``.NAME.partial`` until :meth:`publish`.
+    """A file that is written as ``.NAME.export`` until :meth:`publish`.
 
     :ivar content: its bytes.
     """
@@ -90,7 +90,7 @@ class Destination:
 
 @contextmanager
 def opened_destination(path: str, size: int, *, overwrite: bool) -> Iterator[Destination]:
-    """Yield a file to write in the folder of a resolved path; continue an existing ``.NAME.partial`` of that size.
+    """Yield a file to write in the folder of a resolved path; continue an existing ``.NAME.export`` of that size.
 
     The folder stays the same until the file has its name, whatever is at the folder's path by then.
 
@@ -102,9 +102,9 @@ def opened_destination(path: str, size: int, *, overwrite: bool) -> Iterator[Des
         raise NotFoundError(f"{os.path.dirname(path)}: there is no such folder")
     with entry(path) as at:
         _check_destination(path, at.status(), overwrite)
-        hidden = at.beside(os.path.basename(hidden_name(path)))
+        hidden = at.beside(os.path.basename(export_name(path)))
         with hidden.opened(os.O_RDWR | os.O_CREAT) as fd:
-            check_own(hidden_name(path), os.fstat(fd))
+            check_own(export_name(path), os.fstat(fd))
             _lock(fd, hidden)
             if os.fstat(fd).st_size != size:
                 os.truncate(fd, 0)

@@ -232,6 +232,8 @@ class Definitions:
         events = [each for each in self.ledger.events(state.event) if (each.kind, each.uuid) == ("mark-found", uuid)]
         marked = [(str(each.detail["path"]), str(each.detail["mark"])) for each in events]
         record, found = state.record, ownership.record_of_marks(self.backings, uuid, marked)
+        if found is not None:
+            found = replace(found, allocations=tuple(self.pools.noted(item) for item in found.allocations))
         if record is None or found is None:
             return record or found
         known, paths = ({item.spec.path for item in each.allocations} for each in (record, found))

@@ -139,3 +139,59 @@ def test_no_domain_is_defined_with_what_is_being_overwritten(host: Host) -> None
     assert tried
     host.driver.define(host.domain("a.img"))
     assert host.read("a.img") == bytes(SIZE)
+
+
+def test_an_import_of_another_size_leaves_the_copy_of_another_process(host: Host, tmp_path: Path) -> None:
+    """It deleted the hidden file that the first one was verifying; that one gave its name to the second's bytes."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(DATA)
+    other.write_bytes(OTHER * 2)
+    path = host.path("a.img")
+    second = Second(lambda watch: host.another().importer.import_copy(str(other), path, None, 0, watch))
+    try:
+        host.driver.importer.import_copy(str(one), path, None, 0, second.watch_first)
+        assert host.read("a.img") == DATA
+    finally:
+        second.end()
+    assert "is being overwritten by" in second.said
+    assert host.read("a.img") == DATA
+
+
+def test_what_was_exchanged_for_the_copy_gets_no_name(host: Host, tmp_path: Path) -> None:
+    """Only who owns the folder could exchange it: the lock does not keep him from that."""
+    one = tmp_path / "one"
+    one.write_bytes(DATA)
+    hidden = Path(host.path(".a.img.partial"))
+
+    def exchange(what: str) -> Progress:
+        def tell(done: int, total: int) -> None:
+            if what == "verifying" and done == total and hidden.stat().st_size == SIZE:
+                hidden.unlink()
+                hidden.write_bytes(OTHER + b"more")
+
+        return tell
+
+    with pytest.raises(InUseError, match="another file is there now"):
+        host.driver.importer.import_copy(str(one), host.path("a.img"), None, 0, exchange)
+    assert not Path(host.path("a.img")).exists()
+
+
+def test_an_export_and_an_import_to_one_name_write_different_files(host: Host, tmp_path: Path) -> None:
+    """Both wrote one, each with a lock of its own; then a domain was defined with it, and the export wrote on."""
+    one = tmp_path / "one"
+    one.write_bytes(OTHER)
+    host.define("b.img", OTHER_UUID, DATA)
+    (item,) = host.record(OTHER_UUID).allocations
+    path = host.path("a.img")
+
+    def export(watch: Callable[[str], Progress]) -> None:
+        host.another().exporter.export(item.spec, path, watch, overwrite=False, running=False, item=item)
+
+    second = Second(export)
+    try:
+        host.driver.importer.import_copy(str(one), path, None, 0, second.watch_first)
+        host.another().define(host.domain("a.img"))
+    finally:
+        second.end()
+    assert "exists already" in second.said or "belongs to domain" in second.said
+    assert host.read("a.img") == OTHER

@@ -301,7 +301,7 @@ def test_an_interrupted_export_goes_on(operator: Operator) -> None:
     said = operator.interrupt("export", path, copy, steps=5)
     assert "interrupted, copying: " in said
     assert not copy.exists()
-    partial = operator.folder / ".copy.partial"
+    partial = operator.folder / ".copy.export"
     assert partial.stat().st_size == SIZE
     assert 0 < partial.stat().st_blocks * 512 < SIZE
     operator.run("export", path, copy)

@@ -225,13 +225,13 @@ def test_an_import_leaves_a_domains_file_alone_that_has_the_name_of_its_own(
 
 def test_an_export_leaves_a_domains_file_alone_that_has_the_name_of_its_own(host: Host) -> None:
     host.define("a.img")
-    hidden = ".copy.partial"
+    hidden = ".copy.export"
     spec = host.domain(hidden, OTHER_UUID).nvdimms[0]
     with open(host.path(hidden), "wb") as file:
         file.write(DATA)
     host.driver.ledger.store(OTHER_UUID, "y", 512 * MIB, [Allocation(OTHER_UUID, spec, host.backing.provision(spec))])
     exported = host.domain("a.img").nvdimms[0]
-    with pytest.raises(InUseError, match="partial belongs to domain y"):
+    with pytest.raises(InUseError, match="export belongs to domain y"):
         host.driver.exporter.export(exported, host.path("copy"), quiet, overwrite=False, running=False)
     assert host.read(hidden) == DATA
     assert not os.path.exists(host.path("copy"))

@@ -292,7 +292,7 @@ def test_import_and_export_follow_no_link(host: Host, tmp_path: Path) -> None:
     Path(host.path(".new.img.partial")).symlink_to(victim)
     with pytest.raises(NvdimmError, match=r"partial: .*has become a symbolic link"):
         host.driver.importer.import_copy(str(source), host.path("new.img"), None, 0, quiet)
-    (tmp_path / ".copy.partial").symlink_to(victim)
+    (tmp_path / ".copy.export").symlink_to(victim)
     spec = host.domain("a.img").nvdimms[0]
     with pytest.raises(NvdimmError, match=r"has become a symbolic link"):
         host.driver.exporter.export(spec, str(tmp_path / "copy"), quiet, overwrite=True, running=False)

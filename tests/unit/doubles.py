@@ -113,7 +113,7 @@ class MemoryBacking(Backing):
         self.provision(hidden)
         return hidden
 
-    def publish(self, spec: NvdimmSpec) -> None:
+    def publish(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         if spec.path in self.files:
             raise InUseError(f"{spec.path}: exists now")
         self.files[spec.path] = self.files.pop(f"{spec.path}.partial")

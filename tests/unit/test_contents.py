@@ -21,7 +21,7 @@ from nvdimm_driver.errors import (
     RefusedError,
     UnsupportedError,
 )
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
 from tests.unit import doubles
@@ -269,14 +269,14 @@ def test_exporting(defined: Host, tmp_path: Path) -> None:
     defined.fill(A, b"other")
     defined.exporter.export(spec(), str(copy), watch, overwrite=True, running=False)
     assert copy.read_bytes() == defined.backing.contents[A]
-    assert not (tmp_path / ".copy.partial").exists()
+    assert not (tmp_path / ".copy.export").exists()
 
 
 def test_an_interrupted_export_goes_on(defined: Host, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         defined.exporter.export(spec(), str(tmp_path / "copy"), interrupted, overwrite=False, running=False)
     assert not (tmp_path / "copy").exists()
-    partial = tmp_path / ".copy.partial"
+    partial = tmp_path / ".copy.export"
     assert partial.read_bytes()[: MIB + 1] == defined.backing.contents[A][:MIB] + b"\0"
     defined.exporter.export(spec(), str(tmp_path / "copy"), watch, overwrite=False, running=False)
     assert (tmp_path / "copy").read_bytes() == defined.backing.contents[A]
@@ -508,8 +508,8 @@ class DeviceTakenMeanwhile(MemoryBacking):
         self.take()
         return spec
 
-    def publish(self, spec: NvdimmSpec) -> None:
-        del spec
+    def publish(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+        del spec, identity
 
 
 def test_a_device_that_a_domain_got_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

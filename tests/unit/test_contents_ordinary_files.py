@@ -57,7 +57,7 @@ def test_a_destination_is_gone_on_with(tmp_path: Path) -> None:
         with ordinary_files.opened_destination(path, MIB, overwrite=False) as copy:
             assert (copy.content.size, copy.content.read(0, 4)) == (MIB, content)
             copy.content.write(0, b"mark")
-    assert os.listdir(tmp_path) == [".copy.partial"]
+    assert os.listdir(tmp_path) == [".copy.export"]
     with ordinary_files.opened_destination(path, 2 * MIB, overwrite=False) as copy:
         assert copy.content.read(0, 4) == bytes(4), "what was begun was of another size"
         copy.publish()
@@ -117,7 +117,7 @@ def test_a_file_that_takes_the_place_of_an_empty_one_at_the_last_moment_is_not_d
     ):
         copy.publish()
     assert path.read_bytes() == b"of somebody else"
-    assert sorted(os.listdir(tmp_path)) == [".copy.partial", "copy"]
+    assert sorted(os.listdir(tmp_path)) == [".copy.export", "copy"]
 
 
 def test_a_file_that_loses_its_name_to_another_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_a_file_that_loses_its_name_to_another_one_is_named(tmp_path: Path, monk
         pytest.raises(BackingError, match=r"copy: two files got this name at once, .*\.empty .*rename it"),
     ):
         copy.publish()
-    assert {each.read_bytes() for each in tmp_path.iterdir() if each.name != ".copy.partial"} == {b"one", b"other"}
+    assert {each.read_bytes() for each in tmp_path.iterdir() if each.name != ".copy.export"} == {b"one", b"other"}
 
 
 def test_a_folder_that_is_swapped_gets_nothing(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_folder_that_is_swapped_gets_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["another user's", "hard link", "fifo", "link"])
 def test_what_somebody_has_put_in_the_place_of_an_unfinished_copy_is_refused(tmp_path: Path, kind: str) -> None:
-    hidden, victim = tmp_path / ".copy.partial", tmp_path / "victim"
+    hidden, victim = tmp_path / ".copy.export", tmp_path / "victim"
     victim.write_bytes(b"of somebody else")
     if kind == "another user's":
         hidden.write_bytes(bytes(MIB))
@@ -161,7 +161,7 @@ def test_what_somebody_has_put_in_the_place_of_an_unfinished_copy_is_refused(tmp
         os.mkfifo(hidden)
     else:
         hidden.symlink_to(victim)
-    with pytest.raises(NvdimmError, match=r"\.copy\.partial: is in the way|has become a symbolic link"):
+    with pytest.raises(NvdimmError, match=r"\.copy\.export: is in the way|has become a symbolic link"):
         open_copy(tmp_path / "copy")
     assert victim.read_bytes() == b"of somebody else"
 
