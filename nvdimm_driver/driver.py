@@ -213,9 +213,12 @@ class XenNvdimmDriver(plugins.Plugin):
         with self.locks.storing(uuid_of(domain)):
             self.definitions.give_up_others(domain)
 
-    def state_of(self, uuid: str) -> Before:
-        """Return what :meth:`undo` needs to know of a domain, before a create or a restore."""
-        return self.definitions.state_of(uuid)
+    def state_of(self, uuid: str, domain: DomainSpec | None = None) -> Before:
+        """Return what :meth:`undo` needs to know of a domain, before a create or a restore.
+
+        :param domain: as it is to be created.
+        """
+        return self.definitions.state_of(uuid, domain)
 
     def undo(self, uuid: str, before: Before, created: Sequence[Allocation], over: Record | None) -> None:
         """Undo :meth:`create`, or a start that has failed: all is as before; a guest's bytes stay.

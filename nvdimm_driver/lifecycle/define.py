@@ -41,11 +41,13 @@ class Before:
     :ivar record: the domain as the ledger had it.
     :ivar run: its last run then.
     :ivar event: number of the last event then.
+    :ivar marked: by path, the marks that the ledger did not know; a start that is prepared elsewhere records others.
     """
 
     record: Record | None
     run: Run | None
     event: int
+    marked: tuple[tuple[str, str], ...] = ()
 
 
 class Definitions:
@@ -157,7 +159,7 @@ class Definitions:
         uuid = uuid_of(domain)
         plan = plan or self.plan(domain)
         domain = replace(plan.domain, uuid=uuid)
-        state = self.state_of(uuid)
+        state = self.state_of(uuid, domain)
         before = state.record
         keeps = self._all_kept(domain, before, kept)
         held = self._check_allowed(domain, keeps)
@@ -173,7 +175,7 @@ class Definitions:
             self._check_claims(domain, before, found)
             self._check_pools(domain, before, held, keeps)
 
-        ownership.note_marked(self.ledger, self.backings, domain)
+        self.ledger.record_marks(uuid, state.marked)
         self.ledger.begin_define(domain, check)
         created: list[Allocation] = []
         provisioned: dict[str, BackingIdentity] = {}
@@ -198,9 +200,14 @@ class Definitions:
                 logs.tell(Event("misplaced-labels", uuid, domain.name, None, {"path": spec.path, "problem": problem}))
         return tuple(created)
 
-    def state_of(self, uuid: str) -> Before:
-        """Return what :meth:`put_back` needs to know of a domain, before it is changed."""
-        return Before(self.ledger.find_domain(uuid), self.ledger.find_run(uuid), self.ledger.last_event())
+    def state_of(self, uuid: str, domain: DomainSpec | None = None) -> Before:
+        """Return what :meth:`put_back` needs to know of a domain, before it is changed.
+
+        :param domain: as it is to be.
+        """
+        marked = ownership.unknown_marks(self.ledger, self.backings, domain) if domain else ()
+        record, run = self.ledger.find_domain(uuid), self.ledger.find_run(uuid)
+        return Before(record, run, self.ledger.last_event(), tuple(marked))
 
     def put_back(self, uuid: str, state: Before, created: Sequence[Allocation]) -> None:
         """Undo :meth:`define`: delete the backings that it created, and let the domain have what it had before.
@@ -229,9 +236,9 @@ class Definitions:
 
     def _with_marked(self, uuid: str, state: Before) -> Record | None:
         """Return a domain as the ledger had it, and as marks said that the ledger did not know."""
-        events = [each for each in self.ledger.events(state.event) if (each.kind, each.uuid) == ("mark-found", uuid)]
-        marked = [(str(each.detail["path"]), str(each.detail["mark"])) for each in events]
-        record, found = state.record, ownership.record_of_marks(self.backings, uuid, marked)
+        recorded = self.ledger.marks_after(uuid, state.event)
+        marked = {**dict(reversed(recorded)), **dict(state.marked)}  # the first of each is what was there before
+        record, found = state.record, ownership.record_of_marks(self.backings, uuid, marked.items())
         if found is not None:
             found = replace(found, allocations=tuple(self.pools.noted(item) for item in found.allocations))
         if record is None or found is None:

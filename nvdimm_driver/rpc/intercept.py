@@ -140,7 +140,7 @@ class Interceptor:
         """
         uuid = domain.uuid or ""
         yield self._work(lambda driver: driver.clear_fault(uuid))
-        before: Before = yield self._work(lambda driver: driver.state_of(uuid))
+        before: Before = yield self._work(lambda driver: driver.state_of(uuid, domain))
         found = yield from find(uuid)
         if found and (found.name != domain.name or (yield from ask(Procedure.DOMAIN_IS_ACTIVE, found))):
             return (yield from call(procedure, arguments, with_fds=True))  # libvirt refuses it: nothing is changed

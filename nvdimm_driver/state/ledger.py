@@ -240,6 +240,16 @@ class Ledger(StartSteps):
         """Record an event that changes nothing else in the ledger."""
         self._note([], self._event(kind, uuid, detail))
 
+    def record_marks(self, uuid: str, marked: Iterable[tuple[str, str]]) -> None:
+        """Record an event for each mark that is written over from now on; :meth:`marks_after` returns them."""
+        for path, mark in marked:
+            self._write([], self._event("mark-found", uuid, {"path": path, "mark": mark}))
+
+    def marks_after(self, uuid: str, event: int) -> list[tuple[str, str]]:
+        """Return path and mark of the files of a domain for which :meth:`record_marks` was called after an event."""
+        found = [each.detail for each in self.events(event) if (each.kind, each.uuid) == ("mark-found", uuid)]
+        return [(str(each["path"]), str(each["mark"])) for each in found]
+
     def events(self, after: int = 0) -> list[Event]:
         """Return the events whose id is greater than `after`, in order."""
         import json

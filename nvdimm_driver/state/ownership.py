@@ -471,21 +471,19 @@ def unmark_dropped(
     _unmark(ledger, backings, dropped, record.uuid if record else "")
 
 
-def note_marked(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> None:
-    """Record an event for each mark by which a file is the domain's, and which the ledger does not know.
+def unknown_marks(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> list[tuple[str, str]]:
+    """Return path and mark of each file that is the domain's by a mark which the ledger does not know.
 
-    This comes before a define or a start writes over the mark: if that fails, it is put back.
+    A define or a start writes over it: if that fails, it is put back.
     """
-    for path in find_own_marks(ledger, backings, domain):
-        for file in _files(backings, path):
-            if file.owner is not None:
-                ledger.record_event("mark-found", domain.uuid or "", {"path": path, "mark": file.owner.decode()})
+    files = [file for path in find_own_marks(ledger, backings, domain) for file in _files(backings, path)]
+    return [(file.path, file.owner.decode()) for file in files if file.owner is not None]
 
 
 def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tuple[str, str]]) -> Record | None:
     """Return a domain as the marks of its files say, as the ledger had it; None without marks.
 
-    :param marked: path and mark of each file, as the events of :func:`note_marked` tell.
+    :param marked: path and mark of each file, as :func:`unknown_marks` returns them.
     """
     marks = [owner_marks.unpack(path, text.encode()) for path, text in marked]
     items = [Allocation(uuid, mark.spec, identity_at(backings, mark.spec.path), mark.base) for mark in marks]

@@ -180,7 +180,7 @@ class World:
         uuid = domain.uuid or ""
         with driver.locks.changing(uuid):
             plan = driver.check(domain)
-            before = driver.state_of(uuid)
+            before = driver.state_of(uuid, domain)
             created = driver.create(domain, plan) if before.record else driver.define(domain, plan)
             driver.undo(uuid, before, created, driver.ledger.find_domain(uuid))
 
