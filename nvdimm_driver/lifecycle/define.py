@@ -225,7 +225,8 @@ class Definitions:
         paths = {path for path, _ in saved_guest.backings_of(run)} if run is not None and ran else set()
         if ran and not paths:  # nobody knows what the guest has run with
             paths = {item.spec.path for item in now.allocations}
-        paths |= {*now.start.paths} if now.start else set()
+        known = before.start if before else None  # what it has was the domain's, or given up, before this define
+        paths |= {*now.start.paths} if now.start and (known is None or known.id != now.start.id) else set()
         kept = {*(item.spec for item in created), *(item.spec for item in now.allocations if item.spec.path in paths)}
         doomed = [item for item in created if item.spec.path not in paths]
         wanted = {item.spec for item in doomed}

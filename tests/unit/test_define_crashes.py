@@ -318,6 +318,28 @@ def test_a_create_that_fails_beside_a_running_guest_leaves_what_it_has(tmp_path:
     assert host.backing.frozen == {A, B}
 
 
+def test_a_define_that_fails_to_give_a_file_back_to_its_guest_claims_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path / "host")
+    host.define_first()
+    host.other.prepare(domain(A, B))
+    host.other.define(domain(A))
+    before = host.record()
+    monkeypatch.setattr(host.other.definitions, "_mark", _refuse)
+    with pytest.raises(OSError, match="no room"):
+        host.other.define(domain(A, B))
+    monkeypatch.undo()
+    assert host.record() == before
+    assert host.backing.frozen == {A, B}
+    host.other.release(UUID)
+    host.other.define(domain(B, uuid=OTHER_UUID, name="other"))
+
+
+def _refuse(*_: object) -> None:
+    raise OSError("no room")
+
+
 def test_a_create_that_fails_while_its_guest_lives_keeps_what_that_has(tmp_path: Path) -> None:
     """Frames of a file that is deleted would be another file's next."""
     host = Host(tmp_path / "host")
