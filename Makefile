@@ -23,7 +23,7 @@ test: $(VENV)/.ready
 	@status=0; set -x -o pipefail; \
 	($(BIN)/python -m pytest tests/lab $(SELECTED) | sed -u '') & lab=$$!; \
 	nice -n 19 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 \
-		-o faulthandler_timeout=1800 tests/unit tests/integration | sed -u '' || status=$$?; \
+		-o faulthandler_timeout=2700 tests/unit tests/integration | sed -u '' || status=$$?; \
 	wait $$lab || status=$$?; \
 	exit $$status
 
