@@ -111,12 +111,13 @@ class Changes:
         for each in sorted(later, key=lambda each: -each.mark.changed):
             path = each.file.path
             if each.mark.is_later(had[path]):
-                marked = replace(had[path], spec=replace(each.mark.spec, path=path), base=each.mark.base)
+                spec, changed = replace(each.mark.spec, path=path), each.mark.changed
+                marked = replace(had[path], spec=spec, base=each.mark.base, changed=changed)
                 taken.append(self._provision(record, each.backing, slots.fitted(marked, taken), each.file.identity))
         if not taken:
             return
         paths = {item.spec.path for item in taken}
-        items = slots.combined(taken, [item for item in record.allocations if item.spec.path not in paths])
+        items = slots.combined([*taken, *(item for item in record.allocations if item.spec.path not in paths)])
         last = max((each.mark for each in later), key=lambda mark: mark.changed)
         if last.changed > record.changed:
             record = replace(record, name=last.name, ram=last.ram, dsm=last.dsm)

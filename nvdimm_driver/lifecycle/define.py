@@ -244,12 +244,9 @@ class Definitions:
             found = replace(found, allocations=tuple(self.pools.noted(item) for item in found.allocations))
         if record is None or found is None:
             return record or found
-        known, paths = ({item.spec.path for item in each.allocations} for each in (record, found))
-        later = [item for item in found.allocations if item.spec.path in known]
-        others = [item for item in record.allocations if item.spec.path not in paths]
-        others += [item for item in found.allocations if item.spec.path not in known]
+        others = [item for item in record.allocations if item.spec.path not in marked]
         newest = found if found.changed > record.changed else record
-        items = tuple(slots.combined(later, others))
+        items = tuple(slots.combined([*found.allocations, *others]))
         return replace(record, name=newest.name, ram=newest.ram, dsm=newest.dsm, allocations=items)
 
     def _put_back_claims(

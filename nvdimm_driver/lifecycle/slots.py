@@ -110,14 +110,15 @@ def fitted(item: Allocation, others: Iterable[Allocation]) -> Allocation:
     return replace(item, base=None) if any(_overlap(item, each) for each in others) else item
 
 
-def combined(first: Sequence[Allocation], others: Sequence[Allocation]) -> list[Allocation]:
-    """Return a domain's NVDIMMs in slot order: the first ones keep slots and bases, of which others may have some, too.
+def combined(items: Iterable[Allocation]) -> list[Allocation]:
+    """Return a domain's NVDIMMs in slot order, which the ledger and marks tell of: what was changed later goes first.
 
-    Of two with one slot, the second is set aside; one whose base another has loses it, and its next start chooses one.
+    Of two with one slot, the earlier one is set aside; of two with addresses in common, it loses its base, and its next
+    start chooses one.
     """
     found: list[Allocation] = []
-    for item in [*first, *(fitted(item, first) for item in others)]:
-        found += set_aside([item], {each.spec.slot for each in found})
+    for item in sorted(items, key=lambda each: -each.changed):
+        found += set_aside([fitted(item, found)], {each.spec.slot for each in found})
     return sorted(found, key=lambda item: item.spec.slot)
 
 

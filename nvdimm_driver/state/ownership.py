@@ -486,7 +486,10 @@ def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tup
     :param marked: path and mark of each file, as :func:`unknown_marks` returns them.
     """
     marks = [owner_marks.unpack(path, text.encode()) for path, text in marked]
-    items = [Allocation(uuid, mark.spec, identity_at(backings, mark.spec.path), mark.base) for mark in marks]
+    items = [
+        Allocation(uuid, mark.spec, identity_at(backings, mark.spec.path), mark.base, changed=mark.changed)
+        for mark in marks
+    ]
     if not marks:
         return None
     last = max(marks, key=lambda mark: mark.changed)

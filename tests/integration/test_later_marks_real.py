@@ -107,6 +107,44 @@ def test_what_is_set_aside_is_not_later_than_its_mark(host: Host, way: str) -> N
     assert (found["a.img"], found["b.img"][0]) == (wanted["a.img"], 0)
 
 
+@pytest.mark.parametrize("way", ["create", "start"])
+@pytest.mark.parametrize("known", ["one", "none"])
+def test_an_undo_gives_no_two_nvdimms_one_base(host: Host, way: str, known: str) -> None:
+    """Of what the ledger and marks say of these addresses, the last is right; the other one gets a base at a start."""
+    a, b = host.path("a.img"), host.path("b.img")
+    if known == "one":  # a.img by the ledger, b.img by its mark
+        host.driver.define(host.domain("a.img"))
+        back_up(host)
+        (first,) = host.record().allocations
+        host.driver.define(replace(host.domain("a.img"), nvdimms=(NvdimmSpec(1, b, SIZE, base=first.base),)))
+        last, base = "b.img", first.base
+    else:  # marks of both are later, that of b.img by less: a process was killed between the two
+        host.driver.define(two_nvdimms(host))
+        back_up(host)
+        other = host.record().allocations[1]
+        host.driver.define(
+            two_nvdimms(host, NvdimmSpec(0, a, SIZE, base=other.base), NvdimmSpec(1, b, SIZE, base=HIGH))
+        )
+        now, moved = host.record().allocations
+        with open(b, "rb") as file:
+            before = replace(moved, base=other.base, spec=replace(moved.spec, base=None), changed=now.changed - 1)
+            inode.mark(file.fileno(), owner_marks.pack(host.record(), before))
+        last, base = "a.img", other.base
+    restore(host)
+    state, domain = host.driver.state_of(UUID), two_nvdimms(host)
+    if way == "create":
+        host.driver.undo(UUID, state, host.driver.create(domain, host.driver.check(domain)), None)
+    else:
+        host.driver.prepare(domain)
+        host.driver.undo(UUID, state, (), host.record())
+    found = had(host)
+    assert found[last][2] == base
+    assert [place[2] for place in found.values()].count(base) == 1
+    assert repair(host) == []
+    host.driver.prepare(domain)
+    assert had(host)[last][2] == base
+
+
 @pytest.mark.parametrize("halted", [0, 1])
 @pytest.mark.parametrize("change", ["swapped", "chain", "one more"])
 def test_slots_and_bases_that_changed_together_are_taken_together(host: Host, change: str, halted: int) -> None:
