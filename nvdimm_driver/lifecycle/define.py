@@ -41,7 +41,8 @@ class Before:
     :ivar record: the domain as the ledger had it.
     :ivar run: its last run then.
     :ivar event: number of the last event then.
-    :ivar marked: by path, the marks that the ledger did not know; a start that is prepared elsewhere records others.
+    :ivar marked: path and mark of each file whose mark the ledger did not know. A start that another process prepares
+        records its own as events.
     """
 
     record: Record | None

@@ -111,10 +111,10 @@ def fitted(item: Allocation, others: Iterable[Allocation]) -> Allocation:
 
 
 def combined(items: Iterable[Allocation]) -> list[Allocation]:
-    """Return a domain's NVDIMMs in slot order, which the ledger and marks tell of: what was changed later goes first.
+    """Put together what the ledger and marks say of a domain's NVDIMMs; return them in slot order.
 
-    Of two with one slot, the earlier one is set aside; of two with addresses in common, it loses its base, and its next
-    start chooses one.
+    The later change wins. Of two NVDIMMs in one slot, the earlier one is set aside. Of two with addresses in common,
+    the earlier one loses its base, and the next start chooses another.
     """
     found: list[Allocation] = []
     for item in sorted(items, key=lambda each: -each.changed):

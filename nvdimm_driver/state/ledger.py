@@ -82,9 +82,9 @@ class Ledger(StartSteps):
     ) -> None:
         """Store the domain and its allocations, replacing those it had, and what a define wants for it.
 
-        An allocation keeps the time of its last change if the domain has had the same bytes at that path, and is not
-        among those that are defined anew, or as it is. So one that was only set aside is not later than a mark which
-        the ledger, from a backup, has not seen.
+        An allocation that is not defined anew keeps the time of its last change if the domain has had the same bytes at
+        that path. So one that is only set aside does not become later than a mark that the ledger, from a backup, does
+        not know. One that is defined anew keeps it if nothing of it differs, and its mark is not later.
 
         :param intents: what no other domain may have until the next call, beside the allocations.
         :param kind: kind of the event to record; empty for none.

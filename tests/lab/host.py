@@ -459,9 +459,10 @@ def _nvdimm_args(number: int, nvdimm: Nvdimm) -> tuple[str, ...]:
 def _go_first(session: int) -> None:
     """Have the processes of a session go before those of others, where Linux shares its time among sessions.
 
-    There, nice values count only among the processes of one session (sched(7), "The autogroup feature").
+    There, nice values count only among the processes of one session (sched(7), "The autogroup feature"). A container
+    may not allow it; then the lab is slower beside other work.
     """
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, PermissionError):
         Path(f"/proc/{session}/autogroup").write_text("-20")
 
 
