@@ -15,6 +15,7 @@ from nvdimm_driver.doctor.repair_files import UnfitFiles, go_on, on_same_volume
 from nvdimm_driver.doctor.repair_marks import Marks
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError, XenError
+from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of, exists
 from nvdimm_driver.shell import repair_of
@@ -238,6 +239,9 @@ class _Look:
         if later := self._later_mark(record, item):
             yield inconsistency(*self._remedy_of_later_mark(record, later))
             return
+        if fitted := self._in_others_place(record, item):
+            yield fitted
+            return
         state = condition.look(backing, item)
         found = state.identity
         problem = "it is not the backing that was provisioned"
@@ -294,6 +298,19 @@ class _Look:
         found = [*filter(None, (self._later_mark(record, item) for item in record.allocations if item.ready))]
         take = self.changes.of(record, self.changes.take_marks, [each for each in found if each.is_whole()])
         return problem, f"take slot, sizes and base from the mark; for all such NVDIMMs of {record.name}", take
+
+    def _in_others_place(self, record: Record, item: Allocation) -> Inconsistency | None:
+        """Return an NVDIMM with a base at which the domain has another one, which was changed later."""
+        items = [each for each in record.allocations if not each.spec.set_aside]
+        (now,) = [each for each in slots.combined(items) if each.spec.path == item.spec.path] or [item]
+        if now.base == item.base:
+            return None
+        problem = f"another NVDIMM of the domain has guest-physical addresses of it, from {item.base:#x} on"
+        inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
+        if record.start is not None:
+            return inconsistency(f"shut domain {record.name} down first")
+        forget = self.changes.of(record, self.changes.forget_base, item)
+        return inconsistency("forget its base: the next start chooses another", forget)
 
     def _displaced(self, record: Record, item: Allocation, moved: list[str]) -> str:
         """Return the remedy for another file in the place of what an NVDIMM was provisioned with, which is elsewhere.

@@ -190,6 +190,14 @@ class Changes:
         self._tell_lost(item, item.spec.size)
         self._store(record, [*_without(record, item), replace(item, identity=None, written=0)], [item.spec.path])
 
+    def forget_base(self, record: Record, item: Allocation) -> None:
+        """Forget at which base an NVDIMM is: the next start chooses another."""
+        ownership.check_off(record)
+        without = replace(item, base=None)
+        self._store(record, [*_without(record, item), without], [item.spec.path])
+        if item.identity is not None and item.identity.inode:
+            self._mark(record, backing_of(self.driver.backings, item.spec.path), without)
+
     def give_up(self, record: Record, item: Allocation) -> None:
         """Give up a claim to what is another domain's, whose mark stays, or to nothing."""
         ownership.check_off(record)

@@ -82,6 +82,30 @@ def test_a_ledger_that_is_behind(driver: XenNvdimmDriver) -> None:
     assert driver.ledger.find_domain(UUID) == before
 
 
+def test_two_nvdimms_at_one_base(driver: XenNvdimmDriver) -> None:
+    """An undo of an earlier version could write that into the ledger. The later change keeps its base."""
+    before = driver.ledger.find_domain(UUID)
+    assert before
+    first, second = before.allocations
+    moved = dataclasses.replace(first, base=second.base)
+    driver.ledger.store(UUID, before.name, before.ram, [moved, second], dsm=before.dsm, marked={A: 0})
+    (out_of_date, crowded) = look(driver)
+    assert (out_of_date.path, crowded.path) == (A, B)
+    assert "has guest-physical addresses of it" in crowded.problem
+    assert mend(driver) == []
+    after = driver.ledger.find_domain(UUID)
+    assert after
+    assert [item.base for item in after.allocations] == [second.base, None]
+    driver.prepare(domain((A, 64 * MIB), (B, 32 * MIB)))
+    started = driver.ledger.find_domain(UUID)
+    assert started
+    one, other = started.allocations
+    assert one.base is not None
+    assert one.base == second.base
+    assert other.base is not None
+    assert other.base >= one.placement.end or other.placement.end <= one.base
+
+
 def test_a_file_that_was_moved(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
     backing.move(A, "/mnt/pmem0/other")
     assert [each.problem for each in look(driver)] == ["it is not there; it was moved to /mnt/pmem0/other"]
