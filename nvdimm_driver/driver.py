@@ -242,6 +242,7 @@ class XenNvdimmDriver(plugins.Plugin):
 
         :raises NvdimmError: when there is no such domain, or it runs, which perhaps only Xen knows.
         """
+        self.ledger.check_own()
         with self.locks.changing(uuid), self.locks.storing(uuid):
             self.reconcile()
             record = self.ledger.find_domain(uuid)
@@ -354,6 +355,7 @@ class XenNvdimmDriver(plugins.Plugin):
 
         :raises NvdimmError: when it could not.
         """
+        self.ledger.check_own()
         self.reconcile()
         self.starts.check_not_starting(uuid)
         self.starts.require_ended(uuid)

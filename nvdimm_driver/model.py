@@ -227,6 +227,15 @@ class BackingIdentity:
             return (self.start, self.inode, self.generation) == (other.start, other.inode, other.generation)
         return self.start < other.start + other.size and other.start < self.start + self.size
 
+    def covers(self, other: BackingIdentity) -> bool:
+        """Return True when all bytes of the other belong to this one, as far as can be told: the same file or device,
+        or a device that the other is a part of.
+        """
+        if self.inode or other.inode:
+            return self.is_same(other)
+        within = self.start <= other.start and other.start + other.size <= self.start + self.size
+        return self.device == other.device and within
+
 
 @dataclass(frozen=True)
 class Location:
@@ -446,6 +455,8 @@ class Allocation:
     :ivar changed: as in :class:`Record`, when the domain got it as it is.
     :ivar wipes: True when its pool had ``wipe_on_release``, last time that it was found in a pool.
     :ivar overwritten: True when a release has overwritten it, and no start has begun since.
+    :ivar renamed_from: of a device that a boot has given the name of another one: the name that it had, which libvirt's
+        definition still has for it; else empty.
     """
 
     uuid: str
@@ -456,6 +467,7 @@ class Allocation:
     changed: int = field(default=0, compare=False, repr=False)
     wipes: bool = field(default=False, compare=False, repr=False)
     overwritten: bool = field(default=False, compare=False, repr=False)
+    renamed_from: str = field(default="", compare=False, repr=False)
 
     @property
     def ready(self) -> bool:

@@ -103,7 +103,7 @@ class DeviceBacking(Backing):
         identity = self.locate(spec).identity
         with ExitStack() as lock:
             with _opened(path) as fd:
-                lock.enter_context(self.locks.writing(fd, path))
+                lock.enter_context(self.locks.writing(fd, path, identity))
             return LockedBytes(self._open(path, spec.size, write=True), lock.pop_all().close, identity)
 
     def provision(
@@ -121,7 +121,7 @@ class DeviceBacking(Backing):
         """Check only that no process overwrites the device: the kernel does not move a namespace."""
         del identity  # nothing is changed
         with _opened(path) as fd:
-            self.locks.check_unwritten(fd, path)
+            self.locks.check_unwritten(fd, path, self._identity(self.volume(path, os.fstat(fd).st_rdev)))
 
     def hold(self, path: str, identity: BackingIdentity) -> int:
         """Open the device exclusively: a block device can then be neither mounted, nor disabled, nor made anew.

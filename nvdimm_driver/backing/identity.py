@@ -30,6 +30,22 @@ def check_same_bytes(path: str, found: BackingIdentity, expected: BackingIdentit
     check_identity(path, found, replace(expected, size=found.size))
 
 
+def check_none_outside(path: str, found: BackingIdentity | None, had: BackingIdentity | None, hint: str = "") -> None:
+    """Refuse a device that has not all the bytes that were provisioned: a partition that was made smaller leaves some.
+
+    What a file that was truncated has lost reads as zeros, whoever gets the blocks.
+
+    :param hint: what can be done beside making the device as large as it was.
+    :raises BackingError: when some are outside.
+    """
+    if had is not None and found is not None and not had.inode and not found.covers(had):
+        raise BackingError(
+            f"{path}: {describe_differences(found, had)}: bytes of the domain are outside of it, and have to be "
+            "overwritten before another domain may have them",
+            hint=f"make it as it was{hint}",
+        )
+
+
 def describe_differences(found: BackingIdentity, expected: BackingIdentity | None) -> str:
     """Return each field that differs, with both values, for people: ``its inode is 15, it was 12``."""
     if expected is None:

@@ -6,17 +6,18 @@ A lock on a backing itself (flock) would not do: everybody who may read the back
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from nvdimm_driver.backing.fsfreeze import find_waiting
 from nvdimm_driver.errors import BackingError, InUseError, hint_of
-from nvdimm_driver.lock_files import holder, is_at, is_waiting, leave_waiting, take
+from nvdimm_driver.lock_files import holder, is_at, is_taken, is_waiting, leave_waiting, take
+from nvdimm_driver.model import BackingIdentity
 
 FREEZE_SECONDS = 5.0
 """How long freezing and thawing wait for one that freezes or thaws on the same file system, however many do so."""
@@ -79,9 +80,10 @@ class Locks:
             pass
 
     @contextmanager
-    def writing(self, fd: int, path: str) -> Iterator[None]:
+    def writing(self, fd: int, path: str, device: BackingIdentity | None = None) -> Iterator[None]:
         """Keep other processes from writing to an open file or device meanwhile, and starts from freezing it.
 
+        :param device: the identity of a device, which shares bytes with the partitions of its namespace.
         :raises InUseError: when another process writes to it.
         :raises BackingError: when its file system takes no changes.
         """
@@ -90,7 +92,7 @@ class Locks:
             return
         if stat.S_ISREG(os.fstat(fd).st_mode):
             self.check_changeable(fd, path)
-        file = _writer(self._folder, fd)
+        file = _writer(self._folder, fd, device)
         lock = self._open(file)
         try:
             while not take(lock) or not is_at(lock, file):
@@ -99,30 +101,39 @@ class Locks:
                 os.close(lock)  # its holder has just deleted it
                 lock = self._open(file)
             try:
+                for other in self._writers(file, device):
+                    if other != file and is_taken(other):  # of two at once, each may find the other
+                        raise _overwritten(path, other)
                 yield
             finally:
                 file.unlink(missing_ok=True)
         finally:
             os.close(lock)
 
-    def check_unwritten(self, fd: int, path: str) -> None:
+    def check_unwritten(self, fd: int, path: str, device: BackingIdentity | None = None) -> None:
         """Check that no process is :meth:`writing` to an open file or device.
 
+        :param device: as for :meth:`writing`.
         :raises InUseError: when one is.
         """
-        if self._folder is None:
-            return
-        file = _writer(self._folder, fd)
-        try:
-            lock = os.open(file, os.O_RDONLY)
-        except FileNotFoundError:
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _overwritten(path, file) from error
-        finally:
-            os.close(lock)
+        if self._folder is not None:
+            for file in self._writers(_writer(self._folder, fd, device), device):
+                if is_taken(file):
+                    raise _overwritten(path, file)
+
+    def _writers(self, file: Path, device: BackingIdentity | None) -> list[Path]:
+        """Return the files that writers of the same bytes lock; of a device, also those of its parts, or of the whole.
+
+        :param file: the one of a writer of exactly these.
+        """
+        if device is None:
+            return [file]
+        found = []
+        for each in file.parent.glob(f"write-{device.device}-*-*"):
+            start, size = map(int, each.name.rsplit("-", 2)[1:])
+            if replace(device, start=start, size=size).shares_bytes(device):
+                found.append(each)
+        return found
 
     def _open(self, file: Path) -> int:
         try:
@@ -132,13 +143,12 @@ class Locks:
             raise BackingError(f"{file}: {error.strerror}", hint=hint_of(error)) from error
 
 
-def _writer(folder: Path, fd: int) -> Path:
+def _writer(folder: Path, fd: int, device: BackingIdentity | None) -> Path:
     """Return the file that a writer to an open file or device locks."""
+    if device is not None:
+        return folder / f"write-{device.device}-{device.start}-{device.size}"
     status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode):
-        return folder / f"write-{_number(status.st_dev)}-{status.st_ino}"
-    kind = "block" if stat.S_ISBLK(status.st_mode) else "char"
-    return folder / f"write-{kind}-{_number(status.st_rdev)}"
+    return folder / f"write-{_number(status.st_dev)}-{status.st_ino}"
 
 
 def _number(device: int) -> str:

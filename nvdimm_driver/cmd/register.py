@@ -121,7 +121,9 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str], saved: Sequence[str
     if not os.path.exists(_ledger(conf)):
         return
     yield f"kept {conf.state_dir}"
-    for record in Ledger(_ledger(conf)).domains():
+    with closing(_open_ledger(conf)) as ledger:
+        records = ledger.domains()
+    for record in records:
         yield from (f"kept {item.spec.path}, of domain {record.name}" for item in record.allocations)
 
 
@@ -134,15 +136,12 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
 
     :raises InUseError: when there are starts since the host's boot, and Xen cannot be asked which of them are over.
     """
-    path = _ledger(conf)
-    if os.path.exists(path):
+    if os.path.exists(_ledger(conf)):
         try:
             load_driver(conf).reconcile()
         except NvdimmError as error:
             LOG.warning("%s", error)
-    else:
-        path = ":memory:"  # nothing is made: the driver is removed
-    with closing(Ledger(path)) as ledger:
+    with closing(_open_ledger(conf)) as ledger:
         started = [
             each.name for each in ledger.started_domains() if each.start and each.start.boot_id == host_boot_id()
         ]
@@ -163,20 +162,24 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
 
 
 def find_saved(conf: cfg.ConfigOpts) -> list[str]:
-    """Return the names of the domains with NVDIMMs that have a managed save.
+    """Return the names of the domains with NVDIMMs that have a managed save, also such as the ledger does not know.
 
     :returns: none if a plug-in is broken: that does not keep the driver from being removed.
     """
-    if not os.path.exists(_ledger(conf)):
-        return []
     try:
         restore = XmlHooks.from_conf(conf).restore
     except NvdimmError as error:
         LOG.warning("%s", error)
         return []
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
-    with closing(Ledger(_ledger(conf))) as ledger:
+    with closing(_open_ledger(conf)) as ledger:
         return [each.name for each in repair_saved_guests.saved(ledger, restore, socket, conf.libvirt.save_dir)]
+
+
+def _open_ledger(conf: cfg.ConfigOpts) -> Ledger:
+    """Open the ledger; where none is, none is made: an empty one in memory."""
+    path = _ledger(conf)
+    return Ledger(path if os.path.exists(path) else ":memory:")
 
 
 def registered_state_dir(conf: cfg.ConfigOpts) -> str:

@@ -54,6 +54,7 @@ class Checks:
         :raises RefusedError: when it is in no pool, or a pool's rules forbid it.
         :raises InUseError: when a domain owns its path or its bytes.
         """
+        self.ledger.check_own()
         check_name(spec.path)
         self.pools.check_new([spec], self.ledger.domains())
         self.check_unowned(spec.path)

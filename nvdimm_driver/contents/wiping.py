@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
-from nvdimm_driver.backing.identity import check_same_bytes
+from nvdimm_driver.backing.identity import check_none_outside, check_same_bytes
 from nvdimm_driver.contents import copying
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
@@ -108,6 +108,7 @@ class Wiper:
             another domain's, too.
         :raises BackingError: when what is to be wiped or deleted is not there, and may exist.
         """
+        self._checks.ledger.check_own()
         ownership.check_off(self._find_unchanged(record))
         chosen = in_slot(record, slot)
         self.check_unmapped(chosen)
@@ -117,7 +118,11 @@ class Wiper:
             self._check_owner(record, item.spec)
             self._check_not_kept(record, chosen, item)
         with ExitStack() as opened:  # until the claims are given up, no start can take what is wiped
-            contents = [(item, opened.enter_context(self._opened(item.spec, record))) for item in wiped if item in here]
+            contents = [
+                (item, opened.enter_context(self._opened(item.spec, record, lost=lost)))
+                for item in wiped
+                if item in here
+            ]
             for item, content in contents:
                 self._overwrite(item.spec, content, watch)
             self._checks.ledger.note_overwritten(record.uuid, [item.spec.slot for item, _ in contents])
@@ -152,11 +157,16 @@ class Wiper:
             )
 
     @contextmanager
-    def _opened(self, spec: NvdimmSpec, owner: Record | None, owners: Collection[Record] = ()) -> Iterator[ByteRange]:
+    def _opened(
+        self, spec: NvdimmSpec, owner: Record | None, owners: Collection[Record] = (), *, lost: bool = False
+    ) -> Iterator[ByteRange]:
         """Open all of an NVDIMM's file or device, to overwrite it; no domain can start with it until it is closed.
 
         What is open is checked: who owns the folder can exchange names before and after.
+
+        :param lost: what is left of the owner's device is enough.
         """
+        self._checks.ledger.check_own()
         self._checks.pools.check_place(spec.path)
         self._check_whose(spec, owner, owners)
         self._checks.check_off(spec.path)  # a running domain's file cannot be opened for writing
@@ -166,6 +176,8 @@ class Wiper:
             with backing.open_bytes(whole, write=True) as content:
                 self._checks.check_off(spec.path, opened=content.identity)  # from now on, starts fail while it is open
                 self._check_whose(spec, owner, owners, content.identity)
+                if owner is not None and not lost:
+                    _check_whole(owner, spec, content.identity)
                 yield content
 
     def _overwrite(self, spec: NvdimmSpec, content: ByteRange, watch: Watch) -> None:
@@ -270,6 +282,13 @@ def in_slot(record: Record, slot: int | None) -> Record:
     if slot is None:
         return record
     return replace(record, allocations=tuple(item for item in record.allocations if item.spec.slot == slot), intents=())
+
+
+def _check_whole(owner: Record, spec: NvdimmSpec, found: BackingIdentity | None) -> None:
+    """Do what :func:`.check_none_outside` does for what is to be overwritten."""
+    (had,) = (item.identity for item in owner.allocations if item.spec == spec)
+    release = release_of(owner.uuid, spec.slot, "--lost ")
+    check_none_outside(spec.path, found, had, f"; or, to overwrite what is left, and give up all: {release}")
 
 
 def _missing(record: Record, path: str, problem: str) -> BackingError:

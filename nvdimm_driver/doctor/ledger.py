@@ -12,6 +12,7 @@ from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, war
 from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
+from nvdimm_driver.state.database import FROM_ELSEWHERE, TAKE_OVER
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import host_boot_id
 
@@ -38,11 +39,16 @@ def check(
             with closing(Ledger(str(path))) as ledger:
                 ledger.check_integrity()
                 records = ledger.domains()
+                is_from_elsewhere = ledger.is_from_elsewhere()
         except NvdimmError as error:
             yield could_not("ledger", error)
         else:
             nvdimms = sum(len(record.allocations) for record in records)
-            yield passed("ledger", f"{len(records)} domains, {nvdimms} NVDIMMs")
+            has = f"{len(records)} domains, {nvdimms} NVDIMMs"
+            if is_from_elsewhere:
+                yield warned("ledger", f"{has}; it {FROM_ELSEWHERE}", TAKE_OVER)
+            else:
+                yield passed("ledger", has)
             yield from check_starts(records, mapper)
             yield from check_backings(records, backings)
             yield from check_label_servers(records, label_server)

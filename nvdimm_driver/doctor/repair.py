@@ -10,7 +10,7 @@ from functools import cached_property, partial
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
-from nvdimm_driver.doctor.repair_changes import Changes, LaterMark
+from nvdimm_driver.doctor.repair_changes import Changes, LaterMark, exchanged_names
 from nvdimm_driver.doctor.repair_files import UnfitFiles, go_on, on_same_volume
 from nvdimm_driver.doctor.repair_marks import Marks
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -18,7 +18,7 @@ from nvdimm_driver.errors import ConfigError, NvdimmError, XenError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of, exists
-from nvdimm_driver.shell import repair_of
+from nvdimm_driver.shell import command, repair_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import condition, owner_marks, ownership
 from nvdimm_driver.state.condition import Condition
@@ -102,6 +102,7 @@ class _Look:
         self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
         self.changes = Changes(driver, self.records, self.files)
+        self.exchanged = exchanged_names(driver.backings, self.records)
         self.unfit = UnfitFiles(self.changes, zeros)
         self.unseen: list[Inconsistency] = []
         for pool in driver.pools:
@@ -254,7 +255,9 @@ class _Look:
             yield inconsistency(*unfit)
             return
         if found is not None and found != item.identity:
-            if found.inode == 0:
+            if name := self.exchanged.get((record.uuid, item.spec.slot)):
+                yield self._exchanged(record, item, name)
+            elif found.inode == 0:
                 yield inconsistency(
                     problem, _find_device(record, item, backing.find(item.identity) if item.identity else "")
                 )
@@ -312,6 +315,21 @@ class _Look:
         forget = self.changes.of(record, self.changes.forget_base, item)
         return inconsistency("forget its base: the next start chooses another", forget)
 
+    def _exchanged(self, record: Record, item: Allocation, name: str) -> Inconsistency:
+        """Return a device whose name another domain's has now, while it has that of another's.
+
+        :param name: that it has now.
+        """
+        return Inconsistency(
+            record.name,
+            record.uuid,
+            item.spec.path,
+            f"its device has the name {name} now, and another domain's has this one: a boot has exchanged their names",
+            f"take the names of now into the ledger; then define {record.name} with {name}: "
+            + command("virsh", "edit", record.uuid),
+            partial(self.changes.follow_names, self.exchanged),
+        )
+
     def _displaced(self, record: Record, item: Allocation, moved: list[str]) -> str:
         """Return the remedy for another file in the place of what an NVDIMM was provisioned with, which is elsewhere.
 
@@ -332,10 +350,15 @@ class _Look:
 
     def _twice(self, record: Record, item: Allocation, twin: Allocation) -> Inconsistency:
         """Return one of two NVDIMMs of a domain that have the same bytes in the ledger; an earlier repair did that."""
-        problem = f"its bytes are those of the NVDIMM in slot {twin.spec.slot}, {twin.spec.path}, too"
+        problem = f"bytes of it are those of the NVDIMM in slot {twin.spec.slot}, {twin.spec.path}, too"
         inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
         if twin.spec.set_aside or not item.spec.set_aside:
             return inconsistency("define the domain without one of the two")
+        if not (item.identity and twin.identity and twin.identity.covers(item.identity)):
+            return inconsistency(
+                f"that is only a part of it: define the domain with {item.spec.path} in place of {twin.spec.path}; or "
+                "release the domain, and define it again"
+            )
         give_up = self.changes.of(record, self.changes.give_up, item)
         return inconsistency(f"give up number {item.spec.slot}: the other one keeps the bytes", give_up)
 
@@ -348,6 +371,9 @@ class _Look:
         """
         problem = f"what is there is the domain's NVDIMM in slot {own.spec.slot}, {own.spec.path}"
         inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
+        if own.identity is not None and own.identity.inode == 0:
+            here = backing.find(item.identity) if item.identity else ""
+            return inconsistency(_find_device(record, item, here))
         if not _can_become(own, item):
             return inconsistency(f"have it moved back to {own.spec.path}; what belongs here is another file")
         take = self.changes.of(record, self.changes.adopt_instead, backing, item, found, own)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -312,6 +313,32 @@ class Changes:
                 raise
             self._see(uuid)
 
+    # --- of devices ---
+
+    def follow_names(self, names: Mapping[tuple[str, int], str]) -> None:
+        """Give the devices that have each other's names the ones of now. A repair of one does it for all.
+
+        :param names: as :func:`exchanged_names` returns them.
+        :raises InUseError: when one of the domains runs, or they have other names by now.
+        """
+        uuids = sorted({uuid for uuid, _ in names})
+
+        def check() -> None:
+            found = exchanged_names(self.driver.backings, self.driver.ledger.domains())
+            for record in filter(None, map(self.driver.ledger.find_domain, uuids)):
+                ownership.check_off(record)
+            if found != names:
+                raise InUseError("devices have other names by now", hint="repeat 'nvdimmctl check'")
+
+        with ExitStack() as locks:
+            for uuid in uuids:
+                locks.enter_context(self.driver.locks.changing(uuid))
+                locks.enter_context(self.driver.locks.storing(uuid))
+            if exchanged_names(self.driver.backings, self.driver.ledger.domains()):
+                self.driver.ledger.rename_devices(names, check)
+            for uuid in uuids:
+                self._see(uuid)
+
     # --- of starts, and of files that no domain has ---
 
     def take_up(self, record: Record, domid: int, paths: Collection[str]) -> None:
@@ -363,6 +390,29 @@ def _set_mark(backing: Backing, path: str, text: bytes | None, identity: Backing
     if found is not None and found.owner != text:
         why = "immutable for a guest" if found.frozen else "another file by now"
         raise InUseError(f"{path} is {why}, and keeps its mark", hint="shut that guest down first, or try again")
+
+
+def exchanged_names(backings: Sequence[Backing], records: Iterable[Record]) -> dict[tuple[str, int], str]:
+    """Return, by uuid and slot, the names of now of devices that have each other's names in the ledger.
+
+    The kernel gives the names as it finds the devices, so a boot can exchange them. One that has a new name of its own
+    is not among them, nor one that has the name of another one of its domain: a start takes a domain's own for what its
+    definition means.
+    """
+    devices = [item for each in records for item in each.allocations if item.identity and not item.identity.inode]
+    paths = {ownership.identity_at(backings, item.spec.path): item.spec.path for item in devices}
+    had = {item.spec.path: item.uuid for item in devices}
+    names = {
+        item: path
+        for item in devices
+        if item.identity and (path := paths.get(item.identity)) not in (None, item.spec.path) and had[path] != item.uuid
+    }
+    while True:
+        leaving = {item.spec.path for item in names}
+        closed = {item: path for item, path in names.items() if path in leaving}
+        if closed == names:
+            return {(item.uuid, item.spec.slot): path for item, path in names.items()}
+        names = closed
 
 
 def _is_as_seen(now: Record | None, seen: Record | None) -> bool:

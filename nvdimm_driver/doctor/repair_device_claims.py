@@ -16,7 +16,7 @@ from nvdimm_driver.doctor.libvirt import Connection
 from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError, ProtocolError
-from nvdimm_driver.model import DomainSpec
+from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
 from nvdimm_driver.state import ownership
@@ -98,16 +98,35 @@ def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
         return  # until its claims are in the ledger
     known = {*record.start.paths} if record.start else set()
     owned = {item.spec.path for item in record.allocations}
-    has = {spec.path for spec in domain.running.nvdimms if _is_device(driver, spec.path)} & owned
+    devices = [spec for spec in domain.running.nvdimms if spec.path in owned and _is_device(driver, spec.path)]
+    has = {spec.path for spec in devices}
+    inconsistency = partial(Inconsistency, record.name, record.uuid)
+    if elsewhere := [spec for spec in devices if spec.path not in known and not _is_as_in_guest(record, spec)]:
+        for spec in elsewhere:
+            problem = f"the guest with domid {domain.domid} has it in slot {spec.slot}, and the ledger otherwise"
+            yield inconsistency(spec.path, problem, f"shut domain {record.name} down, and define it again")
+        return
     for path in sorted(has - known):
-        yield Inconsistency(
-            record.name,
-            record.uuid,
-            path,
-            f"the guest with domid {domain.domid} has it, and the ledger does not know that",
-            "write its start into the ledger",
-            partial(driver.take_up_running, record, domain.domid, has | known),
-        )
+        problem = f"the guest with domid {domain.domid} has it, and the ledger does not know that"
+        take_up = partial(_take_up, driver, record, domain.domid, has | known)
+        yield inconsistency(path, problem, "write its start into the ledger", take_up)
+
+
+def _is_as_in_guest(record: Record, spec: NvdimmSpec) -> bool:
+    """Return True when the ledger has an NVDIMM as the XML of the guest has it, in which a base may not be told."""
+    return any(
+        (item.spec.slot, item.spec.size, item.spec.label_size) == (spec.slot, spec.size, spec.label_size)
+        and spec.base in (None, item.base)
+        for item in record.allocations
+        if item.spec.path == spec.path
+    )
+
+
+def _take_up(driver: XenNvdimmDriver, record: Record, domid: int, paths: set[str]) -> None:
+    """Write into the ledger that a guest has these; a repair of one does it for all."""
+    now = driver.ledger.find_domain(record.uuid)
+    if not (now and now.start and now.start.domid == domid and paths <= {*now.start.paths}):
+        driver.take_up_running(record, domid, paths)
 
 
 def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
@@ -121,18 +140,33 @@ def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistenc
             continue
         who = f"the guest with domid {domain.domid}" if path in running else "libvirt's definition"
         identity = ownership.identity_at(driver.backings, path)
+        own = _devices_of(driver, uuid)
+        if any(item.spec.path == path for item in own):
+            continue  # what is there is another device now: the finding is at the domain's own
+        now = next((item.spec.path for item in own if item.renamed_from == path), None)
         for record in ownership.owners(driver.ledger, path, identity):
             if record.uuid != uuid:
                 item = ownership.find_item(record, path, identity)
                 release = release_of(record.uuid, item.spec.slot) if item else "end what has it"
+                remedy = (
+                    f"if it is {record.name}'s: take it out of {name}'s definition: virsh edit {uuid}; if it is "
+                    f"{name}'s: {release}, without wipe_on_release in the pool's section"
+                )
+                if now:
+                    remedy = f"{name} has {now} instead, by the ledger: define it with that: virsh edit {uuid}"
                 yield Inconsistency(
                     name,
                     uuid,
                     path,
                     f"{who} has it, and the ledger says that it is domain {record.name}'s ({record.uuid})",
-                    f"if it is {record.name}'s: take it out of {name}'s definition: virsh edit {uuid}; if it is "
-                    f"{name}'s: {release}, without wipe_on_release in the pool's section",
+                    remedy,
                 )
+
+
+def _devices_of(driver: XenNvdimmDriver, uuid: str) -> list[Allocation]:
+    """Return the devices that a domain has in the ledger."""
+    record = driver.ledger.find_domain(uuid)
+    return [item for item in (record.allocations if record else ()) if item.identity and not item.identity.inode]
 
 
 def _extract(xml: str) -> DomainSpec | None:

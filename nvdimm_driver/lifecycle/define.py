@@ -10,7 +10,7 @@ from functools import partial
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing import files, paths
-from nvdimm_driver.backing.identity import check_same_bytes
+from nvdimm_driver.backing.identity import check_none_outside, check_same_bytes
 from nvdimm_driver.errors import BackingError, DomainXmlError, InUseError, LedgerError, NvdimmError
 from nvdimm_driver.lifecycle import saved_guest, slots
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
@@ -79,6 +79,7 @@ class Definitions:
         :raises NvdimmError: any error that a define or start would raise.
         """
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
+        self.ledger.check_own()
         domain = self.identify_by_name(domain)
         found = self.find_paths(domain.uuid, (spec.path for spec in domain.nvdimms))
         domain = self.keep_slots(domain.with_paths(found))
@@ -87,7 +88,7 @@ class Definitions:
         self._check_allowed(domain, self._all_kept(domain, before, kept))
         identities = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
         self._check_not_moved(before, identities)
-        condition.check_none_lost(self.backings, before, identities)
+        self._check_none_lost(before, identities)
         self._check_started(domain, before, identities)
         check_kept(domain, before, self.ledger.find_run(uuid), self.backings, self.planner.host.bad_ranges())
         return self.planner.plan_define(domain, before, adopts=adopts)
@@ -167,7 +168,7 @@ class Definitions:
         LOG.debug("define domain %s, %s", domain.name, uuid)
         found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
 
-        condition.check_none_lost(self.backings, before, found)
+        self._check_none_lost(before, found)
         if adopts:
             _check_all_there(found)
 
@@ -246,8 +247,10 @@ class Definitions:
         if record is None or found is None:
             return record or found
         others = [item for item in record.allocations if item.spec.path not in marked]
+        had = [_with_path_of(each, others) for each in found.allocations]
+        others = [item for item in others if not ownership.has_bytes(had, item.identity)]
         newest = found if found.changed > record.changed else record
-        items = tuple(slots.combined([*found.allocations, *others]))
+        items = tuple(slots.combined([*had, *others]))
         return replace(record, name=newest.name, ram=newest.ram, dsm=newest.dsm, allocations=items)
 
     def _put_back_claims(
@@ -339,7 +342,7 @@ class Definitions:
     def _plan_adoption(self, domain: DomainSpec, record: Record | None) -> Plan:
         """Return the plan for an :meth:`adopt` that changes the record; change nothing."""
         found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
-        condition.check_none_lost(self.backings, record, found)
+        self._check_none_lost(record, found)
         for spec in domain.nvdimms:
             intake = self._backing(spec).examine(spec)
             if intake.creates or intake.writes:
@@ -370,13 +373,29 @@ class Definitions:
         """
         wanted = {spec.path for spec in domain.nvdimms}
         identities = [ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms]
-        others = [
+        left = [
             item
             for item in (record.allocations if record else ())
-            if item.spec.path not in wanted
-            and not any(item.identity and item.identity.is_same(identity) for identity in identities)
+            if not any(item.identity and item.identity.is_same(identity) for identity in identities)
         ]
-        return slots.set_aside(others, {spec.slot for spec in domain.nvdimms})
+        others = [self._by_its_name(item, wanted, left) for item in left]
+        return slots.set_aside([*filter(None, others)], {spec.slot for spec in domain.nvdimms})
+
+    def _by_its_name(self, item: Allocation, taken: Container[str], own: Iterable[Allocation]) -> Allocation | None:
+        """Return an NVDIMM; if something else takes its name, a device by the name that a boot has given it, if any.
+
+        :param taken: paths that other NVDIMMs of the domain have now.
+        :param own: NVDIMMs whose names it may have now, beside those in the pools.
+        """
+        if item.spec.path not in taken:
+            return item
+        if item.identity is None or item.identity.inode:
+            return None
+        names = [*(each.spec.path for each in own), *(path for pool in self.pools for path in pool.paths)]
+        for path in names:
+            if path not in taken and ownership.identity_at(self.backings, path) == item.identity:
+                return replace(item, spec=replace(item.spec, path=path))
+        return None
 
     def _all_kept(self, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation]) -> Sequence[Allocation]:
         """Return NVDIMMs that the domain keeps besides those of its XML, and the others that it cannot give up now.
@@ -404,6 +423,14 @@ class Definitions:
             return has_to_be_wiped or any(item.identity and item.identity.shares_bytes(each) for each in had)
 
         return [item for item in items if stays(item)]
+
+    def _check_none_lost(self, before: Record | None, found: Mapping[str, BackingIdentity | None]) -> None:
+        """Check that what the domain keeps has all its bytes: those of its NVDIMMs, and those to be wiped one day."""
+        condition.check_none_lost(self.backings, before, found)
+        for item in before.allocations if before else ():
+            here = found.get(item.spec.path)
+            if ownership.has_bytes([item], here) and self.pools.wipes(item, here):
+                check_none_outside(item.spec.path, here, item.identity)
 
     def _saved(self, record: Record | None) -> list[BackingIdentity]:
         """Return what the domain's saved guest has; nothing without one."""
@@ -549,7 +576,9 @@ class Definitions:
             dsm=domain.dsm,
             kind="defined",
             check=lambda: self._check_claims(domain, before, identities),
-            marked=ownership.times_of_marks(self.backings, uuid, [each for each in items if each not in kept]),
+            marked=ownership.times_of_marks(
+                self.backings, uuid, [each for each in items if each.spec.path in identities]
+            ),
         )
         self._mark(uuid)
 
@@ -593,11 +622,12 @@ class Definitions:
         :param identities: of what is at the domain's paths; None where nothing is.
         :raises BackingError: when something else is there, or nothing.
         """
-        for item in before.allocations if before else ():
+        items = before.allocations if before else ()
+        for item in items:
             path = item.spec.path
             if path not in identities or any(ownership.has_bytes([item], each) for each in identities.values()):
                 continue
-            if item.identity is None:
+            if item.identity is None or self._by_its_name(item, identities, items):
                 continue
             if found := identities[path]:
                 check_same_bytes(path, found, item.identity)
@@ -635,6 +665,12 @@ def _check_all_there(found: Mapping[str, BackingIdentity | None]) -> None:
     for path, identity in found.items():
         if identity is None:
             raise BackingError(f"{path}: is not there any more", hint=_MAKES_ZEROS)
+
+
+def _with_path_of(item: Allocation, others: Iterable[Allocation]) -> Allocation:
+    """Return what a mark tells of, with the path that the ledger has for the same bytes: its file was moved since."""
+    path = next((each.spec.path for each in others if ownership.has_bytes([each], item.identity)), item.spec.path)
+    return replace(item, spec=replace(item.spec, path=path))
 
 
 def uuid_of(domain: DomainSpec) -> str:

@@ -10,6 +10,7 @@ import errno
 import os
 import sqlite3
 import time
+from contextlib import suppress
 
 from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError, hint_of, own_file_error
 from nvdimm_driver.host_text import escaped
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 """How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
 KEPT_EVENTS = 10_000
 """Older events are deleted."""
@@ -29,9 +30,13 @@ FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 """SQLite's errors on a full disk. It calls the second, for the index of its write-ahead log, "disk I/O error"."""
 UNWRITTEN = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 """Its errors when the file, or one beside it, cannot be made or written; they do not tell why."""
+FS_IOC_GETVERSION = 0x80087601
 FOREIGN = "PRAGMA foreign_key_check"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
+FROM_ELSEWHERE = "is a backup or a copy, and was not compared with what is there yet"
+TAKE_OVER = "'nvdimmctl check --repair' does that: until then, only what is defined already can start"
+"""Hint for such a ledger."""
 
 
 class Database:
@@ -72,6 +77,27 @@ class Database:
         if found:
             raise DamagedLedgerError(f"{self.path} is damaged: {'; '.join(found)}", hint=REBUILD)
 
+    def is_from_elsewhere(self) -> bool:
+        """Return True when the file is not the one that the ledger was made in: it is a backup or a copy.
+
+        It says so until :meth:`take_over`. A copy of the whole file system, and one that was written over the file that
+        was there, cannot be told.
+        """
+        ((file,),) = self._rows("SELECT file FROM latest")
+        return bool(file) and file != file_identity(self.path)
+
+    def check_own(self) -> None:
+        """Check that the file is the ledger's own, as far as :meth:`is_from_elsewhere` can tell.
+
+        :raises LedgerError: when it is not: what it says may be older than what is there.
+        """
+        if self.is_from_elsewhere():
+            raise LedgerError(f"{self.path} {FROM_ELSEWHERE}", hint=TAKE_OVER)
+
+    def take_over(self) -> None:
+        """Take the file, which comes from elsewhere and was compared with what is there, for the ledger's own."""
+        self._write([("UPDATE latest SET file = ?", (file_identity(self.path),))])
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()
@@ -95,7 +121,8 @@ class Database:
             self._db.create_function("real_path", 1, os.path.realpath)
             self._db.create_function("real_paths", 1, _real_paths)
             statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
-            self._write([*[(part, ()) for part in statements], (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
+            own = ("UPDATE latest SET file = ?", (file_identity(self.path),))
+            self._write([*[(part, ()) for part in statements], own, (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
         finally:
             os.close(folder)
 
@@ -218,6 +245,26 @@ def file_number(path: str) -> int | None:
         return os.stat(path).st_ino
     except FileNotFoundError:
         return None
+
+
+def file_identity(path: str) -> str:
+    """Return what tells the file at a path from each other one that was or will be there; empty when nothing is.
+
+    The number of an inode is used again; its generation (FS_IOC_GETVERSION), where the file system has one, differs.
+    """
+    import fcntl
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    try:
+        number, generation = os.fstat(fd).st_ino, bytes(8)
+        with suppress(OSError):
+            generation = fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
+        return f"{number}:{generation[:4].hex()}"
+    finally:
+        os.close(fd)
 
 
 def _lock_folder(path: str) -> int:

@@ -42,22 +42,36 @@ class UnknownClaims:
         devices = [path for path in claims if keeps_no_mark(self.backings, path)]
         for domain in self.stored if devices else ():
             for path in devices:
-                if not (uuid and domain.uuid == uuid) and self._has(domain, path):
+                if not (uuid and domain.uuid == uuid) and self._has(domain, path, uuid):
                     raise _owned(path, domain)
 
-    def _has(self, domain: StoredDomain, path: str) -> bool:
-        """Return True when a domain in libvirt's files has a device, by any of its names."""
+    def _has(self, domain: StoredDomain, path: str, uuid: str) -> bool:
+        """Return True when a domain in libvirt's files has a device, by any of its names.
+
+        :param uuid: of the domain that is to have the device.
+        """
         if domain.names(path):
-            return not self._means_another(domain, path)
+            return not self._means_another(domain, path, uuid)
         identity = ownership.identity_at(self.backings, path)
-        others = (other for other in domain.paths if not self._means_another(domain, other))
+        others = (other for other in domain.paths if not self._means_another(domain, other, uuid))
         found = (ownership.identity_at(self.backings, other) for other in others)
         return identity is not None and any(each is not None and identity.shares_bytes(each) for each in found)
 
-    def _means_another(self, domain: StoredDomain, path: str) -> bool:
-        """Return True when the domain was provisioned with another device, which had that name before a boot."""
+    def _means_another(self, domain: StoredDomain, path: str, uuid: str) -> bool:
+        """Return True when a name in libvirt's files is that of another device, which had it before a boot.
+
+        That is so if the domain was provisioned with another one, and what is there now for the domain that is to have
+        it. For any third domain, the ledger may be older than the definition.
+        """
+        asking = self.ledger.find_domain(uuid) if uuid else None
+        if asking is None or not ownership.has_bytes(asking.allocations, ownership.identity_at(self.backings, path)):
+            return False
         record = self.ledger.find_domain(domain.uuid)
-        items = [item for item in (record.allocations if record else ()) if item.spec.path == path and item.identity]
+        items = [
+            item
+            for item in (record.allocations if record else ())
+            if path in (item.spec.path, item.renamed_from) and item.identity
+        ]
         found = ownership.identity_at(self.backings, path)
         return bool(items) and found is not None and not ownership.has_bytes(items, found)
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 INTENT_COLUMNS = "slot, path, size, label_size, alignsize, fixed_base, node, pmem"
 ALLOCATION_COLUMNS = (
-    f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed, wipes, overwritten"
+    f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed, wipes, overwritten, "
+    "renamed_from"
 )
 
 
@@ -117,8 +118,8 @@ class Ledger(StartSteps):
         statements += [
             (
                 f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) "
-                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0 FROM domain WHERE uuid = ?",
-                (*_allocation_values(item), last_change(item), int(item.wipes), uuid),
+                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0, ? FROM domain WHERE uuid = ?",
+                (*_allocation_values(item), last_change(item), int(item.wipes), item.renamed_from, uuid),
             )
             for item in allocations
         ]
@@ -140,6 +141,17 @@ class Ledger(StartSteps):
         """Note that a release has overwritten NVDIMMs of a domain, until the next start begins."""
         sql = "UPDATE allocation SET overwritten = 1 WHERE uuid = ? AND slot = ?"
         self._write([(sql, (uuid, slot)) for slot in slots])
+
+    def rename_devices(self, names: Mapping[tuple[str, int], str], check: Callable[[], None]) -> None:
+        """Give devices that domains have other names: all at once, as they may have each other's.
+
+        :param names: paths, by uuid and slot.
+        :param check: called in the transaction; raises what speaks against it.
+        """
+        free = "UPDATE allocation SET renamed_from = path, path = ? WHERE uuid = ? AND slot = ?"
+        take = "UPDATE allocation SET path = ? WHERE uuid = ? AND slot = ?"
+        statements = [(free, (f"{uuid}:{slot}", uuid, slot)) for uuid, slot in names]  # a path is one domain's
+        self._write([*statements, *((take, (path, *key)) for key, path in names.items())], check=check)
 
     def begin_define(self, domain: DomainSpec, check: Callable[[], None]) -> None:
         """Record what a define wants for a domain, beside what the domain has, until :meth:`store` or another call.
@@ -372,5 +384,7 @@ def _allocation(uuid: str, row: Sequence[Any]) -> Allocation:
     from nvdimm_driver.model import Allocation, BackingIdentity
 
     identity = None if row[8] is None else BackingIdentity(*row[8:14])
-    base, written, changed, wipes, overwritten = row[14:]
-    return Allocation(uuid, _spec(row[:8]), identity, base, written, changed, bool(wipes), bool(overwritten))
+    base, written, changed, wipes, overwritten, renamed_from = row[14:]
+    return Allocation(
+        uuid, _spec(row[:8]), identity, base, written, changed, bool(wipes), bool(overwritten), renamed_from
+    )

@@ -474,9 +474,19 @@ def unmark_dropped(
 def unknown_marks(ledger: Ledger, backings: Sequence[Backing], domain: DomainSpec) -> list[tuple[str, str]]:
     """Return path and mark of each file that is the domain's by a mark which the ledger does not know.
 
-    A define or a start writes over it: if that fails, it is put back.
+    A define or a start writes over it, or removes it from what the domain is to have no more: if that fails, it is put
+    back.
     """
-    files = [file for path in find_own_marks(ledger, backings, domain) for file in _files(backings, path)]
+    record = None if domain.uuid is None else ledger.find_domain(domain.uuid)
+    items = record.allocations if record else ()
+    late = [
+        item.spec.path
+        for item in items
+        for file in _files_left(backings, item.spec.path)
+        if record and later_mark(record, item, file)
+    ]
+    paths = dict.fromkeys([*find_own_marks(ledger, backings, domain), *late])
+    files = [file for path in paths for file in _files(backings, path)]
     return [(file.path, file.owner.decode()) for file in files if file.owner is not None]
 
 

@@ -135,5 +135,9 @@ ALTER TABLE frozen ADD COLUMN given_up INTEGER;
 UPDATE frozen SET given_up = (SELECT nullif(changed, 0) FROM domain WHERE uuid = frozen.uuid)
     WHERE path NOT IN (SELECT path FROM allocation WHERE uuid = frozen.uuid);
 """,
+    """
+ALTER TABLE latest ADD COLUMN file TEXT NOT NULL DEFAULT '';
+ALTER TABLE allocation ADD COLUMN renamed_from TEXT NOT NULL DEFAULT '';
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

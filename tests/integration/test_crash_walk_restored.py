@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 
 import pytest
@@ -16,6 +13,7 @@ from nvdimm_driver.model import DomainSpec, NvdimmSpec
 from tests.integration import test_crash_walk as walks
 from tests.integration.crash_world import LABEL, RAM, SIZE, World, X
 from tests.integration.test_crash_walk import DOMID, EVERY, Operation, Walk, all_faults, faults, take
+from tests.ledger_copies import copy_ledger
 
 fs, world = walks.fs, walks.world
 BOTH = ("x0", "x1")
@@ -44,20 +42,11 @@ def swapped(world: World) -> DomainSpec:
 def then_restored(world: World, change: Callable[[], object]) -> None:
     """Change something and note what the domain has then; and have the ledger of before."""
     backup = world.folder / "backup"
-    _copy(world, "ledger.sqlite", "backup")
+    backup.unlink(missing_ok=True)
+    copy_ledger(world.folder / "ledger.sqlite", backup)
     change()
     world.had = world.kept()  # type: ignore[attr-defined]
-    for end in ("-wal", "-shm", ""):
-        (world.folder / f"ledger.sqlite{end}").unlink(missing_ok=True)
-    os.replace(backup, world.folder / "ledger.sqlite")
-
-
-def _copy(world: World, source: str, target: str) -> None:
-    with (
-        closing(sqlite3.connect(world.folder / source)) as one,
-        closing(sqlite3.connect(world.folder / target)) as other,
-    ):
-        one.backup(other)
+    copy_ledger(backup, world.folder / "ledger.sqlite")
 
 
 def two(world: World) -> None:

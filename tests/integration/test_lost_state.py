@@ -19,6 +19,7 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from tests.integration.bench_host import UUID, Host
 from tests.integration.loop_pmem import run
+from tests.ledger_copies import copy_ledger
 from tests.unit.fake_sysfs import FakeSysfs
 
 PAGE = (Path(__file__).parents[2] / "doc/ledger.rst").read_text(encoding="utf-8").partition(".. list-table")[0]
@@ -55,6 +56,7 @@ def test_a_guest_reboots_on_a_full_disk(host: Host) -> None:
     small = f"cp -a {state} {state}.old && mount -t tmpfs -o size=48m none {state} && cp -a {state}.old/. {state}"
     done = host.libvirtd.run("sh", "-c", f"{small} && rm {state}/ledger.sqlite-reserve")
     assert done.returncode == 0, done.stderr
+    assert rows(host, "check", "--repair")[0]["Problem"].startswith("it is a backup or a copy")
     assert rows(host, "list")[0]["Domain"] == "db1"
     host.libvirtd.events()
     for domid in (2, 3):
@@ -189,8 +191,7 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
     ledger, backup = host.folder / "state/ledger.sqlite", host.folder / "backup"
     host.check("start", "db4")
     host.check("save", "db4", host.folder / "saved")
-    with sqlite3.connect(ledger) as source, sqlite3.connect(backup) as copy:
-        source.backup(copy)
+    copy_ledger(ledger, backup)
     stored = host.folder / "stored.xml"
     stored.write_text((host.libvirtd.folder / "etc/libxl/db4.xml").read_text())
     host.check("undefine", "db4")
@@ -198,9 +199,7 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
     host.check("define", new)
     with open(device, "r+b") as content:
         content.write(b"of db3" * 1000)
-    for end in ("-wal", "-shm"):
-        (host.folder / f"state/ledger.sqlite{end}").unlink(missing_ok=True)
-    os.rename(backup, ledger)
+    copy_ledger(backup, ledger)
     for way in (["wipe", "--yes", "db4"], ["wipe", "--yes", device], ["wipe", "--yes", "--unclaimed", device]):
         refused = host.nvdimmctl(*way)
         assert refused.returncode != 0
@@ -266,8 +265,14 @@ def test_a_backup_of_the_ledger_is_restored_as_its_page_says(host: Host) -> None
     script = "; ".join(moves).replace("/var/lib/nvdimm-driver", str(state)).replace("FILE", str(host.folder / "backup"))
     host.libvirtd.run("sh", "-ec", script)
     host.libvirtd.start()
+    (found,) = [row for row in rows(host, "check") if row["Path"] == str(state / "ledger.sqlite")]
+    assert "it is a backup or a copy" in found["Problem"]
+    refused = host.libvirtd.run("virsh", "-q", "-c", "xen:///system", "define", xml)
+    assert "'nvdimmctl check --repair' does that" in refused.stderr
+    assert doctor(host)["ledger"]["Result"] == "WARN"
     rows(host, "check", "--repair")
     assert rows(host, "check") == []
+    assert doctor(host)["ledger"]["Result"] == "PASS"
     after = host.record("db1")
     assert [(item.spec.slot, item.spec.path) for item in after.started] == [
         (item.spec.slot, item.spec.path) for item in before.started

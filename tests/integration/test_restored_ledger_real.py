@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from nvdimm_driver.state import database, owner_marks
 from nvdimm_driver.state.owner_marks import Mark
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
+from tests.ledger_copies import copy_ledger
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
 SECRET = b"of y" * 1024
@@ -42,21 +42,15 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str,
 
 
 def back_up(host: Host) -> None:
-    """Copy the ledger as the documentation says."""
-    source, copy = sqlite3.connect(host.folder / "ledger.sqlite"), sqlite3.connect(host.folder / "backup")
-    with source, copy:
-        source.backup(copy)
-    source.close()
-    copy.close()
+    """Copy the ledger."""
+    copy_ledger(host.folder / "ledger.sqlite", host.folder / "backup")
 
 
 def restore(host: Host) -> None:
-    """Put the copy in the ledger's place; the driver is another process's from then on."""
+    """Write the copy over the ledger, which does not notice; the driver is another process's from then on."""
     holders = host.driver.starts.holders
     host.driver.ledger.close()
-    for end in ("-wal", "-shm", ""):
-        (host.folder / f"ledger.sqlite{end}").unlink(missing_ok=True)
-    os.rename(host.folder / "backup", host.folder / "ledger.sqlite")
+    copy_ledger(host.folder / "backup", host.folder / "ledger.sqlite")
     host.driver = host.another()
     host.driver.starts.holders = holders
 

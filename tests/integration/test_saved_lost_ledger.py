@@ -55,6 +55,9 @@ def test_the_saved_guest_stays(host: Host, how: str) -> None:
         each.unlink()
     for each, content in kept.items():  # what the hint says
         each.write_bytes(content)
+    assert "'nvdimmctl check --repair' does that" in host.virsh("start", name).stderr
+    assert is_saved(host, name)
+    host.nvdimmctl("check", "--repair")
     host.check("start", name)
     assert host.state(name)[0] == "mapped"
     host.check("destroy", name)

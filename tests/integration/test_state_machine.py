@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -49,6 +47,7 @@ from tests.integration.domains_model import (
     while_mounted,
 )
 from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.ledger_copies import copy_ledger
 
 STEPS, LONG_STEPS = 20_000, 1_000_000
 STEPS_OF_AN_EXAMPLE = 50
@@ -162,8 +161,6 @@ class HostMachine(DomainsMachine):
     @precondition(lambda self: self.backup is not None and not self.away)
     @rule()
     def ledger_comes_from_the_backup(self) -> None:
-        for end in ("-wal", "-shm", ""):
-            (self.world.folder / f"ledger.sqlite{end}").unlink(missing_ok=True)
         self._copy(self.world.folder / "backup", self.world.folder / "ledger.sqlite")
         for uuid, guest in self.guests.items():
             if guest.running is None:  # a start that is in the backup is over
@@ -224,9 +221,7 @@ class HostMachine(DomainsMachine):
         assert self._do(_claims) == before
 
     def _copy(self, source: Path, target: Path) -> None:
-        target.unlink(missing_ok=True)
-        with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
-            one.backup(other)
+        copy_ledger(source, target)
 
 
 def _put_away(driver: XenNvdimmDriver, uuid: str) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 API_VERSION = 2
-SECTOR = 512
-"""What a disk writes whole or not at all, in bytes."""
+SECTOR = 4096
+"""What a disk writes whole or not at all, in bytes. A torn block of 4 KiB is more than ext4's own journal stands."""
 WRITES = 12
 """So many writes are made before the power is cut, on an average."""
 _options: dict[str, str] = {}

@@ -94,10 +94,18 @@ def test_a_device_is_anothers_by_any_name() -> None:
 
 
 def test_a_name_that_was_another_devices_before_a_boot_is_no_claim() -> None:
-    """Two devices have each other's names: each domain can be defined anew with the new name of its own."""
+    """Two devices have each other's names: each domain can be defined anew with the new name of its own.
+
+    A third domain gets none: the ledger may be older than libvirt's definition.
+    """
     found = claims([StoredDomain("owner", UUID, (DEVICE,))], pmem1="two", pmem2="one")
     had = Allocation(UUID, NvdimmSpec(0, DEVICE, SIZE), identity("one"), PAGE)
     found.ledger.store(UUID, "owner", 1 << 30, [had])
+    for uuid in ("", OTHER_UUID):
+        with pytest.raises(InUseError, match="is in libvirt's definition of domain owner, too"):
+            found.check(uuid, {DEVICE: None})
+    others = Allocation(OTHER_UUID, NvdimmSpec(0, f"{DEVICE}x", SIZE), identity("two"), PAGE)
+    found.ledger.store(OTHER_UUID, "other", 1 << 30, [others])
     found.check(OTHER_UUID, {DEVICE: None})
 
 

@@ -128,7 +128,7 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], *
     :param is_new: the ledger was made just now: it is an inconsistency when libvirt cannot say whose the devices are.
     """
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
-    from nvdimm_driver.doctor import repair_saved_guests
+    from nvdimm_driver.doctor import repair_ledger, repair_saved_guests
     from nvdimm_driver.doctor.libvirt import daemon_socket, definition_of
     from nvdimm_driver.doctor.repair import Inconsistency, look
     from nvdimm_driver.xml.hooks import XmlHooks
@@ -140,9 +140,11 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], *
         *repair_saved_guests.look(driver, restore, socket, conf.libvirt.save_dir),
     ]
     try:
-        return [*found, *find_device_claims(driver, conf)]
+        found += find_device_claims(driver, conf)
     except ConfigError as error:
-        return [*found, Inconsistency("", "", "", error.message, error.hint)] if is_new else found
+        if is_new or driver.ledger.is_from_elsewhere():
+            found.append(Inconsistency("", "", "", error.message, error.hint))
+    return [*found, *repair_ledger.look(driver, found)]
 
 
 def _find_only(

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw namespaces and partitions of them as NVDIMMs, under the real libvirtd and its libxl driver, without Xen."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.backing.locks import Locks
+from nvdimm_driver.backing.pmem import PmemBacking
+from nvdimm_driver.errors import InUseError
+from nvdimm_driver.model import NvdimmSpec
+from tests.integration.bench_host import CONF, Host
+from tests.integration.loop_device import Device, Partition, detached, rename, with_paths
+from tests.integration.test_lost_state import rows
+from tests.ledger_copies import copy_ledger
+
+MIB = 1 << 20
+SECRET = b"of db1"
+WIPED = """
+[pool:wiped]
+kind = pmem
+paths = {folder}/pmem1, {folder}/pmem1p1, {folder}/pmem1p2
+wipe_on_release = true
+"""
+KEPT = """
+[pool:kept]
+kind = pmem
+paths = {folder}/pmem3, {folder}/pmem4, {folder}/pmem5
+"""
+
+
+@pytest.fixture
+def made() -> Iterator[list[Device | Partition]]:
+    """Return a list of devices, which are detached at the end."""
+    found: list[Device | Partition] = []
+    with detached(found):
+        yield found
+
+
+@pytest.fixture
+def host(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, made: list[Device | Partition]
+) -> Iterator[Host]:
+    """Return a host with these pools; the devices are detached after its end."""
+    pools = getattr(request, "param", WIPED)
+    host = Host(tmp_path_factory.mktemp("host"), conf=CONF.replace("allow_any_path=true", "") + pools)
+    try:
+        yield host
+    finally:
+        host.libvirtd.close()
+
+
+@pytest.fixture
+def device(host: Host, made: list[Device | Partition]) -> Callable[[int, int], Device]:
+    """Return what makes a device of a number and a size in MiB."""
+
+    def make(index: int, mib: int) -> Device:
+        made.append(found := Device(host.folder, index, mib * MIB))
+        return found
+
+    return make
+
+
+def xml(host: Host, name: str, number: int, *paths: Path, mib: int = 4) -> Path:
+    """Return a file with a domain that has these, with a size of each."""
+    file = host.xml(name, number)
+    file.write_text(with_paths(file.read_text(), *paths).replace("<size unit='MiB'>4<", f"<size unit='MiB'>{mib}<"))
+    return file
+
+
+@pytest.fixture
+def shrunk(host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]) -> tuple[Partition, ...]:
+    """Return a partition that was made smaller under db1, and the one that has the rest now, with bytes of db1."""
+    disk = device(1, 16)
+    first = Partition(disk, 1, 2 * MIB, 8 * MIB)
+    made.append(first)
+    host.check("define", xml(host, "db1", 1, first.path, mib=8))
+    disk.write(SECRET, 8 * MIB)
+    first.resize(2 * MIB, 4 * MIB)
+    second = Partition(disk, 2, 6 * MIB, 4 * MIB)
+    made.append(second)
+    return first, second
+
+
+def content(partition: Partition, offset: int) -> bytes:
+    """Return what a domain with a partition reads."""
+    return partition.device.read(len(SECRET), offset)
+
+
+@pytest.mark.parametrize("verb", ["release", "wipe"])
+def test_a_partition_that_was_made_smaller_is_not_wiped_in_part(
+    host: Host, shrunk: tuple[Partition, ...], verb: str
+) -> None:
+    first, second = shrunk
+    host.check("undefine", "db1")
+    done = host.nvdimmctl(verb, "--yes", "db1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "its size is 4 MiB, it was 8 MiB: bytes of the domain are outside of it" in done.stderr
+    assert "belongs to domain db1" in host.virsh("define", xml(host, "db2", 2, second.path)).stderr
+    first.resize(2 * MIB, 8 * MIB)
+    assert host.nvdimmctl("release", "--yes", "db1").returncode == 0
+    assert content(second, 8 * MIB) == bytes(len(SECRET))
+    host.check("define", xml(host, "db2", 2, second.path))
+
+
+def test_a_partition_that_was_made_smaller_is_given_up_as_lost(host: Host, shrunk: tuple[Partition, ...]) -> None:
+    first, _ = shrunk
+    first.device.write(SECRET, 2 * MIB)
+    host.check("undefine", "db1")
+    assert host.nvdimmctl("release", "--yes", "--lost", "--slot", "0", "db1").returncode == 0
+    assert content(first, 2 * MIB) == bytes(len(SECRET))
+    assert content(first, 8 * MIB) == SECRET
+
+
+@pytest.mark.parametrize("mib", [8, 4])
+def test_a_domain_is_not_redefined_with_a_part_of_what_has_to_be_wiped(
+    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition], mib: int
+) -> None:
+    disk = device(1, 16)
+    first = Partition(disk, 1, 2 * MIB, 8 * MIB)
+    made.append(first)
+    host.check("define", xml(host, "db1", 1, first.path, mib=mib))
+    disk.write(SECRET, 8 * MIB)
+    first.resize(2 * MIB, 4 * MIB)
+    made.append(second := Partition(disk, 2, 6 * MIB, 4 * MIB))
+    assert host.virsh("define", xml(host, "db1", 1, first.path)).returncode != 0
+    assert host.virsh("start", "db1").returncode != 0
+    assert "belongs to domain db1" in host.virsh("define", xml(host, "db2", 2, second.path)).stderr
+
+
+def test_a_whole_device_is_not_given_up_for_a_part_of_it(
+    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+) -> None:
+    disk = device(1, 16)
+    made.append(first := Partition(disk, 1, 2 * MIB, 8 * MIB))
+    made.append(second := Partition(disk, 2, 10 * MIB, 4 * MIB))
+    host.check("define", xml(host, "db1", 1, disk.path))
+    disk.write(SECRET, 10 * MIB)
+    host.check("define", xml(host, "db1", 1, first.path))
+    (finding,) = rows(host, "check")
+    assert "that is only a part of it" in finding["Remedy"]
+    host.nvdimmctl("check", "--repair")
+    assert host.nvdimmctl("release", "--yes", "--slot", "256", "db1").returncode != 0
+    assert "belongs to domain db1" in host.virsh("define", xml(host, "db2", 2, second.path)).stderr
+    host.check("define", xml(host, "db1", 1, disk.path))
+    assert host.nvdimmctl("check", "--repair").returncode == 0
+    host.check("undefine", "db1")
+    assert host.nvdimmctl("release", "--yes", "db1").returncode == 0
+    host.check("define", xml(host, "db2", 2, second.path))
+    assert content(second, 10 * MIB) == bytes(len(SECRET))
+
+
+@pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
+def test_devices_that_have_each_others_names_after_a_boot(host: Host, device: Callable[[int, int], Device]) -> None:
+    """Each of three domains keeps its device, its slot and its base, and nobody gets another's bytes meanwhile."""
+    disks = [device(index, 4) for index in (3, 4, 5)]
+    names = ["db1", "db2", "db3"]
+    for number, (name, disk) in enumerate(zip(names, disks, strict=True), 1):
+        host.check("define", xml(host, name, number, disk.path))
+        disk.write(f"of {name}".encode())
+    before = {name: host.record(name).allocations[0] for name in names}
+    host.libvirtd.stop()
+    paths = [disk.path for disk in disks]
+    rename(dict(zip(disks, paths[1:] + paths[:1], strict=True)))
+    host.libvirtd.start()
+    for number, (name, disk) in enumerate(zip(names, disks, strict=True), 1):
+        assert host.virsh("start", name).returncode != 0
+        assert host.virsh("define", xml(host, name, number, disk.path)).returncode != 0
+    found = rows(host, "check")
+    assert [row["Domain"] for row in found] == names
+    for row, disk in zip(found, disks, strict=True):
+        assert f"its device has the name {disk.path} now" in row["Problem"]
+        assert f"define {row['Domain']} with {disk.path}" in row["Remedy"]
+    done = rows(host, "check", "--repair")
+    assert [row["Done"] for row in done[:3]] == ["yes"] * 3
+    left = sorted(rows(host, "check"), key=lambda row: row["Domain"])
+    for row, disk in zip(left, disks, strict=True):
+        assert f"{row['Domain']} has {disk.path} instead, by the ledger: define it with that" in row["Remedy"]
+    for name in names:
+        assert "belongs to domain" in host.virsh("start", name).stderr
+    for number, (name, disk) in enumerate(zip(names, disks, strict=True), 1):
+        host.check("define", xml(host, name, number, disk.path))
+        after = host.record(name).allocations
+        assert [(each.identity, each.base, each.spec.slot) for each in after] == [
+            (before[name].identity, before[name].base, before[name].spec.slot)
+        ]
+        assert disk.read(6) == f"of {name}".encode()
+        host.check("start", name)
+    assert host.nvdimmctl("check").returncode == 0
+
+
+KEPT_AND_WIPED = KEPT + "wipe_on_release = true\n"
+
+
+@pytest.mark.parametrize("host", [pytest.param(KEPT_AND_WIPED, id="wiped")], indirect=True)
+def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(
+    host: Host, device: Callable[[int, int], Device]
+) -> None:
+    """A boot exchanges the names of the two: one is to be wiped, the other one is the guest's."""
+    own, other, _ = disks = [device(index, 4) for index in (3, 4, 5)]
+    host.check("define", xml(host, "db1", 1, other.path))
+    host.check("define", xml(host, "db1", 1, own.path))
+    own.write(b"precious")
+    other.write(b"given up")
+    (before, aside) = host.record("db1").allocations
+    host.libvirtd.stop()
+    rename({own: other.path, other: own.path})
+    host.libvirtd.start()
+    for row in rows(host, "check", "--repair"):
+        assert row["Done"] == "", row
+    assert host.record("db1").allocations == (before, aside)
+    assert host.virsh("start", "db1").returncode != 0
+    for path in (own.path, other.path):
+        assert host.virsh("define", xml(host, "db2", 2, path)).returncode != 0
+    host.check("define", xml(host, "db1", 1, own.path))  # as the remedy says
+    now = host.record("db1").allocations
+    assert [(each.spec.slot, each.identity, each.spec.path) for each in now] == [
+        (0, before.identity, str(own.path)),
+        (256, aside.identity, str(other.path)),
+    ]
+    assert now[0].base == before.base
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    assert host.nvdimmctl("release", "--yes", "--slot", "256", "db1").returncode == 0
+    assert (own.read(8), other.read(8)) == (b"precious", bytes(8))
+    assert disks
+
+
+def test_a_third_domain_gets_no_device_of_a_definition_by_another_name(
+    host: Host, device: Callable[[int, int], Device]
+) -> None:
+    """The ledger, from a backup, has another device for that domain: a boot has exchanged the names since."""
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
+    conf.write_text(conf.read_text().replace("[DEFAULT]", "[DEFAULT]\nallow_any_path = true"))
+    first, second = device(3, 4), device(4, 4)
+    ledger, backup = host.folder / "state/ledger.sqlite", host.folder / "backup"
+    host.check("define", xml(host, "db1", 1, first.path))
+    copy_ledger(ledger, backup)
+    host.libvirtd.stop()
+    rename({first: second.path, second: first.path})
+    host.libvirtd.start()
+    host.check("define", xml(host, "db1", 1, first.path))
+    host.check("define", xml(host, "db1", 1, second.path))
+    second.write(SECRET)
+    copy_ledger(backup, ledger)
+    alias = host.folder / "alias"
+    os.mknod(alias, stat.S_IFBLK | 0o600, second.number)
+    for path in (second.path, alias):
+        assert host.virsh("define", xml(host, "db3", 3, path)).returncode != 0
+    refused = host.nvdimmctl("wipe", "--yes", "--unclaimed", str(alias))
+    assert refused.returncode != 0
+    assert second.read(len(SECRET)) == SECRET
+
+
+def test_a_device_is_not_written_while_a_part_of_it_is(tmp_path: Path, made: list[Device | Partition]) -> None:
+    """Nor a part while the whole is: no wipe goes on over what a domain has been given meanwhile."""
+    made.append(whole := Device(tmp_path, 1, 16 * MIB))
+    for index in (1, 2):
+        made.append(Partition(whole, index, index * 4 * MIB, 4 * MIB))
+    backings = [PmemBacking(sysfs=whole.sysfs.root, locks=Locks(tmp_path / "locks")) for _ in range(2)]
+    specs = [NvdimmSpec(0, str(each.path), 4 * MIB) for each in made]
+    for one, other in ((0, 1), (1, 0)):
+        with backings[0].open_bytes(specs[one], write=True):
+            with pytest.raises(InUseError, match="is being overwritten by"):
+                backings[1].open_bytes(specs[other], write=True)
+            with pytest.raises(InUseError, match="is being overwritten by"):
+                backings[1].provision(specs[other])
+            with pytest.raises(InUseError, match="is being overwritten by"):
+                backings[1].freeze(specs[other].path)
+    with backings[0].open_bytes(specs[1], write=True):
+        backings[1].provision(specs[2])
+        backings[1].open_bytes(specs[2], write=True).close()
+    backings[1].open_bytes(specs[0], write=True).close()
+
+
+def test_the_driver_is_not_removed_while_only_libvirt_knows_of_a_saved_guest(host: Host) -> None:
+    """The ledger was lost."""
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
+    conf.write_text(conf.read_text().replace("[DEFAULT]", "[DEFAULT]\nallow_any_path = true"))
+    host.define("db1", 1)
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.libvirtd.end("nvdimmd")
+    for end in ("", "-wal", "-shm"):
+        (host.folder / f"state/ledger.sqlite{end}").unlink(missing_ok=True)
+    refused = host.nvdimmctl("unregister")
+    assert refused.returncode == 4
+    assert "domains with NVDIMMs have saved guests: db1" in refused.stderr
+
+
+@pytest.mark.parametrize("since", ["exchanged", "base", "nothing"])
+def test_a_running_guests_devices_are_where_it_has_them(
+    host: Host, device: Callable[[int, int], Device], since: str
+) -> None:
+    """The ledger is from a backup; since then, the domain was defined with them in other places, and started."""
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
+    conf.write_text(conf.read_text().replace("[DEFAULT]", "[DEFAULT]\nallow_any_path = true"))
+    paths = [device(index, 4).path for index in (3, 4)]
+    ledger, backup = host.folder / "state/ledger.sqlite", host.folder / "backup"
+    host.check("define", xml(host, "db1", 1, *paths))
+    copy_ledger(ledger, backup)
+    if since == "exchanged":
+        host.check("define", xml(host, "db1", 1))
+        host.check("define", xml(host, "db1", 1, *reversed(paths)))
+    elif since == "base":
+        file = xml(host, "db1", 1, *paths)
+        text = file.read_text().replace("</target>", "</target><address type='dimm' slot='0' base='0x1200000000'/>", 1)
+        file.write_text(text)
+        host.check("define", file)
+    host.check("start", "db1")
+    has = [(item.spec.slot, item.spec.path, item.base) for item in host.record("db1").allocations]
+    copy_ledger(backup, ledger)
+    found = [row for row in rows(host, "check", "--repair") if row["Domain"] == "db1"]
+    if since == "nothing":
+        assert [row["Done"] for row in found] == ["yes"] * 2, found
+        assert [(item.spec.slot, item.spec.path, item.base) for item in host.record("db1").allocations] == has
+    else:
+        assert found
+        for row in found:
+            assert row["Done"] == ""
+            assert "shut domain db1 down, and define it again" in row["Remedy"]
+        host.check("destroy", "db1")
+        assert host.virsh("define", xml(host, "db2", 2, paths[0])).returncode != 0

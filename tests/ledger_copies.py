@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of a ledger, made and put back."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+
+def copy_ledger(source: Path, target: Path) -> None:
+    """Write a ledger to a file, as the documentation says.
+
+    Where a ledger is, it becomes that one, in the same file: nothing then tells that it comes from a backup.
+    """
+    with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
+        one.backup(other)
