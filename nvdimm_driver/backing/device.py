@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,9 @@ from nvdimm_driver.sizes import human
 
 if TYPE_CHECKING:
     from oslo_config import cfg
+
+LOOK_SECONDS = 1.0
+"""How long to wait for another process that looks at a device, too, and has it open for a moment."""
 
 
 class DeviceBacking(Backing):
@@ -113,6 +117,10 @@ class DeviceBacking(Backing):
         self.freeze(spec.path)
         return super().provision(spec, progress, identity)
 
+    def identify(self, path: str) -> BackingIdentity:
+        """Do what the base class does, also for a device that is in use: others look at devices, too."""
+        return self._identity(self._identify(path)[0])
+
     def locate(self, spec: NvdimmSpec) -> Location:
         volume, extent = self._find(spec)
         return Location(self._identity(volume), (extent,))
@@ -196,14 +204,20 @@ def _opened(path: str, *, shared: bool = True) -> Iterator[int]:
     :raises BackingError: when something uses it, or it cannot be opened.
     """
     try:
-        try:
-            # EBUSY for a block device that a file system, another driver or a holder uses (open(2)).
-            fd = open_resolved(path, os.O_RDONLY | os.O_EXCL)
-        except OSError as error:
-            found = status(path) if shared and error.errno == errno.EBUSY else None
-            if found is None or not holders.is_held(found.st_rdev):
-                raise
-            fd = open_resolved(path, os.O_RDONLY)
+        deadline = time.monotonic() + LOOK_SECONDS
+        while True:
+            try:
+                # EBUSY for a block device that a file system, another driver or a holder uses (open(2)).
+                fd = open_resolved(path, os.O_RDONLY | os.O_EXCL)
+                break
+            except OSError as error:
+                found = status(path) if shared and error.errno == errno.EBUSY else None
+                if found is not None and holders.is_held(found.st_rdev):
+                    fd = open_resolved(path, os.O_RDONLY)
+                    break
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
     except OSError as error:
         busy = error.errno == errno.EBUSY
         raise BackingError(

@@ -128,13 +128,15 @@ def export_name(path: str) -> str:
 
 
 def check_copy_name(path: str) -> None:
-    """Check that a file's :func:`hidden_name` is not too long, nor then its :func:`export_name`.
+    """Check that a file's :func:`hidden_name` is not too long, nor then its :func:`export_name`, and that it is none.
 
-    :raises BackingError: when it is.
+    :raises BackingError: when it is too long.
+    :raises InUseError: when it is the hidden name of another file.
     """
     name = os.path.basename(path)
     longest = NAME_MAX - len("..partial")
     _check_length(path, name, longest, ": the file is .NAME.partial until it is complete")
+    _check_not_hidden(path, name)
 
 
 def check_name(path: str) -> None:
@@ -151,6 +153,10 @@ def check_name(path: str) -> None:
         raise BackingError(f"{path}: is not UTF-8, and domain XML has to be", hint="rename it")
     if "\t" in path or "\n" in path or printable(path) != path:
         raise BackingError(f"{path!r}: has a control character", hint="rename it")
+    _check_not_hidden(path, name)
+
+
+def _check_not_hidden(path: str, name: str) -> None:
     for ending, what in ((".partial", "import"), (".export", "export")):
         if len(name) > len(ending) + 1 and name.startswith(".") and name.endswith(ending):
             raise InUseError(f"{path}: is the name of a file whose {what} is not finished", hint="take another name")

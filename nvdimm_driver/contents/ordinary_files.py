@@ -64,8 +64,9 @@ class Destination:
     :ivar content: its bytes.
     """
 
-    def __init__(self, path: str, at: Entry, hidden: Entry, content: FileBytes, *, overwrite: bool) -> None:
+    def __init__(self, path: str, at: Entry, hidden: Entry, content: FileBytes, fd: int, *, overwrite: bool) -> None:
         self._path = path
+        self._fd = fd
         self._at = at
         self._hidden = hidden
         self._overwrite = overwrite
@@ -77,6 +78,7 @@ class Destination:
         :raises RefusedError: when the destination exists and may not be overwritten, or is a symbolic link or no file.
         """
         _check_destination(self._path, self._at.status(), self._overwrite)
+        _check_there(self._fd, self._hidden)
         if self._overwrite:
             self._hidden.replace(self._at)
         else:
@@ -110,7 +112,7 @@ def opened_destination(path: str, size: int, *, overwrite: bool) -> Iterator[Des
                 os.truncate(fd, 0)
                 os.truncate(fd, size)
             with FileBytes(os.dup(fd), size) as content:
-                yield Destination(path, at, hidden, content, overwrite=overwrite)
+                yield Destination(path, at, hidden, content, fd, overwrite=overwrite)
 
 
 def _lock(fd: int, hidden: Entry) -> None:
@@ -122,9 +124,14 @@ def _lock(fd: int, hidden: Entry) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InUseError(f"{hidden.name}: another process writes it", hint="wait for its end, or stop it") from error
+    _check_there(fd, hidden)
+
+
+def _check_there(fd: int, hidden: Entry) -> None:
+    """Check that an open file has a name still; raise InUseError if another process has taken that from it."""
     there = hidden.status()
     if there is None or not os.path.samestat(there, os.fstat(fd)):
-        raise InUseError(f"{hidden.name}: another process has just given it its name", hint="try again")
+        raise InUseError(f"{hidden.name}: another process has just renamed or replaced it", hint="try again")
 
 
 def check_no_link(path: str) -> None:

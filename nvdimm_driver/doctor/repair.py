@@ -374,6 +374,8 @@ class _Look:
         if own.identity is not None and own.identity.inode == 0:
             here = backing.find(item.identity) if item.identity else ""
             return inconsistency(_find_device(record, item, here))
+        if moved := self._moved(item):
+            return inconsistency(self._displaced(record, item, moved))
         if not _can_become(own, item):
             return inconsistency(f"have it moved back to {own.spec.path}; what belongs here is another file")
         take = self.changes.of(record, self.changes.adopt_instead, backing, item, found, own)

@@ -271,6 +271,7 @@ class Definitions:
         record = replace(before or now, allocations=items)
         if stored is not None and stored == replace(record, start=stored.start, intents=stored.intents) and not wanted:
             self.ledger.give_up_intents(now.uuid)
+            self._mark(now.uuid)  # what was to be dropped may have lost its mark
         else:
             times = {item.spec.path: item.changed for item in now.allocations}
             anew = [item for item in items if times.get(item.spec.path) not in (None, item.changed)]  # by the define
@@ -433,13 +434,18 @@ class Definitions:
                 check_none_outside(item.spec.path, here, item.identity)
 
     def _saved(self, record: Record | None) -> list[BackingIdentity]:
-        """Return what the domain's saved guest has; nothing without one."""
+        """Return what the domain's saved guest has; nothing without one.
+
+        Its image says that, too: the ledger may come from a backup, and have an earlier run.
+        """
         if record is None or not self.is_saved(record.name):
             return []
         run = self.ledger.find_run(record.uuid)
         if run is None:  # a version that numbered no runs has started it
             return [item.identity for item in record.allocations if item.identity]
-        return [identity for _, identity in saved_guest.backings_of(run)]
+        images = [each for each in self.unknown.stored if each.is_saved and each.uuid == record.uuid]
+        found = [ownership.identity_at(self.backings, path) for each in images for path in each.paths]
+        return [*(identity for _, identity in saved_guest.backings_of(run)), *filter(None, found)]
 
     def _is_current(self, domain: DomainSpec, record: Record) -> bool:
         """Return True if the ledger has the domain, with all its NVDIMMs, as it is to be started."""

@@ -98,6 +98,7 @@ class _Server:
         self._loop = asyncio.get_running_loop()
         self._buffer = memoryview(bytearray(CHUNK))
         self._budgets = {read_only: Budget(size) for read_only, size in LONG_MESSAGES.items()}
+        self._shares: dict[tuple[bool, int], Budget] = {}
         self._sessions: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
@@ -153,9 +154,14 @@ class _Server:
                 return
             with upstream:
                 context = Context(peer, listener.read_only)
-                budget = self._budgets[listener.read_only]
+                budget = self._share_of(peer.uid, read_only=listener.read_only)
                 session = Session(context, listener.table, connection, upstream, self._buffer, self.workers, budget)
                 await self._converse(session)
+
+    def _share_of(self, uid: int, *, read_only: bool) -> Budget:
+        """Return a user's share of a socket's budget for long messages: half of it, so that nobody spends it alone."""
+        whole = self._budgets[read_only]
+        return self._shares.setdefault((read_only, uid), Budget(LONG_MESSAGES[read_only] // 2, whole))
 
     async def _converse(self, session: Session) -> None:
         self._sessions.add(session)

@@ -107,10 +107,12 @@ class Budget:
     """The bytes of long messages that may have arrived, of all peers together, and wait for the rest of their message.
 
     :param size: bytes.
+    :param whole: the budget of all, when this is one user's share.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, whole: Budget | None = None) -> None:
         self._free = size
+        self._whole = whole
 
     def take(self, size: int) -> None:
         """Take bytes; give them back with a negative size.
@@ -119,6 +121,8 @@ class Budget:
         """
         if size > self._free:
             raise ProtocolError(f"RPC message: {size} bytes more, while other clients' long messages wait to be whole")
+        if self._whole is not None:
+            self._whole.take(size)
         self._free -= size
 
 
@@ -168,11 +172,10 @@ class Reader:
             self._check_fds(0)
             self._hold(available if length > SMALL else 0)
             return None
-        self._hold(0)
         header = Header._make(fields)
-        if header.kind in WITH_FDS:
-            return self._with_fds(header, length)
-        return Message(header, self._take(length))
+        message = self._with_fds(header, length) if header.kind in WITH_FDS else Message(header, self._take(length))
+        self._hold(0 if message or length <= SMALL else available)
+        return message
 
     def close(self) -> None:
         """Forget the message that has not arrived."""

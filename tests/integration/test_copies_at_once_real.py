@@ -122,6 +122,35 @@ def test_an_export_writes_into_no_copy_that_another_export_has_finished(host: Ho
     assert hashlib.sha256(destination.read_bytes()).hexdigest() == digest == hashlib.sha256(DATA).hexdigest()
 
 
+@pytest.mark.parametrize("name", [".new.export", ".new.partial"])
+def test_no_copy_has_the_name_of_another_ones_beginning(host: Host, tmp_path: Path, name: str) -> None:
+    """The other copy would take it for its own, and write over it."""
+    host.define("a.img")
+    (item,) = host.record().allocations
+    (tmp_path / name).write_bytes(b"begun")
+    with pytest.raises(InUseError, match="is not finished"):
+        host.driver.exporter.export(item.spec, str(tmp_path / name), quiet, overwrite=True, running=False, item=item)
+    assert (tmp_path / name).read_bytes() == b"begun"
+
+
+def test_an_export_gives_its_name_to_nothing_that_was_put_in_its_place(host: Host, tmp_path: Path) -> None:
+    host.define("a.img")
+    (item,) = host.record().allocations
+    destination, hidden = tmp_path / "copy", tmp_path / ".copy.export"
+
+    def watch(what: str) -> Progress:
+        def tell(done: int, total: int) -> None:
+            if what == "verifying" and done == total:
+                hidden.unlink()
+                hidden.write_bytes(OTHER)
+
+        return tell
+
+    with pytest.raises(InUseError, match="renamed or replaced"):
+        host.driver.exporter.export(item.spec, str(destination), watch, overwrite=False, running=False, item=item)
+    assert not destination.exists()
+
+
 def test_no_domain_is_defined_with_what_is_being_overwritten(host: Host) -> None:
     Path(host.path("a.img")).write_bytes(DATA)
     host.driver.importer.import_in_place(host.path("a.img"), None, 0, quiet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -326,3 +327,18 @@ def test_a_running_guests_devices_are_where_it_has_them(
             assert "shut domain db1 down, and define it again" in row["Remedy"]
         host.check("destroy", "db1")
         assert host.virsh("define", xml(host, "db2", 2, paths[0])).returncode != 0
+
+
+def test_looks_at_a_device_do_not_disturb_one_another(tmp_path: Path, made: list[Device | Partition]) -> None:
+    """Each opens it for itself alone, for a moment."""
+    made.append(device := Device(tmp_path, 1, 4 * MIB))
+    backing = PmemBacking(sysfs=device.sysfs.root)
+    spec, path = NvdimmSpec(0, str(device.path), 4 * MIB), str(device.path)
+    other = os.open(path, os.O_RDONLY | os.O_EXCL)
+    ends = threading.Timer(0.2, os.close, (other,))
+    assert backing.identify(path)
+    ends.start()
+    try:
+        assert backing.provision(spec) == backing.identify(path)
+    finally:
+        ends.join()

@@ -12,6 +12,7 @@ import pytest
 
 from nvdimm_driver.model import MIB
 from tests.integration.bench_host import CONF, Host
+from tests.ledger_copies import copy_ledger
 
 QUOTA = 8
 """MiB of the pool that domains may have."""
@@ -120,6 +121,27 @@ def test_a_refused_restore_by_the_path_of_the_save_keeps_what_the_guest_has(host
     assert sizes(host) == {"db1.img": 4, "more.img": 4}
     if fails != "QEMU":  # nobody knows that a guest whose NVDIMMs were mapped has not run
         host.check("start", "db1")
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_a_saved_guest_keeps_what_an_older_ledger_does_not_know_that_it_has(host: Host, repaired: bool) -> None:
+    """Its last run in the ledger, from a backup, had only the first file; the image says more."""
+    ledger, backup = host.folder / "state/ledger.sqlite", host.folder / "backup"
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    host.check("attach-device", "db1", device(host, "more"), "--config")
+    backup.unlink(missing_ok=True)
+    copy_ledger(ledger, backup)
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    copy_ledger(backup, ledger)
+    if repaired:
+        host.nvdimmctl("check", "--repair")
+    host.virsh("detach-device", "db1", device(host, "more"), "--config")
+    assert is_saved(host)
+    stranger = host.xml("db2", 2)
+    stranger.write_text(stranger.read_text().replace("db2.img", "more.img"))
+    assert "belongs to domain db1" in refused(host, "define", stranger)
 
 
 def test_an_nvdimm_that_the_definition_has_made_larger(host: Host) -> None:

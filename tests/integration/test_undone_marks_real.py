@@ -53,6 +53,22 @@ def test_an_nvdimm_that_is_kept_besides_keeps_its_later_mark(host: Host, way: st
     assert had(host)["a.img"] == wanted["a.img"]
 
 
+def test_a_define_that_fails_marks_again_what_it_was_to_drop(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger is whole, and the mark went before the ledger was written."""
+    host.driver.define(host.domain("a.img"))
+    mark = host.mark("a.img")
+    assert mark
+
+    def broken(*_: object, **__: object) -> None:
+        raise FullDiskError("the disk is full")
+
+    monkeypatch.setattr(Ledger, "store", broken)
+    with pytest.raises(FullDiskError):
+        host.driver.define(host.domain("b.img"))
+    monkeypatch.undo()
+    assert host.mark("a.img") == mark
+
+
 @pytest.mark.parametrize("fails", ["store", "mark"])
 def test_a_define_that_fails_gives_back_what_it_had_dropped(
     host: Host, fails: str, monkeypatch: pytest.MonkeyPatch

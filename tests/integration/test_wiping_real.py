@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 
 from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.doctor.repair import look
-from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.lifecycle.define import Before
 from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Watch
 from nvdimm_driver.pools.rules import Pools
@@ -479,3 +479,26 @@ def test_a_file_that_was_hidden_while_its_claim_was_given_up_is_not_taken_for_a_
     for name in ("x.img", "y.img"):
         assert host.read(name) == bytes(SIZE)
     assert look(host.driver) == []
+
+
+def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(host: Host) -> None:
+    """The two names were exchanged, as by two file systems that are mounted in each other's places."""
+    host.driver.define(host.domain("b.img"))
+    write(host.path("b.img"), b"b" * SIZE)
+    host.driver.define(host.domain("a.img"))
+    write(host.path("a.img"), b"a" * SIZE)
+    before = host.record().allocations
+    for old, new in (("a", "t"), ("b", "a"), ("t", "b")):
+        os.rename(host.path(f"{old}.img"), host.path(f"{new}.img"))
+    for finding in look(host.driver):
+        if finding.mend:
+            with suppress(NvdimmError):
+                finding.mend()
+    assert host.record().allocations == before
+    with pytest.raises(NvdimmError):
+        host.driver.prepare(host.domain("a.img"))
+    for old, new in (("a", "t"), ("b", "a"), ("t", "b")):
+        os.rename(host.path(f"{old}.img"), host.path(f"{new}.img"))
+    assert look(host.driver) == []
+    host.driver.prepare(host.domain("a.img"))
+    assert Path(host.path("a.img")).read_bytes() == b"a" * SIZE

@@ -140,6 +140,35 @@ def test_long_messages_of_all_peers_that_have_not_arrived_have_a_budget() -> Non
         budget.take(1)
 
 
+def test_a_message_that_waits_for_its_descriptors_counts() -> None:
+    frame = pack(WITH_FDS, bytes([0, 0, 0, 1]) + bytes(wire.SMALL))
+    budget = wire.Budget(len(frame))
+    waiting, late = Reader(budget), Reader(budget)
+    waiting.receive(frame)
+    assert drain(waiting) == []
+    late.receive(frame)
+    with pytest.raises(ProtocolError, match="other clients' long messages wait"):
+        drain(late)
+    waiting.receive(b"\0", [5])
+    assert [message.fds for message in drain(waiting)] == [(5,)]
+    late.close()
+    late.receive(frame)
+    assert drain(late) == []
+
+
+def test_a_user_has_a_share_of_the_budget() -> None:
+    whole = wire.Budget(100)
+    one, other = wire.Budget(50, whole), wire.Budget(60, whole)
+    one.take(50)
+    with pytest.raises(ProtocolError):
+        one.take(1)
+    other.take(50)
+    with pytest.raises(ProtocolError):
+        other.take(1)
+    one.take(-50)
+    other.take(10)
+
+
 def test_a_length_alone_takes_nothing_from_other_clients() -> None:
     frame = pack(CALL, bytes(wire.SMALL))
     budget = wire.Budget(len(frame))
