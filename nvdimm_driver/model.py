@@ -227,6 +227,17 @@ class BackingIdentity:
             return (self.start, self.inode, self.generation) == (other.start, other.inode, other.generation)
         return self.start < other.start + other.size and other.start < self.start + self.size
 
+    def begins_as(self, other: BackingIdentity | None) -> bool:
+        """Return True when both are of one file, or of devices with the same first byte: what a guest reads is there.
+
+        A partition that was moved has bytes in common with what it was, and none where the guest looks for it.
+        """
+        if other is None:
+            return False
+        if self.inode or other.inode:
+            return self.is_same(other)
+        return (self.device, self.start) == (other.device, other.start)
+
     def covers(self, other: BackingIdentity) -> bool:
         """Return True when all bytes of the other belong to this one, as far as can be told: the same file or device,
         or a device that the other is a part of.

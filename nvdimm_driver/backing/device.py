@@ -155,7 +155,8 @@ class DeviceBacking(Backing):
         """Return the namespace, also one that is disabled or in another mode."""
         for each in inventory.namespaces(self.sysfs):
             if each.uid == identity.device:
-                return f"{each.name}, /dev/{each.device}"
+                within = f"{each.name}, from byte {identity.start} of /dev/{each.device} on"
+                return within if identity.start else f"{each.name}, /dev/{each.device}"
         return next(iter(inventory.mode_of(identity.device, self.sysfs) or ()), "")
 
     def _identity(self, volume: Volume) -> BackingIdentity:

@@ -26,6 +26,7 @@ from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, hint_of
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.start import Starts
+from nvdimm_driver.model import Record
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import host_boot_id
 from nvdimm_driver.xml.hooks import XmlHooks
@@ -59,7 +60,17 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
     """Install the driver; yield a line for each thing that was done.
 
     :raises ConfigError: when QEMU is missing, or a file that ``register`` did not write is in the way.
+    :raises InUseError: while domains run that are in the ledger of another state folder.
     """
+    before = registered_state_dir(conf)
+    if os.path.realpath(before) != os.path.realpath(conf.state_dir):
+        with closing(_open_ledger(before)) as ledger:
+            running = [record.name for record in _started(ledger)]
+        if running:
+            raise InUseError(
+                f"domains run whose NVDIMMs are in the ledger in {before}: {', '.join(running)}",
+                hint="shut them down first, or leave [DEFAULT] state_dir as it was",
+            )
     if not os.access(conf.xen.qemu, os.X_OK):
         raise ConfigError(
             f"there is no QEMU at {conf.xen.qemu}", hint="install qemu-system-xen, or set [xen] qemu in the options"
@@ -69,7 +80,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         if not state_dir.is_dir():
             state_dir.mkdir(parents=True, mode=0o700)
             yield f"created {state_dir}"
-        with closing(Ledger(_ledger(conf))) as ledger:
+        with closing(Ledger(_ledger(conf.state_dir))) as ledger:
             ledger.reserve.keep()
         log_dir = Path(conf.log_file).parent
         if not log_dir.is_dir():
@@ -118,10 +129,10 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str], saved: Sequence[str
         yield from systemd_units.disable(conf)
     except OSError as error:
         raise ConfigError(f"cannot remove: {error}", hint=hint_of(error)) from error
-    if not os.path.exists(_ledger(conf)):
+    if not os.path.exists(_ledger(conf.state_dir)):
         return
     yield f"kept {conf.state_dir}"
-    with closing(_open_ledger(conf)) as ledger:
+    with closing(_open_ledger(conf.state_dir)) as ledger:
         records = ledger.domains()
     for record in records:
         yield from (f"kept {item.spec.path}, of domain {record.name}" for item in record.allocations)
@@ -136,15 +147,13 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
 
     :raises InUseError: when there are starts since the host's boot, and Xen cannot be asked which of them are over.
     """
-    if os.path.exists(_ledger(conf)):
+    if os.path.exists(_ledger(conf.state_dir)):
         try:
             load_driver(conf).reconcile()
         except NvdimmError as error:
             LOG.warning("%s", error)
-    with closing(_open_ledger(conf)) as ledger:
-        started = [
-            each.name for each in ledger.started_domains() if each.start and each.start.boot_id == host_boot_id()
-        ]
+    with closing(_open_ledger(conf.state_dir)) as ledger:
+        started = [each.name for each in _started(ledger)]
         try:
             mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
             starts = Starts(ledger, (), mapper, LabelServers(conf.state_dir), Holders(conf.state_dir))
@@ -172,13 +181,18 @@ def find_saved(conf: cfg.ConfigOpts) -> list[str]:
         LOG.warning("%s", error)
         return []
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
-    with closing(_open_ledger(conf)) as ledger:
+    with closing(_open_ledger(conf.state_dir)) as ledger:
         return [each.name for each in repair_saved_guests.saved(ledger, restore, socket, conf.libvirt.save_dir)]
 
 
-def _open_ledger(conf: cfg.ConfigOpts) -> Ledger:
-    """Open the ledger; where none is, none is made: an empty one in memory."""
-    path = _ledger(conf)
+def _started(ledger: Ledger) -> list[Record]:
+    """Return the domains with a start since the host's boot, whether their guests run still or not."""
+    return [each for each in ledger.started_domains() if each.start and each.start.boot_id == host_boot_id()]
+
+
+def _open_ledger(state_dir: str) -> Ledger:
+    """Open the ledger in a folder; where none is, none is made: an empty one in memory."""
+    path = _ledger(state_dir)
     return Ledger(path if os.path.exists(path) else ":memory:")
 
 
@@ -195,8 +209,8 @@ def registered_state_dir(conf: cfg.ConfigOpts) -> str:
         return str(conf.state_dir)
 
 
-def _ledger(conf: cfg.ConfigOpts) -> str:
-    return os.path.join(conf.state_dir, "ledger.sqlite")
+def _ledger(state_dir: str) -> str:
+    return os.path.join(state_dir, "ledger.sqlite")
 
 
 def libvirt_hook(conf: cfg.ConfigOpts) -> Script:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from nvdimm_driver.backing.identity import check_none_outside, check_same_bytes
 from nvdimm_driver.contents import copying
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
-from nvdimm_driver.errors import BackingError, InUseError, NotFoundError
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, RefusedError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_named, backing_of
 from nvdimm_driver.state import ownership
@@ -35,6 +35,10 @@ class Wiper:
 
         :param watched: returns the watch of one, which tells that it is done, too.
         """
+        if owner is not None:
+            chosen = [item for item in owner.allocations if item.spec in specs]
+            for item in chosen:
+                self._check_not_kept(owner, chosen, item)
         with ExitStack() as opened:
             contents = [(spec, opened.enter_context(self._opened(spec, owner, owners))) for spec in specs]
             for spec, content in contents:
@@ -59,9 +63,12 @@ class Wiper:
         """Do what :meth:`wipe` does to what no domain has, not even one that the ledger has lost, as far as marks tell.
 
         :raises InUseError: when a domain has it, running or off.
+        :raises RefusedError: when it is in no pool, also where domains may have backings outside of them.
         """
         with self._opened(spec, None) as content:
             self._checks.check_unowned(spec.path, content.identity)
+            if self._checks.pools.of(spec.path) is None:  # Nova may say this, and the host's own files are none of hers
+                raise RefusedError(f"{spec.path}: is in no pool", hint="leave out --unclaimed, or add it to a pool")
             self._overwrite(spec, content, watch)
 
     def owners(self, nvdimms: Sequence[NvdimmSpec]) -> list[Record]:
@@ -116,7 +123,7 @@ class Wiper:
         here = [item for item in {*wiped, *deleted} if not self._is_gone(record, item, lost=lost)]
         for item in here:  # all, before the first of them is wiped
             self._check_owner(record, item.spec)
-            self._check_not_kept(record, chosen, item)
+            self._check_not_kept(record, chosen.allocations, item)
         with ExitStack() as opened:  # until the claims are given up, no start can take what is wiped
             contents = [
                 (item, opened.enter_context(self._opened(item.spec, record, lost=lost)))
@@ -143,13 +150,13 @@ class Wiper:
             if ownership.has_bytes([item], self._checks.identity(item.spec.path)):
                 self._checks.check_unmapped(item.spec.path)
 
-    def _check_not_kept(self, record: Record, given_up: Record, item: Allocation) -> None:
-        """Check that a domain keeps no other NVDIMM with the bytes of one that it gives up.
+    def _check_not_kept(self, record: Record, overwritten: Collection[Allocation], item: Allocation) -> None:
+        """Check that a domain keeps no other NVDIMM with bytes of one that is overwritten or deleted.
 
         :raises InUseError: when it does.
         """
         other = ownership.find_other(record, item, item.identity)
-        if other is not None and other not in given_up.allocations:
+        if other is not None and other not in overwritten:
             raise InUseError(
                 f"{item.spec.path}: its bytes are those of the NVDIMM in slot {other.spec.slot}, too, which the domain "
                 "keeps",

@@ -106,13 +106,15 @@ class _Look:
         self.unfit = UnfitFiles(self.changes, zeros)
         self.unseen: list[Inconsistency] = []
         for pool in driver.pools:
+            device = ""
             try:
                 backing = self._named(pool.kind)
                 for path in pool.paths:
+                    device = path if type(backing).mark is Backing.mark else ""  # which has no mark to be seen
                     backing.check_home(resolve(path))
                 self.files |= {file.path: file for file in backing.survey(pool.paths)}
             except NvdimmError as error:
-                self.unseen.append(Inconsistency("", "", "", f"pool {pool.name}: {error.message}", error.hint))
+                self.unseen.append(Inconsistency("", "", device, f"pool {pool.name}: {error.message}", error.hint))
         self.marks = Marks(self.files.values(), self.owners)
 
     def findings(self) -> Iterator[Inconsistency]:

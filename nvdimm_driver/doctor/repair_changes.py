@@ -350,7 +350,8 @@ class Changes:
         wanted = {item.spec.path for item in record.allocations} & {*paths}
         if now is not None and now.start is not None and now.start.domid == domid and wanted <= {*now.start.paths}:
             return
-        placed = replace(record, allocations=tuple(self._as_marked(item) for item in record.allocations))
+        items = now.allocations if now else record.allocations  # another repair may have taken later marks since
+        placed = replace(record, allocations=tuple(self._as_marked(item) for item in items))
         self.driver.take_up_running(placed, domid, paths)
         now = self.driver.ledger.find_domain(record.uuid)
         if now is not None and record.uuid in self.seen:

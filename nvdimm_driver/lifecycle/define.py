@@ -233,9 +233,9 @@ class Definitions:
         doomed = [item for item in created if item.spec.path not in paths]
         wanted = {item.spec for item in doomed}
         if not wanted.isdisjoint(item.spec for item in now.allocations):  # if killed, it is as a define that is killed
-            self._put_back_claims(now, before, kept - wanted, wanted)
+            self._put_back_claims(now, before, kept - wanted, wanted, wanted)
         deleted = {item.spec for item in doomed if self._delete(item, now)}
-        self._put_back_claims(now, before, kept - deleted)
+        self._put_back_claims(now, before, kept - deleted, deleted)
 
     def _with_marked(self, uuid: str, state: Before) -> Record | None:
         """Return a domain as the ledger had it, and as marks said that the ledger did not know."""
@@ -254,31 +254,42 @@ class Definitions:
         return replace(record, name=newest.name, ram=newest.ram, dsm=newest.dsm, allocations=items)
 
     def _put_back_claims(
-        self, now: Record, before: Record | None, kept: Container[NvdimmSpec], wanted: Collection[NvdimmSpec] = ()
+        self,
+        now: Record,
+        before: Record | None,
+        kept: Container[NvdimmSpec],
+        doomed: Container[NvdimmSpec],
+        wanted: Collection[NvdimmSpec] = (),
     ) -> None:
-        """Let a domain have what it had before, what is kept besides, and the intents for what is wanted.
+        """Let a domain have what it had before, what is kept besides, what its saved guest has, and what is wanted.
 
         :param now: the domain as the define has stored it.
+        :param doomed: what the define has created, and is to be deleted or was.
+        :param wanted: what it has intents for from now on, beside those that it had before.
         """
         had = before.allocations if before else ()
         had_paths = {item.spec.path for item in had}
-        left = [item for item in now.allocations if item.spec.path not in had_paths and item.spec in kept]
+        others = [item for item in now.allocations if item.spec.path not in had_paths]
+        saved = self._in_saved_guest(now, [item for item in others if item.spec not in doomed])
+        left = [item for item in others if item.spec in kept or item in saved]
         items = (*had, *slots.set_aside(left, {item.spec.slot for item in had}))
         ownership.unmark_dropped(self.ledger, self.backings, now, items)
         stored = self.ledger.find_domain(now.uuid)
         if not (before or items or wanted):
             return self.ledger.give_up(now.uuid)
         record = replace(before or now, allocations=items)
-        if stored is not None and stored == replace(record, start=stored.start, intents=stored.intents) and not wanted:
-            self.ledger.give_up_intents(now.uuid)
+        intents = [*wanted, *(each.spec for each in (before.intents if before else ()) if each.spec not in wanted)]
+        same = stored and stored == replace(record, start=stored.start, intents=stored.intents, fault=stored.fault)
+        if same and stored and [each.spec for each in stored.intents] == intents:
             self._mark(now.uuid)  # what was to be dropped may have lost its mark
+        elif same and not intents:
+            self.ledger.give_up_intents(now.uuid)
+            self._mark(now.uuid)
         else:
             times = {item.spec.path: item.changed for item in now.allocations}
             anew = [item for item in items if times.get(item.spec.path) not in (None, item.changed)]  # by the define
             marked = ownership.times_of_marks(self.backings, now.uuid, anew)
-            self.ledger.store(
-                now.uuid, record.name, record.ram, items, intents=[*wanted], dsm=record.dsm, marked=marked
-            )
+            self.ledger.store(now.uuid, record.name, record.ram, items, intents=intents, dsm=record.dsm, marked=marked)
             self._mark(now.uuid)
 
     def _delete(self, item: Allocation, record: Record) -> bool:
@@ -416,14 +427,18 @@ class Definitions:
 
         Their bytes have to be overwritten before anybody else may have them, or its saved guest has them.
         """
-        had = self._saved(record)
+        saved = self._in_saved_guest(record, items)
 
         def stays(item: Allocation) -> bool:
             here = ownership.identity_at(self.backings, item.spec.path)
-            has_to_be_wiped = (item.ready or here is not None) and self.pools.wipes(item, here)
-            return has_to_be_wiped or any(item.identity and item.identity.shares_bytes(each) for each in had)
+            return item in saved or ((item.ready or here is not None) and self.pools.wipes(item, here))
 
         return [item for item in items if stays(item)]
+
+    def _in_saved_guest(self, record: Record | None, items: Sequence[Allocation]) -> list[Allocation]:
+        """Return those NVDIMMs of a domain that its saved guest has bytes of."""
+        had = self._saved(record)
+        return [item for item in items if any(item.identity and item.identity.shares_bytes(each) for each in had)]
 
     def _check_none_lost(self, before: Record | None, found: Mapping[str, BackingIdentity | None]) -> None:
         """Check that what the domain keeps has all its bytes: those of its NVDIMMs, and those to be wiped one day."""
@@ -631,9 +646,11 @@ class Definitions:
         items = before.allocations if before else ()
         for item in items:
             path = item.spec.path
-            if path not in identities or any(ownership.has_bytes([item], each) for each in identities.values()):
+            if path not in identities or item.identity is None:
                 continue
-            if item.identity is None or self._by_its_name(item, identities, items):
+            if any(item.identity.begins_as(each) for each in identities.values()) or self._by_its_name(
+                item, identities, items
+            ):
                 continue
             if found := identities[path]:
                 check_same_bytes(path, found, item.identity)

@@ -186,7 +186,11 @@ class Inventory:
         return places[0]
 
     def _owners(self, path: str) -> Sequence[Record]:
-        return ownership.owners(self._ledger, os.path.realpath(path), None)
+        """Return the domains that have what is at a path, those with its bytes before those with its name only."""
+        real = os.path.realpath(path)
+        here = ownership.identity_at(self._backings, real)
+        found = ownership.owners(self._ledger, real, here)
+        return sorted(found, key=lambda record: not ownership.has_bytes(record.allocations, here))
 
     def _exists(self, path: str) -> bool:
         return any(backing.handles(path) and backing.exists(path) for backing in self._backings)

@@ -13,6 +13,7 @@ from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import Allocation, Namespace, Pool, Record, Space
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
@@ -119,7 +120,10 @@ def usage_of(pool: Pool, pools: Pools, ledger: Ledger, backings: Sequence[Backin
         kinds = ", ".join(each.name for each in backings)
         return PoolUsage(pool, None, owned, (f"there is no backing {pool.kind!r} ('kind' is one of: {kinds})",))
     try:
-        space = backing.space(pool.paths, [item.spec.path for _, item in owned])
+        taken = [item.spec.path for _, item in owned]
+        claims = [item for record in ledger.domains() for item in record.allocations]
+        taken += [path for path in pool.paths if ownership.has_bytes(claims, ownership.identity_at(backings, path))]
+        space = backing.space(pool.paths, taken)
         found = tuple(problem for namespace in space.namespaces for problem in problems(namespace))
     except BackingError as error:
         return PoolUsage(pool, None, owned, (str(error),))

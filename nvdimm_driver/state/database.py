@@ -35,7 +35,7 @@ FOREIGN = "PRAGMA foreign_key_check"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
 FROM_ELSEWHERE = "is a backup or a copy, and was not compared with what is there yet"
-TAKE_OVER = "'nvdimmctl check --repair' does that: until then, only what is defined already can start"
+TAKE_OVER = "'nvdimmctl check --repair' does that; until then, domains that are defined can boot, and nothing else"
 """Hint for such a ledger."""
 
 

@@ -496,9 +496,11 @@ def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tup
     :param marked: path and mark of each file, as :func:`unknown_marks` returns them.
     """
     marks = [owner_marks.unpack(path, text.encode()) for path, text in marked]
+    found = [(mark, identity_at(backings, mark.spec.path)) for mark in marks]
     items = [
-        Allocation(uuid, mark.spec, identity_at(backings, mark.spec.path), mark.base, changed=mark.changed)
-        for mark in marks
+        Allocation(uuid, mark.spec, identity, mark.base, changed=mark.changed)
+        for mark, identity in found
+        if not mark.is_copied(identity)  # who owns the folder may have exchanged the names since
     ]
     if not marks:
         return None

@@ -35,7 +35,7 @@ class Device:
         self.loop = run("losetup", "--find", "--show", self.image).strip()
         self.sysfs = FakeSysfs(folder / "sys")
         spa = FIRST_SPA + index * SPA_STEP
-        uuid = f"6a1b2c3d-0000-4000-8000-{index:012}"
+        uuid = f"7b2c3d4e-0000-4000-8000-{index:012}"
         self.namespace = self.sysfs.namespace(f"namespace{index}.0", mode="raw", spa=spa, size=size, uuid=uuid)
         self._appear(self.path)
 

@@ -146,7 +146,8 @@ def test_a_whole_device_is_not_given_up_for_a_part_of_it(
     (finding,) = rows(host, "check")
     assert "that is only a part of it" in finding["Remedy"]
     host.nvdimmctl("check", "--repair")
-    assert host.nvdimmctl("release", "--yes", "--slot", "256", "db1").returncode != 0
+    for verb in ("release", "wipe"):
+        assert "which the domain keeps" in host.nvdimmctl(verb, "--yes", "--slot", "256", "db1").stderr
     assert "belongs to domain db1" in host.virsh("define", xml(host, "db2", 2, second.path)).stderr
     host.check("define", xml(host, "db1", 1, disk.path))
     assert host.nvdimmctl("check", "--repair").returncode == 0
@@ -342,3 +343,48 @@ def test_looks_at_a_device_do_not_disturb_one_another(tmp_path: Path, made: list
         assert backing.provision(spec) == backing.identify(path)
     finally:
         ends.join()
+
+
+def test_a_partition_that_was_moved_is_not_taken_for_what_it_was(
+    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+) -> None:
+    """Not by the same define once more either: its guest would read other bytes, and others would get the first."""
+    disk = device(1, 16)
+    made.append(first := Partition(disk, 1, 2 * MIB, 8 * MIB))
+    host.check("define", xml(host, "db1", 1, first.path))
+    disk.write(SECRET, 2 * MIB)
+    first.resize(4 * MIB, 6 * MIB)
+    made.append(second := Partition(disk, 2, 2 * MIB, 2 * MIB))
+    for words in (("define", xml(host, "db1", 1, first.path)), ("start", "db1")):
+        refused = host.virsh(*words)
+        assert "its offset in the namespace is 4 MiB, it was 2 MiB" in refused.stderr
+    assert "belongs to domain db1" in host.virsh("define", xml(host, "db2", 2, second.path, mib=2)).stderr
+    (found,) = rows(host, "check")
+    assert "from byte 2097152 of /dev/pmem1 on" in found["Remedy"]
+    first.resize(2 * MIB, 8 * MIB)
+    host.check("start", "db1")
+
+
+@pytest.mark.parametrize("host", [pytest.param("", id="no pool")], indirect=True)
+def test_only_what_is_in_a_pool_is_wiped_as_nobodys(host: Host, device: Callable[[int, int], Device]) -> None:
+    """Nova may say ``--unclaimed``, and domains may have backings outside of the pools."""
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
+    conf.write_text(conf.read_text().replace("[DEFAULT]", "[DEFAULT]\nallow_any_path = true"))
+    disk = device(9, 4)
+    disk.write(SECRET)
+    refused = host.nvdimmctl("wipe", "--yes", "--unclaimed", str(disk.path))
+    assert "is in no pool" in refused.stderr
+    assert disk.read(len(SECRET)) == SECRET
+
+
+def test_the_state_folder_is_not_changed_under_running_guests(host: Host) -> None:
+    conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
+    conf.write_text(conf.read_text().replace("[DEFAULT]", "[DEFAULT]\nallow_any_path = true"))
+    host.define("db1", 1)
+    host.check("start", "db1")
+    before = conf.read_text()
+    conf.write_text(before.replace(f"{host.folder}/state", f"{host.folder}/other"))
+    refused = host.nvdimmctl("register")
+    assert refused.returncode == 4
+    assert f"in the ledger in {host.folder}/state: db1" in refused.stderr
+    conf.write_text(before)

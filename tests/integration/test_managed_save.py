@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import re
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,32 @@ def test_a_saved_guest_keeps_what_an_older_ledger_does_not_know_that_it_has(host
     stranger = host.xml("db2", 2)
     stranger.write_text(stranger.read_text().replace("db2.img", "more.img"))
     assert "belongs to domain db1" in refused(host, "define", stranger)
+
+
+def test_the_start_of_a_running_guest_is_written_as_its_mark_says(host: Host) -> None:
+    """The ledger, from a backup, has another slot and another base; the guest is saved after the repair."""
+    ledger, backup = host.folder / "state/ledger.sqlite", host.folder / "backup"
+    backup.unlink(missing_ok=True)
+    copy_ledger(ledger, backup)
+    file = host.xml("db1", 1)
+    text = file.read_text()
+    file.write_text(text.replace("</target>", "</target><address type='dimm' slot='3' base='0x1200000000'/>"))
+    host.check("define", file)
+    host.check("start", "db1")
+    before = rows_of(ledger, "mapping")
+    assert before
+    copy_ledger(backup, ledger)
+    host.nvdimmctl("check", "--repair")
+    assert rows_of(ledger, "mapping") == before
+    assert rows_of(ledger, "run")
+    host.check("managedsave", "db1")
+    host.check("start", "db1")
+
+
+def rows_of(ledger: Path, table: str) -> list[tuple[object, ...]]:
+    """Return the rows of a table of the ledger."""
+    with closing(sqlite3.connect(ledger)) as database:
+        return database.execute(f"SELECT * FROM {table}").fetchall()
 
 
 def test_an_nvdimm_that_the_definition_has_made_larger(host: Host) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nvdimm_driver.errors import FullDiskError
+from nvdimm_driver.errors import FullDiskError, InUseError, NvdimmError
 from nvdimm_driver.model import KIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_pmem import MKFS, FileSystem
 from tests.integration.test_later_marks_real import had
-from tests.integration.test_ownership_real import SIZE, Host, empty
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty
 from tests.integration.test_restored_ledger_real import HIGH, back_up, repair, restore
-from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
 
 @pytest.fixture(params=list(MKFS))
@@ -110,3 +112,76 @@ def test_a_file_that_was_moved_is_not_given_back_twice(host: Host, way: str) -> 
         host.driver.prepare(domain)
         host.driver.undo(UUID, state, (), host.record())
     assert [*had(host)] == ["a.img"]
+
+
+def test_what_a_saved_guest_has_is_not_given_up_by_a_define_that_fails(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The define gives it back; while it writes zeros, the guest is saved; then it fails."""
+    saved: list[bool] = []
+    host.driver.definitions.is_saved = host.driver.starts.is_saved = lambda _: bool(saved)
+    host.driver.define(several(host, "a.img", "g.img"))
+    host.mapper.alive[7] = UUID
+    host.driver.prepare(several(host, "a.img", "g.img"))
+    map_prepared(host.driver.ledger, 7)
+    host.driver.define(several(host, "a.img"))
+    create, mark = type(host.backing).create, type(host.backing).mark
+
+    def slow(self: Any, *arguments: Any, **options: Any) -> Any:
+        saved.append(True)
+        host.mapper.alive.pop(7, None)
+        host.driver.release(UUID)
+        return create(self, *arguments, **options)
+
+    def broken(self: Any, path: str, owner: bytes | None, identity: Any = None) -> None:
+        if path.endswith("h.img") and owner is not None:
+            raise FullDiskError("the disk is full")
+        mark(self, path, owner, identity)
+
+    monkeypatch.setattr(type(host.backing), "create", slow)
+    monkeypatch.setattr(type(host.backing), "mark", broken)
+    with pytest.raises(FullDiskError):
+        host.driver.define(several(host, "a.img", "g.img", "h.img"))
+    monkeypatch.undo()
+    with pytest.raises(InUseError, match="belongs to domain"):
+        host.driver.define(replace(several(host, "g.img"), uuid=OTHER_UUID, name="y"))
+    assert "h.img" not in had(host)
+
+
+def test_a_restore_that_is_refused_leaves_what_a_killed_define_wants(host: Host) -> None:
+    host.driver.define(host.domain("a.img"))
+    Path(host.path("h.img")).write_bytes(DATA)
+    host.driver.ledger.begin_define(several(host, "a.img", "h.img"), lambda: None)
+    before = host.record()
+    host.driver.undo(UUID, host.driver.state_of(UUID), (), None)
+    assert host.record() == before
+    with pytest.raises(InUseError, match="a define wants it"):
+        host.driver.define(host.domain("h.img", OTHER_UUID))
+
+
+def test_an_undo_takes_no_file_that_was_put_in_the_place_of_a_marked_one(host: Host) -> None:
+    host.driver.define(host.domain("a.img"))
+    back_up(host)
+    host.driver.define(several(host, "a.img", "b.img"))
+    host.define("y.img", OTHER_UUID)
+    restore(host)
+    host.driver.define(host.domain("y.img", OTHER_UUID))
+    domain = several(host, "a.img", "b.img")
+    state = host.driver.state_of(UUID, domain)
+    created = host.driver.create(domain, host.driver.check(domain))
+    (others,) = host.record(OTHER_UUID).allocations
+    os.rename(host.path("b.img"), host.path("aside"))
+    os.rename(host.path("y.img"), host.path("b.img"))
+    with suppress(NvdimmError):
+        host.driver.undo(UUID, state, created, None)
+    assert others.identity not in [item.identity for item in host.record().allocations]
+    os.rename(host.path("b.img"), host.path("y.img"))
+    os.rename(host.path("aside"), host.path("b.img"))
+    assert repair(host) == []
+    assert sorted(had(host)) == ["a.img", "b.img"]
+
+
+def several(host: Host, *names: str) -> DomainSpec:
+    """Return a domain with these, in the slots from 0 on."""
+    specs = tuple(NvdimmSpec(slot, host.path(name), SIZE) for slot, name in enumerate(names))
+    return replace(host.domain("a.img"), nvdimms=specs)
