@@ -305,13 +305,24 @@ class _Look:
         return problem, f"take slot, sizes and base from the mark; for all such NVDIMMs of {record.name}", take
 
     def _in_others_place(self, record: Record, item: Allocation) -> Inconsistency | None:
-        """Return an NVDIMM with a base at which the domain has another one, which was changed later."""
+        """Return an NVDIMM with a base at which the domain has another one, which goes before it.
+
+        What libvirt's definition has goes before what it has not, and of two others the one that was changed later.
+        """
         items = [each for each in record.allocations if not each.spec.set_aside]
-        (now,) = [each for each in slots.combined(items) if each.spec.path == item.spec.path] or [item]
-        if now.base == item.base:
+        if slots.combined(items) == sorted(items, key=lambda each: each.spec.slot):
             return None
         problem = f"another NVDIMM of the domain has guest-physical addresses of it, from {item.base:#x} on"
         inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
+        try:
+            defined = self.definition_of(record.uuid)
+        except NvdimmError as error:
+            return inconsistency(f"start libvirt, whose definition says which of the two goes before: {error}")
+        paths = {resolve(spec.path) for spec in defined.nvdimms} if defined else set()
+        weighed = [each if each.spec.path in paths else replace(each, changed=0) for each in items]
+        (now,) = [each for each in slots.combined(weighed) if each.spec.path == item.spec.path] or [item]
+        if now.base == item.base:
+            return None
         if record.start is not None:
             return inconsistency(f"shut domain {record.name} down first")
         forget = self.changes.of(record, self.changes.forget_base, item)
