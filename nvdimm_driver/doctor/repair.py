@@ -310,7 +310,7 @@ class _Look:
         What libvirt's definition has goes before what it has not, and of two others the one that was changed later.
         """
         items = [each for each in record.allocations if not each.spec.set_aside]
-        if slots.combined(items) == sorted(items, key=lambda each: each.spec.slot):
+        if item.spec.set_aside or slots.fitted(item, [each for each in items if each is not item]) == item:
             return None
         problem = f"another NVDIMM of the domain has guest-physical addresses of it, from {item.base:#x} on"
         inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
