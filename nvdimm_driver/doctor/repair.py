@@ -314,13 +314,10 @@ class _Look:
             return None
         problem = f"another NVDIMM of the domain has guest-physical addresses of it, from {item.base:#x} on"
         inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path, problem)
-        try:
-            defined = self.definition_of(record.uuid)
-        except NvdimmError as error:
-            return inconsistency(f"start libvirt, whose definition says which of the two goes before: {error}")
-        paths = {resolve(spec.path) for spec in defined.nvdimms} if defined else set()
-        weighed = [each if each.spec.path in paths else replace(each, changed=0) for each in items]
-        (now,) = [each for each in slots.combined(weighed) if each.spec.path == item.spec.path] or [item]
+        weighed = [
+            each if self._is_defined_with(record.uuid, each.spec.path) else replace(each, changed=0) for each in items
+        ]
+        (now,) = [each for each in slots.spread(weighed) if each.spec.path == item.spec.path] or [item]
         if now.base == item.base:
             return None
         if record.start is not None:
@@ -580,7 +577,7 @@ class _Look:
         if has_it and not self._is_defined_with(mark.uuid, file.path):
             return  # given up by a definition, and its mark goes when the guest has ended
         inconsistency = _about(known or mark, file.path)
-        item = Allocation(mark.uuid, mark.spec, base=mark.base)
+        item = Allocation(mark.uuid, mark.spec, base=mark.base, changed=mark.changed)
         if known and (other := self._find(mark.uuid, mark.spec.slot)):
             if not self._is_still(other) and not self._is_later(file, other):
                 return  # the other was moved, or is behind another file system

@@ -98,8 +98,11 @@ class Changes:
     def adopt(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
         changed = self._provision(record, backing, item, found)
-        self._store(record, [*_without(record, item), changed], [item.spec.path])
-        self._mark(record, backing, changed)
+        items = slots.spread([*_without(record, item), changed])
+        self._store(record, items, [item.spec.path])
+        for each in items:
+            if each.spec.path == item.spec.path:
+                self._mark(record, backing, each)
 
     def take_marks(self, record: Record, later: Sequence[LaterMark]) -> None:
         """Give a domain all its NVDIMMs that have later marks than the ledger as these say, in one transaction.

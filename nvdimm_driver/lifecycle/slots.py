@@ -122,6 +122,14 @@ def combined(items: Iterable[Allocation]) -> list[Allocation]:
     return sorted(found, key=lambda item: item.spec.slot)
 
 
+def spread(items: Iterable[Allocation]) -> list[Allocation]:
+    """Return NVDIMMs; of two in the guest with addresses in common, the one that was changed earlier has no base."""
+    found: list[Allocation] = []
+    for item in sorted(items, key=lambda each: (each.spec.set_aside, -each.changed)):
+        found.append(item if item.spec.set_aside else fitted(item, found))
+    return sorted(found, key=lambda item: item.spec.slot)
+
+
 def _overlap(one: Allocation, other: Allocation) -> bool:
     """Return True when two NVDIMMs of a domain have guest-physical addresses in common."""
     if one.base is None or other.base is None:
