@@ -279,18 +279,17 @@ class Definitions:
             return self.ledger.give_up(now.uuid)
         record = replace(before or now, allocations=items)
         intents = [*wanted, *(each.spec for each in (before.intents if before else ()) if each.spec not in wanted)]
+        has = [each.spec for each in stored.intents] if stored else []
         same = stored and stored == replace(record, start=stored.start, intents=stored.intents, fault=stored.fault)
-        if same and stored and [each.spec for each in stored.intents] == intents:
-            self._mark(now.uuid)  # what was to be dropped may have lost its mark
-        elif same and not intents:
-            self.ledger.give_up_intents(now.uuid)
-            self._mark(now.uuid)
+        if same and (has == intents or not intents):
+            if has != intents:
+                self.ledger.give_up_intents(now.uuid)
         else:
             times = {item.spec.path: item.changed for item in now.allocations}
             anew = [item for item in items if times.get(item.spec.path) not in (None, item.changed)]  # by the define
             marked = ownership.times_of_marks(self.backings, now.uuid, anew)
             self.ledger.store(now.uuid, record.name, record.ram, items, intents=intents, dsm=record.dsm, marked=marked)
-            self._mark(now.uuid)
+        self._mark(now.uuid)  # what was to be dropped may have lost its mark
 
     def _delete(self, item: Allocation, record: Record) -> bool:
         """Delete a backing that a define has created; return False when it cannot be deleted.
