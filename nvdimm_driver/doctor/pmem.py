@@ -103,14 +103,22 @@ def check_pools(
         return
     with closing(Ledger(":memory:")) as ledger:  # the owners of NVDIMMs do not matter here
         for pool in pools:
-            yield from check_pool(pool, ledger, backings, mountinfo, dax)
+            yield from check_pool(pool, pools, ledger, backings, mountinfo, dax)
 
 
 def check_pool(
-    pool: Pool, ledger: Ledger, backings: Sequence[Backing], mountinfo: Path, dax: Callable[[str], bool]
+    pool: Pool,
+    pools: Pools,
+    ledger: Ledger,
+    backings: Sequence[Backing],
+    mountinfo: Path,
+    dax: Callable[[str], bool],
 ) -> Iterator[Finding]:
-    """Check that a pool works, and how well."""
-    usage = usage_of(pool, Pools([pool]), ledger, backings)
+    """Check that a pool works, and how well.
+
+    :param pools: all of them.
+    """
+    usage = usage_of(pool, pools, ledger, backings)
     yield check_usage(usage)
     if usage.space is not None:
         yield check_alignment(usage)

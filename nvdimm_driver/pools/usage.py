@@ -127,4 +127,15 @@ def usage_of(pool: Pool, pools: Pools, ledger: Ledger, backings: Sequence[Backin
         found = tuple(problem for namespace in space.namespaces for problem in problems(namespace))
     except BackingError as error:
         return PoolUsage(pool, None, owned, (str(error),))
-    return PoolUsage(pool, space, owned, found)
+    return PoolUsage(pool, space, owned, (*found, *_shared(pool, pools, backings)))
+
+
+def _shared(pool: Pool, pools: Pools, backings: Sequence[Backing]) -> Iterator[str]:
+    """Yield the devices of a pool that share bytes with one of another pool, such as a device and a partition of it."""
+    others = [(other, path) for other in pools if other != pool for path in other.paths]
+    for path in pool.paths:
+        here = ownership.identity_at(backings, path)
+        for other, its in others:
+            there = ownership.identity_at(backings, its)
+            if here and there and not (here.inode or there.inode) and here.shares_bytes(there):
+                yield f"{path} has bytes of {its}, which is in pool {other.name}"

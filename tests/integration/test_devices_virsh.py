@@ -388,3 +388,24 @@ def test_the_state_folder_is_not_changed_under_running_guests(host: Host) -> Non
     assert refused.returncode == 4
     assert f"in the ledger in {host.folder}/state: db1" in refused.stderr
     conf.write_text(before)
+
+
+OVERLAPPING = (
+    WIPED.replace(", {folder}/pmem1p1, {folder}/pmem1p2", "")
+    + """
+[pool:part]
+kind = pmem
+paths = {folder}/pmem1p1
+"""
+)
+
+
+@pytest.mark.parametrize("host", [pytest.param(OVERLAPPING, id="overlapping")], indirect=True)
+def test_a_device_and_a_partition_of_it_in_two_pools_are_a_problem(
+    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+) -> None:
+    disk = device(1, 16)
+    made.append(part := Partition(disk, 1, 2 * MIB, 8 * MIB))
+    told = [row["Message"] for row in rows(host, "doctor") if "which is in pool" in row["Message"]]
+    assert len(told) == 2
+    assert f"{disk.path} has bytes of {part.path}, which is in pool part" in told[1] + told[0]
