@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from nvdimm_driver.backing import locks
 from tests.integration.loop_pmem import MKFS, FileSystem, mount_points
+from tests.waiting import HANG_SECONDS
+
+
+@pytest.fixture(autouse=True)
+def _file_systems_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a file system as long as it takes on a busy machine; five seconds are what a host's operator waits."""
+    monkeypatch.setattr(locks, "FREEZE_SECONDS", HANG_SECONDS)
 
 
 @pytest.fixture(scope="module")
