@@ -647,9 +647,9 @@ class Definitions:
             path = item.spec.path
             if path not in identities or item.identity is None:
                 continue
-            if any(item.identity.begins_as(each) for each in identities.values()) or self._by_its_name(
-                item, identities, items
-            ):
+            if any(item.identity.begins_as(each) for each in identities.values()):
+                continue
+            if item.spec.set_aside and self._by_its_name(item, identities, items):
                 continue
             if found := identities[path]:
                 check_same_bytes(path, found, item.identity)

@@ -10,7 +10,6 @@ import errno
 import os
 import sqlite3
 import time
-from contextlib import suppress
 
 from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError, hint_of, own_file_error
 from nvdimm_driver.host_text import escaped
@@ -30,7 +29,7 @@ FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 """SQLite's errors on a full disk. It calls the second, for the index of its write-ahead log, "disk I/O error"."""
 UNWRITTEN = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 """Its errors when the file, or one beside it, cannot be made or written; they do not tell why."""
-FS_IOC_GETVERSION = 0x80087601
+AT_FDCWD, STATX_INO, STATX_BTIME = -100, 0x100, 0x800  # linux/stat.h
 FOREIGN = "PRAGMA foreign_key_check"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
@@ -250,21 +249,23 @@ def file_number(path: str) -> int | None:
 def file_identity(path: str) -> str:
     """Return what tells the file at a path from each other one that was or will be there; empty when nothing is.
 
-    The number of an inode is used again; its generation (FS_IOC_GETVERSION), where the file system has one, differs.
-    """
-    import fcntl
+    The number of an inode is used again; the time at which it was made, where the file system has that, differs. The
+    file must not be opened: to close it would give up all locks that SQLite has on it in this process (fcntl(2)).
 
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return ""
-    try:
-        number, generation = os.fstat(fd).st_ino, bytes(8)
-        with suppress(OSError):
-            generation = fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
-        return f"{number}:{generation[:4].hex()}"
-    finally:
-        os.close(fd)
+    :raises LedgerError: when it cannot be found out.
+    """
+    import ctypes
+    import struct
+
+    found = ctypes.create_string_buffer(256)  # struct statx
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.statx(AT_FDCWD, os.fsencode(path), 0, STATX_INO | STATX_BTIME, found):
+        if (code := ctypes.get_errno()) == errno.ENOENT:
+            return ""
+        raise own_file_error(f"cannot look at {path}", OSError(code, os.strerror(code)))
+    (mask,), (number,) = struct.unpack_from("I", found), struct.unpack_from("Q", found, 32)
+    seconds, nanoseconds = struct.unpack_from("qI", found, 80) if mask & STATX_BTIME else (0, 0)
+    return f"{number}:{seconds}.{nanoseconds:09}"
 
 
 def _lock_folder(path: str) -> int:

@@ -224,6 +224,7 @@ def _old_ledger(world: World) -> None:
         database.execute("ATTACH ? AS new", (str(new),))
         tables = [name for (name,) in database.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'")]
         for table in tables:
+            database.execute(f"DELETE FROM main.{table}")
             columns = ", ".join(row[1] for row in database.execute(f"PRAGMA main.table_info({table})"))
             database.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
     database.close()

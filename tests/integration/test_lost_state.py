@@ -362,7 +362,7 @@ def test_a_definition_that_cannot_be_started_keeps_no_other_domain_from_anything
     host.check("destroy", "db1")
     host.define("db2", 2)
     host.check("setmaxmem", "db2", "1G", "--config")
-    for command in (["check"], ["wipe", "--yes", "db1"], ["wipe", "--yes", "--unclaimed", device]):
+    for command in (["check"], ["wipe", "--yes", "db1"], ["wipe", "--yes", device]):
         done = host.nvdimmctl(*command)
         assert done.returncode == 0, (command, done.stderr)
     assert host.nvdimmctl("release", "--yes", "db1").returncode == 0

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from nvdimm_driver.errors import InUseError, LedgerError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Run, Start
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import PreparedStart
+from tests.ledger_copies import copy_ledger
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared, started
 
 SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
@@ -278,3 +281,39 @@ def test_a_domain_that_gives_up_its_nvdimms_keeps_its_start(ledger: Ledger) -> N
     assert ledger.find_domain(UUID) is not None
     ledger.give_up(UUID)
     assert ledger.find_domain(UUID) is None
+
+
+def test_a_look_at_the_file_keeps_its_locks(tmp_path: Path) -> None:
+    """A process that closes a file gives up all locks on it (fcntl(2)): another one would then delete the log."""
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(str(path))
+    assert not ledger.is_from_elsewhere()
+    other = "import sqlite3, sys; database = sqlite3.connect(sys.argv[1]); database.execute('SELECT * FROM latest')"
+    subprocess.run([sys.executable, "-c", f"{other}; database.close()", path], check=True)
+    assert Path(f"{path}-wal").exists()
+    ledger.close()
+    assert not Path(f"{path}-wal").exists(), "who closes it last deletes the log"
+
+
+def test_a_ledger_in_another_file_is_from_elsewhere(tmp_path: Path) -> None:
+    path, backup = tmp_path / "ledger.sqlite", tmp_path / "backup"
+    with closing(Ledger(str(path))) as ledger:
+        copy_ledger(path, backup)
+        ledger.check_own()
+    for way in ("renamed", "copied"):
+        if way == "renamed":
+            os.replace(backup, path)
+        else:
+            _copy(path)
+        with closing(Ledger(str(path))) as ledger:
+            with pytest.raises(LedgerError, match="is a backup or a copy"):
+                ledger.check_own()
+            ledger.take_over()
+            ledger.check_own()
+
+
+def _copy(path: Path) -> None:
+    """Put a copy in a file's place, whose inode may get the same number."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
