@@ -67,7 +67,7 @@ class Wiper:
         """
         with self._opened(spec, None) as content:
             self._checks.check_unowned(spec.path, content.identity)
-            if self._checks.pools.of(spec.path) is None:  # Nova may say this, and the host's own files are none of hers
+            if self._checks.pools.of(spec.path) is None:  # Nova may call this, and must not reach the host's own
                 raise RefusedError(f"{spec.path}: is in no pool", hint="leave out --unclaimed, or add it to a pool")
             self._overwrite(spec, content, watch)
 

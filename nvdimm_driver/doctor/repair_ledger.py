@@ -20,7 +20,7 @@ def look(driver: XenNvdimmDriver, found: Sequence[Inconsistency]) -> list[Incons
         return []
     path = driver.ledger.path
     if unseen := [each for each in found if not (each.domain or each.uuid or each.path)]:
-        remedy = f"first: {'; '.join(each.remedy for each in unseen)}"
+        remedy = f"first: {'; '.join(each.remedy or each.problem for each in unseen)}"
         return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy)]
     remedy = "take it over, after the other repairs; guests that are saved with devices cannot go on then"
     return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy, lambda: take_over(driver))]

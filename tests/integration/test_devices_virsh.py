@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing import device as device_backing
 from nvdimm_driver.backing.locks import Locks
 from nvdimm_driver.backing.pmem import PmemBacking
 from nvdimm_driver.errors import InUseError
@@ -19,6 +20,7 @@ from tests.integration.bench_host import CONF, Host
 from tests.integration.loop_device import Device, Partition, detached, rename, with_paths
 from tests.integration.test_lost_state import rows
 from tests.ledger_copies import copy_ledger
+from tests.waiting import HANG_SECONDS
 
 MIB = 1 << 20
 SECRET = b"of db1"
@@ -204,7 +206,7 @@ def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(
     host: Host, device: Callable[[int, int], Device]
 ) -> None:
     """A boot exchanges the names of the two: one is to be wiped, the other one is the guest's."""
-    own, other, _ = disks = [device(index, 4) for index in (3, 4, 5)]
+    own, other, _ = [device(index, 4) for index in (3, 4, 5)]
     host.check("define", xml(host, "db1", 1, other.path))
     host.check("define", xml(host, "db1", 1, own.path))
     own.write(b"precious")
@@ -230,7 +232,6 @@ def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(
     host.check("destroy", "db1")
     assert host.nvdimmctl("release", "--yes", "--slot", "256", "db1").returncode == 0
     assert (own.read(8), other.read(8)) == (b"precious", bytes(8))
-    assert disks
 
 
 def test_a_third_domain_gets_no_device_of_a_definition_by_another_name(
@@ -330,8 +331,11 @@ def test_a_running_guests_devices_are_where_it_has_them(
         assert host.virsh("define", xml(host, "db2", 2, paths[0])).returncode != 0
 
 
-def test_looks_at_a_device_do_not_disturb_one_another(tmp_path: Path, made: list[Device | Partition]) -> None:
+def test_looks_at_a_device_do_not_disturb_one_another(
+    tmp_path: Path, made: list[Device | Partition], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each opens it for itself alone, for a moment."""
+    monkeypatch.setattr(device_backing, "LOOK_SECONDS", HANG_SECONDS)
     made.append(device := Device(tmp_path, 1, 4 * MIB))
     backing = PmemBacking(sysfs=device.sysfs.root)
     spec, path = NvdimmSpec(0, str(device.path), 4 * MIB), str(device.path)

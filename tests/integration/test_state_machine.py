@@ -155,13 +155,13 @@ class HostMachine(DomainsMachine):
 
     @rule()
     def ledger_is_backed_up(self) -> None:
-        self._copy(self.world.folder / "ledger.sqlite", self.world.folder / "backup")
+        copy_ledger(self.world.folder / "ledger.sqlite", self.world.folder / "backup")
         self.backup = {uuid: (dict(guest.claims), dict(guest.last)) for uuid, guest in self.guests.items()}
 
     @precondition(lambda self: self.backup is not None and not self.away)
     @rule()
     def ledger_comes_from_the_backup(self) -> None:
-        self._copy(self.world.folder / "backup", self.world.folder / "ledger.sqlite")
+        copy_ledger(self.world.folder / "backup", self.world.folder / "ledger.sqlite")
         for uuid, guest in self.guests.items():
             if guest.running is None:  # a start that is in the backup is over
                 guest.prepared = None
@@ -219,9 +219,6 @@ class HostMachine(DomainsMachine):
         with pytest.raises(NvdimmError):
             self._do(what)  # type: ignore[arg-type]
         assert self._do(_claims) == before
-
-    def _copy(self, source: Path, target: Path) -> None:
-        copy_ledger(source, target)
 
 
 def _put_away(driver: XenNvdimmDriver, uuid: str) -> None:
