@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -59,11 +60,14 @@ from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.pools.usage import PoolUsage, usage_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import ownership
+from nvdimm_driver.state.database import FROM_ELSEWHERE, TAKE_OVER
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml.definition_files import DefinitionFiles, StoredDomain, has_managed_save
 from nvdimm_driver.xml.hooks import XmlHooks
+
+LOG = logging.getLogger(__name__)
 
 
 def load_driver(conf: cfg.ConfigOpts) -> XenNvdimmDriver:
@@ -184,8 +188,13 @@ class XenNvdimmDriver(plugins.Plugin):
         self.emulators.check(domain)
         return self.definitions.plan(domain)
 
-    def check(self, domain: DomainSpec) -> Plan:
-        """Return the plan for a define; raise any error that :meth:`define` raises before it changes anything."""
+    def check(self, domain: DomainSpec, *, repairs: bool = False) -> Plan:
+        """Return the plan for a define; raise any error that :meth:`define` raises before it changes anything.
+
+        :param repairs: the ledger may be from elsewhere: what it lacks is repaired.
+        """
+        if not repairs:
+            self.ledger.check_own()
         self.reconcile()
         return self.plan(domain)
 
@@ -323,6 +332,9 @@ class XenNvdimmDriver(plugins.Plugin):
             with self.locks.starting(uuid):
                 self.reconcile()
                 self.restart_lost()
+                self.distrust_saved_guests()
+                if self.ledger.is_from_elsewhere():
+                    LOG.warning("%s %s (%s)", self.ledger.path, FROM_ELSEWHERE, TAKE_OVER)
                 plan = self._prepare_alone(domain)
         except NvdimmError as error:
             self.ledger.record_failure(uuid, error)
@@ -395,6 +407,23 @@ class XenNvdimmDriver(plugins.Plugin):
             prepared = self.ledger.find_domain(uuid)
             if prepared is not None and prepared.start is not None:
                 self.starts.put_away(prepared.start)
+
+    def distrust_saved_guests(self) -> None:
+        """If the ledger comes from elsewhere, let no guest go on that was saved with a device before that was seen.
+
+        Nobody can tell whether something has written the device since. Guests that are saved later can go on.
+        """
+        if not self.ledger.is_strange():
+            return
+        for uuid, run in self.ledger.runs().items():
+            record = self.ledger.find_domain(uuid)
+            is_off = record is None or record.start is None
+            if is_off and any(not each.inode for _, each in saved_guest.backings_of(run)):
+                self.ledger.spoil_run(uuid, run.number)
+        for record in self.ledger.domains():
+            if record.start is None and any(item.identity and not item.identity.inode for item in record.allocations):
+                self.ledger.spoil_unnumbered(record.uuid)
+        self.ledger.take_over(compared=False)
 
     def check_redefinition(self, plan: Plan) -> None:
         """Check that a domain whose guest is saved is defined with the NVDIMMs that this guest had, in their places.

@@ -11,7 +11,9 @@ from pathlib import Path
 def copy_ledger(source: Path, target: Path) -> None:
     """Write a ledger to a file, as the documentation says.
 
-    Where a ledger is, it becomes that one, in the same file: nothing then tells that it comes from a backup.
+    Where a ledger is, it becomes that one, in the same file, and it is not known any more how often that was written:
+    nothing then tells that it comes from a backup, as with an image of the whole file system.
     """
+    target.with_name(f"{target.stem}-in-use").unlink(missing_ok=True)
     with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
         one.backup(other)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -308,7 +308,7 @@ class Changes:
         """
         uuid = uuid_of(domain)
         with self.driver.locks.changing(uuid):
-            plan = self.driver.check(domain)
+            plan = self.driver.check(domain, repairs=True)
             try:
                 self.driver.create(domain, plan)
             except BaseException:
@@ -400,23 +400,39 @@ def exchanged_names(backings: Sequence[Backing], records: Iterable[Record]) -> d
     """Return, by uuid and slot, the names of now of devices that have each other's names in the ledger.
 
     The kernel gives the names as it finds the devices, so a boot can exchange them. One that has a new name of its own
-    is not among them, nor one that has the name of another one of its domain: a start takes a domain's own for what its
-    definition means.
+    is not among them, nor those of one domain that only have each other's names: a start takes a domain's own for what
+    its definition means.
     """
     devices = [item for each in records for item in each.allocations if item.identity and not item.identity.inode]
     paths = {ownership.identity_at(backings, item.spec.path): item.spec.path for item in devices}
-    had = {item.spec.path: item.uuid for item in devices}
     names = {
         item: path
         for item in devices
-        if item.identity and (path := paths.get(item.identity)) not in (None, item.spec.path) and had[path] != item.uuid
+        if item.identity and (path := paths.get(item.identity)) not in (None, item.spec.path)
     }
     while True:
         leaving = {item.spec.path for item in names}
         closed = {item: path for item, path in names.items() if path in leaving}
         if closed == names:
-            return {(item.uuid, item.spec.slot): path for item, path in names.items()}
+            break
         names = closed
+    by_path = {item.spec.path: item for item in names}
+    return {
+        (item.uuid, item.spec.slot): path
+        for item, path in names.items()
+        if any(each.uuid != item.uuid for each in _cycle(item, names, by_path))
+    }
+
+
+def _cycle(
+    item: Allocation, names: Mapping[Allocation, str], by_path: Mapping[str, Allocation]
+) -> Iterator[Allocation]:
+    """Yield the devices that have each other's names, from one of them on."""
+    seen: list[Allocation] = []
+    while item not in seen:
+        seen.append(item)
+        yield item
+        item = by_path[names[item]]
 
 
 def _is_as_seen(now: Record | None, seen: Record | None) -> bool:

@@ -19,6 +19,7 @@ from nvdimm_driver.errors import ConfigError, NvdimmError, ProtocolError
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
+from nvdimm_driver.shell import command
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.words import release_of
 from nvdimm_driver.xml.parse_domain import extract
@@ -78,8 +79,20 @@ def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[
 
 def _claims(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
     owned = {item.spec.path for record in driver.ledger.domains() for item in record.allocations}
+    renamed = {item.renamed_from: item.spec.path for item in _devices_of(driver, domain.defined.uuid or "")}
     for spec in domain.defined.nvdimms:
-        if spec.path not in owned and _is_device(driver, spec.path):
+        if spec.path in owned or not _is_device(driver, spec.path):
+            continue
+        if spec.path in renamed:
+            yield Inconsistency(
+                domain.defined.name,
+                domain.defined.uuid or "",
+                spec.path,
+                f"libvirt's definition has it, and since a boot, this is another device; the domain's is "
+                f"{renamed[spec.path]} now",
+                f"define the domain with that: {command('virsh', 'edit', domain.defined.uuid or domain.defined.name)}",
+            )
+        else:
             yield Inconsistency(
                 domain.defined.name,
                 domain.defined.uuid or "",

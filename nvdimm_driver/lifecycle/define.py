@@ -25,6 +25,7 @@ from nvdimm_driver.state import condition, ownership
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.words import release_of
 
 LOG = logging.getLogger(__name__)
 
@@ -79,7 +80,6 @@ class Definitions:
         :raises NvdimmError: any error that a define or start would raise.
         """
         LOG.debug("plan domain %s, NVDIMMs: %d; nothing is changed", domain.name, len(domain.nvdimms))
-        self.ledger.check_own()
         domain = self.identify_by_name(domain)
         found = self.find_paths(domain.uuid, (spec.path for spec in domain.nvdimms))
         domain = self.keep_slots(domain.with_paths(found))
@@ -645,6 +645,13 @@ class Definitions:
         items = before.allocations if before else ()
         for item in items:
             path = item.spec.path
+            if before and item.renamed_from in identities and not _is_own(before, identities[item.renamed_from]):
+                raise BackingError(
+                    f"{item.renamed_from} is another device since a boot: that of the domain in slot {item.spec.slot} "
+                    f"is {path} now",
+                    hint=f"define the domain with {path}; to give it the other one instead, first "
+                    f"{release_of(before.uuid, item.spec.slot)}",
+                )
             if path not in identities or item.identity is None:
                 continue
             if any(item.identity.begins_as(each) for each in identities.values()):
@@ -680,6 +687,11 @@ class Definitions:
 
     def _backing(self, spec: NvdimmSpec) -> Backing:
         return backing_of(self.backings, spec.path)
+
+
+def _is_own(record: Record, identity: BackingIdentity | None) -> bool:
+    """Return True for what a domain has."""
+    return ownership.has_bytes(record.allocations, identity)
 
 
 def _check_all_there(found: Mapping[str, BackingIdentity | None]) -> None:

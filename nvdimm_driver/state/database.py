@@ -14,6 +14,7 @@ import time
 from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError, hint_of, own_file_error
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state.events import Event, unheard
+from nvdimm_driver.state.in_use import InUse
 from nvdimm_driver.state.reserve import Reserve
 
 TYPE_CHECKING = False
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 """How many versions :mod:`.schema` has. It is imported only for a ledger that has another."""
 KEPT_EVENTS = 10_000
 """Older events are deleted."""
@@ -31,8 +32,10 @@ UNWRITTEN = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READO
 """Its errors when the file, or one beside it, cannot be made or written; they do not tell why."""
 AT_FDCWD, STATX_INO, STATX_BTIME = -100, 0x100, 0x800  # linux/stat.h
 FOREIGN = "PRAGMA foreign_key_check"
+COUNT = "UPDATE latest SET writes = writes + 1 RETURNING id, writes"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
+UNKNOWN_TIME = "0.000000000"
 FROM_ELSEWHERE = "is a backup or a copy, and was not compared with what is there yet"
 TAKE_OVER = "'nvdimmctl check --repair' does that; until then, domains that are defined can boot, and nothing else"
 """Hint for such a ledger."""
@@ -51,6 +54,7 @@ class Database:
         self.path = path
         self._tell = tell
         self.reserve = Reserve(f"{path}-reserve")
+        self._in_use = InUse(None if path == ":memory:" else f"{os.path.splitext(path)[0]}-in-use")
         try:
             before = file_number(path)
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
@@ -77,13 +81,22 @@ class Database:
             raise DamagedLedgerError(f"{self.path} is damaged: {'; '.join(found)}", hint=REBUILD)
 
     def is_from_elsewhere(self) -> bool:
-        """Return True when the file is not the one that the ledger was made in: it is a backup or a copy.
+        """Return True when the ledger is a backup or a copy, and was not compared with what is there yet.
 
-        It says so until :meth:`take_over`. A copy of the whole file system, and one that was written over the file that
-        was there, cannot be told.
+        A copy of the whole file system cannot be told.
         """
-        ((file,),) = self._rows("SELECT file FROM latest")
-        return bool(file) and file != file_identity(self.path)
+        return bool(self._rows("SELECT uncompared FROM latest")[0][0]) or self.is_strange()
+
+    def is_strange(self) -> bool:
+        """Return True when the ledger is not the one in use, until :meth:`take_over`.
+
+        Its file is not the one that it was made in, or another one was used since, or it was written more often.
+        """
+        known = self._in_use.read()  # first: others may write meanwhile
+        ((file, ledger, writes),) = self._rows("SELECT file, id, writes FROM latest")
+        if known is not None and (known[0] != ledger or known[1] > writes):
+            return True
+        return bool(file) and not _is_same_file(file, file_identity(self.path))
 
     def check_own(self) -> None:
         """Check that the file is the ledger's own, as far as :meth:`is_from_elsewhere` can tell.
@@ -93,9 +106,14 @@ class Database:
         if self.is_from_elsewhere():
             raise LedgerError(f"{self.path} {FROM_ELSEWHERE}", hint=TAKE_OVER)
 
-    def take_over(self) -> None:
-        """Take the file, which comes from elsewhere and was compared with what is there, for the ledger's own."""
-        self._write([("UPDATE latest SET file = ?", (file_identity(self.path),))])
+    def take_over(self, *, compared: bool) -> None:
+        """Take the ledger, which comes from elsewhere, for the one in use.
+
+        :param compared: it was compared with what is there, and does not count as one from elsewhere any more.
+        """
+        values = (file_identity(self.path), _new_id(), not compared)
+        self._write([("UPDATE latest SET file = ?, id = ?, uncompared = ?", values)])
+        self._in_use.replace(*self._rows("SELECT id, writes FROM latest")[0])
 
     def close(self) -> None:
         """Close the file."""
@@ -120,8 +138,15 @@ class Database:
             self._db.create_function("real_path", 1, os.path.realpath)
             self._db.create_function("real_paths", 1, _real_paths)
             statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
-            own = ("UPDATE latest SET file = ?", (file_identity(self.path),))
-            self._write([*[(part, ()) for part in statements], own, (f"PRAGMA user_version = {SCHEMA_VERSION}", ())])
+            own: list[tuple[str, Sequence[Any]]] = []
+            if found < 11 and (found == 0 or self._in_use.read() is None):  # else it is a backup
+                own.append(("UPDATE latest SET file = ?", (file_identity(self.path),)))
+            if found < 12:
+                own.append(("UPDATE latest SET id = ?", (_new_id(),)))
+            version = (f"PRAGMA user_version = {SCHEMA_VERSION}", ())
+            self._write([*[(part, ()) for part in statements], *own, version])
+            if found == 0:
+                self._in_use.replace(*self._rows("SELECT id, writes FROM latest")[0])
         finally:
             os.close(folder)
 
@@ -182,8 +207,10 @@ class Database:
                     self._db.execute("ROLLBACK")
                     return False
             if begin:
+                ((ledger, writes),) = self._db.execute(COUNT).fetchall()
                 self._db.execute("COMMIT")
                 self._check_same()
+                self._in_use.advance(ledger, writes)
         except (sqlite3.Error, UnicodeEncodeError) as error:
             raise self._failed("write", error) from error
         finally:
@@ -264,8 +291,20 @@ def file_identity(path: str) -> str:
             return ""
         raise own_file_error(f"cannot look at {path}", OSError(code, os.strerror(code)))
     (mask,), (number,) = struct.unpack_from("I", found), struct.unpack_from("Q", found, 32)
-    seconds, nanoseconds = struct.unpack_from("qI", found, 80) if mask & STATX_BTIME else (0, 0)
+    if not mask & STATX_BTIME:
+        return f"{number}:{UNKNOWN_TIME}"
+    seconds, nanoseconds = struct.unpack_from("qI", found, 80)
     return f"{number}:{seconds}.{nanoseconds:09}"
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    """Return True for two of :func:`file_identity`; of times, only where both are known: a new kernel may tell one."""
+    numbers, times = zip(one.split(":"), other.split(":"), strict=True)
+    return numbers[0] == numbers[1] and (times[0] == times[1] or UNKNOWN_TIME in times)
+
+
+def _new_id() -> str:
+    return os.urandom(16).hex()
 
 
 def _lock_folder(path: str) -> int:

@@ -148,8 +148,14 @@ class Ledger(StartSteps):
         :param names: paths, by uuid and slot.
         :param check: called in the transaction; raises what speaks against it.
         """
-        free = "UPDATE allocation SET renamed_from = path, path = ? WHERE uuid = ? AND slot = ?"
-        take = "UPDATE allocation SET path = ? WHERE uuid = ? AND slot = ?"
+        free = (
+            "UPDATE allocation SET renamed_from = coalesce(nullif(renamed_from, ''), path), path = ? "
+            "WHERE uuid = ? AND slot = ?"
+        )
+        take = (
+            "UPDATE allocation SET path = ?1, renamed_from = CASE renamed_from WHEN ?1 THEN '' ELSE renamed_from END "
+            "WHERE uuid = ?2 AND slot = ?3"
+        )
         statements = [(free, (f"{uuid}:{slot}", uuid, slot)) for uuid, slot in names]  # a path is one domain's
         self._write([*statements, *((take, (path, *key)) for key, path in names.items())], check=check)
 

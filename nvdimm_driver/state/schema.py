@@ -139,5 +139,10 @@ UPDATE frozen SET given_up = (SELECT nullif(changed, 0) FROM domain WHERE uuid =
 ALTER TABLE latest ADD COLUMN file TEXT NOT NULL DEFAULT '';
 ALTER TABLE allocation ADD COLUMN renamed_from TEXT NOT NULL DEFAULT '';
 """,
+    """
+ALTER TABLE latest ADD COLUMN id TEXT NOT NULL DEFAULT '';
+ALTER TABLE latest ADD COLUMN writes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE latest ADD COLUMN uncompared INTEGER NOT NULL DEFAULT 0;
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ LOG = logging.getLogger(__name__)
 
 LEDGER = "ledger.sqlite"
 COLUMNS = ("Domain", "Path", "Problem", "Remedy", "Done")
-ROUNDS = 5
+ROUNDS = 6
 """Rounds of repairing and looking again: a repair may uncover other inconsistencies."""
 
 
@@ -167,8 +168,16 @@ def _find_only(
     paths = {path_argument(word) for word in words if word.startswith("/")}
     uuids = {find_named([*known.values()], word).uuid for word in words if not word.startswith("/")}
     owners = {record.uuid for record in records for item in record.claims if item.spec.path in paths}
+    of_ledger = [
+        replace(each, mend=None, remedy="run this without words: it is taken over after it was compared with all")
+        for each in found
+        if each.path == driver.ledger.path
+    ]
+    others = [each for each in found if each.path != driver.ledger.path]
     return [
-        each for each in found if each.uuid in uuids or each.path in paths or (each.uuid in owners and not each.path)
+        each
+        for each in [*others, *of_ledger]
+        if each.uuid in uuids or each.path in paths or (each.uuid in owners and not each.path)
     ]
 
 

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file that tells the ledger in use from a copy of it: it has its id, and how often it was written.
+
+Imports nothing heavy: the device model, which has to start fast, uses it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nvdimm_driver.errors import own_file_error
+
+FORMAT = "{:32} {:20}\n"
+SIZE = len(FORMAT.format("", 0))
+
+
+class InUse:
+    """The file, which is written after each write to the ledger: it may be behind the ledger in use, and never before.
+
+    It is not synced. After the power was lost, it may be further behind: then a copy that is as old is not noticed.
+
+    :param path: path of the file, which need not exist; None for a ledger in memory.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+
+    def read(self) -> tuple[str, int] | None:
+        """Return the id of the ledger in use and how often it was written; None when that is not known.
+
+        :raises LedgerError: when the file cannot be read.
+        """
+        if self.path is None:
+            return None
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise own_file_error(f"cannot read {self.path}", error) from error
+        try:
+            return _parse(os.pread(fd, SIZE, 0))
+        finally:
+            os.close(fd)
+
+    def advance(self, ledger: str, writes: int) -> None:
+        """Note a write, if it is of the ledger in use, or if none is known.
+
+        Of two processes at once, the later write may be noted first, and not stay. The next one makes up for it.
+        """
+        self._write(ledger, writes, anew=False)
+
+    def replace(self, ledger: str, writes: int) -> None:
+        """Take a ledger for the one in use from now on."""
+        self._write(ledger, writes, anew=True)
+
+    def _write(self, ledger: str, writes: int, *, anew: bool) -> None:
+        """Write in place: that needs no room on the disk once the file is there."""
+        if self.path is None:
+            return
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                known = None if anew else _parse(os.pread(fd, SIZE, 0))
+                if known is None or (known[0] == ledger and known[1] < writes):
+                    os.pwrite(fd, FORMAT.format(ledger, writes).encode(), 0)
+            finally:
+                os.close(fd)
+        except OSError:
+            return  # the ledger is written; only a copy of it may not be noticed
+
+
+def _parse(text: bytes) -> tuple[str, int] | None:
+    """Return the id and the number in the file; None when there are none, or not whole."""
+    words = text.decode("ascii", "replace").split()
+    return (words[0], int(words[1])) if len(text) == SIZE and len(words) == 2 and words[1].isdigit() else None
