@@ -283,7 +283,7 @@ def check_known(last: Run | None, *, is_unnumbered: bool, is_spoiled: bool) -> N
         raise RefusedError(
             "the saved guest cannot go on: the ledger does not have the run that it was saved in, because the ledger "
             "was lost or made anew",
-            hint="put back the ledger of that time, or boot the guest anew: virsh managedsave-remove, then virsh start",
+            hint="boot the guest anew: virsh managedsave-remove, then virsh start",
         )
 
 

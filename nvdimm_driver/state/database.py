@@ -36,7 +36,7 @@ COUNT = "UPDATE latest SET writes = writes + 1 RETURNING id, writes"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
 UNKNOWN_TIME = "0.000000000"
-FROM_ELSEWHERE = "is a backup or a copy, and was not compared with what is there yet"
+FROM_ELSEWHERE = "is a backup or a copy, or was made anew, and was not compared with what is there yet"
 TAKE_OVER = "'nvdimmctl check --repair' does that; until then, domains that are defined can boot, and nothing else"
 """Hint for such a ledger."""
 
@@ -139,7 +139,10 @@ class Database:
             self._db.create_function("real_paths", 1, _real_paths)
             statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
             own: list[tuple[str, Sequence[Any]]] = []
-            if found < 11 and (found == 0 or self._in_use.read() is None):  # else it is a backup
+            known = self._in_use.read()
+            if found == 0:  # one that was there is lost
+                own.append(("UPDATE latest SET uncompared = ?", (known is not None,)))
+            if found < 11 and (found == 0 or known is None):  # else it is a backup
                 own.append(("UPDATE latest SET file = ?", (file_identity(self.path),)))
             if found < 12:
                 own.append(("UPDATE latest SET id = ?", (_new_id(),)))
