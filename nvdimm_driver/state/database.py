@@ -210,7 +210,7 @@ class Database:
                     self._db.execute("ROLLBACK")
                     return False
             if begin:
-                ((ledger, writes),) = self._db.execute(COUNT).fetchall()
+                ledger, writes = self._count()
                 self._db.execute("COMMIT")
                 self._check_same()
                 self._in_use.advance(ledger, writes)
@@ -222,6 +222,18 @@ class Database:
         if event is not None:
             self._tell(event)
         return True
+
+    def _count(self) -> tuple[str, int]:
+        """Count a write, in its transaction; return the ledger's id and number of writes.
+
+        A ledger that was written less often than the one in use gets an id of its own: its number may come up to that
+        one's. Nobody else writes now, so the file that has that number cannot be before the ledger in use.
+        """
+        ((ledger, writes),) = self._db.execute(COUNT).fetchall()
+        if self._in_use.is_beyond(ledger, writes):
+            ledger = _new_id()
+            self._db.execute("UPDATE latest SET id = ?", (ledger,))
+        return ledger, writes
 
     def _check_same(self) -> None:
         """Check that the file that was written is the ledger still, which this process may have opened long ago.

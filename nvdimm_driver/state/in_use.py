@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from nvdimm_driver.errors import own_file_error
+from nvdimm_driver.errors import LedgerError, own_file_error
 
 FORMAT = "{:32} {:20}\n"
 SIZE = len(FORMAT.format("", 0))
@@ -42,6 +42,14 @@ class InUse:
             return _parse(os.pread(fd, SIZE, 0))
         finally:
             os.close(fd)
+
+    def is_beyond(self, ledger: str, writes: int) -> bool:
+        """Return True when a ledger of that id was written that often already; False when it cannot be read."""
+        try:
+            known = self.read()
+        except LedgerError:  # what is to be written matters more
+            return False
+        return known is not None and known[0] == ledger and known[1] >= writes
 
     def advance(self, ledger: str, writes: int) -> None:
         """Note a write, if it is of the ledger in use, or if none is known.

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import pytest
 
 from nvdimm_driver.errors import InUseError, LedgerError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Run, Start
+from nvdimm_driver.state import database
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import PreparedStart
 from tests.ledger_copies import copy_ledger
+from tests.package import PROJECT
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared, started
 
 SPEC = NvdimmSpec(3, "/mnt/pmem0/a", 1 << 21, 131072, 4096, 1 << 40, 1, True)
@@ -310,6 +313,74 @@ def test_a_ledger_in_another_file_is_from_elsewhere(tmp_path: Path) -> None:
                 ledger.check_own()
             ledger.take_over(compared=True)
             ledger.check_own()
+
+
+def test_a_backup_that_was_written_over_the_ledger_is_older_than_the_one_in_use(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(str(path)).close()
+    backup, known = path.read_bytes(), (tmp_path / "ledger-in-use").read_text()
+    with closing(Ledger(str(path))) as ledger:
+        ledger.record_failure(UUID, XenError("a write"))
+    path.write_bytes(backup)
+    with closing(Ledger(str(path))) as ledger:
+        assert ledger.is_from_elsewhere()
+        ledger.record_failure(UUID, XenError("as many writes"))
+        assert ledger.is_from_elsewhere()
+        ledger.take_over(compared=False)
+        assert (ledger.is_strange(), ledger.is_from_elsewhere()) == (False, True)
+        ledger.take_over(compared=True)
+        assert not ledger.is_from_elsewhere()
+    path.write_bytes(backup)
+    (tmp_path / "ledger-in-use").write_text(known)
+    with closing(Ledger(str(path))) as ledger:
+        assert not ledger.is_from_elsewhere(), "nobody can tell when the other file comes back, too"
+
+
+def test_a_ledger_that_comes_back_after_another_was_used(tmp_path: Path) -> None:
+    path, aside = tmp_path / "ledger.sqlite", tmp_path / "aside"
+    Ledger(str(path)).close()
+    os.rename(path, aside)
+    with closing(Ledger(str(path))) as ledger:
+        assert ledger.is_from_elsewhere(), "one was there, and is lost"
+        ledger.take_over(compared=True)
+    os.rename(aside, path)
+    with closing(Ledger(str(path))) as ledger:
+        assert ledger.is_from_elsewhere()
+
+
+@pytest.mark.parametrize("schema", ["10", "11"])
+def test_a_backup_of_an_earlier_version(tmp_path: Path, schema: str) -> None:
+    """The first one that is opened is the ledger. A later one is a backup."""
+    path, dump = tmp_path / "ledger.sqlite", PROJECT / f"tests/data/ledger/{schema}.sql"
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript(dump.read_text() + ("UPDATE latest SET file = ''" if schema == "11" else ""))
+    backup = path.read_bytes()
+    with closing(Ledger(str(path))) as ledger:
+        assert not ledger.is_from_elsewhere()
+    path.write_bytes(backup)
+    with closing(Ledger(str(path))) as ledger:
+        assert ledger.is_from_elsewhere()
+
+
+def test_a_kernel_that_begins_to_tell_birth_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "ledger.sqlite")
+    with monkeypatch.context() as before:
+        before.setattr(database, "STATX_BTIME", 0)  # as if statx(2) did not fill it in
+        Ledger(path).close()
+    with closing(Ledger(path)) as ledger:
+        assert not ledger.is_from_elsewhere()
+
+
+@pytest.mark.parametrize("content", ["", "scribble", "x" * 54, f"{'0' * 32} {'no number':20}\n"])
+def test_what_tells_the_ledger_in_use_is_damaged(tmp_path: Path, content: str) -> None:
+    path, known = str(tmp_path / "ledger.sqlite"), tmp_path / "ledger-in-use"
+    Ledger(path).close()
+    before = known.read_text()
+    known.write_text(content)
+    with closing(Ledger(path)) as ledger:
+        assert not ledger.is_from_elsewhere()
+        ledger.record_failure(UUID, XenError("a write"))
+    assert known.read_text()[:32] == before[:32]
 
 
 def _copy(path: Path) -> None:
