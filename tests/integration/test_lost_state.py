@@ -101,7 +101,7 @@ def test_a_ledger_that_is_damaged_while_a_guest_runs(host: Host) -> None:
     conf.write_text(conf.read_text() + f"[pool:main]\nkind=bench\npaths={host.folder}/pmem\n")
 
     done = rows(host, "check", "--repair")
-    assert [row["Done"] for row in done] == ["yes"] * 3, done
+    assert [row["Done"] for row in done] == ["yes"] * 4, done
     assert host.nvdimmctl("check").returncode == 0
     (aside,) = ledger.parent.glob("ledger.sqlite.damaged-*")
     assert aside.read_bytes().startswith(b"scribble")
@@ -287,24 +287,27 @@ def test_without_libvirt_nobody_knows_whose_a_device_is(host: Host, device: str)
     (host.folder / "state/ledger.sqlite").write_bytes(b"scribble" * 4096)
     host.libvirtd.stop()
     done = rows(host, "check", "--repair")
-    assert "libvirt cannot be asked whose the devices are" in done[-1]["Problem"]
-    assert "before any domain is defined" in done[-1]["Remedy"]
+    assert "libvirt cannot be asked whose the devices are" in done[-2]["Problem"]
+    assert "before any domain is defined" in done[-2]["Remedy"]
+    assert "was not compared with what is there yet" in done[-1]["Problem"]
+    assert not done[-1]["Done"]
     host.libvirtd.start()
 
 
 def test_an_empty_ledger_gives_nothing_away(host: Host) -> None:
-    """The file was deleted, and somebody defines a domain before check --repair."""
-    for name in ("", "-wal", "-shm"):
-        (host.folder / f"state/ledger.sqlite{name}").unlink(missing_ok=True)
+    """All files were deleted, and somebody defines a domain before check --repair."""
+    for name in (".sqlite", ".sqlite-wal", ".sqlite-shm", "-in-use"):
+        (host.folder / f"state/ledger{name}").unlink(missing_ok=True)
     thief = host.xml("db2", 2)
     thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
     assert "has the mark of domain db1" in host.virsh("define", thief).stderr
 
 
 def lose_ledger(host: Host) -> None:
+    """Delete the ledger, and what would tell that one was there."""
     host.libvirtd.end("nvdimmd", signal.SIGTERM)
-    for name in ("", "-wal", "-shm"):
-        (host.folder / f"state/ledger.sqlite{name}").unlink(missing_ok=True)
+    for name in (".sqlite", ".sqlite-wal", ".sqlite-shm", "-in-use"):
+        (host.folder / f"state/ledger{name}").unlink(missing_ok=True)
     host.start_nvdimmd()
 
 
