@@ -23,7 +23,7 @@ from nvdimm_driver.doctor import repair_saved_guests
 from nvdimm_driver.doctor.libvirt import daemon_socket
 from nvdimm_driver.doctor.programs import Script
 from nvdimm_driver.driver import load_driver
-from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, hint_of
+from nvdimm_driver.errors import ConfigError, InUseError, LedgerError, NvdimmError, hint_of
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import Record
@@ -64,13 +64,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
     """
     before = registered_state_dir(conf)
     if os.path.realpath(before) != os.path.realpath(conf.state_dir):
-        with closing(_open_ledger(before)) as ledger:
-            running = [record.name for record in _started(ledger)]
-        if running:
-            raise InUseError(
-                f"domains run whose NVDIMMs are in the ledger in {before}: {', '.join(running)}",
-                hint="shut them down first, or leave [DEFAULT] state_dir as it was",
-            )
+        _check_off(conf, before)
     if not os.access(conf.xen.qemu, os.X_OK):
         raise ConfigError(
             f"there is no QEMU at {conf.xen.qemu}", hint="install qemu-system-xen, or set [xen] qemu in the options"
@@ -98,6 +92,29 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
         raise ConfigError(f"cannot install: {error}", hint=hint_of(error)) from error
+
+
+def _check_off(conf: cfg.ConfigOpts, state_dir: str) -> None:
+    """Check that no domain runs whose NVDIMMs are in the ledger of a folder that is to be left.
+
+    Its disk may be damaged: another folder is the way out. Then Xen is asked.
+
+    :raises InUseError: when one does.
+    """
+    back = f"set [DEFAULT] state_dir back to {state_dir}, shut them down, and then change it"
+    try:
+        with closing(_open_ledger(state_dir)) as ledger:
+            running = [record.name for record in _started(ledger)]
+    except LedgerError as error:
+        LOG.warning("%s", error)
+        back = "shut them down first"  # in Xen, which knows more than that ledger
+        try:
+            mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
+            running = [f"domid {each}" for each in sorted({domid for domid, *_ in mapper.frames_of_guests()})]
+        except NvdimmError:
+            raise error from None
+    if running:
+        raise InUseError(f"domains run whose NVDIMMs are in the ledger in {state_dir}: {', '.join(running)}", hint=back)
 
 
 def _protect(log_file: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from oslo_config import cfg
 from nvdimm_driver import conf, plugin_loader
 from nvdimm_driver.cmd.apparmor_rules import BEGIN, END
 from nvdimm_driver.cmd.register import find_running, register, registered_state_dir, unregister
-from nvdimm_driver.errors import ConfigError, InUseError
+from nvdimm_driver.errors import ConfigError, DamagedLedgerError, InUseError
 from nvdimm_driver.model import Run
 from nvdimm_driver.state.ledger import Ledger
 from tests.unit.doubles import UUID, RecordingMapper, started
@@ -176,6 +176,47 @@ def test_if_xen_cannot_be_asked_unregister_says_so_and_what_helps(options: cfg.C
     with pytest.raises(InUseError, match=r"may be running: db1; Xen cannot be asked: .*'broken'") as raised:
         find_running(options)
     assert "after a reboot of the host, they count as off" in raised.value.hint
+
+
+def test_another_state_folder_is_refused_while_domains_run_in_the_one_before(
+    options: cfg.ConfigOpts, tmp_path: Path
+) -> None:
+    """Only with that folder, their ends are noted: the hint must not let an operator shut them down first."""
+    start_db1(options)
+    options.set_override("state_dir", f"{tmp_path}/other")
+    with pytest.raises(InUseError, match=f"in the ledger in {tmp_path}/state: db1") as raised:
+        list(register(options))
+    assert raised.value.hint == f"set [DEFAULT] state_dir back to {tmp_path}/state, shut them down, and then change it"
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_state_folder_whose_ledger_is_damaged_can_be_left_if_no_guest_runs(
+    options: cfg.ConfigOpts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    list(register(options))
+    (tmp_path / "state/ledger.sqlite").write_bytes(b"damaged" * 4096)
+    options.set_override("state_dir", f"{tmp_path}/other")
+    mapper = RecordingMapper({7: UUID})
+    if runs:
+        mapper.announce(7, [(0x1100000, 0x240000, 512)])
+    monkeypatch.setattr(plugin_loader, "load", lambda *_: mapper)
+    if runs:
+        with pytest.raises(InUseError, match="domid 7"):
+            list(register(options))
+    else:
+        list(register(options))
+    assert registered_state_dir(options) == f"{tmp_path}/{'state' if runs else 'other'}"
+
+
+def test_a_state_folder_whose_ledger_is_damaged_is_not_left_if_xen_cannot_be_asked(
+    options: cfg.ConfigOpts, tmp_path: Path
+) -> None:
+    list(register(options))
+    (tmp_path / "state/ledger.sqlite").write_bytes(b"damaged" * 4096)
+    options.set_override("state_dir", f"{tmp_path}/other")
+    options.set_override("mapper", "broken", group="xen")
+    with pytest.raises(DamagedLedgerError):
+        list(register(options))
 
 
 def test_a_log_that_everybody_could_read_is_protected(options: cfg.ConfigOpts, tmp_path: Path) -> None:
