@@ -7,7 +7,7 @@ Devices have no marks that would say whose they are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,8 @@ from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.doctor.libvirt import Connection
 from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import ConfigError, NvdimmError, ProtocolError
+from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, ProtocolError
+from nvdimm_driver.lifecycle.define import uuid_of
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
@@ -50,17 +51,29 @@ def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) ->
     """
     if not any(_is_unmarked(backing) and backing.areas() for backing in driver.backings):
         return []
+    ask = partial(_ask, restore, socket)
+    return [
+        found
+        for domain in ask()
+        for check in (partial(_claims, driver, ask), partial(_starts, driver), partial(_contested, driver))
+        for found in check(domain)
+    ]
+
+
+def _ask(restore: Callable[[str], str], socket: str) -> list[_Known]:
+    """Return the domains with NVDIMMs that libvirt knows.
+
+    :raises ConfigError: when it cannot be asked.
+    """
     try:
         with Connection(socket) as connection:
-            known = list(_domains(connection, restore))
+            return list(_domains(connection, restore))
     except (OSError, LibvirtError, ProtocolError) as error:
         reason = RemoteError.unpack(error.payload).message if isinstance(error, LibvirtError) else error
         raise ConfigError(
             f"{socket}: libvirt cannot be asked whose the devices are: {reason}",
             hint="start libvirtd (or virtxend), and run 'nvdimmctl check --repair' again before any domain is defined",
         ) from error
-    checks = (_claims, _starts, _contested)
-    return [found for domain in known for check in checks for found in check(driver, domain)]
 
 
 def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[_Known]:
@@ -77,7 +90,7 @@ def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[
             yield _Known(domain.id if running else None, wanted, running)
 
 
-def _claims(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
+def _claims(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], domain: _Known) -> Iterator[Inconsistency]:
     owned = {item.spec.path for record in driver.ledger.domains() for item in record.allocations}
     renamed = {item.renamed_from: item.spec.path for item in _devices_of(driver, domain.defined.uuid or "")}
     for spec in domain.defined.nvdimms:
@@ -99,8 +112,17 @@ def _claims(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
                 spec.path,
                 "libvirt's definition has it, and the ledger does not know whose it is",
                 "write it into the ledger",
-                partial(driver.definitions.adopt, domain.defined),
+                partial(_adopt, driver, ask, domain.defined),
             )
+
+
+def _adopt(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], defined: DomainSpec) -> None:
+    """Write what a domain has by libvirt's definition into the ledger, unless that is another by now."""
+    uuid = uuid_of(defined)
+    with driver.locks.changing(uuid):
+        if defined not in [each.defined for each in ask()]:
+            raise InUseError(f"domain {defined.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
+        driver.definitions.adopt(defined)
 
 
 def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
@@ -121,7 +143,7 @@ def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
         return
     for path in sorted(has - known):
         problem = f"the guest with domid {domain.domid} has it, and the ledger does not know that"
-        take_up = partial(_take_up, driver, record, domain.domid, has | known)
+        take_up = partial(_take_up, driver, record.uuid, domain.domid, devices, known)
         yield inconsistency(path, problem, "write its start into the ledger", take_up)
 
 
@@ -135,11 +157,21 @@ def _is_as_in_guest(record: Record, spec: NvdimmSpec) -> bool:
     )
 
 
-def _take_up(driver: XenNvdimmDriver, record: Record, domid: int, paths: set[str]) -> None:
-    """Write into the ledger that a guest has these; a repair of one does it for all."""
-    now = driver.ledger.find_domain(record.uuid)
-    if not (now and now.start and now.start.domid == domid and paths <= {*now.start.paths}):
-        driver.take_up_running(record, domid, paths)
+def _take_up(
+    driver: XenNvdimmDriver, uuid: str, domid: int, devices: Sequence[NvdimmSpec], known: Collection[str]
+) -> None:
+    """Write into the ledger that a guest has these devices; a repair of one does it for all.
+
+    :param known: what its start in the ledger has already.
+    """
+    paths = {*known, *(spec.path for spec in devices)}
+    with driver.locks.changing(uuid), driver.locks.storing(uuid):
+        now = driver.ledger.find_domain(uuid)
+        if now and now.start and now.start.domid == domid and paths <= {*now.start.paths}:
+            return
+        if now is None or not all(_is_as_in_guest(now, spec) for spec in devices):
+            raise InUseError(f"domain {uuid} was changed meanwhile", hint="repeat 'nvdimmctl check'")
+        driver.take_up_running(now, domid, paths)
 
 
 def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.doctor.libvirt import Connection
+from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from tests.integration.bench_host import UUID, Host
@@ -347,6 +348,15 @@ def test_an_empty_ledger_gives_no_device_away(host: Host, device: str, thief: Pa
         assert content.read(6) == b"of db3"
     host.check("start", "db3")  # its hook writes it into the ledger
     assert [item.spec.path for item in host.record("db3").allocations] == [device]
+
+
+def test_a_repair_of_a_device_waits_for_a_define(host: Host, device: str, thief: Path) -> None:
+    """The define may be about to take the device from the definition that the repair has seen."""
+    del thief
+    with LockFile(host.folder / f"state/locks/define-{UUID.format(3)}"):
+        done = {row["Path"]: row["Done"] for row in rows(host, "check", "--repair")}
+    assert done[device].startswith(f"no: domain {UUID.format(3)} is being defined")
+    assert {row["Path"]: row["Done"] for row in rows(host, "check", "--repair")}[device] == "yes"
 
 
 def test_libvirt_autostarts_no_domain_with_a_device_of_another(host: Host, device: str, thief: Path) -> None:
