@@ -49,6 +49,7 @@ from nvdimm_driver.model import (
     Allocation,
     BackingIdentity,
     DomainSpec,
+    NvdimmSpec,
     Plan,
     Pool,
     Record,
@@ -197,6 +198,27 @@ class XenNvdimmDriver(plugins.Plugin):
             self.ledger.check_own()
         self.reconcile()
         return self.plan(domain)
+
+    def begin(self, domain: DomainSpec, plan: Plan) -> tuple[NvdimmSpec, ...]:
+        """Write what a define wants into the ledger, before libvirt gets the definition.
+
+        If the define is killed from then on, libvirt's definition tells whether it is to be finished.
+
+        :param domain: with its uuid.
+        :param plan: returned by :meth:`check`.
+        :returns: what an earlier define wanted that was killed, for :meth:`cancel`.
+        :raises NvdimmError: nothing has changed then.
+        """
+        with self.locks.storing(uuid_of(domain), spends=False):
+            return self.definitions.begin(domain, plan)
+
+    def cancel(self, domain: DomainSpec, had: Sequence[NvdimmSpec]) -> None:
+        """Undo :meth:`begin`, once libvirt has the definition of before.
+
+        :param had: as :meth:`begin` has returned it.
+        """
+        with self.locks.storing(uuid_of(domain)):
+            self.definitions.cancel(domain, had)
 
     def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[Allocation, ...]:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.

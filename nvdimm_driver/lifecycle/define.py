@@ -163,22 +163,9 @@ class Definitions:
         domain = replace(plan.domain, uuid=uuid)
         state = self.state_of(uuid, domain)
         before = state.record
-        keeps = self._all_kept(domain, before, kept)
-        held = self._check_allowed(domain, keeps)
         LOG.debug("define domain %s, %s", domain.name, uuid)
-        found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
-
-        self._check_none_lost(before, found)
-        if adopts:
-            _check_all_there(found)
-
-        def check() -> None:
-            ownership.check_paths(self.ledger, domain, held)
-            self._check_claims(domain, before, found)
-            self._check_pools(domain, before, held, keeps)
-
+        found = self._begin(domain, before, kept, adopts=adopts)
         self.ledger.record_marks(uuid, state.marked)
-        self.ledger.begin_define(domain, check)
         created: list[Allocation] = []
         provisioned: dict[str, BackingIdentity] = {}
         try:
@@ -201,6 +188,45 @@ class Definitions:
             if problem:
                 logs.tell(Event("misplaced-labels", uuid, domain.name, None, {"path": spec.path, "problem": problem}))
         return tuple(created)
+
+    def begin(self, domain: DomainSpec, plan: Plan) -> tuple[NvdimmSpec, ...]:
+        """Do what :meth:`define` does first: write what is wanted beside what the domain has.
+
+        :returns: what an earlier define wanted, for :meth:`cancel`.
+        """
+        before = self.ledger.find_domain(uuid_of(domain))
+        self._begin(replace(plan.domain, uuid=domain.uuid), before)
+        return tuple(item.spec for item in before.intents) if before else ()
+
+    def cancel(self, domain: DomainSpec, had: Sequence[NvdimmSpec]) -> None:
+        """Undo :meth:`begin`: what the domain has stays as it is."""
+        if had:
+            self.ledger.begin_define(replace(domain, nvdimms=tuple(had)), lambda: None)
+        else:
+            self.ledger.give_up_intents(uuid_of(domain))
+
+    def _begin(
+        self, domain: DomainSpec, before: Record | None, kept: Sequence[Allocation] = (), *, adopts: bool = False
+    ) -> dict[str, BackingIdentity | None]:
+        """Check that a domain may have its NVDIMMs, and write them into the ledger as wanted.
+
+        :param kept: as for :meth:`define`.
+        :returns: the identities of what is at their paths; None where nothing is.
+        """
+        keeps = self._all_kept(domain, before, kept)
+        held = self._check_allowed(domain, keeps)
+        found = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
+        self._check_none_lost(before, found)
+        if adopts:
+            _check_all_there(found)
+
+        def check() -> None:
+            ownership.check_paths(self.ledger, domain, held)
+            self._check_claims(domain, before, found)
+            self._check_pools(domain, before, held, keeps)
+
+        self.ledger.begin_define(domain, check)
+        return found
 
     def state_of(self, uuid: str, domain: DomainSpec | None = None) -> Before:
         """Return what :meth:`put_back` needs to know of a domain, before it is changed.

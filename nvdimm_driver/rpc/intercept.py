@@ -9,7 +9,7 @@ return the reply.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import LedgerError, NvdimmError, UnsupportedError
+from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
 from nvdimm_driver.lifecycle.define import Before
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import check_distinct
 from nvdimm_driver.lifecycle.redefine import may_read
 from nvdimm_driver.lock_files import LockFile
-from nvdimm_driver.model import DomainSpec, Plan, Record
+from nvdimm_driver.model import DomainSpec, NvdimmSpec, Plan, Record
 from nvdimm_driver.rpc import metadata_calls
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import (
@@ -37,6 +37,7 @@ from nvdimm_driver.rpc.libvirt_calls import (
     find,
     has_managed_save,
     is_idle,
+    known_definition,
     pass_xml,
     put_back_definition,
     validates,
@@ -491,18 +492,31 @@ class Interceptor:
         with nullcontext() if uuid == locked else (yield from self._changing(uuid)):
             plan = yield from self._plan(domain)
             yield from self._check_saved(plan)
-            before = yield from defined_xml(uuid)
-            # libvirt refuses XML without a uuid for a domain that is defined
-            rewritten = yield from self._rewritten(resolved, uuid if before is None else domain.uuid, plan)
-            reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
-            defined = Unpacker(reply).domain()
+            before = yield from known_definition(uuid)
+            if before.xml is not None and domain.uuid is None:
+                raise DomainXmlError(
+                    f"domain {domain.name} exists already, with uuid {uuid}", hint="write its <uuid> into the XML"
+                )
+            rewritten = yield from self._rewritten(resolved, uuid, plan)
+            identified = replace(domain, uuid=uuid)
+            had: tuple[NvdimmSpec, ...] = yield self._work(lambda driver: driver.begin(identified, plan), Pool.HOST)
             try:
-                identified = replace(domain, uuid=defined.uuid)
+                reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
                 yield self._work(lambda driver: driver.define(identified, plan), _provisioning(plan))
             except Exception:
-                yield from put_back_definition(defined, before)
+                if (yield from put_back_definition(uuid, before)):
+                    yield from self._cancel(identified, had)
                 raise
             return reply
+
+    def _cancel(self, domain: DomainSpec, had: Sequence[NvdimmSpec]) -> Generator[Call | Work, Any, None]:
+        """Give up what a define wants that has failed; the client gets the error that is the reason."""
+        try:
+            yield self._work(lambda driver: driver.cancel(domain, had))
+        except (NvdimmError, OSError) as failed:
+            LOG.error(
+                "domain %s: what its define wanted stays until 'nvdimmctl check --repair': %s", domain.uuid, failed
+            )
 
     def _resolved_domain(self, xml: str, domain: DomainSpec) -> Generator[Call | Work, Any, tuple[str, DomainSpec]]:
         """Return a client's XML, and its domain, with the paths that those of its NVDIMMs lead to now.

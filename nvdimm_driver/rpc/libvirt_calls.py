@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED, UnsupportedError
 from nvdimm_driver.rpc.handler_types import Call, Work
@@ -20,6 +20,17 @@ XML_SECURE, XML_INACTIVE = 1, 2
 START_VALIDATE, DEFINE_VALIDATE = 1 << 4, 1 << 0  # include/libvirt/libvirt-domain.h
 
 Steps = Generator[Call | Work, Any, bytes]
+
+
+class Known(NamedTuple):
+    """A domain as libvirt has it.
+
+    :ivar xml: its definition or, of a transient domain, the XML of its guest; None when libvirt has no such domain.
+    """
+
+    xml: str | None
+    is_persistent: bool
+
 
 VALIDATE: Mapping[int, int] = {
     Procedure.DOMAIN_CREATE_XML: START_VALIDATE,
@@ -100,16 +111,33 @@ def defined_xml(uuid: str | None) -> Generator[Call | Work, Any, str | None]:
     return None if found is None else (yield from definition(found))
 
 
-def put_back_definition(domain: DomainRef, before: str | None) -> Generator[Call | Work, Any, None]:
-    """Let libvirt have the definition of before; the client gets the error of ours that is the reason."""
+def known_definition(uuid: str) -> Generator[Call | Work, Any, Known]:
+    """Return what libvirt has of a domain now."""
+    found = yield from find(uuid)
+    if found is None:
+        return Known(None, False)
+    return Known((yield from definition(found)), (yield from ask(Procedure.DOMAIN_IS_PERSISTENT, found)))
+
+
+def put_back_definition(uuid: str, before: Known) -> Generator[Call | Work, Any, bool]:
+    """Let libvirt have what it had of a domain, unless it has that still; return True if it has it then.
+
+    The client gets the error that is the reason. A transient domain that was defined keeps that definition for its
+    guest's next start, even undefined: it gets its own first.
+    """
     try:
-        if before is None:
-            yield from call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(domain)))
-        else:
-            yield from call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before)))
+        if (yield from known_definition(uuid)) == before:
+            return True
+        if before.xml is not None:
+            yield from call(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(before.xml)))
+        now = None if before.is_persistent else (yield from find(uuid))
+        if now is not None:
+            yield from call(Procedure.DOMAIN_UNDEFINE, bytes(Packer().domain(now)))
     except LibvirtError as error:
         told = RemoteError.unpack(error.payload).message
-        LOG.error("domain %s: libvirt does not take its definition of before: %s", domain.name, told)
+        LOG.error("domain %s: libvirt does not take its definition of before: %s", uuid, told)
+        return False
+    return True
 
 
 def validates(procedure: int, flags: bytes) -> bool:

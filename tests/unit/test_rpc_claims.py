@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from inspect import GEN_CLOSED, getgeneratorstate
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError, UnsupportedError
-from nvdimm_driver.model import BackingIdentity, NvdimmSpec, Progress, Record
+from nvdimm_driver.model import BackingIdentity, DomainSpec, NvdimmSpec, Progress, Record
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.rpc.handler_types import Call, Pool
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
+from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.rewrite import restore
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
 from tests.unit.test_rpc_intercept import Libvirtd, Proxy, message, xml
+from tests.unit.test_rpc_races import Client
 from tests.unit.test_saved_guests import save
 
 A, B = "/mnt/pmem0/a", "/mnt/pmem0/b"
@@ -182,6 +189,44 @@ def test_the_error_of_a_define_is_told_also_if_libvirt_does_not_take_its_definit
     proxy.libvirtd.refuse = {Procedure.DOMAIN_UNDEFINE: "the daemon is tired"}
     with pytest.raises(BackingError, match="no space"):
         proxy.define(xml("a"))
+
+
+@pytest.mark.parametrize("how", ["works", "fails", "is refused by libvirt"])
+@pytest.mark.parametrize("had", [(), ("a", "b")])
+def test_check_finds_a_define_that_was_killed_wherever_that_was(tmp_path: Path, had: tuple[str, ...], how: str) -> None:
+    """After its repairs, the ledger has what libvirt's definition has."""
+    for at in count(1):
+        folder, backing = tmp_path / str(at), MemoryBacking()
+        folder.mkdir()
+        driver, proxy = make_driver(folder, backing, RecordingMapper()), Proxy(folder, backing)
+        libvirtd = proxy.libvirtd
+        if had:
+            proxy.define(xml(*had))
+        client = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml("a", "new")))
+        backing.fail_provision = {"/mnt/pmem0/new"} if how == "fails" else set()
+        libvirtd.refuse = {Procedure.DOMAIN_DEFINE_XML: "no"} if "refused" in how else {}
+        with suppress(StopIteration, LibvirtError, BackingError):
+            for _ in range(at):
+                client.step()
+        is_over = getgeneratorstate(client.steps) == GEN_CLOSED
+        client.steps.close()
+        backing.fail_provision = set()
+
+        def defined(uuid: str, libvirtd: Libvirtd = libvirtd) -> DomainSpec | None:
+            return extract(restore(libvirtd.defined.get(uuid, "<domain/>")))
+
+        for finding in look(driver, defined):
+            assert finding.mend
+            finding.mend()
+        assert look(driver, defined) == []
+        wanted, found = defined(UUID), driver.ledger.find_domain(UUID)
+        ready = {item.spec.path for item in found.allocations if item.ready} if found else set()
+        assert {spec.path for spec in wanted.nvdimms} <= ready if wanted else not ready
+        assert not (found and found.intents)
+        driver.close()
+        if is_over:
+            assert at > 10
+            break
 
 
 def test_a_domain_that_runs_with_nvdimms_cannot_be_migrated_whatever_its_definition(

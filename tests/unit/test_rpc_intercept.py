@@ -77,6 +77,8 @@ class Libvirtd:
                 spec = extract(restore(text))
                 uuid = UUID if spec is None or spec.uuid is None else spec.uuid
                 self.defined[uuid] = text
+                if call.procedure in (11, 350):
+                    self.transient.discard(uuid)
                 return bytes(Packer().domain(DomainRef("db1", uuid, -1)))
             case 14:
                 return bytes(Packer().string(self.defined.get(values.domain().uuid, "<domain/>")))
@@ -86,7 +88,11 @@ class Libvirtd:
                     raise LibvirtError(RemoteError(42, 20, "Domain not found").pack())
                 return bytes(Packer().domain(DomainRef("db1", uuid, -1)))
             case 35 | 231:
-                del self.defined[values.domain().uuid]
+                uuid = values.domain().uuid
+                if uuid in self.running:
+                    self.transient.add(uuid)
+                else:
+                    del self.defined[uuid]
             case 136:
                 return bytes(Packer().string(f"native of {values.string()} {values.string()}"))
             case 183:
@@ -207,6 +213,28 @@ def test_a_failed_provision_brings_the_definition_back(proxy: Proxy, backing: Me
         proxy.define(xml("a", "b"))
     assert proxy.libvirtd.defined[UUID] == before
     assert set(backing.files) == {"/mnt/pmem0/a"}
+
+
+def test_a_failed_provision_leaves_a_transient_domain_transient(proxy: Proxy, backing: MemoryBacking) -> None:
+    """Its guest's next start has what it had, too."""
+    proxy.call(CREATE_XML, Packer().string(xml("a")).uint32(0))
+    before = proxy.libvirtd.defined[UUID]
+    proxy.libvirtd.running.add(UUID)
+    proxy.libvirtd.transient.add(UUID)
+    backing.fail_provision = {"/mnt/pmem0/b"}
+    with pytest.raises(BackingError, match="no space"):
+        proxy.define(xml("a", "b"))
+    assert proxy.libvirtd.transient == {UUID}
+    assert proxy.libvirtd.defined[UUID] == before
+
+
+def test_xml_without_the_uuid_of_a_domain_that_exists_is_refused(proxy: Proxy) -> None:
+    """As libvirt does; it would make another domain of it where it knows ours by another name."""
+    proxy.define(xml("a"))
+    proxy.libvirtd.calls.clear()
+    with pytest.raises(DomainXmlError, match=f"db1 exists already, with uuid {UUID}"):
+        proxy.define(xml("a", "b", uuid=None))
+    assert DEFINE not in proxy.libvirtd.calls
 
 
 def test_a_domain_that_is_redefined_without_nvdimms_gives_them_up(
