@@ -317,7 +317,9 @@ class Interceptor:
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""
-        record = yield from self._record(Unpacker(payload).domain())
+        domain = Unpacker(payload).domain()
+        yield from self._check_known(domain.uuid)
+        record = yield from self._record(domain)
         if record is None:
             return (yield from call(procedure, payload))
         with (yield from self._changing(record.uuid)):
@@ -439,6 +441,17 @@ class Interceptor:
         found: bool = yield Work(lambda: has_nvdimms(self._hooks.restore(xml)), Pool.DUMP)
         return found
 
+    def _check_known(self, uuid: str | None) -> Generator[Call | Work, Any, None]:
+        """Check that a call may take a domain's NVDIMMs from libvirt's definition: perhaps only that knows of them.
+
+        :raises LedgerError: when it has some, and the ledger comes from elsewhere.
+        """
+        if uuid is None or not (yield self._work(lambda driver: driver.ledger.is_from_elsewhere())):
+            return
+        defined = yield from defined_xml(uuid)
+        if defined is not None and (yield from self._has_nvdimms(defined)):
+            yield self._work(lambda driver: driver.ledger.check_own())
+
     def _find_known(self, uuid: str | None) -> Generator[Call | Work, Any, DomainRef | None]:
         """Return libvirt's domain of that uuid, if the ledger has it, too."""
         if uuid is None or (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
@@ -479,6 +492,7 @@ class Interceptor:
         read = yield from self._read(xml, validate=validates(procedure, flags))
         domain = read.domain
         if domain is None:
+            yield from self._check_known(read.uuid)
             found = yield from self._find_known(read.uuid)
             with nullcontext() if found is None or found.uuid == locked else (yield from self._changing(found.uuid)):
                 reply = yield from pass_xml(procedure, (yield from self._without_remains(payload, read)), read)

@@ -15,7 +15,7 @@ import pytest
 
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, InUseError, RefusedError, UnsupportedError
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError, RefusedError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity, DomainSpec, NvdimmSpec, Progress, Record
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.rpc.handler_types import Call, Pool
@@ -24,7 +24,7 @@ from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import restore
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
-from tests.unit.test_rpc_intercept import Libvirtd, Proxy, message, xml
+from tests.unit.test_rpc_intercept import NVDIMM, Libvirtd, Proxy, message, xml
 from tests.unit.test_rpc_races import Client
 from tests.unit.test_saved_guests import save
 
@@ -227,6 +227,42 @@ def test_check_finds_a_define_that_was_killed_wherever_that_was(tmp_path: Path, 
         if is_over:
             assert at > 10
             break
+
+
+WITHOUT = [
+    (Procedure.DOMAIN_DEFINE_XML, Packer().string(xml())),
+    (Procedure.DOMAIN_UNDEFINE, Packer().domain(DomainRef("db1", UUID, -1))),
+    (
+        Procedure.DOMAIN_DETACH_DEVICE_FLAGS,
+        Packer().domain(DomainRef("db1", UUID, -1)).string(NVDIMM.format("a")).uint32(2),
+    ),
+]
+
+
+@pytest.mark.parametrize(("procedure", "packer"), WITHOUT, ids=["define", "undefine", "detach"])
+def test_a_ledger_from_elsewhere_lets_nothing_be_taken_from_a_definition(
+    proxy: Proxy, driver: XenNvdimmDriver, procedure: Procedure, packer: Packer
+) -> None:
+    """The definition may be all that tells whose a device is: the ledger can be older."""
+    proxy.define(xml("a"))
+    driver.ledger.forget(UUID)
+    driver.ledger.take_over(compared=False)
+    before = dict(proxy.libvirtd.defined)
+    with pytest.raises(LedgerError, match="is a backup or a copy") as refused:
+        proxy.call(procedure, packer)
+    assert "check --repair" in refused.value.hint
+    assert proxy.libvirtd.defined == before
+    driver.ledger.take_over(compared=True)
+    proxy.call(procedure, packer)
+    assert proxy.libvirtd.defined != before
+
+
+def test_a_ledger_from_elsewhere_is_nothing_to_a_domain_without_nvdimms(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    driver.ledger.take_over(compared=False)
+    defined = proxy.define(xml())
+    proxy.define(xml(ram=1 << 30))
+    proxy.call(Procedure.DOMAIN_UNDEFINE, Packer().domain(defined))
+    assert proxy.libvirtd.defined == {}
 
 
 def test_a_domain_that_runs_with_nvdimms_cannot_be_migrated_whatever_its_definition(
