@@ -36,7 +36,9 @@ COUNT = "UPDATE latest SET writes = writes + 1 RETURNING id, writes"
 REBUILD = "'nvdimmctl check --repair' keeps the damaged file under another name, and makes a new one from the marks"
 """Hint for a damaged ledger."""
 UNKNOWN_TIME = "0.000000000"
-FROM_ELSEWHERE = "is a backup or a copy, or was made anew, and was not compared with what is there yet"
+FROM_ELSEWHERE = (
+    "is a backup or a copy, or new in place of one that was lost, and was not compared with what is there yet"
+)
 TAKE_OVER = "'nvdimmctl check --repair' does that; until then, domains that are defined can boot, and nothing else"
 """Hint for such a ledger."""
 
@@ -81,9 +83,10 @@ class Database:
             raise DamagedLedgerError(f"{self.path} is damaged: {'; '.join(found)}", hint=REBUILD)
 
     def is_from_elsewhere(self) -> bool:
-        """Return True when the ledger is a backup or a copy, and was not compared with what is there yet.
+        """Return True when the ledger is not the one in use, and was not compared with what is there yet.
 
-        A copy of the whole file system cannot be told.
+        It is a backup or a copy, or it is new, and there was one before. A copy of the whole file system cannot be
+        told.
         """
         return bool(self._rows("SELECT uncompared FROM latest")[0][0]) or self.is_strange()
 
@@ -140,8 +143,8 @@ class Database:
             statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
             own: list[tuple[str, Sequence[Any]]] = []
             known = self._in_use.read()
-            if found == 0:  # one that was there is lost
-                own.append(("UPDATE latest SET uncompared = ?", (known is not None,)))
+            if found == 0 and known is not None:  # the one in use was lost
+                own.append(("UPDATE latest SET uncompared = 1", ()))
             if found < 11 and (found == 0 or known is None):  # else it is a backup
                 own.append(("UPDATE latest SET file = ?", (file_identity(self.path),)))
             if found < 12:

@@ -237,7 +237,7 @@ def test_a_ledger_that_was_lost_gives_no_device_away(host: Host, device: Callabl
     host.check("define", xml(host, "db1", 1, disk.path))
     move(ledger_of(host), host.folder / "before")
     thief = xml(host, "db2", 2, disk.path)
-    assert "or was made anew" in host.virsh("define", thief).stderr
+    assert "in place of one that was lost" in host.virsh("define", thief).stderr
     host.check("start", "db1")
     rows(host, "check", "--repair")
     assert "belongs to domain db1" in host.virsh("define", thief).stderr

@@ -287,28 +287,31 @@ def test_a_backup_of_the_ledger_is_restored_as_its_page_says(host: Host) -> None
 def test_without_libvirt_nobody_knows_whose_a_device_is(host: Host, device: str) -> None:
     (host.folder / "state/ledger.sqlite").write_bytes(b"scribble" * 4096)
     host.libvirtd.stop()
-    done = rows(host, "check", "--repair")
-    assert "libvirt cannot be asked whose the devices are" in done[-2]["Problem"]
-    assert "before any domain is defined" in done[-2]["Remedy"]
-    assert "was not compared with what is there yet" in done[-1]["Problem"]
-    assert not done[-1]["Done"]
+    *_, asked, ledger = rows(host, "check", "--repair")
+    assert "libvirt cannot be asked whose the devices are" in asked["Problem"]
+    assert "before any domain is defined" in asked["Remedy"]
+    assert asked["Remedy"] in ledger["Remedy"]
     host.libvirtd.start()
+    assert "in place of one that was lost" in host.virsh("define", host.xml("db2", 2)).stderr
 
 
 def test_an_empty_ledger_gives_nothing_away(host: Host) -> None:
-    """All files were deleted, and somebody defines a domain before check --repair."""
-    for name in (".sqlite", ".sqlite-wal", ".sqlite-shm", "-in-use"):
-        (host.folder / f"state/ledger{name}").unlink(missing_ok=True)
+    """All was deleted that tells of a ledger, and somebody defines a domain before check --repair."""
+    for each in (host.folder / "state").glob("ledger*"):
+        each.unlink()
     thief = host.xml("db2", 2)
     thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
     assert "has the mark of domain db1" in host.virsh("define", thief).stderr
 
 
-def lose_ledger(host: Host) -> None:
-    """Delete the ledger, and what would tell that one was there."""
+def lose_ledger(host: Host, *, entirely: bool = True) -> None:
+    """Lose the ledger.
+
+    :param entirely: with what says that there was one.
+    """
     host.libvirtd.end("nvdimmd", signal.SIGTERM)
-    for name in (".sqlite", ".sqlite-wal", ".sqlite-shm", "-in-use"):
-        (host.folder / f"state/ledger{name}").unlink(missing_ok=True)
+    for each in (host.folder / "state").glob("ledger*" if entirely else "ledger.sqlite*"):
+        each.unlink()
     host.start_nvdimmd()
 
 
@@ -348,6 +351,18 @@ def test_an_empty_ledger_gives_no_device_away(host: Host, device: str, thief: Pa
         assert content.read(6) == b"of db3"
     host.check("start", "db3")  # its hook writes it into the ledger
     assert [item.spec.path for item in host.record("db3").allocations] == [device]
+
+
+def test_what_only_a_definition_knows_is_not_taken_from_it(host: Host, device: str, thief: Path) -> None:
+    """Not before check --repair has written it into the ledger, which was lost."""
+    lose_ledger(host, entirely=False)
+    plain = host.folder / "plain.xml"
+    plain.write_text(re.sub(r"<memory model.*?</memory>\s*", "", host.xml("db3", 3).read_text(), flags=re.DOTALL))
+    for words in (("define", plain), ("undefine", "db3"), ("define", thief)):
+        assert "in place of one that was lost" in host.virsh(*words).stderr
+    assert all(row["Done"] == "yes" for row in rows(host, "check", "--repair"))
+    host.check("undefine", "db3")
+    assert f"{device} belongs to domain db3" in host.virsh("define", thief).stderr
 
 
 def test_a_repair_of_a_device_waits_for_a_define(host: Host, device: str, thief: Path) -> None:

@@ -13,7 +13,7 @@ from tests.lab.host import XenHost
 
 pytestmark = pytest.mark.lab
 DEVICE, SIZE_MIB = "/dev/pmem1", 16
-LEDGER = "/var/lib/nvdimm-driver/ledger.sqlite"
+STATE = "/var/lib/nvdimm-driver"
 ONE, TWO = "frames1", "frames2"
 LEGACY = "virsh -q -c 'xen:///system?mode=legacy'"  # nvdimmd is not asked
 BLIND = "[libvirt]\ndefinition_dirs =\n"
@@ -30,14 +30,12 @@ def guest(driver_host: XenHost) -> Iterator[Guest]:
     operator.define(driver_host, ONE, [operator.nvdimm(DEVICE, SIZE_MIB)])
     operator.start(driver_host, ONE)
     driver_host.check("pkill nvdimm-holder")  # another guard: while it has the device, nobody else can open it
-    driver_host.check(f"mkdir /root/lost && mv {LEDGER}* /root/lost && {operator.NVDIMMCTL} list")
+    driver_host.check(f"mkdir /root/lost && mv {STATE}/ledger* /root/lost && {operator.NVDIMMCTL} list")
     nowhere = f"[rpc]\nlibvirt_socket = /run/nowhere\nlibvirt_direct_socket = /run/nowhere\n{BLIND}"
     driver_host.write(NOWHERE, nowhere.encode())
     yield Guest(driver_host, ONE)
     driver_host.run(f"{operator.VIRSH} undefine {TWO}; {operator.NVDIMMCTL} release --yes {TWO}")
-    driver_host.check(
-        f"rm -f {NOWHERE} {BLIND_FILE} {LEDGER}*; mv /root/lost/* $(dirname {LEDGER}) && rmdir /root/lost"
-    )
+    driver_host.check(f"rm -f {NOWHERE} {BLIND_FILE} {STATE}/ledger*; mv /root/lost/* {STATE} && rmdir /root/lost")
     driver_host.check(f"{operator.VIRSH} destroy {ONE}")
     operator.remove(driver_host, ONE)
 

@@ -383,6 +383,21 @@ def test_what_tells_the_ledger_in_use_is_damaged(tmp_path: Path, content: str) -
     assert known.read_text()[:32] == before[:32]
 
 
+def test_a_ledger_that_is_made_anew_after_it_was_lost_was_not_compared(tmp_path: Path) -> None:
+    """It knows nothing of what is there. The first ledger of a host is not such a one."""
+    path = tmp_path / "ledger.sqlite"
+    with closing(Ledger(str(path))) as ledger:
+        assert not ledger.is_from_elsewhere()
+    path.unlink()
+    for _ in range(2):
+        with closing(Ledger(str(path))) as ledger, pytest.raises(LedgerError, match="in place of one that was lost"):
+            ledger.check_own()
+    with closing(Ledger(str(path))) as ledger:
+        assert not ledger.is_strange()
+        ledger.take_over(compared=True)
+        ledger.check_own()
+
+
 def _copy(path: Path) -> None:
     """Put a copy in a file's place, whose inode may get the same number."""
     content = path.read_bytes()

@@ -83,7 +83,7 @@ class Check(Listing):
             return COLUMNS, [("", str(Path(self.app.conf.state_dir) / LEDGER), error.message, error.hint, "")]
         for path in copies:
             unmark_copy(driver, path)
-        find = partial(_find, driver, self.app.conf, zeros, is_new=bool(rows))
+        find = partial(_find, driver, self.app.conf, zeros)
         if only := [*parsed_args.only, *zeros, *copies]:
             find = partial(_find_only, driver, only, find)
         if zeros and (whole := {*zeros} - {each.path for each in find()}):
@@ -118,15 +118,18 @@ def _open(conf: cfg.ConfigOpts, *, repair: bool) -> tuple[XenNvdimmDriver, list[
         if aside is None:
             return _open(conf, repair=False)
         remedy = f"it is {aside} now; this one is made from the marks, and for devices from libvirt's definitions"
-        return load_driver(conf), [("", path, error.message, remedy, "yes")]
+        driver = load_driver(conf)
+        driver.ledger.take_over(compared=False)  # an earlier version may have noted nowhere that there was one
+        return driver, [("", path, error.message, remedy, "yes")]
     return driver, []
 
 
-def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], *, is_new: bool) -> list[Inconsistency]:
+def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str]) -> list[Inconsistency]:
     """Find all inconsistencies.
 
+    That libvirt cannot say whose the devices are is one, too, if the ledger is new or from a backup.
+
     :param zeros: files whose lost bytes are to be replaced with zeros.
-    :param is_new: the ledger was made just now: it is an inconsistency when libvirt cannot say whose the devices are.
     """
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
     from nvdimm_driver.doctor import repair_ledger, repair_saved_guests
@@ -143,7 +146,7 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], *
     try:
         found += find_device_claims(driver, conf)
     except ConfigError as error:
-        if is_new or driver.ledger.is_from_elsewhere():
+        if driver.ledger.is_from_elsewhere():
             found.append(Inconsistency("", "", "", error.message, error.hint))
     return [*found, *repair_ledger.look(driver, found)]
 
