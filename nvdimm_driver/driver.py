@@ -503,13 +503,18 @@ class XenNvdimmDriver(plugins.Plugin):
         """Do what :meth:`.Starts.restart_lost` does; return who got a holder."""
         return self.starts.restart_lost()
 
-    def note_wipes(self) -> None:
-        """Note of all NVDIMMs in pools with ``wipe_on_release`` that they are: the options, or the version, are new."""
-        pools = self.pools.places()
+    def note_pools(self) -> None:
+        """Note of all NVDIMMs what their pools say of them: the options, or the version, are new."""
+        places = self.pools.places()
         for record in self.ledger.domains():
-            found = [(item.spec.slot, pools.pool_of(item.spec.path)) for item in record.allocations if not item.wipes]
-            if slots := [slot for slot, pool in found if pool and pool.wipe_on_release]:
-                self.ledger.note_wipes(record.uuid, slots)
+            noted = [(item, self.pools.noted(item, places=places)) for item in record.allocations]
+            new = [
+                replace(now, wipes=now.wipes or item.wipes)
+                for item, now in noted
+                if now.pool != item.pool or now.wipes > item.wipes
+            ]
+            if new:
+                self.ledger.note_pools(record.uuid, new)
 
     def renew_label_servers(self) -> list[tuple[Record, bool]]:
         """Replace the label servers that are older than the installed code; return their domains, and if that worked.

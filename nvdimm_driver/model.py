@@ -465,9 +465,13 @@ class Allocation:
     :ivar written: percent written so far, while it is being provisioned.
     :ivar changed: as in :class:`Record`, when the domain got it as it is.
     :ivar wipes: True when its pool had ``wipe_on_release``, last time that it was found in a pool.
+    :ivar pool: of a device, the name of the pool that the domain got it from: a boot can give it a name that is in
+        another pool. Empty while that is not known.
     :ivar overwritten: True when a release has overwritten it, and no start has begun since.
     :ivar renamed_from: of a device that a boot has given the name of another one: the name that it had, which libvirt's
         definition still has for it; else empty.
+    :ivar doubtful: of a device that had the name of another one in a ledger from elsewhere: True until the operator has
+        said which of the two the domain has.
     """
 
     uuid: str
@@ -479,6 +483,8 @@ class Allocation:
     wipes: bool = field(default=False, compare=False, repr=False)
     overwritten: bool = field(default=False, compare=False, repr=False)
     renamed_from: str = field(default="", compare=False, repr=False)
+    pool: str = field(default="", compare=False, repr=False)
+    doubtful: bool = field(default=False, compare=False, repr=False)
 
     @property
     def ready(self) -> bool:

@@ -56,9 +56,9 @@ def _look_at_pools(driver: XenNvdimmDriver) -> None:
     """Note what the pools say of NVDIMMs now; a ledger that cannot be written keeps no client from libvirt."""
     with closing(driver):
         try:
-            driver.note_wipes()
+            driver.note_pools()
         except NvdimmError as error:
-            LOG.warning("it is not noted which NVDIMMs are in pools with wipe_on_release: %s", error)
+            LOG.warning("it is not noted which pools NVDIMMs are in: %s", error)
 
 
 async def _serve(

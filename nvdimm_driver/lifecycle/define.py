@@ -445,7 +445,7 @@ class Definitions:
     def _noted(self, item: Allocation, before: Record | None) -> Allocation:
         """Return an NVDIMM with what its pool says of it now or, while it is in none, has said before."""
         had = [each for each in (before.allocations if before else ()) if ownership.has_bytes([each], item.identity)]
-        return self.pools.noted(replace(item, wipes=any(each.wipes for each in had)))
+        return self.pools.noted(replace(item, wipes=any(each.wipes for each in had)), had)
 
     def _staying(self, record: Record | None, items: Sequence[Allocation]) -> list[Allocation]:
         """Return those NVDIMMs of a domain that it cannot give up now.

@@ -32,9 +32,8 @@ class Pools:
 
         :raises NotFoundError: when there is none.
         """
-        for pool in self._pools:
-            if pool.name == name:
-                return pool
+        if pool := self._by_name(name):
+            return pool
         raise NotFoundError(f"no pool {name!r}", hint="'nvdimmctl pool list' shows all")
 
     def of(self, path: str) -> Pool | None:
@@ -48,19 +47,46 @@ class Pools:
     def wipes(self, item: Allocation, here: BackingIdentity | None) -> bool:
         """Return True when the bytes of a domain's NVDIMM have to be overwritten before another domain may have them.
 
-        Its pool tells. While it is in none, or not there, because a bind mount or a device's link is missing or another
+        The pool tells from which the domain got a device, whatever name a boot gives that, and else the pool that it is
+        in. While that is not configured, or not there, because a bind mount or a device's link is missing or another
         file system is mounted over it, what its pool told last counts, too.
 
         :param here: the identity of what is at its path.
         """
+        if item.pool:
+            pool = self._by_name(item.pool)
+            return pool.wipe_on_release if pool else item.wipes
         pool = self.of(item.spec.path)
         is_there = item.identity is None or (here is not None and item.identity.shares_bytes(here))
         return pool.wipe_on_release if pool and is_there else item.wipes or bool(pool and pool.wipe_on_release)
 
-    def noted(self, item: Allocation) -> Allocation:
-        """Return an NVDIMM that has just been provisioned, with what its pool tells of it now."""
-        pool = self.of(item.spec.path)
-        return item if pool is None else replace(item, wipes=pool.wipe_on_release)
+    def noted(self, item: Allocation, had: Sequence[Allocation] = (), *, places: Places | None = None) -> Allocation:
+        """Return an NVDIMM with what is known of its pool now.
+
+        :param item: has what is at its path.
+        :param had: what its domain had before with bytes of it. A device that it had as a whole stays in the pool that
+            it was in; one that is larger now must be overwritten if either pool says so.
+        :param places: where the pools are; None to look now.
+        """
+        path, identity = item.renamed_from or item.spec.path, item.identity
+        here = (places or self.places()).pool_of(path)
+        is_device = identity is not None and not identity.inode
+        now = replace(
+            item, pool=here.name if here and is_device else "", wipes=here.wipe_on_release if here else item.wipes
+        )
+        known = [each for each in (item, *had) if each.pool and is_device]
+        whole = any(identity and each.identity and each.identity.covers(identity) for each in known)
+        found = [self._told(each) for each in (known if whole else [*known, now])]
+        first = next(iter([each for each in found if each.wipes] or found))
+        return replace(item, pool=first.pool, wipes=first.wipes)
+
+    def _told(self, item: Allocation) -> Allocation:
+        """Return an NVDIMM with what the pool says of it now that it is noted for, if that is configured."""
+        pool = self._by_name(item.pool)
+        return replace(item, wipes=pool.wipe_on_release) if pool else item
+
+    def _by_name(self, name: str) -> Pool | None:
+        return next((pool for pool in self._pools if pool.name == name), None)
 
     def check(self, domain: DomainSpec, records: Iterable[Record], kept: Sequence[NvdimmSpec] = ()) -> None:
         """Check that a domain may have its backings.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 INTENT_COLUMNS = "slot, path, size, label_size, alignsize, fixed_base, node, pmem"
 ALLOCATION_COLUMNS = (
     f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed, wipes, overwritten, "
-    "renamed_from"
+    "renamed_from, pool, doubtful"
 )
 
 
@@ -118,8 +118,8 @@ class Ledger(StartSteps):
         statements += [
             (
                 f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) "
-                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0, ? FROM domain WHERE uuid = ?",
-                (*_allocation_values(item), last_change(item), int(item.wipes), item.renamed_from, uuid),
+                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0, ?, ?, ? FROM domain WHERE uuid = ?",
+                (*_allocation_values(item), last_change(item), *_noted_values(item), uuid),
             )
             for item in allocations
         ]
@@ -133,9 +133,14 @@ class Ledger(StartSteps):
 
         self._write(statements, event, check=check_all)
 
-    def note_wipes(self, uuid: str, slots: Iterable[int]) -> None:
-        """Note that NVDIMMs of a domain are in pools with ``wipe_on_release``."""
-        self._write([("UPDATE allocation SET wipes = 1 WHERE uuid = ? AND slot = ?", (uuid, slot)) for slot in slots])
+    def note_pools(self, uuid: str, items: Iterable[Allocation]) -> None:
+        """Note what is known now of the pools of a domain's NVDIMMs."""
+        sql = "UPDATE allocation SET wipes = ?, pool = ? WHERE uuid = ? AND slot = ? AND path = ?"
+        self._write([(sql, (int(item.wipes), item.pool, uuid, item.spec.slot, item.spec.path)) for item in items])
+
+    def doubt_names(self, devices: Iterable[tuple[str, int]]) -> None:
+        """Note of devices, by uuid and slot, that the operator has to say whether their names here are right."""
+        self._write([("UPDATE allocation SET doubtful = 1 WHERE uuid = ? AND slot = ?", key) for key in devices])
 
     def note_overwritten(self, uuid: str, slots: Iterable[int]) -> None:
         """Note that a release has overwritten NVDIMMs of a domain, until the next start begins."""
@@ -153,7 +158,8 @@ class Ledger(StartSteps):
             "WHERE uuid = ? AND slot = ?"
         )
         take = (
-            "UPDATE allocation SET path = ?1, renamed_from = CASE renamed_from WHEN ?1 THEN '' ELSE renamed_from END "
+            "UPDATE allocation SET path = ?1, doubtful = 0, "
+            "renamed_from = CASE renamed_from WHEN ?1 THEN '' ELSE renamed_from END "
             "WHERE uuid = ?2 AND slot = ?3"
         )
         statements = [(free, (f"{uuid}:{slot}", uuid, slot)) for uuid, slot in names]  # a path is one domain's
@@ -386,11 +392,16 @@ def _allocation_values(item: Allocation) -> tuple[Any, ...]:
     return (*wanted, *found, item.base, item.written)
 
 
+def _noted_values(item: Allocation) -> tuple[Any, ...]:
+    return int(item.wipes), item.renamed_from, item.pool, int(item.doubtful)
+
+
 def _allocation(uuid: str, row: Sequence[Any]) -> Allocation:
     from nvdimm_driver.model import Allocation, BackingIdentity
 
     identity = None if row[8] is None else BackingIdentity(*row[8:14])
-    base, written, changed, wipes, overwritten, renamed_from = row[14:]
+    base, written, changed, wipes, overwritten, renamed_from, pool, doubtful = row[14:]
     return Allocation(
-        uuid, _spec(row[:8]), identity, base, written, changed, bool(wipes), bool(overwritten), renamed_from
+        *(uuid, _spec(row[:8]), identity, base, written, changed),
+        *(bool(wipes), bool(overwritten), renamed_from, pool, bool(doubtful)),
     )

@@ -144,5 +144,9 @@ ALTER TABLE latest ADD COLUMN id TEXT NOT NULL DEFAULT '';
 ALTER TABLE latest ADD COLUMN writes INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE latest ADD COLUMN uncompared INTEGER NOT NULL DEFAULT 0;
 """,
+    """
+ALTER TABLE allocation ADD COLUMN pool TEXT NOT NULL DEFAULT '';
+ALTER TABLE allocation ADD COLUMN doubtful INTEGER NOT NULL DEFAULT 0;
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

@@ -413,3 +413,30 @@ def test_a_device_and_a_partition_of_it_in_two_pools_are_a_problem(
     told = [row["Message"] for row in rows(host, "doctor") if "which is in pool" in row["Message"]]
     assert len(told) == 2
     assert f"{disk.path} has bytes of {part.path}, which is in pool part" in told[1] + told[0]
+
+
+@pytest.mark.parametrize("host", [pytest.param(WIPED + KEPT, id="both")], indirect=True)
+@pytest.mark.parametrize("way", ["repaired", "repaired and defined", "defined"])
+def test_a_device_keeps_the_rule_of_its_pool_when_a_boot_gives_it_a_name_of_another(
+    host: Host, device: Callable[[int, int], Device], way: str
+) -> None:
+    wiped, kept = device(1, 4), device(3, 4)
+    host.check("define", xml(host, "db1", 1, wiped.path))
+    wiped.write(SECRET)
+    if way != "defined":
+        host.check("define", xml(host, "db2", 2, kept.path))
+    kept.write(b"precious")
+    host.libvirtd.stop()
+    rename({wiped: kept.path, kept: wiped.path})
+    host.libvirtd.start()
+    if way != "defined":
+        rows(host, "check", "--repair")
+    if way != "repaired":
+        host.check("define", xml(host, "db1", 1, wiped.path))
+    names = ["db1"] if way == "defined" else ["db1", "db2"]
+    for name in names:
+        host.check("undefine", name)
+    for name in names:
+        assert host.nvdimmctl("release", "--yes", name).returncode == 0
+    assert wiped.read(len(SECRET)) == bytes(len(SECRET))
+    assert kept.read(8) == b"precious"

@@ -160,7 +160,7 @@ def test_what_was_provisioned_before_its_pool_was_to_be_wiped_has_to_be_wiped(ho
         host.define("gold/a.img")
         host.pools = Pools([pool("gold", folder, wipe=True)])
         host.driver = host.another()
-        host.driver.note_wipes()
+        host.driver.note_pools()
     give_up(host, "release", RefusedError)
     host.pools = Pools([pool("gold", host.path("gold"))])
     host.driver = host.another()

@@ -6,7 +6,18 @@ import pytest
 
 from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.errors import NotFoundError, RefusedError
-from nvdimm_driver.model import GIB, KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Record
+from nvdimm_driver.model import (
+    GIB,
+    KIB,
+    MIB,
+    SUPERPAGE,
+    Allocation,
+    BackingIdentity,
+    DomainSpec,
+    NvdimmSpec,
+    Pool,
+    Record,
+)
 from nvdimm_driver.pools.rules import Pools
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, make_driver
 
@@ -102,3 +113,28 @@ def test_the_place_of_a_name(tmp_path: Path) -> None:
     pools.check_place(f"{tmp_path}/a")
     with pytest.raises(RefusedError, match="in none of the host's pools"):
         pools.check_place("/srv/a")
+
+
+def device(path: str, start: int = 0, size: int = 8 * MIB, **noted: object) -> Allocation:
+    identity = BackingIdentity("pmem", "7b2c", start, 0, 0, size)
+    return replace(Allocation(UUID, NvdimmSpec(0, path, 2 * MIB), identity), **noted)  # type: ignore[arg-type]
+
+
+def test_a_device_is_overwritten_as_the_pool_says_that_its_domain_got_it_from() -> None:
+    kept, wiped = pool("kept", "/dev/pmem1"), replace(pool("wiped", "/dev/pmem2"), wipe_on_release=True)
+    pools, only_kept, only_wiped = Pools([kept, wiped]), Pools([kept]), Pools([wiped])
+    secret, precious = pools.noted(device("/dev/pmem2")), pools.noted(device("/dev/pmem1"))
+    assert [(each.pool, each.wipes) for each in (secret, precious)] == [("wiped", True), ("kept", False)]
+    for item, wipes in ((secret, True), (precious, False)):
+        path = {"/dev/pmem1": "/dev/pmem2", "/dev/pmem2": "/dev/pmem1"}[item.spec.path]
+        renamed = device(path, pool=item.pool, wipes=item.wipes)  # by a boot, which a repair has followed
+        assert [each.wipes(renamed, renamed.identity) for each in (pools, only_kept, only_wiped)] == [wipes] * 3
+        defined = pools.noted(device(path), [item])
+        assert (defined.pool, defined.wipes) == (item.pool, wipes)
+    assert not Pools([kept, replace(wiped, wipe_on_release=False)]).wipes(secret, secret.identity), "not any more"
+
+
+def test_a_device_that_is_larger_than_what_its_domain_had_may_have_bytes_to_be_overwritten() -> None:
+    kept, wiped = pool("kept", "/dev/pmem1p1"), replace(pool("wiped", "/dev/pmem1"), wipe_on_release=True)
+    part = device("/dev/pmem1p1", 2 * MIB, 4 * MIB, pool="kept")
+    assert Pools([kept, wiped]).noted(device("/dev/pmem1"), [part]).wipes

@@ -38,7 +38,7 @@ class Register(Action):
         for line in register.register(self.app.conf):
             print(line)
         driver = load_driver(self.app.conf)
-        driver.note_wipes()
+        driver.note_pools()
         for record in driver.restart_lost():  # the version before may have held nothing
             print(f"hold the backings of {record.name}, which runs")
         for record, renewed in driver.renew_label_servers():
