@@ -13,6 +13,7 @@ from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, RefusedError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Record, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_named, backing_of
+from nvdimm_driver.shell import command
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.words import release_of
 
@@ -40,8 +41,7 @@ class Wiper:
             for item in chosen:
                 self._check_not_kept(owner, chosen, item)
         with ExitStack() as opened:
-            contents = [(spec, opened.enter_context(self._opened(spec, owner, owners))) for spec in specs]
-            for spec, content in contents:
+            for spec, content in self._opened_all(opened, specs, owner, owners):
                 with watched(spec) as watch:
                     self._overwrite(spec, content, watch)
 
@@ -125,14 +125,10 @@ class Wiper:
             self._check_owner(record, item.spec)
             self._check_not_kept(record, chosen.allocations, item)
         with ExitStack() as opened:  # until the claims are given up, no start can take what is wiped
-            contents = [
-                (item, opened.enter_context(self._opened(item.spec, record, lost=lost)))
-                for item in wiped
-                if item in here
-            ]
-            for item, content in contents:
-                self._overwrite(item.spec, content, watch)
-            self._checks.ledger.note_overwritten(record.uuid, [item.spec.slot for item, _ in contents])
+            wanted = [item.spec for item in wiped if item in here]
+            for spec, content in self._opened_all(opened, wanted, record, lost=lost):
+                self._overwrite(spec, content, watch)
+            self._checks.ledger.note_overwritten(record.uuid, [spec.slot for spec in wanted])
             for item in deleted:
                 if item in here:
                     self._checks.pools.check_place(item.spec.path)
@@ -186,6 +182,34 @@ class Wiper:
                 if owner is not None and not lost:
                     _check_whole(owner, spec, content.identity)
                 yield content
+
+    def _opened_all(
+        self,
+        stack: ExitStack,
+        specs: Sequence[NvdimmSpec],
+        owner: Record | None,
+        owners: Collection[Record] = (),
+        *,
+        lost: bool = False,
+    ) -> list[tuple[NvdimmSpec, ByteRange]]:
+        """Open NVDIMMs as :meth:`_opened` does; return them without those that are parts of another one.
+
+        A domain can have a device and a partition of it. The lock of one keeps the other from being opened.
+        """
+        opened: list[tuple[NvdimmSpec, ByteRange]] = []
+        for spec in sorted(specs, key=lambda each: -self._bytes_at(each.path)):
+            here = self._checks.identity(spec.path)
+            if any(here and each.identity and each.identity.covers(here) for _, each in opened):
+                self._check_whose(spec, owner, owners, here)
+                if owner is not None and not lost:
+                    _check_whole(owner, spec, here)
+                continue
+            opened.append((spec, stack.enter_context(self._opened(spec, owner, owners, lost=lost))))
+        return sorted(opened, key=lambda pair: specs.index(pair[0]))
+
+    def _bytes_at(self, path: str) -> int:
+        here = self._checks.identity(path)
+        return here.size if here else 0
 
     def _overwrite(self, spec: NvdimmSpec, content: ByteRange, watch: Watch) -> None:
         """Overwrite what is open, after nothing can refuse it any more: from here on, no saved guest can go on."""
@@ -246,14 +270,42 @@ class Wiper:
         if owner is not None:
             self._check_owner(owner, spec, opened)
             return
-        known = {each.uuid for each in owners}
-        found = ownership.owners(self._checks.ledger, spec.path, opened or self._checks.identity(spec.path))
+        known, here = {each.uuid for each in owners}, opened or self._checks.identity(spec.path)
+        found = ownership.owners(self._checks.ledger, spec.path, here)
         for other in [each for each in found if each.uuid not in known]:
             raise InUseError(
                 f"{spec.path} belongs to domain {other.name} ({other.uuid}) by now", hint="see 'nvdimmctl list'"
             )
+        for other in found:
+            for item in other.allocations:
+                self._check_meant(spec.path, here, other, item)
         for uuid in [each.uuid for each in found] or [""]:
             self._checks.unknown.check(uuid, {spec.path: opened})
+
+    def _check_meant(self, path: str, here: BackingIdentity | None, owner: Record, item: Allocation) -> None:
+        """Check that who names a path to overwrite what is there means an NVDIMM by it, if that concerns the NVDIMM.
+
+        :param here: the identity of what is to be overwritten.
+        :raises BackingError: when the ledger has the path for the NVDIMM, and something else is there.
+        :raises InUseError: when the NVDIMM has some of the bytes, and is a part of what is there, or the reverse.
+        """
+        if here is None or item.identity is None:
+            return
+        wipe = command("nvdimmctl", "wipe", "--slot", str(item.spec.slot), owner.uuid)
+        has = item.identity.shares_bytes(here)
+        if item.spec.path == path and not has:
+            now = backing_named(self._checks.backings, item.identity.kind).find(item.identity)
+            raise BackingError(
+                f"{path} is the NVDIMM in slot {item.spec.slot} of domain {owner.name} by the ledger, and something "
+                f"else is there now{f'; the NVDIMM is {now}' if now else ''}",
+                hint=f"'nvdimmctl check' says how to put that right; then: {wipe}",
+            )
+        if has and not item.identity.begins_as(here):
+            raise InUseError(
+                f"{path} has bytes of {item.spec.path}, the NVDIMM in slot {item.spec.slot} of domain {owner.name}, "
+                "which is another device",
+                hint=f"to overwrite that: {wipe}; to overwrite both, first {release_of(owner.uuid, item.spec.slot)}",
+            )
 
     def _check_owner(self, record: Record, spec: NvdimmSpec, opened: BackingIdentity | None = None) -> None:
         """Check that an NVDIMM is the domain's, nobody else's, and the one that was provisioned.

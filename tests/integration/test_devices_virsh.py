@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -440,3 +441,84 @@ def test_a_device_keeps_the_rule_of_its_pool_when_a_boot_gives_it_a_name_of_anot
         assert host.nvdimmctl("release", "--yes", name).returncode == 0
     assert wiped.read(len(SECRET)) == bytes(len(SECRET))
     assert kept.read(8) == b"precious"
+
+
+@pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
+@pytest.mark.parametrize("other_name", ["db1", "db2"])
+def test_a_name_that_a_boot_has_exchanged_is_not_wiped(
+    host: Host, device: Callable[[int, int], Device], other_name: str
+) -> None:
+    """By the ledger, the path is that of the other device."""
+    one, other = device(3, 4), device(4, 4)
+    if other_name == "db1":
+        host.check("define", xml(host, "db1", 1, one.path, other.path))
+    else:
+        host.check("define", xml(host, "db1", 1, one.path))
+        host.check("define", xml(host, "db2", 2, other.path))
+    one.write(SECRET)
+    host.libvirtd.stop()
+    rename({one: other.path, other: one.path})
+    host.libvirtd.start()
+    done = host.nvdimmctl("wipe", "--yes", str(one.path))
+    assert done.returncode == 1
+    assert f"of domain {other_name} by the ledger, and something else is there now" in done.stderr
+    assert f"namespace4.0, /dev/{other.path.name}" in done.stderr
+    assert one.read(len(SECRET)) == SECRET
+
+
+def test_a_whole_device_is_not_wiped_by_its_name_while_a_domain_has_a_part_of_it(
+    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+) -> None:
+    disk = device(1, 16)
+    made.append(part := Partition(disk, 1, 2 * MIB, 8 * MIB))
+    host.check("define", xml(host, "db1", 1, part.path))
+    disk.write(SECRET, 2 * MIB)
+    done = host.nvdimmctl("wipe", "--yes", str(disk.path))
+    assert done.returncode == 4
+    assert f"{disk.path} has bytes of {part.path}, the NVDIMM in slot 0 of domain db1" in done.stderr
+    assert content(part, 2 * MIB) == SECRET
+    assert host.nvdimmctl("wipe", "--yes", str(part.path)).returncode == 0
+    assert content(part, 2 * MIB) == bytes(len(SECRET))
+
+
+@pytest.mark.parametrize("verb", ["release", "wipe"])
+def test_a_device_and_a_part_of_it_are_wiped_together(
+    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition], verb: str
+) -> None:
+    disk = device(1, 16)
+    made.append(part := Partition(disk, 1, 2 * MIB, 8 * MIB))
+    host.check("define", xml(host, "db1", 1, disk.path))
+    host.check("define", xml(host, "db1", 1, part.path))
+    for offset in (0, 2 * MIB, 12 * MIB):
+        disk.write(SECRET, offset)
+    host.check("undefine", "db1")
+    done = host.nvdimmctl(verb, "--yes", "db1")
+    assert done.returncode == 0, done.stderr
+    assert not disk.read(16 * MIB).strip(b"\0")
+
+
+@pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
+@pytest.mark.parametrize("way", ["edited", "more RAM"])
+def test_two_names_of_one_domain_that_a_boot_has_exchanged_exchange_no_slots(
+    host: Host, device: Callable[[int, int], Device], way: str
+) -> None:
+    one, other = device(3, 4), device(4, 4)
+    host.check("define", xml(host, "db1", 1, one.path, other.path))
+    had = [(each.spec.slot, each.identity) for each in host.record("db1").allocations]
+    host.libvirtd.stop()
+    rename({one: other.path, other: one.path})
+    host.libvirtd.start()
+    text = host.check("dumpxml", "--inactive", "db1")
+    (file := host.folder / "edited.xml").write_text(text.replace("<vcpu placement='static'>1<", "<vcpu>2<"))
+    if way == "edited":
+        refused = host.virsh("define", file)
+    else:
+        for verb in ("setmaxmem", "setmem"):
+            host.check(verb, "--config", "db1", "700M")
+        refused = host.virsh("start", "db1")
+    assert f"define the domain with {one.path} in slot 0, and the others" in refused.stderr
+    names = {str(one.path): str(other.path), str(other.path): str(one.path)}
+    file.write_text(re.sub("(?<=<path>).*(?=</path>)", lambda found: names[found[0]], text))
+    host.check("define", file)
+    host.check("start", "db1")
+    assert [(each.spec.slot, each.identity) for each in host.record("db1").allocations] == had
