@@ -87,7 +87,7 @@ class Definitions:
         before = self.ledger.find_domain(uuid)
         self._check_allowed(domain, self._all_kept(domain, before, kept))
         identities = {spec.path: ownership.identity_at(self.backings, spec.path) for spec in domain.nvdimms}
-        self._check_not_moved(before, identities)
+        self._check_not_moved(domain, before, identities)
         self._check_none_lost(before, identities)
         self._check_started(domain, before, identities)
         check_kept(domain, before, self.ledger.find_run(uuid), self.backings, self.planner.host.bad_ranges())
@@ -647,7 +647,7 @@ class Definitions:
         now, had = self.ledger.find_domain(uuid), before.allocations if before else ()
         if (now.allocations if now else ()) != had:
             raise InUseError(f"domain {domain.name} was changed by another process meanwhile", hint="try again")
-        self._check_not_moved(before, identities)
+        self._check_not_moved(domain, before, identities)
         self._check_started(domain, now, identities)
         known = {path: identity for path, identity in identities.items() if identity is not None}
         ownership.check_bytes(self.ledger, uuid, known, had)
@@ -659,12 +659,16 @@ class Definitions:
         begun = self.ledger.find_begun(record.start) if record and record.start else None
         check_started(domain, record, begun, identities)
 
-    def _check_not_moved(self, before: Record | None, identities: Mapping[str, BackingIdentity | None]) -> None:
+    def _check_not_moved(
+        self, domain: DomainSpec, before: Record | None, identities: Mapping[str, BackingIdentity | None]
+    ) -> None:
         """Check that what was provisioned for a domain is at its path still, if the domain is to have that.
 
         Who owns the folder can move a file aside, and a device can have another's name after a boot. The claim to what
-        it had would be given up for that, or for zeros.
+        it had would be given up for that, or for zeros; or the guest would have two of its NVDIMMs in each other's
+        slots. One that is at another path of the definition, in its slot, was followed there by whoever wrote that.
 
+        :param domain: as it is to be, with all slots.
         :param identities: of what is at the domain's paths; None where nothing is.
         :raises BackingError: when something else is there, or nothing.
         """
@@ -680,8 +684,17 @@ class Definitions:
                 )
             if path not in identities or item.identity is None:
                 continue
-            if any(item.identity.begins_as(each) for each in identities.values()):
+            at = [spec for spec in domain.nvdimms if item.identity.begins_as(identities[spec.path])]
+            if any(spec.path == path or item.spec.set_aside or spec.slot == item.spec.slot for spec in at):
                 continue
+            for spec in at:
+                raise BackingError(
+                    f"{path}: what the domain has in slot {item.spec.slot} is {spec.path} now, and this definition "
+                    f"has that in slot {spec.slot}: two names were exchanged",
+                    hint=f"define the domain with {spec.path} in slot {item.spec.slot}, and the others of its NVDIMMs "
+                    "by their names of now, too; each keeps its slot if <address> is left out. Then other slots can "
+                    "be given",
+                )
             if item.spec.set_aside and self._by_its_name(item, identities, items):
                 continue
             if found := identities[path]:
