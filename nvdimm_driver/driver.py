@@ -463,7 +463,13 @@ class XenNvdimmDriver(plugins.Plugin):
         else:
             items = record.started if record else ()
             differing, had = saved_guest.not_as_stored(items, plan), {item.spec.path: item.identity for item in items}
-        differing = differing or saved_guest.missing(had, self.backings)
+        gone = saved_guest.missing(had, self.backings)
+        if gone and not differing:
+            raise UnsupportedError(
+                f"domain {plan.domain.name} has a managed save, whose guest cannot go on now: {gone}",
+                hint="have it there again, as after a boot that gives devices these names, or discard the saved guest: "
+                "virsh managedsave-remove",
+            )
         if differing:
             raise UnsupportedError(
                 f"domain {plan.domain.name} has a managed save, whose guest has other NVDIMMs than this definition: "

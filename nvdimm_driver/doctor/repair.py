@@ -10,7 +10,7 @@ from functools import cached_property, partial
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import HINTS, resolve, same_file_system
-from nvdimm_driver.doctor.repair_changes import Changes, LaterMark, exchanged_names
+from nvdimm_driver.doctor.repair_changes import Changes, LaterMark, exchanged_names, exchanged_with
 from nvdimm_driver.doctor.repair_files import UnfitFiles, go_on, on_same_volume
 from nvdimm_driver.doctor.repair_marks import Marks
 from nvdimm_driver.driver import XenNvdimmDriver
@@ -59,16 +59,20 @@ def nobody_to_ask(uuid: str) -> DomainSpec | None:
 
 
 def look(
-    driver: XenNvdimmDriver, definition_of: DefinitionOf = nobody_to_ask, zeros: Collection[str] = ()
+    driver: XenNvdimmDriver,
+    definition_of: DefinitionOf = nobody_to_ask,
+    zeros: Collection[str] = (),
+    named: Collection[str] = (),
 ) -> list[Inconsistency]:
     """Find all inconsistencies; nothing is changed.
 
     :param zeros: paths of files whose lost bytes the operator wants to be replaced with zeros.
+    :param named: paths of which the operator wants what nobody else can decide: see :meth:`_Look._exchanged`.
 
     Two of them may be the same file: one that was moved, and one that the ledger does not know. Repair them in the
     order of the list, then look again.
     """
-    return list(_Look(driver, definition_of, zeros).findings())
+    return list(_Look(driver, definition_of, zeros, named).findings())
 
 
 def _find_device(record: Record, item: Allocation, now: str) -> str:
@@ -85,6 +89,18 @@ def _find_device(record: Record, item: Allocation, now: str) -> str:
     )
 
 
+def remedy_of_name(driver: XenNvdimmDriver, name: str, uuid: str, path: str) -> str:
+    """Return how a domain is defined with the name that its device has now, as the ledger has it."""
+    edit = f"define {name} with {path}: {command('virsh', 'edit', uuid)}"
+    if not driver.definitions.is_saved(name):
+        return edit
+    discard = command("virsh", "managedsave-remove", uuid)
+    return (
+        f"leave it, as its guest is saved: it can go on after a boot that gives the name back, and another 'nvdimmctl "
+        f"check --repair'; or give its guest up, {discard}, and {edit}"
+    )
+
+
 _TAKE = "take it as it is now; if that is not what the guest should have, put the right file there first"
 _WHICH = f"find the guest's own, and take the mark from each copy: {owner_marks.unmark_command('COPY')}"
 
@@ -94,8 +110,11 @@ def _several(paths: list[str]) -> str:
 
 
 class _Look:
-    def __init__(self, driver: XenNvdimmDriver, definition_of: DefinitionOf, zeros: Collection[str]) -> None:
+    def __init__(
+        self, driver: XenNvdimmDriver, definition_of: DefinitionOf, zeros: Collection[str], named: Collection[str]
+    ) -> None:
         self.driver = driver
+        self.named = named
         self.definition_of = definition_of
         self.records = driver.ledger.domains()
         self.running = ownership.Running(self.records)
@@ -328,16 +347,33 @@ class _Look:
     def _exchanged(self, record: Record, item: Allocation, name: str) -> Inconsistency:
         """Return a device whose name another domain's has now, while it has that of another's.
 
+        If the ledger comes from elsewhere, the domains may have been given up and defined anew since it was written:
+        then libvirt's definitions are right. Nothing but the operator's word tells.
+
         :param name: that it has now.
         """
-        return Inconsistency(
-            record.name,
-            record.uuid,
-            item.spec.path,
-            f"its device has the name {name} now, and another domain's has this one: a boot has exchanged their names",
-            f"take the names of now into the ledger; then define {record.name} with {name}: "
-            + command("virsh", "edit", record.uuid),
-            partial(self.changes.follow_names, self.exchanged),
+        items = [each for other in self.records for each in other.allocations]
+        names = exchanged_with(item, self.exchanged, items)
+        with_it = [each for each in items if (each.uuid, each.spec.slot) in names]
+        inconsistency = partial(Inconsistency, record.name, record.uuid, item.spec.path)
+        problem = f"its device has the name {name} now, and another domain's has this one"
+        follow = partial(self.changes.follow_names, names)
+        if not (self.driver.ledger.is_from_elsewhere() or any(each.doubtful for each in with_it)):
+            then = remedy_of_name(self.driver, record.name, record.uuid, name)
+            return inconsistency(
+                f"{problem}: a boot has exchanged their names",
+                f"take the names of now into the ledger; then {then}",
+                follow,
+            )
+        is_named = any(each.spec.path in self.named for each in with_it)
+        releases = " and ".join(release_of(each.uuid, each.spec.slot) for each in with_it)
+        return inconsistency(
+            f"{problem}: a boot has exchanged their names, or the domains were given up and defined anew since the "
+            "ledger, which is from a backup, was written",
+            f"if the ledger is right, have it take the names of now: {repair_of(item.spec.path)}; if libvirt's "
+            f"definitions are right: {releases}, without wipe_on_release in the pool's section, and then "
+            "nvdimmctl check --repair",
+            follow if is_named else None,
         )
 
     def _displaced(self, record: Record, item: Allocation, moved: list[str]) -> str:

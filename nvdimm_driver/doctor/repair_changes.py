@@ -319,9 +319,9 @@ class Changes:
     # --- of devices ---
 
     def follow_names(self, names: Mapping[tuple[str, int], str]) -> None:
-        """Give the devices that have each other's names the ones of now. A repair of one does it for all.
+        """Give devices that have each other's names the ones of now. A repair of one does it for all of these.
 
-        :param names: as :func:`exchanged_names` returns them.
+        :param names: as :func:`exchanged_with` returns them.
         :raises InUseError: when one of the domains runs, or they have other names by now.
         """
         uuids = sorted({uuid for uuid, _ in names})
@@ -330,14 +330,15 @@ class Changes:
             found = exchanged_names(self.driver.backings, self.driver.ledger.domains())
             for record in filter(None, map(self.driver.ledger.find_domain, uuids)):
                 ownership.check_off(record)
-            if found != names:
+            if not names.items() <= found.items():
                 raise InUseError("devices have other names by now", hint="repeat 'nvdimmctl check'")
 
         with ExitStack() as locks:
             for uuid in uuids:
                 locks.enter_context(self.driver.locks.changing(uuid))
                 locks.enter_context(self.driver.locks.storing(uuid))
-            if exchanged_names(self.driver.backings, self.driver.ledger.domains()):
+            left = exchanged_names(self.driver.backings, self.driver.ledger.domains())
+            if not names.keys().isdisjoint(left):
                 self.driver.ledger.rename_devices(names, check)
             for uuid in uuids:
                 self._see(uuid)
@@ -422,6 +423,18 @@ def exchanged_names(backings: Sequence[Backing], records: Iterable[Record]) -> d
         for item, path in names.items()
         if any(each.uuid != item.uuid for each in _cycle(item, names, by_path))
     }
+
+
+def exchanged_with(
+    item: Allocation, names: Mapping[tuple[str, int], str], items: Iterable[Allocation]
+) -> dict[tuple[str, int], str]:
+    """Return those of the :func:`exchanged_names` that are exchanged with a device's.
+
+    :param items: the NVDIMMs of all domains.
+    """
+    renamed = {each: names[each.uuid, each.spec.slot] for each in items if (each.uuid, each.spec.slot) in names}
+    by_path = {each.spec.path: each for each in renamed}
+    return {(each.uuid, each.spec.slot): renamed[each] for each in _cycle(item, renamed, by_path)}
 
 
 def _cycle(

@@ -13,14 +13,13 @@ from functools import partial
 
 from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.doctor.libvirt import Connection
-from nvdimm_driver.doctor.repair import Inconsistency
+from nvdimm_driver.doctor.repair import Inconsistency, remedy_of_name
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, ProtocolError
 from nvdimm_driver.lifecycle.define import uuid_of
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
-from nvdimm_driver.shell import command
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.words import release_of
 from nvdimm_driver.xml.parse_domain import extract
@@ -103,7 +102,7 @@ def _claims(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], domain: _K
                 spec.path,
                 f"libvirt's definition has it, and since a boot, this is another device; the domain's is "
                 f"{renamed[spec.path]} now",
-                f"define the domain with that: {command('virsh', 'edit', domain.defined.uuid or domain.defined.name)}",
+                remedy_of_name(driver, domain.defined.name, domain.defined.uuid or "", renamed[spec.path]),
             )
         else:
             yield Inconsistency(
@@ -198,7 +197,7 @@ def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistenc
                     f"{name}'s: {release}, without wipe_on_release in the pool's section"
                 )
                 if now:
-                    remedy = f"{name} has {now} instead, by the ledger: define it with that: virsh edit {uuid}"
+                    remedy = f"{name} has {now} instead, by the ledger: {remedy_of_name(driver, name, uuid, now)}"
                 yield Inconsistency(
                     name,
                     uuid,

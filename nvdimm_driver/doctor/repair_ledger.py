@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from nvdimm_driver.doctor.repair import Inconsistency
+from nvdimm_driver.doctor.repair_changes import exchanged_names
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.state.database import FROM_ELSEWHERE
 
@@ -29,6 +30,10 @@ def look(driver: XenNvdimmDriver, found: Sequence[Inconsistency]) -> list[Incons
 
 
 def take_over(driver: XenNvdimmDriver) -> None:
-    """Take the ledger for the host's own, after what can be mended was."""
+    """Take the ledger for the host's own, after what can be mended was.
+
+    Whether it is right about devices that have each other's names now, only the operator can say, also after this.
+    """
     driver.distrust_saved_guests()
+    driver.ledger.doubt_names(exchanged_names(driver.backings, driver.ledger.domains()))
     driver.ledger.take_over(compared=True)

@@ -522,3 +522,67 @@ def test_two_names_of_one_domain_that_a_boot_has_exchanged_exchange_no_slots(
     host.check("define", file)
     host.check("start", "db1")
     assert [(each.spec.slot, each.identity) for each in host.record("db1").allocations] == had
+
+
+@pytest.mark.parametrize("host", [pytest.param(KEPT.replace(", {folder}/pmem5", ""), id="kept")], indirect=True)
+@pytest.mark.parametrize("right", ["the ledger", "libvirt"])
+def test_names_that_a_ledger_from_a_backup_has_otherwise_are_not_followed(
+    host: Host, device: Callable[[int, int], Device], right: str
+) -> None:
+    """The domains may have been given up and defined anew since a boot exchanged the names: the operator decides."""
+    one, other = device(3, 4), device(4, 4)
+    files = {"db1": xml(host, "db1", 1, one.path), "db2": xml(host, "db2", 2, other.path)}
+    for file in files.values():
+        host.check("define", file)
+    had = {name: host.record(name).allocations[0].identity for name in files}
+    ledger = host.folder / "state/ledger.sqlite"
+    copy_ledger(ledger, host.folder / "backup")
+    host.libvirtd.stop()
+    rename({one: other.path, other: one.path})
+    host.libvirtd.start()
+    if right == "libvirt":
+        for name in files:
+            host.check("undefine", name)
+        for name in files:
+            assert host.nvdimmctl("release", "--yes", name).returncode == 0
+        for file in files.values():
+            host.check("define", file)  # with the names that they had
+        had = {name: host.record(name).allocations[0].identity for name in files}
+    for end in ("-wal", "-shm"):
+        Path(f"{ledger}{end}").unlink(missing_ok=True)
+    os.rename(host.folder / "backup", ledger)
+    for _ in range(2):  # also once the ledger was taken over
+        told = rows(host, "check", "--repair")
+    assert [row["Done"] for row in told] == [""] * 2, told
+    assert all("if libvirt's definitions are right: nvdimmctl release" in row["Remedy"] for row in told)
+    if right == "libvirt":
+        for name in files:
+            assert host.nvdimmctl("release", "--yes", "--slot", "0", name).returncode == 0
+        rows(host, "check", "--repair")
+    else:
+        rows(host, "check", "--repair", str(one.path))
+        host.check("define", xml(host, "db1", 1, one.path))
+        host.check("define", xml(host, "db2", 2, other.path))
+    assert rows(host, "check") == []
+    assert {name: host.record(name).allocations[0].identity for name in files} == had
+
+
+@pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
+def test_the_remedy_of_an_exchanged_name_is_true_while_the_guest_is_saved(
+    host: Host, device: Callable[[int, int], Device]
+) -> None:
+    one, other = device(3, 4), device(4, 4)
+    paths = one.path, other.path
+    host.check("define", xml(host, "db1", 1, one.path))
+    host.check("define", xml(host, "db2", 2, other.path))
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    for new in (paths[::-1], paths):  # the second boot gives the names back
+        host.libvirtd.stop()
+        rename({one: new[0], other: new[1]})
+        host.libvirtd.start()
+        told = [row["Remedy"] for row in rows(host, "check", "--repair") if row["Domain"] == "db1"]
+        if new != paths:
+            assert all("leave it, as its guest is saved" in each for each in told if "define" in each), told
+            assert "after a boot that gives" in host.virsh("define", xml(host, "db1", 1, one.path)).stderr
+    host.check("start", "db1")

@@ -83,7 +83,8 @@ class Check(Listing):
             return COLUMNS, [("", str(Path(self.app.conf.state_dir) / LEDGER), error.message, error.hint, "")]
         for path in copies:
             unmark_copy(driver, path)
-        find = partial(_find, driver, self.app.conf, zeros)
+        named = [path_argument(word) for word in parsed_args.only if word.startswith("/")]
+        find = partial(_find, driver, self.app.conf, zeros, named)
         if only := [*parsed_args.only, *zeros, *copies]:
             find = partial(_find_only, driver, only, find)
         if zeros and (whole := {*zeros} - {each.path for each in find()}):
@@ -124,12 +125,15 @@ def _open(conf: cfg.ConfigOpts, *, repair: bool) -> tuple[XenNvdimmDriver, list[
     return driver, []
 
 
-def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str]) -> list[Inconsistency]:
+def _find(
+    driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], named: Sequence[str]
+) -> list[Inconsistency]:
     """Find all inconsistencies.
 
     That libvirt cannot say whose the devices are is one, too, if the ledger is new or from a backup.
 
     :param zeros: files whose lost bytes are to be replaced with zeros.
+    :param named: paths that the operator has named.
     """
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
     from nvdimm_driver.doctor import repair_ledger, repair_saved_guests
@@ -140,7 +144,7 @@ def _find(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str]) -
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
     restore = XmlHooks.from_conf(conf).restore
     found = [
-        *look(driver, partial(definition_of, socket, restore), zeros),
+        *look(driver, partial(definition_of, socket, restore), zeros, named),
         *repair_saved_guests.look(driver, restore, socket, conf.libvirt.save_dir),
     ]
     try:
