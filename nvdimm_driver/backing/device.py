@@ -7,7 +7,7 @@ import errno
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -88,9 +88,9 @@ class DeviceBacking(Backing):
     def space(self, paths: Sequence[str], taken: Collection[str]) -> Space:
         """Return the room in a pool. Works for devices in use in the host too, which cannot be located."""
         volumes = {path: self._identify(path)[0] for path in map(resolve, paths)}
-        free = [volume.size for path, volume in volumes.items() if path not in taken]
-        capacity = sum(volume.size for volume in volumes.values())
-        return space_of(volumes.values(), capacity, sum(free), max(free, default=0))
+        free = [volume for path, volume in volumes.items() if path not in taken]
+        largest = max((volume.size for volume in free), default=0)
+        return space_of(volumes.values(), _all_bytes(volumes.values()), _all_bytes(free), largest)
 
     def size(self, path: str) -> int:
         if is_gone(path):
@@ -188,6 +188,15 @@ class DeviceBacking(Backing):
         if not self.is_kind(found.st_mode):
             raise BackingError(f"{path}: is not {self.describe()}")
         return self.volume(path, found.st_rdev), found.st_rdev
+
+
+def _all_bytes(volumes: Iterable[Volume]) -> int:
+    """Return how many bytes these have; those of a device and of a partition of it count once."""
+    total = end = 0
+    for volume in sorted(volumes, key=lambda each: each.spa):
+        total += max(0, volume.spa + volume.size - max(end, volume.spa))
+        end = max(end, volume.spa + volume.size)
+    return total
 
 
 def _too_small(path: str, size: int, needed: int) -> BackingError:

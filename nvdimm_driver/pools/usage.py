@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvdimm_driver.backing.inventory import SYSFS, namespaces, problems, regions
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import Allocation, Namespace, Pool, Record, Space
 from nvdimm_driver.plugins import Backing, backing_of
@@ -122,7 +123,8 @@ def usage_of(pool: Pool, pools: Pools, ledger: Ledger, backings: Sequence[Backin
     try:
         taken = [item.spec.path for _, item in owned]
         claims = [item for record in ledger.domains() for item in record.allocations]
-        taken += [path for path in pool.paths if ownership.has_bytes(claims, ownership.identity_at(backings, path))]
+        devices = [resolve(path) for path in pool.paths]
+        taken += [path for path in devices if ownership.has_bytes(claims, ownership.identity_at(backings, path))]
         space = backing.space(pool.paths, taken)
         found = tuple(problem for namespace in space.namespaces for problem in problems(namespace))
     except BackingError as error:
@@ -131,11 +133,15 @@ def usage_of(pool: Pool, pools: Pools, ledger: Ledger, backings: Sequence[Backin
 
 
 def _shared(pool: Pool, pools: Pools, backings: Sequence[Backing]) -> Iterator[str]:
-    """Yield the devices of a pool that share bytes with one of another pool, such as a device and a partition of it."""
-    others = [(other, path) for other in pools if other != pool for path in other.paths]
-    for path in pool.paths:
-        here = ownership.identity_at(backings, path)
-        for other, its in others:
-            there = ownership.identity_at(backings, its)
+    """Yield the devices of a pool that share bytes with another one in a pool, such as a device and a partition of it.
+
+    Within the pool, each pair is told once.
+    """
+    devices = [(each, path, ownership.identity_at(backings, resolve(path))) for each in pools for path in each.paths]
+    own = [(path, identity) for each, path, identity in devices if each == pool]
+    for number, (path, here) in enumerate(own):
+        others = [(its, there, f", which is in pool {each.name}") for each, its, there in devices if each != pool]
+        others += [(its, there, ", which is in the pool, too") for its, there in own[:number]]
+        for its, there, where in others:
             if here and there and not (here.inode or there.inode) and here.shares_bytes(there):
-                yield f"{path} has bytes of {its}, which is in pool {other.name}"
+                yield f"{path} has bytes of {its}{where}"

@@ -586,3 +586,17 @@ def test_the_remedy_of_an_exchanged_name_is_true_while_the_guest_is_saved(
             assert all("leave it, as its guest is saved" in each for each in told if "define" in each), told
             assert "after a boot that gives" in host.virsh("define", xml(host, "db1", 1, one.path)).stderr
     host.check("start", "db1")
+
+
+def test_a_pool_has_the_bytes_of_a_device_and_its_partitions_once(
+    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+) -> None:
+    disk = device(1, 16)
+    made.append(first := Partition(disk, 1, 2 * MIB, 8 * MIB))
+    made.append(Partition(disk, 2, 10 * MIB, 4 * MIB))
+    (pool,) = rows(host, "pool", "list")
+    assert [pool[name] for name in ("Capacity", "Free", "Largest free")] == [16 * MIB] * 3
+    assert f"{first.path} has bytes of {disk.path}, which is in the pool, too" in pool["Health"]
+    host.check("define", xml(host, "db1", 1, first.path))
+    (pool,) = rows(host, "pool", "list")
+    assert [pool[name] for name in ("Capacity", "Free", "Largest free")] == [16 * MIB, 4 * MIB, 4 * MIB]
