@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +93,21 @@ class Locks:
         if stat.S_ISREG(os.fstat(fd).st_mode):
             self.check_changeable(fd, path)
         file = _writer(self._folder, fd, device)
+        with ExitStack() as locked:
+            # Of the version before 0.2.0, too: 'wipe' and 'import' can go on for hours while the package is upgraded.
+            for each in dict.fromkeys((file, _writer_of_before(self._folder, fd))):
+                locked.enter_context(self._taken(each, path))
+            for other in self._writers(file, device):
+                if other != file and is_taken(other):  # of two at once, each may find the other
+                    raise _overwritten(path, other)
+            yield
+
+    @contextmanager
+    def _taken(self, file: Path, path: str) -> Iterator[None]:
+        """Lock a file, and delete it at the end.
+
+        :raises InUseError: when another process has it.
+        """
         lock = self._open(file)
         try:
             while not take(lock) or not is_at(lock, file):
@@ -101,9 +116,6 @@ class Locks:
                 os.close(lock)  # its holder has just deleted it
                 lock = self._open(file)
             try:
-                for other in self._writers(file, device):
-                    if other != file and is_taken(other):  # of two at once, each may find the other
-                        raise _overwritten(path, other)
                 yield
             finally:
                 file.unlink(missing_ok=True)
@@ -117,7 +129,8 @@ class Locks:
         :raises InUseError: when one is.
         """
         if self._folder is not None:
-            for file in self._writers(_writer(self._folder, fd, device), device):
+            writers = self._writers(_writer(self._folder, fd, device), device)
+            for file in {*writers, _writer_of_before(self._folder, fd)}:
                 if is_taken(file):
                     raise _overwritten(path, file)
 
@@ -149,6 +162,15 @@ def _writer(folder: Path, fd: int, device: BackingIdentity | None) -> Path:
         return folder / f"write-{device.device}-{device.start}-{device.size}"
     status = os.fstat(fd)
     return folder / f"write-{_number(status.st_dev)}-{status.st_ino}"
+
+
+def _writer_of_before(folder: Path, fd: int) -> Path:
+    """Return the file that a writer of version 0.1.0 locks; the version after 0.2.0 need not know that."""
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return _writer(folder, fd, None)
+    kind = "block" if stat.S_ISBLK(status.st_mode) else "char"
+    return folder / f"write-{kind}-{_number(status.st_rdev)}"
 
 
 def _number(device: int) -> str:

@@ -13,6 +13,8 @@ import pytest
 from nvdimm_driver.backing import locks
 from nvdimm_driver.backing.locks import FREEZE_SECONDS, Locks
 from nvdimm_driver.errors import InUseError
+from nvdimm_driver.lock_files import is_taken, take
+from nvdimm_driver.model import MIB, BackingIdentity
 
 
 @pytest.mark.parametrize("turns", [1, 100])
@@ -47,3 +49,23 @@ def test_one_that_freezes_for_long_is_named(tmp_path: Path, monkeypatch: pytest.
         Locks(tmp_path / "locks").freezing(file.fileno(), file.name),
     ):
         pass
+
+
+def test_a_writer_of_the_version_before_counts(tmp_path: Path) -> None:
+    """Its wipe or import of a device can go on for hours, while the package is upgraded."""
+    found = Locks(tmp_path / "locks")
+    identity = BackingIdentity("devdax", "7b2c", 0, 0, 0, MIB)
+    with open("/dev/null", "rb") as device:
+        before = tmp_path / "locks/write-char-1:3"  # its name in that version
+        with found.writing(device.fileno(), device.name, identity):
+            assert is_taken(before)
+        assert not before.exists()
+        with open(before, "x") as lock:
+            assert take(lock.fileno())
+            with pytest.raises(InUseError, match="is being overwritten"):
+                found.check_unwritten(device.fileno(), device.name, identity)
+            with (
+                pytest.raises(InUseError, match="is being overwritten"),
+                found.writing(device.fileno(), device.name, identity),
+            ):
+                pass
