@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +22,8 @@ from nvdimm_driver.sizes import human
 from nvdimm_driver.state.ledger import Ledger
 
 _BLOCK = 4096
+_NUMBERED = re.compile(r"/dev/(pmem[0-9.]+(p[0-9]+)?|dax[0-9]+\.[0-9]+)")
+"""Names that the kernel gives to devices in the order in which it finds them."""
 _SECTOR = 512
 _DOMAINS = {
     "memory_controller": "what has reached the memory controller survives a power loss (ADR)",
@@ -122,6 +125,7 @@ def check_pool(
     yield check_usage(usage)
     if usage.space is not None:
         yield check_alignment(usage)
+        yield from check_names(pool, backings)
         if pool.kind == "fsdax":
             yield from check_file_systems(pool, mountinfo, dax)
 
@@ -150,6 +154,19 @@ def check_alignment(usage: PoolUsage) -> Finding:
         f"begins at a multiple of {human(alignment)}: guests are mapped in entries of 4 KiB",
         "begin the partition at a multiple of 2 MiB, or recreate the namespace with --align=2M",
     )
+
+
+def check_names(pool: Pool, backings: Sequence[Backing]) -> Iterator[Finding]:
+    """Check that no boot can give the name of one of the pool's devices to another namespace."""
+    found = [path for path in pool.paths if _NUMBERED.fullmatch(path)]
+    areas = [area for backing in backings if backing.name == pool.kind for area in backing.areas()]
+    if found and len(areas) > 1:
+        yield warned(
+            f"pool {pool.name}, names",
+            f"after a boot, {', '.join(found)} can be another namespace, and domains may have that then",
+            "write /dev/disk/by-id/pmem-UUID, the link of a raw namespace or of a partition of it, into the pool's "
+            "section; for device-dax, which has none, compare 'ndctl list -N' with the section after each boot",
+        )
 
 
 def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) -> Iterator[Finding]:

@@ -428,7 +428,10 @@ class Definitions:
             return item
         if item.identity is None or item.identity.inode:
             return None
-        names = [*(each.spec.path for each in own), *(path for pool in self.pools for path in pool.paths)]
+        names = [
+            *(each.spec.path for each in own),
+            *(paths.resolve(path) for pool in self.pools for path in pool.paths),
+        ]
         for path in names:
             if path not in taken and ownership.identity_at(self.backings, path) == item.identity:
                 return replace(item, spec=replace(item.spec, path=path))

@@ -99,9 +99,23 @@ def steps(wish: Wish, host: PoolHost, uuid: str) -> Steps:
         path = wish.mount_point
         yield RunCommand(tuple(_mkfs(wish, device, uuid)))
         yield from _mount(wish, host, uuid)
+    elif wish.kind == "pmem":
+        path = yield from _lasting_name(device, host)
     quota = f"quota = {wish.quota}\n" if wish.quota else ""
     text = f"# made by 'nvdimmctl pool create'\n[pool:{wish.name}]\nkind = {wish.kind}\npaths = {path}\n{quota}"
     yield WriteFile(f"{host.conf_folder}/pool-{wish.name}.conf", text)
+
+
+def _lasting_name(device: str, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:
+    """Return the link of a raw namespace that no boot gives to another one, if udev makes it, or else the device.
+
+    It has the namespace's uuid (systemd: rules.d/60-persistent-storage.rules). There is none for device-dax.
+    """
+    if not host.systemd:
+        return device
+    yield RunCommand(("udevadm", "settle"))
+    links = yield RunCommand(("udevadm", "info", "--query=symlink", f"--name={device}"))
+    return next((f"/dev/{link}" for link in links.split() if link.startswith("disk/by-id/pmem-")), device)
 
 
 def _create(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from nvdimm_driver.backing.paths import resolve_new
+from nvdimm_driver.backing.paths import resolve, resolve_new
 from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Record
 from nvdimm_driver.pools.places import Places
@@ -135,7 +135,7 @@ class Pools:
             if os.path.isdir(path):
                 return resolve_new(os.path.join(path, name))
         for path in pool.paths:
-            if os.path.basename(path) == name:
+            if name in (os.path.basename(path), os.path.basename(resolve(path))):
                 return resolve_new(path)
         raise NotFoundError(
             f"pool {pool.name} has no device {name!r}",

@@ -595,8 +595,35 @@ def test_a_pool_has_the_bytes_of_a_device_and_its_partitions_once(
     made.append(first := Partition(disk, 1, 2 * MIB, 8 * MIB))
     made.append(Partition(disk, 2, 10 * MIB, 4 * MIB))
     (pool,) = rows(host, "pool", "list")
-    assert [pool[name] for name in ("Capacity", "Free", "Largest free")] == [16 * MIB] * 3
+    assert [int(pool[name]) for name in ("Capacity", "Free", "Largest free")] == [16 * MIB] * 3
     assert f"{first.path} has bytes of {disk.path}, which is in the pool, too" in pool["Health"]
     host.check("define", xml(host, "db1", 1, first.path))
     (pool,) = rows(host, "pool", "list")
-    assert [pool[name] for name in ("Capacity", "Free", "Largest free")] == [16 * MIB, 4 * MIB, 4 * MIB]
+    assert [int(pool[name]) for name in ("Capacity", "Free", "Largest free")] == [16 * MIB, 4 * MIB, 4 * MIB]
+
+
+LINKED = """
+[pool:one]
+kind = pmem
+paths = {folder}/by-id/pmem-one
+"""
+
+
+@pytest.mark.parametrize("host", [pytest.param(LINKED, id="linked")], indirect=True)
+def test_a_pool_has_the_device_that_its_link_leads_to_whatever_name_a_boot_gives_it(
+    host: Host, device: Callable[[int, int], Device]
+) -> None:
+    one, other = device(1, 4), device(2, 4)
+    (link := host.folder / "by-id/pmem-one").parent.mkdir()
+    link.symlink_to(one.path)
+    host.check("define", xml(host, "db1", 1, one.path))
+    host.libvirtd.stop()
+    rename({one: other.path, other: one.path})
+    link.unlink()
+    link.symlink_to(one.path)  # udev
+    host.libvirtd.start()
+    assert "in none of the host's pools" in host.virsh("define", xml(host, "db2", 2, other.path)).stderr
+    host.check("define", xml(host, "db1", 1, one.path))
+    host.check("start", "db1")
+    (pool,) = rows(host, "pool", "list")
+    assert (int(pool["Capacity"]), int(pool["Free"]), pool["Health"]) == (4 * MIB, 0, "ok")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from nvdimm_driver.backing.inventory import Mount
 from nvdimm_driver.doctor import pmem
 from nvdimm_driver.doctor.dax import has_dax
 from nvdimm_driver.doctor.finding import Finding, Result
-from nvdimm_driver.model import GIB, KIB, MIB, Pool, Space
+from nvdimm_driver.model import GIB, KIB, MIB, Namespace, Pool, Space
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.pools.usage import PoolUsage
 from tests.unit.doubles import NAMESPACE, MemoryBacking
@@ -127,6 +128,28 @@ def test_a_folder_that_takes_no_file() -> None:
     )
     assert found[-1].check == "pool main, DAX"
     assert found[-1].result == Result.FAIL
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "others", "told"),
+    [
+        ("pmem", "/dev/pmem1", 1, True),
+        ("pmem", "/dev/pmem1p2", 1, True),
+        ("devdax", "/dev/dax1.0", 1, True),
+        ("pmem", "/dev/pmem1", 0, False),
+        ("pmem", "/dev/disk/by-id/pmem-7b2c", 1, False),
+    ],
+)
+def test_names_of_devices_that_a_boot_can_exchange(kind: str, path: str, others: int, told: bool) -> None:
+    class Devices(MemoryBacking):
+        name = kind
+
+        def areas(self) -> Sequence[Namespace]:
+            return [NAMESPACE] * (1 + others)
+
+    found = list(pmem.check_names(pool(kind, path), [Devices()]))
+    assert [(each.check, each.result) for each in found] == [("pool main, names", Result.WARN)] * told
+    assert all(f"after a boot, {path} can be another namespace" in each.message for each in found)
 
 
 def test_a_sick_pool() -> None:

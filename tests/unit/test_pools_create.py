@@ -53,7 +53,7 @@ def host(*in_use: str, systemd: bool = False, listed: str = LISTED) -> PoolHost:
     return PoolHost(ndctl.regions(listed), "mem", systemd, frozenset(in_use), "/etc/conf.d")
 
 
-def run(a_wish: Wish, a_host: PoolHost, made: object = MADE) -> list[str]:
+def run(a_wish: Wish, a_host: PoolHost, made: object = MADE, printed: str = "mnt-fast.mount\n") -> list[str]:
     """Return the steps: commands as words, files as ``path: text``."""
     todo = steps(a_wish, a_host, UUID)
     told: list[str] = []
@@ -68,7 +68,7 @@ def run(a_wish: Wish, a_host: PoolHost, made: object = MADE) -> list[str]:
         else:
             told.append(" ".join(step.words))
         is_ndctl = isinstance(step, RunCommand) and step.words[0] == "ndctl"
-        answer = json.dumps(made) if is_ndctl else "mnt-fast.mount\n"
+        answer = json.dumps(made) if is_ndctl else printed
 
 
 def test_a_file_system_on_a_new_namespace() -> None:
@@ -107,6 +107,19 @@ def test_a_namespace_of_its_own(kind: str, made: object, mode: str, path: str) -
     create, section = run(wish(kind=kind, size=256 * MIB), host(), made)
     assert create == f"ndctl create-namespace -r region1 -n fast -s {256 * MIB} {mode}"
     assert f"kind = {kind}\npaths = {path}\n" in section
+
+
+@pytest.mark.parametrize(
+    ("links", "path"),
+    [
+        ("disk/by-path/pmem1 disk/by-id/pmem-7b2c\n", "/dev/disk/by-id/pmem-7b2c"),
+        ("disk/by-path/pmem1\n", "/dev/pmem1"),
+    ],
+)
+def test_a_raw_namespace_by_the_link_that_no_boot_gives_to_another(links: str, path: str) -> None:
+    told = run(wish(kind="pmem", size=256 * MIB), host(systemd=True), MADE, links)
+    assert told[1:3] == ["udevadm settle", "udevadm info --query=symlink --name=/dev/pmem1"]
+    assert f"kind = pmem\npaths = {path}\n" in told[3]
 
 
 def test_a_namespace_that_there_is_needs_force() -> None:

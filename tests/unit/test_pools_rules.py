@@ -115,6 +115,13 @@ def test_the_place_of_a_name(tmp_path: Path) -> None:
         pools.check_place("/srv/a")
 
 
+def test_a_device_of_a_pool_by_its_link(tmp_path: Path) -> None:
+    (tmp_path / "pmem-7b2c").symlink_to("pmem1")
+    (tmp_path / "pmem1").touch()
+    raw = pool("raw", tmp_path / "pmem-7b2c")
+    assert {Pools([raw]).place(raw, name) for name in ("pmem-7b2c", "pmem1")} == {f"{tmp_path}/pmem1"}
+
+
 def device(path: str, start: int = 0, size: int = 8 * MIB, **noted: object) -> Allocation:
     identity = BackingIdentity("pmem", "7b2c", start, 0, 0, size)
     return replace(Allocation(UUID, NvdimmSpec(0, path, 2 * MIB), identity), **noted)  # type: ignore[arg-type]
