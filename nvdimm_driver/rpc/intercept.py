@@ -509,7 +509,7 @@ class Interceptor:
             before = yield from known_definition(uuid)
             if before.xml is not None and domain.uuid is None:
                 raise DomainXmlError(
-                    f"domain {domain.name} exists already, with uuid {uuid}", hint="write its <uuid> into the XML"
+                    f"domain {domain.name} already exists with uuid {uuid}", hint="write its <uuid> into the XML"
                 )
             rewritten = yield from self._rewritten(resolved, uuid, plan)
             identified = replace(domain, uuid=uuid)

@@ -232,7 +232,7 @@ def test_xml_without_the_uuid_of_a_domain_that_exists_is_refused(proxy: Proxy) -
     """As libvirt does; it would make another domain of it where it knows ours by another name."""
     proxy.define(xml("a"))
     proxy.libvirtd.calls.clear()
-    with pytest.raises(DomainXmlError, match=f"db1 exists already, with uuid {UUID}"):
+    with pytest.raises(DomainXmlError, match=f"db1 already exists with uuid {UUID}"):
         proxy.define(xml("a", "b", uuid=None))
     assert DEFINE not in proxy.libvirtd.calls
 
