@@ -227,9 +227,10 @@ def _old_ledger(world: World) -> None:
             database.execute(f"DELETE FROM main.{table}")
             columns = ", ".join(row[1] for row in database.execute(f"PRAGMA main.table_info({table})"))
             database.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
+        database.execute("UPDATE main.latest SET file = ''")  # that of the other file
     database.close()
-    for name in ("-wal", "-shm"):
-        (world.folder / f"ledger.sqlite{name}").unlink(missing_ok=True)
+    for name in (".sqlite-wal", ".sqlite-shm", "-in-use"):
+        (world.folder / f"ledger{name}").unlink(missing_ok=True)
     os.replace(old, new)
 
 
