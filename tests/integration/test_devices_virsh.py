@@ -622,8 +622,8 @@ def test_a_pool_has_the_device_that_its_link_leads_to_whatever_name_a_boot_gives
     link.unlink()
     link.symlink_to(one.path)  # udev
     host.libvirtd.start()
-    assert "in none of the host's pools" in host.virsh("define", xml(host, "db2", 2, other.path)).stderr
     host.check("define", xml(host, "db1", 1, one.path))
     host.check("start", "db1")
+    assert "in none of the host's pools" in host.virsh("define", xml(host, "db2", 2, other.path)).stderr
     (pool,) = rows(host, "pool", "list")
     assert (int(pool["Capacity"]), int(pool["Free"]), pool["Health"]) == (4 * MIB, 0, "ok")
