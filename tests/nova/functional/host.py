@@ -195,7 +195,7 @@ class PmemHost:
     def _make_state(self) -> None:
         self.folder.mkdir(exist_ok=True)
         self.state.mkdir(exist_ok=True)
-        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "steps"):
+        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger-in-use", "steps"):
             (self.state / name).unlink(missing_ok=True)
         for path in self.pools.values():
             path.mkdir(exist_ok=True)
