@@ -58,7 +58,7 @@ class Operator:
         self.state = fs.memory / "state"
         for each in (self.state, folder / "packages/bench-1.dist-info"):
             each.mkdir(parents=True, exist_ok=True)
-        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "steps"):
+        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger-in-use", "steps"):
             (self.state / name).unlink(missing_ok=True)
         (folder / "conf").write_text(CONF.format(state=self.state, root=fs.root, wipe=wipe))
         info = folder / "packages/bench-1.dist-info"
