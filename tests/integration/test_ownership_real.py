@@ -907,21 +907,27 @@ def is_taken(lock: Path) -> bool:
 
 
 def test_a_frozen_file_system_keeps_no_guest_of_another_one_from_starting(
-    tmp_path: Path, file_systems: dict[str, FileSystem]
+    tmp_path: Path, file_systems: dict[str, FileSystem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is done to the frozen one waits for half a second, and the rest as long as it takes."""
     one, other = Host(tmp_path, file_systems["ext4"]), Host(tmp_path, file_systems["xfs"])
     one.define("a.img")
     other.define("b.img", OTHER_UUID)
     run("fsfreeze", "-f", one.fs.root)
     stuck = Process(target=one.backing.mark, args=(one.path("a.img"), b"new"), daemon=True)
     try:
-        stuck.start()
-        stuck.join()
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "FREEZE_SECONDS", 0.5)
+            stuck.start()
+            stuck.join()
         assert any(map(is_taken, (tmp_path / "locks").glob("freeze-*")))
         other.backing.freeze(other.path("b.img"))
         assert is_immutable(other.path("b.img"))
-        with pytest.raises(BackingError, match=r"a\.img: its file system takes no changes: process \d+ \(.*\) waits"):
-            one.backing.thaw(one.path("a.img"))
+        told = r"a\.img: its file system takes no changes: process \d+ \(.*\) waits"
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "FREEZE_SECONDS", 0.5)
+            with pytest.raises(BackingError, match=told):
+                one.backing.thaw(one.path("a.img"))
     finally:
         run("fsfreeze", "-u", one.fs.root)
         while any(map(is_taken, (tmp_path / "locks").glob("freeze-*"))):
