@@ -3,6 +3,10 @@
 
 import os
 import signal
+import sqlite3
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -21,6 +25,27 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # They take longest. Where several processes share the tests, the others run the rest meanwhile.
 FIRST = ("test_nova_functional.py", "test_nova_driver.py", "test_state_machine.py")
+
+
+@pytest.fixture(autouse=True)
+def _databases_are_closed() -> Iterator[None]:
+    """Close the databases that a test opens: the commands that it calls leave that to the end of their process.
+
+    Since Python 3.13, a connection of SQLite that is not closed is a warning.
+    """
+    opened: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def recorded(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which it may undo
+        patch.setattr(sqlite3, "connect", recorded)
+        yield
+    for each in opened:
+        with suppress(sqlite3.ProgrammingError):  # of a thread, which closes it
+            each.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -166,7 +166,8 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
     """
     if os.path.exists(_ledger(conf.state_dir)):
         try:
-            load_driver(conf).reconcile()
+            with closing(load_driver(conf)) as driver:
+                driver.reconcile()
         except NvdimmError as error:
             LOG.warning("%s", error)
     with closing(_open_ledger(conf.state_dir)) as ledger:

@@ -65,9 +65,13 @@ class Database:
             raise LedgerError(
                 f"cannot open {self.path}: {error}", hint="run 'nvdimmctl register' as root first"
             ) from error
-        self._write([("PRAGMA foreign_keys = ON", ())], begin="")
-        if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
-            self._create()
+        try:
+            self._write([("PRAGMA foreign_keys = ON", ())], begin="")
+            if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:
+                self._create()
+        except BaseException:
+            self.close()
+            raise
 
     def check_integrity(self) -> None:
         """Check all of the file.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Debian 12 system to install into: the lab's base, under an overlay in memory."""
+"""A Debian system to install into: the lab's base, under an overlay in memory."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
+#include <stdio_ext.h>
 #include <stdlib.h>
 #include <sys/pidfd.h>
 #include <sys/stat.h>
@@ -217,6 +218,9 @@ static void *read_commands(void *unused)
     char what[32];
     uint32_t domid;
 
+    /* A lock would be held while it waits: since glibc 2.41, exit() waits for it. */
+    if (commands)
+        __fsetlocking(commands, FSETLOCKING_BYCALLER);
     while (commands && fscanf(commands, "%31s %u", what, &domid) == 2)
         obey(what, domid);
     return NULL;

@@ -45,6 +45,14 @@ def iasl(folder: Path, *arguments: str, known: str = SUMMARY) -> None:
         assert not found, run.stdout
 
 
+def iasl_version() -> int:
+    """Return the version of iasl, such as 20200925."""
+    printed = subprocess.run(["iasl", "-v"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    found = re.search(r"version (\d{8})", printed)
+    assert found, printed
+    return int(found[1])
+
+
 def recompiled(folder: Path, table: bytes) -> bytes:
     (folder / "table.aml").write_bytes(table)
     iasl(folder, "-d", "table.aml")
@@ -65,10 +73,20 @@ def asked(request: pytest.FixtureRequest) -> GuestLayout:
     return layout(request.param)
 
 
+@pytest.mark.xfail(
+    iasl_version() == 20250404,
+    strict=True,
+    reason="Debian 13's iasl reads 8 bytes of the next structure as an SPA range's location cookie, without its flag",
+)
 @pytest.mark.parametrize("builder", [QemuAcpiBuilder(), NativeAcpiBuilder()], ids=["qemu", "native"])
-def test_tables_survive_iasl(tmp_path: Path, builder: AcpiBuilder, asked: GuestLayout) -> None:
-    nfit, own_ssdt = builder.build(asked).tables
+def test_the_nfit_survives_iasl(tmp_path: Path, builder: AcpiBuilder, asked: GuestLayout) -> None:
+    nfit, _ = builder.build(asked).tables
     assert Nfit.parse(recompiled(tmp_path, nfit)).structures == Nfit.parse(nfit).structures
+
+
+@pytest.mark.parametrize("builder", [QemuAcpiBuilder(), NativeAcpiBuilder()], ids=["qemu", "native"])
+def test_the_ssdt_survives_iasl(tmp_path: Path, builder: AcpiBuilder, asked: GuestLayout) -> None:
+    _, own_ssdt = builder.build(asked).tables
     assert recompiled(tmp_path, own_ssdt)[Header.SIZE :] == own_ssdt[Header.SIZE :]
 
 

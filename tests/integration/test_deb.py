@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Debian package in a Debian 12 system: install it, use it with Debian's libraries, upgrade it, remove it."""
+"""The Debian package in a Debian 13 and a Debian 12 system: install, use with Debian's libraries, upgrade, remove."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from nvdimm_driver.cmd import systemd_units
 from tests.integration.debian_root import DebianRoot
 from tests.lab.base import build_base
 from tests.lab.cache import cache_folder
+from tests.lab.release import RELEASES, Release, named, of_this_machine
 from tests.package import PROJECT, build_package, with_version
 
 EXAMPLES = "/usr/share/doc/nvdimm-driver/examples"
@@ -43,17 +46,32 @@ printf '%s\\n' "${COMPREPLY[@]}"
 """
 
 
-@pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DebianRoot]:
-    """Debian 12 with the package installed."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name == of_this_machine() else (pytest.mark.thorough,)) for name in RELEASES
+    ],
+)
+def system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DebianRoot]:
+    """A Debian of that release with the package installed; 'make test' has the one that this machine runs."""
+    release = named(request.param)
     folder = tmp_path_factory.mktemp("debian")
     shutil.copy(build_package(), folder / "nvdimm-driver.deb")
     (folder / "tests").mkdir()
-    binds = {"/folder": folder, "/project": PROJECT, "/venv": Path(sysconfig.get_path("purelib"))}
+    binds = {"/folder": folder, "/project": PROJECT, "/venv": modules_for(release, folder / "modules")}
     root = tmp_path_factory.mktemp("root")
-    with DebianRoot(build_base(cache_folder()).root, root, binds) as mounted:
+    with DebianRoot(build_base(cache_folder(), release).root, root, binds) as mounted:
         mounted.run(f"{INSTALL} /folder/nvdimm-driver.deb")
         yield mounted
+
+
+def modules_for(release: Release, folder: Path) -> Path:
+    """Return a folder with pytest and hypothesis for the Python of a release; hypothesis is compiled for one."""
+    if release.name == of_this_machine():
+        return Path(sysconfig.get_path("purelib"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "--only-binary=:all:"]
+    subprocess.run([*pip, "--python-version", release.python, "pytest", "hypothesis"], check=True)
+    return folder
 
 
 @pytest.fixture

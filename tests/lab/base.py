@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first half of the build: a dom0 root tree, kernels, Xen and busybox from Debian 12 packages, and a guest kernel
-from Debian 13.
+"""The first half of the build: a dom0 root tree, kernels, Xen and busybox from the packages of a Debian release, and
+the guest kernel of another one.
 
-This is the slow half, and it rarely changes. So it is cached by itself, under a key made from this file and the
-download script.
+This is the slow half, and it rarely changes. So it is cached by itself, under a key made from these files and the
+name of the release.
 """
 
 import os
@@ -11,13 +11,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.lab import mirror
+from tests.lab import release as releases
 from tests.lab.cache import cached, digest
 from tests.lab.errors import LabError
+from tests.lab.release import RELEASES, Release
 from tests.lab.tools import require, run_tool
 
-RELEASE = "bookworm"
-OTHER_RELEASE = "trixie"
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DOM0_PACKAGES = (
     "apparmor",
     "daxctl",
@@ -40,25 +40,17 @@ DOM0_PACKAGES = (
     "python3-stevedore",
     "qemu-system-xen",
     "strace",
-    "xen-utils-4.17",
+    "xen-utils-{xen}",
     "xfsprogs",
 )
 UNPACKED_PACKAGES = {
     "dom0-kernel": "linux-image-amd64",
     "guest-kernel": "linux-image-cloud-amd64",
-    "xen": "xen-hypervisor-4.17-amd64",
+    "xen": "xen-hypervisor-{xen}-amd64",
     "busybox": "busybox-static",
 }
 LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/icons/*")
 DOWNLOAD = Path(__file__).parent / "recipe" / "download.sh"
-APT_OPTIONS = (
-    "Acquire::http",
-    "Acquire::ftp",
-    "Acquire::Check-",
-    "Acquire::Retries",
-    "Acquire::ForceIPv",
-    "APT::Sandbox",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +65,26 @@ class Base:
     other_kernel: Path
 
 
-def build_base(cache: Path) -> Base:
-    """Return the base from `cache`; build it first if it is not there."""
-    folder = cached(cache, "base", digest([Path(__file__), DOWNLOAD]), _make)
+def build_base(cache: Path, release: Release) -> Base:
+    """Return the base of a release from `cache`; build it first if it is not there."""
+
+    def make(folder: Path) -> None:
+        _make(folder, release)
+
+    sources = [Path(__file__), Path(releases.__file__), Path(mirror.__file__), DOWNLOAD]
+    folder = cached(cache, f"base-{release.name}", digest(sources, release.name), make)
     return Base(*(folder / name for name in ("root", *UNPACKED_PACKAGES, "other-kernel")))
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, release: Release) -> None:
     require(("mmdebstrap", "dpkg-deb", "apt-get", "chroot"))
     if os.geteuid() != 0:
         raise LabError("building the lab's images needs root: mmdebstrap keeps the owners of files in a plain folder")
     downloads = folder / "downloads"
     downloads.mkdir()
     options = folder / "apt.conf"
-    options.write_bytes(_apt_options())
+    options.write_text(mirror.apt_options())
+    packages = {name: package.format(xen=release.xen) for name, package in UNPACKED_PACKAGES.items()}
     run_tool(
         [
             "mmdebstrap",
@@ -96,42 +94,30 @@ def _make(folder: Path) -> None:
             '--aptopt=Acquire::Languages "none"',
             "--dpkgopt=force-unsafe-io",
             *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
-            f"--include={','.join(DOM0_PACKAGES)}",
-            f"--customize-hook={DOWNLOAD} {downloads} " + " ".join(UNPACKED_PACKAGES.values()),
-            RELEASE,
+            f"--include={','.join(DOM0_PACKAGES).format(xen=release.xen)}",
+            f"--customize-hook={DOWNLOAD} {downloads} " + " ".join(packages.values()),
+            release.name,
             folder / "root",
             "-",
         ],
-        stdin="".join(f"{line}\n" for line in _mirror_lines()).encode(),
+        stdin="".join(f"{line}\n" for line in mirror.sources(release.name)).encode(),
     )
-    _download_other(downloads, options)
-    for name, package in UNPACKED_PACKAGES.items():
+    _download_other(downloads, release)
+    for name, package in packages.items():
         _unpack(_only_archive(downloads / package), folder / name, folder / "root")
     _unpack(_only_archive(downloads / "other"), folder / "other-kernel", folder / "root")
     shutil.rmtree(downloads)
 
 
-def _download_other(downloads: Path, options: Path) -> None:
-    """Download the guest's kernel of another release to `downloads`/other, with separate folders for apt."""
+def _download_other(downloads: Path, release: Release) -> None:
+    """Download the guest's kernel of another release to `downloads`/other."""
+    (other,) = (name for name in RELEASES if name != release.name)
     own = downloads / "apt"
-    (own / "lists" / "partial").mkdir(parents=True)
-    (own / "status").touch()
-    sources = own / "sources.list"
-    main = next(line for line in _mirror_lines() if f" {RELEASE} " in line)
-    sources.write_text(f"{main.replace(RELEASE, OTHER_RELEASE)}\n")
-    folders = {
-        "State": own,
-        "State::Lists": own / "lists",
-        "State::Status": own / "status",
-        "Cache": own,
-        "Etc::SourceList": sources,
-        "Etc::SourceParts": "/dev/null",
-    }
-    own_options = "".join(f'Dir::{name} "{path}";\n' for name, path in folders.items())
-    (own / "apt.conf").write_text(f'{options.read_text()}{own_options}Acquire::Languages "none";\n')
-    environment = {**os.environ, "APT_CONFIG": str(own / "apt.conf"), "MMDEBSTRAP_APT_CONFIG": str(own / "apt.conf")}
-    run_tool(["apt-get", "--quiet", "update"], env=environment)
-    run_tool([DOWNLOAD, own, UNPACKED_PACKAGES["guest-kernel"]], env=environment)
+    environment = mirror.separate_apt(own, other)
+    run_tool(
+        [DOWNLOAD, own, UNPACKED_PACKAGES["guest-kernel"]],
+        env={**environment, "MMDEBSTRAP_APT_CONFIG": environment["APT_CONFIG"]},
+    )
     (own / UNPACKED_PACKAGES["guest-kernel"]).rename(downloads / "other")
 
 
@@ -151,20 +137,3 @@ def _unpack(archive: Path, target: Path, root: Path) -> None:
     for modules in inside.glob("lib/modules/*"):
         run_tool(["chroot", root, "depmod", "-b", "/unpacked", modules.name])
     inside.rename(target)
-
-
-def _mirror_lines() -> list[str]:
-    """Return this machine's Debian sources for the release, as one-line apt sources."""
-    targets = run_tool(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages"]
-    )
-    sources = sorted({line for line in targets.decode().splitlines() if line.split()[1].startswith(RELEASE)})
-    if not sources:
-        raise LabError(f"apt on this machine has no source for Debian {RELEASE}; the lab is built from its packages")
-    return [f"deb [signed-by={KEYRING}] {source}" for source in sources]
-
-
-def _apt_options() -> bytes:
-    """Return the options with which this machine's apt reaches its mirror: proxies, and checks that are off."""
-    dump = run_tool(["apt-config", "dump", "--no-empty"]).decode()
-    return "".join(f"{line}\n" for line in dump.splitlines() if line.startswith(APT_OPTIONS)).encode()

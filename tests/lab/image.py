@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.lab.base import Base, build_base
 from tests.lab.cache import cache_folder, cached, digest
 from tests.lab.errors import LabError
+from tests.lab.release import chosen
 from tests.lab.tools import require, run_tool
 
 SOURCES = Path(__file__).parent / "recipe"
@@ -112,15 +113,16 @@ class Images:
 
 
 def build(cache: Path | None = None) -> Images:
-    """Return the lab's images; build them first if the recipe changed or there are none."""
+    """Return the images of the chosen release; build them first if the recipe changed or there are none."""
     cache = cache or cache_folder()
-    base = build_base(cache)
+    release = chosen()
+    base = build_base(cache, release)
 
     def make(folder: Path) -> None:
         _make(base, Images(folder))
 
     recipe = [Path(__file__), *SOURCES.iterdir()]
-    return Images(cached(cache, "lab", digest(recipe, base.root.parent.name), make))
+    return Images(cached(cache, f"lab-{release.name}", digest(recipe, base.root.parent.name), make))
 
 
 def make_guest_disk(images: Images, target: Path, linux_args: str = "", *more: Path) -> None:
@@ -199,7 +201,7 @@ def _make(base: Base, images: Images) -> None:
     shutil.copy(_only(base.dom0_kernel, "boot/vmlinuz-*"), images.dom0_kernel)
     shutil.copy(_only(base.guest_kernel, "boot/vmlinuz-*"), images.guest_kernel)
     dom0_modules, guest_modules = ModuleTree.of(base.dom0_kernel), ModuleTree.of(base.guest_kernel)
-    busybox = base.busybox / "bin" / "busybox"
+    busybox = _only(base.busybox, "**/bin/busybox")
     _make_initrd(
         images.dom0_initrd, SOURCES / "dom0-initramfs-init", busybox, dom0_modules.closure(DOM0_INITRD_MODULES)
     )
@@ -306,6 +308,7 @@ class ModuleTree:
     """The modules of one kernel package: the file of each, and the modules that it needs, in loading order."""
 
     folder: Path
+    builtin: frozenset[str]
     files: dict[str, Path]
     needs: dict[str, tuple[str, ...]]
 
@@ -319,15 +322,20 @@ class ModuleTree:
             path, needed = line.split(":", 1)
             files[_module_name(path)] = folder / path
             needs[_module_name(path)] = tuple(_module_name(other) for other in reversed(needed.split()))
-        return cls(folder, files, needs)
+        builtin = (folder / "modules.builtin").read_text().splitlines()
+        return cls(folder, frozenset(map(_module_name, builtin)), files, needs)
 
     def closure(self, names: Iterable[str]) -> tuple[Path, ...]:
         """Return the files of `names` and of all modules that they need, in an order that insmod accepts.
 
-        :raises LabError: when the kernel has no such module, or has it built in: the list is wrong then.
+        What this kernel has built in needs no file.
+
+        :raises LabError: when the kernel has no such module: the list is wrong then.
         """
         ordered: dict[str, None] = {}
         for name in names:
+            if name in self.builtin:
+                continue
             if name not in self.files:
                 raise LabError(f"the kernel {self.folder.name} has no module {name}")
             ordered.update(dict.fromkeys((*self.needs[name], name)))

@@ -186,13 +186,15 @@ def restart_libvirtd(host: XenHost, uri: str = "xen:///system") -> None:
 
 
 def fragment(host: XenHost, folder: str, piece_mib: int) -> None:
-    """Fill a file system and free every second piece, so that the next file has several extents.
+    """Fill a file system and free every second piece of it, so that the next file has several extents.
 
-    Blocks of deleted files are free only after the journal is written.
+    Pieces that were made one after the other need not be neighbours. Blocks of deleted files are free only after the
+    journal is written.
     """
     host.check(
         f"sync {folder}; i=1000; while fallocate -l {piece_mib}M {folder}/filler-$i 2>/dev/null; do i=$((i+1)); done; "
-        f"rm -f {folder}/filler-*[02468]; sync {folder}"
+        f"filefrag -v {folder}/filler-* | awk '/^File/ {{ name = $4 }} $1 == \"0:\" {{ print $4 + 0, name }}' | "
+        f"sort -n | awk 'NR % 2 {{ print $2 }}' | xargs rm; sync {folder}"
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.lab import operator
 from tests.lab.host import XenHost
+from tests.lab.release import chosen
 
 pytestmark = pytest.mark.lab
 BREAKING_HOOK = "/etc/libvirt/hooks/libxl.d/60-break"
@@ -120,14 +121,15 @@ def test_a_file_truncated_between_define_and_start(xen: XenHost) -> None:
 
 
 def test_a_missing_xen_library_names_both_versions(xen: XenHost) -> None:
-    library = xen.check("ls /usr/lib/*/libxenctrl.so.4.17").stdout.strip()
-    xen.check(f"mv {library} {library[:-2]}14")
+    library = xen.check(f"ls /usr/lib/*/libxenctrl.so.{chosen().xen}").stdout.strip()
+    other = library.replace(chosen().xen, "4.14")
+    xen.check(f"mv {library} {other}")
     try:
         result = xen.run("virsh -q -c xen:///system start owner")
     finally:
-        xen.check(f"mv {library[:-2]}14 {library}")
+        xen.check(f"mv {other} {library}")
     assert result.returncode != 0
-    assert "4.17" in result.stderr
+    assert chosen().xen in result.stderr
     assert "4.14" in result.stderr
 
 

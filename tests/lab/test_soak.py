@@ -31,7 +31,7 @@ for (table,) in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'tab
     if table not in ("event", "counter") and not table.startswith("sqlite_"):
         found["ledger " + table] = ledger.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
 found["xenstore"] = output("xenstore-ls", "-f", "/").count("\\n")
-found["event channels"] = output("/usr/lib/xen-4.17/bin/lsevtchn", "0").count("\\n")
+found["event channels"] = output(*glob.glob("/usr/lib/xen-[0-9]*/bin/lsevtchn"), "0").count("\\n")
 facts = dict(line.split(":", 1) for line in output("xl", "info").splitlines() if ":" in line)
 found["Xen's free MiB"] = int(next(value for key, value in facts.items() if key.strip() == "free_memory"))
 found["domains"] = output("xl", "list").count("\\n")

@@ -43,5 +43,6 @@ def test_what_becomes_longer_than_libvirt_takes_is_refused() -> None:
 def test_a_long_chain_of_links_is_not_followed(tmp_path: Path) -> None:
     for number in range(1, 1200):
         os.symlink(f"{number - 1}", tmp_path / f"{number}")
-    with pytest.raises(BackingError, match="too many symbolic links"):
+    refusal = r"too many symbolic links|is a symbolic link to"  # the second since Python 3.13
+    with pytest.raises(BackingError, match=refusal):
         resolve_new(f"{tmp_path}/1199")
