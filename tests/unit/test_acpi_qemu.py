@@ -124,7 +124,7 @@ def test_file_that_is_no_program(place: Path) -> None:
 
 def test_qemu_that_hangs_is_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging = program(
-        place, "hanging", f"echo waiting >&2; echo $$ >{place}/new; mv {place}/new {place}/pid; sleep infinity"
+        place, "hanging", f"echo waiting >&2; echo $$ >{place}/new; mv {place}/new {place}/pid; exec sleep infinity"
     )
 
     def left_once_it_runs(_: Qtest) -> float:
