@@ -233,8 +233,8 @@ class Database:
     def _count(self) -> tuple[str, int]:
         """Count a write, in its transaction; return the ledger's id and number of writes.
 
-        A ledger that was written less often than the one in use gets an id of its own: its number may come up to that
-        one's. Nobody else writes now, so the file that has that number cannot be before the ledger in use.
+        A ledger that was written less often than the one in use gets an id of its own: otherwise its number would reach
+        that one's. Nobody else writes now, so in the ledger in use, the number is higher than in the file.
         """
         ((ledger, writes),) = self._db.execute(COUNT).fetchall()
         if self._in_use.is_beyond(ledger, writes):

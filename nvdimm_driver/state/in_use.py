@@ -15,9 +15,9 @@ SIZE = len(FORMAT.format("", 0))
 
 
 class InUse:
-    """The file, which is written after each write to the ledger: it may be behind the ledger in use, and never before.
+    """The file, which is written after each write to the ledger: its number may be lower than the ledger's, not higher.
 
-    It is not synced. After the power was lost, it may be further behind: then a copy that is as old is not noticed.
+    It is not synced. After the power was lost, its number may be much lower: a copy that is as old is not noticed then.
 
     :param path: path of the file, which need not exist; None for a ledger in memory.
     """
@@ -34,14 +34,17 @@ class InUse:
             return None
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return _parse(os.pread(fd, SIZE, 0))
+            finally:
+                os.close(fd)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise own_file_error(f"cannot read {self.path}", error) from error
-        try:
-            return _parse(os.pread(fd, SIZE, 0))
-        finally:
-            os.close(fd)
+            raise LedgerError(
+                f"cannot read {self.path}: {error.strerror}",
+                hint="delete that file, and run 'nvdimmctl check --repair': it is made anew, and only tells backups",
+            ) from error
 
     def is_beyond(self, ledger: str, writes: int) -> bool:
         """Return True when a ledger of that id was written that often already; False when it cannot be read."""
@@ -56,26 +59,32 @@ class InUse:
 
         Of two processes at once, the later write may be noted first, and not stay. The next one makes up for it.
         """
-        self._write(ledger, writes, anew=False)
+        try:
+            self._write(ledger, writes, anew=False)
+        except OSError:
+            return  # the ledger is written; only a copy of it may not be noticed
 
     def replace(self, ledger: str, writes: int) -> None:
-        """Take a ledger for the one in use from now on."""
-        self._write(ledger, writes, anew=True)
+        """Take a ledger for the one in use from now on.
+
+        :raises LedgerError: when that cannot be written.
+        """
+        try:
+            self._write(ledger, writes, anew=True)
+        except OSError as error:
+            raise own_file_error(f"cannot write {self.path}", error) from error
 
     def _write(self, ledger: str, writes: int, *, anew: bool) -> None:
         """Write in place: that needs no room on the disk once the file is there."""
         if self.path is None:
             return
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                known = None if anew else _parse(os.pread(fd, SIZE, 0))
-                if known is None or (known[0] == ledger and known[1] < writes):
-                    os.pwrite(fd, FORMAT.format(ledger, writes).encode(), 0)
-            finally:
-                os.close(fd)
-        except OSError:
-            return  # the ledger is written; only a copy of it may not be noticed
+            known = None if anew else _parse(os.pread(fd, SIZE, 0))
+            if known is None or (known[0] == ledger and known[1] < writes):
+                os.pwrite(fd, FORMAT.format(ledger, writes).encode(), 0)
+        finally:
+            os.close(fd)
 
 
 def _parse(text: bytes) -> tuple[str, int] | None:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from nvdimm_driver.backing import locks
+from tests.integration.loop_device import Device, MakeDevice, Partition, detached
 from tests.integration.loop_pmem import MKFS, FileSystem, mount_points
 from tests.waiting import HANG_SECONDS
 
@@ -25,6 +27,25 @@ def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     yield mounted
     for each in mounted.values():
         each.close()
+
+
+@pytest.fixture
+def made() -> Iterator[list[Device | Partition]]:
+    """Return a list of devices, which are detached at the end."""
+    found: list[Device | Partition] = []
+    with detached(found):
+        yield found
+
+
+@pytest.fixture
+def device(host: Any, made: list[Device | Partition]) -> MakeDevice:
+    """Return what makes a device of a host: a :class:`.bench_host.Host` that ends before :func:`made` does."""
+
+    def make(index: int, mib: int = 4) -> Device:
+        made.append(found := Device(host.folder, index, mib << 20))
+        return found
+
+    return make
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from tests.integration.loop_pmem import run
 from tests.unit.fake_sysfs import FakeSysfs
@@ -66,6 +67,12 @@ class Device:
         for link in (f"class/block/{self.path.name}", f"dev/block/{number}"):
             (self.sysfs.root / link).unlink()
         shutil.rmtree(self.disk.parent)
+
+
+class MakeDevice(Protocol):
+    """Makes a device of a number and a size in MiB."""
+
+    def __call__(self, index: int, mib: int = 4) -> Device: ...
 
 
 class Partition:

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from nvdimm_driver.backing.pmem import PmemBacking
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import NvdimmSpec
 from tests.integration.bench_host import CONF, Host
-from tests.integration.loop_device import Device, Partition, detached, rename, with_paths
+from tests.integration.loop_device import Device, MakeDevice, Partition, rename, with_paths
 from tests.integration.test_lost_state import rows
 from tests.ledger_copies import copy_ledger
 from tests.waiting import HANG_SECONDS
@@ -39,14 +39,6 @@ paths = {folder}/pmem3, {folder}/pmem4, {folder}/pmem5
 
 
 @pytest.fixture
-def made() -> Iterator[list[Device | Partition]]:
-    """Return a list of devices, which are detached at the end."""
-    found: list[Device | Partition] = []
-    with detached(found):
-        yield found
-
-
-@pytest.fixture
 def host(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, made: list[Device | Partition]
 ) -> Iterator[Host]:
@@ -59,17 +51,6 @@ def host(
         host.libvirtd.close()
 
 
-@pytest.fixture
-def device(host: Host, made: list[Device | Partition]) -> Callable[[int, int], Device]:
-    """Return what makes a device of a number and a size in MiB."""
-
-    def make(index: int, mib: int) -> Device:
-        made.append(found := Device(host.folder, index, mib * MIB))
-        return found
-
-    return make
-
-
 def xml(host: Host, name: str, number: int, *paths: Path, mib: int = 4) -> Path:
     """Return a file with a domain that has these, with a size of each."""
     file = host.xml(name, number)
@@ -78,7 +59,7 @@ def xml(host: Host, name: str, number: int, *paths: Path, mib: int = 4) -> Path:
 
 
 @pytest.fixture
-def shrunk(host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]) -> tuple[Partition, ...]:
+def shrunk(host: Host, device: MakeDevice, made: list[Device | Partition]) -> tuple[Partition, ...]:
     """Return a partition that was made smaller under db1, and the one that has the rest now, with bytes of db1."""
     disk = device(1, 16)
     first = Partition(disk, 1, 2 * MIB, 8 * MIB)
@@ -123,7 +104,7 @@ def test_a_partition_that_was_made_smaller_is_given_up_as_lost(host: Host, shrun
 
 @pytest.mark.parametrize("mib", [8, 4])
 def test_a_domain_is_not_redefined_with_a_part_of_what_has_to_be_wiped(
-    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition], mib: int
+    host: Host, device: MakeDevice, made: list[Device | Partition], mib: int
 ) -> None:
     disk = device(1, 16)
     first = Partition(disk, 1, 2 * MIB, 8 * MIB)
@@ -138,7 +119,7 @@ def test_a_domain_is_not_redefined_with_a_part_of_what_has_to_be_wiped(
 
 
 def test_a_whole_device_is_not_given_up_for_a_part_of_it(
-    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+    host: Host, device: MakeDevice, made: list[Device | Partition]
 ) -> None:
     disk = device(1, 16)
     made.append(first := Partition(disk, 1, 2 * MIB, 8 * MIB))
@@ -161,7 +142,7 @@ def test_a_whole_device_is_not_given_up_for_a_part_of_it(
 
 
 @pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
-def test_devices_that_have_each_others_names_after_a_boot(host: Host, device: Callable[[int, int], Device]) -> None:
+def test_devices_that_have_each_others_names_after_a_boot(host: Host, device: MakeDevice) -> None:
     """Each of three domains keeps its device, its slot and its base, and nobody gets another's bytes meanwhile."""
     disks = [device(index, 4) for index in (3, 4, 5)]
     names = ["db1", "db2", "db3"]
@@ -203,9 +184,7 @@ KEPT_AND_WIPED = KEPT + "wipe_on_release = true\n"
 
 
 @pytest.mark.parametrize("host", [pytest.param(KEPT_AND_WIPED, id="wiped")], indirect=True)
-def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(
-    host: Host, device: Callable[[int, int], Device]
-) -> None:
+def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(host: Host, device: MakeDevice) -> None:
     """A boot exchanges the names of the two: one is to be wiped, the other one is the guest's."""
     own, other, _ = [device(index, 4) for index in (3, 4, 5)]
     host.check("define", xml(host, "db1", 1, other.path))
@@ -235,9 +214,7 @@ def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(
     assert (own.read(8), other.read(8)) == (b"precious", bytes(8))
 
 
-def test_a_third_domain_gets_no_device_of_a_definition_by_another_name(
-    host: Host, device: Callable[[int, int], Device]
-) -> None:
+def test_a_third_domain_gets_no_device_of_a_definition_by_another_name(host: Host, device: MakeDevice) -> None:
     """The ledger, from a backup, has another device for that domain: a boot has exchanged the names since."""
     conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     conf.write_text(conf.read_text().replace("[DEFAULT]", "[DEFAULT]\nallow_any_path = true"))
@@ -298,9 +275,7 @@ def test_the_driver_is_not_removed_while_only_libvirt_knows_of_a_saved_guest(hos
 
 
 @pytest.mark.parametrize("since", ["exchanged", "base", "nothing"])
-def test_a_running_guests_devices_are_where_it_has_them(
-    host: Host, device: Callable[[int, int], Device], since: str
-) -> None:
+def test_a_running_guests_devices_are_where_it_has_them(host: Host, device: MakeDevice, since: str) -> None:
     """The ledger is from a backup; since then, the domain was defined with them in other places, and started."""
     conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     conf.write_text(conf.read_text().replace("[DEFAULT]", "[DEFAULT]\nallow_any_path = true"))
@@ -351,7 +326,7 @@ def test_looks_at_a_device_do_not_disturb_one_another(
 
 
 def test_a_partition_that_was_moved_is_not_taken_for_what_it_was(
-    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+    host: Host, device: MakeDevice, made: list[Device | Partition]
 ) -> None:
     """Not by the same define once more either: its guest would read other bytes, and others would get the first."""
     disk = device(1, 16)
@@ -371,7 +346,7 @@ def test_a_partition_that_was_moved_is_not_taken_for_what_it_was(
 
 
 @pytest.mark.parametrize("host", [pytest.param("", id="no pool")], indirect=True)
-def test_only_what_is_in_a_pool_is_wiped_as_nobodys(host: Host, device: Callable[[int, int], Device]) -> None:
+def test_only_what_is_in_a_pool_is_wiped_as_nobodys(host: Host, device: MakeDevice) -> None:
     """Nova may say ``--unclaimed``, and domains may have backings outside of the pools."""
     conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"
     conf.write_text(conf.read_text().replace("[DEFAULT]", "[DEFAULT]\nallow_any_path = true"))
@@ -407,7 +382,7 @@ paths = {folder}/pmem1p1
 
 @pytest.mark.parametrize("host", [pytest.param(OVERLAPPING, id="overlapping")], indirect=True)
 def test_a_device_and_a_partition_of_it_in_two_pools_are_a_problem(
-    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+    host: Host, device: MakeDevice, made: list[Device | Partition]
 ) -> None:
     disk = device(1, 16)
     made.append(part := Partition(disk, 1, 2 * MIB, 8 * MIB))
@@ -419,7 +394,7 @@ def test_a_device_and_a_partition_of_it_in_two_pools_are_a_problem(
 @pytest.mark.parametrize("host", [pytest.param(WIPED + KEPT, id="both")], indirect=True)
 @pytest.mark.parametrize("way", ["repaired", "repaired and defined", "defined"])
 def test_a_device_keeps_the_rule_of_its_pool_when_a_boot_gives_it_a_name_of_another(
-    host: Host, device: Callable[[int, int], Device], way: str
+    host: Host, device: MakeDevice, way: str
 ) -> None:
     wiped, kept = device(1, 4), device(3, 4)
     host.check("define", xml(host, "db1", 1, wiped.path))
@@ -445,9 +420,7 @@ def test_a_device_keeps_the_rule_of_its_pool_when_a_boot_gives_it_a_name_of_anot
 
 @pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
 @pytest.mark.parametrize("other_name", ["db1", "db2"])
-def test_a_name_that_a_boot_has_exchanged_is_not_wiped(
-    host: Host, device: Callable[[int, int], Device], other_name: str
-) -> None:
+def test_a_name_that_a_boot_has_exchanged_is_not_wiped(host: Host, device: MakeDevice, other_name: str) -> None:
     """By the ledger, the path is that of the other device."""
     one, other = device(3, 4), device(4, 4)
     if other_name == "db1":
@@ -467,7 +440,7 @@ def test_a_name_that_a_boot_has_exchanged_is_not_wiped(
 
 
 def test_a_whole_device_is_not_wiped_by_its_name_while_a_domain_has_a_part_of_it(
-    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+    host: Host, device: MakeDevice, made: list[Device | Partition]
 ) -> None:
     disk = device(1, 16)
     made.append(part := Partition(disk, 1, 2 * MIB, 8 * MIB))
@@ -483,7 +456,7 @@ def test_a_whole_device_is_not_wiped_by_its_name_while_a_domain_has_a_part_of_it
 
 @pytest.mark.parametrize("verb", ["release", "wipe"])
 def test_a_device_and_a_part_of_it_are_wiped_together(
-    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition], verb: str
+    host: Host, device: MakeDevice, made: list[Device | Partition], verb: str
 ) -> None:
     disk = device(1, 16)
     made.append(part := Partition(disk, 1, 2 * MIB, 8 * MIB))
@@ -500,7 +473,7 @@ def test_a_device_and_a_part_of_it_are_wiped_together(
 @pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
 @pytest.mark.parametrize("way", ["edited", "more RAM"])
 def test_two_names_of_one_domain_that_a_boot_has_exchanged_exchange_no_slots(
-    host: Host, device: Callable[[int, int], Device], way: str
+    host: Host, device: MakeDevice, way: str
 ) -> None:
     one, other = device(3, 4), device(4, 4)
     host.check("define", xml(host, "db1", 1, one.path, other.path))
@@ -527,7 +500,7 @@ def test_two_names_of_one_domain_that_a_boot_has_exchanged_exchange_no_slots(
 @pytest.mark.parametrize("host", [pytest.param(KEPT.replace(", {folder}/pmem5", ""), id="kept")], indirect=True)
 @pytest.mark.parametrize("right", ["the ledger", "libvirt"])
 def test_names_that_a_ledger_from_a_backup_has_otherwise_are_not_followed(
-    host: Host, device: Callable[[int, int], Device], right: str
+    host: Host, device: MakeDevice, right: str
 ) -> None:
     """The domains may have been given up and defined anew since a boot exchanged the names: the operator decides."""
     one, other = device(3, 4), device(4, 4)
@@ -568,9 +541,7 @@ def test_names_that_a_ledger_from_a_backup_has_otherwise_are_not_followed(
 
 
 @pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
-def test_the_remedy_of_an_exchanged_name_is_true_while_the_guest_is_saved(
-    host: Host, device: Callable[[int, int], Device]
-) -> None:
+def test_the_remedy_of_an_exchanged_name_is_true_while_the_guest_is_saved(host: Host, device: MakeDevice) -> None:
     one, other = device(3, 4), device(4, 4)
     paths = one.path, other.path
     host.check("define", xml(host, "db1", 1, one.path))
@@ -589,7 +560,7 @@ def test_the_remedy_of_an_exchanged_name_is_true_while_the_guest_is_saved(
 
 
 def test_a_pool_has_the_bytes_of_a_device_and_its_partitions_once(
-    host: Host, device: Callable[[int, int], Device], made: list[Device | Partition]
+    host: Host, device: MakeDevice, made: list[Device | Partition]
 ) -> None:
     disk = device(1, 16)
     made.append(first := Partition(disk, 1, 2 * MIB, 8 * MIB))
@@ -611,7 +582,7 @@ paths = {folder}/by-id/pmem-one
 
 @pytest.mark.parametrize("host", [pytest.param(LINKED, id="linked")], indirect=True)
 def test_a_pool_has_the_device_that_its_link_leads_to_whatever_name_a_boot_gives_it(
-    host: Host, device: Callable[[int, int], Device]
+    host: Host, device: MakeDevice
 ) -> None:
     one, other = device(1, 4), device(2, 4)
     (link := host.folder / "by-id/pmem-one").parent.mkdir()

@@ -203,7 +203,8 @@ def test_what_is_right_passes(host: Host) -> None:
     assert found["pools"]["Result"] == "NOTE"
     version = subprocess.check_output(["libvirtd", "--version"], text=True).split()[-1]  # "libvirtd (libvirt) 9.0.0"
     assert found["libvirt"]["Message"].startswith(version)
-    assert "<table type='" in found["ACPI table type"]["Message"]  # 'slic' or, since libvirt 11.2, 'rawset'
+    kind = "slic" if version.startswith("9.") else "rawset"  # Debian 12's libvirt knows no other
+    assert f"<table type='{kind}'>" in found["ACPI table type"]["Message"]
 
 
 def test_a_running_domain_is_in_both(host: Host) -> None:

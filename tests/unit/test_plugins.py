@@ -88,7 +88,7 @@ class OldBacking(Backing):
         ("acpi_builders", "Hook", "which is not a AcpiBuilder"),
         ("backings", "Hook", "which is not a Backing"),
         ("backings", "OtherName", "plug-in mine in nvdimm_driver.backings has the name 'other'"),
-        ("backings", "OldBacking", "plug-in mine .*:OldBacking.* cannot be used: TypeError: .*areas"),
+        ("backings", "OldBacking", "plug-in mine .*:OldBacking.* cannot be used: TypeError: .* '?areas'?"),
     ],
 )
 def test_a_plug_in_that_is_none_is_named(

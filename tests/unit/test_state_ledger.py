@@ -398,6 +398,19 @@ def test_a_ledger_that_is_made_anew_after_it_was_lost_was_not_compared(tmp_path:
         ledger.check_own()
 
 
+def test_a_ledger_that_cannot_be_noted_as_the_one_in_use_is_not_taken_over_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(str(path)).close()
+    (tmp_path / "ledger-in-use").unlink()
+    with closing(Ledger(str(path))) as ledger:
+        (tmp_path / "ledger-in-use").mkdir()
+        with pytest.raises(LedgerError, match=r"cannot read .*: Is a directory \(delete that file"):
+            ledger.check_own()
+        with pytest.raises(LedgerError, match=r"cannot write .*ledger-in-use: Is a directory"):
+            ledger.take_over(compared=True)
+        ledger.record_failure(UUID, XenError("a start is recorded all the same"))
+
+
 def _copy(path: Path) -> None:
     """Put a copy in a file's place, whose inode may get the same number."""
     content = path.read_bytes()

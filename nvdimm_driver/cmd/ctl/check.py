@@ -175,11 +175,8 @@ def _find_only(
     paths = {path_argument(word) for word in words if word.startswith("/")}
     uuids = {find_named([*known.values()], word).uuid for word in words if not word.startswith("/")}
     owners = {record.uuid for record in records for item in record.claims if item.spec.path in paths}
-    of_ledger = [
-        replace(each, mend=None, remedy="run this without words: it is taken over after it was compared with all")
-        for each in found
-        if each.path == driver.ledger.path
-    ]
+    remedy = "run 'nvdimmctl check --repair' without a path or domain, to compare it with everything"
+    of_ledger = [replace(each, mend=None, remedy=remedy) for each in found if each.path == driver.ledger.path]
     others = [each for each in found if each.path != driver.ledger.path]
     return [
         each
