@@ -9,27 +9,42 @@ DEB := dist/nvdimm-driver_$(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog
 DEB_SOURCES := setup.py pyproject.toml README.md NEWS.rst $(shell find debian doc etc nvdimm_driver shim -type f \
 	! -path '*/__pycache__/*' ! -path 'doc/_build/*' ! -name _xen.py)
 
-.PHONY: demo test test-long thorough check doc docs deb images lab sample clean
+# Reports of tests, from which 'tried' makes the table of doc/hosts.rst.
+REPORTS := build/reports
+# What needs no lab. A test that hangs ends its process, and pytest-xdist gives the same test to the next process: so
+# only one process is replaced.
+HERE := nice -n 19 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 \
+	-o faulthandler_timeout=2700 --junitxml $(REPORTS)/here.xml tests/unit tests/integration
+
+.PHONY: demo test test-here test-long thorough tried check doc docs deb images lab sample clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
 
 # Two targets at a time, each with its output in one piece. Then the lab, and beside it the other tests, which have
 # what the lab leaves of the machine: its Xen and libvirt wait some seconds for a device model, and not more. Their
-# lines are mixed; sed passes on whole ones. A test that hangs ends its process, and pytest-xdist gives the same test
-# to the next process: so only one process is replaced.
+# lines are mixed; sed passes on whole ones. What the lab says of its failures comes once more at the end.
 test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready images check doc deb
-	@status=0; set -x -o pipefail; \
-	($(BIN)/python -m pytest tests/lab $(SELECTED) | sed -u '') & lab=$$!; \
-	nice -n 19 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 \
-		-o faulthandler_timeout=2700 tests/unit tests/integration | sed -u '' || status=$$?; \
-	wait $$lab || status=$$?; \
+	@status=0; mkdir -p build; set -x -o pipefail; \
+	($(BIN)/python -m pytest --junitxml $(REPORTS)/lab.xml tests/lab $(SELECTED) | sed -u 'w build/lab.log') & lab=$$!; \
+	$(HERE) | sed -u '' || status=$$?; \
+	wait $$lab || { status=$$?; sed -n '/^=\+ \(ERRORS\|FAILURES\) =\+$$/,$$p' build/lab.log; }; \
+	tail -n 1 build/lab.log; \
 	exit $$status
 
-# Also run the lab's slow tests, which 'test' leaves out.
+test-here: $(VENV)/.ready $(NOVA_VENV)/.ready deb
+	$(HERE)
+
+# Also run the lab's slow tests, which 'test' leaves out, and what needs no lab on fresh systems of three releases.
 thorough: SELECTED := -m 'not long'
 thorough: test
+	set -e; for release in trixie bookworm forky; do \
+		$(BIN)/python -m tests.fresh --lab-cache $$release make test-here; \
+	done
+
+tried: $(VENV)/.ready
+	$(BIN)/python -m tests.tried $(REPORTS)/*.xml
 
 # Run what takes a day and more: doc/reliability.rst says what, and has the figures.
 test-long: $(VENV)/.ready images
@@ -67,7 +82,7 @@ build/deb/.ready: debian/control
 	touch $@
 
 images: $(VENV)/.ready
-	$(BIN)/python -m tests.lab build
+	$(BIN)/python -m tests.lab build --all
 
 lab: $(VENV)/.ready
 	$(BIN)/python -m tests.lab

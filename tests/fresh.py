@@ -2,7 +2,8 @@
 """``python3 -m tests.fresh RELEASE COMMAND``: run a command in a clone of this checkout on a fresh Debian.
 
 The Debian is a root tree that has apt, git, make and what every Debian has, in namespaces of its own; it is deleted
-afterwards. It has this machine's kernel, devices and network. What is not committed is not in the clone.
+afterwards. It has this machine's kernel, devices and network. What is not committed is not in the clone. The reports of
+tests are copied to build/reports of this checkout.
 """
 
 import argparse
@@ -17,14 +18,14 @@ from tests.lab import mirror
 from tests.lab import release as releases
 from tests.lab.cache import cache_folder, cached, digest
 from tests.lab.errors import LabError
-from tests.lab.release import RELEASES, named
+from tests.lab.release import GUESTS
 from tests.lab.tools import require, run_tool
 from tests.package import PROJECT
 
 PACKAGES = ("ca-certificates", "git", "make")
 CLONE = "srv/nvdimm_driver"  # which every user may read, unlike /root
+REPORTS = "build/reports"
 INSIDE_CACHE = "/root/.cache/nvdimm-driver/lab"
-NETWORK = ("/etc/pip.conf", "/etc/xdg/pip", "/etc/ssl/certs/ca-certificates.crt", "/etc/resolv.conf")
 KEPT = ("PIP_", "http_proxy", "https_proxy", "no_proxy", "CI", "PYTEST_ADDOPTS", "RELEASE")
 # A root tree that nsenter and mount can work with, which chroot alone does not make.
 ENTER = """\
@@ -50,13 +51,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.fresh", description=__doc__)
     parser.add_argument("--lab-cache", action="store_true", help="use the lab's images of this machine")
     parser.add_argument("--keep", action="store_true", help="do not delete the tree")
-    parser.add_argument("release", choices=sorted(RELEASES))
+    parser.add_argument("release", choices=GUESTS)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fresh-", dir="/var/tmp"))
     try:
         _make(folder, arguments.release)
-        return _run(folder, arguments.command or ["bash"], cache_folder() if arguments.lab_cache else None)
+        status = _run(folder, arguments.command or ["bash"], cache_folder() if arguments.lab_cache else None)
+        _copy_reports(folder / CLONE / REPORTS, arguments.release)
+        return status
     except LabError as error:
         print(f"fresh: {error}", file=sys.stderr)
         return 1
@@ -76,7 +79,7 @@ def _make(folder: Path, release: str) -> None:
         run_tool(
             [
                 *("mmdebstrap", "--mode=root", "--variant=minbase", f"--aptopt={options}"),
-                *(f"--include={','.join(PACKAGES)}", named(release).name, target / "root", "-"),
+                *(f"--include={','.join(PACKAGES)}", release, target / "root", "-"),
             ],
             stdin="".join(f"{line}\n" for line in mirror.sources(release)).encode(),
         )
@@ -84,14 +87,8 @@ def _make(folder: Path, release: str) -> None:
     sources = [Path(__file__), Path(mirror.__file__), Path(releases.__file__)]
     base = cached(cache_folder(), f"fresh-{release}", digest(sources, release), bootstrap)
     run_tool(["cp", "--archive", f"{base}/root/.", folder])
-    shutil.copy(base / "apt.conf", folder / "etc/apt/apt.conf.d/90mirror")
-    for name in map(Path, NETWORK):
-        target = folder / name.relative_to("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name.is_dir():
-            shutil.copytree(name, target)
-        elif name.exists():
-            shutil.copy(name, target)
+    mirror.write_apt_conf(folder)
+    mirror.copy_network_files(folder)
     run_tool(["git", "clone", "--quiet", "--no-hardlinks", PROJECT, folder / CLONE])
 
 
@@ -102,6 +99,12 @@ def _run(folder: Path, command: list[str], cache: Path | None) -> int:
     own = {"HOME": "/root", "LANG": "C.UTF-8", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     enter = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", ENTER, "sh"]
     return subprocess.call([*enter, folder, cache or "", INSIDE_CACHE, CLONE, *command], env=kept | own)
+
+
+def _copy_reports(folder: Path, release: str) -> None:
+    for report in folder.glob("*.xml"):
+        (PROJECT / REPORTS).mkdir(parents=True, exist_ok=True)
+        shutil.copy(report, PROJECT / REPORTS / f"{release}-{report.name}")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def main(
     """Entry point of the script that ``nvdimmctl register`` writes; a script of an earlier version leaves options out.
 
     :param argv: the command line that libxl gives to a device model.
-    :param qemu: the program to become when the command line has no domid.
+    :param qemu: the program to become when the command line has no domid: from Xen 4.20 on, libxl asks before a start
+        what it can do (tools/libs/light/libxl_dm.c).
     :param mapper: name of the mapper plug-in.
     """
     host_text.use_utf8()

@@ -15,7 +15,9 @@ import pytest
 
 from nvdimm_driver import conf
 from nvdimm_driver.cmd import systemd_units
+from tests import tried
 from tests.integration.debian_root import DebianRoot
+from tests.lab import mirror
 from tests.lab.base import build_base
 from tests.lab.cache import cache_folder
 from tests.lab.release import RELEASES, Release, named, of_this_machine
@@ -38,6 +40,14 @@ from nvdimm_driver.model import Allocation, NvdimmSpec
 ledger, uuid = Ledger("{ledger}"), "{uuid}"
 ledger.{call}
 """
+NEXT_RELEASE = """\
+rm -f /etc/dpkg/dpkg.cfg.d/*
+export DEBIAN_FRONTEND=noninteractive
+apt-get -q update
+apt-get -q -y -o Dpkg::Options::=--force-confold --no-install-recommends full-upgrade
+apt-get -q -y --no-install-recommends install xen-utils-{xen}
+"""
+"""Without the base's rules of what packages leave out; on a host, Debian's xen-system-amd64 installs the new Xen."""
 COMPLETE = """\
 source /usr/share/bash-completion/completions/nvdimmctl
 COMP_WORDS=(nvdimmctl "$@") COMP_CWORD=$# COMPREPLY=()
@@ -92,6 +102,11 @@ def complete(system: DebianRoot, *words: str) -> list[str]:
     """Return what two tabs show after these words."""
     system.path("/root/complete").write_text(COMPLETE)
     return system.run("bash /root/complete " + " ".join(f"'{word}'" for word in words)).stdout.split("\n")[:-1]
+
+
+def test_the_versions_that_are_tried_here(system: DebianRoot, record_property: tried.Record) -> None:
+    here = ("Debian", "libvirt", "QEMU", "Python")
+    tried.record(record_property, lambda command: system.run(command).stdout, here, tests="Debian package, without Xen")
 
 
 def test_it_is_whole_and_all_it_needs_is_there(system: DebianRoot) -> None:
@@ -265,3 +280,39 @@ def test_purge_takes_out_all_but_the_data_and_says_where_that_is(registered: Deb
     assert sorted(left) == ["/etc/modprobe.d/nvdimm-security.conf", "/var/lib/nvdimm-driver"], "the first is ndctl's"
     registered.run(f"{INSTALL} /folder/nvdimm-driver.deb")
     assert "/mnt/pmem0/a.img" in registered.run("nvdimmctl list").stdout
+
+
+@pytest.mark.thorough
+def test_an_upgrade_of_debian_keeps_ledger_options_and_registration(tmp_path: Path) -> None:
+    """Debian 12 becomes Debian 13 as its release notes say: new sources, then a full upgrade."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "root").mkdir()
+    shutil.copy(build_package(), tmp_path / "folder/nvdimm-driver.deb")
+    base = build_base(cache_folder(), named("bookworm")).root
+    with DebianRoot(base, tmp_path / "root", {"/folder": tmp_path / "folder"}) as system:
+        system.run(f"{INSTALL} /folder/nvdimm-driver.deb && nvdimmctl register")
+        in_ledger(system, 'store(uuid, "db1", 5, [Allocation(uuid, NvdimmSpec(0, "/mnt/pmem0/a.img", 1 << 21))])')
+        system.path(f"{CONF}.d/pools.conf").write_text("[pool:fast]\npaths = /mnt/pmem0\n")
+        kept = [HOOK, DEVICE_MODEL, CONF, f"{CONF}.d/pools.conf", "/etc/apparmor.d/local/usr.sbin.libvirtd"]
+        before = [system.path(name).read_bytes() for name in kept]
+        ledger = system.run("nvdimmctl list -f json && nvdimmctl pool show fast -f json").stdout
+
+        use_this_machines_mirror(system, "trixie")
+        system.run(NEXT_RELEASE.format(xen=named("trixie").xen))
+
+        assert system.path("/etc/debian_version").read_text().startswith("13.")
+        assert system.run("dpkg --audit").stdout == ""
+        assert [system.path(name).read_bytes() for name in kept] == before
+        assert system.run("nvdimmctl list -f json && nvdimmctl pool show fast -f json").stdout == ledger
+        assert json.loads(ledger.split("\n]\n")[0] + "\n]")[0]["Path"] == "/mnt/pmem0/a.img"
+        again = system.run("nvdimmctl register").stdout.splitlines()
+        assert {line.split()[0] for line in again if line.endswith((HOOK, DEVICE_MODEL))} == {"unchanged"}
+
+
+def use_this_machines_mirror(system: DebianRoot, release: str) -> None:
+    """Let the system's apt have the packages of a release, and start no services."""
+    system.path("/etc/apt/sources.list").write_text("".join(f"{line}\n" for line in mirror.sources(release)))
+    mirror.write_apt_conf(system.path("/"))
+    mirror.copy_network_files(system.path("/"))
+    system.path("/usr/sbin/policy-rc.d").write_text("#!/bin/sh\nexit 101\n")
+    system.path("/usr/sbin/policy-rc.d").chmod(0o755)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import select
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import tried
 from tests.integration.libvirtd import DRIVER, PLACES, SOURCES, Libvirtd
+from tests.package import PROJECT
 from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +34,23 @@ os.kill(os.getpid(), signal.SIGKILL)
 def symbols(kind: str, library: Path) -> set[str]:
     done = subprocess.run(["nm", "-D", f"--{kind}-only", library], capture_output=True, text=True, check=True)
     return set(re.findall(r"\b(libxl_\w+)", done.stdout))
+
+
+def test_the_versions_that_are_tried_here(record_property: tried.Record) -> None:
+    here = [name for name in tried.COMMANDS if name not in ("Xen", "Linux", "ndctl", "Python")]
+    nova: list[str | Path] = [
+        PROJECT / ".venv-nova/bin/python",
+        "-c",
+        "import importlib.metadata as m; print(m.version('nova'))",
+    ]
+    tried.record(
+        record_property,
+        lambda command: subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout,
+        here,
+        tests="unit and integration, without Xen",
+        Python=platform.python_version(),
+        Nova=subprocess.run(nova, capture_output=True, text=True, check=True).stdout.strip(),
+    )
 
 
 def test_its_folders_are_in_the_place_of_the_machines(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.lab import mirror
 from tests.lab import release as releases
 from tests.lab.cache import cached, digest
 from tests.lab.errors import LabError
-from tests.lab.release import RELEASES, Release
+from tests.lab.release import GUESTS, Release
 from tests.lab.tools import require, run_tool
 
 DOM0_PACKAGES = (
@@ -55,14 +55,17 @@ DOWNLOAD = Path(__file__).parent / "recipe" / "download.sh"
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Folders made from Debian packages: `root` is an installed system, each other one an unpacked package."""
+    """Folders made from Debian packages: `root` is an installed system, each other one an unpacked package.
+
+    :ivar other_kernels: the guests' kernels of the other releases, by the release's name.
+    """
 
     root: Path
     dom0_kernel: Path
     guest_kernel: Path
     xen: Path
     busybox: Path
-    other_kernel: Path
+    other_kernels: dict[str, Path]
 
 
 def build_base(cache: Path, release: Release) -> Base:
@@ -73,7 +76,14 @@ def build_base(cache: Path, release: Release) -> Base:
 
     sources = [Path(__file__), Path(releases.__file__), Path(mirror.__file__), DOWNLOAD]
     folder = cached(cache, f"base-{release.name}", digest(sources, release.name), make)
-    return Base(*(folder / name for name in ("root", *UNPACKED_PACKAGES, "other-kernel")))
+    return Base(
+        root=folder / "root",
+        dom0_kernel=folder / "dom0-kernel",
+        guest_kernel=folder / "guest-kernel",
+        xen=folder / "xen",
+        busybox=folder / "busybox",
+        other_kernels={name: folder / f"kernel-{name}" for name in GUESTS if name != release.name},
+    )
 
 
 def _make(folder: Path, release: Release) -> None:
@@ -102,34 +112,34 @@ def _make(folder: Path, release: Release) -> None:
         ],
         stdin="".join(f"{line}\n" for line in mirror.sources(release.name)).encode(),
     )
-    _download_other(downloads, release)
     for name, package in packages.items():
-        _unpack(_only_archive(downloads / package), folder / name, folder / "root")
-    _unpack(_only_archive(downloads / "other"), folder / "other-kernel", folder / "root")
+        _unpack(downloads / package, folder / name, folder / "root")
+    for name in GUESTS:
+        if name != release.name:
+            _unpack(_download_kernel(downloads / name, name), folder / f"kernel-{name}", folder / "root")
     shutil.rmtree(downloads)
 
 
-def _download_other(downloads: Path, release: Release) -> None:
-    """Download the guest's kernel of another release to `downloads`/other."""
-    (other,) = (name for name in RELEASES if name != release.name)
-    own = downloads / "apt"
-    environment = mirror.separate_apt(own, other)
-    run_tool(
-        [DOWNLOAD, own, UNPACKED_PACKAGES["guest-kernel"]],
-        env={**environment, "MMDEBSTRAP_APT_CONFIG": environment["APT_CONFIG"]},
-    )
-    (own / UNPACKED_PACKAGES["guest-kernel"]).rename(downloads / "other")
+def _download_kernel(folder: Path, release: str) -> Path:
+    """Download the guest's kernel of a release below `folder`, which is made; return where."""
+    folder.mkdir()
+    environment = mirror.separate_apt(folder, release)
+    package = UNPACKED_PACKAGES["guest-kernel"]
+    run_tool([DOWNLOAD, folder, package], env={**environment, "MMDEBSTRAP_APT_CONFIG": environment["APT_CONFIG"]})
+    return folder / package
 
 
-def _only_archive(folder: Path) -> Path:
-    (archive,) = folder.glob("*.deb")
-    return archive
+def _unpack(downloads: Path, target: Path, root: Path) -> None:
+    """Unpack the packages in a folder. Those of a kernel have no modules.dep; depmod of the system in `root` makes it.
 
-
-def _unpack(archive: Path, target: Path, root: Path) -> None:
-    """Unpack a package. Kernel packages have no modules.dep; the depmod of the system in `root` makes it."""
+    :raises LabError: when there is none.
+    """
     inside = root / "unpacked"
-    run_tool(["dpkg-deb", "-x", archive, inside])
+    archives = list(downloads.glob("*.deb"))
+    if not archives:
+        raise LabError(f"{downloads}: apt-get download left no package")
+    for archive in archives:
+        run_tool(["dpkg-deb", "-x", archive, inside])
     merged = inside / "usr" / "lib" / "modules"  # since Debian 13
     if merged.exists():
         (inside / "lib").mkdir()

@@ -9,6 +9,7 @@ import pytest
 from tests.lab import operator, served
 from tests.lab.host import GIB, Nvdimm, XenHost
 from tests.lab.image import Images, build
+from tests.lab.release import RELEASES, Release, chosen
 
 MakeHost = Callable[..., XenHost]
 
@@ -19,25 +20,41 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort tests by host, as only one can run: the shared host, then hosts of one test, then the one with systemd.
+    """Sort tests by release, then by host, as only one can run: shared, then of one test, then the one with systemd.
 
     On the shared host, tests that need no driver go first: they find it as it has started. Then the main job: it finds
     the file system as it was made, and so whole pieces of 2 MiB.
     """
     hosts = ("driver_host", "fresh_host", "systemd_host")
 
-    def order(item: pytest.Item) -> tuple[int, bool]:
+    def order(item: pytest.Item) -> tuple[bool, int, bool]:
         names = getattr(item, "fixturenames", ())
         place = next((place for place, name in enumerate(hosts) if name in names), -1)
-        return place, item.path.name != "test_main_job.py"
+        return _is_of_other_release(item), place, item.path.name != "test_main_job.py"
 
     items.sort(key=order)
 
 
+def _is_of_other_release(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("release", chosen()) != chosen()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests on the chosen release; the main job, and in thorough runs all but the long ones, on the others too."""
+    if "release" not in metafunc.fixturenames:
+        return
+    marks = () if metafunc.module.__name__.endswith("test_main_job") else pytest.mark.thorough
+    is_long = metafunc.definition.get_closest_marker("long") is not None
+    others = () if is_long else (release for release in RELEASES.values() if release != chosen())
+    releases = [chosen(), *(pytest.param(release, marks=marks) for release in others)]
+    metafunc.parametrize("release", releases, ids=lambda release: release.name, scope="session")
+
+
 @pytest.fixture(scope="session")
-def images() -> Images:
-    """Return the lab's images; build them if they do not exist."""
-    return build()
+def images(release: Release) -> Images:
+    """Return the images of a release's lab; build them if they do not exist."""
+    return build(release)
 
 
 @pytest.fixture(scope="session")

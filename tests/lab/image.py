@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.lab.base import Base, build_base
 from tests.lab.cache import cache_folder, cached, digest
 from tests.lab.errors import LabError
-from tests.lab.release import chosen
+from tests.lab.release import Release, chosen
 from tests.lab.tools import require, run_tool
 
 SOURCES = Path(__file__).parent / "recipe"
@@ -50,6 +50,7 @@ class Images:
     """The files of one built lab; none of them is written again."""
 
     folder: Path
+    release: Release
 
     @property
     def xen(self) -> Path:
@@ -106,23 +107,25 @@ class Images:
         """The guest's disk with that initramfs, too; it takes longer to boot."""
         return self.folder / "guest-tools.img"
 
-    @property
-    def other_guest_disk(self) -> Path:
-        """The guest's disk with the kernel of another release."""
-        return self.folder / "guest-other.img"
+    def guest_disk_of(self, release: str) -> Path:
+        """Return the guest's disk with the kernel of one of the releases that guests have."""
+        return self.guest_disk if release == self.release.name else self.folder / f"guest-{release}.img"
 
 
-def build(cache: Path | None = None) -> Images:
-    """Return the images of the chosen release; build them first if the recipe changed or there are none."""
-    cache = cache or cache_folder()
-    release = chosen()
+def build(release: Release | None = None) -> Images:
+    """Return the images of a release; build them first if the recipe changed or there are none.
+
+    :param release: by default the chosen one.
+    """
+    cache = cache_folder()
+    release = release or chosen()
     base = build_base(cache, release)
 
     def make(folder: Path) -> None:
-        _make(base, Images(folder))
+        _make(base, Images(folder, release))
 
     recipe = [Path(__file__), *SOURCES.iterdir()]
-    return Images(cached(cache, f"lab-{release.name}", digest(recipe, base.root.parent.name), make))
+    return Images(cached(cache, f"lab-{release.name}", digest(recipe, base.root.parent.name), make), release)
 
 
 def make_guest_disk(images: Images, target: Path, linux_args: str = "", *more: Path) -> None:
@@ -213,14 +216,20 @@ def _make(base: Base, images: Images) -> None:
     _make_tools(images.guest_tools, base.root)
     make_guest_disk(images, images.guest_tools_disk, "", images.guest_tools)
     _make_disk_drivers(images.guest_disk_drivers, guest_modules.closure(GUEST_DISK_MODULES))
-    other_initrd = images.folder / "other-initrd.gz"
-    _make_initrd(other_initrd, SOURCES / "guest-init", busybox, ModuleTree.of(base.other_kernel).closure(GUEST_MODULES))
-    make_disk(images.other_guest_disk, _only(base.other_kernel, "boot/vmlinuz-*"), [other_initrd])
+    for name, kernel in base.other_kernels.items():
+        other_initrd = images.folder / f"{name}-initrd.gz"
+        _make_initrd(other_initrd, SOURCES / "guest-init", busybox, ModuleTree.of(kernel).closure(GUEST_MODULES))
+        make_disk(images.guest_disk_of(name), _kernel_of(kernel), [other_initrd])
     root = images.folder / "root"
     run_tool(["cp", "--archive", "--link", base.root, root])
     _furnish(root, dom0_modules)
     run_tool(["mke2fs", "-q", "-t", "ext4", "-d", root, images.dom0_disk, f"{DOM0_DISK_BYTES >> 10}k"])
     shutil.rmtree(root)
+
+
+def _kernel_of(package: Path) -> Path:
+    """Return the kernel in an unpacked package; since Debian 14 it is beside its modules."""
+    return _only(package, "lib/modules/*/vmlinuz" if not (package / "boot").exists() else "boot/vmlinuz-*")
 
 
 def _only(folder: Path, pattern: str) -> Path:

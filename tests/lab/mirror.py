@@ -2,6 +2,7 @@
 """Debian's packages of any release, from the mirrors that this machine uses."""
 
 import os
+import shutil
 from pathlib import Path
 
 from tests.lab.errors import LabError
@@ -18,6 +19,8 @@ APT_OPTIONS = (
     "Acquire::ForceIPv",
     "APT::Sandbox",
 )
+
+NETWORK = ("/etc/pip.conf", "/etc/xdg/pip", "/etc/ssl/certs/ca-certificates.crt", "/etc/resolv.conf")
 
 
 def sources(release: str) -> list[str]:
@@ -44,6 +47,22 @@ def apt_options() -> str:
     """Return the options with which this machine's apt reaches its mirror, as text for apt.conf."""
     dump = run_tool(["apt-config", "dump", "--no-empty"]).decode()
     return "".join(f"{line}\n" for line in dump.splitlines() if line.startswith(APT_OPTIONS))
+
+
+def write_apt_conf(root: Path) -> None:
+    """Let apt in a root tree reach the mirror as this machine's apt does."""
+    (root / "etc/apt/apt.conf.d/90mirror").write_text(apt_options())
+
+
+def copy_network_files(root: Path) -> None:
+    """Copy to a root tree what this machine needs to reach the registries of packages."""
+    for name in map(Path, NETWORK):
+        target = root / name.relative_to("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name.is_dir():
+            shutil.copytree(name, target, dirs_exist_ok=True)
+        elif name.exists():
+            shutil.copy(name, target)
 
 
 def separate_apt(folder: Path, release: str) -> dict[str, str]:

@@ -21,7 +21,9 @@ class Release:
 RELEASES = {
     release.name: release for release in (Release("trixie", "4.20", "3.13"), Release("bookworm", "4.17", "3.11"))
 }
-DEFAULT = "bookworm"
+DEFAULT = "trixie"
+GUESTS = (*RELEASES, "forky")
+"""The releases whose Linux guests boot. The last is Debian's next one: the newest Linux, whose version changes."""
 
 
 def chosen() -> Release:

@@ -12,7 +12,6 @@ from tests.lab.errors import LabError
 from tests.lab.guest import Guest, install_guest, pattern, xl_config
 from tests.lab.host import CHANNEL_LIMIT, GIB, LABEL_BYTES, Nvdimm, XenHost
 from tests.lab.image import Images, make_guest_disk
-from tests.lab.release import chosen
 
 pytestmark = pytest.mark.lab
 
@@ -24,7 +23,7 @@ def test_dom0_runs_on_xen(host: XenHost) -> None:
     lines = (line.split(":", 1) for line in host.check("xl info").stdout.splitlines())
     info = {key.strip(): value.strip() for key, value in lines}
 
-    assert f"{info['xen_major']}.{info['xen_minor']}" == chosen().xen
+    assert f"{info['xen_major']}.{info['xen_minor']}" == host.images.release.xen
     assert "hvm" in info["virt_caps"]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import tried
 from tests.lab import operator
 from tests.lab.guest import Guest, pattern
 from tests.lab.host import XenHost
@@ -57,6 +58,12 @@ def same_bytes(xen: XenHost, guest: Guest) -> None:
     for disk, (path, size_mib) in zip(operator.disks(guest.report()), NVDIMMS, strict=True):
         seen = guest.sha256(disk, 0, size_mib * MIB)
         assert seen == operator.host_sha256(xen, path, 0, size_mib * MIB), disk
+
+
+def test_the_host_is_of_the_release(xen: XenHost, guest: Guest, record_property: tried.Record) -> None:
+    kernel = guest.check("run", "uname -r").strip()
+    tried.record(record_property, lambda command: xen.check(command).stdout, tried.COMMANDS, tests="lab", guests=kernel)
+    assert xen.check("xl info xen_version").stdout.startswith(xen.images.release.xen)
 
 
 def test_the_guest_sees_what_was_asked_for(xen: XenHost, guest: Guest) -> None:

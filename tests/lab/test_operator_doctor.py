@@ -11,7 +11,6 @@ import pytest
 from tests.lab import operator
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
-from tests.lab.release import chosen
 
 pytestmark = pytest.mark.lab
 NAME, FILE = "doctor", "/mnt/pmem0/doctor.img"
@@ -59,7 +58,7 @@ def test_a_healthy_host_while_a_guest_runs(xen: XenHost) -> None:
     assert {"HAP", "toolstack library", "pool main, DAX", "pool main, file system", "pool device"} <= having(
         found, "PASS"
     )
-    assert found["Xen"]["Message"] == f"version {chosen().xen}"
+    assert found["Xen"]["Message"] == f"version {xen.images.release.xen}"
     assert found["dom0"]["Message"] == "PV"
     assert found["namespace0.0"]["Message"].startswith("pmem0, fsdax")
     assert found["ledger, backings"]["Message"].startswith(f"{len(listed)} NVDIMMs")
@@ -68,7 +67,7 @@ def test_a_healthy_host_while_a_guest_runs(xen: XenHost) -> None:
 
 def test_lines_for_people(xen: XenHost) -> None:
     lines = xen.check(f"{operator.NVDIMMCTL} doctor").stdout.splitlines()
-    assert lines[1].split() == ["Xen", "PASS", "version", chosen().xen]
+    assert lines[1].split() == ["Xen", "PASS", "version", xen.images.release.xen]
     assert any(line.split()[:3] == ["memory", "type", "WARN"] for line in lines)
 
 

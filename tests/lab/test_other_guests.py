@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import tried
 from tests.lab import operator
 from tests.lab.guest import Guest, Report, install_guest
 from tests.lab.host import XenHost
 from tests.lab.image import make_guest_disk
+from tests.lab.release import GUESTS
 
 pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 MIB = 1 << 20
@@ -49,9 +51,14 @@ def test_sixteen_nvdimms_with_labels(driver_host: XenHost, dsm: str) -> None:
 
 
 @pytest.mark.parametrize("dsm", ["aml", "qemu"])
-def test_the_kernel_of_another_release(driver_host: XenHost, dsm: str) -> None:
-    driver_host.put(driver_host.images.other_guest_disk, DISK)
+@pytest.mark.parametrize("kernel", GUESTS)
+def test_the_kernels_of_all_releases(
+    driver_host: XenHost, kernel: str, dsm: str, record_property: tried.Record
+) -> None:
+    driver_host.put(driver_host.images.guest_disk_of(kernel), DISK)
     with reports(driver_host, dsm, DISK, [LABEL_KIB, 0]) as report:
+        version = Guest(driver_host, NAME).check("run", "uname -r").strip()
+        tried.record(record_property, lambda command: driver_host.check(command).stdout, (), guests=version)
         assert sorted(region.size for region in report.regions) == [16 * MIB - LABEL_KIB * 1024, 16 * MIB]
         assert sorted((dimm.handle, bool(dimm.available_slots)) for dimm in report.dimms) == [(1, True), (2, False)]
         assert report.problems == ()

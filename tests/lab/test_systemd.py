@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.apparmor import NVDIMMD
 from tests.lab import operator, tutorial
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
@@ -140,6 +141,13 @@ def test_nvdimmd_can_do_no_more_than_it_needs(xen: XenHost) -> None:
     for number in (1 << 12, 1 << 16, 1 << 19, 1 << 22):  # NET_ADMIN, SYS_MODULE, SYS_PTRACE, SYS_BOOT
         assert everything & number
         assert not int(fields["CapEff"], 16) & number
+
+
+@pytest.mark.parametrize(("service", "profile"), [("libvirtd", "libvirtd"), ("nvdimmd", NVDIMMD)])
+def test_apparmor_confines_the_services(xen: XenHost, service: str, profile: str) -> None:
+    """With Debian's own profile of libvirtd, and what the package and 'register' add: nothing is done by hand."""
+    label = xen.check(f"tr -d '\\0' </proc/$(systemctl show -P MainPID {service})/attr/current").stdout.strip()
+    assert label == f"{profile} (enforce)"
 
 
 def test_a_killed_nvdimmd_is_there_again(xen: XenHost) -> None:

@@ -10,5 +10,7 @@ for package in "$@"; do
     mkdir "$folder/$package"
     cd "$folder/$package"
     kernel=$(apt-cache depends "$package" | sed -n 's/^ *Depends: \(linux-image-.*\)$/\1/p' | head -n 1)
-    apt-get --quiet download "${kernel:-$package}"
+    # since Debian 14, a kernel is in several packages
+    parts=$(apt-cache depends "${kernel:-$package}" | sed -n 's/^ *Depends: \(linux-\(base\|binary\|modules\)-[0-9].*\)$/\1/p')
+    apt-get --quiet download "${kernel:-$package}" $parts
 done
