@@ -612,13 +612,14 @@ class XenNvdimmDriver(plugins.Plugin):
     def _prepare(self, record: Record, domain: DomainSpec, qemu: str) -> Plan:
         """Freeze the domain's backings and prepare its start. A failure here thaws them; an earlier one must not."""
         items = [item for item in record.allocations if item.spec in domain.nvdimms]
-        start = self.starts.freeze(record.uuid, items)
+        number = saved_guest.new_number()
+        start = self.starts.freeze(record.uuid, items, number)
         try:
             self._check_unchanged(record.uuid, items)
             plan = self.planner.plan_start(domain, record)
             located = zip(domain.nvdimms, plan.locations, strict=True)
             self.starts.hold(record.uuid, record.name, [(spec.path, each.identity) for spec, each in located])
-            run = self._new_run(plan)
+            run = self._new_run(plan, number)
             self._write_tables(record.uuid, saved_guest.numbered(plan.tables.tables, run.number))
             has = replace(record, allocations=tuple(items))
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
@@ -659,12 +660,12 @@ class XenNvdimmDriver(plugins.Plugin):
             if record.uuid != uuid and ownership.has_bytes(record.allocations, identity):
                 self.ledger.spoil_unnumbered(record.uuid)
 
-    def _new_run(self, plan: Plan) -> Run:
+    def _new_run(self, plan: Plan, number: int) -> Run:
         """Return the run that a start of this plan begins; guests of other domains that had its bytes have no more."""
         for location in plan.locations:
             self.spoil_runs(location.identity, plan.domain.uuid)
         nvdimms = saved_guest.describe(plan.domain, plan.layout, plan.locations)
-        return Run(saved_guest.new_number(), nvdimms, saved_guest.times(self.backings, nvdimms))
+        return Run(number, nvdimms, saved_guest.times(self.backings, nvdimms))
 
     def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
         self.ledger.reserve.write(self.tables_file(uuid), b"".join(tables))

@@ -305,6 +305,7 @@ class Surveyed:
     :ivar immutable: True when nothing in the host can change where its bytes are.
     :ivar error: why the file cannot be read; then nothing else is known of it. None when it can.
     :ivar identity: of the file; None when it is not known.
+    :ivar run: number of the :class:`Run` that it has been frozen for; None when it is not known.
     """
 
     path: str
@@ -313,6 +314,7 @@ class Surveyed:
     immutable: bool
     error: NvdimmError | None = None
     identity: BackingIdentity | None = None
+    run: int | None = None
 
 
 @dataclass(frozen=True)

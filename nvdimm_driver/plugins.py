@@ -326,6 +326,15 @@ class Backing(Plugin):
         :raises InUseError: while a program has it open to overwrite it.
         """
 
+    def freeze_for(self, path: str, run: int | None, identity: BackingIdentity | None = None) -> None:
+        """Do what :meth:`freeze` does, and record on the backing which run of a guest has it, until it is thawed.
+
+        Like the owner's record, that shows that the ledger is older. The default records nothing.
+
+        :param run: number of the :class:`.model.Run`; None when it is not known.
+        """
+        self.freeze(path, identity)
+
     def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Undo :meth:`freeze`. Can be repeated; no error when the backing is gone, or something else is there.
 

@@ -306,7 +306,13 @@ class FsdaxBacking(Backing):
             return self._identity(fd, self._volume(fd, path))
 
     def freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
-        """Make the file immutable: not even root can then truncate, punch, rename or delete it, or open it to write."""
+        self.freeze_for(path, None, identity)
+
+    def freeze_for(self, path: str, run: int | None, identity: BackingIdentity | None = None) -> None:
+        """Make the file immutable: not even root can then truncate, punch, rename or delete it, or open it to write.
+
+        That outlasts a loss of power, as what the guest writes does.
+        """
         patience = lease_break_seconds()
         with opened(path, os.O_RDONLY, patience=patience) as fd:
 
@@ -315,9 +321,10 @@ class FsdaxBacking(Backing):
                     check_regular(fd, path)
                     self._check_same(fd, path, identity)
                     self.locks.check_unwritten(fd, path)
-                    inode.freeze(fd)
+                    inode.freeze(fd, run)
 
             patiently(attempt, patience)
+            os.fsync(fd)  # without the lock: it may take long
 
     def check_unwritten(
         self, path: str, identity: BackingIdentity | None = None, allowed: Collection[int] = ()
@@ -512,7 +519,8 @@ class FsdaxBacking(Backing):
 
     def _surveyed(self, fd: int, path: str) -> Surveyed:
         identity = self._find_identity(fd, path)
-        return Surveyed(path, inode.owner(fd), inode.is_frozen(fd), inode.is_immutable(fd), identity=identity)
+        frozen, run = inode.is_frozen(fd), inode.frozen_for(fd)
+        return Surveyed(path, inode.owner(fd), frozen, inode.is_immutable(fd), identity=identity, run=run)
 
     def _volume(self, fd: int, path: str) -> Volume:
         """Return the volume that an open file or directory is on.

@@ -38,6 +38,7 @@ _FS_IOC_FSGETXATTR = 0x801C581F
 _FS_IOC_FSSETXATTR = 0x401C5820
 _FSXATTR = struct.Struct("=IIIII8x")  # struct fsxattr: xflags, extsize, nextents, projid, cowextsize
 _FROZEN = "trusted.nvdimm_driver.frozen"
+_RUN = "trusted.nvdimm_driver.run"  # apart: an earlier version takes a file with more in _FROZEN for one that is not
 _OWNER = "trusted.nvdimm_driver.owner"
 _GIVEN = "trusted.nvdimm_driver.given."  # and the inode number of a file in this folder
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -60,18 +61,27 @@ def is_frozen(fd: int) -> bool:
     return written_on == _itself(fd) if written_on else bool(_flags(fd) & (IMMUTABLE | _APPEND_ONLY))
 
 
+def frozen_for(fd: int) -> int | None:
+    """Return the number of the run that a frozen file was frozen for; None when it is not known."""
+    if _RUN not in os.listxattr(fd) or not is_frozen(fd):
+        return None
+    found = os.getxattr(fd, _RUN)
+    return int(found) if found.isdigit() else None
+
+
 def is_immutable(fd: int) -> bool:
     """Return True when the file is immutable, whoever made it so."""
     return bool(_flags(fd) & IMMUTABLE)
 
 
-def freeze(fd: int) -> None:
+def freeze(fd: int, run: int | None = None) -> None:
     """Make the file root's alone and immutable, unless it is immutable.
 
     A file that was not immutable before gets a mark, which only root can see and set: :func:`thaw` keeps an operator's
     own ``chattr +i``. It stays root's alone. Once it is, nobody else can take a lease on it (fcntl(2)), and the open
     for writing makes the kernel end those that there are: none is left that :func:`opened_to_write` would wait for.
 
+    :param run: number of the run that a file is frozen for from now on; one that is frozen already keeps its own.
     :raises BlockingIOError: while a program has a lease on the file, which is not frozen then: try again.
     """
     if is_immutable(fd):
@@ -79,6 +89,7 @@ def freeze(fd: int) -> None:
     if not is_frozen(fd):
         _make_roots_alone(fd)
         os.close(open_again(fd, os.O_RDWR))
+        _set_run(fd, run)
         os.setxattr(fd, _FROZEN, _itself(fd))
     elif others_may_write(fd):  # an earlier version has frozen it, and was killed in its :func:`opened_to_write`
         _make_roots_alone(fd)
@@ -131,6 +142,7 @@ def thaw(fd: int, touch: Touch | None = None, *, unmark: bool = False) -> None:
         if unmark and owner(fd) is not None:
             os.removexattr(fd, _OWNER)
         os.removexattr(fd, _FROZEN)
+        _set_run(fd, None)
     finally:
         if leased:
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -266,6 +278,13 @@ def set_copy_size(fd: int, size: int) -> None:
     """Ask XFS to copy shared extents in aligned pieces of ``size`` bytes, when they are written."""
     flags, extent_size, extents, project, _ = _FSXATTR.unpack(_get_xattr(fd))
     fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | XFLAG_COWEXTSIZE, extent_size, extents, project, size))
+
+
+def _set_run(fd: int, run: int | None) -> None:
+    if run is not None:
+        os.setxattr(fd, _RUN, str(run).encode())
+    elif _RUN in os.listxattr(fd):
+        os.removexattr(fd, _RUN)
 
 
 def _itself(fd: int) -> bytes:

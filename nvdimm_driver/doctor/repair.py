@@ -16,7 +16,7 @@ from nvdimm_driver.doctor.repair_marks import Marks
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError, XenError
 from nvdimm_driver.lifecycle import slots
-from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
+from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Start, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of, exists
 from nvdimm_driver.shell import command, repair_of
 from nvdimm_driver.sizes import human
@@ -561,7 +561,7 @@ class _Look:
             if user.start is None or _has_another(user, file) or not self.driver.starts.is_running(user.start):
                 continue
             if not file.immutable:
-                problem, freeze = "a guest has it, and it is not immutable", partial(self._freeze, file)
+                problem, freeze = "a guest has it, and it is not immutable", partial(self._freeze, user.start, file)
                 yield Inconsistency(user.name, user.uuid, file.path, problem, "make it so", freeze)
             elif error := self.driver.starts.find_writer(user.uuid, file):
                 yield Inconsistency(
@@ -576,9 +576,11 @@ class _Look:
             return []
         return self.running.of(file.path, ownership.identity_at(self.driver.backings, file.path))
 
-    def _freeze(self, file: Surveyed) -> None:
+    def _freeze(self, start: Start, file: Surveyed) -> None:
         """Freeze a guest's file; thaw it again if the guest has ended meanwhile, and its start is put away."""
-        backing_of(self.driver.backings, file.path).freeze(file.path, file.identity)
+        begun = self.driver.ledger.find_begun(start)
+        backing = backing_of(self.driver.backings, file.path)
+        backing.freeze_for(file.path, begun.number if begun else None, file.identity)
         self.driver.starts.thaw(file.path, file.identity)
 
     @cached_property

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -58,20 +58,56 @@ class Starts:
         self.label_servers = label_servers
         self.holders = holders
 
-    def freeze(self, uuid: str, items: Sequence[Allocation]) -> Start:
-        """Begin a start: freeze its backings until :meth:`put_away`. On failure, nothing stays frozen."""
-        start = self.ledger.begin_start(uuid, [item.spec.path for item in items])
+    def freeze(self, uuid: str, items: Sequence[Allocation], number: int) -> Start:
+        """Begin a start: freeze its backings until :meth:`put_away`. On failure, nothing stays frozen.
+
+        :param number: of the run that it begins.
+        """
+        start = self.ledger.begin_start(uuid, [item.spec.path for item in items], number)
         self.holders.kill(uuid, self.holders.find(uuid))  # of a start that is over
         try:
             for item in items:
                 LOG.debug("freeze %s", item.spec.path)
                 backing = backing_of(self.backings, item.spec.path)
-                backing.freeze(item.spec.path, item.identity)
+                self._thaw_left(start, item)
+                backing.freeze_for(item.spec.path, number, item.identity)
                 self._check_unwritten(uuid, backing, item)
         except BaseException:
             self.put_away(start)
             raise
         return start
+
+    def _thaw_left(self, start: Start, item: Allocation) -> None:
+        """Thaw a file that is frozen before its domain's start comes to it: for a guest that no start is of any more.
+
+        Either the file was away at the end of the last run, which the file names then, or it has another guest's.
+        """
+        path = item.spec.path
+        if frozen := ownership.frozen_for(self.backings, [path]):
+            touches = self._distrust_unknown(start, frozen, self.ledger.numbers_of_runs(start))
+            self.thaw(path, item.identity, over=start, touch=touches.get(path))
+
+    def _distrust_unknown(
+        self, start: Start, frozen: Mapping[str, int | None], known: Collection[int | None]
+    ) -> dict[str, Touch]:
+        """Let no saved guest go on if a guest that the ledger does not know may have written its files since.
+
+        The ledger came from a backup then: the end of that guest is not that of the run which the ledger has.
+
+        :param frozen: the run that each file is frozen for, by path.
+        :param known: the runs that the ledger knows.
+        :returns: how these files are touched when they are thawed, by path.
+        """
+        unknown = [path for path, run in frozen.items() if run not in known]
+        if unknown:
+            self.ledger.spoil_saved(start)
+        touches = {path: self._touch_now(path) for path in unknown}
+        return {path: touch for path, touch in touches.items() if touch}
+
+    def _touch_now(self, path: str) -> Touch | None:
+        """Return how a file is touched that a guest may have written; None for a backing that has no time."""
+        when = backing_of(self.backings, path).time_to_touch(path)
+        return None if when is None else Touch(None, when)
 
     def check_can_freeze(self, uuid: str, identities: Mapping[str, BackingIdentity]) -> None:
         """Check, for a domain that is off, what would keep :meth:`freeze` from its backings; change nothing.
@@ -125,8 +161,10 @@ class Starts:
         try:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
-            frozen = ownership.frozen_paths(self.backings, start.paths)
-            times = self._note_times(start, frozen)
+            frozen = ownership.frozen_for(self.backings, start.paths)
+            known = {*self.ledger.numbers_of_runs(start), None}  # none on the file of an earlier version's start
+            times = self._distrust_unknown(start, frozen, known)
+            times |= self._note_times(start, {path for path, run in frozen.items() if run in known})
             for path in start.paths:
                 # of a start that was refused, nobody knows whether it has come to freezing that
                 is_away = start.state != "preparing" and self._is_away(path, had.get(path))
@@ -164,8 +202,10 @@ class Starts:
             return True
         return False
 
-    def _note_times(self, start: Start, frozen: Set[str]) -> dict[str, Touch]:
+    def _note_times(self, start: Start, frozen: Collection[str]) -> dict[str, Touch]:
         """Note when the backings of a guest that has ended were written; return how they are touched, by path.
+
+        :param frozen: paths of files that are frozen for it.
 
         That is noted while they are immutable, and before the first is thawed. So all processes that put the start
         away set the same time, also after one was killed, and none takes a program's write for the guest's.
@@ -241,8 +281,7 @@ class Starts:
 
     def thaw_unknown(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it."""
-        when = backing_of(self.backings, path).time_to_touch(path)
-        self.thaw(path, identity, touch=None if when is None else Touch(None, when))
+        self.thaw(path, identity, touch=self._touch_now(path))
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen still has the domain."""
@@ -430,12 +469,16 @@ class Starts:
         """
         record = self.ledger.find_domain(uuid)
         start = None if record is None else record.start
-        if record is None or start is None or (start.domid is None and not self.is_running(start)):
+        if record is None or start is None:
+            domid = self._find_guest(uuid)  # the ledger may have lost its start, and its files are frozen
+        elif (start.domid is None and not self.is_running(start)) or self.release(record):
             return
-        if not self.release(record):
+        else:
             domid = self.find_domid(start) or start.domid
+        if domid is not None:
             raise InUseError(
-                f"domain {record.name} already has its NVDIMMs, as domid {domid}, which Xen still has",
+                f"domain {record.name if record else uuid} already has its NVDIMMs, as domid {domid}, which Xen still "
+                "has",
                 hint=f"shut that guest down: xl shutdown {domid}",
             )
 
@@ -472,8 +515,12 @@ class Starts:
         this_boot = start.boot_id == host_boot_id()
         if start.domid is not None and this_boot and self.mapper.is_alive(start.domid, start.uuid):
             return start.domid
+        return self._find_guest(start.uuid)
+
+    def _find_guest(self, uuid: str) -> int | None:
+        """Return the domid of a guest with the domain's uuid that has announced frames, whatever the ledger knows."""
         with_frames = sorted({domid for domid, _, _ in self.mapper.frames_of_guests()})
-        return next((each for each in with_frames if self.mapper.uuid(each) == start.uuid.lower()), None)
+        return next((each for each in with_frames if self.mapper.uuid(each) == uuid.lower()), None)
 
     def find_moved(self) -> list[tuple[Record, int]]:
         """Return the domains whose guest has another domid than their start in the ledger says, and that domid."""

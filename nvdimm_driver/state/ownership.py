@@ -508,9 +508,9 @@ def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tup
     return Record(uuid, last.name, last.ram, last.dsm, "", tuple(items), None, changed=last.changed)
 
 
-def frozen_paths(backings: Sequence[Backing], paths: Iterable[str]) -> set[str]:
-    """Return those of these paths that have a file which is frozen for a guest."""
-    return {path for path in paths if any(file.frozen for file in _files_left(backings, path))}
+def frozen_for(backings: Sequence[Backing], paths: Iterable[str]) -> dict[str, int | None]:
+    """Return those of these paths that have a file which is frozen for a guest, and the number of its run, if known."""
+    return {path: file.run for path in paths for file in _files_left(backings, path) if file.frozen}
 
 
 def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> bool:

@@ -98,9 +98,10 @@ class StartSteps(Database):
 
     # --- steps ---
 
-    def begin_start(self, uuid: str, paths: Sequence[str]) -> Start:
+    def begin_start(self, uuid: str, paths: Sequence[str], number: int | None = None) -> Start:
         """Record that a start begins and which paths will be frozen for it; clear the domain's fault.
 
+        :param number: of the run that it will begin.
         :raises LedgerError: when another process has deleted the domain.
         :raises InUseError: when the domain has a start, which has to be put away first.
         """
@@ -113,9 +114,9 @@ class StartSteps(Database):
         begun = self._write_start(
             [
                 (
-                    "INSERT INTO attachment (uuid, id, state, boot_id, since) SELECT uuid, ?, ?, ?, ? FROM domain "
-                    "WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)",
-                    (identifier, start.state, start.boot_id, start.since, uuid),
+                    "INSERT INTO attachment (uuid, id, state, boot_id, since, number) SELECT uuid, ?, ?, ?, ?, ? FROM "
+                    "domain WHERE uuid = ? AND uuid NOT IN (SELECT uuid FROM attachment)",
+                    (identifier, start.state, start.boot_id, start.since, number, uuid),
                 ),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
                 ("UPDATE allocation SET overwritten = 0 WHERE uuid = ? AND overwritten", (uuid,)),
@@ -385,19 +386,44 @@ class StartSteps(Database):
         """Record that a guest which was saved in this run of the domain, if it is the last one, can go on no more."""
         self._write([("UPDATE run SET number = 0 WHERE uuid = ? AND number = ?", (uuid, number))])
 
+    def spoil_saved(self, start: Start) -> None:
+        """Record that no guest of a start's domain that was saved before can go on; nothing if the start is forgotten.
+
+        A guest that the ledger does not know may have written its NVDIMMs.
+        """
+        self._write_start(
+            [
+                (f"UPDATE attachment SET ended = ended WHERE {THIS_START}", start.key),
+                ("UPDATE run SET number = 0 WHERE uuid = ?", (start.uuid,)),
+                ("UPDATE unnumbered SET spoiled = 1 WHERE uuid = ?", (start.uuid,)),
+            ],
+            guarded=True,
+        )
+
     def spoil_unnumbered(self, uuid: str) -> None:
         """Record that the domain's guest, if a version that gave runs no numbers has started it, can go on no more."""
         self._write([("UPDATE unnumbered SET spoiled = 1 WHERE uuid = ?", (uuid,))])
 
     def find_begun(self, start: Start) -> Run | None:
-        """Return the run of a start; None when it has none, or is forgotten."""
+        """Return the run of a start that is prepared; None when it has none, or is forgotten."""
         from nvdimm_driver.model import Run
 
         rows = self._rows(
-            f"SELECT number, nvdimms, written FROM attachment WHERE {THIS_START} AND number IS NOT NULL",
+            f"SELECT number, nvdimms, written FROM attachment WHERE {THIS_START} AND number IS NOT NULL "
+            "AND state != 'preparing'",
             *start.key,
         )
         return Run(*rows[0]) if rows else None
+
+    def numbers_of_runs(self, start: Start) -> set[int]:
+        """Return the numbers of the runs that the ledger knows of a start's domain: its last one, and the start's."""
+        rows = self._rows(
+            f"SELECT number FROM attachment WHERE {THIS_START} AND number IS NOT NULL "
+            "UNION SELECT number FROM run WHERE uuid = ?",
+            *start.key,
+            start.uuid,
+        )
+        return {number for (number,) in rows}
 
     def given_up_at(self, uuid: str, path: str) -> int:
         """Return when a domain has given up what its start has at a path, in nanoseconds since 1970; else 0.

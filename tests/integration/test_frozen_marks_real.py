@@ -161,7 +161,7 @@ def test_the_refused_start_of_a_second_owner_leaves_the_file_of_the_first_immuta
         host.driver.prepare(host.domain("./a.img", OTHER_UUID))
     assert is_immutable(host.path("a.img"))
     start = host.driver.starts.freeze(
-        OTHER_UUID, [replace(item, uuid=OTHER_UUID, spec=other)]
+        OTHER_UUID, [replace(item, uuid=OTHER_UUID, spec=other)], 2
     )  # as if nothing had refused it
     host.driver.starts.put_away(start)
     assert is_immutable(host.path("a.img"))

@@ -155,6 +155,40 @@ def test_a_managed_save_that_came_back_with_the_ledger_is_not_started(host: Host
     assert "the saved guest cannot go on" in host.log()
 
 
+def test_a_managed_save_with_a_file_that_came_back_with_the_ledger_is_not_started(host: Host) -> None:
+    """The host loses power, and all of /var comes from a backup. The guest's file is immutable still."""
+    host.define("db1", 1)
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.libvirtd.run("cp", "-a", MANAGED_SAVE, f"{IMAGE}.kept")
+    host.libvirtd.run("cp", "-a", "/run/xen-stand-in/saved-1", "/run/kept")
+    backup = back_up(host)
+    host.check("start", "db1")
+    host.libvirtd.lose_power()
+    (host.folder / "boot_id").write_text("another boot\n")
+    host.libvirtd.run("mv", "/run/kept", "/run/xen-stand-in/saved-1")
+    host.libvirtd.run("mv", f"{IMAGE}.kept", MANAGED_SAVE)
+    put_back(host, backup)
+    host.libvirtd.start()
+    assert host.libvirtd.virsh("start", "db1").returncode != 0
+    assert "the saved guest cannot go on" in host.log()
+
+
+def test_a_guest_with_a_file_goes_on_once_though_the_ledger_comes_back_while_it_runs(host: Host) -> None:
+    """The ledger has the start of the guest before it was saved."""
+    host.define("db1", 1)
+    host.check("start", "db1")
+    backup = back_up(host)
+    host.check("save", "db1", IMAGE)
+    host.libvirtd.run("cp", IMAGE, f"{IMAGE}.kept")
+    host.check("restore", IMAGE)
+    put_back(host, backup)
+    host.check("destroy", "db1")
+    rows(host, "check", "--repair")
+    assert "failed to restore" in host.virsh("restore", f"{IMAGE}.kept").stderr
+    assert "the saved guest cannot go on" in host.log()
+
+
 def test_a_ledger_that_was_put_aside_and_comes_back(host: Host, device: MakeDevice) -> None:
     disk = device(3)
     host.check("define", xml(host, "db1", 1, disk.path))

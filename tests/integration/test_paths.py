@@ -215,7 +215,7 @@ def test_a_start_freezes_nothing_else(swap: Swap, kind: str) -> None:
     swap.check_victim()
     items = swap.host.record(OTHER_UUID).allocations
     with pytest.raises(BackingError):  # as after the last check
-        swap.host.driver.starts.freeze(OTHER_UUID, items)
+        swap.host.driver.starts.freeze(OTHER_UUID, items, 2)
     swap.check_victim()
 
 

@@ -324,6 +324,7 @@ class RecordingMapper(Mapper):
     def restore(self, domid: int, uuid: str, image: dict[int, bytes]) -> None:
         """Do what a restore does before it runs the device model."""
         self.alive = {domid: uuid}
+        self.announced.pop(domid, None)
         self.memory[domid] = dict(image)
 
     def give_dsm_page(self, domid: int) -> None:

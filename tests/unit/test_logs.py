@@ -189,6 +189,7 @@ def test_error_leaves_out_what_went_well(driver: XenNvdimmDriver, mapper: Record
     assert run_device_model(driver, mapper, tmp_path, "ERROR") == []
     mapper.alive.clear()
     driver.reconcile()
+    mapper.announced.clear()
     mapper.alive[5] = UUID
     mapper.fail = "map"
     with pytest.raises(XenError):

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that were saved, and a ledger from a backup, which does not know who has had their files since; ext4 and XFS.
+
+A file that is immutable for a guest has the number of the run that it was made so for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from nvdimm_driver.cmd.device_model import attach
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.errors import InUseError, RefusedError
+from nvdimm_driver.lifecycle.plan import Planner
+from tests.integration.loop_pmem import MKFS, FileSystem
+from tests.integration.test_ownership_real import Host, empty, is_immutable
+from tests.integration.test_restored_ledger_real import back_up, repair, restore
+from tests.unit.doubles import UUID
+
+Image = dict[int, bytes]
+
+
+@pytest.fixture(params=list(MKFS))
+def host(request: pytest.FixtureRequest, tmp_path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:  # type: ignore[no-untyped-def]
+    host = Host(tmp_path, file_systems[request.param])
+    os.mkdir(host.path("in"))
+    host.driver.define(host.domain("in/a.img"))
+    yield host
+    empty(file_systems[request.param])
+
+
+def boot(host: Host, domid: int, image: Image | None = None) -> None:
+    """Boot the domain, or have a saved guest go on."""
+    driver = host.another()
+    driver.prepare(host.domain("in/a.img"))
+    host.mapper.alive[domid] = UUID
+    if image is not None:
+        host.mapper.memory[domid] = dict(image)
+    restored = image is not None
+    attach(domid, driver.ledger, host.mapper, str(host.folder), driver.prepare_known, _no_labels, restored=restored)
+    if not restored:
+        host.mapper.boot(domid)
+
+
+def _no_labels(folder: str, domid: int, uuid: str) -> None:
+    raise AssertionError
+
+
+def end(host: Host, domid: int) -> Image:
+    """End the guest, as its save does; return its memory."""
+    del host.mapper.alive[domid]
+    host.another().release(UUID)
+    return host.mapper.memory[domid]
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize("backup", ["while it ran", "while it was saved"])
+def test_a_saved_guest_goes_on_once_though_its_ledger_comes_back(host: Host, backup: str, repaired: bool) -> None:
+    boot(host, 5)
+    if backup == "while it ran":
+        back_up(host)
+    image = end(host, 5)
+    if backup == "while it was saved":
+        back_up(host)
+    boot(host, 6, image)
+    restore(host)
+    end(host, 6)
+    if repaired:
+        assert repair(host) == []
+    with pytest.raises(RefusedError, match="cannot go on"):
+        boot(host, 7, image)
+    host.another().release(UUID)
+    assert not is_immutable(host.path("in/a.img"))
+
+
+def test_a_saved_guest_goes_on_once_though_the_start_that_comes_back_was_only_prepared(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot(host, 5)
+    image = end(host, 5)
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(host.driver.planner, "plan_start", _killed)
+        patch.setattr(host.driver.starts, "put_away", lambda start: None)
+        host.driver.prepare(host.domain("in/a.img"))
+    back_up(host)
+    boot(host, 6, image)
+    restore(host)
+    end(host, 6)
+    with pytest.raises(RefusedError, match="cannot go on"):
+        boot(host, 7, image)
+
+
+def _killed(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_saved_guest_goes_on_after_a_start_that_has_failed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file was frozen for another run, which the ledger knows."""
+    boot(host, 5)
+    image = end(host, 5)
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Planner, "plan_start", _killed)
+        host.another().prepare(host.domain("in/a.img"))
+    boot(host, 6, image)
+
+
+def test_a_saved_guest_goes_on_though_its_file_was_away_at_its_end(host: Host) -> None:
+    """It is immutable still, for the guest's own run."""
+    boot(host, 5)
+    os.rename(host.path("in"), host.path("away"))
+    image = end(host, 5)
+    os.rename(host.path("away"), host.path("in"))
+    assert host.record().start is None
+    assert is_immutable(host.path("in/a.img"))
+    boot(host, 6, image)
+
+
+def test_a_domain_is_not_started_beside_its_guest_that_the_ledger_does_not_know(host: Host) -> None:
+    """Xen has it, and libvirt has lost track of it."""
+    back_up(host)
+    boot(host, 5)
+    restore(host)
+    with pytest.raises(InUseError, match="already has its NVDIMMs, as domid 5"):
+        host.driver.prepare(host.domain("in/a.img"))
+    assert is_immutable(host.path("in/a.img"))
+
+
+def test_a_file_that_is_frozen_again_keeps_the_number_of_its_run(host: Host) -> None:
+    """A repair makes it immutable for the guest that has it."""
+    boot(host, 5)
+    (before,) = host.backing.survey([host.fs.root.as_posix()])
+    host.backing.thaw(host.path("in/a.img"))
+    (found,) = [each for each in look(host.driver) if each.problem == "a guest has it, and it is not immutable"]
+    assert found.mend is not None
+    found.mend()
+    (after,) = host.backing.survey([host.fs.root.as_posix()])
+    assert after.run == before.run is not None
+    image = end(host, 5)
+    boot(host, 6, image)
