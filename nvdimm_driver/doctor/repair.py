@@ -212,7 +212,7 @@ class _Look:
 
         A define that was killed in its second half is in libvirt's definition, and the one of before is nowhere.
         """
-        give_up = partial(self.driver.definitions.give_up_intents, record.uuid)
+        change = partial(self.driver.definitions.give_up_intents, record.uuid)
         keeps = "the domain keeps what it had before"
         try:
             defined = self.definition_of(record.uuid)
@@ -221,11 +221,16 @@ class _Look:
             return (
                 f"give that up: {keeps}; if libvirt, which cannot be asked, has the new definition already, the domain "
                 "has to be defined again before it starts",
-                give_up,
+                self.changes.of_intents(record, change),
             )
+
+        def is_current() -> bool:
+            return self.definition_of(record.uuid) == defined
+
+        give_up = self.changes.of_intents(record, change, is_current)
         paths = {resolve(spec.path) for spec in defined.nvdimms} if defined else set()
         if defined and {item.spec.path for item in record.intents} <= paths:
-            finish = partial(self.changes.finish_define, defined)
+            finish = self.changes.of_intents(record, partial(self.changes.finish_define, defined), is_current)
             besides = "; what the domain had before stays its own, too, until it is defined again"
             return "finish it: libvirt has the new definition already" + besides * bool(record.allocations), finish
         if record.allocations:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.lifecycle import slots
-from nvdimm_driver.lifecycle.define import uuid_of
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.state import owner_marks, ownership
@@ -54,13 +53,41 @@ class Changes:
 
         def mend() -> None:
             with self.driver.locks.changing(record.uuid), self.driver.locks.storing(record.uuid):
-                now = self.driver.ledger.find_domain(record.uuid)
-                if not _is_as_seen(now, self.seen.get(record.uuid)):
-                    raise InUseError(f"domain {record.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
+                now = self._find_as_seen(record)
                 change(now or replace(record, allocations=(), intents=(), start=None), *arguments)
                 self._see(record.uuid)
 
         return mend
+
+    def of_intents(
+        self, record: Record, change: Callable[[], object], is_current: Callable[[], bool] = lambda: True
+    ) -> Callable[[], None]:
+        """Return the repair that ends a define that was killed, unless it has ended since.
+
+        :param change: takes the lock for what the ledger says the domain has, with which nobody asks libvirt.
+        :param is_current: asks libvirt, and returns True while its definition is the one that was seen.
+        """
+
+        def mend() -> None:
+            with self.driver.locks.changing(record.uuid):
+                now = self._find_as_seen(record)
+                if not is_current():
+                    raise _changed(record)
+                if now is not None and now.intents:
+                    change()
+                self._see(record.uuid)
+
+        return mend
+
+    def _find_as_seen(self, record: Record) -> Record | None:
+        """Return a domain as the ledger has it now.
+
+        :raises InUseError: when it was changed since it was seen.
+        """
+        now = self.driver.ledger.find_domain(record.uuid)
+        if not _is_as_seen(now, self.seen.get(record.uuid)):
+            raise _changed(record)
+        return now
 
     def _see(self, uuid: str) -> None:
         """Take a domain as it is after a repair for what the other repairs may go by."""
@@ -306,15 +333,12 @@ class Changes:
 
         :raises NvdimmError: when that fails; what the define wants stays in the ledger, for the next look.
         """
-        uuid = uuid_of(domain)
-        with self.driver.locks.changing(uuid):
-            plan = self.driver.check(domain, repairs=True)
-            try:
-                self.driver.create(domain, plan)
-            except BaseException:
-                self.driver.ledger.begin_define(plan.domain, lambda: None)
-                raise
-            self._see(uuid)
+        plan = self.driver.check(domain, repairs=True)
+        try:
+            self.driver.create(domain, plan)
+        except BaseException:
+            self.driver.ledger.begin_define(plan.domain, lambda: None)
+            raise
 
     # --- of devices ---
 
@@ -454,6 +478,10 @@ def _is_as_seen(now: Record | None, seen: Record | None) -> bool:
         return now is None and (seen is None or not seen.allocations)
     claims = now.allocations == seen.allocations and now.intents in ((), seen.intents)
     return claims and now.start in (None, seen.start)
+
+
+def _changed(record: Record) -> InUseError:
+    return InUseError(f"domain {record.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
 
 
 def _without(record: Record, item: Allocation) -> list[Allocation]:

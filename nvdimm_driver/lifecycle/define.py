@@ -335,7 +335,7 @@ class Definitions:
 
     def give_up_intents(self, uuid: str) -> None:
         """Give up what a define that was killed wanted for a domain; what the domain has stays as it is."""
-        with self.locks.changing(uuid), self.locks.storing(uuid):
+        with self.locks.storing(uuid):
             self.ledger.give_up_intents(uuid)
 
     def drop_claims(self, uuid: str) -> None:

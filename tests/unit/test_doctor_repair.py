@@ -207,6 +207,43 @@ def test_provisioning_that_a_power_loss_has_cut(driver: XenNvdimmDriver) -> None
     driver.define(domain((A, 64 * MIB), (B, 32 * MIB), (C, 64 * MIB)))
 
 
+@pytest.mark.parametrize("since", ["defined", "defined elsewhere", "given up"])
+def test_a_killed_define_is_not_finished_after_the_domain_was_changed(
+    driver: XenNvdimmDriver, backing: MemoryBacking, since: str
+) -> None:
+    had = domain((A, 64 * MIB), (B, 32 * MIB))
+    wanted = domain((A, 64 * MIB), (C, 64 * MIB))
+    defined = [wanted]
+    driver.begin(wanted, driver.check(wanted))
+    (found,) = [each for each in look(driver, lambda _: defined[0]) if each.path == C]
+    assert found.mend is not None
+    if since == "defined":
+        driver.define(domain((A, 64 * MIB)))
+    elif since == "defined elsewhere":
+        defined[0] = had
+    else:
+        driver.cancel(wanted, ())
+        defined[0] = had
+    with pytest.raises(InUseError, match="changed meanwhile"):
+        found.mend()
+    assert C not in backing.files
+
+
+def test_a_killed_define_is_not_given_up_after_libvirt_has_got_it(driver: XenNvdimmDriver) -> None:
+    wanted = domain((A, 64 * MIB), (C, 64 * MIB))
+    defined = [domain((A, 64 * MIB), (B, 32 * MIB))]
+    driver.begin(wanted, driver.check(wanted))
+    (found,) = [each for each in look(driver, lambda _: defined[0]) if each.path == C]
+    assert found.remedy.startswith("give that up")
+    assert found.mend is not None
+    defined[0] = wanted
+    with pytest.raises(InUseError, match="changed meanwhile"):
+        found.mend()
+    record = driver.ledger.find_domain(UUID)
+    assert record
+    assert C in {item.spec.path for item in record.intents}
+
+
 def test_an_nvdimm_whose_contents_were_given_up(driver: XenNvdimmDriver) -> None:
     other = dataclasses.replace(domain((C, 64 * MIB)), uuid=OTHER_UUID, name="db2")
     driver.ledger.store(OTHER_UUID, "db2", 512 * MIB, [Allocation(OTHER_UUID, other.nvdimms[0])])
