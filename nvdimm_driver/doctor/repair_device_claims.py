@@ -54,7 +54,12 @@ def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) ->
     return [
         found
         for domain in ask()
-        for check in (partial(_claims, driver, ask), partial(_starts, driver), partial(_contested, driver))
+        for check in (
+            partial(_claims, driver, ask),
+            partial(_kept_by_guest, driver, ask),
+            partial(_starts, driver),
+            partial(_contested, driver),
+        )
         for found in check(domain)
     ]
 
@@ -115,13 +120,32 @@ def _claims(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], domain: _K
             )
 
 
-def _adopt(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], defined: DomainSpec) -> None:
-    """Write what a domain has by libvirt's definition into the ledger, unless that is another by now."""
-    uuid = uuid_of(defined)
+def _kept_by_guest(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], domain: _Known) -> Iterator[Inconsistency]:
+    """Yield the devices of a guest that its definition has given up, and that no domain has in the ledger."""
+    if domain.running is None:
+        return
+    defined = {spec.path for spec in domain.defined.nvdimms}
+    for path in (spec.path for spec in domain.running.nvdimms if spec.path not in defined):
+        is_device = _is_device(driver, path)
+        if is_device and not ownership.owners(driver.ledger, path, ownership.identity_at(driver.backings, path)):
+            yield Inconsistency(
+                domain.running.name,
+                domain.running.uuid or "",
+                path,
+                f"the guest with domid {domain.domid} has it, though libvirt's definition has not, and the ledger does "
+                "not know whose it is",
+                "write it into the ledger",
+                partial(_adopt, driver, ask, domain.running),
+            )
+
+
+def _adopt(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], has: DomainSpec) -> None:
+    """Write what a domain has by libvirt's definition, or its guest, into the ledger, unless that is another by now."""
+    uuid = uuid_of(has)
     with driver.locks.changing(uuid):
-        if defined not in [each.defined for each in ask()]:
-            raise InUseError(f"domain {defined.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
-        driver.definitions.adopt(defined)
+        if not any(has in (each.defined, each.running) for each in ask()):
+            raise InUseError(f"domain {has.name} was changed meanwhile", hint="repeat 'nvdimmctl check'")
+        driver.definitions.adopt(has)
 
 
 def _starts(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:

@@ -248,6 +248,22 @@ def test_a_ledger_that_was_lost_gives_no_device_away(host: Host, device: MakeDev
     assert "belongs to domain db1" in host.virsh("define", thief).stderr
 
 
+def test_a_device_that_only_the_guest_has_still_is_its_own_after_the_ledger_was_lost(
+    host: Host, device: MakeDevice
+) -> None:
+    disk, file = device(3), host.folder / "pmem/db1.img"
+    host.check("define", xml(host, "db1", 1, file, disk.path))
+    host.check("start", "db1")
+    host.check("define", xml(host, "db1", 1, file))
+    move(ledger_of(host), host.folder / "before")
+    rows(host, "check", "--repair")
+    assert [row for row in rows(host, "check") if row["Domain"]] == []
+    start = host.record("db1").start
+    assert start
+    assert {*start.paths} == {str(file), str(disk.path)}
+    assert "belongs to domain db1" in host.virsh("define", xml(host, "db2", 2, disk.path)).stderr
+
+
 # --- names that a boot has exchanged ---
 
 
