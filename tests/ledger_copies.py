@@ -8,12 +8,18 @@ from contextlib import closing
 from pathlib import Path
 
 
+def forget_in_use(folder: Path) -> None:
+    """Delete what tells which ledger of a state folder is in use."""
+    folder.with_name(f"{folder.name}-in-use").unlink(missing_ok=True)
+
+
 def copy_ledger(source: Path, target: Path) -> None:
     """Write a ledger to a file, as the documentation says.
 
     Where a ledger is, it becomes that one, in the same file, and it is not known any more how often that was written:
     nothing then tells that it comes from a backup, as with an image of the whole file system.
     """
-    target.with_name(f"{target.stem}-in-use").unlink(missing_ok=True)
+    if target.exists():
+        forget_in_use(target.parent)
     with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
         one.backup(other)

@@ -13,8 +13,8 @@ import time
 
 from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError, hint_of, own_file_error
 from nvdimm_driver.host_text import escaped
+from nvdimm_driver.state import in_use
 from nvdimm_driver.state.events import Event, unheard
-from nvdimm_driver.state.in_use import InUse
 from nvdimm_driver.state.reserve import Reserve
 
 TYPE_CHECKING = False
@@ -56,7 +56,7 @@ class Database:
         self.path = path
         self._tell = tell
         self.reserve = Reserve(f"{path}-reserve")
-        self._in_use = InUse(None if path == ":memory:" else f"{os.path.splitext(path)[0]}-in-use")
+        self._in_use = in_use.beside(path)
         try:
             before = file_number(path)
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)

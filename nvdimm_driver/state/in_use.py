@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file that tells the ledger in use from a copy of it: it has its id, and how often it was written.
 
+It is beside the ledger's folder: all of that can be put aside, and come back.
+
 Imports nothing heavy: the device model, which has to start fast, uses it.
 """
 
@@ -12,12 +14,19 @@ from nvdimm_driver.errors import LedgerError, own_file_error
 
 FORMAT = "{:32} {:20}\n"
 SIZE = len(FORMAT.format("", 0))
+UNKNOWN = ("unknown", 0)
+"""A ledger was in use, and nobody knows which: it is none that has an id."""
+
+
+def beside(ledger: str) -> InUse:
+    """Return the file for the ledger at a path."""
+    return InUse(None if ledger == ":memory:" else f"{os.path.dirname(os.path.abspath(ledger))}-in-use")
 
 
 class InUse:
     """The file, which is written after each write to the ledger: its number may be lower than the ledger's, not higher.
 
-    It is not synced. After the power was lost, its number may be much lower: a copy that is as old is not noticed then.
+    The number is not synced. After the power was lost, it may be much lower: a copy that is as old is not noticed then.
 
     :param path: path of the file, which need not exist; None for a ledger in memory.
     """
@@ -65,7 +74,7 @@ class InUse:
             return  # the ledger is written; only a copy of it may not be noticed
 
     def replace(self, ledger: str, writes: int) -> None:
-        """Take a ledger for the one in use from now on.
+        """Take a ledger for the one in use from now on, also after the power was lost.
 
         :raises LedgerError: when that cannot be written.
         """
@@ -73,6 +82,17 @@ class InUse:
             self._write(ledger, writes, anew=True)
         except OSError as error:
             raise own_file_error(f"cannot write {self.path}", error) from error
+
+    def follow(self, other: InUse) -> None:
+        """Take the ledger that another such file tells for the one in use, or none if that cannot be read.
+
+        :raises LedgerError: when that cannot be written.
+        """
+        try:
+            known = other.read()
+        except LedgerError:
+            known = None
+        self.replace(*(known or UNKNOWN))
 
     def _write(self, ledger: str, writes: int, *, anew: bool) -> None:
         """Write in place: that needs no room on the disk once the file is there."""
@@ -83,8 +103,20 @@ class InUse:
             known = None if anew else _parse(os.pread(fd, SIZE, 0))
             if known is None or (known[0] == ledger and known[1] < writes):
                 os.pwrite(fd, FORMAT.format(ledger, writes).encode(), 0)
+            if anew:
+                os.fsync(fd)
         finally:
             os.close(fd)
+        if anew:
+            _sync_folder(os.path.dirname(self.path))
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _parse(text: bytes) -> tuple[str, int] | None:

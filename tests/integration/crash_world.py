@@ -28,6 +28,7 @@ from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, DomainSpec, Nvd
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
 from tests.integration.loop_pmem import FileSystem, run
+from tests.ledger_copies import forget_in_use
 from tests.unit.doubles import RecordingMapper, make_driver
 
 SIZE = 2 * MIB
@@ -130,6 +131,7 @@ class World:
                     inode._set_immutable(file.fileno(), False)
         run("find", self.fs.root, "-mindepth", "1", "-delete")
         shutil.rmtree(self.folder, ignore_errors=True)
+        forget_in_use(self.folder)
         self.folder.mkdir(exist_ok=True)
         self.xen_file.touch()
 

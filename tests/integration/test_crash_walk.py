@@ -25,6 +25,7 @@ from tests.integration.crash_labels import has_the_label, has_whole_pages, write
 from tests.integration.crash_points import Ended, Fault, traced
 from tests.integration.crash_world import LABEL, NEIGHBOURS_DOMID, SIZE, STRANGER, World, X, deleted, quiet, repaired
 from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.ledger_copies import forget_in_use
 
 DOMID = 5
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EPERM, errno.ENOMEM, errno.E2BIG)
@@ -229,8 +230,9 @@ def _old_ledger(world: World) -> None:
             database.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
         database.execute("UPDATE main.latest SET file = ''")  # that of the other file
     database.close()
-    for name in (".sqlite-wal", ".sqlite-shm", "-in-use"):
+    for name in (".sqlite-wal", ".sqlite-shm"):
         (world.folder / f"ledger{name}").unlink(missing_ok=True)
+    forget_in_use(world.folder)
     os.replace(old, new)
 
 

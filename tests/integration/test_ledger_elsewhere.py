@@ -76,9 +76,9 @@ def test_a_domain_whose_ram_was_changed_boots(host: Host, way: str) -> None:
         put_back(host, backup)
     else:
         host.define("db3", 3)
-        known = (host.folder / "state/ledger-in-use").read_text()
+        known = (host.folder / "state-in-use").read_text()
         copy_ledger(backup, ledger_of(host))
-        (host.folder / "state/ledger-in-use").write_text(known)
+        (host.folder / "state-in-use").write_text(known)
     (found,) = [row for row in rows(host, "check") if row["Path"] == str(ledger_of(host))]
     assert found["Problem"].startswith("it is a backup or a copy")
     host.check("start", "db1")

@@ -26,6 +26,7 @@ from nvdimm_driver.state import owner_marks
 from nvdimm_driver.state.ledger import Ledger
 from tests.integration.loop_backing import LoopBacking
 from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.ledger_copies import forget_in_use
 from tests.unit.doubles import UUID
 from tests.unit.label_areas import area_with_namespaces, cookie
 from tests.waiting import HANG_SECONDS
@@ -58,8 +59,9 @@ class Operator:
         self.state = fs.memory / "state"
         for each in (self.state, folder / "packages/bench-1.dist-info"):
             each.mkdir(parents=True, exist_ok=True)
-        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger-in-use", "steps"):
+        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "steps"):
             (self.state / name).unlink(missing_ok=True)
+        forget_in_use(self.state)
         (folder / "conf").write_text(CONF.format(state=self.state, root=fs.root, wipe=wipe))
         info = folder / "packages/bench-1.dist-info"
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bench\nVersion: 1\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.doctor.repair_ledger import look
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.state.in_use import InUse
+from nvdimm_driver.state import in_use
 from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
 
 
@@ -17,7 +17,7 @@ def from_elsewhere(folder: Path) -> XenNvdimmDriver:
     driver = make_driver(folder, MemoryBacking(), RecordingMapper())
     assert not driver.ledger.is_from_elsewhere()
     assert look(driver, []) == []
-    InUse(str(folder / "ledger-in-use")).replace("another", 1)
+    in_use.beside(driver.ledger.path).replace("another", 1)
     return driver
 
 

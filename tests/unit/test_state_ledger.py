@@ -318,7 +318,7 @@ def test_a_ledger_in_another_file_is_from_elsewhere(tmp_path: Path) -> None:
 def test_a_backup_that_was_written_over_the_ledger_is_older_than_the_one_in_use(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     Ledger(str(path)).close()
-    backup, known = path.read_bytes(), (tmp_path / "ledger-in-use").read_text()
+    backup, known = path.read_bytes(), _known(path).read_text()
     with closing(Ledger(str(path))) as ledger:
         ledger.record_failure(UUID, XenError("a write"))
     path.write_bytes(backup)
@@ -331,7 +331,7 @@ def test_a_backup_that_was_written_over_the_ledger_is_older_than_the_one_in_use(
         ledger.take_over(compared=True)
         assert not ledger.is_from_elsewhere()
     path.write_bytes(backup)
-    (tmp_path / "ledger-in-use").write_text(known)
+    _known(path).write_text(known)
     with closing(Ledger(str(path))) as ledger:
         assert not ledger.is_from_elsewhere(), "nobody can tell when the other file comes back, too"
 
@@ -373,7 +373,8 @@ def test_a_kernel_that_begins_to_tell_birth_times(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("content", ["", "scribble", "x" * 54, f"{'0' * 32} {'no number':20}\n"])
 def test_what_tells_the_ledger_in_use_is_damaged(tmp_path: Path, content: str) -> None:
-    path, known = str(tmp_path / "ledger.sqlite"), tmp_path / "ledger-in-use"
+    path = str(tmp_path / "ledger.sqlite")
+    known = _known(path)
     Ledger(path).close()
     before = known.read_text()
     known.write_text(content)
@@ -401,14 +402,20 @@ def test_a_ledger_that_is_made_anew_after_it_was_lost_was_not_compared(tmp_path:
 def test_a_ledger_that_cannot_be_noted_as_the_one_in_use_is_not_taken_over_in_silence(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     Ledger(str(path)).close()
-    (tmp_path / "ledger-in-use").unlink()
+    _known(path).unlink()
     with closing(Ledger(str(path))) as ledger:
-        (tmp_path / "ledger-in-use").mkdir()
+        _known(path).mkdir()
         with pytest.raises(LedgerError, match=r"cannot read .*: Is a directory \(delete that file"):
             ledger.check_own()
-        with pytest.raises(LedgerError, match=r"cannot write .*ledger-in-use: Is a directory"):
+        with pytest.raises(LedgerError, match=r"cannot write .*-in-use: Is a directory"):
             ledger.take_over(compared=True)
         ledger.record_failure(UUID, XenError("a start is recorded all the same"))
+
+
+def _known(path: Path | str) -> Path:
+    """Return the file that tells the ledger in use."""
+    folder = Path(path).parent
+    return folder.with_name(f"{folder.name}-in-use")
 
 
 def _copy(path: Path) -> None:

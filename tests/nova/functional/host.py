@@ -27,6 +27,7 @@ from nvdimm_driver.xen.dry_run import DryRunMapper
 from nvdimm_driver.xml.parse_domain import extract
 from tests.integration.loop_backing import LoopBacking
 from tests.integration.loop_pmem import SPA, FileSystem
+from tests.ledger_copies import forget_in_use
 
 PROJECT = Path(__file__).parents[3]
 NVDIMMCTL = Path(sys.executable).with_name("nvdimmctl")
@@ -195,8 +196,9 @@ class PmemHost:
     def _make_state(self) -> None:
         self.folder.mkdir(exist_ok=True)
         self.state.mkdir(exist_ok=True)
-        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger-in-use", "steps"):
+        for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "steps"):
             (self.state / name).unlink(missing_ok=True)
+        forget_in_use(self.state)
         for path in self.pools.values():
             path.mkdir(exist_ok=True)
 
