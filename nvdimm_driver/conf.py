@@ -48,7 +48,9 @@ DEFAULT_OPTS = [
         "state_dir",
         default="/var/lib/nvdimm-driver",
         help="Folder of the ledger and of the files built for each domain. To move it, shut down all domains with "
-        "NVDIMMs, move the folder, change this option, and run 'nvdimmctl register' again.",
+        "NVDIMMs, move the folder, change this option, and run 'nvdimmctl register' again: until then, no domain with "
+        "NVDIMMs starts. Where the ledger is not the same file as before, 'nvdimmctl check --repair' has to compare it "
+        "with what is there.",
     ),
     cfg.StrOpt(
         "log_file",

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import logs, plugin_loader, plugins
+from nvdimm_driver import logs, plugin_loader, plugins, registered
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
@@ -147,11 +147,11 @@ class XenNvdimmDriver(plugins.Plugin):
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
         """Make the driver from the operator's configuration.
 
-        :raises ConfigError: when a plug-in is missing.
+        :raises ConfigError: when a plug-in is missing, or the driver is registered with another state folder.
         :raises LedgerError: when there is no ledger and none can be created.
         """
         state_dir = Path(conf.state_dir)
-        ledger = Ledger(str(state_dir / "ledger.sqlite"), logs.tell)
+        ledger = Ledger(registered.ledger_path(conf), logs.tell)
         ledger.reserve.keep()
         return cls(
             ledger=ledger,

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.host_text import read
+from nvdimm_driver.registered import MARK
 
-MARK = "# written by nvdimm_driver: change its options, not this file"
-"""In each of these files; a file without it belongs to somebody else."""
 NOT_OURS = "nvdimm_driver did not write it"
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oslo_config import cfg
@@ -30,6 +29,7 @@ from nvdimm_driver.labels.servers import LabelServers, RequestCounter
 from nvdimm_driver.model import PAGE, GuestLayout, Record
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.processes import leave_unit
+from nvdimm_driver.registered import ledger_path
 from nvdimm_driver.state.events import Event
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xen.ioreq import CUT_OFF, IoreqServer
@@ -151,7 +151,7 @@ def serve(
     end_processes(uid_of(domid))  # of a server that was killed
     labels: QemuLabels | None = None
     xen = IoreqServer(domid)
-    ledger = Ledger(_ledger_file(options))
+    ledger = Ledger(ledger_path(options))
     server = ledger.find_ioreq_server(record.uuid)
     if server is None:
         server = xen.create()
@@ -226,16 +226,12 @@ def _take_lock(servers: LabelServers, uuid: str) -> None:
         time.sleep(0.05)
 
 
-def _ledger_file(options: cfg.ConfigOpts) -> str:
-    return str(Path(options.state_dir) / "ledger.sqlite")
-
-
 def _record(options: cfg.ConfigOpts, uuid: str) -> Record:
     """Return the domain as it was started.
 
     :raises LedgerError: when it was redefined since: its label areas may be elsewhere now.
     """
-    ledger = Ledger(_ledger_file(options))
+    ledger = Ledger(ledger_path(options))
     record = ledger.find_domain(uuid)
     ledger.close()
     if record is None or not record.can_be_served:
@@ -246,7 +242,7 @@ def _record(options: cfg.ConfigOpts, uuid: str) -> Record:
 def _tell(options: cfg.ConfigOpts, uuid: str, kind: str, detail: Mapping[str, Value]) -> None:
     """Write an event to the ledger; a failure is only logged, so that the guest still gets its answers."""
     try:
-        with closing(Ledger(_ledger_file(options), logs.tell)) as ledger:
+        with closing(Ledger(ledger_path(options), logs.tell)) as ledger:
             ledger.record_event(kind, uuid, detail)
     except LedgerError as error:
         LOG.error("%s: %s", kind, error)

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import os
-import re
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,10 +13,10 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import host_text, plugin_loader
+from nvdimm_driver import plugin_loader, registered
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.cmd import apparmor_rules, systemd_units
-from nvdimm_driver.cmd.installed_files import MARK, install, remove
+from nvdimm_driver.cmd.installed_files import install, remove
 from nvdimm_driver.doctor import repair_saved_guests
 from nvdimm_driver.doctor.libvirt import daemon_socket
 from nvdimm_driver.doctor.programs import Script
@@ -27,6 +25,9 @@ from nvdimm_driver.errors import ConfigError, InUseError, LedgerError, NvdimmErr
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import Record
+from nvdimm_driver.registered import MARK, ledger_in
+from nvdimm_driver.state import in_use
+from nvdimm_driver.state.database import FROM_ELSEWHERE, TAKE_OVER
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import host_boot_id
 from nvdimm_driver.xml.hooks import XmlHooks
@@ -62,8 +63,9 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
     :raises ConfigError: when QEMU is missing, or a file that ``register`` did not write is in the way.
     :raises InUseError: while domains run that are in the ledger of another state folder.
     """
-    before = registered_state_dir(conf)
-    if os.path.realpath(before) != os.path.realpath(conf.state_dir):
+    before = registered.state_dir(conf)
+    is_moved = os.path.realpath(before) != os.path.realpath(conf.state_dir)
+    if is_moved:
         _check_off(conf, before)
     if not os.access(conf.xen.qemu, os.X_OK):
         raise ConfigError(
@@ -74,8 +76,12 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         if not state_dir.is_dir():
             state_dir.mkdir(parents=True, mode=0o700)
             yield f"created {state_dir}"
-        with closing(Ledger(_ledger(conf.state_dir))) as ledger:
+        if is_moved:
+            in_use.beside(ledger_in(conf.state_dir)).follow(in_use.beside(ledger_in(before)))
+        with closing(Ledger(ledger_in(conf.state_dir))) as ledger:
             ledger.reserve.keep()
+            if is_moved and ledger.is_from_elsewhere():
+                yield f"{ledger.path} {FROM_ELSEWHERE} ({TAKE_OVER})"
         log_dir = Path(conf.log_file).parent
         if not log_dir.is_dir():
             log_dir.mkdir(parents=True)
@@ -97,24 +103,31 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
 def _check_off(conf: cfg.ConfigOpts, state_dir: str) -> None:
     """Check that no domain runs whose NVDIMMs are in the ledger of a folder that is to be left.
 
-    Its disk may be damaged: another folder is the way out. Then Xen is asked.
+    Its disk may be damaged or not mounted: another folder is the way out. So Xen is asked, too.
 
-    :raises InUseError: when one does.
+    :raises InUseError: when one does, or Xen cannot be asked.
     """
-    back = f"set [DEFAULT] state_dir back to {state_dir}, shut them down, and then change it"
+    started: list[Record] = []
     try:
         with closing(_open_ledger(state_dir)) as ledger:
-            running = [record.name for record in _started(ledger)]
+            started = _started(ledger)
     except LedgerError as error:
         LOG.warning("%s", error)
-        back = "shut them down first"  # in Xen, which knows more than that ledger
-        try:
-            mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
-            running = [f"domid {each}" for each in sorted({domid for domid, *_ in mapper.frames_of_guests()})]
-        except NvdimmError:
-            raise error from None
-    if running:
-        raise InUseError(f"domains run whose NVDIMMs are in the ledger in {state_dir}: {', '.join(running)}", hint=back)
+    leaving = f"{state_dir} has to stay the state folder"
+    try:
+        mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
+        domids = {domid for domid, *_ in mapper.frames_of_guests()}
+    except NvdimmError as error:
+        raise InUseError(
+            f"{leaving}: Xen cannot be asked which guests run: {error.message}", hint=error.hint
+        ) from error
+    unknown = sorted(domids - {each.start.domid for each in started if each.start})
+    if running := [*(each.name for each in started), *(f"domid {each}" for each in unknown)]:
+        back = f"set [DEFAULT] state_dir back to {state_dir}, shut them down, and then change it"
+        raise InUseError(
+            f"{leaving}: domains run with NVDIMMs: {', '.join(running)}",
+            hint=back if started else "shut them down first",
+        )
 
 
 def _protect(log_file: Path) -> Iterator[str]:
@@ -146,7 +159,7 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str], saved: Sequence[str
         yield from systemd_units.disable(conf)
     except OSError as error:
         raise ConfigError(f"cannot remove: {error}", hint=hint_of(error)) from error
-    if not os.path.exists(_ledger(conf.state_dir)):
+    if not os.path.exists(ledger_in(conf.state_dir)):
         return
     yield f"kept {conf.state_dir}"
     with closing(_open_ledger(conf.state_dir)) as ledger:
@@ -164,7 +177,7 @@ def find_running(conf: cfg.ConfigOpts) -> list[str]:
 
     :raises InUseError: when there are starts since the host's boot, and Xen cannot be asked which of them are over.
     """
-    if os.path.exists(_ledger(conf.state_dir)):
+    if os.path.exists(ledger_in(conf.state_dir)):
         try:
             with closing(load_driver(conf)) as driver:
                 driver.reconcile()
@@ -210,25 +223,8 @@ def _started(ledger: Ledger) -> list[Record]:
 
 def _open_ledger(state_dir: str) -> Ledger:
     """Open the ledger in a folder; where none is, none is made: an empty one in memory."""
-    path = _ledger(state_dir)
+    path = ledger_in(state_dir)
     return Ledger(path if os.path.exists(path) else ":memory:")
-
-
-def registered_state_dir(conf: cfg.ConfigOpts) -> str:
-    """Return the state folder of the registered device model; the configured one if none is registered."""
-    try:
-        text = host_text.read(conf.xen.device_model)
-    except OSError:
-        return str(conf.state_dir)
-    found = re.search(r"^    state_dir=(.*),$", text, re.MULTILINE) if MARK in text else None
-    try:
-        return str(ast.literal_eval(found[1])) if found else str(conf.state_dir)
-    except (SyntaxError, ValueError):  # edited by hand
-        return str(conf.state_dir)
-
-
-def _ledger(state_dir: str) -> str:
-    return os.path.join(state_dir, "ledger.sqlite")
 
 
 def libvirt_hook(conf: cfg.ConfigOpts) -> Script:

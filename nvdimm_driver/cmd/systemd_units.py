@@ -9,9 +9,10 @@ from pathlib import Path
 from oslo_config import cfg
 
 from nvdimm_driver import host_text
-from nvdimm_driver.cmd.installed_files import MARK, install, remove
+from nvdimm_driver.cmd.installed_files import install, remove
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.processes import run
+from nvdimm_driver.registered import MARK
 
 BOOTED = Path("/run/systemd/system")
 """Exists when systemd is the init system (sd_booted(3))."""

@@ -17,7 +17,7 @@ import pytest
 
 from nvdimm_driver import conf
 from nvdimm_driver.cmd import systemd_units
-from nvdimm_driver.cmd.installed_files import MARK
+from nvdimm_driver.registered import MARK
 from tests.waiting import HANG_SECONDS
 
 NVDIMMD = [sys.executable, "-m", "nvdimm_driver.cmd.nvdimmd"]

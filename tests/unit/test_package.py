@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.cmd import systemd_units
-from nvdimm_driver.cmd.installed_files import MARK
 from nvdimm_driver.cmd.nvdimmctl import Nvdimmctl
 from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.registered import MARK
 
 PROJECT = Path(__file__).parents[2]
 COMPLETION = PROJECT / "etc/bash-completion/nvdimmctl"

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import closing
@@ -12,10 +13,13 @@ from oslo_config import cfg
 
 from nvdimm_driver import conf, plugin_loader
 from nvdimm_driver.cmd.apparmor_rules import BEGIN, END
-from nvdimm_driver.cmd.register import find_running, register, registered_state_dir, unregister
-from nvdimm_driver.errors import ConfigError, DamagedLedgerError, InUseError
+from nvdimm_driver.cmd.register import find_running, register, unregister
+from nvdimm_driver.driver import load_driver
+from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.model import Run
+from nvdimm_driver.registered import ledger_path, state_dir
 from nvdimm_driver.state.ledger import Ledger
+from tests.ledger_copies import forget_in_use
 from tests.unit.doubles import UUID, RecordingMapper, started
 
 
@@ -101,17 +105,17 @@ def test_the_interpreter_is_this_one(options: cfg.ConfigOpts, tmp_path: Path) ->
 
 def test_the_state_folder_is_that_of_the_registered_device_model(options: cfg.ConfigOpts, tmp_path: Path) -> None:
     """An option that was changed and not registered must not hide a running domain from 'unregister'."""
-    assert registered_state_dir(options) == f"{tmp_path}/state"
+    assert state_dir(options) == f"{tmp_path}/state"
     list(register(options))
     options.set_override("state_dir", f"{tmp_path}/other")
-    assert registered_state_dir(options) == f"{tmp_path}/state"
+    assert state_dir(options) == f"{tmp_path}/state"
     options.set_override("state_dir", f'{tmp_path}/it\'s "odd" \\ here')
     list(register(options))
     odd = options.state_dir
     options.set_override("state_dir", f"{tmp_path}/other")
-    assert registered_state_dir(options) == odd
+    assert state_dir(options) == odd
     (tmp_path / "libexec/dm").write_text("somebody else's\n    state_dir='/x',\n")
-    assert registered_state_dir(options) == f"{tmp_path}/other"
+    assert state_dir(options) == f"{tmp_path}/other"
 
 
 def test_a_program_in_the_way_is_left_alone(options: cfg.ConfigOpts, tmp_path: Path) -> None:
@@ -184,17 +188,21 @@ def test_another_state_folder_is_refused_while_domains_run_in_the_one_before(
     """Only with that folder, their ends are noted: the hint must not let an operator shut them down first."""
     start_db1(options)
     options.set_override("state_dir", f"{tmp_path}/other")
-    with pytest.raises(InUseError, match=f"in the ledger in {tmp_path}/state: db1") as raised:
+    with pytest.raises(InUseError, match=f"{tmp_path}/state has to stay .*: db1") as raised:
         list(register(options))
     assert raised.value.hint == f"set [DEFAULT] state_dir back to {tmp_path}/state, shut them down, and then change it"
 
 
 @pytest.mark.parametrize("runs", [False, True])
-def test_a_state_folder_whose_ledger_is_damaged_can_be_left_if_no_guest_runs(
-    options: cfg.ConfigOpts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: bool
+@pytest.mark.parametrize("ledger", ["damaged", "gone", "from a backup"])
+def test_a_state_folder_whose_ledger_does_not_know_can_be_left_if_no_guest_runs(
+    options: cfg.ConfigOpts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: bool, ledger: str
 ) -> None:
     list(register(options))
-    (tmp_path / "state/ledger.sqlite").write_bytes(b"damaged" * 4096)
+    if ledger == "damaged":
+        (tmp_path / "state/ledger.sqlite").write_bytes(b"damaged" * 4096)
+    elif ledger == "gone":
+        (tmp_path / "state/ledger.sqlite").unlink()
     options.set_override("state_dir", f"{tmp_path}/other")
     mapper = RecordingMapper({7: UUID})
     if runs:
@@ -205,7 +213,7 @@ def test_a_state_folder_whose_ledger_is_damaged_can_be_left_if_no_guest_runs(
             list(register(options))
     else:
         list(register(options))
-    assert registered_state_dir(options) == f"{tmp_path}/{'state' if runs else 'other'}"
+    assert state_dir(options) == f"{tmp_path}/{'state' if runs else 'other'}"
 
 
 def test_a_state_folder_whose_ledger_is_damaged_is_not_left_if_xen_cannot_be_asked(
@@ -215,8 +223,65 @@ def test_a_state_folder_whose_ledger_is_damaged_is_not_left_if_xen_cannot_be_ask
     (tmp_path / "state/ledger.sqlite").write_bytes(b"damaged" * 4096)
     options.set_override("state_dir", f"{tmp_path}/other")
     options.set_override("mapper", "broken", group="xen")
-    with pytest.raises(DamagedLedgerError):
+    with pytest.raises(InUseError, match="Xen cannot be asked which guests run"):
         list(register(options))
+
+
+def is_believed(options: cfg.ConfigOpts, folder: Path) -> bool:
+    """Register with a state folder; return True if its ledger counts as the one in use."""
+    options.set_override("state_dir", str(folder))
+    said = "\n".join(register(options))
+    with closing(Ledger(ledger_path(options))) as ledger:
+        assert ledger.is_from_elsewhere() == ("is a backup or a copy" in said)
+        return not ledger.is_from_elsewhere()
+
+
+@pytest.mark.parametrize("before", ["whole", "lost", "of an earlier version"])
+def test_the_ledger_of_another_state_folder_is_not_the_one_in_use(
+    options: cfg.ConfigOpts, tmp_path: Path, before: str
+) -> None:
+    """Neither a new one nor one that was in use earlier: the devices were given away by another since."""
+    one, other = tmp_path / "state", tmp_path / "other"
+    assert is_believed(options, one)
+    if before == "lost":
+        shutil.rmtree(one)
+    if before == "of an earlier version":
+        forget_in_use(one)
+    assert not is_believed(options, other)
+    with closing(Ledger(ledger_path(options))) as ledger:
+        ledger.take_over(compared=True)
+    assert is_believed(options, other)
+    assert not is_believed(options, one)
+
+
+def test_a_state_folder_that_was_moved_has_the_ledger_in_use(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    assert is_believed(options, tmp_path / "state")
+    (tmp_path / "state").rename(tmp_path / "other")
+    assert is_believed(options, tmp_path / "other")
+
+
+def test_a_state_folder_that_was_put_aside_and_comes_back(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    folder, aside = tmp_path / "state", tmp_path / "aside"
+    assert is_believed(options, folder)
+    folder.rename(aside)
+    list(register(options))
+    with closing(Ledger(ledger_path(options))) as ledger:
+        assert ledger.is_from_elsewhere()
+        ledger.take_over(compared=True)
+    folder.rename(tmp_path / "newer")
+    aside.rename(folder)
+    with closing(Ledger(ledger_path(options))) as ledger:
+        assert ledger.is_strange()
+
+
+def test_a_state_folder_that_is_not_registered_yet_is_not_used(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """The device model uses the one that it was registered with."""
+    list(register(options))
+    options.set_override("state_dir", f"{tmp_path}/other")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match=f"is {tmp_path}/other, and the driver is registered with {tmp_path}/state"):
+        load_driver(options)
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 def test_a_log_that_everybody_could_read_is_protected(options: cfg.ConfigOpts, tmp_path: Path) -> None:

@@ -53,11 +53,12 @@ class Unregister(Action):
     """Remove what 'register' installed. The ledger and all data stay."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver import registered
         from nvdimm_driver.cmd import register
 
         del parsed_args
         # The guests were started with the registered state folder, whatever the options say now.
-        self.app.conf.set_override("state_dir", register.registered_state_dir(self.app.conf))
+        self.app.conf.set_override("state_dir", registered.state_dir(self.app.conf))
         conf = self.app.conf
         for line in register.unregister(conf, register.find_running(conf), register.find_saved(conf)):
             print(line)

@@ -8,7 +8,6 @@ import select
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.cmd.ctl.base import Action, up_to_date
@@ -46,9 +45,10 @@ class Monitor(Action):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
+        from nvdimm_driver.registered import ledger_path
         from nvdimm_driver.state.ledger import Ledger
 
-        with closing(Ledger(str(Path(self.app.conf.state_dir) / "ledger.sqlite"))) as ledger:
+        with closing(Ledger(ledger_path(self.app.conf))) as ledger:
             try:
                 _watch(ledger, parsed_args)
             except KeyboardInterrupt:
