@@ -68,8 +68,8 @@ class Pools:
             it was in; one that is larger now must be overwritten if either pool says so.
         :param places: where the pools are; None to look now.
         """
-        path, identity = item.renamed_from or item.spec.path, item.identity
-        here = (places or self.places()).pool_of(path)
+        identity = item.identity
+        here = self._naming(item.renamed_from) or (places or self.places()).pool_of(item.spec.path)
         is_device = identity is not None and not identity.inode
         now = replace(
             item, pool=here.name if here and is_device else "", wipes=here.wipe_on_release if here else item.wipes
@@ -79,6 +79,10 @@ class Pools:
         found = [self._told(each) for each in (known if whole else [*known, now])]
         first = next(iter([each for each in found if each.wipes] or found))
         return replace(item, pool=first.pool, wipes=first.wipes)
+
+    def _naming(self, path: str) -> Pool | None:
+        """Return the pool that names a device so itself. A link in another pool leads to what has the name by now."""
+        return next((pool for pool in self._pools if path in pool.paths), None)
 
     def _told(self, item: Allocation) -> Allocation:
         """Return an NVDIMM with what the pool says of it now that it is noted for, if that is configured."""

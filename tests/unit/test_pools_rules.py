@@ -141,6 +141,16 @@ def test_a_device_is_overwritten_as_the_pool_says_that_its_domain_got_it_from() 
     assert not Pools([kept, replace(wiped, wipe_on_release=False)]).wipes(secret, secret.identity), "not any more"
 
 
+def test_the_pool_of_a_device_that_a_boot_has_renamed(tmp_path: Path) -> None:
+    """Its earlier name is that of its pool where that has it itself, and not where a link leads to it by now."""
+    (tmp_path / "by-id").symlink_to("/dev/pmem1")
+    named, linked = pool("named", "/dev/pmem1"), pool("linked", tmp_path / "by-id")
+    other = pool("other", "/dev/pmem2")
+    renamed = device("/dev/pmem2", renamed_from="/dev/pmem1")
+    assert Pools([named, other]).noted(renamed).pool == "named"
+    assert Pools([linked, other]).noted(renamed).pool == "other"
+
+
 def test_a_device_that_is_larger_than_what_its_domain_had_may_have_bytes_to_be_overwritten() -> None:
     kept, wiped = pool("kept", "/dev/pmem1p1"), replace(pool("wiped", "/dev/pmem1"), wipe_on_release=True)
     part = device("/dev/pmem1p1", 2 * MIB, 4 * MIB, pool="kept")
