@@ -11,9 +11,10 @@ import pytest
 
 from nvdimm_driver.backing import ndctl
 from nvdimm_driver.cmd.ctl.pool_create import _check_unclaimed
-from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import GIB, MIB
 from nvdimm_driver.pools.create import PoolHost, RunCommand, Wish, WriteFile, steps
+from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml.definition_files import StoredDomain
 from tests.unit.test_device_claims import claims
 
@@ -186,8 +187,17 @@ def test_a_namespace_that_ndctl_did_not_make() -> None:
 def test_a_namespace_that_libvirts_definition_gives_a_domain_is_not_reconfigured() -> None:
     """After the ledger was lost, nothing else knows whose a raw namespace is."""
     stored = [StoredDomain("owner", UUID, ("/dev/pmem0",))]
-    driver: Any = SimpleNamespace(definitions=SimpleNamespace(unknown=claims(stored, pmem0="one")))
+    unknown = claims(stored, pmem0="one")
+    driver: Any = SimpleNamespace(definitions=SimpleNamespace(unknown=unknown), ledger=unknown.ledger)
     with pytest.raises(InUseError, match="/dev/pmem0 is in libvirt's definition of domain owner"):
         _check_unclaimed(driver, wish(kind="pmem", namespace="namespace0.0", force=True), host())
     _check_unclaimed(driver, wish(kind="pmem", namespace="namespace1.0", force=True), host())
+    _check_unclaimed(driver, wish(), host())
+
+
+def test_a_namespace_is_not_reconfigured_that_a_ledger_from_elsewhere_may_not_know() -> None:
+    driver: Any = SimpleNamespace(definitions=SimpleNamespace(unknown=claims([])), ledger=Ledger(":memory:"))
+    driver.ledger.take_over(compared=False)
+    with pytest.raises(LedgerError, match="is a backup or a copy"):
+        _check_unclaimed(driver, wish(kind="pmem", namespace="namespace1.0", force=True), host())
     _check_unclaimed(driver, wish(), host())

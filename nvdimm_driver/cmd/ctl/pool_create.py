@@ -137,9 +137,14 @@ def _check(driver: XenNvdimmDriver, wish: Wish, config_file: Sequence[str] | Non
 def _check_unclaimed(driver: XenNvdimmDriver, wish: Wish, host: PoolHost) -> None:
     """Check that the namespace to be reconfigured is no domain's by libvirt's definitions: the ledger may be lost.
 
+    A ledger from elsewhere does not know whose a device without a definition is, or files that are not mounted.
+
+    :raises LedgerError: when the ledger comes from elsewhere.
     :raises InUseError: when it is one's.
     :raises ConfigError: when libvirt's definitions cannot be read.
     """
+    if wish.namespace:
+        driver.ledger.check_own()
     found = (each for region in host.regions for each in region.namespaces if each.name == wish.namespace)
     driver.definitions.unknown.check("", {each.device: None for each in found if each.device})
 
