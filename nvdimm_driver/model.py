@@ -472,8 +472,8 @@ class Allocation:
     :ivar overwritten: True when a release has overwritten it, and no start has begun since.
     :ivar renamed_from: of a device that a boot has given the name of another one: the name that it had, which libvirt's
         definition still has for it; else empty.
-    :ivar doubtful: of a device that had the name of another one in a ledger from elsewhere: True until the operator has
-        said which of the two the domain has.
+    :ivar doubtful: of a device that had another one's name in a ledger from elsewhere, or another name before a
+        boot: True until the operator has said which one the domain has.
     """
 
     uuid: str

@@ -20,6 +20,7 @@ from nvdimm_driver.lifecycle.define import uuid_of
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
+from nvdimm_driver.shell import repair_of
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.words import release_of
 from nvdimm_driver.xml.parse_domain import extract
@@ -41,11 +42,14 @@ class _Known:
     running: DomainSpec | None
 
 
-def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) -> list[Inconsistency]:
+def look(
+    driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str, named: Collection[str] = ()
+) -> list[Inconsistency]:
     """Find the claims to memory without marks that libvirt and the ledger do not agree on; change nothing.
 
     :param restore: restores domain XML that libvirt has.
     :param socket: of libvirt's daemon.
+    :param named: paths that the operator has named.
     :raises ConfigError: when the host has such memory, and libvirt cannot be asked.
     """
     if not any(_is_unmarked(backing) and backing.areas() for backing in driver.backings):
@@ -58,7 +62,7 @@ def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str) ->
             partial(_claims, driver, ask),
             partial(_kept_by_guest, driver, ask),
             partial(_starts, driver),
-            partial(_contested, driver),
+            partial(_contested, driver, named),
         )
         for found in check(domain)
     ]
@@ -96,7 +100,7 @@ def _domains(connection: Connection, restore: Callable[[str], str]) -> Iterator[
 
 def _claims(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], domain: _Known) -> Iterator[Inconsistency]:
     owned = {item.spec.path for record in driver.ledger.domains() for item in record.allocations}
-    renamed = {item.renamed_from: item.spec.path for item in _devices_of(driver, domain.defined.uuid or "")}
+    renamed = {item.renamed_from: item for item in _devices_of(driver, domain.defined.uuid or "")}
     for spec in domain.defined.nvdimms:
         if spec.path in owned or not _is_device(driver, spec.path):
             continue
@@ -106,8 +110,8 @@ def _claims(driver: XenNvdimmDriver, ask: Callable[[], list[_Known]], domain: _K
                 domain.defined.uuid or "",
                 spec.path,
                 f"libvirt's definition has it, and since a boot, this is another device; the domain's is "
-                f"{renamed[spec.path]} now",
-                remedy_of_name(driver, domain.defined.name, domain.defined.uuid or "", renamed[spec.path]),
+                f"{renamed[spec.path].spec.path} now",
+                _remedy_of_renamed(driver, domain, renamed[spec.path]),
             )
         else:
             yield Inconsistency(
@@ -197,7 +201,25 @@ def _take_up(
         driver.take_up_running(now, domid, paths)
 
 
-def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistency]:
+def _remedy_of_renamed(
+    driver: XenNvdimmDriver, domain: _Known, item: Allocation, first: str = "", others: Sequence[Allocation] = ()
+) -> str:
+    """Return what helps if a domain's device has another name by the ledger than in libvirt's definition.
+
+    :param first: a command that comes before the domain is defined.
+    :param others: what other domains have by the ledger, and this one by libvirt's definition.
+    """
+    follow = remedy_of_name(driver, domain.defined.name, item.uuid, item.spec.path)
+    if not item.doubtful:
+        return follow
+    releases = " and ".join(release_of(each.uuid, each.spec.slot) for each in (item, *others))
+    return (
+        f"if the ledger, which is from a backup, is right: {first}{follow}; if libvirt's definition is right: "
+        f"{releases}, without wipe_on_release in the pool's section, and then nvdimmctl check --repair"
+    )
+
+
+def _contested(driver: XenNvdimmDriver, named: Collection[str], domain: _Known) -> Iterator[Inconsistency]:
     """Yield what libvirt says is one domain's, and the ledger another's: the operator has to say which is true."""
     name, uuid = domain.defined.name, domain.defined.uuid or ""
     defined, running = (
@@ -211,7 +233,7 @@ def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistenc
         own = _devices_of(driver, uuid)
         if any(item.spec.path == path for item in own):
             continue  # what is there is another device now: the finding is at the domain's own
-        now = next((item.spec.path for item in own if item.renamed_from == path), None)
+        now = next((item for item in own if item.renamed_from == path), None)
         for record in ownership.owners(driver.ledger, path, identity):
             if record.uuid != uuid:
                 item = ownership.find_item(record, path, identity)
@@ -220,15 +242,26 @@ def _contested(driver: XenNvdimmDriver, domain: _Known) -> Iterator[Inconsistenc
                     f"if it is {record.name}'s: take it out of {name}'s definition: virsh edit {uuid}; if it is "
                     f"{name}'s: {release}, without wipe_on_release in the pool's section"
                 )
+                believe = None
                 if now:
-                    remedy = f"{name} has {now} instead, by the ledger: {remedy_of_name(driver, name, uuid, now)}"
+                    others = [item] if item else []
+                    instead = _remedy_of_renamed(driver, domain, now, f"{repair_of(path)}, and ", others)
+                    remedy = f"{name} has {now.spec.path} instead, by the ledger: {instead}"
+                    if now.doubtful and path in named:
+                        believe = partial(_believe_name, driver, now)
                 yield Inconsistency(
                     name,
                     uuid,
                     path,
                     f"{who} has it, and the ledger says that it is domain {record.name}'s ({record.uuid})",
                     remedy,
+                    believe,
                 )
+
+
+def _believe_name(driver: XenNvdimmDriver, item: Allocation) -> None:
+    """Take the name that the ledger has for a device for right, by the operator's word."""
+    driver.ledger.rename_devices({(item.uuid, item.spec.slot): item.spec.path}, check=lambda: None)
 
 
 def _devices_of(driver: XenNvdimmDriver, uuid: str) -> list[Allocation]:

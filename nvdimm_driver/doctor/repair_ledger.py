@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from nvdimm_driver.doctor.repair import Inconsistency
@@ -12,11 +12,15 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.state.database import FROM_ELSEWHERE
 
 
-def look(driver: XenNvdimmDriver, found: Sequence[Inconsistency]) -> list[Inconsistency]:
+def look(
+    driver: XenNvdimmDriver, found: Sequence[Inconsistency], accepted: Collection[str] = ()
+) -> list[Inconsistency]:
     """Find out whether the ledger comes from elsewhere; change nothing.
 
     :param found: what the ledger was compared with: what could not be looked at has neither domain nor path. It is only
         taken over when nothing is left that can be repaired.
+    :param accepted: paths whose repair it does not wait for: that can fail until a definition is changed, which is
+        refused until the ledger is taken over.
     """
     if not driver.ledger.is_from_elsewhere():
         return []
@@ -25,15 +29,20 @@ def look(driver: XenNvdimmDriver, found: Sequence[Inconsistency]) -> list[Incons
         remedy = f"first: {'; '.join(each.remedy or each.problem for each in unseen)}"
         return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy)]
     remedy = "take it over, after the other repairs; guests that were saved with devices before cannot go on then"
-    mend = None if any(each.mend for each in found) else partial(take_over, driver)
-    return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy, mend)]
+    waits = [each for each in found if each.mend and each.path not in accepted]
+    if waits:
+        remedy += "; with --accept PATH, also if that of PATH fails each time: you have to know whose it is then"
+    return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy, None if waits else partial(take_over, driver))]
 
 
 def take_over(driver: XenNvdimmDriver) -> None:
     """Take the ledger for the host's own, after what can be mended was.
 
-    Whether it is right about devices that have each other's names now, only the operator can say, also after this.
+    Whether it is right about devices that have each other's names now, or had other ones before a boot, only the
+    operator can say, also after this.
     """
     driver.distrust_saved_guests()
-    driver.ledger.doubt_names(exchanged_names(driver.backings, driver.ledger.domains()))
+    records = driver.ledger.domains()
+    renamed = [(each.uuid, each.spec.slot) for record in records for each in record.allocations if each.renamed_from]
+    driver.ledger.doubt_names([*exchanged_names(driver.backings, records), *renamed])
     driver.ledger.take_over(compared=True)

@@ -61,7 +61,7 @@ class UnknownClaims:
         """Return True when a name in libvirt's files is that of another device, which had it before a boot.
 
         That is so if the domain was provisioned with another one, and what is there now for the domain that is to have
-        it. For any third domain, the ledger may be older than the definition.
+        it. For any third domain, the ledger may be older than the definition; for these, too, while that is doubtful.
         """
         asking = self.ledger.find_domain(uuid) if uuid else None
         if asking is None or not ownership.has_bytes(asking.allocations, ownership.identity_at(self.backings, path)):
@@ -70,7 +70,7 @@ class UnknownClaims:
         items = [
             item
             for item in (record.allocations if record else ())
-            if path in (item.spec.path, item.renamed_from) and item.identity
+            if path in (item.spec.path, item.renamed_from) and item.identity and not item.doubtful
         ]
         found = ownership.identity_at(self.backings, path)
         return bool(items) and found is not None and not ownership.has_bytes(items, found)

@@ -7,7 +7,9 @@ Devices have no marks that would say what has happened since.
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -295,6 +297,25 @@ def test_two_boots_are_followed(host: Host, device: MakeDevice) -> None:
     assert define_each(host, disks) == [""] * 3
 
 
+def test_a_repair_that_fails_until_a_definition_is_changed_is_accepted(host: Host, device: MakeDevice) -> None:
+    """db1 has its old name yet, which is db2's by now. With the ledger, it is lost whose each device is."""
+    disks = [device(3), device(4)]
+    assert define_each(host, disks) == [""] * 2
+    rotate(host, disks)
+    rows(host, "check", "--repair")
+    host.check("define", xml(host, "db2", 2, disks[1].path))
+    move(ledger_of(host), host.folder / "before")
+    found = rows(host, "check", "--repair")
+    assert all("libvirt's definition of domain" in row["Done"] for row in found if row["Path"] == str(disks[1].path))
+    assert host.virsh("define", xml(host, "db1", 1, disks[0].path)).returncode
+    rows(host, "check", "--repair", "--accept", str(disks[1].path))
+    assert "is in libvirt's definition" in host.virsh("define", xml(host, "db3", 3, disks[1].path)).stderr
+    host.check("define", xml(host, "db1", 1, disks[0].path))
+    rows(host, "check", "--repair")
+    assert "belongs to domain db2" in host.virsh("define", xml(host, "db3", 3, disks[1].path)).stderr
+    assert "belongs to domain db1" in host.virsh("define", xml(host, "db3", 3, disks[0].path)).stderr
+
+
 def test_names_that_rotate_among_devices_of_which_a_domain_has_two(host: Host, device: MakeDevice) -> None:
     disks = [device(index) for index in (3, 4, 5)]
     host.check("define", xml(host, "db1", 1, disks[0].path, disks[1].path))
@@ -339,3 +360,62 @@ def test_an_old_name_means_what_the_domain_has_when_another_is_there_that_nobody
     assert "belongs to domain db1" in host.virsh("define", xml(host, "db3", 3, one.path)).stderr
     host.check("define", xml(host, "db1", 1, one.path))
     host.check("start", "db1")
+
+
+@pytest.mark.parametrize("right", ["ledger", "definitions"])
+def test_names_that_a_repair_has_followed_before_the_backup(host: Host, device: MakeDevice, right: str) -> None:
+    """libvirt's definitions have the other names: of before that boot, or since the domains were defined anew."""
+    disks = [device(3), device(4)]
+    assert define_each(host, disks) == [""] * 2
+    rotate(host, disks)
+    rows(host, "check", "--repair")
+    backup = back_up(host)
+    if right == "definitions":
+        release_each(host)
+        disks.reverse()
+        define_each(host, disks)
+    put_back(host, backup)
+    found = {row["Domain"]: row for row in rows(host, "check", "--repair") if row["Domain"]}
+    for number, path in ((1, disks[1].path), (2, disks[0].path)) if right == "definitions" else ():
+        assert "is in libvirt's definition" in host.virsh("define", xml(host, f"db{number}", number, path)).stderr
+    if right == "ledger":
+        for name, path in (("db1", disks[1].path), ("db2", disks[0].path)):
+            assert f"nvdimmctl check --repair {path}, and define {name}" in found[name]["Remedy"]
+            rows(host, "check", "--repair", str(path))
+    else:
+        assert all("nvdimmctl release --slot 0 " in found[name]["Remedy"] for name in ("db1", "db2"))
+        for name in ("db1", "db2"):
+            assert host.nvdimmctl("release", "--yes", name).returncode == 0
+        rows(host, "check", "--repair")
+    assert define_each(host, disks) == [""] * 2
+    assert [host.record(f"db{number}").allocations[0].spec.path for number in (1, 2)] == [
+        str(disk.path) for disk in disks
+    ]
+
+
+def release_each(host: Host) -> None:
+    for name in ("db1", "db2"):
+        host.check("undefine", name)
+        assert host.nvdimmctl("release", "--yes", name).returncode == 0
+
+
+def test_pools_with_links_that_are_new_when_a_boot_exchanges_names(host: Host, device: MakeDevice) -> None:
+    """nvdimmd notes at its start which devices are to be overwritten: not by the names, which are others' by then."""
+    disks = [device(3), device(4)]
+    assert define_each(host, disks) == [""] * 2
+    disks[0].write(b"of db1")
+    host.libvirtd.end("nvdimmd")
+    rotate(host, disks)
+    sections = ""
+    for disk, name, wipes in zip(disks, ("secret", "plain"), ("true", "false"), strict=True):
+        (host.folder / name).symlink_to(disk.path)
+        sections += f"[pool:{name}]\nkind = pmem\npaths = {{folder}}/{name}\nwipe_on_release = {wipes}\n"
+    host.configure(CONF + sections)
+    with closing(sqlite3.connect(ledger_of(host))) as ledger:
+        ledger.execute("UPDATE allocation SET pool = ''")  # as in one of an earlier version
+        ledger.commit()
+    host.start_nvdimmd()
+    rows(host, "check", "--repair")
+    assert define_each(host, disks) == [""] * 2
+    assert host.nvdimmctl("release", "--yes", "db1").returncode == 0
+    assert disks[0].read(6) == bytes(6)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nvdimm_driver.doctor.repair import Inconsistency
@@ -36,6 +37,11 @@ def test_it_is_not_taken_over_while_something_is_left_to_repair(tmp_path: Path) 
     unknown = Inconsistency("db1", "", "/dev/pmem1", "the ledger does not know whose it is", "write it there", print)
     (found,) = look(driver, [unknown])
     assert found.mend is None
+    assert "--accept PATH" in found.remedy
+    (found,) = look(driver, [unknown, replace(unknown, path="/dev/pmem2")], ["/dev/pmem1"])
+    assert found.mend is None
+    (found,) = look(driver, [unknown], ["/dev/pmem1"])
+    assert found.mend
 
 
 def test_it_is_not_taken_over_while_libvirt_cannot_be_asked(tmp_path: Path) -> None:

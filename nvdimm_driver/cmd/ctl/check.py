@@ -62,6 +62,13 @@ class Check(Listing):
             default=[],
             help="with --repair: take the mark from this copy of a file, and repair nothing else; can be repeated",
         )
+        parser.add_argument(
+            "--accept",
+            metavar="PATH",
+            action="append",
+            default=[],
+            help="with --repair: take over a ledger from elsewhere if the repair of this path fails; can be repeated",
+        )
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:
@@ -71,9 +78,12 @@ class Check(Listing):
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
         from nvdimm_driver.doctor.repair_marks import unmark_copy
 
-        zeros, copies = ([path_argument(path) for path in paths] for paths in (parsed_args.zeros, parsed_args.unmark))
-        if (zeros or copies) and not parsed_args.repair:
-            raise UsageError("--zeros and --unmark are ways to repair", hint="add --repair")
+        zeros, copies, accepted = (
+            [path_argument(path) for path in paths]
+            for paths in (parsed_args.zeros, parsed_args.unmark, parsed_args.accept)
+        )
+        if (zeros or copies or accepted) and not parsed_args.repair:
+            raise UsageError("--zeros, --unmark and --accept are ways to repair", hint="add --repair")
         try:
             driver, rows = _open(self.app.conf, repair=parsed_args.repair)
         except DamagedLedgerError as error:
@@ -84,7 +94,7 @@ class Check(Listing):
         for path in copies:
             unmark_copy(driver, path)
         named = [path_argument(word) for word in parsed_args.only if word.startswith("/")]
-        find = partial(_find, driver, self.app.conf, zeros, named)
+        find = partial(_find, driver, self.app.conf, zeros, named, accepted)
         if only := [*parsed_args.only, *zeros, *copies]:
             find = partial(_find_only, driver, only, find)
         if zeros and (whole := {*zeros} - {each.path for each in find()}):
@@ -126,7 +136,7 @@ def _open(conf: cfg.ConfigOpts, *, repair: bool) -> tuple[XenNvdimmDriver, list[
 
 
 def _find(
-    driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], named: Sequence[str]
+    driver: XenNvdimmDriver, conf: cfg.ConfigOpts, zeros: Sequence[str], named: Sequence[str], accepted: Sequence[str]
 ) -> list[Inconsistency]:
     """Find all inconsistencies.
 
@@ -134,6 +144,7 @@ def _find(
 
     :param zeros: files whose lost bytes are to be replaced with zeros.
     :param named: paths that the operator has named.
+    :param accepted: paths whose repair a ledger from elsewhere does not wait for.
     """
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
     from nvdimm_driver.doctor import repair_ledger, repair_saved_guests
@@ -148,11 +159,11 @@ def _find(
         *repair_saved_guests.look(driver, restore, socket, conf.libvirt.save_dir),
     ]
     try:
-        found += find_device_claims(driver, conf)
+        found += find_device_claims(driver, conf, named)
     except ConfigError as error:
         if driver.ledger.is_from_elsewhere():
             found.append(Inconsistency("", "", "", error.message, error.hint))
-    return [*found, *repair_ledger.look(driver, found)]
+    return [*found, *repair_ledger.look(driver, found, accepted)]
 
 
 def _find_only(

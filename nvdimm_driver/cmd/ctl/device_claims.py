@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from nvdimm_driver.driver import XenNvdimmDriver
 
 
-def find_device_claims(driver: XenNvdimmDriver, conf: cfg.ConfigOpts) -> list[Inconsistency]:
+def find_device_claims(
+    driver: XenNvdimmDriver, conf: cfg.ConfigOpts, named: Collection[str] = ()
+) -> list[Inconsistency]:
     """Find the claims to devices that libvirt and the ledger do not agree on.
 
+    :param named: paths that the operator has named.
     :raises ConfigError: when the host has devices, and libvirt cannot be asked.
     """
     from nvdimm_driver.doctor import repair_device_claims
@@ -26,7 +29,7 @@ def find_device_claims(driver: XenNvdimmDriver, conf: cfg.ConfigOpts) -> list[In
     from nvdimm_driver.xml.hooks import XmlHooks
 
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
-    return repair_device_claims.look(driver, XmlHooks.from_conf(conf).restore, socket)
+    return repair_device_claims.look(driver, XmlHooks.from_conf(conf).restore, socket, named)
 
 
 def check_agreed(driver: XenNvdimmDriver, conf: cfg.ConfigOpts, paths: Collection[str]) -> None:
