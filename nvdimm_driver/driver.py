@@ -445,7 +445,10 @@ class XenNvdimmDriver(plugins.Plugin):
         for record in self.ledger.domains():
             if record.start is None and any(item.identity and not item.identity.inode for item in record.allocations):
                 self.ledger.spoil_unnumbered(record.uuid)
-        self.ledger.take_over(compared=False)
+        try:
+            self.ledger.take_over(compared=False)
+        except LedgerError as error:  # domains that are defined boot all the same
+            LOG.warning("%s", error)
 
     def check_redefinition(self, plan: Plan) -> None:
         """Check that a domain whose guest is saved is defined with the NVDIMMs that this guest had, in their places.

@@ -19,7 +19,7 @@ from pathlib import Path
 from oslo_config import cfg
 
 from nvdimm_driver import apparmor, conf, logs
-from nvdimm_driver.driver import XenNvdimmDriver, load_driver
+from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.host_text import use_utf8
 from nvdimm_driver.rpc.handler_types import Peer
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = list(arguments) or None
         options = conf.load(files)
         logs.to_journal("nvdimmd", options)
-        _look_at_pools(load_driver(options))
+        _look_at_pools(options)
         with sockets(options) as (clients, readers):
             asyncio.run(_serve(options, files, clients, readers))
     except (NvdimmError, OSError) as error:
@@ -52,13 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _look_at_pools(driver: XenNvdimmDriver) -> None:
-    """Note what the pools say of NVDIMMs now; a ledger that cannot be written keeps no client from libvirt."""
-    with closing(driver):
-        try:
+def _look_at_pools(options: cfg.ConfigOpts) -> None:
+    """Note what the pools say of NVDIMMs now; a ledger that cannot be used keeps no client from libvirt.
+
+    :raises ConfigError: when the options are wrong.
+    """
+    try:
+        with closing(load_driver(options)) as driver:
             driver.note_pools()
-        except NvdimmError as error:
-            LOG.warning("it is not noted which pools NVDIMMs are in: %s", error)
+    except ConfigError:
+        raise
+    except NvdimmError as error:
+        LOG.warning("it is not noted which pools NVDIMMs are in: %s", error)
 
 
 async def _serve(

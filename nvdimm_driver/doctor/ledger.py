@@ -9,10 +9,9 @@ from pathlib import Path
 
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
-from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
-from nvdimm_driver.state.database import FROM_ELSEWHERE, TAKE_OVER
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import host_boot_id
 
@@ -39,14 +38,14 @@ def check(
             with closing(Ledger(str(path))) as ledger:
                 ledger.check_integrity()
                 records = ledger.domains()
-                is_from_elsewhere = ledger.is_from_elsewhere()
+                elsewhere = _elsewhere(ledger)
         except NvdimmError as error:
             yield could_not("ledger", error)
         else:
             nvdimms = sum(len(record.allocations) for record in records)
             has = f"{len(records)} domains, {nvdimms} NVDIMMs"
-            if is_from_elsewhere:
-                yield warned("ledger", f"{has}; it {FROM_ELSEWHERE}", TAKE_OVER)
+            if elsewhere:
+                yield warned("ledger", f"{has}; {elsewhere.message}", elsewhere.hint)
             else:
                 yield passed("ledger", has)
             yield from check_starts(records, mapper)
@@ -56,6 +55,15 @@ def check(
             return
     for name in (_XEN, _BACKINGS, _SERVERS, _HOLDERS):
         yield failed(name, "cannot be checked without the ledger")
+
+
+def _elsewhere(ledger: Ledger) -> LedgerError | None:
+    """Return the error that says that the ledger comes from elsewhere, or that nobody knows."""
+    try:
+        ledger.check_own()
+    except LedgerError as error:
+        return error
+    return None
 
 
 def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]:

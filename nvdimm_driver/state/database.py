@@ -97,9 +97,13 @@ class Database:
     def is_strange(self) -> bool:
         """Return True when the ledger is not the one in use, until :meth:`take_over`.
 
-        Its file is not the one that it was made in, or another one was used since, or it was written more often.
+        Its file is not the one that it was made in, or another one was used since, or it was written more often. It is
+        also True when nobody can say.
         """
-        known = self._in_use.read()  # first: others may write meanwhile
+        try:
+            known = self._in_use.read()  # first: others may write meanwhile
+        except LedgerError:
+            return True
         ((file, ledger, writes),) = self._rows("SELECT file, id, writes FROM latest")
         if known is not None and (known[0] != ledger or known[1] > writes):
             return True
@@ -108,8 +112,9 @@ class Database:
     def check_own(self) -> None:
         """Check that the file is the ledger's own, as far as :meth:`is_from_elsewhere` can tell.
 
-        :raises LedgerError: when it is not: what it says may be older than what is there.
+        :raises LedgerError: when it is not: what it says may be older than what is there; or when nobody can say.
         """
+        self._in_use.read()
         if self.is_from_elsewhere():
             raise LedgerError(f"{self.path} {FROM_ELSEWHERE}", hint=TAKE_OVER)
 
@@ -120,7 +125,9 @@ class Database:
         """
         values = (file_identity(self.path), _new_id(), not compared)
         self._write([("UPDATE latest SET file = ?, id = ?, uncompared = ?", values)])
-        self._in_use.replace(*self._rows("SELECT id, writes FROM latest")[0])
+        now = None
+        while now != (now := self._rows("SELECT id, writes FROM latest")[0]):  # another process may take it over, too
+            self._in_use.replace(*now)
 
     def close(self) -> None:
         """Close the file."""
@@ -351,6 +358,8 @@ def set_aside(path: str, number: int | None) -> str | None:
     """
     folder = _lock_folder(path)
     try:
+        known = in_use.beside(path)
+        known.follow(known)  # a version that wrote no such file has made it: who comes next must know that one was lost
         return _rename(path) if file_number(path) == number else None
     finally:
         os.close(folder)

@@ -98,8 +98,11 @@ class InUse:
         """Write in place: that needs no room on the disk once the file is there."""
         if self.path is None:
             return
+        import fcntl
+
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # until it is closed: a write of the ledger before must not come later
             known = None if anew else _parse(os.pread(fd, SIZE, 0))
             if known is None or (known[0] == ledger and known[1] < writes):
                 os.pwrite(fd, FORMAT.format(ledger, writes).encode(), 0)

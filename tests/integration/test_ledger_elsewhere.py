@@ -266,6 +266,15 @@ def test_a_device_that_only_the_guest_has_still_is_its_own_after_the_ledger_was_
     assert "belongs to domain db1" in host.virsh("define", xml(host, "db2", 2, disk.path)).stderr
 
 
+def test_nvdimmd_starts_with_a_damaged_ledger(host: Host) -> None:
+    """It keeps no client from libvirt."""
+    host.libvirtd.end("nvdimmd")
+    move(ledger_of(host), host.folder / "before")
+    ledger_of(host).write_bytes(b"scribble" * 4096)
+    host.start_nvdimmd()
+    host.check("list", "--all")
+
+
 # --- names that a boot has exchanged ---
 
 

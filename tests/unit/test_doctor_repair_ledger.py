@@ -6,11 +6,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.doctor.repair_ledger import look
 from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import LedgerError
 from nvdimm_driver.state import in_use
-from tests.unit.doubles import MemoryBacking, RecordingMapper, make_driver
+from tests.unit.doubles import MemoryBacking, RecordingMapper, domain, make_driver
 
 
 def from_elsewhere(folder: Path) -> XenNvdimmDriver:
@@ -48,3 +51,19 @@ def test_it_is_not_taken_over_while_libvirt_cannot_be_asked(tmp_path: Path) -> N
     (found,) = look(from_elsewhere(tmp_path), [Inconsistency("", "", "", "libvirt cannot be asked", "start it")])
     assert found.mend is None
     assert found.remedy == "first: start it"
+
+
+def test_a_domain_boots_if_nobody_knows_which_ledger_is_in_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its file is on a bad sector. Nothing else is done with such a ledger."""
+    backing, mapper = MemoryBacking(), RecordingMapper()
+    driver = make_driver(tmp_path, backing, mapper)
+    driver.define(domain("/mnt/pmem0/a"))
+    known = tmp_path.with_name(f"{tmp_path.name}-in-use")
+    known.unlink()
+    known.mkdir()
+    driver.prepare(domain("/mnt/pmem0/a"))
+    assert "-in-use: Is a directory" in caplog.text
+    with pytest.raises(LedgerError, match="cannot read"):
+        driver.check(domain("/mnt/pmem0/b"))

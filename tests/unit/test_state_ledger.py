@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from nvdimm_driver.errors import InUseError, LedgerError, XenError
 from nvdimm_driver.model import Allocation, BackingIdentity, NvdimmSpec, Run, Start
 from nvdimm_driver.state import database
+from nvdimm_driver.state.database import set_aside
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import PreparedStart
 from tests.ledger_copies import copy_ledger
@@ -407,9 +409,40 @@ def test_a_ledger_that_cannot_be_noted_as_the_one_in_use_is_not_taken_over_in_si
         _known(path).mkdir()
         with pytest.raises(LedgerError, match=r"cannot read .*: Is a directory \(delete that file"):
             ledger.check_own()
+        assert ledger.is_strange(), "nobody can say"
         with pytest.raises(LedgerError, match=r"cannot write .*-in-use: Is a directory"):
             ledger.take_over(compared=True)
         ledger.record_failure(UUID, XenError("a start is recorded all the same"))
+
+
+def test_of_two_that_take_it_over_at_once_the_last_is_noted(tmp_path: Path) -> None:
+    """A start does, beside a repair. What is noted is the id that the ledger has then."""
+    path = str(tmp_path / "ledger.sqlite")
+    Ledger(path).close()
+
+    def take_over() -> None:
+        with closing(Ledger(path)) as ledger:
+            for _ in range(20):
+                ledger.take_over(compared=True)
+                ledger.record_failure(UUID, XenError("a write"))
+
+    threads = [Thread(target=take_over) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    with closing(Ledger(path)) as ledger:
+        assert not ledger.is_strange()
+
+
+def test_whoever_opens_it_after_a_damaged_one_was_set_aside_knows_that(tmp_path: Path) -> None:
+    """Also if a version made it that noted nowhere that there is one."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger(str(path)).close()
+    _known(path).unlink()
+    assert set_aside(str(path), path.stat().st_ino)
+    with closing(Ledger(str(path))) as ledger:
+        assert ledger.is_from_elsewhere()
 
 
 def _known(path: Path | str) -> Path:
