@@ -258,9 +258,9 @@ def _check_saved(
     from nvdimm_driver.lifecycle import saved_guest
     from nvdimm_driver.model import Run
 
-    last, is_spoiled = ledger.find_run(uuid), ledger.is_spoiled(uuid)
+    last, is_unnumbered = ledger.find_run(uuid), ledger.is_unnumbered(uuid) and not ledger.is_spoiled(uuid)
     read = partial(mapper.read, domid)
-    return saved_guest.check(read, split(tables), Run(*start.run), last, is_spoiled=is_spoiled)
+    return saved_guest.check(read, split(tables), Run(*start.run), last, is_unnumbered=is_unnumbered)
 
 
 def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[int, float]:

@@ -223,7 +223,7 @@ def not_as_stored(items: Sequence[Allocation], plan: Plan) -> str:
 
 
 def check(
-    read: Read, tables: Sequence[bytes], begun: Run, last: Run | None, *, is_spoiled: bool = False
+    read: Read, tables: Sequence[bytes], begun: Run, last: Run | None, *, is_unnumbered: bool = False
 ) -> tuple[int, bytes]:
     """Check that a saved guest may go on with the NVDIMMs that a start has prepared.
 
@@ -231,7 +231,8 @@ def check(
     :param tables: that the start would deliver to a guest that boots.
     :param begun: the run that the start begins.
     :param last: the domain's last run.
-    :param is_spoiled: as :meth:`.StartSteps.is_spoiled` returns it.
+    :param is_unnumbered: a version that numbered no runs has started the domain's last guest, and nothing has written
+        its NVDIMMs since.
     :returns: an address in the guest's memory, and the bytes to write there, with which the guest's run is ``begun``.
     :raises AcpiError: when the guest's NFIT cannot be found or is malformed.
     :raises RefusedError: when something differs.
@@ -240,7 +241,7 @@ def check(
     (prepared,) = (table for table in tables if table[:4] == b"NFIT")
     _check_places(nfit, prepared)
     number = Header.parse(nfit).oem_revision
-    if number != UNNUMBERED or last is not None or is_spoiled:
+    if number != UNNUMBERED or last is not None or not is_unnumbered:
         check_run(begun, last if last is not None and last.number == number > UNNUMBERED else None)
     return address, _numbered(nfit, begun.number)
 

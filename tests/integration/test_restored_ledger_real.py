@@ -18,8 +18,9 @@ from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.backing.paths import Entry
 from nvdimm_driver.cmd.ctl import check
 from nvdimm_driver.cmd.ctl.check import _repair
+from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.doctor.repair import Inconsistency, look
-from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError, RefusedError
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, BackingIdentity, NvdimmSpec, Pool
 from nvdimm_driver.pools.rules import Pools
@@ -939,3 +940,78 @@ def test_a_hint_releases_nothing_of_a_domain_that_has_the_name_by_now(host: Host
     with pytest.raises(InUseError) as caught:
         host.driver.define(replace(host.domain("a.img", third), name="third"))
     assert f"nvdimmctl release --slot 0 {UUID}" in caught.value.hint
+
+
+# --- saved guests ---
+
+
+def boots(host: Host, domid: int, image: dict[int, bytes] | None = None) -> None:
+    """Start a domain with a file; its guest boots, or goes on from an image of its memory."""
+    driver = host.another()
+    driver.prepare(host.domain("a.img"))
+    host.mapper.alive[domid] = UUID
+    if image is not None:
+        host.mapper.memory[domid] = dict(image)
+    is_restored = image is not None
+    prepare = driver.prepare_known
+    attach(domid, driver.ledger, host.mapper, str(host.folder), prepare, lambda *_: None, restored=is_restored)
+    if not is_restored:
+        host.mapper.boot(domid)
+
+
+def ends(host: Host, domid: int) -> None:
+    del host.mapper.alive[domid]
+    host.another().release(UUID)
+
+
+def put_back(host: Host) -> None:
+    """Rename the copy to the ledger's name, which is noticed."""
+    host.driver.ledger.close()
+    for each in host.folder.glob("ledger.sqlite*"):
+        each.unlink()
+    (host.folder / "backup").rename(host.folder / "ledger.sqlite")
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["has ended", "runs"])
+@pytest.mark.parametrize("since", ["restored", "booted"])
+def test_a_guest_that_was_saved_since_the_backup_goes_on_once(host: Host, runs: bool, since: str) -> None:
+    """The ledger has the start of the guest that was saved, and the next one of the domain is what ends."""
+    host.driver.define(host.domain("a.img"))
+    boots(host, 5)
+    back_up(host)
+    image = dict(host.mapper.memory[5])
+    ends(host, 5)
+    boots(host, 6, image if since == "restored" else None)
+    put_back(host)
+    if runs:
+        host.another().distrust_saved_guests()
+    ends(host, 6)
+    host.another().distrust_saved_guests()
+    with pytest.raises(RefusedError):
+        boots(host, 7, image)
+
+
+def test_a_guest_that_was_saved_at_the_backup_goes_on_once(host: Host) -> None:
+    """The ledger has no start of the guest that has ended since: the file is immutable still, and has its time."""
+    host.driver.define(host.domain("a.img"))
+    boots(host, 5)
+    image = dict(host.mapper.memory[5])
+    ends(host, 5)
+    back_up(host)
+    boots(host, 6, image)
+    put_back(host)
+    ends(host, 6)
+    with pytest.raises(RefusedError):
+        boots(host, 7, image)
+
+
+def test_a_guest_that_is_saved_with_a_ledger_from_a_backup_goes_on(host: Host) -> None:
+    """It runs as the ledger says, and was asked before it ended."""
+    host.driver.define(host.domain("a.img"))
+    boots(host, 5)
+    back_up(host)
+    put_back(host)
+    host.another().distrust_saved_guests()
+    image = dict(host.mapper.memory[5])
+    ends(host, 5)
+    boots(host, 6, image)

@@ -104,3 +104,10 @@ def test_a_taken_up_guest_of_a_version_without_numbers_goes_on(bench: Bench) -> 
     bench.driver().check_restore(UUID)
     bench.restore(image)
     assert not bench.driver().ledger.is_unnumbered(UUID)
+
+
+def test_an_image_without_a_number_is_refused_if_the_ledger_does_not_know_that_there_is_one(bench: Bench) -> None:
+    """The domain may have been started anew since, by a version that numbers runs, before the ledger was lost."""
+    image = with_header(bench.save(), oem_revision=saved_guest.UNNUMBERED)
+    lose_start(bench)
+    assert "the ledger was made anew" in bench.refused(image)
