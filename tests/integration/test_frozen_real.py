@@ -235,7 +235,7 @@ def test_a_start_that_was_killed_has_no_other_domains_file_thawed(
     evil = DomainSpec("evil", OTHER_UUID, 512 * MIB, None, (NvdimmSpec(0, host.path("g/p/v.img"), SIZE),))
     host.driver.define(evil)
     with monkeypatch.context() as patch:
-        patch.setattr(FsdaxBacking, "freeze", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(FsdaxBacking, "freeze_for", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         killed(lambda: host.another().prepare(evil))
     host.driver.drop_claims(OTHER_UUID)
     if redefined:
