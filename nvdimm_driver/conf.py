@@ -220,8 +220,8 @@ LIBVIRT_OPTS = [
         "definition_dirs",
         default=["/etc/libvirt/libxl", "/run/libvirt/libxl"],
         help="Folders in which libvirt's Xen driver keeps the definitions of domains, and the XML of those that run. "
-        "Before a domain gets a device, which has no mark of its owner, the driver reads there whose it is. If none "
-        "of the folders is there, no domain gets a device. An empty list goes by the ledger alone.",
+        "Before a domain gets a device, whose mark can be lost with the ledger, the driver reads there whose it is. If "
+        "none of the folders is there, no domain gets a device. An empty list goes by the ledger and the marks.",
     ),
     cfg.StrOpt(
         "save_dir",

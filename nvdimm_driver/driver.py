@@ -131,6 +131,8 @@ class XenNvdimmDriver(plugins.Plugin):
         self.ledger = ledger
         self.state_dir = state_dir
         self.backings = backings
+        for backing in backings:
+            backing.device_marks = ledger.device_marks
         self.acpi = acpi
         self.emulators = emulators
         self.pools = pools
@@ -140,7 +142,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown, is_saved)
         held = holders or Holders(state_dir)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), held, is_saved)
-        self.checks = Checks(ledger, backings, pools, self.spoil_runs, mapper.frames_of_guests, unknown)
+        self.checks = Checks(ledger, backings, pools, self.note_overwritten, mapper.frames_of_guests, unknown)
         self.importer, self.exporter, self.wiper = Importer(self.checks), Exporter(self.checks), Wiper(self.checks)
 
     @classmethod
@@ -361,6 +363,7 @@ class XenNvdimmDriver(plugins.Plugin):
         except NvdimmError as error:
             self.ledger.record_failure(uuid, error)
             raise
+        self._mark_devices(uuid)
         for spec, bad in zip(plan.domain.nvdimms, plan.bad_blocks, strict=True):
             if not self.pools.allow(spec.path):
                 logs.tell(Event("outside-pools", uuid, domain.name, None, {"path": spec.path}))
@@ -438,17 +441,22 @@ class XenNvdimmDriver(plugins.Plugin):
         if not self.ledger.is_strange():
             return
         for uuid, run in self.ledger.runs().items():
-            record = self.ledger.find_domain(uuid)
-            is_off = record is None or record.start is None
-            if is_off and any(not each.inode for _, each in saved_guest.backings_of(run)):
+            if not self._is_running_still(self.ledger.find_domain(uuid)) and any(
+                not each.inode for _, each in saved_guest.backings_of(run)
+            ):
                 self.ledger.spoil_run(uuid, run.number)
         for record in self.ledger.domains():
-            if record.start is None and any(item.identity and not item.identity.inode for item in record.allocations):
+            if not self._is_running_still(record) and any(map(ownership.is_device, record.allocations)):
                 self.ledger.spoil_unnumbered(record.uuid)
         try:
             self.ledger.take_over(compared=False)
         except LedgerError as error:  # domains that are defined boot all the same
             LOG.warning("%s", error)
+
+    def _is_running_still(self, record: Record | None) -> bool:
+        """Return True while the guest runs that the ledger says: not a later one, which it does not know."""
+        start = record.start if record else None
+        return start is not None and start.domid is not None and self.starts.find_domid(start) == start.domid
 
     def check_redefinition(self, plan: Plan) -> None:
         """Check that a domain whose guest is saved is defined with the NVDIMMs that this guest had, in their places.
@@ -524,6 +532,30 @@ class XenNvdimmDriver(plugins.Plugin):
             ]
             if new:
                 self.ledger.note_pools(record.uuid, new)
+
+    def mark_devices(self) -> None:
+        """Record on devices whose they are: an earlier version did not, or the records were lost.
+
+        Those of a ledger from elsewhere have to be compared first.
+        """
+        if not self.ledger.is_from_elsewhere():
+            for record in self.ledger.domains():
+                self._mark_devices(record.uuid)
+
+    def _mark_devices(self, uuid: str) -> None:
+        """Do what :meth:`mark_devices` does for a domain, unless libvirt has one of its devices for another one.
+
+        Nothing fails for that: 'nvdimmctl check' tells what has no mark.
+        """
+        try:
+            with self.locks.storing(uuid):
+                record = self.ledger.find_domain(uuid)
+                devices = [item for item in (record.allocations if record else ()) if ownership.is_device(item)]
+                if record is not None and devices:
+                    self.checks.unknown.check(uuid, {item.spec.path: item.identity for item in devices})
+                    ownership.mark(self.ledger, self.backings, replace(record, allocations=tuple(devices)))
+        except NvdimmError as error:
+            LOG.warning("devices of domain %s are not marked as its own: %s", uuid, error)
 
     def renew_label_servers(self) -> list[tuple[Record, bool]]:
         """Replace the label servers that are older than the installed code; return their domains, and if that worked.
@@ -662,6 +694,12 @@ class XenNvdimmDriver(plugins.Plugin):
         for record in self.ledger.claimants("", identity):
             if record.uuid != uuid and ownership.has_bytes(record.allocations, identity):
                 self.ledger.spoil_unnumbered(record.uuid)
+
+    def note_overwritten(self, identity: BackingIdentity) -> None:
+        """Do what :meth:`spoil_runs` does; of a device, note it beside the ledger, too, which a backup may replace."""
+        self.spoil_runs(identity)
+        if not identity.inode:
+            self.ledger.device_marks.note_run([identity], 0)
 
     def _new_run(self, plan: Plan, number: int) -> Run:
         """Return the run that a start of this plan begins; guests of other domains that had its bytes have no more."""

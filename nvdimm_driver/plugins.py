@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from oslo_config import cfg
 
-    from nvdimm_driver.errors import UnsupportedError
+    from nvdimm_driver.device_marks import DeviceMarks
+    from nvdimm_driver.errors import BackingError, UnsupportedError
     from nvdimm_driver.model import (
         AcpiTables,
         BackingIdentity,
@@ -160,9 +161,11 @@ class Backing(Plugin):
     write overrides :meth:`open_bytes`: import, export and wipe need it.
 
     :cvar name: name of its entry point; a pool's ``kind``.
+    :ivar device_marks: the owners of devices, which keep no record themselves; the driver sets it.
     """
 
     name: str
+    device_marks: DeviceMarks | None = None
 
     # --- every backing implements these ---
 
@@ -281,9 +284,7 @@ class Backing(Plugin):
         del progress
         found = self.locate(spec).identity
         if identity is not None and not found.is_same(identity):
-            from nvdimm_driver.errors import BackingError
-
-            raise BackingError(f"{spec.path}: is another device by now", hint="repeat what you did: look at it again")
+            raise _is_another(spec.path)
         return found
 
     def discard(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
@@ -435,13 +436,26 @@ class Backing(Plugin):
     # --- the record of the owner ---
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
-        """Record the owner on the backing itself; None removes the record. Devices have none.
+        """Record the owner on the backing itself; None removes the record.
 
         A frozen backing may keep the record that it has: it is written again once the backing is thawed.
 
+        The default is for a device, on which nothing can be recorded: :attr:`device_marks` has the owner of its bytes.
+
         :param identity: whose bytes it has to have; None when that is not known. No record is removed from others.
         :raises BackingError: when something else is there, which is to get a record.
+        :raises LedgerError: when a record of a device cannot be written.
         """
+        if self.device_marks is None or (identity is not None and identity.inode):
+            return
+        if owner is None and identity is not None:  # wherever it is by now
+            self.device_marks.set_owner(identity, None)
+            return
+        found = self._find_device(path)
+        if found is not None and (identity is None or identity.shares_bytes(found)):
+            self.device_marks.set_owner(identity or found, owner)
+        elif owner is not None and identity is not None:
+            raise _is_another(path)
 
     def note_given(self, path: str, when: int) -> None:
         """Note that the owner of a frozen backing, whose record cannot be written, was given it (again) at a time.
@@ -456,23 +470,57 @@ class Backing(Plugin):
         return 0
 
     def inspect(self, path: str, identity: BackingIdentity | None = None) -> Surveyed | None:
-        """Return the owner that is recorded on the file at a path, and whether a guest has it.
+        """Return the owner that is recorded on the backing at a path, and whether a guest has it.
 
-        The default is None, for a backing that keeps no such record.
+        The default does that for a device, as :meth:`mark` does; with an identity, for exactly its bytes.
 
         :param identity: whose bytes it has to have; None for whatever is there.
         :returns: None when nothing is there, or nothing that a domain could have; but not with an identity.
         :raises TurnedError: when a part of the path has become a symbolic link.
         :raises BackingError: when it cannot be read or, with an identity, something else is there, or nothing.
         """
-        return None
+        if self.device_marks is None or (identity is not None and identity.inode):
+            return None
+        found = self._find_device(path)
+        if identity is not None and not (found and identity.shares_bytes(found)):
+            raise _is_another(path)
+        if found is None:
+            return None
+        return self._surveyed_device(path, found, self.device_marks.owner(identity or found))
+
+    def inspect_parts(self, path: str, identity: BackingIdentity) -> Iterable[Surveyed]:
+        """Return the other devices with bytes of one that have an owner recorded: its parts, or what it is a part of.
+
+        :param path: by which the device is known.
+        """
+        if self.device_marks is None or identity.inode or type(self).mark is not Backing.mark:
+            return ()
+        found = self.device_marks.owners_of_parts(identity)
+        return [self._surveyed_device(path, other, owner) for other, owner in found]
 
     def survey(self, paths: Sequence[str]) -> Iterable[Surveyed]:
-        """Return the files in a pool with these paths, and the owners recorded on them.
+        """Return the files in a pool with these paths, or these devices, and the owners recorded on them.
 
         :raises BackingError: when the pool cannot be read.
         """
-        return ()
+        if self.device_marks is None or type(self).mark is not Backing.mark:
+            return ()
+        return [found for path in map(os.path.realpath, paths) if (found := self.inspect(path))]
+
+    def _surveyed_device(self, path: str, identity: BackingIdentity, owner: bytes | None) -> Surveyed:
+        from nvdimm_driver.model import Surveyed
+
+        return Surveyed(path, owner, False, True, identity=identity)
+
+    def _find_device(self, path: str) -> BackingIdentity | None:
+        """Return the identity of the device at a path; None when none is there that a domain could have."""
+        from nvdimm_driver.errors import BackingError
+
+        try:
+            found = self.identify(path) if self.handles(path) else None
+        except BackingError:
+            return None
+        return found if found and not found.inode else None
 
     # --- access from the host ---
 
@@ -524,6 +572,12 @@ class Backing(Plugin):
         """Return the areas that the locations are in."""
         used = {each.identity.device for each in locations}
         return tuple(each for each in self.areas() if each.uid in used)
+
+
+def _is_another(path: str) -> BackingError:
+    from nvdimm_driver.errors import BackingError
+
+    return BackingError(f"{path}: is another device by now", hint="repeat what you did: look at it again")
 
 
 def backing_of(backings: Sequence[Backing], path: str) -> Backing:

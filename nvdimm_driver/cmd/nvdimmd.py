@@ -53,17 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _look_at_pools(options: cfg.ConfigOpts) -> None:
-    """Note what the pools say of NVDIMMs now; a ledger that cannot be used keeps no client from libvirt.
+    """Note what the pools say of NVDIMMs now, and whose devices are.
+
+    A ledger that cannot be used keeps no client from libvirt.
 
     :raises ConfigError: when the options are wrong.
     """
     try:
         with closing(load_driver(options)) as driver:
             driver.note_pools()
+            driver.mark_devices()
     except ConfigError:
         raise
     except NvdimmError as error:
-        LOG.warning("it is not noted which pools NVDIMMs are in: %s", error)
+        LOG.warning("it is not noted which pools NVDIMMs are in, and whose devices are: %s", error)
 
 
 async def _serve(

@@ -98,7 +98,7 @@ class Checks:
             )
 
     def check_unmapped(self, path: str) -> None:
-        """Check that no guest of Xen's has frames of a backing; a device has no mark that would say so.
+        """Check that no guest of Xen's has frames of a backing; the mark of a device does not say so.
 
         :raises InUseError: when one does.
         """

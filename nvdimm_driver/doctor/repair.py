@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -117,6 +118,7 @@ class _Look:
         self.named = named
         self.definition_of = definition_of
         self.records = driver.ledger.domains()
+        self._all = driver.ledger, driver.backings
         self.running = ownership.Running(self.records)
         self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
@@ -129,12 +131,22 @@ class _Look:
             try:
                 backing = self._named(pool.kind)
                 for path in pool.paths:
-                    device = path if type(backing).mark is Backing.mark else ""  # which has no mark to be seen
+                    device = path if type(backing).mark is Backing.mark else ""  # which keeps no mark on itself
                     backing.check_home(resolve(path))
                 self.files |= {file.path: file for file in backing.survey(pool.paths)}
             except NvdimmError as error:
                 self.unseen.append(Inconsistency("", "", device, f"pool {pool.name}: {error.message}", error.hint))
+        self._see_devices()
         self.marks = Marks(self.files.values(), self.owners)
+
+    def _see_devices(self) -> None:
+        """Look at the devices in no pool that a domain has, or the operator has named."""
+        devices = [item.spec.path for each in self.records for item in each.allocations if ownership.is_device(item)]
+        for path in {*devices, *self.named}.difference(self.files):
+            with suppress(NvdimmError):  # of what a domain has, the finding is there
+                file = backing_of(self.driver.backings, path).inspect(path)
+                if file and file.identity and not file.identity.inode:
+                    self.files[path] = file
 
     def findings(self) -> Iterator[Inconsistency]:
         yield from self.unseen
@@ -146,7 +158,7 @@ class _Look:
         starts = self.driver.starts
         for record, domid in starts.find_moved():
             problem = f"its guest runs with domid {domid}, and the ledger has an earlier start: it is from a backup"
-            devices = {path for path in (record.start.paths if record.start else ()) if path not in self.files}
+            devices = {path for path in (record.start.paths if record.start else ()) if not self._is_file(path)}
             take_up = partial(self.changes.take_up, record, domid, self._frozen_of(record.uuid) | devices)
             yield Inconsistency(record.name, record.uuid, "", problem, "write the start into the ledger", take_up)
         yield from self._unknown_guests()
@@ -189,6 +201,11 @@ class _Look:
             yield Inconsistency(
                 name, uuid, "", problem, f"shut it down: xl shutdown {domid}; nobody knows which it has"
             )
+
+    def _is_file(self, path: str) -> bool:
+        """Return True for a file in a pool, which is frozen for a guest that has it."""
+        file = self.files.get(path)
+        return file is not None and not (file.identity and not file.identity.inode)
 
     # --- NVDIMMs in the ledger ---
 
@@ -256,10 +273,14 @@ class _Look:
                 backing.check_home(path, item.identity)
             yield self._gone(record, item, moved)
             return
-        if mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path):
+        here = ownership.identity_at(self.driver.backings, path)
+        is_another = ownership.is_device(item) and not ownership.has_bytes(
+            [item], here
+        )  # by a name that it has no more
+        mark = None if is_another else ownership.find_anothers_mark(*self._all, record.uuid, path)
+        if mark:
             yield self._anothers(record, item, mark)
             return
-        here = ownership.identity_at(self.driver.backings, path)
         if own := ownership.find_own(record, item, here):
             yield self._in_place_of(record, item, own, backing, here)
             return
@@ -470,7 +491,8 @@ class _Look:
         if not exists(path):
             return None
         backing = backing_of(self.driver.backings, path)
-        return backing if self.files.get(path) or backing.inspect(path) else None
+        file = self.files.get(path) or backing.inspect(path)
+        return backing if file and not (file.identity and not file.identity.inode) else None
 
     def _named(self, kind: str) -> Backing:
         return backing_named(self.driver.backings, kind)
@@ -516,6 +538,8 @@ class _Look:
         A file with the identity can be at another NVDIMM's path. One with the mark of that slot and another identity is
         a copy, or, if the mark was written on it, a later NVDIMM of the domain.
         """
+        if ownership.is_device(item):
+            return []  # no repair moves one; Backing.find knows where it is
         if here := [path for path, file in self.files.items() if file.identity and _has_bytes(item, file)]:
             return here
         marked = self.marks.files_of(item.uuid, item.spec.slot)
@@ -684,12 +708,14 @@ class _Look:
     def _is_given_up(self, item: Allocation) -> bool:
         """Return True when a domain has given up, since the ledger's backup, an NVDIMM that the ledger says it has.
 
-        Its file has lost the mark, or was deleted. A device has no mark, so nobody can say that of one.
+        Its file has lost the mark, or was deleted. A device without a mark may never have had one.
 
         :raises BackingError: when its file may be somewhere else.
         """
         path, file = item.spec.path, self._file_at(item.spec.path)
         if file is not None:
+            if ownership.is_device(item) and file.owner is None:
+                return False
             return _has_bytes(item, file) and not file.frozen and not _is_marked(file, item)
         if item.identity is None or exists(path):
             return False

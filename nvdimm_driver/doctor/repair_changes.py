@@ -99,8 +99,10 @@ class Changes:
     # --- of one NVDIMM ---
 
     def write_mark(self, record: Record, backing: Backing, item: Allocation) -> None:
-        """Mark a file as the domain's."""
+        """Mark a file or device as the domain's; of a device, libvirt's definitions may say otherwise."""
         self._check_whose(record, backing, item, item.identity)
+        if ownership.is_device(item):
+            self.driver.checks.unknown.check(record.uuid, {item.spec.path: item.identity})
         _set_mark(backing, item.spec.path, owner_marks.pack(record, item), item.identity)
 
     def complete(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
@@ -226,7 +228,7 @@ class Changes:
         ownership.check_off(record)
         without = replace(item, base=None)
         self._store(record, [*_without(record, item), without], [item.spec.path])
-        if item.identity is not None and item.identity.inode:
+        if item.identity is not None:
             self._mark(record, backing_of(self.driver.backings, item.spec.path), without)
 
     def give_up(self, record: Record, item: Allocation) -> None:

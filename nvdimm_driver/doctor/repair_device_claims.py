@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find claims to devices that libvirt knows otherwise than the ledger, which was lost or is from a backup.
 
-Devices have no marks that would say whose they are.
+The marks of devices are beside the ledger: they can be lost with it, and an earlier version wrote none.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Known:
 def look(
     driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str, named: Collection[str] = ()
 ) -> list[Inconsistency]:
-    """Find the claims to memory without marks that libvirt and the ledger do not agree on; change nothing.
+    """Find the claims to devices that libvirt and the ledger do not agree on; change nothing.
 
     :param restore: restores domain XML that libvirt has.
     :param socket: of libvirt's daemon.
@@ -284,5 +284,5 @@ def _is_device(driver: XenNvdimmDriver, path: str) -> bool:
 
 
 def _is_unmarked(backing: Backing) -> bool:
-    """Return True for a kind of backing that records no owner."""
+    """Return True for a kind of backing that records no owner on itself."""
     return type(backing).mark is Backing.mark

@@ -14,7 +14,7 @@ from pathlib import Path
 from nvdimm_driver import logs
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.paths import check_not_read_only, resolve
-from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Surveyed, Touch
@@ -181,7 +181,10 @@ class Starts:
                 self.holders.kill(start.uuid, holders)
         record = self.ledger.find_domain(start.uuid)
         if record is not None:
-            ownership.mark(self.ledger, self.backings, record)  # what could not be recorded while they were frozen
+            try:
+                ownership.mark(self.ledger, self.backings, record)  # what could not be recorded while they were frozen
+            except LedgerError as error:
+                LOG.warning("marks of domain %s are left to 'nvdimmctl check --repair': %s", record.name, error)
         self.ledger.end_start(start, kind=kind)
         self.ledger.forget_unused(start.uuid)
 

@@ -11,6 +11,7 @@ import os
 import sqlite3
 import time
 
+from nvdimm_driver.device_marks import FOLDER, DeviceMarks
 from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError, hint_of, own_file_error
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state import in_use
@@ -49,6 +50,7 @@ class Database:
     :param path: file in an existing folder; ``:memory:`` for a ledger that is not kept.
     :param tell: called with each event after it is written.
     :raises LedgerError: from every method, when the file cannot be read or written.
+    :ivar device_marks: the marks of devices, in a folder beside the file.
     :ivar reserve: space for what a start needs; whoever wants it kept calls its ``keep``.
     """
 
@@ -57,6 +59,9 @@ class Database:
         self._tell = tell
         self.reserve = Reserve(f"{path}-reserve")
         self._in_use = in_use.beside(path)
+        self.device_marks = DeviceMarks(
+            None if path == ":memory:" else os.path.join(os.path.dirname(os.path.abspath(path)), FOLDER)
+        )
         try:
             before = file_number(path)
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims that the ledger may not know: those that marks of files tell of, and libvirt's definitions for devices.
 
-A ledger that was lost, rebuilt or restored from a backup knows less than they do. Devices have no marks.
+A ledger that was lost, rebuilt or restored from a backup knows less than they do. The marks of devices are beside it,
+and can be lost with it.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class UnknownClaims:
 
 
 def keeps_no_mark(backings: Sequence[Backing], path: str) -> bool:
-    """Return True for what is there and records no owner: a device."""
+    """Return True for what is there and records no owner on itself: a device."""
     return any(type(each).mark is Backing.mark and each.handles(path) for each in backings)
 
 

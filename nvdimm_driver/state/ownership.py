@@ -154,9 +154,10 @@ def check_free(ledger: Ledger, path: str, identity: BackingIdentity | None) -> N
 def check_marks(
     ledger: Ledger, backings: Sequence[Backing], uuid: str, claims: Mapping[str, BackingIdentity | None]
 ) -> None:
-    """Check that no file is, by its mark or because it is frozen, another domain's, which the ledger may not know.
+    """Check that no backing is, by its mark or because it is frozen, another domain's, which the ledger may not know.
 
-    A ledger that was lost, rebuilt or restored from a backup knows less than the files.
+    A ledger that was lost, rebuilt or restored from a backup knows less than the marks. Those of a device's parts, and
+    of what it is a part of, count, too.
 
     :param uuid: of the domain that is to have the files; empty for none.
     :param claims: the identity of what was opened or located at each path; None for whatever is there.
@@ -166,7 +167,7 @@ def check_marks(
     """
     for path, identity in claims.items():
         try:
-            files = _files(backings, path, identity)
+            files = _files_and_parts(backings, path, identity)
         except BackingError:
             if identity is not None:
                 check_marks(ledger, backings, uuid, {path: None})  # the mark of what is there says more
@@ -257,6 +258,18 @@ def _files(backings: Sequence[Backing], path: str, identity: BackingIdentity | N
     return [*filter(None, (backing.inspect(path) for backing in backings if backing.handles(path)))]
 
 
+def _files_and_parts(backings: Sequence[Backing], path: str, identity: BackingIdentity | None = None) -> list[Surveyed]:
+    """Do what :func:`_files` does; add other devices with a mark that a device there shares bytes with."""
+    files = _files(backings, path, identity)
+    return [*files, *(part for file in files for part in _parts(backings, path, identity or file.identity))]
+
+
+def _parts(backings: Sequence[Backing], path: str, identity: BackingIdentity | None) -> Iterable[Surveyed]:
+    if identity is None or identity.inode:
+        return ()
+    return backing_named(backings, identity.kind).inspect_parts(path, identity)
+
+
 def _files_of(backings: Sequence[Backing], path: str, identity: BackingIdentity | None) -> list[Surveyed]:
     """Do what :func:`_files` does, with or without that identity: a lease on a file that has it is waited for."""
     if identity is not None:
@@ -288,6 +301,8 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     moved = bool(items) and mark.is_original(file.identity)
     if not moved and any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
         return
+    if record and has_bytes(items, file.identity) and file.identity and not file.identity.inode:
+        raise _owned(path, record, file.identity)  # by its name of now, or a part of it
     if moved and has_bytes(items, file.identity):
         raise InUseError(
             f"{path} has the mark of domain {mark.name} ({mark.uuid}), and is its {items[0].spec.path}",
@@ -303,8 +318,8 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
         )
     else:
         hint = (
-            f"if a pool has the file, write it into the ledger: {repair_of(path)}; if that domain is gone for good, "
-            f"then free the file: {release_of(mark.uuid, mark.spec.slot)}; in a pool with wipe_on_release, "
+            f"if it is a device, or a pool has the file, write it into the ledger: {repair_of(path)}; if that domain "
+            f"is gone for good, then free it: {release_of(mark.uuid, mark.spec.slot)}; in a pool with wipe_on_release, "
             "that overwrites it: copy it elsewhere first, if its bytes are needed"
         )
     raise InUseError(
@@ -320,7 +335,7 @@ def find_anothers_mark(
     :param identity: that the file has to have; None for whatever is there.
     :raises BackingError: when it cannot be read, or has another identity.
     """
-    marks = (anothers_mark(ledger, backings, uuid, file) for file in _files(backings, path, identity))
+    marks = (anothers_mark(ledger, backings, uuid, file) for file in _files_and_parts(backings, path, identity))
     return next(filter(None, marks), None)
 
 
@@ -438,16 +453,37 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
         if anothers := find_anothers_mark(ledger, backings, record.uuid, path, item.identity):
             LOG.warning("%s has the mark of domain %s (%s), and keeps it", path, anothers.name, anothers.uuid)
             continue
-        files = list(_files(backings, path))
+        files = _files(backings, path, item.identity if is_device(item) else None)
         if any(
             (own := readable_mark(file)) and own.is_original(file.identity) and own.is_later(item) for file in files
         ):
             LOG.warning("%s keeps its mark, which is later than the ledger: see 'nvdimmctl check'", path)
             continue
+        if is_device(item) and ledger.is_from_elsewhere() and all(file.owner is None for file in files):
+            continue  # it had none, and nobody has compared yet what the ledger says of it
         if not files or any(file.owner != text or (file.frozen and not file.immutable) for file in files):
             backing_of(backings, path).mark(path, text, item.identity)
         if any(file.frozen and file.owner != text for file in files) and ledger.was_given_back(record.uuid, path):
             backing_of(backings, path).note_given(path, item.changed)
+        _unmark_parts(backings, record, item)
+
+
+def is_device(item: Allocation) -> bool:
+    """Return True for an NVDIMM in a device, whose mark is not on itself."""
+    return item.identity is not None and not item.identity.inode
+
+
+def _unmark_parts(backings: Sequence[Backing], record: Record, item: Allocation) -> None:
+    """Remove a domain's marks on parts of what it has, or on what that is a part of, unless they are later.
+
+    They are of a partition that was made larger or smaller since.
+    """
+    own = {each.identity for each in record.allocations}
+    for part in _parts(backings, item.spec.path, item.identity):
+        mark = readable_mark(part)
+        is_own = mark is not None and mark.uuid == record.uuid and mark.changed <= record.changed
+        if is_own and part.identity and part.identity not in own:
+            backing_named(backings, part.identity.kind).mark(part.path, None, part.identity)
 
 
 def times_of_marks(backings: Sequence[Backing], uuid: str, items: Iterable[Allocation]) -> dict[str, int]:

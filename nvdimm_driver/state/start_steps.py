@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from nvdimm_driver.model import Run, Start
+    from nvdimm_driver.model import BackingIdentity, Run, Start
     from nvdimm_driver.state.events import Value
 
 ABANDONED_SECONDS = 600
@@ -208,6 +208,18 @@ class StartSteps(Database):
             ],
             self._event("started", uuid, detail),
         )
+        self._note_run(start.run[0], start.run[1])
+
+    def _note_run(self, number: int, nvdimms: str) -> None:
+        """Note beside the ledger which run has its devices now: the ledger may be replaced with an earlier one.
+
+        A guest starts also where that cannot be written.
+        """
+        if devices := _devices_of(nvdimms):
+            try:
+                self.reserve.spend(lambda: self.device_marks.note_run(devices, number))
+            except LedgerError:
+                self.device_marks.forget_run(devices)
 
     def record_ioreq_server(self, uuid: str, domid: int, server: int) -> None:
         """Record the id of the ioreq server that the label server of a running guest has created.
@@ -318,6 +330,8 @@ class StartSteps(Database):
         )
         if not taken_up:
             raise _undone(uuid)
+        if run:
+            self._note_run(run.number, run.nvdimms)
 
     def _advance(
         self,
@@ -362,11 +376,18 @@ class StartSteps(Database):
         return PreparedStart(key, name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached, tuple(run))
 
     def find_run(self, uuid: str) -> Run | None:
-        """Return the domain's last run, which may not be over; None when no version that numbers them has begun one."""
+        """Return the domain's last run, which may not be over; None when no version that numbers them has begun one.
+
+        Its number is 0 if a later run, of whatever domain, had one of its devices: the ledger is from a backup then.
+        """
         from nvdimm_driver.model import Run
 
         rows = self._rows("SELECT number, nvdimms, written FROM run WHERE uuid = ?", uuid)
-        return Run(*rows[0]) if rows else None
+        if not rows:
+            return None
+        run = Run(*rows[0])
+        later = any(self.device_marks.last_run(each) not in (None, run.number) for each in _devices_of(run.nvdimms))
+        return run._replace(number=0) if later else run
 
     def is_unnumbered(self, uuid: str) -> bool:
         """Return True when the domain's last guest was started by a version that gave runs no numbers."""
@@ -487,6 +508,21 @@ class StartSteps(Database):
         sql = "SELECT name, domid FROM domain LEFT JOIN attachment USING (uuid) WHERE uuid = ?"
         rows = self._rows(sql, uuid) or [("", None)]
         return Event(kind, uuid, rows[0][0], rows[0][1] if domid is None else domid, detail or {})
+
+
+def _devices_of(nvdimms: str) -> list[BackingIdentity]:
+    """Return the devices among what a guest has (:func:`.lifecycle.saved_guest.describe`), by its JSON."""
+    if '"inode": 0' not in nvdimms:  # importing json takes longer than all the rest of a start
+        return []
+    import json
+
+    from nvdimm_driver.model import BackingIdentity
+
+    return [
+        BackingIdentity(each["kind"], each["namespace"], each["offset in the namespace"], 0, 0, each["backing size"])
+        for each in json.loads(nvdimms)
+        if not each["inode"]
+    ]
 
 
 def _undone(uuid: str) -> LedgerError:

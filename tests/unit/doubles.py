@@ -193,6 +193,43 @@ class MemoryBacking(Backing):
         return MemoryBytes(bytes(spec.label_size))
 
 
+class MemoryDevices(MemoryBacking):
+    """Devices of 128 MiB, or parts of them, in place of the files: nothing is recorded on them.
+
+    :ivar ranges: uid of the namespace, and first byte in it, by path.
+    """
+
+    mark = Backing.mark
+    inspect = Backing.inspect
+    survey = Backing.survey  # type: ignore[assignment]
+
+    def __init__(self, *paths: str) -> None:
+        super().__init__()
+        self.ranges: dict[str, tuple[str, int]] = {}
+        for number, path in enumerate(paths):
+            self.add(path, f"ns-{number}")
+
+    def add(self, path: str, uid: str, start: int = 0, size: int = 128 * MIB) -> None:
+        """Let a device be at a path."""
+        self.files[path], self.ranges[path] = (0, size), (uid, start)
+
+    def exchange(self, one: str, other: str) -> None:
+        """Let two devices have each other's names, as after a boot."""
+        for by_path in (self.files, self.ranges):
+            by_path[one], by_path[other] = by_path[other], by_path[one]  # type: ignore[assignment]
+
+    def locate(self, spec: NvdimmSpec) -> Location:
+        if spec.path not in self.files:
+            raise BackingError(f"{spec.path} does not exist")
+        size = self.size(spec.path)
+        uid, start = self.ranges[spec.path]
+        spa = NAMESPACE.data_spa + int(uid.partition("-")[2]) * 128 * MIB + start
+        return Location(BackingIdentity(self.name, uid, start, 0, 0, size), (Extent(0, spa, spec.size),))
+
+    def written_at(self, path: str) -> int | None:
+        return 0
+
+
 class MemoryBytes(ByteRange):
     """Bytes in memory: a bytearray itself, or a copy of other bytes; a write raises ``broken``."""
 

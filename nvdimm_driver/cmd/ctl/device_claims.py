@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask libvirt whose devices are: the ledger may be from a backup, and devices have no marks."""
+"""Ask libvirt whose devices are: the ledger may be from a backup, and their marks lost."""
 
 from __future__ import annotations
 

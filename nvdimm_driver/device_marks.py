@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of who has devices, and which run of a guest had them last: small files in a folder of root's.
+
+A device keeps no record on itself. A record is of a range of bytes of a namespace, so it does not matter which name a
+boot gives to it, and a partition is found by the record of the whole device, and the reverse.
+
+Imports nothing heavy: the device model, which has to start fast, uses it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+from nvdimm_driver.errors import LedgerError, hint_of, own_file_error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from nvdimm_driver.model import BackingIdentity
+
+FOLDER = "devices"
+"""Name of the folder, in that of the ledger."""
+_OWNER, _RUN = ".owner", ".run"
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+_MISSING = (FileNotFoundError, NotADirectoryError)
+
+
+class DeviceMarks:
+    """The records of all devices of the host. Whatever is written is synced, or fails and leaves what was there.
+
+    :param folder: created if it does not exist; None for none, where nothing is recorded.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self._folder = None if folder is None else os.fspath(folder)
+
+    def owner(self, device: BackingIdentity) -> bytes | None:
+        """Return the mark of exactly these bytes; None without one.
+
+        :raises LedgerError: when it cannot be read.
+        """
+        return self._read(_name(device) + _OWNER)
+
+    def owners_of_parts(self, device: BackingIdentity) -> list[tuple[BackingIdentity, bytes]]:
+        """Return the marks of other devices with bytes of this one: parts of it, or what it is a part of.
+
+        :raises LedgerError: when one cannot be read.
+        """
+        found = [(other, self.owner(other)) for other in self._sharing(device, _OWNER)]
+        return [(other, owner) for other, owner in found if owner is not None]
+
+    def set_owner(self, device: BackingIdentity, owner: bytes | None) -> None:
+        """Write the mark of exactly these bytes; None removes it.
+
+        :raises LedgerError: when that fails.
+        """
+        self._write(_name(device) + _OWNER, owner)
+
+    def last_run(self, device: BackingIdentity) -> int | None:
+        """Return the number of the last run that had these bytes; 0 after something else had some; None if unknown.
+
+        :raises LedgerError: when it cannot be read.
+        """
+        text = self._read(_name(device) + _RUN)
+        if text is None:
+            return 0 if self._sharing(device, _RUN) else None
+        return int(text) if text.isdigit() else 0
+
+    def note_run(self, devices: Iterable[BackingIdentity], number: int) -> None:
+        """Note the run that has these devices from now on, or 0 before something else writes to them.
+
+        :raises LedgerError: when that fails.
+        """
+        for device in devices:
+            for other in self._sharing(device, _RUN):
+                self._write(_name(other) + _RUN, b"0")
+            self._write(_name(device) + _RUN, b"%d" % number)
+
+    def forget_run(self, devices: Iterable[BackingIdentity]) -> None:
+        """Let nobody know which run had these devices last: what cannot be deleted stays."""
+        for device in devices:
+            with suppress(LedgerError):
+                self._write(_name(device) + _RUN, None)
+
+    def _sharing(self, device: BackingIdentity, suffix: str) -> list[BackingIdentity]:
+        """Return the other devices with such a file that share bytes with this one."""
+        from dataclasses import replace
+
+        found = []
+        for name in self._names():
+            uid, *numbers = name.removesuffix(suffix).rsplit("-", 2)
+            if not name.endswith(suffix) or len(numbers) != 2 or not all(each.isdigit() for each in numbers):
+                continue
+            other = replace(device, start=int(numbers[0]), size=int(numbers[1]))
+            if uid == _escaped(device.device) and other != device and other.shares_bytes(device):
+                found.append(other)
+        return found
+
+    def _names(self) -> list[str]:
+        if self._folder is None:
+            return []
+        try:
+            return sorted(os.listdir(self._folder))
+        except _MISSING:
+            return []
+        except OSError as error:
+            raise _unread(self._folder, error) from error
+
+    def _read(self, name: str) -> bytes | None:
+        if self._folder is None:
+            return None
+        path = os.path.join(self._folder, name)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except _MISSING:
+            return None
+        except OSError as error:
+            raise _unread(path, error) from error
+
+    def _write(self, name: str, content: bytes | None) -> None:
+        if self._folder is None or self._read(name) == content:
+            return
+        path = os.path.join(self._folder, name)
+        try:
+            if content is None:
+                os.unlink(path)
+            else:
+                self._make_folder(self._folder)
+                self._replace(path, content)
+            _sync(self._folder)
+        except OSError as error:
+            raise own_file_error(f"cannot write {path}", error) from error
+
+    def _make_folder(self, folder: str) -> None:
+        try:
+            os.mkdir(folder, 0o700)
+        except FileExistsError:
+            return
+        _sync(os.path.dirname(folder) or ".")
+
+    def _replace(self, path: str, content: bytes) -> None:
+        new = f"{path}.{os.getpid()}"
+        try:
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                left = content
+                while left:
+                    left = left[os.write(fd, left) :]
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(new, path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(new)
+            raise
+
+
+def _name(device: BackingIdentity) -> str:
+    return f"{_escaped(device.device)}-{device.start}-{device.size}"
+
+
+def _escaped(uid: str) -> str:
+    """Return the uid of a namespace, of which a plug-in may have any, as a part of a file's name."""
+    return "".join(each if each in _PLAIN else f"%{ord(each):x}%" for each in uid)
+
+
+def _sync(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unread(path: str, error: OSError) -> LedgerError:
+    return LedgerError(f"cannot read {path}: {error.strerror}", hint=hint_of(error) or "see the kernel's log")

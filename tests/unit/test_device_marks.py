@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Marks of devices, in a folder beside the ledger: whatever happens to that, no domain gets another's device."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.cmd.device_model import attach
+from nvdimm_driver.device_marks import DeviceMarks
+from nvdimm_driver.doctor import repair_ledger
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import InUseError, LedgerError, NvdimmError, RefusedError
+from nvdimm_driver.model import MIB, BackingIdentity
+from nvdimm_driver.state import owner_marks
+from tests.ledger_copies import copy_ledger
+from tests.unit.doubles import OTHER_UUID, UUID, MemoryDevices, RecordingMapper, domain, make_driver
+
+A, B, PART = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/a1"
+
+
+def device(start: int = 0, size: int = 128 * MIB, uid: str = "ns-0") -> BackingIdentity:
+    return BackingIdentity("memory", uid, start, 0, 0, size)
+
+
+# --- the files ---
+
+
+def test_only_root_can_read_a_mark(tmp_path: Path) -> None:
+    marks = DeviceMarks(tmp_path / "devices")
+    assert marks.owner(device()) is None
+    marks.set_owner(device(), b"db1")
+    assert marks.owner(device()) == b"db1"
+    (file,) = (tmp_path / "devices").iterdir()
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    marks.set_owner(device(), None)
+    marks.set_owner(device(), None)
+    assert list((tmp_path / "devices").iterdir()) == []
+
+
+@pytest.mark.parametrize("uid", ["ns-0", "spa-0x1000", "../a b-1-2", "ü"])
+def test_a_mark_is_found_by_all_that_shares_bytes(tmp_path: Path, uid: str) -> None:
+    marks = DeviceMarks(tmp_path / "devices")
+    part = device(2 * MIB, 8 * MIB, uid)
+    marks.set_owner(part, b"db1")
+    for other in (device(uid=uid), device(4 * MIB, MIB, uid), device(0, 3 * MIB, uid)):
+        assert marks.owners_of_parts(other) == [(part, b"db1")]
+    for other in (part, device(10 * MIB, MIB, uid), device(uid="another")):
+        assert marks.owners_of_parts(other) == []
+
+
+def test_the_last_run_is_that_of_all_its_bytes(tmp_path: Path) -> None:
+    marks, whole, one, other = DeviceMarks(tmp_path / "devices"), device(), device(0, MIB), device(MIB, MIB)
+    assert marks.last_run(one) is None
+    marks.note_run([one], 5)
+    marks.note_run([other], 6)
+    assert [marks.last_run(each) for each in (whole, one, other)] == [0, 5, 6]
+    marks.note_run([whole], 7)
+    assert [marks.last_run(each) for each in (whole, one, other)] == [7, 0, 0]
+    marks.forget_run([whole, one, other])
+    assert marks.last_run(whole) is None
+
+
+@pytest.fixture
+def no_room() -> Iterator[Callable[[int], None]]:
+    """Return what lets no file of this process become larger than that: a write fails with EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_mark_that_cannot_be_written_stays_as_it_is(tmp_path: Path, no_room: Callable[[int], None]) -> None:
+    marks = DeviceMarks(tmp_path / "devices")
+    marks.set_owner(device(), b"db1")
+    no_room(2)
+    with pytest.raises(LedgerError, match=f"cannot write {tmp_path}/devices/ns-0-0-134217728.owner: {_EFBIG}"):
+        marks.set_owner(device(), b"another")
+    assert marks.owner(device()) == b"db1"
+    assert len(os.listdir(tmp_path / "devices")) == 1
+
+
+_EFBIG = os.strerror(errno.EFBIG)
+
+
+# --- domains ---
+
+
+class Host:
+    """A host with two devices, and a part of the first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.backing, self.mapper = MemoryDevices(A, B), RecordingMapper()
+        self.backing.add(PART, "ns-0", 2 * MIB, 64 * MIB)
+
+    def driver(self) -> XenNvdimmDriver:
+        return make_driver(self.folder, self.backing, self.mapper)
+
+    def define(self, *paths: str, uuid: str = UUID) -> None:
+        self.driver().define(domain(*paths, uuid=uuid, name="db1" if uuid == UUID else "db2"))
+
+    def release(self, uuid: str) -> None:
+        self.driver().forget(uuid)
+
+    def owner(self, path: str) -> str | None:
+        """Return the uuid in the mark of a device."""
+        file = self.backing.inspect(path)
+        return owner_marks.unpack(path, file.owner).uuid if file and file.owner else None
+
+    def lose_ledger(self) -> None:
+        for file in self.folder.glob("ledger*"):
+            file.unlink()
+
+    def back_up(self) -> None:
+        copy_ledger(self.folder / "ledger.sqlite", self.folder / "backup")
+
+    def put_back(self) -> None:
+        for file in self.folder.glob("ledger.sqlite*"):
+            file.unlink()
+        (self.folder / "backup").rename(self.folder / "ledger.sqlite")
+
+    def repair(self) -> None:
+        """Do what ``check --repair`` does, without a libvirt, and check that nothing is left to be repaired."""
+        for _ in range(6):
+            driver = self.driver()
+            found = look(driver, named=(A, B))
+            for each in [*found, *repair_ledger.look(driver, found)]:
+                if each.mend:
+                    with suppress(NvdimmError):
+                        each.mend()
+        assert [each for each in look(self.driver(), named=(A, B)) if each.mend] == []
+        assert not self.driver().ledger.is_from_elsewhere()
+
+    def start(self, domid: int, path: str = A, image: dict[int, bytes] | None = None) -> None:
+        driver = self.driver()
+        driver.prepare(domain(path))
+        self.mapper.alive[domid] = UUID
+        self.mapper.memory[domid] = dict(image or {})
+        prepare = driver.prepare_known
+        restored = image is not None
+        attach(domid, driver.ledger, self.mapper, str(self.folder), prepare, lambda *_: None, restored=restored)
+        if not restored:
+            self.mapper.boot(domid)
+
+    def end(self, domid: int) -> dict[int, bytes]:
+        del self.mapper.alive[domid]
+        self.driver().release(UUID)
+        return self.mapper.memory.pop(domid)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def refused(host: Host, path: str) -> None:
+    """Check that db2 gets nothing of it in any way."""
+    thief = domain(path, uuid=OTHER_UUID, name="db2")
+    with pytest.raises(InUseError):
+        host.driver().define(thief)
+    with pytest.raises(InUseError):
+        host.driver().prepare(thief)
+    with pytest.raises(InUseError):
+        host.driver().wiper.wipe(thief.nvdimms[0], lambda step: lambda done, total: None)
+    assert host.driver().ledger.find_domain(OTHER_UUID) is None
+
+
+@pytest.mark.parametrize("path", [A, PART])
+def test_a_lost_ledger_gives_no_part_of_a_device_away(host: Host, path: str) -> None:
+    host.define(path)
+    host.lose_ledger()
+    refused(host, A)
+    refused(host, PART)
+    host.define(B, uuid=OTHER_UUID)
+    host.define(path)
+
+
+def test_a_mark_is_of_the_bytes_whatever_their_name_is(host: Host) -> None:
+    host.define(A)
+    host.lose_ledger()
+    host.backing.exchange(A, B)
+    refused(host, B)
+    host.define(A, uuid=OTHER_UUID)
+    assert (host.owner(A), host.owner(B)) == (OTHER_UUID, UUID)
+
+
+def test_what_a_domain_gives_up_loses_its_mark(host: Host) -> None:
+    host.define(A)
+    host.define(B)
+    assert (host.owner(A), host.owner(B)) == (None, UUID)
+    host.release(UUID)
+    assert host.owner(B) is None
+    host.define(B, uuid=OTHER_UUID)
+
+
+def test_a_partition_that_was_made_smaller_gives_up_the_rest(host: Host) -> None:
+    host.backing.add(PART, "ns-0", 2 * MIB, 96 * MIB)
+    host.define(PART)
+    host.backing.add(PART, "ns-0", 2 * MIB, 64 * MIB)
+    host.define(PART)
+    host.backing.add(B, "ns-0", 70 * MIB, 64 * MIB)
+    host.define(B, uuid=OTHER_UUID)
+
+
+STATES = ((A, B), (B, A), (A, None), (None, A), (None, None))
+"""What db1 and db2 have."""
+
+
+def become(host: Host, state: tuple[str | None, str | None]) -> None:
+    for uuid in (UUID, OTHER_UUID):
+        if host.driver().ledger.find_domain(uuid):
+            host.release(uuid)
+    for uuid, path in zip((UUID, OTHER_UUID), state, strict=True):
+        if path:
+            host.define(path, uuid=uuid)
+
+
+@pytest.mark.parametrize(("then", "now"), [*permutations(STATES, 2)])
+def test_a_repair_of_a_ledger_from_a_backup_follows_the_marks(
+    host: Host, then: tuple[str | None, str | None], now: tuple[str | None, str | None]
+) -> None:
+    become(host, then)
+    host.back_up()
+    become(host, now)
+    has = {path: uuid for uuid, path in zip((UUID, OTHER_UUID), now, strict=True) if path}
+    host.put_back()
+    for path, owner in has.items():
+        other = OTHER_UUID if owner == UUID else UUID
+        with pytest.raises(InUseError):
+            host.driver().prepare(domain(path, uuid=other, name="db2" if owner == UUID else "db1"))
+    host.repair()
+    records = host.driver().ledger.domains()
+    for path, owner in has.items():
+        assert host.owner(path) == owner
+        assert [each.uuid for each in records if path in {item.spec.path for item in each.allocations}] == [owner]
+
+
+def test_a_device_without_a_mark_gets_one(host: Host) -> None:
+    """An earlier version has defined the domain, or the marks were lost."""
+    host.define(A)
+    host.backing.mark(A, None)
+    (found,) = look(host.driver())
+    assert (found.path, found.problem, found.remedy) == (A, "it has no mark", "write its mark")
+    host.driver().mark_devices()
+    assert host.owner(A) == UUID
+    assert look(host.driver()) == []
+
+
+def test_a_ledger_that_was_not_compared_marks_nothing(host: Host) -> None:
+    host.define(A)
+    host.backing.mark(A, None)
+    host.driver().ledger.take_over(compared=False)
+    host.driver().mark_devices()
+    assert host.owner(A) is None
+
+
+def test_a_define_that_was_killed_before_the_mark(host: Host) -> None:
+    host.define(A)
+    host.backing.mark(A, None)
+    refused(host, A)
+    host.repair()
+    assert host.owner(A) == UUID
+
+
+def test_a_release_that_was_killed_after_the_mark_went(host: Host) -> None:
+    host.define(A)
+    host.backing.mark(A, None)
+    host.release(UUID)
+    host.define(A, uuid=OTHER_UUID)
+
+
+def test_a_define_without_room_for_the_mark_changes_nothing(host: Host) -> None:
+    (host.folder / "devices").write_text("in place of the folder")
+    with pytest.raises(LedgerError, match="cannot write"):
+        host.define(A)
+    assert host.driver().ledger.find_domain(UUID) is None
+
+
+def test_a_start_and_an_end_need_no_mark(host: Host) -> None:
+    host.define(A)
+    for file in (host.folder / "devices").iterdir():
+        file.unlink()
+    (host.folder / "devices").rmdir()
+    (host.folder / "devices").write_text("in place of the folder")
+    host.start(5)
+    host.end(5)
+
+
+# --- saved guests ---
+
+
+@pytest.mark.parametrize("other_boots", [False, True], ids=["alone", "another boots"])
+def test_an_image_is_good_once_when_the_ledger_is_put_back_while_its_guest_runs(host: Host, other_boots: bool) -> None:
+    """The backup has the run of the image, and the start of that run: the guest of now is in another."""
+    host.define(A)
+    host.define(B, uuid=OTHER_UUID)
+    host.start(5)
+    host.back_up()
+    image = host.end(5)
+    host.start(6, image=image)
+    host.put_back()
+    if other_boots:
+        host.driver().prepare(domain(B, uuid=OTHER_UUID, name="db2"))
+    host.end(6)
+    with pytest.raises(RefusedError, match="since it was saved, its domain was started"):
+        host.start(7, image=image)
+    del host.mapper.alive[7]
+    host.driver().ledger.take_over(compared=True)
+    with pytest.raises(RefusedError, match="since it was saved, its domain was started"):
+        host.start(8, image=image)
+
+
+def test_an_image_is_good_once_though_nothing_tells_that_the_ledger_is_a_backup(host: Host) -> None:
+    host.define(A)
+    host.start(5)
+    image = host.end(5)
+    host.back_up()
+    host.start(6, image=image)
+    host.end(6)
+    copy_ledger(host.folder / "backup", host.folder / "ledger.sqlite")
+    assert not host.driver().ledger.is_from_elsewhere()
+    with pytest.raises(RefusedError, match="since it was saved, its domain was started"):
+        host.start(7, image=image)
+
+
+def test_an_image_is_good_until_something_else_has_the_device(host: Host) -> None:
+    host.define(A)
+    host.start(5)
+    image = host.end(5)
+    host.back_up()
+    host.driver().note_overwritten(device())
+    copy_ledger(host.folder / "backup", host.folder / "ledger.sqlite")
+    with pytest.raises(RefusedError, match="overwritten by nvdimmctl"):
+        host.start(6, image=image)
+
+
+def test_a_restore_that_fails_in_the_device_model_can_be_repeated(host: Host) -> None:
+    host.define(A)
+    host.start(5)
+    image = host.end(5)
+    host.mapper.fail = "map"
+    with pytest.raises(NvdimmError, match="EPERM"):
+        host.start(6, image=image)
+    host.end(6)
+    host.mapper.fail = ""
+    host.start(7, image=image)
