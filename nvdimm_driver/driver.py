@@ -548,14 +548,20 @@ class XenNvdimmDriver(plugins.Plugin):
         Nothing fails for that: 'nvdimmctl check' tells what has no mark.
         """
         try:
+            if not self._with_devices(uuid):
+                return
             with self.locks.storing(uuid):
-                record = self.ledger.find_domain(uuid)
-                devices = [item for item in (record.allocations if record else ()) if ownership.is_device(item)]
-                if record is not None and devices:
-                    self.checks.unknown.check(uuid, {item.spec.path: item.identity for item in devices})
-                    ownership.mark(self.ledger, self.backings, replace(record, allocations=tuple(devices)))
+                if record := self._with_devices(uuid):
+                    self.checks.unknown.check(uuid, {item.spec.path: item.identity for item in record.allocations})
+                    ownership.mark(self.ledger, self.backings, record)
         except NvdimmError as error:
             LOG.warning("devices of domain %s are not marked as its own: %s", uuid, error)
+
+    def _with_devices(self, uuid: str) -> Record | None:
+        """Return a domain with its devices alone; None if it has none."""
+        record = self.ledger.find_domain(uuid)
+        devices = tuple(item for item in (record.allocations if record else ()) if ownership.is_device(item))
+        return replace(record, allocations=devices) if record and devices else None
 
     def renew_label_servers(self) -> list[tuple[Record, bool]]:
         """Replace the label servers that are older than the installed code; return their domains, and if that worked.

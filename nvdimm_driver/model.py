@@ -297,7 +297,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Surveyed:
-    """A file in a pool.
+    """A file in a pool, or a device, which is immutable and never frozen.
 
     :ivar path: without symbolic links.
     :ivar owner: the owner recorded on it (:mod:`.state.owner_marks`); None without one.

@@ -305,7 +305,11 @@ class Changes:
             )
         if own := ownership.find_own(record, item, here):
             raise InUseError(f"{path} is the domain's NVDIMM in slot {own.spec.slot}", hint="see 'nvdimmctl check'")
-        if file and (mark := ownership.anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, file)):
+        known = self.driver.ledger, self.driver.backings, record.uuid
+        mark = ownership.anothers_mark(*known, file) if file else None
+        if found.inode == 0 and mark is None:  # that of a part of a device, or of what it is a part of
+            mark = ownership.find_anothers_mark(*known, path, found)
+        if mark:
             raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
 
     def _store(self, record: Record, items: Sequence[Allocation], taken: Collection[str] = ()) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ledger that is not the one in use, under the real libvirtd: domains boot, and nothing else, until the repair.
 
-Devices have no marks that would say what has happened since.
+The marks of devices, beside it, say whose they are. Whether a guest may go on that was saved before, nobody knows.
 """
 
 from __future__ import annotations
@@ -273,6 +273,42 @@ def test_nvdimmd_starts_with_a_damaged_ledger(host: Host) -> None:
     ledger_of(host).write_bytes(b"scribble" * 4096)
     host.start_nvdimmd()
     host.check("list", "--all")
+
+
+def test_a_device_that_is_away_during_the_repair_keeps_its_owner(host: Host, device: MakeDevice) -> None:
+    """Its namespace is disabled, or the kernel takes it for one of another mode; the backup does not know db1."""
+    disk = device(3)
+    backup = back_up(host)
+    host.check("define", xml(host, "db1", 1, disk.path))
+    disk.write(b"of db1")
+    put_back(host, backup)
+    disk._vanish()
+    rows(host, "check", "--repair")
+    host.virsh("undefine", "db1")
+    disk._appear(disk.path)
+    thief = xml(host, "db2", 2, disk.path)
+    assert "has the mark of domain db1" in host.virsh("define", thief).stderr
+    rows(host, "check", "--repair")
+    assert "belongs to domain db1" in host.virsh("define", thief).stderr
+
+
+def test_devices_that_were_given_the_other_way_round_since_the_backup(host: Host, device: MakeDevice) -> None:
+    one, other = device(3), device(4)
+    host.check("define", xml(host, "db1", 1, other.path))
+    host.check("define", xml(host, "db2", 2, one.path))
+    backup = back_up(host)
+    for name in ("db1", "db2"):
+        host.check("undefine", name)
+        assert host.nvdimmctl("release", "--yes", name).returncode == 0
+    host.check("define", xml(host, "db1", 1, one.path))
+    host.check("define", xml(host, "db2", 2, other.path))
+    put_back(host, backup)
+    rows(host, "check", "--repair")
+    assert host.nvdimmctl("check").returncode == 0
+    host.check("undefine", "db1")
+    assert "belongs to domain db1" in host.virsh("define", xml(host, "db2", 2, one.path)).stderr
+    for name, disk in (("db1", one), ("db2", other)):
+        assert [item.spec.path for item in host.record(name).allocations] == [str(disk.path)]
 
 
 # --- names that a boot has exchanged ---
