@@ -130,10 +130,14 @@ class _Look:
             device = ""
             try:
                 backing = self._named(pool.kind)
+                of_devices = type(backing).mark is Backing.mark  # which keep no mark on themselves
+                if of_devices:  # one that is away keeps none of the others from being seen
+                    self.files |= {file.path: file for file in backing.survey(pool.paths)}
                 for path in pool.paths:
-                    device = path if type(backing).mark is Backing.mark else ""  # which keeps no mark on itself
+                    device = path if of_devices else ""
                     backing.check_home(resolve(path))
-                self.files |= {file.path: file for file in backing.survey(pool.paths)}
+                if not of_devices:
+                    self.files |= {file.path: file for file in backing.survey(pool.paths)}
             except NvdimmError as error:
                 self.unseen.append(Inconsistency("", "", device, f"pool {pool.name}: {error.message}", error.hint))
         self._see_devices()

@@ -232,9 +232,12 @@ class Changes:
             self._mark(record, backing_of(self.driver.backings, item.spec.path), without)
 
     def give_up(self, record: Record, item: Allocation) -> None:
-        """Give up a claim to what is another domain's, whose mark stays, or to nothing."""
+        """Give up a claim to what is another domain's, whose mark stays, to a part of what it has, or to nothing."""
         ownership.check_off(record)
-        if kept := _without(record, item):
+        kept = _without(record, item)
+        if ownership.is_device(item) and not any(each.identity == item.identity for each in kept):
+            ownership.unmark_dropped(self.driver.ledger, self.driver.backings, record, kept)
+        if kept:
             self._store(record, kept)
         else:
             self.driver.ledger.give_up(record.uuid, kind="forgotten")

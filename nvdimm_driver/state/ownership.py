@@ -636,6 +636,12 @@ def _is_nobodys(ledger: Ledger, backings: Sequence[Backing], item: Allocation, u
     False for what is not the NVDIMM's own.
     """
     path, identity = item.spec.path, identity_at(backings, item.spec.path)
+    if is_device(item) and not has_bytes([item], identity) and item.identity:  # a boot has given it another name
+        if not backing_named(backings, item.identity.kind).find(item.identity):
+            return False  # it is lost, and keeps its mark: should it come back, its bytes are those of the domain still
+        others = owners_of_bytes(ledger, Record(item.uuid, "", 0, None, "", (), None), item.identity)
+        owner = readable_mark(Surveyed(path, ledger.device_marks.owner(item.identity), False, True))
+        return not any(each.uuid != uuid for each in others) and (owner is None or owner.uuid == item.uuid)
     records = [each for each in ledger.claimants(path, identity) if each.uuid != uuid]
     replaced = item.identity is not None and identity is not None and not has_bytes([item], identity)
     owned = any(has_bytes(each.allocations, identity) if identity else _has(each, path, None) for each in records)
