@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import stat
@@ -201,6 +202,7 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
     with open(device, "r+b") as content:
         content.write(b"of db3" * 1000)
     copy_ledger(backup, ledger)
+    lose_marks_of_devices(host)
     for way in (["wipe", "--yes", "db4"], ["wipe", "--yes", device], ["wipe", "--yes", "--unclaimed", device]):
         refused = host.nvdimmctl(*way)
         assert refused.returncode != 0
@@ -304,14 +306,21 @@ def test_an_empty_ledger_gives_nothing_away(host: Host) -> None:
     assert "has the mark of domain db1" in host.virsh("define", thief).stderr
 
 
+def lose_marks_of_devices(host: Host) -> None:
+    """Let the state folder be as one of a version that wrote none."""
+    shutil.rmtree(host.folder / "state/devices", ignore_errors=True)
+
+
 def lose_ledger(host: Host, *, entirely: bool = True) -> None:
     """Lose the ledger.
 
-    :param entirely: with what says that there was one.
+    :param entirely: with what says that there was one, and the marks of devices.
     """
     host.libvirtd.end("nvdimmd", signal.SIGTERM)
     for each in (host.folder / "state").glob("ledger*" if entirely else "ledger.sqlite*"):
         each.unlink()
+    if entirely:
+        lose_marks_of_devices(host)
     host.start_nvdimmd()
 
 
