@@ -580,7 +580,7 @@ def test_check_finds_a_running_guests_file_that_is_mutable(host: Host) -> None:
 def test_an_error_while_a_file_is_frozen_names_the_file(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.define("a.img")
 
-    def refused(fd: int) -> None:
+    def refused(fd: int, run: int | None) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(inode, "freeze", refused)
