@@ -85,6 +85,15 @@ class DeviceMarks:
             with suppress(LedgerError):
                 self._write(_name(device) + _RUN, None)
 
+    def follow(self, before: DeviceMarks) -> None:
+        """Take over the records that were in use until now; of devices that they have not, those here stay.
+
+        :raises LedgerError: when one cannot be read or written.
+        """
+        for name in before._names():
+            if name.endswith((_OWNER, _RUN)):
+                self._write(name, before._read(name))
+
     def _sharing(self, device: BackingIdentity, suffix: str) -> list[BackingIdentity]:
         """Return the other devices with such a file that share bytes with this one."""
         from dataclasses import replace

@@ -17,6 +17,7 @@ from nvdimm_driver import plugin_loader, registered
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.cmd import apparmor_rules, systemd_units
 from nvdimm_driver.cmd.installed_files import install, remove
+from nvdimm_driver.device_marks import FOLDER, DeviceMarks
 from nvdimm_driver.doctor import repair_saved_guests
 from nvdimm_driver.doctor.libvirt import daemon_socket
 from nvdimm_driver.doctor.programs import Script
@@ -79,6 +80,8 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         if is_moved:
             in_use.beside(ledger_in(conf.state_dir)).follow(in_use.beside(ledger_in(before)))
         with closing(Ledger(ledger_in(conf.state_dir))) as ledger:
+            if is_moved:
+                _follow_marks(ledger, before)
             ledger.reserve.keep()
             if is_moved and ledger.is_from_elsewhere():
                 yield f"{ledger.path} {FROM_ELSEWHERE} ({TAKE_OVER})"
@@ -98,6 +101,14 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
         raise ConfigError(f"cannot install: {error}", hint=hint_of(error)) from error
+
+
+def _follow_marks(ledger: Ledger, before: str) -> None:
+    """Take over whose devices are, as the state folder of before has it; its disk may be damaged."""
+    try:
+        ledger.device_marks.follow(DeviceMarks(os.path.join(before, FOLDER)))
+    except LedgerError as error:
+        LOG.warning("not all marks of devices are taken over: %s", error)
 
 
 def _check_off(conf: cfg.ConfigOpts, state_dir: str) -> None:

@@ -14,9 +14,10 @@ from oslo_config import cfg
 from nvdimm_driver import conf, plugin_loader
 from nvdimm_driver.cmd.apparmor_rules import BEGIN, END
 from nvdimm_driver.cmd.register import find_running, register, unregister
+from nvdimm_driver.device_marks import FOLDER, DeviceMarks
 from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, InUseError
-from nvdimm_driver.model import Run
+from nvdimm_driver.model import BackingIdentity, Run
 from nvdimm_driver.registered import ledger_path, state_dir
 from nvdimm_driver.state.ledger import Ledger
 from tests.ledger_copies import forget_in_use
@@ -258,6 +259,23 @@ def test_a_state_folder_that_was_moved_has_the_ledger_in_use(options: cfg.Config
     assert is_believed(options, tmp_path / "state")
     (tmp_path / "state").rename(tmp_path / "other")
     assert is_believed(options, tmp_path / "other")
+
+
+def test_another_state_folder_gets_the_marks_of_devices(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """Also if it was in use earlier, and has older ones."""
+    device, other = (BackingIdentity("pmem", uid, 0, 0, 0, 1 << 21) for uid in ("one", "other"))
+    assert is_believed(options, tmp_path / "state")
+    with closing(Ledger(ledger_path(options))) as ledger:
+        ledger.device_marks.set_owner(device, b"of now")
+        ledger.device_marks.note_run([device], 7)
+    before = DeviceMarks(tmp_path / "other" / FOLDER)
+    (tmp_path / "other").mkdir()
+    before.set_owner(device, b"of before")
+    before.set_owner(other, b"of before")
+    is_believed(options, tmp_path / "other")
+    with closing(Ledger(ledger_path(options))) as ledger:
+        marks = ledger.device_marks
+        assert (marks.owner(device), marks.last_run(device), marks.owner(other)) == (b"of now", 7, b"of before")
 
 
 def test_a_state_folder_that_was_put_aside_and_comes_back(options: cfg.ConfigOpts, tmp_path: Path) -> None:
