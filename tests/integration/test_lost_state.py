@@ -21,7 +21,7 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from tests.integration.bench_host import UUID, Host
 from tests.integration.loop_pmem import run
-from tests.ledger_copies import copy_ledger
+from tests.ledger_copies import copy_ledger, forget_in_use
 from tests.unit.fake_sysfs import FakeSysfs
 
 PAGE = (Path(__file__).parents[2] / "doc/ledger.rst").read_text(encoding="utf-8").partition(".. list-table")[0]
@@ -301,6 +301,7 @@ def test_an_empty_ledger_gives_nothing_away(host: Host) -> None:
     """All was deleted that tells of a ledger, and somebody defines a domain before check --repair."""
     for each in (host.folder / "state").glob("ledger*"):
         each.unlink()
+    forget_in_use(host.folder / "state")
     thief = host.xml("db2", 2)
     thief.write_text(thief.read_text().replace("db2.img", "db1.img"))
     assert "has the mark of domain db1" in host.virsh("define", thief).stderr
@@ -317,9 +318,10 @@ def lose_ledger(host: Host, *, entirely: bool = True) -> None:
     :param entirely: with what says that there was one, and the marks of devices.
     """
     host.libvirtd.end("nvdimmd", signal.SIGTERM)
-    for each in (host.folder / "state").glob("ledger*" if entirely else "ledger.sqlite*"):
+    for each in (host.folder / "state").glob("ledger.sqlite*"):
         each.unlink()
     if entirely:
+        forget_in_use(host.folder / "state")
         lose_marks_of_devices(host)
     host.start_nvdimmd()
 

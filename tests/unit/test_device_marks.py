@@ -22,7 +22,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, LedgerError, NvdimmError, RefusedError
 from nvdimm_driver.model import MIB, BackingIdentity
 from nvdimm_driver.state import owner_marks
-from tests.ledger_copies import copy_ledger
+from tests.ledger_copies import copy_ledger, forget_in_use
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryDevices, RecordingMapper, domain, make_driver
 
 A, B, PART = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/a1"
@@ -121,6 +121,7 @@ class Host:
     def lose_ledger(self) -> None:
         for file in self.folder.glob("ledger*"):
             file.unlink()
+        forget_in_use(self.folder)
 
     def back_up(self) -> None:
         copy_ledger(self.folder / "ledger.sqlite", self.folder / "backup")
