@@ -14,6 +14,8 @@ from tests.lab.host import XenHost
 pytestmark = pytest.mark.lab
 DEVICE, SIZE_MIB = "/dev/pmem1", 16
 STATE = "/var/lib/nvdimm-driver"
+KNOWN = f"{STATE}/ledger* {STATE}/devices {STATE}-in-use"
+"""The ledger, and all that would tell of it, or of the device's owner."""
 ONE, TWO = "frames1", "frames2"
 LEGACY = "virsh -q -c 'xen:///system?mode=legacy'"  # nvdimmd is not asked
 BLIND = "[libvirt]\ndefinition_dirs =\n"
@@ -26,16 +28,19 @@ WITHOUT_LIBVIRT = f"--config-file /etc/nvdimm-driver/nvdimm-driver.conf.d/pools.
 
 @pytest.fixture
 def guest(driver_host: XenHost) -> Iterator[Guest]:
-    """Yield a guest with a device, which has no mark; the ledger is lost while it runs."""
+    """Yield a guest with a device; the ledger is lost while it runs, with the mark of the device."""
     operator.define(driver_host, ONE, [operator.nvdimm(DEVICE, SIZE_MIB)])
     operator.start(driver_host, ONE)
     driver_host.check("pkill nvdimm-holder")  # another guard: while it has the device, nobody else can open it
-    driver_host.check(f"mkdir /root/lost && mv {STATE}/ledger* /root/lost && {operator.NVDIMMCTL} list")
+    driver_host.check(f"mkdir /root/lost && mv {KNOWN} /root/lost && {operator.NVDIMMCTL} list")
     nowhere = f"[rpc]\nlibvirt_socket = /run/nowhere\nlibvirt_direct_socket = /run/nowhere\n{BLIND}"
     driver_host.write(NOWHERE, nowhere.encode())
     yield Guest(driver_host, ONE)
     driver_host.run(f"{operator.VIRSH} undefine {TWO}; {operator.NVDIMMCTL} release --yes {TWO}")
-    driver_host.check(f"rm -f {NOWHERE} {BLIND_FILE} {STATE}/ledger*; mv /root/lost/* {STATE} && rmdir /root/lost")
+    driver_host.check(
+        f"rm -rf {NOWHERE} {BLIND_FILE} {KNOWN}; mv /root/lost/*-in-use {STATE}-in-use && mv /root/lost/* {STATE} && "
+        "rmdir /root/lost"
+    )
     driver_host.check(f"{operator.VIRSH} destroy {ONE}")
     operator.remove(driver_host, ONE)
 
