@@ -277,7 +277,8 @@ def test_purge_takes_out_all_but_the_data_and_says_where_that_is(registered: Deb
     assert "nvdimm-driver: kept /var/lib/nvdimm-driver" in said
     assert registered.path(LEDGER).exists()
     left = registered.run("find / -xdev -name '*nvdimm*' -not -path '/root/*'").stdout.split()
-    assert sorted(left) == ["/etc/modprobe.d/nvdimm-security.conf", "/var/lib/nvdimm-driver"], "the first is ndctl's"
+    kept = ["/var/lib/nvdimm-driver", "/var/lib/nvdimm-driver-in-use"]
+    assert sorted(left) == ["/etc/modprobe.d/nvdimm-security.conf", *kept], "the first is ndctl's"
     registered.run(f"{INSTALL} /folder/nvdimm-driver.deb")
     assert "/mnt/pmem0/a.img" in registered.run("nvdimmctl list").stdout
 
