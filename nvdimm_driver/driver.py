@@ -521,10 +521,14 @@ class XenNvdimmDriver(plugins.Plugin):
         return self.starts.restart_lost()
 
     def note_pools(self) -> None:
-        """Note of all NVDIMMs what their pools say of them: the options, or the version, are new."""
+        """Note of all NVDIMMs what their pools say of them: the options, or the version, are new.
+
+        Not of a device whose name a boot has given to another one: that may be in another pool.
+        """
         places = self.pools.places()
         for record in self.ledger.domains():
-            noted = [(item, self.pools.noted(item, places=places)) for item in record.allocations]
+            there = [item for item in record.allocations if not ownership.is_device(item) or self._is_there(item)]
+            noted = [(item, self.pools.noted(item, places=places)) for item in there]
             new = [
                 replace(now, wipes=now.wipes or item.wipes)
                 for item, now in noted
@@ -532,6 +536,10 @@ class XenNvdimmDriver(plugins.Plugin):
             ]
             if new:
                 self.ledger.note_pools(record.uuid, new)
+
+    def _is_there(self, item: Allocation) -> bool:
+        """Return True when what was provisioned is at its path."""
+        return ownership.has_bytes([item], ownership.identity_at(self.backings, item.spec.path))
 
     def mark_devices(self) -> None:
         """Record on devices whose they are: an earlier version did not, or the records were lost.
