@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,11 @@ from pathlib import Path
 def forget_in_use(folder: Path) -> None:
     """Delete what tells which ledger of a state folder is in use."""
     folder.with_name(f"{folder.name}-in-use").unlink(missing_ok=True)
+
+
+def forget_devices(folder: Path) -> None:
+    """Let a state folder be as one of a version that wrote no marks of devices."""
+    shutil.rmtree(folder / "devices", ignore_errors=True)
 
 
 def copy_ledger(source: Path, target: Path) -> None:

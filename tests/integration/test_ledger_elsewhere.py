@@ -18,7 +18,7 @@ from tests.integration.bench_host import CONF, Host
 from tests.integration.loop_device import Device, MakeDevice, Partition, rename
 from tests.integration.test_devices_virsh import xml
 from tests.integration.test_lost_state import rows
-from tests.ledger_copies import copy_ledger
+from tests.ledger_copies import copy_ledger, forget_devices
 
 POOLS = """
 [pool:files]
@@ -343,13 +343,14 @@ def test_two_boots_are_followed(host: Host, device: MakeDevice) -> None:
 
 
 def test_a_repair_that_fails_until_a_definition_is_changed_is_accepted(host: Host, device: MakeDevice) -> None:
-    """db1 has its old name yet, which is db2's by now. With the ledger, it is lost whose each device is."""
+    """db1 has its old name yet, which is db2's by now. It is lost whose each device is."""
     disks = [device(3), device(4)]
     assert define_each(host, disks) == [""] * 2
     rotate(host, disks)
     rows(host, "check", "--repair")
     host.check("define", xml(host, "db2", 2, disks[1].path))
     move(ledger_of(host), host.folder / "before")
+    forget_devices(host.folder / "state")
     found = rows(host, "check", "--repair")
     assert all("libvirt's definition of domain" in row["Done"] for row in found if row["Path"] == str(disks[1].path))
     assert host.virsh("define", xml(host, "db1", 1, disks[0].path)).returncode
@@ -409,7 +410,10 @@ def test_an_old_name_means_what_the_domain_has_when_another_is_there_that_nobody
 
 @pytest.mark.parametrize("right", ["ledger", "definitions"])
 def test_names_that_a_repair_has_followed_before_the_backup(host: Host, device: MakeDevice, right: str) -> None:
-    """libvirt's definitions have the other names: of before that boot, or since the domains were defined anew."""
+    """libvirt's definitions have the other names: of before that boot, or since the domains were defined anew.
+
+    Without marks of the devices, nobody can tell which.
+    """
     disks = [device(3), device(4)]
     assert define_each(host, disks) == [""] * 2
     rotate(host, disks)
@@ -419,6 +423,7 @@ def test_names_that_a_repair_has_followed_before_the_backup(host: Host, device: 
         release_each(host)
         disks.reverse()
         define_each(host, disks)
+    forget_devices(host.folder / "state")
     put_back(host, backup)
     found = {row["Domain"]: row for row in rows(host, "check", "--repair") if row["Domain"]}
     for number, path in ((1, disks[1].path), (2, disks[0].path)) if right == "definitions" else ():

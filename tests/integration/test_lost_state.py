@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import sqlite3
 import stat
@@ -21,7 +20,7 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
 from tests.integration.bench_host import UUID, Host
 from tests.integration.loop_pmem import run
-from tests.ledger_copies import copy_ledger, forget_in_use
+from tests.ledger_copies import copy_ledger, forget_devices, forget_in_use
 from tests.unit.fake_sysfs import FakeSysfs
 
 PAGE = (Path(__file__).parents[2] / "doc/ledger.rst").read_text(encoding="utf-8").partition(".. list-table")[0]
@@ -202,7 +201,7 @@ def test_a_device_that_the_ledger_of_a_backup_says_is_anothers_is_left_alone(hos
     with open(device, "r+b") as content:
         content.write(b"of db3" * 1000)
     copy_ledger(backup, ledger)
-    lose_marks_of_devices(host)
+    forget_devices(host.folder / "state")
     for way in (["wipe", "--yes", "db4"], ["wipe", "--yes", device], ["wipe", "--yes", "--unclaimed", device]):
         refused = host.nvdimmctl(*way)
         assert refused.returncode != 0
@@ -307,11 +306,6 @@ def test_an_empty_ledger_gives_nothing_away(host: Host) -> None:
     assert "has the mark of domain db1" in host.virsh("define", thief).stderr
 
 
-def lose_marks_of_devices(host: Host) -> None:
-    """Let the state folder be as one of a version that wrote none."""
-    shutil.rmtree(host.folder / "state/devices", ignore_errors=True)
-
-
 def lose_ledger(host: Host, *, entirely: bool = True) -> None:
     """Lose the ledger.
 
@@ -322,7 +316,7 @@ def lose_ledger(host: Host, *, entirely: bool = True) -> None:
         each.unlink()
     if entirely:
         forget_in_use(host.folder / "state")
-        lose_marks_of_devices(host)
+        forget_devices(host.folder / "state")
     host.start_nvdimmd()
 
 
