@@ -23,7 +23,8 @@ demo: $(VENV)/.ready
 
 # Two targets at a time, each with its output in one piece. Then the lab, and beside it the other tests, which have
 # what the lab leaves of the machine: its Xen and libvirt wait some seconds for a device model, and not more. Their
-# lines are mixed; sed passes on whole ones. What the lab says of its failures comes once more at the end.
+# lines are mixed; sed passes on whole ones. What the lab says of its failures comes once more at the end. The images of
+# the other release are built by its first test, beside what needs no lab.
 test: $(VENV)/.ready
 	$(MAKE) -j2 --output-sync=target $(NOVA_VENV)/.ready images check doc deb
 	@status=0; mkdir -p build; set -x -o pipefail; \
@@ -82,7 +83,7 @@ build/deb/.ready: debian/control
 	touch $@
 
 images: $(VENV)/.ready
-	$(BIN)/python -m tests.lab build --all
+	$(BIN)/python -m tests.lab build
 
 lab: $(VENV)/.ready
 	$(BIN)/python -m tests.lab

@@ -15,7 +15,6 @@ from pathlib import Path
 from tests.lab.errors import LabError
 from tests.lab.host import XenHost
 from tests.lab.image import Images, build
-from tests.lab.release import RELEASES, Release, chosen
 
 # All keys go to dom0's shell, Ctrl-C too. This one ends the session, as in telnet.
 LEAVE = b"\x1d"
@@ -25,27 +24,24 @@ def main() -> int:
     """Parse the command line and run it; return the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m tests.lab", description=__doc__)
     verbs = parser.add_subparsers(dest="verb")
-    building = verbs.add_parser("build", help="only build the images")
-    building.add_argument("--all", action="store_true", help="of all releases, not only of the chosen one")
+    verbs.add_parser("build", help="only build the images")
     run = verbs.add_parser("run", help="boot, run a command in dom0, exit with its status")
     run.add_argument("command")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        images = _build(chosen())
+        images = _build()
         if arguments.verb == "run":
             return _run(images, arguments.command)
-        for other in RELEASES.values() if arguments.verb == "build" and arguments.all else ():
-            _build(other)
         return _shell(images) if arguments.verb is None else 0
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1
 
 
-def _build(release: Release) -> Images:
+def _build() -> Images:
     started = time.monotonic()
-    images = build(release)
+    images = build()
     print(f"images in {images.folder} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
     return images
 
