@@ -48,7 +48,7 @@ class PaperBacking(Backing):
 
     def locate(self, spec: NvdimmSpec) -> Location:
         namespace = self.host.namespace_of(spec.path)
-        identity = BackingIdentity(namespace.mode, namespace.uid, 0, 0, 0, namespace.data_size)
+        identity = BackingIdentity(self.name, namespace.uid, 0, 0, 0, namespace.data_size)
         return Location(identity, (Extent(0, namespace.data_spa, spec.size),))
 
     def check_labels(self, spec: NvdimmSpec) -> None:
