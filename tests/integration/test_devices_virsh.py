@@ -363,7 +363,7 @@ def test_the_state_folder_is_not_changed_under_running_guests(host: Host) -> Non
     conf.write_text(before.replace(f"{host.folder}/state", f"{host.folder}/other"))
     refused = host.nvdimmctl("register")
     assert refused.returncode == 4
-    assert f"in the ledger in {host.folder}/state: db1" in refused.stderr
+    assert f"{host.folder}/state has to stay the state folder: domains run with NVDIMMs: db1" in refused.stderr
     conf.write_text(before)
 
 
