@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.integration.bench_host import Host
+from tests.ledger_copies import forget_in_use
 
 HOW = ("lost", "lost, then repaired", "damaged, then repaired")
 
@@ -27,6 +29,13 @@ def is_saved(host: Host, name: str) -> bool:
     return "Managed save:   yes" in host.check("dominfo", name)
 
 
+def lose_ledger(state: Path) -> None:
+    """Delete the ledger, and what says that there was one."""
+    for each in state.glob("ledger*"):
+        each.unlink()
+    forget_in_use(state)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_the_saved_guest_stays(host: Host, how: str) -> None:
     number = HOW.index(how) + 1
@@ -39,8 +48,7 @@ def test_the_saved_guest_stays(host: Host, how: str) -> None:
     if how.startswith("damaged"):
         (state / "ledger.sqlite").write_bytes(b"scribble" * 4096)
     else:
-        for each in state.glob("ledger*"):
-            each.unlink()
+        lose_ledger(state)
     if "repaired" in how:
         host.nvdimmctl("check", "--repair")
         told = host.nvdimmctl("check")
@@ -51,8 +59,7 @@ def test_the_saved_guest_stays(host: Host, how: str) -> None:
     assert done.returncode == 1
     assert "the saved guest cannot go on: the ledger does not have the run" in done.stderr
     assert is_saved(host, name)
-    for each in state.glob("ledger*"):
-        each.unlink()
+    lose_ledger(state)
     for each, content in kept.items():  # what the hint says
         each.write_bytes(content)
     assert "'nvdimmctl check --repair' does that" in host.virsh("start", name).stderr
@@ -73,8 +80,7 @@ def saved(host: Host, number: int) -> str:
         (host.folder / "device.xml").write_text(found)
         host.check("detach-device", name, host.folder / "device.xml", "--config")
     host.check("managedsave", name)
-    for each in (host.folder / "state").glob("ledger*"):
-        each.unlink()
+    lose_ledger(host.folder / "state")
     return name
 
 

@@ -249,7 +249,7 @@ def test_the_last_nvdimm_goes_by_detaching_editing_or_redefining(host: Host) -> 
 def test_the_last_nvdimm_goes_though_the_ledger_does_not_know_the_domain(host: Host, way: str, lost: bool) -> None:
     host.check("define", limited(host))
     if lost:
-        assert host.libvirtd.run("sh", "-c", f"rm -r {host.folder}/state/*").returncode == 0
+        assert host.libvirtd.run("sh", "-c", f"rm -r {host.folder}/state/* {host.folder}/state-in-use").returncode == 0
     else:
         assert host.nvdimmctl("release", "--yes", "db1").returncode == 0
     if way == "detach":
