@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from nvdimm_driver.xml.parse_domain import extract
 from tests.integration.loop_pmem import FileSystem
 from tests.nova.functional.host import PmemHost
 from tests.nova.functional.libxl import XenConnection
-from tests.waiting import wait_until
+from tests.waiting import HANG_SECONDS, wait_until
 
+NOVA_SLEEPS = 0.5
+"""Seconds between two looks of nova's tests at a server."""
 API_PASTE = Path(sys.prefix) / "etc/nova/api-paste.ini"
 
 
@@ -62,6 +65,9 @@ class NovaTestBase(base.ServersTestBase):
         self._search_path = os.environ["PATH"]
         self.addCleanup(os.environ.update, PATH=self._search_path)
         super().setUp()
+        # with more patience than nova's ten seconds
+        waiting = partial(self.notifier.wait_for_versioned_notifications, timeout=HANG_SECONDS)
+        self.notifier.wait_for_versioned_notifications = waiting
 
     def _setup_compute_service(self) -> None:
         self.flags(compute_driver="nvdimm_ext.XenLibvirtDriver")
@@ -73,7 +79,8 @@ class NovaTestBase(base.ServersTestBase):
         self, server: dict[str, Any], expected: dict[str, Any], max_retries: int = 0, **options: Any
     ) -> dict[str, Any]:
         """With more patience than nova's five seconds: wipes are real."""
-        waited: dict[str, Any] = super()._wait_for_server_parameter(server, expected, max_retries=120, **options)
+        retries = int(HANG_SECONDS / NOVA_SLEEPS)
+        waited: dict[str, Any] = super()._wait_for_server_parameter(server, expected, max_retries=retries, **options)
         return waited
 
     def _wait_for_migration_status(self, server: dict[str, Any], expected_statuses: list[str]) -> dict[str, Any]:
