@@ -439,7 +439,7 @@ def test_metadata_of_ours_is_out_of_reach(host: Host) -> None:
     other = ("metadata", "db1", "--uri", "urn:other", "--key", "x", "--config")
     assert "own" in refused(host, *other, "--set", ours)
     assert "own" in refused(host, "metadata", "db1", *uri, "--remove", "--config")
-    assert "not present" in refused(host, "metadata", "db1", *uri)
+    assert host.virsh("metadata", "db1", *uri).stdout.strip() == "", "an error in libvirt 9.0, an empty line in 11.3"
     host.check(*other, "--set", "<domain/>")
     assert host.check("metadata", "db1", "--uri", "urn:other", "--config") == "<domain/>"
     assert nvdimms(host) == ["db1.img"]
