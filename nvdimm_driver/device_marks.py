@@ -152,7 +152,9 @@ class DeviceMarks:
         _sync(os.path.dirname(folder) or ".")
 
     def _replace(self, path: str, content: bytes) -> None:
-        new = f"{path}.{os.getpid()}"
+        from threading import get_ident
+
+        new = f"{path}.{os.getpid()}.{get_ident()}"
         try:
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:

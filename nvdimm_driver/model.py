@@ -316,6 +316,11 @@ class Surveyed:
     identity: BackingIdentity | None = None
     run: int | None = None
 
+    @property
+    def is_device(self) -> bool:
+        """Return True for a device, whose mark is not on itself."""
+        return self.identity is not None and not self.identity.inode
+
 
 @dataclass(frozen=True)
 class Intake:

@@ -118,7 +118,6 @@ class _Look:
         self.named = named
         self.definition_of = definition_of
         self.records = driver.ledger.domains()
-        self._all = driver.ledger, driver.backings
         self.running = ownership.Running(self.records)
         self.owners = {item.spec.path: (record, item) for record in self.records for item in record.allocations}
         self.files: dict[str, Surveyed] = {}
@@ -149,7 +148,7 @@ class _Look:
         for path in {*devices, *self.named}.difference(self.files):
             with suppress(NvdimmError):  # of what a domain has, the finding is there
                 file = backing_of(self.driver.backings, path).inspect(path)
-                if file and file.identity and not file.identity.inode:
+                if file and file.is_device:
                     self.files[path] = file
 
     def findings(self) -> Iterator[Inconsistency]:
@@ -209,7 +208,7 @@ class _Look:
     def _is_file(self, path: str) -> bool:
         """Return True for a file in a pool, which is frozen for a guest that has it."""
         file = self.files.get(path)
-        return file is not None and not (file.identity and not file.identity.inode)
+        return file is not None and not file.is_device
 
     # --- NVDIMMs in the ledger ---
 
@@ -278,11 +277,11 @@ class _Look:
             yield self._gone(record, item, moved)
             return
         here = ownership.identity_at(self.driver.backings, path)
-        is_another = ownership.is_device(item) and not ownership.has_bytes(
-            [item], here
-        )  # by a name that it has no more
-        mark = None if is_another else ownership.find_anothers_mark(*self._all, record.uuid, path)
-        if mark:
+        # else another device has the name by now
+        is_own = not ownership.is_device(item) or ownership.has_bytes([item], here)
+        if is_own and (
+            mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path)
+        ):
             yield self._anothers(record, item, mark)
             return
         if own := ownership.find_own(record, item, here):
@@ -496,7 +495,7 @@ class _Look:
             return None
         backing = backing_of(self.driver.backings, path)
         file = self.files.get(path) or backing.inspect(path)
-        return backing if file and not (file.identity and not file.identity.inode) else None
+        return backing if file and not file.is_device else None
 
     def _named(self, kind: str) -> Backing:
         return backing_named(self.driver.backings, kind)

@@ -301,7 +301,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     moved = bool(items) and mark.is_original(file.identity)
     if not moved and any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
         return
-    if record and has_bytes(items, file.identity) and file.identity and not file.identity.inode:
+    if record and file.is_device and has_bytes(items, file.identity):
         raise _owned(path, record, file.identity)  # by its name of now, or a part of it
     if moved and has_bytes(items, file.identity):
         raise InUseError(
