@@ -474,7 +474,8 @@ class Allocation:
     :ivar wipes: True when its pool had ``wipe_on_release``, last time that it was found in a pool.
     :ivar pool: of a device, the name of the pool that the domain got it from: a boot can give it a name that is in
         another pool. Empty while that is not known.
-    :ivar overwritten: True when a release has overwritten it, and no start has begun since.
+    :ivar overwritten: True when a release has overwritten it, and no define or start has begun since.
+    :ivar deleted: True when a release has begun to delete it, and no define or start has begun since.
     :ivar renamed_from: of a device that a boot has given the name of another one: the name that it had, which libvirt's
         definition still has for it; else empty.
     :ivar doubtful: of a device that had another one's name in a ledger from elsewhere, or another name before a
@@ -492,6 +493,7 @@ class Allocation:
     renamed_from: str = field(default="", compare=False, repr=False)
     pool: str = field(default="", compare=False, repr=False)
     doubtful: bool = field(default=False, compare=False, repr=False)
+    deleted: bool = field(default=False, compare=False, repr=False)
 
     @property
     def ready(self) -> bool:

@@ -119,8 +119,8 @@ class Wiper:
         ownership.check_off(self._find_unchanged(record))
         chosen = in_slot(record, slot)
         self.check_unmapped(chosen)
-        wiped, deleted = self.to_wipe(chosen), self.own(chosen) if delete else ()
-        here = [item for item in {*wiped, *deleted} if not self._is_gone(record, item, lost=lost)]
+        wiped, owned = self.to_wipe(chosen), self.own(chosen) if delete else ()
+        here = [item for item in {*wiped, *owned} if not self._is_gone(record, item, lost=lost)]
         for item in here:  # all, before the first of them is wiped
             self._check_owner(record, item.spec)
             self._check_not_kept(record, chosen.allocations, item)
@@ -128,12 +128,13 @@ class Wiper:
             wanted = [item.spec for item in wiped if item in here]
             for spec, content in self._opened_all(opened, wanted, record, lost=lost):
                 self._overwrite(spec, content, watch)
-            self._checks.ledger.note_overwritten(record.uuid, [spec.slot for spec in wanted])
+            deleted = [item for item in owned if item in here]
+            files = [item.spec.slot for item in deleted if not ownership.is_device(item)]
+            self._checks.ledger.note_release(record.uuid, [spec.slot for spec in wanted], files)
             for item in deleted:
-                if item in here:
-                    self._checks.pools.check_place(item.spec.path)
-                    self._check_owner(record, item.spec)
-                    backing_of(self._checks.backings, item.spec.path).discard(item.spec, item.identity)
+                self._checks.pools.check_place(item.spec.path)
+                self._check_owner(record, item.spec)
+                backing_of(self._checks.backings, item.spec.path).discard(item.spec, item.identity)
             now = self._checks.ledger.find_domain(record.uuid) or record
             ownership.give_up(self._checks.ledger, self._checks.backings, now, in_slot(now, slot).allocations)
 

@@ -518,9 +518,9 @@ class _Look:
             backing = self._named(item.identity.kind if item.identity else "")
             move = self.changes.of(record, self.changes.move_back, backing, moved[0], item)
             return inconsistency(f"it is not there; it was moved to {moved[0]}", "move it back", move)
-        if item.overwritten:
+        if item.overwritten or item.deleted:
             give_up = self.changes.of(record, self.changes.give_up, item)
-            return inconsistency("a release that was interrupted has overwritten and deleted it", "finish it", give_up)
+            return inconsistency("it is not there: a release of it was interrupted", "finish that", give_up)
         if item.identity is not None and item.identity.inode == 0:
             now = self._named(item.identity.kind).find(item.identity)
             return inconsistency("it is not there", _find_device(record, item, now))

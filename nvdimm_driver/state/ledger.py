@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 INTENT_COLUMNS = "slot, path, size, label_size, alignsize, fixed_base, node, pmem"
 ALLOCATION_COLUMNS = (
     f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed, wipes, overwritten, "
-    "renamed_from, pool, doubtful"
+    "renamed_from, pool, doubtful, deleted"
 )
 
 
@@ -118,7 +118,7 @@ class Ledger(StartSteps):
         statements += [
             (
                 f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) "
-                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0, ?, ?, ? FROM domain WHERE uuid = ?",
+                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0, ?, ?, ?, 0 FROM domain WHERE uuid = ?",
                 (*_allocation_values(item), last_change(item), *_noted_values(item), uuid),
             )
             for item in allocations
@@ -142,10 +142,19 @@ class Ledger(StartSteps):
         """Note of devices, by uuid and slot, that the operator has to say whether their names here are right."""
         self._write([("UPDATE allocation SET doubtful = 1 WHERE uuid = ? AND slot = ?", key) for key in devices])
 
-    def note_overwritten(self, uuid: str, slots: Iterable[int]) -> None:
-        """Note that a release has overwritten NVDIMMs of a domain, until the next start begins."""
-        sql = "UPDATE allocation SET overwritten = 1 WHERE uuid = ? AND slot = ?"
-        self._write([(sql, (uuid, slot)) for slot in slots])
+    def note_release(self, uuid: str, overwritten: Iterable[int], deleted: Iterable[int]) -> None:
+        """Note how far a release of NVDIMMs of a domain has come, until the next define or start begins.
+
+        :param overwritten: slots of those that are overwritten.
+        :param deleted: slots of those that are about to be deleted.
+        """
+        statements = [
+            (f"UPDATE allocation SET {column} = 1 WHERE uuid = ? AND slot = ?", (uuid, slot))
+            for column, slots in (("overwritten", overwritten), ("deleted", deleted))
+            for slot in slots
+        ]
+        if statements:
+            self._write(statements)
 
     def rename_devices(self, names: Mapping[tuple[str, int], str], check: Callable[[], None]) -> None:
         """Give devices that domains have other names: all at once, as they may have each other's.
@@ -400,8 +409,8 @@ def _allocation(uuid: str, row: Sequence[Any]) -> Allocation:
     from nvdimm_driver.model import Allocation, BackingIdentity
 
     identity = None if row[8] is None else BackingIdentity(*row[8:14])
-    base, written, changed, wipes, overwritten, renamed_from, pool, doubtful = row[14:]
+    base, written, changed, wipes, overwritten, renamed_from, pool, doubtful, deleted = row[14:]
     return Allocation(
         *(uuid, _spec(row[:8]), identity, base, written, changed),
-        *(bool(wipes), bool(overwritten), renamed_from, pool, bool(doubtful)),
+        *(bool(wipes), bool(overwritten), renamed_from, pool, bool(doubtful), bool(deleted)),
     )

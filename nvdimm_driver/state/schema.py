@@ -146,5 +146,6 @@ ALTER TABLE latest ADD COLUMN uncompared INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE allocation ADD COLUMN pool TEXT NOT NULL DEFAULT '';
 ALTER TABLE allocation ADD COLUMN doubtful INTEGER NOT NULL DEFAULT 0;
 """,
+    "ALTER TABLE allocation ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;\n",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

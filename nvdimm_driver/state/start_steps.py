@@ -119,7 +119,10 @@ class StartSteps(Database):
                     (identifier, start.state, start.boot_id, start.since, number, uuid),
                 ),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
-                ("UPDATE allocation SET overwritten = 0 WHERE uuid = ? AND overwritten", (uuid,)),
+                (
+                    "UPDATE allocation SET overwritten = 0, deleted = 0 WHERE uuid = ? AND overwritten + deleted",
+                    (uuid,),
+                ),
                 *[("INSERT INTO frozen (uuid, path) VALUES (?, ?)", (uuid, path)) for path in paths],
             ],
             guarded=True,

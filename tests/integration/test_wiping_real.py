@@ -300,10 +300,14 @@ def test_a_definition_that_calls_its_file_by_another_name_claims_it_once(host: H
     assert len(host.record().allocations) == 1
 
 
+@pytest.mark.parametrize("wipe", [True, False])
 @pytest.mark.parametrize("way", ["", "check"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_release_that_was_killed_after_it_deleted_a_file_can_be_repeated(host: Host, count: int, way: str) -> None:
-    """The bytes were overwritten and deleted by then, and the repetition asked for a backup of them."""
+def test_a_release_that_was_killed_after_it_deleted_a_file_can_be_repeated(
+    tmp_path: Path, fs: FileSystem, count: int, way: str, wipe: bool
+) -> None:
+    """The bytes were deleted by then, and the repetition, or ``check``, asked for a backup of them."""
+    host = Host(tmp_path, fs, wipe=wipe)
     names = [host.path(name) for name in ("a.img", "b.img")][:count]
     host.driver.define(two(*names))
     for name in names:
@@ -323,7 +327,7 @@ def test_a_release_that_was_killed_after_it_deleted_a_file_can_be_repeated(host:
     killed(work)
     host.driver = host.another()
     (found,) = look(host.driver)
-    assert found.problem == "a release that was interrupted has overwritten and deleted it"
+    assert found.problem == "it is not there: a release of it was interrupted"
     if way == "check":
         assert found.mend
         found.mend()

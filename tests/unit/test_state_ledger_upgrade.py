@@ -85,6 +85,9 @@ def test_nothing_is_lost(tmp_path: Path, dump: Path) -> None:
     assert all(before.values()), "a row in each table"
     Ledger(path).close()
     after = content(path)
+    for row in before.get("latest", ()):
+        if "writes" in row:
+            row["writes"] += 1  # the upgrade is one
     kept = {
         table: [{name: row[name] for name in old} for row, old in zip(after[table], rows, strict=True)]
         for table, rows in before.items()
