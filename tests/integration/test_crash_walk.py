@@ -324,7 +324,7 @@ class Walk:
         if failed:
             self._keeps("before anything is repaired, ")
             self.operation.after(self.world)
-        assert not deleted(self.world.repair()) or self.operation.done is _is_deleted
+        assert deleted(self.world.repair()) == []
         self._keeps("after the repair, ")
         if failed:
             self.operation.again(self.world)
