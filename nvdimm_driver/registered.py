@@ -2,7 +2,8 @@
 """The state folder that the driver was registered with.
 
 libxl starts the registered device model, which has the folder in its text. With another one in the options, the hook,
-nvdimmd and nvdimmctl would use another ledger than the guests.
+nvdimmd and nvdimmctl would use another ledger than the guests. A list beside the options has the device models of
+earlier options, too, which domains that were defined then still name: they all have the same text.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ from __future__ import annotations
 import ast
 import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 from oslo_config import cfg
 
 from nvdimm_driver import host_text
-from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.errors import ConfigError, hint_of
 
 MARK = "# written by nvdimm_driver: change its options, not this file"
 """In each file that 'nvdimmctl register' writes; a file without it belongs to somebody else."""
+
+OPTIONS = "/etc/nvdimm-driver/nvdimm-driver.conf"
+"""The options, unless 'nvdimmctl --config-file' names others."""
 
 
 def ledger_path(conf: cfg.ConfigOpts) -> str:
@@ -41,13 +47,43 @@ def ledger_in(folder: str) -> str:
 
 
 def state_dir(conf: cfg.ConfigOpts) -> str:
-    """Return the state folder of the registered device model; the configured one if none is registered."""
+    """Return the state folder of the registered device model; the configured one if none is registered.
+
+    :raises ConfigError: when there is none at the configured path, and the list of others cannot be read.
+    """
+    return next(filter(None, map(_state_dir_in, device_models(conf))), str(conf.state_dir))
+
+
+def device_models(conf: cfg.ConfigOpts) -> Iterator[str]:
+    """Yield the paths at which a device model may be: the configured one, and those of earlier options.
+
+    :raises ConfigError: when the list of those cannot be read.
+    """
+    yield conf.xen.device_model
+    path = list_path(conf)
     try:
-        text = host_text.read(conf.xen.device_model)
+        lines = host_text.read(path).splitlines()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", hint=hint_of(error)) from error
+    yield from (line for line in lines if line not in (MARK, conf.xen.device_model))
+
+
+def list_path(conf: cfg.ConfigOpts) -> Path:
+    """Return the path of the list of device models: it is beside the options, and none of them moves it."""
+    files = filter(os.path.isfile, conf.config_file)  # /dev/null stands for no options
+    return Path(next(files, OPTIONS)).parent / "registered"
+
+
+def _state_dir_in(device_model: str) -> str | None:
+    """Return the state folder in the text of a device model; None when there is none of the driver's."""
+    try:
+        text = host_text.read(device_model)
     except OSError:
-        return str(conf.state_dir)
+        return None
     found = re.search(r"^    state_dir=(.*),$", text, re.MULTILINE) if MARK in text else None
     try:
-        return str(ast.literal_eval(found[1])) if found else str(conf.state_dir)
+        return str(ast.literal_eval(found[1])) if found else None
     except (SyntaxError, ValueError):  # edited by hand
-        return str(conf.state_dir)
+        return None

@@ -12,13 +12,18 @@ from nvdimm_driver.registered import MARK
 NOT_OURS = "nvdimm_driver did not write it"
 
 
+def is_ours(path: Path) -> bool:
+    """Return True for a file that :func:`install` has written."""
+    return path.exists() and MARK in read(path)
+
+
 def install(path: Path, text: str, mode: int) -> str:
     """Write a file atomically; return a line that says what was done.
 
     :raises ConfigError: when the path has a file without :data:`MARK`.
     """
     if path.exists():
-        if MARK not in read(path):
+        if not is_ours(path):
             raise ConfigError(f"{path} exists, and {NOT_OURS}", hint="move it away, and try again")
         if read(path) == text:
             return f"unchanged {path}"
@@ -34,7 +39,7 @@ def remove(path: Path) -> str:
     """Delete a file that :func:`install` has written; return a line that says what was done."""
     if not path.exists():
         return f"not there {path}"
-    if MARK not in read(path):
+    if not is_ours(path):
         return f"left alone {path}: {NOT_OURS}"
     path.unlink()
     return f"removed {path}"

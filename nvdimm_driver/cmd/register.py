@@ -16,7 +16,7 @@ from oslo_config import cfg
 from nvdimm_driver import plugin_loader, registered
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.cmd import apparmor_rules, systemd_units
-from nvdimm_driver.cmd.installed_files import install, remove
+from nvdimm_driver.cmd.installed_files import install, is_ours, remove
 from nvdimm_driver.device_marks import FOLDER, DeviceMarks
 from nvdimm_driver.doctor import repair_saved_guests
 from nvdimm_driver.doctor.libvirt import daemon_socket
@@ -90,13 +90,17 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
             log_dir.mkdir(parents=True)
             yield f"created {log_dir}"
         yield from _protect(Path(conf.log_file))
-        script = device_model(conf)
-        yield install(script.path, script.text, 0o755)
+        text, models = device_model(conf).text, [*registered.device_models(conf)]
+        listed = install(registered.list_path(conf), "\n".join([MARK, *models, ""]), 0o644)
+        for path in filter(is_ours, map(Path, models[1:])):
+            yield install(path, text, 0o755)
+        yield install(Path(models[0]), text, 0o755)  # last: its text tells whether all this was done
         script = libvirt_hook(conf)
         hook = install(script.path, script.text, 0o755)
         yield hook
         if not hook.startswith("unchanged"):
             yield "restart libvirtd (or virtxend), which looks for hooks only at its start: systemctl restart libvirtd"
+        yield listed
         yield from apparmor_rules.allow(conf)
         yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
@@ -164,8 +168,9 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str], saved: Sequence[str
             hint="start and shut down each, or discard its saved guest: virsh managedsave-remove",
         )
     try:
-        for script in (libvirt_hook(conf), device_model(conf)):
-            yield remove(script.path)
+        models = map(Path, registered.device_models(conf))
+        for path in [libvirt_hook(conf).path, *models, registered.list_path(conf)]:
+            yield remove(path)
         yield from apparmor_rules.forbid(conf)
         yield from systemd_units.disable(conf)
     except OSError as error:

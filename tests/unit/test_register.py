@@ -18,7 +18,7 @@ from nvdimm_driver.device_marks import FOLDER, DeviceMarks
 from nvdimm_driver.driver import load_driver
 from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.model import BackingIdentity, Run
-from nvdimm_driver.registered import ledger_path, state_dir
+from nvdimm_driver.registered import ledger_path, list_path, state_dir
 from nvdimm_driver.state.ledger import Ledger
 from tests.ledger_copies import forget_in_use
 from tests.unit.doubles import UUID, RecordingMapper, started
@@ -71,7 +71,7 @@ def test_the_device_model_is_told_how_to_log(options: cfg.ConfigOpts, tmp_path: 
 
 def test_unregister_takes_it_out_and_keeps_the_ledger(options: cfg.ConfigOpts, tmp_path: Path) -> None:
     list(register(options))
-    assert [line.split()[0] for line in unregister(options, [])] == ["removed", "removed", "kept"]
+    assert [line.split()[0] for line in unregister(options, [])] == ["removed", "removed", "removed", "kept"]
     assert not (tmp_path / "libexec/dm").exists()
     assert (tmp_path / "state/ledger.sqlite").exists()
     assert next(unregister(options, [])).startswith("not there")
@@ -276,6 +276,64 @@ def test_another_state_folder_gets_the_marks_of_devices(options: cfg.ConfigOpts,
     with closing(Ledger(ledger_path(options))) as ledger:
         marks = ledger.device_marks
         assert (marks.owner(device), marks.last_run(device), marks.owner(other)) == (b"of now", 7, b"of before")
+
+
+@pytest.mark.parametrize("other_device_model", [False, True])
+def test_another_state_folder_is_noticed_together_with_another_device_model(
+    options: cfg.ConfigOpts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_device_model: bool
+) -> None:
+    """Nothing is at the path of the new device model that tells which folder was in use."""
+    device = BackingIdentity("pmem", "one", 0, 0, 0, 1 << 21)
+    list(register(options))
+    with closing(Ledger(ledger_path(options))) as ledger:
+        ledger.device_marks.set_owner(device, b"db1")
+    if other_device_model:
+        options.set_override("device_model", f"{tmp_path}/libexec/new", group="xen")
+    options.set_override("state_dir", f"{tmp_path}/other")
+    with pytest.raises(ConfigError, match=f"the driver is registered with {tmp_path}/state"):
+        load_driver(options)
+    mapper = RecordingMapper({7: UUID})
+    mapper.announce(7, [(0x1100000, 0x240000, 512)])
+    monkeypatch.setattr(plugin_loader, "load", lambda *_: mapper)
+    with pytest.raises(InUseError, match="domid 7"):
+        list(register(options))
+    mapper.announce(7, ())
+    list(register(options))
+    with closing(Ledger(ledger_path(options))) as ledger:
+        assert ledger.is_from_elsewhere()
+        assert ledger.device_marks.owner(device) == b"db1"
+
+
+def test_device_models_of_earlier_options_use_the_same_state_folder(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """Domains that were defined with one keep it, and it may be the configured one again."""
+    old, new = tmp_path / "libexec/dm", tmp_path / "libexec/new"
+    list(register(options))
+    options.set_override("device_model", str(new), group="xen")
+    assert is_believed(options, tmp_path / "state")
+    assert not is_believed(options, tmp_path / "other")
+    assert f"    state_dir='{tmp_path}/other',\n" in old.read_text()
+    assert old.read_text() == new.read_text()
+    with closing(Ledger(ledger_path(options))) as ledger:
+        ledger.take_over(compared=True)
+    options.set_override("device_model", str(old), group="xen")
+    assert is_believed(options, tmp_path / "other")
+    list(unregister(options, []))
+    assert not old.exists()
+    assert not new.exists()
+
+
+def test_a_list_of_device_models_that_cannot_be_read_is_an_error(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    list(register(options))
+    (tmp_path / "registered").unlink()
+    (tmp_path / "registered").mkdir()
+    assert load_driver(options).ledger.path == f"{tmp_path}/state/ledger.sqlite"
+    options.set_override("device_model", f"{tmp_path}/libexec/new", group="xen")
+    with pytest.raises(ConfigError, match=f"cannot read {tmp_path}/registered"):
+        load_driver(options)
+
+
+def test_without_options_the_list_of_device_models_is_in_the_standard_place() -> None:
+    assert [str(list_path(conf.load(files))) for files in ([], ["/dev/null"])] == ["/etc/nvdimm-driver/registered"] * 2
 
 
 def test_a_state_folder_that_was_put_aside_and_comes_back(options: cfg.ConfigOpts, tmp_path: Path) -> None:
