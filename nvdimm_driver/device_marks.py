@@ -85,28 +85,42 @@ class DeviceMarks:
             with suppress(LedgerError):
                 self._write(_name(device) + _RUN, None)
 
-    def follow(self, before: DeviceMarks) -> None:
-        """Take over the records that were in use until now; of devices that they have not, those here stay.
+    def follow(self, before: DeviceMarks) -> list[str]:
+        """Take over the records that were in use until now, as far as they can be read.
 
-        :raises LedgerError: when one cannot be read or written.
+        The marks that are here of the same bytes are older, and go. Those of bytes that nobody had there stay: a device
+        that is kept too long is better than one that is given away.
+
+        :returns: what was not taken over, and what that means, a text for each.
+        :raises LedgerError: when one cannot be written.
         """
-        for name in before._names():
-            if name.endswith((_OWNER, _RUN)):
-                self._write(name, before._read(name))
+        lost = []
+        try:
+            names = before._names()
+        except LedgerError as error:
+            return [f"{error.message}; whose devices are, and which run had them last, is not known here"]
+        for name in names:
+            if not name.endswith((_OWNER, _RUN)):
+                continue
+            try:
+                content = before._read(name)
+            except LedgerError as error:
+                if name.endswith(_OWNER):
+                    lost.append(f"{error.message}; whose that device is, is not known here")
+                    continue
+                lost.append(f"{error.message}; no saved guest with that device can go on")
+                content = b"0"
+            self._write(name, content)
+            device = _device_of(name, _OWNER)
+            for older in self._sharing(device, _OWNER) if device else ():
+                if _name(older) + _OWNER not in names:
+                    self.set_owner(older, None)
+        return lost
 
     def _sharing(self, device: BackingIdentity, suffix: str) -> list[BackingIdentity]:
         """Return the other devices with such a file that share bytes with this one."""
-        from dataclasses import replace
-
-        found = []
-        for name in self._names():
-            uid, *numbers = name.removesuffix(suffix).rsplit("-", 2)
-            if not name.endswith(suffix) or len(numbers) != 2 or not all(each.isdigit() for each in numbers):
-                continue
-            other = replace(device, start=int(numbers[0]), size=int(numbers[1]))
-            if uid == _escaped(device.device) and other != device and other.shares_bytes(device):
-                found.append(other)
-        return found
+        found = filter(None, (_device_of(name, suffix, device.kind) for name in self._names()))
+        return [other for other in found if _name(other) != _name(device) and other.shares_bytes(device)]
 
     def _names(self) -> list[str]:
         if self._folder is None:
@@ -173,6 +187,20 @@ class DeviceMarks:
 
 def _name(device: BackingIdentity) -> str:
     return f"{_escaped(device.device)}-{device.start}-{device.size}"
+
+
+def _device_of(name: str, suffix: str, kind: str = "") -> BackingIdentity | None:
+    """Return the device that a file with that suffix is of; None for any other file."""
+    from nvdimm_driver.model import BackingIdentity
+
+    uid, *numbers = name.removesuffix(suffix).rsplit("-", 2)
+    if not name.endswith(suffix) or len(numbers) != 2 or not all(each.isdigit() for each in numbers):
+        return None
+    parts = uid.split("%")  # every second one is a character's number
+    with suppress(ValueError):
+        plain = "".join(chr(int(part, 16)) if number % 2 else part for number, part in enumerate(parts))
+        return BackingIdentity(kind, plain, int(numbers[0]), 0, 0, int(numbers[1]))
+    return None
 
 
 def _escaped(uid: str) -> str:

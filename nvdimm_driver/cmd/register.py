@@ -63,6 +63,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
 
     :raises ConfigError: when QEMU is missing, or a file that ``register`` did not write is in the way.
     :raises InUseError: while domains run that are in the ledger of another state folder.
+    :raises LedgerError: when the ledger, or the marks of devices, cannot be written in this one.
     """
     before = registered.state_dir(conf)
     is_moved = os.path.realpath(before) != os.path.realpath(conf.state_dir)
@@ -81,7 +82,7 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
             in_use.beside(ledger_in(conf.state_dir)).follow(in_use.beside(ledger_in(before)))
         with closing(Ledger(ledger_in(conf.state_dir))) as ledger:
             if is_moved:
-                _follow_marks(ledger, before)
+                yield from _follow_marks(ledger, before)
             ledger.reserve.keep()
             if is_moved and ledger.is_from_elsewhere():
                 yield f"{ledger.path} {FROM_ELSEWHERE} ({TAKE_OVER})"
@@ -107,12 +108,12 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         raise ConfigError(f"cannot install: {error}", hint=hint_of(error)) from error
 
 
-def _follow_marks(ledger: Ledger, before: str) -> None:
-    """Take over whose devices are, as the state folder of before has it; its disk may be damaged."""
-    try:
-        ledger.device_marks.follow(DeviceMarks(os.path.join(before, FOLDER)))
-    except LedgerError as error:
-        LOG.warning("not all marks of devices are taken over: %s", error)
+def _follow_marks(ledger: Ledger, before: str) -> Iterator[str]:
+    """Take over whose devices are, as the state folder of before has it; yield a line for each thing that is lost."""
+    marks = os.path.join(os.path.dirname(ledger.path), FOLDER)
+    if not os.path.isdir(before) and not os.path.isdir(marks):  # neither is it there, nor was it moved
+        yield f"there is no {before}; whose devices are, and which run had them last, is not known here"
+    yield from ledger.device_marks.follow(DeviceMarks(os.path.join(before, FOLDER)))
 
 
 def _check_off(conf: cfg.ConfigOpts, state_dir: str) -> None:

@@ -58,6 +58,36 @@ def test_a_mark_is_found_by_all_that_shares_bytes(tmp_path: Path, uid: str) -> N
         assert marks.owners_of_parts(other) == []
 
 
+def test_of_the_same_bytes_only_the_marks_in_use_are_taken_over(tmp_path: Path) -> None:
+    """The domain that had all of it gave it up in the other folder. What has no mark there keeps the one here."""
+    here, before = DeviceMarks(tmp_path / "here"), DeviceMarks(tmp_path / "before")
+    whole, part, rest = device(), device(2 * MIB, 8 * MIB), device(16 * MIB, 8 * MIB)
+    for each in (whole, device(uid="another")):
+        here.set_owner(each, b"db1")
+    for each in (part, rest):
+        before.set_owner(each, b"db2")
+    assert here.follow(before) == []
+    assert [here.owner(each) for each in (whole, part, rest)] == [None, b"db2", b"db2"]
+    assert here.owner(device(uid="another")) == b"db1"
+
+
+def test_a_state_folder_that_is_used_again_lets_the_later_owner_start(tmp_path: Path) -> None:
+    """It has the mark of the domain that had the whole device when it was used first; its ledger was deleted since."""
+    first, other = Host(tmp_path / "first"), Host(tmp_path / "other")
+    for each in (first, other):
+        each.folder.mkdir()
+        each.backing, each.mapper = first.backing, first.mapper
+    first.define(A)
+    DeviceMarks(other.folder / "devices").follow(DeviceMarks(first.folder / "devices"))
+    other.repair()
+    other.release(UUID)
+    other.define(PART, uuid=OTHER_UUID)
+    first.lose_ledger()
+    DeviceMarks(first.folder / "devices").follow(DeviceMarks(other.folder / "devices"))
+    first.driver().ledger.take_over(compared=False)
+    first.driver().prepare(domain(PART, uuid=OTHER_UUID, name="db2"))
+
+
 def test_the_last_run_is_that_of_all_its_bytes(tmp_path: Path) -> None:
     marks, whole, one, other = DeviceMarks(tmp_path / "devices"), device(), device(0, MIB), device(MIB, MIB)
     assert marks.last_run(one) is None

@@ -16,7 +16,7 @@ from nvdimm_driver.cmd.apparmor_rules import BEGIN, END
 from nvdimm_driver.cmd.register import find_running, register, unregister
 from nvdimm_driver.device_marks import FOLDER, DeviceMarks
 from nvdimm_driver.driver import load_driver
-from nvdimm_driver.errors import ConfigError, InUseError
+from nvdimm_driver.errors import ConfigError, InUseError, LedgerError
 from nvdimm_driver.model import BackingIdentity, Run
 from nvdimm_driver.registered import ledger_path, list_path, state_dir
 from nvdimm_driver.state.ledger import Ledger
@@ -276,6 +276,70 @@ def test_another_state_folder_gets_the_marks_of_devices(options: cfg.ConfigOpts,
     with closing(Ledger(ledger_path(options))) as ledger:
         marks = ledger.device_marks
         assert (marks.owner(device), marks.last_run(device), marks.owner(other)) == (b"of now", 7, b"of before")
+
+
+def mark_four(options: cfg.ConfigOpts) -> list[BackingIdentity]:
+    """Register, and mark four devices."""
+    list(register(options))
+    devices = [BackingIdentity("pmem", f"ns{number}", 0, 0, 0, 1 << 21) for number in range(4)]
+    with closing(Ledger(ledger_path(options))) as ledger:
+        for number, each in enumerate(devices):
+            ledger.device_marks.set_owner(each, b"db1")
+            ledger.device_marks.note_run([each], number + 1)
+    return devices
+
+
+def test_another_state_folder_gets_all_marks_that_can_be_read(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """Its disk is damaged, which is why the operator changes it. Whose the others are must not be lost, too."""
+    devices = mark_four(options)
+    for name in ("ns1-0-2097152.owner", "ns2-0-2097152.run"):
+        (tmp_path / "state" / FOLDER / name).unlink()
+        (tmp_path / "state" / FOLDER / name).mkdir()  # which cannot be read, also by root
+    options.set_override("mapper", "dry-run", group="xen")
+    options.set_override("state_dir", f"{tmp_path}/other")
+    said = list(register(options))
+    with closing(Ledger(ledger_path(options))) as ledger:
+        assert [ledger.device_marks.owner(each) for each in devices] == [b"db1", None, b"db1", b"db1"]
+        assert [ledger.device_marks.last_run(each) for each in devices] == [1, 2, 0, 4]
+    folder = f"{tmp_path}/state/{FOLDER}"
+    assert [line for line in said if line.startswith("cannot read")] == [
+        f"cannot read {folder}/ns1-0-2097152.owner: Is a directory; whose that device is, is not known here",
+        f"cannot read {folder}/ns2-0-2097152.run: Is a directory; no saved guest with that device can go on",
+    ]
+
+
+@pytest.mark.parametrize("how", ["not a folder", "gone", "moved", "without devices"])
+def test_register_says_when_it_finds_no_marks(options: cfg.ConfigOpts, tmp_path: Path, how: str) -> None:
+    mark_four(options)
+    before = tmp_path / "state"
+    if how == "not a folder":
+        shutil.rmtree(before / FOLDER)
+        (before / FOLDER).symlink_to(FOLDER)  # to itself: ELOOP
+    elif how == "gone":
+        shutil.rmtree(before)
+    elif how == "moved":
+        before.rename(tmp_path / "other")
+    else:
+        shutil.rmtree(before / FOLDER)
+    options.set_override("mapper", "dry-run", group="xen")
+    options.set_override("state_dir", f"{tmp_path}/other")
+    said = [line for line in register(options) if "is not known here" in line]
+    assert len(said) == (how in ("not a folder", "gone"))
+
+
+def test_register_fails_if_a_mark_cannot_be_written(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """Nothing would come back for it: the folder is in use from then on."""
+    mark_four(options)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / FOLDER).write_text("in the way")
+    options.set_override("mapper", "dry-run", group="xen")
+    options.set_override("state_dir", f"{tmp_path}/other")
+    with pytest.raises(LedgerError, match=f"cannot write {tmp_path}/other/{FOLDER}/ns0"):
+        list(register(options))
+    assert state_dir(options) == f"{tmp_path}/state"
+    (tmp_path / "other" / FOLDER).unlink()
+    list(register(options))
+    assert len(list((tmp_path / "other" / FOLDER).iterdir())) == 8
 
 
 @pytest.mark.parametrize("other_device_model", [False, True])
