@@ -52,6 +52,13 @@ class DeviceMarks:
         found = [(other, self.owner(other)) for other in self._sharing(device, _OWNER)]
         return [(other, owner) for other, owner in found if owner is not None]
 
+    def owned_namespaces(self) -> set[str]:
+        """Return the uids of the namespaces of which a device or a part has an owner, whether it is there now or not.
+
+        :raises LedgerError: when the folder cannot be read.
+        """
+        return {found.device for name in self._names() if (found := _device_of(name, _OWNER))}
+
     def set_owner(self, device: BackingIdentity, owner: bytes | None) -> None:
         """Write the mark of exactly these bytes; None removes it.
 

@@ -13,6 +13,7 @@ from nvdimm_driver.backing import ndctl
 from nvdimm_driver.backing.ndctl import NdNamespace, NdRegion
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, RefusedError
 from nvdimm_driver.model import MIB, SUPERPAGE
+from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
 
 MODES = {"fsdax": "fsdax", "devdax": "devdax", "pmem": "raw"}
@@ -138,13 +139,17 @@ def _reconfigure(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile
     region, found = _namespace(wish, host)
     if found.name in host.in_use:
         why = f"{found.device} is mounted, or a domain has it"
+        hint = (
+            "if nothing on it is needed any more, unmount it, or give up the NVDIMM on it ('nvdimmctl list' shows "
+            "which): nvdimmctl release --slot N DOMAIN"
+        )
         if not found.device:
             why = "a domain has it, or one that is not there now, which it may be: it is not enabled"
-        raise InUseError(
-            f"{found.name} is in use: {why}",
-            hint="if nothing on it is needed any more, unmount it, or give up the NVDIMM on it ('nvdimmctl list' shows "
-            "which): nvdimmctl release --slot N DOMAIN",
-        )
+            enable = command("ndctl", "enable-namespace", found.name)
+            hint += (
+                f"; if it has none, a mark tells: {enable}, and then 'nvdimmctl check --repair' with its device"
+            )
+        raise InUseError(f"{found.name} is in use: {why}", hint=hint)
     if not wish.force:
         raise RefusedError(
             f"all that is on {found.name} ({human(found.size or region.size)}, mode {found.mode}) would be lost",

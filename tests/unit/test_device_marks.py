@@ -58,6 +58,17 @@ def test_a_mark_is_found_by_all_that_shares_bytes(tmp_path: Path, uid: str) -> N
         assert marks.owners_of_parts(other) == []
 
 
+@pytest.mark.parametrize("uid", ["ns-0", "spa-0x1000", "../a b-1-2", "ü", "%41%"])
+def test_the_uid_of_a_namespace_with_an_owner_is_told_as_it_is(tmp_path: Path, uid: str) -> None:
+    marks = DeviceMarks(tmp_path / "devices")
+    assert marks.owned_namespaces() == set()
+    marks.set_owner(device(2 * MIB, 8 * MIB, uid), b"db1")
+    marks.note_run([device(uid="another")], 7)
+    for name in ("notes.owner", "ns-1-%zz%-1-2.owner", "%x%-1-2.owner", "ns-2-0-1.owner.7.7"):
+        (tmp_path / "devices" / name).touch()
+    assert marks.owned_namespaces() == {uid}
+
+
 def test_of_the_same_bytes_only_the_marks_in_use_are_taken_over(tmp_path: Path) -> None:
     """The domain that had all of it gave it up in the other folder. What has no mark there keeps the one here."""
     here, before = DeviceMarks(tmp_path / "here"), DeviceMarks(tmp_path / "before")

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nvdimm_driver.backing import ndctl
+from nvdimm_driver.cmd.ctl import pool_create
 from nvdimm_driver.cmd.ctl.pool_create import _check_unclaimed
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import GIB, MIB
@@ -17,6 +19,7 @@ from nvdimm_driver.pools.create import PoolHost, RunCommand, Wish, WriteFile, st
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml.definition_files import StoredDomain
 from tests.unit.test_device_claims import claims
+from tests.unit.test_device_marks import A, Host
 
 UUID = "0f7d9a52-0000-4000-8000-000000000001"
 LISTED = json.dumps(
@@ -201,3 +204,22 @@ def test_a_namespace_is_not_reconfigured_that_a_ledger_from_elsewhere_may_not_kn
     with pytest.raises(LedgerError, match="is a backup or a copy"):
         _check_unclaimed(driver, wish(kind="pmem", namespace="namespace1.0", force=True), host())
     _check_unclaimed(driver, wish(), host())
+
+
+@pytest.mark.parametrize("known_by", ["ledger", "mark"])
+def test_a_disabled_namespace_is_not_reconfigured_that_a_domain_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_by: str
+) -> None:
+    """It has no device to look for the mark by. The ledger was lost, and the new one does not know it."""
+    owner = Host(tmp_path)
+    owner.define(A)
+    if known_by == "mark":
+        owner.lose_ledger()
+        assert owner.driver().ledger.domains() == ()
+        assert not owner.driver().ledger.is_from_elsewhere()
+    there = {"dev": "namespace0.0", "mode": "raw", "size": GIB, "state": "disabled", "uuid": "ns-0"}
+    listed = {"dev": "region0", "size": GIB, "available_size": 0, "max_available_extent": 0, "namespaces": [there]}
+    monkeypatch.setattr(pool_create, "_run", lambda _: json.dumps([listed]))
+    found = pool_create._host(owner.driver())
+    with pytest.raises(InUseError, match=r"a domain has it.*ndctl enable-namespace namespace0.0, and then"):
+        run(wish(kind="pmem", namespace="namespace0.0", force=True), found)

@@ -161,6 +161,7 @@ def _host(driver: XenNvdimmDriver) -> PoolHost:
     pv = kind.exists() and host_text.read(kind).strip() == "PV"
     regions = ndctl.regions(_run(("ndctl", "list", "-RNi")))
     taken = {item.identity.device for record in driver.ledger.domains() for item in record.allocations if item.identity}
+    taken |= driver.ledger.device_marks.owned_namespaces()
     idle = [each.name for region in regions for each in region.namespaces if not each.device and each.size]
     used = {each.name for each in inventory.mounted()} | inventory.names_of(taken, idle)
     return PoolHost(
