@@ -146,9 +146,7 @@ def _reconfigure(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile
         if not found.device:
             why = "a domain has it, or one that is not there now, which it may be: it is not enabled"
             enable = command("ndctl", "enable-namespace", found.name)
-            hint += (
-                f"; if it has none, a mark tells: {enable}, and then 'nvdimmctl check --repair' with its device"
-            )
+            hint += f"; if it has none, a mark tells: {enable}, and then 'nvdimmctl check --repair' with its device"
         raise InUseError(f"{found.name} is in use: {why}", hint=hint)
     if not wish.force:
         raise RefusedError(

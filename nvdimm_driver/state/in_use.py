@@ -19,8 +19,10 @@ UNKNOWN = ("unknown", 0)
 
 
 def beside(ledger: str) -> InUse:
-    """Return the file for the ledger at a path."""
-    return InUse(None if ledger == ":memory:" else f"{os.path.dirname(os.path.abspath(ledger))}-in-use")
+    """Return the file for the ledger at a path: one for each folder, whatever names links give to that."""
+    if ledger == ":memory:":
+        return InUse(None)
+    return InUse(f"{os.path.realpath(os.path.dirname(os.path.abspath(ledger)))}-in-use")
 
 
 class InUse:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from contextlib import closing
@@ -20,7 +21,7 @@ from nvdimm_driver.errors import ConfigError, InUseError, LedgerError
 from nvdimm_driver.model import BackingIdentity, Run
 from nvdimm_driver.registered import ledger_path, list_path, state_dir
 from nvdimm_driver.state.ledger import Ledger
-from tests.ledger_copies import forget_in_use
+from tests.ledger_copies import copy_ledger, forget_in_use
 from tests.unit.doubles import UUID, RecordingMapper, started
 
 
@@ -412,6 +413,28 @@ def test_a_state_folder_that_was_put_aside_and_comes_back(options: cfg.ConfigOpt
     aside.rename(folder)
     with closing(Ledger(ledger_path(options))) as ledger:
         assert ledger.is_strange()
+
+
+@pytest.mark.parametrize("names", [("real", "link"), ("link", "real")])
+def test_two_names_of_a_state_folder_tell_one_ledger(
+    options: cfg.ConfigOpts, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    first, second = (tmp_path / name for name in names)
+    assert is_believed(options, first)
+    copy_ledger(first / "ledger.sqlite", tmp_path / "backup")
+    with closing(Ledger(ledger_path(options))) as ledger:
+        ledger.count_harvest(1.0)
+    assert is_believed(options, second)
+    with (
+        closing(sqlite3.connect(tmp_path / "backup")) as backup,
+        closing(sqlite3.connect(second / "ledger.sqlite")) as there,
+    ):
+        backup.backup(there)
+    for each in (first, second):
+        with closing(Ledger(str(each / "ledger.sqlite"))) as ledger:
+            assert ledger.is_from_elsewhere()
 
 
 def test_a_state_folder_that_is_not_registered_yet_is_not_used(options: cfg.ConfigOpts, tmp_path: Path) -> None:
