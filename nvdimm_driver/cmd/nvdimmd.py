@@ -19,7 +19,7 @@ from pathlib import Path
 from oslo_config import cfg
 
 from nvdimm_driver import apparmor, conf, logs
-from nvdimm_driver.driver import load_driver
+from nvdimm_driver.driver import XenNvdimmDriver, load_driver
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.host_text import use_utf8
 from nvdimm_driver.rpc.handler_types import Peer
@@ -75,10 +75,8 @@ async def _serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # load the options at each use: a new pool works at once, as it does for the hook
-    interceptor = Interceptor(
-        lambda: load_driver(conf.load(files)), XmlHooks.from_conf(options), options.libvirt.save_dir
-    )
+    make_driver = driver_maker(files)
+    interceptor = Interceptor(make_driver, XmlHooks.from_conf(options), options.libvirt.save_dir)
     rpc = options.rpc
     upstream = _first(rpc.libvirt_direct_socket, rpc.libvirt_socket)
     upstream_ro = _first(rpc.libvirt_direct_socket_ro, rpc.libvirt_socket_ro)
@@ -86,14 +84,22 @@ async def _serve(
         Listener(clients, upstream, False, interceptor.table(), may_write(rpc.group, upstream)),
         Listener(readers, upstream_ro, True, interceptor.table(read_only=True), partial(may_connect, upstream_ro)),
     ]
-    writing = asyncio.create_task(repeat(metrics_writer(options), options.metrics.interval, stop))
+    writing = asyncio.create_task(repeat(metrics_writer(options, make_driver), options.metrics.interval, stop))
     notify("READY=1")
     await serve(listeners, stop)
     notify("STOPPING=1")
     await writing
 
 
-def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
+def driver_maker(files: list[str] | None) -> Callable[[], XenNvdimmDriver]:
+    """Return the function that makes a driver by the options of now: a new pool works at once, as for the hook.
+
+    :param files: as for :func:`.conf.load`.
+    """
+    return lambda: load_driver(conf.load(files))
+
+
+def metrics_writer(options: cfg.ConfigOpts, make_driver: Callable[[], XenNvdimmDriver]) -> Callable[[], None] | None:
     """Return the function that writes metrics for Prometheus; None if the operator wants none.
 
     :raises ConfigError: when prometheus_client is not installed.
@@ -102,7 +108,7 @@ def metrics_writer(options: cfg.ConfigOpts) -> Callable[[], None] | None:
         return None
     from nvdimm_driver.metrics import write
 
-    return partial(write, partial(load_driver, options), options.metrics.textfile)
+    return partial(write, make_driver, options.metrics.textfile)
 
 
 async def repeat(write: Callable[[], None] | None, seconds: float, stop: asyncio.Event) -> None:

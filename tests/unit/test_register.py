@@ -14,9 +14,10 @@ from oslo_config import cfg
 
 from nvdimm_driver import conf, plugin_loader
 from nvdimm_driver.cmd.apparmor_rules import BEGIN, END
+from nvdimm_driver.cmd.nvdimmd import driver_maker, metrics_writer
 from nvdimm_driver.cmd.register import find_running, register, unregister
 from nvdimm_driver.device_marks import FOLDER, DeviceMarks
-from nvdimm_driver.driver import load_driver
+from nvdimm_driver.driver import XenNvdimmDriver, load_driver
 from nvdimm_driver.errors import ConfigError, InUseError, LedgerError
 from nvdimm_driver.model import BackingIdentity, Run
 from nvdimm_driver.registered import ledger_path, list_path, state_dir
@@ -482,3 +483,23 @@ def test_register_adds_nothing_to_a_profile_that_allows_it(options: cfg.ConfigOp
     profile.write_text(f"  change_profile -> nvdimm-hook,\n  {options.xen.device_model} Ux,\n")
     list(register(options))
     assert not (tmp_path / "apparmor.d/local").exists()
+
+
+def test_nvdimmd_writes_metrics_from_the_state_folder_that_is_registered_now(
+    options: cfg.ConfigOpts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the options anew for each, as for each call."""
+    file = tmp_path / "nvdimm-driver.conf"
+    options.set_override("textfile", f"{tmp_path}/metrics", group="metrics")
+    write = metrics_writer(options, driver_maker([str(file)]))
+    assert write is not None
+    monkeypatch.setattr(XenNvdimmDriver, "reconcile", lambda _: None)
+    for folder in ("state", "other"):
+        file.write_text(file.read_text().replace(f"{tmp_path}/state\n", f"{tmp_path}/{folder}\n"))
+        now = conf.load([str(file)])
+        now.set_override("mapper", "dry-run", group="xen")
+        list(register(now))
+        with closing(Ledger(ledger_path(now))) as ledger:
+            ledger.count_harvest(1.0 if folder == "state" else 8.0)
+        write()
+        assert f"harvest_seconds_sum {1.0 if folder == 'state' else 8.0}\n" in (tmp_path / "metrics").read_text()
