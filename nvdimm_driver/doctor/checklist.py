@@ -27,6 +27,7 @@ from nvdimm_driver.nova.conf import read as read_nova_conf
 from nvdimm_driver.nova.pmem_namespaces import Configured, Inventory, NovaNamespace
 from nvdimm_driver.plugins import AcpiBuilder
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.registered import ledger_path
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml.definition_files import DefinitionFiles
 from nvdimm_driver.xml.hooks import XmlHooks
@@ -82,7 +83,7 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "AppArmor, libvirt", lambda: confinement.check_apparmor(daemon, conf.xen.device_model, folder)
     yield "SELinux", confinement.check_selinux
     yield "log", lambda: storage.check_log(Path(conf.log_file))
-    yield "state folder", lambda: storage.check_state(Path(conf.state_dir) / "ledger.sqlite")
+    yield "state folder", lambda: storage.check_state(Path(ledger_path(conf)))
     yield "ledger", lambda: _records(conf)
     yield "Nova", lambda: _nova(conf)
 
@@ -145,18 +146,18 @@ def _access(conf: cfg.ConfigOpts) -> Iterator[Finding]:
 
 
 def _records(conf: cfg.ConfigOpts) -> Iterator[Finding]:
-    state_dir = Path(conf.state_dir)
+    path = Path(ledger_path(conf))
     backings = plugin_loader.load_all("nvdimm_driver.backings", conf)
     mapper = plugin_loader.load("nvdimm_driver.mappers", conf.xen.mapper, conf)
-    servers, holders = LabelServers(state_dir), Holders(state_dir)
-    return ledger.check(state_dir / "ledger.sqlite", backings, mapper, servers.is_running, holders.held)
+    servers, holders = LabelServers(conf.state_dir), Holders(conf.state_dir)
+    return ledger.check(path, backings, mapper, servers.is_running, holders.held)
 
 
 def _nova(conf: cfg.ConfigOpts) -> Iterator[Finding]:
     def find(configured: Sequence[Configured]) -> tuple[NovaNamespace, ...]:
         pools = Pools(configured_pools(conf), any_path=conf.allow_any_path)
         backings = plugin_loader.load_all("nvdimm_driver.backings", conf)
-        path = Path(conf.state_dir) / "ledger.sqlite"
+        path = Path(ledger_path(conf))
         if not path.exists():
             raise LedgerError(f"there is no {path}", hint="'nvdimmctl register' makes it")
         with closing(Ledger(str(path))) as ledger:

@@ -15,8 +15,10 @@ from oslo_config import cfg
 from nvdimm_driver import conf, plugin_loader
 from nvdimm_driver.cmd.apparmor_rules import BEGIN, END
 from nvdimm_driver.cmd.nvdimmd import driver_maker, metrics_writer
-from nvdimm_driver.cmd.register import find_running, register, unregister
+from nvdimm_driver.cmd.register import device_model, find_running, libvirt_hook, register, unregister
 from nvdimm_driver.device_marks import FOLDER, DeviceMarks
+from nvdimm_driver.doctor import checklist
+from nvdimm_driver.doctor.checklist import Installed
 from nvdimm_driver.driver import XenNvdimmDriver, load_driver
 from nvdimm_driver.errors import ConfigError, InUseError, LedgerError
 from nvdimm_driver.model import BackingIdentity, Run
@@ -446,6 +448,19 @@ def test_a_state_folder_that_is_not_registered_yet_is_not_used(options: cfg.Conf
     with pytest.raises(ConfigError, match=f"is {tmp_path}/other, and the driver is registered with {tmp_path}/state"):
         load_driver(options)
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_doctor_looks_at_no_ledger_that_is_not_registered(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """It would also upgrade it."""
+    list(register(options))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/ledger.sqlite").touch()
+    options.set_override("state_dir", f"{tmp_path}/other")
+    checks = dict(checklist._checks(options, Installed(libvirt_hook(options), device_model(options), None)))
+    for name in ("state folder", "ledger"):
+        with pytest.raises(ConfigError, match="the driver is registered with"):
+            checks[name]()
+    assert (tmp_path / "other/ledger.sqlite").stat().st_size == 0
 
 
 def test_a_log_that_everybody_could_read_is_protected(options: cfg.ConfigOpts, tmp_path: Path) -> None:
