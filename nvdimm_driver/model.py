@@ -474,8 +474,9 @@ class Allocation:
     :ivar wipes: True when its pool had ``wipe_on_release``, last time that it was found in a pool.
     :ivar pool: of a device, the name of the pool that the domain got it from: a boot can give it a name that is in
         another pool. Empty while that is not known.
-    :ivar overwritten: True when a release has overwritten it, and no define or start has begun since.
-    :ivar deleted: True when a release has begun to delete it, and no define or start has begun since.
+    :ivar overwritten: True when a release has overwritten it, and no define or start of it has come since.
+    :ivar deleted: True when a release has begun to delete it and not failed to, and no define or start of it has come
+        since.
     :ivar renamed_from: of a device that a boot has given the name of another one: the name that it had, which libvirt's
         definition still has for it; else empty.
     :ivar doubtful: of a device that had another one's name in a ledger from elsewhere, or another name before a

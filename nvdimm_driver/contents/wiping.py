@@ -128,15 +128,27 @@ class Wiper:
             wanted = [item.spec for item in wiped if item in here]
             for spec, content in self._opened_all(opened, wanted, record, lost=lost):
                 self._overwrite(spec, content, watch)
-            deleted = [item for item in owned if item in here]
-            files = [item.spec.slot for item in deleted if not ownership.is_device(item)]
-            self._checks.ledger.note_release(record.uuid, [spec.slot for spec in wanted], files)
-            for item in deleted:
-                self._checks.pools.check_place(item.spec.path)
-                self._check_owner(record, item.spec)
-                backing_of(self._checks.backings, item.spec.path).discard(item.spec, item.identity)
+            if wanted:
+                self._checks.ledger.note_overwritten(record.uuid, [spec.slot for spec in wanted])
+            for item in owned:
+                if item in here:
+                    self._checks.pools.check_place(item.spec.path)
+                    self._check_owner(record, item.spec)
+                    self._delete(item)
             now = self._checks.ledger.find_domain(record.uuid) or record
             ownership.give_up(self._checks.ledger, self._checks.backings, now, in_slot(now, slot).allocations)
+
+    def _delete(self, item: Allocation) -> None:
+        """Delete an NVDIMM's file; a device stays. That is noted before: if this is killed, a repair gives it up."""
+        backing, ledger = backing_of(self._checks.backings, item.spec.path), self._checks.ledger
+        if not ownership.is_device(item):
+            ledger.note_deleted(item.uuid, item.spec.slot)
+        try:
+            backing.discard(item.spec, item.identity)
+        except BaseException:
+            if backing.exists(item.spec.path):  # nobody may take it for deleted, should it be away one day
+                ledger.note_deleted(item.uuid, item.spec.slot, deleted=False)
+            raise
 
     def check_unmapped(self, record: Record) -> None:
         """Check that no guest of Xen's has frames of what was provisioned for a domain: the ledger may be an old one.

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 INTENT_COLUMNS = "slot, path, size, label_size, alignsize, fixed_base, node, pmem"
 ALLOCATION_COLUMNS = (
-    f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed, wipes, overwritten, "
-    "renamed_from, pool, doubtful, deleted"
+    f"{INTENT_COLUMNS}, kind, device, start, inode, generation, file_size, base, written, changed, overwritten, "
+    "deleted, wipes, renamed_from, pool, doubtful"
 )
 
 
@@ -85,7 +85,8 @@ class Ledger(StartSteps):
 
         An allocation that is not defined anew keeps the time of its last change if the domain has had the same bytes at
         that path. So one that is only set aside does not become later than a mark that the ledger, from a backup, does
-        not know. One that is defined anew keeps it if nothing of it differs, and its mark is not later.
+        not know. One that is defined anew keeps it if nothing of it differs, and its mark is not later. What a release
+        has noted stays with what is not defined anew, too.
 
         :param intents: what no other domain may have until the next call, beside the allocations.
         :param kind: kind of the event to record; empty for none.
@@ -97,12 +98,15 @@ class Ledger(StartSteps):
         times = marked or {}
         had = {item.spec.path: item for item in (before.allocations if before else ())}
 
-        def last_change(item: Allocation) -> int | None:
+        def kept(item: Allocation) -> tuple[int | None, int, int]:
+            """Return what stays of what the ledger has: the last change, and how far a release has come."""
             known = had.get(item.spec.path)
             if known is None or known.identity != item.identity:
-                return None
+                return None, 0, 0
             at = times.get(item.spec.path)
-            return known.changed if at is None or (known == item and known.changed >= at) else None
+            if at is None:
+                return known.changed, int(known.overwritten), int(known.deleted)
+            return (known.changed if known == item and known.changed >= at else None), 0, 0
 
         statements: list[tuple[str, Sequence[Any]]] = [
             (
@@ -118,8 +122,8 @@ class Ledger(StartSteps):
         statements += [
             (
                 f"INSERT INTO allocation (uuid, {ALLOCATION_COLUMNS}) "
-                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, 0, ?, ?, ?, 0 FROM domain WHERE uuid = ?",
-                (*_allocation_values(item), last_change(item), *_noted_values(item), uuid),
+                f"SELECT uuid{', ?' * 16}, coalesce(?, changed), ?, ?, ?, ?, ?, ? FROM domain WHERE uuid = ?",
+                (*_allocation_values(item), *kept(item), *_noted_values(item), uuid),
             )
             for item in allocations
         ]
@@ -142,19 +146,18 @@ class Ledger(StartSteps):
         """Note of devices, by uuid and slot, that the operator has to say whether their names here are right."""
         self._write([("UPDATE allocation SET doubtful = 1 WHERE uuid = ? AND slot = ?", key) for key in devices])
 
-    def note_release(self, uuid: str, overwritten: Iterable[int], deleted: Iterable[int]) -> None:
-        """Note how far a release of NVDIMMs of a domain has come, until the next define or start begins.
+    def note_overwritten(self, uuid: str, slots: Iterable[int]) -> None:
+        """Note that a release has overwritten NVDIMMs of a domain, until the next define or start of them begins."""
+        self._write(
+            [("UPDATE allocation SET overwritten = 1 WHERE uuid = ? AND slot = ?", (uuid, each)) for each in slots]
+        )
 
-        :param overwritten: slots of those that are overwritten.
-        :param deleted: slots of those that are about to be deleted.
+    def note_deleted(self, uuid: str, slot: int, *, deleted: bool = True) -> None:
+        """Note that a release deletes an NVDIMM of a domain, until the next define or start of it begins.
+
+        :param deleted: False if it has not been deleted.
         """
-        statements = [
-            (f"UPDATE allocation SET {column} = 1 WHERE uuid = ? AND slot = ?", (uuid, slot))
-            for column, slots in (("overwritten", overwritten), ("deleted", deleted))
-            for slot in slots
-        ]
-        if statements:
-            self._write(statements)
+        self._write([("UPDATE allocation SET deleted = ? WHERE uuid = ? AND slot = ?", (int(deleted), uuid, slot))])
 
     def rename_devices(self, names: Mapping[tuple[str, int], str], check: Callable[[], None]) -> None:
         """Give devices that domains have other names: all at once, as they may have each other's.
@@ -409,7 +412,7 @@ def _allocation(uuid: str, row: Sequence[Any]) -> Allocation:
     from nvdimm_driver.model import Allocation, BackingIdentity
 
     identity = None if row[8] is None else BackingIdentity(*row[8:14])
-    base, written, changed, wipes, overwritten, renamed_from, pool, doubtful, deleted = row[14:]
+    base, written, changed, overwritten, deleted, wipes, renamed_from, pool, doubtful = row[14:]
     return Allocation(
         *(uuid, _spec(row[:8]), identity, base, written, changed),
         *(bool(wipes), bool(overwritten), renamed_from, pool, bool(doubtful), bool(deleted)),

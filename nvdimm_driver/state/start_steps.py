@@ -17,7 +17,7 @@ from nvdimm_driver.state.events import Event
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from nvdimm_driver.model import BackingIdentity, Run, Start
@@ -119,11 +119,7 @@ class StartSteps(Database):
                     (identifier, start.state, start.boot_id, start.since, number, uuid),
                 ),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
-                (
-                    "UPDATE allocation SET overwritten = 0, deleted = 0 WHERE uuid = ? AND overwritten + deleted",
-                    (uuid,),
-                ),
-                *[("INSERT INTO frozen (uuid, path) VALUES (?, ?)", (uuid, path)) for path in paths],
+                *_have(uuid, paths),
             ],
             guarded=True,
         )
@@ -325,7 +321,7 @@ class StartSteps(Database):
                 ("DELETE FROM unnumbered WHERE uuid = ?", (uuid,)),
                 *([("INSERT INTO run VALUES (?, ?, ?, ?)", (uuid, *run))] if run else []),
                 *([] if is_numbered else [("INSERT INTO unnumbered (uuid) VALUES (?)", (uuid,))]),
-                *[("INSERT INTO frozen (uuid, path) VALUES (?, ?)", (uuid, path)) for path in paths],
+                *_have(uuid, paths),
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
             ],
@@ -511,6 +507,16 @@ class StartSteps(Database):
         sql = "SELECT name, domid FROM domain LEFT JOIN attachment USING (uuid) WHERE uuid = ?"
         rows = self._rows(sql, uuid) or [("", None)]
         return Event(kind, uuid, rows[0][0], rows[0][1] if domid is None else domid, detail or {})
+
+
+def _have(uuid: str, paths: Iterable[str]) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Yield the statements by which a start has these paths: no release of them goes on any more."""
+    for path in paths:
+        yield "INSERT INTO frozen (uuid, path) VALUES (?, ?)", (uuid, path)
+        yield (
+            "UPDATE allocation SET overwritten = 0, deleted = 0 WHERE uuid = ? AND path = ? AND overwritten + deleted",
+            (uuid, path),
+        )
 
 
 def _devices_of(nvdimms: str) -> list[BackingIdentity]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -335,6 +336,59 @@ def test_a_release_that_was_killed_after_it_deleted_a_file_can_be_repeated(
         release(host, delete=True)
     assert claims(host) == {}
     assert os.listdir(host.fs.root) in ([], ["lost+found"])
+
+
+@pytest.mark.parametrize("wipe", [True, False])
+def test_a_repair_of_one_file_keeps_what_a_release_that_was_killed_has_noted_of_another(
+    tmp_path: Path, fs: FileSystem, wipe: bool
+) -> None:
+    host = Host(tmp_path, fs, wipe=wipe)
+    names = [host.path(name) for name in ("a.img", "b.img", "c.img")]
+    host.driver.define(two(*names))
+
+    def work() -> None:
+        driver = host.another()
+        discard, deleted = driver.backings[0].discard, []
+
+        def discard_two(spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+            discard(spec, identity)
+            deleted.append(spec.path)
+            if len(deleted) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        driver.backings[0].discard = discard_two  # type: ignore[method-assign]
+        driver.release_claims(host.record(), quiet, delete=True)
+
+    killed(work)
+    host.driver = host.another()
+    first, second = look(host.driver)
+    assert first.mend
+    first.mend()
+    assert look(host.driver) == [second]
+    assert second.problem == "it is not there: a release of it was interrupted"
+    assert not any(item.deleted for item in host.record().allocations if item.spec.path == names[2])
+    release(host, delete=True)
+    assert claims(host) == {}
+
+
+def test_a_release_that_has_failed_leaves_what_is_away_later_to_the_operator(tmp_path: Path, fs: FileSystem) -> None:
+    """Nothing was deleted: a repair gave the claim up, as that of a release which was cut off."""
+    host = Host(tmp_path, fs)
+    host.driver.define(two(host.path("a.img"), host.path("b.img")))
+    discard = host.backing.discard
+
+    def discard_first(spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
+        if spec.path == host.path("b.img"):
+            raise BackingError("Operation not permitted")
+        discard(spec, identity)
+
+    host.backing.discard = discard_first  # type: ignore[method-assign]
+    with pytest.raises(BackingError, match="not permitted"):
+        release(host, delete=True)
+    shutil.move(host.path("b.img"), tmp_path / "b.img")
+    host.driver = host.another()
+    found = {each.path: each.problem for each in look(host.driver) if each.mend}
+    assert found == {host.path("a.img"): "it is not there: a release of it was interrupted"}
 
 
 def test_what_is_put_in_the_place_of_lost_bytes_is_overwritten_too(host: Host) -> None:

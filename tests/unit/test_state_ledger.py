@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -187,6 +188,35 @@ def test_the_end_of_a_start_leaves_the_next_start_alone(ledger: Ledger) -> None:
     ledger.begin_mapping(started(ledger), 8)
     ledger.end_start(new)
     assert start_of(ledger).domid == 8
+
+
+def test_what_a_release_has_noted_stays_until_a_define_or_start_of_that_nvdimm(ledger: Ledger) -> None:
+    other = replace(READY, spec=replace(SPEC, slot=4, path="/b"), identity=BackingIdentity("fsdax", "u", 0, 13, 1, 9))
+
+    def noted() -> dict[str, tuple[bool, bool]]:
+        record = ledger.find_domain(UUID)
+        return {item.spec.path: (item.overwritten, item.deleted) for item in (record.allocations if record else ())}
+
+    def note() -> None:
+        ledger.note_overwritten(UUID, [3, 4])
+        ledger.note_deleted(UUID, 4)
+
+    ledger.store(UUID, "db1", 5, [READY, other])
+    note()
+    both = {"/mnt/pmem0/a": (True, False), "/b": (True, True)}
+    assert noted() == both
+    ledger.store(UUID, "db1", 5, [replace(READY, base=None), replace(other, spec=replace(other.spec, slot=260))])
+    assert noted() == both
+    ledger.store(UUID, "db1", 5, [READY, other])
+    start = ledger.begin_start(UUID, ["/b"])
+    assert noted() == {**both, "/b": (False, False)}
+    note()
+    ledger.take_up_running(UUID, start, 7, ["/b"], [], [], served="")
+    assert noted() == {**both, "/b": (False, False)}
+    note()
+    ledger.note_deleted(UUID, 4, deleted=False)
+    ledger.store(UUID, "db1", 5, [READY, other], marked={"/mnt/pmem0/a": 0})
+    assert noted() == {"/mnt/pmem0/a": (False, False), "/b": (True, False)}
 
 
 def test_a_step_of_a_start_that_is_undone_is_refused(ledger: Ledger) -> None:
