@@ -38,6 +38,7 @@ class Inconsistency:
     :ivar path: path of the backing; empty when it concerns none.
     :ivar remedy: what the repair does or, when there is none, what the operator can do.
     :ivar mend: repairs it; None when it cannot be repaired.
+    :ivar of_guest: True when a running guest lacks something that the ledger says it has: the ledger is right.
     """
 
     domain: str
@@ -46,6 +47,7 @@ class Inconsistency:
     problem: str
     remedy: str
     mend: Callable[[], object] | None = field(default=None, compare=False)
+    of_guest: bool = field(default=False, compare=False)
 
 
 DefinitionOf = Callable[[str], DomainSpec | None]
@@ -165,13 +167,7 @@ class _Look:
             take_up = partial(self.changes.take_up, record, domid, self._frozen_of(record.uuid) | devices)
             yield Inconsistency(record.name, record.uuid, "", problem, "write the start into the ledger", take_up)
         yield from self._unknown_guests()
-        for record in starts.find_unserved():
-            yield Inconsistency(
-                record.name, record.uuid, "", "its label server is gone", "start another", starts.serve_labels
-            )
-        for record in starts.find_unheld():
-            problem = "nothing holds its backings: they can be unmounted and overwritten while the guest runs"
-            yield Inconsistency(record.name, record.uuid, "", problem, "hold them again", starts.hold_again)
+        yield from self._unattended()
         for record in self.records:
             for item in record.allocations:
                 yield from _guarded(record, item.spec.path, self._allocation(record, item))
@@ -179,6 +175,27 @@ class _Look:
         for file in self.files.values():
             owner = self.owners.get(file.path)
             yield from _guarded(owner[0] if owner else None, file.path, self._file(file))
+
+    def _unattended(self) -> Iterator[Inconsistency]:
+        """Yield the running guests that lack a process of the driver's."""
+        starts = self.driver.starts
+        for record in starts.find_unserved():
+            remedy, serve = "start another", partial(starts.serve_guest, record)
+            if not record.can_be_served:
+                remedy = f"shut domain {record.name} down: it was defined anew, and only its own could serve its guest"
+            yield Inconsistency(
+                record.name,
+                record.uuid,
+                "",
+                "its label server is gone",
+                remedy,
+                serve if record.can_be_served else None,
+                of_guest=True,
+            )
+        for record in starts.find_unheld():
+            problem = "nothing holds its backings: they can be unmounted and overwritten while the guest runs"
+            hold = partial(starts.hold_guest, record)
+            yield Inconsistency(record.name, record.uuid, "", problem, "hold them again", hold, of_guest=True)
 
     def _unknown_guests(self) -> Iterator[Inconsistency]:
         try:
@@ -594,7 +611,7 @@ class _Look:
                 continue
             if not file.immutable:
                 problem, freeze = "a guest has it, and it is not immutable", partial(self._freeze, user.start, file)
-                yield Inconsistency(user.name, user.uuid, file.path, problem, "make it so", freeze)
+                yield Inconsistency(user.name, user.uuid, file.path, problem, "make it so", freeze, of_guest=True)
             elif error := self.driver.starts.find_writer(user.uuid, file):
                 yield Inconsistency(
                     user.name, user.uuid, file.path, error.message.removeprefix(f"{file.path}: "), error.hint

@@ -18,9 +18,9 @@ def look(
     """Find out whether the ledger comes from elsewhere; change nothing.
 
     :param found: what the ledger was compared with: what could not be looked at has neither domain nor path. It is only
-        taken over when nothing is left that can be repaired.
-    :param accepted: paths whose repair it does not wait for: that can fail until a definition is changed, which is
-        refused until the ledger is taken over.
+        taken over when nothing is left of that which can be repaired. What only a running guest lacks does not count.
+    :param accepted: paths, and uuids of domains for what concerns no path, whose repair it does not wait for: that can
+        fail until a definition is changed, which is refused until the ledger is taken over.
     """
     if not driver.ledger.is_from_elsewhere():
         return []
@@ -29,9 +29,12 @@ def look(
         remedy = f"first: {'; '.join(each.remedy or each.problem for each in unseen)}"
         return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy)]
     remedy = "take it over, after the other repairs; guests that were saved with devices before cannot go on then"
-    waits = [each for each in found if each.mend and each.path not in accepted]
+    waits = [each for each in found if each.mend and not each.of_guest and (each.path or each.uuid) not in accepted]
     if waits:
-        remedy += "; with --accept PATH, also if that of PATH fails each time: you have to know whose it is then"
+        remedy += (
+            "; with --accept PATH, or --accept DOMAIN for a repair without a path, also if that fails each time: you "
+            "have to know whose it is then"
+        )
     return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy, None if waits else partial(take_over, driver))]
 
 

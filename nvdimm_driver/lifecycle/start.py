@@ -348,17 +348,26 @@ class Starts:
         held = []
         for record in self.find_unheld():
             try:
-                pid = self.hold(record.uuid, record.name, self._has(record))
+                if self.hold_guest(record):
+                    held.append(record)
             except NvdimmError as error:
                 domid = record.start.domid if record.start else None
                 logs.tell(Event("hold-failed", record.uuid, record.name, domid, failure(error)))
-                continue
-            if self._is_over(record):  # who has put it away meanwhile did not know of this holder
-                self.holders.kill(record.uuid, [pid])
-            else:
-                self.ledger.record_event("holder-gone", record.uuid)
-                held.append(record)
         return held
+
+    def hold_guest(self, record: Record) -> bool:
+        """Start a holder for a running guest; return False if it has one, or has ended meanwhile.
+
+        :raises BackingError: as :meth:`hold` does.
+        """
+        if self.holders.has(record.uuid):
+            return False
+        pid = self.hold(record.uuid, record.name, self._has(record))
+        if self._is_over(record):  # who has put it away meanwhile did not know of this holder
+            self.holders.kill(record.uuid, [pid])
+            return False
+        self.ledger.record_event("holder-gone", record.uuid)
+        return True
 
     def restart_lost(self) -> list[Record]:
         """Start a label server and a holder for each running guest that has none; return who got a holder.
@@ -441,16 +450,23 @@ class Starts:
         return True
 
     def serve_labels(self) -> None:
-        """Start a label server for each running guest whose own was killed together with its watcher."""
+        """Do what :meth:`serve_guest` does for each running guest that has none; log what cannot be served."""
         for record in self.find_unserved():
-            at = record.start
-            if at is None or at.domid is None:
-                continue
-            self.ledger.record_event("label-server-gone", record.uuid)
             try:
-                self.label_servers.start(at.domid, record.uuid)
+                self.serve_guest(record)
             except (NvdimmError, OSError) as error:
-                logs.tell(Event("label-server-failed", record.uuid, record.name, at.domid, failure(error)))
+                domid = record.start.domid if record.start else None
+                logs.tell(Event("label-server-failed", record.uuid, record.name, domid, failure(error)))
+
+    def serve_guest(self, record: Record) -> None:
+        """Start a label server for a running guest whose own was killed together with its watcher.
+
+        :raises XenError: when it does not start.
+        """
+        at = record.start
+        if at is not None and at.domid is not None and not self.label_servers.is_running(record.uuid):
+            self.ledger.record_event("label-server-gone", record.uuid)
+            self.label_servers.start(at.domid, record.uuid)
 
     def end_earlier(self, uuid: str) -> None:
         """Put away the domain's earlier start, with the lock for the preparation of another.

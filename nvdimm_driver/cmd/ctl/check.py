@@ -64,10 +64,11 @@ class Check(Listing):
         )
         parser.add_argument(
             "--accept",
-            metavar="PATH",
+            metavar="PATH|DOMAIN",
             action="append",
             default=[],
-            help="with --repair: take over a ledger from elsewhere if the repair of this path fails; can be repeated",
+            help="with --repair: take over a ledger from elsewhere if the repair of this path, or one of this domain "
+            "without a path, fails; can be repeated",
         )
         return parser
 
@@ -78,11 +79,8 @@ class Check(Listing):
     def take_action(self, parsed_args: argparse.Namespace) -> Rows:
         from nvdimm_driver.doctor.repair_marks import unmark_copy
 
-        zeros, copies, accepted = (
-            [path_argument(path) for path in paths]
-            for paths in (parsed_args.zeros, parsed_args.unmark, parsed_args.accept)
-        )
-        if (zeros or copies or accepted) and not parsed_args.repair:
+        zeros, copies = ([path_argument(path) for path in paths] for paths in (parsed_args.zeros, parsed_args.unmark))
+        if (zeros or copies or parsed_args.accept) and not parsed_args.repair:
             raise UsageError("--zeros, --unmark and --accept are ways to repair", hint="add --repair")
         try:
             driver, rows = _open(self.app.conf, repair=parsed_args.repair)
@@ -91,6 +89,7 @@ class Check(Listing):
                 raise
             self.status = 1
             return COLUMNS, [("", str(Path(self.app.conf.state_dir) / LEDGER), error.message, error.hint, "")]
+        accepted = [_path_or_uuid(driver, word) for word in parsed_args.accept]
         for path in copies:
             unmark_copy(driver, path)
         named = [path_argument(word) for word in parsed_args.only if word.startswith("/")]
@@ -144,7 +143,7 @@ def _find(
 
     :param zeros: files whose lost bytes are to be replaced with zeros.
     :param named: paths that the operator has named.
-    :param accepted: paths whose repair a ledger from elsewhere does not wait for.
+    :param accepted: paths and uuids whose repair a ledger from elsewhere does not wait for.
     """
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
     from nvdimm_driver.doctor import repair_ledger, repair_saved_guests
@@ -164,6 +163,15 @@ def _find(
         if driver.ledger.is_from_elsewhere():
             found.append(Inconsistency("", "", "", error.message, error.hint))
     return [*found, *repair_ledger.look(driver, found, accepted)]
+
+
+def _path_or_uuid(driver: XenNvdimmDriver, word: str) -> str:
+    """Return the path that a word is, or the uuid of the domain that it names."""
+    from nvdimm_driver.state.words import find_named, uuid_in
+
+    if word.startswith("/"):
+        return path_argument(word)
+    return uuid_in(word) or find_named(driver.ledger.domains(), word).uuid
 
 
 def _find_only(
