@@ -465,7 +465,7 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
             backing_of(backings, path).mark(path, text, item.identity)
         if any(file.frozen and file.owner != text for file in files) and ledger.was_given_back(record.uuid, path):
             backing_of(backings, path).note_given(path, item.changed)
-        _unmark_parts(backings, record, item)
+        unmark_parts(backings, record, item)
 
 
 def is_device(item: Allocation) -> bool:
@@ -473,7 +473,7 @@ def is_device(item: Allocation) -> bool:
     return item.identity is not None and not item.identity.inode
 
 
-def _unmark_parts(backings: Sequence[Backing], record: Record, item: Allocation) -> None:
+def unmark_parts(backings: Sequence[Backing], record: Record, item: Allocation) -> None:
     """Remove a domain's marks on parts of what it has, or on what that is a part of, unless they are later.
 
     They are of a partition that was made larger or smaller since.
@@ -624,10 +624,16 @@ def _unmark(ledger: Ledger, backings: Sequence[Backing], items: Sequence[Allocat
     :param uuid: of a domain that does not count.
     """
     for item in items:
-        if _is_nobodys(ledger, backings, item, uuid):
-            for backing in backings:
-                if backing.handles(item.spec.path):
-                    backing.mark(item.spec.path, None, item.identity)
+        if not _is_nobodys(ledger, backings, item, uuid):
+            continue
+        if item.identity and is_device(item):  # a boot may have given it another name
+            backing_named(backings, item.identity.kind).mark(item.spec.path, None, item.identity)
+            if record := ledger.find_domain(item.uuid):
+                unmark_parts(backings, record, item)
+            continue
+        for backing in backings:
+            if backing.handles(item.spec.path):
+                backing.mark(item.spec.path, None, item.identity)
 
 
 def _is_nobodys(ledger: Ledger, backings: Sequence[Backing], item: Allocation, uuid: str = "") -> bool:

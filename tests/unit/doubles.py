@@ -213,6 +213,19 @@ class MemoryDevices(MemoryBacking):
         """Let a device be at a path."""
         self.files[path], self.ranges[path] = (0, size), (uid, start)
 
+    def handles(self, path: str) -> bool:
+        return path in self.files
+
+    def find(self, identity: BackingIdentity) -> str:
+        """Return the device, or which one it is a part of."""
+        known = [path for path, (uid, _) in self.ranges.items() if uid == identity.device and path in self.files]
+        return f"the namespace of {known[0]}" if known else ""
+
+    def rename(self, old: str, new: str) -> None:
+        """Let a device have another name, as after a boot."""
+        for by_path in (self.files, self.ranges):
+            by_path[new] = by_path.pop(old)  # type: ignore[assignment]
+
     def exchange(self, one: str, other: str) -> None:
         """Let two devices have each other's names, as after a boot."""
         for by_path in (self.files, self.ranges):

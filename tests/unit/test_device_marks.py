@@ -246,6 +246,26 @@ def test_what_a_domain_gives_up_loses_its_mark(host: Host) -> None:
     host.define(B, uuid=OTHER_UUID)
 
 
+def test_what_a_domain_gives_up_loses_its_mark_whatever_its_name_is(host: Host) -> None:
+    host.define(A)
+    host.backing.rename(A, "/mnt/pmem0/c")
+    host.release(UUID)
+    assert host.owner("/mnt/pmem0/c") is None
+    host.define("/mnt/pmem0/c", uuid=OTHER_UUID)
+
+
+def test_what_a_domain_gives_up_loses_what_a_define_that_was_killed_has_left_of_its_marks(host: Host) -> None:
+    """It was killed between the mark of the partition, which is larger now, and the removal of the one before."""
+    host.define(PART)
+    before, mark = host.backing.identify(PART), host.backing.inspect(PART)
+    assert mark
+    host.backing.add(PART, "ns-0", 2 * MIB, 96 * MIB)
+    host.define(PART)
+    DeviceMarks(host.folder / "devices").set_owner(before, mark.owner)
+    host.release(UUID)
+    host.define(A, uuid=OTHER_UUID)
+
+
 def test_a_partition_that_was_made_smaller_gives_up_the_rest(host: Host) -> None:
     host.backing.add(PART, "ns-0", 2 * MIB, 96 * MIB)
     host.define(PART)
