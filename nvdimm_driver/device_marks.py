@@ -66,6 +66,10 @@ class DeviceMarks:
         """
         self._write(_name(device) + _OWNER, owner)
 
+    def owner_file(self, device: BackingIdentity) -> str:
+        """Return the path of the file with the mark of exactly these bytes."""
+        return os.path.join(self._folder or "", _name(device) + _OWNER)
+
     def last_run(self, device: BackingIdentity) -> int | None:
         """Return the number of the last run that had these bytes; 0 after something else had some; None if unknown.
 

@@ -152,6 +152,28 @@ class _Look:
                 file = backing_of(self.driver.backings, path).inspect(path)
                 if file and file.is_device:
                     self.files[path] = file
+        for file in [*self.files.values()]:
+            with suppress(NvdimmError):
+                self.files[file.path] = self._as_before(file)
+
+    def _as_before(self, file: Surveyed) -> Surveyed:
+        """Return what was surveyed; a device that was made larger has the mark of what it was, unless it has an owner.
+
+        Its bytes are where its guest looks for them.
+        """
+        here = file.identity
+        if here is None or file.owner is not None or file.path in self.owners:
+            return file
+        for part in self._parts_of(file):
+            if part.identity and part.identity.begins_as(here) and here.covers(part.identity):
+                return replace(file, owner=part.owner)
+        return file
+
+    def _parts_of(self, file: Surveyed) -> list[Surveyed]:
+        """Return the parts of a device, and what it is a part of, that have marks."""
+        if file.identity is None or not file.is_device:
+            return []
+        return [*self._named(file.identity.kind).inspect_parts(file.path, file.identity)]
 
     def findings(self) -> Iterator[Inconsistency]:
         yield from self.unseen
@@ -618,6 +640,45 @@ class _Look:
                 )
         if owner is None and file.owner is not None:
             yield from self._unknown(file, mark)
+        if owner is None:
+            for part in self._parts_of(file):
+                if part.owner != file.owner:
+                    yield from self._unknown_part(file, part)
+
+    def _unknown_part(self, file: Surveyed, part: Surveyed) -> Iterator[Inconsistency]:
+        """Yield a mark on bytes of a device that are another device, of a domain that does not have them in the ledger.
+
+        :param file: the device.
+        :param part: a part of it, or what it is a part of.
+        """
+        if part.identity is None:
+            return
+        mark = ownership.readable_mark(part)
+        known = next((each for each in self.records if mark and each.uuid == mark.uuid), None)
+        if known and ownership.has_bytes(known.allocations, part.identity):
+            return
+        at = f"{human(part.identity.size)} from byte {part.identity.start} of the namespace on"
+        path = next((each.path for each in self.files.values() if each.identity == part.identity), None)
+        backing = self._named(part.identity.kind)
+        inconsistency = _about(known or mark, file.path)
+        if mark is None:
+            problem = f"the mark of another device with bytes of it, {at}, cannot be read"
+            yield inconsistency(problem, "remove the mark", partial(self.changes.unmark, backing, part))
+            return
+        problem = (
+            f"another device with bytes of it, {at}, has the mark of slot {mark.spec.slot} of {mark.name} "
+            f"({mark.uuid}), which the ledger does not know"
+        )
+        if path:
+            yield inconsistency(problem, f"write that into the ledger: {repair_of(path)}")
+            return
+        now = backing.find(part.identity)
+        yield inconsistency(
+            problem,
+            f"write that into the ledger, with the name of that device{now and f', on {now}'}: nvdimmctl check "
+            "--repair DEVICE; if none has exactly these bytes, make it as it was; or, if that domain is gone for good, "
+            f"and anybody may have the bytes, delete {self.driver.ledger.device_marks.owner_file(part.identity)}",
+        )
 
     def _users(self, file: Surveyed) -> list[Record]:
         """Return the domains whose starts have a file."""

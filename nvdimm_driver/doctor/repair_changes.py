@@ -270,8 +270,9 @@ class Changes:
         self._check_whose(record, backing, item, item.identity)
         now = self.driver.ledger.find_domain(record.uuid)
         for stored in now.allocations if now else ():
-            if stored == item:
+            if now and stored == item:
                 backing.mark(item.spec.path, owner_marks.pack(record, stored), item.identity)
+                ownership.unmark_parts(self.driver.backings, now, stored)
 
     def _mark_moved(self, record: Record, item: Allocation) -> None:
         """Mark what an NVDIMM was provisioned with, if that is at another path: it stays the domain's.
@@ -407,12 +408,12 @@ class Changes:
         return replace(item, base=mark.base) if is_its else item
 
     def unmark(self, backing: Backing, file: Surveyed) -> None:
-        """Remove the mark of a file that no domain has.
+        """Remove the mark of a file that no domain has, or of a part of a device.
 
         :raises InUseError: when a domain has it now, or it has another mark.
         """
         ownership.check_free(self.driver.ledger, file.path, file.identity)
-        now = backing.inspect(file.path)
+        now = backing.inspect(file.path, file.identity if file.is_device else None)
         if now is None or now.owner != file.owner:
             raise InUseError(f"{file.path} was changed meanwhile", hint="repeat 'nvdimmctl check'")
         _set_mark(backing, file.path, None, file.identity)
@@ -424,7 +425,7 @@ def _set_mark(backing: Backing, path: str, text: bytes | None, identity: Backing
     :raises InUseError: when the file keeps the mark that it has, as one does that is immutable for a guest.
     """
     backing.mark(path, text, identity)
-    found = backing.inspect(path)
+    found = backing.inspect(path, None if identity is None or identity.inode else identity)
     if found is not None and found.owner != text:
         why = "immutable for a guest" if found.frozen else "another file by now"
         raise InUseError(f"{path} is {why}, and keeps its mark", hint="shut that guest down first, or try again")

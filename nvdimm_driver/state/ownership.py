@@ -303,6 +303,8 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
         return
     if record and file.is_device and has_bytes(items, file.identity):
         raise _owned(path, record, file.identity)  # by its name of now, or a part of it
+    is_part = file.is_device and file.identity != identity_at(backings, path)
+    what = f"a part of {path}, or what it is a part of," if is_part else path
     if moved and has_bytes(items, file.identity):
         raise InUseError(
             f"{path} has the mark of domain {mark.name} ({mark.uuid}), and is its {items[0].spec.path}",
@@ -323,7 +325,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
             "that overwrites it: copy it elsewhere first, if its bytes are needed"
         )
     raise InUseError(
-        f"{path} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that", hint=hint
+        f"{what} has the mark of domain {mark.name} ({mark.uuid}), and the ledger does not know that", hint=hint
     )
 
 
@@ -487,10 +489,12 @@ def unmark_parts(backings: Sequence[Backing], record: Record, item: Allocation) 
 
 
 def times_of_marks(backings: Sequence[Backing], uuid: str, items: Iterable[Allocation]) -> dict[str, int]:
-    """Return the times of the last change in a domain's own marks on these, by path."""
+    """Return the times of the last change in a domain's own marks on these, and on their parts, by path."""
     found = {}
     for path in (item.spec.path for item in items):
-        marks = [readable_mark(file) for file in _files_left(backings, path)]
+        files = _files_left(backings, path)
+        parts = [part for file in files for part in _parts(backings, path, file.identity)]
+        marks = [readable_mark(file) for file in (*files, *parts)]
         found[path] = max((each.changed for each in marks if each and each.uuid == uuid), default=0)
     return found
 

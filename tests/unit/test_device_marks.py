@@ -275,6 +275,75 @@ def test_a_partition_that_was_made_smaller_gives_up_the_rest(host: Host) -> None
     host.define(B, uuid=OTHER_UUID)
 
 
+def repair_as_hinted(host: Host, path: str) -> list[tuple[str, str]]:
+    """Have db2 refused at a path, and repair what the hint names; return problem and remedy of what is left of it."""
+    with pytest.raises(InUseError) as raised:
+        host.define(path, uuid=OTHER_UUID)
+    assert f"nvdimmctl check --repair {path}" in (raised.value.hint or "")
+    for each in look(host.driver(), named=(path,)):
+        if each.mend and each.path == path:
+            each.mend()
+    return [(each.problem, each.remedy) for each in look(host.driver(), named=(path,)) if each.path == path]
+
+
+@pytest.mark.parametrize(("marked", "other"), [(A, PART), (PART, A)])
+def test_the_hint_for_a_part_of_a_marked_device_leads_to_that(host: Host, marked: str, other: str) -> None:
+    host.define(marked)
+    host.lose_ledger()
+    ((problem, remedy),) = repair_as_hinted(host, other)
+    start, size = (0, "128 MiB") if marked == A else (2 * MIB, "64 MiB")
+    assert f"{size} from byte {start} of the namespace on, has the mark of slot 0 of db1 ({UUID})" in problem
+    assert f"with the name of that device, on the namespace of {A}: nvdimmctl check --repair DEVICE" in remedy
+    (file,) = (host.folder / "devices").glob("*.owner")
+    assert remedy.endswith(f"delete {file}")
+    found = {each.path: each for each in look(host.driver(), named=(A, PART))}
+    assert found[other].remedy == f"write that into the ledger: nvdimmctl check --repair {marked}"
+    mend = found[marked].mend
+    assert mend
+    mend()
+    assert look(host.driver(), named=(A, PART)) == []
+    assert host.driver().ledger.find_domain(UUID)
+
+
+@pytest.mark.parametrize("has", ["nothing", "another in its slot"])
+def test_a_partition_that_was_made_larger_goes_back_to_its_domain(host: Host, has: str) -> None:
+    host.define(PART)
+    host.lose_ledger()
+    if has != "nothing":
+        host.define(B)
+    host.backing.add(PART, "ns-0", 2 * MIB, 96 * MIB)
+    assert repair_as_hinted(host, PART) == []
+    record = host.driver().ledger.find_domain(UUID)
+    assert record
+    assert PART in {item.spec.path for item in record.allocations}
+    assert len([*(host.folder / "devices").glob("ns-0*.owner")]) == 1, "it has no mark of its size of before"
+    assert host.owner(PART) == UUID
+    host.release(UUID)
+    host.define(A, uuid=OTHER_UUID)
+
+
+def test_a_partition_that_is_smaller_than_its_mark_is_nobodys(host: Host) -> None:
+    host.define(PART)
+    host.lose_ledger()
+    host.backing.add(PART, "ns-0", 2 * MIB, 32 * MIB)
+    ((_, remedy),) = repair_as_hinted(host, PART)
+    assert "make it as it was" in remedy
+    host.backing.add(PART, "ns-0", 2 * MIB, 64 * MIB)
+    assert repair_as_hinted(host, PART) == []
+
+
+def test_a_mark_of_a_part_that_cannot_be_read_is_removed(host: Host) -> None:
+    DeviceMarks(host.folder / "devices").set_owner(device(2 * MIB, 8 * MIB), b"{")
+    with pytest.raises(LedgerError) as raised:
+        host.define(A)
+    assert raised.value.hint == f"to remove it: nvdimmctl check --repair {A}"
+    (found,) = look(host.driver(), named=(A,))
+    assert (found.path, found.remedy) == (A, "remove the mark")
+    assert found.mend
+    found.mend()
+    host.define(A)
+
+
 STATES = ((A, B), (B, A), (A, None), (None, A), (None, None))
 """What db1 and db2 have."""
 
