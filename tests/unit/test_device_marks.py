@@ -20,7 +20,8 @@ from nvdimm_driver.doctor import repair_ledger
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, LedgerError, NvdimmError, RefusedError
-from nvdimm_driver.model import MIB, BackingIdentity
+from nvdimm_driver.model import MIB, SUPERPAGE, BackingIdentity, Pool
+from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import owner_marks
 from tests.ledger_copies import copy_ledger, forget_in_use
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryDevices, RecordingMapper, domain, make_driver
@@ -394,6 +395,20 @@ def test_a_ledger_that_was_not_compared_marks_nothing(host: Host) -> None:
     host.driver().ledger.take_over(compared=False)
     host.driver().mark_devices()
     assert host.owner(A) is None
+
+
+def test_a_lost_ledger_brings_back_what_is_only_kept_until_it_is_wiped(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = Pools([Pool("main", "memory", (A, B), None, SUPERPAGE, 0, True)])
+    monkeypatch.setattr(host, "driver", lambda: make_driver(host.folder, host.backing, host.mapper, pools=pools))
+    host.define(A)
+    host.driver().drop_claims(UUID)
+    host.lose_ledger()
+    host.repair()
+    record = host.driver().ledger.find_domain(UUID)
+    assert record
+    assert [(item.spec.path, item.spec.slot) for item in record.allocations] == [(A, 256)]
 
 
 def test_a_define_that_was_killed_before_the_mark(host: Host) -> None:
