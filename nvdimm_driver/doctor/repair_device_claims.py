@@ -260,8 +260,18 @@ def _contested(driver: XenNvdimmDriver, named: Collection[str], domain: _Known) 
 
 
 def _believe_name(driver: XenNvdimmDriver, item: Allocation) -> None:
-    """Take the name that the ledger has for a device for right, by the operator's word."""
-    driver.ledger.rename_devices({(item.uuid, item.spec.slot): item.spec.path}, check=lambda: None)
+    """Take the name that the ledger has for a device for right, by the operator's word.
+
+    :raises InUseError: when the domain has something else in its slot by now.
+    """
+
+    def check() -> None:
+        now = driver.ledger.find_domain(item.uuid)
+        if now is None or item not in now.allocations:
+            raise InUseError(f"{item.spec.path} was given up meanwhile", hint="repeat 'nvdimmctl check'")
+
+    with driver.locks.changing(item.uuid), driver.locks.storing(item.uuid):
+        driver.ledger.rename_devices({(item.uuid, item.spec.slot): item.spec.path}, check)
 
 
 def _devices_of(driver: XenNvdimmDriver, uuid: str) -> list[Allocation]:

@@ -105,10 +105,7 @@ class Database:
         Its file is not the one that it was made in, or another one was used since, or it was written more often. It is
         also True when nobody can say.
         """
-        try:
-            known = self._in_use.read()  # first: others may write meanwhile
-        except LedgerError:
-            return True
+        known = self._in_use.known()  # first: others may write meanwhile
         ((file, ledger, writes),) = self._rows("SELECT file, id, writes FROM latest")
         if known is not None and (known[0] != ledger or known[1] > writes):
             return True
@@ -158,7 +155,7 @@ class Database:
             self._db.create_function("real_paths", 1, _real_paths)
             statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
             own: list[tuple[str, Sequence[Any]]] = []
-            known = self._in_use.read()
+            known = self._in_use.known()
             if found == 0 and known is not None:  # the one in use was lost
                 own.append(("UPDATE latest SET uncompared = 1", ()))
             if found < 11 and (found == 0 or known is None):  # else it is a backup

@@ -54,15 +54,19 @@ class InUse:
         except OSError as error:
             raise LedgerError(
                 f"cannot read {self.path}: {error.strerror}",
-                hint="delete that file, and run 'nvdimmctl check --repair': it is made anew, and only tells backups",
+                hint="run 'nvdimmctl check --repair': it compares the ledger, and makes the file anew",
             ) from error
+
+    def known(self) -> tuple[str, int] | None:
+        """Do what :meth:`read` does; return :data:`UNKNOWN` when the file cannot be read."""
+        try:
+            return self.read()
+        except LedgerError:
+            return UNKNOWN
 
     def is_beyond(self, ledger: str, writes: int) -> bool:
         """Return True when a ledger of that id was written that often already; False when it cannot be read."""
-        try:
-            known = self.read()
-        except LedgerError:  # what is to be written matters more
-            return False
+        known = self.known()
         return known is not None and known[0] == ledger and known[1] >= writes
 
     def advance(self, ledger: str, writes: int) -> None:
@@ -81,7 +85,10 @@ class InUse:
         :raises LedgerError: when that cannot be written.
         """
         try:
-            self._write(ledger, writes, anew=True)
+            try:
+                self._write(ledger, writes, anew=True)
+            except OSError:  # a bad sector
+                self._put_another(ledger, writes)
         except OSError as error:
             raise own_file_error(f"cannot write {self.path}", error) from error
 
@@ -90,11 +97,7 @@ class InUse:
 
         :raises LedgerError: when that cannot be written.
         """
-        try:
-            known = other.read()
-        except LedgerError:
-            known = None
-        self.replace(*(known or UNKNOWN))
+        self.replace(*(other.known() or UNKNOWN))
 
     def _write(self, ledger: str, writes: int, *, anew: bool) -> None:
         """Write in place: that needs no room on the disk once the file is there."""
@@ -114,6 +117,15 @@ class InUse:
             os.close(fd)
         if anew:
             _sync_folder(os.path.dirname(self.path))
+
+    def _put_another(self, ledger: str, writes: int) -> None:
+        """Put a new file in the place of one that can be neither read nor written."""
+        if self.path is None:
+            return
+        new = InUse(f"{self.path}.{os.getpid()}")
+        new._write(ledger, writes, anew=True)
+        os.rename(f"{self.path}.{os.getpid()}", self.path)
+        _sync_folder(os.path.dirname(self.path))
 
 
 def _sync_folder(path: str) -> None:

@@ -18,9 +18,10 @@ from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.device_marks import DeviceMarks
 from nvdimm_driver.doctor import repair_ledger
 from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair_device_claims import _believe_name
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, LedgerError, NvdimmError, RefusedError
-from nvdimm_driver.model import MIB, SUPERPAGE, BackingIdentity, Pool
+from nvdimm_driver.model import MIB, SUPERPAGE, Allocation, BackingIdentity, Pool
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import owner_marks
 from tests.ledger_copies import copy_ledger, forget_in_use
@@ -501,3 +502,21 @@ def test_a_restore_that_fails_in_the_device_model_can_be_repeated(host: Host) ->
     host.end(6)
     host.mapper.fail = ""
     host.start(7, image=image)
+
+
+def records(driver: XenNvdimmDriver) -> list[Allocation]:
+    """Return the NVDIMMs of all domains."""
+    return [item for record in driver.ledger.domains() for item in record.allocations]
+
+
+def test_a_name_is_believed_of_what_was_seen_and_nothing_else(host: Host) -> None:
+    """A define between the look and the repair: its NVDIMM got the name of the one that had the slot before."""
+    host.define(A)
+    driver = host.driver()
+    driver.ledger.doubt_names([(UUID, 0)])
+    (seen,) = records(driver)
+    host.define(B)
+    with pytest.raises(InUseError, match="was given up meanwhile"):
+        _believe_name(driver, seen)
+    (now,) = records(driver)
+    assert (now.spec.path, now.identity) == (B, host.backing.identify(B))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -437,12 +439,43 @@ def test_a_ledger_that_cannot_be_noted_as_the_one_in_use_is_not_taken_over_in_si
     _known(path).unlink()
     with closing(Ledger(str(path))) as ledger:
         _known(path).mkdir()
-        with pytest.raises(LedgerError, match=r"cannot read .*: Is a directory \(delete that file"):
+        with pytest.raises(LedgerError, match=r"cannot read .*: Is a directory \(run 'nvdimmctl check --repair'"):
             ledger.check_own()
         assert ledger.is_strange(), "nobody can say"
         with pytest.raises(LedgerError, match=r"cannot write .*-in-use: Is a directory"):
             ledger.take_over(compared=True)
         ledger.record_failure(UUID, XenError("a start is recorded all the same"))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_file_of_the_one_in_use_that_cannot_be_read_is_made_anew_by_a_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Who deleted it, as the hint said, had a backup believed before it was compared, or a new ledger."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger(str(path)).close()
+    bad = _known(path).stat().st_ino
+
+    def failing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(fd: int, *arguments: Any) -> Any:
+            if os.fstat(fd).st_ino == bad:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(fd, *arguments)
+
+        return tried
+
+    monkeypatch.setattr(os, "pread", failing(os.pread))
+    monkeypatch.setattr(os, "pwrite", failing(os.pwrite))
+    if lost:
+        path.unlink()
+    with closing(Ledger(str(path))) as ledger:
+        assert ledger.is_from_elsewhere()
+        with pytest.raises(LedgerError, match="nvdimmctl check --repair"):
+            ledger.check_own()
+        ledger.take_over(compared=True)
+        ledger.check_own()
+    assert os.listdir(tmp_path.parent).count(_known(path).name) == 1
+    assert _known(path).stat().st_ino != bad
 
 
 def test_of_two_that_take_it_over_at_once_the_last_is_noted(tmp_path: Path) -> None:
