@@ -78,7 +78,7 @@ STORAGE = [
     ),
     *("vol-download --pool pool volume {folder}/output", "pool-destroy pool", "pool-undefine pool"),
 ]
-DOMAIN_GET_INFO, DOMAIN_GET_VCPUS, STORAGE_VOL_GET_XML_DESC = 16, 20, 99
+DOMAIN_GET_INFO, DOMAIN_GET_VCPUS, STORAGE_VOL_GET_XML_DESC, DOMAIN_SNAPSHOT_GET_XML_DESC = 16, 20, 99, 186
 EVENTS = 316  # REMOTE_PROC_CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY
 WITH_XML = (8, 10, 11, 13, 14, 160, 161, 174, 350)
 
@@ -262,7 +262,7 @@ def test_a_long_session(hosts: Hosts) -> None:
     assert len(straight.received) > 150
     assert "Gäste 客" in straight.stdout
     assert "failed to get domain 'guest'" in straight.stderr
-    compare(straight, through, {DOMAIN_GET_INFO, DOMAIN_GET_VCPUS})
+    compare(straight, through, {DOMAIN_GET_INFO, DOMAIN_GET_VCPUS, DOMAIN_SNAPSHOT_GET_XML_DESC})
 
 
 def test_streams(hosts: Hosts, tmp_path: Path) -> None:
