@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.model import NvdimmSpec, Progress
 from tests.integration.loop_pmem import MKFS, FileSystem
@@ -29,17 +30,21 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str,
 class Second:
     """Another process that copies to the same place: it begins when the first one has verified, and waits then."""
 
-    def __init__(self, copy: Callable[[Callable[[str], Progress]], object]) -> None:
+    def __init__(self, host: Host, copy: Callable[[XenNvdimmDriver, Callable[[str], Progress]], object]) -> None:
         self.said = ""
+        self._host = host
         self._copy = copy
         self._at_work, self._goes_on = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
+        driver = self._host.another()
         try:
-            self._copy(self._watch)
+            self._copy(driver, self._watch)
         except NvdimmError as error:
             self.said = str(error)
+        finally:
+            driver.ledger.close()  # no other thread may
         self._at_work.set()
 
     def _watch(self, what: str) -> Progress:
@@ -70,7 +75,9 @@ def test_an_import_overwrites_no_file_that_another_import_has_finished(host: Hos
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_bytes(DATA)
     other.write_bytes(OTHER)
-    second = Second(lambda watch: host.another().importer.import_copy(str(other), host.path("a.img"), None, 0, watch))
+    second = Second(
+        host, lambda driver, watch: driver.importer.import_copy(str(other), host.path("a.img"), None, 0, watch)
+    )
     try:
         host.driver.importer.import_copy(str(one), host.path("a.img"), None, 0, second.watch_first)
         host.another().define(host.domain("a.img"))
@@ -106,12 +113,10 @@ def test_an_export_writes_into_no_copy_that_another_export_has_finished(host: Ho
     (item,), (others,) = host.record().allocations, host.record(OTHER_UUID).allocations
     destination = tmp_path / "copy"
 
-    def copy(watch: Callable[[str], Progress]) -> object:
-        return host.another().exporter.export(
-            others.spec, str(destination), watch, overwrite=False, running=False, item=others
-        )
+    def copy(driver: XenNvdimmDriver, watch: Callable[[str], Progress]) -> object:
+        return driver.exporter.export(others.spec, str(destination), watch, overwrite=False, running=False, item=others)
 
-    second = Second(copy)
+    second = Second(host, copy)
     try:
         digest = host.driver.exporter.export(
             item.spec, str(destination), second.watch_first, overwrite=False, running=False, item=item
@@ -176,7 +181,7 @@ def test_an_import_of_another_size_leaves_the_copy_of_another_process(host: Host
     one.write_bytes(DATA)
     other.write_bytes(OTHER * 2)
     path = host.path("a.img")
-    second = Second(lambda watch: host.another().importer.import_copy(str(other), path, None, 0, watch))
+    second = Second(host, lambda driver, watch: driver.importer.import_copy(str(other), path, None, 0, watch))
     try:
         host.driver.importer.import_copy(str(one), path, None, 0, second.watch_first)
         assert host.read("a.img") == DATA
@@ -213,10 +218,10 @@ def test_an_export_and_an_import_to_one_name_write_different_files(host: Host, t
     (item,) = host.record(OTHER_UUID).allocations
     path = host.path("a.img")
 
-    def export(watch: Callable[[str], Progress]) -> None:
-        host.another().exporter.export(item.spec, path, watch, overwrite=False, running=False, item=item)
+    def export(driver: XenNvdimmDriver, watch: Callable[[str], Progress]) -> None:
+        driver.exporter.export(item.spec, path, watch, overwrite=False, running=False, item=item)
 
-    second = Second(export)
+    second = Second(host, export)
     try:
         host.driver.importer.import_copy(str(one), path, None, 0, second.watch_first)
         host.another().define(host.domain("a.img"))
