@@ -34,15 +34,39 @@ QEMUS_OWN = "Type mismatch on ODAT (RegionField), searching for (Buffer)"
 """iasl's warning about QEMU's SSDT for a label server, which the driver does not change."""
 
 
+NOT_FREED = "Outstanding cache allocations"
+"""acpiexec's error, from 20260408 on, about four allocations of its own at its end, whatever the table."""
+
+
 def iasl(folder: Path, *arguments: str, known: str = SUMMARY) -> None:
     """Run iasl; fail on any error or warning, except in lines that contain `known`."""
     run = subprocess.run(
         ["iasl", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     assert run.returncode == 0, run.stdout
-    for bad in ("Error", "Warning", "Invalid", "Unknown"):
-        found = [line for line in run.stdout.splitlines() if bad in line and known not in line]
-        assert not found, run.stdout
+    check(run.stdout, ("Error", "Warning", "Invalid", "Unknown"), known)
+
+
+def acpiexec(folder: Path, *arguments: str, orders: str = "") -> str:
+    """Run acpiexec with orders on its standard input; fail on any error or warning; return its output."""
+    run = subprocess.run(
+        ["acpiexec", *arguments],
+        cwd=folder,
+        input=orders,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
+    )
+    check(run.stdout, ("Error", "Warning"), NOT_FREED)
+    return run.stdout
+
+
+def check(output: str, bad: tuple[str, ...], known: str) -> None:
+    """Check that no line has a bad word, except in lines that contain `known`."""
+    found = [line for line in output.splitlines() if any(word in line for word in bad) and known not in line]
+    assert not found, output
 
 
 def iasl_version() -> int:
@@ -74,9 +98,9 @@ def asked(request: pytest.FixtureRequest) -> GuestLayout:
 
 
 @pytest.mark.xfail(
-    iasl_version() == 20250404,
+    iasl_version() >= 20250404,
     strict=True,
-    reason="Debian 13's iasl reads 8 bytes of the next structure as an SPA range's location cookie, without its flag",
+    reason="iasl from Debian 13 on reads 8 bytes of the next structure as an SPA range's location cookie, without flag",
 )
 @pytest.mark.parametrize("builder", [QemuAcpiBuilder(), NativeAcpiBuilder()], ids=["qemu", "native"])
 def test_the_nfit_survives_iasl(tmp_path: Path, builder: AcpiBuilder, asked: GuestLayout) -> None:
@@ -131,21 +155,10 @@ def test_acpiexec_loads_and_evaluates(tmp_path: Path) -> None:
     (tmp_path / "nfit.aml").write_bytes(nfit)
     (tmp_path / "ssdt.aml").write_bytes(own_ssdt)
     evaluate = "; ".join(f"evaluate \\_SB.NVDR.{name}" for name in ("_HID", "NV00._ADR", "NV7F._ADR", "NVFF._ADR"))
-    run = subprocess.run(
-        ["acpiexec", "-b", evaluate, "nfit.aml", "ssdt.aml"],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=HANG_SECONDS,
-    )
-    assert "ACPI Error" not in run.stdout, run.stdout
-    assert "ACPI Warning" not in run.stdout, run.stdout
-    assert re.findall(r"\[(?:String|Integer)\] (?:Length .. )?= *(\S+)", run.stdout) == [
+    output = acpiexec(tmp_path, "-b", evaluate, "nfit.aml", "ssdt.aml")
+    assert re.findall(r"\[(?:String|Integer)\] (?:Length .. )?= *(\S+)", output) == [
         *('"ACPI0012"', "0000000000000001", "0000000000000080", "0000000000000100")
-    ], run.stdout
+    ], output
 
 
 def test_decode_shows_asl_with_iasl_and_the_header_without() -> None:

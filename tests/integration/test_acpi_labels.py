@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 import re
 import struct
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from nvdimm_driver.acpi import label_methods
 from nvdimm_driver.acpi.native import NativeAcpiBuilder, ssdt
 from nvdimm_driver.acpi.tables import Header
 from nvdimm_driver.model import GIB, KIB, MIB, PAGE, GuestLayout, Placement
-from tests.integration.test_acpi_iasl import compiled, recompiled
-from tests.waiting import HANG_SECONDS
+from tests.integration.test_acpi_iasl import acpiexec, compiled, recompiled
 
 NVDIMM = Placement(0, 68 * GIB, 64 * MIB, 128 * KIB)
 UUID = label_methods.FAMILY.bytes_le.hex(" ")
@@ -85,19 +83,8 @@ class Machine:
 
     def run(self) -> list[bytes]:
         """Return the answers to all requests."""
-        run = subprocess.run(
-            ["acpiexec", "table.aml", "put.aml"],
-            cwd=self._folder,
-            input="\n".join([*self._orders, "quit", ""]),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=HANG_SECONDS,
-        )
-        assert "Error" not in run.stdout, run.stdout
-        assert "Warning" not in run.stdout, run.stdout
-        answers = run.stdout.split("[Buffer] Length ")[1:]
+        output = acpiexec(self._folder, "table.aml", "put.aml", orders="\n".join([*self._orders, "quit", ""]))
+        answers = output.split("[Buffer] Length ")[1:]
         return [
             bytes.fromhex("".join(re.findall(r"[0-9A-F]{4}: ((?:[0-9A-Fa-f]{2} )+)", answer))) for answer in answers
         ]
