@@ -162,12 +162,19 @@ class _Look:
         Its bytes are where its guest looks for them.
         """
         here = file.identity
-        if here is None or file.owner is not None or file.path in self.owners:
+        if here is None or file.owner is not None or self._owner_at(file):
             return file
         for part in self._parts_of(file):
             if part.identity and part.identity.begins_as(here) and here.covers(part.identity):
                 return replace(file, owner=part.owner)
         return file
+
+    def _owner_at(self, file: Surveyed) -> tuple[Record, Allocation] | None:
+        """Return who has a path in the ledger; None for a device that a boot has given another one's name."""
+        found = self.owners.get(file.path)
+        if found and file.is_device and found[1].ready and not _has_bytes(found[1], file):
+            return None
+        return found
 
     def _parts_of(self, file: Surveyed) -> list[Surveyed]:
         """Return the parts of a device, and what it is a part of, that have marks."""
@@ -195,7 +202,7 @@ class _Look:
                 yield from _guarded(record, item.spec.path, self._allocation(record, item))
             yield from self._intents(record)
         for file in self.files.values():
-            owner = self.owners.get(file.path)
+            owner = self._owner_at(file)
             yield from _guarded(owner[0] if owner else None, file.path, self._file(file))
 
     def _unattended(self) -> Iterator[Inconsistency]:
@@ -306,6 +313,10 @@ class _Look:
         if twin and (item.spec.set_aside or not twin.spec.set_aside):
             yield self._twice(record, item, twin)
             return
+        device = self._device_of(item)
+        if device and (mark := self._find_anothers_mark(record, device.path)):
+            yield self._anothers(record, item, mark, device)
+            return
         backing = self._named(item.identity.kind if item.identity else "")
         if not backing.exists(path):
             moved = self._moved(item)
@@ -315,14 +326,10 @@ class _Look:
                 backing.check_home(path, item.identity)
             yield self._gone(record, item, moved)
             return
-        here = ownership.identity_at(self.driver.backings, path)
-        # else another device has the name by now
-        is_own = not ownership.is_device(item) or ownership.has_bytes([item], here)
-        if is_own and (
-            mark := ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path)
-        ):
-            yield self._anothers(record, item, mark)
+        if not ownership.is_device(item) and (mark := self._find_anothers_mark(record, path)):
+            yield self._anothers(record, item, mark, self.files.get(path))
             return
+        here = ownership.identity_at(self.driver.backings, path)
         if own := ownership.find_own(record, item, here):
             yield self._in_place_of(record, item, own, backing, here)
             return
@@ -592,8 +599,19 @@ class _Look:
         mark = ownership.readable_mark(file)
         return mark is not None and mark.is_original(file.identity) and not _has_bytes(item, file)
 
-    def _anothers(self, record: Record, item: Allocation, mark: Mark) -> Inconsistency:
-        """Return a file that the ledger says is a domain's, and that another one was given since: it has the mark."""
+    def _device_of(self, item: Allocation) -> Surveyed | None:
+        """Return the device that an NVDIMM was provisioned with, by its name of now; None for a file."""
+        devices = [file for file in self.files.values() if file.is_device and _has_bytes(item, file)]
+        return min(devices, key=lambda file: file.path != item.spec.path, default=None)
+
+    def _find_anothers_mark(self, record: Record, path: str) -> Mark | None:
+        return ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path)
+
+    def _anothers(self, record: Record, item: Allocation, mark: Mark, file: Surveyed | None) -> Inconsistency:
+        """Return what the ledger says is a domain's, and another one was given since: it has the mark.
+
+        :param file: what has the mark.
+        """
         path = item.spec.path
         problem = (
             f"its mark says that it is domain {mark.name}'s ({mark.uuid}): {record.name} has given it up since the "
@@ -601,7 +619,7 @@ class _Look:
         )
         if record.start is not None:
             return Inconsistency(record.name, record.uuid, path, problem, f"shut domain {record.name} down first")
-        had, file = self._find(mark.uuid, mark.spec.slot), self.files.get(path)
+        had = self._find(mark.uuid, mark.spec.slot)
         if had and file and not self._is_still(had) and not self._is_later(file, had):
             problem = f"what is there is {had.spec.path} of domain {mark.name} ({mark.uuid}), by its mark"
             remedy = f"have it moved back to {had.spec.path} first"
@@ -619,7 +637,7 @@ class _Look:
     # --- files in the pools ---
 
     def _file(self, file: Surveyed) -> Iterator[Inconsistency]:
-        owner = self.owners.get(file.path)
+        owner = self._owner_at(file)
         if file.error is not None:
             problem = file.error.message.removeprefix(f"{file.path}: ")
             yield _about(owner[0] if owner else None, file.path)(problem, file.error.hint)
@@ -638,12 +656,18 @@ class _Look:
                 yield Inconsistency(
                     user.name, user.uuid, file.path, error.message.removeprefix(f"{file.path}: "), error.hint
                 )
-        if owner is None and file.owner is not None:
-            yield from self._unknown(file, mark)
         if owner is None:
-            for part in self._parts_of(file):
-                if part.owner != file.owner:
-                    yield from self._unknown_part(file, part)
+            yield from self._unclaimed(file, mark)
+
+    def _unclaimed(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
+        """Yield what the marks say of a file or device that no domain has at its path."""
+        if file.owner is not None and file.path not in self.owners:
+            yield from self._unknown(file, mark)
+        elif mark and not any(ownership.has_bytes(each.allocations, file.identity) for each in self.records):
+            yield self._named_as_anothers(file, mark, *self.owners[file.path])
+        for part in self._parts_of(file):
+            if part.owner != file.owner:
+                yield from self._unknown_part(file, part)
 
     def _unknown_part(self, file: Surveyed, part: Surveyed) -> Iterator[Inconsistency]:
         """Yield a mark on bytes of a device that are another device, of a domain that does not have them in the ledger.
@@ -762,6 +786,15 @@ class _Look:
             return
         adopt = self.changes.of(record, self.changes.adopt, backing, item, file.identity)
         yield inconsistency(problem, "write it into the ledger", adopt)
+
+    def _named_as_anothers(self, file: Surveyed, mark: Mark, record: Record, item: Allocation) -> Inconsistency:
+        """Return a device that is a domain's by its mark, and has the name that the ledger has for another one."""
+        return _about(mark, file.path)(
+            f"its mark says that it is domain {mark.name}'s ({mark.uuid}), and in the ledger, this is the name of "
+            f"another device, which domain {record.name} has",
+            f"define {record.name} with the name that its device has now, or give that up: "
+            f"{release_of(record.uuid, item.spec.slot, '--lost ')}; then repeat this",
+        )
 
     def _is_copy(self, file: Surveyed, mark: Mark, other: Allocation) -> bool:
         """Return True when a file has its mark from the NVDIMM that has the slot in the ledger.

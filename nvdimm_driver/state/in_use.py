@@ -9,6 +9,7 @@ Imports nothing heavy: the device model, which has to start fast, uses it.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from nvdimm_driver.errors import LedgerError, own_file_error
 
@@ -122,9 +123,14 @@ class InUse:
         """Put a new file in the place of one that can be neither read nor written."""
         if self.path is None:
             return
-        new = InUse(f"{self.path}.{os.getpid()}")
-        new._write(ledger, writes, anew=True)
-        os.rename(f"{self.path}.{os.getpid()}", self.path)
+        new = f"{self.path}.{os.getpid()}"
+        try:
+            InUse(new)._write(ledger, writes, anew=True)
+            os.rename(new, self.path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(new)
+            raise
         _sync_folder(os.path.dirname(self.path))
 
 

@@ -174,16 +174,16 @@ class Host:
             file.unlink()
         (self.folder / "backup").rename(self.folder / "ledger.sqlite")
 
-    def repair(self) -> None:
+    def repair(self, named: tuple[str, ...] = (A, B)) -> None:
         """Do what ``check --repair`` does, without a libvirt, and check that nothing is left to be repaired."""
         for _ in range(6):
             driver = self.driver()
-            found = look(driver, named=(A, B))
+            found = look(driver, named=named)
             for each in [*found, *repair_ledger.look(driver, found)]:
                 if each.mend:
                     with suppress(NvdimmError):
                         each.mend()
-        assert [each for each in look(self.driver(), named=(A, B)) if each.mend] == []
+        assert [each for each in look(self.driver(), named=named) if each.mend] == []
         assert not self.driver().ledger.is_from_elsewhere()
 
     def start(self, domid: int, path: str = A, image: dict[int, bytes] | None = None) -> None:
@@ -359,24 +359,47 @@ def become(host: Host, state: tuple[str | None, str | None]) -> None:
             host.define(path, uuid=uuid)
 
 
+@pytest.mark.parametrize("boot", [False, True])
 @pytest.mark.parametrize(("then", "now"), [*permutations(STATES, 2)])
 def test_a_repair_of_a_ledger_from_a_backup_follows_the_marks(
-    host: Host, then: tuple[str | None, str | None], now: tuple[str | None, str | None]
+    host: Host, then: tuple[str | None, str | None], now: tuple[str | None, str | None], boot: bool
 ) -> None:
+    """Also if a boot has exchanged the names since: then a domain may have to be defined with the name of now first."""
     become(host, then)
     host.back_up()
     become(host, now)
     has = {path: uuid for uuid, path in zip((UUID, OTHER_UUID), now, strict=True) if path}
+    if boot:
+        host.backing.exchange(A, B)
+        has = {B if path == A else A: uuid for path, uuid in has.items()}
     host.put_back()
     for path, owner in has.items():
         other = OTHER_UUID if owner == UUID else UUID
         with pytest.raises(InUseError):
             host.driver().prepare(domain(path, uuid=other, name="db2" if owner == UUID else "db1"))
     host.repair()
+    for path, owner in has.items() if boot else ():
+        with suppress(NvdimmError):
+            host.define(path, uuid=owner)
+    host.repair()
     records = host.driver().ledger.domains()
     for path, owner in has.items():
         assert host.owner(path) == owner
         assert [each.uuid for each in records if path in {item.spec.path for item in each.allocations}] == [owner]
+
+
+def test_a_repair_follows_a_mark_though_a_boot_has_given_the_device_another_name(host: Host) -> None:
+    """The repair failed each time, as the other domain had it by the name of before; that one's advice was wrong."""
+    host.define(A)
+    host.back_up()
+    host.release(UUID)
+    host.define(A, uuid=OTHER_UUID)
+    host.backing.rename(A, "/mnt/pmem0/c")
+    host.put_back()
+    host.repair(named=("/mnt/pmem0/c",))
+    (record,) = host.driver().ledger.domains()
+    assert (record.uuid, record.allocations[0].spec.path) == (OTHER_UUID, "/mnt/pmem0/c")
+    host.driver().prepare(domain("/mnt/pmem0/c", uuid=OTHER_UUID, name="db2"))
 
 
 def test_a_device_without_a_mark_gets_one(host: Host) -> None:
