@@ -441,22 +441,25 @@ class XenNvdimmDriver(plugins.Plugin):
         if not self.ledger.is_strange():
             return
         for uuid, run in self.ledger.runs().items():
-            if not self._is_running_still(self.ledger.find_domain(uuid)) and any(
+            if not self._has_guest(self.ledger.find_domain(uuid)) and any(
                 not each.inode for _, each in saved_guest.backings_of(run)
             ):
                 self.ledger.spoil_run(uuid, run.number)
         for record in self.ledger.domains():
-            if not self._is_running_still(record) and any(map(ownership.is_device, record.allocations)):
+            if not self._has_guest(record) and any(map(ownership.is_device, record.allocations)):
                 self.ledger.spoil_unnumbered(record.uuid)
         try:
             self.ledger.take_over(compared=False)
         except LedgerError as error:  # domains that are defined boot all the same
             LOG.warning("%s", error)
 
-    def _is_running_still(self, record: Record | None) -> bool:
-        """Return True while the guest runs that the ledger says: not a later one, which it does not know."""
+    def _has_guest(self, record: Record | None) -> bool:
+        return bool(record and record.start and self.starts.has_guest(record.start))
+
+    def has_taken_up(self, record: Record | None, domid: int, paths: Collection[str]) -> bool:
+        """Return True when the ledger has the start of a domain's guest, with these paths."""
         start = record.start if record else None
-        return start is not None and start.domid is not None and self.starts.find_domid(start) == start.domid
+        return bool(start and start.domid == domid and self.starts.has_guest(start) and {*paths} <= {*start.paths})
 
     def check_redefinition(self, plan: Plan) -> None:
         """Check that a domain whose guest is saved is defined with the NVDIMMs that this guest had, in their places.
@@ -614,10 +617,8 @@ class XenNvdimmDriver(plugins.Plugin):
 
         :raises AcpiError: when they cannot be found in its memory, or one is invalid.
         """
-        start = record.start
-        if start is None or start.domid is None:
-            return ()
-        return find(partial(self.planner.mapper.read, start.domid))
+        domid = self.starts.find_domid(record.start) if record.start else None  # in a backup, another guest has that
+        return () if domid is None else find(partial(self.planner.mapper.read, domid))
 
     def take_up_running(self, record: Record, domid: int, frozen: Collection[str]) -> None:
         """Write the start of a running guest into the ledger, which has lost it.

@@ -386,7 +386,7 @@ class Changes:
         """
         now = self.driver.ledger.find_domain(record.uuid)
         wanted = {item.spec.path for item in record.allocations} & {*paths}
-        if now is not None and now.start is not None and now.start.domid == domid and wanted <= {*now.start.paths}:
+        if self.driver.has_taken_up(now, domid, wanted):
             return
         items = now.allocations if now else record.allocations  # another repair may have taken later marks since
         placed = replace(record, allocations=tuple(self._as_marked(item) for item in items))

@@ -194,7 +194,7 @@ def _take_up(
     paths = {*known, *(spec.path for spec in devices)}
     with driver.locks.changing(uuid), driver.locks.storing(uuid):
         now = driver.ledger.find_domain(uuid)
-        if now and now.start and now.start.domid == domid and paths <= {*now.start.paths}:
+        if driver.has_taken_up(now, domid, paths):
             return
         if now is None or not all(_is_as_in_guest(now, spec) for spec in devices):
             raise InUseError(f"domain {uuid} was changed meanwhile", hint="repeat 'nvdimmctl check'")

@@ -104,6 +104,13 @@ class Starts:
         touches = {path: self._touch_now(path) for path in unknown}
         return {path: touch for path, touch in touches.items() if touch}
 
+    def _known_runs(self, start: Start) -> set[int | None]:
+        """Return the runs that the ledger knows of a start that is over; None for what an earlier version has begun."""
+        if self._is_whole(start):
+            return {*self.ledger.numbers_of_runs(start), None}
+        last = self.ledger.find_run(start.uuid)
+        return {last.number} if last else set()
+
     def _touch_now(self, path: str) -> Touch | None:
         """Return how a file is touched that a guest may have written; None for a backing that has no time."""
         when = backing_of(self.backings, path).time_to_touch(path)
@@ -162,7 +169,7 @@ class Starts:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
             frozen = ownership.frozen_for(self.backings, start.paths)
-            known = {*self.ledger.numbers_of_runs(start), None}  # none on the file of an earlier version's start
+            known = self._known_runs(start)
             times = self._distrust_unknown(start, frozen, known)
             times |= self._note_times(start, {path for path, run in frozen.items() if run in known})
             for path in start.paths:
@@ -320,11 +327,11 @@ class Starts:
         self._end_orphans()
 
     def find_served(self) -> list[Record]:
-        """Return the running domains that have a label server, or have lost it."""
+        """Return the running domains that have a label server, or have lost it, and whose guest the ledger knows."""
         return [
             record
             for record in self.ledger.started_domains()
-            if record.start and record.start.served and record.start.state == "mapped" and self.is_running(record.start)
+            if record.start and record.start.served and record.start.state == "mapped" and self.has_guest(record.start)
         ]
 
     def find_unserved(self) -> list[Record]:
@@ -525,11 +532,26 @@ class Starts:
         """Return True while Xen has the domain of the start, or the guest that the domain has now."""
         return self.find_domid(start) is not None
 
+    def has_guest(self, start: Start) -> bool:
+        """Return True while the guest of the start runs, and not a later one, which the ledger does not know.
+
+        Domids begin anew at each boot of the host: a later guest may have the same one.
+        """
+        return start.domid is not None and self._is_of(start, self.find_domid(start))
+
+    def _is_of(self, start: Start, domid: int | None) -> bool:
+        """Return True when that is the domid of a start, in this boot, and the start has taken no later step."""
+        return start.domid == domid and start.boot_id == host_boot_id() and self._is_whole(start)
+
+    def _is_whole(self, start: Start) -> bool:
+        """Return True when the ledger has all steps of a start; in a backup, it may have mapped since."""
+        return start.state == "mapped" or not self.ledger.is_from_elsewhere()
+
     def find_domid(self, start: Start) -> int | None:
         """Return the domid by which Xen has the guest of a start; None when it is over.
 
-        It is another than the start's when the ledger came from a backup, and the domain was started since: a guest
-        with the domain's uuid has announced frames.
+        It may be another guest than the start's (:meth:`has_guest`) when the ledger came from a backup, and the domain
+        was started since: a guest with the domain's uuid has announced frames.
         """
         this_boot = start.boot_id == host_boot_id()
         if start.domid is not None and this_boot and self.mapper.is_alive(start.domid, start.uuid):
@@ -542,10 +564,12 @@ class Starts:
         return next((each for each in with_frames if self.mapper.uuid(each) == uuid.lower()), None)
 
     def find_moved(self) -> list[tuple[Record, int]]:
-        """Return the domains whose guest has another domid than their start in the ledger says, and that domid."""
+        """Return the domains whose guest is a later one than that of their start in the ledger, and its domid."""
         found = [(each, self.find_domid(each.start)) for each in self.ledger.started_domains() if each.start]
         return [
-            (each, domid) for each, domid in found if domid is not None and each.start and each.start.domid != domid
+            (each, domid)
+            for each, domid in found
+            if domid is not None and each.start and not self._is_of(each.start, domid)
         ]
 
     def find_unknown(self) -> list[tuple[int, str]]:

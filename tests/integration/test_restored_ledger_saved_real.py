@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,11 @@ from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import InUseError, RefusedError
 from nvdimm_driver.lifecycle.plan import Planner
+from nvdimm_driver.state.start_steps import StartSteps
 from tests.integration.loop_pmem import MKFS, FileSystem
 from tests.integration.test_ownership_real import Host, empty, is_immutable
 from tests.integration.test_restored_ledger_real import back_up, repair, restore
-from tests.unit.doubles import UUID
+from tests.unit.doubles import UUID, boot_host
 
 Image = dict[int, bytes]
 
@@ -92,6 +94,66 @@ def test_a_saved_guest_goes_on_once_though_the_start_that_comes_back_was_only_pr
     end(host, 6)
     with pytest.raises(RefusedError, match="cannot go on"):
         boot(host, 7, image)
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize("step", ["begin_mapping", "finish_mapping"])
+def test_a_saved_guest_goes_on_once_though_the_ledger_that_comes_back_has_not_seen_it_run(
+    host: Host, monkeypatch: pytest.MonkeyPatch, step: str, repaired: bool
+) -> None:
+    """The backup was made while the guest was restored, which takes minutes; its file has the number of that start."""
+    boot(host, 5)
+    image = end(host, 5)
+    real = getattr(StartSteps, step)
+
+    def copy_first(*args: Any) -> object:
+        back_up(host)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StartSteps, step, copy_first)
+        boot(host, 6, image)
+    put_back(host)
+    if repaired:
+        found = [each for each in look(host.driver) if "is from a backup" in each.problem]
+        assert [each.problem.partition(",")[0] for each in found] == ["its guest runs with domid 6"]
+        take_over(host)
+    end(host, 6)
+    with pytest.raises(RefusedError, match="cannot go on"):
+        boot(host, 7, image)
+
+
+@pytest.mark.parametrize("domid", [5, 6], ids=["the same domid", "another domid"])
+def test_a_guest_that_is_saved_after_the_repair_of_a_ledger_of_before_a_boot_goes_on(
+    host: Host, monkeypatch: pytest.MonkeyPatch, domid: int
+) -> None:
+    """Domids begin anew at each boot: the guest of now may have the one that the ledger has of then."""
+    boot_host(monkeypatch, "one")
+    boot(host, 5)
+    back_up(host)
+    image = end(host, 5)
+    boot_host(monkeypatch, "two")
+    boot(host, domid, image)
+    put_back(host)
+    take_over(host)
+    saved = end(host, domid)
+    host.another().check_restore(UUID)
+    boot(host, 8, saved)
+
+
+def put_back(host: Host) -> None:
+    """Rename the copy of the ledger to its name."""
+    host.driver.ledger.close()
+    for file in host.folder.glob("ledger.sqlite*"):
+        file.unlink()
+    (host.folder / "backup").rename(host.folder / "ledger.sqlite")
+    host.driver = host.another()
+
+
+def take_over(host: Host) -> None:
+    """Repair, as 'check --repair' does; the ledger is the one in use then."""
+    assert repair(host) == []
+    host.driver.ledger.take_over(compared=True)
 
 
 def _killed(*args: object) -> None:

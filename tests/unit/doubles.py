@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from nvdimm_driver import logs
 from nvdimm_driver.acpi.native import NativeAcpiBuilder
 from nvdimm_driver.acpi.tables import Header, checksum, seal, split
@@ -14,6 +16,7 @@ from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
+from nvdimm_driver.lifecycle import start as start_module
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.plan import HostFacts
 from nvdimm_driver.model import (
@@ -34,7 +37,7 @@ from nvdimm_driver.model import (
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, ByteRange, Mapper, unwatched
 from nvdimm_driver.pools.rules import Pools
-from nvdimm_driver.state import owner_marks
+from nvdimm_driver.state import owner_marks, start_steps
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.owner_marks import Mark
 from nvdimm_driver.state.start_steps import PreparedStart
@@ -438,6 +441,12 @@ def make_driver(
         pools=pools or Pools([], any_path=True),
         holders=holders or RecordingHolders(),
     )
+
+
+def boot_host(monkeypatch: pytest.MonkeyPatch, boot_id: str) -> None:
+    """Let the host be in the boot of that id."""
+    for module in (start_module, start_steps):
+        monkeypatch.setattr(module, "host_boot_id", lambda: boot_id)
 
 
 def started(ledger: Ledger, uuid: str = UUID) -> PreparedStart:

@@ -24,8 +24,17 @@ from nvdimm_driver.errors import InUseError, LedgerError, NvdimmError, RefusedEr
 from nvdimm_driver.model import MIB, SUPERPAGE, Allocation, BackingIdentity, Pool
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import owner_marks
-from tests.ledger_copies import copy_ledger, forget_in_use
-from tests.unit.doubles import OTHER_UUID, UUID, MemoryDevices, RecordingMapper, domain, make_driver
+from tests.ledger_copies import copy_ledger, forget_devices, forget_in_use
+from tests.unit.doubles import (
+    OTHER_UUID,
+    UUID,
+    MemoryDevices,
+    RecordingHolders,
+    RecordingMapper,
+    boot_host,
+    domain,
+    make_driver,
+)
 
 A, B, PART = "/mnt/pmem0/a", "/mnt/pmem0/b", "/mnt/pmem0/a1"
 
@@ -489,6 +498,73 @@ def test_an_image_is_good_once_when_the_ledger_is_put_back_while_its_guest_runs(
     host.driver().ledger.take_over(compared=True)
     with pytest.raises(RefusedError, match="since it was saved, its domain was started"):
         host.start(8, image=image)
+
+
+@pytest.fixture
+def held(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """Return a host whose holders stay while its processes come and go."""
+    holders = RecordingHolders()
+    monkeypatch.setattr(host, "driver", lambda: make_driver(host.folder, host.backing, host.mapper, holders=holders))
+    return host
+
+
+@pytest.mark.parametrize("domid", [5, 6], ids=["the same domid", "another domid"])
+def test_an_image_is_good_once_when_the_ledger_is_of_before_a_boot(
+    host: Host, monkeypatch: pytest.MonkeyPatch, domid: int
+) -> None:
+    """The backup has no marks; domids begin anew at each boot, and the guest of now may have the one of then."""
+    host.define(A)
+    host.define(B, uuid=OTHER_UUID)
+    boot_host(monkeypatch, "one")
+    host.start(5)
+    host.back_up()
+    image = host.end(5)
+    boot_host(monkeypatch, "two")
+    host.start(domid, image=image)
+    host.put_back()
+    forget_devices(host.folder)
+    host.driver().prepare(domain(B, uuid=OTHER_UUID, name="db2"))
+    host.end(domid)
+    with pytest.raises(RefusedError, match="since it was saved, its domain was started"):
+        host.start(7, image=image)
+
+
+@pytest.mark.parametrize("domid", [5, 6], ids=["the same domid", "another domid"])
+def test_a_guest_that_is_saved_after_the_repair_of_a_ledger_of_before_a_boot_goes_on(
+    held: Host, monkeypatch: pytest.MonkeyPatch, domid: int
+) -> None:
+    held.define(A)
+    boot_host(monkeypatch, "one")
+    held.start(5)
+    held.back_up()
+    image = held.end(5)
+    boot_host(monkeypatch, "two")
+    held.start(domid, image=image)
+    held.put_back()
+    held.repair()
+    assert look(held.driver()) == []
+    saved = held.end(domid)
+    held.start(8, image=saved)
+
+
+def test_what_a_backup_has_as_the_domid_may_be_another_guest(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of before a boot: nothing of that guest is shown, and no label server gets to it."""
+    host.define(A)
+    boot_host(monkeypatch, "one")
+    host.start(5)
+    host.back_up()
+    image = host.end(5)
+    boot_host(monkeypatch, "two")
+    host.start(6, image=image)
+    host.put_back()
+    host.mapper.alive[5] = OTHER_UUID
+    host.mapper.memory[5] = {}
+    driver = host.driver()
+    driver.ledger._write([("UPDATE attachment SET served = 'labels'", ())])
+    assert driver.starts.find_served() == []
+    record = driver.ledger.find_domain(UUID)
+    assert record
+    assert [table[:4] for table in driver.read_guest_tables(record)] == [b"NFIT", b"SSDT"]
 
 
 def test_an_image_is_good_once_though_nothing_tells_that_the_ledger_is_a_backup(host: Host) -> None:
