@@ -400,7 +400,10 @@ class XenNvdimmDriver(plugins.Plugin):
         unnumbered, spoiled = self.ledger.is_unnumbered(uuid), self.ledger.is_spoiled(uuid)
         saved_guest.check_known(last, is_unnumbered=unnumbered, is_spoiled=spoiled)
         if last is None:
+            defined = self._find_known(uuid)
+            self.starts.check_left(uuid, [each.path for each in defined.nvdimms] if defined else [])
             return
+        self.starts.check_left(uuid, saved_guest.paths_of(last))
         domain = saved_guest.domain_of(last, uuid)
         record = self.ledger.find_domain(uuid)
         known = domain or record

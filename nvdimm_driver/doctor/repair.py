@@ -731,7 +731,9 @@ class _Look:
                 return inconsistency(f"write into the ledger that the guest with domid {domid} has it", take_up)
             if mark is None or uuid in (None, mark.uuid):
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
-        return inconsistency("make it mutable", partial(self.driver.starts.thaw_unknown, file.path, file.identity))
+        has = mark.uuid if owner and mark and mark.uuid == owner.uuid else ""
+        thaw = partial(self.driver.starts.thaw_unknown, file.path, file.identity, has)
+        return inconsistency("make it mutable", thaw)
 
     def _frozen_of(self, uuid: str) -> set[str]:
         """Return the frozen files that have the mark of a domain."""

@@ -189,7 +189,7 @@ def check_available(last: Run, backings: Sequence[Backing], dsm: str) -> dict[st
     for each in _nvdimms(last.nvdimms):
         identity = identity_at(backings, each["path"])
         if identity is None:
-            raise _refused(f"{each['path']} is not there, or is not fit any more")
+            raise refused(f"{each['path']} is not there, or is not fit any more")
         found[each["path"]] = identity
         served = {"label server": dsm} if each["label area"] else {}
         now.append({**each, **served, **_bytes(identity)})
@@ -204,7 +204,7 @@ def check_plan(last: Run, plan: Plan) -> None:
     :raises RefusedError: when something differs.
     """
     if differing := differences(last, plan):
-        raise _refused(differing)
+        raise refused(differing)
 
 
 def differences(last: Run, plan: Plan) -> str:
@@ -279,7 +279,7 @@ def check_known(last: Run | None, *, is_unnumbered: bool, is_spoiled: bool) -> N
     :raises RefusedError: when it has not, or the guest's NVDIMMs are not as they were.
     """
     if last is None and is_spoiled:
-        raise _refused(_SPOILED)
+        raise refused(_SPOILED)
     if last is None and not is_unnumbered:
         raise RefusedError(
             "the saved guest cannot go on: the ledger does not have the run that it was saved in, because the ledger "
@@ -295,21 +295,21 @@ def check_run(begun: Run, last: Run | None) -> None:
     :raises RefusedError: when something differs.
     """
     if last is None:
-        raise _refused(_SPOILED)
+        raise refused(_SPOILED)
     if differing := "; ".join(_differences(_nvdimms(last.nvdimms), _nvdimms(begun.nvdimms))):
-        raise _refused(differing)
+        raise refused(differing)
     before, now = json.loads(last.written), json.loads(begun.written)
     for path, slot in paths_of(begun).items():
         time = now[str(slot)]
         if before.get(str(slot)) != time:
             when = f" at {_time(time)}" if time else ""
-            raise _refused(f"{path} was written on the host{when}, after the guest was saved")
+            raise refused(f"{path} was written on the host{when}, after the guest was saved")
 
 
 def _check_places(saved: bytes, prepared: bytes) -> None:
     had, has = _places(saved), _places(prepared)
     if had != has:
-        raise _refused("; ".join(_differences(had, has)) or "its NFIT has an NVDIMM twice")
+        raise refused("; ".join(_differences(had, has)) or "its NFIT has an NVDIMM twice")
 
 
 def _places(nfit: bytes) -> list[dict[str, Any]]:
@@ -318,7 +318,7 @@ def _places(nfit: bytes) -> list[dict[str, Any]]:
     ranges = {each.index: each for each in table.of(SpaRange)}
     mappings = table.of(RegionMapping)
     if len(mappings) > MAX_NVDIMMS:
-        raise _refused(f"its NFIT has {len(mappings)} NVDIMMs, and {MAX_NVDIMMS} are possible")
+        raise refused(f"its NFIT has {len(mappings)} NVDIMMs, and {MAX_NVDIMMS} are possible")
     found = [(each.handle - 1, ranges.get(each.spa_index)) for each in mappings]
     return [
         {"slot": slot, "base": hex(each.base), "visible size": each.length}
@@ -380,5 +380,6 @@ def _time(nanoseconds: int) -> str:
     return datetime.fromtimestamp(nanoseconds / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _refused(reason: str) -> RefusedError:
+def refused(reason: str) -> RefusedError:
+    """Return the error that says why a saved guest cannot go on."""
     return RefusedError(f"the saved guest cannot go on: {reason}", hint=_REMEDY)

@@ -69,7 +69,7 @@ class Starts:
             for item in items:
                 LOG.debug("freeze %s", item.spec.path)
                 backing = backing_of(self.backings, item.spec.path)
-                self._thaw_left(start, item)
+                self._thaw_left(start, item, number)
                 backing.freeze_for(item.spec.path, number, item.identity)
                 self._check_unwritten(uuid, backing, item)
         except BaseException:
@@ -77,14 +77,14 @@ class Starts:
             raise
         return start
 
-    def _thaw_left(self, start: Start, item: Allocation) -> None:
+    def _thaw_left(self, start: Start, item: Allocation, number: int) -> None:
         """Thaw a file that is frozen before its domain's start comes to it: for a guest that no start is of any more.
 
-        Either the file was away at the end of the last run, which the file names then, or it has another guest's.
+        Either the file was away at the end of a start, whose number it has then, or it has another guest's.
         """
         path = item.spec.path
         if frozen := ownership.frozen_for(self.backings, [path]):
-            touches = self._distrust_unknown(start, frozen, self.ledger.numbers_of_runs(start))
+            touches = self._distrust_unknown(start, frozen, {number, *self._known_runs(start.uuid)})
             self.thaw(path, item.identity, over=start, touch=touches.get(path))
 
     def _distrust_unknown(
@@ -104,17 +104,34 @@ class Starts:
         touches = {path: self._touch_now(path) for path in unknown}
         return {path: touch for path, touch in touches.items() if touch}
 
-    def _known_runs(self, start: Start) -> set[int | None]:
-        """Return the runs that the ledger knows of a start that is over; None for what an earlier version has begun."""
-        if self._is_whole(start):
-            return {*self.ledger.numbers_of_runs(start), None}
-        last = self.ledger.find_run(start.uuid)
-        return {last.number} if last else set()
+    def _known_runs(self, uuid: str, over: Start | None = None) -> set[int | None]:
+        """Return the runs that a file of a domain is frozen for, as far as no guest has it that the ledger lacks.
+
+        With them is None if it may have no number, as an earlier version has frozen it for a start that is known.
+
+        :param over: the domain's start, which is over.
+        """
+        last = self.ledger.find_run(uuid)
+        known = self.ledger.never_run(uuid) | ({last.number} if last else set())
+        return known | ({self.ledger.number_of(over), None} if over and self._is_whole(over) else set())
 
     def _touch_now(self, path: str) -> Touch | None:
         """Return how a file is touched that a guest may have written; None for a backing that has no time."""
         when = backing_of(self.backings, path).time_to_touch(path)
         return None if when is None else Touch(None, when)
+
+    def check_left(self, uuid: str, paths: Collection[str]) -> None:
+        """Check that no guest of which the ledger does not know may have written a domain's files.
+
+        A start would thaw them, and let no saved guest go on.
+
+        :raises RefusedError: when one may have.
+        """
+        record = self.ledger.find_domain(uuid)
+        known = self._known_runs(uuid, record.start if record else None)
+        for path, run in ownership.frozen_for(self.backings, paths).items():
+            if run not in known:
+                raise saved_guest.refused(f"{path} is immutable for a guest that the ledger does not know")
 
     def check_can_freeze(self, uuid: str, identities: Mapping[str, BackingIdentity]) -> None:
         """Check, for a domain that is off, what would keep :meth:`freeze` from its backings; change nothing.
@@ -169,13 +186,16 @@ class Starts:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
             frozen = ownership.frozen_for(self.backings, start.paths)
-            known = self._known_runs(start)
+            known = self._known_runs(start.uuid, start)
             times = self._distrust_unknown(start, frozen, known)
             times |= self._note_times(start, {path for path, run in frozen.items() if run in known})
+            is_left = False
             for path in start.paths:
+                is_away = self._is_away(path, had.get(path))
+                is_left = is_left or is_away
                 # of a start that was refused, nobody knows whether it has come to freezing that
-                is_away = start.state != "preparing" and self._is_away(path, had.get(path))
-                if is_away or ownership.is_frozen_for_another(self.backings, start.uuid, path):
+                was_frozen = is_away and start.state != "preparing"
+                if was_frozen or ownership.is_frozen_for_another(self.backings, start.uuid, path):
                     left = Event(
                         "left-immutable", start.uuid, record.name if record else "", start.domid, {"path": path}
                     )
@@ -192,7 +212,7 @@ class Starts:
                 ownership.mark(self.ledger, self.backings, record)  # what could not be recorded while they were frozen
             except LedgerError as error:
                 LOG.warning("marks of domain %s are left to 'nvdimmctl check --repair': %s", record.name, error)
-        self.ledger.end_start(start, kind=kind)
+        self.ledger.end_start(start, kind=kind, left=is_left and self._is_whole(start))
         self.ledger.forget_unused(start.uuid)
 
     def _is_at(self, path: str, identity: BackingIdentity) -> bool:
@@ -289,9 +309,14 @@ class Starts:
                 thaw = partial(backing.thaw_unless, unmark=True) if unmark else backing.thaw_unless
                 thaw(path, partial(self._is_needed, path, over), identity, *filter(None, [touch]))
 
-    def thaw_unknown(self, path: str, identity: BackingIdentity | None = None) -> None:
-        """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it."""
-        self.thaw(path, identity, touch=self._touch_now(path))
+    def thaw_unknown(self, path: str, identity: BackingIdentity | None = None, uuid: str = "") -> None:
+        """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it.
+
+        :param uuid: of the domain that has it; none may if it was frozen for a start of that which never ran.
+        """
+        frozen = ownership.frozen_for(self.backings, [path])
+        written = not frozen or frozen[path] not in self.ledger.never_run(uuid)
+        self.thaw(path, identity, touch=self._touch_now(path) if written else None)
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen still has the domain."""

@@ -146,6 +146,13 @@ ALTER TABLE latest ADD COLUMN uncompared INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE allocation ADD COLUMN pool TEXT NOT NULL DEFAULT '';
 ALTER TABLE allocation ADD COLUMN doubtful INTEGER NOT NULL DEFAULT 0;
 """,
-    "ALTER TABLE allocation ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;\n",
+    """
+ALTER TABLE allocation ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE never_run (
+    uuid TEXT NOT NULL REFERENCES domain(uuid) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    PRIMARY KEY (uuid, number)
+) STRICT;
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

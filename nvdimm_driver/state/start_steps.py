@@ -202,6 +202,7 @@ class StartSteps(Database):
                     "WHERE uuid = ? AND number IS NOT NULL",
                     (uuid,),
                 ),
+                ("DELETE FROM never_run WHERE uuid = ?", (uuid,)),
                 count("starts"),
                 count("map_seconds", seconds),
             ],
@@ -265,18 +266,24 @@ class StartSteps(Database):
             guarded=True,
         )
 
-    def end_start(self, start: Start, *, kind: str = "") -> None:
+    def end_start(self, start: Start, *, kind: str = "", left: bool = False) -> None:
         """Forget a start that is over, after :meth:`note_end`: nothing is frozen or mapped for it any more.
 
         Another start of the domain stays, and no event is recorded then: it may have begun meanwhile.
 
         :param kind: kind of the event to record; empty for none.
+        :param left: the start has never run, and a file may be frozen for it still: its number is kept.
         """
         written = "SELECT written FROM attachment WHERE uuid = run.uuid AND number = run.number"
+        never_run = (
+            f"SELECT uuid, number FROM attachment WHERE {THIS_START} AND state != 'mapped' AND number IS NOT NULL "
+            f"UNION SELECT uuid, 0 FROM attachment WHERE {THIS_START} AND state IN ('prepared', 'mapping')"
+        )
         self._write_start(
             [
                 (f"UPDATE attachment SET ended = ended WHERE {THIS_START}", start.key),
                 (f"UPDATE run SET written = coalesce(({written}), written) WHERE uuid = ?", (start.uuid,)),
+                *([(f"INSERT OR IGNORE INTO never_run {never_run}", start.key * 2)] if left else []),
                 ("DELETE FROM attachment WHERE uuid = ?", (start.uuid,)),
             ],
             self._event(kind, start.uuid, domid=start.domid),
@@ -319,6 +326,7 @@ class StartSteps(Database):
                 ),
                 ("DELETE FROM run WHERE uuid = ?", (uuid,)),
                 ("DELETE FROM unnumbered WHERE uuid = ?", (uuid,)),
+                ("DELETE FROM never_run WHERE uuid = ?", (uuid,)),
                 *([("INSERT INTO run VALUES (?, ?, ?, ?)", (uuid, *run))] if run else []),
                 *([] if is_numbered else [("INSERT INTO unnumbered (uuid) VALUES (?)", (uuid,))]),
                 *_have(uuid, paths),
@@ -435,15 +443,17 @@ class StartSteps(Database):
         )
         return Run(*rows[0]) if rows else None
 
-    def numbers_of_runs(self, start: Start) -> set[int]:
-        """Return the numbers of the runs that the ledger knows of a start's domain: its last one, and the start's."""
-        rows = self._rows(
-            f"SELECT number FROM attachment WHERE {THIS_START} AND number IS NOT NULL "
-            "UNION SELECT number FROM run WHERE uuid = ?",
-            *start.key,
-            start.uuid,
-        )
-        return {number for (number,) in rows}
+    def number_of(self, start: Start) -> int | None:
+        """Return the number of the run that a start begins; None when it has none, or is forgotten."""
+        rows = self._rows(f"SELECT number FROM attachment WHERE {THIS_START}", *start.key)
+        return rows[0][0] if rows else None
+
+    def never_run(self, uuid: str) -> set[int | None]:
+        """Return the numbers of the domain's starts that may have left a file frozen, and have never run.
+
+        None is with them if one has frozen all its files: an earlier version wrote no number on a file.
+        """
+        return {number or None for (number,) in self._rows("SELECT number FROM never_run WHERE uuid = ?", uuid)}
 
     def given_up_at(self, uuid: str, path: str) -> int:
         """Return when a domain has given up what its start has at a path, in nanoseconds since 1970; else 0.

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 
+from nvdimm_driver.backing import inode
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.doctor.repair import look
-from nvdimm_driver.errors import InUseError, RefusedError
+from nvdimm_driver.errors import InUseError, NvdimmError, RefusedError
 from nvdimm_driver.lifecycle.plan import Planner
+from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.state.start_steps import StartSteps
-from tests.integration.loop_pmem import MKFS, FileSystem
+from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import Host, empty, is_immutable
 from tests.integration.test_restored_ledger_real import back_up, repair, restore
 from tests.unit.doubles import UUID, boot_host
@@ -104,15 +106,7 @@ def test_a_saved_guest_goes_on_once_though_the_ledger_that_comes_back_has_not_se
     """The backup was made while the guest was restored, which takes minutes; its file has the number of that start."""
     boot(host, 5)
     image = end(host, 5)
-    real = getattr(StartSteps, step)
-
-    def copy_first(*args: Any) -> object:
-        back_up(host)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StartSteps, step, copy_first)
-        boot(host, 6, image)
+    back_up_before(host, monkeypatch, step, image)
     put_back(host)
     if repaired:
         found = [each for each in look(host.driver) if "is from a backup" in each.problem]
@@ -141,6 +135,19 @@ def test_a_guest_that_is_saved_after_the_repair_of_a_ledger_of_before_a_boot_goe
     boot(host, 8, saved)
 
 
+def back_up_before(host: Host, monkeypatch: pytest.MonkeyPatch, step: str, image: Image) -> None:
+    """Have a saved guest go on, and copy the ledger before that step."""
+    real = getattr(StartSteps, step)
+
+    def copy_first(*args: Any) -> object:
+        back_up(host)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StartSteps, step, copy_first)
+        boot(host, 6, image)
+
+
 def put_back(host: Host) -> None:
     """Rename the copy of the ledger to its name."""
     host.driver.ledger.close()
@@ -156,7 +163,7 @@ def take_over(host: Host) -> None:
     host.driver.ledger.take_over(compared=True)
 
 
-def _killed(*args: object) -> None:
+def _killed(*args: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -179,6 +186,88 @@ def test_a_saved_guest_goes_on_though_its_file_was_away_at_its_end(host: Host) -
     assert host.record().start is None
     assert is_immutable(host.path("in/a.img"))
     boot(host, 6, image)
+
+
+@contextmanager
+def unmounted(host: Host) -> Iterator[None]:
+    """Let the file system of a host be away, as after a boot with an entry in fstab that has nofail."""
+    run("mount", "-t", "tmpfs", "none", host.fs.root)
+    yield
+    run("umount", host.fs.root)
+
+
+def lose_power(host: Host, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Let the host lose power at that step of a start; nothing of the domain is thawed then."""
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(StartSteps, step, _killed)
+        patch.setattr(Starts, "put_away", lambda start, *args, **options: None)
+        host.mapper.memory[6] = {}
+        boot(host, 6, {})
+    host.mapper.alive.clear()
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize(
+    ("step", "numbered"),
+    [("finish_preparing", True), ("find_prepared", True), ("find_prepared", False)],
+    ids=["while it was prepared", "after that", "after that, by the version before"],
+)
+def test_a_saved_guest_goes_on_after_a_start_that_a_loss_of_power_has_ended(
+    host: Host, monkeypatch: pytest.MonkeyPatch, step: str, numbered: bool, repaired: bool
+) -> None:
+    """libxl reads the guest's RAM for minutes, and nobody has written the file, which is away when the host is up."""
+    boot(host, 5)
+    image = end(host, 5)
+    with monkeypatch.context() as patch:
+        if not numbered:
+            patch.setattr(inode, "_set_run", lambda fd, run: None)
+        lose_power(host, patch, step)
+    boot_host(monkeypatch, "the next")
+    with unmounted(host):
+        host.another().reconcile()
+        with pytest.raises(NvdimmError):
+            host.another().prepare(host.domain("in/a.img"))
+    assert host.record().start is None
+    assert is_immutable(host.path("in/a.img"))
+    if repaired:
+        assert repair(host) == []
+        assert not is_immutable(host.path("in/a.img"))
+    for _ in range(2):
+        host.another().try_restore(UUID)
+    boot(host, 7, image)
+    assert host.driver.ledger.never_run(UUID) == set()
+
+
+@pytest.mark.parametrize("step", ["begin_mapping", "finish_mapping"])
+def test_a_start_of_a_ledger_from_a_backup_may_have_run_since_though_its_file_is_away(
+    host: Host, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    boot(host, 5)
+    image = end(host, 5)
+    back_up_before(host, monkeypatch, step, image)
+    put_back(host)
+    boot_host(monkeypatch, "the next")
+    host.mapper.alive.clear()
+    with unmounted(host):
+        host.another().reconcile()
+    assert host.record().start is None
+    take_over(host)
+    with pytest.raises(RefusedError, match="cannot go on"):
+        host.another().check_restore(UUID)
+    with pytest.raises(RefusedError, match="cannot go on"):
+        boot(host, 7, image)
+
+
+def test_a_trial_spoils_no_saved_guest_for_one_that_the_ledger_does_not_know(host: Host) -> None:
+    """Before, it said that the guest could go on, libvirt removed the managed save, and the start was refused."""
+    boot(host, 5)
+    end(host, 5)
+    before = host.driver.ledger.find_run(UUID)
+    host.backing.freeze_for(host.path("in/a.img"), 12345)
+    with pytest.raises(RefusedError, match="img is immutable for a guest that the ledger does not know"):
+        host.another().try_restore(UUID)
+    assert host.driver.ledger.find_run(UUID) == before
+    assert is_immutable(host.path("in/a.img"))
 
 
 def test_a_domain_is_not_started_beside_its_guest_that_the_ledger_does_not_know(host: Host) -> None:
