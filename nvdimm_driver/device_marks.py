@@ -9,6 +9,7 @@ Imports nothing heavy: the device model, which has to start fast, uses it.
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 
@@ -71,13 +72,16 @@ class DeviceMarks:
         return os.path.join(self._folder or "", _name(device) + _OWNER)
 
     def last_run(self, device: BackingIdentity) -> int | None:
-        """Return the number of the last run that had these bytes; 0 after something else had some; None if unknown.
+        """Return the number of the last run that had these bytes; None if unknown.
 
-        :raises LedgerError: when it cannot be read.
+        0 after something else had some, and if it cannot be read, which must not keep a guest from booting.
         """
-        text = self._read(_name(device) + _RUN)
-        if text is None:
-            return 0 if self._sharing(device, _RUN) else None
+        try:
+            text = self._read(_name(device) + _RUN)
+            if text is None:
+                return 0 if self._sharing(device, _RUN) else None
+        except LedgerError:
+            return 0
         return int(text) if text.isdigit() else 0
 
     def note_run(self, devices: Iterable[BackingIdentity], number: int) -> None:
@@ -87,14 +91,14 @@ class DeviceMarks:
         """
         for device in devices:
             for other in self._sharing(device, _RUN):
-                self._write(_name(other) + _RUN, b"0")
-            self._write(_name(device) + _RUN, b"%d" % number)
+                self._put(_name(other) + _RUN, b"0")
+            self._put(_name(device) + _RUN, b"%d" % number)
 
     def forget_run(self, devices: Iterable[BackingIdentity]) -> None:
         """Let nobody know which run had these devices last: what cannot be deleted stays."""
         for device in devices:
             with suppress(LedgerError):
-                self._write(_name(device) + _RUN, None)
+                self._put(_name(device) + _RUN, None)
 
     def follow(self, before: DeviceMarks) -> list[str]:
         """Take over the records that were in use until now, as far as they can be read.
@@ -156,7 +160,12 @@ class DeviceMarks:
             raise _unread(path, error) from error
 
     def _write(self, name: str, content: bytes | None) -> None:
-        if self._folder is None or self._read(name) == content:
+        """Write a file, or remove it for None; one that cannot be read, of whomever it is, stays."""
+        if self._read(name) != content:
+            self._put(name, content)
+
+    def _put(self, name: str, content: bytes | None) -> None:
+        if self._folder is None:
             return
         path = os.path.join(self._folder, name)
         try:
@@ -228,4 +237,10 @@ def _sync(folder: str) -> None:
 
 
 def _unread(path: str, error: OSError) -> LedgerError:
-    return LedgerError(f"cannot read {path}: {error.strerror}", hint=hint_of(error) or "see the kernel's log")
+    hint = hint_of(error) or "see the kernel's log"
+    if path.endswith(_OWNER) and error.errno not in (errno.EACCES, errno.EPERM):
+        hint += (
+            "; if it stays so, and 'nvdimmctl show' has the device with its domain, delete that file: the domain's "
+            "next start makes it anew"
+        )
+    return LedgerError(f"cannot read {path}: {error.strerror}", hint=hint)

@@ -476,7 +476,42 @@ def test_a_start_and_an_end_need_no_mark(host: Host) -> None:
     host.end(5)
 
 
+def make_unreadable(host: Host, suffix: str) -> Path:
+    """Let the file of the device be as below a bad sector: it cannot be read, but replaced or deleted."""
+    (file,) = (host.folder / "devices").glob(f"*{suffix}")
+    file.unlink()
+    file.symlink_to(file)
+    return file
+
+
+def test_an_owner_that_cannot_be_read_can_be_deleted(host: Host) -> None:
+    """Nobody can say whose the device is, so the start is refused; it was left open what to do."""
+    host.define(A)
+    file = make_unreadable(host, ".owner")
+    with pytest.raises(LedgerError, match=r"cannot read .*\.owner") as refused:
+        host.start(5)
+    assert "delete that file" in refused.value.hint
+    with pytest.raises(LedgerError, match="cannot read"):
+        DeviceMarks(file.parent).set_owner(device(), None)
+    file.unlink()
+    host.start(5)
+    assert host.owner(A) == UUID
+
+
 # --- saved guests ---
+
+
+def test_a_guest_boots_though_the_number_of_its_last_run_cannot_be_read(host: Host) -> None:
+    host.define(A)
+    host.start(5)
+    image = host.end(5)
+    make_unreadable(host, ".run")
+    with pytest.raises(RefusedError, match="since it was saved, its domain was started"):
+        host.start(6, image=image)
+    host.end(6)
+    host.start(7)
+    image = host.end(7)
+    host.start(8, image=image)
 
 
 @pytest.mark.parametrize("other_boots", [False, True], ids=["alone", "another boots"])
