@@ -488,12 +488,15 @@ def unmark_parts(backings: Sequence[Backing], record: Record, item: Allocation) 
             backing_named(backings, part.identity.kind).mark(part.path, None, part.identity)
 
 
-def times_of_marks(backings: Sequence[Backing], uuid: str, items: Iterable[Allocation]) -> dict[str, int]:
-    """Return the times of the last change in a domain's own marks on these, and on their parts, by path."""
-    found = {}
+def times_of_marks(backings: Sequence[Backing], uuid: str, items: Sequence[Allocation]) -> dict[str, int]:
+    """Return the times of the last change in a domain's own marks on these, by path.
+
+    A mark on a part of a device counts, too, as one that was made larger has it, unless that part is one of these.
+    """
+    found, own = {}, {item.identity for item in items}
     for path in (item.spec.path for item in items):
         files = _files_left(backings, path)
-        parts = [part for file in files for part in _parts(backings, path, file.identity)]
+        parts = [part for file in files for part in _parts(backings, path, file.identity) if part.identity not in own]
         marks = [readable_mark(file) for file in (*files, *parts)]
         found[path] = max((each.changed for each in marks if each and each.uuid == uuid), default=0)
     return found
