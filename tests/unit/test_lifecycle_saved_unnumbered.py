@@ -32,6 +32,17 @@ def image(bench: Bench) -> Image:
     return image
 
 
+def test_what_is_asked_before_the_save_is_removed_does_not_spoil_it(bench: Bench, image: Image) -> None:
+    """A file is immutable for a guest that the ledger does not know, which may have written it."""
+    bench.backing.freeze(A)
+    with pytest.raises(RefusedError, match=f"{A} is immutable for a guest that the ledger does not know"):
+        bench.driver().try_restore(UUID)
+    assert not bench.driver().ledger.is_spoiled(UUID)
+    bench.backing.frozen.clear()
+    bench.driver().try_restore(UUID)
+    bench.restore(image)
+
+
 def record_of(driver: XenNvdimmDriver) -> Record:
     record = driver.ledger.find_domain(UUID)
     assert record is not None

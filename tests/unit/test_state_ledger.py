@@ -292,6 +292,33 @@ def test_a_start_that_goes_on_is_not_ended(ledger: Ledger) -> None:
     assert start_of(ledger).state == "mapped"
 
 
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [("preparing", {5}), ("prepared", {5, None}), ("mapping", {5, None}), ("mapped", set())],
+)
+def test_the_number_of_a_start_that_has_left_a_file_and_never_run_is_kept(
+    ledger: Ledger, state: str, kept: set[int | None]
+) -> None:
+    """A file without a number may be its own once it has frozen all of them."""
+    ledger.store(UUID, "db1", 5, [READY])
+    if state == "preparing":
+        ledger.begin_start(UUID, ["/mnt/pmem0/a"], RUN.number)
+    else:
+        prepare(ledger)
+    if state in ("mapping", "mapped"):
+        ledger.begin_mapping(started(ledger), 7)
+    if state == "mapped":
+        ledger.finish_mapping(
+            PreparedStart((UUID, start_of(ledger).id, "mapping"), "", "", 0, 0, False, [], [], [], RUN)
+        )
+    found = start_of(ledger)
+    assert (found.state, ledger.note_end(found)) == (state, True)
+    ledger.end_start(found, left=True)
+    assert ledger.never_run(UUID) == kept
+    ledger.take_up_running(UUID, None, 7, [], [], [], served="")
+    assert ledger.never_run(UUID) == set()
+
+
 def test_a_running_guest_is_taken_up_only_in_place_of_the_start_that_was_looked_at(ledger: Ledger) -> None:
     ledger.store(UUID, "db1", 5, [READY])
     ledger.take_up_running(UUID, None, 7, ["/a"], [(1, 1, 1)], [(1, 1)], served="")
