@@ -117,7 +117,8 @@ def test_a_socket_that_somebody_serves_is_left_alone(tmp_path: Path, config: Pat
 
 
 def test_systemd_hands_over_sockets_and_hears_that_it_is_ready(tmp_path: Path, config: Path) -> None:
-    command = ["systemd-socket-activate", "-E", "NOTIFY_SOCKET", "-l", str(tmp_path / "rw"), "-l", str(tmp_path / "ro")]
+    notify = f"NOTIFY_SOCKET={tmp_path}/notify"  # not systemd-socket-activate's own, which a newer one would use, too
+    command = ["systemd-socket-activate", "-E", notify, "-l", str(tmp_path / "rw"), "-l", str(tmp_path / "ro")]
     command += ["--fdname=nvdimmd.socket:nvdimmd-ro.socket", *NVDIMMD, str(config)]
     with (
         libvirtd(tmp_path / "libvirt_socket") as listener,
@@ -126,7 +127,7 @@ def test_systemd_hands_over_sockets_and_hears_that_it_is_ready(tmp_path: Path, c
     ):
         service.bind(str(tmp_path / "notify"))
         service.settimeout(HANG_SECONDS)
-        with running(command, NOTIFY_SOCKET=str(tmp_path / "notify"), PYTHONPATH=os.pathsep.join(sys.path)):
+        with running(command, PYTHONPATH=os.pathsep.join(sys.path)):
             with connect(tmp_path / "rw") as client:
                 assert passes(client, listener)
             with connect(tmp_path / "ro") as client:
@@ -147,4 +148,6 @@ def test_systemd_takes_the_units(tmp_path: Path, libvirt: str) -> None:
         (tmp_path / name).write_text("[Socket]\nListenStream=/run/x\nService=nvdimmd.service\n")
     files = [str(tmp_path / name) for name in systemd_units.UNITS]
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    others = "/usr/lib/systemd/system/"  # units of packages, in which a newer systemd finds old options
+    said = [line for line in done.stderr.splitlines() if not line.startswith(others)]
+    assert (done.returncode, said) == (0, [])
