@@ -10,6 +10,7 @@ from pathlib import Path
 
 from oslo_config import cfg
 
+from nvdimm_driver import host_files
 from nvdimm_driver.doctor.confinement import DAEMONS, is_on, missing_rules, profile_of
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.host_text import read
@@ -50,14 +51,14 @@ def _local(profile: Path) -> Path:
 def _without_ours(profile: Path) -> str:
     """Return the local additions to a profile, without those of :func:`allow`."""
     local = _local(profile)
-    text = read(local) if local.exists() else ""
+    text = read(local) if host_files.exists(local) else ""
     before, begin, rest = text.partition(BEGIN)
     return before + rest.partition(f"{END}\n")[2] if begin else text
 
 
 def _write(profile: Path, text: str) -> Iterator[str]:
     local = _local(profile)
-    if (read(local) if local.exists() else "") == text:
+    if (read(local) if host_files.exists(local) else "") == text:
         return
     local.parent.mkdir(exist_ok=True)
     temporary = local.with_name(f".{local.name}.new")

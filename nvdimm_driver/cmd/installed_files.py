@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nvdimm_driver import host_files
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.host_text import read
 from nvdimm_driver.registered import MARK
@@ -14,7 +15,7 @@ NOT_OURS = "nvdimm_driver did not write it"
 
 def is_ours(path: Path) -> bool:
     """Return True for a file that :func:`install` has written."""
-    return path.exists() and MARK in read(path)
+    return host_files.exists(path) and MARK in read(path)
 
 
 def install(path: Path, text: str, mode: int) -> str:
@@ -22,7 +23,7 @@ def install(path: Path, text: str, mode: int) -> str:
 
     :raises ConfigError: when the path has a file without :data:`MARK`.
     """
-    if path.exists():
+    if host_files.exists(path):
         if not is_ours(path):
             raise ConfigError(f"{path} exists, and {NOT_OURS}", hint="move it away, and try again")
         if read(path) == text:
@@ -37,7 +38,7 @@ def install(path: Path, text: str, mode: int) -> str:
 
 def remove(path: Path) -> str:
     """Delete a file that :func:`install` has written; return a line that says what was done."""
-    if not path.exists():
+    if not host_files.exists(path):
         return f"not there {path}"
     if not is_ours(path):
         return f"left alone {path}: {NOT_OURS}"

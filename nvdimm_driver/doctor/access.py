@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from nvdimm_driver import host_files
 from nvdimm_driver.doctor.finding import Finding, noted, passed, warned
 from nvdimm_driver.host_text import read
 
@@ -23,7 +24,7 @@ def check_access(file: Path, group: str) -> Iterator[Finding]:
     :param file: the daemon's configuration.
     :param group: ``[rpc] group``.
     """
-    options = _options(read(file)) if file.exists() else {}
+    options = _options(read(file)) if host_files.exists(file) else {}
     drivers = options.get("access_drivers", "")
     told = False
     if drivers:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import plugin_loader
+from nvdimm_driver import host_files, plugin_loader
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.paths import resolve
@@ -137,11 +137,11 @@ def _definitions(conf: cfg.ConfigOpts) -> DefinitionFiles:
 
 def _libvirt_socket(conf: cfg.ConfigOpts) -> str:
     direct = str(conf.rpc.libvirt_direct_socket)
-    return direct if Path(direct).exists() else str(conf.rpc.libvirt_socket)
+    return direct if host_files.exists(direct) else str(conf.rpc.libvirt_socket)
 
 
 def _access(conf: cfg.ConfigOpts) -> Iterator[Finding]:
-    modular = Path(conf.rpc.libvirt_direct_socket).exists()
+    modular = host_files.exists(conf.rpc.libvirt_direct_socket)
     return access.check_access(access.FOLDER / ("virtxend.conf" if modular else "libvirtd.conf"), conf.rpc.group)
 
 
@@ -158,7 +158,7 @@ def _nova(conf: cfg.ConfigOpts) -> Iterator[Finding]:
         pools = Pools(configured_pools(conf), any_path=conf.allow_any_path)
         backings = plugin_loader.load_all("nvdimm_driver.backings", conf)
         path = Path(ledger_path(conf))
-        if not path.exists():
+        if not host_files.exists(path):
             raise LedgerError(f"there is no {path}", hint="'nvdimmctl register' makes it")
         with closing(Ledger(str(path))) as ledger:
             return Inventory(pools, backings, ledger, served=conf.acpi.dsm == "qemu").find(configured)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from nvdimm_driver import host_files
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
 from nvdimm_driver.errors import LedgerError, NvdimmError
@@ -31,7 +32,7 @@ def check(
     :param label_server: returns True when the label server of the domain with that uuid runs.
     :param held: returns the uuids of the domains that have a holder.
     """
-    if not path.exists():
+    if not host_files.exists(path):
         yield failed("ledger", f"there is no {path}", "'nvdimmctl register' makes it")
     else:
         try:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvdimm_driver import host_files
 from nvdimm_driver.acpi.tables import Header
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
 from nvdimm_driver.errors import NvdimmError, RefusedError
@@ -64,7 +65,7 @@ def check_hook_known(hook: Path, started: float | None) -> Finding:
     :param started: start time of libvirt's daemon, in seconds since the epoch; None while it does not run.
     """
     check = "hook, libvirt"
-    if not hook.exists():
+    if not host_files.exists(hook):
         return failed(check, "there is no hook for libvirt to run", "'nvdimmctl register' installs it")
     if started is None:
         return passed(check, "libvirt's daemon does not run now; it will find the hook when it starts")

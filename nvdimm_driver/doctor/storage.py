@@ -8,6 +8,7 @@ import os
 import stat
 from pathlib import Path
 
+from nvdimm_driver import host_files
 from nvdimm_driver.doctor.finding import Finding, failed, passed, warned
 from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
@@ -25,7 +26,7 @@ def check_state(ledger: Path) -> Finding:
     :param ledger: path of the ledger.
     """
     check, folder = "state folder", ledger.parent
-    if not folder.is_dir():
+    if not host_files.is_folder(folder):
         return failed(check, f"there is no {folder}", "'nvdimmctl register' makes it")
     found = os.statvfs(folder)
     if found.f_files and not found.f_favail:
@@ -54,7 +55,7 @@ def check_state(ledger: Path) -> Finding:
 def check_log(file: Path) -> Finding:
     """Check that lines can be appended to the log. A start does not need that."""
     error = _append_error(file)
-    if error is None and file.exists() and file.stat().st_mode & stat.S_IRWXO:
+    if error is None and host_files.exists(file) and file.stat().st_mode & stat.S_IRWXO:
         return warned(
             "log",
             f"everybody on this host can read {file}, which names domains and files",
@@ -70,9 +71,9 @@ def check_log(file: Path) -> Finding:
 
 
 def _append_error(file: Path) -> str | None:
-    if not file.parent.is_dir():
+    if not host_files.is_folder(file.parent):
         return f"there is no folder {file.parent}"
-    if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+    if host_files.exists(file) and not (host_files.is_file(file) and os.access(file, os.W_OK)):
         return "it is not a file that this user may write"
     error = _write_error(file.parent)
     return None if error is None else error.strerror

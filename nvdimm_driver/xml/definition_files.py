@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nvdimm_driver import host_files
 from nvdimm_driver.errors import ConfigError, NvdimmError
 from nvdimm_driver.host_text import decode
 from nvdimm_driver.xml.document import MAX_BYTES, may_have, parse
@@ -73,22 +74,22 @@ class DefinitionFiles:
 
         :raises ConfigError: when a folder or a file cannot be read, or none of the folders is there.
         """
-        if self.folders and not any(Path(folder).is_dir() for folder in self.folders):
+        if self.folders and not any(map(os.path.isdir, self.folders)):
             raise ConfigError(
                 f"libvirt's definitions say whose devices are, and none of their folders is there: "
                 f"{', '.join(self.folders)}",
                 hint="start libvirt; if it keeps its domains elsewhere, set [libvirt] definition_dirs",
             )
         for folder in self.folders:
-            for file in self._files(folder):
+            for file in self._files(folder, ".xml"):
                 domain = self._read(file)
                 if domain is not None:
                     yield domain
         yield from (guest for guest in self.saved(self.save_dir) if guest.has_any)
 
-    def _files(self, folder: str) -> list[Path]:
+    def _files(self, folder: str, suffix: str) -> list[Path]:
         try:
-            return sorted(path for path in Path(folder).iterdir() if path.suffix == ".xml")
+            return sorted(path for path in Path(folder).iterdir() if path.suffix == suffix)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -121,14 +122,18 @@ class DefinitionFiles:
         """Yield the domains that have a managed save, with NVDIMMs or without.
 
         :param folder: libvirt's folder of managed saves; empty when nobody knows it.
+        :raises ConfigError: when it cannot be read.
         """
-        for file in sorted(Path(folder).glob("*.save")) if folder else ():
+        for file in self._files(folder, ".save") if folder else ():
             yield replace(self._domain(file, xml_of_save(file) or ""), is_saved=True)
 
 
 def has_managed_save(folder: str, name: str) -> bool:
-    """Return True when a domain of that name has a managed save in libvirt's folder; False when nobody knows that."""
-    return bool(folder) and Path(folder, f"{name}.save").is_file()
+    """Return True when a domain of that name has a managed save in libvirt's folder; False when nobody knows that one.
+
+    :raises OSError: when nobody can look into it.
+    """
+    return bool(folder) and host_files.is_file(Path(folder, f"{name}.save"))
 
 
 def xml_of_save(file: Path) -> str | None:

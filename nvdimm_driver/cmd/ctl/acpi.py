@@ -56,6 +56,7 @@ class AcpiDump(Action):
 
     def _groups(self, parsed_args: argparse.Namespace) -> dict[str, Sequence[bytes]]:
         """Return the tables by name of :data:`TABLE_GROUPS`; without ``--all``, only the first group."""
+        from nvdimm_driver import host_files
         from nvdimm_driver.acpi.tables import split
         from nvdimm_driver.driver import load_driver
 
@@ -64,7 +65,7 @@ class AcpiDump(Action):
             driver = load_driver(self.app.conf)
             record = find(driver, parsed_args.domain)
             started = driver.tables_file(record.uuid)
-            delivered = split(started.read_bytes()) if started.exists() else []
+            delivered = split(started.read_bytes()) if host_files.exists(started) else []
             if delivered and not parsed_args.all:
                 return {"nvdimm": delivered}
             built = driver.build_tables(record)
