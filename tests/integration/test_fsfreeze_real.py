@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import Process, SimpleQueue
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable, is_taken
+from tests.integration.test_ownership_real import FORK, SIZE, Host, empty, is_immutable, is_taken
 from tests.unit.doubles import OTHER_UUID, UUID
 
 
@@ -57,7 +57,7 @@ def frozen(file_system: FileSystem) -> Iterator[None]:
 
 def outcome(work: Callable[[], object]) -> str:
     """Return the error of some work, or "done"; or "waits", if its process waits for the file system."""
-    told: SimpleQueue[str] = SimpleQueue()
+    told: SimpleQueue[str] = FORK.SimpleQueue()
 
     def tell() -> None:
         try:
@@ -66,7 +66,7 @@ def outcome(work: Callable[[], object]) -> str:
         except NvdimmError as error:
             told.put(str(error))
 
-    process = Process(target=tell, daemon=True)
+    process = FORK.Process(target=tell, daemon=True)
     process.start()
     while process.is_alive():
         if _waits(process.pid):

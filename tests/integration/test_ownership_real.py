@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from multiprocessing import Event, Process
+from multiprocessing import get_context
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ from tests.waiting import HANG_SECONDS
 
 SIZE = 4 * MIB
 DATA = bytes(range(256)) * (SIZE // 256)
+FORK = get_context("fork")
+"""Processes that get what a test has in memory: from Python 3.14 on, others are made by default."""
 
 
 class Host:
@@ -149,7 +151,7 @@ def another_user(work: Callable[[int], object], path: str) -> Iterator[None]:
         os.write(told, b"x")
         signal.pause()
 
-    process = Process(target=run_as_nobody, daemon=True)
+    process = FORK.Process(target=run_as_nobody, daemon=True)
     process.start()
     assert os.read(ready, 1)
     try:
@@ -595,7 +597,7 @@ def mark(host: Host, number: int) -> None:
 
 def test_two_processes_that_mark_a_frozen_file_leave_it_frozen(host: Host) -> None:
     host.run(host.domain("a.img"))
-    processes = [Process(target=mark, args=(host, number)) for number in range(3)]
+    processes = [FORK.Process(target=mark, args=(host, number)) for number in range(3)]
     for each in processes:
         each.start()
     for each in processes:
@@ -730,8 +732,8 @@ def test_a_start_and_a_reconcile_that_wait_for_the_same_lock_both_succeed(
             lambda driver: driver.reconcile(),
             reboot,
         )
-        begin = Event()
-        processes = [Process(target=after, args=(begin, host, work)) for work in works]
+        begin = FORK.Event()
+        processes = [FORK.Process(target=after, args=(begin, host, work)) for work in works]
         for each in processes:
             each.start()
         with open(host.path("a.img"), "rb") as file, host.backing.locks.freezing(file.fileno(), file.name):
@@ -914,7 +916,7 @@ def test_a_frozen_file_system_keeps_no_guest_of_another_one_from_starting(
     one.define("a.img")
     other.define("b.img", OTHER_UUID)
     run("fsfreeze", "-f", one.fs.root)
-    stuck = Process(target=one.backing.mark, args=(one.path("a.img"), b"new"), daemon=True)
+    stuck = FORK.Process(target=one.backing.mark, args=(one.path("a.img"), b"new"), daemon=True)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(locks, "FREEZE_SECONDS", 0.5)
