@@ -628,7 +628,9 @@ class XenNvdimmDriver(plugins.Plugin):
 
         :param frozen: files that are frozen for it, without symbolic links.
         :raises BackingError: when one of them is not the domain's any more.
+        :raises InUseError: when it may be starting still.
         """
+        self.starts.check_not_mapping(record, domid)
         items = slots.in_guest([item for item in record.allocations if item.spec.path in frozen])
         had = replace(record, allocations=tuple(items), start=None)  # a repair that was killed has begun with fewer
         mappings, areas, nvdimms = self.planner.map_running(had, items)

@@ -192,6 +192,8 @@ class _Look:
         starts = self.driver.starts
         for record, domid in starts.find_moved():
             problem = f"its guest runs with domid {domid}, and the ledger has an earlier start: it is from a backup"
+            if record.start and (record.start.state, record.start.domid) == ("mapping", domid):
+                problem = f"its guest runs with domid {domid}, or is starting: the ledger is from a backup"
             devices = {path for path in (record.start.paths if record.start else ()) if not self._is_file(path)}
             take_up = partial(self.changes.take_up, record, domid, self._frozen_of(record.uuid) | devices)
             yield Inconsistency(record.name, record.uuid, "", problem, "write the start into the ledger", take_up)

@@ -614,6 +614,25 @@ class Starts:
         if record and record.start and self._is_pending(record.start) and self._has_domain(uuid):
             raise InUseError(f"domain {record.name} is starting: Xen has it already", hint="wait until it runs")
 
+    def check_not_mapping(self, record: Record, domid: int) -> None:
+        """Check that no device model is mapping for a guest: it fails if the ledger gets another start of the domain.
+
+        In a ledger from a backup, it may have been then, and the guest may run by now. Nobody can tell these apart, but
+        libxl does not wait that long for a device model.
+
+        :raises InUseError: when one may be.
+        """
+        start = record.start
+        if start is None or (start.state, start.domid, start.boot_id) != ("mapping", domid, host_boot_id()):
+            return
+        seconds = seconds_since_boot() - start.since
+        if 0 <= seconds < self.abandoned_seconds:
+            raise InUseError(
+                f"domain {record.name} is starting as domid {domid}, or was when the ledger's backup was made",
+                hint=f"wait until it runs, and repeat this; after {self.abandoned_seconds - seconds} s, it counts as "
+                "running",
+            )
+
     def _has_domain(self, uuid: str) -> bool:
         return any(each == uuid for _, each in self.mapper.guests())
 

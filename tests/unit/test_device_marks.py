@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -583,6 +584,34 @@ def test_a_guest_that_is_saved_after_the_repair_of_a_ledger_of_before_a_boot_goe
     assert look(held.driver()) == []
     saved = held.end(domid)
     held.start(8, image=saved)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_repair_of_a_ledger_from_a_backup_leaves_a_start_alone_that_is_under_way(
+    held: Host, monkeypatch: pytest.MonkeyPatch, restored: bool
+) -> None:
+    """It was taken for one of before the backup, and replaced: the device model failed, and libvirt lost the guest."""
+    held.define(A)
+    held.back_up()
+    held.put_back()
+    held.start(4)
+    image = held.end(4)
+    real, said = held.mapper.map, []
+
+    def map_later(*args: Any) -> int:
+        for each in look(held.driver(), named=(A,)):
+            assert each.mend
+            with pytest.raises(InUseError, match="db1 is starting as domid 5") as refused:
+                each.mend()
+            said.append((each.problem, refused.value.hint.partition(",")[0]))
+        return real(*args)
+
+    monkeypatch.setattr(held.mapper, "map", map_later)
+    held.start(5, image=image if restored else None)
+    assert said == [("its guest runs with domid 5, or is starting: the ledger is from a backup", "wait until it runs")]
+    held.repair()
+    saved = held.end(5)
+    held.start(6, image=saved)
 
 
 def test_what_a_backup_has_as_the_domid_may_be_another_guest(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
