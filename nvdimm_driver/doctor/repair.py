@@ -165,7 +165,8 @@ class _Look:
         if here is None or file.owner is not None or self._owner_at(file):
             return file
         for part in self._parts_of(file):
-            if part.identity and part.identity.begins_as(here) and here.covers(part.identity):
+            is_its = part.identity and part.identity.begins_as(here) and here.covers(part.identity)
+            if is_its and ownership.readable_mark(part):
                 return replace(file, owner=part.owner)
         return file
 

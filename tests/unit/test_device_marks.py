@@ -347,16 +347,17 @@ def test_a_partition_that_is_smaller_than_its_mark_is_nobodys(host: Host) -> Non
     assert repair_as_hinted(host, PART) == []
 
 
-def test_a_mark_of_a_part_that_cannot_be_read_is_removed(host: Host) -> None:
+@pytest.mark.parametrize("path", [A, PART], ids=["of a part", "of what was made larger"])
+def test_a_mark_of_a_part_that_cannot_be_read_is_removed(host: Host, path: str) -> None:
     DeviceMarks(host.folder / "devices").set_owner(device(2 * MIB, 8 * MIB), b"{")
     with pytest.raises(LedgerError) as raised:
-        host.define(A)
-    assert raised.value.hint == f"to remove it: nvdimmctl check --repair {A}"
-    (found,) = look(host.driver(), named=(A,))
-    assert (found.path, found.remedy) == (A, "remove the mark")
+        host.define(path)
+    assert raised.value.hint == f"to remove it: nvdimmctl check --repair {path}"
+    (found,) = look(host.driver(), named=(path,))
+    assert (found.path, found.remedy) == (path, "remove the mark")
     assert found.mend
     found.mend()
-    host.define(A)
+    host.define(path)
 
 
 STATES = ((A, B), (B, A), (A, None), (None, A), (None, None))
