@@ -15,13 +15,14 @@ from nvdimm_driver.doctor.confinement import DAEMONS, is_on, missing_rules, prof
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.host_text import read
 from nvdimm_driver.processes import run
+from nvdimm_driver.registered import device_models
 
 BEGIN = "# begin: written by nvdimmctl register"
 END = "# end: written by nvdimmctl register"
 
 
 def allow(conf: cfg.ConfigOpts) -> Iterator[str]:
-    """Let libvirt's daemon run the hook and the device model; yield a line for each file that was changed.
+    """Let libvirt's daemon run the hook and the device models; yield a line for each file that was changed.
 
     :raises ConfigError: when AppArmor refuses a profile.
     """
@@ -29,7 +30,7 @@ def allow(conf: cfg.ConfigOpts) -> Iterator[str]:
     yield from _load(folder / "nvdimm-driver")
     for profile in _of_daemons(folder):
         kept = _without_ours(profile)
-        rules = missing_rules(f"{read(profile)}\n{kept}", conf.xen.device_model)
+        rules = missing_rules(f"{read(profile)}\n{kept}", [*device_models(conf)])
         ours = "\n".join([BEGIN, *(f"  {rule}" for rule in rules), END, ""]) if rules else ""
         yield from _write(profile, kept + ours)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +94,12 @@ def check_label_servers(fault: ConfigError | None, dsm: str) -> Finding:
     return (failed if dsm == "qemu" else noted)(check, f"cannot run: {fault.message}", fault.hint)
 
 
-def check_apparmor(daemon: Daemon | None, device_model: str, folder: Path, root: Path = Path("/")) -> Finding:
-    """Check that AppArmor lets libvirt's daemon run the hook under its own profile, and run the device model.
+def check_apparmor(
+    daemon: Daemon | None, device_models: Collection[str], folder: Path, root: Path = Path("/")
+) -> Finding:
+    """Check that AppArmor lets libvirt's daemon run the hook under its own profile, and run the device models.
 
+    :param device_models: paths, also those of earlier options, which domains still name.
     :param folder: that of AppArmor's profiles.
     """
     check = "AppArmor, libvirt"
@@ -115,7 +119,7 @@ def check_apparmor(daemon: Daemon | None, device_model: str, folder: Path, root:
         return passed(check, f"does not confine {daemon.name}: {daemon.label}")
     profile = profile_of(daemon.name)
     rules = "\n".join(_rules(path) for path in (folder / profile, folder / "local" / profile))
-    missing = missing_rules(rules, device_model)
+    missing = missing_rules(rules, device_models)
     if not missing:
         return passed(check, f"confines {daemon.name}, and the profile allows what the driver needs")
     return warned(
@@ -123,7 +127,7 @@ def check_apparmor(daemon: Daemon | None, device_model: str, folder: Path, root:
     )
 
 
-def missing_rules(rules: str, device_model: str) -> list[str]:
+def missing_rules(rules: str, device_models: Collection[str]) -> list[str]:
     """Return the rules that the driver needs and a profile lacks, as lines to add.
 
     With CAP_LINUX_IMMUTABLE, which earlier versions asked for, the hook works under the daemon's own profile, too.
@@ -134,9 +138,8 @@ def missing_rules(rules: str, device_model: str) -> list[str]:
         # libvirtd looks at its client nvdimmd in /proc
         client = f"ptrace (read) peer={apparmor.NVDIMMD},"
         missing += [f"change_profile -> {apparmor.HOOK},", "signal (send) peer=nvdimm-*,", client]
-    if os.path.dirname(device_model) not in _EXECUTABLE and device_model not in rules:
-        missing.append(f"{device_model} Ux,")
-    return missing
+    confined = [each for each in device_models if os.path.dirname(each) not in _EXECUTABLE]
+    return [*missing, *(f"{each} Ux," for each in confined if each not in rules)]
 
 
 def check_selinux(root: Path = Path("/")) -> Finding:

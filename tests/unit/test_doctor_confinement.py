@@ -30,7 +30,7 @@ def write(root: Path, path: str, text: str) -> None:
 
 
 def checked(daemon: Daemon | None, device_model: str, root: Path) -> Finding:
-    return check_apparmor(daemon, device_model, root / "etc/apparmor.d", root)
+    return check_apparmor(daemon, [device_model], root / "etc/apparmor.d", root)
 
 
 @pytest.fixture
@@ -84,13 +84,13 @@ def test_the_drivers_own_profiles(apparmor: Path) -> None:
 
 @pytest.mark.parametrize("rule", ["capability,", " capability chown linux_immutable,", "capability linux_immutable,"])
 def test_rules_that_allow_it(rule: str) -> None:
-    assert missing_rules(f"{{\n{rule}\n}}", DEVICE_MODEL) == []
+    assert missing_rules(f"{{\n{rule}\n}}", [DEVICE_MODEL]) == []
 
 
 def test_the_profile_of_debian() -> None:
     """The profile in this machine's libvirt-daemon-system."""
     rules = Path("/etc/apparmor.d/usr.sbin.libvirtd").read_text()
-    assert missing_rules(rules, DEVICE_MODEL) == [
+    assert missing_rules(rules, [DEVICE_MODEL]) == [
         "change_profile -> nvdimm-hook,",
         "signal (send) peer=nvdimm-*,",
         "ptrace (read) peer=nvdimmd,",

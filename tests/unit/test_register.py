@@ -487,6 +487,9 @@ def test_register_adds_to_the_profile_of_libvirtd_and_unregister_takes_it_away(
     )
     assert local.read_text() == f"{own}{BEGIN}\n{rules}{END}\n"
     assert f"changed {local}" not in list(register(options))
+    options.set_override("device_model", f"{tmp_path}/libexec/new", group="xen")
+    list(register(options))
+    assert f"  {tmp_path}/libexec/new Ux,\n  {dm} Ux,\n{END}" in local.read_text(), "domains still name the one before"
     local.write_text(local.read_text() + "  /opt/** r,\n")
     assert f"changed {local}" in list(unregister(options, []))
     assert local.read_text() == f"{own}  /opt/** r,\n"
