@@ -9,6 +9,7 @@ from functools import partial
 from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.doctor.repair_changes import exchanged_names
 from nvdimm_driver.driver import XenNvdimmDriver
+from nvdimm_driver.errors import InUseError
 from nvdimm_driver.state.database import FROM_ELSEWHERE
 
 
@@ -35,15 +36,29 @@ def look(
             "; with --accept PATH, or --accept DOMAIN for a repair without a path, also if that fails each time: you "
             "have to know whose it is then"
         )
-    return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy, None if waits else partial(take_over, driver))]
+    mend = None if waits else partial(take_over, driver, accepted)
+    return [Inconsistency("", "", path, f"it {FROM_ELSEWHERE}", remedy, mend)]
 
 
-def take_over(driver: XenNvdimmDriver) -> None:
+def take_over(driver: XenNvdimmDriver, accepted: Collection[str] = ()) -> None:
     """Take the ledger for the host's own, after what can be mended was.
 
     Whether it is right about devices that have each other's names now, or had other ones before a boot, only the
     operator can say, also after this.
+
+    :param accepted: as for :func:`look`.
+    :raises InUseError: while the ledger has a start under way, which may be from the backup: after this, nobody could
+        tell that its guest has run since. That of a domain which is accepted lets no saved guest go on.
     """
+    starting = [each for each in driver.ledger.started_domains() if each.start and each.start.state != "mapped"]
+    if waits := [each.name for each in starting if each.uuid not in accepted]:
+        raise InUseError(
+            f"starting, now or when the ledger's backup was made: {', '.join(waits)}",
+            hint="wait until each runs, or has failed, and repeat this",
+        )
+    for record in starting:
+        if record.start:
+            driver.ledger.spoil_saved(record.start)
     driver.distrust_saved_guests()
     records = driver.ledger.domains()
     renamed = [(each.uuid, each.spec.slot) for record in records for each in record.allocations if each.renamed_from]

@@ -15,6 +15,7 @@ import pytest
 
 from nvdimm_driver.backing import inode
 from nvdimm_driver.cmd.device_model import attach
+from nvdimm_driver.doctor import repair_ledger
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import InUseError, NvdimmError, RefusedError
 from nvdimm_driver.lifecycle.plan import Planner
@@ -114,6 +115,31 @@ def test_a_saved_guest_goes_on_once_though_the_ledger_that_comes_back_has_not_se
         monkeypatch.setattr(Starts, "abandoned_seconds", 0)  # until then, its device model might be mapping still
         take_over(host)
     end(host, 6)
+    with pytest.raises(RefusedError, match="cannot go on"):
+        boot(host, 7, image)
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_ledger_is_taken_over_with_no_start_that_may_have_run_since(
+    host: Host, monkeypatch: pytest.MonkeyPatch, accepted: bool
+) -> None:
+    """The guest has ended, and that was not put away: its file has the number that the ledger has for its start."""
+    boot(host, 5)
+    image = end(host, 5)
+    back_up_before(host, monkeypatch, "begin_mapping", image)
+    put_back(host)
+    host.mapper.announce(6, ())
+    del host.mapper.alive[6]
+    assert look(host.driver) == []
+    if accepted:
+        repair_ledger.take_over(host.driver, [UUID])
+    else:
+        with pytest.raises(InUseError, match=r"starting, now or when the ledger's backup was made: "):
+            repair_ledger.take_over(host.driver)
+    monkeypatch.setattr(Starts, "abandoned_seconds", 0)
+    assert repair(host) == []
+    assert host.record().start is None
+    repair_ledger.take_over(host.driver)
     with pytest.raises(RefusedError, match="cannot go on"):
         boot(host, 7, image)
 
