@@ -94,6 +94,18 @@ def test_of_the_same_bytes_only_the_marks_in_use_are_taken_over(tmp_path: Path) 
     assert here.owner(device(uid="another")) == b"db1"
 
 
+def test_a_number_that_cannot_be_read_in_the_new_folder_is_replaced(tmp_path: Path) -> None:
+    """As at a start; register failed, and did not say what helps. An owner that cannot be read stays."""
+    here, before = DeviceMarks(tmp_path / "here"), DeviceMarks(tmp_path / "before")
+    before.note_run([device()], 7)
+    here.note_run([device()], 6)
+    (file,) = (tmp_path / "here").iterdir()
+    file.unlink()
+    file.symlink_to(file)
+    assert here.follow(before) == []
+    assert here.last_run(device()) == 7
+
+
 def test_a_state_folder_that_is_used_again_lets_the_later_owner_start(tmp_path: Path) -> None:
     """It has the mark of the domain that had the whole device when it was used first; its ledger was deleted since."""
     first, other = Host(tmp_path / "first"), Host(tmp_path / "other")
