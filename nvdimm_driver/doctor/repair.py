@@ -316,7 +316,7 @@ class _Look:
         if twin and (item.spec.set_aside or not twin.spec.set_aside):
             yield self._twice(record, item, twin)
             return
-        device = self._device_of(item)
+        device = self._renamed(item)
         if device and (mark := self._find_anothers_mark(record, device.path)):
             yield self._anothers(record, item, mark, device)
             return
@@ -329,10 +329,12 @@ class _Look:
                 backing.check_home(path, item.identity)
             yield self._gone(record, item, moved)
             return
-        if not ownership.is_device(item) and (mark := self._find_anothers_mark(record, path)):
+        here = ownership.identity_at(self.driver.backings, path)
+        # else another device has the name by now
+        is_own = not ownership.is_device(item) or ownership.has_bytes([item], here)
+        if is_own and (mark := self._find_anothers_mark(record, path)):
             yield self._anothers(record, item, mark, self.files.get(path))
             return
-        here = ownership.identity_at(self.driver.backings, path)
         if own := ownership.find_own(record, item, here):
             yield self._in_place_of(record, item, own, backing, here)
             return
@@ -602,10 +604,12 @@ class _Look:
         mark = ownership.readable_mark(file)
         return mark is not None and mark.is_original(file.identity) and not _has_bytes(item, file)
 
-    def _device_of(self, item: Allocation) -> Surveyed | None:
-        """Return the device that an NVDIMM was provisioned with, by its name of now; None for a file."""
-        devices = [file for file in self.files.values() if file.is_device and _has_bytes(item, file)]
-        return min(devices, key=lambda file: file.path != item.spec.path, default=None)
+    def _renamed(self, item: Allocation) -> Surveyed | None:
+        """Return the device that an NVDIMM was provisioned with, if a boot has given it another name; else None."""
+        named = [file for file in self.files.values() if file.is_device and file.identity == item.identity]
+        if any(file.path == item.spec.path for file in named):
+            return None
+        return next(iter(named), None)
 
     def _find_anothers_mark(self, record: Record, path: str) -> Mark | None:
         return ownership.find_anothers_mark(self.driver.ledger, self.driver.backings, record.uuid, path)
