@@ -20,7 +20,7 @@ from nvdimm_driver.model import NvdimmSpec
 from tests.integration.bench_host import CONF, Host
 from tests.integration.loop_device import Device, MakeDevice, Partition, rename, with_paths
 from tests.integration.test_lost_state import rows
-from tests.ledger_copies import copy_ledger
+from tests.ledger_copies import copy_ledger, forget_devices
 from tests.waiting import HANG_SECONDS
 
 MIB = 1 << 20
@@ -495,11 +495,14 @@ def test_two_names_of_one_domain_that_a_boot_has_exchanged_exchange_no_slots(
 
 
 @pytest.mark.parametrize("host", [pytest.param(KEPT.replace(", {folder}/pmem5", ""), id="kept")], indirect=True)
-@pytest.mark.parametrize("right", ["the ledger", "libvirt"])
+@pytest.mark.parametrize(("right", "marks"), [("the ledger", "kept"), ("libvirt", "kept"), ("libvirt", "lost")])
 def test_names_that_a_ledger_from_a_backup_has_otherwise_are_not_followed(
-    host: Host, device: MakeDevice, right: str
+    host: Host, device: MakeDevice, right: str, marks: str
 ) -> None:
-    """The domains may have been given up and defined anew since a boot exchanged the names: the operator decides."""
+    """The domains may have been given up and defined anew since a boot exchanged the names.
+
+    The operator decides, unless marks say so.
+    """
     one, other = device(3, 4), device(4, 4)
     files = {"db1": xml(host, "db1", 1, one.path), "db2": xml(host, "db2", 2, other.path)}
     for file in files.values():
@@ -521,8 +524,14 @@ def test_names_that_a_ledger_from_a_backup_has_otherwise_are_not_followed(
     for end in ("-wal", "-shm"):
         Path(f"{ledger}{end}").unlink(missing_ok=True)
     os.rename(host.folder / "backup", ledger)
+    if marks == "lost":
+        forget_devices(host.folder / "state")
     for _ in range(2):  # also once the ledger was taken over
         told = rows(host, "check", "--repair")
+    if (right, marks) == ("libvirt", "kept"):
+        assert told == []
+        assert {name: host.record(name).allocations[0].identity for name in files} == had
+        return
     assert [row["Done"] for row in told] == [""] * 2, told
     assert all("if libvirt's definitions are right: nvdimmctl release" in row["Remedy"] for row in told)
     if right == "libvirt":
