@@ -220,7 +220,7 @@ def _device_of(name: str, suffix: str, kind: str = "") -> BackingIdentity | None
     if not name.endswith(suffix) or len(numbers) != 2 or not all(each.isdigit() for each in numbers):
         return None
     parts = uid.split("%")  # every second one is a character's number
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         plain = "".join(chr(int(part, 16)) if number % 2 else part for number, part in enumerate(parts))
         return BackingIdentity(kind, plain, int(numbers[0]), 0, 0, int(numbers[1]))
     return None

@@ -153,7 +153,7 @@ class Locks:
         """Return the names in a folder. ``Path.glob`` of Python 3.13 finds none where it cannot look."""
         try:
             return os.listdir(folder)
-        except (FileNotFoundError, PermissionError):  # who may not look into it gives no device to anybody
+        except FileNotFoundError:
             return []
         except OSError as error:
             raise BackingError(f"{folder}: {error.strerror}", hint=hint_of(error)) from error

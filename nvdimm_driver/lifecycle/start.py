@@ -131,7 +131,8 @@ class Starts:
         known = self._known_runs(uuid, record.start if record else None)
         for path, run in ownership.frozen_for(self.backings, paths).items():
             if run not in known:
-                raise saved_guest.refused(f"{path} is immutable for a guest that the ledger does not know")
+                why = "is immutable for a guest that the ledger does not know, or for another domain's"
+                raise saved_guest.refused(f"{path} {why}")
 
     def check_can_freeze(self, uuid: str, identities: Mapping[str, BackingIdentity]) -> None:
         """Check, for a domain that is off, what would keep :meth:`freeze` from its backings; change nothing.

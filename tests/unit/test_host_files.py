@@ -54,13 +54,19 @@ def test_a_device_is_nobodys_only_where_the_saved_guests_can_be_read(tmp_path: P
     assert list(DefinitionFiles((), str, str, str(tmp_path / "none"))) == []
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
 def test_a_device_is_not_taken_for_unwritten_where_the_locks_cannot_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
+    """Also where AppArmor keeps a program from looking."""
+
+    def broken(*_: object) -> list[str]:
+        raise OSError(code, os.strerror(code))
+
     device = BackingIdentity("pmem", "259:0", 0, 0, 0, MIB)
     monkeypatch.setattr(os, "listdir", broken)
     with (
         open(tmp_path / "a.img", "w") as file,
-        pytest.raises(BackingError, match="Input/output error"),
+        pytest.raises(BackingError, match=os.strerror(code)),
     ):
         Locks(tmp_path).check_unwritten(file.fileno(), "/dev/pmem1", device)
