@@ -13,7 +13,8 @@ from functools import partial
 
 from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.doctor.libvirt import Connection
-from nvdimm_driver.doctor.repair import Inconsistency, remedy_of_name
+from nvdimm_driver.doctor.repair_nvdimms import remedy_of_name
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, ProtocolError
 from nvdimm_driver.lifecycle.define import uuid_of

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import partial
 
-from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.doctor.repair_changes import exchanged_names
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.state.database import FROM_ELSEWHERE

@@ -10,8 +10,16 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NotFoundError, RefusedError
 from nvdimm_driver.model import Surveyed
 from nvdimm_driver.plugins import backing_of
-from nvdimm_driver.state import ownership
+from nvdimm_driver.state import owner_marks, ownership
 from nvdimm_driver.state.owner_marks import Mark
+
+WHICH = f"find the guest's own, and take the mark from each copy: {owner_marks.unmark_command('COPY')}"
+"""What the operator can do about several files with one mark."""
+
+
+def several(paths: Iterable[str]) -> str:
+    """Return, for people, that files have the same mark."""
+    return f"{' and '.join(paths)} have the same mark"
 
 
 def unmark_copy(driver: XenNvdimmDriver, path: str) -> None:

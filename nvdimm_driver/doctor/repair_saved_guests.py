@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 from nvdimm_driver.doctor.libvirt import ASK_TIMEOUT, Connection
-from nvdimm_driver.doctor.repair import Inconsistency
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError, ProtocolError
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError

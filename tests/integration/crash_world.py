@@ -21,7 +21,8 @@ from zlib import crc32
 from nvdimm_driver.backing import inode
 from nvdimm_driver.cmd import device_model
 from nvdimm_driver.cmd.ctl.check import ROUNDS
-from nvdimm_driver.doctor.repair import DefinitionOf, look, nobody_to_ask
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair_view import DefinitionOf, nobody_to_ask
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Progress

@@ -15,7 +15,8 @@ import pytest
 from nvdimm_driver.backing.paths import resolve_new
 from nvdimm_driver.cmd.ctl.base import path_argument
 from nvdimm_driver.cmd.ctl.check import _find_only, _repair
-from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import NotFoundError, NvdimmError, UsageError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run

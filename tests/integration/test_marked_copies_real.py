@@ -11,8 +11,9 @@ import pytest
 
 from nvdimm_driver.backing import inode
 from nvdimm_driver.cmd.ctl.check import _repair
-from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.doctor.repair_marks import unmark_copy
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import unwatched

@@ -13,7 +13,8 @@ import pytest
 
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor import ledger as doctor_ledger
-from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.pools.rules import Pools

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.cmd.ctl.check import _repair
-from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import MIB, NvdimmSpec
 from nvdimm_driver.pools.rules import Pools

@@ -19,7 +19,8 @@ from nvdimm_driver.backing.paths import Entry
 from nvdimm_driver.cmd.ctl import check
 from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.cmd.device_model import attach
-from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError, RefusedError
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, BackingIdentity, NvdimmSpec, Pool

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.cmd.ctl.check import _repair
-from nvdimm_driver.doctor.repair import Inconsistency, look
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, Location, NvdimmSpec, Pool

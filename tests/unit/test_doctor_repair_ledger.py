@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.cmd.ctl.check import _path_or_uuid
-from nvdimm_driver.doctor.repair import Inconsistency
 from nvdimm_driver.doctor.repair import look as compare
 from nvdimm_driver.doctor.repair_ledger import look
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, LedgerError, NvdimmError
 from nvdimm_driver.model import MIB

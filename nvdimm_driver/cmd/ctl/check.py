@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from oslo_config import cfg
 
-    from nvdimm_driver.doctor.repair import Inconsistency
+    from nvdimm_driver.doctor.repair_view import Inconsistency
     from nvdimm_driver.driver import XenNvdimmDriver
 
 LOG = logging.getLogger(__name__)
@@ -148,7 +148,8 @@ def _find(
     from nvdimm_driver.cmd.ctl.device_claims import find_device_claims
     from nvdimm_driver.doctor import repair_ledger, repair_saved_guests
     from nvdimm_driver.doctor.libvirt import daemon_socket, definition_of
-    from nvdimm_driver.doctor.repair import Inconsistency, look
+    from nvdimm_driver.doctor.repair import look
+    from nvdimm_driver.doctor.repair_view import Inconsistency
     from nvdimm_driver.xml.hooks import XmlHooks
 
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)

@@ -12,7 +12,7 @@ from nvdimm_driver.errors import ConfigError, InUseError
 if TYPE_CHECKING:
     from oslo_config import cfg
 
-    from nvdimm_driver.doctor.repair import Inconsistency
+    from nvdimm_driver.doctor.repair_view import Inconsistency
     from nvdimm_driver.driver import XenNvdimmDriver
 
 
