@@ -127,7 +127,7 @@ class Changes:
     def adopt(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Take a backing as it is: provision it, check that no other domain has it, store it in the ledger, mark it."""
         changed = self._provision(record, backing, item, found)
-        items = slots.spread([*_without(record, item), changed])
+        items = slots.spread([*map(self._as_marked_later, _without(record, item)), changed])
         self._store(record, items, [item.spec.path])
         for each in items:
             if each.spec.path == item.spec.path:
@@ -400,12 +400,22 @@ class Changes:
 
         The ledger may say another base: it came from a backup, or the domain was defined again since the start.
         """
+        mark = self._mark_for_guest(item)
+        return replace(item, base=mark.base) if mark else item
+
+    def _as_marked_later(self, item: Allocation) -> Allocation:
+        """Return an NVDIMM at the base at which a guest has it, unless it was defined again since."""
+        mark = self._mark_for_guest(item)
+        return replace(item, base=mark.base) if mark and mark.is_later(item) else item
+
+    def _mark_for_guest(self, item: Allocation) -> Mark | None:
+        """Return the mark of an NVDIMM's own file if that is frozen for a guest."""
         file = self.files.get(item.spec.path)
         mark = ownership.readable_mark(file) if file and file.frozen else None
         if file is None or mark is None or mark.is_copied(file.identity):
-            return item
+            return None
         is_its = (mark.uuid, mark.spec.own_slot) == (item.uuid, item.spec.own_slot)
-        return replace(item, base=mark.base) if is_its else item
+        return mark if is_its else None
 
     def unmark(self, backing: Backing, file: Surveyed) -> None:
         """Remove the mark of a file that no domain has, or of a part of a device.

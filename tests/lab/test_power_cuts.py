@@ -163,10 +163,12 @@ def check_guest(guest: Guest, acknowledged: dict[str, int]) -> None:
     guest.check("run", f"ndctl check-labels {seen.dimm}")
 
 
-@pytest.mark.parametrize("cuts", [3, pytest.param(200, marks=pytest.mark.long)])
-def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts: int) -> None:
+@pytest.mark.parametrize(
+    ("cuts", "seed"), [(3, 0), *(pytest.param(20, seed, marks=pytest.mark.long) for seed in range(1, 11))]
+)
+def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts: int, seed: int) -> None:
     pmem = [Nvdimm(tmp_path / "pmem0.img", GIB), Nvdimm(tmp_path / "pmem1.img", 160 << 20)]
-    chance = random.Random(cuts)
+    chance = random.Random(seed)
     host = fresh_host(nvdimms=pmem, power_loss=chance)
     disk = tmp_path / "guest.img"
     images = host.images
