@@ -84,10 +84,12 @@ class Entry:
     """Handling of the calls of one procedure.
 
     :ivar wants: gets a call's arguments; if it returns False, the call passes unchanged. Cheap, and raises nothing.
+    :ivar opens: it opens the connection. Other calls are handled when that has succeeded, and refused before.
     """
 
     handler: Handler
     wants: Callable[[bytes], bool] = always
+    opens: bool = False
 
 
 @dataclass(frozen=True)

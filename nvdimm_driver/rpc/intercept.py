@@ -24,7 +24,7 @@ from nvdimm_driver.lifecycle.plan import check_distinct
 from nvdimm_driver.lifecycle.redefine import may_read
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, NvdimmSpec, Plan, Record
-from nvdimm_driver.rpc import metadata_calls
+from nvdimm_driver.rpc import metadata_calls, opening
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import (
     Steps,
@@ -100,7 +100,7 @@ class Interceptor:
 
     def _entry(self, row: Row, number: int) -> Entry | ReplyEntry:
         handler = partial(self._handle, row, number)
-        return ReplyEntry(handler, self._hooks.may_restore) if row.is_reply else Entry(handler)
+        return ReplyEntry(handler, self._hooks.may_restore) if row.is_reply else Entry(handler, opens=row.opens)
 
     def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
         LOG.debug("%s, called by uid %d, pid %d", Procedure(procedure).name.lower(), context.peer.uid, context.peer.pid)
@@ -601,6 +601,7 @@ class Row(NamedTuple):
     """A procedure of the table.
 
     :ivar handler: gets the procedure, and the arguments of the call or, with ``is_reply``, what libvirtd replied.
+    :ivar opens: as of :class:`.Entry`.
     :ivar read_only: it is intercepted for clients of the read-only socket, too. What such a client may not call is left
         to libvirtd to refuse.
     """
@@ -608,12 +609,14 @@ class Row(NamedTuple):
     handler: Callable[[Interceptor, int, bytes], Steps]
     read_only: bool = False
     is_reply: bool = False
+    opens: bool = False
 
 
 LIVE_DEVICE_CALLS = (Procedure.DOMAIN_ATTACH_DEVICE, Procedure.DOMAIN_DETACH_DEVICE)
 """Device calls without flags."""
 
 TABLE: Mapping[Procedure, Row] = {
+    Procedure.CONNECT_OPEN: Row(opening.open_connection, read_only=True, opens=True),
     Procedure.DOMAIN_ATTACH_DEVICE: Row(Interceptor.attach_device),
     Procedure.DOMAIN_CREATE: Row(Interceptor.start),
     Procedure.DOMAIN_CREATE_XML: Row(Interceptor.create),

@@ -40,6 +40,7 @@ _VIR_FROM_RPC = 7
 _VIR_FROM_LIBXL = 41
 
 _CLOSED = RemoteError(VIR_ERR_RPC, _VIR_FROM_RPC, "libvirtd closed the connection").pack()
+_NOT_OPEN = RemoteError(VIR_ERR_INTERNAL_ERROR, _VIR_FROM_RPC, "internal error: connection not open").pack()
 _FAILED = RemoteError(
     VIR_ERR_INTERNAL_ERROR, _VIR_FROM_LIBXL, "internal error: nvdimmd failed, see its log for the reason"
 ).pack()
@@ -75,6 +76,7 @@ class Session:
         self.context = context
         self.workers = workers
         self._table = table
+        self._is_open = not any(isinstance(entry, Entry) and entry.opens for entry in table.values())
         self._calls = count()
         self._held: Message | None = None
         self._handlings: set[_Handling] = set()
@@ -119,6 +121,10 @@ class Session:
         header = Header(wire.PROGRAM, wire.VERSION, request.procedure, kind, serial, wire.OK)
         self.far.write(wire.pack(header, payload), fds)
         self._waiting[serial] = handling
+
+    def opened(self) -> None:
+        """Handle the client's calls from now on."""
+        self._is_open = True
 
     def finish(self, handling: _Handling, reply: bytes) -> None:
         """Send a handler's reply to the client."""
@@ -217,7 +223,9 @@ class Session:
             if not entry:
                 self.far.write(message.frame, message.fds)
             elif len(self._handlings) < HANDLERS_MAX and not self.near.output:
-                self._begin(_Handling(self, message, entry.handler(self.context, message.arguments)))
+                may_handle = self._is_open or entry.opens
+                steps = entry.handler(self.context, message.arguments) if may_handle else _refuse()
+                self._begin(_Handling(self, message, steps, opens=entry.opens))
             else:
                 self._held = message
                 return
@@ -241,11 +249,25 @@ class Session:
         handling.start()
 
 
+def _refuse() -> Generator[Call | Work, Any, bytes]:
+    """Refuse a call of a client that has opened no connection, as libvirtd does."""
+    yield from ()
+    raise LibvirtError(_NOT_OPEN)
+
+
 class _Handling:
     """A handler at work on a call of the client, or on the reply to one."""
 
-    def __init__(self, session: Session, message: Message, generator: Generator[Call | Work, Any, bytes]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        message: Message,
+        generator: Generator[Call | Work, Any, bytes],
+        *,
+        opens: bool = False,
+    ) -> None:
         self._session = session
+        self._opens = opens
         self._header = message.header
         self._fds = message.fds
         self._generator = generator
@@ -286,6 +308,8 @@ class _Handling:
             try:
                 request = step(value)
             except StopIteration as stop:
+                if self._opens:
+                    self._session.opened()
                 return self._pack(wire.OK, stop.value)
             try:
                 self._begin(request)

@@ -354,3 +354,28 @@ def test_a_domain_that_is_redefined_without_nvdimmd_keeps_its_file(users: Users,
     done = users.define(image(host, "db1"), name="db2", number=2)
     assert done.returncode == 1
     assert "belongs to domain db1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "test+unix:///default?socket=/run/libvirt/virtxend-sock",
+        "qemu+unix:///system?socket=/run/libvirt/virtxend-sock",
+        "xen+unix:///system?socket=/run/libvirt/virtxend-sock&no_verify=1&x=1",
+    ],
+)
+def test_no_other_driver_of_libvirts_answers_for_a_domain(users: Users, uri: str) -> None:
+    """libvirt's test driver has no such domain, and would take its definition without NVDIMMs."""
+    users.host.define("db1", 1)
+    had = users.ctl("list", "-f", "json")
+    file = users.own / "other.xml"
+    file.write_text(
+        f"<domain type='test'><name>db1</name><uuid>{UUID.format(1)}</uuid><memory>1024</memory>"
+        "<os><type>hvm</type></os></domain>"
+    )
+    file.chmod(0o644)
+    refused = users.virsh(MEMBER, "define", "/run/member/other.xml", uri=uri)
+    assert refused.returncode != 0
+    assert "nvdimmd's socket is for xen:///system" in refused.stderr
+    assert users.ctl("list", "-f", "json") == had
+    assert users.define(image(users.host, "db1"), name="db2", number=2).returncode != 0

@@ -205,8 +205,9 @@ class HostMachine(DomainsMachine):
         for name, (slot, base) in had.items():
             now = guest.claims[name]
             assert now[0] == slot, f"{uuid} had {had}, and has {guest.claims}"
-            # what a redefinition has chosen since is not in the mark of a running guest's file; no guest has used it
-            may_move = len(bases) < len(items) or name in guest.last
+            # another one has it now, and no guest has used it, as when a define has chosen it beside a running guest
+            others = {item.base for item in items if Path(item.spec.path).name != name}
+            may_move = base in others or len(bases) < len(items) or name in guest.last
             unused = may_move and guest.last.get(name) != (slot, base)
             assert now[1] == base or unused, f"{uuid} had {had}, and has {guest.claims}; its last guest: {guest.last}"
 

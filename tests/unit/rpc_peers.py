@@ -26,6 +26,7 @@ from tests.waiting import HANG_SECONDS
 Requests = Generator[Call | Work, Any, bytes]
 
 PLAIN, UPPER, REFUSED, BROKEN, SLOW, TWICE, FORGETS, STUBBORN, LENGTHY, CHANGED = 1, 11, 12, 13, 14, 15, 16, 17, 18, 19
+OPEN = 1
 GATE, WAITING = threading.Event(), threading.Event()
 PING = Header(wire.KEEPALIVE_PROGRAM, 1, wire.KEEPALIVE_PING, wire.EVENT, 0, wire.OK)
 
@@ -96,6 +97,14 @@ def changed(context: Context, reply: bytes) -> Requests:
         yield Work(lambda: WAITING.set() or GATE.wait(HANG_SECONDS))  # type: ignore[func-returns-value]
     return reply[::-1]
 
+
+def opens(context: Context, arguments: bytes) -> Requests:
+    """Open a connection, unless libvirtd refuses."""
+    answer: bytes = yield Call(OPEN, arguments)
+    return answer
+
+
+WITH_OPEN: Table = {OPEN: Entry(opens, opens=True), UPPER: Entry(upper)}
 
 TABLE: Table = {
     UPPER: Entry(upper, lambda arguments: not arguments.startswith(b"-")),

@@ -713,7 +713,40 @@ def test_the_next_domain_of_that_name_takes_up_the_nvdimms(proxy: Proxy, backing
 def test_a_client_that_only_reads_is_left_to_libvirtd() -> None:
     """Only reading calls are intercepted: a handler must not do what libvirtd would refuse."""
     interceptor = Interceptor(lambda: pytest.fail("no driver is needed"), HOOKS)
-    assert set(interceptor.table(read_only=True)) == {Procedure.DOMAIN_GET_XML_DESC, Procedure.DOMAIN_GET_METADATA}
+    assert set(interceptor.table(read_only=True)) == {
+        Procedure.CONNECT_OPEN,
+        Procedure.DOMAIN_GET_XML_DESC,
+        Procedure.DOMAIN_GET_METADATA,
+    }
+
+
+@pytest.mark.parametrize("uri", ["xen:///system", "xen:///"])
+def test_a_connection_to_xen_is_opened(proxy: Proxy, uri: str) -> None:
+    arguments = Packer().optional_string(uri).uint32(0)
+    proxy.call(Procedure.CONNECT_OPEN, arguments)
+    assert (proxy.libvirtd.calls, proxy.libvirtd.payloads) == ([Procedure.CONNECT_OPEN], [bytes(arguments)])
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        None,
+        "",
+        "test:///default",
+        "qemu:///system",
+        "lxc:///",
+        "xen+tcp://127.0.0.1/system",
+        "xen+ext:///system?command=/run/me",
+        "xen://other/system",
+        "xen:///system?a=b",
+        "XEN:///system",
+        "xen:///system ",
+        "remote:///?name=xen:///system",
+    ],
+)
+def test_no_other_driver_is_opened(proxy: Proxy, uri: str | None) -> None:
+    with pytest.raises(UnsupportedError, match="is for xen:///system"):
+        proxy.call(Procedure.CONNECT_OPEN, Packer().optional_string(uri).uint32(0))
 
 
 def test_no_connection_to_xen_stays_open(tmp_path: Path, backing: MemoryBacking) -> None:

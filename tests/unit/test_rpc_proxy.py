@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from tests.unit.rpc_peers import (
     FORGETS,
     GATE,
     LENGTHY,
+    OPEN,
     PING,
     PLAIN,
     REFUSED,
@@ -34,6 +35,7 @@ from tests.unit.rpc_peers import (
     TWICE,
     UPPER,
     WAITING,
+    WITH_OPEN,
     Line,
     Proxy,
     call,
@@ -108,6 +110,30 @@ def test_what_is_not_wanted_passes_both_ways(lines: Lines, header: Header) -> No
         payload = os.urandom(size)
         assert near.send(header, payload) == far.expect().frame
         assert far.send(header, payload) == near.expect().frame
+
+
+def test_calls_are_handled_once_a_connection_is_open(tmp_path: Path) -> None:
+    """Until then nobody knows which of libvirt's drivers would answer."""
+    with ExitStack() as ends:
+        proxy = ends.enter_context(Proxy(tmp_path, WITH_OPEN))
+        near, far = map(ends.enter_context, proxy.pair())
+        near.send(call(UPPER, 1), b"a")
+        assert b"connection not open" in near.expect().payload
+        near.send(call(OPEN, 2), b"no")
+        near.send(call(UPPER, 3), b"a")
+        assert near.expect().header == reply_to(call(UPPER, 3), wire.ERROR)
+        asked = far.expect()
+        far.send(reply_to(asked.header, wire.ERROR), b"refused")
+        assert near.expect().header == reply_to(call(OPEN, 2), wire.ERROR)
+        near.send(call(UPPER, 4), b"a")
+        assert near.expect().header == reply_to(call(UPPER, 4), wire.ERROR)
+        near.send(call(OPEN, 5), b"yes")
+        asked = far.expect()
+        assert asked.payload == b"yes"
+        far.send(reply_to(asked.header))
+        assert near.expect().header == reply_to(call(OPEN, 5))
+        near.send(call(UPPER, 6), b"a")
+        assert far.expect().payload == b"A"
 
 
 def test_a_call_that_is_looked_at_and_not_wanted_passes(lines: Lines) -> None:
