@@ -16,6 +16,7 @@ from nvdimm_driver.doctor.repair_view import (
     Inconsistency,
     View,
     has_bytes,
+    runs_without,
 )
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.lifecycle import slots
@@ -157,6 +158,8 @@ class Nvdimms:
         if not later.is_whole():
             problem += f"; of the {human(later.mark.spec.size)} in the mark, a part is not there"
             return problem, "restore a backup of the file; or define the domain again with what is there", None
+        if runs_without(record, later.file):
+            return problem, f"shut domain {record.name} down first", None
         found = [*filter(None, (self._later_mark(record, item) for item in record.allocations if item.ready))]
         take = self.changes.of(record, self.changes.take_marks, [each for each in found if each.is_whole()])
         return problem, f"take slot, sizes and base from the mark; for all such NVDIMMs of {record.name}", take

@@ -13,6 +13,7 @@ from nvdimm_driver.doctor.repair_view import (
     about,
     has_bytes,
     is_marked,
+    runs_without,
 )
 from nvdimm_driver.model import Allocation, Record, Start, Surveyed
 from nvdimm_driver.plugins import backing_of, exists
@@ -147,7 +148,7 @@ class PoolFiles:
             problem = f"its mark says slot {mark.spec.slot}, but that is {other.spec.path}"
             if self._is_copy(file, mark, other):
                 yield inconsistency(problem, "remove the mark", unmark)
-            elif _runs_without(known, file):
+            elif runs_without(known, file):
                 yield inconsistency(problem, f"shut domain {known.name} down first")
             else:
                 beside = (backing, item, file.identity, file.frozen or self._is_given_up(other))
@@ -172,7 +173,7 @@ class PoolFiles:
             yield inconsistency(several(marked), WHICH)
             return
         record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
-        if _runs_without(record, file):
+        if runs_without(record, file):
             yield inconsistency(problem, f"shut domain {record.name} down first")
             return
         adopt = self.changes.of(record, self.changes.adopt, backing, item, file.identity)
@@ -212,11 +213,6 @@ class PoolFiles:
             return False
         self.view.backing(item.identity.kind).check_home(path, item.identity)
         return True
-
-
-def _runs_without(record: Record, file: Surveyed) -> bool:
-    """Return True while a domain runs, or is starting, with other files than that one."""
-    return record.start is not None and not file.frozen
 
 
 def _has_another(record: Record, file: Surveyed) -> bool:

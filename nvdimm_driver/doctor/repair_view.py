@@ -209,3 +209,8 @@ def is_marked(file: Surveyed, item: Allocation) -> bool:
 def has_bytes(item: Allocation, file: Surveyed) -> bool:
     """Return True when a file is what an NVDIMM was provisioned with."""
     return ownership.has_bytes([item], file.identity)
+
+
+def runs_without(record: Record, file: Surveyed) -> bool:
+    """Return True while a domain runs, or is starting, with other files than that one."""
+    return record.start is not None and not file.frozen
