@@ -429,6 +429,8 @@ class Backing(Plugin):
     def unshare(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         """Copy what a backing that is not frozen shares with others, such as a reflink. Can be repeated.
 
+        No byte changes, and so :meth:`written_at` does not, after which a saved guest could not go on.
+
         :param identity: whose bytes it has to have; None when that is not known.
         :raises BackingError: when there is no room.
         """

@@ -343,16 +343,21 @@ class FsdaxBacking(Backing):
     def unshare(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         """Write each shared part over itself: the file system copies it then, and both files keep their bytes.
 
-        FALLOC_FL_UNSHARE_RANGE does that too, but not with DAX before Linux 6.2.
+        The file keeps its time, too, which tells whether a saved guest may go on. FALLOC_FL_UNSHARE_RANGE changes that;
+        and it does not work with DAX before Linux 6.2.
         """
         path = spec.path
-        with opened(path, os.O_RDWR) as fd, self.locks.writing(fd, path):
+        with opened(path, os.O_RDWR) as fd, self.locks.writing(fd, path), ExitStack() as stack:
             self._check_same(fd, path, identity)
             inode.set_copy_size(fd, SUPERPAGE)
             size = os.fstat(fd).st_size
-            for each in extents.fiemap(fd, size):
-                for at in range(each.offset, min(each.end, size), _CHUNK) if each.flags & extents.SHARED else ():
-                    os.pwrite(fd, os.pread(fd, min(_CHUNK, each.end - at, size - at), at), at)
+            shared = [each for each in extents.fiemap(fd, size) if each.flags & extents.SHARED]
+            if shared:  # ext4 shares none
+                folder = stack.enter_context(opened(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY))
+                untimed = stack.enter_context(handles.opened_untimed(fd, folder))
+            for each in shared:
+                for at in range(each.offset, min(each.end, size), _CHUNK):
+                    os.pwrite(untimed, os.pread(fd, min(_CHUNK, each.end - at, size - at), at), at)
             os.fsync(fd)
 
     def hold(self, path: str, identity: BackingIdentity) -> int:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a file system whether it has a file still, whatever its name is now (open_by_handle_at(2))."""
+"""Open files by their handles: whether a file system has one still, whatever its name is now (open_by_handle_at(2)),
+and to write one of XFS without changing its times (fs/xfs/xfs_handle.c)."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nvdimm_driver.backing.paths import last_errno, libc
 from nvdimm_driver.errors import BackingError
@@ -18,6 +23,35 @@ _HANDLE_MAX = 128  # MAX_HANDLE_SZ
 _FORMATS = {1: struct.Struct("=II"), 0x81: struct.Struct("=QI")}
 """Inode and generation, by the type of a handle: FILEID_INO32_GEN (include/linux/exportfs.h), and with a wide inode
 XFS_FILEID_TYPE_64FLAG (fs/xfs/xfs_export.h)."""
+
+_XFS_IOC_FD_TO_HANDLE = 0xC038586A
+_XFS_IOC_OPEN_BY_HANDLE = 0xC038586B
+_REQUEST = struct.Struct("=I4xQI4xQI4xQQ")
+"""struct xfs_fsop_handlereq (fs/xfs/libxfs/xfs_fs.h): descriptor, path, flags, address and length of the handle that is
+given, addresses of the one that is asked for and of its length."""
+
+
+@contextmanager
+def opened_untimed(fd: int, folder: int) -> Iterator[int]:
+    """Yield a descriptor with which an open file of XFS can be written, and keeps its times.
+
+    What others write changes them as ever. xfs_fsr(8) moves the blocks of files so.
+
+    :param folder: descriptor of any folder on that file system.
+    :raises OSError: when the file cannot be opened so.
+    """
+    handle, length = array("B", bytes(_HANDLE_MAX)), array("I", [0])
+    where, count = handle.buffer_info()[0], length.buffer_info()[0]
+    fcntl.ioctl(fd, _XFS_IOC_FD_TO_HANDLE, bytearray(_REQUEST.pack(fd, 0, 0, 0, 0, where, count)))
+    request = _REQUEST.pack(0, 0, os.O_RDWR, where, length[0], 0, 0)
+    untimed = fcntl.ioctl(folder, _XFS_IOC_OPEN_BY_HANDLE, bytearray(request))
+    try:
+        os.set_inheritable(untimed, False)
+        if not os.path.samestat(os.fstat(untimed), os.fstat(fd)):  # the folder is on another file system
+            raise _system_error(errno.EXDEV)
+        yield untimed
+    finally:
+        os.close(untimed)
 
 
 def check_deleted(folder: int, path: str, identity: BackingIdentity) -> None:

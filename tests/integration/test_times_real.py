@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.backing import inode
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import RefusedError
 from nvdimm_driver.model import Touch
 from tests.integration import loop_pmem
-from tests.integration.loop_pmem import MKFS, FileSystem
-from tests.integration.test_frozen_real import Writer, modified
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_frozen_real import Writer, modified, xfs
 from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable, killed
 from tests.unit.doubles import UUID
 
+__all__ = ["xfs"]
 LONG_AGO = 10**9
 
 
@@ -202,3 +204,64 @@ def test_a_file_that_was_written_before_it_is_thawed_keeps_that_time(host: Host)
     before = modified(host)
     host.backing.thaw_unless(host.path("a.img"), lambda _: False, touch=Touch(before - 1, before + 10**9))
     assert (modified(host), is_immutable(host.path("a.img"))) == (before, False)
+
+
+def copied_within_its_file_system(xfs: Host) -> None:
+    """Back a saved guest's file up with cp, which makes a reflink on XFS."""
+    has_ended(xfs)
+    xfs.driver.reconcile()
+    run("cp", "--reflink=always", xfs.path("a.img"), xfs.path("copy"))
+
+
+def repair(host: Host) -> None:
+    (found,) = look(host.driver)
+    assert (found.remedy, found.mend is not None) == ("copy what is shared", True)
+    assert found.mend
+    found.mend()
+    assert look(host.driver) == []
+
+
+def test_a_saved_guest_goes_on_after_a_repair_has_copied_what_its_file_shared(xfs: Host) -> None:
+    copied_within_its_file_system(xfs)
+    before = modified(xfs)
+    repair(xfs)
+    assert xfs.read("a.img") == xfs.read("copy")
+    assert modified(xfs) == before
+    assert goes_on(xfs)
+
+
+def test_a_saved_guest_goes_on_though_such_a_repair_was_killed(xfs: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied_within_its_file_system(xfs)
+    write = os.pwrite
+
+    def dies(*arguments: object) -> None:
+        write(*arguments)  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    (found,) = look(xfs.driver)
+    assert found.mend
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", dies)
+        killed(found.mend)
+    if look(xfs.driver):  # the killed process may have copied all
+        repair(xfs)
+    assert goes_on(xfs)
+
+
+@pytest.mark.parametrize("way", ["before", "meanwhile"])
+def test_what_is_written_to_a_file_that_shares_blocks_is_seen(
+    xfs: Host, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    copied_within_its_file_system(xfs)
+
+    def write(*_: object) -> None:
+        with open(xfs.path("a.img"), "r+b") as file:
+            file.write(b"changed")
+
+    if way == "before":
+        write()
+    else:
+        monkeypatch.setattr(inode, "set_copy_size", write)
+    repair(xfs)
+    assert xfs.read("a.img")[:7] == b"changed"
+    assert not goes_on(xfs)
