@@ -13,6 +13,7 @@ import errno
 import os
 from contextlib import suppress
 
+from nvdimm_driver import host_files
 from nvdimm_driver.errors import LedgerError, hint_of, own_file_error
 
 TYPE_CHECKING = False
@@ -174,10 +175,12 @@ class DeviceMarks:
         try:
             if content is None:
                 os.unlink(path)
+                host_files.sync_folder(self._folder)
             else:
                 self._make_folder(self._folder)
-                self._replace(path, content)
-            _sync(self._folder)
+                from threading import get_ident
+
+                host_files.write(path, content, new=f"{path}.{os.getpid()}.{get_ident()}")
         except OSError as error:
             raise own_file_error(f"cannot write {path}", error) from error
 
@@ -186,26 +189,7 @@ class DeviceMarks:
             os.mkdir(folder, 0o700)
         except FileExistsError:
             return
-        _sync(os.path.dirname(folder) or ".")
-
-    def _replace(self, path: str, content: bytes) -> None:
-        from threading import get_ident
-
-        new = f"{path}.{os.getpid()}.{get_ident()}"
-        try:
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                left = content
-                while left:
-                    left = left[os.write(fd, left) :]
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.rename(new, path)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(new)
-            raise
+        host_files.sync_folder(os.path.dirname(folder))
 
 
 def _name(device: BackingIdentity) -> str:
@@ -229,14 +213,6 @@ def _device_of(name: str, suffix: str, kind: str = "") -> BackingIdentity | None
 def _escaped(uid: str) -> str:
     """Return the uid of a namespace, of which a plug-in may have any, as a part of a file's name."""
     return "".join(each if each in _PLAIN else f"%{ord(each):x}%" for each in uid)
-
-
-def _sync(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _unread(path: str, error: OSError) -> LedgerError:

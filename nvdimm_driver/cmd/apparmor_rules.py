@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,10 +61,7 @@ def _write(profile: Path, text: str) -> Iterator[str]:
     if (read(local) if host_files.exists(local) else "") == text:
         return
     local.parent.mkdir(exist_ok=True)
-    temporary = local.with_name(f".{local.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(0o644)
-    os.replace(temporary, local)
+    host_files.write(local, text.encode(errors="surrogateescape"), 0o644)
     yield f"changed {local}"
     yield from _load(profile)
 

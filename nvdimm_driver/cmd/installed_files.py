@@ -14,14 +14,17 @@ NOT_OURS = "nvdimm_driver did not write it"
 
 
 def is_ours(path: Path) -> bool:
-    """Return True for a file that :func:`install` has written."""
-    return host_files.exists(path) and MARK in read(path)
+    """Return True for a file that :func:`install` has written.
+
+    An empty one counts: earlier versions did not sync it, and XFS leaves that of it after a loss of power.
+    """
+    return host_files.is_file(path) and (MARK in (text := read(path)) or not text)
 
 
 def install(path: Path, text: str, mode: int) -> str:
-    """Write a file atomically; return a line that says what was done.
+    """Write a file durably; return a line that says what was done.
 
-    :raises ConfigError: when the path has a file without :data:`MARK`.
+    :raises ConfigError: when the path has a file of somebody else's.
     """
     if host_files.exists(path):
         if not is_ours(path):
@@ -29,10 +32,7 @@ def install(path: Path, text: str, mode: int) -> str:
         if read(path) == text:
             return f"unchanged {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(mode)
-    temporary.replace(path)
+    host_files.write(path, text.encode(errors="surrogateescape"), mode)
     return f"installed {path}"
 
 
@@ -43,4 +43,5 @@ def remove(path: Path) -> str:
     if not is_ours(path):
         return f"left alone {path}: {NOT_OURS}"
     path.unlink()
+    host_files.sync_folder(path.parent)
     return f"removed {path}"

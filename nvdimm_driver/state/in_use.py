@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+from nvdimm_driver import host_files
 from nvdimm_driver.errors import LedgerError, own_file_error
 
 FORMAT = "{:32} {:20}\n"
@@ -117,7 +118,7 @@ class InUse:
         finally:
             os.close(fd)
         if anew:
-            _sync_folder(os.path.dirname(self.path))
+            host_files.sync_folder(os.path.dirname(self.path))
 
     def _put_another(self, ledger: str, writes: int) -> None:
         """Put a new file in the place of one that can be neither read nor written."""
@@ -131,15 +132,7 @@ class InUse:
             with suppress(OSError):
                 os.unlink(new)
             raise
-        _sync_folder(os.path.dirname(self.path))
-
-
-def _sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        host_files.sync_folder(os.path.dirname(self.path))
 
 
 def _parse(text: bytes) -> tuple[str, int] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from nvdimm_driver import host_files
 from nvdimm_driver.errors import FullDiskError, own_file_error
 
 TYPE_CHECKING = False
@@ -84,7 +85,7 @@ class Reserve:
                     raise
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file of the driver's own that a start needs, all of it or nothing.
+        """Write a file of the driver's own that a start needs, durably, all of it or nothing.
 
         :raises LedgerError: when it cannot be written.
         """
@@ -92,11 +93,9 @@ class Reserve:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        host_files.write(path, content)
     except OSError as error:
         raise own_file_error(f"cannot write {path}", error) from error
 

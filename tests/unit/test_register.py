@@ -123,6 +123,25 @@ def test_the_state_folder_is_that_of_the_registered_device_model(options: cfg.Co
     assert state_dir(options) == f"{tmp_path}/other"
 
 
+def test_an_empty_file_is_what_a_loss_of_power_has_left(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """Earlier versions did not sync what they wrote."""
+    list(register(options))
+    whole, hook = (tmp_path / "libexec/dm").read_text(), tmp_path / "hooks/libxl.d/50-nvdimm"
+    os.truncate(tmp_path / "libexec/dm", 0)
+    assert f"installed {tmp_path}/libexec/dm" in list(register(options))
+    assert (tmp_path / "libexec/dm").read_text() == whole
+    os.truncate(hook, 0)
+    assert f"removed {hook}" in list(unregister(options, []))
+
+
+def test_a_link_to_nothing_is_somebody_elses(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    """An operator masks a unit so."""
+    (tmp_path / "libexec").mkdir()
+    (tmp_path / "libexec/dm").symlink_to("/dev/null")
+    with pytest.raises(ConfigError, match="nvdimm_driver did not write it"):
+        list(register(options))
+
+
 def test_a_program_in_the_way_is_left_alone(options: cfg.ConfigOpts, tmp_path: Path) -> None:
     (tmp_path / "libexec").mkdir(exist_ok=True)
     (tmp_path / "libexec/dm").write_bytes(b"\x7fELF\xff\xfe")

@@ -183,17 +183,21 @@ def _text(step: RunCommand | WriteFile) -> str:
 
 
 def _do(step: RunCommand | WriteFile, wish: Wish) -> str:
-    """Run a command and return its output, or write a file."""
+    """Run a command and return its output, or write a file; one of sysfs can only be written in place."""
     from pathlib import Path
 
+    from nvdimm_driver import host_files
     from nvdimm_driver.pools.create import RunCommand
 
     del wish
     if isinstance(step, RunCommand):
         return _run(step.words)
     try:
-        Path(step.path).parent.mkdir(parents=True, exist_ok=True)
-        Path(step.path).write_text(step.text)
+        if step.path.startswith("/sys/"):
+            Path(step.path).write_text(step.text)
+        else:
+            Path(step.path).parent.mkdir(parents=True, exist_ok=True)
+            host_files.write(step.path, step.text.encode(), 0o644)
     except OSError as error:
         raise ConfigError(f"cannot write {step.path}: {error.strerror}", hint=hint_of(error)) from error
     return ""
