@@ -59,7 +59,9 @@ class MappedBytes(ByteRange):
     :param fd: file or device to map; may be closed afterwards.
     :param start: offset of the range in it, bytes.
     :param step: alignment that a mapping needs, bytes.
-    :param persist: makes each write durable, for devices without msync; takes mapping, offset in it and length.
+    :param persist: makes stores durable, for devices without msync; takes mapping, offset in it and length. Called for
+        what is written, and for what is read: a copy that was interrupted may have stored it, and the CPU's caches
+        alone have it.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class MappedBytes(ByteRange):
 
     def _read(self, offset: int, length: int) -> bytes:
         begin = self._skip + offset
+        if self._persist is not None:
+            self._persist(self._memory, begin, length)
         return self._memory[begin : begin + length]
 
     def _write(self, offset: int, data: bytes) -> None:

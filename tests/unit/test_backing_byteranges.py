@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 
 from nvdimm_driver.backing.byteranges import DirectBytes, FileBytes, MappedBytes
 from nvdimm_driver.backing.pmdk import Pmdk
+from nvdimm_driver.contents import copying
 from nvdimm_driver.errors import BackingError, UnsupportedError
 from nvdimm_driver.model import KIB, MIB
-from nvdimm_driver.plugins import ByteRange
+from nvdimm_driver.plugins import ByteRange, unwatched
+from tests.unit.doubles import MemoryBytes
 
 FILE_SIZE = 2 * MIB
 SIZES = (128 * KIB, 129 * KIB)
@@ -102,6 +106,42 @@ def test_each_write_is_made_durable(file: Path) -> None:
     area.write(7997, b"two")
     assert durable == [(105, b"one"), (8097, b"two")]
     area.close()
+    file.unlink()
+
+
+@pytest.mark.parametrize("what", ["wipe", "copy"])
+def test_what_an_interrupted_copy_has_stored_is_made_durable_when_it_is_repeated(file: Path, what: str) -> None:
+    """A Ctrl-C comes after a store, which only the CPU's caches have from then on."""
+
+    def work(interrupted_at: int) -> bool:
+        """Return True if it was interrupted there."""
+        calls = 0
+
+        def persist(memory: mmap.mmap, at: int, length: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == interrupted_at:
+                raise KeyboardInterrupt
+            medium[at : at + length] = memory[at : at + length]
+
+        fd = os.open(file, os.O_RDWR)
+        with MappedBytes(fd, 0, FILE_SIZE, persist=persist) as content, suppress(KeyboardInterrupt):
+            os.close(fd)
+            if what == "wipe":
+                copying.wipe(content, unwatched)
+            else:
+                copying.copy(MemoryBytes(b"new" * (FILE_SIZE // 3)), content, unwatched)
+        return calls == interrupted_at
+
+    point, is_interrupted = 0, True
+    while is_interrupted:
+        point += 1
+        file.write_bytes(CONTENT[:FILE_SIZE])
+        medium = bytearray(CONTENT[:FILE_SIZE])
+        is_interrupted = work(point)
+        work(0)
+        assert medium == file.read_bytes() != CONTENT[:FILE_SIZE]
+    assert point > FILE_SIZE // MIB
     file.unlink()
 
 
