@@ -18,6 +18,7 @@ from nvdimm_driver.model import SUPERPAGE, Namespace, Pool
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.pools.usage import PoolUsage, usage_of
+from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state.ledger import Ledger
 
@@ -190,6 +191,7 @@ def check_file_systems(pool: Pool, mountinfo: Path, dax: Callable[[str], bool]) 
             continue
         if mount is not None:
             yield check_stripe(pool, mount)
+            yield from check_times(pool, path, mount)
         yield from check_mount_options(pool, path, os.statvfs(path).f_flag)
 
 
@@ -205,6 +207,18 @@ def check_mount_options(pool: Pool, path: str, flags: int) -> Iterator[Finding]:
             f"pool {pool.name}, mount options",
             f"{path} is mounted without {missing}: the host could take a guest's file for a program or a device",
             f"add {missing} to its line in /etc/fstab; until the next mount: mount -o remount,{missing} {path}",
+        )
+
+
+def check_times(pool: Pool, path: str, mount: Mount) -> Iterator[Finding]:
+    """Check that a loss of power does not lose for long when a program of the host has written a file."""
+    if "lazytime" in mount.options:
+        yield warned(
+            f"pool {pool.name}, times",
+            f"{path} is mounted with lazytime: a loss of power loses for up to a day when a program of the host has "
+            "written a file; a saved guest could go on over that",
+            "take lazytime from its line in /etc/fstab; until the next mount: "
+            + command("mount", "-o", "remount,nolazytime", mount.directory),
         )
 
 

@@ -113,6 +113,15 @@ def test_the_options_that_a_pool_was_mounted_without() -> None:
     assert "mount -o remount,nosuid,noexec /mnt/pmem0" in found.hint
 
 
+def test_a_pool_whose_times_a_loss_of_power_loses() -> None:
+    assert list(pmem.check_times(pool(), "/mnt/pmem0", MOUNT)) == []
+    lazy = replace(MOUNT, options=(*MOUNT.options, "lazytime"))
+    (found,) = pmem.check_times(pool(), "/mnt/pmem0/db", lazy)
+    assert (found.result, found.check) == (Result.WARN, "pool main, times")
+    assert "/mnt/pmem0/db is mounted with lazytime" in found.message
+    assert "mount -o remount,nolazytime /mnt/pmem0" in found.hint
+
+
 def test_pools_that_cannot_be_looked_at() -> None:
     broken = FsdaxInMemory()
     broken.fail_space = "/mnt/pmem0 is not mounted"
