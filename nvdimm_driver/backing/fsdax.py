@@ -399,16 +399,18 @@ class FsdaxBacking(Backing):
     ) -> None:
         """Undo :meth:`freeze`, unless the file is needed. Ask for that with the lock, which :meth:`freeze` takes.
 
-        A lease on the file is not waited for: one domain's file must not keep another domain from starting.
+        That outlasts a loss of power, before the ledger forgets for whom the file was frozen; also if a process that
+        was killed has thawed it. A lease on the file is not waited for: one domain's file must not keep another domain
+        from starting.
         """
         if is_gone(path):
             return
         with opened(path, os.O_RDONLY) as fd:
             with self.locks.freezing(fd, path):
-                if self._is(fd, path, identity) and not needed(self._find_identity(fd, path)):
-                    inode.thaw(fd, touch, unmark=unmark)
-            if unmark:
-                os.fsync(fd)  # without the lock: it may take long
+                if not self._is(fd, path, identity) or needed(self._find_identity(fd, path)):
+                    return
+                inode.thaw(fd, touch, unmark=unmark)
+            os.fsync(fd)  # without the lock: it may take long
 
     def mark(self, path: str, owner: bytes | None, identity: BackingIdentity | None = None) -> None:
         if owner is None and is_gone(path):

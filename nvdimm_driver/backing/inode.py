@@ -125,12 +125,12 @@ def _make_roots_alone(fd: int) -> None:
 
 
 def thaw(fd: int, touch: Touch | None = None, *, unmark: bool = False) -> None:
-    """Undo :func:`freeze`; leave a file without its mark as it is.
+    """Undo :func:`freeze`; leave a file without its mark as it is. The caller has to sync the file.
 
     :param fd: opened to read only.
     :param touch: sets the modification time. Nobody can have written the file before: who opens it meanwhile, waits.
     :param unmark: removes the owner's record, too, while the file counts as frozen still: what is killed in between is
-        repeated. The caller has to sync the file.
+        repeated.
     """
     if not is_frozen(fd):
         return
@@ -161,7 +161,6 @@ def _touch(fd: int, touch: Touch, leased: bool) -> None:
         os.utime(fd, ns=(found.st_atime_ns, touch.after))
     if not leased or fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
         os.utime(fd, ns=(found.st_atime_ns, time.time_ns()))
-    os.fsync(fd)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """A loop device, which a fake sysfs presents as a pmem namespace in fsdax mode: for tests on real ext4 and XFS."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -44,15 +45,11 @@ class FileSystem:
         run(*MKFS[kind], self.image)
         self.root = folder / "mnt"
         self.root.mkdir()
-        run("mount", "-o", "loop", self.image, self.root)
-        self.device = os.stat(self.root).st_dev
-        sysfs = FakeSysfs(self.memory / "sys")
-        sysfs.fsdax(self.device, spa=SPA, size=IMAGE)
         self.mountinfo = self.memory / "mountinfo"
-        self.mount("rw,dax=always")
+        self._insert()
         self.backing = FsdaxBacking(
             locks=Locks(self.memory / "locks"),
-            sysfs=sysfs.root,
+            sysfs=self.memory / "sys",
             mountinfo=self.mountinfo,
             cross_check=lambda fd, found: None,
         )
@@ -64,6 +61,22 @@ class FileSystem:
     @property
     def path(self) -> Path:
         return self.root / "file"
+
+    def _insert(self, options: str = "loop") -> None:
+        """Mount the image; the namespace has the number that its loop device has now."""
+        run("mount", "-o", options, self.image, self.root)
+        self.device = os.stat(self.root).st_dev
+        shutil.rmtree(self.memory / "sys", ignore_errors=True)
+        FakeSysfs(self.memory / "sys").fsdax(self.device, spa=SPA, size=IMAGE)
+        self.mount("rw,dax=always")
+
+    def replace(self, image: Path) -> None:
+        """Mount another image instead of the one until now, which is deleted."""
+        run("umount", self.root)
+        self.image.unlink()
+        self.image = image
+        # another process may have the one until now in a mount namespace still
+        self._insert("loop,nouuid" if self.kind == "xfs" else "loop")
 
     def mount(self, options: str) -> None:
         number = f"{os.major(self.device)}:{os.minor(self.device)}"

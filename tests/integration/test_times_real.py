@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,11 +134,11 @@ def test_a_saved_guest_goes_on_though_its_end_was_killed(
     host: Host, monkeypatch: pytest.MonkeyPatch, number: int, written: bool
 ) -> None:
     has_ended(host)
-    name, owner = [("_set_immutable", inode), ("fsync", os)][number - 1]
+    name, owner = [("_set_immutable", inode), ("utime", os)][number - 1]
     step = getattr(owner, name)
 
-    def dies(*arguments: object) -> None:
-        step(*arguments)
+    def dies(*arguments: Any, **named: Any) -> None:
+        step(*arguments, **named)
         os.kill(os.getpid(), signal.SIGKILL)
 
     driver = host.another()
