@@ -401,9 +401,9 @@ class XenNvdimmDriver(plugins.Plugin):
         saved_guest.check_known(last, is_unnumbered=unnumbered, is_spoiled=spoiled)
         if last is None:
             defined = self._find_known(uuid)
-            self.starts.check_left(uuid, [each.path for each in defined.nvdimms] if defined else [])
+            self.starts.check_left(uuid, dict.fromkeys(each.path for each in defined.nvdimms) if defined else {})
             return
-        self.starts.check_left(uuid, saved_guest.paths_of(last))
+        self.starts.check_left(uuid, dict(saved_guest.backings_of(last)))
         domain = saved_guest.domain_of(last, uuid)
         record = self.ledger.find_domain(uuid)
         known = domain or record

@@ -83,7 +83,7 @@ class Starts:
         Either the file was away at the end of a start, whose number it has then, or it has another guest's.
         """
         path = item.spec.path
-        if frozen := ownership.frozen_for(self.backings, [path]):
+        if frozen := ownership.frozen_for(self.backings, {path: item.identity}):
             touches = self._distrust_unknown(start, frozen, {number, *self._known_runs(start.uuid)})
             self.thaw(path, item.identity, over=start, touch=touches.get(path))
 
@@ -120,16 +120,17 @@ class Starts:
         when = backing_of(self.backings, path).time_to_touch(path)
         return None if when is None else Touch(None, when)
 
-    def check_left(self, uuid: str, paths: Collection[str]) -> None:
+    def check_left(self, uuid: str, identities: Mapping[str, BackingIdentity | None]) -> None:
         """Check that no guest of which the ledger does not know may have written a domain's files.
 
         A start would thaw them, and let no saved guest go on.
 
+        :param identities: of the files, by path.
         :raises RefusedError: when one may have.
         """
         record = self.ledger.find_domain(uuid)
         known = self._known_runs(uuid, record.start if record else None)
-        for path, run in ownership.frozen_for(self.backings, paths).items():
+        for path, run in ownership.frozen_for(self.backings, identities).items():
             if run not in known:
                 why = "is immutable for a guest that the ledger does not know, or for another domain's"
                 raise saved_guest.refused(f"{path} {why}")
@@ -186,7 +187,7 @@ class Starts:
         try:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
-            frozen = ownership.frozen_for(self.backings, start.paths)
+            frozen = ownership.frozen_for(self.backings, {path: had.get(path) for path in start.paths})
             known = self._known_runs(start.uuid, start)
             times = self._distrust_unknown(start, frozen, known)
             times |= self._note_times(start, {path for path, run in frozen.items() if run in known})
@@ -315,7 +316,7 @@ class Starts:
 
         :param uuid: of the domain that has it; none may if it was frozen for a start of that which never ran.
         """
-        frozen = ownership.frozen_for(self.backings, [path])
+        frozen = ownership.frozen_for(self.backings, {path: identity})
         written = not frozen or frozen[path] not in self.ledger.never_run(uuid)
         self.thaw(path, identity, touch=self._touch_now(path) if written else None)
 

@@ -551,9 +551,18 @@ def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tup
     return Record(uuid, last.name, last.ram, last.dsm, "", tuple(items), None, changed=last.changed)
 
 
-def frozen_for(backings: Sequence[Backing], paths: Iterable[str]) -> dict[str, int | None]:
-    """Return those of these paths that have a file which is frozen for a guest, and the number of its run, if known."""
-    return {path: file.run for path in paths for file in _files_left(backings, path) if file.frozen}
+def frozen_for(backings: Sequence[Backing], identities: Mapping[str, BackingIdentity | None]) -> dict[str, int | None]:
+    """Return the paths at which a file is frozen for a guest, and the number of the guest's run, if known.
+
+    :param identities: by path, whose bytes the file has to have; None for whatever is there. Another file system that
+        is mounted there may have a file of that name.
+    """
+    return {
+        path: file.run
+        for path, identity in identities.items()
+        for file in _files_left(backings, path)
+        if file.frozen and (identity is None or (file.identity is not None and file.identity.shares_bytes(identity)))
+    }
 
 
 def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: str) -> bool:

@@ -265,6 +265,31 @@ def test_a_saved_guest_goes_on_after_a_start_that_a_loss_of_power_has_ended(
     assert host.driver.ledger.never_run(UUID) == set()
 
 
+def test_a_saved_guest_goes_on_though_a_file_of_that_name_is_immutable_for_another_domains_guest(
+    host: Host, monkeypatch: pytest.MonkeyPatch, file_systems: dict[str, FileSystem]
+) -> None:
+    """A restore is cut off by a loss of power; at the boot, another file system is mounted in the place of the pool."""
+    boot(host, 5)
+    image = end(host, 5)
+    lose_power(host, monkeypatch, "find_prepared")
+    boot_host(monkeypatch, "the next")
+    other = next(each for each in file_systems.values() if each is not host.fs)
+    (other.root / "in").mkdir()
+    (other.root / "in/a.img").write_bytes(bytes(4096))
+    with open(other.root / "in/a.img", "rb") as namesake:
+        inode.freeze(namesake.fileno(), 4711)
+    run("mount", "--bind", other.root, host.fs.root)
+    try:
+        host.another().reconcile()
+        assert is_immutable(host.path("in/a.img"))
+    finally:
+        run("umount", host.fs.root)
+        empty(other)
+    assert host.record().start is None
+    host.another().try_restore(UUID)
+    boot(host, 7, image)
+
+
 @pytest.mark.parametrize("step", ["begin_mapping", "finish_mapping"])
 def test_a_start_of_a_ledger_from_a_backup_may_have_run_since_though_its_file_is_away(
     host: Host, monkeypatch: pytest.MonkeyPatch, step: str
