@@ -126,8 +126,8 @@ class PoolFiles:
                 return inconsistency(f"write into the ledger that the guest with domid {domid} has it", take_up)
             if mark is None or uuid in (None, mark.uuid):
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
-        has = mark.uuid if owner and mark and mark.uuid == owner.uuid else ""
-        thaw = partial(self.driver.starts.thaw_unknown, file.path, file.identity, has)
+        had = mark.uuid if mark and not mark.is_copied(file.identity) else ""  # whoever has the path now
+        thaw = partial(self.driver.starts.thaw_unknown, file.path, file.identity, had)
         return inconsistency("make it mutable", thaw)
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:

@@ -156,6 +156,12 @@ def paths_of(run: Run) -> dict[str, int]:
     return {each["path"]: each["slot"] for each in _nvdimms(run.nvdimms)}
 
 
+def path_of(run: Run, identity: BackingIdentity | None) -> str:
+    """Return the path by which the guest of a run had a backing; empty when it had not."""
+    had = (path for path, each in backings_of(run) if identity and each.shares_bytes(identity))
+    return next(had, "")
+
+
 def backings_of(run: Run) -> list[tuple[str, BackingIdentity]]:
     """Return path and identity of each backing that the guest of a run has."""
     return [(each["path"], _identity(each)) for each in _nvdimms(run.nvdimms)]

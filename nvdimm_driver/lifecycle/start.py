@@ -314,11 +314,21 @@ class Starts:
     def thaw_unknown(self, path: str, identity: BackingIdentity | None = None, uuid: str = "") -> None:
         """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it.
 
-        :param uuid: of the domain that has it; none may if it was frozen for a start of that which never ran.
+        None has if it was frozen for a start that never ran. If it was for the domain's last run, nobody but the guest
+        of that has, and the ledger gets the time that it gets: a guest that was saved then can go on.
+
+        :param uuid: of the domain that it was frozen for, if that is known.
         """
-        frozen = ownership.frozen_for(self.backings, {path: identity})
-        written = not frozen or frozen[path] not in self.ledger.never_run(uuid)
-        self.thaw(path, identity, touch=self._touch_now(path) if written else None)
+        frozen, last = ownership.frozen_for(self.backings, {path: identity}), self.ledger.find_run(uuid)
+        never_ran = path in frozen and frozen[path] in self.ledger.never_run(uuid)
+        touch = None if never_ran else self._touch_now(path)
+        had = saved_guest.path_of(last, identity) if last and frozen.get(path) == last.number else ""
+        before = saved_guest.times_of(last).get(had) if last else None
+        self.thaw(path, identity, touch=touch and Touch(before, touch.after))
+        if last is None or touch is None or before is None:
+            return
+        if backing_of(self.backings, path).written_at(path) == touch.after:  # nobody else has written it
+            self.ledger.note_thawed(uuid, last, saved_guest.times_at_end(last, {had: touch.after}))
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen still has the domain."""

@@ -410,6 +410,14 @@ class StartSteps(Database):
 
         return {uuid: Run(*run) for uuid, *run in self._rows("SELECT uuid, number, nvdimms, written FROM run")}
 
+    def note_thawed(self, uuid: str, run: Run, written: str) -> None:
+        """Record when the backings of a domain's last run were last written, unless that run has changed meanwhile.
+
+        :param written: as in :class:`.model.Run`, for what was frozen until now, though the start was put away.
+        """
+        same = "uuid = ? AND number = ? AND written = ?"
+        self._write([(f"UPDATE run SET written = ? WHERE {same}", (written, uuid, run.number, run.written))])
+
     def spoil_run(self, uuid: str, number: int) -> None:
         """Record that a guest which was saved in this run of the domain, if it is the last one, can go on no more."""
         self._write([("UPDATE run SET number = 0 WHERE uuid = ? AND number = ?", (uuid, number))])

@@ -265,6 +265,74 @@ def test_a_saved_guest_goes_on_after_a_start_that_a_loss_of_power_has_ended(
     assert host.driver.ledger.never_run(UUID) == set()
 
 
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("at", ["its path", "another path"])
+def test_a_repair_costs_no_saved_guest_whose_file_was_away_at_its_end(host: Host, at: str, written: bool) -> None:
+    """Nobody but the guest has written the file; its time changes, by which backups see what the guest has written."""
+    boot(host, 5)
+    before = os.stat(host.path("in/a.img")).st_mtime_ns
+    os.rename(host.path("in"), host.path("away"))
+    image = end(host, 5)
+    if at == "its path":
+        os.rename(host.path("away"), host.path("in"))
+    assert [each.remedy for each in repair(host)] == ([] if at == "its path" else ["move it back"])
+    if at == "another path":
+        os.rename(host.path("away"), host.path("in"))
+    assert not is_immutable(host.path("in/a.img"))
+    assert os.stat(host.path("in/a.img")).st_mtime_ns > before
+    if written:
+        os.utime(host.path("in/a.img"))
+        with pytest.raises(RefusedError, match="was written on the host"):
+            host.another().try_restore(UUID)
+        return
+    host.another().try_restore(UUID)
+    boot(host, 6, image)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_repair_does_not_take_for_the_guests_what_was_written_while_its_file_counted_as_immutable(
+    host: Host, opened: bool
+) -> None:
+    """The flag was taken away by hand; a program has written the file, or may do so."""
+    boot(host, 5)
+    os.rename(host.path("in"), host.path("away"))
+    end(host, 5)
+    os.rename(host.path("away"), host.path("in"))
+    run("chattr", "-i", host.path("in/a.img"))
+    with open(host.path("in/a.img"), "r+b", buffering=0) as file:
+        if not opened:
+            file.write(b"changed")
+            file.close()
+        assert repair(host) == []
+    with pytest.raises(RefusedError, match="was written on the host"):
+        host.another().try_restore(UUID)
+
+
+@pytest.mark.parametrize("number", [4711, None])
+def test_a_repair_lets_no_saved_guest_go_on_over_what_an_unknown_guest_has_had(host: Host, number: int | None) -> None:
+    boot(host, 5)
+    end(host, 5)
+    host.backing.freeze_for(host.path("in/a.img"), number)
+    assert repair(host) == []
+    with pytest.raises(RefusedError, match="was written on the host"):
+        host.another().try_restore(UUID)
+
+
+def test_a_repair_leaves_the_time_of_a_file_at_another_path_whose_start_never_ran(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot(host, 5)
+    image = end(host, 5)
+    lose_power(host, monkeypatch, "find_prepared")
+    boot_host(monkeypatch, "the next")
+    os.rename(host.path("in"), host.path("away"))
+    host.another().reconcile()
+    assert [each.remedy for each in repair(host)] == ["move it back"]
+    os.rename(host.path("away"), host.path("in"))
+    host.another().try_restore(UUID)
+    boot(host, 7, image)
+
+
 def test_a_saved_guest_goes_on_though_a_file_of_that_name_is_immutable_for_another_domains_guest(
     host: Host, monkeypatch: pytest.MonkeyPatch, file_systems: dict[str, FileSystem]
 ) -> None:
