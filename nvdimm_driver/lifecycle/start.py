@@ -191,10 +191,10 @@ class Starts:
             known = self._known_runs(start.uuid, start)
             times = self._distrust_unknown(start, frozen, known)
             times |= self._note_times(start, {path for path, run in frozen.items() if run in known})
-            is_left = False
+            away = []
             for path in start.paths:
-                is_away = self._is_away(path, had.get(path))
-                is_left = is_left or is_away
+                if is_away := self._is_away(path, had.get(path)):
+                    away.append(path)
                 # of a start that was refused, nobody knows whether it has come to freezing that
                 was_frozen = is_away and start.state != "preparing"
                 if was_frozen or ownership.is_frozen_for_another(self.backings, start.uuid, path):
@@ -214,7 +214,8 @@ class Starts:
                 ownership.mark(self.ledger, self.backings, record)  # what could not be recorded while they were frozen
             except LedgerError as error:
                 LOG.warning("marks of domain %s are left to 'nvdimmctl check --repair': %s", record.name, error)
-        self.ledger.end_start(start, kind=kind, left=is_left and self._is_whole(start))
+        written = self._times_of_left(start, away)
+        self.ledger.end_start(start, kind=kind, left=bool(away) and self._is_whole(start), written=written)
         self.ledger.forget_unused(start.uuid)
 
     def _is_at(self, path: str, identity: BackingIdentity) -> bool:
@@ -266,6 +267,17 @@ class Starts:
             times = {**times, **saved_guest.times_of(self.ledger.find_begun(start) or begun)}
             before = saved_guest.times_of(run) if run and run.number == begun.number else {}
         return {path: Touch(before.get(path), times[path]) for path in touched}
+
+    def _times_of_left(self, start: Start, away: Collection[str]) -> str:
+        """Return what :meth:`_note_times` has noted, without the times of files that are away, which have not got them.
+
+        An earlier attempt has noted them, and could not thaw the files. Empty if there is nothing to leave out.
+        """
+        begun, run = self.ledger.find_begun(start), self.ledger.find_run(start.uuid)
+        if not away or begun is None or run is None or run.number != begun.number:
+            return ""
+        before = saved_guest.times_of(run)
+        return saved_guest.times_at_end(begun, {path: before[path] for path in away if path in before})
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.

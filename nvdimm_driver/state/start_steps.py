@@ -266,15 +266,17 @@ class StartSteps(Database):
             guarded=True,
         )
 
-    def end_start(self, start: Start, *, kind: str = "", left: bool = False) -> None:
+    def end_start(self, start: Start, *, kind: str = "", left: bool = False, written: str = "") -> None:
         """Forget a start that is over, after :meth:`note_end`: nothing is frozen or mapped for it any more.
 
         Another start of the domain stays, and no event is recorded then: it may have begun meanwhile.
 
         :param kind: kind of the event to record; empty for none.
         :param left: the start has never run, and a file may be frozen for it still: its number is kept.
+        :param written: when its backings were last written, if not as :meth:`note_written` says; as in
+            :class:`.model.Run`.
         """
-        written = "SELECT written FROM attachment WHERE uuid = run.uuid AND number = run.number"
+        noted = "SELECT coalesce(nullif(?, ''), written) FROM attachment WHERE uuid = run.uuid AND number = run.number"
         never_run = (
             f"SELECT uuid, number FROM attachment WHERE {THIS_START} AND state != 'mapped' AND number IS NOT NULL "
             f"UNION SELECT uuid, 0 FROM attachment WHERE {THIS_START} AND state IN ('prepared', 'mapping')"
@@ -282,7 +284,7 @@ class StartSteps(Database):
         self._write_start(
             [
                 (f"UPDATE attachment SET ended = ended WHERE {THIS_START}", start.key),
-                (f"UPDATE run SET written = coalesce(({written}), written) WHERE uuid = ?", (start.uuid,)),
+                (f"UPDATE run SET written = coalesce(({noted}), written) WHERE uuid = ?", (written, start.uuid)),
                 *([(f"INSERT OR IGNORE INTO never_run {never_run}", start.key * 2)] if left else []),
                 ("DELETE FROM attachment WHERE uuid = ?", (start.uuid,)),
             ],

@@ -17,7 +17,7 @@ from nvdimm_driver.backing import inode
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.doctor import repair_ledger
 from nvdimm_driver.doctor.repair import look
-from nvdimm_driver.errors import InUseError, NvdimmError, RefusedError
+from nvdimm_driver.errors import BackingError, InUseError, NvdimmError, RefusedError
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.state.start_steps import StartSteps
@@ -287,6 +287,35 @@ def test_a_repair_costs_no_saved_guest_whose_file_was_away_at_its_end(host: Host
         return
     host.another().try_restore(UUID)
     boot(host, 6, image)
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize("fault", ["killed", "read-only"])
+def test_a_saved_guest_goes_on_though_its_file_was_away_when_its_end_was_repeated(
+    host: Host, monkeypatch: pytest.MonkeyPatch, fault: str, repaired: bool
+) -> None:
+    """The time that the file was to have was noted, and it could not be thawed; it was unmounted for fsck, say."""
+    boot(host, 5)
+    image = host.mapper.memory[5]
+    if fault == "killed":
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Starts, "thaw", _killed)
+            end(host, 5)
+    else:
+        run("mount", "-o", "remount,ro", host.fs.root)
+        try:
+            with pytest.raises(BackingError, match="Read-only file system"):
+                end(host, 5)
+        finally:
+            run("mount", "-o", "remount,rw", host.fs.root)
+    assert host.record().start is not None
+    with unmounted(host):
+        host.another().reconcile()
+    assert host.record().start is None
+    if repaired:
+        assert repair(host) == []
+    host.another().try_restore(UUID)
+    boot(host, 7, image)
 
 
 @pytest.mark.parametrize("opened", [False, True])
