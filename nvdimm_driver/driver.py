@@ -20,7 +20,7 @@ from nvdimm_driver import logs, plugin_loader, plugins, registered
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
-from nvdimm_driver.backing.paths import resolve
+from nvdimm_driver.backing.paths import resolve, resolve_strictly
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.contents.exporting import Exporter
 from nvdimm_driver.contents.importing import Importer
@@ -169,7 +169,7 @@ class XenNvdimmDriver(plugins.Plugin):
             stored=DefinitionFiles(
                 conf.libvirt.definition_dirs,
                 lambda xml: XmlHooks.from_conf(conf).restore(xml),
-                resolve,
+                resolve_strictly,
                 conf.libvirt.save_dir,
             ),
             is_saved=partial(has_managed_save, conf.libvirt.save_dir),

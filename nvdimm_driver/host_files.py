@@ -17,6 +17,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
+PATH_MAX = 4095
+"""Bytes in a path (limits.h, without the terminating 0)."""
+MAX_LINKS = 40
+"""Symbolic links in one path, as in the kernel (include/linux/namei.h:MAXSYMLINKS)."""
+
+_MAX_NAMES = 4096
+"""Names on a path's way, those in its links included: twice what the longest path has."""
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
@@ -71,6 +80,86 @@ def sync_folder(path: str | Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def real_path(path: str) -> str:
+    """Return the path that :func:`followed` does; a path that cannot be followed as it is: nothing can open that."""
+    try:
+        return followed(path)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        return os.path.abspath(path)
+
+
+def followed(path: str) -> str:
+    """Return the path that a path leads to: absolute, without symbolic links, ``..`` and double slashes.
+
+    Nothing needs to be there. Python's realpath follows any number of links, and takes time by the square of the
+    length: a user can keep it busy for hours.
+
+    :raises OSError: ENAMETOOLONG when the kernel takes no path of that length; ELOOP when it leads through more links
+        than the kernel follows, or more names than any use has.
+    """
+    if len(os.fsencode(path)) > PATH_MAX:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
+    left = _names(os.path.join(os.getcwd(), path))
+    at: list[str] = []
+    lost, links, names = 0, 0, len(left)
+    """How many names at the end of ``at`` are no folder's, or not there; links, and names, up to here."""
+    folder = os.open("/", _FOLDER)
+    try:
+        while left:
+            name = left.pop()
+            if name == ".." and not lost:
+                folder = _entered(folder, name)
+            if name == "..":
+                lost = max(0, lost - 1)
+                del at[-1:]
+                continue
+            try:
+                if left and not lost:
+                    folder = _entered(folder, name)
+                    at.append(name)
+                    continue
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    raise
+            target = "" if lost else _target(folder, name)
+            if not target:
+                at.append(name)
+                lost += 1
+                continue
+            links, names = links + 1, names + target.count("/") + 1
+            if links > MAX_LINKS or names > _MAX_NAMES:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            left += _names(target)
+            if target.startswith("/"):
+                folder = _entered(folder, "/")
+                at.clear()
+    finally:
+        os.close(folder)
+    return "/" + "/".join(at)
+
+
+def _names(path: str) -> list[str]:
+    """Return the names in a path, the last one first."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _entered(folder: int, name: str) -> int:
+    """Return a descriptor of a folder in an open one, which is closed."""
+    found = os.open(name, _FOLDER, dir_fd=folder)
+    os.close(folder)
+    return found
+
+
+def _target(folder: int, name: str) -> str:
+    """Return where a symbolic link in an open folder leads; empty for what is none, or cannot be looked at."""
+    try:
+        return os.readlink(name, dir_fd=folder)
+    except OSError:
+        return ""
 
 
 def _mode(path: str | Path) -> int:

@@ -10,6 +10,8 @@ import errno
 import os
 from abc import ABC, abstractmethod
 
+from nvdimm_driver.host_files import real_path
+
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without the 8 ms that importing typing takes
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -249,7 +251,7 @@ class Backing(Plugin):
         """
         from nvdimm_driver.model import Space
 
-        found = {path: self._whole(path) for path in map(os.path.realpath, paths)}
+        found = {path: self._whole(path) for path in map(real_path, paths)}
         free = [each.identity.size for path, each in found.items() if path not in taken]
         return Space(
             capacity=sum(each.identity.size for each in found.values()),
@@ -507,7 +509,7 @@ class Backing(Plugin):
         """
         if self.device_marks is None or type(self).mark is not Backing.mark:
             return ()
-        return [found for path in map(os.path.realpath, paths) if (found := self.inspect(path))]
+        return [found for path in map(real_path, paths) if (found := self.inspect(path))]
 
     def _surveyed_device(self, path: str, identity: BackingIdentity, owner: bytes | None) -> Surveyed:
         from nvdimm_driver.model import Surveyed
@@ -638,7 +640,7 @@ def _check_there(path: str) -> None:
 
     if os.path.isdir(path):
         raise BackingError(f"{path}: is a folder", hint="name a file in it, which need not exist yet")
-    folder = os.path.dirname(os.path.realpath(path))
+    folder = os.path.dirname(real_path(path))
     while not os.path.lexists(folder) and not os.path.lexists(os.path.dirname(folder)):
         folder = os.path.dirname(folder)  # the first that is missing
     if not os.path.lexists(folder):

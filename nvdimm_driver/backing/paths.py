@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from nvdimm_driver.errors import BackingError, TurnedError
+from nvdimm_driver.host_files import MAX_LINKS, PATH_MAX, followed, real_path
 
 T = TypeVar("T")
 
@@ -36,13 +37,9 @@ HINTS = {
 }
 """Hints for errors of the system, by errno."""
 
-PATH_MAX = 4095
-"""Bytes in a path (limits.h, without the terminating 0)."""
 _OPENAT2 = 437  # the same on every architecture (include/uapi/asm-generic/unistd.h)
 _NO_LINKS = 0x04 | 0x08  # RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH (include/uapi/linux/openat2.h)
 _RENAME_NOREPLACE = 1  # include/uapi/linux/fs.h
-_MAX_LINKS = 40
-"""Symbolic links in one path, as in the kernel (include/linux/namei.h:MAXSYMLINKS)."""
 
 
 @cache
@@ -101,29 +98,40 @@ def _device(path: str) -> int:
 def resolve(path: str) -> str:
     """Return the path that a path leads to: absolute, without symbolic links, ``..`` and double slashes.
 
-    Nothing needs to be there. Call this where a path comes in, and pass on only what it returns.
+    Nothing needs to be there. Call this where a path comes in, and pass on only what it returns. A path through more
+    links than the kernel follows stays as it is, and is refused when it is opened; so whoever has a folder on the way
+    of one path keeps nobody from others.
 
-    :raises BackingError: when it is too long, or leads through too many symbolic links. Python's realpath takes time by
-        the square of the length: hours for a path that fills the largest domain XML.
+    :raises BackingError: when it is too long.
+    """
+    check_length(path)
+    with reporting(path):
+        return real_path(path)
+
+
+def resolve_strictly(path: str) -> str:
+    """Return what :func:`resolve` does.
+
+    :raises BackingError: when it is too long, or leads through more symbolic links than the kernel follows.
     """
     check_length(path)
     try:
-        return os.path.realpath(path)
-    except RecursionError:  # it calls itself for each link of a chain
-        raise BackingError(f"{path}: leads through too many symbolic links", hint="name the file itself") from None
+        with reporting(path):
+            return followed(path)
+    except TurnedError:
+        raise BackingError(
+            f"{path}: leads through more than {MAX_LINKS} symbolic links, or one that leads back to itself",
+            hint="name the file itself",
+        ) from None
 
 
 def resolve_new(path: str) -> str:
     """Return the path that a path leads to, at which a backing will be made if there is none.
 
-    :raises BackingError: when it is too long, a symbolic link that leads back to itself, or one to nothing: its file
-        system may not be mounted.
+    :raises BackingError: as for :func:`resolve_strictly`, and when it is a symbolic link to nothing: its file system
+        may not be mounted.
     """
-    real = resolve(path)
-    if os.path.islink(real):
-        raise BackingError(
-            f"{path}: leads to {real}, a symbolic link that leads back to itself", hint="turn that link to the file"
-        )
+    real = resolve_strictly(path)
     if os.path.islink(path) and not os.path.lexists(real):
         raise BackingError(
             f"{path}: is a symbolic link to {real}, and nothing is there",
@@ -160,7 +168,7 @@ def steps(path: str) -> Iterator[tuple[str, os.stat_result]]:
             target = os.readlink(at)
             left = [*target.split("/"), *left]
             at = "/" if os.path.isabs(target) else os.path.dirname(at)
-        if links > _MAX_LINKS:
+        if links > MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 

@@ -14,7 +14,7 @@ from oslo_config import cfg
 from nvdimm_driver import host_files, plugin_loader
 from nvdimm_driver.acpi.qemu import QemuAcpiBuilder
 from nvdimm_driver.backing.holders import Holders
-from nvdimm_driver.backing.paths import resolve
+from nvdimm_driver.backing.paths import resolve_strictly
 from nvdimm_driver.conf import configured_pools
 from nvdimm_driver.doctor import access, confinement, hypervisor, ledger, libvirt, nova, pmem, programs, storage
 from nvdimm_driver.doctor.finding import Finding, could_not, noted, passed, warned
@@ -132,7 +132,7 @@ def _emulators(conf: cfg.ConfigOpts) -> Iterator[Finding]:
 
 
 def _definitions(conf: cfg.ConfigOpts) -> DefinitionFiles:
-    return DefinitionFiles(conf.libvirt.definition_dirs, XmlHooks.from_conf(conf).restore, resolve)
+    return DefinitionFiles(conf.libvirt.definition_dirs, XmlHooks.from_conf(conf).restore, resolve_strictly)
 
 
 def _libvirt_socket(conf: cfg.ConfigOpts) -> str:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.errors import BackingError, ConfigError, NotFoundError
 from nvdimm_driver.model import MIB, SUPERPAGE, NvdimmSpec, Pool, Record
 from nvdimm_driver.plugins import Backing, backing_of
@@ -115,7 +116,7 @@ class Inventory:
         found: dict[str, NovaNamespace] = {}
         for each in configured:
             namespace = self._look(each)
-            real = os.path.realpath(namespace.path)
+            real = resolve(namespace.path)
             if real in found:
                 raise ConfigError(
                     f"pmem_namespaces: {found[real].name} and {each.name} are both {real}",
@@ -127,7 +128,7 @@ class Inventory:
     def _look(self, configured: Configured) -> NovaNamespace:
         pool, path = self._place(configured.name)
         owners = self._owners(path)
-        known = [item.spec for owner in owners for item in owner.claims if item.spec.path == os.path.realpath(path)]
+        known = [item.spec for owner in owners for item in owner.claims if item.spec.path == resolve(path)]
         # A device that is gone is its instance's trouble: it is taken, and the others are as they are.
         spec = known[0] if known and not self._exists(path) else self._measure(pool, path)
         return NovaNamespace(
@@ -187,7 +188,7 @@ class Inventory:
 
     def _owners(self, path: str) -> Sequence[Record]:
         """Return the domains that have what is at a path, those with its bytes before those with its name only."""
-        real = os.path.realpath(path)
+        real = resolve(path)
         here = ownership.identity_at(self._backings, real)
         found = ownership.owners(self._ledger, real, here)
         return sorted(found, key=lambda record: not ownership.has_bytes(record.allocations, here))

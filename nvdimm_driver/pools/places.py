@@ -40,7 +40,7 @@ class Place:
 class Places:
     """The devices and folders of pools as they are now, read once for any number of paths.
 
-    :raises BackingError: when the host's mounts cannot be read, or a pool's path leads through too many links.
+    :raises BackingError: when the host's mounts cannot be read, or a pool's path is too long.
     """
 
     def __init__(self, pools: Iterable[Pool]) -> None:

@@ -13,6 +13,7 @@ import time
 
 from nvdimm_driver.device_marks import FOLDER, DeviceMarks
 from nvdimm_driver.errors import DamagedLedgerError, FullDiskError, LedgerError, hint_of, own_file_error
+from nvdimm_driver.host_files import real_path
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state import in_use
 from nvdimm_driver.state.events import Event, unheard
@@ -151,7 +152,7 @@ class Database:
             if found == SCHEMA_VERSION:
                 return  # another process was first
             self._write([("PRAGMA journal_mode = WAL", ())], begin="")
-            self._db.create_function("real_path", 1, os.path.realpath)
+            self._db.create_function("real_path", 1, real_path)
             self._db.create_function("real_paths", 1, _real_paths)
             statements = [part for schema in SCHEMAS[found:] for part in schema.split(";\n") if part.strip()]
             own: list[tuple[str, Sequence[Any]]] = []
@@ -390,7 +391,7 @@ def _real_paths(nvdimms: str) -> str:
     found = json.loads(nvdimms) if nvdimms else None
     if found is None:
         return nvdimms
-    return json.dumps([{**each, "path": os.path.realpath(each["path"])} for each in found])
+    return json.dumps([{**each, "path": real_path(each["path"])} for each in found])
 
 
 def _recording(event: Event | None) -> list[tuple[str, Sequence[Any]]]:

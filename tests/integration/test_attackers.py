@@ -199,6 +199,18 @@ def test_no_file_outside_the_pools_is_touched(users: Users, victim: Path, how: s
     assert users.host.nvdimmctl("list", "-f", "value").stdout == ""
 
 
+def test_links_are_followed_as_far_as_by_the_kernel(users: Users) -> None:
+    """Each of a thousand can lead down 800 folders and up again: Python's realpath follows all, for a minute."""
+    users.link("link-0", image(users.host, "db1").parent)
+    for number in range(40):
+        users.link(f"link-{number + 1}", f"link-{number}")
+    refused = users.define("/run/member/link-40/db1.img").stderr
+    assert "/run/member/link-40/db1.img: leads through more than 40 symbolic links" in refused
+    assert users.host.files() == []
+    done = users.define("/run/member/link-39/db1.img")
+    assert done.returncode == 0, done.stderr
+
+
 def test_nothing_that_waits_or_acts_is_opened(users: Users) -> None:
     """A FIFO would stop the host's tools until somebody writes to it; to open a device may do something."""
     for kind in ("fifo", "socket"):

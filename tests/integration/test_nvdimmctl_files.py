@@ -591,7 +591,7 @@ LIMITS = {
     | {"to": (5, "{root}/folder: is not a file")},
     "link": {"plan": NOTHING, "provision": NOTHING, "copy": NOTHING}
     | {"import": MISSING, "export": MISSING, "wipe": MISSING},
-    "loop": dict.fromkeys(("plan", "provision"), (1, "a symbolic link that leads back to itself"))
+    "loop": dict.fromkeys(("plan", "provision"), (1, "symbolic links, or one that leads back to itself"))
     | dict.fromkeys(("import", "export", "wipe"), (1, "loop: Too many levels of symbolic")),
     "real.img/a": dict.fromkeys(("plan", "provision", "import", "export", "wipe"), (1, "real.img is not a folder")),
 }

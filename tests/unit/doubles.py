@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -469,3 +472,19 @@ def domain(
     """Return a domain with one NVDIMM of 64 MiB for each path."""
     nvdimms = tuple(NvdimmSpec(slot, path, 64 * MIB, label_size) for slot, path in enumerate(paths))
     return DomainSpec(name, uuid, ram, None, nvdimms)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Return how often each call that finds what is at a path is made from now on."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, call: Any) -> Any:
+        def count(*words: object, **more: object) -> Any:
+            calls[name] += 1
+            return call(*words, **more)
+
+        return count
+
+    for name in ("lstat", "open", "readlink", "stat"):
+        monkeypatch.setattr(os, name, counting(name, getattr(os, name)))
+    return calls

@@ -10,14 +10,15 @@ import pytest
 
 from nvdimm_driver.backing import paths
 from nvdimm_driver.errors import BackingError
+from nvdimm_driver.host_files import PATH_MAX
 
-LONGEST = "/a" * (paths.PATH_MAX // 2) + "/"
+LONGEST = "/a" * (PATH_MAX // 2) + "/"
 
 
 def test_a_path_that_the_kernel_takes_is_resolved(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     assert paths.resolve(str(tmp_path / "link")) == str(tmp_path / "file")
-    assert len(LONGEST) == paths.PATH_MAX
+    assert len(LONGEST) == PATH_MAX
     assert paths.resolve(LONGEST) == LONGEST.rstrip("/")
     with pytest.raises(FileNotFoundError):
         os.stat(LONGEST)
@@ -31,6 +32,14 @@ def test_a_longer_one_is_refused_before_the_host_is_looked_at(path: str) -> None
     for resolve in (paths.resolve, paths.resolve_new):
         with pytest.raises(BackingError, match=r"^/.{79}…: the path has \d+ bytes, and may have 4095"):
             resolve(path)
+
+
+def test_only_the_way_in_refuses_links_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert paths.resolve(f"{tmp_path}/loop/a.img") == f"{tmp_path}/loop/a.img"
+    for resolve in (paths.resolve_strictly, paths.resolve_new):
+        with pytest.raises(BackingError, match="more than 40 symbolic links, or one that leads back to itself"):
+            resolve(f"{tmp_path}/loop/a.img")
 
 
 def test_a_path_can_be_turned_by_who_may_replace_a_folder_or_link_on_its_way(tmp_path: Path) -> None:

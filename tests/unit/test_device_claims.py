@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing.paths import resolve_strictly
 from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, Location, NvdimmSpec
 from nvdimm_driver.plugins import Backing
@@ -82,6 +83,17 @@ def test_a_definition_that_cannot_be_read_may_have_anything_that_it_names(tmp_pa
     (tmp_path / "owner.xml").mkdir()
     with pytest.raises(ConfigError, match=r"owner.xml: Is a directory"):
         list(files(tmp_path))
+
+
+def test_a_path_that_nothing_can_follow_makes_no_definition_one_without_devices(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "owner.xml").write_text(
+        STORED.replace("</name>", f"</name><title>{DEVICE}</title>").replace(
+            f"<path>{DEVICE}<", f"<path>{tmp_path}/loop/a<"
+        )
+    )
+    (found,) = DefinitionFiles([str(tmp_path)], restore, resolve_strictly)
+    assert found.names(DEVICE)
 
 
 def test_a_device_is_anothers_by_any_name() -> None:

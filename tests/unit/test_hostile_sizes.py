@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +43,5 @@ def test_what_becomes_longer_than_libvirt_takes_is_refused() -> None:
 def test_a_long_chain_of_links_is_not_followed(tmp_path: Path) -> None:
     for number in range(1, 1200):
         os.symlink(f"{number - 1}", tmp_path / f"{number}")
-    refusal = "too many symbolic links" if sys.version_info < (3, 13) else "is a symbolic link to"
-    with pytest.raises(BackingError, match=refusal):
+    with pytest.raises(BackingError, match="leads through more than 40 symbolic links"):
         resolve_new(f"{tmp_path}/1199")

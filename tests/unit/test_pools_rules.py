@@ -50,6 +50,17 @@ def test_the_pool_of_a_path(tmp_path: Path) -> None:
     assert pools.of(f"{tmp_path}/one/../x") is None, "it is not resolved"
 
 
+def test_a_pool_whose_path_others_have_turned_keeps_no_file_from_the_other_pools(tmp_path: Path) -> None:
+    """Who has a folder above that of a pool can put a chain of links in its place, longer than Python's stack."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").symlink_to("two")
+    for number in range(1, 1200):
+        (tmp_path / f"{number}").symlink_to(f"{number - 1}")
+    for turned in ("two", "1199"):
+        pools = Pools([one := pool("one", tmp_path / "one"), pool("two", tmp_path / turned)])
+        assert pools.of(f"{tmp_path}/one/new.img") == one
+
+
 def test_a_path_outside_is_refused_unless_any_may_be_had() -> None:
     with pytest.raises(RefusedError, match=r"/srv/a is in none .*pools are: main \(/mnt/pmem0\)"):
         Pools([pool("main", "/mnt/pmem0")]).check(domain(("/mnt/pmem0/a", MIB * 2), ("/srv/a", 2 * MIB)), [])
