@@ -8,7 +8,6 @@ what libvirt reads in more than one way (it looks for some names without their n
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from lxml import etree
 
 from nvdimm_driver.errors import DomainXmlError
+from nvdimm_driver.host_files import real_path
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.xml.document import Element, decode, parse
 from nvdimm_driver.xml.parse_domain import check_memory_device, emulator_of, is_xen, nvdimm_elements, spec_of, uuid_of
@@ -71,7 +71,7 @@ def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> Cl
         check_schema(text)
     domain = spec_of(root) if nvdimms and xen else None
     emulator = emulator_of(root)
-    if domain is None and emulator is not None and os.path.realpath(emulator) == os.path.realpath(device_model):
+    if domain is None and emulator is not None and real_path(emulator) == real_path(device_model):
         raise DomainXmlError(
             f"the domain has no NVDIMM and names the device model {device_model}, as {emulator}",
             hint="leave <emulator> out, or name a QEMU",

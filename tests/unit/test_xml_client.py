@@ -11,6 +11,7 @@ from nvdimm_driver.errors import DomainXmlError, UnsupportedError
 from nvdimm_driver.xml.client_xml import check_metadata, read_device, read_domain
 from nvdimm_driver.xml.document import MAX_PARTS
 from nvdimm_driver.xml.rewrite import NAMESPACE, rewrite
+from tests.unit.doubles import counted
 
 DEVICE_MODEL = "/usr/libexec/xen/bin/nvdimm-device-model"
 UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000001"
@@ -86,6 +87,13 @@ def test_what_users_write_is_read(more: str) -> None:
 def test_forged_metadata_is_refused(text: str) -> None:
     with pytest.raises(DomainXmlError):
         read_domain(text.encode(), DEVICE_MODEL)
+
+
+def test_a_long_emulator_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can run it, and Python's realpath takes half an hour for the longest."""
+    calls = counted(monkeypatch)
+    read_domain(PLAIN.format(EMULATOR.format("/a" * 20_000)).encode(), DEVICE_MODEL)
+    assert sum(calls.values()) < 100
 
 
 @pytest.mark.parametrize(
