@@ -8,6 +8,7 @@ what libvirt reads in more than one way (it looks for some names without their n
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,6 +32,9 @@ _ONCE = (
 _TEXT_ONLY = ("name", "uuid", "maxMemory", "memory", "currentMemory")
 """Elements of a domain, besides its emulator, of which libvirt takes the text of all in them (XPath's string()), and
 the driver their own."""
+
+_MARKUP = re.compile("[^ !#-%(-;=?-~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NO_TEXT = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,28 @@ def check_metadata(data: bytes) -> None:
     :raises DomainXmlError: when they are, cannot be parsed, or are not read alike by libvirt.
     """
     _check_not_ours(_parse(data)[1])
+
+
+def check_plain(value: str) -> None:
+    """Check a value of a client's that libvirt writes into XML as it is, such as the name of a namespace.
+
+    It would be another value when that is read again, even the driver's own namespace, or XML that nobody can read.
+
+    :raises DomainXmlError: when it has a character that means something in XML, or that XML cannot have.
+    """
+    if _MARKUP.search(value):
+        raise DomainXmlError(
+            f"{value[:80]!r} has a character that means something else in XML", hint="leave out & < > ' \" and controls"
+        )
+
+
+def check_text(value: str) -> None:
+    """Check a value of a client's that libvirt escapes in XML.
+
+    :raises DomainXmlError: when it has a character that XML cannot have: nobody could read the domain's XML any more.
+    """
+    if _NO_TEXT.search(value):
+        raise DomainXmlError(f"{value[:80]!r} has a character that XML cannot have", hint="leave it out")
 
 
 def _parse(data: bytes) -> tuple[str, Element]:

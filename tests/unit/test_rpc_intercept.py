@@ -609,6 +609,34 @@ def test_metadata_of_ours_is_not_for_clients(proxy: Proxy, text: str | None, uri
     assert RemoteError.unpack(caught.value.payload).code == 80
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("urn:nvdimm-driver:domain&#58;1", "urn:nvdimm-driver:domain&#x3a;1", "x<y", "x>y", "x'y", 'x"y', "x&amp;y"),
+        *("x\ny", "x\x01y", "x\x7fy", "x\ufffey"),
+    ],
+)
+def test_no_name_that_is_another_one_in_xml_reaches_libvirt(proxy: Proxy, uri: str) -> None:
+    """libvirt writes it as it is, and whoever reads that reads something else, or cannot read the domain any more."""
+    domain = proxy.define(xml("a"))
+    for key, name in (("k", uri), (uri, "urn:x")):
+        arguments = Packer().domain(domain).int32(2).optional_string("<a/>").optional_string(key)
+        with pytest.raises(DomainXmlError, match="has a character that means something else in XML"):
+            proxy.call(264, arguments.optional_string(name).uint32(0))
+
+
+def test_no_title_that_xml_cannot_have_reaches_libvirt(proxy: Proxy) -> None:
+    domain = proxy.define(xml("a"))
+    for kind in (0, 1):
+        for text in ("x\x01y", "x\ufffey", "x\uffffy"):
+            arguments = Packer().domain(domain).int32(kind).optional_string(text)
+            with pytest.raises(DomainXmlError, match="has a character that XML cannot have"):
+                proxy.call(264, arguments.optional_string(None).optional_string(None).uint32(0))
+        arguments = Packer().domain(domain).int32(kind).optional_string("a & <b> 'ä' \u5ba2 \U0001f600")
+        proxy.call(264, arguments.optional_string(None).optional_string(None).uint32(0))
+        assert proxy.libvirtd.calls[-1] == 264
+
+
 def test_other_metadata_pass(proxy: Proxy) -> None:
     domain = proxy.define(xml("a"))
     arguments = Packer().domain(domain).int32(2).optional_string("<a/>").optional_string("k").optional_string("urn:x")
