@@ -56,7 +56,7 @@ def look(
     if not any(_is_unmarked(backing) and backing.areas() for backing in driver.backings):
         return []
     ask = partial(_ask, restore, socket)
-    return [
+    return list(_unreadable(driver)) + [
         found
         for domain in ask()
         for check in (
@@ -67,6 +67,16 @@ def look(
         )
         for found in check(domain)
     ]
+
+
+def _unreadable(driver: XenNvdimmDriver) -> Iterator[Inconsistency]:
+    """Yield the files of libvirt's that nobody can read: no other domain gets a device that they name."""
+    for domain in driver.checks.unknown.stored:
+        if domain.text:
+            problem = f"{domain.file} cannot be read as the XML of a domain: no other gets a device that it names"
+            yield Inconsistency(
+                domain.name, domain.uuid, "", problem, "correct that file, or remove it with its domain"
+            )
 
 
 def _ask(restore: Callable[[str], str], socket: str) -> list[_Known]:

@@ -84,6 +84,11 @@ def keeps_no_mark(backings: Sequence[Backing], path: str) -> bool:
 
 def _owned(path: str, domain: StoredDomain) -> InUseError:
     """Return the error for a device that a domain in libvirt's files has."""
+    if domain.text:
+        return InUseError(
+            f"{domain.file} cannot be read as the XML of a domain, and may have {path}",
+            hint="correct that file, or remove it with its domain",
+        )
     uuid = domain.uuid or "UUID"  # virsh takes a name for a uuid first
     if domain.is_saved:
         return InUseError(

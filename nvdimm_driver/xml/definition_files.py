@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nvdimm_driver import host_files
@@ -36,6 +37,7 @@ class StoredDomain:
     :ivar paths: of its NVDIMMs, resolved.
     :ivar text: the XML, if it cannot be parsed: nobody knows what it has; empty otherwise.
     :ivar is_saved: True for the image of a saved guest.
+    :ivar file: in which it is.
     """
 
     name: str
@@ -43,10 +45,11 @@ class StoredDomain:
     paths: tuple[str, ...]
     text: str = ""
     is_saved: bool = False
+    file: str = field(default="", compare=False)
 
     def names(self, path: str) -> bool:
         """Return True when the domain has an NVDIMM with that path, or may have: its XML cannot be parsed."""
-        return path in self.paths or path in self.text
+        return path in self.paths or re.search(f"{re.escape(path)}(?![0-9])", self.text) is not None
 
     @property
     def has_any(self) -> bool:
@@ -115,8 +118,8 @@ class DefinitionFiles:
             root = parse(xml).root
             name, uuid = root.need("name").text, uuid_of(root) or ""
             paths = tuple(self.resolve(path_of(each)) for each in nvdimm_elements(parse(self.restore(xml)).root))
-            return StoredDomain(name, uuid, paths)
-        return StoredDomain(name, uuid, (), xml)
+            return StoredDomain(name, uuid, paths, file=str(file))
+        return StoredDomain(name, uuid, (), xml, file=str(file))
 
     def saved(self, folder: str) -> Iterator[StoredDomain]:
         """Yield the domains that have a managed save, with NVDIMMs or without.

@@ -214,6 +214,30 @@ def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(host: Host, dev
     assert (own.read(8), other.read(8)) == (b"precious", bytes(8))
 
 
+@pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
+def test_a_definition_that_nobody_can_read_is_named(host: Host, device: MakeDevice) -> None:
+    """It keeps only the devices that it names from other domains."""
+    disk = device(3, 16)
+    host.check("define", xml(host, "db1", 1, disk.path))
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    plain = re.sub(r"<memory model.*?</memory>\s*", "", host.xml("p", 7).read_text(), flags=re.DOTALL)
+    direct = ("virsh", "-q", "-c", "xen+unix:///system?socket=/run/libvirt/libvirt-sock")
+    for more, returncode in (("0", 0), ("", 1)):
+        file = host.folder / "p.xml"
+        text = f"<description>nvdimm {disk.path}{more}</description><memory unit"
+        file.write_text(plain.replace("<memory unit", text, 1))
+        host.check("define", file)
+        broken = host.libvirtd.run(*direct, "metadata", "p", "--uri", "x<y", "--key", "a", "--set", "<a/>", "--config")
+        assert broken.returncode == 0, broken.stderr
+        started = host.virsh("start", "db1")
+        assert started.returncode == returncode, started.stderr
+        assert "libxl/p.xml cannot be read as the XML of a domain" in host.nvdimmctl("check").stdout
+        if not returncode:
+            host.check("destroy", "db1")
+    assert "libxl/p.xml cannot be read as the XML of a domain, and may have" in started.stderr
+
+
 def test_a_third_domain_gets_no_device_of_a_definition_by_another_name(host: Host, device: MakeDevice) -> None:
     """The ledger, from a backup, has another device for that domain: a boot has exchanged the names since."""
     conf = host.libvirtd.folder / "conf/nvdimm-driver.conf"

@@ -79,6 +79,10 @@ def test_a_definition_that_cannot_be_read_may_have_anything_that_it_names(tmp_pa
     (tmp_path / "owner.xml").write_text(STORED.replace("<nvdimm:domain ", "<nvdimm:domain added='x' "))
     (found,) = files(tmp_path)
     assert (found.name, found.paths, found.names(DEVICE), found.names("/dev/pmem2")) == ("owner", (), True, False)
+    assert not StoredDomain("owner", "", (), f"<path>{DEVICE}0<").names(DEVICE), "a longer number is another device's"
+    with pytest.raises(InUseError, match=f"^{tmp_path}/owner.xml cannot be read as the XML of a domain") as error:
+        claims([found], pmem1="one").check(OTHER_UUID, {DEVICE: None})
+    assert error.value.hint == "correct that file, or remove it with its domain"
     (tmp_path / "owner.xml").unlink()
     (tmp_path / "owner.xml").mkdir()
     with pytest.raises(ConfigError, match=r"owner.xml: Is a directory"):
@@ -127,6 +131,3 @@ def test_the_hint_edits_the_domain_that_has_the_device() -> None:
     with pytest.raises(InUseError) as error:
         claims([named_like_the_other], pmem1="one").check(UUID, {DEVICE: None})
     assert error.value.hint.endswith(f": virsh edit {OTHER_UUID}")
-    with pytest.raises(InUseError) as error:
-        claims([StoredDomain(UUID, "", (), f"<path>{DEVICE}")], pmem1="one").check(UUID, {DEVICE: None})
-    assert error.value.hint.endswith(": virsh edit UUID")
