@@ -75,7 +75,7 @@ class HostDescription:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{source}: not JSON: {error}") from error
         _keys(content, source, required={"namespaces", "physical_address_bits"}, optional={"mounts"})
         bits = content["physical_address_bits"]

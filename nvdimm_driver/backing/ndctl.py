@@ -50,7 +50,7 @@ def regions(listed: str) -> tuple[NdRegion, ...]:
         found = json.loads(listed or "[]")
         items = found.get("regions", [found]) if isinstance(found, dict) else found
         return tuple(_region(item) for item in items)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BackingError(
             f"'ndctl list -RNi' printed {listed[:80]!r}, which is not the expected JSON",
             hint="is it a newer version of ndctl?",
@@ -64,7 +64,7 @@ def namespace(printed: str) -> NdNamespace:
     """
     try:
         return _namespace(json.loads(printed))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BackingError(
             f"'ndctl create-namespace' printed {printed[:80]!r}, which is not the expected JSON",
             hint="is it a newer version of ndctl?",

@@ -46,7 +46,7 @@ def devices(arguments: Sequence[str]) -> Iterator[str]:
 def _fields(value: str) -> dict[str, str]:
     """Return the properties in an argument of QEMU's: text, where the first may lack its name, or JSON."""
     if value.startswith("{"):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):  # the latter for what is nested deeply
             return {name: str(each) for name, each in json.loads(value).items()}
         return {}
     first, *rest = value.split(",")

@@ -295,6 +295,8 @@ def test_host_file_errors(path: tuple[Any, ...], value: Any, message: str) -> No
 def test_host_file_is_not_json() -> None:
     with pytest.raises(ConfigError, match=r"my\.json: not JSON: .*line 1 column 2"):
         HostDescription.from_json("{", "my.json")
+    with pytest.raises(ConfigError, match=r"my\.json: not JSON: .*recursion"):
+        HostDescription.from_json("[" * 100_000, "my.json")
 
 
 @pytest.mark.parametrize(

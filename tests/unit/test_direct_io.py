@@ -24,6 +24,7 @@ from tests.unit.test_xml import NVDIMM, domain
         (["--device", '{"driver":"nvme","drive":"a"}'], ["nvme"]),
         (["-device", '{"driver":'], []),
         (["-device", '["nvme"]'], []),
+        (["-device", '{"driver":' * 100_000], []),
         (["-hda", "/a", "-hdd", "/b"], ["piix3-ide", "piix3-ide"]),
         (["-drive", "file=/a,format=raw"], ["piix3-ide"]),
         (["-device", "am53c974,id=a", "-device", "dc390"], ["am53c974", "dc390"]),

@@ -170,7 +170,7 @@ def test_what_cannot_be(changes: dict[str, object], listed: str, kind: type[Nvdi
         run(wish(**changes), host(listed=listed))
 
 
-@pytest.mark.parametrize("text", ["{", '{"regions": [{}]}', "[1]", '"x"'])
+@pytest.mark.parametrize("text", ["{", '{"regions": [{}]}', "[1]", '"x"', "[" * 100_000], ids=lambda text: text[:9])
 def test_what_ndctl_does_not_print(text: str) -> None:
     with pytest.raises(BackingError, match=r"'ndctl list -RNi' printed .*, which is not the expected JSON"):
         ndctl.regions(text)
