@@ -47,7 +47,7 @@ from nvdimm_driver.rpc.locking import changing
 from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
-from nvdimm_driver.xml.client_xml import ClientDomain, read_device, read_domain
+from nvdimm_driver.xml.client_xml import ClientDomain, check_room, read_device, read_domain
 from nvdimm_driver.xml.definition_files import uuid_of_save, xml_of_save
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.edit_devices import (
@@ -225,6 +225,21 @@ class Interceptor:
             changed: str = yield Work(lambda: edit(before, device, found), Pool.XML)
             yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)), locked=domain.uuid)
         return b""
+
+    def set_metadata(self, procedure: int, payload: bytes) -> Steps:
+        """Pass metadata that are not ours, if the domain's XML, of its definition and of its guest, has room for them.
+
+        Each call adds to it: so one at a time.
+        """
+        new = yield from metadata_calls.new_metadata(payload)
+        value = new.value
+        if not value or (yield from find(new.domain.uuid)) is None:
+            return (yield from call(procedure, payload))
+        with (yield from self._changing(new.domain.uuid)):
+            for ask_xml in (definition, current_xml):
+                xml = yield from ask_xml(new.domain)
+                yield Work(partial(check_room, xml, value, is_element=new.is_element), Pool.XML)
+            return (yield from call(procedure, payload))
 
     # --- a domain's life ---
 
@@ -635,7 +650,7 @@ TABLE: Mapping[Procedure, Row] = {
     Procedure.DOMAIN_SET_MEMORY_FLAGS: Row(Interceptor.set_memory),
     Procedure.DOMAIN_UNDEFINE_FLAGS: Row(Interceptor.undefine),
     Procedure.DOMAIN_RESTORE_FLAGS: Row(Interceptor.restore),
-    Procedure.DOMAIN_SET_METADATA: Row(metadata_calls.set_metadata),
+    Procedure.DOMAIN_SET_METADATA: Row(Interceptor.set_metadata),
     Procedure.DOMAIN_GET_METADATA: Row(metadata_calls.get_metadata, read_only=True),
     Procedure.DOMAIN_MIGRATE_BEGIN3_PARAMS: Row(Interceptor.migrate),
     Procedure.DOMAIN_MIGRATE_PREPARE3_PARAMS: Row(Interceptor.migrate_in),

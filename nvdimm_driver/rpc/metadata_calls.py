@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
 from nvdimm_driver.errors import DomainXmlError
 from nvdimm_driver.host_text import decode
-from nvdimm_driver.rpc.handler_types import Pool, Work
+from nvdimm_driver.rpc.handler_types import Call, Pool, Work
 from nvdimm_driver.rpc.libvirt_calls import Steps, call
-from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError, Unpacker
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import check_metadata, check_plain, check_text
 from nvdimm_driver.xml.rewrite import NAMESPACE
 
@@ -17,15 +20,27 @@ FROM_DOMAIN, NO_DOMAIN_METADATA = 20, 80  # include/libvirt/virterror.h
 MARK = NAMESPACE.encode()
 
 
-def set_metadata(interceptor: object, procedure: int, payload: bytes) -> Steps:
-    """Refuse metadata with our namespace in it: it would change NVDIMMs without the driver.
+class Metadata(NamedTuple):
+    """Metadata that a client gives a domain.
+
+    :ivar value: None to remove some.
+    """
+
+    domain: DomainRef
+    is_element: bool
+    value: bytes | None
+
+
+def new_metadata(payload: bytes) -> Generator[Call | Work, Any, Metadata]:
+    """Return what a call sets.
 
     libvirt writes the name of a namespace into XML as it is.
+
+    :raises DomainXmlError: when it has our namespace in it, which would change NVDIMMs without the driver, or is
+        something else in XML.
     """
-    del interceptor
     values = Unpacker(payload)
-    values.domain()
-    is_element, value = values.int32() == METADATA_ELEMENT, values.optional_encoded()
+    found = Metadata(values.domain(), values.int32() == METADATA_ELEMENT, values.optional_encoded())
     names = values.optional_string(), values.optional_string()
     if MARK in payload:
         raise DomainXmlError(
@@ -34,11 +49,12 @@ def set_metadata(interceptor: object, procedure: int, payload: bytes) -> Steps:
         )
     for name in names:
         check_plain(name or "")
-    if is_element and value is not None:
+    value = found.value
+    if found.is_element and value is not None:
         yield Work(lambda: check_metadata(value), Pool.XML)
     elif value is not None:
         check_text(decode(value))
-    return (yield from call(procedure, payload))
+    return found
 
 
 def get_metadata(interceptor: object, procedure: int, payload: bytes) -> Steps:

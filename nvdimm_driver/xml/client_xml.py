@@ -16,10 +16,21 @@ from dataclasses import dataclass
 
 from lxml import etree
 
+from nvdimm_driver import host_text
 from nvdimm_driver.errors import DomainXmlError
 from nvdimm_driver.host_files import real_path
 from nvdimm_driver.model import DomainSpec
-from nvdimm_driver.xml.document import Element, decode, parse
+from nvdimm_driver.sizes import human
+from nvdimm_driver.xml.document import (
+    MAX_CLIENT_DEPTH,
+    MAX_PARTS,
+    MAX_WRITTEN,
+    Element,
+    count_parts,
+    decode,
+    parse,
+    written_size,
+)
 from nvdimm_driver.xml.parse_domain import check_memory_device, emulator_of, is_xen, nvdimm_elements, spec_of, uuid_of
 from nvdimm_driver.xml.rewrite import NAMESPACE, mentions
 from nvdimm_driver.xml.schema import check_schema
@@ -107,6 +118,32 @@ def check_metadata(data: bytes) -> None:
     _check_not_ours(_parse(data)[1])
 
 
+def check_room(xml: str, data: bytes, *, is_element: bool) -> None:
+    """Check that a domain's XML has room for metadata.
+
+    Otherwise nobody could read it any more: neither its client nor the hook, which keeps the domain from its start.
+
+    :param xml: as libvirt has it now.
+    :param data: an element, or a title or description.
+    :raises DomainXmlError: when it has not.
+    """
+    parts, size = count_parts(parse(xml).root), len(xml.encode())
+    added = _parse(data)[1] if is_element else Element("description", text=host_text.decode(data))
+    _check_written(size + written_size(added, 2))
+    if parts + count_parts(added) > MAX_PARTS:
+        raise DomainXmlError(
+            f"the domain would have more than {MAX_PARTS} elements and attributes", hint="remove other metadata first"
+        )
+
+
+def _check_written(size: int) -> None:
+    if size > MAX_WRITTEN:
+        raise DomainXmlError(
+            f"the domain XML would have {human(size)} as libvirt writes it, and may have {human(MAX_WRITTEN)}",
+            hint="make it shorter, or remove other metadata first",
+        )
+
+
 def check_plain(value: str) -> None:
     """Check a value of a client's that libvirt writes into XML as it is, such as the name of a namespace.
 
@@ -131,7 +168,8 @@ def check_text(value: str) -> None:
 
 def _parse(data: bytes) -> tuple[str, Element]:
     text = decode(data)
-    root = parse(text).root
+    root = parse(text, MAX_PARTS, MAX_CLIENT_DEPTH).root
+    _check_written(written_size(root))
     try:
         # as libvirt parses it (src/util/virxml.c:virXMLParseHelper); a document type is refused above
         options = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True, remove_pis=True)

@@ -16,9 +16,16 @@ from nvdimm_driver.sizes import human
 MAX_BYTES = 4 * MIB
 """The longest string that libvirt's RPC takes (src/remote/remote_protocol.x:REMOTE_STRING_MAX)."""
 MAX_PARTS = 50_000
-"""Elements and attributes: several times what the largest domains have; bounds the time that hostile XML takes."""
+"""Elements and attributes that a client sends: several times what the largest domains have; bounds the time that
+hostile XML takes."""
+MAX_STORED_PARTS = 4 * MAX_PARTS
+"""Those in XML that libvirt has, which adds to what clients have sent."""
+MAX_WRITTEN = MAX_BYTES // 2
+"""Bytes that XML of a client's may have as libvirt writes it: what libvirt and the driver add has room, too."""
 MAX_DEPTH = 256
 """libxml2's limit without XML_PARSE_HUGE, and so libvirt's (xmlParserMaxDepth)."""
+MAX_CLIENT_DEPTH = MAX_DEPTH - 8
+"""Of what a client sends: libvirt puts it into <metadata>, and the XML of a guest that runs into <domstatus>."""
 MAX_ATTRIBUTES = 256
 """Of one element: libxml2 looks each of them up from the first one on."""
 MAX_INDENT = 64
@@ -207,9 +214,27 @@ def _codec(encoding: str) -> str:
         return "unknown"
 
 
-def parse(xml: str) -> Text:
+def written_size(element: Element, depth: int = 0) -> int:
+    """Return about how many bytes an element has as libvirt writes it: with escapes, and indented by 2 per level."""
+    own = 2 * len(element.tag) + 4 * depth + 8 + _escaped_size(element.text)
+    own += sum(len(name) + 4 + _escaped_size(value) for name, value in element.attributes.items())
+    return own + sum(written_size(child, depth + 1) for child in element.children)
+
+
+def _escaped_size(text: str) -> int:
+    return len(text.encode()) + 5 * sum(map(text.count, "&<>'\""))
+
+
+def count_parts(element: Element) -> int:
+    """Return the number of elements and attributes in an element."""
+    return 1 + len(element.attributes) + sum(map(count_parts, element.children))
+
+
+def parse(xml: str, most: int = MAX_STORED_PARTS, depth: int = MAX_DEPTH) -> Text:
     """Parse XML, with the position of each element.
 
+    :param most: elements and attributes that it may have.
+    :param depth: how deep elements may be nested.
     :raises DomainXmlError: when it is not well-formed, has a DTD or exceeds a limit.
     """
     # expat rejects what a lone surrogate becomes
@@ -227,10 +252,10 @@ def parse(xml: str) -> Text:
     def start(tag: str, attributes: dict[str, str]) -> None:
         nonlocal total
         total += 1 + len(attributes)
-        if total > MAX_PARTS or len(open_elements) > MAX_DEPTH or len(attributes) > MAX_ATTRIBUTES:
+        if total > most or len(open_elements) > depth or len(attributes) > MAX_ATTRIBUTES:
             raise DomainXmlError(
-                f"the domain XML has more than {MAX_PARTS} elements and attributes, or elements are nested more than "
-                f"{MAX_DEPTH} deep or have more than {MAX_ATTRIBUTES} attributes",
+                f"the domain XML has more than {most} elements and attributes, or elements are nested more than "
+                f"{depth} deep or have more than {MAX_ATTRIBUTES} attributes",
                 hint="no domain needs that many",
             )
         element = Element(tag, attributes, start=parser.CurrentByteIndex)

@@ -352,6 +352,21 @@ def test_metadata_are_not_forged_by_a_reference_in_the_namespace(users: Users) -
     host.check("destroy", "db1")
 
 
+def test_no_metadata_keep_a_domain_from_its_start(users: Users) -> None:
+    host = users.host
+    host.define("db1", 1)
+    value = "<foo>" + "<a/>" * 30_000 + "</foo>"
+    for number, returncode in ((1, 0), (2, 1)):
+        words = ("metadata", "db1", "--uri", f"urn:{number}", "--key", f"k{number}", "--set", value, "--config")
+        done = users.virsh(MEMBER, *words)
+        assert done.returncode == returncode, done.stderr
+    assert "would have more than 50000 elements and attributes" in done.stderr
+    assert users.virsh(MEMBER, "dumpxml", "db1").returncode == 0
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+    host.check("metadata", "db1", "--uri", "urn:1", "--remove", "--config")
+
+
 def test_forged_metadata_have_no_file_outside_the_pools(users: Users, victim: Path) -> None:
     done = direct(users, "create", forged(users, victim))
     assert done.returncode == 1

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
-from nvdimm_driver.xml.client_xml import check_metadata, read_device, read_domain
-from nvdimm_driver.xml.document import MAX_PARTS
+from nvdimm_driver.xml.client_xml import check_metadata, check_room, read_device, read_domain
+from nvdimm_driver.xml.document import MAX_CLIENT_DEPTH, MAX_PARTS, MAX_WRITTEN, parse
 from nvdimm_driver.xml.rewrite import NAMESPACE, rewrite
 from tests.unit.doubles import counted
 
@@ -87,6 +87,40 @@ def test_what_users_write_is_read(more: str) -> None:
 def test_forged_metadata_is_refused(text: str) -> None:
     with pytest.raises(DomainXmlError):
         read_domain(text.encode(), DEVICE_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [
+        ("<a>" + "<b/>" * (MAX_PARTS // 2) + "</a>", "more than 50000 elements"),
+        (f"<a>{'x' * (MAX_WRITTEN // 2)}</a>", "would have .* as libvirt writes it, and may have 2 MiB"),
+        ("<a>" + "'" * (MAX_WRITTEN // 7) + "</a>", "as libvirt writes it"),
+    ],
+)
+def test_metadata_are_refused_before_nobody_could_read_the_domain(value: str, refused: str) -> None:
+    check_room(PLAIN.format(""), value.encode(), is_element=True)
+    full = PLAIN.format("").replace("<os>", f"<metadata>{value}</metadata><os>")
+    parse(full)
+    with pytest.raises(DomainXmlError, match=refused):
+        check_room(full, value.encode(), is_element=True)
+
+
+def test_a_title_is_counted_as_it_is_escaped() -> None:
+    check_room(PLAIN.format(""), b"x" * (MAX_WRITTEN - 10_000), is_element=False)
+    for title in (b"x" * MAX_WRITTEN, b"'" * (MAX_WRITTEN // 5)):
+        with pytest.raises(DomainXmlError, match="as libvirt writes it"):
+            check_room(PLAIN.format(""), title, is_element=False)
+
+
+def test_what_libvirt_makes_of_the_deepest_and_largest_can_be_read() -> None:
+    value = "<a>" * MAX_CLIENT_DEPTH + "</a>" * MAX_CLIENT_DEPTH
+    check_metadata(value.encode())
+    parse(f"<domstatus>{PLAIN.format('').replace('<os>', f'<metadata>{value}</metadata><os>')}</domstatus>")
+    with pytest.raises(DomainXmlError, match="248 deep"):
+        check_metadata(f"<a>{value}</a>".encode())
+    nested = "<a>" * 200 + "<b/>" * 20_000 + "</a>" * 200
+    with pytest.raises(DomainXmlError, match="as libvirt writes it"):
+        check_metadata(nested.encode())
 
 
 def test_a_long_emulator_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
