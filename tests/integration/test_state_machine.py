@@ -293,6 +293,50 @@ def test_domains_keep_what_is_their_own(file_systems: dict[str, tuple[FileSystem
     run_steps(file_systems, STEPS)
 
 
+TWO = UUIDS[1]
+FOUND = {
+    "a running guest's base beside a ledger from a backup": [
+        ("define", {"uuid": TWO, "names": {"f0", "f1"}}),
+        ("prepare", {"which": 0}),
+        ("define", {"uuid": TWO, "names": {"f2"}}),
+        ("ledger_is_backed_up", {}),
+        ("attach", {"which": 0, "other": TWO, "meanwhile": ""}),
+        ("ledger_comes_from_the_backup", {}),
+        ("reboot", {"which": 0}),
+        ("ledger_comes_from_the_backup", {}),
+    ],
+    "a later mark of what a running guest does not have": [
+        ("define", {"uuid": TWO, "names": {"f0", "f1", "f2"}}),
+        ("prepare", {"which": 0}),
+        ("attach", {"which": 0, "other": TWO, "meanwhile": ""}),
+        ("ledger_is_backed_up", {}),
+        ("define", {"uuid": TWO, "names": {"f1", "f3"}}),
+        ("shut_down", {"which": 0}),
+        ("prepare", {"which": 0}),
+        ("define", {"uuid": TWO, "names": {"f1", "f2", "f3"}}),
+        ("attach", {"which": 0, "other": TWO, "meanwhile": ""}),
+        ("ledger_comes_from_the_backup", {}),
+    ],
+}
+"""Steps of runs with other seeds that found something, without those that do not matter for it."""
+
+
+@pytest.mark.parametrize("kind", [*MKFS])
+@pytest.mark.parametrize("steps", FOUND.values(), ids=FOUND)
+def test_what_was_found_once_is_mended(
+    file_systems: dict[str, tuple[FileSystem, Path]], kind: str, steps: list[tuple[str, dict[str, object]]]
+) -> None:
+    DomainsMachine.file_systems = file_systems
+    machine = HostMachine()
+    machine.begin(kind)
+    try:
+        for name, arguments in steps:
+            getattr(machine, name)(**arguments)
+            machine.everybody_has_their_own()
+    finally:
+        machine.teardown()
+
+
 def _refuse(*_: object, **__: object) -> NoReturn:
     raise LedgerError("refused")
 

@@ -210,6 +210,16 @@ def test_bad_blocks_are_told_and_warned_of(xen: XenHost) -> None:
 
 
 @pytest.mark.thorough
+def test_a_holder_outlives_the_unit_that_has_started_it(xen: XenHost) -> None:
+    """systemd kills what the processes of a unit, such as that of a timer, have left."""
+    xen.check("pkill -KILL -x nvdimm-holder")
+    shown = xen.check(f"systemd-run --quiet --wait --pipe $(command -v {operator.NVDIMMCTL}) show db2 -c holder").stdout
+    assert "running" in shown
+    (holder,) = xen.check("pgrep -x nvdimm-holder").stdout.split()
+    assert "/nvdimm-driver" in xen.check(f"cat /proc/{holder}/cgroup").stdout
+
+
+@pytest.mark.thorough
 def test_the_package_is_not_removed_under_a_running_domain(xen: XenHost) -> None:
     assert Guest(xen, "db2").exists()
     assert "db2 (shut them down first)" in xen.run("dpkg --remove nvdimm-driver").stderr
