@@ -2,17 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """``apply.py FOLDER``: make the change of write-back.cocci in a source tree of Xen, all of it or nothing.
 
-The change is counted, line by line and name by name: a source that is not as the semantic patch knows it is refused.
+What spatch makes of each file is taken back and compared: a source that is not as the change knows it is refused.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -20,7 +20,6 @@ PATCH = HERE / "write-back.cocci"
 HEADER = HERE / "direct-mmio-wb.h"
 X86 = Path("xen/arch/x86")
 HEADER_IN_XEN = X86 / "include/asm/hvm" / HEADER.name
-INCLUDE = f"#include <asm/hvm/{HEADER.name}>"
 MARK = "direct-mmio-wb"
 
 
@@ -28,20 +27,20 @@ class Refused(Exception):
     """The source is not one that the change is known to be right for."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """The lines that a file loses and gets: how many, and how many of the latter have each text."""
-
-    removed: int
-    added: int
-    texts: dict[str, int]
-
-
-CHANGES = {
-    "mm/p2m-ept.c": Change(1, 2, {INCLUDE: 1, "return direct_mmio_emt(d, gfn, mfn, order, ipat);": 1}),
-    "mm/p2m-pt.c": Change(3, 4, {INCLUDE: 1, "direct_mmio_flags(": 3, "mfn, 0)": 1, "mfn, 1)": 1, "mfn, 2)": 1}),
-    "hvm/hvm.c": Change(0, 2, {INCLUDE: 1, "direct_mmio_flush(d);": 1}),
-    "setup.c": Change(0, 2, {"hvm_hap_supported()": 1, f'"{MARK} "': 1}),
+# What each file gets, its white space left out: a pattern, what takes it back, and how often the pattern must be there.
+Undo = tuple[tuple[str, str, int], ...]
+NAME = r"\w+"
+INCLUDED = (re.escape(f"#include<asm/hvm/{HEADER.name}>"), "", 1)
+FLAGS = r"p2m_type_to_flags\(p2m,p2mt,mfn,%d\)"
+UNCACHED = r"(?<=casep2m_mmio_direct:return)(MTRR_TYPE_UNCACHABLE|X86_MT_UC);"
+CHANGES: dict[str, Undo] = {
+    "mm/p2m-ept.c": (INCLUDED, (r"(?<=casep2m_mmio_direct:return)direct_mmio_emt\(d,gfn,mfn,order,ipat\);", ";", 1)),
+    "mm/p2m-pt.c": (
+        INCLUDED,
+        *((rf"direct_mmio_flags\(p2m,p2mt,{NAME},mfn,{n},({FLAGS % n})\)", r"\1", 1) for n in (0, 1, 2)),
+    ),
+    "hvm/hvm.c": (INCLUDED, (r"(?<=ioreq_server_destroy_all\(d\);)direct_mmio_flush\(d\);", "", 1)),
+    "setup.c": ((rf'if\(hvm_hap_supported\(\)\)safe_strcat\((xen_cap_info|\*info),"{MARK}"\);', "", 1),),
 }
 
 
@@ -59,8 +58,16 @@ def change(source: Path) -> str:
         path = source / X86 / name
         if not path.is_file():
             raise Refused(f"{source}: has no {X86 / name}")
-        found[path] = _changed(path)
-        differences += _checked(X86 / name, path.read_text(), found[path], wanted)
+        before, after = path.read_text(), _changed(path)
+        lines = difflib.unified_diff(
+            before.splitlines(True), after.splitlines(True), f"a/{X86 / name}", f"b/{X86 / name}"
+        )
+        difference = "".join(lines)
+        if not _is(before, after, wanted):
+            shown = difference or "nothing was changed\n"
+            raise Refused(f"{X86 / name}: not as the semantic patch knows it, which would have made:\n{shown}")
+        found[path] = after
+        differences.append(difference)
     for path, text in found.items():
         path.write_text(text)
     shutil.copy(HEADER, source / HEADER_IN_XEN)
@@ -78,16 +85,14 @@ def _changed(path: Path) -> str:
         return copy.read_text()
 
 
-def _checked(name: Path, before: str, after: str, wanted: Change) -> list[str]:
-    """Return the difference of a file's texts, with the names that patch takes; raise Refused for any but `wanted`."""
-    lines = list(difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{name}", f"b/{name}"))
-    removed = [line for line in lines[2:] if line.startswith("-")]
-    added = [line for line in lines[2:] if line.startswith("+") and line != "+\n"]
-    counts = {text: sum(line.count(text) for line in added) for text in wanted.texts}
-    if (len(removed), len(added), counts) != (wanted.removed, wanted.added, wanted.texts):
-        shown = "".join(lines) or "nothing was changed\n"
-        raise Refused(f"{name}: not as the semantic patch knows it, which would have made:\n{shown}")
-    return lines
+def _is(before: str, after: str, wanted: Undo) -> bool:
+    """Return True if `after` is `before` with what is wanted, and differs in nothing else but white space."""
+    undone = re.sub(r"\s", "", after)
+    for pattern, back, times in wanted:
+        undone, count = re.subn(pattern, back, undone)
+        if count != times:
+            return False
+    return undone == re.sub(UNCACHED, ";", re.sub(r"\s", "", before))
 
 
 def main() -> int:

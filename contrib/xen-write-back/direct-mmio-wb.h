@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
 /*
  * Write-back for direct MMIO that is memory: a range of frames that the toolstack has mapped by
  * XEN_DOMCTL_memory_mapping and pinned as write-back, and that the host's own MTRRs have as write-back.

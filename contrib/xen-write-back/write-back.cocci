@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-only
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 // The change to Xen: README.md says what it does. What is called here is in direct-mmio-wb.h. A rule that does not find
 // what it knows changes nothing; apply.py counts the changes, and refuses unless all of them are there.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-SOURCES = ("nvdimm_driver", "shim", "tests", "debian", "doc", ".ci")
+SOURCES = ("nvdimm_driver", "shim", "tests", "contrib", "debian", "doc", ".ci")
 LANGUAGES = {".py", ".sh", ".c", ".h", ".S"}
 MADE = {"_xen.py"}
 
