@@ -7,26 +7,15 @@ The header of the change is compiled with stand-ins for Xen's functions, and all
 from __future__ import annotations
 
 import errno
-import importlib.util
 import itertools
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from cffi import FFI
 
-CHANGE = Path(__file__).parents[2] / "contrib" / "xen-write-back"
-HEADERS = (
-    "xen/errno.h",
-    "xen/rangeset.h",
-    "xen/sched.h",
-    "asm/flushtlb.h",
-    "asm/hvm/cacheattr.h",
-    "asm/mtrr.h",
-    "asm/p2m.h",
-)
+from tests.xen_write_back import HEADER, load, make_empty_headers
+
 UC, WC, WT, WP, WB, UC_MINUS = 0, 1, 4, 5, 6, 7
 NOT_PINNED, IN_PART, MIXED = -errno.ENXIO, -errno.EADDRNOTAVAIL, -1
 PINS = (NOT_PINNED, IN_PART, UC, WC, WT, WP, WB, UC_MINUS)
@@ -245,17 +234,6 @@ class Changed:
         return int(self.calls.emt(pin, host, order, read_only, ipat)), bool(ipat[0])
 
 
-def load(name: str) -> ModuleType:
-    """Return a program of the folder, whose name no import statement can have, as a module."""
-    spec = importlib.util.spec_from_file_location(f"xen_write_back_{name}", CHANGE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 apply = load("apply")
 
 
@@ -278,11 +256,9 @@ def tree(folder: Path, uncached: str, capabilities: str) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=NAMES)
 def changed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Changed:
     folder = tmp_path_factory.mktemp("header")
-    for name in HEADERS:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+    make_empty_headers(folder)
     source = folder / "header.c"
-    source.write_text(STAND_INS % {"header": CHANGE / "direct-mmio-wb.h", "names": NAMES[request.param]})
+    source.write_text(STAND_INS % {"header": HEADER, "names": NAMES[request.param]})
     library = folder / "header.so"
     options = ("-shared", "-fPIC", "-Wall", "-Werror", f"-I{folder}", "-o", library)
     subprocess.run(["gcc", *options, source], check=True)
