@@ -16,7 +16,7 @@ REPORTS := build/reports
 HERE := nice -n 19 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 \
 	-o faulthandler_timeout=2700 --junitxml $(REPORTS)/here.xml tests/unit tests/integration
 
-.PHONY: demo test test-here test-long thorough tried check doc docs deb images lab sample clean
+.PHONY: demo test test-here test-long thorough tried check doc docs deb images lab sample xen-write-back clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m tests.lab.demo
@@ -103,6 +103,10 @@ $(NOVA_VENV)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(NOVA_VENV)
 	$(NOVA_VENV)/bin/pip install -q -e '.[nova,nova-test]'
 	touch $@
+
+# A hypervisor package with the change of contrib/xen-write-back, of the Debian release that RELEASE names.
+xen-write-back:
+	nice -n 19 $(PYTHON) contrib/xen-write-back/build.py $(RELEASE)
 
 clean:
 	rm -rf $(VENV) $(NOVA_VENV) build dist doc/_build *.egg-info

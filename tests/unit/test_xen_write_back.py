@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from cffi import FFI
 
-from tests.xen_write_back import HEADER, load, make_empty_headers
+from tests.lab.errors import LabError
+from tests.xen_write_back import CHANGE, HEADER, load, make_empty_headers
 
 UC, WC, WT, WP, WB, UC_MINUS = 0, 1, 4, 5, 6, 7
 NOT_PINNED, IN_PART, MIXED = -errno.ENXIO, -errno.EADDRNOTAVAIL, -1
@@ -235,6 +236,7 @@ class Changed:
 
 
 apply = load("apply")
+build = load("build")
 
 
 def tree(folder: Path, uncached: str, capabilities: str) -> dict[str, Path]:
@@ -331,3 +333,45 @@ def test_a_source_that_the_change_does_not_know_is_refused_and_left_as_it_was(tm
 def test_a_tree_that_is_not_of_xen_is_refused(tmp_path: Path) -> None:
     with pytest.raises(apply.Refused, match="no source tree of Xen"):
         apply.change(tmp_path)
+
+
+def test_a_source_package_that_is_given_is_taken_with_its_own_files_alone(tmp_path: Path) -> None:
+    digest = "0" * 64
+    dsc = tmp_path / "xen_4.17.5+72-1.dsc"
+    dsc.write_text(f"Checksums-Sha256:\n {digest} 3 xen.orig.tar.xz\n {digest} 3 ../xen.debian.tar.xz\nFiles:\n")
+    for name in ("xen.orig.tar.xz", "other"):
+        (tmp_path / name).touch()
+    (tmp_path / "into").mkdir()
+    source = build.given(dsc, tmp_path / "into")
+    assert source.version == "4.17.5+72-1"
+    assert sorted(path.name for path in source.folder.iterdir()) == ["xen.orig.tar.xz", dsc.name]
+    with pytest.raises(LabError, match="no source package of Xen"):
+        build.given(tmp_path / "other", tmp_path / "into")
+
+
+def test_a_source_older_than_the_newest_is_said_in_the_package(tmp_path: Path) -> None:
+    note = build.Source(tmp_path, "4.17.5+72-1", ("4.17.7+13-0", "4.17.6-1")).note
+    assert "4.17.5+72-1 is older than 4.17.7+13-0" in note
+    assert "older" not in build.Source(tmp_path, "4.17.7+13-0", ()).note
+
+
+def test_versions_are_compared_as_debian_does() -> None:
+    versions = ["4.17.7+13-g2-0+deb12u1", "4.17.5+72-g0-1", "4.17.10-1", "4.17.7~rc1-1"]
+    assert build.newest_first(versions) == [versions[2], versions[0], versions[3], versions[1]]
+
+
+@pytest.mark.parametrize(
+    ("stock", "warned"), [("4.17.7+13-0+deb12u1", True), ("4.17.5+72-1", False), ("4.17.5+66-1", False), ("", False)]
+)
+def test_the_package_warns_if_the_stock_hypervisor_is_newer(tmp_path: Path, stock: str, warned: bool) -> None:
+    """At its installation, and when Debian's file changes."""
+    script = tmp_path / "postinst"
+    text = (CHANGE / "postinst.in").read_text()
+    script.write_text(text.replace("@series@", "4.17").replace("@source@", "4.17.5+72-1"))
+    query = tmp_path / "dpkg-query"
+    query.write_text(f'#!/bin/sh\n[ "$4" = xen-hypervisor-4.17-amd64 ] && [ -n "{stock}" ] && printf %s "{stock}"\n')
+    query.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DPKG_MAINTSCRIPT_PACKAGE": "xen-hypervisor-4.17-nvdimm"}
+    command = ["sh", script, "triggered", "/boot/xen-4.17-amd64.gz"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert ("security updates are missing" in done.stderr) is warned
