@@ -13,6 +13,7 @@ import argparse
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -193,10 +194,9 @@ def make(folder: Path, release: str, source: Source, jobs: int) -> None:
     for name in NEEDED:
         shutil.copy(HERE / name, inside)
     hooks = (
-        'mkdir "$1/build"',
-        f'copy-in "{inside}"/* /build',
-        f'chroot "$1" sh -euc "cd /build && exec ./package.sh {jobs} \\"\\$0\\"" "{source.note}"',
-        f'sync-out /build/out "{folder}"',
+        f'cp -r {shlex.quote(str(inside))} "$1/build"',
+        f'chroot "$1" sh -c \'cd /build && exec ./package.sh "$@"\' sh {jobs} {shlex.quote(source.note)}',
+        f'cp "$1"/build/out/* {shlex.quote(str(folder))}',
     )
     run_tool(
         [
