@@ -13,8 +13,8 @@ DEB_SOURCES := setup.py pyproject.toml README.md NEWS.rst $(shell find debian do
 REPORTS := build/reports
 # What needs no lab. A test that hangs ends its process, and pytest-xdist gives the same test to the next process: so
 # only one process is replaced.
-HERE := nice -n 19 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 \
-	-o faulthandler_timeout=2700 --junitxml $(REPORTS)/here.xml tests/unit tests/integration
+HERE = nice -n 19 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 \
+	-o faulthandler_timeout=2700 --junitxml $(REPORTS)/here.xml tests/unit tests/integration $(SELECTED)
 
 .PHONY: demo test test-here test-long thorough tried check doc docs deb images lab sample xen-write-back clean
 
@@ -37,7 +37,8 @@ test: $(VENV)/.ready
 test-here: $(VENV)/.ready $(NOVA_VENV)/.ready deb
 	$(HERE)
 
-# Also run the lab's slow tests, which 'test' leaves out, and what needs no lab on fresh systems of three releases.
+# Also run the slow tests, most of them the lab's, which 'test' leaves out, and what needs no lab on fresh systems of
+# three releases.
 thorough: SELECTED := -m 'not long'
 thorough: test
 	set -e; for release in trixie bookworm forky; do \
