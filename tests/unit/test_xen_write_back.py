@@ -372,6 +372,6 @@ def test_the_package_warns_if_the_stock_hypervisor_is_newer(tmp_path: Path, stoc
     query.write_text(f'#!/bin/sh\n[ "$4" = xen-hypervisor-4.17-amd64 ] && [ -n "{stock}" ] && printf %s "{stock}"\n')
     query.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DPKG_MAINTSCRIPT_PACKAGE": "xen-hypervisor-4.17-nvdimm"}
-    command = ["sh", script, "triggered", "/boot/xen-4.17-amd64.gz"]
+    command = ["sh", str(script), "triggered", "/boot/xen-4.17-amd64.gz"]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert ("security updates are missing" in done.stderr) is warned
