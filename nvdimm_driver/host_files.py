@@ -103,7 +103,7 @@ def followed(path: str) -> str:
     """
     if len(os.fsencode(path)) > PATH_MAX:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
-    left = _names(os.path.join(os.getcwd(), path))
+    left = _names(path if os.path.isabs(path) else os.path.join(os.getcwd(), path))
     at: list[str] = []
     lost, links, names = 0, 0, len(left)
     """How many names at the end of ``at`` are no folder's, or not there; links, and names, up to here."""

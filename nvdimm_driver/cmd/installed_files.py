@@ -16,9 +16,11 @@ NOT_OURS = "nvdimm_driver did not write it"
 def is_ours(path: Path) -> bool:
     """Return True for a file that :func:`install` has written.
 
-    An empty one counts: earlier versions did not sync it, and XFS leaves that of it after a loss of power.
+    An empty one counts: earlier versions did not sync it, and XFS leaves that of it after a loss of power. But an empty
+    unit is one that an operator has masked (systemd.unit(5)).
     """
-    return host_files.is_file(path) and (MARK in (text := read(path)) or not text)
+    may_be_empty = path.suffix not in (".service", ".socket")
+    return host_files.is_file(path) and (MARK in (text := read(path)) or (may_be_empty and not text))
 
 
 def install(path: Path, text: str, mode: int) -> str:

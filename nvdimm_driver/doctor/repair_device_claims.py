@@ -73,7 +73,10 @@ def _unreadable(driver: XenNvdimmDriver) -> Iterator[Inconsistency]:
     """Yield the files of libvirt's that nobody can read: no other domain gets a device that they name."""
     for domain in driver.checks.unknown.stored:
         if domain.text:
-            problem = f"{domain.file} cannot be read as the XML of a domain: no other gets a device that it names"
+            problem = (
+                f"{domain.file} cannot be read as the XML of a domain, or names a path that cannot be followed: no "
+                "other gets a device that it names"
+            )
             yield Inconsistency(
                 domain.name, domain.uuid, "", problem, "correct that file, or remove it with its domain"
             )

@@ -75,6 +75,10 @@ MIGRATE_PARAMS_MAX = 64
 START_FORCE_BOOT = 1 << 3
 MIGRATE_DEST_XML = "destination_xml"
 
+SMALL_METADATA = 4096
+"""Bytes of metadata up to which a domain's XML has room for a hundred at once: what is read is half of what libvirt
+may have, and a quarter of the elements (:mod:`.document`)."""
+
 T = TypeVar("T")
 
 
@@ -229,13 +233,13 @@ class Interceptor:
     def set_metadata(self, procedure: int, payload: bytes) -> Steps:
         """Pass metadata that are not ours, if the domain's XML, of its definition and of its guest, has room for them.
 
-        Each call adds to it: so one at a time.
+        Each call adds to it: so large ones go one at a time. There is room for many small ones at once.
         """
         new = yield from metadata_calls.new_metadata(payload)
         value = new.value
         if not value or (yield from find(new.domain.uuid)) is None:
             return (yield from call(procedure, payload))
-        with (yield from self._changing(new.domain.uuid)):
+        with nullcontext() if len(value) <= SMALL_METADATA else (yield from self._changing(new.domain.uuid)):
             for ask_xml in (definition, current_xml):
                 xml = yield from ask_xml(new.domain)
                 yield Work(partial(check_room, xml, value, is_element=new.is_element), Pool.XML)

@@ -11,8 +11,10 @@ from nvdimm_driver.errors import UnsupportedError
 from nvdimm_driver.rpc.libvirt_calls import Steps, call
 from nvdimm_driver.rpc.xdr import Unpacker
 
-URIS = ("xen:///system", "xen:///")
-"""What the libxl driver opens, as a client writes it: it takes transport and socket out of the URI itself."""
+URIS = ("xen:///system", "xen:///", "xen://", "xen:/")
+"""What the libxl driver opens, as a client writes it: it takes transport, host and socket out of the URI itself,
+so that it writes ``xen://`` for ``xen+ssh://HOST``.
+"""
 
 
 def open_connection(interceptor: object, procedure: int, payload: bytes) -> Steps:

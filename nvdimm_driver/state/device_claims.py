@@ -86,7 +86,8 @@ def _owned(path: str, domain: StoredDomain) -> InUseError:
     """Return the error for a device that a domain in libvirt's files has."""
     if domain.text:
         return InUseError(
-            f"{domain.file} cannot be read as the XML of a domain, and may have {path}",
+            f"{domain.file} cannot be read as the XML of a domain, or names a path that cannot be followed, and may "
+            f"have {path}",
             hint="correct that file, or remove it with its domain",
         )
     uuid = domain.uuid or "UUID"  # virsh takes a name for a uuid first

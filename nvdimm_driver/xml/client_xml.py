@@ -18,7 +18,7 @@ from lxml import etree
 
 from nvdimm_driver import host_text
 from nvdimm_driver.errors import DomainXmlError
-from nvdimm_driver.host_files import real_path
+from nvdimm_driver.host_files import followed, real_path
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.sizes import human
 from nvdimm_driver.xml.document import (
@@ -44,7 +44,7 @@ _TEXT_ONLY = ("name", "uuid", "maxMemory", "memory", "currentMemory")
 """Elements of a domain, besides its emulator, of which libvirt takes the text of all in them (XPath's string()), and
 the driver their own."""
 
-_MARKUP = re.compile("[^ !#-%(-;=?-~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_MARKUP = re.compile("[^!#-%(-;=?-~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NO_TEXT = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -86,7 +86,7 @@ def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> Cl
         check_schema(text)
     domain = spec_of(root) if nvdimms and xen else None
     emulator = emulator_of(root)
-    if domain is None and emulator is not None and real_path(emulator) == real_path(device_model):
+    if domain is None and emulator is not None and _followed(emulator) == real_path(device_model):
         raise DomainXmlError(
             f"the domain has no NVDIMM and names the device model {device_model}, as {emulator}",
             hint="leave <emulator> out, or name a QEMU",
@@ -108,6 +108,20 @@ def read_device(data: bytes) -> tuple[str, bool]:
     _check_form(root)
     check_memory_device(root)
     return text, root.tag == "memory" and root.attributes.get("model") == "nvdimm"
+
+
+def _followed(emulator: str) -> str:
+    """Return the path that an emulator's path leads to.
+
+    :raises DomainXmlError: when it leads through more than the kernel, or the driver, follows.
+    """
+    try:
+        return followed(emulator)
+    except OSError as error:
+        raise DomainXmlError(
+            f"the path of the emulator, {emulator[:80]}, cannot be followed: {error.strerror}",
+            hint="name the program itself, or leave <emulator> out",
+        ) from error
 
 
 def check_metadata(data: bytes) -> None:
@@ -153,7 +167,8 @@ def check_plain(value: str) -> None:
     """
     if _MARKUP.search(value):
         raise DomainXmlError(
-            f"{value[:80]!r} has a character that means something else in XML", hint="leave out & < > ' \" and controls"
+            f"{value[:80]!r} has a character that means something else in XML",
+            hint="leave out blanks, controls, and & < > ' \"",
         )
 
 

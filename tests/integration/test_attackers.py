@@ -400,6 +400,16 @@ def test_a_domain_that_is_redefined_without_nvdimmd_keeps_its_file(users: Users,
     assert "belongs to domain db1" in done.stderr
 
 
+@pytest.mark.parametrize("words", [(), ("-r",)], ids=["all", "read-only"])
+def test_what_means_the_same_as_xen_system_is_opened(users: Users, words: tuple[str, ...]) -> None:
+    """As clients write it: those of ``xen+ssh://HOST`` ask for ``xen://``."""
+    users.host.define("db1", 1)
+    sockets = [f"xen+unix://{path}?socket=/run/libvirt/virtxend-sock" for path in ("/system", "/", "")]
+    for uri in ("xen:///system", "xen:///", *(sockets if not words else ())):
+        listed = users.run(MEMBER, "virsh", "-q", *words, "-c", uri, "list", "--all", "--name")
+        assert "db1" in listed.stdout, (uri, listed)
+
+
 @pytest.mark.parametrize(
     "uri",
     [

@@ -235,7 +235,10 @@ def test_a_definition_that_nobody_can_read_is_named(host: Host, device: MakeDevi
         assert "libxl/p.xml cannot be read as the XML of a domain" in host.nvdimmctl("check").stdout
         if not returncode:
             host.check("destroy", "db1")
-    assert "libxl/p.xml cannot be read as the XML of a domain, and may have" in started.stderr
+    assert (
+        "libxl/p.xml cannot be read as the XML of a domain, or names a path that cannot be followed, and"
+        in started.stderr
+    )
 
 
 def test_a_third_domain_gets_no_device_of_a_definition_by_another_name(host: Host, device: MakeDevice) -> None:

@@ -155,3 +155,11 @@ def test_a_device_is_not_taken_for_unwritten_where_the_locks_cannot_be_read(
         pytest.raises(BackingError, match=os.strerror(code)),
     ):
         Locks(tmp_path).check_unwritten(file.fileno(), "/dev/pmem1", device)
+
+
+def test_an_absolute_path_is_followed_in_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert host_files.followed(str(tmp_path)) == str(tmp_path)

@@ -389,7 +389,9 @@ def test_a_saved_guest_is_started_once_at_a_time(proxy: Proxy, driver: XenNvdimm
     proxy.libvirtd.calls.clear()
     with driver.locks.try_changing(UUID, "the first"):
         for call, packer in ((START, Packer().domain(domain)), (CREATE_XML, Packer().string(xml("a")).uint32(0))):
-            with pytest.raises(InUseError, match=r"started from a saved guest or released by .* for the first"):
+            with pytest.raises(
+                InUseError, match=r"started from a saved guest or released, or gets metadata by .* for the first"
+            ):
                 proxy.call(call, packer)
         assert not {START, CREATE_XML} & {*proxy.libvirtd.calls}
     proxy.call(START, Packer().domain(domain))
@@ -613,7 +615,7 @@ def test_metadata_of_ours_is_not_for_clients(proxy: Proxy, text: str | None, uri
     "uri",
     [
         *("urn:nvdimm-driver:domain&#58;1", "urn:nvdimm-driver:domain&#x3a;1", "x<y", "x>y", "x'y", 'x"y', "x&amp;y"),
-        *("x\ny", "x\x01y", "x\x7fy", "x\ufffey"),
+        *("x\ny", "x\x01y", "x\x7fy", "x\ufffey", " x", "x "),
     ],
 )
 def test_no_name_that_is_another_one_in_xml_reaches_libvirt(proxy: Proxy, uri: str) -> None:
@@ -643,6 +645,20 @@ def test_other_metadata_pass(proxy: Proxy) -> None:
     proxy.call(264, arguments.uint32(0))
     proxy.call(265, Packer().domain(domain).int32(2).optional_string("urn:x").uint32(0))
     assert proxy.libvirtd.calls[-2:] == [264, 265]
+
+
+def test_large_metadata_wait_for_a_change_of_the_domain(proxy: Proxy, driver: XenNvdimmDriver) -> None:
+    """Small ones do not: there is room for many at once."""
+    domain = proxy.define(xml("a"))
+    setting = [
+        Packer().domain(domain).int32(2).optional_string(text).optional_string("k").optional_string("urn:x").uint32(0)
+        for text in ("<a/>", f"<a>{'x' * 5000}</a>")
+    ]
+    with driver.locks.changing(UUID):
+        proxy.call(264, setting[0])
+        with pytest.raises(InUseError, match="or gets metadata by"):
+            proxy.call(264, setting[1])
+    proxy.call(264, setting[1])
 
 
 def test_to_native_names_the_device_model(proxy: Proxy) -> None:
@@ -748,7 +764,7 @@ def test_a_client_that_only_reads_is_left_to_libvirtd() -> None:
     }
 
 
-@pytest.mark.parametrize("uri", ["xen:///system", "xen:///"])
+@pytest.mark.parametrize("uri", ["xen:///system", "xen:///", "xen://", "xen:/"])
 def test_a_connection_to_xen_is_opened(proxy: Proxy, uri: str) -> None:
     arguments = Packer().optional_string(uri).uint32(0)
     proxy.call(Procedure.CONNECT_OPEN, arguments)

@@ -97,7 +97,9 @@ def test_who_changes_a_domain_or_starts_its_saved_guest_has_its_lock_in_the_call
         proxy.define(xml("a"))
         one = Client(proxy, procedure, packer)
         one.before(procedure)
-        with pytest.raises(InUseError, match="is being defined, created, started from a saved guest or released by"):
+        with pytest.raises(
+            InUseError, match="is being defined, created, started from a saved guest or released, or gets metadata by"
+        ):
             driver.locks.try_changing(UUID, "")
         one.finish()
 
