@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about files of the host, and writing of the driver's own. Imports nothing heavy.
+"""Ask about files and paths of the host, and write the driver's own files durably. Imports nothing heavy.
 
 What cannot be looked at is an error, and not a file that is not there.
 
@@ -83,7 +83,7 @@ def sync_folder(path: str | Path) -> None:
 
 
 def real_path(path: str) -> str:
-    """Return the path that :func:`followed` does; a path that cannot be followed as it is: nothing can open that."""
+    """Return the path that :func:`followed` does; a path that it does not follow is returned as it is written."""
     try:
         return followed(path)
     except OSError as error:
@@ -105,8 +105,7 @@ def followed(path: str) -> str:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
     left = _names(path if os.path.isabs(path) else os.path.join(os.getcwd(), path))
     at: list[str] = []
-    lost, links, names = 0, 0, len(left)
-    """How many names at the end of ``at`` are no folder's, or not there; links, and names, up to here."""
+    lost, links, names = 0, 0, len(left)  # lost: how many names at the end of `at` are not there, or no folders
     folder = os.open("/", _FOLDER)
     try:
         while left:

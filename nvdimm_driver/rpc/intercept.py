@@ -76,8 +76,8 @@ START_FORCE_BOOT = 1 << 3
 MIGRATE_DEST_XML = "destination_xml"
 
 SMALL_METADATA = 4096
-"""Bytes of metadata up to which a domain's XML has room for a hundred at once: what is read is half of what libvirt
-may have, and a quarter of the elements (:mod:`.document`)."""
+"""Bytes of metadata up to which a hundred calls may be checked at once: the driver reads twice the bytes, and four
+times the elements, that a domain may have after such a check (:mod:`.document`)."""
 
 T = TypeVar("T")
 
