@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,10 +66,17 @@ def write(path: str | Path, content: bytes, mode: int = 0o600, *, new: str | Pat
             os.close(fd)
         os.rename(new, path)
     except OSError:
-        with suppress(OSError):
-            os.unlink(new)
+        _remove(new)
         raise
     sync_folder(folder)
+
+
+def _remove(path: str | Path) -> None:
+    """Remove what was written in part, if that can be done; importing contextlib would take a device model's time."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return
 
 
 def sync_folder(path: str | Path) -> None:

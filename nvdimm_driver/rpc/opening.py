@@ -22,7 +22,7 @@ def open_connection(interceptor: object, procedure: int, payload: bytes) -> Step
     del interceptor
     uri = Unpacker(payload).optional_string()
     if uri not in URIS:
-        other = f"not {uri}" if uri else "and this client names none"
+        other = f"not {uri[:80]!r}" if uri else "and this client names none"
         raise UnsupportedError(
             f"nvdimmd's socket is for {URIS[0]}, libvirt's driver for Xen, {other}",
             hint=f"open {URIS[0]}; libvirt's other drivers are at libvirtd's own socket",

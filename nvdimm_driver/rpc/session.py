@@ -292,8 +292,8 @@ class _Handling:
         except LibvirtError as error:
             reply = self._pack(wire.ERROR, error.payload)
         except NvdimmError as error:
-            LOG.info("procedure %d, called by uid %d, pid %d: %s", self._header.procedure, peer.uid, peer.pid, error)
             reason = printable(str(error)[:_REASON_MAX])  # virsh shows it in a terminal
+            LOG.info("procedure %d, called by uid %d, pid %d: %s", self._header.procedure, peer.uid, peer.pid, reason)
             reply = self._pack(wire.ERROR, RemoteError(error.libvirt_code, _VIR_FROM_LIBXL, reason).pack())
         except Exception:
             LOG.exception("procedure %d, called by uid %d, pid %d", self._header.procedure, peer.uid, peer.pid)

@@ -8,6 +8,7 @@ what libvirt reads in more than one way (it looks for some names without their n
 
 from __future__ import annotations
 
+import errno
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -111,13 +112,15 @@ def read_device(data: bytes) -> tuple[str, bool]:
 
 
 def _followed(emulator: str) -> str:
-    """Return the path that an emulator's path leads to.
+    """Return the path that an emulator's path leads to; one that is too long for the kernel is no program's.
 
-    :raises DomainXmlError: when it leads through more than the kernel, or the driver, follows.
+    :raises DomainXmlError: when it leads through more links than the kernel, or the driver, follows.
     """
     try:
         return followed(emulator)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return emulator
         raise DomainXmlError(
             f"the path of the emulator, {emulator[:80]}, cannot be followed: {error.strerror}",
             hint="name the program itself, or leave <emulator> out",

@@ -159,7 +159,7 @@ def xml_of_save(file: Path) -> str | None:
             is_image = (magic, version) == (_SAVE_MAGIC, _SAVE_VERSION) and length <= MAX_BYTES
             text = image.read(length) if is_image else b""
     except (OSError, struct.error) as error:
-        LOG.warning("%s: what is saved there cannot be read: %s", file, error)
+        LOG.warning("%r: what is saved there cannot be read: %s", str(file), error)
         return None
     return decode(text.rstrip(b"\0")) or None
 

@@ -647,6 +647,21 @@ def test_other_metadata_pass(proxy: Proxy) -> None:
     assert proxy.libvirtd.calls[-2:] == [264, 265]
 
 
+def test_what_is_opened_is_told_in_a_line_that_a_log_takes(proxy: Proxy) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        proxy.call(Procedure.CONNECT_OPEN, Packer().uint32(1).opaque(b"test:///\xf6\n" + b"x" * 100_000).uint32(0))
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 200
+
+
+def test_an_image_that_is_not_there_is_told_in_a_line_that_a_log_takes(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.call(Procedure.DOMAIN_RESTORE, Packer().opaque(b"/missing\xf6\n/image"))
+    assert "cannot be read" in caplog.messages[0]
+    assert caplog.messages[0].isprintable()
+
+
 def test_large_metadata_wait_for_a_change_of_the_domain(proxy: Proxy, driver: XenNvdimmDriver) -> None:
     """Small ones do not: there is room for many at once."""
     domain = proxy.define(xml("a"))
