@@ -172,6 +172,17 @@ XEN_OPTS = [
         help="Plug-in of namespace nvdimm_driver.mappers that maps frames into guests. After a change, run 'nvdimmctl "
         "register' again, for the device model.",
     ),
+    cfg.StrOpt(
+        "cache",
+        default="auto",
+        choices=[
+            ("auto", "write-back where the hypervisor gives it, uncached elsewhere"),
+            ("write-back", "a guest that cannot have it does not start"),
+            ("uncached", "never write-back: each store of a guest is durable at once, and slow"),
+        ],
+        help="Whether the processors cache a guest's NVDIMMs, unless the domain's XML specifies it. Stock Xen never "
+        "caches them. A change applies from a guest's next start.",
+    ),
 ]
 LAYOUT_OPTS = [
     cfg.IntOpt(

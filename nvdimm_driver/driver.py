@@ -106,6 +106,8 @@ class XenNvdimmDriver(plugins.Plugin):
     :param emulators: programs that a domain's device model may become.
     :param gap: bytes of guest-physical space to keep free above the RAM.
     :param dsm: default for domains that do not specify who serves label areas: one of :data:`.model.DSM`.
+    :param cache: default for domains that do not specify whether their NVDIMMs are cached: one of
+        :data:`.caching.CACHES`.
     :param pools: pools that domains may have their backings in.
     :param stored: the domains in libvirt's files, which are read anew by each iteration.
     :param is_saved: returns True when a domain of that name has a managed save.
@@ -124,6 +126,7 @@ class XenNvdimmDriver(plugins.Plugin):
         gap: int,
         dsm: str,
         pools: Pools,
+        cache: str = "auto",
         holders: Holders | None = None,
         stored: Iterable[StoredDomain] = (),
         is_saved: Callable[[str], bool] = lambda name: False,
@@ -137,7 +140,9 @@ class XenNvdimmDriver(plugins.Plugin):
         self.emulators = emulators
         self.pools = pools
         self.locks = DomainLocks(state_dir / "locks", ledger.reserve)
-        self.planner = Planner(ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm)
+        self.planner = Planner(
+            ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm, cache=cache
+        )
         unknown = UnknownClaims(ledger, backings, stored)
         self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown, is_saved)
         held = holders or Holders(state_dir)
@@ -165,6 +170,7 @@ class XenNvdimmDriver(plugins.Plugin):
             emulators=Emulators.from_conf(conf),
             gap=conf.layout.gap_gib * GIB,
             dsm=conf.acpi.dsm,
+            cache=conf.xen.cache,
             pools=Pools(configured_pools(conf), any_path=conf.allow_any_path),
             stored=DefinitionFiles(
                 conf.libvirt.definition_dirs,
@@ -662,7 +668,7 @@ class XenNvdimmDriver(plugins.Plugin):
         nvdimms = tuple(item.spec for item in record.allocations if not item.spec.set_aside) if record else ()
         if record is None or not nvdimms:
             return None
-        return DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm)
+        return DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm, cache=record.cache)
 
     def _prepare(self, record: Record, domain: DomainSpec, qemu: str) -> Plan:
         """Freeze the domain's backings and prepare its start. A failure here thaws them; an earlier one must not."""
@@ -687,6 +693,7 @@ class XenNvdimmDriver(plugins.Plugin):
                 run=run,
                 served=has.labels if plan.layout.label_clients else "",
                 uncached=layout.label_frames(plan.layout),
+                cache=plan.cache,
                 detail={"nvdimms": len(domain.nvdimms), **p2m.summary(plan.mappings)},
             )
         except BaseException:

@@ -126,6 +126,10 @@ class XenError(NvdimmError):
     libvirt_code = VIR_ERR_OPERATION_FAILED
 
 
+class NoWriteBackError(XenError):
+    """The hypervisor refuses to cache a guest's NVDIMMs."""
+
+
 class LedgerError(NvdimmError):
     """The ledger cannot be read or written, or lacks a record that it must have."""
 

@@ -130,6 +130,7 @@ class DomainSpec:
     :ivar emulator: the user's own ``<emulator>``, or None.
     :ivar nvdimms: in slot order, at least one.
     :ivar dsm: one of :data:`DSM`, or None for the default of the host's configuration.
+    :ivar cache: one of :data:`.caching.CACHES`, or None for that default.
     :ivar unplaced: paths of the NVDIMMs whose slots the XML leaves open: they have the lowest free ones until
         :meth:`.lifecycle.define.Definitions.keep_slots`.
     :ivar pci_devices: number of the host's PCI devices that it gets.
@@ -145,6 +146,7 @@ class DomainSpec:
     unplaced: frozenset[str] = frozenset()
     pci_devices: int = 0
     emulated: tuple[str, ...] = ()
+    cache: str | None = None
 
     def with_paths(self, paths: dict[str, str]) -> Self:
         """Return the domain with other paths of its NVDIMMs, given by those that they have."""
@@ -450,6 +452,8 @@ class Plan:
     :ivar areas: areas of the domain's backings, as (first MFN, frames); every mapping lies in one.
     :ivar bad_blocks: in slot order, the known bad ranges of each backing, as (offset in it, bytes).
     :ivar misplaced_labels: in slot order, why the guest would find no namespaces on an NVDIMM with labels, or nothing.
+    :ivar cache: what is asked for, one of :data:`.caching.CACHES`.
+    :ivar cache_fault: why the guest cannot have write-back, if that is asked for; empty when it can.
     """
 
     domain: DomainSpec
@@ -461,6 +465,8 @@ class Plan:
     tables: AcpiTables
     bad_blocks: tuple[tuple[tuple[int, int], ...], ...] = ()
     misplaced_labels: tuple[str, ...] = ()
+    cache: str = "auto"
+    cache_fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -551,6 +557,8 @@ class Start:
     :ivar served: :attr:`Record.labels` of the domain when it was started, if it has a label server, else empty.
     :ivar id: a random one, which no other start has; empty for one that version 0.1.0 has begun.
     :ivar ended: True once it is known to be over: nothing can follow but its end.
+    :ivar cache: whether the guest's NVDIMMs are cached, ``write-back`` or ``uncached``, and before they are mapped what
+        is asked for, one of :data:`.caching.CACHES`; empty if it is not known.
     """
 
     uuid: str
@@ -562,6 +570,7 @@ class Start:
     served: str = ""
     id: str = ""
     ended: bool = False
+    cache: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -574,6 +583,7 @@ class Record:
     """A domain in the ledger.
 
     :ivar dsm: as in :class:`DomainSpec`.
+    :ivar cache: as in :class:`DomainSpec`.
     :ivar fault: error of its last start; empty when that did not fail.
     :ivar intents: what a define wants for it, while that is under way or after it was killed.
     :ivar changed: when its allocations were last changed, nanoseconds since 1970; 0 before a version that notes it. It
@@ -590,6 +600,7 @@ class Record:
     start: Start | None
     intents: tuple[Allocation, ...] = ()
     changed: int = field(default=0, compare=False, repr=False)
+    cache: str | None = None
 
     @property
     def claims(self) -> tuple[Allocation, ...]:

@@ -700,14 +700,26 @@ class Mapper(Plugin):
     def uuid(self, domid: int) -> str | None:
         """Return the domain's uuid as the toolstack recorded it, or None."""
 
+    def write_back_fault(self) -> str:
+        """Return why this host does not cache the NVDIMMs of guests; empty when it does if :meth:`map` is told so.
+
+        By default, a mapper asks for nothing.
+
+        :raises XenError: when it cannot be determined.
+        """
+        return f"the mapper cannot ask for it: {self.describe()}"
+
     @abstractmethod
     def map(
         self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
     ) -> int:
         """Grant and map frames. On failure, roll back in reverse order.
 
-        :param uncached: guest frames (gfn, count) of the mappings that must not be cached: their writer does not flush.
+        :param uncached: guest frames (gfn, count) that must not be cached: all from the first to the last, or those
+            whose writer does not flush. Others are to be cached, and there are none when :meth:`write_back_fault` gives
+            a reason.
         :returns: number of memory_mapping hypercalls made.
+        :raises NoWriteBackError: when frames cannot be cached: the caller may try again without.
         :raises XenError: on failure.
         """
 

@@ -12,9 +12,9 @@ import os
 import sys
 import time
 
-from nvdimm_driver import apparmor, host_text
+from nvdimm_driver import apparmor, caching, host_text
 from nvdimm_driver.backing.holders import Holders
-from nvdimm_driver.errors import ConfigError, LedgerError, NvdimmError, XenError
+from nvdimm_driver.errors import ConfigError, LedgerError, NoWriteBackError, NvdimmError, XenError
 from nvdimm_driver.guest import mapping_guards, p2m
 from nvdimm_driver.state.events import Event, failure, log_line, logfmt
 from nvdimm_driver.state.ledger import Ledger
@@ -162,7 +162,7 @@ def attach(
         saved = _check_saved(uuid, domid, start, tables, ledger, mapper) if restored else None
         ledger.begin_mapping(start, domid)
         _announce(uuid, domid, start, ledger, mapper)
-        hypercalls, seconds = _map(domid, start, mapper, log)
+        cache, hypercalls, seconds = _map(domid, start, mapper, log)
         try:
             if saved:
                 mapper.write(domid, *saved)
@@ -177,6 +177,7 @@ def attach(
                 serve(state_dir, domid, uuid)
                 log.debug("label server started")
             detail = {
+                "cache": cache,
                 **p2m.summary(start.mappings),
                 "hypercalls": hypercalls,
                 "map_ms": round(seconds * 1000),
@@ -184,9 +185,9 @@ def attach(
                 "label_server": "yes" if start.label_server else "no",
                 "age_ms": _age_ms(),
             }
-            ledger.finish_mapping(start, seconds, detail)
+            ledger.finish_mapping(start, seconds, detail, cache=cache)
         except NvdimmError:
-            mapper.unmap(domid, start.mappings, start.uncached)
+            mapper.unmap(domid, start.mappings, _uncached(start, cache))
             mapper.announce(domid, ())
             raise
     except OSError as error:
@@ -263,18 +264,34 @@ def _check_saved(
     return saved_guest.check(read, split(tables), Run(*start.run), last, is_unnumbered=is_unnumbered)
 
 
-def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[int, float]:
-    """Map the frames; return the number of hypercalls and the seconds that they took."""
+def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[str, int, float]:
+    """Map the frames; return whether they are cached, the number of hypercalls, and the seconds that they took."""
     if log.debugging:
         for gfn, mfn, count in start.mappings:
             log.debug("map gfn %#x to mfn %#x, %d frames", gfn, mfn, count)
     began = time.monotonic()
     try:
-        hypercalls = mapper.map(domid, start.mappings, start.uncached)
+        cache = caching.choose(start.cache, mapper.write_back_fault)
+        try:
+            hypercalls = mapper.map(domid, start.mappings, _uncached(start, cache))
+        except NoWriteBackError as error:
+            if start.cache != caching.AUTO:
+                raise
+            log.debug("mapped uncached: %s", error)
+            cache = caching.UNCACHED
+            hypercalls = mapper.map(domid, start.mappings, _uncached(start, cache))
     except NvdimmError:
         mapper.announce(domid, ())
         raise
-    return hypercalls, time.monotonic() - began
+    return cache, hypercalls, time.monotonic() - began
+
+
+def _uncached(start: PreparedStart, cache: str) -> list[tuple[int, int]]:
+    """Return the guest frames of a start that must not be cached."""
+    if cache == caching.WRITE_BACK or not start.mappings:
+        return start.uncached
+    first = min(gfn for gfn, _, _ in start.mappings)
+    return [(first, max(gfn + count for gfn, _, count in start.mappings) - first)]
 
 
 def _prepare(uuid: str) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
 from nvdimm_driver.errors import XenError
 from nvdimm_driver.host_text import read
-from nvdimm_driver.xen.libxenctrl import HAP, Xen, running_version
-
-_FALSE = ("0", "no", "off", "false", "disable")  # xen/common/kernel.c:parse_bool
+from nvdimm_driver.xen import write_back
+from nvdimm_driver.xen.libxenctrl import HAP, Xen, dom0_kind, running_version
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,13 @@ class Hypervisor:
 
     :ivar capabilities: the platform's, XEN_SYSCTL_PHYSCAP_* of xen/include/public/sysctl.h.
     :ivar command_line: Xen's command line at boot.
+    :ivar words: for what it can do.
     """
 
     version: str
     capabilities: int
     command_line: str
+    words: str = ""
 
 
 def check(root: Path = Path("/")) -> Iterator[Finding]:
@@ -37,23 +38,23 @@ def check(root: Path = Path("/")) -> Iterator[Finding]:
         version = running_version(str(root))
     except (XenError, OSError) as error:
         yield could_not("Xen", error)
-        for name in ("dom0", "memory type", "toolstack library", "HAP", "mmio-relax"):
+        for name in ("dom0", "toolstack library", "HAP", "memory type", "mmio-relax"):
             yield failed(name, "cannot be checked without Xen")
         return
     yield passed("Xen", f"version {version}")
-    kind = _text(root / "sys/hypervisor/guest_type")
+    kind = dom0_kind(str(root))
     yield check_dom0(_text(root / "proc/xen/capabilities"), kind)
-    yield check_memory_type()
     try:
         with Xen(str(root)) as xen:
-            found = Hypervisor(version, xen.platform_capabilities(), xen.command_line())
+            found = Hypervisor(version, xen.platform_capabilities(), xen.command_line(), xen.capabilities())
     except XenError as error:
         yield could_not("toolstack library", error)
-        for name in ("HAP", "mmio-relax"):
+        for name in ("HAP", "memory type", "mmio-relax"):
             yield failed(name, "cannot be checked without the toolstack library")
         return
     yield passed("toolstack library", f"libxenctrl.so.{version} is that of the running Xen")
     yield check_hap(found)
+    yield check_memory_type(found, kind)
     yield check_mmio_relax(found, kind)
 
 
@@ -83,12 +84,21 @@ def check_hap(xen: Hypervisor) -> Finding:
     )
 
 
-def check_memory_type() -> Finding:
-    """Report the memory type of guests' NVDIMMs. Xen does not say if it honours a pinned type; stock Xen does not."""
+def check_memory_type(xen: Hypervisor, kind: str) -> Finding:
+    """Check whether guests can have their NVDIMMs cached."""
+    fault = write_back.find_fault(xen.words, xen.command_line, kind)
+    if not fault:
+        return passed("memory type", "write-back: guests can have their NVDIMMs cached")
+    if write_back.MARK in xen.words.split():
+        return warned(
+            "memory type",
+            f"guests have their NVDIMMs uncached, which is slow: {fault}",
+            "add mmio-relax to Xen's command line (GRUB_CMDLINE_XEN), and reboot into a PV dom0",
+        )
     return warned(
         "memory type",
-        "stock Xen (4.7 and later) maps NVDIMMs uncacheable into guests: accesses are correct and durable, but slow",
-        "nothing to do on this host: the driver asks Xen for write-back, which only a modified Xen grants",
+        "stock Xen maps NVDIMMs uncached into guests: accesses are correct and durable, but slow",
+        "nothing to do on this host; contrib/xen-write-back has a change to Xen that makes them cached",
     )
 
 
@@ -96,25 +106,13 @@ def check_mmio_relax(xen: Hypervisor, kind: str) -> Finding:
     """Check that dom0's own mappings of persistent memory can be cached (xen/arch/x86/mm.c:get_page_from_l1e)."""
     if kind != "PV":
         return noted("mmio-relax", f"makes no difference to a dom0 that is {kind or 'of unknown kind'}")
-    if has_mmio_relax(xen.command_line):
+    if write_back.has_mmio_relax(xen.command_line):
         return passed("mmio-relax", "on: dom0's own mappings of persistent memory can be cached")
     return noted(
         "mmio-relax",
         "off: a PV dom0 maps persistent memory uncacheable, and so writes zeros to new NVDIMMs slowly",
-        "add mmio-relax to Xen's command line (GRUB_CMDLINE_XEN) and reboot; it makes no difference to guests",
+        "add mmio-relax to Xen's command line (GRUB_CMDLINE_XEN) and reboot; guests on stock Xen see no difference",
     )
-
-
-def has_mmio_relax(command_line: str) -> bool:
-    """Return True when the option is on; the last one on the command line counts."""
-    on = False
-    for word in command_line.split():
-        name, _, value = word.partition("=")
-        if name == "mmio-relax":
-            on = value not in _FALSE
-        elif name == "no-mmio-relax":
-            on = False
-    return on
 
 
 def _text(path: Path) -> str:

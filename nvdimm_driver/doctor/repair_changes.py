@@ -153,7 +153,7 @@ class Changes:
         items = slots.combined([*taken, *(item for item in record.allocations if item.spec.path not in paths)])
         last = max((each.mark for each in later), key=lambda mark: mark.changed)
         if last.changed > record.changed:
-            record = replace(record, name=last.name, ram=last.ram, dsm=last.dsm)
+            record = replace(record, name=last.name, ram=last.ram, dsm=last.dsm, cache=last.cache)
         self._store(record, items, paths)
         now = self.driver.ledger.find_domain(record.uuid)
         for each in later:
@@ -333,7 +333,11 @@ class Changes:
             self.driver.backings, record.uuid, [each for each in items if each.spec.path in taken]
         )
         self.driver.ledger.store(
-            record.uuid, record.name, record.ram, items, dsm=record.dsm, check=check, marked=marked
+            *(record.uuid, record.name, record.ram, items),
+            dsm=record.dsm,
+            cache=record.cache,
+            check=check,
+            marked=marked,
         )
 
     # --- of a define that was killed ---

@@ -172,7 +172,7 @@ class PoolFiles:
         if len(marked) > 1:
             yield inconsistency(several(marked), WHICH)
             return
-        record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None)
+        record = known or Record(mark.uuid, mark.name, mark.ram, mark.dsm, "", (), None, cache=mark.cache)
         if runs_without(record, file):
             yield inconsistency(problem, f"shut domain {record.name} down first")
             return

@@ -277,7 +277,7 @@ class Definitions:
         others = [item for item in others if not ownership.has_bytes(had, item.identity)]
         newest = found if found.changed > record.changed else record
         items = tuple(slots.combined([*had, *others]))
-        return replace(record, name=newest.name, ram=newest.ram, dsm=newest.dsm, allocations=items)
+        return replace(record, name=newest.name, ram=newest.ram, dsm=newest.dsm, cache=newest.cache, allocations=items)
 
     def _put_back_claims(
         self,
@@ -314,7 +314,13 @@ class Definitions:
             times = {item.spec.path: item.changed for item in now.allocations}
             anew = [item for item in items if times.get(item.spec.path) not in (None, item.changed)]  # by the define
             marked = ownership.times_of_marks(self.backings, now.uuid, anew)
-            self.ledger.store(now.uuid, record.name, record.ram, items, intents=intents, dsm=record.dsm, marked=marked)
+            self.ledger.store(
+                *(now.uuid, record.name, record.ram, items),
+                intents=intents,
+                dsm=record.dsm,
+                cache=record.cache,
+                marked=marked,
+            )
         self._mark(now.uuid)  # what was to be dropped may have lost its mark
 
     def _delete(self, item: Allocation, record: Record) -> bool:
@@ -492,7 +498,7 @@ class Definitions:
 
     def _is_current(self, domain: DomainSpec, record: Record) -> bool:
         """Return True if the ledger has the domain, with all its NVDIMMs, as it is to be started."""
-        if (domain.ram, domain.name, domain.dsm) != (record.ram, record.name, record.dsm):
+        if (domain.ram, domain.name, domain.dsm, domain.cache) != (record.ram, record.name, record.dsm, record.cache):
             return False
         items = {item.spec: item for item in record.allocations if item.ready and item.base is not None}
         if not {*domain.nvdimms} <= items.keys():
@@ -623,6 +629,7 @@ class Definitions:
             domain.ram,
             items,
             dsm=domain.dsm,
+            cache=domain.cache,
             kind="defined",
             check=lambda: self._check_claims(domain, before, identities),
             marked=ownership.times_of_marks(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from nvdimm_driver import caching
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.errors import BackingError, DomainXmlError, NvdimmError
@@ -65,6 +66,7 @@ class Planner:
     :param mapper: provides the machine's memory map.
     :param gap: bytes of guest-physical space to keep free above the RAM.
     :param dsm: default for domains that do not specify who serves label areas.
+    :param cache: default for domains that do not specify whether their NVDIMMs are cached.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Planner:
         host: HostFacts,
         gap: int,
         dsm: str,
+        cache: str = "auto",
     ) -> None:
         self.ledger = ledger
         self.backings = backings
@@ -85,6 +88,7 @@ class Planner:
         self.host = host
         self.gap = gap
         self.dsm = dsm
+        self.cache = cache
 
     def plan_define(self, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
         """Return the plan for a domain whose backings may not be provisioned yet.
@@ -133,7 +137,9 @@ class Planner:
         wanted = [items[spec] for spec in domain.nvdimms]
         locations = tuple(self._locate_same(item) for item in wanted)
         guest = self._lay_out(domain, locations, {item.spec.slot: item.base for item in wanted})
-        return self._plan(domain, locations, guest, self._build_tables(guest))
+        plan = self._plan(domain, locations, guest, self._build_tables(guest))
+        caching.choose(plan.cache, lambda: plan.cache_fault)  # the device model looks again
+        return plan
 
     def map_running(
         self, record: Record, items: Sequence[Allocation]
@@ -156,7 +162,7 @@ class Planner:
             devices.add(location.identity.device)
         areas = {area.frames for backing in self.backings for area in backing.areas() if area.uid in devices}
         specs = tuple(item.spec for item in items)
-        domain = DomainSpec(record.name, record.uuid, record.ram, None, specs, record.dsm)
+        domain = DomainSpec(record.name, record.uuid, record.ram, None, specs, record.dsm, cache=record.cache)
         had = replace(guest, nvdimms=tuple(placements[spec.slot] for spec in specs))
         return _flat(mappings), tuple(sorted(areas)), saved_guest.describe(domain, had, locations)
 
@@ -332,7 +338,10 @@ class Planner:
             () if is_assumed else bad_parts(location.extents, bad)
             for location, is_assumed in zip(locations, assumed, strict=True)
         )
-        return Plan(domain, intakes, locations, guest, _flat(mappings), areas, tables, bad_blocks)
+        cache = domain.cache or self.cache
+        fault = "" if cache == caching.UNCACHED else self.mapper.write_back_fault()
+        found = (domain, intakes, locations, guest, _flat(mappings), areas, tables, bad_blocks)
+        return Plan(*found, cache=cache, cache_fault=fault)
 
     def _areas(self, domain: DomainSpec) -> tuple[tuple[int, int], ...]:
         """Check that no two areas overlap; return those of the domain's backings, as machine frames (mfn, count)."""

@@ -72,7 +72,7 @@ def describe(domain: DomainSpec, layout: GuestLayout, locations: Sequence[Locati
                 "label server": layout.dsm if spec.label_size else "none",
                 "label address": hex(placement.label_base) if placement in layout.label_areas else "none",
                 "backing size": location.identity.size,
-                "domain": {name: getattr(domain, name) for name in ("name", "ram", "dsm", "emulator")},
+                "domain": {name: getattr(domain, name) for name in ("name", "ram", "dsm", "emulator", "cache")},
                 "definition": {name: value for name, value in asdict(spec).items() if name != "path"},
                 **_bytes(location.identity),
             }
@@ -90,8 +90,8 @@ def domain_of(run: Run, uuid: str) -> DomainSpec | None:
         return None
     nvdimms = tuple(NvdimmSpec(path=each["path"], **each["definition"]) for each in found)
     domain = found[0]["domain"]
-    emulator = domain.get("emulator")  # earlier versions did not record it
-    return DomainSpec(domain["name"], uuid, domain["ram"], emulator, nvdimms, domain["dsm"])
+    emulator, cache = domain.get("emulator"), domain.get("cache")  # earlier versions did not record them
+    return DomainSpec(domain["name"], uuid, domain["ram"], emulator, nvdimms, domain["dsm"], cache=cache)
 
 
 def has_had(run: Run, spec: NvdimmSpec, identity: BackingIdentity, written: int | None) -> bool:

@@ -77,6 +77,7 @@ class Ledger(StartSteps):
         *,
         intents: Sequence[NvdimmSpec] = (),
         dsm: str | None = None,
+        cache: str | None = None,
         kind: str = "",
         check: Callable[[], None] = lambda: None,
         marked: Mapping[str, int] | None = None,
@@ -110,9 +111,9 @@ class Ledger(StartSteps):
 
         statements: list[tuple[str, Sequence[Any]]] = [
             (
-                "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm",
-                (uuid, name, ram, dsm),
+                "INSERT INTO domain (uuid, name, ram, dsm, cache) VALUES (?, ?, ?, ?, ?) ON CONFLICT (uuid) DO UPDATE "
+                "SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm, cache = excluded.cache",
+                (uuid, name, ram, dsm, cache),
             ),
             *_change(uuid, max(times.values(), default=0)),
             _spoil_without(uuid, allocations),
@@ -186,8 +187,8 @@ class Ledger(StartSteps):
         uuid = domain.uuid or ""
         statements: list[tuple[str, Sequence[Any]]] = [
             (
-                "INSERT INTO domain (uuid, name, ram, dsm) VALUES (?, ?, ?, ?) ON CONFLICT (uuid) DO NOTHING",
-                (uuid, domain.name, domain.ram, domain.dsm),
+                "INSERT INTO domain (uuid, name, ram, dsm, cache) VALUES (?, ?, ?, ?, ?) ON CONFLICT (uuid) DO NOTHING",
+                (uuid, domain.name, domain.ram, domain.dsm, domain.cache),
             ),
             ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
         ]
@@ -326,18 +327,20 @@ class Ledger(StartSteps):
             frozen.setdefault(uuid, []).append(path)
         starts = {
             uuid: Start(
-                uuid, state, domid, boot_id, since, tuple(frozen.get(uuid, ())), served, identifier, bool(ended)
+                uuid, state, domid, boot_id, since, tuple(frozen.get(uuid, ())), served, identifier, bool(ended), cache
             )
-            for uuid, state, domid, boot_id, since, served, identifier, ended in rows(
-                "state, domid, boot_id, since, served, id, ended", "attachment", "uuid"
+            for uuid, state, domid, boot_id, since, served, identifier, ended, cache in rows(
+                "state, domid, boot_id, since, served, id, ended, cache", "attachment", "uuid"
             )
         }
         return tuple(
             Record(
                 *(uuid, name, ram, dsm, fault, tuple(allocations.get(uuid, ()))),
-                *(starts.get(uuid), tuple(intents.get(uuid, ())), changed),
+                *(starts.get(uuid), tuple(intents.get(uuid, ())), changed, cache),
             )
-            for uuid, name, ram, dsm, fault, changed in rows("name, ram, dsm, fault, changed", "domain", "name")
+            for uuid, name, ram, dsm, fault, changed, cache in rows(
+                "name, ram, dsm, fault, changed, cache", "domain", "name"
+            )
         )
 
 

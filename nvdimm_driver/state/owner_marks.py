@@ -32,6 +32,7 @@ class Mark:
     base: int | None
     file: tuple[int, int] | None = None
     changed: int = 0
+    cache: str | None = None
 
     def is_copied(self, found: BackingIdentity | None) -> bool:
         """Return True when the mark was written on another file than the one found: ``cp -a`` copies it, too."""
@@ -67,6 +68,7 @@ def _content(record: Record, item: Allocation) -> dict[str, Any]:
     nvdimm = asdict(item.spec)
     del nvdimm["path"]
     domain = {"uuid": record.uuid, "name": record.name, "ram": record.ram, "dsm": record.dsm}
+    domain |= {"cache": record.cache} if record.cache else {}
     return {"version": VERSION, **domain, "base": item.base, "nvdimm": nvdimm}
 
 
@@ -84,9 +86,8 @@ def unpack(path: str, data: bytes) -> Mark:
         if found.get("file"):
             inode, generation = found["file"]
             file = inode, generation
-        return Mark(
-            found["uuid"], found["name"], found["ram"], found["dsm"], spec, found["base"], file, found.get("changed", 0)
-        )
+        domain = found["uuid"], found["name"], found["ram"], found["dsm"]
+        return Mark(*domain, spec, found["base"], file, found.get("changed", 0), found.get("cache"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LedgerError(
             f"{path}: its mark cannot be read: {error}", hint=f"to remove it: {repair_of(path)}"

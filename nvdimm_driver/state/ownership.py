@@ -548,7 +548,7 @@ def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tup
     if not marks:
         return None
     last = max(marks, key=lambda mark: mark.changed)
-    return Record(uuid, last.name, last.ram, last.dsm, "", tuple(items), None, changed=last.changed)
+    return Record(uuid, last.name, last.ram, last.dsm, "", tuple(items), None, changed=last.changed, cache=last.cache)
 
 
 def frozen_for(backings: Sequence[Backing], identities: Mapping[str, BackingIdentity | None]) -> dict[str, int | None]:
@@ -604,7 +604,13 @@ def drop(
     _unmark(ledger, backings, items, record.uuid)
     kept = [item for item in record.allocations if item not in items]
     if kept:
-        ledger.store(record.uuid, record.name, record.ram, kept, dsm=record.dsm, kind="forgotten", check=check)
+        ledger.store(
+            *(record.uuid, record.name, record.ram, kept),
+            dsm=record.dsm,
+            cache=record.cache,
+            kind="forgotten",
+            check=check,
+        )
     else:
         ledger.give_up(record.uuid, kind="forgotten", check=check)
 

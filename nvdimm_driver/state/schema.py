@@ -154,5 +154,9 @@ CREATE TABLE never_run (
     PRIMARY KEY (uuid, number)
 ) STRICT;
 """,
+    """
+ALTER TABLE domain ADD COLUMN cache TEXT;
+ALTER TABLE attachment ADD COLUMN cache TEXT NOT NULL DEFAULT '';
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

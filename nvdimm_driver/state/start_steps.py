@@ -49,11 +49,13 @@ class PreparedStart:
     :ivar qemu: program that the device model becomes.
     :ivar label_server: the guest needs one.
     :ivar uncached: guest frames that must not be cached, as (gfn, count).
+    :ivar cache: what is asked for, one of :data:`.caching.CACHES`.
     :ivar run: number, nvdimms and written of the :class:`.model.Run` that it begins.
     """
 
     __slots__ = (
         "areas",
+        "cache",
         "gfn_limit",
         "gfn_start",
         "key",
@@ -77,9 +79,11 @@ class PreparedStart:
         areas: list[tuple[int, int]],
         uncached: list[tuple[int, int]],
         run: tuple[int, str, str],
+        cache: str = "auto",
     ) -> None:
         self.key = key
         self.run = run
+        self.cache = cache
         self.uncached = uncached
         self.name = name
         self.qemu = qemu
@@ -142,6 +146,7 @@ class StartSteps(Database):
         run: Run,
         served: str = "",
         uncached: Sequence[tuple[int, int]] = (),
+        cache: str = "auto",
         detail: Mapping[str, Value] | None = None,
     ) -> None:
         """Record that the start is prepared, with everything that the device model will do.
@@ -150,6 +155,7 @@ class StartSteps(Database):
         :param guest_frames: first guest frame above the guest's RAM, first frame the guest cannot use.
         :param run: the run that it will begin.
         :param served: as in :class:`.model.Start`.
+        :param cache: what is asked for, one of :data:`.caching.CACHES`.
         :param detail: detail of the event.
         :raises LedgerError: when another process has put this start away.
         """
@@ -165,6 +171,7 @@ class StartSteps(Database):
                 "number": run.number,
                 "nvdimms": run.nvdimms,
                 "written": run.written,
+                "cache": cache,
             },
             [
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
@@ -182,11 +189,17 @@ class StartSteps(Database):
         self._advance(start.key, "mapping", {"domid": domid})
 
     def finish_mapping(
-        self, start: PreparedStart, seconds: float = 0.0, detail: Mapping[str, Value] | None = None
+        self,
+        start: PreparedStart,
+        seconds: float = 0.0,
+        detail: Mapping[str, Value] | None = None,
+        *,
+        cache: str = "",
     ) -> None:
         """Record that the device model has mapped the NVDIMMs, and that the domain starts: its run begins.
 
         :param seconds: how long mapping took.
+        :param cache: as in :class:`.model.Start`.
         :param detail: detail of the event.
         :raises LedgerError: when another process has put the start away.
         """
@@ -194,7 +207,7 @@ class StartSteps(Database):
         self._advance(
             (uuid, identifier, "mapping"),
             "mapped",
-            {},
+            {"cache": cache},
             [
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
                 (
@@ -369,8 +382,8 @@ class StartSteps(Database):
     def find_prepared(self, uuid: str) -> PreparedStart | None:
         """Return the domain's start that was prepared in this boot of the host and is not mapped yet, or None."""
         rows = self._rows(
-            "SELECT id, name, qemu, gfn_start, gfn_limit, served, number, nvdimms, written FROM attachment "
-            "JOIN domain USING (uuid) "
+            "SELECT id, name, qemu, gfn_start, gfn_limit, served, attachment.cache, number, nvdimms, written "
+            "FROM attachment JOIN domain USING (uuid) "
             "WHERE uuid = ? AND state = 'prepared' AND boot_id = ? AND number IS NOT NULL AND ended = 0",
             uuid,
             host_boot_id(),
@@ -380,9 +393,10 @@ class StartSteps(Database):
         mappings = self._rows("SELECT gfn, mfn, count FROM mapping WHERE uuid = ? ORDER BY gfn", uuid)
         areas = self._rows("SELECT mfn, count FROM area WHERE uuid = ?", uuid)
         uncached = self._rows("SELECT gfn, count FROM uncached WHERE uuid = ?", uuid)
-        identifier, name, qemu, gfn_start, gfn_limit, served, *run = rows[0]
-        key = uuid, identifier, "prepared"
-        return PreparedStart(key, name, qemu, gfn_start, gfn_limit, bool(served), mappings, areas, uncached, tuple(run))
+        identifier, name, qemu, gfn_start, gfn_limit, served, cache, *run = rows[0]
+        limits, frames = (gfn_start, gfn_limit, bool(served)), (mappings, areas, uncached)
+        key = uuid, identifier, "prepared"  # an earlier version has prepared it if no cache is asked for
+        return PreparedStart(key, name, qemu, *limits, *frames, tuple(run), cache or "auto")
 
     def find_run(self, uuid: str) -> Run | None:
         """Return the domain's last run, which may not be over; None when no version that numbers them has begun one.

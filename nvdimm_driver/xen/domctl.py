@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
-from nvdimm_driver.errors import LayoutError, XenError
+from bisect import bisect_left, bisect_right
+
+from nvdimm_driver.errors import LayoutError, NoWriteBackError, XenError
 from nvdimm_driver.guest import p2m
 from nvdimm_driver.guest.p2m import DSM_GFN, TABLES_GFN
 from nvdimm_driver.plugins import Mapper
 from nvdimm_driver.sizes import align_up, human, units
-from nvdimm_driver.xen import frames_in_use
-from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, E820_RAM, PAGE, WRITE_BACK, Xen, hypervisor
+from nvdimm_driver.xen import frames_in_use, write_back
+from nvdimm_driver.xen.libxenctrl import (
+    DELETE_CACHEATTR,
+    E820_RAM,
+    PAGE,
+    WRITE_BACK,
+    Xen,
+    dom0_kind,
+    hypervisor,
+)
 from nvdimm_driver.xen.xenstore import Xenstore
 
 TYPE_CHECKING = False
@@ -82,23 +92,30 @@ class DomctlMapper(Mapper):
         vm = self.xenstore.read(f"/local/domain/{domid}/vm")
         return None if vm is None else vm.removeprefix("/vm/").lower()
 
+    def write_back_fault(self) -> str:
+        return write_back.find_fault(self.xen.capabilities(), self.xen.command_line(), dom0_kind())
+
     def map(self, domid: int, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> int:
-        self._raise_paging_pool(domid, mappings)
+        pieces = cut(mappings, uncached)
+        self._raise_paging_pool(domid, pieces)
         granted: list[Frames] = []
         mapped: list[Frames] = []
         pinned: list[tuple[int, int]] = []
         try:
-            for gfn, mfn, count in mappings:
+            for run in guest_runs(mappings, uncached):  # before the mapping: Xen looks at NPT's entries then, only
+                if not self.xen.pin_memory_cacheattr(domid, *run, WRITE_BACK):
+                    raise NoWriteBackError(
+                        f"Xen refuses write-back for {run[1]} frames of domain {domid}, gfn {run[0]:#x}, after "
+                        f"{len(pinned)} other ranges",
+                        hint="Xen takes up to 64 ranges that are not adjacent; with cache 'auto' the guest starts",
+                    )
+                pinned.append(run)
+            for gfn, mfn, count in pieces:
                 self.xen.iomem_permission(domid, mfn, count, True)
                 granted.append((gfn, mfn, count))
                 # libxc splits this into hypercalls of 64 entries and removes the whole range when one fails.
                 self.xen.memory_mapping(domid, gfn, mfn, count, True)
                 mapped.append((gfn, mfn, count))
-            for run in guest_runs(mappings, uncached):
-                # Stock Xen maps such frames uncacheable and checks a pinned type too late (epte_get_entry_emt). A Xen
-                # that honours the pin makes the guest faster. A refusal is no error: the guest is slow but correct.
-                if self.xen.pin_memory_cacheattr(domid, *run, WRITE_BACK):
-                    pinned.append(run)
         except BaseException as error:
             failures = self._undo(domid, granted, mapped, pinned)
             if failures:
@@ -107,10 +124,11 @@ class DomctlMapper(Mapper):
                     hint=f"destroy domain {domid}: that drops its mappings and permissions",
                 ) from error
             raise
-        return p2m.cost(mappings)[2]
+        return p2m.cost(pieces)[2]
 
     def unmap(self, domid: int, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> None:
-        failures = self._undo(domid, mappings, mappings, guest_runs(mappings, uncached))
+        pieces = cut(mappings, uncached)
+        failures = self._undo(domid, pieces, pieces, guest_runs(mappings, uncached))
         if failures:
             raise XenError("; ".join(failures), hint=f"destroy domain {domid}: that drops its mappings and permissions")
 
@@ -184,11 +202,6 @@ class DomctlMapper(Mapper):
     ) -> list[str]:
         """Undo everything in reverse order, also after a failure; return the failures."""
         failures = []
-        for run in reversed(pinned):
-            try:
-                self.xen.pin_memory_cacheattr(domid, *run, DELETE_CACHEATTR)
-            except XenError as error:
-                failures.append(str(error))
         for gfn, mfn, count in reversed(mapped):
             try:
                 if count:
@@ -198,6 +211,11 @@ class DomctlMapper(Mapper):
         for _, mfn, count in reversed(granted):
             try:
                 self.xen.iomem_permission(domid, mfn, count, False)
+            except XenError as error:
+                failures.append(str(error))
+        for run in reversed(pinned):
+            try:
+                self.xen.pin_memory_cacheattr(domid, *run, DELETE_CACHEATTR)
             except XenError as error:
                 failures.append(str(error))
         return failures
@@ -236,6 +254,21 @@ def guest_runs(mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] =
     for hole in uncached:
         runs = [part for run in runs for part in _without(run, hole)]
     return runs
+
+
+def cut(mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]]) -> list[Frames]:
+    """Return the mappings, cut where uncached frames begin or end.
+
+    Xen maps no entry of 2 MiB across the end of a call. On NPT, one that is pinned in part would be uncached.
+    """
+    edges = sorted({edge for gfn, count in uncached for edge in (gfn, gfn + count)})
+    pieces = []
+    for gfn, mfn, count in mappings:
+        begin = gfn
+        for end in (*edges[bisect_right(edges, gfn) : bisect_left(edges, gfn + count)], gfn + count):
+            pieces.append((begin, mfn + begin - gfn, end - begin))
+            begin = end
+    return pieces
 
 
 def _without(run: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, int]]:

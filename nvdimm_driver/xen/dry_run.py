@@ -26,6 +26,9 @@ class DryRunMapper(DomctlMapper):
         self.calls: list[Call] = []
         super().__init__(_RecordingXen(ram, self.calls), _RecordingXenstore(self.calls))
 
+    def write_back_fault(self) -> str:
+        return "no hypervisor is asked"
+
     def describe(self) -> str:
         return "records the calls that domctl would make; needs nothing"
 

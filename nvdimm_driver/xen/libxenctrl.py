@@ -35,8 +35,8 @@ HAP = 1 << 3
 MAX_E820_ENTRIES = 1024
 """Xen's maximum (E820MAX); it answers EINVAL to a buffer that is too small."""
 PROT_READ, PROT_WRITE = 1, 2
-XENVER_COMMANDLINE, COMMAND_LINE_SIZE = 9, 1024
-"""xen/include/public/version.h: XENVER_commandline, xen_commandline_t."""
+XENVER_CAPABILITIES, XENVER_COMMANDLINE, VERSION_TEXT_SIZE = 3, 9, 1024
+"""xen/include/public/version.h: XENVER_*, and the size of xen_capabilities_info_t and xen_commandline_t."""
 PHYSINFO_CAPABILITIES, PHYSINFO_WORDS = 7, 64
 """Index of the capabilities in struct xen_sysctl_physinfo (public/sysctl.h), and a size above its own; 4-byte words."""
 
@@ -127,10 +127,11 @@ class Xen:
         """Pin the memory type of guest frames; return False when the hypervisor refuses.
 
         Refusals (xen/arch/x86/hvm/mtrr.c:hvm_set_mem_pinned_cacheattr): a Xen without the call (ENOSYS, EOPNOTSUPP), a
-        range above the address width (EINVAL), more than 64 ranges (ENOSPC), no pin to delete (ENOENT).
+        range above the address width (EINVAL), more than 64 ranges (ENOSPC), one that overlaps another range (EBUSY),
+        no pin to delete (ENOENT).
         """
         what = f"domain {domid}, gfn {gfn:#x}, {count} frames, memory type {memory_type}"
-        refusals = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC, errno.ENOENT)
+        refusals = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC, errno.EBUSY, errno.ENOENT)
         arguments = (domid, gfn, gfn + count - 1, memory_type)
         return self._call("xc_domain_pin_memory_cacheattr", what, *arguments, refusals=refusals) >= 0
 
@@ -148,9 +149,11 @@ class Xen:
 
     def command_line(self) -> str:
         """Return the command line that the hypervisor was booted with."""
-        text = ffi.new("char[]", COMMAND_LINE_SIZE)
-        self._call("xc_version", "command line", XENVER_COMMANDLINE, text)
-        return decode(bytes(ffi.string(text, COMMAND_LINE_SIZE)))
+        return self._version_text(XENVER_COMMANDLINE, "command line")
+
+    def capabilities(self) -> str:
+        """Return the hypervisor's words for what it can do, such as ``hvm-3.0-x86_64``."""
+        return self._version_text(XENVER_CAPABILITIES, "capabilities")
 
     def maximum_gfn(self, domid: int) -> int | None:
         """Return the highest guest frame that the domain has; None when the hypervisor does not know the domain.
@@ -183,6 +186,11 @@ class Xen:
             ffi.memmove(where + address % PAGE, data, len(data))
         finally:
             self._unmap_foreign(where, pages)
+
+    def _version_text(self, command: int, what: str) -> str:
+        text = ffi.new("char[]", VERSION_TEXT_SIZE)
+        self._call("xc_version", what, command, text)
+        return decode(bytes(ffi.string(text, VERSION_TEXT_SIZE)))
 
     def _map_foreign(self, domid: int, address: int, length: int, protection: int) -> tuple[int, Any]:
         first, last = address // PAGE, (address + length - 1) // PAGE
@@ -235,6 +243,14 @@ def hypervisor(root: str = "/") -> str:
         return _read(os.path.join(root, "sys/hypervisor"), "type")
     except FileNotFoundError:
         return "missing"
+
+
+def dom0_kind(root: str = "/") -> str:
+    """Return the kind of this domain as Linux names it, such as ``PV``; empty when it does not say."""
+    try:
+        return _read(os.path.join(root, "sys/hypervisor"), "guest_type")
+    except OSError:
+        return ""
 
 
 def running_version(root: str = "/") -> str:

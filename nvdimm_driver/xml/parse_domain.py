@@ -3,7 +3,7 @@
 
 In ``<metadata>``, a user can override an option of the host for one domain::
 
-    <nvdimm:options xmlns:nvdimm="urn:nvdimm-driver:options:1" dsm="aml"/>
+    <nvdimm:options xmlns:nvdimm="urn:nvdimm-driver:options:1" dsm="aml" cache="auto"/>
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from uuid import UUID
 
+from nvdimm_driver import caching
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
 from nvdimm_driver.model import DSM, GIB, KIB, MAX_NVDIMMS, PAGE, DomainSpec, NvdimmSpec
 from nvdimm_driver.xml import direct_io
@@ -23,6 +24,8 @@ from nvdimm_driver.xml.values import integer, scale, scaled
 XEN_ARGUMENTS = "http://libvirt.org/schemas/domain/xen/1.0"
 """The namespace of ``<commandline>``, which has arguments for QEMU."""
 OPTIONS = "urn:nvdimm-driver:options:1"
+_OPTIONS = {"dsm": DSM, "cache": caching.CACHES}
+"""The attributes of its element, with their values."""
 """The namespace of the options that a user may put into ``<metadata>``."""
 
 
@@ -174,13 +177,15 @@ def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
         _check_alias(element, root)
     _check_paths(specs)
     root.need("devices")
+    options = _options(root)
     return DomainSpec(
         name=name,
         uuid=uuid_of(root),
         ram=ram,
         emulator=emulator_of(root),
         nvdimms=tuple(sorted(specs, key=lambda spec: spec.slot)),
-        dsm=_dsm(root),
+        dsm=options.get("dsm"),
+        cache=options.get("cache"),
         unplaced=frozenset(path_of(element) for element in elements if element.child("address") is None),
         pci_devices=_pci_devices(root),
         emulated=_emulated(root),
@@ -217,24 +222,29 @@ def _emulated(root: Element) -> tuple[str, ...]:
     return (*sorted(names), *direct_io.devices(arguments))
 
 
-def _dsm(root: Element) -> str | None:
+def _options(root: Element) -> dict[str, str]:
+    """Return the driver's options for a domain that its metadata give."""
     metadata = root.child("metadata")
     children = [] if metadata is None else metadata.children
     found = [child for child in children if _in_namespace(child, (metadata, root), OPTIONS)]
     if not found:
-        return None
+        return {}
     name = found[0].tag.rpartition(":")[2]
-    unknown = [each for each in found[0].attributes if each != "dsm" and not each.startswith("xmlns")]
+    given = {name: value for name, value in found[0].attributes.items() if not name.startswith("xmlns")}
+    unknown = [each for each in given if each not in _OPTIONS]
     if len(found) > 1 or name != "options" or unknown or found[0].children:
         raise DomainXmlError(
             f"<metadata> has {', '.join(f'<{each.tag}>' for each in found)} in the namespace {OPTIONS}, "
             f"unknown attributes: {', '.join(unknown) or 'none'}",
-            hint="write one empty element <options> with the attribute dsm",
+            hint=f"write one empty element <options> with the attributes {' and '.join(_OPTIONS)}, or one of them",
         )
-    dsm = found[0].attributes.get("dsm")
-    if dsm is not None and dsm not in DSM:
-        raise DomainXmlError(f"<{found[0].tag} dsm={dsm!r}> in <metadata>", hint=f"dsm is one of {', '.join(DSM)}")
-    return dsm
+    for option, value in given.items():
+        if value not in _OPTIONS[option]:
+            raise DomainXmlError(
+                f"<{found[0].tag} {option}={value!r}> in <metadata>",
+                hint=f"{option} is one of {', '.join(_OPTIONS[option])}",
+            )
+    return given
 
 
 def _in_namespace(element: Element, ancestors: Sequence[Element | None], uri: str) -> bool:

@@ -30,6 +30,7 @@ def test_plan_says_all_that_would_happen() -> None:
         "+    <emulator>/usr/libexec/xen/bin/nvdimm-device-model</emulator>",
         "  slot 0: /mnt/pmem0/pmem-guest.img: 64 MiB, label 0 B; fsdax on namespace0.0 (pmem0): create, write 64 MiB",
         "  0x1100000000 - 0x1103ffffff: slot 0, handle 0x1, 64 MiB",
+        "  cache: uncached: no hypervisor is asked",
         "Mapping calls: 2 extents, 48 entries of 2 MiB, 0 of 4 KiB, 2 memory_mapping hypercalls",
         "SPA range 2: persistent memory, base 0x1100000000, length 0x4000000",
         'Name (_HID, "ACPI0012"',

@@ -25,6 +25,8 @@ SCHEMAS: dict[str, Any] = {
         "uuid": str,
         "ram": int,
         "dsm": None,
+        "cache": None,
+        "cache_wanted": str,
         "label_server": None,
         "holder": None,
         "state": str,

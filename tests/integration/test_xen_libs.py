@@ -22,10 +22,11 @@ from nvdimm_driver.doctor.dax import AT_EMPTY_PATH, STATX_ATTR_DAX, STRUCT_STATX
 from nvdimm_driver.xen.abi import DECLARATIONS
 from nvdimm_driver.xen.abi import ffi as declared
 from nvdimm_driver.xen.libxenctrl import (
-    COMMAND_LINE_SIZE,
     HAP,
     PHYSINFO_CAPABILITIES,
     PHYSINFO_WORDS,
+    VERSION_TEXT_SIZE,
+    XENVER_CAPABILITIES,
     XENVER_COMMANDLINE,
     installed_versions,
 )
@@ -59,14 +60,15 @@ def test_every_declaration_is_that_of_the_headers() -> None:
     layout = [f"sizeof(struct e820entry) == {declared.sizeof('struct e820entry')}"]
     layout += [f"offsetof(xc_physinfo_t, capabilities) == {4 * PHYSINFO_CAPABILITIES}"]
     layout += [f"sizeof(xc_physinfo_t) <= {4 * PHYSINFO_WORDS}", f"XEN_SYSCTL_PHYSCAP_hap == {HAP}"]
-    layout += [f"XENVER_commandline == {XENVER_COMMANDLINE}", f"sizeof(xen_commandline_t) == {COMMAND_LINE_SIZE}"]
+    layout += [f"XENVER_capabilities == {XENVER_CAPABILITIES}", f"XENVER_commandline == {XENVER_COMMANDLINE}"]
+    layout += [f"sizeof({name}) == {VERSION_TEXT_SIZE}" for name in ("xen_capabilities_info_t", "xen_commandline_t")]
     layout += [f"sizeof(struct statx) <= {STRUCT_STATX_SIZE}", "offsetof(struct statx, stx_attributes) == 8"]
     layout += [f"STATX_ATTR_DAX == {STATX_ATTR_DAX}", f"AT_EMPTY_PATH == {AT_EMPTY_PATH}"]
     layout += [f"offsetof(struct e820entry, {name}) == {field.offset}" for name, field in entry.fields or ()]
     checks = "".join(f'_Static_assert({check}, "{check}");\n' for check in layout)
     result = compile_c(HEADERS + DECLARATIONS + checks)
     assert result.returncode == 0, result.stderr
-    assert len(layout) == 13
+    assert len(layout) == 15
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -154,6 +156,7 @@ CALLS = [
     ("x.machine_memory_map()", "xc_get_machine_memory_map(1024)", "[(0, 654336, 1), (5368709120, 1073741824, 12)]"),
     ("x.platform_capabilities() & HAP", "xc_physinfo()", "8"),
     ("x.command_line()", "xc_version(9)", "dom0_mem=4G mmio-relax"),
+    ("x.capabilities()", "xc_version(3)", "xen-3.0-x86_64 hvm-3.0-x86_64"),
     ("x.maximum_gfn(7)", "xc_domain_maximum_gpfn(7)", str(0xFEFFF)),
     (
         "x.populate_physmap_exact(7, 0xFD001, 3)",
@@ -228,7 +231,7 @@ def test_eaccess_is_a_library_that_does_not_fit_the_hypervisor(stand_ins: Path, 
     assert any("libxenctrl.so.4.17 does not match the Xen 4.17 that is running" in line for line in said)
 
 
-@pytest.mark.parametrize("error", ["ENOSYS", "EOPNOTSUPP", "EINVAL", "ENOSPC", "ENOENT"])
+@pytest.mark.parametrize("error", ["ENOSYS", "EOPNOTSUPP", "EINVAL", "ENOSPC", "EBUSY", "ENOENT"])
 def test_a_refused_memory_type_is_an_answer(stand_ins: Path, error: str) -> None:
     said = run(
         stand_ins,

@@ -96,7 +96,7 @@ int xc_physinfo(xc_interface *xch, xc_physinfo_t *info)
 
 int xc_version(xc_interface *xch, int what, void *answer)
 {
-    strcpy(answer, "dom0_mem=4G mmio-relax");
+    strcpy(answer, what == 9 ? "dom0_mem=4G mmio-relax" : "xen-3.0-x86_64 hvm-3.0-x86_64");
     return CALLED("%d", what);
 }
 

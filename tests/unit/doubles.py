@@ -18,7 +18,7 @@ from nvdimm_driver.acpi.tables import Header, checksum, seal, split
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, XenError
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NoWriteBackError, XenError
 from nvdimm_driver.lifecycle import start as start_module
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.plan import HostFacts
@@ -301,6 +301,8 @@ class RecordingMapper(Mapper):
         self.copying: set[int] = set()
         self.memory: dict[int, dict[int, bytes]] = {}
         self.fail: str = ""
+        self.fault = "this Xen is stock"
+        self.refuses_pins = False
         self.guest_frames = 0xFEFFF + 1
         self.closed = 0
         self.ram_ranges = [(0, 4 * GIB // 4096)]
@@ -326,11 +328,16 @@ class RecordingMapper(Mapper):
     def uuid(self, domid: int) -> str | None:
         return self.alive.get(domid)
 
+    def write_back_fault(self) -> str:
+        return self.fault
+
     def map(
         self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
     ) -> int:
         if self.fail == "map":
             raise XenError("EPERM", hint="no")
+        if self.refuses_pins and sum(count for _, count in uncached) < sum(count for *_, count in mappings):
+            raise NoWriteBackError("ENOSPC")
         self.mapped[domid] = list(mappings)
         self.uncached[domid] = list(uncached)
         return len(mappings)
@@ -422,6 +429,7 @@ def make_driver(
     mapper: RecordingMapper,
     *,
     dsm: str = "none",
+    cache: str = "auto",
     namespace: Namespace = NAMESPACE,
     acpi: AcpiBuilder | None = None,
     bad: tuple[tuple[int, int], ...] = (),
@@ -441,6 +449,7 @@ def make_driver(
         emulators=Emulators("/usr/bin/real-qemu", ["/opt/qemu"], lambda path: None),
         gap=64 * GIB,
         dsm=dsm,
+        cache=cache,
         pools=pools or Pools([], any_path=True),
         holders=holders or RecordingHolders(),
     )

@@ -395,15 +395,89 @@ def test_a_server_that_no_other_can_follow_is_not_killed(
             server.kill()
 
 
-def test_label_areas_that_the_guest_writes_by_itself_are_not_cached(tmp_path: Path, mapper: RecordingMapper) -> None:
-    driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="aml")
-    labelled = domain(A, label_size=MIB)
+def start_labelled(
+    tmp_path: Path, mapper: RecordingMapper, wanted: str | None, host: str = "auto"
+) -> tuple[str, list[tuple[int, int]]]:
+    """Start a domain that wants this cache; return what the ledger says, and what is uncached, from the first frame."""
+    driver = make_driver(tmp_path, MemoryBacking(), mapper, dsm="aml", cache=host)
+    labelled = replace(domain(A, label_size=MIB), cache=wanted)
     driver.define(labelled)
     driver.prepare(labelled)
     attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
     ((gfn, _, count),) = mapper.mapped[5]
     assert count == 64 * MIB // 4096
-    assert mapper.uncached[5] == [(gfn + 63 * MIB // 4096, MIB // 4096)]
+    record = driver.ledger.find_domain(UUID)
+    assert record is not None
+    assert record.start is not None
+    (started,) = (event for event in driver.ledger.events() if event.kind == "started")
+    assert started.detail["cache"] == record.start.cache
+    return record.start.cache, [(first - gfn, frames) for first, frames in mapper.uncached[5]]
+
+
+LABELS = [(63 * MIB // 4096, MIB // 4096)]
+WHOLE = [(0, 64 * MIB // 4096)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "host", "fault", "refuses", "cache", "uncached"),
+    [
+        (None, "auto", "stock", False, "uncached", WHOLE),
+        (None, "auto", "", False, "write-back", LABELS),
+        (None, "auto", "", True, "uncached", WHOLE),
+        (None, "write-back", "", False, "write-back", LABELS),
+        (None, "uncached", "", False, "uncached", WHOLE),
+        ("uncached", "auto", "", False, "uncached", WHOLE),
+        ("uncached", "write-back", "stock", False, "uncached", WHOLE),
+        ("write-back", "uncached", "", False, "write-back", LABELS),
+        ("auto", "write-back", "stock", False, "uncached", WHOLE),
+    ],
+)
+def test_label_areas_that_the_guest_writes_by_itself_are_never_cached(
+    tmp_path: Path,
+    mapper: RecordingMapper,
+    wanted: str | None,
+    host: str,
+    fault: str,
+    refuses: bool,
+    cache: str,
+    uncached: list[tuple[int, int]],
+) -> None:
+    mapper.fault, mapper.refuses_pins = fault, refuses
+    assert start_labelled(tmp_path, mapper, wanted, host) == (cache, uncached)
+
+
+def test_what_must_be_cached_does_not_start_where_it_cannot(tmp_path: Path, mapper: RecordingMapper) -> None:
+    """The hook refuses it; and the device model, if the host has changed since."""
+    with pytest.raises(XenError, match="this Xen is stock"):
+        start_labelled(tmp_path, mapper, "write-back")
+    assert (mapper.mapped, mapper.announced) == ({}, {})
+
+
+@pytest.mark.parametrize("change", [{"fault": "this Xen is stock"}, {"refuses_pins": True}])
+def test_the_device_model_looks_again(tmp_path: Path, mapper: RecordingMapper, change: dict[str, str | bool]) -> None:
+    mapper.fault = ""
+    driver = make_driver(tmp_path, MemoryBacking(), mapper)
+    wanted = replace(domain(A), cache="write-back")
+    driver.define(wanted)
+    driver.prepare(wanted)
+    vars(mapper).update(change)
+    with pytest.raises(XenError):
+        attach(5, driver.ledger, mapper, str(tmp_path), driver.prepare_known, no_server)
+    assert (mapper.mapped, mapper.announced) == ({}, {5: []})
+
+
+def test_a_start_that_failed_after_the_mapping_is_unmapped_as_it_was_mapped(
+    tmp_path: Path, mapper: RecordingMapper
+) -> None:
+    for fault in ("", "stock"):
+        mapper.fault, mapper.fail = fault, "deliver"
+        (tmp_path / f"x{fault}").mkdir()
+        driver = make_driver(tmp_path / f"x{fault}", MemoryBacking(), mapper)
+        driver.define(domain(A))
+        driver.prepare(domain(A))
+        with pytest.raises(XenError):
+            attach(5, driver.ledger, mapper, str(driver.state_dir), driver.prepare_known, no_server)
+        assert (mapper.mapped, mapper.uncached) == ({}, {})
 
 
 @pytest.mark.parametrize("name", ["-incoming", "-xen-domid", "-help", "--version", "-S"])

@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.doctor.finding import Result
-from nvdimm_driver.doctor.hypervisor import Hypervisor, check, check_dom0, check_hap, check_mmio_relax, has_mmio_relax
+from nvdimm_driver.doctor.hypervisor import (
+    Hypervisor,
+    check,
+    check_dom0,
+    check_hap,
+    check_memory_type,
+    check_mmio_relax,
+)
 from nvdimm_driver.xen.libxenctrl import HAP
+from nvdimm_driver.xen.write_back import MARK
 from tests.unit.test_xen_libxenctrl import host
 
 
@@ -20,7 +28,7 @@ def test_without_xen_all_that_depends_on_it_fails(tmp_path: Path) -> None:
     assert {each.result for each in found} == {Result.FAIL}
     assert found[0].check == "Xen"
     assert "boot this machine into Xen" in found[0].hint
-    assert [each.check for each in found[1:]] == ["dom0", "memory type", "toolstack library", "HAP", "mmio-relax"]
+    assert [each.check for each in found[1:]] == ["dom0", "toolstack library", "HAP", "memory type", "mmio-relax"]
     assert {each.message for each in found[1:]} == {"cannot be checked without Xen"}
 
 
@@ -28,11 +36,11 @@ def test_with_a_library_of_another_version(tmp_path: Path) -> None:
     host(tmp_path, "4.98")
     found = {each.check: each for each in check(tmp_path)}
     assert found["Xen"].result == Result.PASS
-    assert found["memory type"].result == Result.WARN
     assert found["toolstack library"].result == Result.FAIL
     assert "Xen 4.98 is running" in found["toolstack library"].message
-    assert found["HAP"].message == found["mmio-relax"].message == "cannot be checked without the toolstack library"
-    assert found["HAP"].result == found["mmio-relax"].result == Result.FAIL
+    others = [found[name] for name in ("HAP", "memory type", "mmio-relax")]
+    assert {each.message for each in others} == {"cannot be checked without the toolstack library"}
+    assert {each.result for each in others} == {Result.FAIL}
 
 
 @pytest.mark.parametrize(
@@ -68,16 +76,15 @@ def test_mmio_relax(command_line: str, kind: str, result: Result) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command_line", "on"),
+    ("words", "command_line", "kind", "result", "says"),
     [
-        ("mmio-relax", True),
-        ("mmio-relax=all", True),
-        ("mmio-relax=1 console=com1", True),
-        ("mmio-relax=off", False),
-        ("mmio-relax no-mmio-relax", False),
-        ("x-mmio-relax", False),
-        ("", False),
+        ("xen-3.0-x86_64 hvm-3.0-x86_64", "mmio-relax", "PV", Result.WARN, "stock Xen"),
+        (f"xen-3.0-x86_64 {MARK}", "", "PV", Result.WARN, "mmio-relax is not on"),
+        (f"xen-3.0-x86_64 {MARK}", "mmio-relax", "PVH", Result.WARN, "dom0 is PVH"),
+        (f"xen-3.0-x86_64 {MARK}", "mmio-relax", "PV", Result.PASS, "write-back"),
     ],
 )
-def test_mmio_relax_on_the_command_line(command_line: str, on: bool) -> None:
-    assert has_mmio_relax(command_line) == on
+def test_memory_type(words: str, command_line: str, kind: str, result: Result, says: str) -> None:
+    found = check_memory_type(Hypervisor("4.17", HAP, command_line, words), kind)
+    assert found.result == result
+    assert says in found.message

@@ -297,3 +297,26 @@ def started_paths(driver: XenNvdimmDriver) -> tuple[str, ...]:
     start = driver.ledger.domains()[0].start
     assert start
     return start.paths
+
+
+def test_what_a_domain_wants_of_the_cache_is_kept(tmp_path: Path) -> None:
+    """In the ledger, in the marks, and by a define that fails; a start that no hook has prepared goes by it."""
+    host = Host(tmp_path, 0)
+
+    def wanted() -> set[str | None]:
+        record = host.driver.ledger.find_domain(UUID)
+        assert record is not None
+        return {record.cache, *(mark.cache for mark in host.backing.owners().values())}
+
+    assert wanted() == {None}
+    host.domain = replace(host.domain, cache="uncached")
+    host.driver.define(host.domain, host.driver.check(host.domain))
+    assert wanted() == {"uncached"}
+    host.backing.fail_provision.add(A)
+    with pytest.raises(BackingError):
+        host.driver.define(replace(host.changed(size=256 * MIB), cache="write-back"))
+    assert wanted() == {"uncached"}
+    host.driver.prepare_known(UUID)
+    prepared = host.driver.ledger.find_prepared(UUID)
+    assert prepared is not None
+    assert prepared.cache == "uncached"

@@ -475,8 +475,8 @@ def test_its_start_is_tried_before_libvirt_removes_the_image(bench: Bench) -> No
     bench.restore(image)
 
 
-def test_its_emulator_is_remembered(bench: Bench) -> None:
-    driver, spec = bench.driver(), dataclasses.replace(domain(A), emulator="/opt/qemu")
+def test_its_emulator_and_cache_are_remembered(bench: Bench) -> None:
+    driver, spec = bench.driver(), dataclasses.replace(domain(A), emulator="/opt/qemu", cache="uncached")
     driver.define(spec)
     driver.prepare(spec)
     bench.start()

@@ -20,6 +20,7 @@ from tests.unit.doubles import UUID
     pmem=st.booleans(),
     name=st.text(min_size=1),
     dsm=st.sampled_from([None, "aml", "qemu"]),
+    cache=st.sampled_from([None, "auto", "uncached"]),
     changed=st.integers(0, 1 << 62),
 )
 def test_a_mark_is_read_as_it_was_written(
@@ -30,13 +31,14 @@ def test_a_mark_is_read_as_it_was_written(
     pmem: bool,
     name: str,
     dsm: str | None,
+    cache: str | None,
     changed: int,
 ) -> None:
     spec = NvdimmSpec(slot, "/mnt/pmem0/a.img", 64 * MIB, label_size, alignsize, node=0, pmem=pmem)
-    record = Record(UUID, name, GIB, dsm, "", (), None)
+    record = Record(UUID, name, GIB, dsm, "", (), None, cache=cache)
     item = Allocation(UUID, spec, base=base, changed=changed)
     mark = owner_marks.unpack("/mnt/pmem0/a.img", owner_marks.pack(record, item))
-    assert mark == Mark(UUID, name, GIB, dsm, spec, base, changed=changed)
+    assert mark == Mark(UUID, name, GIB, dsm, spec, base, changed=changed, cache=cache)
 
 
 @pytest.mark.parametrize(

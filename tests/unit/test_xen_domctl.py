@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvdimm_driver.errors import LayoutError, XenError
+from nvdimm_driver.errors import LayoutError, NoWriteBackError, XenError
 from nvdimm_driver.guest import p2m
 from nvdimm_driver.plugins import Mapper
 from nvdimm_driver.xen import domctl
@@ -160,6 +160,17 @@ def test_map_does_what_was_asked_in_as_many_hypercalls_as_it_costs(mappings: lis
     assert xen.granted == [(mfn, count) for _, mfn, count in mappings]
     assert [call[2:5] for call in xen.log if call[0] == "memory_mapping"] == mappings
     assert sum(count for _, count in xen.pinned) == sum(count for *_, count in mappings)
+    names = [call[0] for call in xen.log]
+    assert "pin_memory_cacheattr" not in names[names.index("memory_mapping") :], "NPT looks at no pin afterwards"
+
+
+@settings(deadline=None)
+@given(plans())
+def test_nothing_is_pinned_or_cut_for_a_guest_that_is_uncached(mappings: list[Frames]) -> None:
+    xen = FakeXen(refuse_pins=True)
+    first, last = mappings[0], mappings[-1]
+    assert mapper(xen).map(DOMID, mappings, [(first[0], last[0] + last[2] - first[0])]) == p2m.cost(mappings)[2]
+    assert (xen.mapped, xen.pinned) == (mappings, [])
 
 
 @settings(deadline=None)
@@ -174,9 +185,9 @@ def test_every_failure_is_taken_back_in_reverse_order(mappings: list[Frames]) ->
         assert (xen.granted, xen.mapped, xen.pinned) == ([], [], [])
         assert xen.log[:position] == whole.log[:position]
         done = xen.log[:position]
-        undo = [(*call[:-1], DELETE_CACHEATTR) for call in reversed(done) if call[0] == "pin_memory_cacheattr"]
-        undo += [(*call[:-1], False) for call in reversed(done) if call[0] == "memory_mapping"]
+        undo = [(*call[:-1], False) for call in reversed(done) if call[0] == "memory_mapping"]
         undo += [(*call[:-1], False) for call in reversed(done) if call[0] == "iomem_permission"]
+        undo += [(*call[:-1], DELETE_CACHEATTR) for call in reversed(done) if call[0] == "pin_memory_cacheattr"]
         assert xen.log[position + 1 :] == undo
 
 
@@ -190,31 +201,50 @@ def test_unmap_undoes_map(mappings: list[Frames]) -> None:
 
 
 def test_a_failure_to_take_back_is_told_with_the_first_one_and_the_rest_goes_on() -> None:
-    xen = FakeXen(5, 6)  # after pool, grant, map, grant, map, the pin fails; then the removal of the second mapping
+    xen = FakeXen(6, 7)  # after pool, two pins, grant, map, grant, the second mapping fails; then the first's removal
     with pytest.raises(XenError) as caught:
         mapper(xen).map(DOMID, [(0x140000, 0x200000, 8), (0x150000, 0x210000, 8)])
-    assert "call 5; then rolling back failed: " in caught.value.message
-    assert "call 6" in caught.value.message
+    assert "call 6; then rolling back failed: " in caught.value.message
+    assert "call 7" in caught.value.message
     assert f"domain {DOMID}" in caught.value.hint
-    assert xen.mapped == [(0x150000, 0x210000, 8)]
-    assert xen.granted == []
+    assert xen.mapped == [(0x140000, 0x200000, 8)]
+    assert (xen.granted, xen.pinned) == ([], [])
 
 
 def test_unmap_goes_on_after_a_failure_and_tells_it() -> None:
     xen = FakeXen()
     mappings = [(0x140000, 0x200000, 8), (0x150000, 0x210000, 8)]
     mapper(xen).map(DOMID, mappings)
-    failing = len(xen.log) + 2  # two pins first
+    failing = len(xen.log)
     xen.fail_at = (failing,)
     with pytest.raises(XenError, match=f"call {failing}"):
         mapper(xen).unmap(DOMID, mappings)
     assert (xen.granted, xen.mapped) == ([], [(0x150000, 0x210000, 8)])
 
 
-def test_a_hypervisor_that_refuses_write_back_still_maps() -> None:
+def test_where_write_back_is_refused_nothing_is_left() -> None:
     xen = FakeXen(refuse_pins=True)
-    assert mapper(xen).map(DOMID, [(0x140000, 0x200000, 512)]) == 1
-    assert xen.mapped == [(0x140000, 0x200000, 512)]
+    with pytest.raises(NoWriteBackError, match="512 frames of domain 7, gfn 0x140000, after 0 other ranges"):
+        mapper(xen).map(DOMID, [(0x140000, 0x200000, 512)])
+    assert (xen.granted, xen.mapped, xen.pinned) == ([], [], [])
+
+
+@settings(deadline=None)
+@given(plans(), st.data())
+def test_mappings_are_cut_at_what_is_not_cached(mappings: list[Frames], data: st.DataObject) -> None:
+    gfn, _, count = data.draw(st.sampled_from(mappings))
+    first = data.draw(st.integers(0, count - 1))
+    hole = (gfn + first, data.draw(st.integers(1, count - first)))
+    xen = FakeXen()
+    mapper(xen).map(DOMID, mappings, [hole])
+    offsets = {gfn + n: mfn - gfn for gfn, mfn, count in mappings for n in range(count)}
+    assert {gfn + n: mfn - gfn for gfn, mfn, count in xen.mapped for n in range(count)} == offsets
+    inside = [each for each in xen.mapped if hole[0] <= each[0] < sum(hole)]
+    assert sum(each[2] for each in inside) == hole[1], "no mapping is in it and beside it"
+    assert not any(gfn < sum(hole) and hole[0] < gfn + count for gfn, count in xen.pinned)
+    assert sum(count for _, count in xen.pinned) == len(offsets) - hole[1]
+    mapper(xen).unmap(DOMID, mappings, [hole])
+    assert (xen.granted, xen.mapped, xen.pinned) == ([], [], [])
 
 
 @settings(deadline=None)

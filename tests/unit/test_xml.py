@@ -168,9 +168,24 @@ def test_a_domain_can_choose_who_serves_labels(metadata: str, dsm: str | None) -
         assert found.dsm == dsm
 
 
+def test_a_domain_can_choose_if_it_is_cached() -> None:
+    metadata = f"<metadata><a:options {OPTIONS.format(':a')} dsm='none' cache='uncached'/></metadata>"
+    xml = DOMAIN.replace("  <memory ", f"  {metadata}\n  <memory ", 1)
+    rewritten = rewrite(xml, DEVICE_MODEL)
+    for form in (xml, rewritten, restore(rewritten)):
+        found = extract(restore(form))
+        assert found is not None
+        assert (found.dsm, found.cache) == ("none", "uncached")
+    plain = extract(DOMAIN)
+    assert plain is not None
+    assert plain.cache is None
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        "<a:options cache='writeback'/>",
+        "<a:options cache=''/>",
         "<a:options dsm='fast'/>",
         "<a:options dsm=''/>",
         "<a:options dms='aml'/>",
@@ -181,7 +196,7 @@ def test_a_domain_can_choose_who_serves_labels(metadata: str, dsm: str | None) -
 )
 def test_an_option_that_is_not_known_is_refused(options: str) -> None:
     xml = DOMAIN.replace("<memory ", f"<metadata {OPTIONS.format(':a')}>{options}</metadata><memory ", 1)
-    with pytest.raises(DomainXmlError, match="dsm"):
+    with pytest.raises(DomainXmlError, match=r"dsm|cache"):
         extract(xml)
 
 

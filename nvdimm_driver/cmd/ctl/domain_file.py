@@ -107,5 +107,6 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
         emulators=Emulators.from_conf(options, lambda path: None),  # its files are not here
         gap=options.layout.gap_gib * GIB,
         dsm=options.acpi.dsm,
+        cache=options.xen.cache,
         pools=Pools([], any_path=True),
     )

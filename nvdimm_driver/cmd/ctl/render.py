@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nvdimm_driver import caching
 from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
@@ -126,6 +127,8 @@ def record(
         "uuid": item.uuid,
         "ram": size(item.ram),
         "dsm": item.dsm,
+        "cache": start.cache or None if start and start.state == "mapped" else None,
+        "cache_wanted": item.cache or driver.planner.cache,
         "label_server": driver.label_server_state(item),
         "holder": driver.holder_state(item),
         "state": start.state if start else "off",
@@ -218,11 +221,20 @@ def _layout(plan: Plan) -> Iterator[str]:
     for item in plan.layout.nvdimms:
         yield f"  {item.base:#x} - {item.end - 1:#x}: slot {item.slot}, handle {item.handle:#x}, {human(item.size)}"
         yield from (f"    {line}" for line in advice(item.size))
+    yield f"  cache: {_cache(plan)}"
     for spec, problem in zip(plan.domain.nvdimms, plan.misplaced_labels, strict=False):
         if problem:
             yield f"  warning: {spec.path}: {problem}"
     yield from (f"  advice: {line}" for line in layout.advice(plan.layout, pci_devices=plan.domain.pci_devices))
     yield from (f"  advice: {line}" for line in direct_io.advice(plan.domain.emulated))
+
+
+def _cache(plan: Plan) -> str:
+    if not plan.cache_fault:
+        return caching.UNCACHED if plan.cache == caching.UNCACHED else caching.WRITE_BACK
+    if plan.cache == caching.WRITE_BACK:
+        return f"the guest does not start, as only write-back will do: {plan.cache_fault}"
+    return f"uncached: {plan.cache_fault}"
 
 
 def _mappings(plan: Plan) -> Iterator[str]:
