@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose whether the processors cache a guest's NVDIMMs. The device model uses this module, so it imports little.
-"""
+"""Choose whether the processors cache a guest's NVDIMMs. The device model uses this module, so it imports little."""
 
 from __future__ import annotations
 

@@ -45,6 +45,7 @@ ANSWER_SECONDS = 30
 WITHOUT_WRITES_SECONDS = 30
 NETWORK_CARD, ADDRESS = "eth0", "10.0.2.15"
 TAIL = 4000
+TABLE_ENTRIES = 512
 LOCK = Path("/tmp/nvdimm-driver-lab.lock")
 VOLATILE_DISK = Path(__file__).with_name("volatile_disk.py")
 CRASHED = "Hardware Dom0 crashed"
@@ -92,6 +93,7 @@ class XenHost:
     that dom0 sees /dev/pmem0 and /dev/pmem1; those elsewhere outlive the host. At each start dom0's disk is as it was
     built, unless `keep_disk` is set: then dom0's writes outlive a power cut, too. With `power_loss`, which decides by
     chance, it keeps the disk as well, but one with a write cache: a power cut loses of it what dom0 has not flushed.
+    With `xen`, it boots that hypervisor instead of the release's.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class XenHost:
         images: Images,
         nvdimms: Sequence[Nvdimm] | None = None,
         *,
+        xen: Path | None = None,
         dom0_memory: str = "1536M",
         xen_args: str = "",
         linux_args: str = "",
@@ -109,6 +112,7 @@ class XenHost:
         lock_timeout: float = 1800,
     ) -> None:
         self.images = images
+        self._xen = xen or images.xen
         self.run_folder = Path(tempfile.mkdtemp(prefix="nvdimm-lab-"))
         self.share = self.run_folder / "share"
         self.share.mkdir()
@@ -295,6 +299,14 @@ class XenHost:
         log = self.run_folder / "console.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
+    def read_table(self, address: int) -> list[int]:
+        """Return the 512 entries of a page table at an address of the host's memory."""
+        said = self._monitor(f"xp /{TABLE_ENTRIES}gx {address:#x}")
+        entries = [int(entry, 16) for entry in re.findall(r"(?<=[: ])0x[0-9a-f]{16}\b", said)]
+        if len(entries) != TABLE_ENTRIES:
+            raise LabError(f"QEMU shows {len(entries)} words of the host's memory at {address:#x}: {said[:TAIL]}")
+        return entries
+
     def _own_nvdimms(self) -> tuple[Nvdimm, ...]:
         return (Nvdimm(self.run_folder / "pmem0.img"), Nvdimm(self.run_folder / "pmem1.img", 160 << 20))
 
@@ -359,7 +371,7 @@ class XenHost:
             *("-machine", "pc,nvdimm=on", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", "3"),
             *("-m", "4G,slots=4,maxmem=16G"),
             *(word for number, nvdimm in enumerate(self.nvdimms) for word in _nvdimm_args(number, nvdimm)),
-            *("-kernel", str(self.images.xen), "-append", xen_args),
+            *("-kernel", str(self._xen), "-append", xen_args),
             *("-initrd", f"{linux},{self.images.dom0_initrd}"),
             *("-drive", f"if=virtio,format=raw,{self._dom0_disk()}"),
             *("-fsdev", f"local,id=share,path={self.share},security_model=none"),

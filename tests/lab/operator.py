@@ -102,12 +102,14 @@ def domain_xml(
     on_crash: str = "destroy",
     disk: str = GUEST_DISK,
     dsm: str | None = None,
+    cache: str | None = None,
 ) -> str:
-    """Return the XML of a guest that boots from the lab's guest disk; `dsm` overrides the host's option."""
+    """Return the XML of a guest that boots from the lab's guest disk; `dsm` and `cache` override the host's options."""
+    options = "".join(f" {name}='{value}'" for name, value in (("dsm", dsm), ("cache", cache)) if value)
     return f"""\
 <domain type='xen' {XEN_NAMESPACE}>
   <name>{name}</name>
-  {f"<metadata><o:options xmlns:o='urn:nvdimm-driver:options:1' dsm='{dsm}'/></metadata>" if dsm else ""}
+  {f"<metadata><o:options xmlns:o='urn:nvdimm-driver:options:1'{options}/></metadata>" if options else ""}
   <maxMemory slots='8' unit='GiB'>4</maxMemory>
   <memory unit='MiB'>{ram_mib}</memory>
   <vcpu>1</vcpu>
