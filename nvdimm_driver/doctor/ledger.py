@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nvdimm_driver import host_files
 from nvdimm_driver.backing.identity import check_identity
-from nvdimm_driver.doctor.finding import Finding, could_not, failed, passed, warned
+from nvdimm_driver.doctor.finding import Finding, could_not, failed, noted, passed, warned
 from nvdimm_driver.errors import LedgerError, NvdimmError
 from nvdimm_driver.model import Allocation, Record
 from nvdimm_driver.plugins import Backing, Mapper, backing_of
@@ -53,6 +53,7 @@ def check(
             yield from check_backings(records, backings)
             yield from check_label_servers(records, label_server)
             yield from check_holders(records, held())
+            yield from check_caches(records)
             return
     for name in (_XEN, _BACKINGS, _SERVERS, _HOLDERS):
         yield failed(name, "cannot be checked without the ledger")
@@ -138,3 +139,13 @@ def check_holders(records: Sequence[Record], held: Collection[str]) -> Iterator[
         )
     if not gone:
         yield passed(_HOLDERS, f"the backings of {len(running)} guests are held")
+
+
+def check_caches(records: Sequence[Record]) -> Iterator[Finding]:
+    """Report which running guests have their NVDIMMs cached; nothing when none runs."""
+    guests: dict[str, list[str]] = {}
+    for record in records:
+        if record.start and record.start.state == "mapped":
+            guests.setdefault(record.start.cache or "not known", []).append(record.name)
+    if guests:
+        yield noted("cache", "; ".join(f"{cache}: {', '.join(names)}" for cache, names in sorted(guests.items())))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.doctor import ledger
-from nvdimm_driver.doctor.finding import Finding, Result
+from nvdimm_driver.doctor.finding import Finding, Result, noted
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import XenError
 from nvdimm_driver.model import Run
@@ -61,10 +61,19 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 
 def results(found: dict[str, Finding]) -> dict[str, Result]:
-    return {name: each.result for name, each in found.items()}
+    return {name: each.result for name, each in found.items() if name != "cache"}
 
 
 ALL_PASS = dict.fromkeys(("ledger", "ledger, Xen", "ledger, backings", "label servers", "holders"), Result.PASS)
+
+
+@pytest.mark.parametrize("cache", ["write-back", "uncached", ""])
+def test_it_says_what_running_guests_have(host: Host, cache: str) -> None:
+    assert "cache" not in host.look()
+    host.start()
+    assert host.look()["cache"].message == "not known: db1"
+    host.driver.ledger._write([("UPDATE attachment SET cache = ?", (cache,))])
+    assert host.look()["cache"] == noted("cache", f"{cache or 'not known'}: db1")
 
 
 def test_all_is_consistent(host: Host) -> None:
