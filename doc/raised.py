@@ -7,6 +7,7 @@ They are read from the source, so none can be missing. An ellipsis stands for wh
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,23 @@ def raised(kind: str, source: Path = SOURCE) -> list[tuple[str, tuple[str, ...]]
     :param source: folder of the package.
     """
     found = set()
-    for path in source.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == kind and node.args:
-                hints = tuple(text for each in node.keywords if each.arg == "hint" for text in texts(each.value))
-                found |= {(message, hints) for message in texts(node.args[0]) if re.search(r"\w", message)}
+    for name, node in _calls(source):
+        if name == kind and node.args:
+            hints = tuple(text for each in node.keywords if each.arg == "hint" for text in texts(each.value))
+            found |= {(message, hints) for message in texts(node.args[0]) if re.search(r"\w", message)}
     return sorted(found, key=lambda pair: (pair[0].lstrip("…:'\" ").lower(), pair))
+
+
+@functools.cache
+def _calls(source: Path) -> list[tuple[str, ast.Call]]:
+    """Return the calls of plain names in a folder's code, each with the name."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in source.rglob("*.py"))
+    return [
+        (node.func.id, node)
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
 
 
 def texts(node: ast.expr) -> Iterator[str]:

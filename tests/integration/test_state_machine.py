@@ -273,7 +273,10 @@ def run_steps(file_systems: dict[str, tuple[FileSystem, Path]], steps: int, chan
     """
     DomainsMachine.file_systems, DomainsMachine.steps = file_systems, 0
     began = time.monotonic()
-    with mock.patch.object(HypothesisProvider, "_maybe_draw_constant", return_value=None):
+    with (
+        mock.patch.object(HypothesisProvider, "_maybe_draw_constant", return_value=None),
+        mock.patch("nvdimm_driver.backing.locks.find_waiting", return_value=None),  # nobody suspends these file systems
+    ):
         run_state_machine_as_test(
             _seeded(chance),
             settings=settings(
