@@ -112,7 +112,7 @@ class XenHost:
         lock_timeout: float = 1800,
     ) -> None:
         self.images = images
-        self._xen = xen or images.xen
+        self._xen = xen
         self.run_folder = Path(tempfile.mkdtemp(prefix="nvdimm-lab-"))
         self.share = self.run_folder / "share"
         self.share.mkdir()
@@ -371,7 +371,7 @@ class XenHost:
             *("-machine", "pc,nvdimm=on", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", "3"),
             *("-m", "4G,slots=4,maxmem=16G"),
             *(word for number, nvdimm in enumerate(self.nvdimms) for word in _nvdimm_args(number, nvdimm)),
-            *("-kernel", str(self._xen), "-append", xen_args),
+            *("-kernel", str(self._xen or self.images.xen), "-append", xen_args),
             *("-initrd", f"{linux},{self.images.dom0_initrd}"),
             *("-drive", f"if=virtio,format=raw,{self._dom0_disk()}"),
             *("-fsdev", f"local,id=share,path={self.share},security_model=none"),
