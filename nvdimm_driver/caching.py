@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
 AUTO, WRITE_BACK, UNCACHED = CACHES = "auto", "write-back", "uncached"
 """What can be asked for: write-back where the hypervisor gives it, nothing else, or not even then."""
+SHADOW = "the guest has shadow page tables (hap is off), and they are uncached"
 
 
 def choose(wanted: str, find_fault: Callable[[], str]) -> str:
     """Return what a guest gets: :data:`WRITE_BACK` or :data:`UNCACHED`.
 
     :param wanted: one of :data:`CACHES`.
-    :param find_fault: returns why the host gives no write-back, as :meth:`.plugins.Mapper.write_back_fault` does.
+    :param find_fault: returns why the guest cannot have write-back, as :meth:`.plugins.Mapper.write_back_fault` does.
     :raises XenError: when only write-back will do, and the host does not give it.
     """
     fault = "" if wanted == UNCACHED else find_fault()

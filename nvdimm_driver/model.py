@@ -131,6 +131,7 @@ class DomainSpec:
     :ivar nvdimms: in slot order, at least one.
     :ivar dsm: one of :data:`DSM`, or None for the default of the host's configuration.
     :ivar cache: one of :data:`.caching.CACHES`, or None for that default.
+    :ivar hap: False when it asks for shadow page tables instead of hardware assisted paging.
     :ivar unplaced: paths of the NVDIMMs whose slots the XML leaves open: they have the lowest free ones until
         :meth:`.lifecycle.define.Definitions.keep_slots`.
     :ivar pci_devices: number of the host's PCI devices that it gets.
@@ -147,6 +148,7 @@ class DomainSpec:
     pci_devices: int = 0
     emulated: tuple[str, ...] = ()
     cache: str | None = None
+    hap: bool = True
 
     def with_paths(self, paths: dict[str, str]) -> Self:
         """Return the domain with other paths of its NVDIMMs, given by those that they have."""

@@ -700,11 +700,15 @@ class Mapper(Plugin):
     def uuid(self, domid: int) -> str | None:
         """Return the domain's uuid as the toolstack recorded it, or None."""
 
-    def write_back_fault(self) -> str:
-        """Return why this host does not cache the NVDIMMs of guests; empty when it does if :meth:`map` is told so.
+    def write_back_fault(
+        self,
+        mappings: Sequence[tuple[int, int, int]],
+        uncached: Sequence[tuple[int, int]],
+        domid: int | None = None,
+    ) -> str:
+        """Return why :meth:`map` cannot have a guest's NVDIMMs cached; empty when it can. By default, it cannot.
 
-        By default, a mapper asks for nothing.
-
+        :param domid: of the guest; None while there is none.
         :raises XenError: when it cannot be determined.
         """
         return f"the mapper cannot ask for it: {self.describe()}"

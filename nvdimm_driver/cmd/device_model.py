@@ -162,7 +162,7 @@ def attach(
         saved = _check_saved(uuid, domid, start, tables, ledger, mapper) if restored else None
         ledger.begin_mapping(start, domid)
         _announce(uuid, domid, start, ledger, mapper)
-        cache, hypercalls, seconds = _map(domid, start, mapper, log)
+        cache, hypercalls, seconds = _map(domid, start, mapper, log, restored=restored)
         try:
             if saved:
                 mapper.write(domid, *saved)
@@ -178,6 +178,7 @@ def attach(
                 log.debug("label server started")
             detail = {
                 "cache": cache,
+                **({"cache_wanted": start.cache} if start.cache not in (caching.AUTO, cache) else {}),
                 **p2m.summary(start.mappings),
                 "hypercalls": hypercalls,
                 "map_ms": round(seconds * 1000),
@@ -264,18 +265,22 @@ def _check_saved(
     return saved_guest.check(read, split(tables), Run(*start.run), last, is_unnumbered=is_unnumbered)
 
 
-def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log) -> tuple[str, int, float]:
-    """Map the frames; return whether they are cached, the number of hypercalls, and the seconds that they took."""
+def _map(domid: int, start: PreparedStart, mapper: Mapper, log: Log, *, restored: bool) -> tuple[str, int, float]:
+    """Map the frames; return whether they are cached, the number of hypercalls, and the seconds that they took.
+
+    A restored guest is not refused what only makes it slow: that would cost the guest.
+    """
+    wanted = caching.AUTO if restored and start.cache == caching.WRITE_BACK else start.cache
     if log.debugging:
         for gfn, mfn, count in start.mappings:
             log.debug("map gfn %#x to mfn %#x, %d frames", gfn, mfn, count)
     began = time.monotonic()
     try:
-        cache = caching.choose(start.cache, mapper.write_back_fault)
+        cache = caching.choose(wanted, lambda: mapper.write_back_fault(start.mappings, start.uncached, domid))
         try:
             hypercalls = mapper.map(domid, start.mappings, _uncached(start, cache))
         except NoWriteBackError as error:
-            if start.cache != caching.AUTO:
+            if wanted != caching.AUTO:
                 raise
             log.debug("mapped uncached: %s", error)
             cache = caching.UNCACHED

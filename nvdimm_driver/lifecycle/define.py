@@ -374,6 +374,8 @@ class Definitions:
         record = self.ledger.find_domain(uuid)
         if record and self._is_current(domain, record):
             return record
+        if record:  # a saved image has the cache of when it was saved
+            domain = replace(domain, cache=record.cache)
         plan = self._plan_adoption(domain, record)
         with self.locks.storing(uuid):
             self.define(domain, plan, kept=self.others(domain), adopts=True)
@@ -498,7 +500,7 @@ class Definitions:
 
     def _is_current(self, domain: DomainSpec, record: Record) -> bool:
         """Return True if the ledger has the domain, with all its NVDIMMs, as it is to be started."""
-        if (domain.ram, domain.name, domain.dsm, domain.cache) != (record.ram, record.name, record.dsm, record.cache):
+        if (domain.ram, domain.name, domain.dsm) != (record.ram, record.name, record.dsm):
             return False
         items = {item.spec: item for item in record.allocations if item.ready and item.base is not None}
         if not {*domain.nvdimms} <= items.keys():

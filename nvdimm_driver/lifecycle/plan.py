@@ -137,9 +137,7 @@ class Planner:
         wanted = [items[spec] for spec in domain.nvdimms]
         locations = tuple(self._locate_same(item) for item in wanted)
         guest = self._lay_out(domain, locations, {item.spec.slot: item.base for item in wanted})
-        plan = self._plan(domain, locations, guest, self._build_tables(guest))
-        caching.choose(plan.cache, lambda: plan.cache_fault)  # the device model looks again
-        return plan
+        return self._plan(domain, locations, guest, self._build_tables(guest))
 
     def map_running(
         self, record: Record, items: Sequence[Allocation]
@@ -339,9 +337,14 @@ class Planner:
             for location, is_assumed in zip(locations, assumed, strict=True)
         )
         cache = domain.cache or self.cache
-        fault = "" if cache == caching.UNCACHED else self.mapper.write_back_fault()
         found = (domain, intakes, locations, guest, _flat(mappings), areas, tables, bad_blocks)
+        fault = "" if cache == caching.UNCACHED else self._cache_fault(domain, _flat(mappings), guest)
         return Plan(*found, cache=cache, cache_fault=fault)
+
+    def _cache_fault(self, domain: DomainSpec, mappings: Sequence[Mapping], guest: GuestLayout) -> str:
+        if not domain.hap:
+            return caching.SHADOW
+        return self.mapper.write_back_fault(mappings, layout.label_frames(guest))
 
     def _areas(self, domain: DomainSpec) -> tuple[tuple[int, int], ...]:
         """Check that no two areas overlap; return those of the domain's backings, as machine frames (mfn, count)."""

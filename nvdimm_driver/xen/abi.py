@@ -34,6 +34,8 @@ int xc_get_machine_memory_map(xc_interface *, struct e820entry *, uint32_t count
 typedef struct xen_sysctl_physinfo xc_physinfo_t;
 int xc_physinfo(xc_interface *, xc_physinfo_t *);
 int xc_version(xc_interface *, int what, void *answer);
+typedef struct xen_domctl_getdomaininfo xc_domaininfo_t;
+int xc_domain_getinfolist(xc_interface *, uint32_t first, unsigned int count, xc_domaininfo_t *);
 
 /* libxenforeignmemory.so.1 (xenforeignmemory.h) */
 void *xenforeignmemory_map(

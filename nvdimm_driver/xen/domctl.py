@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 
+from nvdimm_driver import caching
 from nvdimm_driver.errors import LayoutError, NoWriteBackError, XenError
 from nvdimm_driver.guest import p2m
 from nvdimm_driver.guest.p2m import DSM_GFN, TABLES_GFN
@@ -34,6 +35,8 @@ FIRST_RESERVED = 0x7FF0
 """DOMID_FIRST_RESERVED of xen/include/public/xen.h: no domain has this id, or a higher one."""
 TABLES_PAGES = 63
 """With the ``_DSM`` page, 64 of the 256 pages that libxl leaves free below the domain's memory limit."""
+PINNED_RANGES = 64
+"""MAX_PINNED_CACHEATTR_RANGES (xen/arch/x86/hvm/mtrr.c), of a domain."""
 TABLES_COUNT = 4
 """hvmloader takes 15 secondary tables, makes up to 11 of them itself, and drops the last ones silently
 (tools/libacpi/build.c:construct_secondary_tables, construct_passthrough_tables)."""
@@ -92,8 +95,15 @@ class DomctlMapper(Mapper):
         vm = self.xenstore.read(f"/local/domain/{domid}/vm")
         return None if vm is None else vm.removeprefix("/vm/").lower()
 
-    def write_back_fault(self) -> str:
-        return write_back.find_fault(self.xen.capabilities(), self.xen.command_line(), dom0_kind())
+    def write_back_fault(
+        self, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]], domid: int | None = None
+    ) -> str:
+        if fault := write_back.find_fault(self.xen.capabilities(), self.xen.command_line(), dom0_kind()):
+            return fault
+        ranges = len(guest_runs(mappings, uncached))
+        if ranges > PINNED_RANGES:
+            return f"its NVDIMMs are {ranges} separate ranges without their label areas, and Xen takes {PINNED_RANGES}"
+        return caching.SHADOW if domid is not None and not self.xen.has_hap(domid) else ""
 
     def map(self, domid: int, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]] = ()) -> int:
         pieces = cut(mappings, uncached)
@@ -107,7 +117,7 @@ class DomctlMapper(Mapper):
                     raise NoWriteBackError(
                         f"Xen refuses write-back for {run[1]} frames of domain {domid}, gfn {run[0]:#x}, after "
                         f"{len(pinned)} other ranges",
-                        hint="Xen takes up to 64 ranges that are not adjacent; with cache 'auto' the guest starts",
+                        hint="with cache 'auto', the guest starts uncached",
                     )
                 pinned.append(run)
             for gfn, mfn, count in pieces:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     Call = tuple[Any, ...]
+    Frames = tuple[int, int, int]
 
 
 class DryRunMapper(DomctlMapper):
@@ -26,7 +27,9 @@ class DryRunMapper(DomctlMapper):
         self.calls: list[Call] = []
         super().__init__(_RecordingXen(ram, self.calls), _RecordingXenstore(self.calls))
 
-    def write_back_fault(self) -> str:
+    def write_back_fault(
+        self, mappings: Sequence[Frames], uncached: Sequence[tuple[int, int]], domid: int | None = None
+    ) -> str:
         return "no hypervisor is asked"
 
     def describe(self) -> str:

@@ -39,6 +39,10 @@ XENVER_CAPABILITIES, XENVER_COMMANDLINE, VERSION_TEXT_SIZE = 3, 9, 1024
 """xen/include/public/version.h: XENVER_*, and the size of xen_capabilities_info_t and xen_commandline_t."""
 PHYSINFO_CAPABILITIES, PHYSINFO_WORDS = 7, 64
 """Index of the capabilities in struct xen_sysctl_physinfo (public/sysctl.h), and a size above its own; 4-byte words."""
+DOMAIN_FLAGS, DOMAIN_WORDS = 1, 64
+"""Index of the flags in struct xen_domctl_getdomaininfo (public/domctl.h), and a size above its own; 4-byte words."""
+DOMAIN_HAP = 1 << 8
+"""xen/include/public/domctl.h: XEN_DOMINF_hap."""
 
 LIBRARY_FOLDERS = ("lib", "lib64", "lib/*-linux-gnu", "local/lib", "local/lib64")
 
@@ -164,6 +168,14 @@ class Xen:
         gfn = ffi.new("xen_pfn_t *")
         rc = self._call("xc_domain_maximum_gpfn", f"domain {domid}", domid, gfn, refusals=(errno.ESRCH,))
         return int(gfn[0]) if rc >= 0 else None
+
+    def has_hap(self, domid: int) -> bool:
+        """Return True when the domain has hardware assisted paging, and not shadow page tables."""
+        info, what = ffi.new("uint32_t[]", DOMAIN_WORDS), f"domain {domid}"
+        found = self._call("xc_domain_getinfolist", what, domid, 1, ffi.cast("xc_domaininfo_t *", info))
+        if not found or info[0] & 0xFFFF != domid:  # the next domain, if there is none of this id
+            raise self._error("xc_domain_getinfolist", errno.ESRCH, what)
+        return bool(info[DOMAIN_FLAGS] & DOMAIN_HAP)
 
     def populate_physmap_exact(self, domid: int, gfn: int, count: int) -> None:
         """Give the guest new RAM at ``count`` guest frames from ``gfn`` on."""

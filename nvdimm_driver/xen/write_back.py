@@ -9,7 +9,8 @@ from __future__ import annotations
 
 MARK = "direct-mmio-wb"
 """The word that a hypervisor with the change has in XENVER_capabilities."""
-_FALSE = ("0", "no", "off", "false", "disable")  # xen/common/kernel.c:parse_bool
+_ON = ("", "1", "yes", "on", "true", "enable", "all")
+"""The values of mmio-relax that turn it on (xen/arch/x86/mm.c:parse_mmio_relax, xen/common/kernel.c:parse_bool)."""
 
 
 def find_fault(capabilities: str, command_line: str, dom0: str) -> str:
@@ -29,12 +30,12 @@ def find_fault(capabilities: str, command_line: str, dom0: str) -> str:
 
 
 def has_mmio_relax(command_line: str) -> bool:
-    """Return True when the option is on; the last one on the command line counts."""
+    """Return True when the option is on; the last one counts. Xen takes a value that it does not know for off."""
     on = False
-    for word in command_line.split():
+    for word in command_line.split(" "):
         name, _, value = word.partition("=")
         if name == "mmio-relax":
-            on = value not in _FALSE
+            on = value in _ON
         elif name == "no-mmio-relax":
             on = False
     return on

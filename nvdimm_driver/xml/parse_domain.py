@@ -186,6 +186,7 @@ def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
         nvdimms=tuple(sorted(specs, key=lambda spec: spec.slot)),
         dsm=options.get("dsm"),
         cache=options.get("cache"),
+        hap=_hap(root),
         unplaced=frozenset(path_of(element) for element in elements if element.child("address") is None),
         pci_devices=_pci_devices(root),
         emulated=_emulated(root),
@@ -220,6 +221,12 @@ def _emulated(root: Element) -> tuple[str, ...]:
     given = [element for element in root.children if _in_namespace(element, (root,), XEN_ARGUMENTS)]
     arguments = [each.attributes.get("value", "") for element in given for each in element.children]
     return (*sorted(names), *direct_io.devices(arguments))
+
+
+def _hap(root: Element) -> bool:
+    features = root.child("features")
+    hap = features.child("hap") if features else None
+    return hap is None or hap.attributes.get("state") != "off"
 
 
 def _options(root: Element) -> dict[str, str]:

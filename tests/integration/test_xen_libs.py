@@ -22,6 +22,9 @@ from nvdimm_driver.doctor.dax import AT_EMPTY_PATH, STATX_ATTR_DAX, STRUCT_STATX
 from nvdimm_driver.xen.abi import DECLARATIONS
 from nvdimm_driver.xen.abi import ffi as declared
 from nvdimm_driver.xen.libxenctrl import (
+    DOMAIN_FLAGS,
+    DOMAIN_HAP,
+    DOMAIN_WORDS,
     HAP,
     PHYSINFO_CAPABILITIES,
     PHYSINFO_WORDS,
@@ -60,6 +63,9 @@ def test_every_declaration_is_that_of_the_headers() -> None:
     layout = [f"sizeof(struct e820entry) == {declared.sizeof('struct e820entry')}"]
     layout += [f"offsetof(xc_physinfo_t, capabilities) == {4 * PHYSINFO_CAPABILITIES}"]
     layout += [f"sizeof(xc_physinfo_t) <= {4 * PHYSINFO_WORDS}", f"XEN_SYSCTL_PHYSCAP_hap == {HAP}"]
+    layout += [f"offsetof(xc_domaininfo_t, flags) == {4 * DOMAIN_FLAGS}", "sizeof(domid_t) == 2"]
+    layout += ["offsetof(xc_domaininfo_t, domain) == 0", f"sizeof(xc_domaininfo_t) <= {4 * DOMAIN_WORDS}"]
+    layout += [f"XEN_DOMINF_hap == {DOMAIN_HAP}"]
     layout += [f"XENVER_capabilities == {XENVER_CAPABILITIES}", f"XENVER_commandline == {XENVER_COMMANDLINE}"]
     layout += [f"sizeof({name}) == {VERSION_TEXT_SIZE}" for name in ("xen_capabilities_info_t", "xen_commandline_t")]
     layout += [f"sizeof(struct statx) <= {STRUCT_STATX_SIZE}", "offsetof(struct statx, stx_attributes) == 8"]
@@ -68,7 +74,7 @@ def test_every_declaration_is_that_of_the_headers() -> None:
     checks = "".join(f'_Static_assert({check}, "{check}");\n' for check in layout)
     result = compile_c(HEADERS + DECLARATIONS + checks)
     assert result.returncode == 0, result.stderr
-    assert len(layout) == 15
+    assert len(layout) == 20
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -85,7 +91,7 @@ def test_the_generated_module_is_one_that_cffi_1_15_loads(tmp_path: Path) -> Non
 
 
 def test_every_function_is_in_its_library() -> None:
-    assert len(FUNCTIONS) == 37
+    assert len(FUNCTIONS) == 38
     version = installed_versions()[-1]
     libraries = {
         "xc_": f"libxenctrl.so.{version}",
@@ -156,6 +162,7 @@ CALLS = [
     ("x.machine_memory_map()", "xc_get_machine_memory_map(1024)", "[(0, 654336, 1), (5368709120, 1073741824, 12)]"),
     ("x.platform_capabilities() & HAP", "xc_physinfo()", "8"),
     ("x.command_line()", "xc_version(9)", "dom0_mem=4G mmio-relax"),
+    ("x.has_hap(7)", "xc_domain_getinfolist(7, 1)", "True"),
     ("x.capabilities()", "xc_version(3)", "xen-3.0-x86_64 hvm-3.0-x86_64"),
     ("x.maximum_gfn(7)", "xc_domain_maximum_gpfn(7)", str(0xFEFFF)),
     (
@@ -197,6 +204,7 @@ def test_guest_memory_is_mapped_by_page_and_unmapped(stand_ins: Path) -> None:
         ("x.set_paging_pool(7, 4096)", "xc_set_paging_mempool_size", "ENOMEM", "domain 7, 4 KiB"),
         ("x.populate_physmap_exact(7, 9, 2)", "xc_domain_populate_physmap_exact", "EBUSY", "gfn 0x9, 2 frames"),
         ("x.maximum_gfn(7)", "xc_domain_maximum_gpfn", "EPERM", "domain 7"),
+        ("x.has_hap(7)", "xc_domain_getinfolist", "EPERM", "domain 7"),
         ("x.pin_memory_cacheattr(7, 1, 1, 6)", "xc_domain_pin_memory_cacheattr", "ENOMEM", "gfn 0x1"),
         ("x.read_memory(7, 4096, 1)", "xenforeignmemory_map", "ENOENT", "domain 7, gfn 0x1, 1 pages"),
         ("x.machine_memory_map()", "xc_get_machine_memory_map", "EINVAL", "1024 entries"),
@@ -240,6 +248,11 @@ def test_a_refused_memory_type_is_an_answer(stand_ins: Path, error: str) -> None
         ERRNO=getattr(errno, error),
     )
     assert "= False" in said
+
+
+def test_another_domain_is_not_taken_for_one_that_is_gone(stand_ins: Path) -> None:
+    (line,) = (line for line in run(stand_ins, "x.has_hap(6)") if line.startswith("!"))
+    assert line.startswith("! xc_domain_getinfolist: ESRCH (")
 
 
 def test_a_domain_that_is_gone(stand_ins: Path) -> None:

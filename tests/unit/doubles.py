@@ -328,7 +328,12 @@ class RecordingMapper(Mapper):
     def uuid(self, domid: int) -> str | None:
         return self.alive.get(domid)
 
-    def write_back_fault(self) -> str:
+    def write_back_fault(
+        self,
+        mappings: Sequence[tuple[int, int, int]],
+        uncached: Sequence[tuple[int, int]],
+        domid: int | None = None,
+    ) -> str:
         return self.fault
 
     def map(

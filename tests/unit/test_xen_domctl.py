@@ -23,6 +23,7 @@ from nvdimm_driver.xen import domctl
 from nvdimm_driver.xen.domctl import DomctlMapper, guest_runs, page_tables
 from nvdimm_driver.xen.dry_run import DryRunMapper
 from nvdimm_driver.xen.libxenctrl import DELETE_CACHEATTR, PAGE, WRITE_BACK, Xen
+from nvdimm_driver.xen.write_back import MARK
 from nvdimm_driver.xen.xenstore import Xenstore
 
 Frames = tuple[int, int, int]
@@ -47,6 +48,7 @@ class FakeXen(Xen):
         self.memory: dict[int, bytearray] = {}
         self.e820: list[tuple[int, int, int]] = []
         self.domains = {DOMID}
+        self.hap = True
 
     def note(self, name: str, *arguments: Any) -> None:
         if len(self.log) in self.fail_at:
@@ -93,6 +95,15 @@ class FakeXen(Xen):
 
     def machine_memory_map(self) -> list[tuple[int, int, int]]:
         return self.e820
+
+    def capabilities(self) -> str:
+        return f"xen-3.0-x86_64 {MARK}"
+
+    def command_line(self) -> str:
+        return "mmio-relax"
+
+    def has_hap(self, domid: int) -> bool:
+        return self.hap
 
     def maximum_gfn(self, domid: int) -> int | None:
         return 0xFEFFF if domid in self.domains else None
@@ -220,6 +231,21 @@ def test_unmap_goes_on_after_a_failure_and_tells_it() -> None:
     with pytest.raises(XenError, match=f"call {failing}"):
         mapper(xen).unmap(DOMID, mappings)
     assert (xen.granted, xen.mapped) == ([], [(0x150000, 0x210000, 8)])
+
+
+def test_why_a_guest_cannot_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    xen = FakeXen()
+    apart = [(0x140000 + 1024 * n, 0x200000 + 1024 * n, 512) for n in range(64)]
+    labels = [(gfn + 256, 32) for gfn, _, _ in apart[:32]]
+    monkeypatch.setattr(domctl, "dom0_kind", lambda: "PV")
+    assert mapper(xen).write_back_fault(apart, (), DOMID) == ""
+    assert mapper(xen).write_back_fault(apart[:32], labels) == ""
+    assert "65 separate ranges" in mapper(xen).write_back_fault([*apart, (1, 1, 1)], ())
+    assert "65 separate ranges" in mapper(xen).write_back_fault(apart[:33], [*labels[:32]])
+    xen.hap = False
+    assert "hap is off" in mapper(xen).write_back_fault(apart, (), DOMID)
+    monkeypatch.setattr(domctl, "dom0_kind", lambda: "PVH")
+    assert "dom0 is PVH" in mapper(xen).write_back_fault(apart, ())
 
 
 def test_where_write_back_is_refused_nothing_is_left() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from cffi import FFI
 
+from nvdimm_driver.xen.write_back import MARK
 from tests.lab.errors import LabError
 from tests.xen_write_back import CHANGE, HEADER, load, make_empty_headers
 
@@ -310,7 +311,7 @@ def test_the_change_is_made_in_all_its_places(tmp_path: Path, uncached: str, cap
         assert call in " ".join(npt.split())
     assert "ioreq_server_destroy_all(d);\n    direct_mmio_flush(d);\n" in hvm
     assert f"if (hvm_hap_supported())\n        safe_strcat({'*info' if '*info' in setup else 'xen_cap_info'}, " in setup
-    assert setup.count('"direct-mmio-wb "') == 1
+    assert setup.count(f'"{MARK} "') == 1
     assert (tmp_path / apply.HEADER_IN_XEN).read_bytes() == apply.HEADER.read_bytes()
     with pytest.raises(apply.Refused, match=r"direct-mmio-wb\.h already"):
         apply.change(tmp_path)
