@@ -177,11 +177,11 @@ XEN_OPTS = [
         default="auto",
         choices=[
             ("auto", "write-back where the hypervisor gives it, uncached elsewhere"),
-            ("write-back", "a guest that cannot have it does not start"),
+            ("write-back", "a guest that cannot have it does not boot"),
             ("uncached", "never write-back: each store of a guest is durable at once, and slow"),
         ],
         help="Whether the processors cache a guest's NVDIMMs, unless the domain's XML specifies it. Stock Xen never "
-        "caches them. A change applies from a guest's next start.",
+        "caches them. A change applies when a guest boots next.",
     ),
 ]
 LAYOUT_OPTS = [

@@ -16,7 +16,7 @@ from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, seal
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import AcpiError, InUseError, LayoutError, RefusedError, UnsupportedError
+from nvdimm_driver.errors import AcpiError, InUseError, LayoutError, RefusedError, UnsupportedError, XenError
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.model import GIB, MIB, BackingIdentity, DomainSpec, NvdimmSpec
@@ -125,6 +125,47 @@ def test_a_start_between_save_and_restore(bench: Bench) -> None:
     bench.start()
     bench.end()
     assert "since it was saved, its domain was started" in bench.refused(image)
+
+
+def test_a_guest_that_was_cached_goes_on_where_it_cannot_be(bench: Bench) -> None:
+    """To refuse it would cost the guest; uncached, it is only slow. A guest that boots is refused."""
+    cached = dataclasses.replace(domain(A), cache="write-back")
+    bench.mapper.fault = ""
+    bench.driver().define(cached)
+    bench.driver().prepare(cached)
+    bench.start()
+    image = bench.save()
+    bench.mapper.fault = "this Xen is stock"
+    bench.driver().try_restore(UUID, cached)
+    bench.restore(image, cached)
+    record = bench.driver().ledger.find_domain(UUID)
+    assert record is not None
+    assert record.start is not None
+    assert record.start.cache == "uncached"
+    *_, started = (event for event in bench.driver().ledger.events() if event.kind == "started")
+    assert (started.detail["cache"], started.detail["cache_wanted"]) == ("uncached", "write-back")
+    bench.end()
+    with pytest.raises(XenError, match="this Xen is stock"):
+        bench.start()
+
+
+def test_a_guest_goes_on_with_the_cache_of_its_image_and_the_definition_keeps_its_own(bench: Bench) -> None:
+    bench.mapper.fault = ""
+    bench.driver().define(domain(A))
+    bench.start()
+    image = bench.save()
+    bench.driver().define(dataclasses.replace(domain(A), cache="uncached"))
+    bench.restore(image, domain(A))
+    record = bench.driver().ledger.find_domain(UUID)
+    assert record is not None
+    assert record.start is not None
+    assert (record.start.cache, record.cache) == ("write-back", "uncached")
+    bench.end()
+    bench.start()
+    record = bench.driver().ledger.find_domain(UUID)
+    assert record is not None
+    assert record.start is not None
+    assert (record.start.cache, record.cache) == ("uncached", "uncached")
 
 
 def test_a_start_that_failed_does_no_harm(bench: Bench) -> None:
