@@ -49,8 +49,8 @@ from tests.integration.domains_model import (
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.ledger_copies import copy_ledger
 
-STEPS, LONG_STEPS = 20_000, 50_000
-LONG_RUNS = 20
+STEPS, LONG_STEPS = 5_000, 50_000
+RUNS, LONG_RUNS = 4, 20
 STEPS_OF_AN_EXAMPLE = 50
 MS_BIND = 0x1000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -292,8 +292,9 @@ def run_steps(file_systems: dict[str, tuple[FileSystem, Path]], steps: int, chan
     assert DomainsMachine.steps >= steps
 
 
-def test_domains_keep_what_is_their_own(file_systems: dict[str, tuple[FileSystem, Path]]) -> None:
-    run_steps(file_systems, STEPS)
+@pytest.mark.parametrize("chance", range(RUNS))
+def test_domains_keep_what_is_their_own(file_systems: dict[str, tuple[FileSystem, Path]], chance: int) -> None:
+    run_steps(file_systems, STEPS, chance)
 
 
 TWO = UUIDS[1]
@@ -373,6 +374,6 @@ def test_the_machine_sees_a_driver_that_errs(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("chance", range(1, LONG_RUNS + 1))
+@pytest.mark.parametrize("chance", range(RUNS, RUNS + LONG_RUNS))
 def test_domains_keep_what_is_their_own_for_long(file_systems: dict[str, tuple[FileSystem, Path]], chance: int) -> None:
     run_steps(file_systems, LONG_STEPS, chance)

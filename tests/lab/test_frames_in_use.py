@@ -11,7 +11,7 @@ from tests.lab import operator
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 DEVICE, SIZE_MIB = "/dev/pmem1", 16
 STATE = "/var/lib/nvdimm-driver"
 KNOWN = f"{STATE}/ledger* {STATE}/devices {STATE}-in-use"

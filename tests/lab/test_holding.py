@@ -11,7 +11,7 @@ import pytest
 from tests.lab import operator
 from tests.lab.host import XenHost
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 NAME, FILE = "held", "/mnt/pmem0/held.img"
 MOUNT = "mount -o dax,nosuid,nodev,noexec /dev/pmem0 /mnt/pmem0"
 TAKEN = {
@@ -83,7 +83,6 @@ def test_nothing_takes_the_backings_until_the_guest_has_ended(xen: XenHost) -> N
     assert "i" not in xen.check(f"lsattr {FILE}").stdout.split()[0]
 
 
-@pytest.mark.thorough
 def test_a_holder_outlives_libvirtd_and_nvdimmd_and_a_lost_one_is_replaced(xen: XenHost) -> None:
     xen.check(f"{operator.VIRSH} start --paused {NAME}")
     before = holders(xen)
@@ -104,7 +103,6 @@ def test_a_holder_outlives_libvirtd_and_nvdimmd_and_a_lost_one_is_replaced(xen: 
     assert holders(xen) == []
 
 
-@pytest.mark.thorough
 def test_a_program_that_does_not_ask_can_write_a_raw_device(xen: XenHost) -> None:
     """A limit that the guide names."""
     xen.check(f"{operator.VIRSH} start --paused {NAME}")

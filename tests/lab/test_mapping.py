@@ -13,7 +13,7 @@ from tests.lab import operator
 from tests.lab.guest import xl_config
 from tests.lab.host import XenHost
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 NAME = "mapped"
 PYTHON = "/usr/bin/python3"
 # The domctl mapper on a paused domain of xl: the second range is beyond the machine's address space.

@@ -16,7 +16,7 @@ from tests.lab.guest import Conversation, Guest
 from tests.lab.host import XenHost
 from tests.lab.plain import plain_guest
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 MIB = 1 << 20
 NAME, FILE = "labelled", "/mnt/pmem0/labelled.img"
 CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
@@ -28,7 +28,7 @@ DISK = "/tmp/guest-tools.img"
 LINES, SECTORS = ("".join(f"{number}\n" for number in range(1, last + 1)).encode() for last in (100_000, 5_000))
 
 
-@pytest.fixture(scope="module", params=["aml", pytest.param("qemu", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["aml", "qemu"])
 def guest(driver_host: XenHost, request: pytest.FixtureRequest) -> Iterator[Guest]:
     """Yield a guest with ndctl and an NVDIMM with an empty label area."""
     builder = {"aml": "native", "qemu": "qemu"}[request.param]
@@ -98,7 +98,6 @@ def test_namespaces_last(driver_host: XenHost, guest: Guest) -> None:
     assert contents(guest, fsdax, sector) == [sha256(data).hexdigest() for data in (LINES, SECTORS)]
 
 
-@pytest.mark.thorough
 def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, guest: Guest, tmp_path: Path) -> None:
     """Both see the same namespaces, and the lab's guest sees the one that the plain QEMU's guest makes."""
     made = namespaces(guest)

@@ -63,6 +63,7 @@ def frozen(xen: XenHost) -> set[bool]:
     return {"i" in line.split()[0] for line in xen.check(f"lsattr {' '.join(FILES)}").stdout.splitlines()}
 
 
+@pytest.mark.thorough
 def test_files_that_are_not_what_they_were(xen: XenHost) -> None:
     """One file is moved, one truncated, one restored from a backup, one deleted, and one copied with its mark."""
     before = contents(xen)

@@ -187,6 +187,7 @@ def test_it_comes_with_the_next_boot(driver_host: XenHost, guest: Guest) -> None
     assert seen_sums(guest) == label_sums(driver_host)
 
 
+@pytest.mark.thorough
 def test_an_upgrade_renews_the_label_server(driver_host: XenHost, guest: Guest) -> None:
     """One that runs the code of before could not start another process when one of its own dies."""
     before, seen = processes(driver_host), seen_sums(guest)

@@ -12,7 +12,7 @@ from tests.lab import operator
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 NAME, FIRST, FILE = "kept", "/mnt/pmem0/kept-first.img", "/mnt/pmem0/kept.img"
 SIZE_MIB, LABEL_KIB, ALIGN_MIB = 34, 128, 16
 BASE = 5 << 30  # a save goes through all frames up to the guest's last one
@@ -86,7 +86,6 @@ def test_a_labelled_nvdimm_keeps_its_slot(driver_host: XenHost, guest: Guest) ->
     guest.poweroff()
 
 
-@pytest.mark.thorough
 def test_a_saved_guest_goes_on_only_with_what_it_had(driver_host: XenHost, guest: Guest) -> None:
     """The host writes to the file, which is put back then; and an image that was restored is not good any more."""
     shown = virsh(driver_host, f"dumpxml --inactive {NAME}")

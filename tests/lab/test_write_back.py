@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 NAME, FILE, DEVICE = "cached", "/mnt/pmem0/cached.img", "/dev/pmem1"
 FILE_MIB, DEVICE_MIB, LABEL_KIB, ALIGN_MIB = 34, 32, 128, 16
 MIB, PAGE = 1 << 20, 4096
-BASE = 5 << 30
+BASE_GIB = 5
+"""Of the first NVDIMM; a save goes through all frames up to the guest's last one."""
 SAVE = f"/tmp/{NAME}.save"
 RAM = (0x100, 0x4000)
 """Guest frames (first, count) of its RAM, above the first MiB, which has other types."""
@@ -64,8 +65,11 @@ def nvdimms() -> list[str]:
     """Return a file with a label area, which the guest itself writes, and a device without."""
     labelled = operator.nvdimm(FILE, FILE_MIB, label_kib=LABEL_KIB)
     labelled = labelled.replace("</source>", f"<alignsize unit='MiB'>{ALIGN_MIB}</alignsize></source>")
-    based = f"</target><address type='dimm' base='{BASE:#x}'/>"  # a save goes through all frames up to the last one
-    return [labelled.replace("</target>", based), operator.nvdimm(DEVICE, DEVICE_MIB)]
+    both = (labelled, operator.nvdimm(DEVICE, DEVICE_MIB))
+    return [
+        each.replace("</target>", f"</target><address type='dimm' slot='{slot}' base='{(BASE_GIB + slot) << 30:#x}'/>")
+        for slot, each in enumerate(both)
+    ]
 
 
 def define(host: XenHost, cache: str | None = None) -> None:
