@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -45,7 +46,7 @@ ANSWER_SECONDS = 30
 WITHOUT_WRITES_SECONDS = 30
 NETWORK_CARD, ADDRESS = "eth0", "10.0.2.15"
 TAIL = 4000
-TABLE_ENTRIES = 512
+PAGE_TABLE = struct.Struct("<512Q")
 LOCK = Path("/tmp/nvdimm-driver-lab.lock")
 VOLATILE_DISK = Path(__file__).with_name("volatile_disk.py")
 CRASHED = "Hardware Dom0 crashed"
@@ -299,12 +300,14 @@ class XenHost:
         log = self.run_folder / "console.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
-    def read_table(self, address: int) -> list[int]:
+    def read_table(self, address: int) -> tuple[int, ...]:
         """Return the 512 entries of a page table at an address of the host's memory."""
-        said = self._monitor(f"xp /{TABLE_ENTRIES}gx {address:#x}")
-        entries = [int(entry, 16) for entry in re.findall(r"(?<=[: ])0x[0-9a-f]{16}\b", said)]
-        if len(entries) != TABLE_ENTRIES:
-            raise LabError(f"QEMU shows {len(entries)} words of the host's memory at {address:#x}: {said[:TAIL]}")
+        saved = self.run_folder / "table"
+        said = self._monitor(f"pmemsave {address:#x} {PAGE_TABLE.size} {saved}")
+        if not saved.exists():
+            raise LabError(f"QEMU does not show the host's memory at {address:#x}: {said[-TAIL:]}")
+        entries = PAGE_TABLE.unpack(saved.read_bytes())
+        saved.unlink()
         return entries
 
     def _own_nvdimms(self) -> tuple[Nvdimm, ...]:
