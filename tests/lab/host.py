@@ -303,7 +303,7 @@ class XenHost:
     def read_table(self, address: int) -> tuple[int, ...]:
         """Return the 512 entries of a page table at an address of the host's memory."""
         saved = self.run_folder / "table"
-        said = self._monitor(f"pmemsave {address:#x} {PAGE_TABLE.size} {saved}")
+        said = self._monitor(f'pmemsave {address:#x} {PAGE_TABLE.size} "{saved}"')
         if not saved.exists():
             raise LabError(f"QEMU does not show the host's memory at {address:#x}: {said[-TAIL:]}")
         entries = PAGE_TABLE.unpack(saved.read_bytes())
