@@ -11,7 +11,8 @@ from nvdimm_driver.host_text import decode
 from nvdimm_driver.rpc.handler_types import Call, Pool, Work
 from nvdimm_driver.rpc.libvirt_calls import Steps, call
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, RemoteError, Unpacker
-from nvdimm_driver.xml.client_xml import check_metadata, check_plain, check_text
+from nvdimm_driver.xml.client_xml import cannot_set_options, check_metadata, check_plain, check_text
+from nvdimm_driver.xml.parse_domain import OPTIONS
 from nvdimm_driver.xml.rewrite import NAMESPACE
 
 METADATA_ELEMENT = 2  # include/libvirt/libvirt-domain.h
@@ -36,19 +37,21 @@ def new_metadata(payload: bytes) -> Generator[Call | Work, Any, Metadata]:
 
     libvirt writes the name of a namespace into XML as it is.
 
-    :raises DomainXmlError: when it has our namespace in it, which would change NVDIMMs without the driver, or is
-        something else in XML.
+    :raises DomainXmlError: when it has our namespace in it, which would change NVDIMMs without the driver, sets or
+        removes our options, or is something else in XML.
     """
     values = Unpacker(payload)
     found = Metadata(values.domain(), values.int32() == METADATA_ELEMENT, values.optional_encoded())
-    names = values.optional_string(), values.optional_string()
+    key, namespace = values.optional_string() or "", values.optional_string() or ""
     if MARK in payload:
         raise DomainXmlError(
             f"metadata of {NAMESPACE} is nvdimm_driver's own",
             hint="change the <memory model='nvdimm'> elements of the domain",
         )
-    for name in names:
-        check_plain(name or "")
+    for name in (key, namespace):
+        check_plain(name)
+    if namespace == OPTIONS:
+        raise cannot_set_options()
     value = found.value
     if found.is_element and value is not None:
         yield Work(lambda: check_metadata(value), Pool.XML)

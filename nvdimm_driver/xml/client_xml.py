@@ -32,7 +32,16 @@ from nvdimm_driver.xml.document import (
     parse,
     written_size,
 )
-from nvdimm_driver.xml.parse_domain import check_memory_device, emulator_of, is_xen, nvdimm_elements, spec_of, uuid_of
+from nvdimm_driver.xml.parse_domain import (
+    OPTIONS,
+    check_memory_device,
+    emulator_of,
+    is_options,
+    is_xen,
+    nvdimm_elements,
+    spec_of,
+    uuid_of,
+)
 from nvdimm_driver.xml.rewrite import NAMESPACE, mentions
 from nvdimm_driver.xml.schema import check_schema
 
@@ -128,11 +137,26 @@ def _followed(emulator: str) -> str:
 
 
 def check_metadata(data: bytes) -> None:
-    """Check that metadata which a client adds to a domain are not the driver's own.
+    """Check that metadata which a client adds to a domain are neither the driver's own nor its options.
 
     :raises DomainXmlError: when they are, cannot be parsed, or are not read alike by libvirt.
     """
-    _check_not_ours(_parse(data)[1])
+    root = _parse(data)[1]
+    _check_not_ours(root)
+    if is_options(root):
+        raise cannot_set_options()
+
+
+def cannot_set_options() -> DomainXmlError:
+    """Return the error for a call that sets or removes the driver's options as metadata.
+
+    Nothing would check them, and they would change in a running guest: once that is saved, it goes on only with the
+    label server that it has had.
+    """
+    return DomainXmlError(
+        f"metadata of {OPTIONS}, the options for NVDIMMs, change only with the definition",
+        hint="change them with 'virsh edit' or 'virsh define'",
+    )
 
 
 def check_room(xml: str, data: bytes, *, is_element: bool) -> None:

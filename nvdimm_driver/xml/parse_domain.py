@@ -8,8 +8,9 @@ In ``<metadata>``, a user can override an option of the host for one domain::
 
 from __future__ import annotations
 
+import logging
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
@@ -21,12 +22,14 @@ from nvdimm_driver.xml.document import Element, Text, may_have, parse
 from nvdimm_driver.xml.nvdimm_element import check_known
 from nvdimm_driver.xml.values import integer, scale, scaled
 
+LOG = logging.getLogger(__name__)
+
 XEN_ARGUMENTS = "http://libvirt.org/schemas/domain/xen/1.0"
 """The namespace of ``<commandline>``, which has arguments for QEMU."""
 OPTIONS = "urn:nvdimm-driver:options:1"
+"""The namespace of the options that a user may put into ``<metadata>``."""
 _OPTIONS = {"dsm": DSM, "cache": caching.CACHES}
 """The attributes of its element, with their values."""
-"""The namespace of the options that a user may put into ``<metadata>``."""
 
 
 def extract(xml: str, *, stored: bool = False) -> DomainSpec | None:
@@ -35,7 +38,8 @@ def extract(xml: str, *, stored: bool = False) -> DomainSpec | None:
     Rewritten XML has its NVDIMMs in the metadata: restore it first (:mod:`.rewrite`).
 
     :param stored: libvirt has stored it: an unknown part of an NVDIMM, which an earlier version let through and which
-        never meant anything, is no error.
+        never meant anything, is no error. Nor is an unknown option, which nobody can correct in the image of a guest:
+        the guest has the host's option instead, and is uncached, which is always right.
     :returns: None when it has no NVDIMMs or is not a domain of type ``xen``.
     :raises DomainXmlError: when the XML cannot be parsed or has an invalid value.
     :raises UnsupportedError: when it asks for something that Xen or this driver cannot do.
@@ -177,7 +181,7 @@ def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
         _check_alias(element, root)
     _check_paths(specs)
     root.need("devices")
-    options = _options(root)
+    options = _options(root, stored=stored)
     return DomainSpec(
         name=name,
         uuid=uuid_of(root),
@@ -229,15 +233,36 @@ def _hap(root: Element) -> bool:
     return hap is None or hap.attributes.get("state") != "off"
 
 
-def _options(root: Element) -> dict[str, str]:
+def _options(root: Element, *, stored: bool) -> dict[str, str]:
     """Return the driver's options for a domain that its metadata give."""
     metadata = root.child("metadata")
     children = [] if metadata is None else metadata.children
     found = [child for child in children if _in_namespace(child, (metadata, root), OPTIONS)]
     if not found:
         return {}
-    name = found[0].tag.rpartition(":")[2]
     given = {name: value for name, value in found[0].attributes.items() if not name.startswith("xmlns")}
+    try:
+        _check_options(found, given)
+    except DomainXmlError as error:
+        if not stored:
+            raise
+        LOG.warning("%s; what is unknown in it is ignored, and the guest is uncached", error)
+        known = {option: value for option, value in given.items() if value in _OPTIONS.get(option, ())}
+        return known | {"cache": caching.UNCACHED}
+    return given
+
+
+def is_options(element: Element) -> bool:
+    """Return True for an element that has the driver's options once it is in ``<metadata>``."""
+    return _in_namespace(element, (), OPTIONS)
+
+
+def _check_options(found: Sequence[Element], given: Mapping[str, str]) -> None:
+    """Check the elements in the namespace of the options, and the attributes of the first.
+
+    :raises DomainXmlError: when there is more than one, or something else in it than known options.
+    """
+    name = found[0].tag.rpartition(":")[2]
     unknown = [each for each in given if each not in _OPTIONS]
     if len(found) > 1 or name != "options" or unknown or found[0].children:
         raise DomainXmlError(
@@ -251,7 +276,6 @@ def _options(root: Element) -> dict[str, str]:
                 f"<{found[0].tag} {option}={value!r}> in <metadata>",
                 hint=f"{option} is one of {', '.join(_OPTIONS[option])}",
             )
-    return given
 
 
 def _in_namespace(element: Element, ancestors: Sequence[Element | None], uri: str) -> bool:

@@ -30,7 +30,7 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, TypedParam, Unpacker
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import extract
+from nvdimm_driver.xml.parse_domain import OPTIONS, extract
 from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, restore, rewrite
 from nvdimm_driver.xml.schema import check_schema
 from tests.unit.doubles import UUID, MemoryBacking, RecordingMapper, make_driver, map_prepared
@@ -609,6 +609,26 @@ def test_metadata_of_ours_is_not_for_clients(proxy: Proxy, text: str | None, uri
     with pytest.raises(LibvirtError) as caught:
         proxy.call(265, Packer().domain(domain).int32(2).optional_string(NAMESPACE).uint32(0))
     assert RemoteError.unpack(caught.value.payload).code == 80
+
+
+@pytest.mark.parametrize(
+    ("text", "uri"),
+    [
+        ("<options dsm='none'/>", OPTIONS),
+        (None, OPTIONS),
+        (f"<o:options xmlns:o='{OPTIONS}'/>", "urn:x"),
+        (f"<options xmlns='{OPTIONS.replace(':', '&#58;')}'/>", "urn:x"),
+    ],
+)
+def test_options_are_no_metadata_that_clients_set(proxy: Proxy, text: str | None, uri: str) -> None:
+    domain = proxy.define(xml("a"))
+    proxy.libvirtd.calls.clear()
+    arguments = Packer().domain(domain).int32(2).optional_string(text).optional_string("k").optional_string(uri)
+    with pytest.raises(DomainXmlError, match="change only with the definition"):
+        proxy.call(264, arguments.uint32(0))
+    assert proxy.libvirtd.calls == []
+    proxy.call(265, Packer().domain(domain).int32(2).optional_string(OPTIONS).uint32(0))
+    assert proxy.libvirtd.calls == [265]
 
 
 @pytest.mark.parametrize(

@@ -182,22 +182,25 @@ def test_a_domain_can_choose_if_it_is_cached() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dsm"),
     [
-        "<a:options cache='writeback'/>",
-        "<a:options cache=''/>",
-        "<a:options dsm='fast'/>",
-        "<a:options dsm=''/>",
-        "<a:options dms='aml'/>",
-        "<a:option dsm='aml'/>",
-        "<a:options dsm='aml'><a:more/></a:options>",
-        "<a:options dsm='aml'/><a:options dsm='aml'/>",
+        ("<a:options cache='writeback'/>", None),
+        ("<a:options dsm='none' cache=''/>", "none"),
+        ("<a:options cache='write-back' dsm='fast'/>", None),
+        ("<a:options dsm=''/>", None),
+        ("<a:options dms='aml'/>", None),
+        ("<a:option dsm='aml'/>", "aml"),
+        ("<a:options dsm='aml'><a:more/></a:options>", "aml"),
+        ("<a:options dsm='aml'/><a:options dsm='aml'/>", "aml"),
     ],
 )
-def test_an_option_that_is_not_known_is_refused(options: str) -> None:
+def test_an_option_that_is_not_known_is_refused_but_keeps_no_stored_guest(options: str, dsm: str | None) -> None:
     xml = DOMAIN.replace("<memory ", f"<metadata {OPTIONS.format(':a')}>{options}</metadata><memory ", 1)
     with pytest.raises(DomainXmlError, match=r"dsm|cache"):
         extract(xml)
+    stored = extract(xml, stored=True)
+    assert stored is not None
+    assert (stored.dsm, stored.cache) == (dsm, "uncached")
 
 
 def test_extract_reads_everything() -> None:
