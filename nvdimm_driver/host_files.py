@@ -50,7 +50,8 @@ def write(path: str | Path, content: bytes, mode: int = 0o600, *, new: str | Pat
     """Write a file durably: whatever fails, also the power, it has all of its content, or is as it was before.
 
     :param new: what it is called until it is whole; by default ``.NAME.new``, for a file that only one process writes
-        at a time, in whose place the next one puts what a killed one has left.
+        at a time, in whose place the next one puts what a killed one has left. In a folder whose files others run or
+        read whatever their names are, it must be in another one of the same file system.
     """
     folder, name = os.path.split(path)
     new = new or os.path.join(folder, f".{name}.new")

@@ -23,9 +23,10 @@ def is_ours(path: Path) -> bool:
     return host_files.is_file(path) and (MARK in (text := read(path)) or (may_be_empty and not text))
 
 
-def install(path: Path, text: str, mode: int) -> str:
+def install(path: Path, text: str, mode: int, *, new: Path | None = None) -> str:
     """Write a file durably; return a line that says what was done.
 
+    :param new: as for :func:`.host_files.write`.
     :raises ConfigError: when the path has a file of somebody else's.
     """
     if host_files.exists(path):
@@ -34,7 +35,7 @@ def install(path: Path, text: str, mode: int) -> str:
         if read(path) == text:
             return f"unchanged {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    host_files.write(path, text.encode(errors="surrogateescape"), mode)
+    host_files.write(path, text.encode(errors="surrogateescape"), mode, new=new or "")
     return f"installed {path}"
 
 

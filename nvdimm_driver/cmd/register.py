@@ -13,7 +13,7 @@ from pathlib import Path
 
 from oslo_config import cfg
 
-from nvdimm_driver import plugin_loader, registered
+from nvdimm_driver import host_files, plugin_loader, registered
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.cmd import apparmor_rules, systemd_units
 from nvdimm_driver.cmd.installed_files import install, is_ours, remove
@@ -96,16 +96,40 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
         for path in filter(is_ours, map(Path, models[1:])):
             yield install(path, text, 0o755)
         yield install(Path(models[0]), text, 0o755)  # last: its text tells whether all this was done
-        script = libvirt_hook(conf)
-        hook = install(script.path, script.text, 0o755)
-        yield hook
-        if not hook.startswith("unchanged"):
-            yield "restart libvirtd (or virtxend), which looks for hooks only at its start: systemctl restart libvirtd"
+        yield from _install_hook(libvirt_hook(conf))
         yield listed
         yield from apparmor_rules.allow(conf)
         yield from systemd_units.enable(conf, sys.executable)
     except OSError as error:
         raise ConfigError(f"cannot install: {error}", hint=hint_of(error)) from error
+
+
+def _install_hook(hook: Script) -> Iterator[str]:
+    """Install the hook, and remove what a :func:`register` that was killed has left of it."""
+    new, earlier = _left(hook.path)
+    yield from _remove_left(new, earlier)
+    done = install(hook.path, hook.text, 0o755, new=new)
+    yield done
+    if not done.startswith("unchanged"):
+        yield "restart libvirtd (or virtxend), which looks for hooks only at its start: systemctl restart libvirtd"
+
+
+def _left(hook: Path) -> tuple[Path, Path]:
+    """Return what the hook is called until it is whole, and what earlier versions called it until then.
+
+    libvirt runs each program in the hook's folder, also with a name that begins with a dot, and refuses the start of
+    each domain for one that is not whole or is still being written (src/util/virhook.c:virHookCall). In the folder
+    above, it looks for names that it knows.
+    """
+    name = f".{hook.name}.new"
+    return hook.parent.parent / name, hook.parent / name
+
+
+def _remove_left(*paths: Path) -> Iterator[str]:
+    for path in filter(os.path.lexists, paths):
+        path.unlink()
+        host_files.sync_folder(path.parent)
+        yield f"removed {path}"
 
 
 def _follow_marks(ledger: Ledger, before: str) -> Iterator[str]:
@@ -170,7 +194,9 @@ def unregister(conf: cfg.ConfigOpts, running: Sequence[str], saved: Sequence[str
         )
     try:
         models = map(Path, registered.device_models(conf))
-        for path in [libvirt_hook(conf).path, *models, registered.list_path(conf)]:
+        hook = libvirt_hook(conf).path
+        yield from _remove_left(*_left(hook))
+        for path in [hook, *models, registered.list_path(conf)]:
             yield remove(path)
         yield from apparmor_rules.forbid(conf)
         yield from systemd_units.disable(conf)

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,18 @@ def test_the_state_folder_is_that_of_the_registered_device_model(options: cfg.Co
     assert state_dir(options) == odd
     (tmp_path / "libexec/dm").write_text("somebody else's\n    state_dir='/x',\n")
     assert state_dir(options) == f"{tmp_path}/other"
+
+
+def test_what_a_killed_register_has_left_is_removed(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    list(register(options))
+    left = [tmp_path / f"hooks/{folder}.50-nvdimm.new" for folder in ("", "libxl.d/")]
+    for run in (register, partial(unregister, running=[])):
+        for path in left:
+            path.touch(0o755)
+        told = list(run(options))
+        for path in left:
+            assert f"removed {path}" in told
+            assert not path.exists()
 
 
 def test_an_empty_file_is_what_a_loss_of_power_has_left(options: cfg.ConfigOpts, tmp_path: Path) -> None:
