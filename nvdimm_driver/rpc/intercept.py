@@ -47,7 +47,7 @@ from nvdimm_driver.rpc.locking import changing
 from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
-from nvdimm_driver.xml.client_xml import ClientDomain, check_room, read_device, read_domain
+from nvdimm_driver.xml.client_xml import Added, ClientDevice, ClientDomain, check_room, read_device, read_domain
 from nvdimm_driver.xml.definition_files import uuid_of_save, xml_of_save
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.edit_devices import (
@@ -75,9 +75,9 @@ MIGRATE_PARAMS_MAX = 64
 START_FORCE_BOOT = 1 << 3
 MIGRATE_DEST_XML = "destination_xml"
 
-SMALL_METADATA = 4096
-"""Bytes of metadata up to which a hundred calls may be checked at once: the driver reads twice the bytes, and four
-times the elements, that a domain may have after such a check (:mod:`.document`)."""
+SMALL = 4096
+"""Bytes that a call adds to a domain's XML, up to which a hundred may be checked at once: the driver reads twice the
+bytes, and four times the elements, that a domain may have after such a check (:mod:`.document`)."""
 
 T = TypeVar("T")
 
@@ -209,9 +209,10 @@ class Interceptor:
         domain, xml = values.domain(), values.encoded()
         flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
         values.end()
-        device, is_nvdimm = yield Work(lambda: read_device(xml), Pool.XML)
-        if not is_nvdimm:
-            return (yield from call(procedure, payload))
+        device: ClientDevice = yield Work(lambda: read_device(xml), Pool.XML)
+        if not device.is_nvdimm:
+            passed = call(procedure, payload)
+            return (yield from (passed if procedure in DETACH_CALLS else self._added(domain, device.added, passed)))
         active = yield from ask(Procedure.DOMAIN_IS_ACTIVE, domain)
         live = bool(flags & AFFECT_LIVE) or (active and not flags & AFFECT_CONFIG)
         persistent = yield from ask(Procedure.DOMAIN_IS_PERSISTENT, domain)
@@ -224,26 +225,30 @@ class Interceptor:
             )
         with (yield from self._changing(domain.uuid)):
             before = yield from self._restored((yield from definition(domain)))
-            named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
+            named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device.text)], Pool.XML)
             found = yield from self._find_paths(domain.uuid, named)
-            changed: str = yield Work(lambda: edit(before, device, found), Pool.XML)
+            changed: str = yield Work(lambda: edit(before, device.text, found), Pool.XML)
             yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)), locked=domain.uuid)
         return b""
 
     def set_metadata(self, procedure: int, payload: bytes) -> Steps:
-        """Pass metadata that are not ours, if the domain's XML, of its definition and of its guest, has room for them.
-
-        Each call adds to it: so large ones go one at a time. There is room for many small ones at once.
-        """
+        """Pass metadata that are not ours, if the domain's XML has room for them."""
         new = yield from metadata_calls.new_metadata(payload)
-        value = new.value
-        if not value or (yield from find(new.domain.uuid)) is None:
-            return (yield from call(procedure, payload))
-        with nullcontext() if len(value) <= SMALL_METADATA else (yield from self._changing(new.domain.uuid)):
+        passed = call(procedure, payload)
+        return (yield from (passed if new.added is None else self._added(new.domain, new.added, passed)))
+
+    def _added(self, domain: DomainRef, added: Added, passed: Steps) -> Steps:
+        """Make the call that adds to a domain's XML, if that of its definition and of its guest has room for it.
+
+        Each adds to what is there: so large ones go one at a time. There is room for many small ones at once.
+        """
+        if (yield from find(domain.uuid)) is None:
+            return (yield from passed)
+        with nullcontext() if added.size <= SMALL else (yield from self._changing(domain.uuid)):
             for ask_xml in (definition, current_xml):
-                xml = yield from ask_xml(new.domain)
-                yield Work(partial(check_room, xml, value, is_element=new.is_element), Pool.XML)
-            return (yield from call(procedure, payload))
+                xml = yield from ask_xml(domain)
+                yield Work(partial(check_room, xml, added), Pool.XML)
+            return (yield from passed)
 
     # --- a domain's life ---
 
@@ -633,6 +638,8 @@ class Row(NamedTuple):
 
 LIVE_DEVICE_CALLS = (Procedure.DOMAIN_ATTACH_DEVICE, Procedure.DOMAIN_DETACH_DEVICE)
 """Device calls without flags."""
+
+DETACH_CALLS = (Procedure.DOMAIN_DETACH_DEVICE, Procedure.DOMAIN_DETACH_DEVICE_FLAGS)
 
 TABLE: Mapping[Procedure, Row] = {
     Procedure.CONNECT_OPEN: Row(opening.open_connection, read_only=True, opens=True),

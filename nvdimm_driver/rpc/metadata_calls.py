@@ -11,7 +11,7 @@ from nvdimm_driver.host_text import decode
 from nvdimm_driver.rpc.handler_types import Call, Pool, Work
 from nvdimm_driver.rpc.libvirt_calls import Steps, call
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, RemoteError, Unpacker
-from nvdimm_driver.xml.client_xml import cannot_set_options, check_metadata, check_plain, check_text
+from nvdimm_driver.xml.client_xml import Added, cannot_set_options, check_metadata, check_plain, check_text
 from nvdimm_driver.xml.parse_domain import OPTIONS
 from nvdimm_driver.xml.rewrite import NAMESPACE
 
@@ -24,12 +24,11 @@ MARK = NAMESPACE.encode()
 class Metadata(NamedTuple):
     """Metadata that a client gives a domain.
 
-    :ivar value: None to remove some.
+    :ivar added: None when it removes some.
     """
 
     domain: DomainRef
-    is_element: bool
-    value: bytes | None
+    added: Added | None
 
 
 def new_metadata(payload: bytes) -> Generator[Call | Work, Any, Metadata]:
@@ -41,7 +40,7 @@ def new_metadata(payload: bytes) -> Generator[Call | Work, Any, Metadata]:
         removes our options, or is something else in XML.
     """
     values = Unpacker(payload)
-    found = Metadata(values.domain(), values.int32() == METADATA_ELEMENT, values.optional_encoded())
+    domain, is_element, value = values.domain(), values.int32() == METADATA_ELEMENT, values.optional_encoded()
     key, namespace = values.optional_string() or "", values.optional_string() or ""
     if MARK in payload:
         raise DomainXmlError(
@@ -52,12 +51,13 @@ def new_metadata(payload: bytes) -> Generator[Call | Work, Any, Metadata]:
         check_plain(name)
     if namespace == OPTIONS:
         raise cannot_set_options()
-    value = found.value
-    if found.is_element and value is not None:
-        yield Work(lambda: check_metadata(value), Pool.XML)
-    elif value is not None:
-        check_text(decode(value))
-    return found
+    added: Added | None = None
+    if is_element and value is not None:
+        xml = value
+        added = yield Work(lambda: check_metadata(xml, key, namespace), Pool.XML)
+    elif value:
+        added = check_text(decode(value))
+    return Metadata(domain, added)
 
 
 def get_metadata(interceptor: object, procedure: int, payload: bytes) -> Steps:

@@ -14,16 +14,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lxml import etree
 
-from nvdimm_driver import host_text
 from nvdimm_driver.errors import DomainXmlError
 from nvdimm_driver.host_files import followed, real_path
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.sizes import human
 from nvdimm_driver.xml.document import (
     MAX_CLIENT_DEPTH,
+    MAX_NAME,
     MAX_PARTS,
     MAX_WRITTEN,
     Element,
@@ -108,8 +109,27 @@ def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> Cl
     return ClientDomain(text, domain, other_type, uuid, root.child("maxMemory") is not None)
 
 
-def read_device(data: bytes) -> tuple[str, bool]:
-    """Return the XML of a device, and True if it is an NVDIMM.
+class Added(NamedTuple):
+    """The size of what a call adds to a domain's XML.
+
+    :ivar size: about how many bytes libvirt writes.
+    :ivar parts: elements and attributes.
+    """
+
+    size: int
+    parts: int
+
+
+class ClientDevice(NamedTuple):
+    """Device XML of a client."""
+
+    text: str
+    is_nvdimm: bool
+    added: Added
+
+
+def read_device(data: bytes) -> ClientDevice:
+    """Read the XML of a device.
 
     :raises DomainXmlError: when it cannot be parsed, or is not read alike by libvirt.
     :raises UnsupportedError: when it is another memory device.
@@ -117,7 +137,8 @@ def read_device(data: bytes) -> tuple[str, bool]:
     text, root = _parse(data)
     _check_form(root)
     check_memory_device(root)
-    return text, root.tag == "memory" and root.attributes.get("model") == "nvdimm"
+    is_nvdimm = root.tag == "memory" and root.attributes.get("model") == "nvdimm"
+    return ClientDevice(text, is_nvdimm, Added(written_size(root, 2), count_parts(root)))
 
 
 def _followed(emulator: str) -> str:
@@ -136,15 +157,21 @@ def _followed(emulator: str) -> str:
         ) from error
 
 
-def check_metadata(data: bytes) -> None:
+def check_metadata(data: bytes, key: str, namespace: str) -> Added:
     """Check that metadata which a client adds to a domain are neither the driver's own nor its options.
 
+    libvirt declares the namespace in the element, and writes the key in front of each name in it that has no prefix.
+
+    :param key: of its namespace, which :func:`check_plain` has passed, as the namespace.
     :raises DomainXmlError: when they are, cannot be parsed, or are not read alike by libvirt.
     """
     root = _parse(data)[1]
     _check_not_ours(root)
     if is_options(root):
         raise cannot_set_options()
+    prefix, parts = len(key.encode()) + 1, count_parts(root)
+    declaration = prefix + len(namespace.encode()) + len(' xmlns=""')
+    return Added(written_size(root, 2) + declaration + 2 * prefix * parts, parts)
 
 
 def cannot_set_options() -> DomainXmlError:
@@ -159,21 +186,19 @@ def cannot_set_options() -> DomainXmlError:
     )
 
 
-def check_room(xml: str, data: bytes, *, is_element: bool) -> None:
-    """Check that a domain's XML has room for metadata.
+def check_room(xml: str, added: Added) -> None:
+    """Check that a domain's XML has room for what a call adds.
 
     Otherwise nobody could read it any more: neither its client nor the hook, which keeps the domain from its start.
 
     :param xml: as libvirt has it now.
-    :param data: an element, or a title or description.
     :raises DomainXmlError: when it has not.
     """
-    parts, size = count_parts(parse(xml).root), len(xml.encode())
-    added = _parse(data)[1] if is_element else Element("description", text=host_text.decode(data))
-    _check_written(size + written_size(added, 2))
-    if parts + count_parts(added) > MAX_PARTS:
+    _check_written(len(xml.encode()) + added.size)
+    if count_parts(parse(xml).root) + added.parts > MAX_PARTS:
         raise DomainXmlError(
-            f"the domain would have more than {MAX_PARTS} elements and attributes", hint="remove other metadata first"
+            f"the domain would have more than {MAX_PARTS} elements and attributes",
+            hint="remove other metadata or devices first",
         )
 
 
@@ -181,7 +206,7 @@ def _check_written(size: int) -> None:
     if size > MAX_WRITTEN:
         raise DomainXmlError(
             f"the domain XML would have {human(size)} as libvirt writes it, and may have {human(MAX_WRITTEN)}",
-            hint="make it shorter, or remove other metadata first",
+            hint="make it shorter, or remove other metadata or devices first",
         )
 
 
@@ -197,15 +222,21 @@ def check_plain(value: str) -> None:
             f"{value[:80]!r} has a character that means something else in XML",
             hint="leave out blanks, controls, and & < > ' \"",
         )
+    if len(value.encode()) > MAX_NAME:
+        raise DomainXmlError(
+            f"{value[:80]!r}… has {human(len(value.encode()))}, and a name in XML may have {human(MAX_NAME)}",
+            hint="take a shorter one",
+        )
 
 
-def check_text(value: str) -> None:
-    """Check a value of a client's that libvirt escapes in XML.
+def check_text(value: str) -> Added:
+    """Check a value of a client's that libvirt escapes in XML: a title or a description.
 
     :raises DomainXmlError: when it has a character that XML cannot have: nobody could read the domain's XML any more.
     """
     if _NO_TEXT.search(value):
         raise DomainXmlError(f"{value[:80]!r} has a character that XML cannot have", hint="leave it out")
+    return Added(written_size(Element("description", text=value), 1), 1)
 
 
 def _parse(data: bytes) -> tuple[str, Element]:

@@ -26,6 +26,8 @@ MAX_DEPTH = 256
 """libxml2's limit without XML_PARSE_HUGE, and so libvirt's (xmlParserMaxDepth)."""
 MAX_CLIENT_DEPTH = MAX_DEPTH - 8
 """Of what a client sends: libvirt puts it into <metadata>, and the XML of a guest that runs into <domstatus>."""
+MAX_NAME = 50_000
+"""Bytes of a name: libxml2's limit without XML_PARSE_HUGE (XML_MAX_NAME_LENGTH)."""
 MAX_ATTRIBUTES = 256
 """Of one element: libxml2 looks each of them up from the first one on."""
 MAX_INDENT = 64
@@ -215,14 +217,26 @@ def _codec(encoding: str) -> str:
 
 
 def written_size(element: Element, depth: int = 0) -> int:
-    """Return about how many bytes an element has as libvirt writes it: with escapes, and indented by 2 per level."""
-    own = 2 * len(element.tag) + 4 * depth + 8 + _escaped_size(element.text)
-    own += sum(len(name) + 4 + _escaped_size(value) for name, value in element.attributes.items())
+    """Return about how many bytes an element has as libvirt writes it, or a few more: with escapes, and indented by 2
+    per level.
+    """
+    own = 2 * len(element.tag.encode()) + 4 * depth + 8 + _escaped_size(element.text)
+    own += sum(len(name.encode()) + 4 + _attribute_size(value) for name, value in element.attributes.items())
     return own + sum(written_size(child, depth + 1) for child in element.children)
 
 
-def _escaped_size(text: str) -> int:
-    return len(text.encode()) + 5 * sum(map(text.count, "&<>'\""))
+def _escaped_size(text: str, escaped: str = "&<>'\"\r") -> int:
+    return len(text.encode()) + 5 * sum(map(text.count, escaped))
+
+
+def _attribute_size(value: str) -> int:
+    """Return how many bytes a value may have in an attribute.
+
+    Metadata has no encoding in libvirt. So libxml2 writes each character that is not ASCII as a reference, which is up
+    to 6 bytes longer (xmlsave.c:xmlBufAttrSerializeTxtContent).
+    """
+    others = len(value) - len(value.encode("ascii", "ignore"))
+    return _escaped_size(value, "&<>'\"\r\t\n") + 6 * others
 
 
 def count_parts(element: Element) -> int:

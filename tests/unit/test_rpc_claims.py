@@ -169,7 +169,8 @@ def test_a_define_that_is_repeated_while_it_writes_zeros_is_told_so(
     def again() -> None:
         for call in (proxy.define, lambda text: create(proxy, "a")):
             with pytest.raises(
-                InUseError, match=rf"or gets metadata by process {os.getpid()} \(.* for process 1 \(.*user 0"
+                InUseError,
+                match=rf"or gets metadata or a device by process {os.getpid()} \(.* for process 1 \(.*user 0",
             ):
                 call(xml("a"))
 

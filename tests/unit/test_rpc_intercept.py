@@ -28,7 +28,7 @@ from nvdimm_driver.rpc.handler_types import Call, Context, Peer, Pool, ReplyEntr
 from nvdimm_driver.rpc.intercept import Interceptor
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, TypedParam, Unpacker
-from nvdimm_driver.xml.document import decode
+from nvdimm_driver.xml.document import MAX_WRITTEN, decode
 from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import OPTIONS, extract
 from nvdimm_driver.xml.rewrite import NAMESPACE, LibxlXmlHook, restore, rewrite
@@ -390,7 +390,8 @@ def test_a_saved_guest_is_started_once_at_a_time(proxy: Proxy, driver: XenNvdimm
     with driver.locks.try_changing(UUID, "the first"):
         for call, packer in ((START, Packer().domain(domain)), (CREATE_XML, Packer().string(xml("a")).uint32(0))):
             with pytest.raises(
-                InUseError, match=r"started from a saved guest or released, or gets metadata by .* for the first"
+                InUseError,
+                match=r"started from a saved guest or released, or gets metadata or a device by .* for the first",
             ):
                 proxy.call(call, packer)
         assert not {START, CREATE_XML} & {*proxy.libvirtd.calls}
@@ -593,8 +594,14 @@ def test_other_devices_pass(proxy: Proxy) -> None:
     domain = proxy.define(xml("a"))
     proxy.libvirtd.calls.clear()
     for device in ("<disk/>", "<disk><!-- nvdimm --></disk>"):
-        proxy.call(160, Packer().domain(domain).string(device).uint32(LIVE))
-    assert proxy.libvirtd.calls == [160, 160]
+        for procedure in (160, 161):
+            proxy.call(procedure, Packer().domain(domain).string(device).uint32(LIVE))
+    assert [each for each in proxy.libvirtd.calls if each in (160, 161)] == [160, 161, 160, 161]
+    full = f"<disk path='{'x' * (MAX_WRITTEN - 200)}'/>"
+    with pytest.raises(DomainXmlError, match="may have 2 MiB"):
+        proxy.call(160, Packer().domain(domain).string(full).uint32(LIVE))
+    proxy.call(161, Packer().domain(domain).string(full).uint32(LIVE))
+    assert proxy.libvirtd.calls[-1] == 161
 
 
 @pytest.mark.parametrize(
@@ -691,7 +698,7 @@ def test_large_metadata_wait_for_a_change_of_the_domain(proxy: Proxy, driver: Xe
     ]
     with driver.locks.changing(UUID):
         proxy.call(264, setting[0])
-        with pytest.raises(InUseError, match="or gets metadata by"):
+        with pytest.raises(InUseError, match="or gets metadata or a device by"):
             proxy.call(264, setting[1])
     proxy.call(264, setting[1])
 

@@ -98,7 +98,8 @@ def test_who_changes_a_domain_or_starts_its_saved_guest_has_its_lock_in_the_call
         one = Client(proxy, procedure, packer)
         one.before(procedure)
         with pytest.raises(
-            InUseError, match="is being defined, created, started from a saved guest or released, or gets metadata by"
+            InUseError,
+            match="is being defined, created, started from a saved guest or released, or gets metadata or a device by",
         ):
             driver.locks.try_changing(UUID, "")
         one.finish()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.errors import DomainXmlError, UnsupportedError
-from nvdimm_driver.xml.client_xml import check_metadata, check_room, read_device, read_domain
-from nvdimm_driver.xml.document import MAX_CLIENT_DEPTH, MAX_PARTS, MAX_WRITTEN, parse
+from nvdimm_driver.xml.client_xml import check_metadata, check_plain, check_room, check_text, read_device, read_domain
+from nvdimm_driver.xml.document import MAX_CLIENT_DEPTH, MAX_NAME, MAX_PARTS, MAX_WRITTEN, parse
 from nvdimm_driver.xml.rewrite import NAMESPACE, rewrite
 from tests.unit.doubles import counted
 
@@ -98,29 +98,36 @@ def test_forged_metadata_is_refused(text: str) -> None:
     ],
 )
 def test_metadata_are_refused_before_nobody_could_read_the_domain(value: str, refused: str) -> None:
-    check_room(PLAIN.format(""), value.encode(), is_element=True)
+    added = check_metadata(value.encode(), "k", "urn:x")
+    check_room(PLAIN.format(""), added)
     full = PLAIN.format("").replace("<os>", f"<metadata>{value}</metadata><os>")
     parse(full)
     with pytest.raises(DomainXmlError, match=refused):
-        check_room(full, value.encode(), is_element=True)
+        check_room(full, added)
 
 
 def test_a_title_is_counted_as_it_is_escaped() -> None:
-    check_room(PLAIN.format(""), b"x" * (MAX_WRITTEN - 10_000), is_element=False)
-    for title in (b"x" * MAX_WRITTEN, b"'" * (MAX_WRITTEN // 5)):
+    check_room(PLAIN.format(""), check_text("x" * (MAX_WRITTEN - 10_000)))
+    for title in ("x" * MAX_WRITTEN, "'" * (MAX_WRITTEN // 5)):
         with pytest.raises(DomainXmlError, match="as libvirt writes it"):
-            check_room(PLAIN.format(""), title, is_element=False)
+            check_room(PLAIN.format(""), check_text(title))
+
+
+def test_a_name_is_one_that_libxml2_reads() -> None:
+    check_plain("k" * MAX_NAME)
+    with pytest.raises(DomainXmlError, match="a name in XML may have"):
+        check_plain("k" * MAX_NAME + "k")
 
 
 def test_what_libvirt_makes_of_the_deepest_and_largest_can_be_read() -> None:
     value = "<a>" * MAX_CLIENT_DEPTH + "</a>" * MAX_CLIENT_DEPTH
-    check_metadata(value.encode())
+    check_metadata(value.encode(), "k", "urn:x")
     parse(f"<domstatus>{PLAIN.format('').replace('<os>', f'<metadata>{value}</metadata><os>')}</domstatus>")
     with pytest.raises(DomainXmlError, match="248 deep"):
-        check_metadata(f"<a>{value}</a>".encode())
+        check_metadata(f"<a>{value}</a>".encode(), "k", "urn:x")
     nested = "<a>" * 200 + "<b/>" * 20_000 + "</a>" * 200
     with pytest.raises(DomainXmlError, match="as libvirt writes it"):
-        check_metadata(nested.encode())
+        check_metadata(nested.encode(), "k", "urn:x")
 
 
 def test_a_long_emulator_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +238,7 @@ def test_text_in_many_pieces_is_read() -> None:
 
 
 def test_a_device_is_read() -> None:
-    assert read_device(NVDIMM.encode()) == (NVDIMM, True)
+    assert read_device(NVDIMM.encode())[:2] == (NVDIMM, True)
     assert read_device(b"<memory model='nvd&#105;mm'/>")[1]
     assert not read_device(b"<disk/>")[1]
     with pytest.raises(UnsupportedError, match=r"<memory model='dimm'> .*NVDIMMs are the only memory devices"):
@@ -249,10 +256,10 @@ def test_a_device_is_read() -> None:
 @pytest.mark.parametrize("hidden", [NAMESPACE, NAMESPACE.replace(":", "&#58;"), "&#x75;rn:nvdimm-driver:domain:1"])
 def test_metadata_of_ours_are_known_however_they_are_written(hidden: str) -> None:
     with pytest.raises(DomainXmlError, match="own metadata"):
-        check_metadata(f"<a><b xmlns:c='{hidden}'/></a>".encode())
+        check_metadata(f"<a><b xmlns:c='{hidden}'/></a>".encode(), "k", "urn:x")
     with pytest.raises(DomainXmlError, match="own metadata"):
-        check_metadata(f"<a xmlns='{hidden}'/>".encode())
+        check_metadata(f"<a xmlns='{hidden}'/>".encode(), "k", "urn:x")
 
 
 def test_metadata_that_speak_of_our_name_space_are_the_users() -> None:
-    check_metadata(f"<a b='{NAMESPACE} '>{NAMESPACE}</a>".encode())
+    check_metadata(f"<a b='{NAMESPACE} '>{NAMESPACE}</a>".encode(), "k", "urn:x")
