@@ -90,13 +90,21 @@ def sync_folder(path: str | Path) -> None:
 
 
 def real_path(path: str) -> str:
-    """Return the path that :func:`followed` does; a path that it does not follow is returned as it is written."""
+    """Return the path that :func:`followed` does; one that it does not follow is returned as it is written, absolute.
+
+    That keeps its ``..``: without, it would be the path of something else.
+    """
     try:
         return followed(path)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
             raise
-        return os.path.abspath(path)
+        return "/" + "/".join(reversed(_names(absolute(path))))
+
+
+def absolute(path: str) -> str:
+    """Return a path that does not depend on the current folder, and leads where this one does: ``..`` stays in it."""
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
 
 def followed(path: str) -> str:
@@ -110,7 +118,7 @@ def followed(path: str) -> str:
     """
     if len(os.fsencode(path)) > PATH_MAX:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
-    left = _names(path if os.path.isabs(path) else os.path.join(os.getcwd(), path))
+    left = _names(absolute(path))
     at: list[str] = []
     lost, links, names = 0, 0, len(left)  # lost: how many names at the end of `at` are not there, or no folders
     folder = os.open("/", _FOLDER)

@@ -99,8 +99,8 @@ def resolve(path: str) -> str:
     """Return the path that a path leads to: absolute, without symbolic links, ``..`` and double slashes.
 
     Nothing needs to be there. Call this where a path comes in, and pass on only what it returns. A path through more
-    links than the kernel follows stays as it is, and is refused when it is opened; so whoever has a folder on the way
-    of one path keeps nobody from others.
+    links than the kernel follows keeps them and its ``..``, and is refused when it is opened; so whoever has a folder
+    on the way of one path keeps nobody from others.
 
     :raises BackingError: when it is too long.
     """
@@ -145,8 +145,8 @@ def resolve_folder(path: str) -> str:
 
     :raises BackingError: as for :func:`resolve`.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    return os.path.join(resolve(folder), name)
+    folder, name = os.path.split(path.rstrip("/"))
+    return resolve(path) if name in ("", ".", "..") else os.path.join(resolve(folder or "."), name)
 
 
 def steps(path: str) -> Iterator[tuple[str, os.stat_result]]:

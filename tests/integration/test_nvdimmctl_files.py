@@ -702,8 +702,13 @@ def test_a_link_of_a_users_is_not_followed(operator: Operator, words: str) -> No
     operator.run("provision", path, "--size", "16MiB")
     folder.mkdir()
     (folder / "a.img").symlink_to(path)
+    (operator.fs.root / "one/two/three").mkdir(parents=True)
+    (folder / "up").symlink_to(operator.fs.root / "one/two/three")
     os.chown(folder, 65534, 65534)
     before = path.read_bytes(), os.listdir(operator.fs.root)
+    up = folder / "up/../../a.img"  # in one, and not in the root, where a.img is
+    done = operator.run(*words.format(up).split(), status=2)
+    assert f"{up} leads to {operator.fs.root}/one/a.img by a symbolic link" in done.stderr
     done = operator.run(*words.format(folder / "a.img").split(), status=2)
     assert f"users/a.img leads to {path} by a symbolic link, and others than root can turn it" in done.stderr
     done = operator.run("export", path, folder / "a.img", "--force", status=5)
@@ -711,5 +716,8 @@ def test_a_link_of_a_users_is_not_followed(operator: Operator, words: str) -> No
     (folder / "out").symlink_to("/")
     done = operator.run("export", path, folder / "out/copy", status=2)
     assert "out/copy leads to /copy by a symbolic link" in done.stderr
+    done = operator.run("export", path, folder / "up/../../copy", status=2)
+    assert f"leads to {operator.fs.root}/one/copy by a symbolic link" in done.stderr
     assert (path.read_bytes(), os.listdir(operator.fs.root)) == before
     shutil.rmtree(folder)
+    shutil.rmtree(operator.fs.root / "one")

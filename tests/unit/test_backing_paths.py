@@ -42,6 +42,17 @@ def test_only_the_way_in_refuses_links_that_lead_nowhere(tmp_path: Path) -> None
             resolve(f"{tmp_path}/loop/a.img")
 
 
+def test_a_path_that_cannot_be_followed_is_no_other_files(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "a.img").touch()
+    path = f"{tmp_path}/loop/../a.img"
+    assert paths.resolve(f"/{path}//.") == path
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        os.stat(path)
+    with pytest.raises(OSError, match=r"has '\.\.' in it"):
+        paths.open_resolved(path, os.O_PATH)
+
+
 def test_a_path_can_be_turned_by_who_may_replace_a_folder_or_link_on_its_way(tmp_path: Path) -> None:
     """The link is root's, and what is behind it is a user's."""
     roots, users, shared = tmp_path / "roots", tmp_path / "users", tmp_path / "shared"
@@ -80,3 +91,11 @@ def test_only_the_folder_of_what_is_written_is_resolved(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("folder")
     (tmp_path / "folder/file").symlink_to("elsewhere")
     assert paths.resolve_folder(f"{tmp_path}/link/file") == f"{tmp_path}/folder/file"
+    (tmp_path / "folder/sub").mkdir()
+    (tmp_path / "down").symlink_to("folder/sub")
+    assert paths.resolve_folder(f"{tmp_path}/down/../file") == f"{tmp_path}/folder/file", "as the kernel follows it"
+    assert [paths.resolve_folder(f"{tmp_path}/down/{end}") for end in ("..", ".", "")] == [
+        f"{tmp_path}/folder",
+        f"{tmp_path}/folder/sub",
+        f"{tmp_path}/down",
+    ]

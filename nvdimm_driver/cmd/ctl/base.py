@@ -15,6 +15,7 @@ from cliff.show import ShowOne
 
 from nvdimm_driver.backing import paths
 from nvdimm_driver.errors import NotFoundError, UsageError
+from nvdimm_driver.host_files import absolute
 from nvdimm_driver.state.words import word_for
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ def path_argument(word: str, resolve: Callable[[str], str] = paths.resolve) -> s
     :param resolve: of :mod:`.backing.paths`: what a path leads to that need not be there yet.
     :raises UsageError: when a link that others than root can turn leads elsewhere.
     """
-    path, real = os.path.abspath(word), resolve(word)
-    if real != path and paths.others_can_turn(path):
+    path, real = absolute(word), resolve(word)
+    if real not in (path, os.path.abspath(word)) and paths.others_can_turn(path):
         raise UsageError(
             f"{path} leads to {real} by a symbolic link, and others than root can turn it",
             hint="name that path, if it is what you mean",
