@@ -166,9 +166,9 @@ def back_up_before(host: Host, monkeypatch: pytest.MonkeyPatch, step: str, image
     """Have a saved guest go on, and copy the ledger before that step."""
     real = getattr(StartSteps, step)
 
-    def copy_first(*args: Any) -> object:
+    def copy_first(*args: Any, **options: Any) -> object:
         back_up(host)
-        return real(*args)
+        return real(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(StartSteps, step, copy_first)
