@@ -523,13 +523,14 @@ class Allocation:
 class Touch(NamedTuple):
     """A change of the time at which a backing was last written, for what its guest has written.
 
-    Both times are as the backing's ``written_at`` returns them.
+    All times are as the backing's ``written_at`` returns them.
 
-    :ivar before: the backing's time when its guest had ended, while nobody could write it; None if it is not known.
+    :ivar before: the backing's time when its guest had ended, while nobody could write it, or several if it is not
+        known which of these it has; empty if nothing is known. With another time, it has been written since.
     :ivar after: its new time.
     """
 
-    before: int | None
+    before: tuple[int, ...]
     after: int
 
 
@@ -539,7 +540,8 @@ class Run(NamedTuple):
     :ivar number: OEM revision of the NFIT in the guest's memory; 0 when no guest may go on after this run, because
         something else has written to its NVDIMMs since.
     :ivar nvdimms: what the guest has: :func:`.lifecycle.saved_guest.describe`.
-    :ivar written: when its backings were last written by the host: :func:`.lifecycle.saved_guest.times`.
+    :ivar written: when its backings were last written by the host: :func:`.lifecycle.saved_guest.times`. After its end,
+        of a backing that may have got its new time or not, both (:func:`.lifecycle.saved_guest.times_at_end`).
     """
 
     number: int

@@ -155,7 +155,7 @@ def _touch(fd: int, touch: Touch, leased: bool) -> None:
     program may write now gets the present time, which is not that of ``touch``.
     """
     found = os.fstat(fd)
-    if found.st_mtime_ns == touch.after or touch.before not in (None, found.st_mtime_ns):
+    if found.st_mtime_ns == touch.after or (touch.before and found.st_mtime_ns not in touch.before):
         return
     if leased:
         os.utime(fd, ns=(found.st_atime_ns, touch.after))

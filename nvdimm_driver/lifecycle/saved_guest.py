@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -104,7 +104,7 @@ def has_had(run: Run, spec: NvdimmSpec, identity: BackingIdentity, written: int 
     nvdimms = domain.nvdimms if domain else ()
     had = {(each.slot, each.size, each.label_size, each.visible_size) for each in nvdimms}
     same = any(_bytes(identity).items() <= each.items() for each in _nvdimms(run.nvdimms) if each["slot"] == spec.slot)
-    unwritten = written is None or json.loads(run.written).get(str(spec.slot)) == written
+    unwritten = written is None or written in _written(run, spec.slot)
     return run.number != 0 and unwritten and sizes in had and same
 
 
@@ -116,21 +116,23 @@ def times(backings: Sequence[Backing], nvdimms: str) -> str:
     return json.dumps({str(each["slot"]): _written_at(backings, each["path"]) for each in _nvdimms(nvdimms)})
 
 
-def times_at_end(run: Run, found: Mapping[str, int]) -> str:
+def times_at_end(run: Run, found: Mapping[str, Iterable[int]]) -> str:
     """Return the :func:`times` of a run that is over; for a backing that is not among these, that of its begin.
 
     The file system may not be mounted yet, and its file is immutable still.
 
-    :param found: the times of backings, by path.
+    :param found: the times of backings, by path: of each the one that it has, or several if it is not known which.
     """
-    by_slot = {str(slot): found[path] for path, slot in paths_of(run).items() if path in found}
-    return json.dumps({**json.loads(run.written), **by_slot})
+    by_slot = {str(slot): sorted({*found[path]}) for path, slot in paths_of(run).items() if path in found}
+    packed = {slot: times if len(times) > 1 else times[0] for slot, times in by_slot.items()}
+    return json.dumps({**json.loads(run.written), **packed})
 
 
-def times_of(run: Run) -> dict[str, int]:
-    """Return the :func:`times` of a run that are known, by path."""
-    written = json.loads(run.written)
-    return {path: written[str(slot)] for path, slot in paths_of(run).items() if written.get(str(slot)) is not None}
+def times_of(run: Run) -> dict[str, tuple[int, ...]]:
+    """Return the :func:`times` of a run that are known, by path, as :func:`times_at_end` takes them."""
+    found = {path: _written(run, slot) for path, slot in paths_of(run).items()}
+    known = {path: tuple(time for time in times if time is not None) for path, times in found.items()}
+    return {path: times for path, times in known.items() if times}
 
 
 def bases(last: Run | None, wanted: Sequence[tuple[int, int, BackingIdentity]]) -> dict[int, int]:
@@ -304,10 +306,10 @@ def check_run(begun: Run, last: Run | None) -> None:
         raise refused(_SPOILED)
     if differing := "; ".join(_differences(_nvdimms(last.nvdimms), _nvdimms(begun.nvdimms))):
         raise refused(differing)
-    before, now = json.loads(last.written), json.loads(begun.written)
+    now = json.loads(begun.written)
     for path, slot in paths_of(begun).items():
         time = now[str(slot)]
-        if before.get(str(slot)) != time:
+        if time not in _written(last, slot):
             when = f" at {_time(time)}" if time else ""
             raise refused(f"{path} was written on the host{when}, after the guest was saved")
 
@@ -376,6 +378,12 @@ def _identity(nvdimm: dict[str, Any]) -> BackingIdentity:
         nvdimm["inode generation"],
         nvdimm["backing size"],
     )
+
+
+def _written(run: Run, slot: int) -> tuple[int | None, ...]:
+    """Return the times of which the backing in a slot has one if only the guest of the run has written it."""
+    found = json.loads(run.written).get(str(slot))
+    return tuple(found) if isinstance(found, list) else (found,)
 
 
 def _written_at(backings: Sequence[Backing], path: str) -> int | None:

@@ -118,7 +118,7 @@ class Starts:
     def _touch_now(self, path: str) -> Touch | None:
         """Return how a file is touched that a guest may have written; None for a backing that has no time."""
         when = backing_of(self.backings, path).time_to_touch(path)
-        return None if when is None else Touch(None, when)
+        return None if when is None else Touch((), when)
 
     def check_left(self, uuid: str, identities: Mapping[str, BackingIdentity | None]) -> None:
         """Check that no guest of which the ledger does not know may have written a domain's files.
@@ -245,8 +245,8 @@ class Starts:
         """
         if start.state != "mapped":
             return {}
-        times: dict[str, int] = {}
-        before: dict[str, int] = {}
+        times: dict[str, tuple[int, ...]] = {}
+        before: dict[str, tuple[int, ...]] = {}
         touched = set()
         for path in start.paths:
             exists(path)  # as for a thaw
@@ -255,9 +255,9 @@ class Starts:
                     continue
                 after = backing.time_to_touch(path)
                 if after is None:
-                    times[path] = at
+                    times[path] = (at,)
                 elif path in frozen:
-                    before[path], times[path] = at, after
+                    before[path], times[path] = (at,), (after,)
                     touched.add(path)
         begun = self.ledger.find_begun(start)
         if begun is not None:
@@ -266,18 +266,20 @@ class Starts:
             run = self.ledger.find_run(start.uuid)
             times = {**times, **saved_guest.times_of(self.ledger.find_begun(start) or begun)}
             before = saved_guest.times_of(run) if run and run.number == begun.number else {}
-        return {path: Touch(before.get(path), times[path]) for path in touched}
+        return {path: Touch(before.get(path, ()), times[path][0]) for path in touched}
 
     def _times_of_left(self, start: Start, away: Collection[str]) -> str:
-        """Return what :meth:`_note_times` has noted, without the times of files that are away, which have not got them.
+        """Return what :meth:`_note_times` has noted, and of each file that is away the time that it had before, too.
 
-        An earlier attempt has noted them, and could not thaw the files. Empty if there is nothing to leave out.
+        An earlier attempt has noted them. It may have thawed the file and given it its new time, or not. Empty if no
+        file is away.
         """
         begun, run = self.ledger.find_begun(start), self.ledger.find_run(start.uuid)
         if not away or begun is None or run is None or run.number != begun.number:
             return ""
-        before = saved_guest.times_of(run)
-        return saved_guest.times_at_end(begun, {path: before[path] for path in away if path in before})
+        before, after = saved_guest.times_of(run), saved_guest.times_of(begun)
+        both = {path: before[path] + after.get(path, ()) for path in away if path in before}
+        return saved_guest.times_at_end(begun, both)
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.
@@ -327,20 +329,29 @@ class Starts:
         """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it.
 
         None has if it was frozen for a start that never ran. If it was for the domain's last run, nobody but the guest
-        of that has, and the ledger gets the time that it gets: a guest that was saved then can go on.
+        of that has, and the ledger gets the time that it gets: a guest that was saved then can go on. The ledger gets
+        it first, beside the one that the backing has, as this process may be killed before or after it is thawed.
 
         :param uuid: of the domain that it was frozen for, if that is known.
+        :raises InUseError: when another process has changed that run meanwhile.
         """
         frozen, last = ownership.frozen_for(self.backings, {path: identity}), self.ledger.find_run(uuid)
         never_ran = path in frozen and frozen[path] in self.ledger.never_run(uuid)
         touch = None if never_ran else self._touch_now(path)
         had = saved_guest.path_of(last, identity) if last and frozen.get(path) == last.number else ""
-        before = saved_guest.times_of(last).get(had) if last else None
-        self.thaw(path, identity, touch=touch and Touch(before, touch.after))
-        if last is None or touch is None or before is None:
+        before = saved_guest.times_of(last).get(had, ()) if last else ()
+        if last is None or touch is None or not before:
+            self.thaw(path, identity, touch=touch)
             return
-        if backing_of(self.backings, path).written_at(path) == touch.after:  # nobody else has written it
-            self.ledger.note_thawed(uuid, last, saved_guest.times_at_end(last, {had: touch.after}))
+        backing, after = backing_of(self.backings, path), touch.after
+        if backing.written_at(path) in before:  # nobody else has written it
+            noted = last._replace(written=saved_guest.times_at_end(last, {had: (*before, after)}))
+            if not self.ledger.note_thawed(uuid, last, noted.written):
+                raise InUseError(f"{path} or its domain was changed meanwhile", hint="repeat 'nvdimmctl check'")
+            last = noted
+        self.thaw(path, identity, touch=Touch(before, after))
+        if backing.written_at(path) == after:
+            self.ledger.note_thawed(uuid, last, saved_guest.times_at_end(last, {had: (after,)}))
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen still has the domain."""

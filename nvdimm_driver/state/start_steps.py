@@ -426,13 +426,14 @@ class StartSteps(Database):
 
         return {uuid: Run(*run) for uuid, *run in self._rows("SELECT uuid, number, nvdimms, written FROM run")}
 
-    def note_thawed(self, uuid: str, run: Run, written: str) -> None:
-        """Record when the backings of a domain's last run were last written, unless that run has changed meanwhile.
+    def note_thawed(self, uuid: str, run: Run, written: str) -> bool:
+        """Record when the backings of a domain's last run were last written; return False if that run has changed.
 
         :param written: as in :class:`.model.Run`, for what was frozen until now, though the start was put away.
         """
         same = "uuid = ? AND number = ? AND written = ?"
-        self._write([(f"UPDATE run SET written = ? WHERE {same}", (written, uuid, run.number, run.written))])
+        noted = f"UPDATE run SET written = ? WHERE {same}", (written, uuid, run.number, run.written)
+        return self._write([noted], guarded=True)
 
     def spoil_run(self, uuid: str, number: int) -> None:
         """Record that a guest which was saved in this run of the domain, if it is the last one, can go on no more."""

@@ -218,7 +218,7 @@ def test_a_file_of_a_guest_that_runs_stays_immutable_when_another_start_with_it_
     host.define("a.img")
     host.run(host.domain("a.img"))
     before = modified(host)
-    host.backing.thaw_unless(host.path("a.img"), lambda _: True, touch=Touch(before, 2 * before))
+    host.backing.thaw_unless(host.path("a.img"), lambda _: True, touch=Touch((before,), 2 * before))
     assert modified(host) == before
     host.driver.starts.thaw_unknown(host.path("a.img"))
     assert (modified(host), is_immutable(host.path("a.img"))) == (before, True)

@@ -9,20 +9,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from nvdimm_driver.backing import inode
+from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.doctor import repair_ledger
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError, RefusedError
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.lifecycle.start import Starts
+from nvdimm_driver.model import DomainSpec, NvdimmSpec
 from nvdimm_driver.state.start_steps import StartSteps
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import Host, empty, is_immutable
+from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable
 from tests.integration.test_restored_ledger_real import back_up, repair, restore
 from tests.unit.doubles import UUID, boot_host
 
@@ -38,10 +41,10 @@ def host(request: pytest.FixtureRequest, tmp_path, file_systems: dict[str, FileS
     empty(file_systems[request.param])
 
 
-def boot(host: Host, domid: int, image: Image | None = None) -> None:
+def boot(host: Host, domid: int, image: Image | None = None, domain: DomainSpec | None = None) -> None:
     """Boot the domain, or have a saved guest go on."""
     driver = host.another()
-    driver.prepare(host.domain("in/a.img"))
+    driver.prepare(domain or host.domain("in/a.img"))
     host.mapper.alive[domid] = UUID
     if image is not None:
         host.mapper.memory[domid] = dict(image)
@@ -314,6 +317,63 @@ def test_a_saved_guest_goes_on_though_its_file_was_away_when_its_end_was_repeate
     assert host.record().start is None
     if repaired:
         assert repair(host) == []
+    host.another().try_restore(UUID)
+    boot(host, 7, image)
+
+
+@pytest.mark.parametrize("thawed", ["both", "the first"])
+def test_a_saved_guest_goes_on_though_a_file_was_thawed_before_it_was_away_at_the_repeated_end(
+    host: Host, monkeypatch: pytest.MonkeyPatch, thawed: str
+) -> None:
+    """The end was killed once it had thawed both files, or could not thaw the second one."""
+    domain = host.domain("in/a.img")
+    domain = replace(domain, nvdimms=(*domain.nvdimms, NvdimmSpec(1, host.path("in/b.img"), SIZE)))
+    host.driver.define(domain)
+    boot(host, 5, domain=domain)
+    image = host.mapper.memory[5]
+    thaw = FsdaxBacking.thaw_unless
+
+    def fails(backing: FsdaxBacking, path: str, *args: Any, **options: Any) -> None:
+        if path.endswith("b.img"):
+            raise BackingError(f"{path}: Input/output error")
+        thaw(backing, path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        if thawed == "both":
+            patch.setattr(StartSteps, "end_start", _killed)
+        else:
+            patch.setattr(FsdaxBacking, "thaw_unless", fails)
+        with pytest.raises((BackingError, KeyboardInterrupt)):
+            end(host, 5)
+    with unmounted(host):
+        host.another().reconcile()
+    assert host.record().start is None
+    host.another().try_restore(UUID)
+    boot(host, 7, image, domain)
+
+
+@pytest.mark.parametrize("step", ["before it is thawed", "before it has lost its mark", "after that"])
+def test_a_saved_guest_goes_on_though_the_repair_of_its_file_was_killed(
+    host: Host, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    boot(host, 5)
+    os.rename(host.path("in"), host.path("away"))
+    image = end(host, 5)
+    os.rename(host.path("away"), host.path("in"))
+    thaw = FsdaxBacking.thaw_unless
+
+    def thaw_and_die(*args: Any, **options: Any) -> None:
+        thaw(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        if step == "before it has lost its mark":
+            patch.setattr(os, "removexattr", _killed)
+        else:
+            patch.setattr(FsdaxBacking, "thaw_unless", thaw_and_die if step == "after that" else _killed)
+        repair(host)
+    assert repair(host) == []
+    assert look(host.another()) == []
     host.another().try_restore(UUID)
     boot(host, 7, image)
 

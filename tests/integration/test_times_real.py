@@ -203,7 +203,7 @@ def test_a_file_that_was_written_before_it_is_thawed_keeps_that_time(host: Host)
     host.define("a.img")
     host.backing.freeze(host.path("a.img"))
     before = modified(host)
-    host.backing.thaw_unless(host.path("a.img"), lambda _: False, touch=Touch(before - 1, before + 10**9))
+    host.backing.thaw_unless(host.path("a.img"), lambda _: False, touch=Touch((before - 1,), before + 10**9))
     assert (modified(host), is_immutable(host.path("a.img"))) == (before, False)
 
 
