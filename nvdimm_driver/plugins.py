@@ -325,8 +325,17 @@ class Backing(Plugin):
         The default does nothing, which is right only where nothing in the host can move them.
 
         :param identity: whose bytes it has to have; None when that is not known.
-        :raises BackingError: when something else is there.
+        :raises BackingError: when something else is there, or as :meth:`check_can_freeze` does.
         :raises InUseError: while a program has it open to overwrite it.
+        """
+
+    def check_can_freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Check that nothing which only the operator can change keeps :meth:`freeze` from the backing.
+
+        By default, nothing does.
+
+        :param identity: whose bytes it has to have; None when that is not known.
+        :raises BackingError: when something does, or something else is there.
         """
 
     def freeze_for(self, path: str, run: int | None, identity: BackingIdentity | None = None) -> None:

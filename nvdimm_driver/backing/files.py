@@ -80,6 +80,21 @@ def check_only_root_writes(fd: int, path: str) -> None:
         )
 
 
+def check_no_flag(fd: int, path: str) -> None:
+    """Check that an open file is neither immutable nor append-only, unless the driver has made it so for a guest.
+
+    With another's flag, the file could get neither the number of a guest's run nor, at its end, a new time.
+
+    :raises BackingError: when it is.
+    """
+    if inode.has_others_flag(fd):
+        raise BackingError(
+            f"{path}: is immutable or append-only, and not by the driver, so that no guest starts with it",
+            hint="while its domain is off, take that flag away (lsattr, chattr -ia): the driver makes a file immutable "
+            "itself while a guest has it",
+        )
+
+
 def look(fd: int, path: str, size: int) -> ExaminedFile:
     """Examine an open file for an NVDIMM of that size.
 

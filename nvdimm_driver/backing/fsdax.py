@@ -19,6 +19,7 @@ from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes
 from nvdimm_driver.backing.files import (
     check_copy_name,
     check_named,
+    check_no_flag,
     check_only_root_writes,
     check_own,
     check_regular,
@@ -320,11 +321,17 @@ class FsdaxBacking(Backing):
                 with self.locks.freezing(fd, path):  # which others wait for: not while a lease ends
                     check_regular(fd, path)
                     self._check_same(fd, path, identity)
+                    check_no_flag(fd, path)
                     self.locks.check_unwritten(fd, path)
                     inode.freeze(fd, run)
 
             patiently(attempt, patience)
             os.fsync(fd)  # without the lock: it may take long
+
+    def check_can_freeze(self, path: str, identity: BackingIdentity | None = None) -> None:
+        with opened(path, os.O_RDONLY) as fd:
+            self._check_same(fd, path, identity)
+            check_no_flag(fd, path)
 
     def check_unwritten(
         self, path: str, identity: BackingIdentity | None = None, allowed: Collection[int] = ()
@@ -385,7 +392,7 @@ class FsdaxBacking(Backing):
             time.sleep(((last + 2) * _SECOND - now) / _SECOND)
 
     def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
-        """Undo :meth:`freeze`. A file that was immutable before stays so."""
+        """Undo :meth:`freeze`. A file that somebody else has made immutable stays so."""
         self.thaw_unless(path, lambda _: False, identity)
 
     def thaw_unless(

@@ -74,23 +74,34 @@ def is_immutable(fd: int) -> bool:
     return bool(_flags(fd) & IMMUTABLE)
 
 
-def freeze(fd: int, run: int | None = None) -> None:
-    """Make the file root's alone and immutable, unless it is immutable.
+def has_others_flag(fd: int) -> bool:
+    """Return True when somebody else, such as the operator, has made the file immutable or append-only.
 
-    A file that was not immutable before gets a mark, which only root can see and set: :func:`thaw` keeps an operator's
-    own ``chattr +i``. It stays root's alone. Once it is, nobody else can take a lease on it (fcntl(2)), and the open
-    for writing makes the kernel end those that there are: none is left that :func:`opened_to_write` would wait for.
+    xfsrestore gives the copy of a frozen file the flag, and the attribute, too: that flag is the driver's own.
+    """
+    return bool(_flags(fd) & (IMMUTABLE | _APPEND_ONLY)) and _FROZEN not in os.listxattr(fd)
+
+
+def freeze(fd: int, run: int | None = None) -> None:
+    """Make the file root's alone and immutable, unless it is frozen. The caller has asked :func:`has_others_flag`.
+
+    It gets a mark, which only root can see and set, and stays root's alone. Once it is, nobody else can take a lease
+    on it (fcntl(2)), and the open for writing makes the kernel end those that there are: none is left that
+    :func:`opened_to_write` would wait for.
 
     :param run: number of the run that a file is frozen for from now on; one that is frozen already keeps its own.
     :raises BlockingIOError: while a program has a lease on the file, which is not frozen then: try again.
+    :raises PermissionError: if it has another's flag, and is not root's alone or not to be opened for writing.
     """
-    if is_immutable(fd):
-        return
     if not is_frozen(fd):
+        if _FROZEN in os.listxattr(fd):
+            _set_immutable(fd, False)  # a copy's, with the flag of what it is a copy of
         _make_roots_alone(fd)
         os.close(open_again(fd, os.O_RDWR))
         _set_run(fd, run)
         os.setxattr(fd, _FROZEN, _itself(fd))
+    elif is_immutable(fd):
+        return
     elif others_may_write(fd):  # an earlier version has frozen it, and was killed in its :func:`opened_to_write`
         _make_roots_alone(fd)
     _set_immutable(fd, True)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 HINTS = {
     errno.ENOENT: "is its file system mounted?",
     errno.ENAMETOOLONG: "take a shorter name",
-    errno.EPERM: "is it immutable (lsattr, chattr -i)?",
+    errno.EPERM: "is it immutable or append-only (lsattr, chattr -ia)?",
     errno.EACCES: "only root may use backings",
     errno.ENOSPC: "make room, or ask for less",
     errno.EROFS: "mount it read-write",

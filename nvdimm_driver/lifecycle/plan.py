@@ -98,6 +98,8 @@ class Planner:
         :raises NvdimmError: when the domain cannot be defined or started.
         """
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
+        if before is None or before.start is None:
+            self._check_can_freeze(domain, intakes)
         locations = self._locate_or_assume(domain, intakes)
         kept = self._kept_bases(domain, locations, before, adopts)
         guest = self._lay_out(domain, locations, _wanted_bases(domain), kept)
@@ -107,6 +109,12 @@ class Planner:
             for spec, intake in zip(domain.nvdimms, intakes, strict=True)
         )
         return replace(plan, misplaced_labels=tuple(found))
+
+    def _check_can_freeze(self, domain: DomainSpec, intakes: Sequence[Intake]) -> None:
+        """Check that a start could freeze the backings that there are."""
+        for spec, intake in zip(domain.nvdimms, intakes, strict=True):
+            if not intake.creates:
+                self._backing(spec).check_can_freeze(spec.path)
 
     def settle(self, plan: Plan, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
         """Return the plan of :meth:`plan_define`, updated now that the backings are provisioned.

@@ -143,8 +143,10 @@ class Starts:
         """
         for path, identity in identities.items():
             check_not_read_only(path)
+            backing = backing_of(self.backings, path)
+            backing.check_can_freeze(path, identity)
             if not self.label_servers.find(uuid):  # that of the guest that has ended, which a start ends
-                backing_of(self.backings, path).check_unwritten(path, identity)
+                backing.check_unwritten(path, identity)
 
     def _check_unwritten(self, uuid: str, backing: Backing, item: Allocation) -> None:
         """Check that no program may write a frozen backing. The label server of the guest that has ended may: end it.

@@ -442,3 +442,39 @@ def test_an_error_in_the_moment_leaves_the_file_immutable(host: Host, monkeypatc
         with pytest.raises(BackingError, match="No space left on device"):
             host.backing.open_labels(item.spec, identity)
     assert is_immutable(host.path("a.img"))
+
+
+@pytest.mark.parametrize("flag", ["i", "a"])
+def test_no_guest_starts_with_a_file_that_somebody_else_has_made_immutable(host: Host, flag: str) -> None:
+    """It could get no number and no time, and its owner could go on reading it."""
+    path, domain = host.path("a.img"), host.domain("a.img", label_size=MIB)
+    run("chattr", f"+{flag}", path)
+    with pytest.raises(BackingError, match=r"not by the driver, so that no guest starts with it") as caught:
+        host.driver.prepare(domain)
+    assert "chattr -ia" in caught.value.hint
+    assert host.record().start is None
+    assert flag in run("lsattr", path).split()[0]
+    assert access(host)[0] == NOBODY
+    with pytest.raises(BackingError, match="no guest starts with it"):
+        host.driver.plan(domain)
+    (found,) = look(host.driver)
+    assert (found.path, found.problem) == (path, caught.value.message.removeprefix(f"{path}: "))
+    assert (found.remedy, found.mend) == (caught.value.hint, None)
+    run("chattr", f"-{flag}", path)
+    assert look(host.driver) == []
+    starts(host)
+    assert (access(host), is_immutable(path)) == ((0, 0o600), True)
+
+
+def test_a_guest_starts_with_a_copy_that_has_the_flag_of_a_frozen_file(host: Host) -> None:
+    """xfsrestore gives it the flag and the attribute that says so, which has another file's number of inode."""
+    with open(host.path("a.img"), "rb") as file:
+        os.setxattr(file.fileno(), inode._FROZEN, b"1 1")
+        inode._set_immutable(file.fileno(), True)
+    host.driver.prepare(host.domain("a.img", label_size=MIB))
+    with open(host.path("a.img"), "rb") as file:
+        assert inode.is_frozen(file.fileno())
+        assert inode.frozen_for(file.fileno())
+    assert (access(host), is_immutable(host.path("a.img"))) == ((0, 0o600), True)
+    host.driver.release(UUID)
+    assert not is_immutable(host.path("a.img"))

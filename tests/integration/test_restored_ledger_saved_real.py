@@ -479,6 +479,19 @@ def test_a_trial_spoils_no_saved_guest_for_one_that_the_ledger_does_not_know(hos
     assert is_immutable(host.path("in/a.img"))
 
 
+def test_a_trial_refuses_a_saved_guest_whose_file_the_operator_has_made_immutable(host: Host) -> None:
+    """Before libvirt removes the managed save."""
+    boot(host, 5)
+    image = end(host, 5)
+    run("chattr", "+i", host.path("in/a.img"))
+    for trial in (host.driver.check_restore, host.driver.try_restore):
+        with pytest.raises(BackingError, match="and not by the driver"):
+            trial(UUID)
+    run("chattr", "-i", host.path("in/a.img"))
+    host.another().try_restore(UUID)
+    boot(host, 6, image)
+
+
 def test_a_domain_is_not_started_beside_its_guest_that_the_ledger_does_not_know(host: Host) -> None:
     """Xen has it, and libvirt has lost track of it."""
     back_up(host)

@@ -386,7 +386,8 @@ def test_an_operators_own_immutable_flag_is_kept(host: Host) -> None:
     path = host.file()
     subprocess.run(["chattr", "+i", str(path)], check=True)
     try:
-        host.backing.freeze(str(path))
+        with pytest.raises(BackingError, match="immutable or append-only, and not by the driver"):
+            host.backing.freeze(str(path))
         host.backing.thaw(str(path))
         with pytest.raises(PermissionError):
             path.unlink()
