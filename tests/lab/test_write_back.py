@@ -1,40 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests whose NVDIMMs are cached, on a Xen with the change of contrib/xen-write-back, and uncached ones on stock Xen.
+"""Guests whose NVDIMMs are cached, on a Xen with the change of contrib/xen-write-back.
 
-The nested page tables are read from outside. The changed Xen is Debian 12's: of Debian 13's, no source was to be had.
+It is Debian 12's: of Debian 13's, no source was to be had.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests import xen_write_back
 from tests.lab import image, npt, operator, served
-from tests.lab.guest import Guest, install_guest, xl_config
+from tests.lab.cached_guest import DEVICE, FILE, NAME, STARTED, check_leaves, define, domid, python, unpack_changed_xen
+from tests.lab.guest import Guest, xl_config
 from tests.lab.host import XenHost
 from tests.lab.release import RELEASES
 
 pytestmark = [pytest.mark.lab, pytest.mark.thorough]
-NAME, FILE, DEVICE = "cached", "/mnt/pmem0/cached.img", "/dev/pmem1"
-FILE_MIB, DEVICE_MIB, LABEL_KIB, ALIGN_MIB = 34, 32, 128, 16
-MIB, PAGE = 1 << 20, 4096
-BASE_GIB = 5
-"""Of the first NVDIMM; a save goes through all frames up to the guest's last one."""
+MIB = 1 << 20
 SAVE = f"/tmp/{NAME}.save"
-RAM = (0x100, 0x4000)
-"""Guest frames (first, count) of its RAM, above the first MiB, which has other types."""
-STARTED = """\
-import json, sqlite3
-ledger = sqlite3.connect("file:/var/lib/nvdimm-driver/ledger.sqlite?mode=ro", uri=True)
-print(json.dumps([ledger.execute(f"SELECT {columns}").fetchall() for columns in (
-    "gfn, mfn, count FROM mapping ORDER BY gfn", "gfn, count FROM uncached")]))
-"""
 REMAP = """\
 import sys
 from nvdimm_driver.xen.libxenctrl import Xen
@@ -61,71 +46,13 @@ print(hex(mfn))
 """
 
 
-def nvdimms() -> list[str]:
-    """Return a file with a label area, which the guest itself writes, and a device without."""
-    labelled = operator.nvdimm(FILE, FILE_MIB, label_kib=LABEL_KIB)
-    labelled = labelled.replace("</source>", f"<alignsize unit='MiB'>{ALIGN_MIB}</alignsize></source>")
-    both = (labelled, operator.nvdimm(DEVICE, DEVICE_MIB))
-    return [
-        each.replace("</target>", f"</target><address type='dimm' slot='{slot}' base='{(BASE_GIB + slot) << 30:#x}'/>")
-        for slot, each in enumerate(both)
-    ]
-
-
-def define(host: XenHost, cache: str | None = None) -> None:
-    """Define the domain; with `cache`, it overrides the host's option."""
-    host.write(f"/root/{NAME}.xml", operator.domain_xml(NAME, nvdimms(), dsm="aml", cache=cache).encode())
-    host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
-
-
-def python(host: XenHost, script: str, *arguments: int) -> str:
-    """Run a script in dom0 with the driver; return its output."""
-    host.write("/root/script.py", script.encode())
-    return host.check(f"/usr/bin/python3 /root/script.py {' '.join(map(str, arguments))}").stdout
-
-
-def domid(host: XenHost) -> int:
-    """Return the domid of the guest."""
-    return int(host.check(f"xl domid {NAME}").stdout)
-
-
-def check_leaves(host: XenHost, *, cached: bool) -> None:
-    """Check each entry of the guest's NVDIMMs: where it leads, and that it is cached, but for label areas; and RAM."""
-    mappings, holes = json.loads(python(host, STARTED))
-    labels = {gfn + n for gfn, count in holes for n in range(count)}
-    assert len(labels) == LABEL_KIB * 1024 // PAGE
-    number, sizes = domid(host), set()
-    for gfn, mfn, count in mappings:
-        found = npt.of_guest(host, number, gfn, count)
-        assert sum(leaf.count for leaf in found) == count
-        for leaf in found:
-            sizes.add((leaf.count, leaf.gfn in labels))
-            assert leaf.mfn - leaf.gfn == mfn - gfn
-            assert leaf.is_cached == (cached and leaf.gfn not in labels), f"{leaf}"
-    assert sizes == {(512, False), (1, True)}
-    ram = npt.of_guest(host, number, *RAM)
-    assert ram
-    assert all(leaf.is_cached for leaf in ram)
-
-
 @pytest.fixture(scope="module")
-def changed_xen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the hypervisor with the change, out of its package."""
-    package = xen_write_back.load("build").build("bookworm", 2)
-    folder = tmp_path_factory.mktemp("xen")
-    subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
-    (found,) = folder.glob("boot/xen-*-nvdimm.gz")
-    unpacked = folder / "xen"
-    unpacked.write_bytes(gzip.decompress(found.read_bytes()))
-    return unpacked
-
-
-@pytest.fixture(scope="module")
-def changed(changed_xen: Path, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
+def changed(tmp_path_factory: pytest.TempPathFactory, shared_hosts: list[XenHost]) -> Iterator[XenHost]:
     """Yield a host with the changed Xen and the driver."""
     for shared in shared_hosts:
         shared.stop()
-    with XenHost(image.build(RELEASES["bookworm"]), xen=changed_xen, xen_args="mmio-relax") as host:
+    xen = unpack_changed_xen(tmp_path_factory.mktemp("xen"))
+    with XenHost(image.build(RELEASES["bookworm"]), xen=xen, xen_args="mmio-relax") as host:
         operator.install_driver(host)
         operator.make_pmem(host)
         served.serve(host)
@@ -135,7 +62,6 @@ def changed(changed_xen: Path, shared_hosts: list[XenHost]) -> Iterator[XenHost]
 @pytest.fixture(scope="module")
 def guest(changed: XenHost) -> Guest:
     """Return a guest with two NVDIMMs that are cached."""
-    install_guest(changed)
     define(changed)
     return operator.start(changed, NAME)
 
@@ -228,45 +154,3 @@ def test_a_domain_can_be_uncached(changed: XenHost, guest: Guest) -> None:
     assert operator.show(changed, NAME)["cache"] == "uncached"
     check_leaves(changed, cached=False)
     changed.check(f"{operator.VIRSH} destroy {NAME}")
-
-
-@pytest.fixture
-def stock(driver_host: XenHost) -> Iterator[XenHost]:
-    """Yield the shared host, whose Xen is the distribution's, with the domain defined."""
-    install_guest(driver_host)
-    define(driver_host)
-    yield driver_host
-    driver_host.run(f"{operator.VIRSH} destroy {NAME}")
-    operator.remove(driver_host, NAME)
-    driver_host.check(f"rm {FILE}")
-
-
-def test_on_stock_xen_all_is_uncached_and_nothing_else_is_refused(stock: XenHost) -> None:
-    define(stock, "write-back")
-    refused = stock.run(f"{operator.VIRSH} start {NAME}")
-    assert refused.returncode != 0
-    assert "this Xen maps NVDIMMs uncached" in refused.stderr
-    assert operator.show(stock, NAME)["state"] == "off"
-    define(stock)
-    operator.start(stock, NAME).wait_report()
-    assert operator.show(stock, NAME)["cache"] == "uncached"
-    check_leaves(stock, cached=False)
-
-
-def test_without_mmio_relax_the_changed_xen_gives_nothing_cached(
-    changed_xen: Path, shared_hosts: list[XenHost]
-) -> None:
-    for shared in shared_hosts:
-        shared.stop()
-    with XenHost(image.build(RELEASES["bookworm"]), xen=changed_xen) as host:
-        operator.install_driver(host)
-        operator.make_pmem(host)
-        install_guest(host)
-        define(host, "write-back")
-        refused = host.run(f"{operator.VIRSH} start {NAME}")
-        assert refused.returncode != 0
-        assert "mmio-relax is not on Xen's command line" in refused.stderr
-        define(host)
-        operator.start(host, NAME).wait_report()
-        assert operator.show(host, NAME)["cache"] == "uncached"
-        check_leaves(host, cached=False)
