@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from oslo_config import cfg
 
-from nvdimm_driver import logs, plugin_loader, plugins, registered
+from nvdimm_driver import caching, logs, plugin_loader, plugins, registered
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
@@ -126,7 +126,7 @@ class XenNvdimmDriver(plugins.Plugin):
         gap: int,
         dsm: str,
         pools: Pools,
-        cache: str = "auto",
+        cache: str = caching.AUTO,
         holders: Holders | None = None,
         stored: Iterable[StoredDomain] = (),
         is_saved: Callable[[str], bool] = lambda name: False,
@@ -386,6 +386,7 @@ class XenNvdimmDriver(plugins.Plugin):
         qemu = self.emulators.choose(domain)
         domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
         self.starts.end_earlier(uuid)
+        self.starts.settle_times(uuid)
         record = self.definitions.adopt(domain)
         identities = {item.spec.path: item.identity for item in record.allocations if item.spec in domain.nvdimms}
         self.definitions.check_unknown(domain, identities)  # of these bytes, which a start freezes, and no others
@@ -402,6 +403,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.reconcile()
         self.starts.check_not_starting(uuid)
         self.starts.require_ended(uuid)
+        self.starts.settle_times(uuid)
         last = self.ledger.find_run(uuid)
         unnumbered, spoiled = self.ledger.is_unnumbered(uuid), self.ledger.is_spoiled(uuid)
         saved_guest.check_known(last, is_unnumbered=unnumbered, is_spoiled=spoiled)

@@ -104,7 +104,7 @@ def has_had(run: Run, spec: NvdimmSpec, identity: BackingIdentity, written: int 
     nvdimms = domain.nvdimms if domain else ()
     had = {(each.slot, each.size, each.label_size, each.visible_size) for each in nvdimms}
     same = any(_bytes(identity).items() <= each.items() for each in _nvdimms(run.nvdimms) if each["slot"] == spec.slot)
-    unwritten = written is None or written in _written(run, spec.slot)
+    unwritten = written is None or written == _written(run, spec.slot)[-1]
     return run.number != 0 and unwritten and sizes in had and same
 
 
@@ -121,9 +121,10 @@ def times_at_end(run: Run, found: Mapping[str, Iterable[int]]) -> str:
 
     The file system may not be mounted yet, and its file is immutable still.
 
-    :param found: the times of backings, by path: of each the one that it has, or several if it is not known which.
+    :param found: the times of backings, by path: of each the one that it has, or several if it is not known which; the
+        last is what it has once it is thawed.
     """
-    by_slot = {str(slot): sorted({*found[path]}) for path, slot in paths_of(run).items() if path in found}
+    by_slot = {str(slot): [*dict.fromkeys(found[path])] for path, slot in paths_of(run).items() if path in found}
     packed = {slot: times if len(times) > 1 else times[0] for slot, times in by_slot.items()}
     return json.dumps({**json.loads(run.written), **packed})
 

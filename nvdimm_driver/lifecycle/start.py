@@ -283,6 +283,28 @@ class Starts:
         both = {path: before[path] + after.get(path, ()) for path in away if path in before}
         return saved_guest.times_at_end(begun, both)
 
+    def settle_times(self, uuid: str) -> None:
+        """Decide which of two times that :meth:`_times_of_left` has noted a file of the last run has.
+
+        Of one that is frozen for that run, it is the one that it has now. Another one got the later time when it was
+        thawed: since then, a program may have put an older copy in its place, with the earlier time. So this comes
+        before the file is thawed or frozen anew.
+        """
+        last = self.ledger.find_run(uuid)
+        times = saved_guest.times_of(last) if last else {}
+        identities = dict(saved_guest.backings_of(last)) if last else {}
+        there = {
+            path: identities[path] for path in times if len(times[path]) > 1 and self._is_at(path, identities[path])
+        }
+        if last is None or not there:
+            return
+        frozen, settled = ownership.frozen_for(self.backings, there), {}
+        for path in there:
+            at = backing_of(self.backings, path).written_at(path)
+            has_own = frozen.get(path) == last.number and at in times[path]
+            settled[path] = (at if has_own and at is not None else times[path][-1],)
+        self.ledger.note_thawed(uuid, last, saved_guest.times_at_end(last, settled))
+
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.
 

@@ -514,3 +514,28 @@ def test_a_file_that_is_frozen_again_keeps_the_number_of_its_run(host: Host) -> 
     assert after.run == before.run is not None
     image = end(host, 5)
     boot(host, 6, image)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_older_copy_with_its_time_is_not_what_the_saved_guest_had(
+    host: Host, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Of a file that is mutable again, the time that it had while its guest ran counts no more."""
+    path = host.path("in/a.img")
+    older = os.stat(path).st_mtime_ns
+    boot(host, 5)
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(StartSteps, "end_start", _killed)
+            with pytest.raises(KeyboardInterrupt):
+                end(host, 5)
+        with unmounted(host):
+            host.another().reconcile()
+    else:
+        end(host, 5)
+    assert not is_immutable(path)
+    with open(path, "r+b") as file:
+        file.write(b"older bytes")
+    os.utime(path, ns=(older, older))
+    with pytest.raises(RefusedError, match="was written on the host"):
+        host.another().try_restore(UUID)
