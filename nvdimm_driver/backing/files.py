@@ -90,8 +90,8 @@ def check_no_flag(fd: int, path: str) -> None:
     if inode.has_others_flag(fd):
         raise BackingError(
             f"{path}: is immutable or append-only, and not by the driver, so that no guest starts with it",
-            hint="while its domain is off, take that flag away (lsattr, chattr -ia): the driver makes a file immutable "
-            "itself while a guest has it",
+            hint="take that flag away (lsattr, chattr -ia): the driver makes a file immutable itself while a guest has "
+            "it; if its guest runs now, have 'nvdimmctl check --repair' do that at once",
         )
 
 

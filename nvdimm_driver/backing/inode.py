@@ -77,9 +77,9 @@ def is_immutable(fd: int) -> bool:
 def has_others_flag(fd: int) -> bool:
     """Return True when somebody else, such as the operator, has made the file immutable or append-only.
 
-    xfsrestore gives the copy of a frozen file the flag, and the attribute, too: that flag is the driver's own.
+    So has xfsrestore, which gives the copy of a frozen file the flag: the attribute says that it is a copy.
     """
-    return bool(_flags(fd) & (IMMUTABLE | _APPEND_ONLY)) and _FROZEN not in os.listxattr(fd)
+    return bool(_flags(fd) & (IMMUTABLE | _APPEND_ONLY)) and not is_frozen(fd)
 
 
 def freeze(fd: int, run: int | None = None) -> None:
@@ -94,8 +94,6 @@ def freeze(fd: int, run: int | None = None) -> None:
     :raises PermissionError: if it has another's flag, and is not root's alone or not to be opened for writing.
     """
     if not is_frozen(fd):
-        if _FROZEN in os.listxattr(fd):
-            _set_immutable(fd, False)  # a copy's, with the flag of what it is a copy of
         _make_roots_alone(fd)
         os.close(open_again(fd, os.O_RDWR))
         _set_run(fd, run)

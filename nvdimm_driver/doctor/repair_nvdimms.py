@@ -137,8 +137,7 @@ class Nvdimms:
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
-        if record.start is None:
-            backing.check_can_freeze(path, item.identity)
+        backing.check_can_freeze(path, item.identity)
         file = self.files.get(path)
         if file is not None and not file.frozen and not owner_marks.is_current(file.owner, record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"

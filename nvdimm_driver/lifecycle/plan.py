@@ -79,7 +79,7 @@ class Planner:
         host: HostFacts,
         gap: int,
         dsm: str,
-        cache: str = "auto",
+        cache: str = caching.AUTO,
     ) -> None:
         self.ledger = ledger
         self.backings = backings
@@ -98,8 +98,7 @@ class Planner:
         :raises NvdimmError: when the domain cannot be defined or started.
         """
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
-        if before is None or before.start is None:
-            self._check_can_freeze(domain, intakes)
+        self._check_can_freeze(domain, intakes, before.start.paths if before and before.start else ())
         locations = self._locate_or_assume(domain, intakes)
         kept = self._kept_bases(domain, locations, before, adopts)
         guest = self._lay_out(domain, locations, _wanted_bases(domain), kept)
@@ -110,10 +109,10 @@ class Planner:
         )
         return replace(plan, misplaced_labels=tuple(found))
 
-    def _check_can_freeze(self, domain: DomainSpec, intakes: Sequence[Intake]) -> None:
-        """Check that a start could freeze the backings that there are."""
+    def _check_can_freeze(self, domain: DomainSpec, intakes: Sequence[Intake], frozen: Container[str]) -> None:
+        """Check that a start could freeze the backings that there are, but for those that are frozen."""
         for spec, intake in zip(domain.nvdimms, intakes, strict=True):
-            if not intake.creates:
+            if not intake.creates and spec.path not in frozen:
                 self._backing(spec).check_can_freeze(spec.path)
 
     def settle(self, plan: Plan, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
@@ -346,7 +345,7 @@ class Planner:
         )
         cache = domain.cache or self.cache
         found = (domain, intakes, locations, guest, _flat(mappings), areas, tables, bad_blocks)
-        fault = "" if cache == caching.UNCACHED else self._cache_fault(domain, _flat(mappings), guest)
+        fault = self._cache_fault(domain, _flat(mappings), guest)
         return Plan(*found, cache=cache, cache_fault=fault)
 
     def _cache_fault(self, domain: DomainSpec, mappings: Sequence[Mapping], guest: GuestLayout) -> str:

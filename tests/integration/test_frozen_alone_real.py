@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +21,11 @@ import pytest
 from nvdimm_driver.backing import fsdax, inode, paths
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import MIB, Allocation, BackingIdentity
+from nvdimm_driver.model import MIB, Allocation, BackingIdentity, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_frozen_real import Writer
 from tests.integration.test_ownership_real import SIZE, Host, another_user, empty, is_immutable, killed
-from tests.unit.doubles import UUID
+from tests.unit.doubles import UUID, map_prepared
 
 NOBODY = 65534
 
@@ -466,15 +467,37 @@ def test_no_guest_starts_with_a_file_that_somebody_else_has_made_immutable(host:
     assert (access(host), is_immutable(path)) == ((0, 0o600), True)
 
 
-def test_a_guest_starts_with_a_copy_that_has_the_flag_of_a_frozen_file(host: Host) -> None:
+def test_a_copy_that_has_the_flag_of_a_frozen_file_is_refused_until_that_is_taken_away(host: Host) -> None:
     """xfsrestore gives it the flag and the attribute that says so, which has another file's number of inode."""
     with open(host.path("a.img"), "rb") as file:
         os.setxattr(file.fileno(), inode._FROZEN, b"1 1")
         inode._set_immutable(file.fileno(), True)
+    with pytest.raises(BackingError, match="is immutable or append-only, and not by the driver"):
+        host.driver.prepare(host.domain("a.img", label_size=MIB))
+    run("chattr", "-i", host.path("a.img"))
     host.driver.prepare(host.domain("a.img", label_size=MIB))
-    with open(host.path("a.img"), "rb") as file:
-        assert inode.is_frozen(file.fileno())
-        assert inode.frozen_for(file.fileno())
     assert (access(host), is_immutable(host.path("a.img"))) == ((0, 0o600), True)
     host.driver.release(UUID)
     assert not is_immutable(host.path("a.img"))
+
+
+def test_check_names_the_file_of_a_running_guest_that_somebody_else_has_made_immutable(host: Host) -> None:
+    """An earlier version has started it: its reboot would fail."""
+    starts(host)
+    with open(host.path("a.img"), "rb") as file:
+        inode.thaw(file.fileno())
+    run("chattr", "+i", host.path("a.img"))
+    assert any("is immutable or append-only, and not by the driver" in each.problem for each in look(host.driver))
+
+
+def test_a_running_domain_is_not_defined_with_a_file_that_somebody_else_has_made_immutable(host: Host) -> None:
+    first = host.domain("a.img", label_size=MIB)
+    both = replace(first, nvdimms=(*first.nvdimms, NvdimmSpec(1, host.path("b.img"), SIZE)))
+    host.driver.define(both)
+    run("chattr", "+i", host.path("b.img"))
+    host.mapper.alive[7] = UUID
+    host.driver.prepare(first)
+    map_prepared(host.driver.ledger, 7)
+    with pytest.raises(BackingError, match="is immutable or append-only, and not by the driver"):
+        host.driver.define(both)
+    run("chattr", "-i", host.path("b.img"))
