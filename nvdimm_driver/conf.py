@@ -181,7 +181,7 @@ XEN_OPTS = [
             ("uncached", "never write-back: each store of a guest is durable at once, and slow"),
         ],
         help="Whether the processors cache a guest's NVDIMMs, unless the domain's XML specifies it. Stock Xen never "
-        "caches them. A change applies when a guest boots next.",
+        "caches them. A change applies from a guest's next start or restore.",
     ),
 ]
 LAYOUT_OPTS = [

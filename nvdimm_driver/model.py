@@ -455,7 +455,7 @@ class Plan:
     :ivar bad_blocks: in slot order, the known bad ranges of each backing, as (offset in it, bytes).
     :ivar misplaced_labels: in slot order, why the guest would find no namespaces on an NVDIMM with labels, or nothing.
     :ivar cache: what is asked for, one of :data:`.caching.CACHES`.
-    :ivar cache_fault: why the guest cannot have write-back, if that is asked for; empty when it can.
+    :ivar cache_fault: why the guest cannot have write-back; empty when it can.
     """
 
     domain: DomainSpec

@@ -296,7 +296,7 @@ def _devices_of(driver: XenNvdimmDriver, uuid: str) -> list[Allocation]:
 
 def _extract(xml: str) -> DomainSpec | None:
     """Return the domain of libvirt's XML with resolved paths: an earlier version let it have others."""
-    domain = extract(xml)
+    domain = extract(xml, stored=True)
     return domain and domain.with_paths({spec.path: resolve(spec.path) for spec in domain.nvdimms})
 
 

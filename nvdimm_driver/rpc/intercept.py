@@ -75,7 +75,7 @@ MIGRATE_PARAMS_MAX = 64
 START_FORCE_BOOT = 1 << 3
 MIGRATE_DEST_XML = "destination_xml"
 
-SMALL = 4096
+SMALL_ADDITION = 4096
 """Bytes that a call adds to a domain's XML, up to which a hundred may be checked at once: the driver reads twice the
 bytes, and four times the elements, that a domain may have after such a check (:mod:`.document`)."""
 
@@ -244,7 +244,7 @@ class Interceptor:
         """
         if (yield from find(domain.uuid)) is None:
             return (yield from passed)
-        with nullcontext() if added.size <= SMALL else (yield from self._changing(domain.uuid)):
+        with nullcontext() if added.size <= SMALL_ADDITION else (yield from self._changing(domain.uuid)):
             for ask_xml in (definition, current_xml):
                 xml = yield from ask_xml(domain)
                 yield Work(partial(check_room, xml, added), Pool.XML)

@@ -26,7 +26,6 @@ SCHEMAS: dict[str, Any] = {
         "ram": int,
         "dsm": None,
         "cache": None,
-        "cache_wanted": str,
         "label_server": None,
         "holder": None,
         "state": str,

@@ -14,7 +14,7 @@ from typing import Any
 from nvdimm_driver import caching
 from nvdimm_driver.acpi.iasl import decode
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.errors import NvdimmError, XenError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
@@ -128,7 +128,6 @@ def record(
         "ram": size(item.ram),
         "dsm": item.dsm,
         "cache": start.cache or None if start and start.state == "mapped" else None,
-        "cache_wanted": item.cache or driver.planner.cache,
         "label_server": driver.label_server_state(item),
         "holder": driver.holder_state(item),
         "state": start.state if start else "off",
@@ -230,11 +229,11 @@ def _layout(plan: Plan) -> Iterator[str]:
 
 
 def _cache(plan: Plan) -> str:
-    if not plan.cache_fault:
-        return caching.UNCACHED if plan.cache == caching.UNCACHED else caching.WRITE_BACK
-    if plan.cache == caching.WRITE_BACK:
-        return f"the guest does not start, as only write-back will do: {plan.cache_fault}"
-    return f"uncached: {plan.cache_fault}"
+    try:
+        found = caching.choose(plan.cache, lambda: plan.cache_fault)
+    except XenError as error:
+        return f"the guest does not boot: {error.message}"
+    return f"{found}: {plan.cache_fault}" if plan.cache == caching.AUTO and plan.cache_fault else found
 
 
 def _mappings(plan: Plan) -> Iterator[str]:
