@@ -31,7 +31,9 @@ LEDGER = "/var/lib/nvdimm-driver/ledger.sqlite"
 LOG = "/var/log/nvdimm-driver.log"
 # The lab's base excludes documentation.
 INSTALL = "dpkg -i --path-include='/usr/share/man/*' --path-include='/usr/share/doc/nvdimm-driver/*'"
-WITH_UNIT_TESTS = "tests,doc,etc,debian,setup.py,pyproject.toml,LICENSE,Makefile,*.md,NEWS.rst,.pre-commit-config.yaml"
+WITH_UNIT_TESTS = (
+    "tests,doc,etc,contrib,debian,setup.py,pyproject.toml,LICENSE,Makefile,*.md,NEWS.rst,.pre-commit-config.yaml"
+)
 """The files of the project that the unit tests read; the driver itself comes from the package."""
 UUID = "11111111-2222-3333-4444-555555555555"
 IN_LEDGER = """\
