@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +19,17 @@ from typing import Any, TypeVar
 from zlib import crc32
 
 from nvdimm_driver.backing import inode
+from nvdimm_driver.caching import UNCACHED, WRITE_BACK
 from nvdimm_driver.cmd import device_model
 from nvdimm_driver.cmd.ctl.check import ROUNDS
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.doctor.repair_view import DefinitionOf, nobody_to_ask
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
-from nvdimm_driver.model import KIB, MIB, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.model import KIB, MIB, PAGE, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
+from nvdimm_driver.xen.domctl import guest_runs
 from tests.integration.loop_pmem import FileSystem, run
 from tests.ledger_copies import forget_in_use
 from tests.unit.doubles import RecordingMapper, make_driver
@@ -37,6 +39,8 @@ LABEL = 128 * KIB
 RAM = 512 * MIB
 X, NEIGHBOUR, STRANGER = (f"7c7b0e2e-4a6e-4f0e-9a3b-00000000000{digit}" for digit in "123")
 NEIGHBOURS_DOMID = 9
+FINAL = (WRITE_BACK, UNCACHED)
+"""What is known of a guest once it is mapped."""
 
 T = TypeVar("T")
 
@@ -50,21 +54,31 @@ class Hypervisor(RecordingMapper):
     """Xen, with its state in a file. Each hypercall appends a line: so it is a system call of the process.
 
     :param file: lines of JSON: a word, a domid, and more.
+    :param fault: why guests cannot have their NVDIMMs cached; empty for a Xen with the change that caches them.
+    :ivar pinned: by domid, the guest frames that are cached.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, fault: str) -> None:
         self.file = file
         super().__init__({})
+        self.fault = fault
+        self.pinned: dict[int, set[int]] = {}
         for word, domid, *more in map(json.loads, file.read_text().splitlines()):
             if word == "create":
                 self.alive[domid] = more[0]
             elif word == "destroy":
                 self.alive.pop(domid, None)
-                self.mapped.pop(domid, None)
+                self._forget(domid)
+            elif word == "pin":
+                self.pinned.setdefault(domid, set()).update(range(more[0], more[0] + more[1]))
             elif word == "map":
                 self.mapped.setdefault(domid, []).append((more[0], more[1], more[2]))
             elif word == "unmap":
-                self.mapped.pop(domid, None)
+                self._forget(domid)
+
+    def _forget(self, domid: int) -> None:
+        self.mapped.pop(domid, None)
+        self.pinned.pop(domid, None)
 
     def call(self, word: str, domid: int, *more: object) -> None:
         """Append a call."""
@@ -78,6 +92,9 @@ class Hypervisor(RecordingMapper):
         self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
     ) -> int:
         try:
+            for run in guest_runs(mappings, uncached):
+                assert not self.fault, f"{run} is to be cached: {self.fault}"
+                self.call("pin", domid, *run)
             for mapping in mappings:
                 self.call("map", domid, *mapping)
         except XenError:
@@ -137,7 +154,8 @@ class World:
         self.xen_file.touch()
 
     def xen(self) -> Hypervisor:
-        return Hypervisor(self.xen_file)
+        """Return the hypervisor: on XFS, one that can cache NVDIMMs, so that each operation is tried on both."""
+        return Hypervisor(self.xen_file, "this Xen is stock" if self.fs.kind == "ext4" else "")
 
     def driver(self) -> XenNvdimmDriver:
         """Return a driver, as a process of its own has it."""
@@ -262,12 +280,37 @@ class World:
                     )
         return found
 
+    def wrongly_cached(self) -> list[int]:
+        """Return the domids of running guests of which other frames are cached than the ledger says."""
+        return self.do(self._wrongly_cached)
+
+    def _wrongly_cached(self, driver: XenNvdimmDriver) -> list[int]:
+        xen, found = self.xen(), []
+        for record in driver.ledger.domains():
+            start = record.start
+            if start and start.domid is not None and start.domid in xen.mapped and start.cache in FINAL:
+                mapped = frames_of((gfn, count) for gfn, _, count in xen.mapped[start.domid])
+                labels = frames_of(
+                    ((item.base + item.spec.size - item.spec.label_size) // PAGE, item.spec.label_size // PAGE)
+                    for item in record.allocations
+                    if item.base is not None
+                )
+                expected = mapped - labels if start.cache == WRITE_BACK else set()
+                if xen.pinned.get(start.domid, set()) != expected:
+                    found.append(start.domid)
+        return found
+
     def is_immutable(self, name: str) -> bool:
         with open(self.path(name), "rb") as file:
             return inode.is_immutable(file.fileno())
 
     def names(self) -> set[str]:
         return set(os.listdir(self.fs.root)) - {"lost+found"}
+
+
+def frames_of(ranges: Iterable[tuple[int, int]]) -> set[int]:
+    """Return all frames of ranges (first, count)."""
+    return {first + n for first, count in ranges for n in range(count)}
 
 
 def repaired(

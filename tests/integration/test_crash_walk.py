@@ -379,6 +379,7 @@ class Walk:
         for domid, own in frames.items():
             for other, others in frames.items():
                 assert domid == other or not own & others, f"{when}{domid} and {other} have the same frames"
+        assert self.world.wrongly_cached() == [], when
 
 
 @pytest.fixture(scope="module", params=list(MKFS))

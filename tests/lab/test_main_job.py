@@ -76,7 +76,6 @@ def test_the_guest_sees_what_was_asked_for(xen: XenHost, guest: Guest) -> None:
     assert sorted(region.resource or 0 for region in report.regions) == bases
 
 
-@pytest.mark.thorough
 def test_the_mapping_costs_what_was_planned(xen: XenHost, guest: Guest) -> None:
     """Over several extents, all entries are of 2 MiB, and the hypercalls are as many as the log has."""
     guest.wait_report()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -18,10 +19,12 @@ from uuid import uuid4
 import pytest
 
 from tests.lab import operator, served
+from tests.lab.cached_guest import unpack_changed_xen
 from tests.lab.conftest import MakeHost
 from tests.lab.guest import Guest, Report
 from tests.lab.host import GIB, Nvdimm, XenHost
-from tests.lab.image import make_guest_disk
+from tests.lab.image import build, make_guest_disk
+from tests.lab.release import RELEASES
 
 pytestmark = pytest.mark.lab
 NAME, DISK = "journal", "/root/journal-disk.img"
@@ -163,14 +166,11 @@ def check_guest(guest: Guest, acknowledged: dict[str, int]) -> None:
     guest.check("run", f"ndctl check-labels {seen.dimm}")
 
 
-@pytest.mark.parametrize(
-    ("cuts", "seed"), [(3, 0), *(pytest.param(20, seed, marks=pytest.mark.long) for seed in range(1, 11))]
-)
-def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts: int, seed: int) -> None:
-    pmem = [Nvdimm(tmp_path / "pmem0.img", GIB), Nvdimm(tmp_path / "pmem1.img", 160 << 20)]
-    chance = random.Random(seed)
-    host = fresh_host(nvdimms=pmem, power_loss=chance)
-    disk = tmp_path / "guest.img"
+def cut_power(host: XenHost, disk: Path, chance: random.Random, cuts: int, cache: str) -> None:
+    """Start the host, and cut its power that often; check after each boot that nothing is lost.
+
+    :param cache: what the driver says of the guest.
+    """
     images = host.images
     make_guest_disk(images, disk, "", images.guest_tools, images.guest_disk_drivers)
     host.start()
@@ -178,6 +178,7 @@ def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts
     places = nvdimms(host)
     bystander = operator.host_sha256(host, BYSTANDER, 0, BYSTANDER_MIB << 20)
     for cut in range(cuts):
+        assert operator.show(host, NAME)["cache"] == cache
         work = [*WORK][cut % len(WORK)]
         seconds = chance.uniform(0, LONGEST_SECONDS)
         acknowledged = work_until_cut(host, guest, work, seconds)
@@ -191,3 +192,30 @@ def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts
         guest = operator.start(host, NAME)
         check_guest(guest, acknowledged)
     host.stop()
+
+
+def pmem(folder: Path) -> list[Nvdimm]:
+    """Return the host's NVDIMMs."""
+    return [Nvdimm(folder / "pmem0.img", GIB), Nvdimm(folder / "pmem1.img", 160 << 20)]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "seed"), [(3, 0), *(pytest.param(20, seed, marks=pytest.mark.long) for seed in range(1, 11))]
+)
+def test_nothing_acknowledged_is_lost(fresh_host: MakeHost, tmp_path: Path, cuts: int, seed: int) -> None:
+    chance = random.Random(seed)
+    host = fresh_host(nvdimms=pmem(tmp_path), power_loss=chance)
+    cut_power(host, tmp_path / "guest.img", chance, cuts, "uncached")
+
+
+@pytest.mark.thorough
+def test_nor_where_guests_are_cached(shared_hosts: list[XenHost], tmp_path: Path) -> None:
+    """On Debian 12's Xen with the change, the driver does more at a start. The emulated caches lose nothing."""
+    for shared in shared_hosts:
+        shared.stop()
+    chance = random.Random(11)
+    xen = unpack_changed_xen(tmp_path / "xen")
+    images = build(RELEASES["bookworm"])
+    host = XenHost(images, nvdimms=pmem(tmp_path), power_loss=chance, xen=xen, xen_args="mmio-relax")
+    with closing(host):
+        cut_power(host, tmp_path / "guest.img", chance, len(WORK), "write-back")
