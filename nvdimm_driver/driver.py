@@ -386,7 +386,6 @@ class XenNvdimmDriver(plugins.Plugin):
         qemu = self.emulators.choose(domain)
         domain = self.definitions.keep_slots(self.definitions.resolve_for_start(domain))
         self.starts.end_earlier(uuid)
-        self.starts.settle_times(uuid)
         record = self.definitions.adopt(domain)
         identities = {item.spec.path: item.identity for item in record.allocations if item.spec in domain.nvdimms}
         self.definitions.check_unknown(domain, identities)  # of these bytes, which a start freezes, and no others
@@ -403,8 +402,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.reconcile()
         self.starts.check_not_starting(uuid)
         self.starts.require_ended(uuid)
-        self.starts.settle_times(uuid)
-        last = self.ledger.find_run(uuid)
+        last = self.starts.find_last_run(uuid)
         unnumbered, spoiled = self.ledger.is_unnumbered(uuid), self.ledger.is_spoiled(uuid)
         saved_guest.check_known(last, is_unnumbered=unnumbered, is_spoiled=spoiled)
         if last is None:

@@ -306,6 +306,7 @@ class Surveyed:
     :ivar path: without symbolic links.
     :ivar owner: the owner recorded on it (:mod:`.state.owner_marks`); None without one.
     :ivar frozen: True when it has been frozen for a guest.
+    :ivar unflagged: True when it has been frozen, and lost its flag: somebody may have written it since.
     :ivar immutable: True when nothing in the host can change where its bytes are.
     :ivar error: why the file cannot be read; then nothing else is known of it. None when it can.
     :ivar identity: of the file; None when it is not known.
@@ -319,6 +320,7 @@ class Surveyed:
     error: NvdimmError | None = None
     identity: BackingIdentity | None = None
     run: int | None = None
+    unflagged: bool = False
 
     @property
     def is_device(self) -> bool:
@@ -541,7 +543,8 @@ class Run(NamedTuple):
         something else has written to its NVDIMMs since.
     :ivar nvdimms: what the guest has: :func:`.lifecycle.saved_guest.describe`.
     :ivar written: when its backings were last written by the host: :func:`.lifecycle.saved_guest.times`. After its end,
-        of a backing that may have got its new time or not, both (:func:`.lifecycle.saved_guest.times_at_end`).
+        of a backing that may not have got its new time yet, both, and the new one is the last
+        (:func:`.lifecycle.saved_guest.times_at_end`).
     """
 
     number: int

@@ -533,8 +533,10 @@ class FsdaxBacking(Backing):
 
     def _surveyed(self, fd: int, path: str) -> Surveyed:
         identity = self._find_identity(fd, path)
-        frozen, run = inode.is_frozen(fd), inode.frozen_for(fd)
-        return Surveyed(path, inode.owner(fd), frozen, inode.is_immutable(fd), identity=identity, run=run)
+        frozen, immutable, unflagged = inode.is_frozen(fd), inode.is_immutable(fd), inode.is_unflagged(fd)
+        return Surveyed(
+            path, inode.owner(fd), frozen, immutable, identity=identity, run=inode.frozen_for(fd), unflagged=unflagged
+        )
 
     def _volume(self, fd: int, path: str) -> Volume:
         """Return the volume that an open file or directory is on.

@@ -74,6 +74,14 @@ def is_immutable(fd: int) -> bool:
     return bool(_flags(fd) & IMMUTABLE)
 
 
+def is_unflagged(fd: int) -> bool:
+    """Return True when a file has been frozen, and its flag is gone: somebody may have written it since.
+
+    The operator has removed that (chattr), or a process was killed while it froze or thawed the file.
+    """
+    return is_frozen(fd) and not _flags(fd) & (IMMUTABLE | _APPEND_ONLY)
+
+
 def has_others_flag(fd: int) -> bool:
     """Return True when somebody else, such as the operator, has made the file immutable or append-only.
 
@@ -138,16 +146,17 @@ def thaw(fd: int, touch: Touch | None = None, *, unmark: bool = False) -> None:
 
     :param fd: opened to read only.
     :param touch: sets the modification time. Nobody can have written the file before: who opens it meanwhile, waits.
+        One whose flag was gone already gets the present time: who has removed the flag may have written it since.
     :param unmark: removes the owner's record, too, while the file counts as frozen still: what is killed in between is
         repeated.
     """
     if not is_frozen(fd):
         return
-    leased = touch is not None and _take_lease(fd)
+    leased, was_flagged = touch is not None and _take_lease(fd), not is_unflagged(fd)
     try:
         _set_immutable(fd, False)
         if touch is not None:
-            _touch(fd, touch, leased)
+            _touch(fd, touch, leased and was_flagged)
         if unmark and owner(fd) is not None:
             os.removexattr(fd, _OWNER)
         os.removexattr(fd, _FROZEN)
@@ -157,18 +166,19 @@ def thaw(fd: int, touch: Touch | None = None, *, unmark: bool = False) -> None:
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
-def _touch(fd: int, touch: Touch, leased: bool) -> None:
+def _touch(fd: int, touch: Touch, alone: bool) -> None:
     """Set the modification time of a file that is mutable again, as the kernel does when a program writes to it.
 
-    A file that another process has left mutable may have been written since: it keeps the time of that. One that a
-    program may write now gets the present time, which is not that of ``touch``.
+    A file that another process has left mutable may have been written since: it keeps the time of that.
+
+    :param alone: nobody can have written the file. If not, it gets the present time, which is not that of ``touch``.
     """
     found = os.fstat(fd)
     if found.st_mtime_ns == touch.after or (touch.before and found.st_mtime_ns not in touch.before):
         return
-    if leased:
+    if alone:
         os.utime(fd, ns=(found.st_atime_ns, touch.after))
-    if not leased or fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+    if not alone or fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
         os.utime(fd, ns=(found.st_atime_ns, time.time_ns()))
 
 

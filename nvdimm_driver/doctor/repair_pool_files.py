@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property, partial
 
 from nvdimm_driver.doctor.repair_marks import WHICH, several
@@ -127,8 +128,12 @@ class PoolFiles:
             if mark is None or uuid in (None, mark.uuid):
                 return inconsistency(f"shut down the guest with domid {domid} first: it may own the file")
         had = mark.uuid if mark and not mark.is_copied(file.identity) else ""  # whoever has the path now
-        thaw = partial(self.driver.starts.thaw_unknown, file.path, file.identity, had)
-        return inconsistency("make it mutable", thaw)
+        return inconsistency("make it mutable", partial(self._thaw, file, had))
+
+    def _thaw(self, file: Surveyed, uuid: str) -> None:
+        """Thaw a file; no start of the domain that it was frozen for comes between."""
+        with self.driver.locks.starting(uuid) if uuid else nullcontext():
+            self.driver.starts.thaw_unknown(file.path, file.identity, uuid)
 
     def _unknown(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:
         backing = backing_of(self.driver.backings, file.path)

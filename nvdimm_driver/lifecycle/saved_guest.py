@@ -38,6 +38,8 @@ LOG = logging.getLogger(__name__)
 
 UNNUMBERED = 1
 """OEM revision of an NFIT as QEMU makes it: the guest was started by a version that gave no numbers."""
+NO_TIME = (-1,)
+"""Times of a backing that has none of them: it is not known what time it gets."""
 UNCOMPARED = ("path", "backing size", "domain", "definition")
 """What may differ: the same bytes may be found at another path, and more behind them. How the domain was defined does
 not matter to its guest."""
@@ -310,7 +312,7 @@ def check_run(begun: Run, last: Run | None) -> None:
     now = json.loads(begun.written)
     for path, slot in paths_of(begun).items():
         time = now[str(slot)]
-        if time not in _written(last, slot):
+        if time != _written(last, slot)[-1]:
             when = f" at {_time(time)}" if time else ""
             raise refused(f"{path} was written on the host{when}, after the guest was saved")
 
@@ -382,7 +384,10 @@ def _identity(nvdimm: dict[str, Any]) -> BackingIdentity:
 
 
 def _written(run: Run, slot: int) -> tuple[int | None, ...]:
-    """Return the times of which the backing in a slot has one if only the guest of the run has written it."""
+    """Return the times of which the backing in a slot has one if only the guest of the run has written it.
+
+    Once it is not frozen for that run any more, it is the last.
+    """
     found = json.loads(run.written).get(str(slot))
     return tuple(found) if isinstance(found, list) else (found,)
 

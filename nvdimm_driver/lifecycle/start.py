@@ -17,7 +17,8 @@ from nvdimm_driver.backing.paths import check_not_read_only, resolve
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Surveyed, Touch
+from nvdimm_driver.lifecycle.saved_guest import NO_TIME
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Run, Start, Surveyed, Touch
 from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
@@ -83,22 +84,22 @@ class Starts:
         Either the file was away at the end of a start, whose number it has then, or it has another guest's.
         """
         path = item.spec.path
-        if frozen := ownership.frozen_for(self.backings, {path: item.identity}):
-            touches = self._distrust_unknown(start, frozen, {number, *self._known_runs(start.uuid)})
-            self.thaw(path, item.identity, over=start, touch=touches.get(path))
+        if frozen := ownership.frozen_files(self.backings, {path: item.identity}):
+            self._distrust_unknown(start, frozen, {number, *self._known_runs(start.uuid)})
+            self.thaw_unknown(path, item.identity, start.uuid, over=start)
 
     def _distrust_unknown(
-        self, start: Start, frozen: Mapping[str, int | None], known: Collection[int | None]
+        self, start: Start, frozen: Mapping[str, Surveyed], known: Collection[int | None]
     ) -> dict[str, Touch]:
         """Let no saved guest go on if a guest that the ledger does not know may have written its files since.
 
         The ledger came from a backup then: the end of that guest is not that of the run which the ledger has.
 
-        :param frozen: the run that each file is frozen for, by path.
+        :param frozen: by path.
         :param known: the runs that the ledger knows.
         :returns: how these files are touched when they are thawed, by path.
         """
-        unknown = [path for path, run in frozen.items() if run not in known]
+        unknown = [path for path, file in frozen.items() if file.run not in known]
         if unknown:
             self.ledger.spoil_saved(start)
         touches = {path: self._touch_now(path) for path in unknown}
@@ -130,8 +131,8 @@ class Starts:
         """
         record = self.ledger.find_domain(uuid)
         known = self._known_runs(uuid, record.start if record else None)
-        for path, run in ownership.frozen_for(self.backings, identities).items():
-            if run not in known:
+        for path, file in ownership.frozen_files(self.backings, identities).items():
+            if file.run not in known:
                 why = "is immutable for a guest that the ledger does not know, or for another domain's"
                 raise saved_guest.refused(f"{path} {why}")
 
@@ -189,10 +190,10 @@ class Starts:
         try:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
-            frozen = ownership.frozen_for(self.backings, {path: had.get(path) for path in start.paths})
+            frozen = ownership.frozen_files(self.backings, {path: had.get(path) for path in start.paths})
             known = self._known_runs(start.uuid, start)
             times = self._distrust_unknown(start, frozen, known)
-            times |= self._note_times(start, {path for path, run in frozen.items() if run in known})
+            times |= self._note_times(start, {path for path, file in frozen.items() if file.run in known})
             away = []
             for path in start.paths:
                 if is_away := self._is_away(path, had.get(path)):
@@ -243,38 +244,50 @@ class Starts:
         :param frozen: paths of files that are frozen for it.
 
         That is noted while they are immutable, and before the first is thawed. So all processes that put the start
-        away set the same time, also after one was killed, and none takes a program's write for the guest's.
+        away set the same time, also after one was killed, and none takes a program's write for the guest's. What is not
+        there is noted by a later attempt that finds it frozen, if there is one, and has no time until then.
         """
         if start.state != "mapped":
             return {}
         times: dict[str, tuple[int, ...]] = {}
         before: dict[str, tuple[int, ...]] = {}
-        touched = set()
+        there = set()
         for path in start.paths:
             exists(path)  # as for a thaw
             for backing in self.backings:
                 if not backing.handles(path) or (at := backing.written_at(path)) is None:
                     continue
+                there.add(path)
                 after = backing.time_to_touch(path)
                 if after is None:
                     times[path] = (at,)
                 elif path in frozen:
                     before[path], times[path] = (at,), (after,)
-                    touched.add(path)
-        begun = self.ledger.find_begun(start)
-        if begun is not None:
-            times_at_end = partial(saved_guest.times_at_end, begun)
-            self.ledger.note_written(start, times_at_end(times), before=times_at_end(before))
-            run = self.ledger.find_run(start.uuid)
-            times = {**times, **saved_guest.times_of(self.ledger.find_begun(start) or begun)}
-            before = saved_guest.times_of(run) if run and run.number == begun.number else {}
-        return {path: Touch(before.get(path, ()), times[path][0]) for path in touched}
+        touched = {*before}
+        while begun := self.ledger.find_begun(start):
+            noted, found = saved_guest.times_of(begun), times
+            if self.ledger.has_times(start):
+                found = {path: times[path] for path in times if noted.get(path) == NO_TIME}
+            else:
+                noted |= dict.fromkeys(noted.keys() - there, NO_TIME)
+            had = {path: before[path] for path in found if path in before}
+            earlier = saved_guest.times_at_end(self._run_of(begun, start.uuid), had)
+            if self.ledger.note_written(start, begun, saved_guest.times_at_end(begun, {**noted, **found}), earlier):
+                break
+        if begun := self.ledger.find_begun(start):
+            times = {**times, **saved_guest.times_of(begun)}
+            before = saved_guest.times_of(self._run_of(begun, start.uuid))
+        return {path: Touch(before.get(path, ()), times[path][-1]) for path in touched}
+
+    def _run_of(self, begun: Run, uuid: str) -> Run:
+        """Return the domain's last run if a start has begun it; what the start has begun if the ledger lacks it."""
+        run = self.ledger.find_run(uuid)
+        return run if run and run.number == begun.number else begun
 
     def _times_of_left(self, start: Start, away: Collection[str]) -> str:
         """Return what :meth:`_note_times` has noted, and of each file that is away the time that it had before, too.
 
-        An earlier attempt has noted them. It may have thawed the file and given it its new time, or not. Empty if no
-        file is away.
+        An earlier attempt may have thawed the file and given it its new time, or not. Empty if no file is away.
         """
         begun, run = self.ledger.find_begun(start), self.ledger.find_run(start.uuid)
         if not away or begun is None or run is None or run.number != begun.number:
@@ -283,27 +296,26 @@ class Starts:
         both = {path: before[path] + after.get(path, ()) for path in away if path in before}
         return saved_guest.times_at_end(begun, both)
 
-    def settle_times(self, uuid: str) -> None:
-        """Decide which of two times that :meth:`_times_of_left` has noted a file of the last run has.
+    def find_last_run(self, uuid: str) -> Run | None:
+        """Return the domain's last run as :meth:`freeze` will leave it: with the time that each file has, or will get.
 
-        Of one that is frozen for that run, it is the one that it has now. Another one got the later time when it was
-        thawed: since then, a program may have put an older copy in its place, with the earlier time. So this comes
-        before the file is thawed or frozen anew.
+        A file that is frozen for that run still is as its guest has left it, with one of the times that the ledger has,
+        and gets a new one when it is thawed. Of others, the last time counts: since they were thawed, a program may
+        have put an older copy in their place, with an earlier time.
         """
         last = self.ledger.find_run(uuid)
         times = saved_guest.times_of(last) if last else {}
         identities = dict(saved_guest.backings_of(last)) if last else {}
-        there = {
-            path: identities[path] for path in times if len(times[path]) > 1 and self._is_at(path, identities[path])
+        left = ownership.frozen_files(self.backings, {path: identities[path] for path in times})
+        if last is None or not left:
+            return last
+        found = {
+            path: backing_of(self.backings, path).written_at(path)
+            for path, file in left.items()
+            if file.run == last.number and not file.unflagged
         }
-        if last is None or not there:
-            return
-        frozen, settled = ownership.frozen_for(self.backings, there), {}
-        for path in there:
-            at = backing_of(self.backings, path).written_at(path)
-            has_own = frozen.get(path) == last.number and at in times[path]
-            settled[path] = (at if has_own and at is not None else times[path][-1],)
-        self.ledger.note_thawed(uuid, last, saved_guest.times_at_end(last, settled))
+        own = {path: (at,) for path, at in found.items() if at is not None and at in times[path]}
+        return last._replace(written=saved_guest.times_at_end(last, own))
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.
@@ -349,7 +361,9 @@ class Starts:
                 thaw = partial(backing.thaw_unless, unmark=True) if unmark else backing.thaw_unless
                 thaw(path, partial(self._is_needed, path, over), identity, *filter(None, [touch]))
 
-    def thaw_unknown(self, path: str, identity: BackingIdentity | None = None, uuid: str = "") -> None:
+    def thaw_unknown(
+        self, path: str, identity: BackingIdentity | None = None, uuid: str = "", over: Start | None = None
+    ) -> None:
         """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it.
 
         None has if it was frozen for a start that never ran. If it was for the domain's last run, nobody but the guest
@@ -357,25 +371,27 @@ class Starts:
         it first, beside the one that the backing has, as this process may be killed before or after it is thawed.
 
         :param uuid: of the domain that it was frozen for, if that is known.
+        :param over: a start that does not count.
         :raises InUseError: when another process has changed that run meanwhile.
         """
-        frozen, last = ownership.frozen_for(self.backings, {path: identity}), self.ledger.find_run(uuid)
-        never_ran = path in frozen and frozen[path] in self.ledger.never_run(uuid)
+        file, last = ownership.frozen_files(self.backings, {path: identity}).get(path), self.ledger.find_run(uuid)
+        never_ran = file is not None and file.run in self.ledger.never_run(uuid)
         touch = None if never_ran else self._touch_now(path)
-        had = saved_guest.path_of(last, identity) if last and frozen.get(path) == last.number else ""
+        had = saved_guest.path_of(last, identity) if file and last and file.run == last.number else ""
         before = saved_guest.times_of(last).get(had, ()) if last else ()
         if last is None or touch is None or not before:
-            self.thaw(path, identity, touch=touch)
+            self.thaw(path, identity, over, touch)
             return
-        backing, after = backing_of(self.backings, path), touch.after
-        if backing.written_at(path) in before:  # nobody else has written it
-            noted = last._replace(written=saved_guest.times_at_end(last, {had: (*before, after)}))
-            if not self.ledger.note_thawed(uuid, last, noted.written):
-                raise InUseError(f"{path} or its domain was changed meanwhile", hint="repeat 'nvdimmctl check'")
-            last = noted
-        self.thaw(path, identity, touch=Touch(before, after))
-        if backing.written_at(path) == after:
-            self.ledger.note_thawed(uuid, last, saved_guest.times_at_end(last, {had: (after,)}))
+        backing = backing_of(self.backings, path)
+        at = backing.written_at(path)
+        has_new = len(before) > 1 and at == before[-1]  # an attempt before was killed then
+        is_own, after = at in before, before[-1] if has_new else touch.after
+        noted = last._replace(written=saved_guest.times_at_end(last, {had: (*before, after) if is_own else NO_TIME}))
+        if not self.ledger.note_thawed(uuid, last, noted.written):
+            raise InUseError(f"{path} or its domain was changed meanwhile", hint="repeat 'nvdimmctl check'")
+        self.thaw(path, identity, over, Touch(before, after))
+        if is_own and backing.written_at(path) == after:
+            self.ledger.note_thawed(uuid, noted, saved_guest.times_at_end(noted, {had: (after,)}))
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen still has the domain."""

@@ -551,14 +551,14 @@ def record_of_marks(backings: Sequence[Backing], uuid: str, marked: Iterable[tup
     return Record(uuid, last.name, last.ram, last.dsm, "", tuple(items), None, changed=last.changed, cache=last.cache)
 
 
-def frozen_for(backings: Sequence[Backing], identities: Mapping[str, BackingIdentity | None]) -> dict[str, int | None]:
-    """Return the paths at which a file is frozen for a guest, and the number of the guest's run, if known.
+def frozen_files(backings: Sequence[Backing], identities: Mapping[str, BackingIdentity | None]) -> dict[str, Surveyed]:
+    """Return the files that are frozen for a guest, by path.
 
     :param identities: by path, whose bytes the file has to have; None for whatever is there. Another file system that
         is mounted there may have a file of that name.
     """
     return {
-        path: file.run
+        path: file
         for path, identity in identities.items()
         for file in _files_left(backings, path)
         if file.frozen and (identity is None or (file.identity is not None and file.identity.shares_bytes(identity)))

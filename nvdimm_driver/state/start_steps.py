@@ -257,19 +257,25 @@ class StartSteps(Database):
             "SELECT 1 FROM attachment WHERE uuid = ? AND id = ? AND state != ?", uuid, identifier, state
         )
 
-    def note_written(self, start: Start, written: str, before: str) -> None:
-        """Record when the backings of a start that is over were last written. What was recorded first stays.
+    def has_times(self, start: Start) -> bool:
+        """Return True when :meth:`note_written` has been called for a start that is over."""
+        return bool(self._rows(f"SELECT 1 FROM attachment WHERE {THIS_START} AND ended = 2", *start.key))
 
+    def note_written(self, start: Start, begun: Run, written: str, before: str) -> bool:
+        """Record when the backings of a start that is over were last written.
+
+        :param begun: as :meth:`find_begun` returned it.
         :param written: as in :class:`.model.Run`: the times that they get when they are thawed, and that the run has
             from :meth:`end_start` on.
         :param before: the times that they have, and the run until then.
+        :returns: False when another process has recorded some meanwhile: what was recorded first stays.
         """
         number = f"SELECT number FROM attachment WHERE {THIS_START}"
-        self._write_start(
+        return self._write_start(
             [
                 (
-                    f"UPDATE attachment SET written = ?, ended = 2 WHERE {THIS_START} AND ended = 1",
-                    (written, *start.key),
+                    f"UPDATE attachment SET written = ?, ended = 2 WHERE {THIS_START} AND ended != 0 AND written = ?",
+                    (written, *start.key, begun.written),
                 ),
                 (
                     f"UPDATE run SET written = ? WHERE uuid = ? AND number = ({number})",

@@ -343,16 +343,6 @@ def test_an_end_that_nobody_was_told_of(bench: Bench) -> None:
     bench.restore(image)
 
 
-def test_an_end_while_the_file_system_is_not_mounted(bench: Bench) -> None:
-    bench.driver().define(domain(A))
-    bench.backing.times[A] = 9
-    bench.start()
-    del bench.backing.times[A]
-    image = bench.save()
-    bench.backing.times[A] = 9
-    bench.restore(image)
-
-
 def test_an_nfit_with_more_nvdimms_than_there_can_be(bench: Bench) -> None:
     bench.driver().define(domain(A))
     bench.start()

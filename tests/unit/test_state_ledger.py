@@ -91,10 +91,12 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
     assert ledger.frames_of_others(UUID) == []
     assert ledger.note_end(record.start)
     assert ledger.find_begun(record.start) == RUN
-    ledger.note_written(record.start, "then", "before")
+    assert not ledger.has_times(record.start)
+    assert ledger.note_written(record.start, RUN, "then", "before")
+    assert ledger.has_times(record.start)
     assert ledger.find_run(UUID) == RUN._replace(written="before")
     assert ledger.note_end(record.start)
-    ledger.note_written(record.start, "later", "then")
+    assert not ledger.note_written(record.start, RUN, "later", "then")
     assert ledger.find_run(UUID) == RUN._replace(written="before")
     assert ledger.find_begun(record.start) == RUN._replace(written="then")
     ledger.end_start(record.start)
@@ -109,14 +111,15 @@ def test_a_start_from_attach_to_detach(ledger: Ledger) -> None:
 def test_a_start_that_maps_nothing_leaves_the_last_run(ledger: Ledger) -> None:
     ledger.store(UUID, "db1", 5, [READY])
     for number in (5, 6):
-        prepare(ledger, Run(number, "[]", "{}"))
+        run = Run(number, "[]", "{}")
+        prepare(ledger, run)
         if number == 5:
             map_prepared(ledger, 7)
         record = ledger.find_domain(UUID)
         assert record is not None
         assert record.start is not None
         ledger.note_end(record.start)
-        ledger.note_written(record.start, f"end of {number}", "before")
+        assert ledger.note_written(record.start, run, f"end of {number}", "before")
         ledger.end_start(record.start)
     assert ledger.find_run(UUID) == Run(5, "[]", "end of 5")
 
