@@ -21,7 +21,7 @@ from nvdimm_driver.lifecycle.define import uuid_of
 from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record
 from nvdimm_driver.plugins import Backing, backing_of
 from nvdimm_driver.rpc.xdr import LibvirtError, RemoteError
-from nvdimm_driver.shell import repair_of
+from nvdimm_driver.shell import command, repair_of
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.words import release_of
 from nvdimm_driver.xml.parse_domain import extract
@@ -70,16 +70,17 @@ def look(
 
 
 def _unreadable(driver: XenNvdimmDriver) -> Iterator[Inconsistency]:
-    """Yield the files of libvirt's that nobody can read: no other domain gets a device that they name."""
+    """Yield the files of libvirt's that nobody can read, and paths in the others that nobody can follow."""
     for domain in driver.checks.unknown.stored:
+        inconsistency = partial(Inconsistency, domain.name, domain.uuid, "")
         if domain.text:
-            problem = (
-                f"{domain.file} cannot be read as the XML of a domain, or names a path that cannot be followed: no "
-                "other gets a device that it names"
+            yield inconsistency(
+                f"{domain.file} cannot be read as the XML of a domain: no domain gets a device anew that it names",
+                "correct that file, or remove it with its domain",
             )
-            yield Inconsistency(
-                domain.name, domain.uuid, "", problem, "correct that file, or remove it with its domain"
-            )
+        for problem in domain.unfollowed:
+            remedy = "turn the link back, or correct the path: " + command("virsh", "edit", domain.uuid or "UUID")
+            yield inconsistency(f"in {domain.file}, {problem}", remedy)
 
 
 def _ask(restore: Callable[[str], str], socket: str) -> list[_Known]:

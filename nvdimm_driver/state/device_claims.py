@@ -7,6 +7,7 @@ and can be lost with it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from nvdimm_driver.shell import command
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml.definition_files import StoredDomain
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class UnknownClaims:
     def check(self, uuid: str, claims: Mapping[str, BackingIdentity | None]) -> None:
         """Check that no backing is another domain's: by its mark, because it is frozen, or by libvirt's files.
 
+        Of libvirt's files, one that cannot be read has all that its text names. Anybody may have written that text, so
+        it takes nothing from a domain that has a device by the ledger and by the mark; 'nvdimmctl check' tells of it.
+
         :param uuid: of the domain that is to have the backings; empty for none.
         :param claims: the identity of what was opened or located at each path; None for whatever is there.
         :raises InUseError: when one is.
@@ -43,8 +49,22 @@ class UnknownClaims:
         devices = [path for path in claims if keeps_no_mark(self.backings, path)]
         for domain in self.stored if devices else ():
             for path in devices:
-                if not (uuid and domain.uuid == uuid) and self._has(domain, path, uuid):
+                if (uuid and domain.uuid == uuid) or not self._has(domain, path, uuid):
+                    continue
+                if not (domain.text and self._is_own(path, uuid)):
                     raise _owned(path, domain)
+                LOG.warning("%s cannot be read as the XML of a domain, and names %s", domain.file, path)
+
+    def _is_own(self, path: str, uuid: str) -> bool:
+        """Return True when a device is a domain's by the ledger and by the mark.
+
+        Not by a ledger from elsewhere: the marks of devices may be from the same backup.
+        """
+        record = self.ledger.find_domain(uuid)
+        if record is None or self.ledger.is_from_elsewhere():
+            return False
+        has = ownership.has_bytes(record.allocations, ownership.identity_at(self.backings, path))
+        return has and ownership.is_marked_for(self.backings, path, uuid)
 
     def _has(self, domain: StoredDomain, path: str, uuid: str) -> bool:
         """Return True when a domain in libvirt's files has a device, by any of its names.
@@ -86,8 +106,7 @@ def _owned(path: str, domain: StoredDomain) -> InUseError:
     """Return the error for a device that a domain in libvirt's files has."""
     if domain.text:
         return InUseError(
-            f"{domain.file} cannot be read as the XML of a domain, or names a path that cannot be followed, and may "
-            f"have {path}",
+            f"{domain.file} cannot be read as the XML of a domain, and may have {path}",
             hint="correct that file, or remove it with its domain",
         )
     uuid = domain.uuid or "UUID"  # virsh takes a name for a uuid first

@@ -299,7 +299,7 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     if record and any(item.spec.path == file.path for item in items):
         raise _owned(path, record, file.identity)
     moved = bool(items) and mark.is_original(file.identity)
-    if not moved and any(_is_marked(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
+    if not moved and any(is_marked_for(backings, item.spec.path, mark.uuid, mark.spec.slot) for item in items):
         return
     if record and file.is_device and has_bytes(items, file.identity):
         raise _owned(path, record, file.identity)  # by its name of now, or a part of it
@@ -581,10 +581,13 @@ def is_given_up(ledger: Ledger, backings: Sequence[Backing], uuid: str, path: st
     return _is_nobodys(ledger, backings, Allocation(uuid, NvdimmSpec(0, path, PAGE)))
 
 
-def _is_marked(backings: Sequence[Backing], path: str, uuid: str, slot: int) -> bool:
-    """Return True when a file has the mark of a domain's NVDIMM in that slot."""
+def is_marked_for(backings: Sequence[Backing], path: str, uuid: str, slot: int | None = None) -> bool:
+    """Return True when a file or device has the mark of a domain's NVDIMM.
+
+    :param slot: of the NVDIMM; None for any.
+    """
     marks = [readable_mark(file) for file in _files_left(backings, path)]
-    return any(each and (each.uuid, each.spec.slot) == (uuid, slot) for each in marks)
+    return any(each and each.uuid == uuid and slot in (None, each.spec.slot) for each in marks)
 
 
 def drop(

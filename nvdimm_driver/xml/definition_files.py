@@ -35,9 +35,10 @@ class StoredDomain:
 
     :ivar uuid: empty if nobody knows it.
     :ivar paths: of its NVDIMMs, resolved.
-    :ivar text: the XML, if it cannot be parsed: nobody knows what it has; empty otherwise.
+    :ivar text: the XML, if it cannot be read: nobody knows what it has; empty otherwise.
     :ivar is_saved: True for the image of a saved guest.
     :ivar file: in which it is.
+    :ivar unfollowed: why some of its paths cannot be followed. They are among the paths as they are written.
     """
 
     name: str
@@ -46,9 +47,10 @@ class StoredDomain:
     text: str = ""
     is_saved: bool = False
     file: str = field(default="", compare=False)
+    unfollowed: tuple[str, ...] = field(default=(), compare=False)
 
     def names(self, path: str) -> bool:
-        """Return True when the domain has an NVDIMM with that path, or may have: its XML cannot be parsed."""
+        """Return True when the domain has an NVDIMM with that path, or may have: its XML cannot be read."""
         return path in self.paths or re.search(f"{re.escape(path)}(?![0-9])", self.text) is not None
 
     @property
@@ -117,9 +119,21 @@ class DefinitionFiles:
         with suppress(NvdimmError):
             root = parse(xml).root
             name, uuid = root.need("name").text, uuid_of(root) or ""
-            paths = tuple(self.resolve(path_of(each)) for each in nvdimm_elements(parse(self.restore(xml)).root))
-            return StoredDomain(name, uuid, paths, file=str(file))
+            written = [path_of(each) for each in nvdimm_elements(parse(self.restore(xml)).root)]
+            paths, unfollowed = self._followed(written)
+            return StoredDomain(name, uuid, paths, file=str(file), unfollowed=unfollowed)
         return StoredDomain(name, uuid, (), xml, file=str(file))
+
+    def _followed(self, written: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return where paths lead to, and why some of them cannot be followed: these stay as they are."""
+        found, unfollowed = [], []
+        for path in written:
+            try:
+                found.append(self.resolve(path))
+            except NvdimmError as error:
+                found.append(path)
+                unfollowed.append(error.message)
+        return tuple(found), tuple(unfollowed)
 
     def saved(self, folder: str) -> Iterator[StoredDomain]:
         """Yield the domains that have a managed save, with NVDIMMs or without.

@@ -18,8 +18,9 @@ MAX_BYTES = 4 * MIB
 MAX_PARTS = 50_000
 """Elements and attributes that a client sends: several times what the largest domains have; bounds the time that
 hostile XML takes."""
-MAX_STORED_PARTS = 4 * MAX_PARTS
-"""Those in XML that libvirt has, which adds to what clients have sent."""
+_MAX_PARTS_READ = MAX_BYTES // 8
+"""Those in any XML, for a bound on the memory that it takes. libvirt makes several of one that a client has sent, and
+it writes no more of them into :data:`MAX_BYTES`, which is all that limits XML of libvirt's."""
 MAX_WRITTEN = MAX_BYTES // 2
 """Bytes that XML of a client's may have as libvirt writes it: what libvirt and the driver add has room, too."""
 MAX_DEPTH = 256
@@ -244,7 +245,7 @@ def count_parts(element: Element) -> int:
     return 1 + len(element.attributes) + sum(map(count_parts, element.children))
 
 
-def parse(xml: str, most: int = MAX_STORED_PARTS, depth: int = MAX_DEPTH) -> Text:
+def parse(xml: str, most: int = _MAX_PARTS_READ, depth: int = MAX_DEPTH) -> Text:
     """Parse XML, with the position of each element.
 
     :param most: elements and attributes that it may have.

@@ -216,8 +216,8 @@ def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(host: Host, dev
 
 @pytest.mark.parametrize("host", [pytest.param(KEPT, id="kept")], indirect=True)
 def test_a_definition_that_nobody_can_read_is_named(host: Host, device: MakeDevice) -> None:
-    """It keeps only the devices that it names from other domains."""
-    disk = device(3, 16)
+    """It takes none from the domain that has it, and gives none that it names to another one."""
+    disk, free = device(3, 16), device(4, 16)
     host.check("define", xml(host, "db1", 1, disk.path))
     host.check("start", "db1")
     host.check("destroy", "db1")
@@ -225,20 +225,20 @@ def test_a_definition_that_nobody_can_read_is_named(host: Host, device: MakeDevi
     direct = ("virsh", "-q", "-c", "xen+unix:///system?socket=/run/libvirt/libvirt-sock")
     for more, returncode in (("0", 0), ("", 1)):
         file = host.folder / "p.xml"
-        text = f"<description>nvdimm {disk.path}{more}</description><memory unit"
+        text = f"<description>nvdimm {disk.path} {free.path}{more}</description><memory unit"
         file.write_text(plain.replace("<memory unit", text, 1))
         host.check("define", file)
         broken = host.libvirtd.run(*direct, "metadata", "p", "--uri", "x<y", "--key", "a", "--set", "<a/>", "--config")
         assert broken.returncode == 0, broken.stderr
-        started = host.virsh("start", "db1")
-        assert started.returncode == returncode, started.stderr
+        host.check("start", "db1")
+        host.check("destroy", "db1")
         assert "libxl/p.xml cannot be read as the XML of a domain" in host.nvdimmctl("check").stdout
+        defined = host.virsh("define", xml(host, "db2", 2, free.path))
+        assert defined.returncode == returncode, defined.stderr
         if not returncode:
-            host.check("destroy", "db1")
-    assert (
-        "libxl/p.xml cannot be read as the XML of a domain, or names a path that cannot be followed, and"
-        in started.stderr
-    )
+            host.check("undefine", "db2")
+            assert host.nvdimmctl("release", "--yes", "db2").returncode == 0
+    assert "libxl/p.xml cannot be read as the XML of a domain, and may have" in defined.stderr
 
 
 def test_a_third_domain_gets_no_device_of_a_definition_by_another_name(host: Host, device: MakeDevice) -> None:
@@ -631,3 +631,23 @@ def test_a_pool_has_the_device_that_its_link_leads_to_whatever_name_a_boot_gives
     assert "in none of the host's pools" in host.virsh("define", xml(host, "db2", 2, other.path)).stderr
     (pool,) = rows(host, "pool", "list")
     assert (int(pool["Capacity"]), int(pool["Free"]), pool["Health"]) == (4 * MIB, 0, "ok")
+
+
+@pytest.mark.parametrize("host", [KEPT + "\n[pool:main]\nkind = bench\npaths = {folder}/pmem\n"], indirect=True)
+def test_a_link_that_another_domains_owner_turns_keeps_no_guest_from_its_start(host: Host, device: MakeDevice) -> None:
+    """Its definition names a path that nobody can follow then, and db1's device in its description."""
+    disk = device(3, 16)
+    host.check("define", xml(host, "db1", 1, disk.path))
+    folder = host.folder / "pmem/own"
+    run = host.libvirtd.run
+    assert run("mkdir", "-p", folder / "d").returncode == 0
+    other = host.xml("other", 9)
+    text = other.read_text().replace(f"{host.folder}/pmem/other.img", str(folder / "d/other.img"))
+    other.write_text(text.replace("<memory unit", f"<description>{disk.path}</description><memory unit", 1))
+    host.check("define", other)
+    assert run("mv", folder / "d", folder / "e").returncode == 0
+    assert run("ln", "-s", "d", folder / "d").returncode == 0
+    host.check("start", "db1")
+    found = host.nvdimmctl("check").stdout
+    assert "libxl/other.xml" in found, found
+    assert "leads through more than 40 symbolic links" in found, found

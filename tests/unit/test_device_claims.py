@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.backing.paths import resolve_strictly
+from nvdimm_driver.device_marks import DeviceMarks
 from nvdimm_driver.errors import ConfigError, InUseError
 from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, Location, NvdimmSpec
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.owner_marks import pack
 from nvdimm_driver.xml.definition_files import DefinitionFiles, StoredDomain
 from nvdimm_driver.xml.rewrite import restore, rewrite
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking
@@ -26,7 +28,7 @@ STORED = rewrite(XML, "/device-model")
 class Devices(MemoryBacking):
     """Devices by their names, as pairs of name and number."""
 
-    mark = Backing.mark
+    mark, inspect = Backing.mark, Backing.inspect
 
     def __init__(self, **devices: str) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Devices(MemoryBacking):
 
 
 def identity(number: str) -> BackingIdentity:
-    return BackingIdentity("fake", number, 0, 0, 0, SIZE)
+    return BackingIdentity(MemoryBacking.name, number, 0, 0, 0, SIZE)
 
 
 def claims(stored: list[StoredDomain], **devices: str) -> UnknownClaims:
@@ -89,7 +91,7 @@ def test_a_definition_that_cannot_be_read_may_have_anything_that_it_names(tmp_pa
         list(files(tmp_path))
 
 
-def test_a_path_that_nothing_can_follow_makes_no_definition_one_without_devices(tmp_path: Path) -> None:
+def test_a_definition_with_a_path_that_nothing_can_follow_claims_no_device_by_its_title(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "owner.xml").write_text(
         STORED.replace("</name>", f"</name><title>{DEVICE}</title>").replace(
@@ -97,7 +99,35 @@ def test_a_path_that_nothing_can_follow_makes_no_definition_one_without_devices(
         )
     )
     (found,) = DefinitionFiles([str(tmp_path)], restore, resolve_strictly)
-    assert found.names(DEVICE)
+    assert (found.paths, found.names(DEVICE)) == ((f"{tmp_path}/loop/a",), False)
+    assert "leads through more than 40 symbolic links" in found.unfollowed[0]
+
+
+def test_a_definition_of_which_libvirt_has_made_many_elements_is_read(tmp_path: Path) -> None:
+    """Of each <video/>, libvirt makes five elements and attributes."""
+    videos = "<video><model type='vga' vram='16384' heads='1'/></video>" * 41_000
+    (tmp_path / "owner.xml").write_text(STORED.replace("</emulator>", f"</emulator>{videos}"))
+    (found,) = files(tmp_path)
+    assert (found.paths, found.text) == ((DEVICE,), "")
+
+
+def test_a_definition_that_cannot_be_read_takes_no_device_from_its_owner(tmp_path: Path) -> None:
+    """The owner by the ledger and by the mark keeps its device; nobody else gets it."""
+    unreadable = StoredDomain("evil", "", (), f"<description>{DEVICE}</description>", file="evil.xml")
+    found = claims([unreadable], pmem1="one")
+    had = Allocation(UUID, NvdimmSpec(0, DEVICE, SIZE), identity("one"), PAGE)
+    found.ledger.store(UUID, "owner", 1 << 30, [had])
+    record = found.ledger.find_domain(UUID)
+    assert record is not None
+    for backing in found.backings:
+        backing.device_marks = DeviceMarks(tmp_path / "devices")
+    with pytest.raises(InUseError, match=r"^evil.xml cannot be read"):
+        found.check(UUID, {DEVICE: None})  # by the ledger alone
+    found.backings[0].mark(DEVICE, pack(record, had), had.identity)
+    found.check(UUID, {DEVICE: None})
+    for uuid in (OTHER_UUID, ""):
+        with pytest.raises(InUseError):
+            found.check(uuid, {DEVICE: None})
 
 
 def test_a_device_is_anothers_by_any_name() -> None:

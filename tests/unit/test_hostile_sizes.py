@@ -45,3 +45,9 @@ def test_a_long_chain_of_links_is_not_followed(tmp_path: Path) -> None:
         os.symlink(f"{number - 1}", tmp_path / f"{number}")
     with pytest.raises(BackingError, match="leads through more than 40 symbolic links"):
         resolve_new(f"{tmp_path}/1199")
+
+
+def test_xml_of_any_origin_has_no_more_elements_than_libvirt_writes_into_its_longest() -> None:
+    attributes = "".join(f" {one}{other}=''" for one in "abcdefghijklmnop" for other in "abcdefghijklmno")
+    with pytest.raises(DomainXmlError, match="more than 524288 elements and attributes"):
+        parse("<a>" + f"<b{attributes}/>" * (MAX_BYTES // 8 // 241 + 1) + "</a>")
