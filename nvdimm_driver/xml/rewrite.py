@@ -85,8 +85,12 @@ def rewrite(xml: str, device_model: str) -> str:
     if (limit := root.child("maxMemory")) is not None:
         record.children.append(in_kib(limit))
         text.cut(limit)
+    memory = root.child("memory")
+    most = max(spec.ram, 0 if memory is None else _size(memory))  # libvirt lowers <currentMemory> to that
     for element in _memory_to_change(root, spec.ram):
-        record.children.append(in_kib(element))
+        size = min(_size(element), most)
+        if size != spec.ram:
+            record.children.append(in_kib(element, size))
         text.replace(element, in_kib(element, spec.ram))
     features = root.child("features")
     if features is None:
@@ -139,9 +143,11 @@ def restore(xml: str) -> str:
         text.insert_after(root.last(_BEFORE_METADATA), _shown(in_kib, limit))
     for tag in ("memory", "currentMemory"):
         now, then = root.child(tag), record.child(tag)
-        # a value changed since (virsh setmaxmem, setmem) is newer than the record
-        if now is not None and then is not None and scaled(now, f"<{tag}>") == ram_of(root):
-            text.replace(now, _shown(in_kib, then))
+        # a value changed since (virsh setmaxmem, setmem) is newer than the record; <currentMemory> alone, which an
+        # earlier version recorded, was above <memory>, and libvirt has taken <memory> for it
+        if now is None or then is None or _size(now) != ram_of(root):
+            break
+        text.replace(now, _shown(in_kib, then))
     features = root.child("features")
     if record.attributes.get("added") == "acpi" and features is not None:
         acpi = features.child("acpi")
@@ -182,7 +188,11 @@ def _shown(form: Callable[[Element], Element], element: Element) -> Element:
 
 def _memory_to_change(root: Element, ram: int) -> list[Element]:
     elements = [element for element in (root.child("memory"), root.child("currentMemory")) if element is not None]
-    return [element for element in elements if scaled(element, f"<{element.tag}>") not in (0, ram)]
+    return [element for element in elements if _size(element) not in (0, ram)]
+
+
+def _size(element: Element) -> int:
+    return scaled(element, f"<{element.tag}>")
 
 
 def _record(root: Element) -> Element | None:

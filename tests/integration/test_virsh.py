@@ -653,6 +653,21 @@ def test_memory_stays_clear_of_the_nvdimms(host: Host) -> None:
     assert host.state("db1")[0] == "mapped"
 
 
+def test_current_memory_above_memory_does_not_come_back_when_the_ram_is_raised(host: Host) -> None:
+    """As after a 'virsh edit' that lowers <memory> alone; libvirt takes <memory> for it."""
+    file = host.xml("db1", 1)
+    current = "</memory><currentMemory unit='MiB'>768</currentMemory>\n  <vcpu"
+    file.write_text(file.read_text().replace("</memory>\n  <vcpu", current, 1))
+    host.check("define", file)
+    host.check("start", "db1")
+    assert "would not start again after a reboot" in refused(host, "setmaxmem", "db1", "768M", "--config")
+    host.check("destroy", "db1")
+    host.check("setmaxmem", "db1", "1G", "--config")
+    host.check("setmem", "db1", "1G", "--config")
+    assert "<currentMemory unit='KiB'>1048576</currentMemory>" in host.check("dumpxml", "--inactive", "db1")
+    host.check("start", "db1")
+
+
 def test_a_start_that_is_refused_for_its_xml_is_a_failed_start(host: Host) -> None:
     """An autostart or a reboot has nobody who sees the error."""
     host.check("setmaxmem", "db1", "1G", "--config")

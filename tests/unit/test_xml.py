@@ -322,11 +322,30 @@ def test_memory_set_after_the_rewrite_is_kept() -> None:
     assert "<memory unit='KiB'>4194308</memory>" in restore(changed)
 
 
-def test_current_memory_above_the_ram_becomes_the_ram() -> None:
-    xml = domain(currentMemory="<currentMemory unit='GiB'>2</currentMemory>")
-    rewritten = rewrite(xml, DEVICE_MODEL)
-    assert "<currentMemory unit='KiB'>1048576</currentMemory>" in rewritten
-    assert meaning(restore(rewritten)) == meaning(xml)
+ONE_GIB = "<currentMemory unit='KiB'>1048576</currentMemory>"
+KEPT_ALONE = '<currentMemory unit="KiB">786432</currentMemory><devices>'
+
+
+def test_current_memory_above_memory_becomes_that() -> None:
+    rewritten = rewrite(domain(currentMemory="<currentMemory unit='GiB'>2</currentMemory>"), DEVICE_MODEL)
+    assert ONE_GIB in rewritten
+    assert 'currentMemory unit="' not in rewritten
+    assert ONE_GIB in restore(rewritten)
+    for written, shown in ((3, 3), (9, 4)):  # cells are the RAM, and <memory> is more
+        xml = domain(
+            memory="<memory unit='GiB'>4</memory>",
+            cpu=cells("memory='1' unit='GiB'"),
+            currentMemory=f"<currentMemory unit='GiB'>{written}</currentMemory>",
+        )
+        rewritten = rewrite(xml, DEVICE_MODEL)
+        assert ONE_GIB in rewritten
+        assert f"<currentMemory unit='KiB'>{shown << 20}</currentMemory>" in restore(rewritten)
+
+
+def test_current_memory_above_memory_that_an_earlier_version_recorded_does_not_come_back() -> None:
+    rewritten = rewrite(domain(currentMemory="<currentMemory unit='GiB'>1</currentMemory>"), DEVICE_MODEL)
+    stored = rewritten.replace("<devices>", KEPT_ALONE, 1)
+    assert 'GiB">1</currentMemory>' in restore(stored)
 
 
 def test_features_that_libvirt_adds_stay() -> None:
@@ -809,7 +828,7 @@ def domains(draw: st.DrawFn) -> str:
         + "</devices>",
     ]
     optional = [
-        f"<currentMemory unit='MiB'>{ram + draw(st.integers(0, 2))}</currentMemory>",
+        f"<currentMemory unit='MiB'>{ram}</currentMemory>",
         "<maxMemory slots='4'>8</maxMemory>",
         "<description>&lt;a/></description>",
         f"<cpu><numa><cell memory='{ram}' unit='MiB'/></numa></cpu>",
