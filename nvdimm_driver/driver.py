@@ -110,7 +110,7 @@ class XenNvdimmDriver(plugins.Plugin):
         :data:`.caching.CACHES`.
     :param pools: pools that domains may have their backings in.
     :param stored: the domains in libvirt's files, which are read anew by each iteration.
-    :param is_saved: returns True when a domain of that name has a managed save.
+    :param is_saved: returns True when the domain of a name and a uuid has a managed save.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class XenNvdimmDriver(plugins.Plugin):
         cache: str = caching.AUTO,
         holders: Holders | None = None,
         stored: Iterable[StoredDomain] = (),
-        is_saved: Callable[[str], bool] = lambda name: False,
+        is_saved: Callable[[str, str], bool] = lambda name, uuid: False,
     ) -> None:
         self.ledger = ledger
         self.state_dir = state_dir

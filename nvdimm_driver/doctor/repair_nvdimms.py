@@ -49,7 +49,7 @@ def _find_device(record: Record, item: Allocation, now: str) -> str:
 def remedy_of_name(driver: XenNvdimmDriver, name: str, uuid: str, path: str) -> str:
     """Return how a domain is defined with the name that its device has now, as the ledger has it."""
     edit = f"define {name} with {path}: {command('virsh', 'edit', uuid)}"
-    if not driver.definitions.is_saved(name):
+    if not driver.definitions.is_saved(name, uuid):
         return edit
     discard = command("virsh", "managedsave-remove", uuid)
     return (

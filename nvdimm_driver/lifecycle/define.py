@@ -62,7 +62,7 @@ class Definitions:
         pools: Pools,
         locks: DomainLocks,
         unknown: UnknownClaims,
-        is_saved: Callable[[str], bool],
+        is_saved: Callable[[str, str], bool],
     ) -> None:
         self.locks = locks
         self.is_saved = is_saved
@@ -489,7 +489,7 @@ class Definitions:
 
         Its image says that, too: the ledger may come from a backup, and have an earlier run.
         """
-        if record is None or not self.is_saved(record.name):
+        if record is None or not self.is_saved(record.name, record.uuid):
             return []
         run = self.ledger.find_run(record.uuid)
         if run is None:  # a version that numbered no runs has started it

@@ -35,7 +35,7 @@ class Starts:
     """The starts in the ledger, each with its frozen backings.
 
     :param mapper: tells which domains Xen has.
-    :param is_saved: returns True when a domain of that name has a managed save.
+    :param is_saved: returns True when the domain of a name and a uuid has a managed save.
     :ivar abandoned_seconds: a start prepared this long ago is abandoned if Xen has no domain of that uuid.
     :ivar release_seconds: longest wait of a release until Xen no longer has the domain.
     """
@@ -50,7 +50,7 @@ class Starts:
         mapper: Mapper,
         label_servers: LabelServers,
         holders: Holders,
-        is_saved: Callable[[str], bool] = lambda name: False,
+        is_saved: Callable[[str, str], bool] = lambda name, uuid: False,
     ) -> None:
         self.ledger = ledger
         self.is_saved = is_saved
@@ -206,7 +206,9 @@ class Starts:
                     )
                     logs.tell(left)
                 unmark = ownership.is_given_up(self.ledger, self.backings, start.uuid, path)
-                unmark = unmark and not (record and self.is_saved(record.name))  # its guest goes on with that
+                unmark = unmark and not (
+                    record and self.is_saved(record.name, record.uuid)
+                )  # its guest goes on with that
                 self.thaw(path, had.get(path), over=start, touch=times.get(path), unmark=unmark)
         finally:
             if self._is_latest(start):

@@ -145,12 +145,15 @@ class DefinitionFiles:
             yield replace(self._domain(file, xml_of_save(file) or ""), is_saved=True)
 
 
-def has_managed_save(folder: str, name: str) -> bool:
-    """Return True when a domain of that name has a managed save in libvirt's folder; False when nobody knows that one.
+def has_managed_save(folder: str, name: str, uuid: str) -> bool:
+    """Return True when a domain has a managed save in libvirt's folder; False when nobody knows that one.
+
+    Another domain may have the name by now: the image tells whose it is. One that cannot be read may be the domain's.
 
     :raises OSError: when nobody can look into it.
     """
-    return bool(folder) and host_files.is_file(Path(folder, f"{name}.save"))
+    file = Path(folder, f"{name}.save")
+    return bool(folder) and host_files.is_file(file) and uuid_of_save(file) in ("", uuid)
 
 
 def xml_of_save(file: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -305,3 +306,21 @@ def test_what_is_kept_until_it_is_wiped_does_not_count_beside_ram(tmp_path_facto
         host.check("setmem", "db1", "256M", "--config")
     finally:
         host.libvirtd.close()
+
+
+def test_a_saved_guest_of_another_domain_with_a_former_name_keeps_no_claim(host: Host) -> None:
+    host.check("undefine", "db1")
+    other = stranger(host)
+    text = other.read_text().replace("<name>db2<", "<name>db1<")
+    other.write_text(text.replace(str(image(host, "db1")), str(image(host, "other"))))
+    host.check("define", other)
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    plain = host.xml("old", 1)
+    plain.write_text(re.sub(r"<memory model.*?</memory>\s*", "", plain.read_text(), flags=re.DOTALL))
+    host.check("define", plain)
+    third = host.xml("db3", 3)
+    third.write_text(third.read_text().replace(str(image(host, "db3")), str(image(host, "db1"))))
+    host.check("define", third)
+    assert "Managed save:   yes" in host.check("dominfo", "db1")
+    assert "/other.img" in host.nvdimmctl("list").stdout

@@ -119,7 +119,7 @@ def test_what_a_saved_guest_has_is_not_given_up_by_a_define_that_fails(
 ) -> None:
     """The define gives it back; while it writes zeros, the guest is saved; then it fails."""
     saved: list[bool] = []
-    host.driver.definitions.is_saved = host.driver.starts.is_saved = lambda _: bool(saved)
+    host.driver.definitions.is_saved = host.driver.starts.is_saved = lambda *_: bool(saved)
     host.driver.define(several(host, "a.img", "g.img"))
     host.mapper.alive[7] = UUID
     host.driver.prepare(several(host, "a.img", "g.img"))

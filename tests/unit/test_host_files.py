@@ -129,7 +129,7 @@ def test_what_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch, ask: Callable
 def test_a_saved_guest_is_not_given_up_where_nobody_can_look_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "stat", broken)
     with pytest.raises(OSError, match="Input/output error"):
-        has_managed_save("/save", "db1")
+        has_managed_save("/save", "db1", "")
 
 
 def test_a_device_is_nobodys_only_where_the_saved_guests_can_be_read(tmp_path: Path) -> None:

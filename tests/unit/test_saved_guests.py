@@ -11,6 +11,7 @@ from nvdimm_driver.doctor.repair_saved_guests import saved
 from nvdimm_driver.model import MIB
 from nvdimm_driver.rpc.xdr import DomainRef
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.xml.definition_files import has_managed_save
 from tests.unit.doubles import OTHER_UUID, UUID
 
 THIRD_UUID = UUID[:-1] + "3"
@@ -41,6 +42,14 @@ def test_an_image_that_cannot_be_read_is_of_the_domain_that_has_its_name(tmp_pat
     (tmp_path / "known.save").write_bytes(b"damaged")
     (tmp_path / "other.save").write_bytes(b"")
     assert found(tmp_path) == [DomainRef("known", UUID, -1)]
+
+
+def test_an_image_is_of_the_domain_whose_uuid_it_has(tmp_path: Path) -> None:
+    assert not has_managed_save(str(tmp_path), "db1", UUID)
+    save(tmp_path, "db1", OTHER_UUID)
+    assert [has_managed_save(str(tmp_path), "db1", uuid) for uuid in (UUID, OTHER_UUID)] == [False, True]
+    (tmp_path / "db1.save").write_bytes(b"damaged")
+    assert has_managed_save(str(tmp_path), "db1", UUID)
 
 
 def test_without_the_folder_nothing_is_found(tmp_path: Path) -> None:
