@@ -39,7 +39,7 @@ def _run(operation: str, name: str, xml: str, files: Sequence[str] | None) -> in
     from nvdimm_driver.state.events import Event, failure
     from nvdimm_driver.xml.document import parse
     from nvdimm_driver.xml.hooks import XmlHooks
-    from nvdimm_driver.xml.parse_domain import extract, uuid_of
+    from nvdimm_driver.xml.parse_domain import check_started_ram, extract, uuid_of
 
     apparmor.enter(apparmor.HOOK)
     uuid = ""
@@ -47,10 +47,13 @@ def _run(operation: str, name: str, xml: str, files: Sequence[str] | None) -> in
         options = conf.load(files)
         logs.to_file("hook", options)
         logging.getLogger(__name__).debug("the hook is called: %s of domain %s", operation, name)
-        uuid = uuid_of(parse(xml).root) or ""
+        root = parse(xml).root
+        uuid = uuid_of(root) or ""
         if operation == "prepare":
             try:
                 domain = extract(XmlHooks.from_conf(options).restore(xml), stored=True)
+                if domain is not None:
+                    check_started_ram(root)
             except NvdimmError as error:
                 load_driver(options).ledger.record_failure(uuid, error)
                 raise

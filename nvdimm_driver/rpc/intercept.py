@@ -404,7 +404,7 @@ class Interceptor:
         defined: DefinedMemory | None = yield Work(lambda: memory_of(xml), Pool.XML)
         if defined is None:
             return
-        asked.check_populated(defined.ram)
+        asked.check_populated(defined)
         if asked.is_maximum:
             uuid, paths, size = asked.domain.uuid, defined.paths, asked.size
             yield self._work(lambda driver: driver.check_ram(uuid, paths, size), Pool.HOST)

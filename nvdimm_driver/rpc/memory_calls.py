@@ -10,6 +10,7 @@ from nvdimm_driver.errors import UnsupportedError
 from nvdimm_driver.model import KIB
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, Unpacker
+from nvdimm_driver.xml.parse_domain import DefinedMemory
 
 # include/libvirt/libvirt-domain.h
 AFFECT_LIVE, AFFECT_CONFIG = 1, 2
@@ -56,13 +57,19 @@ class MemoryCall:
         """Return True when the definition changes."""
         return bool(self.flags & AFFECT_CONFIG) or not self.is_live(runs)
 
-    def check_populated(self, ram: int) -> None:
-        """Check that the guest, which has NVDIMMs, would start with all of its RAM.
+    def check_populated(self, defined: DefinedMemory) -> None:
+        """Check that the guest, which has NVDIMMs, would start with all of its RAM, and no other.
 
-        :param ram: bytes in its definition.
+        :param defined: in its definition.
         :raises UnsupportedError: when it would not.
         """
-        if not self.is_maximum and self.size < ram:
+        if self.is_maximum and defined.has_cells and self.size != defined.ram:
+            raise UnsupportedError(
+                f"domain {self.domain.name} has NVDIMMs and NUMA cells, which have {defined.ram // KIB} KiB together: "
+                f"libvirt would start it with {self.size // KIB} KiB until libvirtd starts again, and then with theirs",
+                hint="change the cells: virsh edit",
+            )
+        if not self.is_maximum and self.size < defined.ram:
             raise UnsupportedError(
                 f"domain {self.domain.name} has NVDIMMs, and {self.size // KIB} KiB is less than its RAM: it would "
                 "start with memory populated on demand, which Xen does not do together with mapped frames",

@@ -63,11 +63,13 @@ class DefinedMemory(NamedTuple):
     :ivar ram: bytes.
     :ivar paths: of its NVDIMMs, as they are written.
     :ivar current: bytes of ``<currentMemory>``.
+    :ivar has_cells: it has NUMA cells, which say how much RAM it has.
     """
 
     ram: int
     paths: tuple[str, ...]
     current: int
+    has_cells: bool
 
 
 def memory_of(xml: str) -> DefinedMemory | None:
@@ -83,7 +85,10 @@ def memory_of(xml: str) -> DefinedMemory | None:
         return None
     ram, current = ram_of(text.root), text.root.child("currentMemory")
     return DefinedMemory(
-        ram, tuple(map(path_of, nvdimms)), ram if current is None else scaled(current, "<currentMemory>")
+        ram,
+        tuple(map(path_of, nvdimms)),
+        ram if current is None else scaled(current, "<currentMemory>"),
+        bool(_cells(text.root)),
     )
 
 
@@ -134,6 +139,24 @@ def ram_of(root: Element) -> int:
             hint="write <memory unit='GiB'>…</memory>",
         )
     return sum(parts)
+
+
+def check_started_ram(root: Element) -> None:
+    """Check that libvirt starts a rewritten domain with the RAM that it has by its NUMA cells.
+
+    Once ``virsh setmaxmem`` has changed ``<memory>``, libvirt gives libxl that, and forgets it when libvirtd starts.
+
+    :param root: of the XML as libvirt has it: in what was rewritten, ``<memory>`` is the RAM.
+    :raises UnsupportedError: when it does not.
+    """
+    memory, ram = root.child("memory"), ram_of(root)
+    if memory is not None and (total := scaled(memory, "<memory>")) != ram:
+        raise UnsupportedError(
+            f"<memory> is {total // KIB} KiB, and the NUMA cells have {ram // KIB} KiB together: the guest would start "
+            "with other RAM than planned",
+            hint=f"'virsh setmaxmem DOMAIN {ram // KIB} --config' makes them the same; to change the RAM, change the "
+            "cells: virsh edit",
+        )
 
 
 def uuid_of(root: Element) -> str | None:

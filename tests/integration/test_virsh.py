@@ -653,6 +653,19 @@ def test_memory_stays_clear_of_the_nvdimms(host: Host) -> None:
     assert host.state("db1")[0] == "mapped"
 
 
+def test_no_guest_with_numa_cells_starts_with_other_ram_than_theirs(host: Host) -> None:
+    file = host.xml("db1", 1)
+    cell = "<cpu><numa><cell id='0' cpus='0' memory='512' unit='MiB'/></numa></cpu><features>"
+    file.write_text(file.read_text().replace("<features>", cell))
+    host.check("define", file)
+    assert "change the cells" in refused(host, "setmaxmem", "db1", "1G", "--config")
+    host.libvirtd.check("setmaxmem", "db1", "1G", "--config")
+    assert "<memory> is 1048576 KiB, and the NUMA cells have 524288 KiB" in refused(host, "start", "db1")
+    assert "and the NUMA cells have" in host.record("db1").fault
+    host.check("setmaxmem", "db1", "512M", "--config")
+    host.check("start", "db1")
+
+
 def test_current_memory_above_memory_does_not_come_back_when_the_ram_is_raised(host: Host) -> None:
     """As after a 'virsh edit' that lowers <memory> alone; libvirt takes <memory> for it."""
     file = host.xml("db1", 1)
