@@ -373,8 +373,9 @@ class Backing(Plugin):
     def time_to_touch(self, path: str) -> int | None:
         """Return the time that a frozen backing whose guest has ended gets when it is thawed, so that backups copy it.
 
-        What a program writes once it is thawed has another one, as has what was written before. The default is None:
-        it keeps its time. In nanoseconds since the epoch.
+        It is later than the time of a copy that was made until now. What a program writes once the backing is thawed
+        has another one, as has what was written before. The default is None: it keeps its time. In nanoseconds since
+        the epoch.
         """
         return None
 

@@ -72,6 +72,10 @@ LOG = logging.getLogger(__name__)
 
 _FILE_SYSTEMS = ("ext4", "xfs")
 _SECOND = 10**9
+_TICK = _SECOND // 100
+"""The clock by which the kernel gives files their times is late by that at most (CLOCK_REALTIME_COARSE, HZ=100)."""
+_LONGEST_WAIT = 3 * _SECOND
+"""It is longer only if the clock was set back since :meth:`FsdaxBacking.time_to_touch` was asked."""
 _CHUNK = 4 << 20
 _LEASE_SECONDS = 2.0
 """How long a label area waits for a lease on its file: the freezing has ended all but those of root's programs, of
@@ -378,18 +382,16 @@ class FsdaxBacking(Backing):
         return None if found is None else found.st_mtime_ns
 
     def time_to_touch(self, path: str) -> int | None:
-        """Return a second that is over, and after that of the last write, if possible: some file systems have no less.
+        """Return the next whole second: a copy that a program made before, with the time of then, is older.
 
-        On one of these, wait for it, for two seconds at most. The others do not give a whole second to what is written.
+        It is later than the last write, too, if the clock was set back since: an earlier copy can have any time before
+        that. Where times are whole seconds, a later write may not get it, and nobody can wait for such a time.
         """
-        while True:
-            found = _status(path)
-            now, last = time.time_ns(), found.st_mtime_ns // _SECOND if found else 0
-            if last not in (now // _SECOND - 1, now // _SECOND):
-                return (now // _SECOND - 1) * _SECOND
-            if found and found.st_ctime_ns % _SECOND:
-                return (last + 1) * _SECOND
-            time.sleep(((last + 2) * _SECOND - now) / _SECOND)
+        found = _status(path)
+        now, last = time.time_ns() // _SECOND, found.st_mtime_ns // _SECOND if found else 0
+        if found and _in_whole_seconds(found) and last > now + 1:
+            last = now
+        return (max(now, last) + 1) * _SECOND
 
     def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Undo :meth:`freeze`. A file that somebody else has made immutable stays so."""
@@ -413,6 +415,8 @@ class FsdaxBacking(Backing):
         if is_gone(path):
             return
         with opened(path, os.O_RDONLY) as fd:
+            if touch is not None and inode.is_frozen(fd):
+                _let_pass(touch.after, fd)
             with self.locks.freezing(fd, path):
                 if not self._is(fd, path, identity) or needed(self._find_identity(fd, path)):
                     return
@@ -645,6 +649,21 @@ class FsdaxBacking(Backing):
                 done += written
                 progress(done, size)
         os.fsync(fd)
+
+
+def _in_whole_seconds(found: os.stat_result) -> bool:
+    """Return True for a file of a file system without fractions of seconds: ext4 with inodes of 128 bytes.
+
+    Elsewhere, the kernel gives a whole second to nothing that is written.
+    """
+    return found.st_ctime_ns % _SECOND == 0
+
+
+def _let_pass(second: int, fd: int) -> None:
+    """Wait until a whole second is over, if what is written to a file in that second gets it for its time."""
+    left = second + _SECOND + _TICK - time.time_ns()
+    if left > 0 and _in_whole_seconds(os.fstat(fd)):
+        time.sleep(min(left, _LONGEST_WAIT) / _SECOND)
 
 
 def _status(path: str) -> os.stat_result | None:

@@ -8,12 +8,14 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nvdimm_driver.backing import inode
+from nvdimm_driver.backing import fsdax, inode
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import RefusedError
 from nvdimm_driver.model import Touch
@@ -25,6 +27,7 @@ from tests.unit.doubles import UUID
 
 __all__ = ["xfs"]
 LONG_AGO = 10**9
+LATER = 2 * 10**9
 
 
 @pytest.fixture(params=list(MKFS))
@@ -173,29 +176,54 @@ def test_a_write_in_the_second_in_which_the_guest_has_ended_is_seen(whole_second
     assert not goes_on(whole_seconds)
 
 
-def test_a_guest_that_has_ended_at_once_is_waited_for(whole_seconds: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of the last write before the guest is not over yet: no time is left that nothing else can have."""
+def test_the_second_that_files_get_is_waited_for_once(whole_seconds: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written in that second has the same time."""
     slept: list[float] = []
-    whole_seconds.define("a.img")
-    path = whole_seconds.path("a.img")
+    domain = whole_seconds.domain("a.img")
+    second = replace(domain.nvdimms[0], slot=1, path=whole_seconds.path("b.img"))
+    two = replace(domain, nvdimms=(*domain.nvdimms, second))
+    whole_seconds.driver.define(two)
+    whole_seconds.run(two)
+    whole_seconds.mapper.alive.clear()
     now = time.time_ns()
-    os.utime(path, ns=(now, now))
-    monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(time, "time_ns", lambda: now + 2 * 10**9 * len(slept))
-    when = whole_seconds.backing.time_to_touch(path)
-    assert when == (now // 10**9 + 1) * 10**9
-    assert [0 < each <= 2 for each in slept] == [True]
-    os.utime(path, ns=(now, now - 2 * 10**9))
-    assert whole_seconds.backing.time_to_touch(path) == when
+    clock = SimpleNamespace(sleep=slept.append, time_ns=lambda: now + round(sum(slept) * 10**9))
+    monkeypatch.setattr(fsdax, "time", clock)
+    whole_seconds.another().reconcile()
+    assert (modified(whole_seconds), modified(whole_seconds, "b.img")) == 2 * ((now // 10**9 + 1) * 10**9,)
     assert len(slept) == 1
+    assert clock.time_ns() // 10**9 == now // 10**9 + 2
 
 
-def test_a_time_in_the_future_is_no_reason_to_wait(host: Host) -> None:
-    """A clock was wrong, say. What is written next has the present time."""
-    has_ended(host, written=2**31 - 1)
+def test_each_end_has_a_time_of_its_own_though_the_clock_was_set_back(host: Host) -> None:
+    """An earlier copy, with a time of before that, is not taken for what the guest has written."""
+    for time_before in (LATER, LATER + 1):
+        has_ended(host, written=time_before)
+        host.driver.reconcile()
+        assert modified(host) == (time_before + 1) * 10**9
+        assert goes_on(host)
+
+
+def test_a_time_in_the_future_is_not_waited_for(whole_seconds: Host) -> None:
+    """What is written next has the present time."""
+    has_ended(whole_seconds, written=LATER)
+    whole_seconds.driver.reconcile()
+    assert modified(whole_seconds) < time.time_ns()
+    assert goes_on(whole_seconds)
+
+
+def test_cp_u_copies_what_a_guest_wrote_after_an_earlier_copy(host: Host, tmp_path: Path) -> None:
+    """That copy was made while the guest ran: it is newer than the file, until the guest has ended."""
+    copy = ("cp", "-u", host.path("a.img"), str(tmp_path / "a.img"))
+    has_ended(host)
+    run(*copy)
+    run("chattr", "-i", host.path("a.img"))
+    with open(host.path("a.img"), "r+b", buffering=0) as file:
+        file.write(b"changed")
+    os.utime(host.path("a.img"), (LONG_AGO, LONG_AGO))
+    run("chattr", "+i", host.path("a.img"))
     host.driver.reconcile()
-    assert modified(host) < time.time_ns()
-    assert goes_on(host)
+    run(*copy)
+    assert (tmp_path / "a.img").read_bytes()[:7] == b"changed"
 
 
 def test_a_file_that_was_written_before_it_is_thawed_keeps_that_time(host: Host) -> None:
