@@ -300,6 +300,7 @@ class Changes:
         The mark is read from the file that has the identity, whatever the path leads to before and after.
 
         :raises InUseError: when it is.
+        :raises BackingError: when somebody else has made it immutable: it could not get its mark.
         """
         path, file = item.spec.path, backing.inspect(item.spec.path)
         here = (file and file.identity) or ownership.identity_at(self.driver.backings, path)
@@ -315,6 +316,7 @@ class Changes:
             mark = ownership.find_anothers_mark(*known, path, found)
         if mark:
             raise InUseError(f"{path} has the mark of domain {mark.name} ({mark.uuid})", hint="see 'nvdimmctl check'")
+        backing.check_can_freeze(path, found)
 
     def _store(self, record: Record, items: Sequence[Allocation], taken: Collection[str] = ()) -> None:
         """Store what a domain has instead of what is in its record.

@@ -111,6 +111,8 @@ class Nvdimms:
         if not state.own and (moved := self._moved(item)):
             yield inconsistency(state.problem or problem, self._displaced(record, item, moved))
             return
+        if found is None or on_same_volume(found, item.identity):
+            backing.check_can_freeze(path, found)
         if unfit := self.view.unfit.remedy(record, item, backing, state):
             yield inconsistency(*unfit)
             return
@@ -137,7 +139,6 @@ class Nvdimms:
             return
         if misplaced := self.driver.planner.find_misplaced_labels(item.spec):
             yield inconsistency(misplaced, "give it another slot: <address type='dimm' slot='…'/> in the domain's XML")
-        backing.check_can_freeze(path, item.identity)
         file = self.files.get(path)
         if file is not None and not file.frozen and not owner_marks.is_current(file.owner, record, item):
             problem = "it has no mark" if file.owner is None else "its mark is wrong or out of date"
@@ -161,6 +162,7 @@ class Nvdimms:
             return problem, "restore a backup of the file; or define the domain again with what is there", None
         if runs_without(record, later.file):
             return problem, f"shut domain {record.name} down first", None
+        later.backing.check_can_freeze(later.file.path, later.file.identity)
         found = [*filter(None, (self._later_mark(record, item) for item in record.allocations if item.ready))]
         take = self.changes.of(record, self.changes.take_marks, [each for each in found if each.is_whole()])
         return problem, f"take slot, sizes and base from the mark; for all such NVDIMMs of {record.name}", take

@@ -217,7 +217,7 @@ class Starts:
         if record is not None:
             try:
                 ownership.mark(self.ledger, self.backings, record)  # what could not be recorded while they were frozen
-            except LedgerError as error:
+            except (BackingError, LedgerError) as error:
                 LOG.warning("marks of domain %s are left to 'nvdimmctl check --repair': %s", record.name, error)
         written = self._times_of_left(start, away)
         self.ledger.end_start(start, kind=kind, left=bool(away) and self._is_whole(start), written=written)

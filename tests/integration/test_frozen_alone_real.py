@@ -501,3 +501,39 @@ def test_a_running_domain_is_not_defined_with_a_file_that_somebody_else_has_made
     with pytest.raises(BackingError, match="is immutable or append-only, and not by the driver"):
         host.driver.define(both)
     run("chattr", "-i", host.path("b.img"))
+
+
+def test_no_repair_takes_a_file_that_somebody_else_has_made_immutable(host: Host) -> None:
+    """It could not get its mark: the ledger would have the file, and each start would fail."""
+    host.driver.define(host.domain("a.img"))
+    run("cp", "-a", host.path("a.img"), host.path("copy"))
+    os.rename(host.path("copy"), host.path("a.img"))
+    before = host.record().allocations
+    (found,) = look(host.driver)
+    run("chattr", "+i", host.path("a.img"))
+    try:
+        assert found.mend
+        with pytest.raises(BackingError, match="and not by the driver"):
+            found.mend()
+        assert host.record().allocations == before
+        (found,) = look(host.driver)
+        assert ("and not by the driver" in found.problem, found.mend) == (True, None)
+    finally:
+        run("chattr", "-i", host.path("a.img"))
+    (found,) = look(host.driver)
+    assert found.mend
+    found.mend()
+    host.driver.prepare(host.domain("a.img"))
+
+
+def test_a_start_that_is_refused_leaves_nothing_behind_though_a_mark_cannot_be_written(host: Host) -> None:
+    host.driver.define(host.domain("a.img"))
+    os.removexattr(host.path("a.img"), inode._OWNER)
+    run("chattr", "+i", host.path("a.img"))
+    try:
+        with pytest.raises(BackingError, match="and not by the driver"):
+            host.driver.prepare(host.domain("a.img"))
+        assert host.record().start is None
+    finally:
+        run("chattr", "-i", host.path("a.img"))
+    host.driver.prepare(host.domain("a.img"))
