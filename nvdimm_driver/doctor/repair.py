@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from nvdimm_driver.backing.paths import HINTS, resolve
@@ -19,7 +20,7 @@ from nvdimm_driver.doctor.repair_view import (
 )
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError, XenError
-from nvdimm_driver.model import Record
+from nvdimm_driver.model import NvdimmSpec, Record
 
 LOG = logging.getLogger(__name__)
 
@@ -156,12 +157,39 @@ class _Look:
         give_up = self.changes.of_intents(record, change, is_current)
         paths = {resolve(spec.path) for spec in defined.nvdimms} if defined else set()
         if defined and {item.spec.path for item in record.intents} <= paths:
-            finish = self.changes.of_intents(record, partial(self.changes.finish_define, defined), is_current)
+            if moved := self.view.moved_from(record):
+                move = partial(self.changes.move_to_define, record, moved)
+                remedy = f"move {' and '.join(moved)} back, which has the mark; then finish that define"
+                return remedy, self.changes.of_intents(record, move, is_current)
+            new = [spec for spec in defined.nvdimms if self.view.is_made_by(replace(spec, path=resolve(spec.path)))]
+            if doubt := self._doubt_of_new(record, new):
+                return doubt, give_up
+            finish = partial(self.changes.finish_define, defined, [resolve(spec.path) for spec in new])
             besides = "; what the domain had before stays its own, too, until it is defined again"
-            return "finish it: libvirt has the new definition already" + besides * bool(record.allocations), finish
+            remedy = "finish it: libvirt has the new definition already" + besides * bool(record.allocations)
+            return remedy, self.changes.of_intents(record, finish, is_current)
         if record.allocations:
             return f"give that up: {keeps}", give_up
         return "give that up: the domain had nothing before, and has no such definition in libvirt", give_up
+
+    def _doubt_of_new(self, record: Record, new: Sequence[NvdimmSpec]) -> str:
+        """Return that a define that was killed must not make new files, and what to do; empty when it may.
+
+        It may have ended since the ledger's backup was made, and its guest have written to the files.
+
+        :param new: what it would make.
+        """
+        runs_with = record.start.paths if record.start else ()  # it may have given that up meanwhile
+        marked = [
+            path for spec in new for path in self.view.marks.all_of(record.uuid, spec.slot) if path not in runs_with
+        ]
+        if not marked and not (new and self.driver.ledger.is_from_elsewhere()):
+            return ""
+        why = f"{' and '.join(marked)} has the mark" if marked else "the ledger is from a backup"
+        return (
+            f"give that up: finishing it would make {' and '.join(spec.path for spec in new)} anew, of zeros, and "
+            f"{why}; if the domain had that, put it back before the repair; if not, define the domain again after it"
+        )
 
 
 def _guarded(owner: Record | None, path: str, found: Iterator[Inconsistency]) -> Iterator[Inconsistency]:

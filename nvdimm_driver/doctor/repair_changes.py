@@ -11,7 +11,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.lifecycle import slots
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, Record, Surveyed
-from nvdimm_driver.plugins import Backing, backing_of
+from nvdimm_driver.plugins import Backing, backing_of, exists
 from nvdimm_driver.state import owner_marks, ownership
 from nvdimm_driver.state.owner_marks import Mark
 
@@ -344,12 +344,26 @@ class Changes:
 
     # --- of a define that was killed ---
 
-    def finish_define(self, domain: DomainSpec) -> None:
+    def move_to_define(self, record: Record, moved: Mapping[str, str]) -> None:
+        """Move files to where a define wants them, unless they are there; a repair of one does it for all.
+
+        :param moved: where each is to be, by its path of now.
+        """
+        ownership.check_off(record)
+        for source, target in moved.items():
+            if exists(source):
+                backing_of(self.driver.backings, source).move(source, target, self.files[source].identity)
+
+    def finish_define(self, domain: DomainSpec, new: Collection[str]) -> None:
         """Define a domain as libvirt has defined it already; what it has besides stays its own.
 
+        :param new: paths of files that this may make.
         :raises NvdimmError: when that fails; what the define wants stays in the ledger, for the next look.
         """
         plan = self.driver.check(domain, repairs=True)
+        for spec, intake in zip(plan.domain.nvdimms, plan.intakes, strict=True):
+            if intake.creates and spec.path not in new:
+                raise InUseError(f"{spec.path} is gone", hint="repeat 'nvdimmctl check'")
         try:
             self.driver.create(domain, plan)
         except BaseException:

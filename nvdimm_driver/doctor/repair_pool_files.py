@@ -145,6 +145,8 @@ class PoolFiles:
         has_it = known is not None and known.start is not None and file.path in known.start.paths
         if has_it and not self.view.is_defined_with(mark.uuid, file.path):
             return  # given up by a definition, and its mark goes when the guest has ended
+        if known and file.path in self.view.moved_from(known):
+            return  # the finding is at the define that wants it
         inconsistency = about(known or mark, file.path)
         item = Allocation(mark.uuid, mark.spec, base=mark.base, changed=mark.changed)
         if known and (other := self.view.find(mark.uuid, mark.spec.slot)):

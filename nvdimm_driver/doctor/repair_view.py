@@ -9,13 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from nvdimm_driver.backing.paths import resolve
+from nvdimm_driver.backing.paths import resolve, same_file_system
 from nvdimm_driver.doctor.repair_changes import Changes, exchanged_names
 from nvdimm_driver.doctor.repair_files import UnfitFiles
 from nvdimm_driver.doctor.repair_marks import Marks
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import ConfigError, NvdimmError
-from nvdimm_driver.model import Allocation, DomainSpec, Record, Surveyed
+from nvdimm_driver.model import Allocation, DomainSpec, NvdimmSpec, Record, Surveyed
 from nvdimm_driver.plugins import Backing, backing_named, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.owner_marks import Mark
@@ -184,6 +184,27 @@ class View:
         """Return True when an NVDIMM's file has its mark."""
         file = self.file_at(item.spec.path)
         return file is not None and is_marked(file, item)
+
+    def is_made_by(self, spec: NvdimmSpec) -> bool:
+        """Return True when a define would make a new file for an NVDIMM; False also when it would fail."""
+        with suppress(NvdimmError):
+            return backing_of(self.driver.backings, spec.path).examine(spec).creates
+        return False
+
+    def moved_from(self, record: Record) -> dict[str, str]:
+        """Return where a define that was killed wants files that can be moved there, by their paths of now.
+
+        The ledger's backup was made within the define, and the file, which has the mark, was moved since.
+        """
+        found = {}
+        for item in record.intents:
+            path, marked = item.spec.path, self.marks.files_of(record.uuid, item.spec.slot)
+            if len(marked) != 1 or record.start is not None or exists(path):
+                continue
+            file = self.files[marked[0]]
+            if not (file.is_device or file.frozen) and same_file_system(file.path, path):
+                found[file.path] = path
+        return found
 
     def is_defined_with(self, uuid: str, path: str) -> bool:
         """Return True when libvirt's definition of a domain has a path; False also when libvirt cannot be asked."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from nvdimm_driver.backing import inode
+from nvdimm_driver.cmd.ctl.check import _repair
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import FullDiskError, InUseError, NvdimmError
 from nvdimm_driver.model import KIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.state import ownership
@@ -20,6 +25,7 @@ from tests.integration.loop_pmem import MKFS, FileSystem
 from tests.integration.test_later_marks_real import had
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty
 from tests.integration.test_restored_ledger_real import HIGH, back_up, repair, restore
+from tests.integration.test_restored_ledger_saved_real import put_back
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
 
@@ -185,3 +191,55 @@ def several(host: Host, *names: str) -> DomainSpec:
     """Return a domain with these, in the slots from 0 on."""
     specs = tuple(NvdimmSpec(slot, host.path(name), SIZE) for slot, name in enumerate(names))
     return replace(host.domain("a.img"), nvdimms=specs)
+
+
+def backed_up_within_a_define(host: Host) -> DomainSpec:
+    """Have the guest write to its file since, and the file renamed."""
+    domain = host.domain("a.img")
+    host.driver.begin(domain, host.driver.check(domain))
+    back_up(host)
+    host.driver.define(domain)
+    with open(host.path("a.img"), "r+b") as file:
+        file.write(DATA)
+    os.rename(host.path("a.img"), host.path("moved.img"))
+    put_back(host)
+    return domain
+
+
+def repair_as_defined(host: Host, domain: DomainSpec) -> list[Inconsistency]:
+    """Repair what is there while libvirt has that definition; return what is left."""
+
+    def find() -> list[Inconsistency]:
+        return look(host.driver, lambda uuid: domain if uuid == domain.uuid else None)
+
+    assert {done for _, done in _repair(find)} == {"yes"}
+    return find()
+
+
+def test_a_repair_of_a_define_moves_the_domains_file_back(host: Host) -> None:
+    """The ledger's backup was made within the define: before, the repair made a new file, of zeros."""
+    domain = backed_up_within_a_define(host)
+    assert repair_as_defined(host, domain) == []
+    assert not os.path.exists(host.path("moved.img"))
+    assert host.read("a.img") == DATA
+    assert [(item.spec.slot, item.spec.path) for item in host.record().allocations] == [(0, host.path("a.img"))]
+
+
+@pytest.mark.parametrize("way", ["lost", "two with its mark"])
+def test_a_repair_of_a_define_makes_no_file_in_place_of_one_that_may_be_the_domains(host: Host, way: str) -> None:
+    domain = backed_up_within_a_define(host)
+    if way == "lost":
+        os.unlink(host.path("moved.img"))
+    else:
+        host.driver.ledger.take_over(compared=True)
+        Path(host.path("another.img")).write_bytes(bytes(SIZE))
+        for name in ("moved.img", "another.img"):  # as an earlier version has marked them
+            mark = json.loads(host.mark("moved.img") or b"")
+            mark.pop("file", None)
+            os.setxattr(host.path(name), inode._OWNER, json.dumps(mark).encode())
+    found = repair_as_defined(host, domain)
+    same_mark = {host.path("moved.img"), host.path("another.img")}
+    assert {each.path for each in found} == (set() if way == "lost" else same_mark)
+    assert not os.path.exists(host.path("a.img"))
+    with pytest.raises(NvdimmError, match=r"a\.img"):
+        host.driver.prepare(domain)
