@@ -79,10 +79,7 @@ class DomainLocks:
         return self._reserve.spend(lambda: self._take(f"store-{uuid}", what, self.seconds))
 
     def _change(self, uuid: str, seconds: float, client: str = "") -> LockFile:
-        what = (
-            f"domain {uuid} is being defined, created, started from a saved guest or released, or gets metadata or a "
-            "device"
-        )
+        what = f"domain {uuid} is being defined, created, started from a saved guest or released"
         return self._take(f"define-{uuid}", what, seconds, client)
 
     def _take(self, name: str, what: str, seconds: float, client: str = "") -> LockFile:

@@ -25,6 +25,7 @@ from nvdimm_driver.lifecycle.redefine import may_read
 from nvdimm_driver.lock_files import LockFile
 from nvdimm_driver.model import DomainSpec, NvdimmSpec, Plan, Record
 from nvdimm_driver.rpc import metadata_calls, opening
+from nvdimm_driver.rpc.additions import Additions
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import (
     Steps,
@@ -75,10 +76,6 @@ MIGRATE_PARAMS_MAX = 64
 START_FORCE_BOOT = 1 << 3
 MIGRATE_DEST_XML = "destination_xml"
 
-SMALL_ADDITION = 4096
-"""Bytes that a call adds to a domain's XML, up to which a hundred may be checked at once: the driver reads twice the
-bytes, and four times the elements, that a domain may have after such a check (:mod:`.document`)."""
-
 T = TypeVar("T")
 
 
@@ -88,15 +85,22 @@ class Interceptor:
     :param driver: makes a driver, in the thread that uses it; its ledger is closed afterwards.
     :param save_dir: libvirt's folder of managed saves; empty when nobody knows it.
     :param client: whose call is handled.
+    :param additions: what the calls of all clients add.
     """
 
     def __init__(
-        self, driver: Callable[[], XenNvdimmDriver], hooks: XmlHooks, save_dir: str = "", client: Peer | None = None
+        self,
+        driver: Callable[[], XenNvdimmDriver],
+        hooks: XmlHooks,
+        save_dir: str = "",
+        client: Peer | None = None,
+        additions: Additions | None = None,
     ) -> None:
         self._make_driver = driver
         self._hooks = hooks
         self._save_dir = save_dir
         self._client = client
+        self._additions = additions or Additions()
 
     def table(self, *, read_only: bool = False) -> Table:
         """Return the table for clients of the read-only socket, or of the other one."""
@@ -108,9 +112,8 @@ class Interceptor:
 
     def _handle(self, row: Row, procedure: int, context: Context, payload: bytes) -> Steps:
         LOG.debug("%s, called by uid %d, pid %d", Procedure(procedure).name.lower(), context.peer.uid, context.peer.pid)
-        return row.handler(
-            Interceptor(self._make_driver, self._hooks, self._save_dir, context.peer), procedure, payload
-        )
+        for_client = Interceptor(self._make_driver, self._hooks, self._save_dir, context.peer, self._additions)
+        return row.handler(for_client, procedure, payload)
 
     # --- XML that comes in ---
 
@@ -240,14 +243,12 @@ class Interceptor:
     def _added(self, domain: DomainRef, added: Added, passed: Steps) -> Steps:
         """Make the call that adds to a domain's XML, if that of its definition and of its guest has room for it.
 
-        Each adds to what is there: so large ones go one at a time. There is room for many small ones at once.
+        There has to be room for what all calls add that have begun before it, too.
         """
-        if (yield from find(domain.uuid)) is None:
-            return (yield from passed)
-        with nullcontext() if added.size <= SMALL_ADDITION else (yield from self._changing(domain.uuid)):
+        with self._additions.count(domain.uuid, added) as all_added:
             for ask_xml in (definition, current_xml):
                 xml = yield from ask_xml(domain)
-                yield Work(partial(check_room, xml, added), Pool.XML)
+                yield Work(partial(check_room, xml, all_added), Pool.XML)
             return (yield from passed)
 
     # --- a domain's life ---

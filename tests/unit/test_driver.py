@@ -593,8 +593,5 @@ def test_a_release_says_why_a_start_that_is_over_cannot_be_put_away(tmp_path: Pa
         driver.release_claims(record, lambda what: unwatched, delete=False)
     driver.starts.abandoned_seconds = 600
     driver.locks.seconds = 0.0
-    with (
-        driver.locks.changing(UUID),
-        pytest.raises(InUseError, match=r"is being defined, .* or gets metadata or a device by"),
-    ):
+    with driver.locks.changing(UUID), pytest.raises(InUseError, match=r"is being defined, .* or released by"):
         driver.release_claims(record, lambda what: unwatched, delete=False)

@@ -170,7 +170,7 @@ def test_a_define_that_is_repeated_while_it_writes_zeros_is_told_so(
         for call in (proxy.define, lambda text: create(proxy, "a")):
             with pytest.raises(
                 InUseError,
-                match=rf"or gets metadata or a device by process {os.getpid()} \(.* for process 1 \(.*user 0",
+                match=rf"or released by process {os.getpid()} \(.* for process 1 \(.*user 0",
             ):
                 call(xml("a"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import InUseError, NvdimmError
+from nvdimm_driver.errors import DomainXmlError, InUseError, NvdimmError
 from nvdimm_driver.rpc.handler_types import Call, Entry, Work
 from nvdimm_driver.rpc.locking import LOCK_DELAYS
 from nvdimm_driver.rpc.procedure import Procedure
@@ -97,12 +97,26 @@ def test_who_changes_a_domain_or_starts_its_saved_guest_has_its_lock_in_the_call
         proxy.define(xml("a"))
         one = Client(proxy, procedure, packer)
         one.before(procedure)
-        with pytest.raises(
-            InUseError,
-            match="is being defined, created, started from a saved guest or released, or gets metadata or a device by",
-        ):
+        with pytest.raises(InUseError, match="defined, created, started from a saved guest or released by"):
             driver.locks.try_changing(UUID, "")
         one.finish()
+
+
+def test_what_calls_add_at_once_is_counted_together(tmp_path: Path) -> None:
+    """Each is checked with the XML before the others: without their sum, it could be more than anybody reads."""
+    proxy = Proxy(tmp_path, MemoryBacking())
+    defined = proxy.define(xml())
+    value = f"<a>{'<b/>' * 1000}</a>"
+    arguments = Packer().domain(defined).int32(2).optional_string(value).optional_string("k").optional_string("urn:x")
+    arguments.uint32(0)
+    begun = [Client(proxy, Procedure.DOMAIN_SET_METADATA, arguments) for _ in range(50)]
+    for one in begun[:49]:
+        one.before(Procedure.DOMAIN_SET_METADATA)
+    with pytest.raises(DomainXmlError, match="would have more than 50000 elements"):
+        begun[49].before(Procedure.DOMAIN_SET_METADATA)
+    for one in begun[:49]:
+        one.finish()
+    proxy.call(Procedure.DOMAIN_SET_METADATA, arguments)  # libvirt's double has added nothing
 
 
 def test_a_start_without_nvdimms_leaves_those_of_a_define_meanwhile(tmp_path: Path) -> None:
