@@ -426,7 +426,10 @@ class Interceptor:
         return Work(with_driver, pool)
 
     def _record(self, domain: DomainRef) -> Generator[Call | Work, Any, Record | None]:
-        record: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(domain.uuid))
+        return (yield from self._record_of(domain.uuid))
+
+    def _record_of(self, uuid: str) -> Generator[Call | Work, Any, Record | None]:
+        record: Record | None = yield self._work(lambda driver: driver.ledger.find_domain(uuid))
         return record
 
     def _read(self, xml: bytes, *, validate: bool = False) -> Generator[Call | Work, Any, ClientDomain]:
@@ -477,12 +480,6 @@ class Interceptor:
         if defined is not None and (yield from self._has_nvdimms(defined)):
             yield self._work(lambda driver: driver.ledger.check_own())
 
-    def _find_known(self, uuid: str | None) -> Generator[Call | Work, Any, DomainRef | None]:
-        """Return libvirt's domain of that uuid, if the ledger has it, too."""
-        if uuid is None or (yield self._work(lambda driver: driver.ledger.find_domain(uuid))) is None:
-            return None
-        return (yield from find(uuid))
-
     def _find_abandoned(self, uuid: str, before: Record | None) -> Generator[Call | Work, Any, Record | None]:
         """Return a domain that has a start since then, if nobody goes on with it: libvirt does not start the domain.
 
@@ -518,14 +515,7 @@ class Interceptor:
         domain = read.domain
         if domain is None:
             yield from self._check_known(read.uuid)
-            found = yield from self._find_known(read.uuid)
-            with nullcontext() if found is None or found.uuid == locked else (yield from self._changing(found.uuid)):
-                reply = yield from pass_xml(procedure, (yield from self._without_remains(payload, read)), read)
-                defined = Unpacker(reply).domain()
-                known = yield from self._record(defined)
-                if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
-                    yield from self._drop_claims(defined.uuid, found.uuid if found else locked)
-            return reply
+            return (yield from self._define_plain(procedure, payload, read, locked))
         resolved, domain = yield from self._resolved_domain(read.text, domain)
         uuid: str = yield self._work(lambda driver: driver.identify(domain).uuid)
         with nullcontext() if uuid == locked else (yield from self._changing(uuid)):
@@ -546,6 +536,25 @@ class Interceptor:
                 if (yield from put_back_definition(uuid, before)):
                     yield from self._cancel(identified, had)
                 raise
+            return reply
+
+    def _define_plain(self, procedure: int, payload: bytes, read: ClientDomain, locked: str | None) -> Steps:
+        """Define a domain without NVDIMMs, which gives up those that it had, with its lock if the ledger knows it."""
+        uuid = read.uuid if read.uuid and (yield from self._record_of(read.uuid)) else None
+        with nullcontext() if uuid is None or uuid == locked else (yield from self._changing(uuid)):
+            before = None if uuid is None else (yield from known_definition(uuid))
+            reply = yield from pass_xml(procedure, (yield from self._without_remains(payload, read)), read)
+            defined = Unpacker(reply).domain()
+            try:
+                known = yield from self._record(defined)
+                if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
+                    yield from self._drop_claims(defined.uuid, uuid or locked)
+            except (NvdimmError, OSError, LibvirtError) as failed:
+                if uuid is not None and before is not None:
+                    yield from put_back_definition(uuid, before)
+                    raise
+                # of another client, who defines it with NVDIMMs meanwhile
+                LOG.error("domain %s keeps NVDIMMs that it was defined without: %s", defined.uuid, failed)
             return reply
 
     def _cancel(self, domain: DomainSpec, had: Sequence[NvdimmSpec]) -> Generator[Call | Work, Any, None]:

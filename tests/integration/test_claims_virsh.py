@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.lock_files import LockFile
 from tests.integration.bench_host import UUID, Host
 from tests.integration.test_virsh import image, refused
 
@@ -61,6 +62,26 @@ def test_a_create_that_libvirt_refuses_takes_nothing(host: Host) -> None:
         assert "new.img" not in host.files()
         assert "belongs to domain db1" in refused(host, "define", stranger(host))
         assert host.nvdimmctl("check").returncode == 0
+
+
+def test_a_define_without_nvdimms_that_is_refused_leaves_the_definition_of_before(host: Host) -> None:
+    """The pool's file system is read-only just now; later, the undefined domain is being wiped."""
+    before, allocations = host.check("dumpxml", "db1"), host.record("db1").allocations
+    plain = host.xml("db1", 1)
+    plain.write_text(re.sub(r"<memory model.*?</memory>\s*", "", plain.read_text(), flags=re.DOTALL))
+    host.libvirtd.run("mount", "-o", "remount,ro", host.folder / "pmem")
+    try:
+        assert "Read-only file system" in refused(host, "define", plain)
+    finally:
+        host.libvirtd.run("mount", "-o", "remount,rw", host.folder / "pmem")
+    assert host.check("dumpxml", "db1") == before
+    host.check("undefine", "db1")
+    with LockFile(host.folder / "state/locks" / f"define-{UUID.format(1)}"):
+        assert "released by" in refused(host, "define", plain)
+    assert "db1" not in host.check("list", "--all", "--name")
+    assert host.record("db1").allocations == allocations
+    host.check("define", plain)
+    assert "no domain" in host.nvdimmctl("show", "db1").stderr
 
 
 def test_a_create_beside_a_definition_leaves_what_that_has(host: Host) -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import errno
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,36 @@ def test_a_define_without_nvdimms_leaves_those_of_a_define_that_came_after_it(tm
     del proxy.libvirtd.defined[UUID]  # undefined: its NVDIMMs stay its own
     one = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml()))
     one.until(Procedure.DOMAIN_DEFINE_XML)
-    proxy.define(xml("a"))
+    with pytest.raises(InUseError):
+        proxy.define(xml("a"))
     one.finish()
+    proxy.define(xml("a"))
     assert claims(tmp_path, backing) == ["/mnt/pmem0/a"]
+
+
+@pytest.mark.parametrize("is_locked", [True, False])
+def test_a_define_without_nvdimms_that_is_refused_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_locked: bool
+) -> None:
+    """Its NVDIMMs stay its own while it is undefined. They are wiped, or their file system is read-only just now."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    backing = MemoryBacking()
+    proxy, driver = Proxy(tmp_path, backing), make_driver(tmp_path, backing, RecordingMapper())
+    proxy.define(xml("a"))
+    for defined in (dict(proxy.libvirtd.defined), {}):
+        proxy.libvirtd.defined = dict(defined)
+        with ExitStack() as stack:
+            if is_locked:
+                stack.enter_context(driver.locks.changing(UUID))
+            else:
+                stack.enter_context(monkeypatch.context()).setattr(type(driver.definitions), "drop_claims", fail)
+            with pytest.raises((InUseError, OSError)):
+                proxy.define(xml())
+        assert proxy.libvirtd.defined == defined
+        assert claims(tmp_path, backing) == ["/mnt/pmem0/a"]
 
 
 def test_who_changes_a_domain_or_starts_its_saved_guest_has_its_lock_in_the_call_to_libvirt(tmp_path: Path) -> None:
