@@ -68,6 +68,7 @@ LimitNOFILE=16384
 # It takes some 60 MiB, and the QEMUs that it runs as much each. A client can have it keep 64 calls with 4 MiB of XML,
 # 256 MiB: clients that do so end it, and not the host; it starts again, and no guest notices.
 MemoryMax=1G
+# It has the host's /tmp: a client may restore a guest that is saved there.
 # It writes files on any file system that the operator has NVDIMMs on, makes them immutable (LINUX_IMMUTABLE), asks who
 # may write them (LEASE), reads page tables and confines label servers (SYS_ADMIN), locks pages (IPC_LOCK), and starts
 # QEMUs without privileges (SETUID, SETGID, SETPCAP) and kills them (KILL).
@@ -83,7 +84,6 @@ ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 PrivateNetwork=yes
-PrivateTmp=yes
 RestrictAddressFamilies=AF_UNIX
 RestrictNamespaces=ipc mnt net
 RestrictRealtime=yes

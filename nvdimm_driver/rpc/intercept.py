@@ -9,12 +9,13 @@ return the reply.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
@@ -49,7 +50,7 @@ from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCal
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import Added, ClientDevice, ClientDomain, check_room, read_device, read_domain
-from nvdimm_driver.xml.definition_files import uuid_of_save, xml_of_save
+from nvdimm_driver.xml.definition_files import open_save, uuid_of_save, xml_of_save
 from nvdimm_driver.xml.document import decode
 from nvdimm_driver.xml.edit_devices import (
     Edit,
@@ -316,16 +317,29 @@ class Interceptor:
 
         A start takes over the NVDIMMs of the image. One that fails gives them up, unless their marks say that they were
         the domain's. The image says which domain that is: others may be started, and fail, meanwhile.
+
+        libvirtd gets a path that leads to the file that was read. The client's could lead to another one by then: to
+        another domain's image, or to a FIFO, for which libvirtd waits, and the domain stays locked.
         """
-        image = Path(Unpacker(payload).string())
-        uuid: str = yield Work(lambda: uuid_of_save(image), Pool.HOST)
-        if not uuid:
+        values = Unpacker(payload)
+        file, flags = Path(values.string()), values.rest()
+        try:
+            image: BinaryIO = yield Work(lambda: open_save(file), Pool.HOST)
+        except OSError:  # libvirtd says why
             return (yield from call(procedure, payload))
+        with image:
+            uuid: str = yield Work(lambda: uuid_of_save(image), Pool.HOST)
+            same_file = Packer().string(f"/proc/{os.getpid()}/fd/{image.fileno()}")
+            restored = call(procedure, bytes(same_file) + flags)
+            return (yield from (self._restored_guest(uuid, restored) if uuid else restored))
+
+    def _restored_guest(self, uuid: str, restored: Steps) -> Steps:
+        """Make the call that restores a domain's guest; if it fails, undo what its start has done."""
         with (yield from self._changing(uuid)):
             yield self._work(lambda driver: driver.clear_fault(uuid))
             before: Before = yield self._work(lambda driver: driver.state_of(uuid))
             try:
-                return (yield from call(procedure, payload))
+                return (yield from restored)
             except LibvirtError as error:
                 explained = yield from self._explained(error, uuid)
                 try:

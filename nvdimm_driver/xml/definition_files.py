@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from nvdimm_driver import host_files
-from nvdimm_driver.errors import ConfigError, NvdimmError
+from nvdimm_driver.errors import ConfigError, DomainXmlError, NvdimmError, UnsupportedError
 from nvdimm_driver.host_text import decode
+from nvdimm_driver.xml import document
 from nvdimm_driver.xml.document import MAX_BYTES, may_have, parse
 from nvdimm_driver.xml.parse_domain import nvdimm_elements, path_of, uuid_of
 
@@ -159,33 +161,67 @@ def has_managed_save(folder: str, name: str, uuid: str) -> bool:
 def xml_of_save(file: Path) -> str | None:
     """Return the domain XML in an image of a saved guest: a restore has that, whatever the definition has become.
 
-    It follows a header: a magic string, a version, and its length (src/libxl/libxl_conf.h:libxlSavefileHeader).
-
-    :returns: None when the file cannot be read, or is no such image. A client may have named it.
+    :returns: None when the file cannot be read, or is no such image.
     """
     try:
-        place = os.open(file, os.O_PATH | os.O_CLOEXEC)  # the open of a device could do something
-        try:
-            if not stat.S_ISREG(os.fstat(place).st_mode):
-                return None
-            opened = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        finally:
-            os.close(place)
-        with open(opened, "rb") as image:
-            magic, version, length = _SAVE_HEADER.unpack(image.read(_SAVE_HEADER.size))
-            is_image = (magic, version) == (_SAVE_MAGIC, _SAVE_VERSION) and length <= MAX_BYTES
-            text = image.read(length) if is_image else b""
-    except (OSError, struct.error) as error:
+        with open_save(file) as image:
+            xml = _read_save(image)
+    except (OSError, NvdimmError) as error:
         LOG.warning("%r: what is saved there cannot be read: %s", str(file), error)
         return None
-    return decode(text.rstrip(b"\0")) or None
+    return decode(xml) or None
 
 
-def uuid_of_save(file: Path) -> str:
-    """Return the uuid of the domain in an image of a saved guest; empty where :func:`xml_of_save` returns None."""
-    with suppress(NvdimmError):
-        return uuid_of(parse(xml_of_save(file) or "").root) or ""
-    return ""
+def open_save(file: Path) -> BinaryIO:
+    """Open an image of a saved guest, which a client may have named.
+
+    :raises OSError: when it cannot be opened.
+    :raises UnsupportedError: when it is no regular file: to open it could wait for ever, or do something to a device.
+    """
+    place = os.open(file, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            raise UnsupportedError(
+                f"{file} is a FIFO, a device or a folder, and the driver has to read a saved guest before libvirt does",
+                hint="write it to a file, and restore that",
+            )
+        return open(os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    finally:
+        os.close(place)
+
+
+def uuid_of_save(image: BinaryIO) -> str:
+    """Return the uuid of the domain in an image of a saved guest; empty when libvirt refuses the image.
+
+    :raises DomainXmlError: when it has XML that libvirt may read, and the driver does not, or no uuid.
+    """
+    xml = _read_save(image)
+    if not xml:
+        return ""
+    uuid = uuid_of(parse(document.decode(xml)).root)
+    if uuid is None:
+        raise DomainXmlError("the XML of the saved guest has no <uuid>", hint="libvirt writes one: save the guest anew")
+    return uuid
+
+
+def _read_save(image: BinaryIO) -> bytes:
+    """Return the domain XML in an image of a saved guest; empty when libvirt refuses the image.
+
+    It follows a header: a magic string, a version, and its length (src/libxl/libxl_domain.c:libxlDomainSaveImageOpen).
+    libvirt reads it up to the first NUL.
+
+    :raises DomainXmlError: when it is too long.
+    """
+    header = image.read(_SAVE_HEADER.size)
+    if len(header) < _SAVE_HEADER.size:
+        return b""
+    magic, version, length = _SAVE_HEADER.unpack(header)
+    if magic != _SAVE_MAGIC or version > _SAVE_VERSION:
+        return b""
+    if length > MAX_BYTES:
+        raise DomainXmlError(f"the XML of the saved guest has {length} bytes", hint=f"it may have {MAX_BYTES}")
+    xml = image.read(length)
+    return xml.partition(b"\0")[0] if len(xml) == length else b""
 
 
 def _unreadable(path: str | Path, error: OSError) -> ConfigError:

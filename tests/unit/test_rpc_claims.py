@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -15,12 +16,12 @@ import pytest
 
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, InUseError, LedgerError, RefusedError, UnsupportedError
+from nvdimm_driver.errors import BackingError, DomainXmlError, InUseError, LedgerError, RefusedError, UnsupportedError
 from nvdimm_driver.model import BackingIdentity, DomainSpec, NvdimmSpec, Progress, Record
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.rpc.handler_types import Call, Pool
 from nvdimm_driver.rpc.procedure import Procedure
-from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.parse_domain import extract
 from nvdimm_driver.xml.rewrite import restore
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryBacking, RecordingMapper, domain, make_driver, map_prepared
@@ -323,6 +324,45 @@ def test_a_refused_restore_leaves_no_claim_that_the_domain_did_not_have(
         assert A not in backing.marks
         driver.define(domain(A, uuid=OTHER_UUID, name="db2"))
     assert A in backing.files
+
+
+def test_libvirtd_gets_the_image_that_was_read(proxy: Proxy, image: Path) -> None:
+    """The client's path may lead to another one by then, or to a FIFO, for which libvirtd would wait."""
+    saved = image.read_bytes()
+    flags = bytes(Packer().optional_string(None).uint32(2))
+    one = Client(proxy, Procedure.DOMAIN_RESTORE_FLAGS, Packer().string(str(image)).optional_string(None).uint32(2))
+    one.before(Procedure.DOMAIN_RESTORE_FLAGS)
+    image.unlink()
+    os.mkfifo(image)
+    assert isinstance(one.request, Call)
+    values = Unpacker(one.request.payload)
+    path = Path(values.string())
+    assert path != image
+    assert (path.read_bytes(), values.rest()) == (saved, flags)
+    one.finish()
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (("<domain", "<!DOCTYPE domain><domain"), "has a document type declaration"),
+        (("<domain", "<?xml version='1.0' encoding='UTF-7'?><domain"), "encoding 'UTF-7' is not supported"),
+        ((f"<uuid>{UUID}</uuid>", ""), "has no <uuid>"),
+        (("<devices>", "x" * (4 << 20)), "the XML of the saved guest has"),
+    ],
+)
+def test_an_image_that_libvirt_may_read_and_the_driver_does_not_is_refused(
+    proxy: Proxy, image: Path, changed: tuple[str, str], says: str
+) -> None:
+    xml = image.read_bytes()[64:].replace(changed[0].encode(), changed[1].encode())
+    image.write_bytes(struct.pack("=16sII40x", b"libvirt-xml\n \0 \r", 1, len(xml)) + xml)
+    with pytest.raises(DomainXmlError, match=says):
+        proxy.call(Procedure.DOMAIN_RESTORE, Packer().string(str(image)))
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(UnsupportedError, match="is a FIFO, a device or a folder"):
+        proxy.call(Procedure.DOMAIN_RESTORE, Packer().string(str(image)))
+    assert proxy.libvirtd.calls == []
 
 
 @pytest.mark.parametrize("changed", [False, True])
