@@ -206,9 +206,8 @@ class Starts:
                     )
                     logs.tell(left)
                 unmark = ownership.is_given_up(self.ledger, self.backings, start.uuid, path)
-                unmark = unmark and not (
-                    record and self.is_saved(record.name, record.uuid)
-                )  # its guest goes on with that
+                if record and self.is_saved(record.name, record.uuid):  # its guest goes on with that
+                    unmark = False
                 self.thaw(path, had.get(path), over=start, touch=times.get(path), unmark=unmark)
         finally:
             if self._is_latest(start):

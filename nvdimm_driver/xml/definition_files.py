@@ -155,7 +155,11 @@ def has_managed_save(folder: str, name: str, uuid: str) -> bool:
     :raises OSError: when nobody can look into it.
     """
     file = Path(folder, f"{name}.save")
-    return bool(folder) and host_files.is_file(file) and uuid_of_save(file) in ("", uuid)
+    if not folder or not host_files.is_file(file):
+        return False
+    with suppress(NvdimmError):
+        return uuid_of(parse(xml_of_save(file) or "").root) in (None, uuid)
+    return True
 
 
 def xml_of_save(file: Path) -> str | None:
