@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -382,16 +383,18 @@ class FsdaxBacking(Backing):
         return None if found is None else found.st_mtime_ns
 
     def time_to_touch(self, path: str) -> int | None:
-        """Return the next whole second: a copy that a program made before, with the time of then, is older.
+        """Return a time in the next second: a copy that a program made before, with the time of then, is older.
 
-        It is later than the last write, too, if the clock was set back since: an earlier copy can have any time before
-        that. Where times are whole seconds, a later write may not get it, and nobody can wait for such a time.
+        It is later than the last write, too, if the clock was set back since. A random fraction makes it differ from
+        the time of each copy, also of one that was made after an end in the same second, or before the clock was set
+        back. Where times are whole seconds, a later write may not get it, and nobody can wait for a time that is
+        further in the future.
         """
         found = _status(path)
         now, last = time.time_ns() // _SECOND, found.st_mtime_ns // _SECOND if found else 0
-        if found and _in_whole_seconds(found) and last > now + 1:
-            last = now
-        return (max(now, last) + 1) * _SECOND
+        if found and _in_whole_seconds(found):
+            return ((now if last > now + 1 else max(now, last)) + 1) * _SECOND
+        return (max(now, last) + 1) * _SECOND + 1 + secrets.randbelow(_SECOND - 1)
 
     def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
         """Undo :meth:`freeze`. A file that somebody else has made immutable stays so."""
@@ -652,16 +655,13 @@ class FsdaxBacking(Backing):
 
 
 def _in_whole_seconds(found: os.stat_result) -> bool:
-    """Return True for a file of a file system without fractions of seconds: ext4 with inodes of 128 bytes.
-
-    Elsewhere, the kernel gives a whole second to nothing that is written.
-    """
+    """Return True for a file of a file system without fractions of seconds: ext4 with inodes of 128 bytes."""
     return found.st_ctime_ns % _SECOND == 0
 
 
-def _let_pass(second: int, fd: int) -> None:
-    """Wait until a whole second is over, if what is written to a file in that second gets it for its time."""
-    left = second + _SECOND + _TICK - time.time_ns()
+def _let_pass(when: int, fd: int) -> None:
+    """Wait until a second is over, if what is written to a file in that second gets it for its time."""
+    left = when + _SECOND + _TICK - time.time_ns()
     if left > 0 and _in_whole_seconds(os.fstat(fd)):
         time.sleep(min(left, _LONGEST_WAIT) / _SECOND)
 

@@ -102,7 +102,7 @@ def _drive(steps: Generator[Call | Work, Any, bytes], answers: bytes) -> None:
         try:
             value = wish.function() if isinstance(wish, Work) else _answer(answers, turn)
             send = steps.send
-        except (NvdimmError, LibvirtError) as error:
+        except (NvdimmError, LibvirtError, OSError) as error:
             send, value = steps.throw, error
     raise AssertionError(f"a handler made more than {CALLS_MAX} calls")
 

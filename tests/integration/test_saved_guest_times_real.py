@@ -180,21 +180,3 @@ def test_a_look_at_a_saved_guest_changes_nothing_for_the_repair_of_its_file(
         assert repair(host) == []
     assert looked
     assert goes_on(host, image)
-
-
-@pytest.mark.parametrize("call", ["utime", "removexattr"])
-def test_it_goes_on_when_the_end_was_killed_once_the_file_had_its_time(
-    host: Host, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """Before that, the file has lost its flag, and has the time of a copy."""
-
-    def killed(*args: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(f"nvdimm_driver.backing.inode.os.{call}", killed)
-        with pytest.raises(KeyboardInterrupt):
-            end(host, 5)
-    assert not is_immutable(host.path("in/a.img"))
-    host.another().reconcile()
-    assert goes_on(host, host.mapper.memory[5]) == (call == "removexattr")

@@ -133,9 +133,10 @@ def test_a_file_that_a_program_may_write_gets_the_present_time(host: Host, monke
 
 @pytest.mark.parametrize("number", [1, 2], ids=["mutable", "touched"])
 @pytest.mark.parametrize("written", [False, True])
-def test_a_saved_guest_goes_on_though_its_end_was_killed(
+def test_a_saved_guest_goes_on_though_its_end_was_killed_once_its_file_had_its_time(
     host: Host, monkeypatch: pytest.MonkeyPatch, number: int, written: bool
 ) -> None:
+    """Before that, the file could be an older copy, with the time that it had."""
     has_ended(host)
     name, owner = [("_set_immutable", inode), ("utime", os)][number - 1]
     step = getattr(owner, name)
@@ -155,7 +156,7 @@ def test_a_saved_guest_goes_on_though_its_end_was_killed(
     host.another().reconcile()
     assert host.record().start is None
     assert not is_immutable(host.path("a.img"))
-    assert goes_on(host) is not written
+    assert goes_on(host) is (name == "utime" and not written)
 
 
 def test_what_its_label_server_has_written_does_not_count(host: Host) -> None:
@@ -199,7 +200,7 @@ def test_each_end_has_a_time_of_its_own_though_the_clock_was_set_back(host: Host
     for time_before in (LATER, LATER + 1):
         has_ended(host, written=time_before)
         host.driver.reconcile()
-        assert modified(host) == (time_before + 1) * 10**9
+        assert modified(host) // 10**9 == time_before + 1
         assert goes_on(host)
 
 
