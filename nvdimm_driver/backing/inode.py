@@ -108,8 +108,11 @@ def freeze(fd: int, run: int | None = None) -> None:
         os.setxattr(fd, _FROZEN, _itself(fd))
     elif is_immutable(fd):
         return
-    elif others_may_write(fd):  # an earlier version has frozen it, and was killed in its :func:`opened_to_write`
-        _make_roots_alone(fd)
+    else:
+        if others_may_write(fd):  # an earlier version has frozen it, and was killed in its :func:`opened_to_write`
+            _make_roots_alone(fd)
+        if is_unflagged(fd):  # somebody may have put an older copy in its place, with the time that it has
+            os.utime(fd)
     _set_immutable(fd, True)
 
 

@@ -194,10 +194,11 @@ class View:
     def moved_from(self, record: Record) -> dict[str, str]:
         """Return where a define that was killed wants files that can be moved there, by their paths of now.
 
-        The ledger's backup was made within the define, and the file, which has the mark, was moved since.
+        The ledger's backup was made within the define, and the file, which has the mark, was moved since. In a ledger
+        that is no backup, a file with the mark is one that the domain had before.
         """
         found = {}
-        for item in record.intents:
+        for item in record.intents if self.driver.ledger.is_from_elsewhere() else ():
             path, marked = item.spec.path, self.marks.files_of(record.uuid, item.spec.slot)
             if len(marked) != 1 or record.start is not None or exists(path):
                 continue

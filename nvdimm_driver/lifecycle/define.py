@@ -358,7 +358,7 @@ class Definitions:
             if given_up or aside != kept or not kept:
                 left = replace(record, allocations=(*given_up, *aside))
                 ownership.drop(self.ledger, self.backings, left, given_up)
-                self._mark(uuid)
+                ownership.mark_if_possible(self.ledger, self.backings, uuid)  # an error means that nothing is given up
 
     def adopt(self, domain: DomainSpec) -> Record:
         """Return the domain's record, after taking over NVDIMMs that were added or changed without :meth:`define`.

@@ -14,7 +14,7 @@ from pathlib import Path
 from nvdimm_driver import logs
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.paths import check_not_read_only, resolve
-from nvdimm_driver.errors import BackingError, InUseError, LedgerError, NvdimmError
+from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle.saved_guest import NO_TIME
@@ -190,34 +190,36 @@ class Starts:
         try:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
-            frozen = ownership.frozen_files(self.backings, {path: had.get(path) for path in start.paths})
-            known = self._known_runs(start.uuid, start)
+            # first: what is mounted from now on stays frozen, as it has no new time yet
+            away = {path for path in start.paths if self._is_away(path, had.get(path))}
+            there = [path for path in start.paths if path not in away]
+            frozen = ownership.frozen_files(self.backings, {path: had.get(path) for path in there})
+            known, last = self._known_runs(start.uuid, start), self.ledger.find_run(start.uuid)
             times = self._distrust_unknown(start, frozen, known)
-            times |= self._note_times(start, {path for path, file in frozen.items() if file.run in known})
-            away = []
+            times |= self._note_times(start, there, {path for path, file in frozen.items() if file.run in known})
             for path in start.paths:
-                if is_away := self._is_away(path, had.get(path)):
-                    away.append(path)
+                exists(path)  # on a medium with errors, nobody can say
                 # of a start that was refused, nobody knows whether it has come to freezing that
-                was_frozen = is_away and start.state != "preparing"
+                was_frozen = path in away and start.state != "preparing"
                 if was_frozen or ownership.is_frozen_for_another(self.backings, start.uuid, path):
                     left = Event(
                         "left-immutable", start.uuid, record.name if record else "", start.domid, {"path": path}
                     )
                     logs.tell(left)
+                if path in away:
+                    continue
                 unmark = ownership.is_given_up(self.ledger, self.backings, start.uuid, path)
                 if record and self.is_saved(record.name, record.uuid):  # its guest goes on with that
                     unmark = False
-                self.thaw(path, had.get(path), over=start, touch=times.get(path), unmark=unmark)
+                if start.state != "mapped" and last and path in frozen and frozen[path].run == last.number:
+                    self.thaw_unknown(path, had.get(path), start.uuid, over=start, unmark=unmark)
+                else:
+                    self.thaw(path, had.get(path), over=start, touch=times.get(path), unmark=unmark)
         finally:
             if self._is_latest(start):
                 self.holders.kill(start.uuid, holders)
-        record = self.ledger.find_domain(start.uuid)
-        if record is not None:
-            try:
-                ownership.mark(self.ledger, self.backings, record)  # what could not be recorded while they were frozen
-            except (BackingError, LedgerError) as error:
-                LOG.warning("marks of domain %s are left to 'nvdimmctl check --repair': %s", record.name, error)
+        # what could not be recorded while they were frozen
+        ownership.mark_if_possible(self.ledger, self.backings, start.uuid)
         written = self._times_of_left(start, away)
         self.ledger.end_start(start, kind=kind, left=bool(away) and self._is_whole(start), written=written)
         self.ledger.forget_unused(start.uuid)
@@ -239,9 +241,10 @@ class Starts:
             return True
         return False
 
-    def _note_times(self, start: Start, frozen: Collection[str]) -> dict[str, Touch]:
+    def _note_times(self, start: Start, there: Collection[str], frozen: Collection[str]) -> dict[str, Touch]:
         """Note when the backings of a guest that has ended were written; return how they are touched, by path.
 
+        :param there: paths of those that are not away.
         :param frozen: paths of files that are frozen for it.
 
         That is noted while they are immutable, and before the first is thawed. So all processes that put the start
@@ -252,13 +255,11 @@ class Starts:
             return {}
         times: dict[str, tuple[int, ...]] = {}
         before: dict[str, tuple[int, ...]] = {}
-        there = set()
-        for path in start.paths:
+        for path in there:
             exists(path)  # as for a thaw
             for backing in self.backings:
                 if not backing.handles(path) or (at := backing.written_at(path)) is None:
                     continue
-                there.add(path)
                 after = backing.time_to_touch(path)
                 if after is None:
                     times[path] = (at,)
@@ -270,20 +271,18 @@ class Starts:
             if self.ledger.has_times(start):
                 found = {path: times[path] for path in times if noted.get(path) == NO_TIME}
             else:
-                noted |= dict.fromkeys(noted.keys() - there, NO_TIME)
+                noted |= dict.fromkeys(noted.keys() - {*there}, NO_TIME)
             had = {path: before[path] for path in found if path in before}
-            earlier = saved_guest.times_at_end(self._run_of(begun, start.uuid), had)
+            run = self.ledger.find_run(start.uuid)
+            is_same = run is not None and run.number == begun.number
+            earlier = saved_guest.times_at_end(run if run and is_same else begun, had)
             if self.ledger.note_written(start, begun, saved_guest.times_at_end(begun, {**noted, **found}), earlier):
                 break
         if begun := self.ledger.find_begun(start):
             times = {**times, **saved_guest.times_of(begun)}
-            before = saved_guest.times_of(self._run_of(begun, start.uuid))
+            run = self.ledger.find_run(start.uuid)
+            before = saved_guest.times_of(run) if run and run.number == begun.number else {}
         return {path: Touch(before.get(path, ()), times[path][-1]) for path in touched}
-
-    def _run_of(self, begun: Run, uuid: str) -> Run:
-        """Return the domain's last run if a start has begun it; what the start has begun if the ledger lacks it."""
-        run = self.ledger.find_run(uuid)
-        return run if run and run.number == begun.number else begun
 
     def _times_of_left(self, start: Start, away: Collection[str]) -> str:
         """Return what :meth:`_note_times` has noted, and of each file that is away the time that it had before, too.
@@ -363,7 +362,13 @@ class Starts:
                 thaw(path, partial(self._is_needed, path, over), identity, *filter(None, [touch]))
 
     def thaw_unknown(
-        self, path: str, identity: BackingIdentity | None = None, uuid: str = "", over: Start | None = None
+        self,
+        path: str,
+        identity: BackingIdentity | None = None,
+        uuid: str = "",
+        *,
+        over: Start | None = None,
+        unmark: bool = False,
     ) -> None:
         """Do what :meth:`thaw` does for a backing that no start in the ledger has: a guest may have written it.
 
@@ -373,6 +378,7 @@ class Starts:
 
         :param uuid: of the domain that it was frozen for, if that is known.
         :param over: a start that does not count.
+        :param unmark: as in :meth:`thaw`.
         :raises InUseError: when another process has changed that run meanwhile.
         """
         file, last = ownership.frozen_files(self.backings, {path: identity}).get(path), self.ledger.find_run(uuid)
@@ -381,7 +387,7 @@ class Starts:
         had = saved_guest.path_of(last, identity) if file and last and file.run == last.number else ""
         before = saved_guest.times_of(last).get(had, ()) if last else ()
         if last is None or touch is None or not before:
-            self.thaw(path, identity, over, touch)
+            self.thaw(path, identity, over, touch, unmark)
             return
         backing = backing_of(self.backings, path)
         at = backing.written_at(path)
@@ -390,7 +396,7 @@ class Starts:
         noted = last._replace(written=saved_guest.times_at_end(last, {had: (*before, after) if is_own else NO_TIME}))
         if not self.ledger.note_thawed(uuid, last, noted.written):
             raise InUseError(f"{path} or its domain was changed meanwhile", hint="repeat 'nvdimmctl check'")
-        self.thaw(path, identity, over, Touch(before, after))
+        self.thaw(path, identity, over, Touch(before, after), unmark)
         if is_own and backing.written_at(path) == after:
             self.ledger.note_thawed(uuid, noted, saved_guest.times_at_end(noted, {had: (after,)}))
 

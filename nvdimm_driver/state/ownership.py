@@ -470,6 +470,16 @@ def mark(ledger: Ledger, backings: Sequence[Backing], record: Record) -> None:
         unmark_parts(backings, record, item)
 
 
+def mark_if_possible(ledger: Ledger, backings: Sequence[Backing], uuid: str) -> None:
+    """Do what :func:`mark` does for a domain, after a change of the ledger: leave what cannot be marked to a repair."""
+    record = ledger.find_domain(uuid)
+    if record is not None:
+        try:
+            mark(ledger, backings, record)
+        except (BackingError, LedgerError) as error:
+            LOG.warning("marks of domain %s are left to 'nvdimmctl check --repair': %s", record.name, error)
+
+
 def is_device(item: Allocation) -> bool:
     """Return True for an NVDIMM in a device, whose mark is not on itself."""
     return item.identity is not None and not item.identity.inode

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from nvdimm_driver.backing.fsdax import FsdaxBacking
-from nvdimm_driver.errors import BackingError, RefusedError
-from nvdimm_driver.model import NvdimmSpec
+from nvdimm_driver.errors import BackingError, InUseError, RefusedError
+from nvdimm_driver.lifecycle.start import Starts
+from nvdimm_driver.model import DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable
-from tests.integration.test_restored_ledger_real import repair
-from tests.integration.test_restored_ledger_saved_real import Image, boot, end, unmounted
+from tests.integration.test_restored_ledger_real import back_up, repair
+from tests.integration.test_restored_ledger_saved_real import Image, boot, end, put_back, unmounted
 from tests.unit.doubles import UUID
 
 BEFORE, NEWER = b"before", b"newer."
@@ -122,23 +123,113 @@ def test_a_start_that_maps_nothing_gives_the_file_its_new_time(
         host.another().release(UUID)
     path = host.path("in/a.img")
     assert not is_immutable(path)
-    assert os.stat(path).st_mtime_ns != os.stat(tmp_path / "copy").st_mtime_ns, "'rsync -a' skips the file"
+    assert not has_time_of_copy(host, tmp_path)
     assert goes_on(host, image)
     image = end(host, 7)
     run("cp", "-p", tmp_path / "copy", path)
     assert not goes_on(host, image, 8)
 
 
+def has_time_of_copy(host: Host, folder: Path) -> bool:
+    """Return True if ``rsync -a`` skips the file."""
+    return os.stat(host.path("in/a.img")).st_mtime_ns == os.stat(folder / "copy").st_mtime_ns
+
+
+def start_with_two(host: Host, folder: Path) -> DomainSpec:
+    """Have the guest run with another file before the one, and write that since a copy was made; return its domain."""
+    end(host, 5)
+    domain = host.domain("b.img")
+    domain = replace(domain, nvdimms=(*domain.nvdimms, NvdimmSpec(1, host.path("in/a.img"), SIZE)))
+    host.driver.define(domain)
+    boot(host, 6, domain=domain)
+    run("cp", "-p", host.path("in/a.img"), folder / "copy")
+    guest_writes(host, NEWER)
+    return domain
+
+
+@pytest.mark.parametrize("how", ["refused", "killed"])
+def test_a_start_that_comes_to_no_file_gives_each_its_new_time(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    domain = start_with_two(host, tmp_path)
+    os.rename(host.path("in"), host.path("away"))
+    image = end(host, 6)
+    os.rename(host.path("away"), host.path("in"))
+    if how == "refused":
+        with open(host.path("b.img"), "r+b"), pytest.raises(InUseError):
+            host.another().prepare(domain)
+    else:
+
+        def killed(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Starts, "_thaw_left", killed)
+            patch.setattr(Starts, "put_away", killed)
+            with pytest.raises(KeyboardInterrupt):
+                host.another().prepare(domain)
+        host.another().release(UUID)
+    assert not is_immutable(host.path("in/a.img"))
+    assert not has_time_of_copy(host, tmp_path)
+    boot(host, 7, image, domain)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_file_system_that_is_mounted_while_the_start_is_put_away(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Its file stays immutable: it has no new time yet."""
+    note = Starts._note_times
+
+    def mounted(*args: Any) -> object:
+        if before:
+            os.rename(host.path("away"), host.path("in"))
+        noted = note(*args)
+        if not before:
+            os.rename(host.path("away"), host.path("in"))
+        return noted
+
+    os.rename(host.path("in"), host.path("away"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Starts, "_note_times", mounted)
+        image = end(host, 5)
+    assert host.record().start is None
+    assert is_immutable(host.path("in/a.img"))
+    assert goes_on(host, image)
+    end(host, 7)
+    assert not has_time_of_copy(host, tmp_path)
+
+
+@pytest.mark.parametrize("end_guest", [*ENDS, end_read_only])
+def test_a_define_does_not_hide_that_the_flag_was_gone(host: Host, tmp_path: Path, end_guest: Any) -> None:
+    image = end_guest(host)
+    run("chattr", "-i", host.path("in/a.img"))
+    run("cp", "-p", tmp_path / "copy", host.path("in/a.img"))
+    host.another().define(host.domain("in/a.img"))
+    assert not goes_on(host, image)
+    assert Path(host.path("in/a.img")).read_bytes().startswith(BEFORE)
+
+
+def test_each_file_gets_its_new_time_when_one_was_another_guests(host: Host, tmp_path: Path) -> None:
+    """The ledger came from a backup, and no saved guest can go on; backups by time copy what the guest wrote."""
+    start_with_two(host, tmp_path)
+    back_up(host)
+    os.rename(host.path("in"), host.path("away"))
+    end(host, 6)
+    os.rename(host.path("away"), host.path("in"))
+    host.another().define(host.domain("b.img"))
+    boot(host, 7, domain=host.domain("b.img"))
+    put_back(host)
+    del host.mapper.alive[7]
+    host.another().reconcile()
+    assert not is_immutable(host.path("in/a.img"))
+    assert not has_time_of_copy(host, tmp_path)
+
+
 def test_a_file_that_was_away_at_the_first_attempt_gets_its_new_time_at_the_next(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    domain = host.domain("in/a.img")
-    domain = replace(domain, nvdimms=(*domain.nvdimms, NvdimmSpec(1, host.path("b.img"), SIZE)))
-    end(host, 5)
-    host.driver.define(domain)
-    boot(host, 6, domain=domain)
-    run("cp", "-p", host.path("in/a.img"), tmp_path / "copy")
-    guest_writes(host, NEWER)
+    domain = start_with_two(host, tmp_path)
     thaw = FsdaxBacking.thaw_unless
 
     def fails(backing: FsdaxBacking, path: str, *args: Any, **options: Any) -> None:
@@ -155,7 +246,7 @@ def test_a_file_that_was_away_at_the_first_attempt_gets_its_new_time_at_the_next
     host.another().reconcile()
     assert host.record().start is None
     assert not is_immutable(host.path("in/a.img"))
-    assert os.stat(host.path("in/a.img")).st_mtime_ns != os.stat(tmp_path / "copy").st_mtime_ns
+    assert not has_time_of_copy(host, tmp_path)
     image = host.mapper.memory[6]
     boot(host, 7, image, domain)
     image = end(host, 7)

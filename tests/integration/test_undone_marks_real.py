@@ -243,3 +243,16 @@ def test_a_repair_of_a_define_makes_no_file_in_place_of_one_that_may_be_the_doma
     assert not os.path.exists(host.path("a.img"))
     with pytest.raises(NvdimmError, match=r"a\.img"):
         host.driver.prepare(domain)
+
+
+def test_a_define_that_was_killed_gets_no_file_that_the_domain_has_given_up(host: Host) -> None:
+    """Its mark has stayed, as its file system was not mounted. The ledger is the host's own."""
+    os.mkdir(host.path("in"))
+    host.driver.define(host.domain("in/a.img"))
+    os.rename(host.path("in"), host.path("away"))
+    host.driver.drop_claims(UUID)
+    os.rename(host.path("away"), host.path("in"))
+    domain = host.domain("in/new.img")
+    host.driver.begin(domain, host.driver.check(domain))
+    repair_as_defined(host, domain)
+    assert os.path.exists(host.path("in/a.img"))

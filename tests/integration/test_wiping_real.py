@@ -18,7 +18,7 @@ from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.lifecycle.define import Before
-from nvdimm_driver.model import MIB, BackingIdentity, DomainSpec, NvdimmSpec, Watch
+from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Watch
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -560,3 +560,16 @@ def test_what_a_domain_has_given_up_is_not_taken_for_what_it_has(host: Host) -> 
     assert look(host.driver) == []
     host.driver.prepare(host.domain("a.img"))
     assert Path(host.path("a.img")).read_bytes() == b"a" * SIZE
+
+
+def test_claims_are_given_up_though_what_stays_cannot_be_marked(tmp_path: Path, fs: FileSystem) -> None:
+    """An error means that nothing is given up: libvirt's definition comes back, for bytes that another can have."""
+    host = Host(tmp_path, fs)
+    os.mkdir(host.path("wiped"))
+    host.pools = Pools([Pool("main", "fsdax", (host.path("wiped"),), None, SUPERPAGE, 128 * KIB, True)], any_path=True)
+    host.driver = host.another()
+    host.driver.define(two(host.path("a.img"), host.path("wiped/b.img")))
+    run("chattr", "+i", host.path("wiped/b.img"))
+    host.driver.drop_claims(UUID)
+    run("chattr", "-i", host.path("wiped/b.img"))
+    assert [*claims(host).values()] == ["b.img"]
