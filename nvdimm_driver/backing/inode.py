@@ -41,6 +41,8 @@ _FROZEN = "trusted.nvdimm_driver.frozen"
 _RUN = "trusted.nvdimm_driver.run"  # apart: an earlier version takes a file with more in _FROZEN for one that is not
 _OWNER = "trusted.nvdimm_driver.owner"
 _GIVEN = "trusted.nvdimm_driver.given."  # and the inode number of a file in this folder
+NO_RUN = 0
+"""Number of no run."""
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -111,8 +113,8 @@ def freeze(fd: int, run: int | None = None) -> None:
     else:
         if others_may_write(fd):  # an earlier version has frozen it, and was killed in its :func:`opened_to_write`
             _make_roots_alone(fd)
-        if is_unflagged(fd):  # somebody may have put an older copy in its place, with the time that it has
-            os.utime(fd)
+        if is_unflagged(fd):  # somebody may have put an older copy in its place: it is not as its guest has left it
+            _set_run(fd, NO_RUN if run is None else run)
     _set_immutable(fd, True)
 
 

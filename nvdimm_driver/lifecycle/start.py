@@ -196,7 +196,8 @@ class Starts:
             frozen = ownership.frozen_files(self.backings, {path: had.get(path) for path in there})
             known, last = self._known_runs(start.uuid, start), self.ledger.find_run(start.uuid)
             times = self._distrust_unknown(start, frozen, known)
-            times |= self._note_times(start, there, {path for path, file in frozen.items() if file.run in known})
+            own = {path: file for path, file in frozen.items() if file.run in known}
+            times |= self._note_times(start, there, own)
             for path in start.paths:
                 exists(path)  # on a medium with errors, nobody can say
                 # of a start that was refused, nobody knows whether it has come to freezing that
@@ -241,11 +242,11 @@ class Starts:
             return True
         return False
 
-    def _note_times(self, start: Start, there: Collection[str], frozen: Collection[str]) -> dict[str, Touch]:
+    def _note_times(self, start: Start, there: Collection[str], frozen: Mapping[str, Surveyed]) -> dict[str, Touch]:
         """Note when the backings of a guest that has ended were written; return how they are touched, by path.
 
         :param there: paths of those that are not away.
-        :param frozen: paths of files that are frozen for it.
+        :param frozen: files that are frozen for it, by path.
 
         That is noted while they are immutable, and before the first is thawed. So all processes that put the start
         away set the same time, also after one was killed, and none takes a program's write for the guest's. What is not
@@ -269,7 +270,9 @@ class Starts:
         while begun := self.ledger.find_begun(start):
             noted, found = saved_guest.times_of(begun), times
             if self.ledger.has_times(start):
-                found = {path: times[path] for path in times if noted.get(path) == NO_TIME}
+                # a version before has noted the old time of a file that was away
+                lacks = {path for path in before if noted.get(path) == before[path] and not frozen[path].unflagged}
+                found = {path: times[path] for path in times if noted.get(path) == NO_TIME or path in lacks}
             else:
                 noted |= dict.fromkeys(noted.keys() - {*there}, NO_TIME)
             had = {path: before[path] for path in found if path in before}
@@ -385,20 +388,19 @@ class Starts:
         never_ran = file is not None and file.run in self.ledger.never_run(uuid)
         touch = None if never_ran else self._touch_now(path)
         had = saved_guest.path_of(last, identity) if file and last and file.run == last.number else ""
-        before = saved_guest.times_of(last).get(had, ()) if last else ()
-        if last is None or touch is None or not before:
+        noted = saved_guest.times_of(last).get(had, ()) if last else ()
+        at = backing_of(self.backings, path).written_at(path) if noted else None
+        if file is None or last is None or touch is None or at is None:
             self.thaw(path, identity, over, touch, unmark)
             return
-        backing = backing_of(self.backings, path)
-        at = backing.written_at(path)
-        has_new = len(before) > 1 and at == before[-1]  # an attempt before was killed then
-        is_own, after = at in before, before[-1] if has_new else touch.after
-        noted = last._replace(written=saved_guest.times_at_end(last, {had: (*before, after) if is_own else NO_TIME}))
-        if not self.ledger.note_thawed(uuid, last, noted.written):
+        has_new = len(noted) > 1 and at == noted[-1]  # an attempt before was killed then
+        is_own, after = has_new or (at in noted and not file.unflagged), at if has_new else touch.after
+        noted_run = last._replace(written=saved_guest.times_at_end(last, {had: (at, after) if is_own else NO_TIME}))
+        if not self.ledger.note_thawed(uuid, last, noted_run.written):
             raise InUseError(f"{path} or its domain was changed meanwhile", hint="repeat 'nvdimmctl check'")
-        self.thaw(path, identity, over, Touch(before, after), unmark)
-        if is_own and backing.written_at(path) == after:
-            self.ledger.note_thawed(uuid, noted, saved_guest.times_at_end(noted, {had: (after,)}))
+        self.thaw(path, identity, over, Touch((at,), after), unmark)
+        if is_own and backing_of(self.backings, path).written_at(path) == after:
+            self.ledger.note_thawed(uuid, noted_run, saved_guest.times_at_end(noted_run, {had: (after,)}))
 
     def release(self, record: Record) -> bool:
         """Put the domain's start away and return True; return False if Xen still has the domain."""

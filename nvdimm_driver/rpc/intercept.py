@@ -51,7 +51,7 @@ from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import Added, ClientDevice, ClientDomain, check_room, read_device, read_domain
 from nvdimm_driver.xml.definition_files import open_save, uuid_of_save, xml_of_save
-from nvdimm_driver.xml.document import decode
+from nvdimm_driver.xml.document import decode, parse
 from nvdimm_driver.xml.edit_devices import (
     Edit,
     as_named,
@@ -66,7 +66,7 @@ from nvdimm_driver.xml.edit_devices import (
     without_max_memory,
 )
 from nvdimm_driver.xml.hooks import XmlHooks
-from nvdimm_driver.xml.parse_domain import DefinedMemory, extract, has_nvdimms, memory_of
+from nvdimm_driver.xml.parse_domain import DefinedMemory, check_started_ram, extract, has_nvdimms, memory_of
 
 LOG = logging.getLogger(__name__)
 
@@ -305,12 +305,19 @@ class Interceptor:
         saved: DomainSpec | None = None
         if xml is not None:
             text = xml
-            saved = yield Work(lambda: extract(self._hooks.restore(text), stored=True), Pool.DUMP)
+            saved = yield Work(lambda: self._saved_domain(text), Pool.DUMP)
         elif (yield from self._record(domain)) or (yield from self._has_nvdimms((yield from definition(domain)))):
             yield self._work(lambda driver: driver.try_restore(domain.uuid), Pool.HOST)
         if saved is not None:
             guest = saved
             yield self._work(lambda driver: driver.try_restore(domain.uuid, guest), Pool.HOST)
+
+    def _saved_domain(self, xml: str) -> DomainSpec | None:
+        """Return the domain in an image; None without NVDIMMs. What the hook checks of its XML is checked here."""
+        saved = extract(self._hooks.restore(xml), stored=True)
+        if saved is not None:
+            check_started_ram(parse(xml).root)
+        return saved
 
     def restore(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call; if it fails because of NVDIMMs, add the reason to the error.

@@ -66,7 +66,7 @@ class MemoryCall:
         if self.is_maximum and defined.has_cells and self.size != defined.ram:
             raise UnsupportedError(
                 f"domain {self.domain.name} has NVDIMMs and NUMA cells, which have {defined.ram // KIB} KiB together: "
-                f"libvirt would start it with {self.size // KIB} KiB until libvirtd starts again, and then with theirs",
+                f"libvirt would start it with {self.size // KIB} KiB",
                 hint="change the cells: virsh edit",
             )
         if not self.is_maximum and self.size < defined.ram:

@@ -614,7 +614,11 @@ def drop(
 
     :param check: called in the ledger's transaction; raises what speaks against it.
     """
-    _unmark(ledger, backings, items, record.uuid)
+    try:
+        _unmark(ledger, backings, items, record.uuid)
+    except BackingError:
+        mark_if_possible(ledger, backings, record.uuid)  # those before it
+        raise
     kept = [item for item in record.allocations if item not in items]
     if kept:
         ledger.store(

@@ -144,7 +144,7 @@ def ram_of(root: Element) -> int:
 def check_started_ram(root: Element) -> None:
     """Check that libvirt starts a rewritten domain with the RAM that it has by its NUMA cells.
 
-    Once ``virsh setmaxmem`` has changed ``<memory>``, libvirt gives libxl that, and forgets it when libvirtd starts.
+    Once ``virsh setmaxmem`` has changed ``<memory>``, libvirt gives libxl that.
 
     :param root: of the XML as libvirt has it: in what was rewritten, ``<memory>`` is the RAM.
     :raises UnsupportedError: when it does not.

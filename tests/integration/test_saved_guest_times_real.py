@@ -7,7 +7,9 @@ A copy that was made before or while the guest ran has the time that the file ha
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,9 +228,11 @@ def test_each_file_gets_its_new_time_when_one_was_another_guests(host: Host, tmp
     assert not has_time_of_copy(host, tmp_path)
 
 
+@pytest.mark.parametrize("upgraded", [False, True])
 def test_a_file_that_was_away_at_the_first_attempt_gets_its_new_time_at_the_next(
-    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgraded: bool
 ) -> None:
+    """The version before noted its old time then."""
     domain = start_with_two(host, tmp_path)
     thaw = FsdaxBacking.thaw_unless
 
@@ -243,6 +247,11 @@ def test_a_file_that_was_away_at_the_first_attempt_gets_its_new_time_at_the_next
         with pytest.raises(BackingError, match="Input/output"):
             end(host, 6)
     os.rename(host.path("away"), host.path("in"))
+    if upgraded:
+        with closing(sqlite3.connect(host.folder / "ledger.sqlite")) as ledger, ledger:
+            old = os.stat(host.path("in/a.img")).st_mtime_ns
+            ledger.execute("UPDATE attachment SET written = replace(written, ' -1', ?)", (f" {old}",))
+            assert ledger.total_changes == 1
     host.another().reconcile()
     assert host.record().start is None
     assert not is_immutable(host.path("in/a.img"))

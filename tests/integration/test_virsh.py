@@ -664,6 +664,13 @@ def test_no_guest_with_numa_cells_starts_with_other_ram_than_theirs(host: Host) 
     assert "and the NUMA cells have" in host.record("db1").fault
     host.check("setmaxmem", "db1", "512M", "--config")
     host.check("start", "db1")
+    host.check("managedsave", "db1")
+    image = "/var/lib/libvirt/libxl/save/db1.save"
+    saved_by_an_earlier_version = "s|<memory unit=.KiB.>524288<|<memory unit='KiB'>999424<|"
+    host.libvirtd.run("sed", "--in-place", "--binary", saved_by_an_earlier_version, image)
+    assert "and the NUMA cells have" in refused(host, "start", "db1")
+    assert host.libvirtd.run("test", "-e", image).returncode == 0, "libvirt removes it before it calls the hook"
+    host.check("managedsave-remove", "db1")
 
 
 def test_current_memory_above_memory_does_not_come_back_when_the_ram_is_raised(host: Host) -> None:
