@@ -193,7 +193,8 @@ class Starts:
             # first: what is mounted from now on stays frozen, as it has no new time yet
             away = {path for path in start.paths if self._is_away(path, had.get(path))}
             there = [path for path in start.paths if path not in away]
-            frozen = ownership.frozen_files(self.backings, {path: had.get(path) for path in there})
+            frozen = ownership.frozen_files(self.backings, {path: had.get(path) for path in start.paths})
+            frozen = {path: file for path, file in frozen.items() if path in there}
             known, last = self._known_runs(start.uuid, start), self.ledger.find_run(start.uuid)
             times = self._distrust_unknown(start, frozen, known)
             own = {path: file for path, file in frozen.items() if file.run in known}
