@@ -121,6 +121,16 @@ def test_plain_virsh_goes_through_nvdimmd(xen: XenHost) -> None:
     assert virsh(xen, "-r domstate db2") == "running"
 
 
+def test_a_guest_is_restored_from_a_file(xen: XenHost) -> None:
+    """libvirtd gets a path that leads through nvdimmd's descriptor, whatever nvdimmd is confined to."""
+    image = "/tmp/db2.save"
+    virsh(xen, f"save db2 {image}")
+    assert operator.show(xen, "db2")["state"] == "off"
+    virsh(xen, f"restore {image}")
+    assert len(Guest(xen, "db2").report().disks) == len(NVDIMMS)
+    xen.check(f"rm {image}")
+
+
 @pytest.mark.thorough
 def test_labels_are_written_to_a_frozen_file(xen: XenHost) -> None:
     """On XFS. The labels are zeroed in the end: with labels and no namespaces, the guest would have no disk."""
