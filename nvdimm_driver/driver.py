@@ -40,6 +40,7 @@ from nvdimm_driver.lifecycle import saved_guest, slots
 from nvdimm_driver.lifecycle.define import Before, Definitions, uuid_of
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.emulators import Emulators
+from nvdimm_driver.lifecycle.guest_processes import GuestProcesses
 from nvdimm_driver.lifecycle.plan import HostFacts, Planner
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import (
@@ -147,6 +148,7 @@ class XenNvdimmDriver(plugins.Plugin):
         self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown, is_saved)
         held = holders or Holders(state_dir)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), held, is_saved)
+        self.guest_processes = GuestProcesses(self.starts)
         self.checks = Checks(ledger, backings, pools, self.note_overwritten, mapper.frames_of_guests, unknown)
         self.importer, self.exporter, self.wiper = Importer(self.checks), Exporter(self.checks), Wiper(self.checks)
 
@@ -402,14 +404,14 @@ class XenNvdimmDriver(plugins.Plugin):
         self.reconcile()
         self.starts.check_not_starting(uuid)
         self.starts.require_ended(uuid)
-        last = self.starts.find_last_run(uuid)
+        last = self.starts.times.find_last_run(uuid)
         unnumbered, spoiled = self.ledger.is_unnumbered(uuid), self.ledger.is_spoiled(uuid)
         saved_guest.check_known(last, is_unnumbered=unnumbered, is_spoiled=spoiled)
         if last is None:
             defined = self._find_known(uuid)
-            self.starts.check_left(uuid, dict.fromkeys(each.path for each in defined.nvdimms) if defined else {})
+            self.starts.times.check_left(uuid, dict.fromkeys(each.path for each in defined.nvdimms) if defined else {})
             return
-        self.starts.check_left(uuid, dict(saved_guest.backings_of(last)))
+        self.starts.times.check_left(uuid, dict(saved_guest.backings_of(last)))
         domain = saved_guest.domain_of(last, uuid)
         record = self.ledger.find_domain(uuid)
         known = domain or record
@@ -529,8 +531,8 @@ class XenNvdimmDriver(plugins.Plugin):
                     shutil.rmtree(folder / uuid)
 
     def restart_lost(self) -> list[Record]:
-        """Do what :meth:`.Starts.restart_lost` does; return who got a holder."""
-        return self.starts.restart_lost()
+        """Do what :meth:`.GuestProcesses.restart_lost` does; return who got a holder."""
+        return self.guest_processes.restart_lost()
 
     def note_pools(self) -> None:
         """Note of all NVDIMMs what their pools say of them: the options, or the version, are new.
@@ -588,7 +590,7 @@ class XenNvdimmDriver(plugins.Plugin):
 
         That of a domain that was redefined since its start stays.
         """
-        return self.starts.renew_label_servers()
+        return self.guest_processes.renew_label_servers()
 
     def find_bad_blocks(self, item: Allocation) -> tuple[tuple[int, int], ...]:
         """Return the known bad blocks of an NVDIMM's backing, as (offset in it, bytes).

@@ -128,7 +128,7 @@ class DriverCollector(Collector):
     def _running(self) -> Iterator[Metric]:
         domains, frames = self._driver.ledger.count_mapped()
         yield _gauge("running_domains", "Domains that have their NVDIMMs mapped.", (), {(): domains})
-        unheld = len(self._driver.starts.find_unheld())
+        unheld = len(self._driver.guest_processes.find_unheld())
         yield _gauge("unheld_domains", "Running domains whose backings nothing holds.", (), {(): unheld})
         yield _gauge("mapped_bytes", "Bytes of persistent memory mapped into domains.", (), {(): frames * PAGE})
 

@@ -75,9 +75,9 @@ class _Look:
 
     def _unattended(self) -> Iterator[Inconsistency]:
         """Yield the running guests that lack a process of the driver's."""
-        starts = self.driver.starts
-        for record in starts.find_unserved():
-            remedy, serve = "start another", partial(starts.serve_guest, record)
+        processes = self.driver.guest_processes
+        for record in processes.find_unserved():
+            remedy, serve = "start another", partial(processes.serve_guest, record)
             if not record.can_be_served:
                 remedy = f"shut domain {record.name} down: it was defined anew, and only its own could serve its guest"
             yield Inconsistency(
@@ -89,9 +89,9 @@ class _Look:
                 serve if record.can_be_served else None,
                 of_guest=True,
             )
-        for record in starts.find_unheld():
+        for record in processes.find_unheld():
             problem = "nothing holds its backings: they can be unmounted and overwritten while the guest runs"
-            hold = partial(starts.hold_guest, record)
+            hold = partial(processes.hold_guest, record)
             yield Inconsistency(record.name, record.uuid, "", problem, "hold them again", hold, of_guest=True)
 
     def _unknown_guests(self) -> Iterator[Inconsistency]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, SpaRange, seal
 from nvdimm_driver.acpi.walk import Read, locate
-from nvdimm_driver.errors import NvdimmError, RefusedError
+from nvdimm_driver.errors import BackingError, NvdimmError, RefusedError
 from nvdimm_driver.model import (
     MAX_NVDIMMS,
     Allocation,
@@ -31,7 +31,7 @@ from nvdimm_driver.model import (
     Plan,
     Run,
 )
-from nvdimm_driver.plugins import Backing
+from nvdimm_driver.plugins import Backing, backing_named, exists
 from nvdimm_driver.state.ownership import identity_at
 
 LOG = logging.getLogger(__name__)
@@ -200,6 +200,7 @@ def check_available(last: Run, backings: Sequence[Backing], dsm: str) -> dict[st
     for each in _nvdimms(last.nvdimms):
         identity = identity_at(backings, each["path"])
         if identity is None:
+            _check_home(each["path"], _identity(each), backings)
             raise refused(f"{each['path']} is not there, or is not fit any more")
         found[each["path"]] = identity
         served = {"label server": dsm} if each["label area"] else {}
@@ -207,6 +208,19 @@ def check_available(last: Run, backings: Sequence[Backing], dsm: str) -> dict[st
     nvdimms = json.dumps(now)
     check_run(Run(last.number, nvdimms, times(backings, nvdimms)), last if last.number else None)
     return found
+
+
+def _check_home(path: str, identity: BackingIdentity, backings: Sequence[Backing]) -> None:
+    """Check that a backing which is not at its path is not merely away: its file system is not mounted there.
+
+    :raises RefusedError: when it is: the saved guest can go on once it is back.
+    """
+    if exists(path):
+        return
+    try:
+        backing_named(backings, identity.kind).check_home(path, identity)
+    except BackingError as error:
+        raise RefusedError(f"the saved guest cannot go on yet: {error.message}", hint=error.hint) from error
 
 
 def check_plan(last: Run, plan: Plan) -> None:

@@ -6,19 +6,19 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from nvdimm_driver import logs
 from nvdimm_driver.backing.holders import Holders
-from nvdimm_driver.backing.paths import check_not_read_only, resolve
+from nvdimm_driver.backing.paths import check_not_read_only
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest
+from nvdimm_driver.lifecycle.file_times import FileTimes
 from nvdimm_driver.lifecycle.saved_guest import NO_TIME
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Run, Start, Surveyed, Touch
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Surveyed, Touch
 from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
@@ -58,6 +58,7 @@ class Starts:
         self.mapper = mapper
         self.label_servers = label_servers
         self.holders = holders
+        self.times = FileTimes(ledger, backings)
 
     def freeze(self, uuid: str, items: Sequence[Allocation], number: int) -> Start:
         """Begin a start: freeze its backings until :meth:`put_away`. On failure, nothing stays frozen.
@@ -85,56 +86,8 @@ class Starts:
         """
         path = item.spec.path
         if frozen := ownership.frozen_files(self.backings, {path: item.identity}):
-            self._distrust_unknown(start, frozen, {number, *self._known_runs(start.uuid)})
+            self.times.distrust_unknown(start, frozen, {number, *self.times.known_runs(start.uuid)})
             self.thaw_unknown(path, item.identity, start.uuid, over=start)
-
-    def _distrust_unknown(
-        self, start: Start, frozen: Mapping[str, Surveyed], known: Collection[int | None]
-    ) -> dict[str, Touch]:
-        """Let no saved guest go on if a guest that the ledger does not know may have written its files since.
-
-        The ledger came from a backup then: the end of that guest is not that of the run which the ledger has.
-
-        :param frozen: by path.
-        :param known: the runs that the ledger knows.
-        :returns: how these files are touched when they are thawed, by path.
-        """
-        unknown = [path for path, file in frozen.items() if file.run not in known]
-        if unknown:
-            self.ledger.spoil_saved(start)
-        touches = {path: self._touch_now(path) for path in unknown}
-        return {path: touch for path, touch in touches.items() if touch}
-
-    def _known_runs(self, uuid: str, over: Start | None = None) -> set[int | None]:
-        """Return the runs that a file of a domain is frozen for, as far as no guest has it that the ledger lacks.
-
-        With them is None if it may have no number, as an earlier version has frozen it for a start that is known.
-
-        :param over: the domain's start, which is over.
-        """
-        last = self.ledger.find_run(uuid)
-        known = self.ledger.never_run(uuid) | ({last.number} if last else set())
-        return known | ({self.ledger.number_of(over), None} if over and self._is_whole(over) else set())
-
-    def _touch_now(self, path: str) -> Touch | None:
-        """Return how a file is touched that a guest may have written; None for a backing that has no time."""
-        when = backing_of(self.backings, path).time_to_touch(path)
-        return None if when is None else Touch((), when)
-
-    def check_left(self, uuid: str, identities: Mapping[str, BackingIdentity | None]) -> None:
-        """Check that no guest of which the ledger does not know may have written a domain's files.
-
-        A start would thaw them, and let no saved guest go on.
-
-        :param identities: of the files, by path.
-        :raises RefusedError: when one may have.
-        """
-        record = self.ledger.find_domain(uuid)
-        known = self._known_runs(uuid, record.start if record else None)
-        for path, file in ownership.frozen_files(self.backings, identities).items():
-            if file.run not in known:
-                why = "is immutable for a guest that the ledger does not know, or for another domain's"
-                raise saved_guest.refused(f"{path} {why}")
 
     def check_can_freeze(self, uuid: str, identities: Mapping[str, BackingIdentity]) -> None:
         """Check, for a domain that is off, what would keep :meth:`freeze` from its backings; change nothing.
@@ -195,10 +148,10 @@ class Starts:
             there = [path for path in start.paths if path not in away]
             frozen = ownership.frozen_files(self.backings, {path: had.get(path) for path in start.paths})
             frozen = {path: file for path, file in frozen.items() if path in there}
-            known, last = self._known_runs(start.uuid, start), self.ledger.find_run(start.uuid)
-            times = self._distrust_unknown(start, frozen, known)
+            known, last = self.times.known_runs(start.uuid, start), self.ledger.find_run(start.uuid)
+            times = self.times.distrust_unknown(start, frozen, known)
             own = {path: file for path, file in frozen.items() if file.run in known}
-            times |= self._note_times(start, there, own)
+            times |= self.times.note_times(start, there, own)
             for path in start.paths:
                 exists(path)  # on a medium with errors, nobody can say
                 # of a start that was refused, nobody knows whether it has come to freezing that
@@ -222,8 +175,8 @@ class Starts:
                 self.holders.kill(start.uuid, holders)
         # what could not be recorded while they were frozen
         ownership.mark_if_possible(self.ledger, self.backings, start.uuid)
-        written = self._times_of_left(start, away)
-        self.ledger.end_start(start, kind=kind, left=bool(away) and self._is_whole(start), written=written)
+        written = self.times.times_of_left(start, away)
+        self.ledger.end_start(start, kind=kind, left=bool(away) and self.ledger.is_whole(start), written=written)
         self.ledger.forget_unused(start.uuid)
 
     def _is_at(self, path: str, identity: BackingIdentity) -> bool:
@@ -242,84 +195,6 @@ class Starts:
         except BackingError:
             return True
         return False
-
-    def _note_times(self, start: Start, there: Collection[str], frozen: Mapping[str, Surveyed]) -> dict[str, Touch]:
-        """Note when the backings of a guest that has ended were written; return how they are touched, by path.
-
-        :param there: paths of those that are not away.
-        :param frozen: files that are frozen for it, by path.
-
-        That is noted while they are immutable, and before the first is thawed. So all processes that put the start
-        away set the same time, also after one was killed, and none takes a program's write for the guest's. What is not
-        there is noted by a later attempt that finds it frozen, if there is one, and has no time until then.
-        """
-        if start.state != "mapped":
-            return {}
-        times: dict[str, tuple[int, ...]] = {}
-        before: dict[str, tuple[int, ...]] = {}
-        for path in there:
-            exists(path)  # as for a thaw
-            for backing in self.backings:
-                if not backing.handles(path) or (at := backing.written_at(path)) is None:
-                    continue
-                after = backing.time_to_touch(path)
-                if after is None:
-                    times[path] = (at,)
-                elif path in frozen:
-                    before[path], times[path] = (at,), (after,)
-        touched = {*before}
-        while begun := self.ledger.find_begun(start):
-            noted, found = saved_guest.times_of(begun), times
-            if self.ledger.has_times(start):
-                # a version before has noted the old time of a file that was away
-                lacks = {path for path in before if noted.get(path) == before[path] and not frozen[path].unflagged}
-                found = {path: times[path] for path in times if noted.get(path) == NO_TIME or path in lacks}
-            else:
-                noted |= dict.fromkeys(noted.keys() - {*there}, NO_TIME)
-            had = {path: before[path] for path in found if path in before}
-            run = self.ledger.find_run(start.uuid)
-            is_same = run is not None and run.number == begun.number
-            earlier = saved_guest.times_at_end(run if run and is_same else begun, had)
-            if self.ledger.note_written(start, begun, saved_guest.times_at_end(begun, {**noted, **found}), earlier):
-                break
-        if begun := self.ledger.find_begun(start):
-            times = {**times, **saved_guest.times_of(begun)}
-            run = self.ledger.find_run(start.uuid)
-            before = saved_guest.times_of(run) if run and run.number == begun.number else {}
-        return {path: Touch(before.get(path, ()), times[path][-1]) for path in touched}
-
-    def _times_of_left(self, start: Start, away: Collection[str]) -> str:
-        """Return what :meth:`_note_times` has noted, and of each file that is away the time that it had before, too.
-
-        An earlier attempt may have thawed the file and given it its new time, or not. Empty if no file is away.
-        """
-        begun, run = self.ledger.find_begun(start), self.ledger.find_run(start.uuid)
-        if not away or begun is None or run is None or run.number != begun.number:
-            return ""
-        before, after = saved_guest.times_of(run), saved_guest.times_of(begun)
-        both = {path: before[path] + after.get(path, ()) for path in away if path in before}
-        return saved_guest.times_at_end(begun, both)
-
-    def find_last_run(self, uuid: str) -> Run | None:
-        """Return the domain's last run as :meth:`freeze` will leave it: with the time that each file has, or will get.
-
-        A file that is frozen for that run still is as its guest has left it, with one of the times that the ledger has,
-        and gets a new one when it is thawed. Of others, the last time counts: since they were thawed, a program may
-        have put an older copy in their place, with an earlier time.
-        """
-        last = self.ledger.find_run(uuid)
-        times = saved_guest.times_of(last) if last else {}
-        identities = dict(saved_guest.backings_of(last)) if last else {}
-        left = ownership.frozen_files(self.backings, {path: identities[path] for path in times})
-        if last is None or not left:
-            return last
-        found = {
-            path: backing_of(self.backings, path).written_at(path)
-            for path, file in left.items()
-            if file.run == last.number and not file.unflagged
-        }
-        own = {path: (at,) for path, at in found.items() if at is not None and at in times[path]}
-        return last._replace(written=saved_guest.times_at_end(last, own))
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.
@@ -387,7 +262,7 @@ class Starts:
         """
         file, last = ownership.frozen_files(self.backings, {path: identity}).get(path), self.ledger.find_run(uuid)
         never_ran = file is not None and file.run in self.ledger.never_run(uuid)
-        touch = None if never_ran else self._touch_now(path)
+        touch = None if never_ran else self.times.touch_now(path)
         had = saved_guest.path_of(last, identity) if file and last and file.run == last.number else ""
         noted = saved_guest.times_of(last).get(had, ()) if last else ()
         at = backing_of(self.backings, path).written_at(path) if noted else None
@@ -436,100 +311,6 @@ class Starts:
                 logs.tell(Event("put-away-failed", record.uuid, record.name, record.start.domid, failure(error)))
         self._end_orphans()
 
-    def find_served(self) -> list[Record]:
-        """Return the running domains that have a label server, or have lost it, and whose guest the ledger knows."""
-        return [
-            record
-            for record in self.ledger.started_domains()
-            if record.start and record.start.served and record.start.state == "mapped" and self.has_guest(record.start)
-        ]
-
-    def find_unserved(self) -> list[Record]:
-        """Return the running domains whose label server is gone."""
-        return [record for record in self.find_served() if not self.label_servers.is_running(record.uuid)]
-
-    def find_unheld(self) -> list[Record]:
-        """Return the running domains that no holder holds: it was killed, or an earlier version has started them."""
-        held = self.holders.held()
-        return [
-            record
-            for record in self.ledger.started_domains()
-            if record.uuid not in held
-            and record.start
-            and record.start.state == "mapped"
-            and self.is_running(record.start)
-        ]
-
-    def hold_again(self) -> list[Record]:
-        """Start a holder for each running guest that has none; return their domains, and log what cannot be held."""
-        held = []
-        for record in self.find_unheld():
-            try:
-                if self.hold_guest(record):
-                    held.append(record)
-            except NvdimmError as error:
-                domid = record.start.domid if record.start else None
-                logs.tell(Event("hold-failed", record.uuid, record.name, domid, failure(error)))
-        return held
-
-    def hold_guest(self, record: Record) -> bool:
-        """Start a holder for a running guest; return False if it has one, or has ended meanwhile.
-
-        :raises BackingError: as :meth:`hold` does.
-        """
-        if self.holders.has(record.uuid):
-            return False
-        pid = self.hold(record.uuid, record.name, self._has(record))
-        if self._is_over(record):  # who has put it away meanwhile did not know of this holder
-            self.holders.kill(record.uuid, [pid])
-            return False
-        self.ledger.record_event("holder-gone", record.uuid)
-        return True
-
-    def restart_lost(self) -> list[Record]:
-        """Start a label server and a holder for each running guest that has none; return who got a holder.
-
-        The frames of a guest are announced, too, if its device model, of an earlier version, did not.
-        """
-        try:
-            self._announce_again()
-        except NvdimmError as error:
-            LOG.warning("frames of guests cannot be announced: %s", error)
-        self.serve_labels()
-        return self.hold_again()
-
-    def _announce_again(self) -> None:
-        """Announce the frames of each running guest that has announced none; log whose cannot be."""
-        starts = [each.start for each in self.ledger.started_domains() if each.start and each.start.state == "mapped"]
-        announced = {domid for domid, _, _ in self.mapper.frames_of_guests()} if starts else set()
-        for start in starts:
-            if start.domid is not None and start.domid not in announced:
-                try:
-                    self._announce(start, start.domid)
-                except NvdimmError as error:
-                    LOG.warning("frames of the guest with domid %d cannot be announced: %s", start.domid, error)
-
-    def _announce(self, start: Start, domid: int) -> None:
-        if self.find_domid(start) != domid:
-            return
-        LOG.debug("announce the frames of domid %d again", domid)
-        self.mapper.announce(domid, self.ledger.mappings_of(start))
-        if not self.is_running(start):
-            self.mapper.announce(domid, ())  # libxl has deleted what was announced before
-
-    def _has(self, record: Record) -> list[tuple[str, BackingIdentity]]:
-        """Return path and identity of each backing that a running guest has."""
-        run = self.ledger.find_run(record.uuid)
-        known = [(item.spec.path, item.identity) for item in record.started if item.identity]
-        has = known if run is None else saved_guest.backings_of(run)
-        return [(resolve(path), identity) for path, identity in has]  # earlier versions did not resolve them
-
-    def _is_over(self, record: Record) -> bool:
-        """Return True when the start of a record is over, or another one has begun."""
-        found = self.ledger.find_domain(record.uuid)
-        now = found.start if found else None
-        return not (now and record.start and now.id == record.start.id and self.is_running(now))
-
     def _end_orphans(self) -> None:
         """End the holders of domains that have no start, unless Xen has them: then the ledger has lost the start."""
         held = self.holders.held()  # first: a start is in the ledger before its holder exists
@@ -538,52 +319,6 @@ class Starts:
         if None not in guests:  # a domain that is dying has lost its uuid
             for uuid in orphans - guests:
                 self.holders.kill(uuid, self.holders.find(uuid))
-
-    def renew_label_servers(self) -> list[tuple[Record, bool]]:
-        """Replace the label servers that are older than the installed code; return their domains, and if that worked.
-
-        After an upgrade, one of an earlier version cannot start another process in place of one that died. That of a
-        domain that was redefined since its start stays, or whose label areas cannot be opened now: another could not
-        serve what the guest has.
-        """
-        installed = Path(__file__).stat().st_ctime
-        old = [each for each in self.find_served() if self.label_servers.is_older_than(each.uuid, installed)]
-        killed = {each.uuid for each in old if each.can_be_served and self._can_open_labels(each)}
-        for uuid in killed:
-            self.label_servers.kill(uuid)
-        self.serve_labels()
-        return [(each, each.uuid in killed and self.label_servers.is_running(each.uuid)) for each in old]
-
-    def _can_open_labels(self, record: Record) -> bool:
-        """Return True when another label server could open the domain's label areas now; log why not."""
-        try:
-            for item in record.started:
-                if item.spec.label_size and item.identity:
-                    backing_of(self.backings, item.spec.path).open_labels(item.spec, item.identity).close()
-        except NvdimmError as error:
-            domid = record.start.domid if record.start else None
-            logs.tell(Event("label-server-failed", record.uuid, record.name, domid, failure(error)))
-            return False
-        return True
-
-    def serve_labels(self) -> None:
-        """Do what :meth:`serve_guest` does for each running guest that has none; log what cannot be served."""
-        for record in self.find_unserved():
-            try:
-                self.serve_guest(record)
-            except (NvdimmError, OSError) as error:
-                domid = record.start.domid if record.start else None
-                logs.tell(Event("label-server-failed", record.uuid, record.name, domid, failure(error)))
-
-    def serve_guest(self, record: Record) -> None:
-        """Start a label server for a running guest whose own was killed together with its watcher.
-
-        :raises XenError: when it does not start.
-        """
-        at = record.start
-        if at is not None and at.domid is not None and not self.label_servers.is_running(record.uuid):
-            self.ledger.record_event("label-server-gone", record.uuid)
-            self.label_servers.start(at.domid, record.uuid)
 
     def end_earlier(self, uuid: str) -> None:
         """Put away the domain's earlier start, with the lock for the preparation of another.
@@ -651,11 +386,7 @@ class Starts:
 
     def _is_of(self, start: Start, domid: int | None) -> bool:
         """Return True when that is the domid of a start, in this boot, and the start has taken no later step."""
-        return start.domid == domid and start.boot_id == host_boot_id() and self._is_whole(start)
-
-    def _is_whole(self, start: Start) -> bool:
-        """Return True when the ledger has all steps of a start; in a backup, it may have mapped since."""
-        return start.state == "mapped" or not self.ledger.is_from_elsewhere()
+        return start.domid == domid and start.boot_id == host_boot_id() and self.ledger.is_whole(start)
 
     def find_domid(self, start: Start) -> int | None:
         """Return the domid by which Xen has the guest of a start; None when it is over.

@@ -479,6 +479,10 @@ class StartSteps(Database):
         rows = self._rows(f"SELECT number FROM attachment WHERE {THIS_START}", *start.key)
         return rows[0][0] if rows else None
 
+    def is_whole(self, start: Start) -> bool:
+        """Return True when the ledger has all steps of a start; in a backup, it may have mapped since."""
+        return start.state == "mapped" or not self.is_from_elsewhere()
+
     def never_run(self, uuid: str) -> set[int | None]:
         """Return the numbers of the domain's starts that may have left a file frozen, and have never run.
 

@@ -304,3 +304,21 @@ def test_a_start_says_that_a_file_is_in_no_pool_any_more(host: Host, caplog: pyt
     with pytest.raises(NvdimmError):
         host.driver.prepare_known(domain.uuid)
     assert not is_immutable(host.path("a.img"))
+
+
+@pytest.mark.parametrize("what", ["an empty mount point", "another file system", "another file system with DAX"])
+def test_a_saved_guest_can_go_on_once_its_pool_is_back(
+    host: Host, file_systems: dict[str, FileSystem], what: str
+) -> None:
+    """Nobody is told to give a guest up whose pool is merely not mounted."""
+    host.mapper.alive[7] = UUID
+    host.driver.prepare(DomainSpec("x", UUID, 512 * MIB, None, tuple(item.spec for item in host.record().allocations)))
+    map_prepared(host.driver.ledger, 7)
+    del host.mapper.alive[7]
+    host.driver.release(UUID)
+    host.driver.check_restore(UUID)
+    with covered(host, file_systems["xfs"], what), pytest.raises(NvdimmError, match="cannot go on yet: ") as caught:
+        host.driver.check_restore(UUID)
+    assert "mount" in (caught.value.hint or "")
+    assert "managedsave-remove" not in (caught.value.hint or "")
+    host.driver.check_restore(UUID)

@@ -18,6 +18,7 @@ import pytest
 
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
+from nvdimm_driver.lifecycle.file_times import FileTimes
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import DomainSpec, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, FileSystem, run
@@ -181,7 +182,7 @@ def test_a_file_system_that_is_mounted_while_the_start_is_put_away(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
     """Its file stays immutable: it has no new time yet."""
-    note = Starts._note_times
+    note = FileTimes.note_times
 
     def mounted(*args: Any) -> object:
         if before:
@@ -193,7 +194,7 @@ def test_a_file_system_that_is_mounted_while_the_start_is_put_away(
 
     os.rename(host.path("in"), host.path("away"))
     with monkeypatch.context() as patch:
-        patch.setattr(Starts, "_note_times", mounted)
+        patch.setattr(FileTimes, "note_times", mounted)
         image = end(host, 5)
     assert host.record().start is None
     assert is_immutable(host.path("in/a.img"))

@@ -7,8 +7,8 @@ import errno
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -135,21 +135,24 @@ def test_the_last_run_is_that_of_all_its_bytes(tmp_path: Path) -> None:
     assert marks.last_run(whole) is None
 
 
-@pytest.fixture
-def no_room() -> Iterator[Callable[[int], None]]:
-    """Return what lets no file of this process become larger than that: a write fails with EFBIG."""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file of this process become larger than that: a write fails with EFBIG, also one of pytest's output."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_mark_that_cannot_be_written_stays_as_it_is(tmp_path: Path, no_room: Callable[[int], None]) -> None:
+def test_a_mark_that_cannot_be_written_stays_as_it_is(tmp_path: Path) -> None:
     marks = DeviceMarks(tmp_path / "devices")
     marks.set_owner(device(), b"db1")
-    no_room(2)
-    with pytest.raises(LedgerError, match=f"cannot write {tmp_path}/devices/ns-0-0-134217728.owner: {_EFBIG}"):
+    refused = pytest.raises(LedgerError, match=f"cannot write {tmp_path}/devices/ns-0-0-134217728.owner: {_EFBIG}")
+    with largest_file(2), refused:
         marks.set_owner(device(), b"another")
     assert marks.owner(device()) == b"db1"
     assert len(os.listdir(tmp_path / "devices")) == 1
@@ -641,7 +644,7 @@ def test_what_a_backup_has_as_the_domid_may_be_another_guest(host: Host, monkeyp
     host.mapper.memory[5] = {}
     driver = host.driver()
     driver.ledger._write([("UPDATE attachment SET served = 'labels'", ())])
-    assert driver.starts.find_served() == []
+    assert driver.guest_processes.find_served() == []
     record = driver.ledger.find_domain(UUID)
     assert record
     assert [table[:4] for table in driver.read_guest_tables(record)] == [b"NFIT", b"SSDT"]
