@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The holders of running guests: one process per guest, which has the guest's backings open.
 
+A holder that has the only access to a file, as somebody has deleted that under the guest, is not ended: the bytes would
+be gone with it.
+
 Xen does not tell Linux that a guest has frames of a file or device. An open file keeps its file system mounted; a block
 device that is open exclusively can be neither mounted nor given to a file system, and ndctl does not disable its
 namespace (open(2), O_EXCL). A holder is a process of its own, because QEMU may die while its guest runs on.
@@ -85,13 +88,25 @@ class Holders:
         return [pid for pid, *rest in _holders() if rest == [self._state_dir, uuid]]
 
     def kill(self, uuid: str, pids: Collection[int]) -> None:
-        """End those of these processes that are holders of a domain; what they held is free when this returns."""
+        """End those of these processes that are holders of a domain; what they held is free when this returns.
+
+        One that has a deleted file goes on, until the operator ends it: see :meth:`deleted`.
+        """
         from functools import partial
 
         from nvdimm_driver.processes import kill
 
         for pid in pids:
-            kill(pid, partial(self._is_of, uuid, pid))
+            if not _deleted(pid):
+                kill(pid, partial(self._is_of, uuid, pid))
+
+    def deleted(self) -> list[tuple[int, str, str, str]]:
+        """Return what only a holder still has: its process id, the domain's uuid, the deleted file, and how to open it.
+
+        That is a path below ``/proc``, which cp(1) reads.
+        """
+        own = ((pid, uuid) for pid, state_dir, uuid in _holders() if state_dir == self._state_dir)
+        return [(pid, uuid, path, there) for pid, uuid in own for path, there in _deleted(pid)]
 
     def _is_of(self, uuid: str, pid: int) -> bool:
         return _holder(pid) == (pid, self._state_dir, uuid)
@@ -135,6 +150,21 @@ def _holder(pid: int) -> tuple[int, str, str] | None:
     except OSError:
         return None
     return pid, words[4], words[5]
+
+
+def _deleted(pid: int) -> list[tuple[str, str]]:
+    """Return the deleted files that a process has open, each with the path at which it can be opened still."""
+    found = []
+    folder = f"/proc/{pid}/fd"
+    try:
+        for name in sorted(os.listdir(folder)):
+            there = f"{folder}/{name}"
+            status = os.stat(there)
+            if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+                found.append((os.readlink(there).removesuffix(" (deleted)"), there))
+    except OSError:  # it has ended
+        return []
+    return found
 
 
 def _has_open(pid: int, number: int) -> bool:

@@ -51,9 +51,10 @@ def check(
                 yield passed("ledger", has)
             yield from check_starts(records, mapper)
             yield from check_backings(records, backings)
-            yield from check_label_servers(records, label_server)
-            yield from check_holders(records, held())
-            yield from check_caches(records)
+            guests = _with_guest(records, mapper)
+            yield from check_label_servers(guests, label_server)
+            yield from check_holders(guests, held())
+            yield from check_caches(guests)
             return
     for name in (_XEN, _BACKINGS, _SERVERS, _HOLDERS):
         yield failed(name, "cannot be checked without the ledger")
@@ -68,19 +69,35 @@ def _elsewhere(ledger: Ledger) -> LedgerError | None:
     return None
 
 
+def _has_guest(record: Record, mapper: Mapper) -> bool:
+    """Return True when Xen has the guest that a domain has according to the ledger.
+
+    :raises XenError: when Xen cannot be asked.
+    """
+    start = record.start
+    if start is None or start.domid is None or start.boot_id != host_boot_id():
+        return False
+    return mapper.is_alive(start.domid, record.uuid)
+
+
+def _with_guest(records: Sequence[Record], mapper: Mapper) -> list[Record]:
+    """Return the domains whose guest Xen has, or may have."""
+    try:
+        return [record for record in records if _has_guest(record, mapper)]
+    except NvdimmError:  # which check_starts has said
+        return list(records)
+
+
 def check_starts(records: Sequence[Record], mapper: Mapper) -> Iterator[Finding]:
     """Check that Xen has the domains that run according to the ledger."""
-    running = [(record, at.domid, at.boot_id) for record in records if (at := record.start) and at.domid]
+    running = [record for record in records if record.start and record.start.domid]
     try:
-        gone = [
-            (record, domid)
-            for record, domid, boot_id in running
-            if boot_id != host_boot_id() or not mapper.is_alive(domid, record.uuid)
-        ]
+        gone = [record for record in running if not _has_guest(record, mapper)]
     except NvdimmError as error:
         yield could_not(_XEN, error)
         return
-    for record, domid in gone:
+    for record in gone:
+        domid = record.start.domid if record.start else None
         yield warned(
             _XEN,
             f"domain {record.name} runs as domid {domid} according to the ledger, but Xen does not have it",

@@ -21,6 +21,7 @@ from nvdimm_driver.doctor.repair_view import (
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError, XenError
 from nvdimm_driver.model import NvdimmSpec, Record
+from nvdimm_driver.shell import command
 
 LOG = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class _Look:
             yield Inconsistency(record.name, record.uuid, "", problem, "write the start into the ledger", take_up)
         yield from self._unknown_guests()
         yield from self._unattended()
+        yield from self._deleted()
         for record in self.view.records:
             for item in record.allocations:
                 yield from _guarded(record, item.spec.path, self.nvdimms.of(record, item))
@@ -93,6 +95,15 @@ class _Look:
             problem = "nothing holds its backings: they can be unmounted and overwritten while the guest runs"
             hold = partial(processes.hold_guest, record)
             yield Inconsistency(record.name, record.uuid, "", problem, "hold them again", hold, of_guest=True)
+
+    def _deleted(self) -> Iterator[Inconsistency]:
+        """Yield the files that were deleted under a guest: only its holder has them still."""
+        names = {record.uuid: record.name for record in self.view.records}
+        for pid, uuid, path, there in self.driver.starts.holders.deleted():
+            problem = f"it was deleted while its guest had it; only the guest and process {pid} have its bytes still"
+            copy = command("cp", "--sparse=always", there, "FILE")
+            remedy = f"shut the guest down, then copy them: {copy}; the process ends with the host, or by: kill {pid}"
+            yield Inconsistency(names.get(uuid, ""), uuid, path, problem, remedy)
 
     def _unknown_guests(self) -> Iterator[Inconsistency]:
         try:

@@ -59,7 +59,7 @@ class UnfitFiles:
         if record.start is not None and path in record.start.paths:
             return (
                 problem,
-                f"before domain {record.name} is shut down, save its data: only its guest has it still",
+                f"before domain {record.name} is shut down, copy its data from within the guest, which has it still",
                 None,
             )
         if path in self.zeros:

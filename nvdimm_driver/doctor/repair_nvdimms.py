@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import same_file_system
@@ -268,7 +269,7 @@ class Nvdimms:
         if moved := self._moved(item):
             return inconsistency(self._displaced(record, item, moved))
         if not _can_become(own, item):
-            return inconsistency(f"have it moved back to {own.spec.path}; what belongs here is another file")
+            return inconsistency(f"{ownership.moved_back(own.spec.path)}; what belongs here is another file")
         take = self.changes.of(record, self.changes.adopt_instead, backing, item, found, own)
         return inconsistency(f"take it for this one, and give up number {own.spec.slot}", take)
 
@@ -317,6 +318,9 @@ class Nvdimms:
                 f"it is not there; its file system is mounted in another place, and has it as {moved[0]}",
                 "mount it where it was, or define the domain with that path: the NVDIMM stays the same",
             )
+        if moved and not exists(folder := str(Path(path).parent)):
+            problem = f"it is not there, and neither is its folder; it was moved to {moved[0]}"
+            return inconsistency(problem, f"rename the folder back, or make {folder}; then repeat this")
         if moved:
             backing = self.view.backing(item.identity.kind if item.identity else "")
             move = self.changes.of(record, self.changes.move_back, backing, moved[0], item)
@@ -378,7 +382,7 @@ class Nvdimms:
         had = self.view.find(mark.uuid, mark.spec.slot)
         if had and file and not self.view.is_still(had) and not self.view.is_later(file, had):
             problem = f"what is there is {had.spec.path} of domain {mark.name} ({mark.uuid}), by its mark"
-            remedy = f"have it moved back to {had.spec.path} first"
+            remedy = ownership.moved_back(had.spec.path)
             if item.identity and file.identity and not on_same_volume(file.identity, item.identity):
                 remedy = f"mount the file system that had {path} here again, and the one that is here where it was"
             return Inconsistency(record.name, record.uuid, path, problem, remedy)

@@ -30,8 +30,8 @@ from nvdimm_driver.state.words import release_of
 LOG = logging.getLogger(__name__)
 
 _MAKES_ZEROS = (
-    "nothing is at its path: if it had data, restore it first ('nvdimmctl check' says how); then define the domain "
-    "with virsh, through nvdimmd, which makes zeros of what is not there"
+    "nothing is at its path: if it had data, put them there first ('nvdimmctl check' knows where a file was moved); "
+    "then define the domain with virsh, through nvdimmd, which makes zeros of what is not there"
 )
 
 

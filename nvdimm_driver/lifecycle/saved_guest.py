@@ -307,8 +307,8 @@ def check_known(last: Run | None, *, is_unnumbered: bool, is_spoiled: bool) -> N
         raise refused(_SPOILED)
     if last is None and not is_unnumbered:
         raise RefusedError(
-            "the saved guest cannot go on: the ledger does not have the run that it was saved in, because the ledger "
-            "was lost or made anew",
+            "the saved guest cannot go on: the ledger does not have the run that it was saved in; it was lost or made "
+            "anew, or the domain's NVDIMMs were released",
             hint="boot the guest anew: virsh managedsave-remove, then virsh start",
         )
 

@@ -173,6 +173,10 @@ class Starts:
         finally:
             if self._is_latest(start):
                 self.holders.kill(start.uuid, holders)
+                for pid, _, file, copy in self.holders.deleted():
+                    if pid in holders:
+                        name, detail = record.name if record else "", {"path": file, "copy": copy}
+                        logs.tell(Event("left-deleted", start.uuid, name, start.domid, detail))
         # what could not be recorded while they were frozen
         ownership.mark_if_possible(self.ledger, self.backings, start.uuid)
         written = self.times.times_of_left(start, away)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvdimm_driver.backing.inventory import SYSFS, namespaces, problems, regions
-from nvdimm_driver.backing.paths import resolve
+from nvdimm_driver.backing.paths import check_not_read_only, resolve
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import Allocation, Namespace, Pool, Record, Space
 from nvdimm_driver.plugins import Backing, backing_of
@@ -129,7 +129,16 @@ def usage_of(pool: Pool, pools: Pools, ledger: Ledger, backings: Sequence[Backin
         found = tuple(problem for namespace in space.namespaces for problem in problems(namespace))
     except BackingError as error:
         return PoolUsage(pool, None, owned, (str(error),))
-    return PoolUsage(pool, space, owned, (*found, *_shared(pool, pools, backings)))
+    return PoolUsage(pool, space, owned, (*found, *_read_only(pool), *_shared(pool, pools, backings)))
+
+
+def _read_only(pool: Pool) -> Iterator[str]:
+    """Yield the file systems of a pool on which no guest can start, and nothing can be defined or released."""
+    for path in pool.paths:
+        try:
+            check_not_read_only(path)
+        except BackingError as error:
+            yield f"{error}"
 
 
 def _shared(pool: Pool, pools: Pools, backings: Sequence[Backing]) -> Iterator[str]:

@@ -41,6 +41,7 @@ LOGGED = {
     "misplaced-labels": "WARNING",
     "put-away-failed": "ERROR",
     "left-immutable": "WARNING",
+    "left-deleted": "ERROR",
     "hook-failed": "ERROR",
     "label-server-failed": "ERROR",
     "hold-failed": "ERROR",

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from nvdimm_driver.errors import BackingError, InUseError, LedgerError, TurnedError
 from nvdimm_driver.model import PAGE, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Surveyed
-from nvdimm_driver.plugins import Backing, backing_named, backing_of
+from nvdimm_driver.plugins import Backing, backing_named, backing_of, exists
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks
@@ -285,6 +285,16 @@ def _files_left(backings: Sequence[Backing], path: str) -> list[Surveyed]:
     return []
 
 
+def moved_back(path: str) -> str:
+    """Return how a file is moved back to its path by hand, so that what is there now is not overwritten."""
+    if not exists(path):
+        return f"move it back to {path}"
+    return (
+        f"first move what is at {path} now to a free name in its folder, from which 'nvdimmctl check --repair' moves "
+        f"it to where it belongs; then move this one back to {path}"
+    )
+
+
 def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: str, file: Surveyed) -> None:
     """Check that the NVDIMM that a file's mark names is another file with that mark, and the marked one a copy of it.
 
@@ -308,8 +318,8 @@ def _check_mark(ledger: Ledger, backings: Sequence[Backing], mark: Mark, path: s
     if moved and has_bytes(items, file.identity):
         raise InUseError(
             f"{path} has the mark of domain {mark.name} ({mark.uuid}), and is its {items[0].spec.path}",
-            hint=f"move it back to {items[0].spec.path}; if whole file systems are mounted in each other's places, "
-            "mount each where it was",
+            hint=f"{moved_back(items[0].spec.path)}; if whole file systems are mounted in each other's places, mount "
+            "each where it was",
         )
     if moved:
         hint = f"it has {items[0].spec.path} in its place; to let it have both: {repair_of(path)}"

@@ -65,7 +65,7 @@ def test_a_start_without_a_file_says_that_a_define_makes_zeros(host: Host) -> No
     (zeros,) = re.findall(": nvdimmctl (check --repair --zeros [^;]+)", found["Remedy"])
     assert host.nvdimmctl(*zeros.split()).returncode == 1
     refused = host.virsh("start", "first").stderr
-    assert "restore it first" in refused
+    assert "put them there first" in refused
     assert "makes zeros of what is not there" in refused
     (row,) = rows(host, "list")
     assert row["State"] == "lost"

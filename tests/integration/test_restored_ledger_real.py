@@ -405,7 +405,7 @@ def test_the_deleted_file_of_a_guest_that_runs_is_not_given_up(host: Host) -> No
     for zeros in ((), (host.path("a.img"),)):
         (found,) = [each for each in repair(host, zeros) if each.path == host.path("a.img")]
         assert found.mend is None
-        assert found.remedy == "before domain x is shut down, save its data: only its guest has it still"
+        assert found.remedy == "before domain x is shut down, copy its data from within the guest, which has it still"
     assert [item.ready for item in host.record().allocations] == [True]
 
 

@@ -427,6 +427,9 @@ class RecordingHolders(Holders):
         for number in pids:
             self.running.pop(number, None)
 
+    def deleted(self) -> list[tuple[int, str, str, str]]:
+        return []
+
 
 def make_driver(
     folder: Path,

@@ -139,6 +139,13 @@ def test_a_guest_whose_holder_was_killed(host: Host) -> None:
     assert "db1: nothing holds its backings" in found["holders"].message
 
 
+def test_a_guest_that_has_ended_lacks_nothing(host: Host) -> None:
+    host.start(served="x")
+    found = host.look(mapper=RecordingMapper({}), served=False, held=False)
+    assert results(found) == ALL_PASS | {"ledger, Xen": Result.WARN}
+    assert found["holders"].message == "the backings of 0 guests are held"
+
+
 def test_without_a_ledger_nothing_passes_and_none_is_made(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     looked = ledger.check(path, [MemoryBacking()], RecordingMapper(), lambda _: True, set)
