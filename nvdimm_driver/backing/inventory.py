@@ -183,6 +183,11 @@ def volume_if_pmem(device: int, sysfs: Path) -> Volume | None:
     return Volume(namespace, start * _SECTOR, size * _SECTOR)
 
 
+def partitions(disk: str, sysfs: Path = SYSFS) -> list[str]:
+    """Return the names of the block devices that are partitions of a disk."""
+    return sorted(each.parent.name for each in (sysfs / "class/block" / disk).glob("*/partition"))
+
+
 def space_of(volumes: Collection[Volume], capacity: int, free: int, largest_free: int) -> Space:
     """Return the room in a pool that is on these volumes; the arguments are those of :class:`.model.Space`."""
     alignments = [volume.spa & -volume.spa for volume in volumes]

@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import stat
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
-from nvdimm_driver.backing import inventory
+from nvdimm_driver.backing import inventory, writers
 from nvdimm_driver.backing.byteranges import DirectBytes
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.identity import check_identity
 from nvdimm_driver.backing.inventory import Volume
-from nvdimm_driver.backing.paths import open_resolved
+from nvdimm_driver.backing.paths import open_resolved, opened, reporting
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import BackingIdentity, Extent, NvdimmSpec
 from nvdimm_driver.plugins import ByteRange
 
+LOG = logging.getLogger(__name__)
+
+_BLKFLSBUF = 0x1261  # include/uapi/linux/fs.h
 _WHY = {
     "fsdax": "the kernel keeps an info block, 4 KiB behind its start, and page structures in it",
     "sector": "the kernel moves its sectors about in it (btt)",
@@ -53,6 +60,43 @@ class PmemBacking(DeviceBacking):
     def check(self, path: str, fd: int, volume: Volume, extent: Extent) -> None:
         """Accept every open device: O_EXCL has shown that nothing in the host but a holder uses it."""
 
+    def check_unwritten(
+        self, path: str, identity: BackingIdentity | None = None, allowed: Collection[int] = ()
+    ) -> None:
+        """Check that no program may write the device, and have the kernel write what it has in its page cache.
+
+        It does so by itself when the last program closes the device, or some seconds later: over what a guest has
+        stored since.
+        """
+        with self._nodes(path) as nodes:
+            for fd in nodes:
+                if others := writers.find(fd) - {*allowed}:
+                    raise writers.refusal(path, others)
+            for fd in nodes:
+                _empty_cache(fd, path)
+
+    def thaw(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Let programs of the host read what the guest has stored: the page cache may have what was there before."""
+        if self.handles(path):
+            try:
+                with self._nodes(path) as nodes:
+                    for fd in nodes:
+                        _empty_cache(fd, path)
+            except BackingError as error:  # it is another device now, or has errors: nothing was frozen
+                LOG.warning("%s", error)
+
+    @contextmanager
+    def _nodes(self, path: str) -> Iterator[list[int]]:
+        """Yield descriptors of a device, and of the disk and the partitions with which it may share bytes.
+
+        Each has a page cache of its own (block/bdev.c).
+        """
+        with ExitStack() as stack, reporting(path):
+            own = stack.enter_context(opened(path, os.O_RDONLY))
+            disk = self.volume(path, os.fstat(own).st_rdev).namespace.device
+            names = [f"{os.path.dirname(path)}/{each}" for each in (disk, *inventory.partitions(disk, self.sysfs))]
+            yield [own, *(stack.enter_context(opened(each, os.O_RDONLY)) for each in names if self.handles(each))]
+
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
         # not O_EXCL: the next check, with O_EXCL, would find the device in use
         fd = open_resolved(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_DIRECT)
@@ -69,3 +113,15 @@ class PmemBacking(DeviceBacking):
         except OSError as error:
             raise BackingError(f"{path}: cannot be opened to write labels: {error.strerror}") from error
         return DirectBytes(fd, spec.size - spec.label_size, spec.label_size)
+
+
+def _empty_cache(fd: int, path: str) -> None:
+    """Write and forget what the kernel has of a block device in its page cache.
+
+    :raises BackingError: when that fails.
+    """
+    try:
+        os.fsync(fd)
+        fcntl.ioctl(fd, _BLKFLSBUF)
+    except OSError as error:
+        raise BackingError(f"{path}: its page cache cannot be written: {error.strerror}") from error

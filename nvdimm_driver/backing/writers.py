@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ _PROC = Path("/proc")
 
 
 def find(fd: int) -> set[int]:
-    """Return the ids of the processes that may write an open file, as far as /proc tells it to this one."""
+    """Return the ids of the processes that may write an open file or block device, as far as /proc tells it."""
     return {int(process.name) for process in _PROC.glob("[0-9]*") if _may_write(process, os.fstat(fd))}
 
 
@@ -32,7 +33,7 @@ def refusal(path: str, found: Collection[int]) -> InUseError:
 def _may_write(process: Path, file: os.stat_result) -> bool:
     with suppress(OSError, ValueError):  # it has ended
         return any(_writes(process, each.name, file) for each in (process / "fd").iterdir()) or any(
-            os.path.samestat(os.stat(each), file) for each in _shared_mappings(process)
+            _is_same(os.stat(each), file) for each in _shared_mappings(process)
         )
     return False
 
@@ -40,11 +41,18 @@ def _may_write(process: Path, file: os.stat_result) -> bool:
 def _writes(process: Path, number: str, file: os.stat_result) -> bool:
     """Return True for a descriptor of the file with which a process can write."""
     with suppress(OSError, ValueError):  # it is closed
-        if os.path.samestat(os.stat(process / "fd" / number), file):
+        if _is_same(os.stat(process / "fd" / number), file):
             lines = (process / "fdinfo" / number).read_text(encoding="ascii").splitlines()
             flags = next(int(line.split()[1], 8) for line in lines if line.startswith("flags:"))
             return flags & os.O_ACCMODE != os.O_RDONLY
     return False
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    """Return True for one file, or for one block device, which may have several nodes."""
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return os.path.samestat(one, other)
 
 
 def _shared_mappings(process: Path) -> Iterator[Path]:

@@ -19,10 +19,11 @@ from nvdimm_driver.backing.pmem import PmemBacking
 from nvdimm_driver.cmd.systemd_units import UNITS
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, LedgerError
+from nvdimm_driver.errors import BackingError, InUseError, LedgerError
 from nvdimm_driver.model import KIB, MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.processes import CGROUPS, kill, leave_unit
+from tests.integration.loop_device import Device, Partition, detached
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver, started
 from tests.unit.fake_sysfs import FakeSysfs
@@ -95,7 +96,8 @@ def host(fs: FileSystem, tmp_path: Path) -> Iterator[Host]:
     fs.backing.name = FsdaxBacking.name
     host = Host(tmp_path, fs.backing, str(fs.root / "a.img"))
     yield host
-    host.holders.kill(UUID, host.holders.find(UUID))
+    for pid in host.holders.find(UUID):
+        kill(pid)
 
 
 def device_of(fs: FileSystem) -> str:
@@ -115,6 +117,31 @@ def raw(tmp_path: Path) -> Iterator[Host]:
     yield host
     host.holders.kill(UUID, host.holders.find(UUID))
     run("losetup", "--detach", device)
+
+
+def test_what_was_deleted_under_a_guest_can_be_copied_until_the_operator_ends_its_holder(
+    host: Host, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = host.domain.nvdimms[0].path
+    host.start()
+    written = bytes(range(256)) * (SIZE // 256)
+    run("chattr", "-i", path)
+    Path(path).write_bytes(written)
+    os.unlink(path)
+    for end in (host.end, host.driver.reconcile, host.another().reconcile):
+        end()
+        ((_, uuid, deleted, there),) = host.holders.deleted()
+        assert (uuid, deleted) == (UUID, path)
+    assert f"event=left-deleted domain=db1 uuid={UUID} domid=7 path={path} copy={there}" in caplog.text
+    (found,) = (each for each in look(host.driver) if "deleted" in each.problem)
+    assert found.path == path
+    copy = found.remedy.split("copy them: ")[1].split(";")[0].replace("FILE", str(tmp_path / "copy")).split()
+    run(*copy)
+    assert (tmp_path / "copy").read_bytes() == written
+    end_holder = found.remedy.rsplit("by: ", 1)[1].split()
+    assert end_holder[0] == "kill"
+    kill(int(end_holder[1]))
+    assert not any("deleted" in each.problem for each in look(host.driver))
 
 
 def test_a_file_system_cannot_be_unmounted_while_a_guest_has_a_file_of_it(host: Host, fs: FileSystem) -> None:
@@ -329,3 +356,61 @@ def test_a_holder_leaves_the_unit_of_the_command_that_starts_it(host: Host, tmp_
     leave_unit(7, (str(none), str(unified), str(tmp_path / "missing")))
     assert (unified / "nvdimm-driver/cgroup.procs").read_text() == "7"
     assert list(none.iterdir()) == []
+
+
+BACKUP, STORED = b"restored from a backup", b"of the guest, flushed "
+
+
+def store(host: Host) -> None:
+    """Write to the medium as a guest does: past the page cache of the device."""
+    with open(host.folder / "image", "r+b") as medium:
+        medium.write(STORED)
+        os.fsync(medium.fileno())
+
+
+@pytest.mark.parametrize("is_open", [False, True], ids=["nobody", "a pager"])
+def test_what_was_written_to_a_device_is_there_before_its_guest_and_nothing_of_it_comes_later(
+    raw: Host, is_open: bool
+) -> None:
+    """The kernel writes the page cache of a device when the last program closes it, or some seconds later."""
+    device, image = raw.domain.nvdimms[0].path, raw.folder / "image"
+    pager = os.open(device, os.O_RDONLY) if is_open else None
+    with open(device, "r+b") as file:
+        file.write(BACKUP)
+    raw.start()
+    assert image.read_bytes()[: len(BACKUP)] == BACKUP
+    store(raw)
+    os.sync()
+    assert image.read_bytes()[: len(STORED)] == STORED
+    raw.end()
+    with open(device, "rb") as file:
+        assert file.read(len(STORED)) == STORED
+    if pager is not None:
+        os.close(pager)
+
+
+def test_no_guest_starts_while_a_program_writes_its_device(raw: Host) -> None:
+    device = raw.domain.nvdimms[0].path
+    with open(device, "r+b", buffering=0) as file:
+        with pytest.raises(InUseError, match=f"{device}: .*process {os.getpid()}.* may write it"):
+            raw.start()
+        file.write(BACKUP)
+    assert not raw.driver.ledger.started_domains()
+    raw.start()
+    raw.end()
+
+
+def test_what_was_written_to_the_whole_disk_is_there_before_the_guest_of_a_partition(tmp_path: Path) -> None:
+    """Disk and partitions have page caches of their own."""
+    made: list[Device | Partition] = [disk := Device(tmp_path, 1, 4 * SIZE)]
+    made.append(partition := Partition(disk, 1, SIZE, SIZE))
+    with detached(made):
+        host = Host(tmp_path, PmemBacking(sysfs=disk.sysfs.root), str(partition.path))
+        pager = os.open(disk.path, os.O_RDONLY)
+        with open(disk.path, "r+b") as file:
+            file.seek(SIZE)
+            file.write(BACKUP)
+        host.start()
+        assert disk.image.read_bytes()[SIZE : SIZE + len(BACKUP)] == BACKUP
+        host.end()
+        os.close(pager)
