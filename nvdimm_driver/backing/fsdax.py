@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from nvdimm_driver.backing import extents, freespace, handles, inode, inventory, writers
-from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes
+from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes, fill_unwritten
 from nvdimm_driver.backing.files import (
     check_copy_name,
     check_named,
@@ -172,9 +172,10 @@ class FsdaxBacking(Backing):
     ) -> BackingIdentity:
         """Create the file, or write zeros where ``fallocate`` has left it unwritten, which reads as zeros.
 
-        Written bytes are never written again. A new file gets its name when it is complete: a crash leaves nothing
-        behind. It also gets it when the user interrupts the work: the next call completes the file. An empty file is
-        replaced. ENOSPC and other errors of the system leave everything as it was.
+        Written bytes are never written again, also not those that a program writes meanwhile. A new file gets its name
+        when it is complete: a crash leaves nothing behind. It also gets it when the user interrupts the work: the next
+        call completes the file. An empty file is replaced. ENOSPC and other errors of the system leave everything as it
+        was.
         """
         path = spec.path
         if identity is None and self.examine(spec).creates:
@@ -620,7 +621,7 @@ class FsdaxBacking(Backing):
         with self._changeable(path) as at, at.beside(".").opened(os.O_TMPFILE | os.O_RDWR) as fd:
             self._allocate(fd, path, size)
             try:
-                self._write_zeros(fd, size, [(0, size)], progress)
+                self._write_zeros(fd, size, progress)
             except KeyboardInterrupt:
                 give_name()  # the rest stays unwritten: the next call completes it
                 raise
@@ -633,24 +634,35 @@ class FsdaxBacking(Backing):
         os.posix_fallocate(fd, 0, size)
 
     def _complete(self, fd: int, path: str, size: int, progress: Progress) -> None:
+        """Write zeros where a file is unwritten.
+
+        :raises InUseError: when a program may write it: its contents are not all there yet.
+        """
         # no start meanwhile: XFS writes to a file that was made immutable, too
         with self.locks.writing(fd, path):
+            if inode.has_writer(fd):
+                raise writers.still_written(path, writers.find(fd))
+            runs = look(fd, path, size).unwritten
+            done = size - sum(length for _, length in runs)
             writable = open_again(fd, os.O_RDWR)
             try:
-                self._write_zeros(writable, size, look(fd, path, size).unwritten, progress)
+                for offset, length in runs:
+                    for at in range(offset, offset + length, _CHUNK):
+                        count = min(_CHUNK, offset + length - at)
+                        fill_unwritten(writable, path, at, count)
+                        done += count
+                        progress(done, size)
+                os.fsync(writable)
             finally:
                 os.close(writable)
 
-    def _write_zeros(self, fd: int, size: int, runs: Sequence[tuple[int, int]], progress: Progress) -> None:
+    def _write_zeros(self, fd: int, size: int, progress: Progress) -> None:
+        """Write zeros to a new file, which nobody else has."""
         zeros = memoryview(bytes(_CHUNK))
-        done = size - sum(length for _, length in runs)
-        for offset, length in runs:
-            end = offset + length
-            while offset < end:
-                written = os.pwrite(fd, zeros[: end - offset], offset)
-                offset += written
-                done += written
-                progress(done, size)
+        done = 0
+        while done < size:
+            done += os.pwrite(fd, zeros[: size - done], done)
+            progress(done, size)
         os.fsync(fd)
 
 

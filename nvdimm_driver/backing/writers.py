@@ -22,12 +22,24 @@ def find(fd: int) -> set[int]:
 
 def refusal(path: str, found: Collection[int]) -> InUseError:
     """Return the error for a backing at a path that a program may write, with what :func:`find` has found."""
-    names = " and ".join(describe(each) for each in sorted(found))
     return InUseError(
-        f"{path}: {names or 'a program, which /proc does not show,'} may write it, by what it has opened "
-        "or mapped before, and so change or truncate it under the guest",
+        f"{path}: {_named(found)} may write it, by what it has opened or mapped before, and so change or truncate it "
+        "under the guest",
         hint="end that program, or have it close the file",
     )
+
+
+def still_written(path: str, found: Collection[int]) -> InUseError:
+    """Return the error for a file that is unwritten in parts, and that a program may be about to write."""
+    return InUseError(
+        f"{path}: parts of it are unwritten, and {_named(found)} has it open or mapped to write it: no zeros were "
+        "written there",
+        hint="wait until the file is complete, or end that program; then repeat this",
+    )
+
+
+def _named(found: Collection[int]) -> str:
+    return " and ".join(describe(each) for each in sorted(found)) or "a program, which /proc does not show,"
 
 
 def _may_write(process: Path, file: os.stat_result) -> bool:
