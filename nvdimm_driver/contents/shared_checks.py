@@ -10,13 +10,14 @@ from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import HINTS
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
-from nvdimm_driver.model import PAGE, BackingIdentity, Extent, NvdimmSpec, Run
+from nvdimm_driver.model import PAGE, SUPERPAGE, BackingIdentity, Extent, NvdimmSpec, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.stray_frames import StrayFrames, check_none
 
 LastRuns = dict[str, Run | None]
 """The last run of each domain that has a backing, by uuid."""
@@ -44,6 +45,7 @@ class Checks:
         self.unknown = unknown
         self._overwritten = overwritten
         self._frames_of_guests = frames_of_guests
+        self._strays = StrayFrames(ledger, backings, frames_of_guests)
         self.ledger = ledger
         self.backings = backings
         self.pools = pools
@@ -52,12 +54,31 @@ class Checks:
         """Check that the pools allow an NVDIMM that no domain owns.
 
         :raises RefusedError: when it is in no pool, or a pool's rules forbid it.
-        :raises InUseError: when a domain owns its path or its bytes.
+        :raises InUseError: when a domain owns its path or its bytes, or as :meth:`check_room` does.
         """
         self.ledger.check_own()
         check_name(spec.path)
         self.pools.check_new([spec], self.ledger.domains())
         self.check_unowned(spec.path)
+        self.check_room(spec.path)
+
+    def check_room(self, path: str) -> None:
+        """Check that what is written to a backing, which need not exist, gets no place where a guest has its bytes.
+
+        One whose bytes all have their places gets no others, and :meth:`check_unmapped` has compared those.
+
+        :raises InUseError: when a running guest has frames in its namespace that are not of that namespace.
+        """
+        strays = self._strays.find()
+        if not strays or self._extents(path):
+            return
+        backing, identity = backing_of(self.backings, path), self.identity(path)
+        if identity is None:
+            found = [backing.examine(NvdimmSpec(0, path, SUPERPAGE)).namespace]
+        else:
+            found = [area for area in backing.areas() if area.uid == identity.device]
+        for namespace in found:
+            check_none(strays, path, namespace)
 
     def check_unowned(self, path: str, opened: BackingIdentity | None = None) -> None:
         """Check that no domain owns what is at a path, if anything.

@@ -186,6 +186,7 @@ class Wiper:
         self._checks.pools.check_place(spec.path)
         self._check_whose(spec, owner, owners)
         self._checks.check_off(spec.path)  # a running domain's file cannot be opened for writing
+        self._checks.check_room(spec.path)
         backing = backing_of(self._checks.backings, spec.path)
         with reporting_errors_of(spec.path):
             whole = replace(spec, size=self._size(backing, spec.path, owner))

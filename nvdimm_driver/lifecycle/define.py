@@ -166,6 +166,7 @@ class Definitions:
         LOG.debug("define domain %s, %s", domain.name, uuid)
         found = self._begin(domain, before, kept, adopts=adopts)
         self.ledger.record_marks(uuid, state.marked)
+        checked = {intake.namespace for intake in plan.intakes if intake.writes}
         created: list[Allocation] = []
         provisioned: dict[str, BackingIdentity] = {}
         try:
@@ -173,6 +174,8 @@ class Definitions:
                 backing = self._backing(spec)
                 intake = backing.examine(spec)
                 LOG.debug("provision %s: %s to write", spec.path, human(intake.writes))
+                if intake.writes and intake.namespace not in checked:  # another than when it was planned
+                    self.planner.strays.check(spec.path, intake.namespace)
                 progress = self._progress(domain, spec)
                 if intake.creates:
                     provisioned[spec.path] = backing.create(spec, progress)

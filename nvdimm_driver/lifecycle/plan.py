@@ -39,8 +39,9 @@ from nvdimm_driver.model import (
 )
 from nvdimm_driver.plugins import AcpiBuilder, Backing, Mapper, backing_of
 from nvdimm_driver.sizes import align_up, human
-from nvdimm_driver.state import condition, ownership
+from nvdimm_driver.state import condition, ownership, stray_frames
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.stray_frames import StrayFrames
 
 LOG = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Planner:
         self.gap = gap
         self.dsm = dsm
         self.cache = cache
+        self.strays = StrayFrames(ledger, backings, mapper.frames_of_guests)
 
     def plan_define(self, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
         """Return the plan for a domain whose backings may not be provisioned yet.
@@ -98,6 +100,7 @@ class Planner:
         :raises NvdimmError: when the domain cannot be defined or started.
         """
         intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
+        self._check_room(domain, intakes)
         self._check_can_freeze(domain, intakes, before.start.paths if before and before.start else ())
         locations = self._locate_or_assume(domain, intakes)
         kept = self._kept_bases(domain, locations, before, adopts)
@@ -108,6 +111,13 @@ class Planner:
             for spec, intake in zip(domain.nvdimms, intakes, strict=True)
         )
         return replace(plan, misplaced_labels=tuple(found))
+
+    def _check_room(self, domain: DomainSpec, intakes: Sequence[Intake]) -> None:
+        """Check that what is to be written gets no place where a running guest has its bytes."""
+        writing = [(spec.path, intake) for spec, intake in zip(domain.nvdimms, intakes, strict=True) if intake.writes]
+        strays = self.strays.find() if writing else ()
+        for path, intake in writing:
+            stray_frames.check_none(strays, path, intake.namespace)
 
     def _check_can_freeze(self, domain: DomainSpec, intakes: Sequence[Intake], frozen: Container[str]) -> None:
         """Check that a start could freeze the backings that there are, but for those that are frozen."""

@@ -6,8 +6,8 @@ Pure: :func:`steps` yields one step after the other, and is sent the output of e
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from nvdimm_driver.backing import ndctl
 from nvdimm_driver.backing.ndctl import NdNamespace, NdRegion
@@ -15,6 +15,7 @@ from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, Refuse
 from nvdimm_driver.model import MIB, SUPERPAGE
 from nvdimm_driver.shell import command
 from nvdimm_driver.sizes import human
+from nvdimm_driver.state import stray_frames
 
 MODES = {"fsdax": "fsdax", "devdax": "devdax", "pmem": "raw"}
 """The mode of the namespace for each kind of pool."""
@@ -58,6 +59,7 @@ class PoolHost:
     :ivar systemd: True when systemd runs, which then mounts the file system at boot.
     :ivar in_use: names of namespaces that are mounted or that domains have.
     :ivar conf_folder: directory for the file with the section.
+    :ivar guests: by region, a running guest that has memory there of a namespace that is gone (:mod:`.stray_frames`).
     """
 
     regions: tuple[NdRegion, ...]
@@ -65,6 +67,7 @@ class PoolHost:
     systemd: bool
     in_use: frozenset[str]
     conf_folder: str
+    guests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def _lasting_name(device: str, host: PoolHost) -> Generator[RunCommand | WriteFi
 def _create(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile, str, str]:
     """Create a namespace in a region's free room, and return its device."""
     region = _region(wish, host)
+    _check_room(region, host)
     size = region.largest_free if wish.size is None else wish.size
     if not region.largest_free or size > region.largest_free:
         raise BackingError(
@@ -148,6 +152,7 @@ def _reconfigure(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile
             enable = command("ndctl", "enable-namespace", found.name)
             hint += f"; if it has none, a mark tells: {enable}, and then 'nvdimmctl check --repair' with its device"
         raise InUseError(f"{found.name} is in use: {why}", hint=hint)
+    _check_room(region, host)
     if not wish.force:
         raise RefusedError(
             f"all that is on {found.name} ({human(found.size or region.size)}, mode {found.mode}) would be lost",
@@ -160,6 +165,19 @@ def _reconfigure(wish: Wish, host: PoolHost) -> Generator[RunCommand | WriteFile
     size = ["-s", str(wish.size)] if wish.size is not None else []
     printed = yield RunCommand(("ndctl", "create-namespace", "-f", "-e", found.name, *size, *_mode(wish, host)))
     return ndctl.namespace(printed).device
+
+
+def _check_room(region: NdRegion, host: PoolHost) -> None:
+    """Check that nothing is written where a running guest has its bytes.
+
+    :raises InUseError: when it could be.
+    """
+    if region.name in host.guests:
+        raise InUseError(
+            f"{region.name} has memory of the running guest {host.guests[region.name]}, whose namespace is gone: "
+            "nothing was written over it",
+            hint=stray_frames.HINT,
+        )
 
 
 def _region(wish: Wish, host: PoolHost) -> NdRegion:

@@ -530,6 +530,20 @@ class StartSteps(Database):
             host_boot_id(),
         )
 
+    def frames_of_starts(self) -> list[tuple[str, int | None, int, int, str]]:
+        """Return the machine frames of all starts in this boot, as (domain name, domid, mfn, count, nvdimms).
+
+        :returns: with ``nvdimms`` for :func:`has_namespace`. A version that numbered no runs has begun a start without:
+            the domain's NVDIMMs of now tell as much.
+        """
+        each = """'"namespace": "' || device || '"'"""
+        defined = f"SELECT group_concat({each}) FROM allocation WHERE allocation.uuid = attachment.uuid"
+        return self._rows(
+            f"SELECT name, domid, mfn, count, coalesce(nullif(nvdimms, ''), ({defined}), '') "
+            "FROM mapping JOIN attachment USING (uuid) JOIN domain USING (uuid) WHERE boot_id = ?",
+            host_boot_id(),
+        )
+
     def find_ioreq_server(self, uuid: str) -> int | None:
         """Return Xen's id of the ioreq server that the domain's label server has created; None before."""
         rows = self._rows("SELECT ioreq_server FROM attachment WHERE uuid = ?", uuid)
@@ -577,6 +591,15 @@ def _devices_of(nvdimms: str) -> list[BackingIdentity]:
         for each in json.loads(nvdimms)
         if not each["inode"]
     ]
+
+
+def has_namespace(nvdimms: str, uid: str) -> bool:
+    """Return True when a guest has an NVDIMM on a namespace.
+
+    :param nvdimms: what it has (:func:`.lifecycle.saved_guest.describe`); in JSON, a quote in a value is escaped.
+    :param uid: :attr:`.model.Namespace.uid`.
+    """
+    return f'"namespace": "{uid}"' in nvdimms
 
 
 def _undone(uuid: str) -> LedgerError:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,13 @@ def test_a_file_system_on_a_new_namespace() -> None:
         "chmod 0700 /mnt/fast",
         f"/etc/conf.d/pool-fast.conf: {section}",
     ]
+
+
+@pytest.mark.parametrize("wanted", [{}, {"namespace": "namespace1.0", "force": True}], ids=["new", "reconfigured"])
+def test_nothing_is_written_over_a_running_guest_whose_namespace_is_gone(wanted: dict[str, object]) -> None:
+    with pytest.raises(InUseError, match=r"region1 has memory of the running guest db1 \(domid 7\), whose namespace"):
+        run(wish(**wanted), replace(host(), guests={"region1": "db1 (domid 7)"}))
+    run(wish(**wanted), replace(host(), guests={"region0": "db1 (domid 7)"}))
 
 
 def test_systemd_mounts_it_at_boot() -> None:

@@ -170,7 +170,22 @@ def _host(driver: XenNvdimmDriver) -> PoolHost:
         systemd=BOOTED.is_dir(),
         in_use=frozenset(each.name for region in regions for each in region.namespaces if each.name in used),
         conf_folder=conf.CONF_FOLDER,
+        guests=_guests(driver),
     )
+
+
+def _guests(driver: XenNvdimmDriver) -> dict[str, str]:
+    """Return, by region, a running guest with memory there of a namespace that is gone.
+
+    :raises XenError: when Xen runs, and cannot be asked.
+    """
+    from nvdimm_driver.backing import inventory
+    from nvdimm_driver.model import PAGE
+    from nvdimm_driver.state.stray_frames import touching
+
+    strays = driver.planner.strays.find()
+    places = [(name, spa // PAGE, -(-size // PAGE)) for name, spa, size in inventory.regions()] if strays else []
+    return {name: found[0] for name, *frames in places if (found := touching(strays, *frames))}
 
 
 def _text(step: RunCommand | WriteFile) -> str:
