@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NewType, Self
 
 from nvdimm_driver.errors import NvdimmError
-from nvdimm_driver.sizes import align_up, human, units
+from nvdimm_driver.sizes import align_up, human, whole_units
 
 Gfn = NewType("Gfn", int)
 """Guest frame number."""
@@ -183,8 +183,7 @@ class Namespace:
     @property
     def frames(self) -> tuple[int, int]:
         """Machine frames (mfn, count) that are wholly in the data area: those that guests may get."""
-        first = units(self.data_spa, PAGE)
-        return first, max(0, (self.data_spa + self.data_size) // PAGE - first)
+        return whole_units(self.data_spa, self.data_size, PAGE)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,12 @@ def units(value: int, unit: int) -> int:
     return -(-value // unit)
 
 
+def whole_units(start: int, size: int, unit: int) -> tuple[int, int]:
+    """Return the units that are wholly in a range, as (number of the first one, count)."""
+    first = units(start, unit)
+    return first, max(0, (start + size) // unit - first)
+
+
 def parse(text: str) -> int:
     """Parse ``4096``, ``64GiB`` or, as ndctl takes it, ``64G``, into bytes; all units are powers of 1024.
 

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's persistent memory: its namespaces, and the namespace that a block device is on.
 
-Reads two foreign formats: sysfs of libnvdimm and device-dax (Linux 6.1: drivers/nvdimm/namespace_devs.c, pfn_devs.c,
-pmem.c, drivers/dax/bus.c) and ``/proc/self/mountinfo``.
+Reads two foreign formats: sysfs of libnvdimm and device-dax, with :mod:`.backing.sysfs`, and ``/proc/self/mountinfo``.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvdimm_driver import host_text
+from nvdimm_driver.backing.sysfs import active, number, read, text
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import PERSISTENCE_DOMAINS, Extent, Namespace, Space
 from nvdimm_driver.sizes import human
@@ -22,7 +20,6 @@ from nvdimm_driver.sizes import human
 SYSFS = Path("/sys")
 MODES = ("fsdax", "devdax", "raw", "sector")
 _SECTOR = 512  # of the block layer, whatever the device's own (Documentation/ABI/stable/sysfs-block)
-_NULL_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,22 @@ def namespaces(sysfs: Path = SYSFS) -> tuple[Namespace, ...]:
 
     :raises BackingError: when sysfs cannot be read, as by a user other than root.
     """
-    found = [_of_disk(sysfs, disk) for disk in sorted(sysfs.glob("class/block/pmem*"))]
-    found += [_of_dax(sysfs, dax) for dax in sorted(sysfs.glob("bus/dax/devices/*"))]
-    return tuple(sorted((each for each in found if each), key=lambda each: each.data_spa))
+    found = []
+    for each in sorted(active(str(sysfs)), key=lambda each: each.data_spa):
+        node = text(f"{each.holder}/numa_node")
+        found.append(
+            Namespace(
+                name=each.name,
+                mode=each.mode,
+                device=each.device,
+                uid=each.uid,
+                data_spa=each.data_spa,
+                data_size=each.data_size,
+                numa_node=int(node) if node.isdecimal() else None,  # -1: no node
+                persistence_domain=_persistence_domain(sysfs, each.name),
+            )
+        )
+    return tuple(found)
 
 
 def mode_of(uid: str, sysfs: Path = SYSFS) -> tuple[str, str] | None:
@@ -65,8 +75,8 @@ def mode_of(uid: str, sysfs: Path = SYSFS) -> tuple[str, str] | None:
     An idle namespace in raw mode has a uid as :attr:`.Namespace.uid`, in other modes if it has a uuid.
     """
     for namespace in sysfs.glob("bus/nd/devices/namespace*"):
-        if uid in (_text(namespace / "uuid"), f"spa-{_number(namespace / 'resource') or 0:#x}"):
-            mode = _text(namespace / "mode")
+        if uid in (text(namespace / "uuid"), f"spa-{number(namespace / 'resource') or 0:#x}"):
+            mode = text(namespace / "mode")
             return namespace.name, _MODES.get(mode, mode)
     return None
 
@@ -101,7 +111,7 @@ def regions(sysfs: Path = SYSFS) -> tuple[tuple[str, int, int], ...]:
     """
     found = []
     for region in sysfs.glob("bus/nd/devices/region*"):
-        spa, size = (_number(region / name) if (region / name).exists() else None for name in ("resource", "size"))
+        spa, size = (number(region / name) if (region / name).exists() else None for name in ("resource", "size"))
         if spa is not None and size:
             found.append((region.name, spa, size))
     return tuple(sorted(found, key=lambda each: each[1]))
@@ -116,7 +126,7 @@ def bad_ranges(sysfs: Path = SYSFS) -> tuple[tuple[int, int], ...]:
     """
     found: set[tuple[int, int]] = set()
     for region in sysfs.glob("bus/nd/devices/region*"):
-        spa = _number(region / "resource") if (region / "resource").exists() else None
+        spa = number(region / "resource") if (region / "resource").exists() else None
         found.update(_bad(region, spa))
     for namespace in namespaces(sysfs):
         found.update(_bad(sysfs / "class/block" / namespace.device, namespace.data_spa))
@@ -139,7 +149,7 @@ def _bad(device: Path, spa: int | None) -> Iterator[tuple[int, int]]:
     """Read ``badblocks`` of a region or disk: lines of first sector and number of sectors (block/badblocks.c)."""
     if spa is None:
         return
-    for line in _text(device / "badblocks").splitlines():
+    for line in text(device / "badblocks").splitlines():
         first, count = map(int, line.split())
         yield spa + first * _SECTOR, count * _SECTOR
 
@@ -153,11 +163,11 @@ def volume_of(device: int, path: str, sysfs: Path = SYSFS) -> Volume:
     """
     volume = volume_if_pmem(device, sysfs)
     if volume is None:
-        number = f"{os.major(device)}:{os.minor(device)}"
-        node = sysfs / "dev/block" / number
+        numbers = f"{os.major(device)}:{os.minor(device)}"
+        node = sysfs / "dev/block" / numbers
         name = node.resolve().name if node.exists() else "no block device"
         raise BackingError(
-            f"{path}: is on {name} (device {number}), not on persistent memory",
+            f"{path}: is on {name} (device {numbers}), not on persistent memory",
             hint="if it should be on another file system, mount that; a backing has to be on a pmem namespace's own "
             "block device (/dev/pmemN) or a partition of it; device-mapper, md, loop and other disks are not "
             "supported; 'nvdimmctl host' shows the namespaces",
@@ -177,7 +187,7 @@ def volume_if_pmem(device: int, sysfs: Path) -> Volume | None:
         return None
     if not partition:
         return Volume(namespace, 0, namespace.data_size)
-    start, size = _number(block / "start"), _number(block / "size")
+    start, size = number(block / "start"), number(block / "size")
     if start is None or size is None:
         return None
     return Volume(namespace, start * _SECTOR, size * _SECTOR)
@@ -206,11 +216,11 @@ def problems(namespace: Namespace, sysfs: Path = SYSFS) -> tuple[str, ...]:
     if bad:
         found.append(f"{namespace.name}: {human(bad)} of bad blocks")
     region = (sysfs / "bus/nd/devices" / namespace.name).resolve().parent
-    if _text(region / "read_only") == "1":
+    if text(region / "read_only") == "1":
         found.append(f"{region.name}: read-only")
     for mapping in sorted(region.glob("mapping[0-9]*")):
-        dimm = _text(mapping).split(",")[0]
-        flags = _text(sysfs / "bus/nd/devices" / dimm / "nfit/flags")
+        dimm = text(mapping).split(",")[0]
+        flags = text(sysfs / "bus/nd/devices" / dimm / "nfit/flags")
         if flags:
             found.append(f"{dimm}: {flags}")
     return tuple(found)
@@ -222,89 +232,16 @@ def dax_alignment(namespace: Namespace, sysfs: Path = SYSFS) -> int:
     :raises BackingError: when sysfs cannot be read.
     """
     attribute = sysfs / "bus/dax/devices" / namespace.device / "align"
-    alignment = _number(attribute)
+    alignment = number(attribute)
     if not alignment:
         raise BackingError(f"{attribute}: has no alignment")
     return alignment
 
 
-def _of_disk(sysfs: Path, link: Path) -> Namespace | None:
-    disk = link.resolve()
-    if (disk / "partition").exists():
-        return None
-    holder = (disk / "device").resolve()
-    if holder.name.startswith("namespace"):
-        # No info block. `memory` without a holder: a region whose page structures the kernel itself keeps
-        # (memmap=size!start, pmem_should_map_pages). ndctl lists it as fsdax.
-        mode = "fsdax" if _text(holder / "mode") == "memory" else "raw"
-        return _namespace(sysfs, holder.name, mode, disk.name, holder, holder)
-    name = _text(holder / "namespace")
-    if not name:
-        return None
-    if holder.name.startswith("btt"):
-        return _namespace(sysfs, name, "sector", disk.name, holder, sysfs / "bus/nd/devices" / name)
-    return _namespace(sysfs, name, "fsdax", disk.name, holder, holder)
-
-
-def _of_dax(sysfs: Path, link: Path) -> Namespace | None:
-    dax = link.resolve()
-    # drivers/dax/pmem.c makes the device below the nd_dax device, whose name may differ: the device is named after the
-    # namespace. A device of other memory (hmem, cxl) has no such parent.
-    name = _text(dax.parent / "namespace")
-    if not name or (dax / "driver").resolve().name != "device_dax":
-        return None
-    return _namespace(sysfs, name, "devdax", dax.name, dax.parent, dax)
-
-
-def _namespace(sysfs: Path, name: str, mode: str, device: str, holder: Path, area: Path) -> Namespace | None:
-    spa, size = _number(area / "resource"), _number(area / "size")
-    if spa is None or not size:
-        return None
-    uuids = [_text(sysfs / "bus/nd/devices" / name / "uuid"), _text(holder / "uuid")]
-    node = _text(holder / "numa_node")
-    return Namespace(
-        name=name,
-        mode=mode,
-        device=device,
-        uid=next((uuid for uuid in uuids if uuid not in ("", _NULL_UUID)), f"spa-{spa:#x}"),
-        data_spa=spa,
-        data_size=size,
-        numa_node=int(node) if node.isdecimal() else None,  # -1: no node
-        persistence_domain=_persistence_domain(sysfs, name),
-    )
-
-
 def _persistence_domain(sysfs: Path, name: str) -> str:
     """Return the persistence domain of the namespace's region; empty when the kernel names none."""
-    domain = _text((sysfs / "bus/nd/devices" / name).resolve().parent / "persistence_domain")
+    domain = text((sysfs / "bus/nd/devices" / name).resolve().parent / "persistence_domain")
     return domain if domain in PERSISTENCE_DOMAINS else ""
-
-
-def _number(attribute: Path) -> int | None:
-    """Read a number, decimal or with 0x; return None for an idle device, for which the kernel returns ENXIO."""
-    text = _read(attribute)
-    if text is None:
-        return None
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise BackingError(f"{attribute}: expected a number, found {text[:40]!r}") from None
-
-
-def _text(attribute: Path) -> str:
-    """Read an attribute that not every device has; return an empty string without it."""
-    return (_read(attribute) or "") if attribute.exists() else ""
-
-
-def _read(attribute: Path) -> str | None:
-    try:
-        return host_text.read(attribute).strip()
-    except PermissionError as error:
-        raise BackingError(f"{attribute}: {error.strerror}", hint="only root may see physical addresses") from error
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return None
-        raise BackingError(f"{attribute}: cannot be read: {error.strerror}") from error
 
 
 # --- mounts -------------------------------------------------------------------------------------------------------
@@ -334,10 +271,10 @@ def mounts(mountinfo: Path) -> tuple[Mount, ...]:
 
     :raises BackingError: when it cannot be read.
     """
-    text = _read(mountinfo)
+    lines = read(mountinfo)
     result = []
     # The kernel escapes blanks and newlines in names, and nothing else that Python takes for a space or a line's end.
-    for line in (text or "").split("\n"):
+    for line in (lines or "").split("\n"):
         left, _, right = line.partition(" - ")
         if not right:
             continue
@@ -355,7 +292,7 @@ def mount_of(fd: int) -> int:
 
     :raises BackingError: when /proc cannot be read.
     """
-    lines = (_read(Path(f"/proc/self/fdinfo/{fd}")) or "").splitlines()
+    lines = (read(Path(f"/proc/self/fdinfo/{fd}")) or "").splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), 0)
 
 
@@ -383,7 +320,7 @@ def physical_address_bits(proc: Path = Path("/proc")) -> int:
     :raises BackingError: when /proc/cpuinfo does not have it.
     """
     cpuinfo = proc / "cpuinfo"
-    bits = re.search(r"^address sizes\s*: (\d+) bits physical", _read(cpuinfo) or "", re.MULTILINE)
+    bits = re.search(r"^address sizes\s*: (\d+) bits physical", read(cpuinfo) or "", re.MULTILINE)
     if not bits:
         raise BackingError(f"{cpuinfo}: no line 'address sizes'", hint="an x86 host is needed")
     return int(bits[1])

@@ -14,20 +14,25 @@ import time
 
 from nvdimm_driver import apparmor, caching, host_text
 from nvdimm_driver.backing.holders import Holders
+from nvdimm_driver.backing.sysfs import active
 from nvdimm_driver.errors import ConfigError, LedgerError, NoWriteBackError, NvdimmError, XenError
 from nvdimm_driver.guest import mapping_guards, p2m
+from nvdimm_driver.sizes import whole_units
 from nvdimm_driver.state.events import Event, failure, log_line, logfmt
 from nvdimm_driver.state.ledger import Ledger
-from nvdimm_driver.state.start_steps import PreparedStart
+from nvdimm_driver.state.start_steps import PreparedStart, has_namespace, has_other_kinds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import NoReturn
 
     from nvdimm_driver.plugins import Mapper
     from nvdimm_driver.state.events import Value
 
+PAGE = 4096
+SHIPPED = ("fsdax", "devdax", "pmem")
+"""The backings whose memory is that of namespaces in sysfs."""
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -94,7 +99,8 @@ def main(
     try:
         xen, ledger = _mapper(mapper), Ledger(os.path.join(state_dir, "ledger.sqlite"), log)
         held, restored = Holders(state_dir).has, _is_restored(argv)
-        qemu = attach(domid, ledger, xen, state_dir, _prepare, _serve, is_held=held, restored=restored, log=log)
+        known = domid, ledger, xen, state_dir
+        qemu = attach(*known, _prepare, _serve, is_held=held, areas_now=areas_now, restored=restored, log=log)
         log.debug("exec %s", qemu)
         try:
             os.execv(qemu, [qemu, *argv[1:]])
@@ -129,6 +135,7 @@ def attach(
     serve: Callable[[str, int, str], None],
     *,
     is_held: Callable[[str], bool] = bool,
+    areas_now: Callable[[PreparedStart], Iterable[tuple[int, int]]] | None = None,
     restored: bool = False,
     log: Log | None = None,
 ) -> str:
@@ -137,6 +144,7 @@ def attach(
     :param prepare: prepares a start, by the domain's uuid, if no hook has done it: xl runs none.
     :param serve: starts a label server, by state folder, domid and uuid.
     :param is_held: tells, by uuid, if a holder has the domain's backings open; true by default.
+    :param areas_now: as :func:`areas_now`; None: they are as when the start was prepared.
     :param restored: the guest is restored from a saved image. Its tables, and its page for a label server, are in the
         restored memory, and no firmware runs that would read new tables. It must be as the guest was when it was saved.
     :param log: gets each step.
@@ -156,12 +164,12 @@ def attach(
                 f"the process that holds the backings of domain {start.name} has died since its start was prepared",
                 hint="start the domain again",
             )
-        _guard(uuid, domid, start, ledger, mapper)
+        _guard(uuid, domid, start, ledger, mapper, areas_now)
         log.debug("guards passed, mappings: %d", len(start.mappings))
         tables = _read(os.path.join(state_dir, "domains", uuid, "tables"))
         saved = _check_saved(uuid, domid, start, tables, ledger, mapper) if restored else None
         ledger.begin_mapping(start, domid)
-        _announce(uuid, domid, start, ledger, mapper)
+        _announce(uuid, domid, start, ledger, mapper, areas_now)
         cache, hypercalls, seconds = _map(domid, start, mapper, log, restored=restored)
         try:
             if saved:
@@ -224,7 +232,36 @@ def _find_start(uuid: str, domid: int, ledger: Ledger, prepare: Callable[[str], 
     return start
 
 
-def _guard(uuid: str, domid: int, start: PreparedStart, ledger: Ledger, mapper: Mapper) -> None:
+def areas_now(start: PreparedStart) -> list[tuple[int, int]]:
+    """Return the areas of the namespaces that a start's NVDIMMs are on, by uuid, as they are now, as (mfn, count).
+
+    Those of a plug-in's own memory are asked for only if they are needed: that takes longer than all the rest.
+    """
+    nvdimms = start.run[1]
+    found = [
+        whole_units(each.data_spa, each.data_size, PAGE)
+        for each in active()
+        if each.mode != "sector" and has_namespace(nvdimms, each.uid)
+    ]
+    if mapping_guards.first_outside(start.mappings, found) and has_other_kinds(nvdimms, SHIPPED):
+        from nvdimm_driver import conf, plugin_loader
+
+        backings = plugin_loader.load_all("nvdimm_driver.backings", conf.load())
+        areas = [area for backing in backings for area in backing.areas()]
+        found = [area.frames for area in areas if has_namespace(nvdimms, area.uid)]
+    return found
+
+
+def _guard(
+    uuid: str,
+    domid: int,
+    start: PreparedStart,
+    ledger: Ledger,
+    mapper: Mapper,
+    areas_now: Callable[[PreparedStart], Iterable[tuple[int, int]]] | None,
+) -> None:
+    if areas_now is not None:
+        mapping_guards.check_not_replaced(start.mappings, {*areas_now(start)} & {*start.areas})
     mapping_guards.check_mappings(
         start.mappings,
         areas=start.areas,
@@ -240,11 +277,18 @@ def _frames_of_others(domid: int, mapper: Mapper) -> list[tuple[str, int, int]]:
     return [(f"with domid {each}", mfn, count) for each, mfn, count in mapper.frames_of_guests() if each != domid]
 
 
-def _announce(uuid: str, domid: int, start: PreparedStart, ledger: Ledger, mapper: Mapper) -> None:
+def _announce(
+    uuid: str,
+    domid: int,
+    start: PreparedStart,
+    ledger: Ledger,
+    mapper: Mapper,
+    areas_now: Callable[[PreparedStart], Iterable[tuple[int, int]]] | None,
+) -> None:
     """Announce the guest's frames, and look again: of two device models at once, at least one sees the other."""
     mapper.announce(domid, start.mappings)
     try:
-        _guard(uuid, domid, start, ledger, mapper)
+        _guard(uuid, domid, start, ledger, mapper, areas_now)
     except NvdimmError:
         mapper.announce(domid, ())
         raise

@@ -71,6 +71,33 @@ def check_mappings(
     _refuse_overlap("machine", sorted(mappings, key=lambda mapping: mapping[1]), 1)
 
 
+def first_outside(
+    mappings: Iterable[tuple[int, int, int]], areas: Iterable[tuple[int, int]]
+) -> tuple[int, int, int] | None:
+    """Return a mapping that is not wholly inside one area; None when all are.
+
+    :param mappings: (gfn, mfn, count).
+    :param areas: (mfn, count).
+    """
+    pmem = _Ranges("an area of persistent memory", (("", mfn, count) for mfn, count in areas))
+    return next((mapping for mapping in mappings if not pmem.cover(*mapping[1:])), None)
+
+
+def check_not_replaced(mappings: Iterable[tuple[int, int, int]], areas: Iterable[tuple[int, int]]) -> None:
+    """Check that the memory of a prepared start is still that of the namespaces which its NVDIMMs are on.
+
+    :param mappings: (gfn, mfn, count).
+    :param areas: of these namespaces those that are as they were, as (mfn, count).
+    :raises GuardError: naming frames that are not.
+    """
+    if (found := first_outside(mappings, areas)) is not None:
+        raise GuardError(
+            f"{_show(found)}: their namespace is gone, or is another one or elsewhere, since the start was prepared; "
+            "nothing was mapped",
+            hint="was it destroyed or made anew? 'nvdimmctl host' shows the namespaces; start the domain again",
+        )
+
+
 def check_areas(areas: Iterable[tuple[str, str, int, int]]) -> None:
     """Check that no two different areas share a frame: each would hand out the other's bytes.
 

@@ -602,6 +602,14 @@ def has_namespace(nvdimms: str, uid: str) -> bool:
     return f'"namespace": "{uid}"' in nvdimms
 
 
+def has_other_kinds(nvdimms: str, kinds: Iterable[str]) -> bool:
+    """Return True when a guest has an NVDIMM of another kind of backing than these.
+
+    :param nvdimms: as for :func:`has_namespace`.
+    """
+    return nvdimms.count('"kind": "') > sum(nvdimms.count(f'"kind": "{kind}"') for kind in kinds)
+
+
 def _undone(uuid: str) -> LedgerError:
     return LedgerError(
         f"the start of domain {uuid} was undone by another process, or another start of it has begun",
