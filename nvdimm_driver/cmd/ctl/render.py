@@ -98,7 +98,10 @@ def fate(driver: XenNvdimmDriver, item: Record, *, delete: bool) -> str:
         if driver.wiper.is_replaced(allocation):
             steps = ["another device or file system has its place, which is kept as it is"]
         done = " and ".join(steps) or "kept as it is"
-        lines.append(f"{path}: {done if os.path.exists(path) else 'missing'}")
+        if not os.path.exists(path):
+            has_mark = allocation.identity is not None and allocation.identity.inode
+            done = "missing" + (f"; by its mark, it is {item.name}'s again if it comes back" if has_mark else "")
+        lines.append(f"{path}: {done}")
     return "; ".join(lines)
 
 
