@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nvdimm_driver.model import (
         AcpiTables,
         BackingIdentity,
+        Extent,
         GuestLayout,
         Intake,
         Location,
@@ -197,6 +198,15 @@ class Backing(Plugin):
 
         :raises BackingError: when bytes are missing, are shared with another backing, or are not in :meth:`areas`.
         """
+
+    def find_extents(self, spec: NvdimmSpec) -> Sequence[Extent]:
+        """Return where the first ``spec.size`` bytes are, also of a backing that no guest could start with.
+
+        What is nowhere, such as a hole in a file, is left out.
+
+        :raises BackingError: when that cannot be determined.
+        """
+        return self.locate(spec).extents
 
     # --- backings that are made, moved or reserved ---
 

@@ -172,6 +172,24 @@ def check_flags(path: str, extents: Sequence[FileExtent], *, allowed: int = LAST
         raise BackingError(f"{which} {reason} (FIEMAP flags {', '.join(refused.flag_names)})", hint=hint)
 
 
+def in_machine(extents: Sequence[FileExtent], length: int, spa: int) -> tuple[Extent, ...]:
+    """Return where a file's first ``length`` bytes are in the machine's memory, as few extents as possible.
+
+    :param spa: SPA of the block device's first byte.
+    """
+    result: list[Extent] = []
+    for extent in extents:
+        if extent.offset >= length:
+            break
+        size = min(extent.length, length - extent.offset)
+        last = result[-1] if result else None
+        if last and (last.offset + last.length, last.spa + last.length) == (extent.offset, spa + extent.physical):
+            result[-1] = Extent(last.offset, last.spa, last.length + size)
+        else:
+            result.append(Extent(extent.offset, spa + extent.physical, size))
+    return tuple(result)
+
+
 def to_machine(
     path: str, extents: Sequence[FileExtent], length: int, *, spa: int, device_size: int
 ) -> tuple[Extent, ...]:
@@ -183,7 +201,6 @@ def to_machine(
     :raises BackingError: when there is a hole, or an extent overlaps another or is not on whole pages of the device.
     """
     check_holes(path, extents, length)
-    result: list[Extent] = []
     end = 0
     for extent in extents:
         if extent.offset >= length:
@@ -204,12 +221,7 @@ def to_machine(
                 f"its end at {device_size:#x}",
                 hint="is the file system on more than one device, or the file on a realtime device?",
             )
-        last = result[-1] if result else None
-        if last and last.spa + last.length == spa + extent.physical:
-            result[-1] = Extent(last.offset, last.spa, last.length + size)
-        else:
-            result.append(Extent(extent.offset, spa + extent.physical, size))
-    return tuple(result)
+    return in_machine(extents, length, spa)
 
 
 def spa_of(fd: int, offset: int, window: int = PAGE) -> int:

@@ -307,6 +307,11 @@ class FsdaxBacking(Backing):
                 raise BackingError(f"{path}: {error.message}", hint=error.hint) from error
             return Location(self._identity(fd, volume), located)
 
+    def find_extents(self, spec: NvdimmSpec) -> Sequence[Extent]:
+        with opened(spec.path, os.O_RDONLY) as fd:
+            volume = self._volume(fd, spec.path)
+            return extents.in_machine(extents.fiemap(fd, spec.size), spec.size, volume.spa)
+
     def identify(self, path: str) -> BackingIdentity:
         with opened(path, os.O_RDONLY) as fd:
             check_regular(fd, path)

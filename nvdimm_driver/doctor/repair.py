@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from nvdimm_driver.backing.paths import HINTS, resolve
 from nvdimm_driver.doctor.repair_nvdimms import Nvdimms
@@ -68,6 +68,8 @@ class _Look:
         yield from self._unattended()
         yield from self._deleted()
         for record in self.view.records:
+            yield from _guarded(record, "", self._elsewhere(record))
+        for record in self.view.records:
             for item in record.allocations:
                 yield from _guarded(record, item.spec.path, self.nvdimms.of(record, item))
             yield from self._intents(record)
@@ -104,6 +106,34 @@ class _Look:
             copy = command("cp", "--sparse=always", there, "FILE")
             remedy = f"shut the guest down, then copy them: {copy}; the process ends with the host, or by: kill {pid}"
             yield Inconsistency(names.get(uuid, ""), uuid, path, problem, remedy)
+
+    def _elsewhere(self, record: Record) -> Iterator[Inconsistency]:
+        """Yield the files of a running guest whose bytes are not where the guest has them."""
+        if record.start is None or not self.driver.starts.has_guest(record.start):
+            return
+        announced = self._announced.get(record.start.domid or 0, [])
+        for path in self.driver.starts.find_elsewhere(record.start, announced):
+            yield Inconsistency(
+                record.name,
+                record.uuid,
+                path,
+                "blocks of it were moved while its guest runs, as by a defragmentation: what the guest writes there is "
+                "not in the file, and the file system may give these blocks to others",
+                f"save the data of domain {record.name} from within its guest to another place at once, then shut it "
+                "down, and copy the data back in the next guest: the file has what it had when it was moved",
+                of_guest=True,
+            )
+
+    @cached_property
+    def _announced(self) -> dict[int, list[tuple[int, int]]]:
+        """The frames that guests have announced, as (mfn, count), by domid."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        try:
+            for domid, mfn, count in self.driver.starts.mapper.frames_of_guests():
+                found.setdefault(domid, []).append((mfn, count))
+        except XenError as error:
+            LOG.info("the frames of guests cannot be determined: %s", error)
+        return found
 
     def _unknown_guests(self) -> Iterator[Inconsistency]:
         try:

@@ -28,6 +28,7 @@ from nvdimm_driver.model import (
     GuestLayout,
     Location,
     NvdimmSpec,
+    Placement,
     Plan,
     Run,
 )
@@ -170,6 +171,24 @@ def path_of(run: Run, identity: BackingIdentity | None) -> str:
 def backings_of(run: Run) -> list[tuple[str, BackingIdentity]]:
     """Return path and identity of each backing that the guest of a run has."""
     return [(each["path"], _identity(each)) for each in _nvdimms(run.nvdimms)]
+
+
+def placed(run: Run) -> Iterator[tuple[NvdimmSpec, BackingIdentity, Placement, bool]]:
+    """Yield each NVDIMM that the guest of a run has: as it is defined, its backing, its place, and True if its label
+    area is in the guest's memory; nothing of a run that an earlier version has begun, and of which that is not known.
+    """
+    for each in _nvdimms(run.nvdimms):
+        if "definition" in each and "label address" in each:
+            spec, label_at = NvdimmSpec(path=each["path"], **each["definition"]), each["label address"]
+            place = Placement(
+                slot=each["slot"],
+                base=int(each["base"], 16),
+                size=each["size"],
+                label_size=each["label area"],
+                label_gap=spec.label_gap,
+                label_at=None if label_at == "none" else int(label_at, 16),
+            )
+            yield spec, _identity(each), place, label_at != "none"
 
 
 def missing(had: Mapping[str, BackingIdentity | None], backings: Sequence[Backing]) -> str:

@@ -15,7 +15,7 @@ from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.paths import check_not_read_only
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.labels.servers import LabelServers
-from nvdimm_driver.lifecycle import saved_guest
+from nvdimm_driver.lifecycle import guest_frames, saved_guest
 from nvdimm_driver.lifecycle.file_times import FileTimes
 from nvdimm_driver.lifecycle.saved_guest import NO_TIME
 from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Surveyed, Touch
@@ -143,6 +143,7 @@ class Starts:
         try:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
+            self._tell_elsewhere(start, record)
             # first: what is mounted from now on stays frozen, as it has no new time yet
             away = {path for path in start.paths if self._is_away(path, had.get(path))}
             there = [path for path in start.paths if path not in away]
@@ -182,6 +183,27 @@ class Starts:
         written = self.times.times_of_left(start, away)
         self.ledger.end_start(start, kind=kind, left=bool(away) and self.ledger.is_whole(start), written=written)
         self.ledger.forget_unused(start.uuid)
+
+    def _tell_elsewhere(self, start: Start, record: Record | None) -> None:
+        """Log the files of a guest that has ended whose bytes it had elsewhere: what it wrote there is lost.
+
+        If it was saved, it cannot go on: its memory does not fit what is in them.
+        """
+        try:
+            moved = self.find_elsewhere(start)
+        except (NvdimmError, OSError) as error:
+            LOG.warning("where the files of the guest with domid %s are cannot be determined: %s", start.domid, error)
+            return
+        for path in moved:
+            logs.tell(Event("blocks-moved", start.uuid, record.name if record else "", start.domid, {"path": path}))
+        if moved:
+            self.ledger.spoil_saved(start)
+
+    def find_elsewhere(self, start: Start, announced: Sequence[tuple[int, int]] = ()) -> list[str]:
+        """Do what :func:`.guest_frames.find_elsewhere` does, for a start whose device model has mapped."""
+        if start.state != "mapped":
+            return []
+        return guest_frames.find_elsewhere(self.ledger, self.backings, start, announced)
 
     def _is_at(self, path: str, identity: BackingIdentity) -> bool:
         found = ownership.identity_at(self.backings, path)

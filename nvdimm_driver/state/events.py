@@ -42,6 +42,7 @@ LOGGED = {
     "put-away-failed": "ERROR",
     "left-immutable": "WARNING",
     "left-deleted": "ERROR",
+    "blocks-moved": "ERROR",
     "hook-failed": "ERROR",
     "label-server-failed": "ERROR",
     "hold-failed": "ERROR",

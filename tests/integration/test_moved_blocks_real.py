@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of a running guest's file that root moves or shares, in spite of the flag or past it: real ext4 and XFS."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.model import KIB, PAGE, Extent
+from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.test_ownership_real import SIZE, Host, empty
+from tests.unit.doubles import UUID
+
+
+@pytest.fixture(params=list(MKFS))
+def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
+    yield Host(tmp_path, file_systems[request.param])
+    empty(file_systems[request.param])
+
+
+def extents_of(host: Host, name: str) -> list[Extent]:
+    """Return where the bytes of a file are."""
+    spec = host.domain(name).nvdimms[0]
+    return [*host.backing.find_extents(spec)]
+
+
+def move(path: str) -> None:
+    """Move all blocks of a frozen file by 64 KiB in it, as no tool does, and on each file system with the same result.
+
+    Some of the guest's blocks are free then.
+    """
+    run("chattr", "-i", path)
+    run("fallocate", "--collapse-range", "--offset", "0", "--length", str(64 * KIB), path)
+    with open(path, "ab") as file:
+        file.write(bytes(64 * KIB))
+        os.fsync(file.fileno())
+    assert os.path.getsize(path) == SIZE
+    run("chattr", "+i", path)
+
+
+def elsewhere(host: Host) -> list[tuple[str, str]]:
+    """Return domain and path of each finding of a file whose blocks were moved, none of which can be repaired."""
+    found = [each for each in look(host.driver) if "blocks of it were moved" in each.problem]
+    assert not any(each.mend for each in found)
+    return [(each.domain, each.path) for each in found]
+
+
+def test_check_names_a_running_guests_file_whose_blocks_were_moved(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    host.run(host.domain("a.img", label_size=128 * KIB))
+    assert look(host.driver) == []
+    move(host.path("a.img"))
+    assert elsewhere(host) == [("x", host.path("a.img"))]
+
+    host.mapper.alive.clear()
+    host.driver.release(UUID)
+    assert f"event=blocks-moved domain=x uuid={UUID} domid=7 path={host.path('a.img')}" in caplog.text
+    last = host.driver.ledger.find_run(UUID)
+    assert last
+    assert last.number == 0, "the memory of a guest that was saved does not fit what is in the file"
+
+
+def test_the_end_of_a_guest_whose_file_has_not_moved_says_nothing(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    host.run(host.domain("a.img", label_size=128 * KIB))
+    host.mapper.alive.clear()
+    host.driver.release(UUID)
+    assert "blocks-moved" not in caplog.text
+    last = host.driver.ledger.find_run(UUID)
+    assert last
+    assert last.number
+
+
+def test_check_compares_with_what_the_guest_has_and_not_with_what_a_repair_has_written(host: Host) -> None:
+    host.run(host.domain("a.img"))
+    host.mapper.announce(7, [(0, each.spa // PAGE, each.length // PAGE) for each in extents_of(host, "a.img")])
+    host.mapper.deliver(7, host.driver.tables_file(UUID).read_bytes())
+    host.mapper.boot(7)
+    move(host.path("a.img"))
+    record = host.record()
+    assert record.start
+    host.driver.take_up_running(record, 7, [host.path("a.img")])  # the file's blocks of now
+    assert elsewhere(host) == [("x", host.path("a.img"))]
