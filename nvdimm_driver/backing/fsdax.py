@@ -509,9 +509,13 @@ class FsdaxBacking(Backing):
 
         An immutable file on DAX takes stores, but neither write nor open for writing (ext4_file_write_iter,
         fs/namei.c:inode_permission).
+
+        :raises BackingError: also if blocks of a frozen file were moved in that moment, by root's deduplication: the
+            kernel refuses that to an immutable file only (fs/remap_range.c:generic_remap_file_range_prep).
         """
         path = spec.path
         with opened(path, os.O_RDONLY) as fd:
+            had = self._places(fd)
 
             def attempt() -> tuple[MappedBytes, set[int]]:
                 with self.locks.freezing(fd, path):
@@ -523,11 +527,35 @@ class FsdaxBacking(Backing):
                     with inode.opened_to_write(fd) as writable:
                         return MappedBytes(writable, spec.size - spec.label_size, spec.label_size), before
 
-            labels, before = patiently(attempt, _LEASE_SECONDS)
-            if others := writers.find(fd) - before - {os.getpid()}:
+            try:
+                labels, before = patiently(attempt, _LEASE_SECONDS)
+            except BaseException:
+                self._check_unmoved(fd, path, had)  # an attempt that a lease ended has had its moment, too
+                raise
+            try:
+                self._check_unmoved(fd, path, had)
+                if others := writers.find(fd) - before - {os.getpid()}:
+                    raise writers.refusal(path, others)
+            except BaseException:
                 labels.close()
-                raise writers.refusal(path, others)
+                raise
             return labels
+
+    def _places(self, fd: int) -> Sequence[Extent]:
+        """Return where the bytes of an open file are on its device."""
+        size = os.fstat(fd).st_size
+        return extents.in_machine(extents.fiemap(fd, size), size, 0)
+
+    def _check_unmoved(self, fd: int, path: str, had: Sequence[Extent]) -> None:
+        """Check that a file which is frozen has its bytes where it had them.
+
+        :raises BackingError: when it has not.
+        """
+        if inode.is_frozen(fd) and self._places(fd) != had:
+            raise BackingError(
+                f"{path}: blocks of it were moved while its label area was opened, as by a deduplication",
+                hint="stop the program that does that; if its guest runs, 'nvdimmctl check' says what is at stake",
+            )
 
     @contextmanager
     def _changeable(self, path: str) -> Iterator[Entry]:

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.backing import inode, paths
 from nvdimm_driver.doctor.repair import look
+from nvdimm_driver.errors import BackingError
 from nvdimm_driver.model import KIB, PAGE, Extent
 from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import SIZE, Host, empty
+from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable
 from tests.unit.doubles import UUID
 
 
@@ -21,6 +26,80 @@ from tests.unit.doubles import UUID
 def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
     yield Host(tmp_path, file_systems[request.param])
     empty(file_systems[request.param])
+
+
+FIDEDUPERANGE = 0xC0189436  # include/uapi/linux/fs.h
+
+
+def dedupe(source: int, target: int, length: int) -> int:
+    """Let the beginning of one file be that of another, if their bytes are the same; return 0, or an errno.
+
+    :param target: may be a descriptor that only reads.
+    """
+    request = bytearray(struct.pack("=QQHHIqQQiI", 0, length, 1, 0, 0, target, 0, 0, 0, 0))
+    fcntl.ioctl(source, FIDEDUPERANGE, request)
+    return -int(struct.unpack_from("=i", request, 48)[0])
+
+
+@pytest.fixture
+def xfs(tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
+    yield Host(tmp_path, file_systems["xfs"])
+    empty(file_systems["xfs"])
+
+
+@contextmanager
+def deduping(xfs: Host, monkeypatch: pytest.MonkeyPatch, *, leased: bool = False) -> Iterator[None]:
+    """Dedupe another file into that of a guest when it is not immutable, with descriptors that only read.
+
+    :param leased: the first opening in that moment fails, as if a program had a lease on the file.
+    """
+    donor = Path(xfs.path("donor"))
+    donor.write_bytes(bytes(SIZE))
+    source, target = os.open(donor, os.O_RDONLY), os.open(xfs.path("a.img"), os.O_RDONLY)
+    open_again = paths.open_again
+    assert dedupe(source, target, 64 * KIB), "it is immutable"
+
+    leases = [True] * leased
+
+    def opened_in_the_moment(fd: int, flags: int) -> int:
+        assert dedupe(source, target, 64 * KIB) == 0, "the kernel does not refuse it"
+        if leases and leases.pop():
+            raise BlockingIOError
+        return open_again(fd, flags)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inode, "open_again", opened_in_the_moment)
+        yield
+    os.close(source)
+    os.close(target)
+    donor.unlink()
+
+
+def test_labels_are_not_opened_if_the_file_was_moved_meanwhile(xfs: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    xfs.run(xfs.domain("a.img", label_size=128 * KIB))
+    (item,) = xfs.record().allocations
+    assert item.identity
+    before = extents_of(xfs, "a.img")
+    with (
+        deduping(xfs, monkeypatch),
+        pytest.raises(BackingError, match=r"/a\.img: blocks of it were moved while") as info,
+    ):
+        xfs.backing.open_labels(item.spec, item.identity)
+    assert "nvdimmctl check" in info.value.hint
+    assert extents_of(xfs, "a.img") != before
+    assert is_immutable(xfs.path("a.img"))
+    assert elsewhere(xfs) == [("x", xfs.path("a.img"))], "also when the other file is gone"
+
+
+def test_labels_are_not_opened_if_the_file_was_moved_in_an_attempt_that_failed(
+    xfs: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xfs.run(xfs.domain("a.img", label_size=128 * KIB))
+    (item,) = xfs.record().allocations
+    assert item.identity
+    moved = pytest.raises(BackingError, match="blocks of it were moved while")
+    with deduping(xfs, monkeypatch, leased=True), moved:
+        xfs.backing.open_labels(item.spec, item.identity)
 
 
 def extents_of(host: Host, name: str) -> list[Extent]:
