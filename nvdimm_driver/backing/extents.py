@@ -56,8 +56,8 @@ _REASONS = {
     "DATA_TAIL": ("shares a block with another file's tail", _COPY),
     "SHARED": (
         "shares its blocks with another file (reflink) or a snapshot",
-        "copy what is shared: of a domain's file, with 'nvdimmctl check --repair' while the domain is off; of another, "
-        "as its owner, with 'cp --reflink=never --sparse=never'",
+        "of a domain's file, 'nvdimmctl check' says how to go on; of another, copy what is shared, as its owner, with "
+        "'cp --reflink=never --sparse=never'",
     ),
 }
 

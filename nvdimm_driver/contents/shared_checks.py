@@ -10,7 +10,7 @@ from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import HINTS
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
-from nvdimm_driver.model import PAGE, SUPERPAGE, BackingIdentity, Extent, NvdimmSpec, Run
+from nvdimm_driver.model import PAGE, SUPERPAGE, BackingIdentity, NvdimmSpec, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.shell import repair_of
@@ -124,6 +124,11 @@ class Checks:
         :raises InUseError: when one does.
         """
         for domid in self.guests_with(path):
+            if backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
+                raise InUseError(
+                    f"{path}: the guest with domid {domid} has blocks of it, which it shares with another file",
+                    hint="'nvdimmctl check' says what is lost, and how to go on",
+                )
             raise InUseError(
                 f"{path}: the guest with domid {domid} has it, and the ledger does not know that",
                 hint=f"shut that guest down first, or write that into the ledger: {repair_of(path)}",
@@ -132,20 +137,41 @@ class Checks:
     def guests_with(self, path: str) -> list[int]:
         """Return the domids of the guests that have frames of a backing, as their device models have announced."""
         guests = self._frames_of_guests()
-        found = [
-            (extent.spa // PAGE, (extent.spa + extent.length) // PAGE)
-            for extent in (self._extents(path) if guests else ())
-        ]
-        has = {domid for domid, mfn, count in guests for first, end in found if mfn < end and first < mfn + count}
-        return sorted(has)
+        frames = self.frames(path) if guests else []
+        return sorted({domid for domid, *has in guests if _overlap(has, frames)})
 
-    def _extents(self, path: str) -> Sequence[Extent]:
-        """Return where the bytes at a path are; nothing when they are no backing's that a guest could have."""
+    def check_no_guests_blocks(self, uuid: str, path: str) -> None:
+        """Check that no guest of another domain has blocks of a file: what the file had there is lost then.
+
+        :raises InUseError: when one has.
+        """
+        if guests := self.guests_with_blocks(uuid, path):
+            raise InUseError(
+                f"{path}: the guest {' and '.join(guests)} has blocks of it, and has written to them: what the file "
+                "had there is lost",
+                hint="copy a backup over it",
+            )
+
+    def guests_with_blocks(self, uuid: str, path: str) -> list[str]:
+        """Return which guests have blocks of a file of a domain that is off, by the ledger or as they have announced.
+
+        :param uuid: of the domain.
+        """
+        frames = self.frames(path)
+        named = {f"of domain {name}" for name, *has in self.ledger.frames_of_others(uuid) if _overlap(has, frames)}
+        return sorted(named) or [f"with domid {domid}" for domid in self.guests_with(path)]
+
+    def frames(self, path: str) -> list[tuple[int, int]]:
+        """Return the machine frames of the bytes at a path, as (mfn, count), also of blocks that are shared.
+
+        :returns: nothing when they are no backing's that a guest could have.
+        """
         try:
             backing = backing_of(self.backings, path)
-            return backing.locate(NvdimmSpec(0, path, backing.size(path) // PAGE * PAGE)).extents
+            found = backing.find_extents(NvdimmSpec(0, path, backing.size(path) // PAGE * PAGE))
         except NvdimmError:
-            return ()
+            return []
+        return [(each.spa // PAGE, each.length // PAGE) for each in found]
 
     def check_same(self, path: str, identity: BackingIdentity | None) -> None:
         """Check that a backing, if it exists, has that identity, whatever its size is now.
@@ -165,6 +191,12 @@ class Checks:
     def identity(self, path: str) -> BackingIdentity | None:
         """Return the identity of the backing at a path; None when there is none that a domain can have."""
         return ownership.identity_at(self.backings, path)
+
+
+def _overlap(frames: Sequence[int], others: Sequence[tuple[int, int]]) -> bool:
+    """Return True when frames, (mfn, count), are among others."""
+    first, count = frames
+    return any(first < mfn + number and mfn < first + count for mfn, number in others)
 
 
 @contextmanager

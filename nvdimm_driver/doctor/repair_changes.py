@@ -213,8 +213,7 @@ class Changes:
 
     def unshare(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Copy the blocks that a file shares with another."""
-        ownership.check_off(record)
-        backing.unshare(item.spec, item.identity)
+        self._unshare(record, backing, item, item.identity)
 
     def give_up_contents(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Let an NVDIMM have no backing: it is not provisioned any more."""
@@ -292,6 +291,7 @@ class Changes:
         """Copy what a file that is to be the domain's shares with another, such as the backup that it is a copy of."""
         if backing.is_shared(item.spec):
             ownership.check_off(record)
+            self.driver.checks.check_no_guests_blocks(record.uuid, item.spec.path)
             backing.unshare(item.spec, found)
 
     def _check_whose(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:

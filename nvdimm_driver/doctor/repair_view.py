@@ -80,7 +80,7 @@ class View:
         self.files: dict[str, Surveyed] = {}
         self.changes = Changes(driver, self.records, self.files)
         self.exchanged = exchanged_names(driver.backings, self.records)
-        self.unfit = UnfitFiles(self.changes, zeros)
+        self.unfit = UnfitFiles(self.changes, zeros, named)
         self.unseen: list[Inconsistency] = []
         for pool in driver.pools:
             device = ""

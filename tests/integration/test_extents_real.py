@@ -162,7 +162,7 @@ def test_reflinked_files_are_refused(xfs: FileSystem) -> None:
     assert xfs.backing.locate(spec(xfs))
     run("cp", "--reflink=always", xfs.path, xfs.root / "copy")
     for act in (xfs.backing.examine, xfs.backing.provision, xfs.backing.locate):
-        with pytest.raises(BackingError, match=r"shares its blocks .*SHARED\) \(copy what is shared"):
+        with pytest.raises(BackingError, match=r"shares its blocks .*SHARED\) \(of a domain's file"):
             act(spec(xfs))
 
 

@@ -15,11 +15,13 @@ import pytest
 
 from nvdimm_driver.backing import inode, paths
 from nvdimm_driver.doctor.repair import look
-from nvdimm_driver.errors import BackingError
-from nvdimm_driver.model import KIB, PAGE, Extent
-from tests.integration.loop_pmem import MKFS, FileSystem, run
-from tests.integration.test_ownership_real import SIZE, Host, empty, is_immutable
-from tests.unit.doubles import UUID
+from nvdimm_driver.doctor.repair_changes import Changes
+from nvdimm_driver.doctor.repair_view import Inconsistency
+from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.model import KIB, MIB, PAGE, Extent
+from tests.integration.loop_pmem import MKFS, SPA, FileSystem, run
+from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
+from tests.unit.doubles import OTHER_UUID, UUID
 
 
 @pytest.fixture(params=list(MKFS))
@@ -28,6 +30,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str,
     empty(file_systems[request.param])
 
 
+OF_B = bytes(MIB) + DATA[MIB:]
 FIDEDUPERANGE = 0xC0189436  # include/uapi/linux/fs.h
 
 
@@ -167,3 +170,75 @@ def test_check_compares_with_what_the_guest_has_and_not_with_what_a_repair_has_w
     assert record.start
     host.driver.take_up_running(record, 7, [host.path("a.img")])  # the file's blocks of now
     assert elsewhere(host) == [("x", host.path("a.img"))]
+
+
+def share(xfs: Host) -> None:
+    """Let the file of a domain that is off have the first MiB of that of a running guest, which then writes there."""
+    xfs.define("b.img", OTHER_UUID, OF_B)
+    xfs.run(xfs.domain("a.img"))
+    with open(xfs.path("a.img"), "rb") as source, open(xfs.path("b.img"), "rb") as target:
+        assert dedupe(source.fileno(), target.fileno(), MIB) == 0
+    run("sync", "-f", xfs.fs.root)
+    with open(xfs.fs.image, "r+b") as image:
+        image.seek(extents_of(xfs, "a.img")[0].spa - SPA)
+        image.write(b"secret of a")
+    run("sysctl", "-q", "vm.drop_caches=3")
+    assert xfs.read("b.img").startswith(b"secret of a")
+
+
+def shared(xfs: Host, name: str, *named: str) -> Inconsistency:
+    """Return the only finding of a file."""
+    (found,) = [each for each in look(xfs.driver, named=named) if each.path == xfs.path(name)]
+    return found
+
+
+def test_no_repair_gives_a_domain_what_another_ones_guest_has_written(xfs: Host, tmp_path: Path) -> None:
+    share(xfs)
+    a, b = shared(xfs, "a.img"), shared(xfs, "b.img")
+    assert a.mend is b.mend is shared(xfs, "b.img", xfs.path("b.img")).mend is None
+    assert b.problem == "the guest of domain x has blocks of it: what this file had there is lost"
+    assert b.remedy.startswith("copy a backup over it, if there is one")
+    assert a.remedy.startswith(f"that is {xfs.path('b.img')} of domain y: it has what this guest writes")
+    assert "delete" not in a.remedy
+    record, changes = xfs.record(OTHER_UUID), Changes(xfs.driver, [xfs.record(OTHER_UUID)], {})
+    with pytest.raises(InUseError, match=r"b\.img: the guest of domain x has blocks of it, and has written to them"):
+        changes.of(record, changes.unshare, xfs.backing, *record.allocations)()
+    with pytest.raises(BackingError, match="'nvdimmctl check' says how to go on"):
+        xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
+
+    backup = tmp_path / "backup"
+    backup.write_bytes(OF_B)
+    run("cp", "--sparse=never", backup, xfs.path("b.img"))
+    assert look(xfs.driver) == []
+    xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
+    assert xfs.read("a.img").startswith(b"secret of a")
+
+
+def test_no_repair_does_so_after_that_guest_has_ended_unless_the_operator_names_the_file(xfs: Host) -> None:
+    share(xfs)
+    xfs.mapper.alive.clear()
+    xfs.driver.release(UUID)
+    for name, other in (("a.img", "b.img of domain y"), ("b.img", "a.img of domain x")):
+        found = shared(xfs, name)
+        assert found.mend is None
+        assert f"/{other}: if the guest of one has run since" in found.remedy
+    with pytest.raises(BackingError, match="shares its blocks"):
+        xfs.driver.prepare(xfs.domain("a.img"))
+    assert shared(xfs, "a.img", xfs.path("a.img")).mend
+
+
+def test_an_export_does_not_show_what_another_ones_guest_has_written(xfs: Host, tmp_path: Path) -> None:
+    share(xfs)
+    xfs.mapper.announce(7, [(0, each.spa // PAGE, each.length // PAGE) for each in extents_of(xfs, "a.img")])
+    spec, copy = xfs.domain("b.img", OTHER_UUID).nvdimms[0], tmp_path / "copy"
+    with pytest.raises(InUseError, match="the guest with domid 7 has blocks of it, which it shares"):
+        xfs.driver.exporter.export(spec, str(copy), quiet, overwrite=False, running=False)
+    assert not copy.exists()
+
+
+def test_a_file_that_shares_blocks_with_no_domains_file_is_copied(xfs: Host) -> None:
+    xfs.define("b.img", OTHER_UUID)
+    xfs.define("a.img")
+    run("cp", "--reflink=always", xfs.path("a.img"), xfs.path("copy"))
+    found = shared(xfs, "a.img")
+    assert (found.remedy, found.mend is None) == ("copy what is shared", False)
