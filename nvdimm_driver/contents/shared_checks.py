@@ -70,7 +70,7 @@ class Checks:
         :raises InUseError: when a running guest has frames in its namespace that are not of that namespace.
         """
         strays = self._strays.find()
-        if not strays or self._extents(path):
+        if not strays or self._is_located(path):
             return
         backing, identity = backing_of(self.backings, path), self.identity(path)
         if identity is None:
@@ -79,6 +79,15 @@ class Checks:
             found = [area for area in backing.areas() if area.uid == identity.device]
         for namespace in found:
             check_none(strays, path, namespace)
+
+    def _is_located(self, path: str) -> bool:
+        """Return True when all bytes of what is at a path have their places."""
+        try:
+            backing = backing_of(self.backings, path)
+            backing.locate(NvdimmSpec(0, path, backing.size(path) // PAGE * PAGE))
+        except NvdimmError:
+            return False
+        return True
 
     def check_unowned(self, path: str, opened: BackingIdentity | None = None) -> None:
         """Check that no domain owns what is at a path, if anything.
