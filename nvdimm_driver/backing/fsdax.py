@@ -487,6 +487,10 @@ class FsdaxBacking(Backing):
             os.posix_fallocate(fd, size, spec.size - size)
 
     def move(self, source: str, target: str, identity: BackingIdentity | None = None) -> None:
+        folder = os.path.dirname(target)
+        if not self.exists(folder):
+            problem = f"{source}: cannot be moved to {target}: there is no {folder}"
+            raise BackingError(problem, hint="rename the folder back, or make it; then repeat this")
         with self._changeable(source) as old, entry(target) as new, old.opened(os.O_RDONLY) as fd:
             self._check_same(fd, source, identity)
             try:
@@ -675,19 +679,22 @@ class FsdaxBacking(Backing):
         with self.locks.writing(fd, path):
             if inode.has_writer(fd):
                 raise writers.still_written(path, writers.find(fd))
-            runs = look(fd, path, size).unwritten
-            done = size - sum(length for _, length in runs)
             writable = open_again(fd, os.O_RDWR)
             try:
-                for offset, length in runs:
-                    for at in range(offset, offset + length, _CHUNK):
-                        count = min(_CHUNK, offset + length - at)
-                        fill_unwritten(writable, path, at, count)
-                        done += count
-                        progress(done, size)
-                os.fsync(writable)
+                self._fill(writable, path, size, progress)
             finally:
                 os.close(writable)
+
+    def _fill(self, fd: int, path: str, size: int, progress: Progress) -> None:
+        runs = look(fd, path, size).unwritten
+        done = size - sum(length for _, length in runs)
+        for offset, length in runs:
+            for at in range(offset, offset + length, _CHUNK):
+                count = min(_CHUNK, offset + length - at)
+                fill_unwritten(fd, path, at, count)
+                done += count
+                progress(done, size)
+        os.fsync(fd)
 
     def _write_zeros(self, fd: int, size: int, progress: Progress) -> None:
         """Write zeros to a new file, which nobody else has."""

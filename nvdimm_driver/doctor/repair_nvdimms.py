@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from nvdimm_driver.backing.identity import describe_differences
 from nvdimm_driver.backing.paths import same_file_system
@@ -318,9 +317,6 @@ class Nvdimms:
                 f"it is not there; its file system is mounted in another place, and has it as {moved[0]}",
                 "mount it where it was, or define the domain with that path: the NVDIMM stays the same",
             )
-        if moved and not exists(folder := str(Path(path).parent)):
-            problem = f"it is not there, and neither is its folder; it was moved to {moved[0]}"
-            return inconsistency(problem, f"rename the folder back, or make {folder}; then repeat this")
         if moved:
             backing = self.view.backing(item.identity.kind if item.identity else "")
             move = self.changes.of(record, self.changes.move_back, backing, moved[0], item)

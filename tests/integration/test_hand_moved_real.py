@@ -13,7 +13,7 @@ from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor import pmem as doctor_pmem
 from nvdimm_driver.doctor.finding import Result
 from nvdimm_driver.doctor.repair import look
-from nvdimm_driver.errors import InUseError
+from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.pools.usage import usage_of
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import DATA, Host, empty
@@ -56,9 +56,10 @@ def test_a_folder_that_was_renamed_is_said_to_be_missing(host: Host) -> None:
     host.driver.define(host.domain("in/c.img", "6a1b2c3d-0000-4000-8000-00000000000c"))
     os.rename(host.path("in"), host.path("away"))
     (found,) = look(host.driver)
-    assert found.problem == f"it is not there, and neither is its folder; it was moved to {host.path('away/c.img')}"
-    assert found.remedy == f"rename the folder back, or make {host.path('in')}; then repeat this"
-    assert found.mend is None
+    assert found.mend is not None
+    with pytest.raises(BackingError, match=f"there is no {host.path('in')} ") as refused:
+        found.mend()
+    assert refused.value.hint == "rename the folder back, or make it; then repeat this"
     os.mkdir(host.path("in"))
     repair(host)
     assert look(host.driver) == []

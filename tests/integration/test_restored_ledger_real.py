@@ -719,7 +719,7 @@ def test_a_repair_takes_only_the_file_that_was_looked_at(
     assert there == "nothing" or host.mark(name) is None
 
 
-@pytest.mark.parametrize("moment", ["is_shared", "_complete", "_write_zeros"])
+@pytest.mark.parametrize("moment", ["is_shared", "_complete", "_fill"])
 def test_a_repair_gives_nobody_a_file_with_the_mark_of_another(
     host: Host, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
