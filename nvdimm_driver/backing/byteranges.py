@@ -20,11 +20,11 @@ _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE (madvise(2), since Linux 5.14); Python's mmap does not name it."""
 
 
-def fill_unwritten(fd: int, path: str, offset: int, length: int) -> None:
-    """Write zeros where a file is allocated and unwritten. What any program has written, or writes meanwhile, stays.
+def give_own_blocks(fd: int, path: str, offset: int, length: int) -> None:
+    """Give a file blocks of its own: zeros where it is unwritten, and a copy where it shares blocks with another file.
 
-    Each page is touched as by a store, but nothing is stored: the file system makes an unwritten block one of zeros, in
-    one step with the look whether it is unwritten still. The caller has to sync the file.
+    Each page is touched as by a store, but nothing is stored: the file system looks at a block and replaces it in one
+    step. So what any program has written, or writes meanwhile, stays. The caller has to sync the file.
 
     :param fd: opened to read and write.
     :param path: of the file, for the error.
@@ -36,17 +36,17 @@ def fill_unwritten(fd: int, path: str, offset: int, length: int) -> None:
         with mmap.mmap(fd, offset + length - start, offset=start) as pages:
             pages.madvise(_POPULATE_WRITE)
     except ValueError as error:  # of mmap's own look at the size
-        raise _unfilled(path, offset + length) from error
+        raise _without_blocks(path, offset + length) from error
     except OSError as error:
         if error.errno != errno.EFAULT:
             raise
-        raise _unfilled(path, offset + length) from error
+        raise _without_blocks(path, offset + length) from error
 
 
-def _unfilled(path: str, end: int) -> BackingError:
+def _without_blocks(path: str, end: int) -> BackingError:
     return BackingError(
-        f"{path}: zeros cannot be written up to {end:#x}: the file ends before, its file system is full, or its memory "
-        "is faulty",
+        f"{path}: cannot get its own blocks up to {end:#x}: the file ends before, its file system is full, or its "
+        "memory is faulty",
         hint="has it been truncated? 'df' shows what is free, 'nvdimmctl doctor' bad blocks",
     )
 

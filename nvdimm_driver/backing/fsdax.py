@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from nvdimm_driver.backing import extents, freespace, handles, inode, inventory, writers
-from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes, fill_unwritten
+from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes, give_own_blocks
 from nvdimm_driver.backing.files import (
     check_copy_name,
     check_named,
@@ -359,7 +359,7 @@ class FsdaxBacking(Backing):
             return any(each.flags & extents.SHARED for each in extents.fiemap(fd, os.fstat(fd).st_size))
 
     def unshare(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
-        """Write each shared part over itself: the file system copies it then, and both files keep their bytes.
+        """Touch each page that is shared: the file system copies it then, and both files keep their bytes.
 
         The file keeps its time, too, which tells whether a saved guest may go on. FALLOC_FL_UNSHARE_RANGE changes that;
         and it does not work with DAX before Linux 6.2.
@@ -375,7 +375,7 @@ class FsdaxBacking(Backing):
                 untimed = stack.enter_context(handles.opened_untimed(fd, folder))
             for each in shared:
                 for at in range(each.offset, min(each.end, size), _CHUNK):
-                    os.pwrite(untimed, os.pread(fd, min(_CHUNK, each.end - at, size - at), at), at)
+                    give_own_blocks(untimed, path, at, min(_CHUNK, each.end - at, size - at))
             os.fsync(fd)
 
     def hold(self, path: str, identity: BackingIdentity) -> int:
@@ -691,7 +691,7 @@ class FsdaxBacking(Backing):
         for offset, length in runs:
             for at in range(offset, offset + length, _CHUNK):
                 count = min(_CHUNK, offset + length - at)
-                fill_unwritten(fd, path, at, count)
+                give_own_blocks(fd, path, at, count)
                 done += count
                 progress(done, size)
         os.fsync(fd)

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
-from tests.integration.loop_pmem import MKFS, FileSystem
+from nvdimm_driver.model import KIB, MIB, DomainSpec, NvdimmSpec
+from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import Host, empty
 from tests.unit.doubles import UUID
 
 SIZE = 32 * MIB
 BLOCK = os.urandom(MIB)
+PIECE = BLOCK[: 4 * KIB]
 
 
 @pytest.fixture(params=list(MKFS))
@@ -84,7 +87,7 @@ def test_what_is_truncated_meanwhile_is_not_extended(host: Host) -> None:
     path = host.path("a.img")
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, SIZE)
-    said = re.escape(f"{path}: zeros cannot be written up to {8 * MIB:#x}: the file ends before")
+    said = re.escape(f"{path}: cannot get its own blocks up to {8 * MIB:#x}: the file ends before")
     with pytest.raises(BackingError, match=said):
         host.backing.provision(NvdimmSpec(0, path, SIZE), lambda done, total: os.truncate(path, 5 * MIB))
     assert os.path.getsize(path) == 5 * MIB
@@ -100,3 +103,32 @@ def test_a_file_that_nobody_writes_is_completed(host: Host) -> None:
         ways(host)["define"]()
     found = host.fs.stored(host.backing.locate(NvdimmSpec(0, path, SIZE)))
     assert found == BLOCK + bytes(SIZE - MIB)
+
+
+def test_what_is_written_while_shared_blocks_are_copied_stays(
+    tmp_path: Path, file_systems: dict[str, FileSystem]
+) -> None:
+    """ext4 shares none."""
+    host = Host(tmp_path, file_systems["xfs"])
+    path, blocks, sharing = host.path("a.img"), 4 * SIZE // len(PIECE), threading.Event()
+    host.driver.define(DomainSpec("x", UUID, 512 * MIB, None, (NvdimmSpec(0, path, 4 * SIZE),)))
+    run("cp", "--reflink=always", path, host.path("clone"))
+
+    def copy() -> None:
+        with open(path, "r+b", buffering=0) as target:
+            for number in range(blocks):
+                target.write(PIECE)
+                if number == blocks // 20:
+                    sharing.set()
+
+    (found,) = look(host.driver)
+    assert found.mend is not None
+    copier = threading.Thread(target=copy)
+    copier.start()
+    sharing.wait()
+    found.mend()
+    copier.join()
+    with open(path, "rb") as file:
+        assert all(file.read(len(PIECE)) == PIECE for _ in range(blocks))
+    assert look(host.driver) == []
+    empty(file_systems["xfs"])
