@@ -87,15 +87,21 @@ class PmemBacking(DeviceBacking):
 
     @contextmanager
     def _nodes(self, path: str) -> Iterator[list[int]]:
-        """Yield descriptors of a device, and of the disk and the partitions with which it may share bytes.
+        """Yield descriptors of a device, and of its disk or its partitions: of all that share bytes with it.
 
         Each has a page cache of its own (block/bdev.c).
         """
         with ExitStack() as stack, reporting(path):
             own = stack.enter_context(opened(path, os.O_RDONLY))
-            disk = self.volume(path, os.fstat(own).st_rdev).namespace.device
+            volume = self.volume(path, os.fstat(own).st_rdev)
+            disk = volume.namespace.device
             names = [f"{os.path.dirname(path)}/{each}" for each in (disk, *inventory.partitions(disk, self.sysfs))]
-            yield [own, *(stack.enter_context(opened(each, os.O_RDONLY)) for each in names if self.handles(each))]
+            nodes = [own]
+            for each in filter(self.handles, names):
+                fd = stack.enter_context(opened(each, os.O_RDONLY))
+                if self._identity(self.volume(each, os.fstat(fd).st_rdev)).shares_bytes(self._identity(volume)):
+                    nodes.append(fd)
+            yield nodes
 
     def open_range(self, path: str, size: int, *, write: bool) -> ByteRange:
         # not O_EXCL: the next check, with O_EXCL, would find the device in use

@@ -400,17 +400,38 @@ def test_no_guest_starts_while_a_program_writes_its_device(raw: Host) -> None:
     raw.end()
 
 
-def test_what_was_written_to_the_whole_disk_is_there_before_the_guest_of_a_partition(tmp_path: Path) -> None:
-    """Disk and partitions have page caches of their own."""
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[tuple[Device, Partition, Partition]]:
+    """Yield a disk and two partitions of it."""
     made: list[Device | Partition] = [disk := Device(tmp_path, 1, 4 * SIZE)]
-    made.append(partition := Partition(disk, 1, SIZE, SIZE))
+    made += (one := Partition(disk, 1, SIZE, SIZE), other := Partition(disk, 2, 2 * SIZE, SIZE))
     with detached(made):
-        host = Host(tmp_path, PmemBacking(sysfs=disk.sysfs.root), str(partition.path))
-        pager = os.open(disk.path, os.O_RDONLY)
-        with open(disk.path, "r+b") as file:
-            file.seek(SIZE)
-            file.write(BACKUP)
+        yield disk, one, other
+
+
+def test_what_was_written_to_the_whole_disk_is_there_before_the_guest_of_a_partition(
+    parts: tuple[Device, Partition, Partition], tmp_path: Path
+) -> None:
+    """Disk and partitions have page caches of their own."""
+    disk, partition, _ = parts
+    host = Host(tmp_path, PmemBacking(sysfs=disk.sysfs.root), str(partition.path))
+    pager = os.open(disk.path, os.O_RDONLY)
+    with open(disk.path, "r+b") as file:
+        file.seek(SIZE)
+        file.write(BACKUP)
+    host.start()
+    assert disk.image.read_bytes()[SIZE : SIZE + len(BACKUP)] == BACKUP
+    host.end()
+    os.close(pager)
+
+
+def test_a_guest_starts_while_another_partition_is_written(
+    parts: tuple[Device, Partition, Partition], tmp_path: Path
+) -> None:
+    """As by the label server of the guest that has it."""
+    disk, partition, other = parts
+    host = Host(tmp_path, PmemBacking(sysfs=disk.sysfs.root), str(partition.path))
+    with open(other.path, "r+b", buffering=0):
         host.start()
-        assert disk.image.read_bytes()[SIZE : SIZE + len(BACKUP)] == BACKUP
-        host.end()
-        os.close(pager)
+        assert look(host.driver) == []
+    host.end()
