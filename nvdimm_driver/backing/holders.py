@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The holders of running guests: one process per guest, which has the guest's backings open.
 
-A holder that has the only access to a file, as somebody has deleted that under the guest, is not ended: the bytes would
-be gone with it.
+A file that somebody has deleted under the guest would be gone with its holder. Another process gets it before, the
+*keeper*, which goes on until the operator ends it.
 
 Xen does not tell Linux that a guest has frames of a file or device. An open file keeps its file system mounted; a block
 device that is open exclusively can be neither mounted nor given to a file system, and ndctl does not disable its
@@ -31,6 +31,8 @@ _POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--")
 """Without capabilities, so that nvdimmd, which has few, may see what it holds (ptrace(2), cap_issubset)."""
 _PROGRAM_NAME = b"/nvdimm_driver/cmd/holder.py"
 START_SECONDS = 60.0
+_KEEPER = "deleted:"
+"""What a keeper has before the domain's uuid."""
 
 
 class Holders:
@@ -77,7 +79,8 @@ class Holders:
 
     def held(self) -> set[str]:
         """Return the uuids of the domains that have a holder."""
-        return {uuid for _, state_dir, uuid in _holders() if state_dir == self._state_dir}
+        found = {uuid for _, state_dir, uuid in _holders() if state_dir == self._state_dir}
+        return {uuid for uuid in found if not uuid.startswith(_KEEPER)}
 
     def has(self, uuid: str) -> bool:
         """Return True when a domain has a holder; fast for one that was just started."""
@@ -90,22 +93,40 @@ class Holders:
     def kill(self, uuid: str, pids: Collection[int]) -> None:
         """End those of these processes that are holders of a domain; what they held is free when this returns.
 
-        One that has a deleted file goes on, until the operator ends it: see :meth:`deleted`.
+        A deleted file gets a keeper before: see :meth:`deleted`.
+
+        :raises BackingError: when no keeper can be started: that holder goes on.
         """
         from functools import partial
 
         from nvdimm_driver.processes import kill
 
         for pid in pids:
-            if not _deleted(pid):
+            if self._is_of(uuid, pid):
+                self._keep(uuid, [there for _, there in _deleted(pid)])
                 kill(pid, partial(self._is_of, uuid, pid))
 
+    def _keep(self, uuid: str, files: Sequence[str]) -> None:
+        """Start a keeper of deleted files, unless there are none.
+
+        :param files: paths at which they can be opened.
+        """
+        from contextlib import ExitStack
+
+        with ExitStack() as opened:
+            descriptors = []
+            for file in files:
+                descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+                opened.callback(os.close, descriptors[-1])
+            if descriptors:
+                self.start(_KEEPER + uuid, "deleted files", descriptors)
+
     def deleted(self) -> list[tuple[int, str, str, str]]:
-        """Return what only a holder still has: its process id, the domain's uuid, the deleted file, and how to open it.
+        """Return what only a holder or a keeper has: its process id, the domain's uuid, the file, and how to open it.
 
         That is a path below ``/proc``, which cp(1) reads.
         """
-        own = ((pid, uuid) for pid, state_dir, uuid in _holders() if state_dir == self._state_dir)
+        own = ((pid, uuid.removeprefix(_KEEPER)) for pid, state_dir, uuid in _holders() if state_dir == self._state_dir)
         return [(pid, uuid, path, there) for pid, uuid in own for path, there in _deleted(pid)]
 
     def _is_of(self, uuid: str, pid: int) -> bool:

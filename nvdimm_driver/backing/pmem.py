@@ -63,15 +63,14 @@ class PmemBacking(DeviceBacking):
     def check_unwritten(
         self, path: str, identity: BackingIdentity | None = None, allowed: Collection[int] = ()
     ) -> None:
-        """Check that no program may write the device, and have the kernel write what it has in its page cache.
+        """Check that no program may write the device or has it mapped, and have the kernel write its page cache.
 
         It does so by itself when the last program closes the device, or some seconds later: over what a guest has
         stored since.
         """
         with self._nodes(path) as nodes:
-            for fd in nodes:
-                if others := writers.find(fd) - {*allowed}:
-                    raise writers.refusal(path, others)
+            if others := writers.find(*nodes) - {*allowed}:
+                raise writers.refusal(path, others)
             for fd in nodes:
                 _empty_cache(fd, path)
 

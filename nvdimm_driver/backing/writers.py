@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from nvdimm_driver.lock_files import describe
 _PROC = Path("/proc")
 
 
-def find(fd: int) -> set[int]:
-    """Return the ids of the processes that may write an open file or block device, as far as /proc tells it."""
-    return {int(process.name) for process in _PROC.glob("[0-9]*") if _may_write(process, os.fstat(fd))}
+def find(*fds: int) -> set[int]:
+    """Return the ids of the processes that may write one of these files or block devices, as far as /proc tells."""
+    files = [os.fstat(fd) for fd in fds]
+    return {int(process.name) for process in _PROC.glob("[0-9]*") if _may_write(process, files)}
 
 
 def refusal(path: str, found: Collection[int]) -> InUseError:
@@ -42,37 +43,58 @@ def _named(found: Collection[int]) -> str:
     return " and ".join(describe(each) for each in sorted(found)) or "a program, which /proc does not show,"
 
 
-def _may_write(process: Path, file: os.stat_result) -> bool:
+def _may_write(process: Path, files: Sequence[os.stat_result]) -> bool:
     with suppress(OSError, ValueError):  # it has ended
-        return any(_writes(process, each.name, file) for each in (process / "fd").iterdir()) or any(
-            _is_same(os.stat(each), file) for each in _shared_mappings(process)
+        return any(_writes(process, each.name, files) for each in (process / "fd").iterdir()) or any(
+            _is_one_of(each, files) for each in _shared_mappings(process, files)
         )
     return False
 
 
-def _writes(process: Path, number: str, file: os.stat_result) -> bool:
-    """Return True for a descriptor of the file with which a process can write."""
+def _writes(process: Path, number: str, files: Sequence[os.stat_result]) -> bool:
+    """Return True for a descriptor of one of these files with which a process can write."""
+    descriptor = process / "fd" / number
     with suppress(OSError, ValueError):  # it is closed
-        if _is_same(os.stat(process / "fd" / number), file):
-            lines = (process / "fdinfo" / number).read_text(encoding="ascii").splitlines()
-            flags = next(int(line.split()[1], 8) for line in lines if line.startswith("flags:"))
-            return flags & os.O_ACCMODE != os.O_RDONLY
+        lines = (process / "fdinfo" / number).read_text(encoding="ascii").splitlines()
+        found = {name: value for name, _, value in (line.partition(":") for line in lines)}
+        if int(found["flags"], 8) & os.O_ACCMODE == os.O_RDONLY:
+            return False
+        return _can_be(found.get("ino"), os.readlink(descriptor), files) and _is_one_of(descriptor, files)
     return False
 
 
-def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
-    """Return True for one file, or for one block device, which may have several nodes."""
-    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
-        return one.st_rdev == other.st_rdev
-    return os.path.samestat(one, other)
+def _shared_mappings(process: Path, files: Sequence[os.stat_result]) -> Iterator[Path]:
+    """Yield what a process has mapped, writable and shared, and what can be one of these (proc(5): maps, map_files).
 
-
-def _shared_mappings(process: Path) -> Iterator[Path]:
-    """Yield the files that a process has mapped, writable and shared (proc(5): maps, map_files)."""
+    Of a block device, each mapping counts: the kernel keeps its pages, and writes them whole once dom0 changes a part.
+    """
     for line in (process / "maps").read_bytes().splitlines():
-        addresses, mode = line.split(b" ", 2)[:2]
-        if mode.startswith(b"rw") and mode.endswith(b"s"):
+        addresses, mode, _, _, inode, *name = line.split(None, 5)
+        writes = (mode.startswith(b"rw") and mode.endswith(b"s")) or any(stat.S_ISBLK(each.st_mode) for each in files)
+        if writes and _can_be(inode, os.fsdecode(b"".join(name)), files):
             start, end = (int(each, 16) for each in addresses.split(b"-"))
             file = process / "map_files" / f"{start:x}-{end:x}"
-            if file.exists():
+            if os.path.lexists(file):
                 yield file
+
+
+def _can_be(inode: str | bytes | None, path: str, files: Sequence[os.stat_result]) -> bool:
+    """Return True when what a process has open can be one of these files, as far as is known without asking for it.
+
+    Who asks for a file of a server that does not answer, waits for ever. A block device may have several nodes: another
+    one counts if it is in /dev.
+
+    :param inode: as /proc has it; None on a kernel before 5.14, which does not tell.
+    """
+    number = None if inode is None else int(inode)
+    return any(number in (None, each.st_ino) or (stat.S_ISBLK(each.st_mode) and path[:5] == "/dev/") for each in files)
+
+
+def _is_one_of(path: Path, files: Sequence[os.stat_result]) -> bool:
+    """Return True for one of these files or block devices; a block device may have several nodes."""
+    found = os.stat(path)
+    return any(
+        os.path.samestat(found, each)
+        or (stat.S_ISBLK(found.st_mode) and stat.S_ISBLK(each.st_mode) and found.st_rdev == each.st_rdev)
+        for each in files
+    )

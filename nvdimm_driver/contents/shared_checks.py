@@ -11,7 +11,7 @@ from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import HINTS
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.model import PAGE, SUPERPAGE, BackingIdentity, NvdimmSpec, Run
-from nvdimm_driver.plugins import Backing, ByteRange, backing_of
+from nvdimm_driver.plugins import Backing, ByteRange, backing_of, exists
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.state import ownership
@@ -169,6 +169,26 @@ class Checks:
         frames = self.frames(path)
         named = {f"of domain {name}" for name, *has in self.ledger.frames_of_others(uuid) if _overlap(has, frames)}
         return sorted(named) or [f"with domid {domid}" for domid in self.guests_with(path)]
+
+    def check_shares_nothing(self, uuid: str, path: str) -> None:
+        """Check that a file, before its claim or its blocks are given up, shares no blocks with another domain's file.
+
+        That one may have lost its bytes to a guest of this domain, and nobody could tell it afterwards.
+
+        :raises InUseError: when it does.
+        """
+        if not exists(path) or not backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
+            return
+        frames = self.frames(path)
+        for record in self.ledger.domains():
+            for item in record.allocations if record.uuid != uuid else ():
+                if any(_overlap(each, frames) for each in self.frames(item.spec.path)):
+                    raise InUseError(
+                        f"{path}: it shares blocks with {item.spec.path} of domain {record.name}, which may have lost "
+                        "its bytes there",
+                        hint=f"copy a backup over {item.spec.path}, or have what it shares copied, as 'nvdimmctl "
+                        "check' says; then repeat this",
+                    )
 
     def frames(self, path: str) -> list[tuple[int, int]]:
         """Return the machine frames of the bytes at a path, as (mfn, count), also of blocks that are shared.

@@ -20,7 +20,8 @@ from nvdimm_driver.doctor.repair_view import (
 )
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError, XenError
-from nvdimm_driver.model import NvdimmSpec, Record
+from nvdimm_driver.model import Allocation, NvdimmSpec, Record
+from nvdimm_driver.plugins import exists
 from nvdimm_driver.shell import command
 
 LOG = logging.getLogger(__name__)
@@ -71,11 +72,21 @@ class _Look:
             yield from _guarded(record, "", self._elsewhere(record))
         for record in self.view.records:
             for item in record.allocations:
-                yield from _guarded(record, item.spec.path, self.nvdimms.of(record, item))
+                yield from _guarded(record, item.spec.path, self._nvdimm(record, item))
             yield from self._intents(record)
         for file in self.view.files.values():
             owner = self.view.owner_at(file)
             yield from _guarded(owner[0] if owner else None, file.path, self.pool_files.of(file))
+
+    def _nvdimm(self, record: Record, item: Allocation) -> Iterator[Inconsistency]:
+        path = item.spec.path
+        if (record.uuid, path) not in self._kept or exists(path):  # else, a backup would have older bytes
+            yield from self.nvdimms.of(record, item)
+
+    @cached_property
+    def _kept(self) -> set[tuple[str, str]]:
+        """The files that were deleted under a guest, and can be copied still, each with the domain's uuid."""
+        return {(uuid, path) for _, uuid, path, _ in self.driver.starts.holders.deleted()}
 
     def _unattended(self) -> Iterator[Inconsistency]:
         """Yield the running guests that lack a process of the driver's."""
@@ -99,11 +110,11 @@ class _Look:
             yield Inconsistency(record.name, record.uuid, "", problem, "hold them again", hold, of_guest=True)
 
     def _deleted(self) -> Iterator[Inconsistency]:
-        """Yield the files that were deleted under a guest: only its holder has them still."""
+        """Yield the files that were deleted under a guest: only its holder, or a keeper, has them still."""
         names = {record.uuid: record.name for record in self.view.records}
         for pid, uuid, path, there in self.driver.starts.holders.deleted():
-            problem = f"it was deleted while its guest had it; only the guest and process {pid} have its bytes still"
-            copy = command("cp", "--sparse=always", there, "FILE")
+            problem = f"it was deleted while its guest had it; process {pid} has its bytes still"
+            copy = command("cp", "--sparse=never", there, "FILE")
             remedy = f"shut the guest down, then copy them: {copy}; the process ends with the host, or by: kill {pid}"
             yield Inconsistency(names.get(uuid, ""), uuid, path, problem, remedy)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -143,12 +143,12 @@ class Starts:
         try:
             if self._is_latest(start):
                 self.label_servers.end(start.uuid, servers)  # which may write the backings
-            self._tell_elsewhere(start, record)
             # first: what is mounted from now on stays frozen, as it has no new time yet
             away = {path for path in start.paths if self._is_away(path, had.get(path))}
             there = [path for path in start.paths if path not in away]
             frozen = ownership.frozen_files(self.backings, {path: had.get(path) for path in start.paths})
             frozen = {path: file for path, file in frozen.items() if path in there}
+            self._tell_elsewhere(start, record, frozen)
             known, last = self.times.known_runs(start.uuid, start), self.ledger.find_run(start.uuid)
             times = self.times.distrust_unknown(start, frozen, known)
             own = {path: file for path, file in frozen.items() if file.run in known}
@@ -173,9 +173,10 @@ class Starts:
                     self.thaw(path, had.get(path), over=start, touch=times.get(path), unmark=unmark)
         finally:
             if self._is_latest(start):
+                deleted = {file for pid, _, file, _ in self.holders.deleted() if pid in holders}
                 self.holders.kill(start.uuid, holders)
-                for pid, _, file, copy in self.holders.deleted():
-                    if pid in holders:
+                for _, uuid, file, copy in self.holders.deleted() if deleted else ():
+                    if uuid == start.uuid and file in deleted:
                         name, detail = record.name if record else "", {"path": file, "copy": copy}
                         logs.tell(Event("left-deleted", start.uuid, name, start.domid, detail))
         # what could not be recorded while they were frozen
@@ -184,13 +185,17 @@ class Starts:
         self.ledger.end_start(start, kind=kind, left=bool(away) and self.ledger.is_whole(start), written=written)
         self.ledger.forget_unused(start.uuid)
 
-    def _tell_elsewhere(self, start: Start, record: Record | None) -> None:
+    def _tell_elsewhere(self, start: Start, record: Record | None, frozen: Collection[str]) -> None:
         """Log the files of a guest that has ended whose bytes it had elsewhere: what it wrote there is lost.
 
         If it was saved, it cannot go on: its memory does not fit what is in them.
+
+        :param frozen: its files that are frozen for it: what an earlier attempt has thawed may have been moved since.
         """
+        if start.boot_id != host_boot_id():  # each boot may find the namespaces elsewhere
+            return
         try:
-            moved = self.find_elsewhere(start)
+            moved = [path for path in self.find_elsewhere(start) if path in frozen]
         except (NvdimmError, OSError) as error:
             LOG.warning("where the files of the guest with domid %s are cannot be determined: %s", start.domid, error)
             return

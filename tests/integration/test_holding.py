@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -68,6 +69,13 @@ class Host:
         return [each.kind for each in self.driver.ledger.events()]
 
 
+def repair_all(host: Host, *named: str) -> None:
+    """Do what ``check --repair PATH`` does."""
+    for found in look(host.driver, named=named):
+        if found.mend:
+            found.mend()
+
+
 def succeeds(*command: str | Path) -> bool:
     return subprocess.run([str(each) for each in command], capture_output=True, check=False).returncode == 0
 
@@ -96,7 +104,7 @@ def host(fs: FileSystem, tmp_path: Path) -> Iterator[Host]:
     fs.backing.name = FsdaxBacking.name
     host = Host(tmp_path, fs.backing, str(fs.root / "a.img"))
     yield host
-    for pid in host.holders.find(UUID):
+    for pid in (*host.holders.find(UUID), *(pid for pid, *_ in host.holders.deleted())):
         kill(pid)
 
 
@@ -142,6 +150,45 @@ def test_what_was_deleted_under_a_guest_can_be_copied_until_the_operator_ends_it
     assert end_holder[0] == "kill"
     kill(int(end_holder[1]))
     assert not any("deleted" in each.problem for each in look(host.driver))
+
+
+def test_the_keeper_of_what_was_deleted_is_not_the_holder_of_the_next_guest(host: Host) -> None:
+    path = host.domain.nvdimms[0].path
+    host.start()
+    run("chattr", "-i", path)
+    os.unlink(path)
+    host.end()
+    assert not host.holders.has(UUID)
+    ((_, _, _, there),) = host.holders.deleted()
+    run("cp", "--sparse=never", there, path)
+    repair_all(host, path)
+    host.start()
+    assert len(host.holders.find(UUID)) == 1
+    (holder,) = host.holders.find(UUID)
+    kill(holder)
+    assert [each.name for each in host.driver.guest_processes.find_unheld()] == ["db1"]
+    host.driver.restart_lost()
+    assert not host.driver.guest_processes.find_unheld()
+    host.end()
+    ((keeper, _, _, there),) = host.holders.deleted()
+    kill(keeper)
+
+
+def test_a_keeper_has_nothing_but_what_was_deleted(host: Host, tmp_path: Path) -> None:
+    own, gone = host.domain.nvdimms[0].path, tmp_path / "gone"
+    gone.touch()
+    descriptors = [os.open(each, os.O_RDONLY) for each in (own, gone)]
+    pid = host.holders.start(UUID, "db1", descriptors)
+    gone.unlink()
+    for each in descriptors:
+        os.close(each)
+    host.holders.kill(UUID, [pid])
+    assert not os.path.exists(f"/proc/{pid}/fd/0")
+    ((keeper, uuid, path, there),) = host.holders.deleted()
+    assert (uuid, path) == (UUID, str(gone))
+    held = {os.readlink(f"/proc/{keeper}/fd/{each}") for each in os.listdir(f"/proc/{keeper}/fd")}
+    assert held == {f"{path} (deleted)", "/dev/null"}, there
+    kill(keeper)
 
 
 def test_a_file_system_cannot_be_unmounted_while_a_guest_has_a_file_of_it(host: Host, fs: FileSystem) -> None:
@@ -396,6 +443,19 @@ def test_no_guest_starts_while_a_program_writes_its_device(raw: Host) -> None:
             raw.start()
         file.write(BACKUP)
     assert not raw.driver.ledger.started_domains()
+    raw.start()
+    raw.end()
+
+
+def test_no_guest_starts_while_a_program_has_its_device_mapped(raw: Host) -> None:
+    """The kernel would keep the mapped pages, and write them whole, with old bytes, once dom0 changes a part."""
+    device = raw.domain.nvdimms[0].path
+    with open(device, "rb") as file:
+        pages = mmap.mmap(file.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ)
+    assert pages[0] == 0
+    with pytest.raises(InUseError, match=f"process {os.getpid()}"):
+        raw.start()
+    pages.close()
     raw.start()
     raw.end()
 

@@ -3,22 +3,28 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nvdimm_driver.backing import inode, paths
+from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import BackingError, InUseError
-from nvdimm_driver.model import KIB, MIB, PAGE, Extent
+from nvdimm_driver.lifecycle import start as start_module
+from nvdimm_driver.model import KIB, MIB, PAGE, Extent, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, SPA, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
 from tests.unit.doubles import OTHER_UUID, UUID
@@ -160,6 +166,47 @@ def test_the_end_of_a_guest_whose_file_has_not_moved_says_nothing(host: Host, ca
     assert last.number
 
 
+def test_what_an_end_has_thawed_may_be_moved_before_the_next_attempt(
+    host: Host, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvdimms = tuple(NvdimmSpec(slot, host.path(name), SIZE) for slot, name in enumerate(("a.img", "b.img")))
+    host.run(replace(host.domain("a.img"), nvdimms=nvdimms))
+    host.mapper.alive.clear()
+    thaw = FsdaxBacking.thaw_unless
+
+    def fails(backing: FsdaxBacking, path: str, *args: Any, **options: Any) -> None:
+        if path == host.path("b.img"):
+            raise BackingError(f"{path}: {os.strerror(errno.EROFS)}")
+        thaw(backing, path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FsdaxBacking, "thaw_unless", fails)
+        with pytest.raises(BackingError, match="Read-only"):
+            host.driver.release(UUID)
+    assert not is_immutable(host.path("a.img"))
+    move(host.path("a.img"))
+    run("chattr", "-i", host.path("a.img"))
+    host.driver.release(UUID)
+    assert "blocks-moved" not in caplog.text
+    last = host.driver.ledger.find_run(UUID)
+    assert last
+    assert last.number
+
+
+def test_another_boot_may_find_the_namespace_elsewhere(
+    host: Host, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.run(host.domain("a.img"))
+    host.mapper.alive.clear()
+    move(host.path("a.img"))
+    monkeypatch.setattr(start_module, "host_boot_id", lambda: "another")
+    host.driver.release(UUID)
+    assert "blocks-moved" not in caplog.text
+    last = host.driver.ledger.find_run(UUID)
+    assert last
+    assert last.number
+
+
 def test_check_compares_with_what_the_guest_has_and_not_with_what_a_repair_has_written(host: Host) -> None:
     host.run(host.domain("a.img"))
     host.mapper.announce(7, [(0, each.spa // PAGE, each.length // PAGE) for each in extents_of(host, "a.img")])
@@ -225,6 +272,23 @@ def test_no_repair_does_so_after_that_guest_has_ended_unless_the_operator_names_
     with pytest.raises(BackingError, match="shares its blocks"):
         xfs.driver.prepare(xfs.domain("a.img"))
     assert shared(xfs, "a.img", xfs.path("a.img")).mend
+
+
+@pytest.mark.parametrize("way", ["release", "release --delete", "wipe"])
+def test_nor_is_the_other_file_given_up_before_the_operator_has_decided(xfs: Host, way: str) -> None:
+    """Without it, nobody could tell any more that the blocks may have another guest's bytes."""
+    share(xfs)
+    xfs.mapper.alive.clear()
+    xfs.driver.release(UUID)
+    item = xfs.record().allocations[0]
+    wipe = partial(xfs.driver.wiper.wipe, item.spec, quiet, xfs.record())
+    release = partial(xfs.driver.release_claims, xfs.record(), quiet, delete="delete" in way)
+    with pytest.raises(InUseError, match=r"/a\.img: it shares blocks with .*/b\.img of domain y, which may have lost"):
+        (wipe if way == "wipe" else release)()
+    assert xfs.record().allocations == (item,)
+    run("cp", "--reflink=never", "--sparse=never", xfs.path("a.img"), xfs.path("backup of b"))
+    Path(xfs.path("b.img")).write_bytes(Path(xfs.path("backup of b")).read_bytes())
+    xfs.driver.release_claims(xfs.record(), quiet, delete=False)
 
 
 def test_an_export_does_not_show_what_another_ones_guest_has_written(xfs: Host, tmp_path: Path) -> None:
