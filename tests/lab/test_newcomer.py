@@ -11,7 +11,7 @@ from tests.lab import operator, tutorial
 from tests.lab.guest import Guest
 from tests.lab.host import XenHost
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")

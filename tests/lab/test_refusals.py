@@ -13,7 +13,7 @@ from tests.lab import operator
 from tests.lab.host import XenHost
 from tests.lab.release import chosen
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 BREAKING_HOOK = "/etc/libvirt/hooks/libxl.d/60-break"
 # Runs between prepare and the device model: adds a second mapping that the guards accept and Xen refuses.
 BREAK_MAPPING = """\

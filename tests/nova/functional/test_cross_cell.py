@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from nova.policies import servers as servers_policies
 
 from tests.nova.functional.base import NovaTestBase
+
+pytestmark = pytest.mark.thorough
 
 DATA = b"the guest's data"
 

@@ -7,9 +7,12 @@ from typing import Any
 from unittest import mock
 
 import fixtures
+import pytest
 from nova import context, exception
 
 from tests.nova.functional.base import NovaTestBase
+
+pytestmark = pytest.mark.thorough
 
 LIBVIRT_DRIVER = "nova.virt.libvirt.driver.LibvirtDriver"
 DATA = b"the guest's data"

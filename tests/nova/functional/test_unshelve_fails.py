@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 from nova import context, exception
 
 from tests.nova.functional.base import NovaTestBase
+
+pytestmark = pytest.mark.thorough
 
 
 class UnshelveTest(NovaTestBase):
