@@ -11,7 +11,7 @@ from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import HINTS
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
 from nvdimm_driver.model import PAGE, SUPERPAGE, BackingIdentity, NvdimmSpec, Run
-from nvdimm_driver.plugins import Backing, ByteRange, backing_of, exists
+from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.state import ownership
@@ -177,7 +177,7 @@ class Checks:
 
         :raises InUseError: when it does.
         """
-        if not exists(path) or not backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
+        if self.identity(path) is None or not backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
             return
         frames = self.frames(path)
         for record in self.ledger.domains():
