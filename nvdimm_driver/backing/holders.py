@@ -116,7 +116,10 @@ class Holders:
         with ExitStack() as opened:
             descriptors = []
             for file in files:
-                descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+                try:
+                    descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+                except FileNotFoundError:  # the holder has been killed, and nobody has the file any more
+                    return
                 opened.callback(os.close, descriptors[-1])
             if descriptors:
                 self.start(_KEEPER + uuid, "deleted files", descriptors)

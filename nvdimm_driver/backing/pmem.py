@@ -70,7 +70,7 @@ class PmemBacking(DeviceBacking):
         """
         with self._nodes(path) as nodes:
             if others := writers.find(*nodes) - {*allowed}:
-                raise writers.refusal(path, others)
+                raise writers.refusal_of_device(path, others)
             for fd in nodes:
                 _empty_cache(fd, path)
 

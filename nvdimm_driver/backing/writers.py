@@ -30,6 +30,15 @@ def refusal(path: str, found: Collection[int]) -> InUseError:
     )
 
 
+def refusal_of_device(path: str, found: Collection[int]) -> InUseError:
+    """Return the error for a block device that a program may write or has mapped."""
+    return InUseError(
+        f"{path}: {_named(found)} may write it, or has it mapped: what the page cache of dom0 has could come over what "
+        "the guest stores",
+        hint="end that program, or have it close the device",
+    )
+
+
 def still_written(path: str, found: Collection[int]) -> InUseError:
     """Return the error for a file that is unwritten in parts, and that a program may be about to write."""
     return InUseError(

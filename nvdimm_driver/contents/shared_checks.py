@@ -156,8 +156,8 @@ class Checks:
         """
         if guests := self.guests_with_blocks(uuid, path):
             raise InUseError(
-                f"{path}: the guest {' and '.join(guests)} has blocks of it, and has written to them: what the file "
-                "had there is lost",
+                f"{path}: the guest {' and '.join(guests)} has blocks of it, and may have written to them: what "
+                "the file had there is lost then",
                 hint="copy a backup over it",
             )
 
@@ -173,16 +173,20 @@ class Checks:
     def check_shares_nothing(self, uuid: str, path: str) -> None:
         """Check that a file, before its claim or its blocks are given up, shares no blocks with another domain's file.
 
+        :param uuid: of the domain that gives it up; empty if nobody does.
+
         That one may have lost its bytes to a guest of this domain, and nobody could tell it afterwards.
 
         :raises InUseError: when it does.
         """
-        if self.identity(path) is None or not backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
+        identity = self.identity(path)
+        if identity is None or not backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
             return
         frames = self.frames(path)
         for record in self.ledger.domains():
             for item in record.allocations if record.uuid != uuid else ():
-                if any(_overlap(each, frames) for each in self.frames(item.spec.path)):
+                is_itself = ownership.has_bytes([item], identity)
+                if not is_itself and any(_overlap(each, frames) for each in self.frames(item.spec.path)):
                     raise InUseError(
                         f"{path}: it shares blocks with {item.spec.path} of domain {record.name}, which may have lost "
                         "its bytes there",

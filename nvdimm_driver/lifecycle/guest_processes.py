@@ -29,14 +29,7 @@ class GuestProcesses:
 
     def find_served(self) -> list[Record]:
         """Return the running domains that have a label server, or have lost it, and whose guest the ledger knows."""
-        return [
-            record
-            for record in self._starts.ledger.started_domains()
-            if record.start
-            and record.start.served
-            and record.start.state == "mapped"
-            and self._starts.has_guest(record.start)
-        ]
+        return [record for record, start in self._mapped() if start.served and self._starts.has_guest(start)]
 
     def _mapped(self) -> list[tuple[Record, Start]]:
         """Return the domains whose device model has mapped, each with its start."""
@@ -94,9 +87,7 @@ class GuestProcesses:
 
     def _announce_again(self) -> None:
         """Announce the frames of each running guest that has announced none; log whose cannot be."""
-        starts = [
-            each.start for each in self._starts.ledger.started_domains() if each.start and each.start.state == "mapped"
-        ]
+        starts = [start for _, start in self._mapped()]
         announced = {domid for domid, _, _ in self._starts.mapper.frames_of_guests()} if starts else set()
         for start in starts:
             if start.domid is not None and start.domid not in announced:
