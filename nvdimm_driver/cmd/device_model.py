@@ -164,12 +164,16 @@ def attach(
                 f"the process that holds the backings of domain {start.name} has died since its start was prepared",
                 hint="start the domain again",
             )
-        _guard(uuid, domid, start, ledger, mapper, areas_now)
+
+        def guard() -> None:
+            _guard(uuid, domid, start, ledger, mapper, areas_now)
+
+        guard()
         log.debug("guards passed, mappings: %d", len(start.mappings))
         tables = _read(os.path.join(state_dir, "domains", uuid, "tables"))
         saved = _check_saved(uuid, domid, start, tables, ledger, mapper) if restored else None
         ledger.begin_mapping(start, domid)
-        _announce(uuid, domid, start, ledger, mapper, areas_now)
+        _announce(domid, start, mapper, guard)
         cache, hypercalls, seconds = _map(domid, start, mapper, log, restored=restored)
         try:
             if saved:
@@ -277,18 +281,11 @@ def _frames_of_others(domid: int, mapper: Mapper) -> list[tuple[str, int, int]]:
     return [(f"with domid {each}", mfn, count) for each, mfn, count in mapper.frames_of_guests() if each != domid]
 
 
-def _announce(
-    uuid: str,
-    domid: int,
-    start: PreparedStart,
-    ledger: Ledger,
-    mapper: Mapper,
-    areas_now: Callable[[PreparedStart], Iterable[tuple[int, int]]] | None,
-) -> None:
+def _announce(domid: int, start: PreparedStart, mapper: Mapper, guard: Callable[[], None]) -> None:
     """Announce the guest's frames, and look again: of two device models at once, at least one sees the other."""
     mapper.announce(domid, start.mappings)
     try:
-        _guard(uuid, domid, start, ledger, mapper, areas_now)
+        guard()
     except NvdimmError:
         mapper.announce(domid, ())
         raise
