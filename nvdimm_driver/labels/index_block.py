@@ -46,8 +46,16 @@ def label_area_size(tail: bytes, checksum: Checksum = fletcher64) -> int:
     An index block counts only if it and its labels would fill more than half of the area, and all but less than 2 MiB:
     a guest may store images of other NVDIMMs in its own. The area nearest to the end is taken.
     """
-    starts = range(len(tail) - _ALIGN, -1, -_ALIGN)
-    return next((_area_size(tail, start) for start in _valid(tail, starts, checksum)), 0)
+    return next((_area_size(tail, start) for start in _valid(tail, _places(tail), checksum)), 0)
+
+
+def _places(tail: bytes) -> Iterator[int]:
+    """Yield the places at which an index block can begin, the last first: those that have its first byte."""
+    first = len(tail) % _ALIGN
+    bytes_there = tail[first::_ALIGN]
+    number = len(bytes_there)
+    while (number := bytes_there.rfind(SIGNATURE[:1], 0, number)) >= 0:
+        yield first + number * _ALIGN
 
 
 def used_labels(area: bytes, checksum: Checksum = fletcher64) -> Iterator[bytes]:
