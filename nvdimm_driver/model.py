@@ -489,7 +489,8 @@ class Allocation:
     :ivar renamed_from: of a device that a boot has given the name of another one: the name that it had, which libvirt's
         definition still has for it; else empty.
     :ivar doubtful: of a device that had another one's name in a ledger from elsewhere, or another name before a
-        boot: True until the operator has said which one the domain has.
+        boot: True until the operator has said which one the domain has. Of a file that shared blocks with that of
+        another domain while its guest ran: True until the operator has said that the bytes are the domain's.
     """
 
     uuid: str

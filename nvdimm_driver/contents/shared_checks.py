@@ -10,13 +10,14 @@ from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import HINTS
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
-from nvdimm_driver.model import PAGE, SUPERPAGE, BackingIdentity, NvdimmSpec, Run
+from nvdimm_driver.model import PAGE, SUPERPAGE, Allocation, BackingIdentity, NvdimmSpec, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.shell import repair_of
-from nvdimm_driver.state import ownership
+from nvdimm_driver.state import condition, ownership, shared_blocks
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.ledger import Ledger
+from nvdimm_driver.state.shared_blocks import overlap
 from nvdimm_driver.state.stray_frames import StrayFrames, check_none
 
 LastRuns = dict[str, Run | None]
@@ -132,14 +133,16 @@ class Checks:
 
         :raises InUseError: when one does.
         """
-        for domid in self.guests_with(path):
-            if backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
-                raise InUseError(
-                    f"{path}: the guest with domid {domid} has blocks of it, which it shares with another file",
-                    hint="'nvdimmctl check' says what is lost, and how to go on",
-                )
+        if not (guests := self.guests_with_blocks("", path)):
+            return
+        if shared_blocks.is_shared(self.backings, path):
             raise InUseError(
-                f"{path}: the guest with domid {domid} has it, and the ledger does not know that",
+                f"{path}: the guest {' and '.join(guests)} has blocks of it, which it shares with another file",
+                hint="'nvdimmctl check' says what is lost, and how to go on",
+            )
+        if known := self.guests_with(path):
+            raise InUseError(
+                f"{path}: the guest with domid {known[0]} has it, and the ledger does not know that",
                 hint=f"shut that guest down first, or write that into the ledger: {repair_of(path)}",
             )
 
@@ -147,7 +150,7 @@ class Checks:
         """Return the domids of the guests that have frames of a backing, as their device models have announced."""
         guests = self._frames_of_guests()
         frames = self.frames(path) if guests else []
-        return sorted({domid for domid, *has in guests if _overlap(has, frames)})
+        return sorted({domid for domid, *has in guests if overlap(has, frames)})
 
     def check_no_guests_blocks(self, uuid: str, path: str) -> None:
         """Check that no guest of another domain has blocks of a file: what the file had there is lost then.
@@ -167,44 +170,33 @@ class Checks:
         :param uuid: of the domain.
         """
         frames = self.frames(path)
-        named = {f"of domain {name}" for name, *has in self.ledger.frames_of_others(uuid) if _overlap(has, frames)}
+        named = {f"of domain {name}" for name, *has in self.ledger.frames_of_others(uuid) if overlap(has, frames)}
         return sorted(named) or [f"with domid {domid}" for domid in self.guests_with(path)]
 
-    def check_shares_nothing(self, uuid: str, path: str) -> None:
-        """Check that a file, before its claim or its blocks are given up, shares no blocks with another domain's file.
-
-        :param uuid: of the domain that gives it up; empty if nobody does.
-
-        That one may have lost its bytes to a guest of this domain, and nobody could tell it afterwards.
-
-        :raises InUseError: when it does.
-        """
-        identity = self.identity(path)
-        if identity is None or not backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
-            return
-        frames = self.frames(path)
-        for record in self.ledger.domains():
-            for item in record.allocations if record.uuid != uuid else ():
-                is_itself = ownership.has_bytes([item], identity)
-                if not is_itself and any(_overlap(each, frames) for each in self.frames(item.spec.path)):
-                    raise InUseError(
-                        f"{path}: it shares blocks with {item.spec.path} of domain {record.name}, which may have lost "
-                        "its bytes there",
-                        hint=f"copy a backup over {item.spec.path}, or have what it shares copied, as 'nvdimmctl "
-                        "check' says; then repeat this",
-                    )
-
     def frames(self, path: str) -> list[tuple[int, int]]:
-        """Return the machine frames of the bytes at a path, as (mfn, count), also of blocks that are shared.
-
-        :returns: nothing when they are no backing's that a guest could have.
-        """
+        """Return what :func:`.shared_blocks.frames` does; nothing when no guest could have the bytes."""
         try:
-            backing = backing_of(self.backings, path)
-            found = backing.find_extents(NvdimmSpec(0, path, backing.size(path) // PAGE * PAGE))
+            return shared_blocks.frames(self.backings, path)
         except NvdimmError:
             return []
-        return [(each.spa // PAGE, each.length // PAGE) for each in found]
+
+    def check_not_doubtful(self, path: str) -> None:
+        """Check that no guest of another domain may have written to a domain's file.
+
+        :raises BackingError: when one may have.
+        """
+        condition.check_not_doubtful(self._items_at(self.identity(path)))
+
+    def tell_sound(self, identity: BackingIdentity | None) -> None:
+        """Note that all bytes that domains have there are known, whatever another domain's guest has written before."""
+        sound = [(item.uuid, item.spec.slot) for item in self._items_at(identity) if condition.is_doubtful(item)]
+        if sound:
+            self.ledger.doubt(sound, doubtful=False)
+
+    def _items_at(self, identity: BackingIdentity | None) -> list[Allocation]:
+        records = self.ledger.domains() if identity else ()
+        items = [item for record in records for item in record.allocations]
+        return [item for item in items if ownership.has_bytes([item], identity)]
 
     def check_same(self, path: str, identity: BackingIdentity | None) -> None:
         """Check that a backing, if it exists, has that identity, whatever its size is now.
@@ -224,12 +216,6 @@ class Checks:
     def identity(self, path: str) -> BackingIdentity | None:
         """Return the identity of the backing at a path; None when there is none that a domain can have."""
         return ownership.identity_at(self.backings, path)
-
-
-def _overlap(frames: Sequence[int], others: Sequence[tuple[int, int]]) -> bool:
-    """Return True when frames, (mfn, count), are among others."""
-    first, count = frames
-    return any(first < mfn + number and mfn < first + count for mfn, number in others)
 
 
 @contextmanager

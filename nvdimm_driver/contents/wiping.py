@@ -40,8 +40,6 @@ class Wiper:
             chosen = [item for item in owner.allocations if item.spec in specs]
             for item in chosen:
                 self._check_not_kept(owner, chosen, item)
-        for spec in specs:
-            self._checks.check_shares_nothing(owner.uuid if owner else "", spec.path)
         with ExitStack() as opened:
             for spec, content in self._opened_all(opened, specs, owner, owners):
                 with watched(spec) as watch:
@@ -71,7 +69,6 @@ class Wiper:
             self._checks.check_unowned(spec.path, content.identity)
             if self._checks.pools.of(spec.path) is None:  # Nova may call this, and must not reach the host's own
                 raise RefusedError(f"{spec.path}: is in no pool", hint="leave out --unclaimed, or add it to a pool")
-            self._checks.check_shares_nothing("", spec.path)
             self._overwrite(spec, content, watch)
 
     def owners(self, nvdimms: Sequence[NvdimmSpec]) -> list[Record]:
@@ -122,8 +119,6 @@ class Wiper:
         ownership.check_off(self._find_unchanged(record))
         chosen = in_slot(record, slot)
         self.check_unmapped(chosen)
-        for item in chosen.allocations:
-            self._checks.check_shares_nothing(record.uuid, item.spec.path)
         wiped, owned = self.to_wipe(chosen), self.own(chosen) if delete else ()
         here = [item for item in {*wiped, *owned} if not self._is_gone(record, item, lost=lost)]
         for item in here:  # all, before the first of them is wiped
@@ -235,6 +230,7 @@ class Wiper:
         self._checks.tell_overwritten(spec.path, content)
         with reporting_errors_of(spec.path):
             copying.wipe(content, watch("wiping"))
+        self._checks.tell_sound(content.identity)
 
     def _size(self, backing: Backing, path: str, owner: Record | None) -> int:
         try:

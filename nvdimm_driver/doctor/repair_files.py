@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import cached_property
 
 from nvdimm_driver.backing.paths import others_can_turn
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.model import Allocation, BackingIdentity, Record
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.shell import NOT_AS_ROOT, command, repair_of
-from nvdimm_driver.state import ownership
+from nvdimm_driver.state import shared_blocks
 from nvdimm_driver.state.condition import Condition, Found
 
 Remedy = tuple[str, str, Callable[[], object] | None]
@@ -48,12 +47,15 @@ class UnfitFiles:
             return self._short(record, item, backing, found)
         if record.start is not None:
             return problem, self._of_running(record, item, found), None
+        if found.condition is Condition.DOUBTFUL:
+            trust = self.changes.of(record, self.changes.trust, backing, item) if item.spec.path in self.named else None
+            return problem, f"{_copy(item.spec.path)}; then, or to go on without: {repair_of(item.spec.path)}", trust
         if found.condition is Condition.SHARED:
             if guests := self.changes.driver.checks.guests_with_blocks(record.uuid, item.spec.path):
                 problem = f"the guest {' and '.join(guests)} has blocks of it: what this file had there is lost"
                 return problem, _copy(item.spec.path), None
             if found.own:
-                return problem, *self._unshare(record, item, backing)
+                return problem, "copy what is shared", self.changes.of(record, self.changes.unshare, backing, item)
         if found.condition is Condition.UNWRITTEN and found.own and item.spec.path not in self.zeros:
             return problem, _copy_or_go_on(item.spec.path), None
         remedy = "take it as it is, and write zeros where it reads as zeros"
@@ -83,32 +85,13 @@ class UnfitFiles:
             return problem, "replace them with zeros", complete
         return problem, _copy_or_go_on(path), None
 
-    def _unshare(self, record: Record, item: Allocation, backing: Backing) -> tuple[str, Callable[[], object] | None]:
-        """Return the remedy and the repair of a file that shares blocks, and whose domain is off.
-
-        If another domain has the other file, the guest of one may have run since, and written to both files. Nobody
-        can tell that from two domains that have had the same bytes all the time.
-        """
-        path, unshare = item.spec.path, self.changes.of(record, self.changes.unshare, backing, item)
-        others = self.sharers.of(record.uuid, path)
-        if not others or path in self.named:
-            return "copy what is shared", unshare
-        return (
-            f"that is {' and '.join(others)}: if the guest of one has run since they share blocks, what it has written "
-            "is in both, and the other one has lost its bytes: copy a backup over the other one, before anything else; "
-            f"if none has run, copy what is shared: {repair_of(path)}"
-        ), None
-
-    @cached_property
-    def sharers(self) -> Sharers:
-        """The files of domains that share blocks, found out when the first one that does is seen."""
-        return Sharers(self.changes)
-
     def _of_running(self, record: Record, item: Allocation, found: Found) -> str:
         if found.condition is Condition.SHARED and found.own:
-            if others := self.sharers.of(record.uuid, item.spec.path):
+            driver = self.changes.driver
+            if others := shared_blocks.find_sharers(driver.ledger, driver.backings, item.spec.path):
+                files = " and ".join(f"{other.spec.path} of domain {name}" for name, other in others)
                 return (
-                    f"that is {' and '.join(others)}: it has what this guest writes, and has lost what it had there: "
+                    f"that is {files}: it has what this guest writes, and has lost what it had there: "
                     "keep both files, and copy a backup over that one"
                 )
             return (
@@ -116,34 +99,6 @@ class UnfitFiles:
                 "shut the domain down, and make it with 'nvdimmctl export'"
             )
         return f"shut domain {record.name} down first"
-
-
-class Sharers:
-    """The files of domains, by the ledger or by their marks, that share blocks with one another."""
-
-    def __init__(self, changes: Changes) -> None:
-        self._owners = {
-            file.path: (mark.uuid, mark.name)
-            for file in changes.files.values()
-            if not file.is_device and (mark := ownership.readable_mark(file))
-        }
-        for record in changes.driver.ledger.domains():
-            files = [item for item in record.allocations if not ownership.is_device(item)]
-            self._owners |= {item.spec.path: (record.uuid, record.name) for item in files}
-        self._found: dict[str, set[str]] = {path: set() for path in self._owners}
-        last: list[tuple[int, str]] = []
-        frames = ((*each, path) for path in self._owners for each in changes.driver.checks.frames(path))
-        for mfn, count, path in sorted(frames):
-            last = [(end, other) for end, other in last if end > mfn]
-            for _, other in last:
-                self._found[path].add(other)
-                self._found[other].add(path)
-            last.append((mfn + count, path))
-
-    def of(self, uuid: str, path: str) -> list[str]:
-        """Return the files of other domains than that one which share blocks with a file, each with its domain."""
-        others = [(other, *self._owners[other]) for other in sorted(self._found.get(path, ()))]
-        return [f"{other} of domain {name}" for other, whose, name in others if whose != uuid]
 
 
 def go_on(path: str) -> str:

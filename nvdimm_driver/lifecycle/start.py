@@ -20,7 +20,7 @@ from nvdimm_driver.lifecycle.file_times import FileTimes
 from nvdimm_driver.lifecycle.saved_guest import NO_TIME
 from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Surveyed, Touch
 from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
-from nvdimm_driver.state import ownership
+from nvdimm_driver.state import ownership, shared_blocks
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import ABANDONED_SECONDS, host_boot_id, seconds_since_boot
@@ -266,10 +266,24 @@ class Starts:
         """
         LOG.debug("thaw %s", path)
         exists(path)  # on a medium with errors, no backing handles it
+        if touch:
+            self._doubt_sharers(path)
         for backing in self.backings:
             if backing.handles(path):
                 thaw = partial(backing.thaw_unless, unmark=True) if unmark else backing.thaw_unless
                 thaw(path, partial(self._is_needed, path, over), identity, *filter(None, [touch]))
+
+    def _doubt_sharers(self, path: str) -> None:
+        """Note which files of domains share blocks with that of a guest, which may have written there.
+
+        No guest starts with such a file: they share them since this one runs. From now on, it need not be there.
+        """
+        if not exists(path):
+            return
+        for name, item in shared_blocks.find_sharers(self.ledger, self.backings, path):
+            if not item.doubtful:
+                self.ledger.doubt([(item.uuid, item.spec.slot)])
+                logs.tell(Event("blocks-shared", item.uuid, name, None, {"path": item.spec.path, "with": path}))
 
     def thaw_unknown(
         self,

@@ -43,6 +43,7 @@ LOGGED = {
     "left-immutable": "WARNING",
     "left-deleted": "ERROR",
     "blocks-moved": "ERROR",
+    "blocks-shared": "ERROR",
     "hook-failed": "ERROR",
     "label-server-failed": "ERROR",
     "hold-failed": "ERROR",

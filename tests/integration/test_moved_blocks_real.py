@@ -261,34 +261,102 @@ def test_no_repair_gives_a_domain_what_another_ones_guest_has_written(xfs: Host,
     assert xfs.read("a.img").startswith(b"secret of a")
 
 
-def test_no_repair_does_so_after_that_guest_has_ended_unless_the_operator_names_the_file(xfs: Host) -> None:
+def ended(xfs: Host) -> None:
+    """End the guest whose file shares blocks with another domain's."""
     share(xfs)
     xfs.mapper.alive.clear()
     xfs.driver.release(UUID)
-    for name, other in (("a.img", "b.img of domain y"), ("b.img", "a.img of domain x")):
-        found = shared(xfs, name)
-        assert found.mend is None
-        assert f"/{other}: if the guest of one has run since" in found.remedy
+
+
+def give_up_other(xfs: Host, way: str) -> None:
+    """Give up the file of the guest that has written, or copy what it shares."""
+    path, item = xfs.path("a.img"), xfs.record().allocations[0]
+    if way == "repair":
+        (found,) = [each for each in look(xfs.driver, named=[path]) if each.path == path]
+        assert found.mend
+        found.mend()
+    elif way == "redefine":
+        xfs.driver.drop_claims(UUID)
+    elif way == "rm":
+        os.unlink(path)
+    elif way == "wipe":
+        xfs.driver.wiper.wipe(item.spec, quiet, xfs.record())
+    elif way != "kept":
+        xfs.driver.release_claims(xfs.record(), quiet, delete="delete" in way)
+
+
+@pytest.mark.parametrize("way", ["kept", "repair", "redefine", "rm", "wipe", "release", "release --delete"])
+def test_whatever_becomes_of_that_guests_file_the_other_one_waits_for_the_operator(
+    xfs: Host, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    ended(xfs)
+    path, domain = xfs.path("b.img"), xfs.domain("b.img", OTHER_UUID)
+    assert f"event=blocks-shared domain=y uuid={OTHER_UUID} domid=- path={path} with={xfs.path('a.img')}" in caplog.text
+    give_up_other(xfs, way)
+    for each in look(xfs.driver):
+        if each.mend:
+            each.mend()
+    refused = pytest.raises(BackingError, match=r"/b\.img: it shared blocks with .* may have what that guest wrote")
+    copy = tmp_path / "copy"
+    for use in (
+        partial(xfs.driver.prepare, domain),
+        partial(xfs.driver.define, domain),
+        partial(xfs.driver.exporter.export, domain.nvdimms[0], str(copy), quiet, overwrite=False, running=False),
+    ):
+        with refused:
+            use()
+    assert not copy.exists()
+
+    found = shared(xfs, "b.img")
+    assert found.mend is None
+    assert found.remedy.endswith(f"then, or to go on without: nvdimmctl check --repair {path}")
+    backup = tmp_path / "backup"
+    backup.write_bytes(OF_B)
+    run("cp", "--sparse=never", backup, path)
+    assert shared(xfs, "b.img").mend is None, "nobody knows what was copied over it"
+    mend = shared(xfs, "b.img", path).mend
+    assert mend
+    mend()
+    assert [each for each in look(xfs.driver) if each.path == path] == []
+    xfs.driver.prepare(domain)
+    assert xfs.read("b.img") == OF_B
+
+
+def test_what_is_wiped_has_nobodys_bytes(xfs: Host) -> None:
+    ended(xfs)
+    spec = xfs.record(OTHER_UUID).allocations[0].spec
+    xfs.driver.wiper.wipe(spec, quiet, owners=xfs.driver.wiper.owners([spec]))
+    xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
+    assert xfs.read("b.img") == bytes(SIZE)
+    assert xfs.read("a.img").startswith(b"secret of a")
+
+
+def test_another_file_in_its_place_has_no_guests_bytes(xfs: Host) -> None:
+    ended(xfs)
+    Path(xfs.path("new")).write_bytes(OF_B)
+    os.rename(xfs.path("new"), xfs.path("b.img"))
+    mend = shared(xfs, "b.img").mend
+    assert mend
+    mend()
+    xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
+
+
+def test_of_two_files_that_come_from_one_no_guest_has_written_to_the_other(xfs: Host) -> None:
+    """As those that cp makes of a template; the start that fails has no guest."""
+    xfs.define("a.img")
+    xfs.define("b.img", OTHER_UUID)
+    for name in ("a.img", "b.img"):
+        run("cp", "--reflink=always", xfs.path("a.img"), xfs.path("template"))
+        os.truncate(xfs.path(name), 0)
+        run("cp", "--reflink=always", xfs.path("template"), xfs.path(name))
     with pytest.raises(BackingError, match="shares its blocks"):
         xfs.driver.prepare(xfs.domain("a.img"))
-    assert shared(xfs, "a.img", xfs.path("a.img")).mend
-
-
-@pytest.mark.parametrize("way", ["release", "release --delete", "wipe"])
-def test_nor_is_the_other_file_given_up_before_the_operator_has_decided(xfs: Host, way: str) -> None:
-    """Without it, nobody could tell any more that the blocks may have another guest's bytes."""
-    share(xfs)
-    xfs.mapper.alive.clear()
-    xfs.driver.release(UUID)
-    item = xfs.record().allocations[0]
-    wipe = partial(xfs.driver.wiper.wipe, item.spec, quiet, xfs.record())
-    release = partial(xfs.driver.release_claims, xfs.record(), quiet, delete="delete" in way)
-    with pytest.raises(InUseError, match=r"/a\.img: it shares blocks with .*/b\.img of domain y, which may have lost"):
-        (wipe if way == "wipe" else release)()
-    assert xfs.record().allocations == (item,)
-    run("cp", "--reflink=never", "--sparse=never", xfs.path("a.img"), xfs.path("backup of b"))
-    Path(xfs.path("b.img")).write_bytes(Path(xfs.path("backup of b")).read_bytes())
-    xfs.driver.release_claims(xfs.record(), quiet, delete=False)
+    xfs.driver.release_claims(xfs.record(), quiet, delete=True)
+    mend = shared(xfs, "b.img").mend
+    assert mend
+    mend()
+    xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
 
 
 def test_a_file_is_wiped_that_shares_blocks_with_a_copy_which_no_domain_has(xfs: Host) -> None:
@@ -300,11 +368,15 @@ def test_a_file_is_wiped_that_shares_blocks_with_a_copy_which_no_domain_has(xfs:
     assert xfs.read("copy") == DATA
 
 
-def test_an_export_does_not_show_what_another_ones_guest_has_written(xfs: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("announced", [True, False])
+def test_an_export_does_not_show_what_another_ones_guest_has_written(
+    xfs: Host, tmp_path: Path, announced: bool
+) -> None:
     share(xfs)
-    xfs.mapper.announce(7, [(0, each.spa // PAGE, each.length // PAGE) for each in extents_of(xfs, "a.img")])
+    if announced:
+        xfs.mapper.announce(7, [(0, each.spa // PAGE, each.length // PAGE) for each in extents_of(xfs, "a.img")])
     spec, copy = xfs.domain("b.img", OTHER_UUID).nvdimms[0], tmp_path / "copy"
-    with pytest.raises(InUseError, match="the guest with domid 7 has blocks of it, which it shares"):
+    with pytest.raises(InUseError, match="the guest of domain x has blocks of it, which it shares"):
         xfs.driver.exporter.export(spec, str(copy), quiet, overwrite=False, running=False)
     assert not copy.exists()
 
