@@ -10,7 +10,7 @@ import stat
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
-from nvdimm_driver.backing import inventory, writers
+from nvdimm_driver.backing import inventory, kernel_users, writers
 from nvdimm_driver.backing.byteranges import DirectBytes
 from nvdimm_driver.backing.device import DeviceBacking
 from nvdimm_driver.backing.identity import check_identity
@@ -63,7 +63,7 @@ class PmemBacking(DeviceBacking):
     def check_unwritten(
         self, path: str, identity: BackingIdentity | None = None, allowed: Collection[int] = ()
     ) -> None:
-        """Check that no program may write the device or has it mapped, and have the kernel write its page cache.
+        """Check that nothing may write the device or has it mapped, and have the kernel write its page cache.
 
         It does so by itself when the last program closes the device, or some seconds later: over what a guest has
         stored since.
@@ -71,6 +71,8 @@ class PmemBacking(DeviceBacking):
         with self._nodes(path) as nodes:
             if others := writers.find(*nodes) - {*allowed}:
                 raise writers.refusal_of_device(path, others)
+            if users := kernel_users.find(*nodes):
+                raise kernel_users.refusal(path, users)
             for fd in nodes:
                 _empty_cache(fd, path)
 

@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nvdimm_driver.backing import holders
+from nvdimm_driver.backing import holders, kernel_users
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.pmem import PmemBacking
@@ -456,6 +457,89 @@ def test_no_guest_starts_while_a_program_has_its_device_mapped(raw: Host) -> Non
     with pytest.raises(InUseError, match=f"process {os.getpid()}"):
         raw.start()
     pages.close()
+    raw.start()
+    raw.end()
+
+
+@contextmanager
+def looped(device: str | Path, *options: str | int) -> Iterator[str]:
+    """Yield a loop device on a device."""
+    loop = run("losetup", "--find", "--show", *map(str, options), device).strip()
+    try:
+        yield loop
+    finally:
+        run("losetup", "--detach", loop)
+
+
+def test_no_guest_starts_while_a_loop_device_may_write_its_device(raw: Host) -> None:
+    """As for a file system in the guest's own partition table; no process has it open."""
+    device = raw.domain.nvdimms[0].path
+    with looped(device, "--offset", MIB) as loop:
+        with pytest.raises(InUseError, match=f"{device}: {loop} may write it") as error:
+            raw.start()
+        assert f"losetup --detach {loop}" in error.value.hint
+    with looped(device, "--read-only"):
+        raw.start()
+        raw.end()
+
+
+def test_no_guest_of_a_partition_starts_while_a_loop_device_has_the_disk(
+    parts: tuple[Device, Partition, Partition], tmp_path: Path
+) -> None:
+    disk, partition, other = parts
+    host = Host(tmp_path, PmemBacking(sysfs=disk.sysfs.root), str(partition.path))
+    with looped(disk.path) as loop, pytest.raises(InUseError, match=f"{partition.path}: {loop} may write it"):
+        host.start()
+    with looped(other.path):
+        host.start()
+        host.end()
+
+
+@pytest.mark.parametrize(
+    ("place", "attributes", "off", "said"),
+    [
+        (
+            "bus/xen-backend/devices/vbd-3-51712",
+            {"physical_device": "{major:x}:{minor:x}", "mode": "w"},
+            {"mode": "r"},
+            "the guest with domid 3, which has it as a disk, may write it",
+        ),
+        (
+            "kernel/config/nvmet/subsystems/a/namespaces/1",
+            {"device_path": "{path}", "enable": "1"},
+            {"enable": "0"},
+            "the export .*nvmet/subsystems/a/namespaces/1 may write it",
+        ),
+        (
+            "kernel/config/target/core/fileio_0/a",
+            {"info": "Status: ACTIVATED\n        TCM FILEIO ID: 0        File: {path}  Size: 1  Mode: O_DSYNC"},
+            {"enable": "0"},
+            "the export .*target/core/fileio_0/a may write it",
+        ),
+    ],
+    ids=["xen-blkback", "nvmet", "fileio"],
+)
+def test_no_guest_starts_while_another_user_in_the_kernel_may_write_its_device(
+    raw: Host,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    attributes: dict[str, str],
+    off: dict[str, str],
+    said: str,
+) -> None:
+    """Of which this kernel has none: in files as its sysfs would have them."""
+    device = raw.domain.nvdimms[0].path
+    number = os.stat(device).st_rdev
+    numbers = {"major": os.major(number), "minor": os.minor(number)}
+    folder = raw.folder / "kernel" / place
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(kernel_users, "SYSFS", raw.folder / "kernel")
+    for name, value in attributes.items():
+        (folder / name).write_text(value.format(path=device, **numbers) + "\n")
+    with pytest.raises(InUseError, match=f"{device}: {said}"):
+        raw.start()
+    for name, value in off.items():
+        (folder / name).write_text(f"{value}\n")
     raw.start()
     raw.end()
 
