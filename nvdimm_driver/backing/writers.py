@@ -4,21 +4,22 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.lock_files import describe
 
-_PROC = Path("/proc")
+_FDINFO = re.compile(rb"flags:\t(\d+)\nmnt_id:\t\d+\n(?:ino:\t(\d+)\n)?")  # fs/proc/fd.c:seq_show
 
 
 def find(*fds: int) -> set[int]:
     """Return the ids of the processes that may write one of these files or block devices, as far as /proc tells."""
     files = [os.fstat(fd) for fd in fds]
-    return {int(process.name) for process in _PROC.glob("[0-9]*") if _may_write(process, files)}
+    mapping = _mapping(files)
+    return {int(each) for each in os.listdir("/proc") if each.isdigit() and _may_write(f"/proc/{each}", files, mapping)}
 
 
 def refusal(path: str, found: Collection[int]) -> InUseError:
@@ -52,42 +53,33 @@ def _named(found: Collection[int]) -> str:
     return " and ".join(describe(each) for each in sorted(found)) or "a program, which /proc does not show,"
 
 
-def _may_write(process: Path, files: Sequence[os.stat_result]) -> bool:
-    with suppress(OSError, ValueError):  # it has ended
-        return any(_writes(process, each.name, files) for each in (process / "fd").iterdir()) or any(
-            _is_one_of(each, files) for each in _shared_mappings(process, files)
+def _may_write(process: str, files: Sequence[os.stat_result], mapping: re.Pattern[bytes]) -> bool:
+    with suppress(OSError):  # it has ended
+        return any(_writes(process, each, files) for each in os.listdir(f"{process}/fd")) or _has_mapped(
+            process, files, mapping
         )
     return False
 
 
-def _writes(process: Path, number: str, files: Sequence[os.stat_result]) -> bool:
+def _writes(process: str, number: str, files: Sequence[os.stat_result]) -> bool:
     """Return True for a descriptor of one of these files with which a process can write."""
-    descriptor = process / "fd" / number
-    with suppress(OSError, ValueError):  # it is closed
-        lines = (process / "fdinfo" / number).read_text(encoding="ascii").splitlines()
-        found = {name: value for name, _, value in (line.partition(":") for line in lines)}
-        if int(found["flags"], 8) & os.O_ACCMODE == os.O_RDONLY:
+    descriptor = f"{process}/fd/{number}"
+    with suppress(OSError):  # it is closed
+        path = os.readlink(descriptor)
+        if path[0] != "/":  # a socket or the like: most of what QEMU has
             return False
-        return _can_be(found.get("ino"), os.readlink(descriptor), files) and _is_one_of(descriptor, files)
+        info = os.open(f"{process}/fdinfo/{number}", os.O_RDONLY)
+        try:
+            found = _FDINFO.search(os.read(info, 256))
+        finally:
+            os.close(info)
+        if found is None or int(found[1], 8) & os.O_ACCMODE == os.O_RDONLY:
+            return False
+        return _can_be(found[2], path, files) and _is_one_of(descriptor, files)
     return False
 
 
-def _shared_mappings(process: Path, files: Sequence[os.stat_result]) -> Iterator[Path]:
-    """Yield what a process has mapped, writable and shared, and what can be one of these (proc(5): maps, map_files).
-
-    Of a block device, each mapping counts: the kernel keeps its pages, and writes them whole once dom0 changes a part.
-    """
-    for line in (process / "maps").read_bytes().splitlines():
-        addresses, mode, _, _, inode, *name = line.split(None, 5)
-        writes = (mode.startswith(b"rw") and mode.endswith(b"s")) or any(stat.S_ISBLK(each.st_mode) for each in files)
-        if writes and _can_be(inode, os.fsdecode(b"".join(name)), files):
-            start, end = (int(each, 16) for each in addresses.split(b"-"))
-            file = process / "map_files" / f"{start:x}-{end:x}"
-            if os.path.lexists(file):
-                yield file
-
-
-def _can_be(inode: str | bytes | None, path: str, files: Sequence[os.stat_result]) -> bool:
+def _can_be(inode: bytes | None, path: str, files: Sequence[os.stat_result]) -> bool:
     """Return True when what a process has open can be one of these files, as far as is known without asking for it.
 
     Who asks for a file of a server that does not answer, waits for ever. A block device may have several nodes: another
@@ -99,7 +91,34 @@ def _can_be(inode: str | bytes | None, path: str, files: Sequence[os.stat_result
     return any(number in (None, each.st_ino) or (stat.S_ISBLK(each.st_mode) and path[:5] == "/dev/") for each in files)
 
 
-def _is_one_of(path: Path, files: Sequence[os.stat_result]) -> bool:
+def _mapping(files: Sequence[os.stat_result]) -> re.Pattern[bytes]:
+    """Return the pattern of a line of maps, with addresses and file, of what :func:`_can_be` would say True (proc(5)).
+
+    Of files, only what is writable and shared counts. Of a block device, each mapping does: the kernel keeps its pages,
+    and writes them whole once dom0 changes a part.
+    """
+    mode, file = "rw.s", "|".join(f"{each.st_ino} .*" for each in files)
+    if any(stat.S_ISBLK(each.st_mode) for each in files):
+        mode, file = "....", rf"{file}|\d+ +/dev/.*"
+    return re.compile(rf"^(\w+)-(\w+) {mode} \w+ (\S+ (?:{file}))$".encode(), re.MULTILINE)
+
+
+def _has_mapped(process: str, files: Sequence[os.stat_result], mapping: re.Pattern[bytes]) -> bool:
+    with open(f"{process}/maps", "rb", buffering=0) as maps:
+        text = maps.read()
+    if not any(each in text for each in (b"/dev/", *(b" %d " % each.st_ino for each in files))):
+        return False
+    others = set()
+    for start, end, name in (line.groups() for line in mapping.finditer(text)):
+        file = f"{process}/map_files/{int(start, 16):x}-{int(end, 16):x}"
+        with suppress(OSError):  # it is unmapped
+            if name not in others and _is_one_of(file, files):
+                return True
+            others.add(name)
+    return False
+
+
+def _is_one_of(path: str, files: Sequence[os.stat_result]) -> bool:
     """Return True for one of these files or block devices; a block device may have several nodes."""
     found = os.stat(path)
     return any(
