@@ -75,7 +75,7 @@ def mode_of(uid: str, sysfs: Path = SYSFS) -> tuple[str, str] | None:
     An idle namespace in raw mode has a uid as :attr:`.Namespace.uid`, in other modes if it has a uuid.
     """
     for namespace in sysfs.glob("bus/nd/devices/namespace*"):
-        if uid in (text(namespace / "uuid"), f"spa-{number(namespace / 'resource') or 0:#x}"):
+        if uid in (text(namespace / "uuid"), f"spa-{int(text(namespace / 'resource') or '0', 0):#x}"):
             mode = text(namespace / "mode")
             return namespace.name, _MODES.get(mode, mode)
     return None

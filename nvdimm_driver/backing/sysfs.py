@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 from nvdimm_driver import host_text
 from nvdimm_driver.errors import BackingError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SYSFS = "/sys"
@@ -48,9 +49,26 @@ def active(sysfs: str = SYSFS) -> list[ActiveNamespace]:
     :raises BackingError: when sysfs cannot be read, as by a user other than root.
     """
     disks = [each for each in _entries(f"{sysfs}/class/block") if os.path.basename(each).startswith("pmem")]
-    found = [_of_disk(sysfs, each) for each in disks]
-    found += [_of_dax(sysfs, each) for each in _entries(f"{sysfs}/bus/dax/devices")]
+    found = [_while_there(_of_disk, sysfs, each) for each in disks]
+    found += [_while_there(_of_dax, sysfs, each) for each in _entries(f"{sysfs}/bus/dax/devices")]
     return [each for each in found if each is not None]
+
+
+def _while_there(look: Callable[[str, str], ActiveNamespace | None], sysfs: str, device: str) -> ActiveNamespace | None:
+    """Return what a look at a device finds; None if the device goes away meanwhile, which begins with its attributes.
+
+    :raises BackingError: when it is there, or there again, and cannot be read.
+    """
+    deadline = time.monotonic() + 0.1
+    while True:
+        try:
+            return look(sysfs, device)
+        except BackingError as error:
+            if not os.path.exists(device):
+                return None
+            if not _is_gone(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _entries(folder: str) -> Iterator[str]:
@@ -113,7 +131,16 @@ def number(attribute: str | Path) -> int | None:
 
 def text(attribute: str | Path) -> str:
     """Read an attribute that not every device has; return an empty string without it."""
-    return (read(attribute) or "") if os.path.exists(attribute) else ""
+    try:
+        return read(attribute) or ""
+    except BackingError as error:
+        if _is_gone(error):
+            return ""
+        raise
+
+
+def _is_gone(error: BackingError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOENT, errno.ENODEV)
 
 
 def read(attribute: str | Path) -> str | None:

@@ -5,16 +5,20 @@ file gets its memory: the device model maps none of that.
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nvdimm_driver import host_text
 from nvdimm_driver.backing.sysfs import active
 from nvdimm_driver.cmd import device_model
 from nvdimm_driver.cmd.device_model import attach
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import GuardError
+from nvdimm_driver.errors import BackingError, GuardError
 from nvdimm_driver.model import MIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.state.start_steps import PreparedStart
 from tests.unit.doubles import NAMESPACE, UUID, MemoryDevices, RecordingMapper, make_driver, started
@@ -94,6 +98,48 @@ def test_another_namespace_is_not_mapped(
     with pytest.raises(GuardError, match=SAID):
         start(driver, mapper, device_model.areas_now)
     assert (mapper.mapped, mapper.announced.get(7, [])) == ({}, [])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_another_namespace_that_goes_meanwhile_is_in_nobodys_way(
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """During the first look, or the second one."""
+    in_sysfs(monkeypatch, tmp_path, uuid="ns-0", size=NAMESPACE.data_size, mode="devdax")
+    sysfs = FakeSysfs(tmp_path / "sys")
+    other = sysfs.namespace("namespace1.0", mode="raw", spa=1 << 44, size=1 << 30, uuid="other")
+    sysfs.disk("pmem1", other, 260 << 8)
+    read, looks = host_text.read, []
+
+    def read_and_remove(path: Path | str) -> str:
+        found = read(path)
+        if str(path) == str(other / "mode"):
+            looks.append(path)
+            if len(looks) == count:
+                shutil.rmtree(other)
+        return found
+
+    monkeypatch.setattr(host_text, "read", read_and_remove)
+    start(driver, mapper, device_model.areas_now)
+    assert mapper.mapped[7]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENODEV])
+def test_a_namespace_that_is_there_and_cannot_be_read_keeps_the_guest_from_its_start(
+    driver: XenNvdimmDriver, mapper: RecordingMapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    in_sysfs(monkeypatch, tmp_path, uuid="ns-0", size=NAMESPACE.data_size, mode="devdax")
+    read = host_text.read
+
+    def fail(path: Path | str) -> str:
+        if str(path).endswith("resource"):
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(host_text, "read", fail)
+    with pytest.raises(BackingError, match="resource: cannot be read"):
+        start(driver, mapper, device_model.areas_now)
+    assert mapper.mapped == {}
 
 
 def test_one_that_goes_while_the_frames_are_announced_is_not_mapped(
