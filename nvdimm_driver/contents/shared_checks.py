@@ -63,15 +63,16 @@ class Checks:
         self.check_unowned(spec.path)
         self.check_room(spec.path)
 
-    def check_room(self, path: str) -> None:
+    def check_room(self, path: str, size: int = 0) -> None:
         """Check that what is written to a backing, which need not exist, gets no place where a guest has its bytes.
 
         One whose bytes all have their places gets no others, and :meth:`check_unmapped` has compared those.
 
+        :param size: that it is to have; 0: the one that it has.
         :raises InUseError: when a running guest has frames in its namespace that are not of that namespace.
         """
         strays = self._strays.find()
-        if not strays or self._is_located(path):
+        if not strays or self._is_located(path, size):
             return
         backing, identity = backing_of(self.backings, path), self.identity(path)
         if identity is None:
@@ -81,11 +82,11 @@ class Checks:
         for namespace in found:
             check_none(strays, path, namespace)
 
-    def _is_located(self, path: str) -> bool:
+    def _is_located(self, path: str, size: int) -> bool:
         """Return True when all bytes of what is at a path have their places."""
         try:
             backing = backing_of(self.backings, path)
-            backing.locate(NvdimmSpec(0, path, backing.size(path) // PAGE * PAGE))
+            backing.locate(NvdimmSpec(0, path, size or backing.size(path) // PAGE * PAGE))
         except NvdimmError:
             return False
         return True

@@ -108,7 +108,7 @@ class Changes:
     def complete(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Write zeros for the bytes that a file has lost, after recording that they are lost."""
         ownership.check_off(record)
-        self._check_whose(record, backing, item, found)
+        self._check_can_write(record, backing, item, found)
         self._tell_lost(item, backing.lacking(item.spec))
         backing.extend(item.spec, found)
         self.fill(record, backing, item, found)
@@ -116,7 +116,7 @@ class Changes:
     def fill(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Take a file as it is; parts that are not allocated, or not written, become the zeros as which they read."""
         ownership.check_off(record)
-        self._check_whose(record, backing, item, found)
+        self._check_can_write(record, backing, item, found)
         backing.fill_holes(item.spec, found)
         self._unshare(record, backing, item, found)
         writes = backing.examine(item.spec).writes
@@ -257,7 +257,7 @@ class Changes:
         :raises InUseError: when something else is there, or nothing; when it is another NVDIMM of the domain, or
             another domain's by its mark; while the domain runs without it.
         """
-        self._check_whose(record, backing, item, found)
+        self._check_can_write(record, backing, item, found)
         file = backing.inspect(item.spec.path)
         if file is None or not file.frozen:  # else it is for the guest, by its mark
             ownership.check_off(record)
@@ -299,8 +299,16 @@ class Changes:
         """Copy what a file that is to be the domain's shares with another, such as the backup that it is a copy of."""
         if backing.is_shared(item.spec):
             ownership.check_off(record)
+            self._check_can_write(record, backing, item, found)
             self.driver.checks.check_no_guests_blocks(record.uuid, item.spec.path)
             backing.unshare(item.spec, found)
+
+    def _check_can_write(
+        self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None
+    ) -> None:
+        """Do what :meth:`_check_whose` does, and check that blocks that the file can get are no guest's."""
+        self._check_whose(record, backing, item, found)
+        self.driver.checks.check_room(item.spec.path, item.spec.size)
 
     def _check_whose(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
         """Check that what is there is what was found, and not another domain's by its mark, nor another NVDIMM's.

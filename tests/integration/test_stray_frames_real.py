@@ -5,6 +5,7 @@ that file system, the guest's frames are free blocks. No command of the driver's
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,10 +14,11 @@ from typing import NamedTuple
 
 import pytest
 
+from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError
 from nvdimm_driver.model import MIB, DomainSpec, Intake, NvdimmSpec
-from tests.integration.loop_pmem import MKFS, FileSystem
+from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_ownership_real import empty
 from tests.unit.doubles import OTHER_UUID, UUID, MemoryDevices, RecordingMapper, make_driver, map_prepared
 
@@ -52,10 +54,15 @@ class Host(NamedTuple):
 
 @pytest.fixture(params=list(MKFS))
 def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str, FileSystem]) -> Iterator[Host]:
-    """Return a host on which domain a runs as domid 7, with what was /dev/dax0.0."""
     fs = file_systems[request.param]
     with open(fs.root / "sparse", "wb") as sparse:
         sparse.truncate(SIZE)
+    yield running(tmp_path, fs)
+    empty(fs)
+
+
+def running(tmp_path: Path, fs: FileSystem) -> Host:
+    """Return a host on which domain a runs as domid 7, with what was /dev/dax0.0."""
     devices, mapper = MemoryDevices("/dev/dax0.0"), RecordingMapper({})
     driver = make_driver(tmp_path, devices, mapper)
     a = DomainSpec("a", UUID, 512 * MIB, None, (NvdimmSpec(0, "/dev/dax0.0", 128 * MIB),))
@@ -69,8 +76,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, file_systems: dict[str,
     devices.areas = lambda: []  # type: ignore[method-assign]
     fs.backing.device_marks = driver.ledger.device_marks
     driver.backings.append(fs.backing)  # type: ignore[attr-defined]
-    yield Host(driver, mapper, fs, tmp_path)
-    empty(fs)
+    return Host(driver, mapper, fs, tmp_path)
 
 
 @pytest.mark.parametrize("way", ["define", "provision", "import", "import in place", "wipe"])
@@ -78,6 +84,36 @@ def test_nothing_is_written_over_a_running_guest(host: Host, way: str) -> None:
     with pytest.raises(InUseError, match=SAID.format(r"a \(domid 7\)")):
         host.ways()[way]()
     assert host.blocks() == {"sparse": 0}
+
+
+@pytest.mark.parametrize(("kind", "what"), [*itertools.product(MKFS, ["holes", "zeros"]), ("xfs", "shared blocks")])
+def test_no_repair_writes_over_a_running_guest(
+    tmp_path: Path, file_systems: dict[str, FileSystem], kind: str, what: str
+) -> None:
+    """The file was there before."""
+    fs = file_systems[kind]
+    spec = NvdimmSpec(0, path := f"{fs.root}/b.img", SIZE)
+    run("fallocate", "-l", str(140 * MIB), fs.root / "before")  # the guest has free blocks, and not the file's
+    first = make_driver(tmp_path, fs.backing, RecordingMapper({}))  # type: ignore[arg-type]
+    first.define(DomainSpec("b", OTHER_UUID, 512 * MIB, None, (spec,)))
+    first.close()
+    (fs.root / "before").unlink()
+    host = running(tmp_path, fs)
+    if what == "holes":
+        os.unlink(path)
+        Path(path).touch()
+        os.truncate(path, SIZE)
+    elif what == "zeros":
+        os.truncate(path, MIB)
+    else:
+        run("cp", "--reflink=always", path, f"{path}.copy")
+    blocks, is_shared = host.blocks(), fs.backing.is_shared(spec)
+    (mend,) = (each.mend for each in look(host.driver, zeros=[path] if what == "zeros" else []) if each.mend)
+    with pytest.raises(InUseError, match=SAID.format(r"a \(domid 7\)")):
+        mend()
+    assert (host.blocks(), fs.backing.is_shared(spec)) == (blocks, is_shared)
+    assert "bytes-lost" not in [each.kind for each in host.driver.ledger.events()]
+    empty(fs)
 
 
 def test_nothing_is_written_when_the_namespace_is_made_anew_between_plan_and_define(host: Host) -> None:
