@@ -107,20 +107,25 @@ class Holders:
                 kill(pid, partial(self._is_of, uuid, pid))
 
     def _keep(self, uuid: str, files: Sequence[str]) -> None:
-        """Start a keeper of deleted files, unless there are none.
+        """Start a keeper of deleted files, unless there are none, or a keeper has them already.
 
         :param files: paths at which they can be opened.
         """
         from contextlib import ExitStack
 
+        if not files:
+            return
+        kept = [there for pid in self.find(_KEEPER + uuid) for _, there in _deleted(pid)]
         with ExitStack() as opened:
             descriptors = []
             for file in files:
                 try:
-                    descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+                    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
                 except FileNotFoundError:  # the holder has been killed, and nobody has the file any more
                     return
-                opened.callback(os.close, descriptors[-1])
+                opened.callback(os.close, descriptor)
+                if not any(_is_same(descriptor, each) for each in kept):
+                    descriptors.append(descriptor)
             if descriptors:
                 self.start(_KEEPER + uuid, "deleted files", descriptors)
 
@@ -189,6 +194,13 @@ def _deleted(pid: int) -> list[tuple[str, str]]:
     except OSError:  # it has ended
         return []
     return found
+
+
+def _is_same(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:  # the process that had it has ended
+        return False
 
 
 def _has_open(pid: int, number: int) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver import processes
 from nvdimm_driver.backing import holders, kernel_users
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.backing.holders import Holders
@@ -173,6 +174,25 @@ def test_the_keeper_of_what_was_deleted_is_not_the_holder_of_the_next_guest(host
     host.end()
     ((keeper, _, _, there),) = host.holders.deleted()
     kill(keeper)
+
+
+def test_an_end_that_is_killed_and_repeated_leaves_one_keeper(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was killed when it had started the keeper, before the end of the holder."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = host.domain.nvdimms[0].path
+    host.start()
+    run("chattr", "-i", path)
+    os.unlink(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "kill", die)
+        with pytest.raises(KeyboardInterrupt):
+            host.end()
+    host.another().reconcile()
+    assert not host.holders.find(UUID)
+    assert [(uuid, deleted) for _, uuid, deleted, _ in host.holders.deleted()] == [(UUID, path)]
 
 
 def test_a_keeper_has_nothing_but_what_was_deleted(host: Host, tmp_path: Path) -> None:
