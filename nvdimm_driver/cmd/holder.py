@@ -12,6 +12,8 @@ from contextlib import suppress
 
 def hold() -> None:
     """Leave the caller's session and streams, and wait to be killed."""
+    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
+        file.write("nvdimm-holder")  # as lsof(8) and fuser(1) show it
     child = os.fork()
     if child:
         os.write(1, b"%d" % child)
@@ -21,8 +23,6 @@ def hold() -> None:
     os.close(null)
     os.setsid()
     os.chdir("/")
-    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
-        file.write("nvdimm-holder")  # as lsof(8) and fuser(1) show it
     while True:
         signal.pause()
 
