@@ -306,6 +306,7 @@ class Surveyed:
     :ivar owner: the owner recorded on it (:mod:`.state.owner_marks`); None without one.
     :ivar frozen: True when it has been frozen for a guest.
     :ivar unflagged: True when it has been frozen, and lost its flag: somebody may have written it since.
+    :ivar doubtful: True when a guest may have written to it that does not have it: its file shared blocks with this.
     :ivar immutable: True when nothing in the host can change where its bytes are.
     :ivar error: why the file cannot be read; then nothing else is known of it. None when it can.
     :ivar identity: of the file; None when it is not known.
@@ -320,6 +321,7 @@ class Surveyed:
     identity: BackingIdentity | None = None
     run: int | None = None
     unflagged: bool = False
+    doubtful: bool = False
 
     @property
     def is_device(self) -> bool:
@@ -489,8 +491,7 @@ class Allocation:
     :ivar renamed_from: of a device that a boot has given the name of another one: the name that it had, which libvirt's
         definition still has for it; else empty.
     :ivar doubtful: of a device that had another one's name in a ledger from elsewhere, or another name before a
-        boot: True until the operator has said which one the domain has. Of a file that shared blocks with that of
-        another domain while its guest ran: True until the operator has said that the bytes are the domain's.
+        boot: True until the operator has said which one the domain has.
     """
 
     uuid: str

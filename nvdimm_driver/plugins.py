@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 IF_LOST = "if it is lost for good, 'nvdimmctl release --lost --slot N DOMAIN' gives it up"
 """Hint for what is not there, and has its bytes still."""
 
+DOUBTFUL = "it shared blocks with the file of a guest that ran, and may have what that guest wrote"
+"""What is wrong with a file that :meth:`Backing.doubt_sharers` has noted."""
+
 
 def unwatched(done: int, total: int) -> None:
     """Ignore progress."""
@@ -447,6 +450,28 @@ class Backing(Plugin):
         :raises BackingError: when that cannot be determined.
         """
         return False
+
+    def doubt_sharers(
+        self, path: str, identity: BackingIdentity | None = None, size: int | None = None
+    ) -> Sequence[str]:
+        """Note on each backing that shares bytes with a frozen one that a guest may have written to it.
+
+        It is an error to locate, examine, provision or read these, until :meth:`trust`.
+
+        Nothing is done if what is there is not frozen, or another one.
+
+        :param identity: whose bytes the frozen one has to have; None when that is not known.
+        :param size: bytes that the guest has, from the start on; None for all.
+        :returns: the paths of the others.
+        :raises BackingError: when that cannot be done.
+        """
+        return ()
+
+    def trust(self, path: str, identity: BackingIdentity | None = None) -> None:
+        """Undo :meth:`doubt_sharers` for a backing.
+
+        :param identity: whose bytes it has to have; None when that is not known.
+        """
 
     def unshare(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         """Copy what a backing that is not frozen shares with others, such as a reflink. Can be repeated.

@@ -14,6 +14,7 @@ from nvdimm_driver.backing.extents import FileExtent
 from nvdimm_driver.backing.paths import Entry, check_length, status
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
 from nvdimm_driver.host_text import escaped, printable
+from nvdimm_driver.plugins import DOUBTFUL
 from nvdimm_driver.sizes import human
 
 NAME_MAX = 255
@@ -107,6 +108,7 @@ def look(fd: int, path: str, size: int) -> ExaminedFile:
             f"{path}: has {status.st_nlink} hard links, and must have one",
             hint=f"find the others: find -xdev -inum {status.st_ino}",
         )
+    check_not_doubtful(fd, path)
     check_size(path, status.st_size, size)
     found = extents.fiemap(fd, size)
     extents.check_flags(path, found, allowed=extents.LAST | extents.MERGED | extents.UNWRITTEN)
@@ -115,6 +117,15 @@ def look(fd: int, path: str, size: int) -> ExaminedFile:
         (each.offset, min(each.end, size) - each.offset) for each in found if each.flags & extents.UNWRITTEN
     )
     return ExaminedFile(found, unwritten)
+
+
+def check_not_doubtful(fd: int, path: str) -> None:
+    """Check that no guest may have written to an open file that does not have it.
+
+    :raises BackingError: when one may have.
+    """
+    if inode.is_doubtful(fd):
+        raise BackingError(f"{path}: {DOUBTFUL}", hint="'nvdimmctl check' says how to go on")
 
 
 def check_size(path: str, size: int, needed: int) -> None:

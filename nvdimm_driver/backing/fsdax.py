@@ -15,12 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from nvdimm_driver.backing import extents, freespace, handles, inode, inventory, writers
+from nvdimm_driver.backing import extents, freespace, handles, inode, inventory, shared_blocks, writers
 from nvdimm_driver.backing.byteranges import FileBytes, LockedBytes, MappedBytes, give_own_blocks
 from nvdimm_driver.backing.files import (
     check_copy_name,
     check_named,
     check_no_flag,
+    check_not_doubtful,
     check_only_root_writes,
     check_own,
     check_regular,
@@ -269,7 +270,9 @@ class FsdaxBacking(Backing):
         self.size(path)
         with opened(path, os.O_RDWR if write else os.O_RDONLY) as fd, ExitStack() as lock:
             identity = self._find_identity(fd, path)
-            if write:
+            if not write:
+                check_not_doubtful(fd, path)
+            else:
                 lock.enter_context(self.locks.writing(fd, path))
                 check_named(fd, path)  # who had the lock until now may have given the file its name
                 identity = self._identity(fd, self._volume(fd, path))
@@ -357,6 +360,32 @@ class FsdaxBacking(Backing):
     def is_shared(self, spec: NvdimmSpec) -> bool:
         with opened(spec.path, os.O_RDONLY) as fd:
             return any(each.flags & extents.SHARED for each in extents.fiemap(fd, os.fstat(fd).st_size))
+
+    def doubt_sharers(
+        self, path: str, identity: BackingIdentity | None = None, size: int | None = None
+    ) -> Sequence[str]:
+        with opened(path, os.O_RDONLY, patience=lease_break_seconds()) as fd:
+            if not inode.is_frozen(fd) or not self._is(fd, path, identity):
+                return ()
+            return shared_blocks.doubt_sharers(fd, os.fstat(fd).st_size if size is None else size, self._top(fd, path))
+
+    def trust(self, path: str, identity: BackingIdentity | None = None) -> None:
+        with opened(path, os.O_RDONLY) as fd:
+            self._check_same(fd, path, identity)
+            if inode.is_doubtful(fd):
+                with reporting(path):
+                    inode.doubt(fd, False)
+                    os.fsync(fd)
+
+    def _top(self, fd: int, path: str) -> str:
+        """Return a folder below which the files of an open file's file system are, all of them if it shows them."""
+        device = os.fstat(fd).st_dev
+        found = sorted((each for each in inventory.mounts(self.mountinfo) if each.device == device), key=_depth)
+        for mount in found:
+            with suppress(OSError):
+                if os.stat(mount.directory).st_dev == device:  # else another file system covers it
+                    return mount.directory
+        return os.path.dirname(path)
 
     def unshare(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         """Touch each page that is shared: the file system copies it then, and both files keep their bytes.
@@ -580,7 +609,8 @@ class FsdaxBacking(Backing):
         identity = self._find_identity(fd, path)
         frozen, immutable, unflagged = inode.is_frozen(fd), inode.is_immutable(fd), inode.is_unflagged(fd)
         return Surveyed(
-            path, inode.owner(fd), frozen, immutable, identity=identity, run=inode.frozen_for(fd), unflagged=unflagged
+            *(path, inode.owner(fd), frozen, immutable, None, identity, inode.frozen_for(fd), unflagged),
+            doubtful=inode.is_doubtful(fd),
         )
 
     def _volume(self, fd: int, path: str) -> Volume:
@@ -723,3 +753,7 @@ def _status(path: str) -> os.stat_result | None:
     with suppress(OSError):
         return status(path)
     return None
+
+
+def _depth(mount: Mount) -> int:
+    return len(mount.root)

@@ -8,6 +8,7 @@ and thaw, only one may work on a file at a time.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -40,6 +41,7 @@ _FSXATTR = struct.Struct("=IIIII8x")  # struct fsxattr: xflags, extsize, nextent
 _FROZEN = "trusted.nvdimm_driver.frozen"
 _RUN = "trusted.nvdimm_driver.run"  # apart: an earlier version takes a file with more in _FROZEN for one that is not
 _OWNER = "trusted.nvdimm_driver.owner"
+_DOUBTFUL = "trusted.nvdimm_driver.doubtful"
 _GIVEN = "trusted.nvdimm_driver.given."  # and the inode number of a file in this folder
 NO_RUN = 0
 """Number of no run."""
@@ -284,6 +286,29 @@ def given_at(folder: int, number: int) -> int:
     """Return the time that :func:`note_given` has noted for the file with that inode number; 0 without one."""
     name = f"{_GIVEN}{number}"
     return int(os.getxattr(folder, name)) if name in os.listxattr(folder) else 0
+
+
+def is_doubtful(fd: int) -> bool:
+    """Return True for a file that :func:`doubt` has marked, and for a copy of it by ``cp -a``."""
+    try:
+        return _DOUBTFUL in os.listxattr(fd)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:  # its file system keeps no attributes
+            return False
+        raise
+
+
+def doubt(fd: int, doubtful: bool) -> None:
+    """Mark a file to which a guest may have written that does not have it, or remove the mark.
+
+    The caller has to sync the file.
+
+    :param fd: to mark it, one of O_PATH is enough.
+    """
+    if doubtful:
+        os.setxattr(f"/proc/self/fd/{fd}", _DOUBTFUL, b"")
+    elif is_doubtful(fd):
+        os.removexattr(fd, _DOUBTFUL)
 
 
 def xflags(fd: int) -> int:

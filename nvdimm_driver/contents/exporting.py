@@ -43,13 +43,13 @@ class Exporter:
         :raises RefusedError: when the destination exists and may not be replaced, or is a symbolic link or no file.
         :raises InUseError: when a domain runs with the NVDIMM, or owns the destination, or when the NVDIMM is
             another domain's by its mark.
-        :raises BackingError: when it is not the one that was provisioned, or another domain's guest may have written to
-            it.
+        :raises BackingError: when it is not the one that was provisioned, or a guest may have written to it that does
+            not have it.
         """
         check_copy_name(destination)
         ordinary_files.check_no_link(destination)
         last = {} if running else self._checks.check_off(spec.path, _RUNNING)
-        self._checks.check_not_doubtful(spec.path)
+        self._checks.check_unshared(item.uuid if item else "", spec.path)
         for path in (destination, export_name(destination)):
             self._checks.check_unowned(path)
         backing = backing_of(self._checks.backings, spec.path)

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nvdimm_driver.backing.byteranges import FileBytes
-from nvdimm_driver.backing.files import check_copy_name, check_own, export_name, is_new, unlink_empty
+from nvdimm_driver.backing.files import (
+    check_copy_name,
+    check_not_doubtful,
+    check_own,
+    export_name,
+    is_new,
+    unlink_empty,
+)
 from nvdimm_driver.backing.paths import Entry, entry, opened
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, RefusedError, UnsupportedError
 
@@ -32,7 +39,8 @@ def open_source(path: str) -> FileBytes:
     :param path: a resolved one.
 
     :raises NotFoundError: when there is no such path.
-    :raises BackingError: when it is something else, or cannot be opened.
+    :raises BackingError: when it is something else, or cannot be opened, or a guest may have written to it that does
+        not have it.
     """
     if not os.path.exists(path):
         raise NotFoundError(f"{path}: there is no such file")
@@ -40,6 +48,7 @@ def open_source(path: str) -> FileBytes:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise BackingError(f"{path}: is neither a file nor a block device")
+        check_not_doubtful(fd, path)
         return FileBytes(os.dup(fd), os.lseek(fd, 0, os.SEEK_END))
 
 

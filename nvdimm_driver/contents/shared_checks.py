@@ -10,14 +10,14 @@ from nvdimm_driver.backing.files import check_name
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.backing.paths import HINTS
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
-from nvdimm_driver.model import PAGE, SUPERPAGE, Allocation, BackingIdentity, NvdimmSpec, Run
+from nvdimm_driver.guest.mapping_guards import Ranges
+from nvdimm_driver.model import PAGE, SUPERPAGE, BackingIdentity, NvdimmSpec, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.shell import repair_of
-from nvdimm_driver.state import condition, ownership, shared_blocks
+from nvdimm_driver.state import ownership
 from nvdimm_driver.state.device_claims import UnknownClaims
 from nvdimm_driver.state.ledger import Ledger
-from nvdimm_driver.state.shared_blocks import overlap
 from nvdimm_driver.state.stray_frames import StrayFrames, check_none
 
 LastRuns = dict[str, Run | None]
@@ -136,7 +136,7 @@ class Checks:
         """
         if not (guests := self.guests_with_blocks("", path)):
             return
-        if shared_blocks.is_shared(self.backings, path):
+        if backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
             raise InUseError(
                 f"{path}: the guest {' and '.join(guests)} has blocks of it, which it shares with another file",
                 hint="'nvdimmctl check' says what is lost, and how to go on",
@@ -150,8 +150,16 @@ class Checks:
     def guests_with(self, path: str) -> list[int]:
         """Return the domids of the guests that have frames of a backing, as their device models have announced."""
         guests = self._frames_of_guests()
-        frames = self.frames(path) if guests else []
-        return sorted({domid for domid, *has in guests if overlap(has, frames)})
+        own = self._ranges(path) if guests else Ranges(path, ())
+        return sorted({domid for domid, *has in guests if own.touched_by(*has)})
+
+    def check_unshared(self, uuid: str, path: str) -> None:
+        """Check that a backing shares nothing with one that a guest has, of another domain than that one.
+
+        :raises InUseError: when it does.
+        """
+        if backing_of(self.backings, path).is_shared(NvdimmSpec(0, path, PAGE)):
+            self.check_no_guests_blocks(uuid, path)
 
     def check_no_guests_blocks(self, uuid: str, path: str) -> None:
         """Check that no guest of another domain has blocks of a file: what the file had there is lost then.
@@ -170,34 +178,33 @@ class Checks:
 
         :param uuid: of the domain.
         """
-        frames = self.frames(path)
-        named = {f"of domain {name}" for name, *has in self.ledger.frames_of_others(uuid) if overlap(has, frames)}
+        own = self._ranges(path)
+        named = {f"of domain {name}" for name, *has in self.ledger.frames_of_others(uuid) if own.touched_by(*has)}
         return sorted(named) or [f"with domid {domid}" for domid in self.guests_with(path)]
 
+    def find_sharers(self, path: str) -> list[str]:
+        """Return the other files of domains that have blocks of a guest, each with its domain, for people."""
+        items = [(each.name, item) for each in self.ledger.domains() for item in each.allocations]
+        return [
+            f"{item.spec.path} of domain {name}"
+            for name, item in items
+            if item.spec.path != path and self.guests_with_blocks(item.uuid, item.spec.path)
+        ]
+
+    def _ranges(self, path: str) -> Ranges:
+        return Ranges(path, ((path, *each) for each in self.frames(path)))
+
     def frames(self, path: str) -> list[tuple[int, int]]:
-        """Return what :func:`.shared_blocks.frames` does; nothing when no guest could have the bytes."""
+        """Return the machine frames of the bytes at a path, as (mfn, count), also of blocks that are shared.
+
+        :returns: nothing when they are no backing's that a guest could have.
+        """
         try:
-            return shared_blocks.frames(self.backings, path)
+            backing = backing_of(self.backings, path)
+            found = backing.find_extents(NvdimmSpec(0, path, backing.size(path) // PAGE * PAGE))
         except NvdimmError:
             return []
-
-    def check_not_doubtful(self, path: str) -> None:
-        """Check that no guest of another domain may have written to a domain's file.
-
-        :raises BackingError: when one may have.
-        """
-        condition.check_not_doubtful(self._items_at(self.identity(path)))
-
-    def tell_sound(self, identity: BackingIdentity | None) -> None:
-        """Note that all bytes that domains have there are known, whatever another domain's guest has written before."""
-        sound = [(item.uuid, item.spec.slot) for item in self._items_at(identity) if condition.is_doubtful(item)]
-        if sound:
-            self.ledger.doubt(sound, doubtful=False)
-
-    def _items_at(self, identity: BackingIdentity | None) -> list[Allocation]:
-        records = self.ledger.domains() if identity else ()
-        items = [item for record in records for item in record.allocations]
-        return [item for item in items if ownership.has_bytes([item], identity)]
+        return [(each.spa // PAGE, each.length // PAGE) for each in found]
 
     def check_same(self, path: str, identity: BackingIdentity | None) -> None:
         """Check that a backing, if it exists, has that identity, whatever its size is now.

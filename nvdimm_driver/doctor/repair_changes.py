@@ -215,11 +215,11 @@ class Changes:
         """Copy the blocks that a file shares with another."""
         self._unshare(record, backing, item, item.identity)
 
-    def trust(self, record: Record, backing: Backing, item: Allocation) -> None:
-        """Take the bytes of a file to which another domain's guest may have written for the domain's."""
-        self._check_whose(record, backing, item, item.identity)
-        self._unshare(record, backing, item, item.identity)
-        self.driver.checks.tell_sound(item.identity)
+    def trust(self, record: Record, backing: Backing, item: Allocation, found: BackingIdentity | None) -> None:
+        """Take the bytes of a file for the domain's to which a guest may have written that does not have it."""
+        self._check_whose(record, backing, item, found)
+        self._unshare(record, backing, item, found)
+        backing.trust(item.spec.path, found)
 
     def give_up_contents(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Let an NVDIMM have no backing: it is not provisioned any more."""
@@ -263,9 +263,7 @@ class Changes:
             ownership.check_off(record)
         self._mark_moved(record, item)
         self._unshare(record, backing, item, found)
-        doubtful = item.doubtful and ownership.has_bytes([item], found)
-        now = backing.provision(item.spec, identity=found)
-        return self.driver.pools.noted(replace(item, identity=now, doubtful=doubtful))
+        return self.driver.pools.noted(replace(item, identity=backing.provision(item.spec, identity=found)))
 
     def _mark(self, record: Record, backing: Backing, item: Allocation) -> None:
         """Mark what was provisioned and stored, unless it has got the mark of another domain since.

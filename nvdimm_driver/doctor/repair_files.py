@@ -10,7 +10,6 @@ from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.model import Allocation, BackingIdentity, Record
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.shell import NOT_AS_ROOT, command, repair_of
-from nvdimm_driver.state import shared_blocks
 from nvdimm_driver.state.condition import Condition, Found
 
 Remedy = tuple[str, str, Callable[[], object] | None]
@@ -48,8 +47,8 @@ class UnfitFiles:
         if record.start is not None:
             return problem, self._of_running(record, item, found), None
         if found.condition is Condition.DOUBTFUL:
-            trust = self.changes.of(record, self.changes.trust, backing, item) if item.spec.path in self.named else None
-            return problem, f"{_copy(item.spec.path)}; then, or to go on without: {repair_of(item.spec.path)}", trust
+            trust = self.changes.of(record, self.changes.trust, backing, item, found.identity)
+            return problem, copy_or_trust(item.spec.path), trust if item.spec.path in self.named else None
         if found.condition is Condition.SHARED:
             if guests := self.changes.driver.checks.guests_with_blocks(record.uuid, item.spec.path):
                 problem = f"the guest {' and '.join(guests)} has blocks of it: what this file had there is lost"
@@ -87,11 +86,9 @@ class UnfitFiles:
 
     def _of_running(self, record: Record, item: Allocation, found: Found) -> str:
         if found.condition is Condition.SHARED and found.own:
-            driver = self.changes.driver
-            if others := shared_blocks.find_sharers(driver.ledger, driver.backings, item.spec.path):
-                files = " and ".join(f"{other.spec.path} of domain {name}" for name, other in others)
+            if others := self.changes.driver.checks.find_sharers(item.spec.path):
                 return (
-                    f"that is {files}: it has what this guest writes, and has lost what it had there: "
+                    f"that is {' and '.join(others)}: it has what this guest writes, and has lost what it had there: "
                     "keep both files, and copy a backup over that one"
                 )
             return (
@@ -108,6 +105,11 @@ def go_on(path: str) -> str:
 
 def _copy_or_go_on(path: str) -> str:
     return f"{_copy(path)}; {go_on(path)}"
+
+
+def copy_or_trust(path: str) -> str:
+    """Return what to do with a file to which a guest may have written that does not have it."""
+    return f"{_copy(path)}; then, or to go on without: {repair_of(path)}"
 
 
 def _copy(path: str) -> str:

@@ -62,5 +62,5 @@ def take_over(driver: XenNvdimmDriver, accepted: Collection[str] = ()) -> None:
     driver.distrust_saved_guests()
     records = driver.ledger.domains()
     renamed = [(each.uuid, each.spec.slot) for record in records for each in record.allocations if each.renamed_from]
-    driver.ledger.doubt([*exchanged_names(driver.backings, records), *renamed])
+    driver.ledger.doubt_names([*exchanged_names(driver.backings, records), *renamed])
     driver.ledger.take_over(compared=True)

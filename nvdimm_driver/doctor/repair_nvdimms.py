@@ -290,7 +290,8 @@ class Nvdimms:
                 f"backing, of zeros, where nothing is; or give it up: {release}"
             )
         found = condition.look(backing, item)
-        if found.condition is Condition.SHORT and (unfit := self.view.unfit.remedy(record, item, backing, found)):
+        unfit = self.view.unfit.remedy(record, item, backing, found)
+        if unfit and found.condition in (Condition.SHORT, Condition.DOUBTFUL):
             return Inconsistency(record.name, record.uuid, path, *unfit)
         remedy = "take the file that is there as it is, and write zeros where it reads as zeros"
         return inconsistency(remedy, self.changes.of(record, self.changes.fill, backing, item, found.identity))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cached_property, partial
 
+from nvdimm_driver.doctor.repair_files import copy_or_trust
 from nvdimm_driver.doctor.repair_marks import WHICH, several
 from nvdimm_driver.doctor.repair_view import (
     Inconsistency,
@@ -17,7 +18,7 @@ from nvdimm_driver.doctor.repair_view import (
     runs_without,
 )
 from nvdimm_driver.model import Allocation, Record, Start, Surveyed
-from nvdimm_driver.plugins import backing_of, exists
+from nvdimm_driver.plugins import DOUBTFUL, backing_of, exists
 from nvdimm_driver.shell import repair_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state import owner_marks, ownership
@@ -53,6 +54,10 @@ class PoolFiles:
                     user.name, user.uuid, file.path, error.message.removeprefix(f"{file.path}: "), error.hint
                 )
         if owner is None:
+            if file.doubtful:
+                trust = partial(backing_of(self.driver.backings, file.path).trust, file.path, file.identity)
+                mend = trust if file.path in self.view.named else None
+                yield about(mark, file.path)(DOUBTFUL, copy_or_trust(file.path), mend)
             yield from self._unclaimed(file, mark)
 
     def _unclaimed(self, file: Surveyed, mark: Mark | None) -> Iterator[Inconsistency]:

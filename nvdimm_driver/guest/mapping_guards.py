@@ -45,9 +45,9 @@ def check_mappings(
     :param guest_limit_gfn: first guest frame the guest cannot use.
     :raises GuardError: naming the frames and the reason.
     """
-    pmem = _Ranges("an area of persistent memory", (("", mfn, count) for mfn, count in areas))
-    memory = _Ranges("RAM", (("RAM", mfn, count) for mfn, count in ram))
-    others = _Ranges("another domain", taken)
+    pmem = Ranges("an area of persistent memory", (("", mfn, count) for mfn, count in areas))
+    memory = Ranges("RAM", (("RAM", mfn, count) for mfn, count in ram))
+    others = Ranges("another domain", taken)
     for mapping in mappings:
         gfn, mfn, count = mapping
         if not (count > 0 and 0 <= mfn <= FRAME_LIMIT - count):
@@ -79,7 +79,7 @@ def first_outside(
     :param mappings: (gfn, mfn, count).
     :param areas: (mfn, count).
     """
-    pmem = _Ranges("an area of persistent memory", (("", mfn, count) for mfn, count in areas))
+    pmem = Ranges("an area of persistent memory", (("", mfn, count) for mfn, count in areas))
     return next((mapping for mapping in mappings if not pmem.cover(*mapping[1:])), None)
 
 
@@ -117,7 +117,7 @@ def check_areas(areas: Iterable[tuple[str, str, int, int]]) -> None:
             furthest[uid] = (what, mfn, count)
 
 
-class _Ranges:
+class Ranges:
     """Ranges of machine frames, sorted by start. They may overlap each other."""
 
     def __init__(self, what: str, ranges: Iterable[tuple[str, int, int]]) -> None:

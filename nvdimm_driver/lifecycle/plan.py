@@ -413,7 +413,6 @@ class Planner:
         return location
 
     def _locate_same(self, item: Allocation) -> Location:
-        condition.check_not_doubtful([item])
         try:
             location = self._locate(item.spec)
         except BackingError:

@@ -18,9 +18,9 @@ from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import guest_frames, saved_guest
 from nvdimm_driver.lifecycle.file_times import FileTimes
 from nvdimm_driver.lifecycle.saved_guest import NO_TIME
-from nvdimm_driver.model import Allocation, BackingIdentity, Record, Start, Surveyed, Touch
+from nvdimm_driver.model import Allocation, BackingIdentity, Record, Run, Start, Surveyed, Touch
 from nvdimm_driver.plugins import Backing, Mapper, backing_named, backing_of, exists
-from nvdimm_driver.state import ownership, shared_blocks
+from nvdimm_driver.state import ownership
 from nvdimm_driver.state.events import Event, failure
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.state.start_steps import ABANDONED_SECONDS, host_boot_id, seconds_since_boot
@@ -167,6 +167,8 @@ class Starts:
                 unmark = ownership.is_given_up(self.ledger, self.backings, start.uuid, path)
                 if record and self.is_saved(record.name, record.uuid):  # its guest goes on with that
                     unmark = False
+                if path in times:
+                    self._doubt_sharers(path, had.get(path), begun)
                 if start.state != "mapped" and last and path in frozen and frozen[path].run == last.number:
                     self.thaw_unknown(path, had.get(path), start.uuid, over=start, unmark=unmark)
                 else:
@@ -266,24 +268,26 @@ class Starts:
         """
         LOG.debug("thaw %s", path)
         exists(path)  # on a medium with errors, no backing handles it
-        if touch:
-            self._doubt_sharers(path)
         for backing in self.backings:
             if backing.handles(path):
                 thaw = partial(backing.thaw_unless, unmark=True) if unmark else backing.thaw_unless
                 thaw(path, partial(self._is_needed, path, over), identity, *filter(None, [touch]))
 
-    def _doubt_sharers(self, path: str) -> None:
-        """Note which files of domains share blocks with that of a guest, which may have written there.
+    def _doubt_sharers(self, path: str, identity: BackingIdentity | None, run: Run | None) -> None:
+        """Note which files share blocks with that of a guest, before it is thawed: the guest may have written there.
 
-        No guest starts with such a file: they share them since this one runs. From now on, it need not be there.
+        No guest starts with such an NVDIMM: they share blocks since this one runs. From now on, it need not be there.
+
+        :param run: of the guest; None if nobody knows which part of the file it had.
         """
-        if not exists(path):
-            return
-        for name, item in shared_blocks.find_sharers(self.ledger, self.backings, path):
-            if not item.doubtful:
-                self.ledger.doubt([(item.uuid, item.spec.slot)])
-                logs.tell(Event("blocks-shared", item.uuid, name, None, {"path": item.spec.path, "with": path}))
+        had = saved_guest.placed(run) if run else ()
+        size = next((spec.size for spec, it, *_ in had if spec.path == path or it == identity), None)
+        for backing in self.backings:
+            for other in backing.doubt_sharers(path, identity, size) if backing.handles(path) else ():
+                owners = self.ledger.claimants(other) or [None]
+                for owner in owners:
+                    uuid, name = (owner.uuid, owner.name) if owner else ("", "")
+                    logs.tell(Event("blocks-shared", uuid, name, None, {"path": other, "with": path}))
 
     def thaw_unknown(
         self,
@@ -312,8 +316,11 @@ class Starts:
         noted = saved_guest.times_of(last).get(had, ()) if last else ()
         at = backing_of(self.backings, path).written_at(path) if noted else None
         if file is None or last is None or touch is None or at is None:
+            if touch and file:
+                self._doubt_sharers(path, identity, last if last and file.run == last.number else None)
             self.thaw(path, identity, over, touch, unmark)
             return
+        self._doubt_sharers(path, identity, last if file.run == last.number else None)
         has_new = len(noted) > 1 and at == noted[-1]  # an attempt before was killed then
         is_own, after = has_new or (at in noted and not file.unflagged), at if has_new else touch.after
         noted_run = last._replace(written=saved_guest.times_at_end(last, {had: (at, after) if is_own else NO_TIME}))

@@ -6,13 +6,13 @@ Zeros take the place of bytes that a domain has had only when somebody asks for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from nvdimm_driver.errors import BackingError, UnwrittenError
 from nvdimm_driver.model import Allocation, BackingIdentity, Record
-from nvdimm_driver.plugins import Backing, backing_of, exists
+from nvdimm_driver.plugins import DOUBTFUL, Backing, backing_of, exists
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state.ownership import has_bytes
 
@@ -24,7 +24,7 @@ class Condition(Enum):
     SHORT = auto()
     """It has less bytes than the NVDIMM; it may be empty."""
     DOUBTFUL = auto()
-    """A guest may have written to it that is not its domain's: its file shared blocks while that guest ran."""
+    """A guest may have written to it that does not have it: its file shared blocks with this one."""
     SHARED = auto()
     """It shares blocks with another file."""
     UNWRITTEN = auto()
@@ -62,9 +62,8 @@ def look(backing: Backing, item: Allocation) -> Found:
     if lacking:
         which = "the missing bytes are lost" if own else "it is another file, such as a copy that was not finished"
         return Found(Condition.SHORT, identity, own, f"it is {human(lacking)} too short: {which}")
-    if own and is_doubtful(item):
-        problem = "it shared blocks with a running guest's file: what that guest wrote there is in place of its bytes"
-        return Found(Condition.DOUBTFUL, identity, own, problem)
+    if file and file.doubtful:
+        return Found(Condition.DOUBTFUL, identity, own, DOUBTFUL)
     if backing.is_shared(spec):
         return Found(Condition.SHARED, identity, own)
     try:
@@ -75,7 +74,7 @@ def look(backing: Backing, item: Allocation) -> Found:
 
 
 def check_not_lost(backing: Backing, item: Allocation) -> None:
-    """Check that no byte of what was provisioned is missing at an NVDIMM's path, or may be another guest's.
+    """Check that no byte of what was provisioned is missing at an NVDIMM's path.
 
     All of it was written when it was provisioned. Who has truncated the file and made it larger again has lost bytes.
 
@@ -84,8 +83,6 @@ def check_not_lost(backing: Backing, item: Allocation) -> None:
     if not item.ready:
         return
     found = look(backing, item)
-    if found.own:
-        check_not_doubtful([item])
     if found.condition in (Condition.SHORT, Condition.UNWRITTEN):
         raise BackingError(
             f"{item.spec.path}: bytes of the domain are missing: {found.problem}",
@@ -105,20 +102,3 @@ def check_none_lost(
         for path, identity in identities.items():
             if has_bytes([item], identity) or (identity is None and path == item.spec.path and exists(path)):
                 check_not_lost(backing_of(backings, path), replace(item, spec=replace(item.spec, path=path)))
-
-
-def is_doubtful(item: Allocation) -> bool:
-    """Return True for a file that another domain's guest may have written to, until the operator says otherwise."""
-    return item.doubtful and item.identity is not None and item.identity.inode != 0
-
-
-def check_not_doubtful(items: Iterable[Allocation]) -> None:
-    """Check that no guest of another domain may have written to files.
-
-    :raises BackingError: when one may have.
-    """
-    for item in filter(is_doubtful, items):
-        raise BackingError(
-            f"{item.spec.path}: it shared blocks with a running guest's file, and may have what that guest wrote",
-            hint="'nvdimmctl check' says how to go on",
-        )

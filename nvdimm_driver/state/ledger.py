@@ -143,13 +143,9 @@ class Ledger(StartSteps):
         sql = "UPDATE allocation SET wipes = ?, pool = ? WHERE uuid = ? AND slot = ? AND path = ?"
         self._write([(sql, (int(item.wipes), item.pool, uuid, item.spec.slot, item.spec.path)) for item in items])
 
-    def doubt(self, nvdimms: Iterable[tuple[str, int]], *, doubtful: bool = True) -> None:
-        """Note of NVDIMMs, by uuid and slot, that the operator has to say whether their names or bytes are right.
-
-        :param doubtful: False when that is known again.
-        """
-        sql = f"UPDATE allocation SET doubtful = {int(doubtful)} WHERE uuid = ? AND slot = ?"
-        self._write([(sql, key) for key in nvdimms])
+    def doubt_names(self, devices: Iterable[tuple[str, int]]) -> None:
+        """Note of devices, by uuid and slot, that the operator has to say whether their names here are right."""
+        self._write([("UPDATE allocation SET doubtful = 1 WHERE uuid = ? AND slot = ?", key) for key in devices])
 
     def note_overwritten(self, uuid: str, slots: Iterable[int]) -> None:
         """Note that a release has overwritten NVDIMMs of a domain, until the next define or start of them begins."""

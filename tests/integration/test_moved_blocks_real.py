@@ -23,11 +23,12 @@ from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import BackingError, InUseError
+from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle import start as start_module
 from nvdimm_driver.model import KIB, MIB, PAGE, Extent, NvdimmSpec
 from tests.integration.loop_pmem import MKFS, SPA, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
-from tests.unit.doubles import OTHER_UUID, UUID
+from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
 
 @pytest.fixture(params=list(MKFS))
@@ -222,6 +223,10 @@ def test_check_compares_with_what_the_guest_has_and_not_with_what_a_repair_has_w
 def share(xfs: Host) -> None:
     """Let the file of a domain that is off have the first MiB of that of a running guest, which then writes there."""
     xfs.define("b.img", OTHER_UUID, OF_B)
+    share_with_defined(xfs)
+
+
+def share_with_defined(xfs: Host) -> None:
     xfs.run(xfs.domain("a.img"))
     with open(xfs.path("a.img"), "rb") as source, open(xfs.path("b.img"), "rb") as target:
         assert dedupe(source.fileno(), target.fileno(), MIB) == 0
@@ -285,6 +290,78 @@ def give_up_other(xfs: Host, way: str) -> None:
         xfs.driver.release_claims(xfs.record(), quiet, delete="delete" in way)
 
 
+THIRD_UUID = "7c7b0e2e-4a6e-4f0e-9a3b-000000000003"
+
+
+def check_that_nobody_gets(xfs: Host, name: str, folder: Path) -> None:
+    """Check that no domain starts or is defined with a file, and that it is not copied."""
+    path, copy, spec = xfs.path(name), folder / "copy", xfs.domain(name).nvdimms[0]
+    for use in (
+        partial(xfs.driver.prepare, xfs.domain(name, OTHER_UUID)),
+        partial(xfs.driver.define, xfs.domain(name, OTHER_UUID)),
+        partial(xfs.driver.define, xfs.domain(name, THIRD_UUID)),
+        partial(xfs.driver.exporter.export, spec, str(copy), quiet, overwrite=False, running=False),
+        partial(xfs.driver.importer.import_copy, path, xfs.path("copy"), None, 0, quiet),
+        partial(xfs.driver.importer.import_in_place, path, None, 0, quiet),
+    ):
+        with pytest.raises((BackingError, InUseError)) as info:
+            use()
+        assert "it shared blocks with" in str(info.value) or info.type is InUseError
+    assert not copy.exists()
+
+
+@pytest.mark.parametrize("way", ["before the end", "after the end"])
+def test_a_file_that_no_domain_has_any_more_stays_nobodys(xfs: Host, way: str, tmp_path: Path) -> None:
+    share(xfs)
+    if way == "before the end":
+        xfs.driver.drop_claims(OTHER_UUID)
+    xfs.mapper.alive.clear()
+    xfs.driver.release(UUID)
+    if way != "before the end":
+        xfs.driver.drop_claims(OTHER_UUID)
+    xfs.driver.release_claims(xfs.record(), quiet, delete=True)
+    for each in look(xfs.driver):
+        if each.mend:
+            each.mend()
+    check_that_nobody_gets(xfs, "b.img", tmp_path)
+    found = shared(xfs, "b.img")
+    assert (found.mend, found.domain) == (None, "")
+    mend = shared(xfs, "b.img", xfs.path("b.img")).mend
+    assert mend
+    mend()
+    xfs.driver.define(xfs.domain("b.img", THIRD_UUID))
+
+
+def test_what_two_files_share_behind_the_ends_of_their_nvdimms_is_no_guests(xfs: Host) -> None:
+    """Such as that of files from one template; a user can append a reflink of another's file to his own, too."""
+    Path(xfs.path("template")).write_bytes(bytes(SIZE) + DATA)
+    for name, uuid in (("a.img", UUID), ("b.img", OTHER_UUID)):
+        run("cp", "--reflink=always", xfs.path("template"), xfs.path(name))
+        with open(xfs.path(name), "r+b") as file:
+            file.write(DATA)
+            os.fsync(file.fileno())
+        xfs.driver.define(xfs.domain(name, uuid))
+    xfs.run(xfs.domain("a.img"))
+    xfs.mapper.alive.clear()
+    xfs.driver.release(UUID)
+    assert not any(each.doubtful for each in xfs.backing.survey([str(xfs.fs.root)]))
+    xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
+
+
+def test_only_the_file_that_a_guest_has_makes_others_doubtful(xfs: Host) -> None:
+    """Who owns a folder can put a copy of another domain's file in the place of a guest's, before that is thawed."""
+    share(xfs)
+    (item,) = xfs.record().allocations
+    (other,) = xfs.record(OTHER_UUID).allocations
+    assert item.identity
+    assert other.identity
+    run("cp", "--reflink=always", xfs.path("b.img"), xfs.path("copy"))
+    assert xfs.backing.doubt_sharers(xfs.path("copy"), item.identity) == ()
+    assert xfs.backing.doubt_sharers(xfs.path("a.img"), other.identity) == ()
+    assert not any(each.doubtful for each in xfs.backing.survey([str(xfs.fs.root)]))
+    assert sorted(xfs.backing.doubt_sharers(xfs.path("a.img"), item.identity)) == [xfs.path("b.img"), xfs.path("copy")]
+
+
 @pytest.mark.parametrize("way", ["kept", "repair", "redefine", "rm", "wipe", "release", "release --delete"])
 def test_whatever_becomes_of_that_guests_file_the_other_one_waits_for_the_operator(
     xfs: Host, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -297,16 +374,7 @@ def test_whatever_becomes_of_that_guests_file_the_other_one_waits_for_the_operat
     for each in look(xfs.driver):
         if each.mend:
             each.mend()
-    refused = pytest.raises(BackingError, match=r"/b\.img: it shared blocks with .* may have what that guest wrote")
-    copy = tmp_path / "copy"
-    for use in (
-        partial(xfs.driver.prepare, domain),
-        partial(xfs.driver.define, domain),
-        partial(xfs.driver.exporter.export, domain.nvdimms[0], str(copy), quiet, overwrite=False, running=False),
-    ):
-        with refused:
-            use()
-    assert not copy.exists()
+    check_that_nobody_gets(xfs, "b.img", tmp_path)
 
     found = shared(xfs, "b.img")
     assert found.mend is None
@@ -321,6 +389,29 @@ def test_whatever_becomes_of_that_guests_file_the_other_one_waits_for_the_operat
     assert [each for each in look(xfs.driver) if each.path == path] == []
     xfs.driver.prepare(domain)
     assert xfs.read("b.img") == OF_B
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_no_guest_that_was_saved_goes_on_over_what_another_one_has_written(xfs: Host, written: bool) -> None:
+    """Neither the deduplication changes the time of its file, nor do the stores."""
+    xfs.define("b.img", OTHER_UUID, OF_B)
+    b = xfs.domain("b.img", OTHER_UUID)
+    xfs.driver.prepare(b)
+    xfs.mapper.alive[5] = OTHER_UUID
+    map_prepared(xfs.driver.ledger, 5, OTHER_UUID)
+    del xfs.mapper.alive[5]
+    xfs.driver.release(OTHER_UUID)
+    if written:
+        share_with_defined(xfs)
+        xfs.mapper.alive.clear()
+        xfs.driver.release(UUID)
+        mend = shared(xfs, "b.img", xfs.path("b.img")).mend
+        assert mend
+        mend()
+    saved = xfs.driver.ledger.find_run(OTHER_UUID)
+    assert saved
+    now = {xfs.path("b.img"): (os.stat(xfs.path("b.img")).st_mtime_ns,)}
+    assert (saved_guest.times_of(saved) == now) is not written
 
 
 def test_what_is_wiped_has_nobodys_bytes(xfs: Host) -> None:
@@ -369,15 +460,17 @@ def test_a_file_is_wiped_that_shares_blocks_with_a_copy_which_no_domain_has(xfs:
 
 
 @pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("running", [True, False])
 def test_an_export_does_not_show_what_another_ones_guest_has_written(
-    xfs: Host, tmp_path: Path, announced: bool
+    xfs: Host, tmp_path: Path, announced: bool, running: bool
 ) -> None:
     share(xfs)
     if announced:
         xfs.mapper.announce(7, [(0, each.spa // PAGE, each.length // PAGE) for each in extents_of(xfs, "a.img")])
     spec, copy = xfs.domain("b.img", OTHER_UUID).nvdimms[0], tmp_path / "copy"
-    with pytest.raises(InUseError, match="the guest of domain x has blocks of it, which it shares"):
-        xfs.driver.exporter.export(spec, str(copy), quiet, overwrite=False, running=False)
+    (item,) = xfs.record(OTHER_UUID).allocations
+    with pytest.raises(InUseError, match="the guest of domain x has blocks of it"):
+        xfs.driver.exporter.export(spec, str(copy), quiet, overwrite=False, running=running, item=item)
     assert not copy.exists()
 
 

@@ -142,7 +142,7 @@ class MemoryBacking(Backing):
         if spec.path not in self.files:
             raise BackingError(f"{spec.path} does not exist")
         inode, size = self.files[spec.path]
-        start = NAMESPACE.data_spa + (inode - 100) * 128 * MIB
+        start = NAMESPACE.data_spa + inode % 100 * 128 * MIB
         return Location(BackingIdentity("memory", "ns-0", 0, inode, 1, size), (Extent(0, start, spec.size),))
 
     def exists(self, path: str) -> bool:

@@ -695,7 +695,7 @@ def test_a_name_is_believed_of_what_was_seen_and_nothing_else(host: Host) -> Non
     """A define between the look and the repair: its NVDIMM got the name of the one that had the slot before."""
     host.define(A)
     driver = host.driver()
-    driver.ledger.doubt([(UUID, 0)])
+    driver.ledger.doubt_names([(UUID, 0)])
     (seen,) = records(driver)
     host.define(B)
     with pytest.raises(InUseError, match="was given up meanwhile"):
