@@ -108,11 +108,19 @@ class Definitions:
     def identify_by_name(self, domain: DomainSpec) -> DomainSpec:
         """Return the domain; if the XML has no uuid, with that of the ledger's domain of the same name, if any.
 
+        Another domain may have the name of one that is undefined. It has none of that one's NVDIMMs, and gives up none.
+
         :raises DomainXmlError: when there are several.
         """
         if domain.uuid is not None:
             return domain
-        known = [record.uuid for record in self.ledger.named(domain.name)]
+        resolved = [paths.resolve(spec.path) for spec in domain.nvdimms]
+        places = [(path, ownership.identity_at(self.backings, path)) for path in resolved]
+        known = [
+            record.uuid
+            for record in self.ledger.named(domain.name)
+            if any(ownership.find_item(record, *each) for each in places)
+        ]
         if len(known) > 1:
             raise DomainXmlError(
                 f"several domains named {domain.name} have NVDIMMs: {', '.join(known)}",

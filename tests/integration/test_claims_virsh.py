@@ -7,13 +7,15 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from nvdimm_driver.lock_files import LockFile
+from nvdimm_driver.state.ledger import Ledger
 from tests.integration.bench_host import UUID, Host
-from tests.integration.test_virsh import image, refused
+from tests.integration.test_virsh import image, refused, renamed
 
 MISSING = "<interface type='network'><source network='missing'/></interface></devices>"
 """libvirt looks for the network of a start after the driver's hook has prepared it."""
@@ -345,3 +347,17 @@ def test_a_saved_guest_of_another_domain_with_a_former_name_keeps_no_claim(host:
     host.check("define", third)
     assert "Managed save:   yes" in host.check("dominfo", "db1")
     assert "/other.img" in host.nvdimmctl("list").stdout
+
+
+@pytest.mark.parametrize("verb", ["define", "create"])
+def test_another_domain_of_an_undefined_ones_name_gives_up_none_of_its_nvdimms(host: Host, verb: str) -> None:
+    before = host.record("db1").allocations
+    host.check("undefine", "db1")
+    new = with_file(host, "other")
+    new.write_text(re.sub(" *<uuid>.*\n", "", new.read_text()))
+    host.check(verb, new)
+    with closing(Ledger(str(host.folder / "state/ledger.sqlite"))) as ledger:
+        record = ledger.find_domain(UUID.format(1))
+    assert record
+    assert record.allocations == before
+    assert "belongs to domain db1" in refused(host, "define", renamed(host))
