@@ -27,6 +27,8 @@ from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import Record
 from nvdimm_driver.registered import MARK, ledger_in
+from nvdimm_driver.rpc.xdr import DomainRef
+from nvdimm_driver.shell import command
 from nvdimm_driver.state import in_use
 from nvdimm_driver.state.database import FROM_ELSEWHERE, TAKE_OVER
 from nvdimm_driver.state.ledger import Ledger
@@ -62,13 +64,14 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
     """Install the driver; yield a line for each thing that was done.
 
     :raises ConfigError: when QEMU is missing, or a file that ``register`` did not write is in the way.
-    :raises InUseError: while domains run that are in the ledger of another state folder.
+    :raises InUseError: while domains run, or are saved, that are in the ledger of another state folder.
     :raises LedgerError: when the ledger, or the marks of devices, cannot be written in this one.
     """
     before = registered.state_dir(conf)
     is_moved = os.path.realpath(before) != os.path.realpath(conf.state_dir)
     if is_moved:
         _check_off(conf, before)
+        _check_none_saved(conf, before)
     if not os.access(conf.xen.qemu, os.X_OK):
         raise ConfigError(
             f"there is no QEMU at {conf.xen.qemu}", hint="install qemu-system-xen, or set [xen] qemu in the options"
@@ -170,6 +173,22 @@ def _check_off(conf: cfg.ConfigOpts, state_dir: str) -> None:
         )
 
 
+def _check_none_saved(conf: cfg.ConfigOpts, state_dir: str) -> None:
+    """Check that no domain is saved whose guest could not go on without the ledger of a folder that is to be left.
+
+    :raises InUseError: when one is.
+    """
+    with closing(_open_ledger(conf.state_dir)) as ledger:
+        lost = [each.name for each in _find_saved(conf, state_dir) if ledger.find_run(each.uuid) is None]
+    if lost:
+        raise InUseError(
+            f"{state_dir} has to stay the state folder: domains with NVDIMMs have saved guests, which go on with its "
+            f"ledger only: {', '.join(lost)}",
+            hint=f"take it along: {command('cp', '-a', state_dir, conf.state_dir)}; or set [DEFAULT] state_dir back to "
+            f"{state_dir}, and start and shut down each, or discard its saved guest: virsh managedsave-remove",
+        )
+
+
 def _protect(log_file: Path) -> Iterator[str]:
     """Take the log, which names domains and files, from everybody but its owner and group: 0.1.0 made it for all."""
     if log_file.is_file() and (mode := log_file.stat().st_mode) & stat.S_IRWXO:
@@ -249,14 +268,18 @@ def find_saved(conf: cfg.ConfigOpts) -> list[str]:
 
     :returns: none if a plug-in is broken: that does not keep the driver from being removed.
     """
+    return [each.name for each in _find_saved(conf, conf.state_dir)]
+
+
+def _find_saved(conf: cfg.ConfigOpts, state_dir: str) -> list[DomainRef]:
     try:
         restore = XmlHooks.from_conf(conf).restore
     except NvdimmError as error:
         LOG.warning("%s", error)
         return []
     socket = daemon_socket(conf.rpc.libvirt_direct_socket, conf.rpc.libvirt_socket)
-    with closing(_open_ledger(conf.state_dir)) as ledger:
-        return [each.name for each in repair_saved_guests.saved(ledger, restore, socket, conf.libvirt.save_dir)]
+    with closing(_open_ledger(state_dir)) as ledger:
+        return repair_saved_guests.saved(ledger, restore, socket, conf.libvirt.save_dir)
 
 
 def _started(ledger: Ledger) -> list[Record]:

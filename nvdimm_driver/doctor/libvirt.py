@@ -16,6 +16,7 @@ from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.rpc import wire
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.xml import definition_files
 from nvdimm_driver.xml.definition_files import DefinitionFiles
 from nvdimm_driver.xml.parse_domain import extract
 
@@ -114,8 +115,13 @@ class Connection:
                 return None
             raise
 
-    def has_managed_save(self, name: str, uuid: str) -> bool:
-        """Return True if libvirt has the image of a saved guest of a defined domain."""
+    def has_managed_save(self, name: str, uuid: str, save_dir: str) -> bool:
+        """Return True if libvirt has the image of a saved guest of a defined domain.
+
+        :param save_dir: its folder, from which it starts also what it does not know (:mod:`.rpc.libvirt_calls`).
+        """
+        if definition_files.has_managed_save(save_dir, name, uuid):
+            return True
         arguments = bytes(Packer().domain(DomainRef(name, uuid, -1)).uint32(0))
         try:
             return Unpacker(self.call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments)).int32() == 1

@@ -23,7 +23,7 @@ def look(driver: XenNvdimmDriver, restore: Callable[[str], str], socket: str, sa
 
     :param restore: restores domain XML that libvirt has.
     :param socket: of libvirt's daemon.
-    :param save_dir: libvirt's folder of managed saves, which is read when the daemon cannot be asked.
+    :param save_dir: libvirt's folder of managed saves.
     """
     return [found for domain in saved(driver.ledger, restore, socket, save_dir) for found in _refused(driver, domain)]
 
@@ -32,15 +32,15 @@ def saved(ledger: Ledger, restore: Callable[[str], str], socket: str, save_dir: 
     """Return the domains with NVDIMMs that have a managed save. For the arguments, see :func:`look`."""
     try:
         with Connection(socket, ASK_TIMEOUT) as connection:
-            return list(_saved(ledger, connection, restore))
+            return list(_saved(ledger, connection, restore, save_dir))
     except (OSError, LibvirtError, ProtocolError) as error:
         LOG.warning("%s: libvirt cannot be asked for saved guests, so %s is read: %s", socket, save_dir, error)
         return list(_stored(ledger, save_dir, restore))
 
 
-def _saved(ledger: Ledger, connection: Connection, restore: Callable[[str], str]) -> Iterator[DomainRef]:
+def _saved(ledger: Ledger, connection: Connection, restore: Callable[[str], str], save_dir: str) -> Iterator[DomainRef]:
     for domain in connection.domains():
-        if domain.id >= 0 or not connection.has_managed_save(domain.name, domain.uuid):
+        if domain.id >= 0 or not connection.has_managed_save(domain.name, domain.uuid, save_dir):
             continue
         known = ledger.find_domain(domain.uuid) is not None
         if known or has_nvdimms(restore(connection.xml(domain, inactive=True))):

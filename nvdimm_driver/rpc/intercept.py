@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, UnsupportedError
+from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, RefusedError, UnsupportedError, hint_of
 from nvdimm_driver.lifecycle.define import Before
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import check_distinct
@@ -263,7 +263,7 @@ class Interceptor:
         domain = values.domain()
         uuid, flags = domain.uuid, values.uint32() if procedure == Procedure.DOMAIN_CREATE_WITH_FLAGS else 0
         record: Record | None = yield self._work(lambda driver: driver.clear_fault(uuid))
-        saved = not flags & START_FORCE_BOOT and (yield from has_managed_save(domain))
+        saved = not flags & START_FORCE_BOOT and (yield from has_managed_save(domain, self._save_dir))
         start = call(procedure, payload)
         if record is None:
             return (yield from (self._started_from_save(domain, start) if saved else start))
@@ -289,7 +289,7 @@ class Interceptor:
         reply: neither a change of it nor another trial may come between.
         """
         with (yield from self._changing(domain.uuid)):
-            if (yield from has_managed_save(domain)):
+            if (yield from has_managed_save(domain, self._save_dir)):
                 yield from self._try_restore(domain)
             return (yield from start)
 
@@ -325,6 +325,7 @@ class Interceptor:
         A start takes over the NVDIMMs of the image. One that fails gives them up, unless their marks say that they were
         the domain's. The image says which domain that is: others may be started, and fail, meanwhile.
 
+        What cannot be read here is refused: libvirtd would read what is at the path by then.
         libvirtd gets a path that leads to the file that was read. The client's could lead to another one by then: to
         another domain's image, or to a FIFO, for which libvirtd waits, and the domain stays locked.
         """
@@ -332,13 +333,15 @@ class Interceptor:
         file, flags = Path(values.string()), values.rest()
         try:
             image: BinaryIO = yield Work(lambda: open_save(file), Pool.HOST)
-        except OSError:  # libvirtd says why
-            return (yield from call(procedure, payload))
+        except OSError as error:
+            leased = "a program has a lease on it: try again" if isinstance(error, BlockingIOError) else ""
+            raise RefusedError(f"{file}: {error.strerror}", hint=leased or hint_of(error)) from error
         with image:
             uuid: str = yield Work(lambda: uuid_of_save(image), Pool.HOST)
+            if not uuid:
+                raise RefusedError(f"{file}: is no image of a saved guest that libvirt can read", hint="is it whole?")
             same_file = Packer().string(f"/proc/{os.getpid()}/fd/{image.fileno()}")
-            restored = call(procedure, bytes(same_file) + flags)
-            return (yield from (self._restored_guest(uuid, restored) if uuid else restored))
+            return (yield from self._restored_guest(uuid, call(procedure, bytes(same_file) + flags)))
 
     def _restored_guest(self, uuid: str, restored: Steps) -> Steps:
         """Make the call that restores a domain's guest; if it fails, undo what its start has done."""
@@ -568,7 +571,8 @@ class Interceptor:
             defined = Unpacker(reply).domain()
             try:
                 known = yield from self._record(defined)
-                if known is not None and not (yield from has_managed_save(defined)):  # a saved guest has them still
+                # a saved guest has them still
+                if known is not None and not (yield from has_managed_save(defined, self._save_dir)):
                     yield from self._drop_claims(defined.uuid, uuid or locked)
             except (NvdimmError, OSError, LibvirtError) as failed:
                 if uuid is not None and before is not None:
@@ -629,7 +633,7 @@ class Interceptor:
         if uuid is None or (yield from defined_xml(uuid)) is None:
             return False
         known = DomainRef(plan.domain.name, uuid, -1)
-        if not (yield from has_managed_save(known)):
+        if not (yield from has_managed_save(known, self._save_dir)):
             return False
         if (yield from self._record(known)) is not None:
             yield self._work(lambda driver: driver.check_redefinition(plan))

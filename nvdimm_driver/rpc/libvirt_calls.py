@@ -8,9 +8,10 @@ from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 from nvdimm_driver.errors import VIR_ERR_CONFIG_UNSUPPORTED, UnsupportedError
-from nvdimm_driver.rpc.handler_types import Call, Work
+from nvdimm_driver.rpc.handler_types import Call, Pool, Work
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.xml import definition_files
 from nvdimm_driver.xml.client_xml import ClientDomain
 
 LOG = logging.getLogger(__name__)
@@ -46,10 +47,20 @@ def call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
     return reply
 
 
-def has_managed_save(domain: DomainRef) -> Generator[Call | Work, Any, bool]:
-    """Return True if a defined domain has a managed save."""
+def has_managed_save(domain: DomainRef, save_dir: str) -> Generator[Call | Work, Any, bool]:
+    """Return True if a defined domain has a managed save.
+
+    libvirt answers by what it has found when it was started, or has saved since. A start takes what is in its folder
+    (src/libxl/libxl_domain.c:libxlDomainStart).
+    """
     arguments = bytes(Packer().domain(domain).uint32(0))
-    return Unpacker((yield from call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1
+    if Unpacker((yield from call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1:
+        return True
+    known: DomainRef | None = (yield from find(domain.uuid)) if save_dir else None  # whatever the client calls it
+    if known is None:
+        return False
+    name, uuid = known.name, known.uuid
+    return bool((yield Work(lambda: definition_files.has_managed_save(save_dir, name, uuid), Pool.HOST)))
 
 
 def pass_xml(procedure: int, payload: bytes, read: ClientDomain, *, with_fds: bool = False) -> Steps:

@@ -179,7 +179,7 @@ def xml_of_save(file: Path) -> str | None:
 def open_save(file: Path) -> BinaryIO:
     """Open an image of a saved guest, which a client may have named.
 
-    :raises OSError: when it cannot be opened.
+    :raises OSError: when it cannot be opened; at once while a program has a lease on it.
     :raises UnsupportedError: when it is no regular file: to open it could wait for ever, or do something to a device.
     """
     place = os.open(file, os.O_PATH | os.O_CLOEXEC)

@@ -440,3 +440,47 @@ def test_a_guest_that_was_saved_without_nvdimms_goes_on_though_its_domain_has_on
     host.check("attach-device", "db2", device(host, "db2"), "--config")
     host.check("managedsave", "db2")
     host.check("start", "db2")
+
+
+SAVE = "/var/lib/libvirt/libxl/save/db1.save"
+
+
+@pytest.mark.parametrize("way", ["moved aside while libvirtd was restarted", "saved to that path"])
+def test_an_image_that_libvirt_does_not_know_of_is_asked_about(host: Host, way: str) -> None:
+    """libvirt restores and removes what is in its folder, and says that there is no managed save."""
+    host.check("start", "db1")
+    if way == "saved to that path":
+        host.check("save", "db1", SAVE)
+    else:
+        host.check("managedsave", "db1")
+        assert host.libvirtd.run("mv", SAVE, "/var/lib/libvirt/aside").returncode == 0
+        host.libvirtd.stop()
+        host.libvirtd.start()
+        assert host.libvirtd.run("mv", "/var/lib/libvirt/aside", SAVE).returncode == 0
+    assert not is_saved(host)
+    host.libvirtd.run("mount", "-o", "remount,ro", host.folder / "pmem")
+    said = refused(host, "start", "db1")
+    host.libvirtd.run("mount", "-o", "remount,rw", host.folder / "pmem")
+    assert "Read-only file system" in said
+    unregistered = host.nvdimmctl("unregister")
+    assert (unregistered.returncode, "db1" in unregistered.stderr) == (4, True), unregistered
+    assert host.libvirtd.run("ls", SAVE).returncode == 0, "the saved guest is lost"
+    host.check("start", "db1")
+    host.check("destroy", "db1")
+
+
+def test_another_state_folder_costs_no_saved_guest(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.configure(CONF.replace("{folder}/state", "{folder}/other-state"))
+    try:
+        refusal = host.nvdimmctl("register")
+        assert (refusal.returncode, "go on with its ledger only: db1" in refusal.stderr) == (4, True), refusal
+        host.libvirtd.run("cp", "-a", host.folder / "state", host.folder / "other-state")
+        assert host.nvdimmctl("register").returncode == 0
+    finally:
+        host.configure()
+        host.libvirtd.run("rm", "-r", host.folder / "other-state")
+        host.nvdimmctl("register")
+        host.nvdimmctl("check", "--repair")
+    host.check("start", "db1")

@@ -58,8 +58,8 @@ def test_what_is_no_image_is_refused_before_anybody_waits_for_it(host: Host) -> 
     os.mkfifo(fifo)
     assert "is a FIFO, a device or a folder" in refused(host, "restore", fifo)
     damaged.write_bytes(b"x" * 4096)
-    assert "image magic is incorrect" in refused(host, "restore", damaged)
-    assert "missing': No such file" in refused(host, "restore", host.folder / "missing")
+    assert "is no image of a saved guest" in refused(host, "restore", damaged)
+    assert "missing: No such file" in refused(host, "restore", host.folder / "missing")
 
 
 def test_a_restore_reads_the_image_that_was_looked_at(host: Host) -> None:

@@ -42,6 +42,6 @@ def _has_managed_save(app: Nvdimmctl, record: Record) -> bool | None:
     options = app.conf.rpc
     try:
         with Connection(daemon_socket(options.libvirt_direct_socket, options.libvirt_socket), _TIMEOUT) as connection:
-            return connection.has_managed_save(record.name, record.uuid)
+            return connection.has_managed_save(record.name, record.uuid, app.conf.libvirt.save_dir)
     except (OSError, LibvirtError, ProtocolError):
         return None
