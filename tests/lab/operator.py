@@ -246,3 +246,13 @@ def memory_mappings_counted(host: XenHost) -> int:
     found = [line for line in traced(host, "kprobes/domctl").splitlines() if "domctl:" in line]
     print(*found, sep="\n")
     return len(found)
+
+
+def confinement(host: XenHost, pid: str) -> str:
+    """Return the AppArmor profile of a process, with its mode; `pid` may be a substitution of the shell."""
+    return host.check(f"tr -d '\\0' </proc/{pid}/attr/current").stdout.strip()
+
+
+def apparmor_denials(host: XenHost) -> str:
+    """Return the lines of dom0's kernel log with what AppArmor has denied."""
+    return host.check("dmesg | grep 'apparmor=\"DENIED\"' || true").stdout

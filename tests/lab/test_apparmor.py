@@ -14,20 +14,16 @@ from tests.lab.host import XenHost
 
 pytestmark = pytest.mark.lab
 NAME, FILE = "confined", "/mnt/pmem0/confined.img"
-DENIED = "dmesg | grep 'apparmor=\"DENIED\"' || true"
 
 
-def label(host: XenHost, pid: str) -> str:
-    return host.check(f"tr -d '\\0' </proc/{pid}/attr/current").stdout.strip()
-
-
+@pytest.mark.thorough  # test_qemu_labels.py looks at a guest, too
 def test_a_guest_with_labels_runs_and_everything_is_confined(driver_host: XenHost) -> None:
     enforced = json.loads(driver_host.check("aa-status --json").stdout)["profiles"]
     assert {name: enforced.get(name) for name in ("libvirtd", *PROFILES)} == dict.fromkeys(
         ("libvirtd", *PROFILES), "enforce"
     )
-    assert label(driver_host, "$(pidof libvirtd)") == "libvirtd (enforce)"
-    assert label(driver_host, f"$(cat {operator.NVDIMMD_PID})") == f"{NVDIMMD} (enforce)"
+    assert operator.confinement(driver_host, "$(pidof libvirtd)") == "libvirtd (enforce)"
+    assert operator.confinement(driver_host, f"$(cat {operator.NVDIMMD_PID})") == f"{NVDIMMD} (enforce)"
     driver_host.check("dmesg --clear")
     install_guest(driver_host)
     xml = operator.domain_xml(NAME, [operator.nvdimm(FILE, 18, label_kib=128)], dsm="qemu")
@@ -38,9 +34,9 @@ def test_a_guest_with_labels_runs_and_everything_is_confined(driver_host: XenHos
         assert guest.wait_report().problems == ()
         watching, serving = driver_host.check("pgrep -f '[n]vdimm_driver.cmd.label_server'").stdout.split()
         qemu = driver_host.check(f"pgrep -P {serving}").stdout.strip()
-        assert label(driver_host, watching) == f"{DEVICE_MODEL} (enforce)"
-        assert label(driver_host, serving) == f"{LABEL_SERVER} (enforce)"
-        assert label(driver_host, qemu) == f"{LABEL_SERVER} (enforce)"
+        assert operator.confinement(driver_host, watching) == f"{DEVICE_MODEL} (enforce)"
+        assert operator.confinement(driver_host, serving) == f"{LABEL_SERVER} (enforce)"
+        assert operator.confinement(driver_host, qemu) == f"{LABEL_SERVER} (enforce)"
         driver_host.check(f"kill -KILL {qemu}")
         guest.check("run", "cat /sys/bus/nd/devices/nmem*/available_slots")
         driver_host.check(f"kill -KILL {watching} {serving}")
@@ -51,7 +47,7 @@ def test_a_guest_with_labels_runs_and_everything_is_confined(driver_host: XenHos
         driver_host.run(f"{operator.VIRSH} destroy {NAME}")
         operator.remove(driver_host, NAME)
         driver_host.check(f"rm -f {FILE}")
-    assert driver_host.check(DENIED).stdout == ""
+    assert operator.apparmor_denials(driver_host) == ""
 
 
 def test_doctor_says_what_is(driver_host: XenHost) -> None:

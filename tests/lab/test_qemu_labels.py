@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from nvdimm_driver import apparmor
 from nvdimm_driver.processes import FIRST_UID
 from tests.lab import operator
 from tests.lab.guest import Guest
@@ -41,6 +42,7 @@ def guest(driver_host: XenHost) -> Iterator[Guest]:
     driver_host.write(f"/root/{NAME}.xml", xml.encode())
     driver_host.check(f"{operator.VIRSH} define /root/{NAME}.xml")
     driver_host.check(f"dd if=/dev/zero of={DEVICE} bs=1M count={DEVICE_MIB} oflag=direct status=none")
+    driver_host.check("dmesg --clear")
     started = operator.start(driver_host, NAME)
     started.wait_report()
     yield started
@@ -91,6 +93,22 @@ def test_labels_in_a_file_and_in_a_raw_namespace(driver_host: XenHost, guest: Gu
     assert [dimm.available_slots is not None for dimm in guest.report().dimms].count(True) == 2
     assert seen_sums(guest) == label_sums(driver_host)
     assert data_sums(driver_host) == data
+
+
+def test_apparmor_confines_all_and_has_denied_nothing(driver_host: XenHost, guest: Guest) -> None:
+    assert guest.exists()
+    watching, serving = processes(driver_host)
+    qemu = driver_host.check(f"pgrep -P {serving}").stdout.strip()
+    expected = {
+        "$(pidof libvirtd)": "libvirtd",
+        f"$(cat {operator.NVDIMMD_PID})": apparmor.NVDIMMD,
+        str(watching): apparmor.DEVICE_MODEL,
+        str(serving): apparmor.LABEL_SERVER,
+        qemu: apparmor.LABEL_SERVER,
+    }
+    found = {pid: operator.confinement(driver_host, pid) for pid in expected}
+    assert found == {pid: f"{profile} (enforce)" for pid, profile in expected.items()}
+    assert operator.apparmor_denials(driver_host) == ""
 
 
 def test_the_one_that_serves_can_do_nothing_else(driver_host: XenHost, guest: Guest) -> None:
