@@ -178,8 +178,13 @@ def _check_none_saved(conf: cfg.ConfigOpts, state_dir: str) -> None:
 
     :raises InUseError: when one is.
     """
+    try:
+        saved = _find_saved(conf, state_dir)
+    except LedgerError as error:
+        LOG.warning("%s", error)  # with or without it, no saved guest goes on
+        return
     with closing(_open_ledger(conf.state_dir)) as ledger:
-        lost = [each.name for each in _find_saved(conf, state_dir) if ledger.find_run(each.uuid) is None]
+        lost = [each.name for each in saved if ledger.find_run(each.uuid) is None]
     if lost:
         raise InUseError(
             f"{state_dir} has to stay the state folder: domains with NVDIMMs have saved guests, which go on with its "

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, RefusedError, UnsupportedError, hint_of
+from nvdimm_driver.host_text import escaped
 from nvdimm_driver.lifecycle.define import Before
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import check_distinct
@@ -335,11 +336,12 @@ class Interceptor:
             image: BinaryIO = yield Work(lambda: open_save(file), Pool.HOST)
         except OSError as error:
             leased = "a program has a lease on it: try again" if isinstance(error, BlockingIOError) else ""
-            raise RefusedError(f"{file}: {error.strerror}", hint=leased or hint_of(error)) from error
+            raise RefusedError(f"{escaped(str(file))}: {error.strerror}", hint=leased or hint_of(error)) from error
         with image:
             uuid: str = yield Work(lambda: uuid_of_save(image), Pool.HOST)
             if not uuid:
-                raise RefusedError(f"{file}: is no image of a saved guest that libvirt can read", hint="is it whole?")
+                no_image = f"{escaped(str(file))}: is no image of a saved guest that libvirt can read"
+                raise RefusedError(no_image, hint="is it whole?")
             same_file = Packer().string(f"/proc/{os.getpid()}/fd/{image.fileno()}")
             return (yield from self._restored_guest(uuid, call(procedure, bytes(same_file) + flags)))
 

@@ -678,10 +678,12 @@ def test_what_is_opened_is_told_in_a_line_that_a_log_takes(proxy: Proxy) -> None
     assert len(caught.value.message) < 200
 
 
-def test_an_image_that_is_not_there_is_left_to_libvirtd(proxy: Proxy) -> None:
-    arguments = Packer().opaque(b"/missing\xf6\n/image")
-    proxy.call(Procedure.DOMAIN_RESTORE, arguments)
-    assert (proxy.libvirtd.calls, proxy.libvirtd.payloads) == ([Procedure.DOMAIN_RESTORE], [bytes(arguments)])
+def test_an_image_that_is_not_there_is_refused(proxy: Proxy) -> None:
+    """Something else could be there by the time that libvirtd looks."""
+    with pytest.raises(RefusedError) as info:
+        proxy.call(Procedure.DOMAIN_RESTORE, Packer().opaque(b"/missing\xf6/image"))
+    assert info.value.message == r"/missing\udcf6/image: No such file or directory"
+    assert proxy.libvirtd.calls == []
 
 
 def test_to_native_names_the_device_model(proxy: Proxy) -> None:

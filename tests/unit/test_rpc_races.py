@@ -275,11 +275,11 @@ def test_a_define_without_a_uuid_has_the_lock_when_libvirt_is_asked(tmp_path: Pa
     proxy = Proxy(tmp_path, backing)
     proxy.define(xml("a"))
     del proxy.libvirtd.defined[UUID]  # undefined: its NVDIMMs stay its own
-    one = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml("b", uuid=None)))
+    one = Client(proxy, Procedure.DOMAIN_DEFINE_XML, Packer().string(xml("a", "b", uuid=None)))
     one.until(Procedure.DOMAIN_DEFINE_XML)
     with suppress(InUseError):
         proxy.define(xml("c"))
     one.finish()
     defined = extract(restore(proxy.libvirtd.defined[UUID]))
     assert defined
-    assert [each.path for each in defined.nvdimms] == claims(tmp_path, backing) == ["/mnt/pmem0/b"]
+    assert [each.path for each in defined.nvdimms] == claims(tmp_path, backing) == ["/mnt/pmem0/a", "/mnt/pmem0/b"]
