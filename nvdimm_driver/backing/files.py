@@ -15,6 +15,7 @@ from nvdimm_driver.backing.paths import Entry, check_length, status
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
 from nvdimm_driver.host_text import escaped, printable
 from nvdimm_driver.plugins import DOUBTFUL
+from nvdimm_driver.shell import repair_of
 from nvdimm_driver.sizes import human
 
 NAME_MAX = 255
@@ -125,7 +126,8 @@ def check_not_doubtful(fd: int, path: str) -> None:
     :raises BackingError: when one may have.
     """
     if inode.is_doubtful(fd):
-        raise BackingError(f"{path}: {DOUBTFUL}", hint="'nvdimmctl check' says how to go on")
+        hint = f"copy a backup over it, if there is one; then, or to go on without: {repair_of(path)}"
+        raise BackingError(f"{path}: {DOUBTFUL}", hint=hint)
 
 
 def check_size(path: str, size: int, needed: int) -> None:

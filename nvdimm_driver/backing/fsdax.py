@@ -374,18 +374,15 @@ class FsdaxBacking(Backing):
             self._check_same(fd, path, identity)
             if inode.is_doubtful(fd):
                 with reporting(path):
-                    inode.doubt(fd, False)
+                    inode.trust(fd)
                     os.fsync(fd)
 
     def _top(self, fd: int, path: str) -> str:
         """Return a folder below which the files of an open file's file system are, all of them if it shows them."""
         device = os.fstat(fd).st_dev
         found = sorted((each for each in inventory.mounts(self.mountinfo) if each.device == device), key=_depth)
-        for mount in found:
-            with suppress(OSError):
-                if os.stat(mount.directory).st_dev == device:  # else another file system covers it
-                    return mount.directory
-        return os.path.dirname(path)
+        tops = [each.directory for each in found if _is_writable(each.directory, device)]
+        return tops[0] if tops else os.path.dirname(path)
 
     def unshare(self, spec: NvdimmSpec, identity: BackingIdentity | None = None) -> None:
         """Touch each page that is shared: the file system copies it then, and both files keep their bytes.
@@ -757,3 +754,10 @@ def _status(path: str) -> os.stat_result | None:
 
 def _depth(mount: Mount) -> int:
     return len(mount.root)
+
+
+def _is_writable(folder: str, device: int) -> bool:
+    """Return True for a folder of that file system, which no other covers, by a mount that is not read-only."""
+    with suppress(OSError):
+        return os.stat(folder).st_dev == device and not os.statvfs(folder).f_flag & os.ST_RDONLY
+    return False

@@ -298,16 +298,26 @@ def is_doubtful(fd: int) -> bool:
         raise
 
 
-def doubt(fd: int, doubtful: bool) -> None:
-    """Mark a file to which a guest may have written that does not have it, or remove the mark.
+def doubt(fd: int) -> None:
+    """Mark a file to which a guest may have written that does not have it, and give it the present time.
 
-    The caller has to sync the file.
-
-    :param fd: to mark it, one of O_PATH is enough.
+    No guest that was saved before goes on over it then. Somebody else may have made it immutable or append-only. The
+    caller has to sync the file.
     """
-    if doubtful:
-        os.setxattr(f"/proc/self/fd/{fd}", _DOUBTFUL, b"")
-    elif is_doubtful(fd):
+    flag = _flags(fd) & (IMMUTABLE | _APPEND_ONLY)
+    if flag:
+        _set_flag(fd, 0)
+    try:
+        os.utime(fd)
+        os.setxattr(fd, _DOUBTFUL, b"")
+    finally:
+        if flag:
+            _set_flag(fd, flag)
+
+
+def trust(fd: int) -> None:
+    """Undo :func:`doubt`. The caller has to sync the file."""
+    if is_doubtful(fd):
         os.removexattr(fd, _DOUBTFUL)
 
 

@@ -10,68 +10,71 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from nvdimm_driver.backing import extents, inode
-from nvdimm_driver.backing.paths import open_again, opened, reporting
+from nvdimm_driver.backing.files import lease_break_seconds
+from nvdimm_driver.backing.paths import opened, reporting
 from nvdimm_driver.backing.walk import walk
 from nvdimm_driver.errors import BackingError
 from nvdimm_driver.guest.mapping_guards import Ranges
 
 LOG = logging.getLogger(__name__)
+_UNKNOWN = "whether a file shares blocks with a guest's cannot be determined:"
 
 
 def doubt_sharers(fd: int, size: int, top: str) -> list[str]:
     """Mark each file that shares blocks with the beginning of an open one as doubtful, durably; return the paths.
 
-    An immutable one is left out: nobody can let it have other blocks.
+    A frozen one is left out: its blocks are compared with its guest's.
 
     :param size: bytes of the beginning.
     :param top: the folder, resolved, below which the files are.
     :raises BackingError: when one cannot be marked.
     """
-    own, here, found = Ranges("", (("", *each) for each in _shared(fd, size))), os.fstat(fd), []
+    own, here = Ranges("", (("", *each) for each in _shared(fd, size))), os.fstat(fd)
+    found: list[str] = []
+    leased: list[str] = []
     for path, error in walk(top) if own.starts else ():
-        with ExitStack() as stack:
-            try:
-                if error is not None:
-                    raise error
-                place = stack.enter_context(opened(path, os.O_PATH))
-                there = os.fstat(place)
-                is_other = stat.S_ISREG(there.st_mode) and there.st_dev == here.st_dev and there.st_ino != here.st_ino
-                shares = is_other and _shares(place, path, own)
-            except BackingError as failed:
-                LOG.warning("whether it shares blocks with a guest's file cannot be determined: %s", failed)
-                continue
-            if shares:
-                with reporting(path):
-                    os.utime(f"/proc/self/fd/{place}")  # no guest that was saved before goes on over it
-                    inode.doubt(place, True)
-                found.append(path)
-    if found:
-        os.sync()  # they need not be open
+        if error is not None:
+            LOG.warning("%s %s", _UNKNOWN, error)
+        elif not _doubt_if_shared(path, own, here, found):
+            leased.append(path)
+    patience = lease_break_seconds()  # of all at once: the kernel asks for each since the look above
+    for path in leased:
+        _doubt_if_shared(path, own, here, found, patience)
     return found
 
 
-def _shares(place: int, path: str, own: Ranges) -> bool:
-    """Return True for a file with blocks in ranges, and for one whose owner has a lease, which keeps it from a look.
+def _doubt_if_shared(
+    path: str, own: Ranges, here: os.stat_result, found: list[str], patience: float | None = None
+) -> bool:
+    """Mark a file if it shares blocks, durably, and add it to those found; return False while a lease is on it.
 
-    :param place: a descriptor of O_PATH.
+    :param patience: seconds to wait for a lease; without, a lease is no error.
     """
-    with reporting(path):
+    with ExitStack() as stack:
         try:
-            other = open_again(place, os.O_RDONLY)
-        except BlockingIOError:
+            other = stack.enter_context(opened(path, os.O_RDONLY, patience=patience or 0))
+            there = os.fstat(other)
+            is_other = stat.S_ISREG(there.st_mode) and there.st_dev == here.st_dev and there.st_ino != here.st_ino
+            can_share = is_other and not inode.is_frozen(other)
+            shares = can_share and any(own.touched_by(*each) for each in _shared(other, there.st_size))
+        except BackingError as error:
+            if patience is None and isinstance(error.__cause__, BlockingIOError):
+                return False
+            LOG.warning("%s %s", _UNKNOWN, error)
             return True
-        try:
-            return not inode.is_immutable(other) and any(
-                own.touched_by(*each) for each in _shared(other, os.fstat(other).st_size)
-            )
-        finally:
-            os.close(other)
+        if shares:
+            with reporting(path):
+                inode.doubt(other)
+                os.fsync(other)
+            found.append(path)
+    return True
 
 
-def _shared(fd: int, size: int) -> list[tuple[int, int]]:
+def _shared(fd: int, size: int) -> Sequence[tuple[int, int]]:
     """Return place on the device and length, in bytes, of what the first bytes of an open file share with others."""
     found = extents.fiemap(fd, size)
     return [(each.physical, each.length) for each in found if each.flags & extents.SHARED]

@@ -178,6 +178,8 @@ def _check_none_saved(conf: cfg.ConfigOpts, state_dir: str) -> None:
 
     :raises InUseError: when one is.
     """
+    if not os.path.isdir(state_dir):  # its disk is gone: another folder is the way out
+        return
     try:
         saved = _find_saved(conf, state_dir)
     except LedgerError as error:
@@ -189,8 +191,9 @@ def _check_none_saved(conf: cfg.ConfigOpts, state_dir: str) -> None:
         raise InUseError(
             f"{state_dir} has to stay the state folder: domains with NVDIMMs have saved guests, which go on with its "
             f"ledger only: {', '.join(lost)}",
-            hint=f"take it along: {command('cp', '-a', state_dir, conf.state_dir)}; or set [DEFAULT] state_dir back to "
-            f"{state_dir}, and start and shut down each, or discard its saved guest: virsh managedsave-remove",
+            hint=f"set [DEFAULT] state_dir back to {state_dir}, and start and shut down each, or discard its saved "
+            "guest: virsh managedsave-remove; with a copy of the ledger, those that have files only can go on: "
+            f"{command('cp', '-aT', state_dir, conf.state_dir)}",
         )
 
 

@@ -174,22 +174,20 @@ class Checks:
             )
 
     def guests_with_blocks(self, uuid: str, path: str) -> list[str]:
-        """Return which guests have blocks of a file of a domain that is off, by the ledger or as they have announced.
+        """Return which other guests have blocks of a domain's file, by the ledger or as they have announced.
 
-        :param uuid: of the domain.
+        :param uuid: of the domain; empty if it is nobody's.
         """
         own = self._ranges(path)
         named = {f"of domain {name}" for name, *has in self.ledger.frames_of_others(uuid) if own.touched_by(*has)}
-        return sorted(named) or [f"with domid {domid}" for domid in self.guests_with(path)]
+        record = self.ledger.find_domain(uuid) if uuid else None
+        itself = record.start.domid if record and record.start else None
+        return sorted(named) or [f"with domid {domid}" for domid in self.guests_with(path) if domid != itself]
 
-    def find_sharers(self, path: str) -> list[str]:
-        """Return the other files of domains that have blocks of a guest, each with its domain, for people."""
-        items = [(each.name, item) for each in self.ledger.domains() for item in each.allocations]
-        return [
-            f"{item.spec.path} of domain {name}"
-            for name, item in items
-            if item.spec.path != path and self.guests_with_blocks(item.uuid, item.spec.path)
-        ]
+    def share_blocks(self, path: str, other: str) -> bool:
+        """Return True when two files have blocks in common."""
+        own = self._ranges(path)
+        return any(own.touched_by(*each) for each in self.frames(other))
 
     def _ranges(self, path: str) -> Ranges:
         return Ranges(path, ((path, *each) for each in self.frames(path)))

@@ -10,6 +10,7 @@ from nvdimm_driver.doctor.repair_changes import Changes
 from nvdimm_driver.model import Allocation, BackingIdentity, Record
 from nvdimm_driver.plugins import Backing
 from nvdimm_driver.shell import NOT_AS_ROOT, command, repair_of
+from nvdimm_driver.state import ownership
 from nvdimm_driver.state.condition import Condition, Found
 
 Remedy = tuple[str, str, Callable[[], object] | None]
@@ -54,7 +55,7 @@ class UnfitFiles:
                 problem = f"the guest {' and '.join(guests)} has blocks of it: what this file had there is lost"
                 return problem, _copy(item.spec.path), None
             if found.own:
-                return problem, "copy what is shared", self.changes.of(record, self.changes.unshare, backing, item)
+                return problem, *self._unshare(record, item, backing)
         if found.condition is Condition.UNWRITTEN and found.own and item.spec.path not in self.zeros:
             return problem, _copy_or_go_on(item.spec.path), None
         remedy = "take it as it is, and write zeros where it reads as zeros"
@@ -86,7 +87,7 @@ class UnfitFiles:
 
     def _of_running(self, record: Record, item: Allocation, found: Found) -> str:
         if found.condition is Condition.SHARED and found.own:
-            if others := self.changes.driver.checks.find_sharers(item.spec.path):
+            if others := self._sharers(item.spec.path):
                 return (
                     f"that is {' and '.join(others)}: it has what this guest writes, and has lost what it had there: "
                     "keep both files, and copy a backup over that one"
@@ -96,6 +97,32 @@ class UnfitFiles:
                 "shut the domain down, and make it with 'nvdimmctl export'"
             )
         return f"shut domain {record.name} down first"
+
+    def _unshare(self, record: Record, item: Allocation, backing: Backing) -> tuple[str, Callable[[], object] | None]:
+        """Return the remedy and the repair of a file that shares blocks, and whose domain is off.
+
+        If another domain has the other file, its guest may have ended under a version that noted nothing.
+        """
+        path, unshare = item.spec.path, self.changes.of(record, self.changes.unshare, backing, item)
+        others = self._sharers(path)
+        if not others or path in self.named:
+            return "copy what is shared", unshare
+        return (
+            f"that is {' and '.join(others)}: if both have the right bytes, copy what is shared: {repair_of(path)}; if "
+            "the guest of one has run since they share blocks, copy a backup over the other one first"
+        ), None
+
+    def _sharers(self, path: str) -> list[str]:
+        """Return the other files with blocks of one that are domains', by ledger or mark, each with its domain."""
+        driver = self.changes.driver
+        marks = {file.path: ownership.readable_mark(file) for file in self.changes.files.values() if not file.is_device}
+        owners = {other: mark.name for other, mark in marks.items() if mark}
+        owners |= {item.spec.path: each.name for each in driver.ledger.domains() for item in each.allocations}
+        return [
+            f"{other} of domain {name}"
+            for other, name in sorted(owners.items())
+            if other != path and driver.checks.share_blocks(path, other)
+        ]
 
 
 def go_on(path: str) -> str:

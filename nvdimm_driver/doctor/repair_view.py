@@ -100,12 +100,12 @@ class View:
         self.marks = Marks(self.files.values(), self.owners)
 
     def _see_devices(self) -> None:
-        """Look at the devices in no pool that a domain has, or the operator has named."""
+        """Look at devices that a domain has or the operator has named, and at doubtful files that he has named."""
         devices = [item.spec.path for each in self.records for item in each.allocations if ownership.is_device(item)]
         for path in {*devices, *self.named}.difference(self.files):
             with suppress(NvdimmError):  # of what a domain has, the finding is there
                 file = backing_of(self.driver.backings, path).inspect(path)
-                if file and file.is_device:
+                if file and (file.is_device or file.doubtful):
                     self.files[path] = file
         for file in [*self.files.values()]:
             with suppress(NvdimmError):

@@ -135,7 +135,7 @@ class Interceptor:
             # its saved guest, which libvirt starts instead, may have some
             return (yield from (started if known is None else self._started_from_save(known, started)))
         resolved, wanted = yield from self._resolved_domain(read.text, wanted)
-        domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted))
+        domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted), Pool.HOST)
         with (yield from self._changing(domain.uuid or "")):
             plan = yield from self._plan(domain)
             rewritten = yield from self._rewritten(resolved, domain.uuid, plan)
@@ -543,7 +543,7 @@ class Interceptor:
             yield from self._check_known(read.uuid)
             return (yield from self._define_plain(procedure, payload, read, locked))
         resolved, domain = yield from self._resolved_domain(read.text, domain)
-        uuid: str = yield self._work(lambda driver: driver.identify(domain).uuid)
+        uuid: str = yield self._work(lambda driver: driver.identify(domain).uuid, Pool.HOST)
         with nullcontext() if uuid == locked else (yield from self._changing(uuid)):
             plan = yield from self._plan(domain)
             yield from self._check_saved(plan)
@@ -598,7 +598,7 @@ class Interceptor:
 
         libvirt keeps them: a user can turn a symbolic link of his own at any moment.
         """
-        known: DomainSpec = yield self._work(lambda driver: driver.definitions.identify_by_name(domain))
+        known: DomainSpec = yield self._work(lambda driver: driver.definitions.identify_by_name(domain), Pool.HOST)
         found = yield from self._find_paths(known.uuid, [spec.path for spec in domain.nvdimms])
         check_distinct(domain.nvdimms, lambda one, other: found[one.path] == found[other.path])  # as they are written
         resolved: str = yield Work(lambda: with_paths(xml, found), Pool.XML)

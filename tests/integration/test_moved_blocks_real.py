@@ -7,7 +7,9 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import struct
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +28,7 @@ from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle import start as start_module
 from nvdimm_driver.model import KIB, MIB, PAGE, Extent, NvdimmSpec
+from nvdimm_driver.plugins import DOUBTFUL
 from tests.integration.loop_pmem import MKFS, SPA, FileSystem, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
@@ -414,6 +417,94 @@ def test_no_guest_that_was_saved_goes_on_over_what_another_one_has_written(xfs: 
     assert (saved_guest.times_of(saved) == now) is not written
 
 
+def announce(xfs: Host, domid: int, name: str) -> None:
+    xfs.mapper.announce(domid, [(0, each.spa // PAGE, each.length // PAGE) for each in extents_of(xfs, name)])
+
+
+@pytest.mark.parametrize("flag", ["i", "a"])
+def test_a_file_that_the_operator_has_made_immutable_is_doubtful_too(xfs: Host, flag: str) -> None:
+    share(xfs)
+    run("chattr", f"+{flag}", xfs.path("b.img"))
+    try:
+        xfs.mapper.alive.clear()
+        xfs.driver.release(UUID)
+        assert flag in subprocess.check_output(["lsattr", xfs.path("b.img")], text=True).split()[0]
+    finally:
+        run("chattr", f"-{flag}", xfs.path("b.img"))
+    assert xfs.record().start is None
+    with pytest.raises(BackingError, match="it shared blocks with"):
+        xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
+
+
+@contextmanager
+def leases_end_after(seconds: int) -> Iterator[None]:
+    setting = Path("/proc/sys/fs/lease-break-time")
+    before = setting.read_text()
+    setting.write_text(str(seconds))
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
+def test_a_lease_keeps_no_file_from_a_look_and_makes_none_doubtful(xfs: Host) -> None:
+    """As smbd takes leases on what its clients have open; the kernel ends them."""
+    xfs.define("c.img", THIRD_UUID)
+    share(xfs)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    leased = [os.open(xfs.path(name), os.O_RDWR) for name in ("b.img", "c.img")]
+    try:
+        for each in leased:
+            fcntl.fcntl(each, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        with leases_end_after(1):
+            xfs.mapper.alive.clear()
+            xfs.driver.release(UUID)
+    finally:
+        for each in leased:
+            os.close(each)
+        signal.signal(signal.SIGIO, before)
+    with pytest.raises(BackingError, match="it shared blocks with"):
+        xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
+    xfs.driver.prepare(xfs.domain("c.img", THIRD_UUID))
+
+
+def test_check_names_only_files_that_share_blocks_with_the_guests_own(xfs: Host) -> None:
+    xfs.define("c.img", THIRD_UUID)
+    share(xfs)
+    announce(xfs, 7, "a.img")
+    xfs.driver.prepare(xfs.domain("c.img", THIRD_UUID))
+    xfs.mapper.alive[9] = THIRD_UUID
+    map_prepared(xfs.driver.ledger, 9, THIRD_UUID)
+    announce(xfs, 9, "c.img")
+    told = f"that is {xfs.path('b.img')} of domain y: it has what this guest"
+    assert shared(xfs, "a.img").remedy.startswith(told)
+    xfs.driver.ledger.give_up(OTHER_UUID)  # as in a ledger from a backup: the file's mark says whose it is
+    assert shared(xfs, "a.img").remedy.startswith(told)
+
+
+def test_a_running_guests_own_file_is_exported_though_it_has_a_reflink(xfs: Host, tmp_path: Path) -> None:
+    xfs.run(xfs.domain("a.img"))
+    announce(xfs, 7, "a.img")
+    run("cp", "--reflink=always", xfs.path("a.img"), xfs.path("copy"))
+    (item,) = xfs.record().allocations
+    xfs.driver.exporter.export(item.spec, str(tmp_path / "copy"), quiet, overwrite=False, running=True, item=item)
+    assert (tmp_path / "copy").read_bytes() == xfs.read("a.img")
+
+
+def test_a_copy_outside_of_the_pools_can_be_named_too(xfs: Host, tmp_path: Path) -> None:
+    ended(xfs)
+    copy = tmp_path / "b.img"
+    run("cp", "-a", xfs.path("b.img"), copy)
+    with pytest.raises(BackingError, match="it shared blocks with") as info:
+        xfs.driver.importer.import_copy(str(copy), xfs.path("new"), None, 0, quiet)
+    assert info.value.hint.endswith(f"nvdimmctl check --repair {copy}")
+    found = [each for each in look(xfs.driver, named=[str(copy)]) if each.path == str(copy)]
+    (mend,) = [each.mend for each in found if each.problem == DOUBTFUL]
+    assert mend
+    mend()
+    xfs.driver.importer.import_copy(str(copy), xfs.path("new"), None, 0, quiet)
+
+
 def test_what_is_wiped_has_nobodys_bytes(xfs: Host) -> None:
     ended(xfs)
     spec = xfs.record(OTHER_UUID).allocations[0].spec
@@ -443,10 +534,16 @@ def test_of_two_files_that_come_from_one_no_guest_has_written_to_the_other(xfs: 
         run("cp", "--reflink=always", xfs.path("template"), xfs.path(name))
     with pytest.raises(BackingError, match="shares its blocks"):
         xfs.driver.prepare(xfs.domain("a.img"))
-    xfs.driver.release_claims(xfs.record(), quiet, delete=True)
-    mend = shared(xfs, "b.img").mend
+    found = shared(xfs, "b.img")
+    assert found.mend is None, "a version before may have ended the guest of one"
+    assert (
+        f"if both have the right bytes, copy what is shared: nvdimmctl check --repair {xfs.path('b.img')}"
+        in found.remedy
+    )
+    mend = shared(xfs, "b.img", xfs.path("b.img")).mend
     assert mend
     mend()
+    xfs.driver.release_claims(xfs.record(), quiet, delete=True)
     xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
 
 
@@ -466,7 +563,7 @@ def test_an_export_does_not_show_what_another_ones_guest_has_written(
 ) -> None:
     share(xfs)
     if announced:
-        xfs.mapper.announce(7, [(0, each.spa // PAGE, each.length // PAGE) for each in extents_of(xfs, "a.img")])
+        announce(xfs, 7, "a.img")
     spec, copy = xfs.domain("b.img", OTHER_UUID).nvdimms[0], tmp_path / "copy"
     (item,) = xfs.record(OTHER_UUID).allocations
     with pytest.raises(InUseError, match="the guest of domain x has blocks of it"):

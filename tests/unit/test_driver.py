@@ -243,7 +243,7 @@ def test_xml_without_uuid_whose_name_two_domains_have_is_refused(driver: XenNvdi
     driver.define(domain(A))
     driver.define(domain(B, uuid=OTHER_UUID))
     with pytest.raises(DomainXmlError, match=f"several domains named db1 have NVDIMMs: {UUID}, {OTHER_UUID}"):
-        driver.plan(domain("/mnt/pmem0/c", uuid=None))
+        driver.plan(domain(A, B, uuid=None))
 
 
 def test_the_same_file_under_another_path_is_refused(driver: XenNvdimmDriver, backing: MemoryBacking) -> None:
