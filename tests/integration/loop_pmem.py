@@ -4,6 +4,8 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nvdimm_driver.backing.fsdax import FsdaxBacking
@@ -102,3 +104,15 @@ class FileSystem:
         for each in self.files():
             self.backing.thaw(str(each))
             each.unlink()
+
+
+@contextmanager
+def lease_break_time(seconds: int) -> Iterator[None]:
+    """Have the kernel end a lease after that time."""
+    setting = Path("/proc/sys/fs/lease-break-time")
+    before = setting.read_text()
+    setting.write_text(str(seconds))
+    try:
+        yield
+    finally:
+        setting.write_text(before)

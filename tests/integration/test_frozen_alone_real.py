@@ -11,7 +11,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from nvdimm_driver.backing import fsdax, inode, paths
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError
 from nvdimm_driver.model import MIB, Allocation, BackingIdentity, NvdimmSpec
-from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.loop_pmem import MKFS, FileSystem, lease_break_time, run
 from tests.integration.test_frozen_real import Writer
 from tests.integration.test_ownership_real import SIZE, Host, another_user, empty, is_immutable, killed
 from tests.unit.doubles import UUID, map_prepared
@@ -260,18 +260,6 @@ def test_who_might_read_it_cannot_any_more(host: Host) -> None:
     starts(host)
     assert not as_nobody(lambda: os.open("a.img", os.O_RDONLY, dir_fd=folder))
     os.close(folder)
-
-
-@contextmanager
-def lease_break_time(seconds: int) -> Iterator[None]:
-    """Have the kernel end a lease after that time."""
-    setting = Path("/proc/sys/fs/lease-break-time")
-    before = setting.read_text()
-    setting.write_text(str(seconds))
-    try:
-        yield
-    finally:
-        setting.write_text(before)
 
 
 def lease_to_read(fd: int) -> None:

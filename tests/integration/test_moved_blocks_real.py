@@ -29,7 +29,7 @@ from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle import start as start_module
 from nvdimm_driver.model import KIB, MIB, PAGE, Extent, NvdimmSpec
 from nvdimm_driver.plugins import DOUBTFUL
-from tests.integration.loop_pmem import MKFS, SPA, FileSystem, run
+from tests.integration.loop_pmem import MKFS, SPA, FileSystem, lease_break_time, run
 from tests.integration.test_ownership_real import DATA, SIZE, Host, empty, is_immutable, quiet
 from tests.unit.doubles import OTHER_UUID, UUID, map_prepared
 
@@ -436,17 +436,6 @@ def test_a_file_that_the_operator_has_made_immutable_is_doubtful_too(xfs: Host, 
         xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
 
 
-@contextmanager
-def leases_end_after(seconds: int) -> Iterator[None]:
-    setting = Path("/proc/sys/fs/lease-break-time")
-    before = setting.read_text()
-    setting.write_text(str(seconds))
-    try:
-        yield
-    finally:
-        setting.write_text(before)
-
-
 def test_a_lease_keeps_no_file_from_a_look_and_makes_none_doubtful(xfs: Host) -> None:
     """As smbd takes leases on what its clients have open; the kernel ends them."""
     xfs.define("c.img", THIRD_UUID)
@@ -456,7 +445,7 @@ def test_a_lease_keeps_no_file_from_a_look_and_makes_none_doubtful(xfs: Host) ->
     try:
         for each in leased:
             fcntl.fcntl(each, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        with leases_end_after(1):
+        with lease_break_time(1):
             xfs.mapper.alive.clear()
             xfs.driver.release(UUID)
     finally:

@@ -39,7 +39,7 @@ from nvdimm_driver.model import (
 )
 from nvdimm_driver.plugins import ByteRange, unwatched
 from nvdimm_driver.pools.rules import Pools
-from tests.integration.loop_pmem import MKFS, FileSystem, run
+from tests.integration.loop_pmem import MKFS, FileSystem, lease_break_time, run
 from tests.unit.doubles import OTHER_UUID, UUID, RecordingMapper, make_driver, map_prepared
 from tests.waiting import HANG_SECONDS
 
@@ -844,16 +844,10 @@ def test_a_lease_on_a_file_hides_no_other_file_from_check(host: Host) -> None:
 
 
 def test_a_start_waits_until_the_kernel_ends_a_lease(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = Path("/proc/sys/fs/lease-break-time")
-    before = setting.read_text()
     host.define("a.img")
     os.chown(host.path("a.img"), 65534, 65534)
-    setting.write_text("1")
-    try:
-        with another_user(lease, host.path("a.img")):
-            host.driver.prepare(host.domain("a.img"))
-    finally:
-        setting.write_text(before)
+    with lease_break_time(1), another_user(lease, host.path("a.img")):
+        host.driver.prepare(host.domain("a.img"))
     assert is_immutable(host.path("a.img"))
 
 
