@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The users of block devices in the kernel that are no process, and open them like one that only looks: not O_EXCL.
 
-See drivers/block/loop.c and xen-blkback/xenbus.c, and drivers/nvme/target and drivers/target, of Linux 6.1. All others
-(mounts, swap, device-mapper, md) open them with O_EXCL.
+See drivers/block/loop.c and xen-blkback/xenbus.c, and drivers/nvme/target and drivers/target, of Linux 6.1. Mounts,
+swap, device-mapper and md open them with O_EXCL. Not seen are exports by rnbd and by USB, and the heartbeat of ocfs2.
 """
 
 from __future__ import annotations
