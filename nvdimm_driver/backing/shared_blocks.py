@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that share blocks, as XFS lets them: after a reflink, or root's deduplication.
 
-A guest does not start with such a file. If it comes to share blocks while its guest runs, the others have what that
-guest writes, in place of their own bytes: they are doubtful (:func:`.inode.doubt`).
+A guest does not start while blocks of its NVDIMM are shared. If they come to be while it runs, the others have what it
+writes, in place of their own bytes: they are doubtful (:func:`.inode.doubt`).
 """
 
 from __future__ import annotations
