@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def device_models(conf: cfg.ConfigOpts) -> Iterator[str]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", hint=hint_of(error)) from error
     yield from (line for line in lines if line not in (MARK, conf.xen.device_model))
+
+
+def run_by_libvirt(conf: cfg.ConfigOpts) -> list[str]:
+    """Return the paths of what libvirt's daemon runs: the device models, and the Python that its hook starts.
+
+    :raises ConfigError: as for :func:`device_models`.
+    """
+    return [*device_models(conf), os.path.realpath(sys.executable)]
 
 
 def list_path(conf: cfg.ConfigOpts) -> Path:

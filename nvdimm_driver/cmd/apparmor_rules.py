@@ -14,7 +14,7 @@ from nvdimm_driver.doctor.confinement import DAEMONS, is_on, missing_rules, prof
 from nvdimm_driver.errors import ConfigError
 from nvdimm_driver.host_text import read
 from nvdimm_driver.processes import run
-from nvdimm_driver.registered import device_models
+from nvdimm_driver.registered import run_by_libvirt
 
 BEGIN = "# begin: written by nvdimmctl register"
 END = "# end: written by nvdimmctl register"
@@ -29,7 +29,7 @@ def allow(conf: cfg.ConfigOpts) -> Iterator[str]:
     yield from _load(folder / "nvdimm-driver")
     for profile in _of_daemons(folder):
         kept = _without_ours(profile)
-        rules = missing_rules(f"{read(profile)}\n{kept}", [*device_models(conf)])
+        rules = missing_rules(f"{read(profile)}\n{kept}", run_by_libvirt(conf))
         ours = "\n".join([BEGIN, *(f"  {rule}" for rule in rules), END, ""]) if rules else ""
         yield from _write(profile, kept + ours)
 

@@ -2,6 +2,8 @@
 """The libxl hook: ``50-nvdimm NAME OPERATION SUBOPERATION EXTRA``, domain XML on stdin (libvirt.org/hooks.html).
 
 libvirt holds the domain's lock while the hook runs. When it fails, the client that starts the domain gets its stderr.
+The hook itself is a shell script (:data:`.register.HOOK`), which starts this where there is something to do. The one
+that earlier versions have installed starts it always.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from oslo_config import cfg
 from nvdimm_driver import host_files, plugin_loader, registered
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.cmd import apparmor_rules, systemd_units
+from nvdimm_driver.cmd.hook import MARK as XML_MARK
 from nvdimm_driver.cmd.installed_files import install, is_ours, remove
 from nvdimm_driver.device_marks import FOLDER, DeviceMarks
 from nvdimm_driver.doctor import repair_saved_guests
@@ -38,11 +40,18 @@ from nvdimm_driver.xml.hooks import XmlHooks
 LOG = logging.getLogger(__name__)
 
 HOOK_NAME = "50-nvdimm"
-HOOK = """#!{python} -I
+HOOK = """#!/bin/sh -e
 {mark}
+# libvirt runs this at each step of each guest: no Python starts for what is not the driver's
+case $2 in prepare | release) ;; *) exit ;; esac
+[ "$1" != Domain-0 ] || exit 0
+xml=$(cat)
+case $xml in *{xml_mark}*) ;; *) exit ;; esac
+printf '%s\\n' "$xml" | {python} -I -c '
 import sys
 from nvdimm_driver.cmd.hook import main
 sys.exit(main())
+' "$@"
 """
 DEVICE_MODEL = """#!{python} -I
 {mark}
@@ -304,7 +313,8 @@ def _open_ledger(state_dir: str) -> Ledger:
 def libvirt_hook(conf: cfg.ConfigOpts) -> Script:
     """Return the hook that :func:`register` installs."""
     path = Path(conf.libvirt.hooks_dir) / "libxl.d" / HOOK_NAME
-    return Script("hook", path, HOOK.format(python=sys.executable, mark=MARK), MARK)
+    text = HOOK.format(python=shlex.quote(sys.executable), mark=MARK, xml_mark=XML_MARK.decode())
+    return Script("hook", path, text, MARK)
 
 
 def device_model(conf: cfg.ConfigOpts) -> Script:

@@ -27,7 +27,7 @@ from nvdimm_driver.nova.conf import read as read_nova_conf
 from nvdimm_driver.nova.pmem_namespaces import Configured, Inventory, NovaNamespace
 from nvdimm_driver.plugins import AcpiBuilder
 from nvdimm_driver.pools.rules import Pools
-from nvdimm_driver.registered import device_models, ledger_path
+from nvdimm_driver.registered import ledger_path, run_by_libvirt
 from nvdimm_driver.state.ledger import Ledger
 from nvdimm_driver.xml.definition_files import DefinitionFiles
 from nvdimm_driver.xml.hooks import XmlHooks
@@ -80,7 +80,7 @@ def _checks(conf: cfg.ConfigOpts, installed: Installed) -> Iterator[Check]:
     yield "label servers, isolation", lambda: _isolation(conf.acpi.dsm)
     yield "AppArmor, nvdimm-driver", confinement.check_profiles
     folder = Path(conf.libvirt.apparmor_dir)
-    yield "AppArmor, libvirt", lambda: confinement.check_apparmor(daemon, [*device_models(conf)], folder)
+    yield "AppArmor, libvirt", lambda: confinement.check_apparmor(daemon, run_by_libvirt(conf), folder)
     yield "SELinux", confinement.check_selinux
     yield "log", lambda: storage.check_log(Path(conf.log_file))
     yield "state folder", lambda: storage.check_state(Path(ledger_path(conf)))

@@ -94,12 +94,10 @@ def check_label_servers(fault: ConfigError | None, dsm: str) -> Finding:
     return (failed if dsm == "qemu" else noted)(check, f"cannot run: {fault.message}", fault.hint)
 
 
-def check_apparmor(
-    daemon: Daemon | None, device_models: Collection[str], folder: Path, root: Path = Path("/")
-) -> Finding:
+def check_apparmor(daemon: Daemon | None, programs: Collection[str], folder: Path, root: Path = Path("/")) -> Finding:
     """Check that AppArmor lets libvirt's daemon run the hook under its own profile, and run the device models.
 
-    :param device_models: paths, also those of earlier options, which domains still name.
+    :param programs: those of :func:`.registered.run_by_libvirt`.
     :param folder: that of AppArmor's profiles.
     """
     check = "AppArmor, libvirt"
@@ -119,7 +117,7 @@ def check_apparmor(
         return passed(check, f"does not confine {daemon.name}: {daemon.label}")
     profile = profile_of(daemon.name)
     rules = "\n".join(_rules(path) for path in (folder / profile, folder / "local" / profile))
-    missing = missing_rules(rules, device_models)
+    missing = missing_rules(rules, programs)
     if not missing:
         return passed(check, f"confines {daemon.name}, and the profile allows what the driver needs")
     return warned(
@@ -127,7 +125,7 @@ def check_apparmor(
     )
 
 
-def missing_rules(rules: str, device_models: Collection[str]) -> list[str]:
+def missing_rules(rules: str, programs: Collection[str]) -> list[str]:
     """Return the rules that the driver needs and a profile lacks, as lines to add.
 
     With CAP_LINUX_IMMUTABLE, which earlier versions asked for, the hook works under the daemon's own profile, too.
@@ -138,7 +136,7 @@ def missing_rules(rules: str, device_models: Collection[str]) -> list[str]:
         # libvirtd looks at its client nvdimmd in /proc
         client = f"ptrace (read) peer={apparmor.NVDIMMD},"
         missing += [f"change_profile -> {apparmor.HOOK},", "signal (send) peer=nvdimm-*,", client]
-    confined = [each for each in device_models if os.path.dirname(each) not in _EXECUTABLE]
+    confined = [each for each in programs if os.path.dirname(each) not in _EXECUTABLE]
     return [*missing, *(f"{each} Ux," for each in confined if each not in rules)]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,9 @@ def check_script(script: Script) -> Finding:
         return failed(script.name, f"{script.path} was not written by nvdimm_driver", f"move it away, and {_AGAIN}")
     if not os.access(script.path, os.X_OK):
         return failed(script.name, f"{script.path} is not executable", command("chmod", "755", script.path))
-    python = text.partition("\n")[0].removeprefix("#!").partition(" ")[0]
-    if not os.access(python, os.X_OK):
-        return failed(script.name, f"{script.path}: its interpreter {python} is gone", _AGAIN)
+    python = re.search(r"([^\s!]+) -I\b", text)
+    if python and not os.access(python[1], os.X_OK):
+        return failed(script.name, f"{script.path}: its interpreter {python[1]} is gone", _AGAIN)
     if text != script.text:
         return warned(
             script.name, f"{script.path} is that of another version of the driver, or of other options", _AGAIN

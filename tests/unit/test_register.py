@@ -504,8 +504,9 @@ def test_a_log_that_everybody_could_read_is_protected(options: cfg.ConfigOpts, t
 
 
 def test_register_adds_to_the_profile_of_libvirtd_and_unregister_takes_it_away(
-    options: cfg.ConfigOpts, tmp_path: Path
+    options: cfg.ConfigOpts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/python/bin/python3.11")
     profile, local = tmp_path / "apparmor.d/usr.sbin.libvirtd", tmp_path / "apparmor.d/local/usr.sbin.libvirtd"
     profile.parent.mkdir()
     profile.write_text("profile libvirtd /usr/sbin/libvirtd {\n}\n")
@@ -514,20 +515,24 @@ def test_register_adds_to_the_profile_of_libvirtd_and_unregister_takes_it_away(
     local.write_text(own)
     assert f"changed {local}" in list(register(options))
     dm = options.xen.device_model
-    rules = (
-        f"  change_profile -> nvdimm-hook,\n  signal (send) peer=nvdimm-*,\n  ptrace (read) peer=nvdimmd,\n  {dm} Ux,\n"
-    )
+    python = "  /opt/python/bin/python3.11 Ux,\n"
+    rules = "  change_profile -> nvdimm-hook,\n  signal (send) peer=nvdimm-*,\n  ptrace (read) peer=nvdimmd,\n"
+    rules += f"  {dm} Ux,\n{python}"
     assert local.read_text() == f"{own}{BEGIN}\n{rules}{END}\n"
     assert f"changed {local}" not in list(register(options))
     options.set_override("device_model", f"{tmp_path}/libexec/new", group="xen")
     list(register(options))
-    assert f"  {tmp_path}/libexec/new Ux,\n  {dm} Ux,\n{END}" in local.read_text(), "domains still name the one before"
+    both = f"  {tmp_path}/libexec/new Ux,\n  {dm} Ux,\n{python}{END}"
+    assert both in local.read_text(), "domains still name the one before"
     local.write_text(local.read_text() + "  /opt/** r,\n")
     assert f"changed {local}" in list(unregister(options, []))
     assert local.read_text() == f"{own}  /opt/** r,\n"
 
 
-def test_register_adds_nothing_to_a_profile_that_allows_it(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+def test_register_adds_nothing_to_a_profile_that_allows_it(
+    options: cfg.ConfigOpts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3.11")
     profile = tmp_path / "apparmor.d/usr.sbin.virtxend"
     profile.parent.mkdir()
     profile.write_text(f"  change_profile -> nvdimm-hook,\n  {options.xen.device_model} Ux,\n")
