@@ -98,11 +98,14 @@ def test_nothing_grows(xen: XenHost, cycles: int) -> None:
     names = NAMES if whole else NAMES[:1]
     cycle(xen, names, 0, whole=whole)
     before = measure(xen)
+    print(json.dumps(before))
     for number in range(1, cycles + 1):
         cycle(xen, names, number, whole=whole)
-    after = measure(xen)
-    print(json.dumps({"cycles": cycles, "before": before, "after": after}))
-    grown = {
-        name: (value, after[name]) for name, value in before.items() if abs(after[name] - value) > SPREAD.get(name, 0)
-    }
-    assert not grown
+        after = measure(xen)
+        print(json.dumps({"cycle": number} | after), flush=True)
+        grown = {
+            name: (value, after[name])
+            for name, value in before.items()
+            if abs(after[name] - value) > SPREAD.get(name, 0)
+        }
+        assert not grown
