@@ -23,7 +23,7 @@ from tests.lab.host import SHARE, XenHost
 from tests.lab.image import GUEST_LINUX_ARGS
 from tests.package import PROJECT
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.thorough]
 MIB = 1 << 20
 PYTHON = PROJECT / ".venv-nova" / "bin" / "python"
 COMPUTE = PROJECT / "tests" / "nova" / "lab_compute.py"
@@ -188,7 +188,6 @@ def test_an_instance_sees_its_nvdimms(driver_host: XenHost, guest: Guest) -> Non
         guest.write(f"/dev/pmem{number}", 0, 4 * MIB, number)
 
 
-@pytest.mark.thorough
 def test_a_hard_reboot_keeps_the_data(driver_host: XenHost, compute: Compute, guest: Guest) -> None:
     sizes = [(size - 2) * MIB for _, size in NAMESPACES.values()]
     seen = [guest.sha256(f"/dev/pmem{number}", 0, 4 * MIB) for number in range(len(sizes))]

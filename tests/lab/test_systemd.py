@@ -121,6 +121,7 @@ def test_plain_virsh_goes_through_nvdimmd(xen: XenHost) -> None:
     assert virsh(xen, "-r domstate db2") == "running"
 
 
+@pytest.mark.thorough
 def test_a_guest_is_restored_from_a_file(xen: XenHost) -> None:
     """libvirtd gets a path that leads through nvdimmd's descriptor, whatever nvdimmd is confined to."""
     image = "/tmp/db2.save"
@@ -181,6 +182,7 @@ def test_without_nvdimmd_clients_talk_to_libvirtd(xen: XenHost) -> None:
     assert "model='nvdimm'" in virsh(xen, "dumpxml db2")
 
 
+@pytest.mark.thorough
 def test_a_guest_is_started_at_boot_with_nobody_connected(xen: XenHost) -> None:
     """After a power cut, with the bytes that the guest wrote before."""
     guest = Guest(xen, "db2")
@@ -282,6 +284,7 @@ def test_the_socket_of_a_modular_daemon_is_moved_and_brought_back(xen: XenHost) 
     assert "nvdimm-device-model" in virsh(xen, "dumpxml db2")
 
 
+@pytest.mark.thorough
 def test_purge_leaves_the_data_and_libvirtd(xen: XenHost) -> None:
     before = operator.host_sha256(xen, NVDIMMS[0][0], 0, MIB)
     files = xen.check("ls /mnt/main").stdout

@@ -175,6 +175,7 @@ def test_shutdown_undefine_and_define_again_keep_the_bytes(xen: XenHost, guest: 
     virsh(xen, f"destroy {NAME}")
 
 
+@pytest.mark.thorough
 def test_xl_starts_what_libvirt_gives_it(xen: XenHost) -> None:
     virsh(xen, f"domxml-to-native xen-xl --domain {NAME} >/root/{NAME}.cfg")
     guest = Guest(xen, NAME)
