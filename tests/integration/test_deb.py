@@ -159,6 +159,7 @@ def test_the_log_is_rotated_under_a_program_that_has_it_open(system: DebianRoot)
     assert system.run(f"zcat {LOG}.1.gz").stdout == "before\n"
 
 
+@pytest.mark.thorough
 def test_the_unit_tests_pass_with_what_debian_has(system: DebianRoot) -> None:
     """pytest and other modules that the system lacks come from the virtual environment, which is last in the path.
 
