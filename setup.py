@@ -102,6 +102,7 @@ setup(
             "export = nvdimm_driver.cmd.ctl.backings:Export",
             "wipe = nvdimm_driver.cmd.ctl.backings:Wipe",
             "release = nvdimm_driver.cmd.ctl.domains:Release",
+            "resize = nvdimm_driver.cmd.ctl.resize:Resize",
             "check = nvdimm_driver.cmd.ctl.check:Check",
             "monitor = nvdimm_driver.cmd.ctl.monitor:Monitor",
             "metrics = nvdimm_driver.cmd.ctl.monitor:Metrics",

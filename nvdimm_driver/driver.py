@@ -37,7 +37,7 @@ from nvdimm_driver.errors import (
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest, slots
-from nvdimm_driver.lifecycle.define import Before, Definitions, uuid_of
+from nvdimm_driver.lifecycle.define import Before, Definitions, Made, uuid_of
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.guest_processes import GuestProcesses
@@ -230,18 +230,18 @@ class XenNvdimmDriver(plugins.Plugin):
         with self.locks.storing(uuid_of(domain)):
             self.definitions.cancel(domain, had)
 
-    def define(self, domain: DomainSpec, plan: Plan | None = None) -> tuple[Allocation, ...]:
+    def define(self, domain: DomainSpec, plan: Plan | None = None) -> Made:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
         :param domain: with its uuid.
         :param plan: returned by :meth:`check`, so that it is not made twice.
-        :returns: the NVDIMMs whose backings were created.
+        :returns: what was made, for :meth:`undo`.
         :raises NvdimmError: nothing has changed then, except that unwritten parts of existing files hold real zeros.
         """
         with self.locks.storing(uuid_of(domain), spends=False):
             return self.definitions.define(domain, plan)
 
-    def create(self, domain: DomainSpec, plan: Plan) -> tuple[Allocation, ...]:
+    def create(self, domain: DomainSpec, plan: Plan) -> Made:
         """Do what :meth:`define` does, for a guest that libvirt may refuse: what the domain has besides stays its own.
 
         That is what its definition has, or what it had before: until the guest runs, no other domain may take it.
@@ -261,17 +261,17 @@ class XenNvdimmDriver(plugins.Plugin):
         """
         return self.definitions.state_of(uuid, domain)
 
-    def undo(self, uuid: str, before: Before, created: Sequence[Allocation], over: Record | None) -> None:
+    def undo(self, uuid: str, before: Before, made: Made, over: Record | None) -> None:
         """Undo :meth:`create`, or a start that has failed: all is as before; a guest's bytes stay.
 
         :param before: as :meth:`state_of` has returned it.
-        :param created: as :meth:`create` has returned it.
+        :param made: as :meth:`create` has returned it.
         :param over: the domain, if nobody goes on with the start that it has; any other may be another client's.
         """
         if over is not None:
             self.starts.release(over)
         with self.locks.storing(uuid):
-            self.definitions.put_back(uuid, before, created)
+            self.definitions.put_back(uuid, before, made)
 
     def drop_claims(self, uuid: str) -> None:
         """Give up the claims of a domain redefined without NVDIMMs; those it runs with stay its own until it ends."""

@@ -424,6 +424,14 @@ class Backing(Plugin):
         :param identity: whose bytes it has to have, whatever its size is; None when that is not known.
         """
 
+    def shorten(self, path: str, size: int, wanted: int, identity: BackingIdentity | None = None) -> None:
+        """Undo an :meth:`extend` of a backing that is not frozen: cut it off, if it still has the size that it got.
+
+        :param size: bytes that it has.
+        :param wanted: bytes that it is to have.
+        :param identity: whose bytes it has to have, whatever its size is; None when that is not known.
+        """
+
     def move(self, source: str, target: str, identity: BackingIdentity | None = None) -> None:
         """Move a backing that is not frozen to a path where nothing is.
 

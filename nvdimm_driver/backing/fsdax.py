@@ -510,7 +510,18 @@ class FsdaxBacking(Backing):
             self._check_same(fd, spec.path, identity)
             self.locks.check_changeable(fd, spec.path)
             size = os.fstat(fd).st_size
-            os.posix_fallocate(fd, size, spec.size - size)
+            try:
+                os.posix_fallocate(fd, size, spec.size - size)
+            except OSError:
+                os.ftruncate(fd, size)  # what it got before the file system was full
+                raise
+
+    def shorten(self, path: str, size: int, wanted: int, identity: BackingIdentity | None = None) -> None:
+        with opened(path, os.O_RDWR) as fd, self.locks.writing(fd, path):
+            self._check_same(fd, path, identity)
+            if wanted < os.fstat(fd).st_size == size:
+                os.ftruncate(fd, wanted)
+                os.fsync(fd)
 
     def move(self, source: str, target: str, identity: BackingIdentity | None = None) -> None:
         folder = os.path.dirname(target)

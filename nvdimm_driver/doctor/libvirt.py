@@ -25,8 +25,8 @@ TIMEOUT = 30.0
 """Seconds to wait for an answer: libvirtd, and an nvdimmd that its socket starts, may have to start first."""
 ASK_TIMEOUT = 5.0
 """Seconds to wait for an answer on which little depends."""
-XML_INACTIVE = 2
-"""VIR_DOMAIN_XML_INACTIVE (include/libvirt/libvirt-domain.h)."""
+XML_SECURE, XML_INACTIVE = 1, 2
+"""VIR_DOMAIN_XML_SECURE, VIR_DOMAIN_XML_INACTIVE (include/libvirt/libvirt-domain.h)."""
 NO_DOMAIN = 42
 """VIR_ERR_NO_DOMAIN (include/libvirt/virterror.h)."""
 _RECEIVE = 65536
@@ -54,13 +54,13 @@ def daemon_socket(direct: str, socket: str) -> str:
 class Connection:
     """A connection to a libvirt daemon's socket, with ``xen:///system`` open.
 
-    :param timeout: seconds for each answer.
+    :param timeout: seconds for each answer; None for no limit.
     :raises OSError: when it cannot connect, or gets no answer in time.
     :raises LibvirtError: with the daemon's reason.
     :raises ProtocolError: when the answer is not libvirt's protocol.
     """
 
-    def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
+    def __init__(self, path: str, timeout: float | None = TIMEOUT) -> None:
         self._reader = wire.Reader()
         self._serial = 0
         self._socket = socket.socket(socket.AF_UNIX)
@@ -101,10 +101,18 @@ class Connection:
         reply = Unpacker(self.call(Procedure.CONNECT_LIST_ALL_DOMAINS, bytes(Packer().int32(1).uint32(0))))
         return [reply.domain() for _ in range(reply.uint32())]
 
-    def xml(self, domain: DomainRef, *, inactive: bool) -> str:
-        """Return the XML of a domain as libvirt has it: of its definition, or of its guest, if that runs."""
-        arguments = bytes(Packer().domain(domain).uint32(XML_INACTIVE if inactive else 0))
+    def xml(self, domain: DomainRef, *, inactive: bool, secure: bool = False) -> str:
+        """Return the XML of a domain as libvirt has it: of its definition, or of its guest, if that runs.
+
+        :param secure: with passwords, as it is to be defined again.
+        """
+        flags = (XML_INACTIVE if inactive else 0) | (XML_SECURE if secure else 0)
+        arguments = bytes(Packer().domain(domain).uint32(flags))
         return Unpacker(self.call(Procedure.DOMAIN_GET_XML_DESC, arguments)).string()
+
+    def define(self, xml: str) -> None:
+        """Define a domain."""
+        self.call(Procedure.DOMAIN_DEFINE_XML_FLAGS, bytes(Packer().string(xml).uint32(0)))
 
     def find(self, uuid: str) -> DomainRef | None:
         """Return the domain of that uuid, defined or running; None when there is none."""

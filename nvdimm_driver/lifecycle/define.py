@@ -12,8 +12,9 @@ from nvdimm_driver import logs
 from nvdimm_driver.backing import files, paths
 from nvdimm_driver.backing.identity import check_none_outside, check_same_bytes
 from nvdimm_driver.errors import BackingError, DomainXmlError, InUseError, LedgerError, NvdimmError
-from nvdimm_driver.lifecycle import saved_guest, slots
+from nvdimm_driver.lifecycle import growth, saved_guest, slots
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
+from nvdimm_driver.lifecycle.growth import Growth
 from nvdimm_driver.lifecycle.plan import Planner, check_distinct
 from nvdimm_driver.lifecycle.redefine import check_kept, check_started, still_mapped
 from nvdimm_driver.model import Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Plan, Progress, Record, Run
@@ -50,6 +51,18 @@ class Before:
     run: Run | None
     event: int
     marked: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """The backings that a define has created or made larger. To undo it takes that away.
+
+    :ivar created: NVDIMMs whose backings were created.
+    :ivar grown: those that got larger.
+    """
+
+    created: Sequence[Allocation] = ()
+    grown: Sequence[Growth] = ()
 
 
 class Definitions:
@@ -90,8 +103,11 @@ class Definitions:
         self._check_not_moved(domain, before, identities)
         self._check_none_lost(before, identities)
         self._check_started(domain, before, identities)
-        check_kept(domain, before, self.ledger.find_run(uuid), self.backings, self.planner.host.bad_ranges())
-        return self.planner.plan_define(domain, before, adopts=adopts)
+        growing = {} if adopts else self._find_growing(domain, before)
+        moved = [path for path, each in growing.items() if each.moves]
+        bad = self.planner.host.bad_ranges()
+        check_kept(domain, before, self.ledger.find_run(uuid), self.backings, bad, moved)
+        return self.planner.plan_define(domain, before, adopts=adopts, growing=growing)
 
     def plan_start(self, domain: DomainSpec) -> Plan:
         """Return the plan of a start with this XML; change nothing.
@@ -153,7 +169,7 @@ class Definitions:
 
     def define(
         self, domain: DomainSpec, plan: Plan | None = None, *, kept: Sequence[Allocation] = (), adopts: bool = False
-    ) -> tuple[Allocation, ...]:
+    ) -> Made:
         """Provision the domain's NVDIMMs and choose their guest addresses. Can be repeated, also with another spec.
 
         What is wanted is written beside what the domain has, and takes its place in one transaction when all is
@@ -163,7 +179,7 @@ class Definitions:
         :param plan: returned by :meth:`plan`; None to plan now. Anything that may have changed since is checked again.
         :param kept: NVDIMMs that the domain keeps besides.
         :param adopts: for :meth:`adopt`.
-        :returns: the NVDIMMs whose backings were created.
+        :returns: for :meth:`put_back`.
         :raises NvdimmError: nothing has changed then, except that unwritten parts of existing files hold real zeros.
         """
         uuid = uuid_of(domain)
@@ -172,14 +188,19 @@ class Definitions:
         state = self.state_of(uuid, domain)
         before = state.record
         LOG.debug("define domain %s, %s", domain.name, uuid)
+        growing = {} if adopts else self._find_growing(domain, before)
         found = self._begin(domain, before, kept, adopts=adopts)
         self.ledger.record_marks(uuid, state.marked)
         checked = {intake.namespace for intake in plan.intakes if intake.writes}
         created: list[Allocation] = []
+        grown: list[Growth] = []
         provisioned: dict[str, BackingIdentity] = {}
         try:
             for spec in domain.nvdimms:
                 backing = self._backing(spec)
+                if spec.path in growing:
+                    grown.append(growing[spec.path])
+                    growing[spec.path].extend()
                 intake = backing.examine(spec)
                 LOG.debug("provision %s: %s to write", spec.path, human(intake.writes))
                 if intake.writes and intake.namespace not in checked:  # another than when it was planned
@@ -190,15 +211,24 @@ class Definitions:
                     created.append(Allocation(uuid, spec, provisioned[spec.path]))
                 else:
                     provisioned[spec.path] = backing.provision(spec, progress, found[spec.path] if adopts else None)
-            self._settle(plan, domain, before, kept, provisioned, adopts)
+            for each in grown:
+                each.move_labels(self.planner.strays.check)
+            self._settle(plan, domain, before, kept, provisioned, adopts, grown)
         except BaseException:
             LOG.debug("define of domain %s failed: roll it back", domain.name)
-            self.put_back(uuid, state, created)
+            self.put_back(uuid, state, Made(created, grown))
             raise
         for spec, problem in zip(domain.nvdimms, plan.misplaced_labels, strict=True):
             if problem:
                 logs.tell(Event("misplaced-labels", uuid, domain.name, None, {"path": spec.path, "problem": problem}))
-        return tuple(created)
+        return Made(created, grown)
+
+    def _find_growing(self, domain: DomainSpec, before: Record | None) -> dict[str, Growth]:
+        """Return, by path, the NVDIMMs that get larger, after checking that they can."""
+        bad = self.planner.host.bad_ranges()
+        growing = growth.find(domain, before, self.backings, bad)
+        growth.check(domain, before, growing.values(), bad, is_saved=before is not None and self._is_saved(before))
+        return growing
 
     def begin(self, domain: DomainSpec, plan: Plan) -> tuple[NvdimmSpec, ...]:
         """Do what :meth:`define` does first: write what is wanted beside what the domain has.
@@ -248,8 +278,8 @@ class Definitions:
         record, run = self.ledger.find_domain(uuid), self.ledger.find_run(uuid)
         return Before(record, run, self.ledger.last_event(), tuple(marked))
 
-    def put_back(self, uuid: str, state: Before, created: Sequence[Allocation]) -> None:
-        """Undo :meth:`define`: delete the backings that it created, and let the domain have what it had before.
+    def put_back(self, uuid: str, state: Before, made: Made) -> None:
+        """Undo :meth:`define`: take away what it made, and let the domain have what it had before.
 
         A backing that a start has stays, and the claim to it: a guest may have written to it. So does what a guest has
         run with since, and a file that had the domain's mark: it was the domain's, though the ledger did not know it.
@@ -266,13 +296,29 @@ class Definitions:
             paths = {item.spec.path for item in now.allocations}
         known = before.start if before else None  # what it has was the domain's, or given up, before this define
         paths |= {*now.start.paths} if now.start and (known is None or known.id != now.start.id) else set()
-        kept = {*(item.spec for item in created), *(item.spec for item in now.allocations if item.spec.path in paths)}
-        doomed = [item for item in created if item.spec.path not in paths]
+        kept = {
+            *(item.spec for item in made.created),
+            *(item.spec for item in now.allocations if item.spec.path in paths),
+        }
+        doomed = [item for item in made.created if item.spec.path not in paths]
         wanted = {item.spec for item in doomed}
         if not wanted.isdisjoint(item.spec for item in now.allocations):  # if killed, it is as a define that is killed
             self._put_back_claims(now, before, kept - wanted, wanted, wanted)
         deleted = {item.spec for item in doomed if self._delete(item, now)}
         self._put_back_claims(now, before, kept - deleted, deleted)
+        for each in made.grown:
+            self._undo_growth(uuid, each)
+
+    def _undo_growth(self, uuid: str, grown: Growth) -> None:
+        """Take away what a define has put behind an NVDIMM's end, unless a guest has it, or had."""
+        record = self.ledger.find_domain(uuid)
+        items = record.allocations if record else ()
+        if (record and record.start) or not any(item.spec == grown.old for item in items):
+            return
+        try:
+            grown.undo()
+        except (NvdimmError, OSError) as error:
+            LOG.error("%s stays larger than its NVDIMM: %s", grown.old.path, error)
 
     def _with_marked(self, uuid: str, state: Before) -> Record | None:
         """Return a domain as the ledger had it, and as marks said that the ledger did not know."""
@@ -500,7 +546,7 @@ class Definitions:
 
         Its image says that, too: the ledger may come from a backup, and have an earlier run.
         """
-        if record is None or not self.is_saved(record.name, record.uuid):
+        if record is None or not self._is_saved(record):
             return []
         run = self.ledger.find_run(record.uuid)
         if run is None:  # a version that numbered no runs has started it
@@ -508,6 +554,9 @@ class Definitions:
         images = [each for each in self.unknown.stored if each.is_saved and each.uuid == record.uuid]
         found = [ownership.identity_at(self.backings, path) for each in images for path in each.paths]
         return [*(identity for _, identity in saved_guest.backings_of(run)), *filter(None, found)]
+
+    def _is_saved(self, record: Record) -> bool:
+        return self.is_saved(record.name, record.uuid)
 
     def _is_current(self, domain: DomainSpec, record: Record) -> bool:
         """Return True if the ledger has the domain, with all its NVDIMMs, as it is to be started."""
@@ -613,6 +662,7 @@ class Definitions:
         kept: Sequence[Allocation],
         provisioned: Mapping[str, BackingIdentity],
         adopts: bool,
+        grown: Collection[Growth],
     ) -> None:
         """Record identities, bases and owners, after everything is provisioned.
 
@@ -635,6 +685,12 @@ class Definitions:
             ),
             *(slots.placed(item, settled.layout) for item in kept),
         ]
+
+        def check() -> None:
+            self._check_claims(domain, before, identities)
+            for each in grown:
+                each.check_moved()
+
         ownership.unmark_dropped(self.ledger, self.backings, before, items)
         self.ledger.store(
             uuid,
@@ -644,7 +700,7 @@ class Definitions:
             dsm=domain.dsm,
             cache=domain.cache,
             kind="defined",
-            check=lambda: self._check_claims(domain, before, identities),
+            check=check,
             marked=ownership.times_of_marks(
                 self.backings, uuid, [each for each in items if each.spec.path in identities]
             ),

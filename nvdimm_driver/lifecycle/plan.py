@@ -19,6 +19,7 @@ from nvdimm_driver.errors import BackingError, DomainXmlError, NvdimmError
 from nvdimm_driver.guest import layout, mapping_guards
 from nvdimm_driver.labels import index_block, namespace_labels
 from nvdimm_driver.lifecycle import saved_guest
+from nvdimm_driver.lifecycle.growth import Growth
 from nvdimm_driver.model import (
     MIB,
     PAGE,
@@ -92,17 +93,29 @@ class Planner:
         self.cache = cache
         self.strays = StrayFrames(ledger, backings, mapper.frames_of_guests)
 
-    def plan_define(self, domain: DomainSpec, before: Record | None, *, adopts: bool = False) -> Plan:
+    def plan_define(
+        self,
+        domain: DomainSpec,
+        before: Record | None,
+        *,
+        adopts: bool = False,
+        growing: dict[str, Growth] | None = None,
+    ) -> Plan:
         """Return the plan for a domain whose backings may not be provisioned yet.
 
         :param before: the domain as the ledger knows it.
         :param adopts: the domain is that of a start.
+        :param growing: by path, NVDIMMs that get larger.
         :raises NvdimmError: when the domain cannot be defined or started.
         """
-        intakes = tuple(self._backing(spec).examine(spec) for spec in domain.nvdimms)
+        growing = growing or {}
+        intakes = tuple(
+            growing[spec.path].examine() if spec.path in growing else self._backing(spec).examine(spec)
+            for spec in domain.nvdimms
+        )
         self._check_room(domain, intakes)
         self._check_can_freeze(domain, intakes, before.start.paths if before and before.start else ())
-        locations = self._locate_or_assume(domain, intakes)
+        locations = self._locate_or_assume(domain, intakes, growing)
         kept = self._kept_bases(domain, locations, before, adopts)
         guest = self._lay_out(domain, locations, _wanted_bases(domain), kept)
         plan = self._plan(domain, locations, guest, self._build_tables(guest), intakes)
@@ -391,7 +404,9 @@ class Planner:
         )
         LOG.debug("guards passed, mappings: %d", len(mappings))
 
-    def _locate_or_assume(self, domain: DomainSpec, intakes: Sequence[Intake]) -> tuple[Location, ...]:
+    def _locate_or_assume(
+        self, domain: DomainSpec, intakes: Sequence[Intake], growing: dict[str, Growth]
+    ) -> tuple[Location, ...]:
         """Return where each backing is or, if still to be written, where it would be on an empty namespace."""
         free = {intake.namespace.name: align_up(intake.namespace.data_spa, SUPERPAGE) for intake in intakes}
         locations = []
@@ -403,6 +418,8 @@ class Planner:
             free[intake.namespace.name] = align_up(start + spec.size, SUPERPAGE)
             LOG.debug("assumed %s at SPA %#x: it is not written yet", spec.path, start)
             identity = BackingIdentity(intake.kind, intake.namespace.uid, 0, 0, 0, spec.size)
+            if spec.path in growing:  # it keeps its base
+                identity = growing[spec.path].identity
             locations.append(Location(identity, (Extent(0, start, spec.size),)))
         return tuple(locations)
 

@@ -6,18 +6,19 @@ An NVDIMM that is left out of the definition is given up as a whole, on purpose;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
 from nvdimm_driver.lifecycle.saved_guest import backings_of, domain_of, has_had
-from nvdimm_driver.model import MIB, Allocation, BackingIdentity, DomainSpec, NvdimmSpec, Record, Run
+from nvdimm_driver.model import MIB, Allocation, BackingIdentity, DomainSpec, Extent, NvdimmSpec, Record, Run
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state.ownership import identity_at
 
 _CHUNK = MIB
+_LABELS = "its label area"
 _HINT = (
     "keep size, label and alignsize; to change them all the same, save the bytes with 'nvdimmctl export', and define "
     "the domain with a copy of its own (guide: Changing the size)"
@@ -30,6 +31,7 @@ def check_kept(
     last: Run | None,
     backings: Sequence[Backing],
     bad: Sequence[tuple[int, int]],
+    moved: Container[str] = (),
 ) -> None:
     """Check that a redefinition keeps each NVDIMM's size, and all of its bytes that are in use, for what they are.
 
@@ -39,21 +41,22 @@ def check_kept(
     :param before: the domain as the ledger knows it.
     :param last: the domain's last run.
     :param bad: known bad ranges of persistent memory, as (SPA, bytes). They are not read, and count as in use.
+    :param moved: paths of NVDIMMs whose labels move to a new end (:mod:`.growth`).
     :raises RefusedError: when an NVDIMM gets smaller, or bytes in use come to be label area, data or neither.
     """
     off = before is not None and before.start is None
-    for item, spec, identity in _redefined(domain, before, backings):
+    for item, spec, identity in kept_nvdimms(domain, before, backings):
         backing = backing_of(backings, spec.path)
         if last is None or not has_had(last, spec, identity, backing.written_at(spec.path) if off else None):
-            _check_one(replace(item.spec, path=spec.path), spec, backing, bad)
+            _check_one(replace(item.spec, path=spec.path), spec, backing, bad, moves=spec.path in moved)
 
 
 def may_read(domain: DomainSpec, before: Record | None, backings: Sequence[Backing]) -> bool:
     """Return True when :func:`check_kept` may read bytes, as many as the redefinition gives up: that can take hours."""
-    return any(True for item, spec, _ in _redefined(domain, before, backings) for _ in _given_up(item.spec, spec))
+    return any(True for item, spec, _ in kept_nvdimms(domain, before, backings) for _ in _given_up(item.spec, spec))
 
 
-def _redefined(
+def kept_nvdimms(
     domain: DomainSpec, before: Record | None, backings: Sequence[Backing]
 ) -> Iterator[tuple[Allocation, NvdimmSpec, BackingIdentity]]:
     """Yield each NVDIMM that the domain keeps: as it was, as it is to be, and the identity of its backing."""
@@ -117,10 +120,13 @@ def _started_with(record: Record, begun: Run | None) -> list[tuple[NvdimmSpec, B
     return [(spec, found[spec.path]) for spec in started.nvdimms]
 
 
-def _check_one(old: NvdimmSpec, new: NvdimmSpec, backing: Backing, bad: Sequence[tuple[int, int]]) -> None:
+def _check_one(
+    old: NvdimmSpec, new: NvdimmSpec, backing: Backing, bad: Sequence[tuple[int, int]], *, moves: bool
+) -> None:
     """Check a new definition of an NVDIMM.
 
     :param old: the NVDIMM as it was, at its path of now.
+    :param moves: its labels move to its new end.
     """
     if new.size < old.size:
         raise RefusedError(
@@ -132,8 +138,9 @@ def _check_one(old: NvdimmSpec, new: NvdimmSpec, backing: Backing, bad: Sequence
     except BackingError:
         return  # it is not fit, and the plan will say why
     for what, start, end in _given_up(old, new):
-        broken = any(first < end and start < first + size for first, size in bad_parts(extents, bad))
-        if broken or _in_use(backing, old, start, end):
+        if moves and what == _LABELS:
+            continue
+        if has_bad_blocks(extents, bad, start, end) or in_use(backing, old, start, end):
             raise RefusedError(
                 f"{old.path}: {what}, {human(end - start)} at {start:#x}, is in use, and would be something else with "
                 f"{_shape(new)}",
@@ -157,10 +164,20 @@ def _given_up(old: NvdimmSpec, new: NvdimmSpec) -> Iterator[tuple[str, int, int]
     if new.visible_size < old.visible_size:
         yield "the end of the guest's data", new.visible_size, old.visible_size
     if old.label_size and (new.size, new.label_size) != (old.size, old.label_size):
-        yield "its label area", old.size - old.label_size, old.size
+        yield _LABELS, old.size - old.label_size, old.size
 
 
-def _in_use(backing: Backing, spec: NvdimmSpec, start: int, end: int) -> bool:
+def has_bad_blocks(extents: Sequence[Extent], bad: Sequence[tuple[int, int]], start: int, end: int) -> bool:
+    """Return True when a part of an NVDIMM has bad blocks: a read of device-dax would end the process.
+
+    :param extents: those of the NVDIMM.
+    :param bad: as for :func:`check_kept`.
+    """
+    return any(first < end and start < first + size for first, size in bad_parts(extents, bad))
+
+
+def in_use(backing: Backing, spec: NvdimmSpec, start: int, end: int) -> bool:
+    """Return True when a byte of a part of an NVDIMM is not 0, or nobody can read it."""
     try:
         with backing.open_bytes(spec) as content:
             zeros = bytes(_CHUNK)

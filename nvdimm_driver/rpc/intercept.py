@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, RefusedError, UnsupportedError, hint_of
 from nvdimm_driver.host_text import escaped
-from nvdimm_driver.lifecycle.define import Before
+from nvdimm_driver.lifecycle.define import Before, Made
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.plan import check_distinct
 from nvdimm_driver.lifecycle.redefine import may_read
@@ -154,7 +154,7 @@ class Interceptor:
         found = yield from find(uuid)
         if found and (found.name != domain.name or (yield from ask(Procedure.DOMAIN_IS_ACTIVE, found))):
             return (yield from call(procedure, arguments, with_fds=True))  # libvirt refuses it: nothing is changed
-        created = yield self._work(lambda driver: driver.create(domain, plan), _provisioning(plan))
+        made = yield self._work(lambda driver: driver.create(domain, plan), _provisioning(plan))
         try:
             if saved:
                 yield from self._try_restore(DomainRef(domain.name, uuid, -1))
@@ -163,7 +163,7 @@ class Interceptor:
             explained = (yield from self._explained(error, uuid)) if isinstance(error, LibvirtError) else error
             try:
                 over = yield from self._find_abandoned(uuid, before.record)
-                yield self._work(lambda driver: driver.undo(uuid, before, created, over), Pool.HOST)
+                yield self._work(lambda driver: driver.undo(uuid, before, made, over), Pool.HOST)
             except (NvdimmError, OSError) as failed:
                 LOG.error("domain %s: what it had before its create failed cannot be put back: %s", uuid, failed)
             raise explained from error
@@ -364,7 +364,7 @@ class Interceptor:
         """Give up what the start of a saved guest took over, but for files that had the domain's mark before."""
         over = yield from self._find_abandoned(uuid, before.record)
         if before.record is not None or (yield from find(uuid)) is None:
-            yield self._work(lambda driver: driver.undo(uuid, before, (), over), Pool.HOST)
+            yield self._work(lambda driver: driver.undo(uuid, before, Made(), over), Pool.HOST)
 
     def undefine(self, procedure: int, payload: bytes) -> Steps:
         """Pass the call, and record an event: the domain's data stay, and so does its claim to them."""

@@ -80,6 +80,15 @@ def with_paths(xml: str, paths: Mapping[str, str]) -> str:
     return text.edited()
 
 
+def with_size(xml: str, path: str, size: int) -> str:
+    """Return domain XML in which the NVDIMM with a path, as it is written there, has another size."""
+    text = parse(xml)
+    for element in nvdimm_elements(text.root):
+        if path_of(element) == path:
+            text.replace(element.need("target").need("size"), _size_element(size))
+    return text.edited()
+
+
 def attach(xml: str, device: str) -> str:
     """Return domain XML, as the user wrote it, with one more NVDIMM after its others.
 

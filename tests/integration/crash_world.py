@@ -26,7 +26,8 @@ from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.doctor.repair_view import DefinitionOf, nobody_to_ask
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
-from nvdimm_driver.model import KIB, MIB, PAGE, SUPERPAGE, Allocation, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.lifecycle.define import Made
+from nvdimm_driver.model import KIB, MIB, PAGE, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.xen.domctl import guest_runs
@@ -191,7 +192,7 @@ class World:
         ]
         return DomainSpec(f"domain{uuid[-1]}", uuid, ram, None, tuple(nvdimms))
 
-    def define(self, domain: DomainSpec, driver: XenNvdimmDriver) -> tuple[Allocation, ...]:
+    def define(self, domain: DomainSpec, driver: XenNvdimmDriver) -> Made:
         """Do what virsh define does."""
         with driver.locks.changing(domain.uuid or ""):
             return driver.define(domain, driver.check(domain))

@@ -14,6 +14,7 @@ import pytest
 from nvdimm_driver.backing import inode
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import InUseError
+from nvdimm_driver.lifecycle.define import Made
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, DomainSpec, NvdimmSpec
 from nvdimm_driver.state import owner_marks
 from tests.integration.loop_pmem import MKFS, FileSystem
@@ -72,7 +73,7 @@ def test_what_is_refused_leaves_what_a_later_mark_says(host: Host, way: str) -> 
         host.driver.undo(UUID, before, host.driver.create(domain, host.driver.check(domain)), None)
     else:
         host.driver.prepare(domain)
-        host.driver.undo(UUID, before, (), host.record())
+        host.driver.undo(UUID, before, Made(), host.record())
     assert repair(host) == []
     assert (had(host), host.record().ram) == (wanted, ram)
 
@@ -136,7 +137,7 @@ def test_an_undo_gives_no_two_nvdimms_one_base(host: Host, way: str, known: str)
         host.driver.undo(UUID, state, host.driver.create(domain, host.driver.check(domain)), None)
     else:
         host.driver.prepare(domain)
-        host.driver.undo(UUID, state, (), host.record())
+        host.driver.undo(UUID, state, Made(), host.record())
     found = had(host)
     assert found[last][2] == base
     assert [place[2] for place in found.values()].count(base) == 1

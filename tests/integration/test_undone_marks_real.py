@@ -18,6 +18,7 @@ from nvdimm_driver.cmd.ctl.check import _repair
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.doctor.repair_view import Inconsistency
 from nvdimm_driver.errors import FullDiskError, InUseError, NvdimmError
+from nvdimm_driver.lifecycle.define import Made
 from nvdimm_driver.model import KIB, DomainSpec, NvdimmSpec
 from nvdimm_driver.state import ownership
 from nvdimm_driver.state.ledger import Ledger
@@ -116,7 +117,7 @@ def test_a_file_that_was_moved_is_not_given_back_twice(host: Host, way: str) -> 
         host.driver.undo(UUID, state, host.driver.create(domain, host.driver.check(domain)), None)
     else:
         host.driver.prepare(domain)
-        host.driver.undo(UUID, state, (), host.record())
+        host.driver.undo(UUID, state, Made(), host.record())
     assert [*had(host)] == ["a.img"]
 
 
@@ -159,7 +160,7 @@ def test_a_restore_that_is_refused_leaves_what_a_killed_define_wants(host: Host)
     Path(host.path("h.img")).write_bytes(DATA)
     host.driver.ledger.begin_define(several(host, "a.img", "h.img"), lambda: None)
     before = host.record()
-    host.driver.undo(UUID, host.driver.state_of(UUID), (), None)
+    host.driver.undo(UUID, host.driver.state_of(UUID), Made(), None)
     assert host.record() == before
     with pytest.raises(InUseError, match="a define wants it"):
         host.driver.define(host.domain("h.img", OTHER_UUID))

@@ -315,15 +315,55 @@ def test_define_and_edit_validate_as_on_kvm(host: Host) -> None:
     assert nvdimms(host) == ["more.img"]
 
 
-def test_virt_xml_changes_the_size_that_is_shown(host: Host) -> None:
-    command = ["virt-xml", "--connect", "xen:///system", "db1", "--edit", "--memdev", "target.size=8", "--define"]
-    host.check("detach-device", "db1", device(host, "db1"), "--config")
-    host.libvirtd.run("truncate", "-s", "8M", image(host, "db1"))
-    host.libvirtd.run("fallocate", "-l", "8M", image(host, "db1"))
-    host.check("attach-device", "db1", device(host, "db1"), "--config")
-    done = host.libvirtd.run(*command)
+def test_virt_xml_makes_an_nvdimm_larger(host: Host) -> None:
+    def enlarge(mib: int) -> subprocess.CompletedProcess[str]:
+        size = f"target.size={mib}"
+        return host.libvirtd.run(
+            "virt-xml", "--connect", "xen:///system", "db1", "--edit", "--memdev", size, "--define"
+        )
+
+    labelled = device(host, "db1")
+    label = "</size><label><size unit='KiB'>128</size></label>"
+    labelled.write_text(labelled.read_text().replace("</size>", label))
+    host.check("update-device", "db1", labelled, "--config")
+    write = "yes | dd of={} bs=128K count=1 seek=31 iflag=fullblock conv=notrunc"
+    host.libvirtd.run("sh", "-c", write.format(image(host, "db1")))
+    done = enlarge(8)
     assert done.returncode == 0, done.stderr
     assert host.record("db1").allocations[0].spec.size == 8 << 20
+    content = host.libvirtd.run("tail", "-c", str(128 << 10), image(host, "db1")).stdout
+    assert content == "y\n" * (64 << 10)
+    host.check("start", "db1")
+    assert "domain db1 runs, and its" in enlarge(16).stderr
+    assert host.record("db1").allocations[0].spec.size == 8 << 20
+    host.check("destroy", "db1")
+    host.check("managedsave-remove", "db1")
+    assert "file system has" in enlarge(1 << 30).stderr
+    assert host.state("db1")[0] == ""
+
+
+def test_nvdimmctl_makes_an_nvdimm_larger(host: Host) -> None:
+    file = host.xml("db1", 1)
+    graphics = "</devices>", "<graphics type='vnc' autoport='yes' passwd='secret'/></devices>"
+    file.write_text(file.read_text().replace(*graphics))
+    host.check("define", file)
+    before = host.check("dumpxml", "db1", "--inactive", "--security-info")
+    for size, mib in (("4MiB", 4), ("7M", 8), ("16MiB", 16)):
+        done = host.nvdimmctl("resize", "db1", size)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"db1 has {mib} MiB in slot 0, {image(host, 'db1')}\n"
+        assert host.libvirtd.run("stat", "-c", "%s", image(host, "db1")).stdout == f"{mib << 20}\n"
+    after = host.check("dumpxml", "db1", "--inactive", "--security-info")
+    assert "passwd='secret'" in after
+    assert after == before.replace(f"<size unit='KiB'>{4 << 10}<", f"<size unit='KiB'>{16 << 10}<")
+    host.check("start", "db1")
+    done = host.nvdimmctl("resize", "db1", "32MiB")
+    assert (done.returncode, "runs, and its NVDIMM would get 32 MiB (shut" in done.stderr) == (5, True), done.stderr
+    host.check("destroy", "db1")
+    assert "the guest would lose its end" in host.nvdimmctl("resize", "db1", "4MiB").stderr
+    assert "has no NVDIMM in slot 1" in host.nvdimmctl("resize", "db1", "32MiB", "--slot", "1").stderr
+    host.check("undefine", "db1")
+    assert "has no definition with" in host.nvdimmctl("resize", "db1", "32MiB").stderr
 
 
 def test_an_nvdimm_gets_smaller_only_on_purpose(host: Host) -> None:

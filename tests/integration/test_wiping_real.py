@@ -17,7 +17,7 @@ import pytest
 from nvdimm_driver.cmd.ctl import render
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError
-from nvdimm_driver.lifecycle.define import Before
+from nvdimm_driver.lifecycle.define import Before, Made
 from nvdimm_driver.model import KIB, MIB, SUPERPAGE, BackingIdentity, DomainSpec, NvdimmSpec, Pool, Watch
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.state import ownership
@@ -481,7 +481,7 @@ def test_a_domain_that_is_undone_keeps_what_its_guest_may_have_written(host: Hos
         host.mapper.alive.clear()
     else:
         host.driver.define(host.domain("a.img"))
-    host.driver.undo(UUID, Before(None, None, 0), (), host.record())
+    host.driver.undo(UUID, Before(None, None, 0), Made(), host.record())
     assert claims(host) == ({0: "a.img"} if ran else {})
 
 

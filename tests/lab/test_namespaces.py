@@ -22,7 +22,7 @@ NAME, FILE = "labelled", "/mnt/pmem0/labelled.img"
 CONF = "/etc/nvdimm-driver/nvdimm-driver.conf"
 # ndctl refuses a namespace that does not start at a multiple of 16 MiB, so the data size is such a multiple.
 SIZE_MIB, LABEL_BYTES, ALIGN_MIB = 98, 128 << 10, 16
-DATA_BYTES = 96 * MIB
+DATA_BYTES, GROWTH_MIB = 96 * MIB, 64
 DISK = "/tmp/guest-tools.img"
 # the output of 'seq 100000' and 'seq 5000'
 LINES, SECTORS = ("".join(f"{number}\n" for number in range(1, last + 1)).encode() for last in (100_000, 5_000))
@@ -58,10 +58,10 @@ def namespaces(guest: Conversation) -> dict[str, tuple[str, int, str]]:
     return {each["mode"]: (each["uuid"], each["size"], f"/dev/{each['blockdev']}") for each in listed(guest)}
 
 
-def same_labels(host: XenHost, guest: Guest) -> bool:
+def same_labels(host: XenHost, guest: Guest, size_mib: int = SIZE_MIB) -> bool:
     """Return True if the label area that the guest reads is the end of the file."""
     seen = guest.check("run", "ndctl read-labels nmem0 -o /tmp/labels 2>/dev/null && sha256sum </tmp/labels")
-    return seen.split()[0] == operator.host_sha256(host, FILE, SIZE_MIB * MIB - LABEL_BYTES, LABEL_BYTES)
+    return seen.split()[0] == operator.host_sha256(host, FILE, size_mib * MIB - LABEL_BYTES, LABEL_BYTES)
 
 
 def contents(guest: Conversation, fsdax: str, sector: str) -> list[str]:
@@ -128,3 +128,25 @@ def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, gues
     assert contents(guest, seen["fsdax"][2], seen["sector"][2]) == [
         sha256(data).hexdigest() for data in (LINES, SECTORS)
     ]
+
+
+def test_it_grows_and_keeps_its_namespaces(driver_host: XenHost, guest: Guest) -> None:
+    before = namespaces(guest)
+    guest.poweroff()
+    path, larger = f"/root/{NAME}.xml", SIZE_MIB + GROWTH_MIB
+    xml = driver_host.get(path).decode()
+    driver_host.write(path, xml.replace(f">{SIZE_MIB}<", f">{larger}<").encode())
+    driver_host.check(f"{operator.VIRSH} define {path}")
+    assert driver_host.check(f"stat -c %s {FILE}").stdout.strip() == str(larger * MIB)
+    operator.start(driver_host, NAME)
+    report = guest.wait_report(boot=4)
+    assert report.problems == ()
+    assert report.regions[0].size == DATA_BYTES + GROWTH_MIB * MIB
+    seen = namespaces(guest)
+    assert {mode: known[:2] for mode, known in seen.items()} == {mode: known[:2] for mode, known in before.items()}
+    assert contents(guest, seen["fsdax"][2], seen["sector"][2]) == [
+        sha256(data).hexdigest() for data in (LINES, SECTORS)
+    ]
+    guest.check("run", f"ndctl create-namespace -m raw -s {GROWTH_MIB}M", timeout=300)
+    assert namespaces(guest)["raw"][1] == GROWTH_MIB * MIB
+    assert same_labels(driver_host, guest, larger)

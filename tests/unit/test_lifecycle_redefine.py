@@ -113,7 +113,7 @@ def test_an_nvdimm_without_labels_can_grow(tmp_path: Path) -> None:
     assert host.redefine(size=128 * MIB).size == 128 * MIB
 
 
-@pytest.mark.parametrize("values", [{"label_size": 2 * LABEL}, {"label_size": 0}, {"size": 128 * MIB}])
+@pytest.mark.parametrize("values", [{"label_size": 2 * LABEL}, {"label_size": 0}, {"size": 128 * MIB, "label_size": 0}])
 @pytest.mark.parametrize("valid", [(True, True), (False, True)])
 def test_labels_stay_where_they_are(tmp_path: Path, values: dict[str, int], valid: tuple[bool, bool]) -> None:
     host = Host(tmp_path, LABEL)
@@ -215,7 +215,9 @@ def test_an_enlarged_file_is_the_same(tmp_path: Path) -> None:
     host.content[64 * MIB - LABEL] = 1
     host.backing.files[A] = (100, 192 * MIB)
     with pytest.raises(RefusedError, match="its label area"):
-        host.redefine(size=128 * MIB)
+        host.redefine(size=128 * MIB, label_size=0)
+    host.redefine(size=128 * MIB)
+    assert host.content[128 * MIB - LABEL] == 1, "its labels move to its new end"
 
 
 class Unreadable(MemoryBacking):
@@ -231,6 +233,8 @@ def test_bytes_that_the_host_cannot_read_are_in_use(tmp_path: Path) -> None:
     driver.plan(host.domain)
     with pytest.raises(RefusedError, match="its label area"):
         driver.plan(host.changed(label_size=0))
+    with pytest.raises(UnsupportedError, match="not from the host"):
+        driver.plan(host.changed(size=128 * MIB))
 
 
 class Broken(MemoryBacking):
@@ -244,8 +248,19 @@ def test_bad_blocks_are_in_use_and_not_read(tmp_path: Path) -> None:
     broken.files = host.backing.files
     bad = ((NAMESPACE.data_spa + 64 * MIB - LABEL, 512),)
     driver = make_driver(tmp_path, broken, RecordingMapper(), bad=bad)
-    with pytest.raises(RefusedError, match="its label area"):
-        driver.plan(host.changed(label_size=0))
+    for values in ({"label_size": 0}, {"size": 128 * MIB}):
+        with pytest.raises(RefusedError, match="its label area"):
+            driver.plan(host.changed(**values))
+
+
+def test_labels_do_not_move_to_bad_blocks(tmp_path: Path) -> None:
+    host = Host(tmp_path, LABEL)
+    host.content[64 * MIB - LABEL] = 1
+    driver = make_driver(
+        tmp_path, host.backing, RecordingMapper(), bad=((NAMESPACE.data_spa + 128 * MIB - LABEL, 512),)
+    )
+    with pytest.raises(RefusedError, match="its labels would move to 0x7fe0000, where the memory has bad blocks"):
+        driver.plan(host.changed(size=128 * MIB))
 
 
 def test_what_a_guest_runs_with_counts_in_the_quota_until_its_end(tmp_path: Path) -> None:
