@@ -6,10 +6,13 @@ Imports nothing heavy: the device model, which has to start fast, uses it.
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from nvdimm_driver.errors import ConfigError
 
 _POWERS = "KMGTP"
 _DIGITS = frozenset("0123456789")
+_HEX_DIGITS = _DIGITS | frozenset("abcdefABCDEF")
 
 
 def align_up(value: int, multiple: int) -> int:
@@ -29,17 +32,20 @@ def whole_units(start: int, size: int, unit: int) -> tuple[int, int]:
 
 
 def parse(text: str) -> int:
-    """Parse ``4096``, ``64GiB`` or, as ndctl takes it, ``64G``, into bytes; all units are powers of 1024.
+    """Parse ``4096``, ``64GiB`` or, as ndctl takes them, ``64G``, ``64g`` and ``0x1000``, into bytes.
+
+    All units are powers of 1024.
 
     :raises ConfigError: when the text is none of these.
     """
     stripped = text.strip()
-    number = stripped.rstrip("BGiKMPT ")
-    unit = stripped[len(number) :].lstrip()
+    base, digits = (16, _HEX_DIGITS) if stripped[:2] in ("0x", "0X") else (10, _DIGITS)
+    number = "".join(takewhile(digits.__contains__, stripped[2 if base == 16 else 0 :]))
+    unit = stripped[len(number) + (2 if base == 16 else 0) :].lstrip()
     power = _power(unit)
-    if not number or not _DIGITS.issuperset(number) or power is None:
+    if not number or power is None:
         raise ConfigError(f"{text!r} is not a size", hint="write 64GiB, 512M, or a number of bytes")
-    return int(number) << 10 * power
+    return int(number, base) << 10 * power
 
 
 def human(count: int) -> str:
@@ -60,4 +66,5 @@ def _power(unit: str) -> int | None:
     """Return the power of 1024 that a unit stands for; None when it is not a unit."""
     if unit in ("", "B"):
         return 0
-    return _POWERS.index(unit[0]) + 1 if unit[0] in _POWERS and unit[1:] in ("", "iB") else None
+    letter = unit.upper() if len(unit) == 1 else unit[0]
+    return _POWERS.index(letter) + 1 if letter in _POWERS and unit[1:] in ("", "iB") else None
