@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,10 +16,12 @@ import pytest
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError, RefusedError
 from nvdimm_driver.model import DomainSpec
+from nvdimm_driver.state import ownership
 from tests.integration.crash_points import traced
 from tests.integration.crash_world import LABEL, SIZE, World, X
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_crash_walk import DOMID, EVERY, all_faults, faults
+from tests.ledger_copies import forget_in_use
 
 LABELS = b"labels of the guest".ljust(LABEL, b"!")
 LARGE = 2 * SIZE
@@ -189,6 +193,41 @@ def test_labels_that_the_guest_has_changed_meanwhile_are_not_left_behind(
     with pytest.raises(InUseError, match="its labels were changed by its guest meanwhile"):
         grow(world, LARGE, SIZE)
     assert world.content("x0")[SIZE - LABEL :] == b"newer" + LABELS[5:]
+
+
+def test_a_ledger_of_before_learns_of_the_growth_from_the_file(world: World) -> None:
+    ledger, backup = world.folder / "ledger.sqlite", world.folder / "backup"
+    with closing(sqlite3.connect(ledger)) as source, closing(sqlite3.connect(backup)) as target:
+        source.backup(target)
+    grow(world, LARGE, LARGE)
+    write(world, "x0", LARGE - LABEL, b"newer")
+    for restored in (True, False):
+        for name in ("", "-wal", "-shm"):
+            (world.folder / f"ledger.sqlite{name}").unlink(missing_ok=True)
+        if restored:
+            ledger.write_bytes(backup.read_bytes())
+        with suppress(NvdimmError):
+            world.do(partial(world.define, sized(world, SIZE, SIZE)))
+        with suppress(NvdimmError):
+            world.do(partial(world.create_refused, sized(world, LARGE, LARGE)))
+        assert world.repair() == []
+        assert world.do(sizes_in_ledger) == {"x0": LARGE, "x1": LARGE}
+        assert world.content("x0")[-LABEL:] == b"newer" + LABELS[5:]
+    world.start(sized(world, LARGE, LARGE), DOMID)
+
+
+def test_a_ledger_that_is_lost_before_the_file_is_marked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark is of before: what it says is whole, and a definition makes it larger again."""
+    with monkeypatch.context() as patched:
+        patched.setattr(ownership, "mark", lambda *_: None)
+        grow(world, LARGE, SIZE)
+    for name in ("", "-wal", "-shm"):
+        (world.folder / f"ledger.sqlite{name}").unlink(missing_ok=True)
+    forget_in_use(world.folder)
+    assert world.repair() == []
+    grow(world, LARGE, SIZE)
+    assert world.content("x0")[-LABEL:] == LABELS
+    world.start(sized(world, LARGE, SIZE), DOMID)
 
 
 def walk(world: World, choose: object) -> None:

@@ -27,7 +27,9 @@ def test_parse(text: str, count: int) -> None:
     assert sizes.parse(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1.5GiB", "64GB", "64 gib", "1 2", "٣", "0x", "34mib", "1b", "0xg", "k"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1", "1.5GiB", "64GB", "64 gib", "1 2", "٣", "0x", "34mib", "1b", "0xg", "k"]
+)
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size"):
         sizes.parse(text)
