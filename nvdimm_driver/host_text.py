@@ -37,6 +37,18 @@ def use_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
+def use_open_streams() -> None:
+    """Open what is closed of the standard streams, so that no other file gets its number; reads and writes fail."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDONLY if number else os.O_WRONLY)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def decode(data: bytes) -> str:
     """Return the text; no bytes are refused."""
     return data.decode("utf-8", "surrogateescape")

@@ -145,7 +145,7 @@ def test_a_domain_without_nvdimms_has_no_plan() -> None:
     assert "not a Xen domain with NVDIMMs" in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--log-file={}", "--log-f={}", "--debug"])
+@pytest.mark.parametrize("option", ["--log-file={}", "--log-f={}"])
 @pytest.mark.parametrize("command", ["plan", "host", "nova inventory --pmem-namespaces"])
 def test_no_option_writes_a_file(tmp_path: Path, command: str, option: str) -> None:
     """Whoever may run one command as root could write any file with cliff's own ``--log-file``."""
@@ -157,3 +157,38 @@ def test_no_option_writes_a_file(tmp_path: Path, command: str, option: str) -> N
 
 def test_no_option_is_abbreviated(tmp_path: Path) -> None:
     assert "usage: nvdimmctl" in nvdimmctl("list", f"--config={tmp_path}", status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["help", "nope"], 2, "'nope' is not a nvdimmctl command"),
+        (["plan", "/dev/zero"], 1, "nvdimmctl: /dev/zero: has more than 4 MiB, which is all that libvirt takes"),
+        (["plan", GUEST, "--host", "/dev/full"], 1, "nvdimmctl: /dev/full: "),
+    ],
+)
+def test_what_is_typed_wrong_is_told_in_one_line(words: list[object], status: int, says: str) -> None:
+    done = nvdimmctl(*words, status=status)
+    assert (done.stdout or done.stderr).startswith(says) or says in done.stdout
+
+
+def test_without_a_command_the_help_is_named() -> None:
+    done = nvdimmctl("--config-file", "/dev/null", text="", status=2)
+    assert done.stderr.endswith("nvdimmctl: there is no command: 'nvdimmctl --help' lists all\n")
+
+
+@pytest.mark.parametrize("words", [["plan", GUEST, "--host", HOST], ["rewrite", GUEST]])
+@pytest.mark.parametrize(
+    ("to", "says"),
+    [(">/dev/full", "nvdimmctl: No space left on device\n"), (">&-", "nvdimmctl: Bad file descriptor\n")],
+)
+def test_output_that_cannot_be_written_is_an_error(words: list[object], to: str, says: str) -> None:
+    command = [str(Path(sys.executable).with_name("nvdimmctl")), *map(str, words)]
+    done = subprocess.run(["sh", "-c", f'"$@" {to}', "-", *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, says)
+
+
+def test_the_traceback_of_an_error_is_shown_on_demand() -> None:
+    command = [str(Path(sys.executable).with_name("nvdimmctl")), "--debug", "plan", "/dev/zero"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Traceback" in done.stderr

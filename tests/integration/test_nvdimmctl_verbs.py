@@ -187,3 +187,11 @@ def test_a_pool_of_that_name_is_there_already(config: Path) -> None:
     done = nvdimmctl("--config-file", config, "pool", "create", "main")
     assert done.returncode == 1, "its section would not be read"
     assert "--config-file" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["list", "show db1", "pool list", "pool show main", "check"])
+@pytest.mark.parametrize("columns", ["-c nope", "-c Nope -c name -c domain"])
+def test_a_column_that_there_is_not_is_named(config: Path, verb: str, columns: str) -> None:
+    done = nvdimmctl("--config-file", config, *verb.split(), *columns.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no column nope" in done.stderr.lower()

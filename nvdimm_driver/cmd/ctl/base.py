@@ -45,14 +45,30 @@ class _Sizes:
         return parser
 
 
-class Listing(_Sizes, Lister):
+class _Columns:
+    """A command with columns, of which ``-c`` takes some."""
+
+    def _generate_columns_and_selector(
+        self, parsed_args: argparse.Namespace, column_names: Sequence[str]
+    ) -> tuple[list[str], list[bool] | None]:
+        """Do what cliff does; refuse a column that there is not, which cliff passes over if another one is there."""
+        known = {name.lower().replace(" ", "_") for name in column_names}
+        wrong = [each for each in parsed_args.columns if each.lower().replace(" ", "_") not in known]
+        if wrong:
+            raise UsageError(f"there is no column {', '.join(wrong)}", hint=f"there are: {', '.join(column_names)}")
+        found: tuple[list[str], list[bool] | None]
+        found = super()._generate_columns_and_selector(parsed_args, column_names)  # type: ignore[misc]
+        return found
+
+
+class Listing(_Columns, _Sizes, Lister):
     """A command that lists things."""
 
     app: Nvdimmctl
     formatter_namespace = "nvdimm_driver.list_formatters"
 
 
-class Showing(_Sizes, ShowOne):
+class Showing(_Columns, _Sizes, ShowOne):
     """A command that shows one thing."""
 
     app: Nvdimmctl

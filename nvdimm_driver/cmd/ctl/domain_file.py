@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.cmd.ctl.base import Action
 from nvdimm_driver.errors import ConfigError, DomainXmlError, NotFoundError
+from nvdimm_driver.sizes import human
 
 if TYPE_CHECKING:
     from oslo_config import cfg
@@ -44,8 +46,11 @@ def read_file(file: str) -> bytes:
     :raises NotFoundError: when there is no such file.
     :raises ConfigError: when it cannot be read.
     """
+    from nvdimm_driver.xml.document import MAX_BYTES
+
     try:
-        return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
+            return stream.read(MAX_BYTES + 1)  # what is longer is refused; /dev/zero has no end
     except FileNotFoundError as error:
         raise NotFoundError(f"cannot read {file}: {error.strerror}") from error
     except OSError as error:
@@ -57,10 +62,13 @@ def read_xml(file: str) -> str:
 
     :raises DomainXmlError: when it is not in that encoding.
     """
-    from nvdimm_driver.xml.document import decode
+    from nvdimm_driver.xml.document import MAX_BYTES, decode
 
+    data = read_file(file)
+    if len(data) > MAX_BYTES:
+        raise DomainXmlError(f"{file}: has more than {human(MAX_BYTES)}, which is all that libvirt takes")
     try:
-        return decode(read_file(file))
+        return decode(data)
     except DomainXmlError as error:
         raise DomainXmlError(f"{file}: {error.message}", hint=error.hint) from error
 
