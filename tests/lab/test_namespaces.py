@@ -133,10 +133,8 @@ def test_the_file_goes_to_a_plain_qemu_and_comes_back(driver_host: XenHost, gues
 def test_it_grows_and_keeps_its_namespaces(driver_host: XenHost, guest: Guest) -> None:
     before = namespaces(guest)
     guest.poweroff()
-    path, larger = f"/root/{NAME}.xml", SIZE_MIB + GROWTH_MIB
-    xml = driver_host.get(path).decode()
-    driver_host.write(path, xml.replace(f">{SIZE_MIB}<", f">{larger}<").encode())
-    driver_host.check(f"{operator.VIRSH} define {path}")
+    larger = SIZE_MIB + GROWTH_MIB
+    driver_host.check(f"{operator.NVDIMMCTL} resize {NAME} {larger}MiB")
     assert driver_host.check(f"stat -c %s {FILE}").stdout.strip() == str(larger * MIB)
     operator.start(driver_host, NAME)
     report = guest.wait_report(boot=4)
