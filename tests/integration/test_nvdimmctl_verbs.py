@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -195,3 +197,24 @@ def test_a_column_that_there_is_not_is_named(config: Path, verb: str, columns: s
     done = nvdimmctl("--config-file", config, *verb.split(), *columns.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert "there is no column nope" in done.stderr.lower()
+
+
+def test_monitor_says_that_nobody_knows_the_domain(config: Path) -> None:
+    for name, said in (("db1", ""), (UUID, ""), ("typo", "no domain 'typo' with NVDIMMs is known now")):
+        done = nvdimmctl("--config-file", config, "monitor", "--no-follow", "--domain", name)
+        assert (done.returncode, done.stdout, done.stderr.partition(" (")[0]) == (0, "", said)
+
+
+def test_check_says_to_people_that_nothing_is_wrong(tmp_path: Path) -> None:
+    Ledger(str(tmp_path / "ledger.sqlite")).close()
+    file = tmp_path / "empty.conf"
+    file.write_text(f"[DEFAULT]\nstate_dir = {tmp_path}\n")
+    command = [str(Path(sys.executable).with_name("nvdimmctl")), "--config-file", str(file), "check"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+    assert "nothing is inconsistent" not in done.stderr
+    ours, theirs = pty.openpty()
+    shown = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    os.close(theirs)
+    os.close(ours)
+    assert shown.stderr.endswith("nothing is inconsistent\n")

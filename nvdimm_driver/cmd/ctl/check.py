@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,8 @@ class Check(Listing):
         new = [(each, "") for each in left if (each.uuid, each.path, each.problem) not in known]
         rows += [(each.domain, each.path, each.problem, each.remedy, done) for each, done in [*repairs, *new]]
         self.status = 1 if left else 0
+        if not rows and sys.stdout.isatty():
+            print("nothing is inconsistent", file=sys.stderr)
         return COLUMNS, rows
 
 

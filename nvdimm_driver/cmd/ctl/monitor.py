@@ -91,6 +91,9 @@ def _watch(ledger: Ledger, wanted: argparse.Namespace) -> None:
     :raises BrokenPipeError: when the reader of standard output is gone.
     """
     deadline = None if wanted.timeout is None else time.monotonic() + wanted.timeout
+    key = wanted.domain
+    if key and not key.isdigit() and not ledger.named(key) and ledger.find_domain(key) is None:
+        print(f"no domain {key!r} with NVDIMMs is known now ('nvdimmctl list' shows all)", file=sys.stderr)
     last = wanted.since
     if last is None:
         last = 0 if wanted.no_follow else ledger.last_event()
