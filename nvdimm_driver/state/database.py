@@ -68,9 +68,8 @@ class Database:
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
             self._number = before or file_number(path)
         except sqlite3.Error as error:
-            raise LedgerError(
-                f"cannot open {self.path}: {error}", hint="run 'nvdimmctl register' as root first"
-            ) from error
+            hint = "run as root" if os.geteuid() else "run 'nvdimmctl register' first"
+            raise LedgerError(f"cannot open {self.path}: {error}", hint=hint) from error
         try:
             self._write([("PRAGMA foreign_keys = ON", ())], begin="")
             if self._rows("PRAGMA user_version")[0][0] != SCHEMA_VERSION:

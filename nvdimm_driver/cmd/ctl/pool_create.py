@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nvdimm_driver.backing.paths import resolve
-from nvdimm_driver.cmd.ctl.base import Action
+from nvdimm_driver.cmd.ctl.base import Action, size_argument
 from nvdimm_driver.errors import ConfigError, InUseError, NvdimmError, hint_of
 from nvdimm_driver.processes import run
 
@@ -30,6 +30,7 @@ class PoolCreate(Action):
         parser.add_argument(
             "--size",
             metavar="SIZE",
+            type=size_argument,
             help="size of the namespace, such as 512GiB (default: the largest free extent, or all of --namespace)",
         )
         parser.add_argument(
@@ -45,7 +46,9 @@ class PoolCreate(Action):
             help="file system of a fsdax pool (default: ext4)",
         )
         parser.add_argument("--mount-point", metavar="PATH", help="mount point of a fsdax pool (default: /mnt/NAME)")
-        parser.add_argument("--quota", metavar="SIZE", help="how much of the pool domains may have (default: all)")
+        parser.add_argument(
+            "--quota", metavar="SIZE", type=_size_text, help="how much of the pool domains may have (default: all)"
+        )
         parser.add_argument("--force", action="store_true", help="allow the loss of what is on the namespace")
         parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
         return parser
@@ -85,19 +88,23 @@ class PoolCreate(Action):
             print(f"pool {wish.name}: {'; '.join(usage.problems) or 'ok'}")
 
 
+def _size_text(text: str) -> str:
+    """Return an argument that is a size, as it was written: the configuration gets it so."""
+    size_argument(text)
+    return text
+
+
 def _wish(args: argparse.Namespace) -> Wish:
-    from nvdimm_driver import conf, sizes
+    from nvdimm_driver import conf
     from nvdimm_driver.pools.create import Wish
 
     conf.check_pool_name(args.name, "nvdimmctl pool create")
-    if args.quota:
-        sizes.parse(args.quota)
     return Wish(
         name=args.name,
         kind=args.kind,
         region=args.region,
         namespace=args.namespace,
-        size=None if args.size is None else sizes.parse(args.size),
+        size=args.size,
         file_system=args.file_system,
         mount_point=args.mount_point or f"/mnt/{args.name}",
         quota=args.quota or "",
