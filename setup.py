@@ -76,7 +76,14 @@ setup(
             "csv = cliff.formatters.commaseparated:CSVLister",
             "json = cliff.formatters.json_format:JSONFormatter",
             "table = nvdimm_driver.cmd.ctl.table:TableFormatter",
-            "value = cliff.formatters.value:ValueFormatter",
+            "value = nvdimm_driver.cmd.ctl.formats:ValueFormatter",
+            "yaml = cliff.formatters.yaml_format:YAMLFormatter",
+        ],
+        "nvdimm_driver.show_formatters": [
+            "json = cliff.formatters.json_format:JSONFormatter",
+            "shell = nvdimm_driver.cmd.ctl.formats:ShellFormatter",
+            "table = nvdimm_driver.cmd.ctl.table:TableFormatter",
+            "value = nvdimm_driver.cmd.ctl.formats:ValueFormatter",
             "yaml = cliff.formatters.yaml_format:YAMLFormatter",
         ],
         "nvdimm_driver.doctor_formats": [

@@ -72,6 +72,7 @@ class Showing(_Columns, _Sizes, ShowOne):
     """A command that shows one thing."""
 
     app: Nvdimmctl
+    formatter_namespace = "nvdimm_driver.show_formatters"
 
 
 def domain_argument(parser: argparse.ArgumentParser) -> None:

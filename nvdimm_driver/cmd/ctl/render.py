@@ -17,7 +17,7 @@ from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError, XenError
 from nvdimm_driver.guest import layout, p2m
 from nvdimm_driver.lifecycle import saved_guest
-from nvdimm_driver.model import MIB, PAGE, Allocation, Plan, Record
+from nvdimm_driver.model import MIB, PAGE, Allocation, BackingIdentity, Plan, Record
 from nvdimm_driver.pools.usage import PoolUsage
 from nvdimm_driver.sizes import human
 from nvdimm_driver.xml import direct_io
@@ -120,7 +120,7 @@ def record(
             "label_size": size(allocation.spec.label_size),
             "base": allocation.base,
             "guest_base": bases.get(allocation.spec.slot),
-            "identity": None if allocation.identity is None else asdict(allocation.identity),
+            "identity": _identity(allocation.identity, size),
             **_health(driver, allocation),
         }
         for allocation in item.claims
@@ -140,6 +140,10 @@ def record(
         "nvdimms": nvdimms,
     }
     return tuple(values), tuple(values.values())
+
+
+def _identity(identity: BackingIdentity | None, size: Callable[[int], int | str]) -> dict[str, Any] | None:
+    return None if identity is None else {**asdict(identity), "size": size(identity.size)}
 
 
 def pool_row(usage: PoolUsage, size: Callable[[int], int | str]) -> tuple[Any, ...]:
