@@ -136,8 +136,7 @@ def test_it_grows_and_keeps_its_namespaces(driver_host: XenHost, guest: Guest) -
     larger = SIZE_MIB + GROWTH_MIB
     driver_host.check(f"{operator.NVDIMMCTL} resize {NAME} {larger}MiB")
     assert driver_host.check(f"stat -c %s {FILE}").stdout.strip() == str(larger * MIB)
-    operator.start(driver_host, NAME)
-    report = guest.wait_report(boot=4)
+    report = guest.next_boot(lambda: operator.start(driver_host, NAME))
     assert report.problems == ()
     assert report.regions[0].size == DATA_BYTES + GROWTH_MIB * MIB
     seen = namespaces(guest)
