@@ -227,7 +227,7 @@ class Definitions:
         """Return, by path, the NVDIMMs that get larger, after checking that they can."""
         bad = self.planner.host.bad_ranges()
         growing = growth.find(domain, before, self.backings, bad)
-        growth.check(domain, before, growing.values(), bad, is_saved=before is not None and self._is_saved(before))
+        growth.check(domain, before, growing.values(), bad, self._is_saved)
         return growing
 
     def begin(self, domain: DomainSpec, plan: Plan) -> tuple[NvdimmSpec, ...]:

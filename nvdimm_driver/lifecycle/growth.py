@@ -154,14 +154,13 @@ def check(
     before: Record | None,
     growing: Iterable[Growth],
     bad: Sequence[tuple[int, int]],
-    *,
-    is_saved: bool,
+    is_saved: Callable[[Record], bool],
 ) -> None:
     """Check that NVDIMMs can get larger.
 
     :param before: the domain as the ledger knows it.
     :param bad: as for :func:`.redefine.check_kept`.
-    :param is_saved: it has a saved guest.
+    :param is_saved: returns True when a domain has a saved guest.
     :raises RefusedError: when they cannot.
     """
     for each in growing:
@@ -171,7 +170,7 @@ def check(
         if before is not None and before.start is not None:
             problem = f"{path}: domain {domain.name} runs, and its NVDIMM would get {size}"
             raise RefusedError(problem, hint="shut the domain down first")
-        if is_saved:
+        if before is not None and is_saved(before):
             raise RefusedError(
                 f"{path}: domain {domain.name} has a saved guest, which could not go on with {size}",
                 hint="start and shut down the domain first, or discard the saved guest: virsh managedsave-remove",
