@@ -107,6 +107,8 @@ setup(
             "provision = nvdimm_driver.cmd.ctl.backings:Provision",
             "import = nvdimm_driver.cmd.ctl.backings:Import",
             "export = nvdimm_driver.cmd.ctl.backings:Export",
+            "send = nvdimm_driver.cmd.ctl.moving:Send",
+            "receive = nvdimm_driver.cmd.ctl.moving:Receive",
             "wipe = nvdimm_driver.cmd.ctl.backings:Wipe",
             "release = nvdimm_driver.cmd.ctl.domains:Release",
             "resize = nvdimm_driver.cmd.ctl.resize:Resize",

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import BinaryIO
 
 from nvdimm_driver.backing.files import check_copy_name, export_name
 from nvdimm_driver.backing.identity import check_same_bytes
-from nvdimm_driver.contents import copying, ordinary_files
+from nvdimm_driver.contents import copying, ordinary_files, streams
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.model import Allocation, NvdimmSpec, Watch
 from nvdimm_driver.plugins import Backing, ByteRange, backing_of
@@ -65,6 +67,44 @@ class Exporter:
             self._checks.check_unowned(destination)  # a domain may have taken it meanwhile
             copy.publish()
         return digest
+
+    def send(
+        self,
+        nvdimms: Sequence[tuple[NvdimmSpec, Allocation | None]],
+        out: BinaryIO,
+        watch: Watch,
+        *,
+        running: bool,
+        have: Sequence[str] = (),
+    ) -> None:
+        """Write NVDIMMs to a stream, for 'receive' on another host; nothing is changed here.
+
+        :param nvdimms: each with the domain's NVDIMM that it must be, as for :meth:`export`.
+        :param running: send also while a domain runs with one and may change it: the other side keeps what comes, and
+            waits for the rest.
+        :param have: sums of what the other side has of a single one.
+        :raises InUseError: when a domain runs with one, or has run with it meanwhile, and as :meth:`export` does.
+        :raises BackingError: as :meth:`export` does.
+        """
+        hint = "shut it down first, or send it while it changes with --running"
+        last = [{} if running else self._checks.check_off(spec.path, hint) for spec, _ in nvdimms]
+        slots = [item.spec.slot if item else None for _, item in nvdimms]
+        streams.write_header(
+            out,
+            [
+                streams.Sent(os.path.basename(spec.path), spec.size, spec.label_size, slot)
+                for (spec, _), slot in zip(nvdimms, slots, strict=True)
+            ],
+            is_whole=not running,
+        )
+        for (spec, item), had in zip(nvdimms, last, strict=True):
+            self._checks.check_unshared(item.uuid if item else "", spec.path)
+            backing = backing_of(self._checks.backings, spec.path)
+            with reporting_errors_of(spec.path), self._opened(backing, spec, item) as content:
+                digest = streams.write(content, out, have, watch(f"sending {os.path.basename(spec.path)}"))
+            if not running:
+                self._checks.check_off_since(had, spec.path, hint)
+            streams.write_end(out, digest)
 
     @contextmanager
     def _opened(self, backing: Backing, spec: NvdimmSpec, item: Allocation | None) -> Iterator[ByteRange]:

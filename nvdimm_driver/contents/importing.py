@@ -7,11 +7,12 @@ All of this can be interrupted, by KeyboardInterrupt too, and repeated: a repeti
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import BinaryIO
 
 from nvdimm_driver.backing.files import check_copy_name, hidden_name
-from nvdimm_driver.contents import copying, ordinary_files
+from nvdimm_driver.contents import copying, ordinary_files, streams
 from nvdimm_driver.contents.shared_checks import Checks, reporting_errors_of
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
 from nvdimm_driver.labels import index_block
@@ -123,7 +124,7 @@ class Importer:
             self._checks.check_new(spec)
             backing_of(self._checks.backings, path)
             _check_overwrite(path, overwrite)
-            hidden, digest = self._copy_in(content, spec, watch)
+            hidden, digest = self._copy_in(lambda _: content, spec, watch)
             with backing_of(self._checks.backings, path).open_bytes(hidden, write=True) as target:  # as nobody else can
                 copying.verify(target, digest, watch("verifying"))
                 self._checks.check_off_since(last, source, _RUNNING)
@@ -145,9 +146,50 @@ class Importer:
         with opened as content:
             _check_end(path, content, size)
 
-    def _copy_in(self, content: ByteRange, spec: NvdimmSpec, watch: Watch) -> tuple[NvdimmSpec, str]:
+    def receive(
+        self, stream: BinaryIO, sent: streams.Sent, path: str, watch: Watch, *, is_whole: bool, overwrite: bool = False
+    ) -> NvdimmSpec:
+        """Make a backing with the bytes of an NVDIMM that come in a stream.
+
+        :param path: path of the backing, absolute.
+        :param is_whole: it gets its name; otherwise, it keeps its hidden name until the rest has come.
+        :param overwrite: overwrite what is on a device.
+        :raises BackingError: when the stream is cut off or damaged: what has come is kept.
+        :raises InUseError: when a domain owns the path.
+        :raises RefusedError: when the path is in no pool, a pool's rules forbid it, or something would be overwritten.
+        """
+        spec = new_nvdimm(path, _checked_size(path, sent.size), sent.label_size)
+        self._checks.check_new(spec)
+        _check_overwrite(path, overwrite)
+        received: list[streams.Received] = []
+
+        def come(target: ByteRange) -> ByteRange:
+            received.append(streams.Received(stream, sent, target))
+            return received[0]
+
+        with reporting_errors_of(path):
+            hidden, digest = self._copy_in(come, spec, watch)
+            received[0].check_end(digest)
+            if is_whole:
+                with backing_of(self._checks.backings, path).open_bytes(hidden, write=True) as target:
+                    copying.verify(target, digest, watch("verifying"))
+                    self._publish(hidden, spec, target.identity)
+        return spec
+
+    def sums(self, path: str) -> Iterator[str]:
+        """Yield the SHA-256 of each MiB of what has come for a path so far; nothing when nothing has."""
+        backing, hidden = backing_of(self._checks.backings, path), hidden_name(path)
+        there = hidden if backing.exists(hidden) else path
+        if backing.exists(there):
+            with backing.open_bytes(NvdimmSpec(0, there, backing.size(there))) as content:
+                yield from streams.sums(content)
+
+    def _copy_in(
+        self, content_for: Callable[[ByteRange], ByteRange], spec: NvdimmSpec, watch: Watch
+    ) -> tuple[NvdimmSpec, str]:
         """Copy into a backing under its hidden name, if it can have one.
 
+        :param content_for: returns what is to be copied into an open range.
         :returns: what it is until :meth:`_publish`, and the SHA-256 of the bytes.
         """
         backing = backing_of(self._checks.backings, spec.path)
@@ -158,7 +200,7 @@ class Importer:
             self._checks.check_new(spec)  # from here on, a start fails as long as this is open
             self._checks.check_unowned(hidden.path, target.identity)
             self._checks.tell_overwritten(hidden.path, target)
-            digest = copying.copy(content, target, watch("copying"))
+            digest = copying.copy(content_for(target), target, watch("copying"))
         backing.provision(hidden, watch("writing zeros"))
         return hidden, digest
 

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from nvdimm_driver.contents import ordinary_files, streams
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import NvdimmError
+from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.state.schema import SCHEMAS
 from tests.integration.crash_labels import has_the_label, has_whole_pages, write_labels
 from tests.integration.crash_points import Ended, Fault, traced
@@ -121,6 +123,21 @@ def _import_in_place(world: World, driver: XenNvdimmDriver) -> None:
 def _import_copy(world: World, driver: XenNvdimmDriver) -> None:
     if not os.path.exists(world.path("new")):
         driver.importer.import_copy(str(world.folder / "image"), world.path("new"), SIZE, LABEL, quiet)
+
+
+def _stream(world: World) -> None:
+    """Have an image as another host sends it."""
+    _image(world)
+    with ordinary_files.open_source(str(world.folder / "image")) as image, open(world.folder / "stream", "wb") as out:
+        streams.write_header(out, [streams.Sent("new", SIZE, LABEL, None)], is_whole=True)
+        streams.write_end(out, streams.write(image, out, (), unwatched))
+
+
+def _receive(world: World, driver: XenNvdimmDriver) -> None:
+    if not os.path.exists(world.path("new")):
+        with open(world.folder / "stream", "rb") as stream:
+            (sent,), is_whole = streams.read_header(stream)
+            driver.importer.receive(stream, sent, world.path("new"), quiet, is_whole=is_whole)
 
 
 def _prepare(world: World, driver: XenNvdimmDriver) -> None:
@@ -269,6 +286,7 @@ OPERATIONS = [
     Operation("provision", _new, _provision),
     Operation("import in place", _image, _import_in_place),
     Operation("import copy", _image, _import_copy),
+    Operation("receive", _stream, _receive),
     Operation("prepare", _defined, _prepare),
     Operation("map", _prepared, _attach, after=_destroyed, again=_prepared_again, done=_is_mapped),
     Operation("release of a start", _over, _release_start, done=_is_mutable),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nvdimm_driver.xml.rewrite import NAMESPACE
-from tests.integration.bench_host import Host
+from tests.integration.bench_host import CONF, Host
 
 NVDIMM = "<memory model='nvdimm'><source><path>{}</path></source><target><size unit='MiB'>4</size></target></memory>"
 OFF = ("", None, False)
@@ -364,6 +364,30 @@ def test_nvdimmctl_makes_an_nvdimm_larger(host: Host) -> None:
     assert "has no NVDIMM in slot 1" in host.nvdimmctl("resize", "db1", "32MiB", "--slot", "1").stderr
     host.check("undefine", "db1")
     assert "has no definition with" in host.nvdimmctl("resize", "db1", "32MiB").stderr
+
+
+def test_an_nvdimm_goes_through_a_pipe(host: Host) -> None:
+    host.configure(CONF + "[pool:main]\npaths = {folder}/pmem\n")
+    host.libvirtd.run("sh", "-c", f"yes | dd of={image(host, 'db1')} bs=4096 count=300 iflag=fullblock conv=notrunc")
+    python = host.folder / "python/bin/python"
+    nvdimmctl = f"{python} -I -c 'import sys; from nvdimm_driver.cmd.nvdimmctl import main; sys.exit(main())'"
+    pipe = f"set -o pipefail; {nvdimmctl} send db1 | {nvdimmctl} receive --name moved.img"
+    done = host.libvirtd.run("bash", "-c", pipe)
+    assert (done.returncode, done.stderr) == (0, "xs_open(0)\n"), done  # what xen_stand_in.c prints
+    assert "<address type='dimm' slot='0'/>" in done.stdout.replace('"', "'")
+    sums = host.libvirtd.run("sha256sum", image(host, "db1"), image(host, "moved")).stdout.split()
+    assert sums[0] == sums[2]
+    done = host.libvirtd.run("bash", "-c", pipe)
+    assert done.returncode == 5
+    assert "moved.img: exists already" in done.stderr
+    listed = host.libvirtd.run("bash", "-c", f"{nvdimmctl} receive --name moved.img --sums").stdout.split()
+    assert len(listed) == 4
+    done = host.libvirtd.run("bash", "-c", f"{nvdimmctl} receive --name other.img </dev/null")
+    assert (done.returncode, "nothing came" in done.stderr) == (5, True)
+    done = host.libvirtd.run("bash", "-c", f"{nvdimmctl} send db1 | true; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 5
+    assert done.stderr.endswith("nvdimmctl: the stream cannot be written: Broken pipe (what does 'receive' say?)\n")
+    host.configure()
 
 
 def test_an_nvdimm_gets_smaller_only_on_purpose(host: Host) -> None:

@@ -139,7 +139,7 @@ class Export(Action):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         driver = up_to_date(self.app)
-        spec, item = _one(driver, parsed_args.source)
+        spec, item = one_nvdimm(driver, parsed_args.source)
         destination = path_argument(parsed_args.destination, resolve_folder)
         running = parsed_args.running and driver.exporter.is_in_use(spec.path)
         with watched(destination) as watch:
@@ -245,7 +245,7 @@ def _target_pool(driver: XenNvdimmDriver, source: str, name: str | None) -> Pool
     return pools[0]
 
 
-def _one(driver: XenNvdimmDriver, word: str) -> tuple[NvdimmSpec, Allocation | None]:
+def one_nvdimm(driver: XenNvdimmDriver, word: str) -> tuple[NvdimmSpec, Allocation | None]:
     """Return the NVDIMM that ``DOMAIN``, ``DOMAIN:SLOT`` or an absolute path names, and whose it is, if anybody's."""
     if os.path.isabs(word):
         whole = _whole(driver, path_argument(word))
