@@ -117,12 +117,18 @@ def register(conf: cfg.ConfigOpts) -> Iterator[str]:
 
 
 def _install_hook(hook: Script) -> Iterator[str]:
-    """Install the hook, and remove what a :func:`register` that was killed has left of it."""
+    """Install the hook, and remove what a :func:`register` that was killed has left of it.
+
+    One in the place of that of another version keeps its time: libvirt has found a hook there, if it has since then.
+    """
     new, earlier = _left(hook.path)
     yield from _remove_left(new, earlier)
+    before = hook.path.stat() if os.access(hook.path, os.X_OK) else None
     done = install(hook.path, hook.text, 0o755, new=new)
     yield done
-    if not done.startswith("unchanged"):
+    if before is not None:
+        os.utime(hook.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif not done.startswith("unchanged"):
         yield "restart libvirtd (or virtxend), which looks for hooks only at its start: systemctl restart libvirtd"
 
 

@@ -52,6 +52,18 @@ def test_register_says_what_it_did_and_can_be_repeated(options: cfg.ConfigOpts, 
     assert os.stat(tmp_path / "state").st_mode & 0o777 == 0o700
 
 
+def test_libvirt_need_not_be_restarted_for_the_hook_of_another_version(options: cfg.ConfigOpts, tmp_path: Path) -> None:
+    list(register(options))
+    hook = tmp_path / "hooks/libxl.d/50-nvdimm"
+    text = hook.read_text()
+    hook.write_text(text + "# of before\n")
+    os.utime(hook, (1000, 1000))
+    told = list(register(options))
+    assert f"installed {hook}" in told
+    assert not [line for line in told if line.startswith("restart libvirtd")]
+    assert (hook.read_text(), hook.stat().st_mtime) == (text, 1000)
+
+
 def test_register_makes_the_folders_of_state_and_log(options: cfg.ConfigOpts, tmp_path: Path) -> None:
     options.set_override("log_file", f"{tmp_path}/logs/nvdimm.log")
     assert f"created {tmp_path}/logs" in list(register(options))
