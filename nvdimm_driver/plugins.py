@@ -460,7 +460,11 @@ class Backing(Plugin):
         return False
 
     def doubt_sharers(
-        self, path: str, identity: BackingIdentity | None = None, size: int | None = None
+        self,
+        path: str,
+        identity: BackingIdentity | None = None,
+        size: int | None = None,
+        mapped: Collection[int] = (),
     ) -> Sequence[str]:
         """Note on each backing that shares bytes with a frozen one that a guest may have written to it.
 
@@ -470,6 +474,7 @@ class Backing(Plugin):
 
         :param identity: whose bytes the frozen one has to have; None when that is not known.
         :param size: bytes that the guest has, from the start on; None for all.
+        :param mapped: numbers of the runs of guests: what is frozen for one of these is compared with its guest's.
         :returns: the paths of the others.
         :raises BackingError: when that cannot be done.
         """

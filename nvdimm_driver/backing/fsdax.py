@@ -362,12 +362,17 @@ class FsdaxBacking(Backing):
             return any(each.flags & extents.SHARED for each in extents.fiemap(fd, os.fstat(fd).st_size))
 
     def doubt_sharers(
-        self, path: str, identity: BackingIdentity | None = None, size: int | None = None
+        self,
+        path: str,
+        identity: BackingIdentity | None = None,
+        size: int | None = None,
+        mapped: Collection[int] = (),
     ) -> Sequence[str]:
         with opened(path, os.O_RDONLY, patience=lease_break_seconds()) as fd:
             if not inode.is_frozen(fd) or not self._is(fd, path, identity):
                 return ()
-            return shared_blocks.doubt_sharers(fd, os.fstat(fd).st_size if size is None else size, self._top(fd, path))
+            size = os.fstat(fd).st_size if size is None else size
+            return shared_blocks.doubt_sharers(fd, size, self._top(fd, path), self.locks.freezing, mapped)
 
     def trust(self, path: str, identity: BackingIdentity | None = None) -> None:
         with opened(path, os.O_RDONLY) as fd:

@@ -59,18 +59,16 @@ def is_frozen(fd: int) -> bool:
     ``cp -a`` copies the attribute that says so, but not the flag. An earlier version did not write on which file it
     was: there, the flag counts.
     """
-    if _FROZEN not in os.listxattr(fd):
+    written_on = _attribute(fd, _FROZEN)
+    if written_on is None:
         return False
-    written_on = os.getxattr(fd, _FROZEN)
     return written_on == _itself(fd) if written_on else bool(_flags(fd) & (IMMUTABLE | _APPEND_ONLY))
 
 
 def frozen_for(fd: int) -> int | None:
     """Return the number of the run that a frozen file was frozen for; None when it is not known."""
-    if _RUN not in os.listxattr(fd) or not is_frozen(fd):
-        return None
-    found = os.getxattr(fd, _RUN)
-    return int(found) if found.isdigit() else None
+    found = _attribute(fd, _RUN)
+    return int(found) if found is not None and found.isdigit() and is_frozen(fd) else None
 
 
 def is_immutable(fd: int) -> bool:
@@ -254,7 +252,7 @@ def _take_lease(fd: int) -> bool:
 
 def owner(fd: int) -> bytes | None:
     """Return the owner that :func:`mark` has recorded; None without one."""
-    return os.getxattr(fd, _OWNER) if _OWNER in os.listxattr(fd) else None
+    return _attribute(fd, _OWNER)
 
 
 def mark(fd: int, text: bytes | None) -> None:
@@ -278,20 +276,19 @@ def note_given(folder: int, number: int, when: int | None) -> None:
     """
     if when is not None:
         os.setxattr(folder, f"{_GIVEN}{number}", str(when).encode())
-    elif f"{_GIVEN}{number}" in os.listxattr(folder):
+    elif _attribute(folder, f"{_GIVEN}{number}") is not None:
         os.removexattr(folder, f"{_GIVEN}{number}")
 
 
 def given_at(folder: int, number: int) -> int:
     """Return the time that :func:`note_given` has noted for the file with that inode number; 0 without one."""
-    name = f"{_GIVEN}{number}"
-    return int(os.getxattr(folder, name)) if name in os.listxattr(folder) else 0
+    return int(_attribute(folder, f"{_GIVEN}{number}") or 0)
 
 
 def is_doubtful(fd: int) -> bool:
     """Return True for a file that :func:`doubt` has marked, and for a copy of it by ``cp -a``."""
     try:
-        return _DOUBTFUL in os.listxattr(fd)
+        return _attribute(fd, _DOUBTFUL) is not None
     except OSError as error:
         if error.errno == errno.ENOTSUP:  # its file system keeps no attributes
             return False
@@ -341,8 +338,18 @@ def set_copy_size(fd: int, size: int) -> None:
 def _set_run(fd: int, run: int | None) -> None:
     if run is not None:
         os.setxattr(fd, _RUN, str(run).encode())
-    elif _RUN in os.listxattr(fd):
+    elif _attribute(fd, _RUN) is not None:
         os.removexattr(fd, _RUN)
+
+
+def _attribute(fd: int, name: str) -> bytes | None:
+    """Return an extended attribute; None without it. Who may write the file can give it more than can be listed."""
+    try:
+        return os.getxattr(fd, name)
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            return None
+        raise
 
 
 def _itself(fd: int) -> bytes:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 from nvdimm_driver.backing import extents, inode
 from nvdimm_driver.backing.files import lease_break_seconds
@@ -24,13 +24,18 @@ LOG = logging.getLogger(__name__)
 _UNKNOWN = "whether a file shares blocks with a guest's cannot be determined:"
 
 
-def doubt_sharers(fd: int, size: int, top: str) -> list[str]:
+def doubt_sharers(
+    fd: int, size: int, top: str, lock: Callable[[int, str], AbstractContextManager[None]], mapped: Collection[int]
+) -> list[str]:
     """Mark each file that shares blocks with the beginning of an open one as doubtful, durably; return the paths.
 
-    A frozen one is left out: its blocks are compared with its guest's.
+    One of another guest is left out: its blocks are compared with that guest's. One that is frozen for a start that is
+    prepared, or was killed, has no guest.
 
     :param size: bytes of the beginning.
     :param top: the folder, resolved, below which the files are.
+    :param lock: keeps others from freezing and thawing an open file, with its path.
+    :param mapped: numbers of the runs of guests.
     :raises BackingError: when one cannot be marked.
     """
     own, here = Ranges("", (("", *each) for each in _shared(fd, size))), os.fstat(fd)
@@ -39,16 +44,22 @@ def doubt_sharers(fd: int, size: int, top: str) -> list[str]:
     for path, error in walk(top) if own.starts else ():
         if error is not None:
             LOG.warning("%s %s", _UNKNOWN, error)
-        elif not _doubt_if_shared(path, own, here, found):
+        elif not _doubt_if_shared(path, own, here, found, lock, mapped):
             leased.append(path)
     patience = lease_break_seconds()  # of all at once: the kernel asks for each since the look above
     for path in leased:
-        _doubt_if_shared(path, own, here, found, patience)
+        _doubt_if_shared(path, own, here, found, lock, mapped, patience)
     return found
 
 
 def _doubt_if_shared(
-    path: str, own: Ranges, here: os.stat_result, found: list[str], patience: float | None = None
+    path: str,
+    own: Ranges,
+    here: os.stat_result,
+    found: list[str],
+    lock: Callable[[int, str], AbstractContextManager[None]],
+    mapped: Collection[int],
+    patience: float | None = None,
 ) -> bool:
     """Mark a file if it shares blocks, durably, and add it to those found; return False while a lease is on it.
 
@@ -59,15 +70,16 @@ def _doubt_if_shared(
             other = stack.enter_context(opened(path, os.O_RDONLY, patience=patience or 0))
             there = os.fstat(other)
             is_other = stat.S_ISREG(there.st_mode) and there.st_dev == here.st_dev and there.st_ino != here.st_ino
-            can_share = is_other and not inode.is_frozen(other)
-            shares = can_share and any(own.touched_by(*each) for each in _shared(other, there.st_size))
-        except BackingError as error:
+            shares = is_other and any(own.touched_by(*each) for each in _shared(other, there.st_size))
+        except (BackingError, OSError) as error:
             if patience is None and isinstance(error.__cause__, BlockingIOError):
                 return False
             LOG.warning("%s %s", _UNKNOWN, error)
             return True
         if shares:
-            with reporting(path):
+            with reporting(path), lock(other, path):
+                if inode.frozen_for(other) in mapped:
+                    return True
                 inode.doubt(other)
                 os.fsync(other)
             found.append(path)

@@ -200,8 +200,9 @@ def _check_none_saved(conf: cfg.ConfigOpts, state_dir: str) -> None:
     except LedgerError as error:
         LOG.warning("%s", error)  # with or without it, no saved guest goes on
         return
-    with closing(_open_ledger(conf.state_dir)) as ledger:
-        lost = [each.name for each in saved if ledger.find_run(each.uuid) is None]
+    with closing(_open_ledger(state_dir)) as known, closing(_open_ledger(conf.state_dir)) as ledger:
+        goes_on = [each for each in saved if known.find_run(each.uuid) or known.find_domain(each.uuid)]
+        lost = [each.name for each in goes_on if ledger.find_run(each.uuid) is None]
     if lost:
         raise InUseError(
             f"{state_dir} has to stay the state folder: domains with NVDIMMs have saved guests, which go on with its "

@@ -282,8 +282,11 @@ class Starts:
         """
         had = saved_guest.placed(run) if run else ()
         size = next((spec.size for spec, it, *_ in had if spec.path == path or it == identity), None)
+        started = [each.start for each in self.ledger.started_domains() if each.start]
+        runs = [self.ledger.find_begun(start) for start in started if start.state == "mapped"]
+        mapped = [each.number for each in runs if each]
         for backing in self.backings:
-            for other in backing.doubt_sharers(path, identity, size) if backing.handles(path) else ():
+            for other in backing.doubt_sharers(path, identity, size, mapped) if backing.handles(path) else ():
                 owners = self.ledger.claimants(other) or [None]
                 for owner in owners:
                     uuid, name = (owner.uuid, owner.name) if owner else ("", "")

@@ -294,6 +294,17 @@ class Interceptor:
                 yield from self._try_restore(domain)
             return (yield from start)
 
+    def has_managed_save(self, procedure: int, payload: bytes) -> Steps:
+        """Answer as a start goes: libvirt does not know of each image that it would start from.
+
+        virsh asks this before it removes one.
+        """
+        domain = Unpacker(payload).domain()
+        reply = yield from call(procedure, payload)
+        if Unpacker(reply).int32() == 1:
+            return reply
+        return bytes(Packer().int32(int((yield from has_managed_save(domain, self._save_dir)))))
+
     def _try_restore(self, domain: DomainRef) -> Generator[Call | Work, Any, None]:
         """Check that a saved guest can go on, with the XML in its image: that is what libvirt gives the hook.
 
@@ -697,6 +708,7 @@ TABLE: Mapping[Procedure, Row] = {
     Procedure.DOMAIN_CREATE_WITH_FLAGS: Row(Interceptor.start),
     Procedure.DOMAIN_SET_MEMORY_FLAGS: Row(Interceptor.set_memory),
     Procedure.DOMAIN_UNDEFINE_FLAGS: Row(Interceptor.undefine),
+    Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE: Row(Interceptor.has_managed_save, read_only=True),
     Procedure.DOMAIN_RESTORE_FLAGS: Row(Interceptor.restore),
     Procedure.DOMAIN_SET_METADATA: Row(Interceptor.set_metadata),
     Procedure.DOMAIN_GET_METADATA: Row(metadata_calls.get_metadata, read_only=True),

@@ -445,9 +445,10 @@ def test_a_guest_that_was_saved_without_nvdimms_goes_on_though_its_domain_has_on
 SAVE = "/var/lib/libvirt/libxl/save/db1.save"
 
 
-@pytest.mark.parametrize("way", ["moved aside while libvirtd was restarted", "saved to that path"])
-def test_an_image_that_libvirt_does_not_know_of_is_asked_about(host: Host, way: str) -> None:
-    """libvirt restores and removes what is in its folder, and says that there is no managed save."""
+WAYS = ["moved aside while libvirtd was restarted", "saved to that path"]
+
+
+def save_unknown(host: Host, way: str) -> None:
     host.check("start", "db1")
     if way == "saved to that path":
         host.check("save", "db1", SAVE)
@@ -457,7 +458,26 @@ def test_an_image_that_libvirt_does_not_know_of_is_asked_about(host: Host, way: 
         host.libvirtd.stop()
         host.libvirtd.start()
         assert host.libvirtd.run("mv", "/var/lib/libvirt/aside", SAVE).returncode == 0
-    assert not is_saved(host)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_image_that_libvirt_does_not_know_of_is_removed_as_the_hint_says(host: Host, way: str) -> None:
+    """virsh asks first whether there is one."""
+    save_unknown(host, way)
+    larger = host.xml("db1", 1)
+    larger.write_text(larger.read_text().replace("<size unit='MiB'>4<", "<size unit='MiB'>8<"))
+    assert host.virsh("define", larger).returncode == 1
+    assert "virsh managedsave-remove" in host.nvdimmctl("unregister").stderr
+    host.check("managedsave-remove", "db1")
+    assert host.libvirtd.run("ls", SAVE).returncode != 0
+    host.check("define", larger)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_image_that_libvirt_does_not_know_of_is_asked_about(host: Host, way: str) -> None:
+    """libvirt restores and removes what is in its folder, and says that there is no managed save."""
+    save_unknown(host, way)
+    assert is_saved(host), "nvdimmd answers as a start goes"
     host.libvirtd.run("mount", "-o", "remount,ro", host.folder / "pmem")
     said = refused(host, "start", "db1")
     host.libvirtd.run("mount", "-o", "remount,rw", host.folder / "pmem")
@@ -481,6 +501,24 @@ def test_another_state_folder_costs_no_saved_guest(host: Host) -> None:
     finally:
         host.configure()
         host.libvirtd.run("rm", "-r", host.folder / "other-state")
+        host.nvdimmctl("register")
+        host.nvdimmctl("check", "--repair")
+    host.check("start", "db1")
+
+
+def test_a_ledger_that_is_lost_keeps_nobody_in_its_state_folder(host: Host) -> None:
+    host.check("start", "db1")
+    host.check("managedsave", "db1")
+    host.libvirtd.run("mv", host.folder / "state", host.folder / "gone")
+    host.libvirtd.run("mkdir", "-m", "700", host.folder / "state")
+    host.configure(CONF.replace("{folder}/state", "{folder}/other-state"))
+    try:
+        done = host.nvdimmctl("register")
+        assert done.returncode == 0, done.stderr
+    finally:
+        host.configure()
+        host.libvirtd.run("rm", "-r", host.folder / "other-state", host.folder / "state")
+        host.libvirtd.run("mv", host.folder / "gone", host.folder / "state")
         host.nvdimmctl("register")
         host.nvdimmctl("check", "--repair")
     host.check("start", "db1")

@@ -10,7 +10,7 @@ import os
 import signal
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from nvdimm_driver.backing import inode, paths
+from nvdimm_driver.backing import extents, inode, paths
 from nvdimm_driver.backing.fsdax import FsdaxBacking
 from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.doctor.repair_changes import Changes
@@ -566,3 +566,106 @@ def test_a_file_that_shares_blocks_with_no_domains_file_is_copied(xfs: Host) -> 
     run("cp", "--reflink=always", xfs.path("a.img"), xfs.path("copy"))
     found = shared(xfs, "a.img")
     assert (found.remedy, found.mend is None) == ("copy what is shared", False)
+
+
+def as_nobody(work: Callable[[], object]) -> None:
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("later", ["release", "reconcile"])
+def test_a_users_file_with_many_attributes_keeps_no_guest_from_its_end(xfs: Host, later: str) -> None:
+    share(xfs)
+    folder = Path(xfs.path("users"))
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    for each in folder.parents:  # the test's own
+        os.chmod(each, os.stat(each).st_mode | 0o011)
+
+    def make() -> None:
+        fd = os.open(folder / "note", os.O_CREAT | os.O_WRONLY)
+        for number in range(300):
+            os.setxattr(fd, "user." + f"{number:06}".ljust(249, "x"), b"")
+
+    as_nobody(make)
+    with pytest.raises(OSError, match="Argument list too long"):
+        os.listxattr(folder / "note")
+    xfs.mapper.alive.clear()
+    xfs.driver.release(UUID) if later == "release" else xfs.driver.reconcile()
+    assert xfs.record().start is None
+    assert is_doubtful(xfs, "b.img")
+
+
+def ends_while_another_start_has_frozen_its_file(
+    xfs: Host, monkeypatch: pytest.MonkeyPatch, end: Callable[[], object]
+) -> None:
+    """Let a guest end after the start of another domain has frozen a file, and before it is refused."""
+    frozen, over, go, ended = *os.pipe(), *os.pipe()
+    pid = os.fork()
+    if not pid:
+        check = extents.check_flags
+
+        def wait(path: str, *rest: Any, **options: Any) -> None:
+            with open(path, "rb") as file:
+                is_first = path.endswith("b.img") and inode.is_frozen(file.fileno())
+            if is_first:
+                monkeypatch.setattr(extents, "check_flags", check)
+                os.write(over, b"x")
+                os.read(go, 1)
+            check(path, *rest, **options)
+
+        try:
+            monkeypatch.setattr(extents, "check_flags", wait)
+            with pytest.raises(BackingError, match="shares"):
+                xfs.another().prepare(xfs.domain("b.img", OTHER_UUID))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(over)
+    assert os.read(frozen, 1) == b"x"
+    end()
+    os.write(ended, b"x")
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "refused"])
+def test_a_start_that_does_not_come_hides_no_file(xfs: Host, monkeypatch: pytest.MonkeyPatch, is_killed: bool) -> None:
+    """It freezes its file before it looks at it: that is no sign of a guest."""
+    share(xfs)
+
+    def end() -> None:
+        xfs.mapper.alive.clear()
+        xfs.another().release(UUID)
+
+    if is_killed:
+        pid = os.fork()
+        if not pid:
+            monkeypatch.setattr(extents, "check_flags", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            try:
+                xfs.another().prepare(xfs.domain("b.img", OTHER_UUID))
+            finally:
+                os._exit(1)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        assert is_immutable(xfs.path("b.img"))
+        end()
+    else:
+        ends_while_another_start_has_frozen_its_file(xfs, monkeypatch, end)
+    assert is_doubtful(xfs, "b.img")
+    xfs.driver = xfs.another()
+    xfs.driver.release_claims(xfs.record(), quiet, delete=True)
+    with pytest.raises(BackingError, match=DOUBTFUL):
+        xfs.driver.prepare(xfs.domain("b.img", OTHER_UUID))
+
+
+def is_doubtful(xfs: Host, name: str) -> bool:
+    with open(xfs.path(name), "rb") as file:
+        return inode.is_doubtful(file.fileno())

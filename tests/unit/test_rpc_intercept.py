@@ -786,6 +786,7 @@ def test_a_client_that_only_reads_is_left_to_libvirtd() -> None:
         Procedure.CONNECT_OPEN,
         Procedure.DOMAIN_GET_XML_DESC,
         Procedure.DOMAIN_GET_METADATA,
+        Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE,
     }
 
 
