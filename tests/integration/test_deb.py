@@ -184,7 +184,7 @@ def test_the_unit_tests_pass_with_what_debian_has(system: DebianRoot) -> None:
 
 
 def test_completion_knows_commands_options_and_domains(registered: DebianRoot) -> None:
-    assert complete(registered, "re") == ["register", "release", "restore", "rewrite"]
+    assert complete(registered, "re") == ["receive", "register", "release", "resize", "restore", "rewrite"]
     assert complete(registered, "acpi", "") == ["dump"]
     assert complete(registered, "plan", "--h") == ["--help", "--host"]
     assert complete(registered, "--config-file", CONF, "sho") == ["show"]

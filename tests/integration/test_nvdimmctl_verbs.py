@@ -200,7 +200,11 @@ def test_a_column_that_there_is_not_is_named(config: Path, verb: str, columns: s
 
 
 def test_monitor_says_that_nobody_knows_the_domain(config: Path) -> None:
-    for name, said in (("db1", ""), (UUID, ""), ("typo", "no domain 'typo' with NVDIMMs is known now")):
+    for name, said in (
+        ("db1", ""),
+        (UUID, ""),
+        ("typo", "no domain 'typo' with NVDIMMs is known, now or in the events"),
+    ):
         done = nvdimmctl("--config-file", config, "monitor", "--no-follow", "--domain", name)
         assert (done.returncode, done.stdout, done.stderr.partition(" (")[0]) == (0, "", said)
 

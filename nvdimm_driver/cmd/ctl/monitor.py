@@ -92,8 +92,11 @@ def _watch(ledger: Ledger, wanted: argparse.Namespace) -> None:
     """
     deadline = None if wanted.timeout is None else time.monotonic() + wanted.timeout
     key = wanted.domain
-    if key and not key.isdigit() and not ledger.named(key) and ledger.find_domain(key) is None:
-        print(f"no domain {key!r} with NVDIMMs is known now ('nvdimmctl list' shows all)", file=sys.stderr)
+    if key and not key.isdigit() and not _is_known(ledger, key):
+        print(
+            f"no domain {key!r} with NVDIMMs is known, now or in the events ('nvdimmctl list' shows all)",
+            file=sys.stderr,
+        )
     last = wanted.since
     if last is None:
         last = 0 if wanted.no_follow else ledger.last_event()
@@ -108,6 +111,13 @@ def _watch(ledger: Ledger, wanted: argparse.Namespace) -> None:
             return
         if reader.poll(1000 * POLL_SECONDS):
             raise BrokenPipeError
+
+
+def _is_known(ledger: Ledger, key: str) -> bool:
+    """Return whether a domain has that name or uuid, or an event that is kept is of one that had it."""
+    if ledger.named(key) or ledger.find_domain(key) is not None:
+        return True
+    return any(key in (event.name, event.uuid) for event in ledger.events())
 
 
 def _is_wanted(event: Event, wanted: argparse.Namespace) -> bool:
