@@ -296,6 +296,8 @@ class Definitions:
             paths = {item.spec.path for item in now.allocations}
         known = before.start if before else None  # what it has was the domain's, or given up, before this define
         paths |= {*now.start.paths} if now.start and (known is None or known.id != now.start.id) else set()
+        had = [each for each in made.grown if each.old.path in paths]  # its guest has written to what it got
+        before = before and replace(before, allocations=_as_grown(before.allocations, now, had))
         kept = {
             *(item.spec for item in made.created),
             *(item.spec for item in now.allocations if item.spec.path in paths),
@@ -307,7 +309,8 @@ class Definitions:
         deleted = {item.spec for item in doomed if self._delete(item, now)}
         self._put_back_claims(now, before, kept - deleted, deleted)
         for each in made.grown:
-            self._undo_growth(uuid, each)
+            if each not in had:
+                self._undo_growth(uuid, each)
 
     def _undo_growth(self, uuid: str, grown: Growth) -> None:
         """Take away what a define has put behind an NVDIMM's end, unless a guest has it, or had."""
@@ -805,6 +808,13 @@ class Definitions:
 
     def _backing(self, spec: NvdimmSpec) -> Backing:
         return backing_of(self.backings, spec.path)
+
+
+def _as_grown(items: Sequence[Allocation], now: Record, grown: Sequence[Growth]) -> tuple[Allocation, ...]:
+    """Return NVDIMMs, those that have grown as a domain has them now."""
+    paths = {each.old.path for each in grown}
+    larger = {item.spec.path: item for item in now.allocations if item.spec.path in paths}
+    return tuple(larger.get(item.spec.path, item) for item in items)
 
 
 def _is_own(record: Record, identity: BackingIdentity | None) -> bool:

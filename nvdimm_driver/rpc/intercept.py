@@ -131,9 +131,10 @@ class Interceptor:
         if wanted is None:
             payload = yield from self._without_remains(payload, read)
             started = pass_xml(procedure, payload, read, with_fds=True)
-            known = (yield from find(read.uuid)) if read.uuid else None
+            if read.uuid is None:
+                return (yield from started)
             # its saved guest, which libvirt starts instead, may have some
-            return (yield from (started if known is None else self._started_from_save(known, started)))
+            return (yield from self._started_from_save(DomainRef(read.name, read.uuid, -1), started))
         resolved, wanted = yield from self._resolved_domain(read.text, wanted)
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted), Pool.HOST)
         with (yield from self._changing(domain.uuid or "")):
@@ -643,7 +644,7 @@ class Interceptor:
             those that it had.
         """
         uuid = plan.domain.uuid
-        if uuid is None or (yield from defined_xml(uuid)) is None:
+        if uuid is None:
             return False
         known = DomainRef(plan.domain.name, uuid, -1)
         if not (yield from has_managed_save(known, self._save_dir)):

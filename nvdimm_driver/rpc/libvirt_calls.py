@@ -48,11 +48,14 @@ def call(procedure: int, payload: bytes, *, with_fds: bool = False) -> Steps:
 
 
 def has_managed_save(domain: DomainRef, save_dir: str) -> Generator[Call | Work, Any, bool]:
-    """Return True if a defined domain has a managed save.
+    """Return True if a domain has a managed save, from which it would be started.
 
-    libvirt answers by what it has found when it was started, or has saved since. A start takes what is in its folder
-    (src/libxl/libxl_domain.c:libxlDomainStart).
+    libvirt answers by what it has found when it was started, or has saved since. A start takes what is in its folder,
+    also that of a domain which libvirt does not know before (src/libxl/libxl_domain.c:libxlDomainStart).
     """
+    if (yield from find(domain.uuid)) is None:
+        name, uuid = domain.name, domain.uuid
+        return bool((yield Work(lambda: definition_files.has_managed_save(save_dir, name, uuid), Pool.HOST)))
     arguments = bytes(Packer().domain(domain).uint32(0))
     if Unpacker((yield from call(Procedure.DOMAIN_HAS_MANAGED_SAVE_IMAGE, arguments))).int32() == 1:
         return True

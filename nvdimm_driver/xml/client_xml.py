@@ -68,6 +68,7 @@ class ClientDomain:
     :ivar other_type: the type of a domain with NVDIMMs that is not of type ``xen``.
     :ivar uuid: that in the XML of a domain of type ``xen``.
     :ivar is_limited: the domain has ``<maxMemory>``.
+    :ivar name: of the domain; empty when it has none.
     """
 
     text: str
@@ -75,6 +76,7 @@ class ClientDomain:
     other_type: str | None
     uuid: str | None
     is_limited: bool
+    name: str = ""
 
 
 def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> ClientDomain:
@@ -106,7 +108,7 @@ def read_domain(data: bytes, device_model: str, *, validate: bool = False) -> Cl
     uuid = None
     with suppress(DomainXmlError):  # that libvirt refuses, or takes for none
         uuid = uuid_of(root) if xen else None
-    return ClientDomain(text, domain, other_type, uuid, root.child("maxMemory") is not None)
+    return ClientDomain(text, domain, other_type, uuid, root.child("maxMemory") is not None, root.text_of("name"))
 
 
 class Added(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
@@ -28,6 +29,7 @@ XEN_ARGUMENTS = "http://libvirt.org/schemas/domain/xen/1.0"
 """The namespace of ``<commandline>``, which has arguments for QEMU."""
 OPTIONS = "urn:nvdimm-driver:options:1"
 """The namespace of the options that a user may put into ``<metadata>``."""
+_UUID_DIGITS = re.compile("[0-9A-Fa-f]{32}")
 _OPTIONS = {"dsm": DSM, "cache": caching.CACHES}
 """The attributes of its element, with their values."""
 
@@ -162,17 +164,17 @@ def check_started_ram(root: Element) -> None:
 def uuid_of(root: Element) -> str | None:
     """Return the uuid of a domain in lower case; None when it has none.
 
+    libvirt takes hyphens and blanks anywhere in it (src/util/viruuid.c:virUUIDParse).
+
     :raises DomainXmlError: when it is not a UUID.
     """
     element = root.child("uuid")
     if element is None:
         return None
-    try:
-        return str(UUID(element.text.strip()))
-    except ValueError:
-        raise DomainXmlError(
-            f"<uuid> is {element.text!r}, which is not a UUID", hint="write 32 hexadecimal digits"
-        ) from None
+    digits = element.text.strip().replace("-", "").replace(" ", "")
+    if not _UUID_DIGITS.fullmatch(digits):
+        raise DomainXmlError(f"<uuid> is {element.text!r}, which is not a UUID", hint="write 32 hexadecimal digits")
+    return str(UUID(digits))
 
 
 def parse_xen(xml: str, word: str) -> Text | None:

@@ -169,6 +169,29 @@ def test_a_full_file_system_takes_back_what_it_gave(world: World) -> None:
     assert os.path.getsize(world.path("x1")) == SIZE
 
 
+def test_what_a_guest_has_run_with_is_not_taken_back(world: World) -> None:
+    """A start can fail after its guest has run, as when a hook for 'started' does."""
+    domain, names = sized(world, LARGE, LARGE), ("x0", "x1")
+
+    def create(driver: XenNvdimmDriver) -> None:
+        with driver.locks.changing(X):
+            before = driver.state_of(X, domain)
+            made = driver.create(domain, driver.check(domain))
+            world.start(domain, DOMID)
+            for name in names:  # as only the guest can
+                run("chattr", "-i", world.path(name))
+                write(world, name, SIZE, b"in the new room")
+                run("chattr", "+i", world.path(name))
+            world.xen().call("destroy", DOMID)
+            world.do(lambda other: other.release(X))
+            driver.undo(X, before, made, world.do(lambda other: other.ledger.find_domain(X)))
+
+    world.do(create)
+    assert all(world.content(name)[SIZE:].startswith(b"in the new room") for name in names)
+    assert world.do(sizes_in_ledger) == {"x0": LARGE, "x1": LARGE}
+    assert world.repair() == []
+
+
 def test_a_create_that_libvirt_refuses_leaves_the_file_as_it_was(world: World) -> None:
     before = world.content("x0")
     world.do(partial(world.create_refused, sized(world, LARGE, SIZE)))

@@ -14,7 +14,7 @@ import pytest
 
 from nvdimm_driver.model import MIB
 from nvdimm_driver.xml.parse_domain import OPTIONS
-from tests.integration.bench_host import CONF, Host
+from tests.integration.bench_host import CONF, UUID, Host
 from tests.ledger_copies import copy_ledger
 
 QUOTA = 8
@@ -331,12 +331,32 @@ def test_a_create_with_other_ram_than_that_of_the_saved_guest(host: Host) -> Non
     assert host.record("db1").ram == 512 * MIB, "libvirt restores the guest as it was"
 
 
-def test_a_create_without_nvdimms_asks_about_the_saved_guest_too(host: Host) -> None:
-    """libvirt restores that, with its NVDIMMs."""
+@pytest.mark.parametrize("blank", ["-", " "])
+def test_a_create_without_nvdimms_asks_about_the_saved_guest_too(host: Host, blank: str) -> None:
+    """libvirt restores that, with its NVDIMMs. It takes blanks in a uuid."""
     save(host)
     host.libvirtd.run("touch", host.folder / "pmem/db1.img")
-    assert "db1.img was written on the host" in refused(host, "create", without_nvdimms(host))
+    plain = without_nvdimms(host)
+    plain.write_text(plain.read_text().replace(UUID.format(1), UUID.format(1).replace("-", blank, 1)))
+    assert "db1.img was written on the host" in refused(host, "create", plain)
     assert is_saved(host)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_so_does_a_create_of_a_domain_that_libvirt_does_not_know(host: Host, plain: bool) -> None:
+    """It starts the image that has the domain's name, and removes that first."""
+    image = "/var/lib/libvirt/libxl/save/db1.save"
+    host.check("start", "db1")
+    host.check("undefine", "db1")
+    host.check("save", "db1", image)
+    host.libvirtd.run("touch", host.folder / "pmem/db1.img")
+    file = without_nvdimms(host) if plain else host.xml("db1", 1)
+    try:
+        assert "db1.img was written on the host" in refused(host, "create", file)
+        assert host.libvirtd.run("ls", image).stdout
+    finally:
+        host.libvirtd.run("rm", "-f", image)
+        host.define("db1", 1)
 
 
 @pytest.mark.parametrize(
