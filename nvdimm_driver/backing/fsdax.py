@@ -244,7 +244,11 @@ class FsdaxBacking(Backing):
         with self._changeable(spec.path) as at:
             hidden = at.beside(os.path.basename(hidden_name(spec.path)))
             there = hidden.status()
-            if there is not None:
+            if there is None:
+                named = at.status()
+                if identity is not None and (named is None or named.st_ino != identity.inode):
+                    raise NotFoundError(f"{hidden_name(spec.path)}: is not there any more", hint="import it again")
+            else:
                 if identity is not None and there.st_ino != identity.inode:
                     raise InUseError(f"{hidden_name(spec.path)}: another file is there now", hint="import it again")
                 unlink_empty(spec.path, at)

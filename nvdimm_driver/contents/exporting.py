@@ -88,7 +88,7 @@ class Exporter:
         """
         hint = "shut it down first, or send it while it changes with --running"
         last = [{} if running else self._checks.check_off(spec.path, hint) for spec, _ in nvdimms]
-        slots = [item.spec.slot if item else None for _, item in nvdimms]
+        slots = [item.spec.own_slot if item else None for _, item in nvdimms]
         streams.write_header(
             out,
             [
@@ -97,13 +97,13 @@ class Exporter:
             ],
             is_whole=not running,
         )
-        for (spec, item), had in zip(nvdimms, last, strict=True):
+        for number, (spec, item) in enumerate(nvdimms, 1):
             self._checks.check_unshared(item.uuid if item else "", spec.path)
             backing = backing_of(self._checks.backings, spec.path)
             with reporting_errors_of(spec.path), self._opened(backing, spec, item) as content:
                 digest = streams.write(content, out, have, watch(f"sending {os.path.basename(spec.path)}"))
-            if not running:
-                self._checks.check_off_since(had, spec.path, hint)
+            for (before, _), had in zip(nvdimms[:number], last[:number], strict=True) if not running else ():
+                self._checks.check_off_since(had, before.path, hint)
             streams.write_end(out, digest)
 
     @contextmanager

@@ -7,7 +7,8 @@ All of this can be interrupted, by KeyboardInterrupt too, and repeated: a repeti
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from itertools import islice
 from typing import BinaryIO
 
@@ -147,34 +148,72 @@ class Importer:
             _check_end(path, content, size)
 
     def receive(
-        self, stream: BinaryIO, sent: streams.Sent, path: str, watch: Watch, *, is_whole: bool, overwrite: bool = False
-    ) -> NvdimmSpec:
-        """Make a backing with the bytes of an NVDIMM that come in a stream.
+        self,
+        stream: BinaryIO,
+        sent: Sequence[streams.Sent],
+        paths: Sequence[str],
+        watched: Callable[[str], AbstractContextManager[Watch]],
+        *,
+        is_whole: bool,
+        overwrite: bool = False,
+    ) -> list[NvdimmSpec]:
+        """Make backings with the bytes of the NVDIMMs that come in a stream.
 
-        :param path: path of the backing, absolute.
-        :param is_whole: it gets its name; otherwise, it keeps its hidden name until the rest has come.
+        None gets its name before all have come: the bytes of one domain are of one moment.
+
+        :param paths: path of the backing of each, absolute.
+        :param watched: shows the progress of the work on a path.
+        :param is_whole: they get their names; otherwise, they keep their hidden names until the rest has come.
         :param overwrite: overwrite what is on a device.
-        :raises BackingError: when the stream is cut off or damaged: what has come is kept.
-        :raises InUseError: when a domain owns the path.
-        :raises RefusedError: when the path is in no pool, a pool's rules forbid it, or something would be overwritten.
+        :raises BackingError: when the stream is cut off or damaged, or more comes than it says: what has come is kept.
+        :raises InUseError: when a domain owns a path.
+        :raises RefusedError: when a path is in no pool, a pool's rules forbid it, or something would be overwritten.
         """
-        spec = new_nvdimm(path, _checked_size(path, sent.size), sent.label_size)
-        self._checks.check_new(spec)
-        _check_overwrite(path, overwrite)
+        specs = [
+            new_nvdimm(path, _checked_size(path, each.size), each.label_size)
+            for each, path in zip(sent, paths, strict=True)
+        ]
+        for path, spec in zip(paths, specs, strict=True):
+            self._checks.check_new(spec)
+            _check_overwrite(path, overwrite)
+            if not is_whole and os.path.exists(path) and not os.path.isfile(path):
+                raise RefusedError(
+                    f"{path}: a device cannot wait for the rest: it has no other name until then",
+                    hint="shut the domain down, and send without --running",
+                )
+        came = []
+        for each, path, spec in zip(sent, paths, specs, strict=True):
+            with watched(path) as watch, reporting_errors_of(path):
+                came.append(self._receive(stream, each, spec, watch))
+        if stream.read(1):
+            raise BackingError(
+                "more comes than the stream says", hint="one 'receive' takes what one 'send' writes: send it again"
+            )
+        with ExitStack() as opened:
+            targets = []
+            for path, spec, (hidden, digest) in zip(paths, specs, came, strict=True) if is_whole else ():
+                with watched(path) as watch, reporting_errors_of(path):
+                    target = opened.enter_context(
+                        backing_of(self._checks.backings, path).open_bytes(hidden, write=True)
+                    )
+                    copying.verify(target, digest, watch("verifying"))
+                    targets.append((path, spec, hidden, target))
+            for path, spec, hidden, target in targets:
+                with reporting_errors_of(path):
+                    self._publish(hidden, spec, target.identity)
+        return specs
+
+    def _receive(self, stream: BinaryIO, sent: streams.Sent, spec: NvdimmSpec, watch: Watch) -> tuple[NvdimmSpec, str]:
+        """Do what :meth:`_copy_in` does, with what comes in a stream."""
         received: list[streams.Received] = []
 
         def come(target: ByteRange) -> ByteRange:
             received.append(streams.Received(stream, sent, target))
             return received[0]
 
-        with reporting_errors_of(path):
-            hidden, digest = self._copy_in(come, spec, watch)
-            received[0].check_end(digest)
-            if is_whole:
-                with backing_of(self._checks.backings, path).open_bytes(hidden, write=True) as target:
-                    copying.verify(target, digest, watch("verifying"))
-                    self._publish(hidden, spec, target.identity)
-        return spec
+        hidden, digest = self._copy_in(come, spec, watch)
+        received[0].check_end(digest)
+        return hidden, digest
 
     def sums(self, path: str) -> Iterator[str]:
         """Yield the SHA-256 of each MiB of what has come for a path so far; nothing when nothing has."""

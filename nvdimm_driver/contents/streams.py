@@ -15,7 +15,7 @@ from hashlib import sha256
 from typing import BinaryIO
 
 from nvdimm_driver.errors import BackingError, RefusedError
-from nvdimm_driver.model import MIB, Progress
+from nvdimm_driver.model import MAX_NVDIMMS, MIB, Progress
 from nvdimm_driver.plugins import ByteRange
 
 CHUNK = MIB
@@ -63,8 +63,12 @@ def read_header(stream: BinaryIO) -> tuple[list[Sent], bool]:
         found = [Sent(**each) for each in header["nvdimms"]]
         for each in found:
             numbers = [each.size, each.label_size, *([] if each.slot is None else [each.slot])]
+            if each.slot is not None and each.slot >= MAX_NVDIMMS:
+                raise ValueError
             if not all(type(number) is int and number >= 0 for number in numbers) or not _is_name(each.name):
                 raise ValueError
+        if not found or len({each.name for each in found}) < len(found):
+            raise ValueError
         return found, header["whole"] is True
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RefusedError("the stream does not say which NVDIMMs it has") from error

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -27,7 +27,7 @@ from nvdimm_driver.doctor.repair_view import DefinitionOf, nobody_to_ask
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
 from nvdimm_driver.lifecycle.define import Made
-from nvdimm_driver.model import KIB, MIB, PAGE, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress
+from nvdimm_driver.model import KIB, MIB, PAGE, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress, Watch
 from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.pools.rules import Pools
 from nvdimm_driver.xen.domctl import guest_runs
@@ -49,6 +49,11 @@ T = TypeVar("T")
 def quiet(what: str) -> Progress:
     del what
     return unwatched
+
+
+def quietly(path: str) -> AbstractContextManager[Watch]:
+    del path
+    return nullcontext(quiet)
 
 
 class Hypervisor(RecordingMapper):

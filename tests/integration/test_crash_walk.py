@@ -25,7 +25,18 @@ from nvdimm_driver.plugins import unwatched
 from nvdimm_driver.state.schema import SCHEMAS
 from tests.integration.crash_labels import has_the_label, has_whole_pages, write_labels
 from tests.integration.crash_points import Ended, Fault, traced
-from tests.integration.crash_world import LABEL, NEIGHBOURS_DOMID, SIZE, STRANGER, World, X, deleted, quiet, repaired
+from tests.integration.crash_world import (
+    LABEL,
+    NEIGHBOURS_DOMID,
+    SIZE,
+    STRANGER,
+    World,
+    X,
+    deleted,
+    quiet,
+    quietly,
+    repaired,
+)
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.ledger_copies import forget_in_use
 
@@ -136,8 +147,8 @@ def _stream(world: World) -> None:
 def _receive(world: World, driver: XenNvdimmDriver) -> None:
     if not os.path.exists(world.path("new")):
         with open(world.folder / "stream", "rb") as stream:
-            (sent,), is_whole = streams.read_header(stream)
-            driver.importer.receive(stream, sent, world.path("new"), quiet, is_whole=is_whole)
+            sent, is_whole = streams.read_header(stream)
+            driver.importer.receive(stream, sent, [world.path("new")], quietly, is_whole=is_whole)
 
 
 def _prepare(world: World, driver: XenNvdimmDriver) -> None:

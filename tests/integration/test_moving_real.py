@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from random import Random
+from typing import Any
+from unittest import mock
 
 import pytest
 
-from nvdimm_driver.contents import streams
+from nvdimm_driver.contents import copying, streams
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import BackingError, InUseError, NvdimmError, RefusedError
+from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NvdimmError, RefusedError
 from nvdimm_driver.model import MIB
-from tests.integration.crash_world import LABEL, SIZE, World, X, quiet
+from tests.integration.crash_world import LABEL, SIZE, World, X, quiet, quietly
 from tests.integration.loop_pmem import FileSystem
 from tests.integration.test_crash_walk import DOMID
 
@@ -76,8 +78,8 @@ def received(world: World, stream: bytes) -> list[int | None]:
     def receive(driver: XenNvdimmDriver) -> list[int | None]:
         source = BytesIO(stream)
         nvdimms, is_whole = streams.read_header(source)
-        for each in nvdimms:
-            driver.importer.receive(source, each, world.path(each.name), quiet, is_whole=is_whole)
+        paths = [world.path(each.name) for each in nvdimms]
+        driver.importer.receive(source, nvdimms, paths, quietly, is_whole=is_whole)
         return [each.slot for each in nvdimms]
 
     return world.do(receive)
@@ -85,6 +87,53 @@ def received(world: World, stream: bytes) -> list[int | None]:
 
 def sums(world: World, name: str) -> list[str]:
     return world.do(lambda driver: list(driver.importer.sums(world.path(name))))
+
+
+def test_a_domain_that_has_run_meanwhile_does_not_arrive_in_part(here: World, there: World) -> None:
+    """Its first NVDIMM would be of before the run, and the second of after it."""
+    real, out = streams.write, BytesIO()
+    calls: list[object] = []
+
+    def runs_before_the_second(*arguments: Any) -> str:
+        calls.append(arguments)
+        if len(calls) == 2:
+            here.start(here.domain(X, "x0", "x1"), DOMID)
+            here.xen().call("destroy", DOMID)
+            here.do(lambda driver: driver.release(X))
+        return real(*arguments)
+
+    def send(driver: XenNvdimmDriver) -> None:
+        record = driver.ledger.find_domain(X)
+        assert record
+        with mock.patch.object(streams, "write", runs_before_the_second):
+            driver.exporter.send([(item.spec, item) for item in record.allocations], out, quiet, running=False)
+
+    had = there.names()
+    with pytest.raises(NvdimmError):
+        here.do(send)
+    with pytest.raises(NvdimmError):
+        received(there, out.getvalue())
+    assert {name for name in there.names() if not name.endswith(".partial")} == had
+
+
+def test_what_is_behind_a_stream_is_not_dropped_without_a_word(here: World, there: World) -> None:
+    stream = sent(here, "x0")
+    with pytest.raises(BackingError, match="more comes than the stream says"):
+        received(there, stream + stream)
+    assert "x0" not in there.names()
+    assert received(there, stream) == [0]
+
+
+def test_what_is_gone_before_it_gets_its_name_has_not_come(here: World, there: World) -> None:
+    stream, real = sent(here, "x0"), copying.verify
+
+    def verify(*arguments: Any) -> None:
+        real(*arguments)
+        os.unlink(there.path(".x0.partial"))
+
+    with mock.patch.object(copying, "verify", verify), pytest.raises(NotFoundError, match="is not there any more"):
+        received(there, stream)
+    assert "x0" not in there.names()
 
 
 def test_a_domain_arrives_with_its_bytes_and_labels(here: World, there: World) -> None:

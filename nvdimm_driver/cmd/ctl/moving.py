@@ -92,12 +92,9 @@ class Receive(Action):
         sent, is_whole = streams.read_header(stream)
         if parsed_args.name and len(sent) > 1:
             raise UsageError(f"--name is for one NVDIMM, and {len(sent)} come", hint="leave it out")
-        for each in sent:
-            path = driver.pools.place(pool, parsed_args.name or each.name)
-            with watched(path) as watch:
-                spec = driver.importer.receive(
-                    stream, each, path, watch, is_whole=is_whole, overwrite=parsed_args.force
-                )
+        paths = [driver.pools.place(pool, parsed_args.name or each.name) for each in sent]
+        specs = driver.importer.receive(stream, sent, paths, watched, is_whole=is_whole, overwrite=parsed_args.force)
+        for each, path, spec in zip(sent, paths, specs, strict=True):
             if is_whole:
                 print(memory_device(spec, each.slot))
             else:

@@ -84,7 +84,7 @@ class _Bars(_Work):
 
         super().__init__(name)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(binary_units=True),
             TimeRemainingColumn(),
