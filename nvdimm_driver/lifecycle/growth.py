@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from nvdimm_driver.errors import BackingError, InUseError, RefusedError
 from nvdimm_driver.lifecycle.redefine import has_bad_blocks, in_use, kept_nvdimms
@@ -32,6 +32,7 @@ class Growth:
     :ivar size: bytes of the backing before.
     :ivar lacking: bytes that the backing is to get.
     :ivar moves: its labels move to the new end.
+    :ivar copied: the labels that were copied there, if they were.
     """
 
     backing: Backing
@@ -41,6 +42,7 @@ class Growth:
     size: int
     lacking: int
     moves: bool
+    copied: list[bytes] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def writes(self) -> bool:
@@ -83,23 +85,31 @@ class Growth:
                 raise InUseError(f"{self.new.path}: a program has written to its new end meanwhile", hint="try again")
             content.write(start, labels)
             content.sync()
+        self.copied.append(labels)
 
     def check_moved(self) -> None:
-        """Check that the labels at the new end are those of now: a guest may have run since they were copied.
+        """Check that the labels at the new end are those of now: a guest may have run since they were looked at.
 
         :raises InUseError: when they are not.
         """
-        if self.moves and not self.has_copy():
+        end, size = self.old.size, self.old.label_size
+        if self.moves:
+            changed = not self.has_copy()
+        else:
+            changed = size == self.new.label_size > 0 and in_use(self.backing, self.old, end - size, end)
+        if changed:
             raise InUseError(f"{self.new.path}: its labels were changed by its guest meanwhile", hint="try again")
 
     def undo(self) -> None:
-        """Take away what is behind the old end: what was appended, or the copy of the labels."""
+        """Take away what is behind the old end: what was appended, and the copy of the labels."""
+        start, size = self.new.size - self.new.label_size, self.new.label_size
+        if self.copied or (self.moves and not self.lacking and self.has_copy()):
+            with self.backing.open_bytes(self.new, write=True) as content:
+                if not self.copied or content.read(start, size) == self.copied[-1]:
+                    content.write(start, bytes(size))
+                    content.sync()
         if self.lacking:
             self.backing.shorten(self.old.path, self.new.size, self.size, self.identity)
-        elif self.moves and self.has_copy():
-            with self.backing.open_bytes(self.new, write=True) as content:
-                content.write(self.new.size - self.new.label_size, bytes(self.new.label_size))
-                content.sync()
 
     def has_copy(self) -> bool:
         """Return True when the new end has the labels of now."""

@@ -13,7 +13,7 @@ from nvdimm_driver.backing.inventory import bad_parts
 from nvdimm_driver.errors import BackingError, RefusedError, UnsupportedError
 from nvdimm_driver.lifecycle.saved_guest import backings_of, domain_of, has_had
 from nvdimm_driver.model import MIB, Allocation, BackingIdentity, DomainSpec, Extent, NvdimmSpec, Record, Run
-from nvdimm_driver.plugins import Backing, ByteRange, backing_of
+from nvdimm_driver.plugins import Backing, ByteRange, backing_of, exists
 from nvdimm_driver.sizes import human
 from nvdimm_driver.state.ownership import identity_at
 
@@ -63,6 +63,8 @@ def kept_nvdimms(
     items = [item for item in (() if before is None else before.allocations) if item.identity is not None]
     for spec in domain.nvdimms if items else ():
         identity = identity_at(backings, spec.path)
+        if identity is None and any(item.spec.path == spec.path for item in items) and exists(spec.path):
+            identity = backing_of(backings, spec.path).identify(spec.path)  # which says why it cannot be looked at
         for item in items:
             if identity is not None and item.identity is not None and _place(identity) == _place(item.identity):
                 yield item, spec, identity

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NvdimmError, RefusedError
+from nvdimm_driver.lifecycle import define
+from nvdimm_driver.lifecycle.define import Definitions
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.state import ownership
 from tests.integration.crash_points import traced
@@ -167,6 +171,86 @@ def test_a_full_file_system_takes_back_what_it_gave(world: World) -> None:
     with pytest.raises((BackingError, OSError)):
         backing.extend(spec)
     assert os.path.getsize(world.path("x1")) == SIZE
+
+
+def enlarge(world: World, size: int) -> None:
+    """Make the first file longer than its NVDIMM, as an operator can."""
+    write(world, "x0", SIZE, bytes(size - SIZE))
+    world.repair()
+
+
+def test_labels_that_a_guest_makes_meanwhile_are_not_left_behind(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were all zeros when the define began, which need not move."""
+    write(world, "x0", SIZE - LABEL, bytes(LABEL))
+    enlarge(world, LARGE)
+    settle = Definitions._settle
+
+    def meanwhile(*arguments: Any) -> None:
+        world.start(sized(world, SIZE, SIZE), DOMID)
+        run("chattr", "-i", world.path("x0"))
+        write(world, "x0", SIZE - LABEL, LABELS)
+        run("chattr", "+i", world.path("x0"))
+        world.xen().call("destroy", DOMID)
+        world.do(lambda driver: driver.release(X))
+        settle(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Definitions, "_settle", meanwhile)
+        with pytest.raises(InUseError, match="its labels were changed"):
+            grow(world, LARGE, SIZE)
+    assert world.do(sizes_in_ledger)["x0"] == SIZE
+    assert world.content("x0")[SIZE - LABEL : SIZE] == LABELS
+
+
+def test_a_refused_create_takes_all_of_its_copy_back(world: World) -> None:
+    """Also what of it is in the file as it was: it ended in the middle of the new label area."""
+    enlarge(world, LARGE - LABEL // 2)
+    before = world.content("x0")
+    world.do(partial(world.create_refused, sized(world, LARGE, SIZE)))
+    assert world.content("x0") == before
+    grow(world, LARGE, SIZE)
+
+
+@contextmanager
+def leased(path: str) -> Iterator[None]:
+    """Have a lease on a file that is given back as soon as somebody opens it, as smbd has."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    file = os.open(path, os.O_RDWR)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield
+    finally:
+        os.close(file)
+        signal.signal(signal.SIGIO, before)
+
+
+@pytest.mark.parametrize("step", ["_find_growing", "check_kept"])
+def test_what_cannot_be_looked_at_for_a_moment_is_not_taken_for_none(
+    world: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    enlarge(world, LARGE)
+    if step == "check_kept":
+        grow(world, LARGE, SIZE)
+        write(world, "x0", SIZE, b"guest's data")
+    where: Any = define if step == "check_kept" else Definitions
+    real, calls = getattr(where, step), 0
+
+    def busy(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1 and step == "_find_growing":  # in the plan
+            return real(*arguments)
+        with leased(world.path("x0")):
+            return real(*arguments)
+
+    had = world.do(sizes_in_ledger)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, step, busy)
+        with pytest.raises(BackingError):
+            grow(world, *((SIZE, SIZE) if step == "check_kept" else (LARGE, SIZE)))
+    assert world.do(sizes_in_ledger) == had
+    end = had["x0"]
+    assert world.content("x0")[end - LABEL : end] == LABELS
 
 
 def test_what_a_guest_has_run_with_is_not_taken_back(world: World) -> None:
