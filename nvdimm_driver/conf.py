@@ -183,6 +183,13 @@ XEN_OPTS = [
         help="Whether the processors cache a guest's NVDIMMs, unless the domain's XML specifies it. Stock Xen never "
         "caches them. A change applies from a guest's next start or restore.",
     ),
+    cfg.BoolOpt(
+        "hotplug",
+        default=False,
+        help="Experimental. Give guests whose XML has <maxMemory slots='...'> slots for hot-plug: their ACPI tables "
+        "have each NVDIMM in a container of its own, and 'virsh attach-device --live' and 'detach-device --live' work. "
+        "A change applies from a guest's next start.",
+    ),
 ]
 LAYOUT_OPTS = [
     cfg.IntOpt(

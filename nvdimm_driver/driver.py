@@ -17,6 +17,7 @@ from uuid import uuid4
 from oslo_config import cfg
 
 from nvdimm_driver import caching, logs, plugin_loader, plugins, registered
+from nvdimm_driver.acpi.native import slot_records
 from nvdimm_driver.acpi.walk import find
 from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.inventory import bad_ranges, physical_address_bits
@@ -34,22 +35,25 @@ from nvdimm_driver.errors import (
     NvdimmError,
     UnsupportedError,
 )
-from nvdimm_driver.guest import layout, p2m
+from nvdimm_driver.guest import hot_slots, layout, p2m
 from nvdimm_driver.labels.servers import LabelServers
 from nvdimm_driver.lifecycle import saved_guest, slots
 from nvdimm_driver.lifecycle.define import Before, Definitions, Made, uuid_of
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.guest_processes import GuestProcesses
+from nvdimm_driver.lifecycle.hotplug import HotPlug
 from nvdimm_driver.lifecycle.plan import HostFacts, Planner
 from nvdimm_driver.lifecycle.start import Starts
 from nvdimm_driver.model import (
     GIB,
+    MAX_NVDIMMS,
     PAGE,
     AcpiTables,
     Allocation,
     BackingIdentity,
     DomainSpec,
+    GuestLayout,
     NvdimmSpec,
     Plan,
     Pool,
@@ -109,6 +113,7 @@ class XenNvdimmDriver(plugins.Plugin):
     :param dsm: default for domains that do not specify who serves label areas: one of :data:`.model.DSM`.
     :param cache: default for domains that do not specify whether their NVDIMMs are cached: one of
         :data:`.caching.CACHES`.
+    :param hotplug: guests get the slots for hot-plug that their XML has.
     :param pools: pools that domains may have their backings in.
     :param stored: the domains in libvirt's files, which are read anew by each iteration.
     :param is_saved: returns True when the domain of a name and a uuid has a managed save.
@@ -128,6 +133,7 @@ class XenNvdimmDriver(plugins.Plugin):
         dsm: str,
         pools: Pools,
         cache: str = caching.AUTO,
+        hotplug: bool = False,
         holders: Holders | None = None,
         stored: Iterable[StoredDomain] = (),
         is_saved: Callable[[str, str], bool] = lambda name, uuid: False,
@@ -142,13 +148,22 @@ class XenNvdimmDriver(plugins.Plugin):
         self.pools = pools
         self.locks = DomainLocks(state_dir / "locks", ledger.reserve)
         self.planner = Planner(
-            ledger=ledger, backings=backings, acpi=acpi, mapper=mapper, host=host, gap=gap, dsm=dsm, cache=cache
+            ledger=ledger,
+            backings=backings,
+            acpi=acpi,
+            mapper=mapper,
+            host=host,
+            gap=gap,
+            dsm=dsm,
+            cache=cache,
+            hotplug=hotplug,
         )
         unknown = UnknownClaims(ledger, backings, stored)
         self.definitions = Definitions(ledger, self.planner, pools, self.locks, unknown, is_saved)
         held = holders or Holders(state_dir)
         self.starts = Starts(ledger, backings, mapper, LabelServers(state_dir), held, is_saved)
         self.guest_processes = GuestProcesses(self.starts)
+        self.hotplug = HotPlug(self.starts, self.planner)
         self.checks = Checks(ledger, backings, pools, self.note_overwritten, mapper.frames_of_guests, unknown)
         self.importer, self.exporter, self.wiper = Importer(self.checks), Exporter(self.checks), Wiper(self.checks)
 
@@ -173,6 +188,7 @@ class XenNvdimmDriver(plugins.Plugin):
             gap=conf.layout.gap_gib * GIB,
             dsm=conf.acpi.dsm,
             cache=conf.xen.cache,
+            hotplug=conf.xen.hotplug,
             pools=Pools(configured_pools(conf), any_path=conf.allow_any_path),
             stored=DefinitionFiles(
                 conf.libvirt.definition_dirs,
@@ -306,6 +322,93 @@ class XenNvdimmDriver(plugins.Plugin):
         with self.locks.changing(record.uuid), self.locks.storing(record.uuid):
             self.starts.put_away_if_over(record)
             self.wiper.give_up(record, watch, delete=delete, slot=slot, lost=lost)
+
+    # --- hot-plug ---
+
+    def has_slots(self, uuid: str) -> bool:
+        """Return True when a domain runs, and its guest has slots for hot-plug."""
+        record = self.ledger.find_domain(uuid)
+        is_known = record is not None and record.start is not None and self._has_guest(record)
+        return bool(record and is_known and self.hotplug.count_slots(record))
+
+    def check_plug(self, uuid: str, domain: DomainSpec, path: str, taken: Collection[int] = ()) -> DomainSpec:
+        """Check that a running guest could get an NVDIMM; return the domain, with its slot and place.
+
+        :param domain: what the guest has, with the NVDIMM.
+        :param path: of its backing, resolved.
+        :param taken: slots that the domain's definition has; if the XML gives the NVDIMM no slot, it gets another one.
+        :raises NvdimmError: when it could not.
+        """
+        self.ledger.check_own()
+        record = self._known_guest(uuid)
+        placed = self.definitions.keep_slots(domain)
+        (spec,) = (each for each in placed.nvdimms if each.path == path)
+        had = {item.spec.path for item in record.allocations}
+        if path in domain.unplaced and path not in had and spec.slot in taken:
+            others = {*taken, *(each.slot for each in placed.nvdimms)}
+            free = next(each for each in range(MAX_NVDIMMS + 1) if each not in others)
+            nvdimms = tuple(replace(each, slot=free) if each is spec else each for each in placed.nvdimms)
+            placed = replace(placed, nvdimms=tuple(sorted(nvdimms, key=lambda each: each.slot)))
+        return self.hotplug.check_room(record, placed, path)
+
+    def plug(self, uuid: str, domain: DomainSpec, path: str) -> None:
+        """Give a running guest an NVDIMM that its domain has.
+
+        :param domain: as :meth:`check_plug` returned it.
+        :raises NvdimmError: when it cannot; the guest has not seen it then.
+        """
+        with self.locks.starting(uuid):
+            record = self._known_guest(uuid)
+            (item,) = (each for each in record.allocations if each.spec.path == path)
+            self.hotplug.plug(record, replace(domain, nvdimms=(item.spec,)), item)
+
+    def has_taken(self, uuid: str, slot: int) -> bool:
+        """Return True when a running guest has read which NVDIMM is in a slot."""
+        return self.hotplug.read_slot(self._known_guest(uuid), slot).is_taken
+
+    def ask_to_eject(self, uuid: str, path: str) -> None:
+        """Ask a running guest to eject an NVDIMM.
+
+        :raises UnsupportedError: when it cannot, or has no other: a guest with NVDIMMs keeps one.
+        """
+        record = self._known_guest(uuid)
+        places = self.hotplug.paths(record)
+        if path not in places:
+            raise LedgerError(f"the guest of domain {record.name} has no {path}", hint="see 'nvdimmctl show'")
+        if len(places) == 1:
+            raise UnsupportedError(
+                f"{path} is the only NVDIMM of the guest of domain {record.name}, which keeps one while it runs",
+                hint="attach another one first, or detach it with --config and shut the guest down",
+            )
+        self.hotplug.ask(record, places[path])
+
+    def put_away_ejected(self, uuid: str, path: str) -> bool:
+        """Put away what a running guest has ejected; return True when it has a backing no more."""
+        return path not in (self.settle_guest(uuid) or (path,))
+
+    def settle_guest(self, uuid: str) -> tuple[str, ...] | None:
+        """Put away what a running guest has ejected; return the paths of what it has left.
+
+        :returns: None for a guest without slots for hot-plug, and for one that does not run.
+        """
+        record = self.ledger.find_domain(uuid)
+        if record is None or record.start is None or not record.start.hot_slots or not self._has_guest(record):
+            return None
+        with self.locks.starting(uuid):
+            record = self._known_guest(uuid)
+            self.hotplug.put_away_gone(record)
+            return tuple(self.hotplug.paths(record))
+
+    def give_up_claim(self, uuid: str, path: str) -> None:
+        """Give up the claim to an NVDIMM that the domain has neither in its definition nor in its guest."""
+        with self.locks.storing(uuid):
+            self.definitions.give_up_path(uuid, path)
+
+    def _known_guest(self, uuid: str) -> Record:
+        record = self.ledger.find_domain(uuid)
+        if record is None:
+            raise LedgerError(f"domain {uuid} has no NVDIMMs", hint="define it with one, and boot it anew")
+        return record
 
     def check_ram(self, uuid: str, paths: Iterable[str], ram: int) -> None:
         """Check that a defined domain could have that much RAM from its next start on.
@@ -670,7 +773,7 @@ class XenNvdimmDriver(plugins.Plugin):
         nvdimms = tuple(item.spec for item in record.allocations if not item.spec.set_aside) if record else ()
         if record is None or not nvdimms:
             return None
-        return DomainSpec(record.name, uuid, record.ram, None, nvdimms, record.dsm, cache=record.cache)
+        return record.as_spec(nvdimms)
 
     def _prepare(self, record: Record, domain: DomainSpec, qemu: str) -> Plan:
         """Freeze the domain's backings and prepare its start. A failure here thaws them; an earlier one must not."""
@@ -681,9 +784,11 @@ class XenNvdimmDriver(plugins.Plugin):
             self._check_unchanged(record.uuid, items)
             plan = self.planner.plan_start(domain, record)
             located = zip(domain.nvdimms, plan.locations, strict=True)
-            self.starts.hold(record.uuid, record.name, [(spec.path, each.identity) for spec, each in located])
+            backings_of_start = [(spec.path, each.identity) for spec, each in located]
+            hold = self.starts.hold_each if plan.layout.slots else self.starts.hold
+            hold(record.uuid, record.name, backings_of_start)
             run = self._new_run(plan, number)
-            self._write_tables(record.uuid, saved_guest.numbered(plan.tables.tables, run.number))
+            self._write_tables(record.uuid, saved_guest.numbered(plan.tables.tables, run.number), plan.layout)
             has = replace(record, allocations=tuple(items))
             guest_frames = (plan.layout.highmem_end // PAGE, plan.layout.limit // PAGE)
             self.ledger.finish_preparing(
@@ -696,6 +801,7 @@ class XenNvdimmDriver(plugins.Plugin):
                 served=has.labels if plan.layout.label_clients else "",
                 uncached=layout.label_frames(plan.layout),
                 cache=plan.cache,
+                hot_slots=len(plan.layout.slots),
                 detail={"nvdimms": len(domain.nvdimms), **p2m.summary(plan.mappings)},
             )
         except BaseException:
@@ -737,5 +843,9 @@ class XenNvdimmDriver(plugins.Plugin):
         nvdimms = saved_guest.describe(plan.domain, plan.layout, plan.locations)
         return Run(number, nvdimms, saved_guest.times(self.backings, nvdimms))
 
-    def _write_tables(self, uuid: str, tables: Sequence[bytes]) -> None:
+    def _write_tables(self, uuid: str, tables: Sequence[bytes], guest: GuestLayout) -> None:
+        """Write what the device model delivers to a guest that boots."""
+        (nfit,) = (table for table in tables if table[:4] == b"NFIT")
+        slots = hot_slots.pages(len(guest.slots), slot_records(guest, nfit)) if guest.slots else b""
         self.ledger.reserve.write(self.tables_file(uuid), b"".join(tables))
+        self.ledger.reserve.write(self.state_dir / "domains" / uuid / "slots", slots)

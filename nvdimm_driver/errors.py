@@ -16,6 +16,7 @@ VIR_ERR_XML_ERROR = 27
 VIR_ERR_RPC = 39
 VIR_ERR_OPERATION_INVALID = 55
 VIR_ERR_CONFIG_UNSUPPORTED = 67
+VIR_ERR_OPERATION_TIMEOUT = 68
 VIR_ERR_XML_INVALID_SCHEMA = 92
 VIR_ERR_DEVICE_MISSING = 99
 
@@ -105,6 +106,13 @@ class InUseError(NvdimmError):
 
     exit_code = 4
     libvirt_code = VIR_ERR_OPERATION_INVALID
+
+
+class UnansweredError(NvdimmError):
+    """The guest has not done in time what it was asked for. It may do so later."""
+
+    exit_code = 6
+    libvirt_code = VIR_ERR_OPERATION_TIMEOUT
 
 
 class GuardError(NvdimmError):

@@ -136,6 +136,9 @@ class DomainSpec:
         :meth:`.lifecycle.define.Definitions.keep_slots`.
     :ivar pci_devices: number of the host's PCI devices that it gets.
     :ivar emulated: QEMU's names of the devices that do not reach its NVDIMMs (:mod:`.xml.direct_io`).
+    :ivar hot_slots: slots of ``<maxMemory>``, into which NVDIMMs can be plugged while it runs; 0 without that element.
+    :ivar plugged: path of the NVDIMM that its running guest is to get; empty for none.
+    :ivar plugged_above: guest-physical address that this one begins at, or behind: its guest has nothing from there on.
     """
 
     name: str
@@ -149,11 +152,15 @@ class DomainSpec:
     emulated: tuple[str, ...] = ()
     cache: str | None = None
     hap: bool = True
+    hot_slots: int = 0
+    plugged: str = ""
+    plugged_above: int = 0
 
     def with_paths(self, paths: dict[str, str]) -> Self:
         """Return the domain with other paths of its NVDIMMs, given by those that they have."""
         nvdimms = tuple(replace(spec, path=paths[spec.path]) for spec in self.nvdimms)
-        return replace(self, nvdimms=nvdimms, unplaced=frozenset(paths[path] for path in self.unplaced))
+        unplaced = frozenset(paths[path] for path in self.unplaced)
+        return replace(self, nvdimms=nvdimms, unplaced=unplaced, plugged=paths.get(self.plugged, ""))
 
 
 @dataclass(frozen=True)
@@ -410,6 +417,7 @@ class GuestLayout:
     :ivar nvdimms: in slot order.
     :ivar dsm: server of the guest's label areas, one of :data:`DSM`.
     :ivar persistence_domain: the weakest of the namespaces that its NVDIMMs are on.
+    :ivar hot_slots: number of slots into which NVDIMMs can be plugged while it runs; 0 if none can.
     """
 
     ram: int
@@ -418,6 +426,12 @@ class GuestLayout:
     nvdimms: tuple[Placement, ...]
     dsm: str = "none"
     persistence_domain: str = "memory_controller"
+    hot_slots: int = 0
+
+    @property
+    def slots(self) -> range:
+        """The slots that can change while the guest runs: those of its NVDIMMs are among them. Empty if none can."""
+        return range(max(self.hot_slots, *(each.slot + 1 for each in self.nvdimms), 0)) if self.hot_slots else range(0)
 
     @property
     def label_areas(self) -> tuple[Placement, ...]:
@@ -567,6 +581,7 @@ class Start:
     :ivar ended: True once it is known to be over: nothing can follow but its end.
     :ivar cache: whether the guest's NVDIMMs are cached, ``write-back`` or ``uncached``, and before they are mapped what
         is asked for, one of :data:`.caching.CACHES`; empty if it is not known.
+    :ivar hot_slots: number of its guest's slots for hot-plug; 0 without any.
     """
 
     uuid: str
@@ -579,6 +594,7 @@ class Start:
     id: str = ""
     ended: bool = False
     cache: str = ""
+    hot_slots: int = 0
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -592,6 +608,7 @@ class Record:
 
     :ivar dsm: as in :class:`DomainSpec`.
     :ivar cache: as in :class:`DomainSpec`.
+    :ivar hot_slots: as in :class:`DomainSpec`.
     :ivar fault: error of its last start; empty when that did not fail.
     :ivar intents: what a define wants for it, while that is under way or after it was killed.
     :ivar changed: when its allocations were last changed, nanoseconds since 1970; 0 before a version that notes it. It
@@ -609,6 +626,12 @@ class Record:
     intents: tuple[Allocation, ...] = ()
     changed: int = field(default=0, compare=False, repr=False)
     cache: str | None = None
+    hot_slots: int = 0
+
+    def as_spec(self, nvdimms: tuple[NvdimmSpec, ...]) -> DomainSpec:
+        """Return the domain with these NVDIMMs."""
+        more = (self.name, self.uuid, self.ram, None, nvdimms, self.dsm)
+        return DomainSpec(*more, cache=self.cache, hot_slots=self.hot_slots)
 
     @property
     def claims(self) -> tuple[Allocation, ...]:

@@ -832,6 +832,27 @@ class Mapper(Plugin):
         would fail. Linux copies for a disk that is not ``trusted`` (xen-blkfront, since XSA-403).
         """
 
+    def give_slots(self, domid: int, pages: bytes) -> None:
+        """Give the guest the pages of its slots for hot-plug (:mod:`.guest.hot_slots`).
+
+        :raises UnsupportedError: when the mapper cannot.
+        """
+        raise self._no_slots()
+
+    def raise_slot_event(self, domid: int) -> None:
+        """Raise the interrupt that has the guest look at its slots.
+
+        :raises UnsupportedError: when the mapper cannot.
+        """
+        raise self._no_slots()
+
+    def _no_slots(self) -> UnsupportedError:
+        from nvdimm_driver.errors import UnsupportedError
+
+        return UnsupportedError(
+            f"{self.describe()}: a guest cannot have slots for hot-plug", hint="leave <maxMemory slots='…'> out"
+        )
+
     @abstractmethod
     def give_dsm_page(self, domid: int) -> None:
         """Add the page to the guest through which it talks to a label server."""

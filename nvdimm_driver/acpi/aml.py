@@ -176,6 +176,16 @@ def if_(condition: bytes, *terms: bytes) -> bytes:
     return b"\xa0" + package(condition + b"".join(terms))
 
 
+def else_(*terms: bytes) -> bytes:
+    """Encode ``Else { terms }``, right behind an ``If``."""
+    return b"\xa1" + package(b"".join(terms))
+
+
+def notify(identifier: str, value: int) -> bytes:
+    """Encode ``Notify (identifier, value)``."""
+    return b"\x86" + name_segment(identifier) + integer(value)
+
+
 def while_(condition: bytes, *terms: bytes) -> bytes:
     """Encode ``While (condition) { terms }``."""
     return b"\xa2" + package(condition + b"".join(terms))
@@ -209,6 +219,20 @@ def memory_region(identifier: str, address: bytes, length: bytes) -> bytes:
 def qword_field(region: str, identifier: str, bits: int) -> bytes:
     """Encode ``Field (region, QWordAcc, NoLock, Preserve) { identifier, bits }``."""
     return b"\x5b\x81" + package(name_segment(region) + b"\x04" + name_segment(identifier) + _field_length(bits))
+
+
+def fields(region: str, *parts: tuple[str, int]) -> bytes:
+    """Encode ``Field (region, DWordAcc, NoLock, Preserve) { identifier, bits, … }``.
+
+    :param parts: identifier and bits of each field; an empty identifier leaves the bits out, as ``Offset`` does.
+    """
+    encoded = b"".join((name_segment(each) if each else b"\0") + _field_length(bits) for each, bits in parts)
+    return b"\x5b\x81" + package(name_segment(region) + b"\x03" + encoded)
+
+
+def interrupt(number: int) -> bytes:
+    """Encode ``Interrupt (ResourceConsumer, Level, ActiveLow, Shared) { number }`` (§6.4.3.6)."""
+    return struct.pack("<BHBBI", 0x89, 6, 0x0D, 1, number)
 
 
 def qword_memory(base: int, length: int) -> bytes:

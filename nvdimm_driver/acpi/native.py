@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from nvdimm_driver.acpi import aml, label_methods
+from nvdimm_driver.acpi import aml, label_methods, slot_methods
 from nvdimm_driver.acpi.tables import (
     NVDIMM_VENDOR,
     PERSISTENT_MEMORY,
@@ -19,6 +19,7 @@ from nvdimm_driver.acpi.tables import (
 )
 from nvdimm_driver.acpi.verify import OEM_TABLE_ID, check_layout, check_space, check_tables
 from nvdimm_driver.errors import ConfigError
+from nvdimm_driver.guest.hot_slots import SlotRecord
 from nvdimm_driver.model import AcpiTables, GuestLayout, Placement
 from nvdimm_driver.plugins import AcpiBuilder
 
@@ -51,7 +52,16 @@ def ssdt(layout: GuestLayout) -> bytes:
     #             Name (_ADR, 1)           the handle
     #             …
     #         } …
+    #
+    # With hot-plug slots, each NVDIMM is in a slot of its own instead (:mod:`.slot_methods`).
     served = layout.label_areas
+    if layout.slots:
+        labels = layout.dsm == "aml"
+        shared = [*label_methods.methods()] if labels else []
+        requests = {placement.slot: 1 for placement in layout.nvdimms}
+        terms = [*shared, *slot_methods.terms(layout.slots, requests, labels=labels)]
+        terms += [label_methods.reservation(served)] if served else []
+        return seal(_header(b"SSDT", 2), aml.scope("_SB", *terms))
     devices = [
         _device(placement, label_methods.dsm(placement)) if served and placement.label_size else _device(placement)
         for placement in layout.nvdimms
@@ -62,6 +72,25 @@ def ssdt(layout: GuestLayout) -> bytes:
     else:
         terms = [aml.device("NVDR", name, *devices)]
     return seal(_header(b"SSDT", 2), aml.scope("_SB", *terms))
+
+
+def slot_records(layout: GuestLayout, table: bytes) -> dict[int, SlotRecord]:
+    """Return the records of a guest's NVDIMMs when it starts, by slot; empty for a guest without hot-plug slots.
+
+    :param table: the guest's NFIT.
+    :raises AcpiError: when an NVDIMM is not in it.
+    """
+    found, served = Nfit.parse(table), layout.label_areas
+    return {
+        placement.slot: SlotRecord(
+            plugs=1,
+            requests=1,
+            label_size=placement.label_size if placement in served else 0,
+            label_base=placement.label_base if placement in served else 0,
+            structures=found.of_nvdimm(placement.handle),
+        )
+        for placement in (layout.nvdimms if layout.slots else ())
+    }
 
 
 def _device(placement: Placement, *terms: bytes) -> bytes:

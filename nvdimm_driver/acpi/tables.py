@@ -326,6 +326,29 @@ class Nfit:
         """
         return seal(self.header, self.reserved + b"".join(structure.to_bytes() for structure in self.structures))
 
+    @classmethod
+    def of_structures(cls, data: bytes) -> Self:
+        """Return a table with these structures, and a header of zeros.
+
+        :raises AcpiError: when a structure's length is wrong.
+        """
+        return cls(Header(b"NFIT", 0, 1, 0, bytes(6), bytes(8), 0, bytes(4), 0), tuple(_structures(data, 0)))
+
+    def of_nvdimm(self, handle: int) -> bytes:
+        """Return the structures of one NVDIMM, and those that are of no NVDIMM.
+
+        :raises AcpiError: when it has none, or its range or control region is missing.
+        """
+        mapping = next((each for each in self.of(RegionMapping) if each.handle == handle), None)
+        if mapping is None:
+            raise AcpiError(f"NFIT: no region mapping has handle {handle}")
+        spa = [each for each in self.of(SpaRange) if each.index == mapping.spa_index]
+        control = [each for each in self.of(ControlRegion) if each.index == mapping.control_index]
+        if len(spa) != 1 or len(control) != 1:
+            raise AcpiError(f"NFIT: handle {handle} has {len(spa)} SPA ranges and {len(control)} control regions")
+        found = (*spa, mapping, *control, *self.of(PlatformCapabilities))
+        return b"".join(each.to_bytes() for each in found)
+
     def of(self, kind: type[_T]) -> tuple[_T, ...]:
         """Return the structures of one kind, in order."""
         return tuple(structure for structure in self.structures if isinstance(structure, kind))

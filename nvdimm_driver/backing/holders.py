@@ -90,6 +90,14 @@ class Holders:
         """Return the process ids of the holders of a domain; more than one, if two processes have started one."""
         return [pid for pid, *rest in _holders() if rest == [self._state_dir, uuid]]
 
+    def find_holding(self, uuid: str, path: str) -> list[int]:
+        """Return the process ids of the holders of a domain that have what is at a path open.
+
+        :raises OSError: when nothing is there.
+        """
+        wanted = os.stat(path)
+        return [pid for pid in self.find(uuid) if any(_is_that(each, wanted) for each in _opened(pid))]
+
     def kill(self, uuid: str, pids: Collection[int]) -> None:
         """End those of these processes that are holders of a domain; what they held is free when this returns.
 
@@ -204,9 +212,20 @@ def _is_same(descriptor: int, path: str) -> bool:
 
 
 def _has_open(pid: int, number: int) -> bool:
+    return any(stat.S_ISBLK(each.st_mode) and each.st_rdev == number for each in _opened(pid))
+
+
+def _opened(pid: int) -> list[os.stat_result]:
+    """Return what a process has open; nothing once it has ended."""
     folder = f"/proc/{pid}/fd"
     try:
-        found = [os.stat(f"{folder}/{name}") for name in os.listdir(folder)]
-    except OSError:  # it has ended
-        return False
-    return any(stat.S_ISBLK(each.st_mode) and each.st_rdev == number for each in found)
+        return [os.stat(f"{folder}/{name}") for name in os.listdir(folder)]
+    except OSError:
+        return []
+
+
+def _is_that(one: os.stat_result, other: os.stat_result) -> bool:
+    """Return True for one file, or one device, by whatever name."""
+    if stat.S_ISREG(one.st_mode) or stat.S_ISREG(other.st_mode):
+        return os.path.samestat(one, other)
+    return (stat.S_IFMT(one.st_mode), one.st_rdev) == (stat.S_IFMT(other.st_mode), other.st_rdev)

@@ -182,6 +182,9 @@ def attach(
             else:
                 mapper.deliver(domid, tables)
                 log.debug("ACPI tables delivered: %d bytes", len(tables))
+                if slots := _read_slots(os.path.join(state_dir, "domains", uuid, "slots")):
+                    mapper.give_slots(domid, slots)
+                    log.debug("slots for hot-plug given: %d bytes", len(slots))
             mapper.copy_disk_buffers(domid)
             if start.label_server:
                 if not restored:
@@ -383,6 +386,11 @@ def _serve(state_dir: str, domid: int, uuid: str) -> None:
 def _read(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
+
+
+def _read_slots(path: str) -> bytes:
+    """Return the pages of a guest's slots for hot-plug; none when it has none, or an earlier version prepared it."""
+    return _read(path) if os.path.exists(path) else b""
 
 
 def _domid(argv: Sequence[str]) -> int | None:

@@ -352,6 +352,7 @@ class Changes:
             *(record.uuid, record.name, record.ram, items),
             dsm=record.dsm,
             cache=record.cache,
+            hot_slots=record.hot_slots,
             check=check,
             marked=marked,
         )

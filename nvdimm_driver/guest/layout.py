@@ -41,6 +41,7 @@ class PlacementRequest:
     :ivar base: guest-physical base that it must have, or None.
     :ivar node: guest NUMA node, or None.
     :ivar kept: base that an earlier define chose, or None. It stays as long as it is possible.
+    :ivar floor: the base must not be below it: a running guest gets it, and has had something there.
     """
 
     slot: int
@@ -51,6 +52,7 @@ class PlacementRequest:
     base: int | None
     node: int | None
     kept: int | None = None
+    floor: int = 0
 
 
 def around(ram: int, nvdimms: Sequence[Placement], *, address_bits: int) -> GuestLayout:
@@ -177,6 +179,11 @@ def check(layout: GuestLayout, requests: Sequence[PlacementRequest], *, address_
     for placement, request in zip(space.nvdimms, sorted(requests, key=lambda request: request.slot), strict=True):
         _check_request(placement, request)
         _check_range(placement, space)
+        if placement.base < request.floor:
+            raise LayoutError(
+                f"{_name(placement)} begins below {request.floor:#x}, and the running guest has, or had, memory there",
+                hint="leave its base out, or boot the guest anew",
+            )
     for left, right in pairwise(sorted(space.nvdimms, key=lambda placement: placement.base)):
         if right.base < left.end:
             raise LayoutError(
@@ -253,7 +260,7 @@ def _staying(requests: Sequence[PlacementRequest], fixed: GuestLayout, gap: int)
     """Return the places that earlier defines chose and that are still possible, with a gap above the RAM."""
     found: list[Placement] = []
     for request in requests:
-        if request.kept is None or request.kept % (request.alignsize or PAGE):
+        if request.kept is None or request.kept % (request.alignsize or PAGE) or request.kept < request.floor:
             continue
         placement = _at(request, request.kept)
         taken = [(each.base, each.end) for each in (*fixed.nvdimms, *found)]
@@ -289,7 +296,8 @@ def _first_fit(
     chosen: list[Placement] = []
     for request in requests:
         room = _at(request, 0).space_end
-        placement = _at(request, _first_free(start, room, *_congruence(request, step), obstacles))
+        lowest = max(start, request.floor)
+        placement = _at(request, _first_free(lowest, room, *_congruence(request, step), obstacles))
         if placement.space_end > limit:
             return None
         chosen.append(placement)

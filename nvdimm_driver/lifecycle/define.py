@@ -379,6 +379,7 @@ class Definitions:
                 intents=intents,
                 dsm=record.dsm,
                 cache=record.cache,
+                hot_slots=record.hot_slots,
                 marked=marked,
             )
         self._mark(now.uuid)  # what was to be dropped may have lost its mark
@@ -435,7 +436,7 @@ class Definitions:
         if record and self._is_current(domain, record):
             return record
         if record:  # a saved image has the cache of when it was saved
-            domain = replace(domain, cache=record.cache)
+            domain = replace(domain, cache=record.cache, hot_slots=record.hot_slots)
         plan = self._plan_adoption(domain, record)
         with self.locks.storing(uuid):
             self.define(domain, plan, kept=self.others(domain), adopts=True)
@@ -466,6 +467,13 @@ class Definitions:
         if record is not None and paths:
             given_up = [item for item in record.allocations if item.spec.path in paths]
             ownership.drop(self.ledger, self.backings, record, given_up)
+
+    def give_up_path(self, uuid: str, path: str) -> None:
+        """Give up the domain's claim to one NVDIMM, unless it cannot be given up now."""
+        record = self.ledger.find_domain(uuid)
+        items = [item for item in (record.allocations if record else ()) if item.spec.path == path]
+        if record is not None and items and not self._staying(record, items):
+            ownership.drop(self.ledger, self.backings, record, items)
 
     def others(self, domain: DomainSpec) -> list[Allocation]:
         """Return the domain's NVDIMMs in the ledger that are not in its XML, to be kept besides."""
@@ -702,6 +710,7 @@ class Definitions:
             items,
             dsm=domain.dsm,
             cache=domain.cache,
+            hot_slots=domain.hot_slots,
             kind="defined",
             check=check,
             marked=ownership.times_of_marks(

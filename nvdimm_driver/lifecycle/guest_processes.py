@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from nvdimm_driver import logs
@@ -44,7 +45,19 @@ class GuestProcesses:
         """Return the running domains that no holder holds: it was killed, or an earlier version has started them."""
         held = self._starts.holders.held()
         return [
-            record for record, start in self._mapped() if record.uuid not in held and self._starts.is_running(start)
+            record
+            for record, start in self._mapped()
+            if (record.uuid not in held or (start.hot_slots and self._not_held(record)))
+            and self._starts.is_running(start)
+        ]
+
+    def _not_held(self, record: Record) -> list[tuple[str, BackingIdentity]]:
+        """Return what a running guest has, and no holder has open; what is not at its path is not looked for."""
+        holders = self._starts.holders
+        return [
+            each
+            for each in self._has(record)
+            if os.path.exists(each[0]) and not holders.find_holding(record.uuid, each[0])
         ]
 
     def hold_again(self) -> list[Record]:
@@ -64,11 +77,15 @@ class GuestProcesses:
 
         :raises BackingError: as :meth:`hold` does.
         """
-        if self._starts.holders.has(record.uuid):
+        apart = bool(record.start and record.start.hot_slots)
+        if self._starts.holders.has(record.uuid) and not (apart and self._not_held(record)):
             return False
-        pid = self._starts.hold(record.uuid, record.name, self._has(record))
+        if apart:
+            pids = self._starts.hold_each(record.uuid, record.name, self._not_held(record))
+        else:
+            pids = [self._starts.hold(record.uuid, record.name, self._has(record))]
         if self._is_over(record):  # who has put it away meanwhile did not know of this holder
-            self._starts.holders.kill(record.uuid, [pid])
+            self._starts.holders.kill(record.uuid, pids)
             return False
         self._starts.ledger.record_event("holder-gone", record.uuid)
         return True

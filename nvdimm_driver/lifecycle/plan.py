@@ -69,6 +69,7 @@ class Planner:
     :param gap: bytes of guest-physical space to keep free above the RAM.
     :param dsm: default for domains that do not specify who serves label areas.
     :param cache: default for domains that do not specify whether their NVDIMMs are cached.
+    :param hotplug: guests get the slots for hot-plug that their XML has.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Planner:
         gap: int,
         dsm: str,
         cache: str = caching.AUTO,
+        hotplug: bool = False,
     ) -> None:
         self.ledger = ledger
         self.backings = backings
@@ -91,6 +93,7 @@ class Planner:
         self.gap = gap
         self.dsm = dsm
         self.cache = cache
+        self.hotplug = hotplug
         self.strays = StrayFrames(ledger, backings, mapper.frames_of_guests)
 
     def plan_define(
@@ -150,7 +153,7 @@ class Planner:
         :raises BackingError: when a backing is not fit.
         :raises NvdimmError: when the domain cannot be started.
         """
-        locations = tuple(self._locate(spec) for spec in domain.nvdimms)
+        locations = tuple(self.locate(spec) for spec in domain.nvdimms)
         kept = self._kept_bases(domain, locations, before, adopts)
         guest = self._lay_out(domain, locations, _wanted_bases(domain), kept)
         tables = plan.tables if guest == plan.layout else self._build_tables(guest)
@@ -190,7 +193,7 @@ class Planner:
             devices.add(location.identity.device)
         areas = {area.frames for backing in self.backings for area in backing.areas() if area.uid in devices}
         specs = tuple(item.spec for item in items)
-        domain = DomainSpec(record.name, record.uuid, record.ram, None, specs, record.dsm, cache=record.cache)
+        domain = record.as_spec(specs)
         had = replace(guest, nvdimms=tuple(placements[spec.slot] for spec in specs))
         return _flat(mappings), tuple(sorted(areas)), saved_guest.describe(domain, had, locations)
 
@@ -257,7 +260,8 @@ class Planner:
         """Return the layout of a defined domain as it would be with `ram` bytes of RAM."""
         items = [item for item in record.started if item.base is not None]
         guest = layout.around(ram, [item.placement for item in items], address_bits=self.host.address_bits)
-        return self._complete(guest, record.dsm, [item.identity for item in items if item.identity])
+        identities = [item.identity for item in items if item.identity]
+        return self._complete(guest, record.dsm, identities, record.hot_slots)
 
     def check_ram(self, record: Record, paths: Container[str], ram: int) -> None:
         """Check that a defined domain could be defined with `ram` bytes of RAM; bases that no user chose may change.
@@ -310,9 +314,13 @@ class Planner:
         :param bases: by slot, the bases that NVDIMMs must have.
         :param kept: by slot, the bases that others keep if that is possible.
         """
-        requests = [_request(spec, bases.get(spec.slot), (kept or {}).get(spec.slot)) for spec in domain.nvdimms]
+        floors = {domain.plugged: domain.plugged_above}
+        requests = [
+            _request(spec, bases.get(spec.slot), (kept or {}).get(spec.slot), floors.get(spec.path, 0))
+            for spec in domain.nvdimms
+        ]
         guest = layout.place(domain.ram, requests, address_bits=self.host.address_bits, gap=self.gap)
-        guest = self._complete(guest, domain.dsm, [location.identity for location in locations])
+        guest = self._complete(guest, domain.dsm, [location.identity for location in locations], domain.hot_slots)
         for placement in guest.nvdimms:
             LOG.debug("placed slot %d at %#x, %s", placement.slot, placement.base, human(placement.size))
         clients = set(guest.label_clients)
@@ -321,12 +329,19 @@ class Planner:
                 self._backing(spec).check_labels(spec)
         return guest
 
-    def _complete(self, guest: GuestLayout, dsm: str | None, identities: Sequence[BackingIdentity]) -> GuestLayout:
-        """Fill in who serves labels, the places of label areas, and the persistence domain."""
+    def _complete(
+        self, guest: GuestLayout, dsm: str | None, identities: Sequence[BackingIdentity], hot_slots: int
+    ) -> GuestLayout:
+        """Fill in who serves labels, the places of label areas, the persistence domain, and the slots for hot-plug.
+
+        QEMU's own SSDT, which label clients have, has no such slots.
+        """
         used = {identity.device for identity in identities}
         domains = {area.persistence_domain for backing in self.backings for area in backing.areas() if area.uid in used}
         weakest = min(domains, key=PERSISTENCE_DOMAINS.index, default="")
-        return layout.place_labels(replace(guest, dsm=dsm or self.dsm, persistence_domain=weakest))
+        server = dsm or self.dsm
+        count = hot_slots if self.hotplug and server != "qemu" else 0
+        return layout.place_labels(replace(guest, dsm=server, persistence_domain=weakest, hot_slots=count))
 
     def _build_tables(self, guest: GuestLayout) -> AcpiTables:
         began = time.monotonic()
@@ -412,7 +427,7 @@ class Planner:
         locations = []
         for spec, intake in zip(domain.nvdimms, intakes, strict=True):
             if not intake.assumed:
-                locations.append(self._locate(spec))
+                locations.append(self.locate(spec))
                 continue
             start = free[intake.namespace.name]
             free[intake.namespace.name] = align_up(start + spec.size, SUPERPAGE)
@@ -423,7 +438,7 @@ class Planner:
             locations.append(Location(identity, (Extent(0, start, spec.size),)))
         return tuple(locations)
 
-    def _locate(self, spec: NvdimmSpec) -> Location:
+    def locate(self, spec: NvdimmSpec) -> Location:
         location = self._backing(spec).locate(spec)
         extents = location.extents
         LOG.debug("located %s: first SPA %#x, extents: %d", spec.path, extents[0].spa, len(extents))
@@ -431,7 +446,7 @@ class Planner:
 
     def _locate_same(self, item: Allocation) -> Location:
         try:
-            location = self._locate(item.spec)
+            location = self.locate(item.spec)
         except BackingError:
             condition.check_not_lost(self._backing(item.spec), item)
             raise
@@ -486,7 +501,7 @@ def _flat(parts: Sequence[Sequence[Mapping]]) -> tuple[Mapping, ...]:
     return tuple(mapping for part in parts for mapping in part)
 
 
-def _request(spec: NvdimmSpec, base: int | None, kept: int | None) -> layout.PlacementRequest:
+def _request(spec: NvdimmSpec, base: int | None, kept: int | None, floor: int = 0) -> layout.PlacementRequest:
     return layout.PlacementRequest(
         slot=spec.slot,
         size=spec.visible_size,
@@ -496,4 +511,5 @@ def _request(spec: NvdimmSpec, base: int | None, kept: int | None) -> layout.Pla
         base=base,
         node=spec.node,
         kept=kept,
+        floor=floor,
     )

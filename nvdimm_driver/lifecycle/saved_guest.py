@@ -20,6 +20,8 @@ from typing import Any
 from nvdimm_driver.acpi.tables import Header, Nfit, RegionMapping, SpaRange, seal
 from nvdimm_driver.acpi.walk import Read, locate
 from nvdimm_driver.errors import BackingError, NvdimmError, RefusedError
+from nvdimm_driver.guest import hot_slots
+from nvdimm_driver.guest.hot_slots import SlotRecord
 from nvdimm_driver.model import (
     MAX_NVDIMMS,
     Allocation,
@@ -75,12 +77,32 @@ def describe(domain: DomainSpec, layout: GuestLayout, locations: Sequence[Locati
                 "label server": layout.dsm if spec.label_size else "none",
                 "label address": hex(placement.label_base) if placement in layout.label_areas else "none",
                 "backing size": location.identity.size,
-                "domain": {name: getattr(domain, name) for name in ("name", "ram", "dsm", "emulator", "cache")},
+                "domain": {
+                    name: getattr(domain, name) for name in ("name", "ram", "dsm", "emulator", "cache", "hot_slots")
+                },
                 "definition": {name: value for name, value in asdict(spec).items() if name != "path"},
                 **_bytes(location.identity),
             }
         )
     return json.dumps(nvdimms)
+
+
+def with_nvdimm(run: Run, nvdimms: str, backings: Sequence[Backing]) -> Run:
+    """Return a run whose guest has more NVDIMMs.
+
+    :param nvdimms: what it has besides, as :func:`describe` returns it.
+    """
+    had = _nvdimms(run.nvdimms)
+    all_of_it = sorted([*had, *_nvdimms(nvdimms)], key=lambda each: int(each["slot"]))
+    written = {**json.loads(run.written), **json.loads(times(backings, nvdimms))}
+    return run._replace(nvdimms=json.dumps(all_of_it), written=json.dumps(written))
+
+
+def without_slot(run: Run, slot: int) -> Run:
+    """Return a run whose guest has no NVDIMM in a slot."""
+    left = [each for each in _nvdimms(run.nvdimms) if each["slot"] != slot]
+    written = {key: value for key, value in json.loads(run.written).items() if key != str(slot)}
+    return run._replace(nvdimms=json.dumps(left), written=json.dumps(written))
 
 
 def domain_of(run: Run, uuid: str) -> DomainSpec | None:
@@ -93,8 +115,10 @@ def domain_of(run: Run, uuid: str) -> DomainSpec | None:
         return None
     nvdimms = tuple(NvdimmSpec(path=each["path"], **each["definition"]) for each in found)
     domain = found[0]["domain"]
-    emulator, cache = domain.get("emulator"), domain.get("cache")  # earlier versions did not record them
-    return DomainSpec(domain["name"], uuid, domain["ram"], emulator, nvdimms, domain["dsm"], cache=cache)
+    emulator, cache, count = domain.get("emulator"), domain.get("cache"), domain.get("hot_slots", 0)  # since 0.3
+    return DomainSpec(
+        domain["name"], uuid, domain["ram"], emulator, nvdimms, domain["dsm"], cache=cache, hot_slots=count
+    )
 
 
 def has_had(run: Run, spec: NvdimmSpec, identity: BackingIdentity, written: int | None) -> bool:
@@ -283,7 +307,7 @@ def check(
     """
     address, nfit = locate(read, b"NFIT")
     (prepared,) = (table for table in tables if table[:4] == b"NFIT")
-    _check_places(nfit, prepared)
+    _check_places(read, nfit, prepared)
     number = Header.parse(nfit).oem_revision
     if number != UNNUMBERED or last is not None or not is_unnumbered:
         check_run(begun, last if last is not None and last.number == number > UNNUMBERED else None)
@@ -300,19 +324,23 @@ def run_of_guest(read: Read, nvdimms: str, last: Run | None, backings: Sequence[
     """
     try:
         _, nfit = locate(read, b"NFIT")
-        number, places = Header.parse(nfit).oem_revision, _places(nfit)
+        number, places = Header.parse(nfit).oem_revision, _places_in(read, nfit)
     except NvdimmError as error:  # the firmware has not made the tables yet, or the guest has overwritten them
         LOG.warning("the number of a guest's run cannot be read in its memory: %s", error)
         return None, True
     if number == UNNUMBERED:
         return None, False
-    if last is not None and last.number == number:
+    known = last is not None and last.number == number
+    if last is not None and known and paths_of(last) == {each["path"]: each["slot"] for each in _nvdimms(nvdimms)}:
         return last, True
     found = [{"slot": each["slot"], "base": each["base"], "visible size": each["size"]} for each in _nvdimms(nvdimms)]
     if places != found:
         LOG.warning("a running guest has its NVDIMMs at %s, and its domain at %s", places, found)
-        return None, True
-    return Run(number, nvdimms, times(backings, nvdimms)), True
+        return (last if known else None), True
+    written = json.loads(times(backings, nvdimms)) | (json.loads(last.written) if last is not None and known else {})
+    return Run(
+        number, nvdimms, json.dumps({each: written[each] for each in written if int(each) in _slots(nvdimms)})
+    ), True
 
 
 def check_known(last: Run | None, *, is_unnumbered: bool, is_spoiled: bool) -> None:
@@ -350,15 +378,44 @@ def check_run(begun: Run, last: Run | None) -> None:
             raise refused(f"{path} was written on the host{when}, after the guest was saved")
 
 
-def _check_places(saved: bytes, prepared: bytes) -> None:
-    had, has = _places(saved), _places(prepared)
+def _slots(nvdimms: str) -> set[int]:
+    return {each["slot"] for each in _nvdimms(nvdimms)}
+
+
+def _places_in(read: Read, nfit: bytes) -> list[dict[str, Any]]:
+    """Return where a guest has its NVDIMMs: by its slots for hot-plug, if it has some, else by its NFIT."""
+    slots = _plugged(read)
+    return _places(nfit) if slots is None else slots
+
+
+def _plugged(read: Read) -> list[dict[str, Any]] | None:
+    """Return what is in the slots of a guest; None when it has none."""
+    try:
+        head = read(hot_slots.ADDRESS, hot_slots.EVENTS_OFFSET)
+    except NvdimmError:  # it has no such pages
+        return None
+    if not head.startswith(hot_slots.SIGNATURE):
+        return None
+    count = min(int.from_bytes(head[hot_slots.SLOTS_OFFSET :], "little"), MAX_NVDIMMS)
+    records = [SlotRecord.parse(read(hot_slots.address_of(slot), hot_slots.RECORD)) for slot in range(count)]
+    return [place for each in records if not each.is_empty for place in _places_of(Nfit.of_structures(each.structures))]
+
+
+def _check_places(read: Read, saved: bytes, prepared: bytes) -> None:
+    plugged, has = _plugged(read), _places(prepared)
+    had = _places(saved) if plugged is None else plugged
+    if plugged is not None:  # what it has ejected since is put away once it runs
+        has = [each for each in has if each in had or each["slot"] in {one["slot"] for one in had}]
     if had != has:
         raise refused("; ".join(_differences(had, has)) or "its NFIT has an NVDIMM twice")
 
 
 def _places(nfit: bytes) -> list[dict[str, Any]]:
     """Return where a guest has its NVDIMMs, by its NFIT."""
-    table = Nfit.parse(nfit)
+    return _places_of(Nfit.parse(nfit))
+
+
+def _places_of(table: Nfit) -> list[dict[str, Any]]:
     ranges = {each.index: each for each in table.of(SpaRange)}
     mappings = table.of(RegionMapping)
     if len(mappings) > MAX_NVDIMMS:

@@ -69,15 +69,19 @@ class Starts:
         self.holders.kill(uuid, self.holders.find(uuid))  # of a start that is over
         try:
             for item in items:
-                LOG.debug("freeze %s", item.spec.path)
-                backing = backing_of(self.backings, item.spec.path)
-                self._thaw_left(start, item, number)
-                backing.freeze_for(item.spec.path, number, item.identity)
-                self._check_unwritten(uuid, backing, item)
+                self.freeze_one(start, item, number)
         except BaseException:
             self.put_away(start)
             raise
         return start
+
+    def freeze_one(self, start: Start, item: Allocation, number: int) -> None:
+        """Freeze one backing for a start, which the ledger has with its path."""
+        LOG.debug("freeze %s", item.spec.path)
+        backing = backing_of(self.backings, item.spec.path)
+        self._thaw_left(start, item, number)
+        backing.freeze_for(item.spec.path, number, item.identity)
+        self._check_unwritten(start.uuid, backing, item)
 
     def _thaw_left(self, start: Start, item: Allocation, number: int) -> None:
         """Thaw a file that is frozen before its domain's start comes to it: for a guest that no start is of any more.
@@ -228,6 +232,10 @@ class Starts:
         except BackingError:
             return True
         return False
+
+    def hold_each(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> list[int]:
+        """Start a holder for each backing of a guest that may eject it alone; return their process ids."""
+        return [self.hold(uuid, name, [each]) for each in backings]
 
     def hold(self, uuid: str, name: str, backings: Sequence[tuple[str, BackingIdentity]]) -> int:
         """Start a holder of a domain's backings; return its process id.

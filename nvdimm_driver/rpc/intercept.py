@@ -17,8 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from nvdimm_driver import logs
+from nvdimm_driver.backing.paths import resolve
 from nvdimm_driver.driver import XenNvdimmDriver
-from nvdimm_driver.errors import DomainXmlError, LedgerError, NvdimmError, RefusedError, UnsupportedError, hint_of
+from nvdimm_driver.errors import (
+    DomainXmlError,
+    LedgerError,
+    NvdimmError,
+    RefusedError,
+    UnansweredError,
+    UnsupportedError,
+    hint_of,
+)
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.lifecycle.define import Before, Made
 from nvdimm_driver.lifecycle.domain_locks import DomainLocks
@@ -30,6 +40,7 @@ from nvdimm_driver.rpc import metadata_calls, opening
 from nvdimm_driver.rpc.additions import Additions
 from nvdimm_driver.rpc.handler_types import Call, Context, Entry, Peer, Pool, ReplyEntry, Table, Work
 from nvdimm_driver.rpc.libvirt_calls import (
+    Known,
     Steps,
     ask,
     call,
@@ -50,6 +61,7 @@ from nvdimm_driver.rpc.locking import changing
 from nvdimm_driver.rpc.memory_calls import AFFECT_CONFIG, AFFECT_LIVE, MemoryCall
 from nvdimm_driver.rpc.procedure import Procedure
 from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
+from nvdimm_driver.state.events import Event
 from nvdimm_driver.xml.client_xml import Added, ClientDevice, ClientDomain, check_room, read_device, read_domain
 from nvdimm_driver.xml.definition_files import open_save, uuid_of_save, xml_of_save
 from nvdimm_driver.xml.document import decode, parse
@@ -59,6 +71,7 @@ from nvdimm_driver.xml.edit_devices import (
     attach,
     by_real_paths,
     detach,
+    in_slot,
     paths_in,
     update,
     with_paths,
@@ -68,6 +81,7 @@ from nvdimm_driver.xml.edit_devices import (
 )
 from nvdimm_driver.xml.hooks import XmlHooks
 from nvdimm_driver.xml.parse_domain import DefinedMemory, check_started_ram, extract, has_nvdimms, memory_of
+from nvdimm_driver.xml.rewrite import record_with, record_without
 
 LOG = logging.getLogger(__name__)
 
@@ -77,6 +91,11 @@ MIGRATE_PARAMS_MAX = 64
 # include/libvirt/libvirt-domain.h
 START_FORCE_BOOT = 1 << 3
 MIGRATE_DEST_XML = "destination_xml"
+
+WAIT_SECONDS = 0.2
+"""Between two looks at what a guest has done."""
+PLUG_WAITS, EJECT_WAITS = 50, 100
+"""Most looks after an NVDIMM was plugged, and after the guest was asked to eject one."""
 
 T = TypeVar("T")
 
@@ -199,18 +218,29 @@ class Interceptor:
     # --- devices ---
 
     def attach_device(self, procedure: int, payload: bytes) -> Steps:
-        """Add an NVDIMM to the definition and provision it; refuse to change a running domain."""
-        return (yield from self._change(procedure, payload, "attached to", as_named(attach)))
+        """Add an NVDIMM to the definition or to the running guest, or to both, and provision it."""
+        return (yield from self._change(procedure, payload, "attached to", as_named(attach), self._plug))
 
     def detach_device(self, procedure: int, payload: bytes) -> Steps:
-        """Remove an NVDIMM from the definition and keep its data; refuse to change a running domain."""
-        return (yield from self._change(procedure, payload, "detached from", by_real_paths(detach)))
+        """Remove an NVDIMM from the definition, or have the running guest eject it, or both; keep its data."""
+        return (yield from self._change(procedure, payload, "detached from", by_real_paths(detach), self._unplug))
 
     def update_device(self, procedure: int, payload: bytes) -> Steps:
         """Change an NVDIMM in the definition; refuse to change a running domain."""
         return (yield from self._change(procedure, payload, "changed in", by_real_paths(update)))
 
-    def _change(self, procedure: int, payload: bytes, what: str, edit: Edit) -> Steps:
+    def _change(
+        self,
+        procedure: int,
+        payload: bytes,
+        what: str,
+        edit: Edit,
+        change_guest: Callable[[DomainRef, str, bool], Steps] | None = None,
+    ) -> Steps:
+        """Change an NVDIMM of a domain.
+
+        :param change_guest: does it in the running guest and, if the last argument is true, in the definition.
+        """
         values = Unpacker(payload)
         domain, xml = values.domain(), values.encoded()
         flags = AFFECT_LIVE if procedure in LIVE_DEVICE_CALLS else values.uint32()
@@ -224,6 +254,8 @@ class Interceptor:
         persistent = yield from ask(Procedure.DOMAIN_IS_PERSISTENT, domain)
         if (live and not active) or (flags & AFFECT_CONFIG and not persistent):
             return (yield from call(procedure, payload))  # libvirtd refuses it, whatever the device
+        if live and change_guest and (yield self._work(lambda driver: driver.has_slots(domain.uuid), Pool.HOST)):
+            return (yield from change_guest(domain, device.text, bool(flags & AFFECT_CONFIG)))
         if live:
             raise UnsupportedError(
                 f"an NVDIMM cannot be {what} the running domain {domain.name}",
@@ -236,6 +268,131 @@ class Interceptor:
             changed: str = yield Work(lambda: edit(before, device.text, found), Pool.XML)
             yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)), locked=domain.uuid)
         return b""
+
+    def _plug(self, domain: DomainRef, device: str, persistent: bool) -> Steps:
+        """Provision an NVDIMM and plug it into the running guest; wait a little for the guest to take it.
+
+        libvirt's XML of the guest lacks nothing that the guest has: it is changed before that, or after an ejection.
+
+        :param persistent: add it to the definition, too.
+        """
+        uuid = domain.uuid
+        with (yield from self._changing(uuid)):
+            raw = yield from self._settled(domain)
+            before = yield from self._restored(raw)
+            defined = (yield from self._restored((yield from definition(domain)))) if persistent else ""
+            named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
+            found = yield from self._find_paths(uuid, named)
+            real: str = yield Work(
+                lambda: with_paths(device, {each: found[each] for each in paths_in(device)}), Pool.XML
+            )
+            (path,) = yield Work(lambda: paths_in(real), Pool.XML)
+            wanted: DomainSpec = yield Work(lambda: _extracted(attach(before, real)), Pool.XML)
+            others: tuple[int, ...] = yield Work(lambda: _slots_of(defined), Pool.XML)
+            guest: DomainSpec = yield self._work(
+                lambda driver: driver.check_plug(uuid, wanted, path, others), Pool.HOST
+            )
+            (slot,) = (spec.slot for spec in guest.nvdimms if spec.path == path)
+            placed: str = yield Work(lambda: in_slot(real, slot), Pool.XML)
+            known = yield from known_definition(uuid)
+            state: Before = yield self._work(lambda driver: driver.state_of(uuid, guest), Pool.HOST)
+            made = Made()
+            try:
+                if persistent:
+                    changed: str = yield Work(lambda: attach(defined, placed), Pool.XML)
+                    arguments, place = bytes(Packer().string(changed)), (path, guest.plugged_above)
+                    _, made = yield from self._defined(Procedure.DOMAIN_DEFINE_XML, arguments, uuid, place)
+                else:
+                    plan = yield from self._plan(guest)
+                    made = yield self._work(lambda driver: driver.create(guest, plan), _provisioning(plan))
+                record: str = yield Work(lambda: record_with(raw, parse(placed).root), Pool.XML)
+                yield from metadata_calls.set_live_record(domain, record)
+                yield self._work(lambda driver: driver.plug(uuid, guest, path), Pool.HOST)
+            except Exception:
+                yield from self._take_back(domain, known if persistent else None, state, made)
+                raise
+            for _ in range(PLUG_WAITS):
+                if (yield self._work(lambda driver: driver.has_taken(uuid, slot), Pool.HOST, WAIT_SECONDS)):
+                    return b""
+        event = Event("plug-unanswered", uuid, domain.name, None, {"path": path, "slot": slot})
+        yield Work(lambda: logs.tell(event))
+        return b""
+
+    def _take_back(
+        self, domain: DomainRef, known: Known | None, state: Before, made: Made
+    ) -> Generator[Call | Work, Any, None]:
+        """Undo what :meth:`_plug` has done before the guest got the NVDIMM."""
+        uuid = domain.uuid
+        try:
+            if known is not None:
+                yield from put_back_definition(uuid, known)
+            yield self._work(lambda driver: driver.undo(uuid, state, made, None), Pool.HOST)
+            yield from self._settled(domain)
+        except (NvdimmError, OSError, LibvirtError) as failed:
+            LOG.error("domain %s: what it had before an NVDIMM was attached cannot be put back: %s", uuid, failed)
+
+    def _unplug(self, domain: DomainRef, device: str, persistent: bool) -> Steps:
+        """Have the running guest eject an NVDIMM, and wait for that.
+
+        :param persistent: remove it from the definition, too.
+        :raises UnansweredError: when the guest has not ejected it in time; it may do so later.
+        """
+        uuid, edit = domain.uuid, by_real_paths(detach)
+        with (yield from self._changing(uuid)):
+            before = yield from self._restored((yield from self._settled(domain)))
+            defined = (yield from self._restored((yield from definition(domain)))) if persistent else ""
+            named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
+            found = yield from self._find_paths(uuid, named)
+            left: str = yield Work(lambda: edit(before, device, found), Pool.XML)
+            changed: str = yield Work(lambda: edit(defined, device, found) if persistent else "", Pool.XML)
+            has: list[str] = yield Work(lambda: paths_in(left), Pool.XML)
+            had: list[str] = yield Work(lambda: [found[each] for each in paths_in(before)], Pool.XML)
+            (real,) = {*had}.difference(has)
+            yield self._work(lambda driver: driver.ask_to_eject(uuid, real), Pool.HOST)
+            for _ in range(EJECT_WAITS):
+                if (yield self._work(lambda driver: driver.put_away_ejected(uuid, real), Pool.HOST, WAIT_SECONDS)):
+                    break
+            else:
+                raise UnansweredError(
+                    f"the guest of domain {domain.name} has been asked to eject the NVDIMM {real}, and has not done so "
+                    f"within {EJECT_WAITS * WAIT_SECONDS:.0f} s",
+                    hint="in the guest, unmount what is on it and eject it; then detach it again",
+                )
+            yield from self._settled(domain)
+            if persistent:
+                yield from self._define(Procedure.DOMAIN_DEFINE_XML, bytes(Packer().string(changed)), locked=uuid)
+            else:
+                now = yield from defined_xml(uuid)
+                if now is None or real not in (yield Work(lambda: paths_in(self._hooks.restore(now)), Pool.DUMP)):
+                    yield self._work(lambda driver: driver.give_up_claim(uuid, real), Pool.HOST)
+        return b""
+
+    def save(self, procedure: int, payload: bytes) -> Steps:
+        """Pass the call; first let libvirt's XML of the guest, which goes into the image, have what the guest has."""
+        domain = Unpacker(payload).domain()
+        record = yield from self._record(domain)
+        if record is not None and record.start is not None and record.start.hot_slots:
+            with (yield from self._changing(domain.uuid)):
+                yield from self._settled(domain)
+                return (yield from call(procedure, payload))
+        return (yield from call(procedure, payload))
+
+    def _settled(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:
+        """Put away what a running guest has ejected; return libvirt's XML of it, in which only what it has is left."""
+        uuid = domain.uuid
+        has: tuple[str, ...] | None = yield self._work(lambda driver: driver.settle_guest(uuid), Pool.HOST)
+        raw = yield from current_xml(domain)
+        if has is None:
+            return raw
+        known = has
+        gone: list[str] = yield Work(
+            lambda: [each for each in paths_in(self._hooks.restore(raw)) if resolve(each) not in known], Pool.DUMP
+        )
+        less: str | None = yield Work(lambda: record_without(raw, gone) if gone else None, Pool.XML)
+        if less is not None:
+            yield from metadata_calls.set_live_record(domain, less)
+            raw = yield from current_xml(domain)
+        return raw
 
     def set_metadata(self, procedure: int, payload: bytes) -> Steps:
         """Pass metadata that are not ours, if the domain's XML has room for them."""
@@ -455,13 +612,13 @@ class Interceptor:
 
     # --- shared by handlers ---
 
-    def _work(self, run: Callable[[XenNvdimmDriver], T], pool: Pool = Pool.LEDGER) -> Work:
+    def _work(self, run: Callable[[XenNvdimmDriver], T], pool: Pool = Pool.LEDGER, delay: float = 0.0) -> Work:
         def with_driver() -> T:
             driver = self._make_driver()
             with closing(driver):
                 return run(driver)
 
-        return Work(with_driver, pool)
+        return Work(with_driver, pool, delay)
 
     def _record(self, domain: DomainRef) -> Generator[Call | Work, Any, Record | None]:
         return (yield from self._record_of(domain.uuid))
@@ -544,17 +701,25 @@ class Interceptor:
                 yield self._work(lambda driver: driver.drop_claims(uuid), Pool.HOST)
 
     def _define(self, procedure: int, payload: bytes, locked: str | None = None) -> Steps:
+        """Do what :meth:`_defined` does, and return libvirtd's reply."""
+        return (yield from self._defined(procedure, payload, locked))[0]
+
+    def _defined(
+        self, procedure: int, payload: bytes, locked: str | None, plugged: tuple[str, int] = ("", 0)
+    ) -> Generator[Call | Work, Any, tuple[bytes, Made]]:
         """Define a domain, with its lock from before libvirt's definition is read.
 
         :param locked: uuid of the domain whose lock the caller has.
+        :param plugged: as in :class:`.model.DomainSpec`: the path, and the address that it goes behind.
         """
         xml, flags = xml_and_flags(payload)
         read = yield from self._read(xml, validate=validates(procedure, flags))
         domain = read.domain
         if domain is None:
             yield from self._check_known(read.uuid)
-            return (yield from self._define_plain(procedure, payload, read, locked))
+            return (yield from self._define_plain(procedure, payload, read, locked)), Made()
         resolved, domain = yield from self._resolved_domain(read.text, domain)
+        domain = replace(domain, plugged=plugged[0], plugged_above=plugged[1])
         uuid: str = yield self._work(lambda driver: driver.identify(domain).uuid, Pool.HOST)
         with nullcontext() if uuid == locked else (yield from self._changing(uuid)):
             plan = yield from self._plan(domain)
@@ -569,12 +734,12 @@ class Interceptor:
             had: tuple[NvdimmSpec, ...] = yield self._work(lambda driver: driver.begin(identified, plan), Pool.HOST)
             try:
                 reply = yield from call(procedure, bytes(Packer().string(rewritten)) + flags)
-                yield self._work(lambda driver: driver.define(identified, plan), _provisioning(plan))
+                made: Made = yield self._work(lambda driver: driver.define(identified, plan), _provisioning(plan))
             except Exception:
                 if (yield from put_back_definition(uuid, before)):
                     yield from self._cancel(identified, had)
                 raise
-            return reply
+            return reply, made
 
     def _define_plain(self, procedure: int, payload: bytes, read: ClientDomain, locked: str | None) -> Steps:
         """Define a domain without NVDIMMs, which gives up those that it had, with its lock if the ledger knows it."""
@@ -665,6 +830,20 @@ class Interceptor:
         return LibvirtError(told._replace(message=f"{told.message}: {record.fault}").pack())
 
 
+def _extracted(xml: str) -> DomainSpec:
+    """Return the domain of XML that has NVDIMMs."""
+    domain = extract(xml)
+    if domain is None:
+        raise DomainXmlError("the domain has no NVDIMMs", hint="define it with one, and boot it anew")
+    return domain
+
+
+def _slots_of(xml: str) -> tuple[int, ...]:
+    """Return the slots of a definition's NVDIMMs; none for an empty text."""
+    domain = extract(xml, stored=True) if xml else None
+    return tuple(spec.slot for spec in domain.nvdimms) if domain else ()
+
+
 def _provisioning(plan: Plan) -> Pool:
     """Return the pool in which a define with this plan runs."""
     return Pool.ZEROS if any(intake.creates or intake.writes for intake in plan.intakes) else Pool.HOST
@@ -699,6 +878,9 @@ TABLE: Mapping[Procedure, Row] = {
     Procedure.DOMAIN_DETACH_DEVICE: Row(Interceptor.detach_device),
     Procedure.DOMAIN_GET_XML_DESC: Row(Interceptor.got_xml, read_only=True, is_reply=True),
     Procedure.DOMAIN_RESTORE: Row(Interceptor.restore),
+    Procedure.DOMAIN_SAVE: Row(Interceptor.save),
+    Procedure.DOMAIN_SAVE_FLAGS: Row(Interceptor.save),
+    Procedure.DOMAIN_MANAGED_SAVE: Row(Interceptor.save),
     Procedure.DOMAIN_SET_MAX_MEMORY: Row(Interceptor.set_memory),
     Procedure.DOMAIN_SET_MEMORY: Row(Interceptor.set_memory),
     Procedure.DOMAIN_UNDEFINE: Row(Interceptor.undefine),
@@ -726,7 +908,6 @@ PASSED: Mapping[str, str] = {
     "connect_get_domain_capabilities": "its XML is about the host",
     "domain_migrate_confirm3_params": "it ends a migration, and a domain with NVDIMMs cannot begin one",
     "domain_migrate_finish3_params": "it ends a migration, and a domain with NVDIMMs cannot begin one",
-    "domain_save_flags": "the libxl driver refuses other XML for the domain",
 }
 """Procedures that can carry domain XML, that the libxl driver implements, and that pass all the same: why.
 

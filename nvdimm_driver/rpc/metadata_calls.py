@@ -10,10 +10,12 @@ from nvdimm_driver.errors import DomainXmlError
 from nvdimm_driver.host_text import decode
 from nvdimm_driver.rpc.handler_types import Call, Pool, Work
 from nvdimm_driver.rpc.libvirt_calls import Steps, call
-from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, RemoteError, Unpacker
+from nvdimm_driver.rpc.memory_calls import AFFECT_LIVE
+from nvdimm_driver.rpc.procedure import Procedure
+from nvdimm_driver.rpc.xdr import DomainRef, LibvirtError, Packer, RemoteError, Unpacker
 from nvdimm_driver.xml.client_xml import Added, cannot_set_options, check_metadata, check_plain, check_text
 from nvdimm_driver.xml.parse_domain import OPTIONS
-from nvdimm_driver.xml.rewrite import NAMESPACE
+from nvdimm_driver.xml.rewrite import NAMESPACE, PREFIX
 
 METADATA_ELEMENT = 2  # include/libvirt/libvirt-domain.h
 FROM_DOMAIN, NO_DOMAIN_METADATA = 20, 80  # include/libvirt/virterror.h
@@ -58,6 +60,16 @@ def new_metadata(payload: bytes) -> Generator[Call | Work, Any, Metadata]:
     elif value:
         added = check_text(decode(value))
     return Metadata(domain, added)
+
+
+def set_live_record(domain: DomainRef, record: str) -> Steps:
+    """Replace our metadata of a running domain.
+
+    :param record: without the namespace, which libvirt adds.
+    """
+    arguments = Packer().domain(domain).int32(METADATA_ELEMENT).optional_string(record)
+    arguments = arguments.optional_string(PREFIX).optional_string(NAMESPACE).uint32(AFFECT_LIVE)
+    return (yield from call(Procedure.DOMAIN_SET_METADATA, bytes(arguments)))
 
 
 def get_metadata(interceptor: object, procedure: int, payload: bytes) -> Steps:

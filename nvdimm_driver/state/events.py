@@ -27,6 +27,8 @@ KINDS = {
     "start-failed": "ERROR",
     "released": "INFO",
     "put-away": "INFO",
+    "plugged": "INFO",
+    "unplugged": "INFO",
     "label-server-started": "INFO",
     "label-server-gone": "WARNING",
     "holder-gone": "WARNING",
@@ -47,6 +49,7 @@ LOGGED = {
     "hook-failed": "ERROR",
     "label-server-failed": "ERROR",
     "hold-failed": "ERROR",
+    "plug-unanswered": "WARNING",
 }
 """Events that only the log has, if their level is above INFO."""
 

@@ -12,7 +12,8 @@ import time
 from nvdimm_driver.errors import InUseError, NvdimmError
 from nvdimm_driver.host_text import escaped
 from nvdimm_driver.state.events import Event, failure
-from nvdimm_driver.state.start_steps import StartSteps, count
+from nvdimm_driver.state.plug_steps import PlugSteps
+from nvdimm_driver.state.start_steps import count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ ALLOCATION_COLUMNS = (
 )
 
 
-class Ledger(StartSteps):
+class Ledger(PlugSteps):
     """The ledger. Every method is one transaction.
 
     :raises LedgerError: from every method, when the file cannot be read or written.
@@ -78,6 +79,7 @@ class Ledger(StartSteps):
         intents: Sequence[NvdimmSpec] = (),
         dsm: str | None = None,
         cache: str | None = None,
+        hot_slots: int = 0,
         kind: str = "",
         check: Callable[[], None] = lambda: None,
         marked: Mapping[str, int] | None = None,
@@ -111,9 +113,10 @@ class Ledger(StartSteps):
 
         statements: list[tuple[str, Sequence[Any]]] = [
             (
-                "INSERT INTO domain (uuid, name, ram, dsm, cache) VALUES (?, ?, ?, ?, ?) ON CONFLICT (uuid) DO UPDATE "
-                "SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm, cache = excluded.cache",
-                (uuid, name, ram, dsm, cache),
+                "INSERT INTO domain (uuid, name, ram, dsm, cache, hot_slots) VALUES (?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, ram = excluded.ram, dsm = excluded.dsm, "
+                "cache = excluded.cache, hot_slots = excluded.hot_slots",
+                (uuid, name, ram, dsm, cache, hot_slots),
             ),
             *_change(uuid, max(times.values(), default=0)),
             _spoil_without(uuid, allocations),
@@ -187,8 +190,9 @@ class Ledger(StartSteps):
         uuid = domain.uuid or ""
         statements: list[tuple[str, Sequence[Any]]] = [
             (
-                "INSERT INTO domain (uuid, name, ram, dsm, cache) VALUES (?, ?, ?, ?, ?) ON CONFLICT (uuid) DO NOTHING",
-                (uuid, domain.name, domain.ram, domain.dsm, domain.cache),
+                "INSERT INTO domain (uuid, name, ram, dsm, cache, hot_slots) VALUES (?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (uuid) DO NOTHING",
+                (uuid, domain.name, domain.ram, domain.dsm, domain.cache, domain.hot_slots),
             ),
             ("DELETE FROM intent WHERE uuid = ?", (uuid,)),
         ]
@@ -327,19 +331,19 @@ class Ledger(StartSteps):
             frozen.setdefault(uuid, []).append(path)
         starts = {
             uuid: Start(
-                uuid, state, domid, boot_id, since, tuple(frozen.get(uuid, ())), served, identifier, bool(ended), cache
+                uuid, state, domid, boot_id, since, tuple(frozen.get(uuid, ())), served, identifier, bool(ended), *more
             )
-            for uuid, state, domid, boot_id, since, served, identifier, ended, cache in rows(
-                "state, domid, boot_id, since, served, id, ended, cache", "attachment", "uuid"
+            for uuid, state, domid, boot_id, since, served, identifier, ended, *more in rows(
+                "state, domid, boot_id, since, served, id, ended, cache, hot_slots", "attachment", "uuid"
             )
         }
         return tuple(
             Record(
                 *(uuid, name, ram, dsm, fault, tuple(allocations.get(uuid, ()))),
-                *(starts.get(uuid), tuple(intents.get(uuid, ())), changed, cache),
+                *(starts.get(uuid), tuple(intents.get(uuid, ())), changed, *more),
             )
-            for uuid, name, ram, dsm, fault, changed, cache in rows(
-                "name, ram, dsm, fault, changed, cache", "domain", "name"
+            for uuid, name, ram, dsm, fault, changed, *more in rows(
+                "name, ram, dsm, fault, changed, cache, hot_slots", "domain", "name"
             )
         )
 

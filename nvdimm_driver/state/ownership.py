@@ -635,6 +635,7 @@ def drop(
             *(record.uuid, record.name, record.ram, kept),
             dsm=record.dsm,
             cache=record.cache,
+            hot_slots=record.hot_slots,
             kind="forgotten",
             check=check,
         )

@@ -158,5 +158,9 @@ CREATE TABLE never_run (
 ALTER TABLE domain ADD COLUMN cache TEXT;
 ALTER TABLE attachment ADD COLUMN cache TEXT NOT NULL DEFAULT '';
 """,
+    """
+ALTER TABLE domain ADD COLUMN hot_slots INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE attachment ADD COLUMN hot_slots INTEGER NOT NULL DEFAULT 0;
+""",
 )
 """The SQL that makes each version of the schema from the one before; the first is version 1."""

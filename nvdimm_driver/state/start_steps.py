@@ -123,7 +123,7 @@ class StartSteps(Database):
                     (identifier, start.state, start.boot_id, start.since, number, uuid),
                 ),
                 ("UPDATE domain SET fault = '' WHERE uuid = ?", (uuid,)),
-                *_have(uuid, paths),
+                *have(uuid, paths),
             ],
             guarded=True,
         )
@@ -147,6 +147,7 @@ class StartSteps(Database):
         served: str = "",
         uncached: Sequence[tuple[int, int]] = (),
         cache: str = "auto",
+        hot_slots: int = 0,
         detail: Mapping[str, Value] | None = None,
     ) -> None:
         """Record that the start is prepared, with everything that the device model will do.
@@ -156,6 +157,7 @@ class StartSteps(Database):
         :param run: the run that it will begin.
         :param served: as in :class:`.model.Start`.
         :param cache: what is asked for, one of :data:`.caching.CACHES`.
+        :param hot_slots: as in :class:`.model.Start`.
         :param detail: detail of the event.
         :raises LedgerError: when another process has put this start away.
         """
@@ -172,6 +174,7 @@ class StartSteps(Database):
                 "nvdimms": run.nvdimms,
                 "written": run.written,
                 "cache": cache,
+                "hot_slots": hot_slots,
             },
             [
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
@@ -350,7 +353,7 @@ class StartSteps(Database):
                 ("DELETE FROM never_run WHERE uuid = ?", (uuid,)),
                 *([("INSERT INTO run VALUES (?, ?, ?, ?)", (uuid, *run))] if run else []),
                 *([] if is_numbered else [("INSERT INTO unnumbered (uuid) VALUES (?)", (uuid,))]),
-                *_have(uuid, paths),
+                *have(uuid, paths),
                 *[("INSERT INTO mapping VALUES (?, ?, ?, ?)", (uuid, *mapping)) for mapping in mappings],
                 *[("INSERT INTO area VALUES (?, ?, ?)", (uuid, *area)) for area in areas],
             ],
@@ -568,7 +571,7 @@ class StartSteps(Database):
         return Event(kind, uuid, rows[0][0], rows[0][1] if domid is None else domid, detail or {})
 
 
-def _have(uuid: str, paths: Iterable[str]) -> Iterator[tuple[str, Sequence[Any]]]:
+def have(uuid: str, paths: Iterable[str]) -> Iterator[tuple[str, Sequence[Any]]]:
     """Yield the statements by which a start has these paths: no release of them goes on any more."""
     for path in paths:
         yield "INSERT INTO frozen (uuid, path) VALUES (?, ?)", (uuid, path)

@@ -55,6 +55,9 @@ int xendevicemodel_get_ioreq_server_info(
 int xendevicemodel_map_io_range_to_ioreq_server(
     xendevicemodel_handle *, domid_t, ioservid_t id, int is_mmio, uint64_t first, uint64_t last);
 int xendevicemodel_set_ioreq_server_state(xendevicemodel_handle *, domid_t, ioservid_t id, int enabled);
+int xendevicemodel_set_pci_intx_level(
+    xendevicemodel_handle *, domid_t, uint16_t segment, uint8_t bus, uint8_t device, uint8_t intx, unsigned level);
+int xendevicemodel_close(xendevicemodel_handle *);
 
 /* libxenevtchn.so.1 (xenevtchn.h) */
 typedef struct xenevtchn_handle xenevtchn_handle;

@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 
 from nvdimm_driver import caching
 from nvdimm_driver.errors import LayoutError, NoWriteBackError, XenError
-from nvdimm_driver.guest import p2m
+from nvdimm_driver.guest import hot_slots, p2m
 from nvdimm_driver.guest.p2m import DSM_GFN, TABLES_GFN
 from nvdimm_driver.plugins import Mapper
 from nvdimm_driver.sizes import align_up, human, units
@@ -179,6 +179,13 @@ class DomctlMapper(Mapper):
 
     def give_dsm_page(self, domid: int) -> None:
         self.xen.populate_physmap_exact(domid, DSM_GFN, 1)
+
+    def give_slots(self, domid: int, pages: bytes) -> None:
+        self.xen.populate_physmap_exact(domid, hot_slots.FIRST_GFN, units(len(pages), PAGE))
+        self.xen.write_memory(domid, hot_slots.ADDRESS, pages)
+
+    def raise_slot_event(self, domid: int) -> None:
+        self.xen.raise_pci_interrupt(domid, hot_slots.PCI_DEVICE)
 
     def copy_disk_buffers(self, domid: int) -> None:
         folder = f"/local/domain/{domid}/device/vbd"

@@ -69,6 +69,9 @@ class _RecordingXen(Xen):
     def populate_physmap_exact(self, domid: int, gfn: int, count: int) -> None:
         self._calls.append(("populate_physmap_exact", domid, gfn, count))
 
+    def raise_pci_interrupt(self, domid: int, device: int) -> None:
+        self._calls.append(("raise_pci_interrupt", domid, device))
+
     def write_memory(self, domid: int, address: int, data: bytes) -> None:
         self._calls.append(("write_memory", domid, address, len(data)))
 

@@ -199,6 +199,25 @@ class Xen:
         finally:
             self._unmap_foreign(where, pages)
 
+    def raise_pci_interrupt(self, domid: int, device: int) -> None:
+        """Raise INTA of a device on the guest's PCI bus 0, and lower it: whoever handles it need not lower it."""
+        try:
+            library: Any = ffi.dlopen("libxendevicemodel.so.1")
+        except OSError as error:
+            raise XenError(f"{error}", hint="install the package with libxendevicemodel.so.1") from error
+        ffi.errno = 0
+        model = library.xendevicemodel_open(ffi.NULL, 0)
+        if not model:
+            raise self._error("xendevicemodel_open", ffi.errno, f"domain {domid}")
+        try:
+            for level in (1, 0):
+                ffi.errno = 0
+                if library.xendevicemodel_set_pci_intx_level(model, domid, 0, 0, device, 0, level) < 0:
+                    what = f"domain {domid}, device {device}, level {level}"
+                    raise self._error("xendevicemodel_set_pci_intx_level", ffi.errno, what)
+        finally:
+            library.xendevicemodel_close(model)
+
     def _version_text(self, command: int, what: str) -> str:
         text = ffi.new("char[]", VERSION_TEXT_SIZE)
         self._call("xc_version", what, command, text)

@@ -89,6 +89,14 @@ def with_size(xml: str, path: str, size: int) -> str:
     return text.edited()
 
 
+def in_slot(device: str, slot: int) -> str:
+    """Return the XML of an NVDIMM with a slot, if it has none."""
+    text = parse(device)
+    if text.root.child("address") is None:
+        text.insert_after(text.root.children[-1], _address(slot))
+    return text.edited()
+
+
 def attach(xml: str, device: str) -> str:
     """Return domain XML, as the user wrote it, with one more NVDIMM after its others.
 

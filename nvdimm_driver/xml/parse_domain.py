@@ -161,6 +161,26 @@ def check_started_ram(root: Element) -> None:
         )
 
 
+def hot_slots(root: Element, *, stored: bool = False) -> int:
+    """Return the slots of ``<maxMemory>``; 0 without it.
+
+    :param stored: libvirt has stored it: an earlier version ignored the number, and what is wrong with it is no error.
+    :raises DomainXmlError: when it is no number from 1 to 256.
+    """
+    limit = root.child("maxMemory")
+    if limit is None:
+        return 0
+    try:
+        count = integer(limit.attributes.get("slots", ""), "slots of <maxMemory>", limit=MAX_NVDIMMS)
+        if not count:
+            raise DomainXmlError("slots of <maxMemory> is 0", hint=f"write a number from 1 to {MAX_NVDIMMS}")
+    except DomainXmlError:
+        if not stored:
+            raise
+        return 0
+    return count
+
+
 def uuid_of(root: Element) -> str | None:
     """Return the uuid of a domain in lower case; None when it has none.
 
@@ -216,6 +236,7 @@ def spec_of(root: Element, *, stored: bool = False) -> DomainSpec:
         dsm=options.get("dsm"),
         cache=options.get("cache"),
         hap=_hap(root),
+        hot_slots=hot_slots(root, stored=stored),
         unplaced=frozenset(path_of(element) for element in elements if element.child("address") is None),
         pci_devices=_pci_devices(root),
         emulated=_emulated(root),

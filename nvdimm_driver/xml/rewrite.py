@@ -21,20 +21,21 @@ are refused, so there are no entities and nothing to fetch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from nvdimm_driver import plugins
 from nvdimm_driver.errors import DomainXmlError
-from nvdimm_driver.xml.document import Element
+from nvdimm_driver.xml.document import Element, parse, written
 from nvdimm_driver.xml.edit_devices import BEHIND_MEMORY
 from nvdimm_driver.xml.nvdimm_element import as_libvirt_shows, in_kib
-from nvdimm_driver.xml.parse_domain import nvdimm_elements, parse_xen, ram_of, spec_of
+from nvdimm_driver.xml.parse_domain import nvdimm_elements, parse_xen, path_of, ram_of, spec_of
 from nvdimm_driver.xml.values import scaled
 
 NAMESPACE = "urn:nvdimm-driver:domain:1"
 """The namespace of the record in a rewritten domain's metadata."""
 
-_RECORD = "nvdimm:domain"
+PREFIX = "nvdimm"
+_RECORD = f"{PREFIX}:domain"
 # Libvirt's order of elements (src/conf/domain_conf.c:virDomainDefFormatInternalSetRootName), as far as it matters here.
 _BEFORE_METADATA = ("name", "uuid", "genid", "title", "description")
 _BEFORE_FEATURES = ("os", "idmap")
@@ -173,6 +174,37 @@ def restore(xml: str) -> str:
     return text.edited()
 
 
+def record_with(xml: str, nvdimm: Element) -> str:
+    """Return the record of a rewritten domain with one more NVDIMM, as :func:`record_without` does."""
+    record = _needed(xml)
+    record.need("devices").children.append(as_libvirt_shows(nvdimm))
+    return written(record)
+
+
+def record_without(xml: str, paths: Container[str]) -> str | None:
+    """Return the record of a rewritten domain without its NVDIMMs with these paths, for virDomainSetMetadata.
+
+    libvirt gives it, and each element in it, the namespace that the call names.
+
+    :returns: None when it has none of them.
+    """
+    record = _needed(xml)
+    kept = record.need("devices")
+    left = [each for each in kept.children if each.tag != "memory" or path_of(each) not in paths]
+    if len(left) == len(kept.children):
+        return None
+    kept.children[:] = left
+    return written(record)
+
+
+def _needed(xml: str) -> Element:
+    record = _record(parse(xml).root)
+    if record is None:
+        raise DomainXmlError("libvirt has the domain without NVDIMMs", hint="define the domain again")
+    attributes = {name: value for name, value in record.attributes.items() if name != f"xmlns:{PREFIX}"}
+    return Element("domain", attributes, record.children)
+
+
 def mentions(element: Element) -> bool:
     """Return True if an attribute in it, such as a namespace declaration, has the value :data:`NAMESPACE`."""
     return NAMESPACE in element.attributes.values() or any(map(mentions, element.children))
@@ -198,10 +230,19 @@ def _size(element: Element) -> int:
 def _record(root: Element) -> Element | None:
     metadata = root.child("metadata")
     children = [] if metadata is None else metadata.children
-    return next(
+    found = next(
         (child for child in children if child.tag == _RECORD and child.attributes.get("xmlns:nvdimm") == NAMESPACE),
         None,
     )
+    return None if found is None else _plain(found)
+
+
+def _plain(record: Element) -> Element:
+    """Let the elements in a record have no prefix, which virDomainSetMetadata gives each of them. Return the record."""
+    for each in record.children:
+        each.tag = each.tag.removeprefix(f"{PREFIX}:")
+        _plain(each)
+    return record
 
 
 def _check_plain(element: Element) -> None:

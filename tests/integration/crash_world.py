@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +26,8 @@ from nvdimm_driver.doctor.repair import look
 from nvdimm_driver.doctor.repair_view import DefinitionOf, nobody_to_ask
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import InUseError, NvdimmError, XenError
+from nvdimm_driver.guest import hot_slots
+from nvdimm_driver.guest.hot_slots import SlotRecord
 from nvdimm_driver.lifecycle.define import Made
 from nvdimm_driver.model import KIB, MIB, PAGE, SUPERPAGE, DomainSpec, NvdimmSpec, Pool, Progress, Watch
 from nvdimm_driver.plugins import unwatched
@@ -39,7 +41,7 @@ SIZE = 2 * MIB
 LABEL = 128 * KIB
 RAM = 512 * MIB
 X, NEIGHBOUR, STRANGER = (f"7c7b0e2e-4a6e-4f0e-9a3b-00000000000{digit}" for digit in "123")
-NEIGHBOURS_DOMID = 9
+DOMID, NEIGHBOURS_DOMID = 5, 9
 FINAL = (WRITE_BACK, UNCACHED)
 """What is known of a guest once it is mapped."""
 
@@ -69,22 +71,36 @@ class Hypervisor(RecordingMapper):
         super().__init__({})
         self.fault = fault
         self.pinned: dict[int, set[int]] = {}
+        self.ends: dict[int, int] = {}
         for word, domid, *more in map(json.loads, file.read_text().splitlines()):
-            if word == "create":
-                self.alive[domid] = more[0]
-            elif word == "destroy":
-                self.alive.pop(domid, None)
-                self._forget(domid)
-            elif word == "pin":
-                self.pinned.setdefault(domid, set()).update(range(more[0], more[0] + more[1]))
-            elif word == "map":
-                self.mapped.setdefault(domid, []).append((more[0], more[1], more[2]))
-            elif word == "unmap":
-                self._forget(domid)
+            self._apply(word, domid, *more)
 
-    def _forget(self, domid: int) -> None:
-        self.mapped.pop(domid, None)
-        self.pinned.pop(domid, None)
+    def _apply(self, word: str, domid: int, *more: Any) -> None:
+        if word == "create":
+            self.alive[domid] = more[0]
+        elif word == "destroy":
+            self.alive.pop(domid, None)
+            self.ends.pop(domid, None)
+            self.memory.pop(domid, None)
+            self._forget(domid)
+        elif word == "pin":
+            self.pinned.setdefault(domid, set()).update(range(more[0], more[0] + more[1]))
+        elif word == "map":
+            self.mapped.setdefault(domid, []).append((more[0], more[1], more[2]))
+            self.ends[domid] = max(self.ends.get(domid, 0), more[0] + more[2])
+        elif word == "unmap":
+            self._forget(domid, more[0] if more else None)
+        elif word == "write":
+            self.memory.setdefault(domid, {})[more[0]] = bytes.fromhex(more[1])
+
+    def _forget(self, domid: int, gfns: Collection[int] | None = None) -> None:
+        """Forget what a guest has, or the mappings with these first guest frames."""
+        mappings = self.mapped.pop(domid, [])
+        if left := [each for each in mappings if gfns is not None and each[0] not in gfns]:
+            self.mapped[domid] = left
+            self.pinned.get(domid, set()).intersection_update(frames_of((gfn, count) for gfn, _, count in left))
+        else:
+            self.pinned.pop(domid, None)
 
     def call(self, word: str, domid: int, *more: object) -> None:
         """Append a call."""
@@ -93,6 +109,7 @@ class Hypervisor(RecordingMapper):
                 file.write(json.dumps([word, domid, *more]).encode() + b"\n")
             except OSError as error:
                 raise XenError(f"{word}: {error.strerror}") from error
+        self._apply(word, domid, *more)
 
     def map(
         self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
@@ -104,14 +121,30 @@ class Hypervisor(RecordingMapper):
             for mapping in mappings:
                 self.call("map", domid, *mapping)
         except XenError:
-            self.call("unmap", domid)
+            self.call("unmap", domid, [gfn for gfn, *_ in mappings])
             raise
         return len(mappings)
 
     def unmap(
         self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
     ) -> None:
-        self.call("unmap", domid)
+        gfns = [gfn for gfn, *_ in mappings]
+        if not {*gfns} <= {gfn for gfn, *_ in self.mapped.get(domid, ())}:
+            self.call("unmap", domid, gfns)
+            raise XenError("EINVAL")  # what there is of it is unmapped nevertheless
+        self.call("unmap", domid, gfns)
+
+    def guest_end(self, domid: int) -> int:
+        return max(self.guest_frames, self.ends.get(domid, 0))
+
+    def give_slots(self, domid: int, pages: bytes) -> None:
+        self.call("write", domid, hot_slots.ADDRESS, pages.hex())
+
+    def write(self, domid: int, address: int, data: bytes) -> None:
+        self.call("write", domid, address, data.hex())
+
+    def raise_slot_event(self, domid: int) -> None:
+        self.call("event", domid)
 
     def deliver(self, domid: int, tables: bytes) -> None:
         self.call("deliver", domid, sha256(tables).hexdigest())
@@ -167,7 +200,7 @@ class World:
         """Return a driver, as a process of its own has it."""
         pool = Pool("main", "fsdax", (str(self.fs.root),), None, SUPERPAGE, LABEL, self.wipe)
         backing: Any = self.fs.backing
-        return make_driver(self.folder, backing, self.xen(), pools=Pools([pool]))
+        return make_driver(self.folder, backing, self.xen(), pools=Pools([pool]), hotplug=True)
 
     def work(self, what: Callable[[XenNvdimmDriver], T]) -> Callable[[], T]:
         """Return what a process does: something with a driver of its own."""
@@ -232,6 +265,57 @@ class World:
         self.do(partial(self.prepare, domain))
         self.xen().call("create", domid, domain.uuid)
         self.do(partial(self.attach, domid))
+
+    # --- hot-plug ---
+
+    def with_slots(self, *names: str) -> DomainSpec:
+        """Return the domain X with these files, and room for more while it runs."""
+        return replace(self.domain(X, *names), hot_slots=4)
+
+    def runs_with_slots(self, *names: str) -> None:
+        """Have the domain X run, with slots for hot-plug."""
+        self.do(partial(self.define, self.with_slots(*names)))
+        self.fill(*names)
+        self.start(self.with_slots(*names), DOMID)
+
+    def plug(self, names: Sequence[str], driver: XenNvdimmDriver, new: str = "") -> None:
+        """Plug one of these files, by default the last one, into the guest of X, which has the others."""
+        domain, path = self.with_slots(*names), self.path(new or names[-1])
+        with driver.locks.changing(X):
+            driver.settle_guest(X)
+            guest = driver.check_plug(X, domain, path)
+            state, made = driver.state_of(X, guest), Made()
+            try:
+                made = driver.create(guest, driver.check(guest))
+                driver.plug(X, guest, path)
+            except (NvdimmError, OSError):
+                driver.undo(X, state, made, None)
+                raise
+
+    def fill_plugged(self, name: str) -> None:
+        """Write what only the guest could, into a file that is immutable."""
+        run("chattr", "-i", self.path(name))
+        self.fill(name)
+        run("chattr", "+i", self.path(name))
+
+    def slot(self, slot: int) -> SlotRecord:
+        """Return what the guest of X has in a slot."""
+        return SlotRecord.parse(self.xen().read(DOMID, hot_slots.address_of(slot), hot_slots.RECORD))
+
+    def eject(self, slot: int) -> None:
+        """Have the guest of X eject what is in a slot."""
+        at, plugs = hot_slots.address_of(slot), self.slot(slot).plugs
+        self.xen().write(DOMID, at + 12, plugs.to_bytes(4, "little"))
+
+    def has(self) -> dict[str, int]:
+        """Return what the ledger says that the guest of X has: slots, by the names of their files."""
+
+        def read(driver: XenNvdimmDriver) -> dict[str, int]:
+            record = driver.ledger.find_domain(X)
+            assert record
+            return {Path(path).name: slot for path, slot in driver.hotplug.paths(record).items()}
+
+        return self.do(read)
 
     def neighbour(self) -> None:
         """Have another domain run."""

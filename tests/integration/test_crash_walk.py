@@ -288,6 +288,37 @@ def _has_the_label(world: World) -> None:
     has_the_label(world)
 
 
+def _has_slots(world: World) -> None:
+    world.runs_with_slots("x0")
+
+
+def _plug(world: World, driver: XenNvdimmDriver) -> None:
+    if "x1" not in world.has():
+        world.plug(["x0", "x1"], driver)
+
+
+def _is_plugged(world: World) -> None:
+    _is_mapped(world)
+    assert world.has() == {"x0": 0, "x1": 1}
+
+
+def _has_ejected(world: World) -> None:
+    world.runs_with_slots("x0")
+    world.do(partial(world.plug, ["x0", "x1"]))
+    world.fill_plugged("x1")
+    world.eject(1)
+
+
+def _settle(world: World, driver: XenNvdimmDriver) -> None:
+    driver.settle_guest(X)
+
+
+def _is_put_away(world: World) -> None:
+    assert world.has() == {"x0": 0}
+    assert world.is_immutable("x0")
+    assert not world.is_immutable("x1")
+
+
 BOTH = ("x0", "x1")
 OPERATIONS = [
     Operation("define", _new, lambda world, driver: world.define(world.domain(X, "x0", "x1"), driver)),
@@ -314,6 +345,8 @@ OPERATIONS = [
     Operation("repair", _ledger_lost, _repair),
     Operation("upgrade of the ledger", _old_ledger, _open_ledger),
     Operation("open labels", _runs, _open_labels, done=_is_mapped),
+    Operation("plug", _has_slots, _plug, done=_is_plugged),
+    Operation("put away what was ejected", _has_ejected, _settle, done=_is_put_away),
     Operation("write labels", _runs, write_labels, overwrites=("x0",), after=has_whole_pages, done=_has_the_label),
 ]
 

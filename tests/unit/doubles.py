@@ -19,6 +19,7 @@ from nvdimm_driver.backing.holders import Holders
 from nvdimm_driver.backing.identity import check_same_bytes
 from nvdimm_driver.driver import XenNvdimmDriver
 from nvdimm_driver.errors import BackingError, InUseError, NotFoundError, NoWriteBackError, XenError
+from nvdimm_driver.guest import hot_slots
 from nvdimm_driver.lifecycle import start as start_module
 from nvdimm_driver.lifecycle.emulators import Emulators
 from nvdimm_driver.lifecycle.plan import HostFacts
@@ -300,6 +301,7 @@ class RecordingMapper(Mapper):
         self.dsm_pages: set[int] = set()
         self.copying: set[int] = set()
         self.memory: dict[int, dict[int, bytes]] = {}
+        self.events: list[int] = []
         self.fail: str = ""
         self.fault = "this Xen is stock"
         self.refuses_pins = False
@@ -343,15 +345,21 @@ class RecordingMapper(Mapper):
             raise XenError("EPERM", hint="no")
         if self.refuses_pins and sum(count for _, count in uncached) < sum(count for *_, count in mappings):
             raise NoWriteBackError("ENOSPC")
-        self.mapped[domid] = list(mappings)
-        self.uncached[domid] = list(uncached)
+        had = self.mapped.get(domid, [])
+        is_more = {gfn for gfn, *_ in had}.isdisjoint(gfn for gfn, *_ in mappings)  # else it is another guest's
+        self.mapped[domid] = [*(had if is_more else ()), *mappings]
+        self.uncached[domid] = [*(self.uncached.get(domid, ()) if is_more else ()), *uncached]
         return len(mappings)
 
     def unmap(
         self, domid: int, mappings: Sequence[tuple[int, int, int]], uncached: Sequence[tuple[int, int]] = ()
     ) -> None:
-        assert self.mapped.pop(domid) == list(mappings)
-        assert self.uncached.pop(domid) == list(uncached)
+        had = self.mapped.pop(domid)
+        assert {*mappings} <= {*had}
+        if left := [each for each in had if each not in mappings]:
+            self.mapped[domid] = left
+        else:
+            assert self.uncached.pop(domid) == list(uncached)
 
     def announce(self, domid: int, mappings: Sequence[tuple[int, int, int]]) -> None:
         self.announced[domid] = [(mfn, count) for _, mfn, count in mappings]
@@ -387,7 +395,8 @@ class RecordingMapper(Mapper):
         rsdt = seal(header, b"".join(address.to_bytes(4, "little") for address in tables))
         rsdp = bytearray(b"RSD PTR \0XEN   \0" + (0xFC0F0000).to_bytes(4, "little"))
         rsdp[8] = checksum(rsdp)
-        self.memory[domid] = {0xE0000: bytes(rsdp), 0xFC0F0000: rsdt, **tables}
+        slots = {at: data for at, data in self.memory.get(domid, {}).items() if at >= hot_slots.ADDRESS}
+        self.memory[domid] = {0xE0000: bytes(rsdp), 0xFC0F0000: rsdt, **tables, **slots}
 
     def restore(self, domid: int, uuid: str, image: dict[int, bytes]) -> None:
         """Do what a restore does before it runs the device model."""
@@ -398,6 +407,12 @@ class RecordingMapper(Mapper):
     def give_dsm_page(self, domid: int) -> None:
         self.dsm_pages.add(domid)
 
+    def give_slots(self, domid: int, pages: bytes) -> None:
+        self.memory.setdefault(domid, {})[hot_slots.ADDRESS] = pages
+
+    def raise_slot_event(self, domid: int) -> None:
+        self.events.append(domid)
+
 
 class RecordingHolders(Holders):
     """Holders without processes.
@@ -407,12 +422,20 @@ class RecordingHolders(Holders):
 
     def __init__(self) -> None:
         self.running: dict[int, str] = {}
+        self._opened: dict[int, list[os.stat_result]] = {}
         self._next = 1
 
     def start(self, uuid: str, name: str, descriptors: Sequence[int]) -> int:
         self._next += 1
         self.running[self._next] = uuid
+        self._opened[self._next] = [os.fstat(each) for each in descriptors]
         return self._next
+
+    def find_holding(self, uuid: str, path: str) -> list[int]:
+        wanted = os.stat(path)
+        return [
+            number for number in self.find(uuid) if any(os.path.samestat(each, wanted) for each in self._opened[number])
+        ]
 
     def held(self) -> set[str]:
         return set(self.running.values())
@@ -438,6 +461,7 @@ def make_driver(
     *,
     dsm: str = "none",
     cache: str = "auto",
+    hotplug: bool = False,
     namespace: Namespace = NAMESPACE,
     acpi: AcpiBuilder | None = None,
     bad: tuple[tuple[int, int], ...] = (),
@@ -458,6 +482,7 @@ def make_driver(
         gap=64 * GIB,
         dsm=dsm,
         cache=cache,
+        hotplug=hotplug,
         pools=pools or Pools([], any_path=True),
         holders=holders or RecordingHolders(),
     )

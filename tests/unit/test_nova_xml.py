@@ -20,7 +20,9 @@ def nvdimm(slot: int, path: str, size: int) -> NvdimmSpec:
 def test_it_says_what_nova_means() -> None:
     nvdimms = nvdimm(0, "/mnt/pmem0/ns0", 6 * GIB), nvdimm(1, "/dev/dax0.0", 16 * GIB)
     unplaced = frozenset(each.path for each in nvdimms)
-    assert extract(EMITTED) == DomainSpec("instance-00000001", UUID, 512 * MIB, None, nvdimms, unplaced=unplaced)
+    assert extract(EMITTED) == DomainSpec(
+        "instance-00000001", UUID, 512 * MIB, None, nvdimms, unplaced=unplaced, hot_slots=2
+    )
     assert [each.visible_size for each in nvdimms] == [6 * GIB - 2 * MIB, 16 * GIB - 2 * MIB], "nothing is rounded away"
 
 

@@ -145,7 +145,7 @@ def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
     path = str(tmp_path / "ledger.sqlite")
     ledger = Ledger(path)
     ledger._write([("PRAGMA user_version = 99", ())])
-    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 14"):
+    with pytest.raises(LedgerError, match="schema version 99, this nvdimm_driver knows 15"):
         Ledger(path)
 
 

@@ -214,6 +214,7 @@ def test_extract_reads_everything() -> None:
             NvdimmSpec(1, "/mnt/pmem0/db1.img", 64 * GIB, label_size=128 * KIB),
         ),
         unplaced=frozenset({"/mnt/pmem0/db1.img"}),
+        hot_slots=2,
     )
     numa = extract(read("numa"))
     assert numa is not None

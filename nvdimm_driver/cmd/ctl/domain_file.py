@@ -116,5 +116,6 @@ def driver_for(options: cfg.ConfigOpts, host_file: str | None) -> XenNvdimmDrive
         gap=options.layout.gap_gib * GIB,
         dsm=options.acpi.dsm,
         cache=options.xen.cache,
+        hotplug=options.xen.hotplug,
         pools=Pools([], any_path=True),
     )
