@@ -350,6 +350,7 @@ class Changes:
         )
         self.driver.ledger.store(
             *(record.uuid, record.name, record.ram, items),
+            intents=[each.spec for each in record.intents],  # which another repair finishes
             dsm=record.dsm,
             cache=record.cache,
             hot_slots=record.hot_slots,

@@ -21,8 +21,8 @@ from nvdimm_driver.lifecycle import define
 from nvdimm_driver.lifecycle.define import Definitions
 from nvdimm_driver.model import DomainSpec
 from nvdimm_driver.state import ownership
-from tests.integration.crash_points import traced
-from tests.integration.crash_world import LABEL, SIZE, World, X
+from tests.integration.crash_points import Fault, traced
+from tests.integration.crash_world import LABEL, SIZE, World, X, repaired
 from tests.integration.loop_pmem import MKFS, FileSystem, run
 from tests.integration.test_crash_walk import DOMID, EVERY, all_faults, faults
 from tests.ledger_copies import forget_in_use
@@ -209,6 +209,28 @@ def test_a_refused_create_takes_all_of_its_copy_back(world: World) -> None:
     world.do(partial(world.create_refused, sized(world, LARGE, SIZE)))
     assert world.content("x0") == before
     grow(world, LARGE, SIZE)
+
+
+def test_a_repair_finishes_a_define_that_was_killed_while_it_grew(world: World) -> None:
+    """The repair that takes the file as it is now leaves what the define wants besides."""
+    wanted = sized(world, LARGE, SIZE)
+    wanted = replace(wanted, nvdimms=(wanted.nvdimms[0], replace(wanted.nvdimms[1], path=world.path("new"))))
+
+    def work(driver: XenNvdimmDriver) -> None:
+        with driver.locks.changing(X):
+            plan = driver.check(wanted)
+            driver.begin(wanted, plan)
+            driver.define(wanted, plan)
+
+    points = traced(world.work(work)).points
+    begin(world)
+    grown = next(number for number, each in enumerate(points) if each.startswith("fallocate x0"))
+    assert traced(world.work(work), Fault(grown + 1)).killed
+    assert world.do(lambda driver: repaired(driver, definition_of={X: wanted}.get)) == []
+    record = world.do(lambda driver: driver.ledger.find_domain(X))
+    assert record
+    has = {os.path.basename(item.spec.path): item.spec.size for item in record.allocations}
+    assert has.items() >= {"x0": LARGE, "new": SIZE}.items()
 
 
 @contextmanager
