@@ -26,7 +26,18 @@ from nvdimm_driver.guest.hot_slots import SlotRecord
 from nvdimm_driver.lifecycle import saved_guest
 from nvdimm_driver.lifecycle.plan import Planner
 from nvdimm_driver.lifecycle.start import Starts
-from nvdimm_driver.model import PAGE, Allocation, DomainSpec, NvdimmSpec, Placement, Plan, Record, Run, Start
+from nvdimm_driver.model import (
+    PAGE,
+    Allocation,
+    BackingIdentity,
+    DomainSpec,
+    NvdimmSpec,
+    Placement,
+    Plan,
+    Record,
+    Run,
+    Start,
+)
 from nvdimm_driver.state import ownership
 
 if TYPE_CHECKING:
@@ -254,9 +265,7 @@ class HotPlug:
             for each in self.ledger.mappings_of(start)
             if any(first <= each[0] * PAGE < last for first, last in pages)
         ]
-        frozen = ownership.frozen_files(self.starts.backings, {spec.path: identity})
-        if frozen or not identity.inode:  # a file that is not frozen was never mapped
-            self._unmap(start, domid, spec, place, mappings, labels=labels)
+        self._unmap(start, domid, spec, identity, place, mappings, labels=labels)
         # the ledger has it until all is done: what is killed before is done again
         self.starts.thaw_unknown(spec.path, identity, record.uuid, over=start)
         if os.path.exists(spec.path):
@@ -271,6 +280,7 @@ class HotPlug:
         start: Start,
         domid: int,
         spec: NvdimmSpec,
+        identity: BackingIdentity,
         place: Placement,
         mappings: list[tuple[int, int, int]],
         *,
@@ -279,7 +289,9 @@ class HotPlug:
         """Unmap an NVDIMM of which perhaps only a part is mapped.
 
         Xen does not tell what of it is: if it cannot be removed as a whole, it is mapped as a whole first. It is that
-        of the ledger still: its file is frozen.
+        of the ledger still: its file is frozen. One that is there and not frozen was never mapped.
+
+        :raises LayoutError: when nobody can say what is mapped: the guest has it until it ends.
         """
         uncached = _uncached(start, mappings, [place.label_pages] if labels else [])
         try:
@@ -287,8 +299,13 @@ class HotPlug:
             return
         except XenError as error:
             LOG.debug("%s cannot be unmapped as a whole: %s", spec.path, error)
-        extents = self.planner.locate(spec).extents
-        if [*layout.mappings(place, extents, labels=labels)] != mappings:
+        backings = self.starts.backings
+        here = ownership.identity_at(backings, spec.path)
+        is_there = here is not None and here.shares_bytes(identity)
+        if is_there and identity.inode and not ownership.frozen_files(backings, {spec.path: identity}):
+            return
+        extents = self.planner.locate(spec).extents if is_there else ()
+        if not is_there or [*layout.mappings(place, extents, labels=labels)] != mappings:
             raise LayoutError(
                 f"{spec.path} is not where the guest with domid {domid} has it, and cannot be taken out of that",
                 hint="shut the guest down",

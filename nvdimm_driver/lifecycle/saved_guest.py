@@ -115,7 +115,8 @@ def domain_of(run: Run, uuid: str) -> DomainSpec | None:
         return None
     nvdimms = tuple(NvdimmSpec(path=each["path"], **each["definition"]) for each in found)
     domain = found[0]["domain"]
-    emulator, cache, count = domain.get("emulator"), domain.get("cache"), domain.get("hot_slots", 0)  # since 0.3
+    # earlier versions did not record these
+    emulator, cache, count = domain.get("emulator"), domain.get("cache"), domain.get("hot_slots", 0)
     return DomainSpec(
         domain["name"], uuid, domain["ram"], emulator, nvdimms, domain["dsm"], cache=cache, hot_slots=count
     )

@@ -150,10 +150,11 @@ class Interceptor:
         if wanted is None:
             payload = yield from self._without_remains(payload, read)
             started = pass_xml(procedure, payload, read, with_fds=True)
-            if read.uuid is None:
+            created = DomainRef(read.name, read.uuid, -1) if read.uuid else None
+            if created is None or not (yield from has_managed_save(created, self._save_dir)):
                 return (yield from started)
             # its saved guest, which libvirt starts instead, may have some
-            return (yield from self._started_from_save(DomainRef(read.name, read.uuid, -1), started))
+            return (yield from self._started_from_save(created, started))
         resolved, wanted = yield from self._resolved_domain(read.text, wanted)
         domain: DomainSpec = yield self._work(lambda driver: driver.identify(wanted), Pool.HOST)
         with (yield from self._changing(domain.uuid or "")):
@@ -339,7 +340,7 @@ class Interceptor:
         """
         uuid, edit = domain.uuid, by_real_paths(detach)
         with (yield from self._changing(uuid)):
-            before = yield from self._restored((yield from self._settled(domain)))
+            before = yield from self._restored((yield from current_xml(domain)))
             defined = (yield from self._restored((yield from definition(domain)))) if persistent else ""
             named: list[str] = yield Work(lambda: [*paths_in(before), *paths_in(device)], Pool.XML)
             found = yield from self._find_paths(uuid, named)
@@ -348,11 +349,14 @@ class Interceptor:
             has: list[str] = yield Work(lambda: paths_in(left), Pool.XML)
             had: list[str] = yield Work(lambda: [found[each] for each in paths_in(before)], Pool.XML)
             (real,) = {*had}.difference(has)
-            yield self._work(lambda driver: driver.ask_to_eject(uuid, real), Pool.HOST)
+            gone: bool = yield self._work(lambda driver: driver.put_away_ejected(uuid, real), Pool.HOST)
+            if not gone:
+                yield self._work(lambda driver: driver.ask_to_eject(uuid, real), Pool.HOST)
             for _ in range(EJECT_WAITS):
-                if (yield self._work(lambda driver: driver.put_away_ejected(uuid, real), Pool.HOST, WAIT_SECONDS)):
+                if gone:
                     break
-            else:
+                gone = yield self._work(lambda driver: driver.put_away_ejected(uuid, real), Pool.HOST, WAIT_SECONDS)
+            if not gone:
                 raise UnansweredError(
                     f"the guest of domain {domain.name} has been asked to eject the NVDIMM {real}, and has not done so "
                     f"within {EJECT_WAITS * WAIT_SECONDS:.0f} s",
@@ -368,13 +372,18 @@ class Interceptor:
         return b""
 
     def save(self, procedure: int, payload: bytes) -> Steps:
-        """Pass the call; first let libvirt's XML of the guest, which goes into the image, have what the guest has."""
+        """Pass the call; first let libvirt's XML of the guest, which goes into the image, have what the guest has.
+
+        A guest is saved all the same if that fails: its host may be going down.
+        """
         domain = Unpacker(payload).domain()
-        record = yield from self._record(domain)
-        if record is not None and record.start is not None and record.start.hot_slots:
-            with (yield from self._changing(domain.uuid)):
-                yield from self._settled(domain)
-                return (yield from call(procedure, payload))
+        try:
+            record = yield from self._record(domain)
+            if record is not None and record.start is not None and record.start.hot_slots:
+                with (yield from self._changing(domain.uuid)):
+                    yield from self._settled(domain)
+        except (NvdimmError, OSError, LibvirtError) as failed:
+            LOG.warning("domain %s is saved, and what its guest has ejected is not put away: %s", domain.name, failed)
         return (yield from call(procedure, payload))
 
     def _settled(self, domain: DomainRef) -> Generator[Call | Work, Any, str]:

@@ -8,11 +8,11 @@ from functools import partial
 
 import pytest
 
-from nvdimm_driver.errors import InUseError, LedgerError, NvdimmError, UnsupportedError, XenError
+from nvdimm_driver.errors import InUseError, LayoutError, LedgerError, NvdimmError, UnsupportedError, XenError
 from nvdimm_driver.guest import hot_slots
 from nvdimm_driver.model import PAGE
 from tests.integration.crash_world import DOMID, SIZE, STRANGER, Hypervisor, World, X
-from tests.integration.loop_pmem import MKFS, FileSystem
+from tests.integration.loop_pmem import MKFS, FileSystem, run
 
 
 @pytest.fixture(scope="module", params=list(MKFS))
@@ -176,3 +176,29 @@ def test_a_lost_ledger_is_made_anew_with_what_was_plugged(world: World) -> None:
     assert record
     assert record.start
     assert {*record.start.paths} == {world.path("x0"), world.path("x1")}
+
+
+@pytest.mark.parametrize("unmaps", [True, False])
+def test_nobody_forgets_frames_because_their_file_is_away(
+    world: World, monkeypatch: pytest.MonkeyPatch, unmaps: bool
+) -> None:
+    """A guest's word that it has ejected something is no proof that it has no frames of it."""
+    had = frames(world)
+    world.do(partial(world.plug, ["x0", "x1"]))
+    for command in (("chattr", "-i", world.path("x1")), ("mv", world.path("x1"), world.path("away"))):
+        run(*command)
+    world.eject(1)
+
+    def fail(self: Hypervisor, *_: object) -> None:
+        raise XenError("ENOMEM")
+
+    if unmaps:
+        assert world.do(lambda driver: driver.settle_guest(X)) == (world.path("x0"),)
+        assert frames(world) == had
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr(Hypervisor, "unmap", fail)
+        with pytest.raises(LayoutError, match="cannot be taken out"):
+            world.do(lambda driver: driver.settle_guest(X))
+    assert world.has() == {"x0": 0, "x1": 1}
+    assert frames(world) > had
